@@ -1,0 +1,170 @@
+"""Batches as a pure function of seed, step and data, placed on the devices that need them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lm.data.packing import Example, Windows, windows
+from lm.data.store import TokenStore
+from lm.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+Features = Callable[[Example, np.random.Generator], Mapping[str, np.ndarray]]
+
+_LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
+
+
+def training_examples(
+    stores: Sequence[TokenStore], weights: Sequence[float], data: Any, seed: int
+) -> grain.MapDataset:
+    """Endless windows of the stores, each store shuffled anew every epoch, mixed by `weights`.
+
+    weights: a positive share for each store (Grain keeps them to about 1 %); () for shares by
+    number of tokens. UserError if a store is too short, or has too many windows to shuffle.
+    """
+    stride = data.stride or data.sequence_length
+    parts = []
+    for index, store in enumerate(stores):
+        source = windows(store, data.sequence_length, stride, data.isolate_documents, True)
+        if len(source) > _LONGEST_SHUFFLE:
+            raise UserError(
+                f"{store.manifest.source} has {len(source)} windows, more than 2**32: "
+                "use a larger --config.data.stride"
+            )
+        (part_seed,) = np.random.SeedSequence((seed, index)).generate_state(1)
+        parts.append(_Source(source).shuffle(seed=int(part_seed)).repeat())
+    if len(parts) == 1:
+        return parts[0]
+    shares = weights or [store.manifest.n_tokens for store in stores]
+    return grain.MapDataset.mix(parts, [float(share) for share in shares])
+
+
+def evaluation_examples(stores: Sequence[TokenStore], data: Any) -> grain.MapDataset:
+    """All windows of the stores in order; every token but a store's first is a target once."""
+    length = data.sequence_length
+    parts = [windows(store, length, length, data.isolate_documents, False) for store in stores]
+    return grain.MapDataset.concatenate([_Source(part) for part in parts])
+
+
+class _Source(grain.MapDataset):
+    """Windows as the start of a Grain pipeline.
+
+    grain.MapDataset.source would do, but its monitoring takes longer than reading a window.
+    """
+
+    def __init__(self, parent: Windows):
+        super().__init__()
+        self._windows = parent
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._windows[index % len(self._windows)]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches of `batch_size` examples, in the order of `examples`.
+
+    features: turns an example into arrays of fixed shape; its generator depends only on `seed`
+    and on the example's place in the order.
+    """
+
+    examples: grain.MapDataset
+    features: Features
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Arrays:
+        """Rows of the batch of a step: arrays [len(rows), ...], a pure function of its arguments.
+
+        Rows beyond the last example are zeros.
+        """
+        indices = [step * self.batch_size + int(row) for row in rows]
+        found = [self._row(index) for index in indices]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}
+
+    def _row(self, index: int) -> Mapping[str, np.ndarray]:
+        if index >= len(self.examples):
+            return self._empty_row
+        # A counter-based generator: its key alone gives the row a stream of its own.
+        generator = np.random.Generator(np.random.Philox(key=(self.seed << 64) + index))
+        return self.features(self.examples[index], generator)
+
+    @cached_property
+    def _empty_row(self) -> Arrays:
+        return {name: np.zeros_like(values) for name, values in self._row(0).items()}
+
+
+@lru_cache
+def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of [steps, batch] arrays that this process's devices hold: sorted, each once."""
+    held = np.zeros(batch_size, bool)
+    indices: Any = sharding.addressable_devices_indices_map((1, batch_size)).values()
+    for _, part in indices:
+        held[part] = True
+    return np.flatnonzero(held)
+
+
+def to_device(
+    batches: Batches, steps: Sequence[int], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """The batches of some steps as global arrays [steps, batch, ...].
+
+    `sharding` is that of [steps, batch]; each process builds only its own rows.
+    """
+    rows = host_rows(sharding, batches.batch_size)
+    parts = [batches.rows(step, rows) for step in steps]
+
+    def place(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(batches.batch_size)[index[1]]
+            start, stop = np.searchsorted(rows, [wanted.start, wanted.stop])
+            return local[:, start:stop]
+
+        shape = (len(parts), batches.batch_size, *local.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(np.stack([part[name] for part in parts])) for name in parts[0]}
+
+
+def prefetch(
+    batches: Batches, dispatches: Iterable[Sequence[int]], sharding: NamedSharding, depth: int = 2
+) -> Generator[dict[str, jax.Array], None, None]:
+    """`to_device` of each sequence of steps; a thread prepares `depth` of them ahead.
+
+    Errors of the thread are raised here; closing the generator stops the thread.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lm-batches")
+    waiting = iter(dispatches)
+    pending: deque[Future] = deque()
+
+    def submit(n: int) -> None:
+        for steps in islice(waiting, n):
+            pending.append(thread.submit(to_device, batches, steps, sharding))
+
+    try:
+        submit(depth)
+        while pending:
+            result = pending.popleft().result()
+            submit(1)
+            yield result
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -1,0 +1,73 @@
+"""Holding out the end of a corpus for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from lm.data.pieces import Corpus, Piece, cut_document
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """All but the last `fraction` of a corpus ("train"), or that rest ("validation").
+
+    A corpus of one document is divided at a character, int(n_characters * (1 - fraction)) as
+    nanoGPT does; one of several documents between two documents, by the same rule.
+    """
+
+    corpus: Corpus
+    fraction: float
+    split: str
+
+    size = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.corpus.name} ({self.split})"
+
+    @cached_property
+    def digest(self) -> str:
+        parts = (self.corpus.digest, "held out", self.fraction, self.split)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        n_documents, n_characters = self._counts
+        total = n_characters if n_documents == 1 else n_documents
+        border = int(total * (1 - self.fraction))
+        if not 0 < border < total:
+            unit = "characters" if n_documents == 1 else "documents"
+            raise UserError(
+                f"--config.data.validation_fraction={self.fraction} of {self.corpus.name} leaves "
+                f"a split empty: it has {total} {unit}"
+            )
+        if n_documents == 1:
+            yield from cut_document(self._characters(border))
+        else:
+            yield from self._documents(border)
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        n_documents = n_characters = 0
+        for piece in self.corpus.pieces():
+            n_documents += piece.first
+            n_characters += len(piece.text)
+        return n_documents, n_characters
+
+    def _characters(self, border: int) -> Iterator[str]:
+        """The text of the only document on this split's side of the border."""
+        start = 0
+        for piece in self.corpus.pieces():
+            cut = max(border - start, 0)
+            yield piece.text[:cut] if self.split == "train" else piece.text[cut:]
+            start += len(piece.text)
+
+    def _documents(self, border: int) -> Iterator[Piece]:
+        index = -1
+        for piece in self.corpus.pieces():
+            index += piece.first
+            if (index < border) == (self.split == "train"):
+                yield piece

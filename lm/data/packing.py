@@ -1,0 +1,101 @@
+"""Windows of a token store: fixed-length examples by random access.
+
+Every example holds length + 1 tokens, so that shifting by one gives inputs and targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lm.data.store import TokenStore
+from lm.errors import UserError
+
+Example = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A sequence of windows that start every `stride` tokens.
+
+    An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (the documents of the
+    window, counted from 1; 0 for padding beyond the end) and "positions" (from the start of the
+    document's part in the window). Without `isolate` a window is a single segment.
+    """
+
+    store: TokenStore
+    length: int
+    stride: int
+    isolate: bool
+    drop_remainder: bool
+
+    def __len__(self) -> int:
+        n_targets = len(self.store.tokens) - 1
+        if self.drop_remainder:
+            return max((n_targets - self.length) // self.stride + 1, 0)
+        return max(-(-n_targets // self.stride), 0)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        size = self.length + 1
+        start = index * self.stride
+        found = self.store.tokens[start : start + size]
+        if self.isolate:
+            segment_ids, positions = self._documents(start, start + len(found))
+        else:
+            segment_ids, positions = (part[: len(found)] for part in self._one_segment)
+        example = {
+            "tokens": found.astype(np.int32),
+            "segment_ids": segment_ids,
+            "positions": positions,
+        }
+        if len(found) == size:
+            return example
+        padding = (0, size - len(found))
+        return {name: np.pad(values, padding) for name, values in example.items()}
+
+    @cached_property
+    def _one_segment(self) -> tuple[np.ndarray, np.ndarray]:
+        segment_ids = np.ones(self.length + 1, np.int32)
+        positions = np.arange(self.length + 1, dtype=np.int32)
+        for shared in (segment_ids, positions):
+            shared.flags.writeable = False
+        return segment_ids, positions
+
+    def _documents(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        offsets = self.store.offsets
+        first = offsets.searchsorted(start, side="right")
+        last = offsets.searchsorted(end, side="left")
+        segment_ids, positions = (part[: end - start] for part in self._one_segment)
+        if first == last:
+            return segment_ids, positions
+        borders = offsets[first:last] - start
+        starts_document = np.zeros(end - start, np.int32)
+        starts_document[borders] = 1
+        own_start = np.zeros(end - start, np.int32)
+        own_start[borders] = borders
+        return (
+            segment_ids + starts_document.cumsum(dtype=np.int32),
+            positions - np.maximum.accumulate(own_start),
+        )
+
+
+def windows(
+    store: TokenStore, length: int, stride: int, isolate: bool, drop_remainder: bool
+) -> Windows:
+    """The windows of a store: for training full ones (`drop_remainder`), for evaluation all.
+
+    With stride = length every token but the store's first is a target exactly once; without
+    `drop_remainder` the last window is padded. UserError if the store has too few tokens for one.
+    """
+    examples = Windows(store, length, stride, isolate, drop_remainder)
+    if not len(examples):
+        n_tokens = len(store.tokens)
+        raise UserError(
+            f"{store.manifest.source} has {n_tokens} tokens, too few for one window of "
+            f"{length} + 1: use more text or a smaller --config.data.sequence_length"
+        )
+    return examples

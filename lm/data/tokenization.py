@@ -1,0 +1,130 @@
+"""Turning pieces of text into blocks of tokens: in order, by any number of processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+
+from lm.data.pieces import PIECE, Piece
+from lm.data.tokenizer_interface import Tokenizer
+from lm.errors import UserError
+
+# Starting worker processes costs more than tokenising this much text.
+_SMALL = 4 * PIECE
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of consecutive pieces, and where in them documents start."""
+
+    tokens: np.ndarray  # [n] of the store's dtype
+    starts: np.ndarray  # [documents], int64
+    n_bytes: int  # of UTF-8 text
+    n_characters: int
+
+
+def tokenize(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, workers: int
+) -> Iterator[Block]:
+    """Yields the blocks of all pieces in order; together they do not depend on `workers`.
+
+    workers: number of processes, 0 for one a core. A small corpus needs none but this one.
+    """
+    workers = workers or os.cpu_count() or 1
+    groups = _group(pieces)
+    head, size = [], 0
+    for group in groups:
+        head.append(group)
+        size += sum(len(piece.text) for piece in group)
+        if size > _SMALL:
+            break
+    groups = chain(head, groups)
+    if workers == 1 or size <= _SMALL:
+        for group in groups:
+            yield _encode(tokenizer, dtype, group)
+    else:
+        yield from _in_processes(groups, tokenizer, dtype, workers)
+
+
+def _group(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Groups pieces to about 2**20 characters, enough to be worth sending to a worker."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Piece]) -> Block:
+    parts: list[np.ndarray] = []
+    starts: list[int] = []
+    n = n_bytes = n_characters = 0
+    for piece in group:
+        tokens = _with_borders(tokenizer, piece)
+        # A document that a vocabulary has no token for, such as mere spaces, is none.
+        if piece.first and (len(tokens) or not piece.last):
+            starts.append(n)
+        parts.append(tokens.astype(dtype))
+        n += len(tokens)
+        n_bytes += len(piece.text.encode())
+        n_characters += len(piece.text)
+    return Block(np.concatenate(parts), np.asarray(starts, np.int64), n_bytes, n_characters)
+
+
+def _with_borders(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    before = [bos] if piece.first and bos is not None else []
+    after = [eos] if piece.last and eos is not None and eos != bos else []
+    tokens = tokenizer.encode(piece.text)
+    if not before and not after:
+        return tokens
+    return np.concatenate([np.asarray(part, np.int32) for part in (before, tokens, after)])
+
+
+_worker_state: tuple[Tokenizer, np.dtype]
+
+
+def _start_worker(tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    global _worker_state
+    _worker_state = tokenizer, dtype
+
+
+def _encode_in_worker(group: list[Piece]) -> Block:
+    return _encode(*_worker_state, group)
+
+
+def _in_processes(
+    groups: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, workers: int
+) -> Iterator[Block]:
+    # Spawned, not forked: JAX has threads, and a forked child may inherit a lock that one holds.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, dtype)
+    )
+    try:
+        waiting = deque(
+            pool.submit(_encode_in_worker, group) for group in islice(groups, 2 * workers)
+        )
+        while waiting:
+            block = waiting.popleft().result()
+            waiting.extend(pool.submit(_encode_in_worker, group) for group in islice(groups, 1))
+            yield block
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenising process was killed, perhaps for lack of memory: "
+            "use fewer --config.data.workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,144 @@
+"""Checkpoints of a run: Orbax, asynchronous, atomic, verified when they are read.
+
+Each holds the training state and a metadata file with the step, the run's configuration, the
+digests of its tokenizer and data, and a checksum of every array. The checksums do not depend on
+the mesh, so that silent damage is noticed on any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lm.errors import UserError
+from lm.parallel.hosts import is_lead
+from lm.steps import TrainState
+
+
+class Checkpoints:
+    """The checkpoints under one folder; `options` is the configuration's section "checkpoint"."""
+
+    def __init__(self, folder: Path, options: ConfigDict, metadata: dict[str, Any]):
+        self._folder = folder.absolute()
+        self._metadata = metadata
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=options.keep_last,
+                keep_period=options.keep_every_steps or None,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_names=("state", "metadata"),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Copy the state to the host and start writing it; waits for an earlier save to end."""
+        checksums = [int(sum_) for sum_ in jax.device_get(_checksums(state))]
+        metadata = {**self._metadata, "step": step, "checksums": checksums}
+        with _disk_errors(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                ),
+            )
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        with _disk_errors(self._folder):
+            self._manager.check_for_errors()
+
+    def restore(
+        self, shapes: TrainState, sharding: TrainState, report: Callable[[str], None]
+    ) -> TrainState | None:
+        """The newest undamaged state, laid out as `sharding` says; None if there is none.
+
+        A damaged checkpoint is reported, moved out of the way and kept for inspection.
+        """
+        target = jax.tree.map(
+            lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
+            shapes,
+            sharding,
+        )
+        while (step := self._manager.latest_step()) is not None:
+            state, problem = self._read(step, target)
+            if _all_hosts(problem is None):
+                return state
+            report(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
+            self._set_aside(step)
+        return None
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # a damaged file can raise anything
+            return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        sums = [int(sum_) for sum_ in jax.device_get(_checksums(restored["state"]))]
+        if sums != restored["metadata"]["checksums"]:
+            return None, "its arrays do not match their checksums"
+        return restored["state"], None
+
+    def _set_aside(self, step: int) -> None:
+        if is_lead():
+            aside = self._folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            n = sum(1 for _ in aside.glob(f"{step}*"))
+            (self._folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Wait until what was saved is on the disk."""
+        with _disk_errors(self._folder):
+            self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@jax.jit
+def _checksums(state: TrainState) -> list[jax.Array]:
+    """The bits of every array, added up modulo 2^32: an order-free sum, so exact on any mesh."""
+    return [
+        jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
+        for leaf in jax.tree.leaves(state)
+    ]
+
+
+def _all_hosts(value: bool) -> bool:
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk into one line; a checkpoint that was not finished is not kept."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UserError(
+                f"the disk of {folder} is full; older checkpoints are intact: "
+                "free some space and start the same command again"
+            ) from error
+        raise

@@ -1,0 +1,188 @@
+"""The one training loop: dispatch the next steps, then read the metrics of the last ones."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lm.data.batches import prefetch
+from lm.data.dataset import Dataset
+from lm.errors import UserError
+from lm.evaluation.loss import evaluate
+from lm.experiment import Experiment
+from lm.flops import model_flops_per_token, peak_flops
+from lm.parallel.hosts import Agreement
+from lm.steps import Metrics, TrainState
+from lm.training.checkpoints import Checkpoints
+from lm.training.clock import Clock
+from lm.training.dispatches import dispatches, is_due
+from lm.training.metrics import MetricsWriter
+from lm.training.preemption import StopRequest
+
+CONTINUE, SAVE, STOP = 0, 1, 2  # what a process wishes; the largest wish of all is granted
+
+
+class InFlight(NamedTuple):
+    """Steps that were dispatched and whose metrics have not been read."""
+
+    steps: range
+    metrics: Metrics
+    wish: Any
+
+
+class Loop:
+    """Trains from `first_step` to the end of the configuration's steps, or until asked to stop."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        state: TrainState,
+        first_step: int,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        clock: Clock,
+    ):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.state = state
+        self.step = self._saved_step = first_step
+        self.last_evaluation: dict[str, float] = {}
+        self._dataset = dataset
+        self._validation = experiment.validation_batches(dataset) if dataset.validation else None
+        self._checkpoints, self._writer, self._clock = checkpoints, writer, clock
+        self._agreement = Agreement(experiment.mesh.devices.flatten().tolist())
+        self._in_flight: deque[InFlight] = deque()
+        self._programs: dict[int, Any] = {}
+        self._skipped_step: int | None = None
+        self._read_at = self._saved_at = time.monotonic()
+        devices = experiment.mesh.devices.flatten()
+        self._flops_per_token = model_flops_per_token(experiment)
+        self._peak = peak_flops(devices[0])
+        self._n_devices = len(devices)
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train; true if the last step was reached, false if stopped early with a saved state."""
+        config = self.config
+        batches = prefetch(
+            self.experiment.train_batches(self._dataset),
+            dispatches(self.step, config),
+            self.experiment.batch_sharding,
+            config.data.prefetch,
+        )
+        for steps in dispatches(self.step, config):
+            with self._clock.part("data"):
+                batch = next(batches)
+            program = self._program(batch, len(steps))
+            with self._clock.part("step"), jax.transfer_guard("disallow"):
+                self.state, metrics = program(self.state, batch)
+            self._in_flight.append(InFlight(steps, metrics, self._wish(stop)))
+            self.step = steps.stop
+            wish = self._read_metrics(leave=1)
+            last = self.step == config.train.steps
+            due_eval = last or is_due(self.step, config.eval.every_steps)
+            due_save = last or is_due(self.step, config.checkpoint.every_steps) or wish == SAVE
+            if due_eval or due_save or wish == STOP or self._must_halt:
+                wish = max(wish, self._read_metrics(leave=0))
+            if self._must_halt:
+                self._halt()
+            if due_eval:
+                self._evaluate(whole=last)
+            if due_save or wish == STOP:
+                self._save()
+            if wish == STOP and not last:
+                batches.close()
+                return False
+        return True
+
+    def _wish(self, stop: StopRequest) -> Any:
+        period = self.config.checkpoint.every_seconds
+        overdue = period and time.monotonic() - self._saved_at > period
+        return self._agreement.propose(STOP if stop else SAVE if overdue else CONTINUE)
+
+    def _program(self, batch: Any, n_steps: int) -> Any:
+        """The compiled program for this many steps."""
+        if n_steps not in self._programs:
+            with self._clock.part("compile"):
+                lowered = self.experiment.train_steps.lower(self.state, batch)
+                self._programs[n_steps] = lowered.compile()
+            self._read_at = time.monotonic()
+        return self._programs[n_steps]
+
+    def _read_metrics(self, leave: int) -> int:
+        """Wait for all but the last `leave` dispatches, write their metrics; the largest wish."""
+        wish = CONTINUE
+        while len(self._in_flight) > leave:
+            done = self._in_flight.popleft()
+            with self._clock.part("step"):
+                metrics = jax.device_get(done.metrics)
+                wish = max(wish, self._agreement.decided(done.wish))
+            now = time.monotonic()
+            speed = self._speed(len(done.steps), now - self._read_at)
+            self._read_at = now
+            for i, step in enumerate(done.steps):
+                values = {name: float(np.float64(column[i])) for name, column in metrics.items()}
+                if values["skipped"] and self._skipped_step is None:
+                    self._skipped_step = step + 1
+                written = is_due(step + 1, self.config.log.every_steps)
+                self._writer.step(step + 1, values | speed, written)
+            self._writer.flush()
+        self._checkpoints.check()
+        return wish
+
+    def _speed(self, n_steps: int, seconds: float) -> dict[str, float]:
+        data = self.config.data
+        tokens = n_steps * data.batch_size * data.sequence_length
+        flops = self._flops_per_token * tokens / max(seconds, 1e-9) / self._n_devices
+        speed = {
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds_per_step": seconds / n_steps,
+            "model_tflops_per_device": flops / 1e12,
+        }
+        return speed | ({"mfu": flops / self._peak} if self._peak else {})
+
+    @property
+    def _must_halt(self) -> bool:
+        return self._skipped_step is not None and self.config.train.nonfinite == "halt"
+
+    def _halt(self) -> None:
+        self._save()
+        raise UserError(
+            f"loss or gradient is not finite at step {self._skipped_step}; that update was left "
+            f"out and the state saved at step {self.step}. Lower the learning rate, or continue "
+            "with --config.train.nonfinite=skip"
+        )
+
+    def _evaluate(self, whole: bool) -> None:
+        if self._validation is None:
+            return
+        n_bytes = sum(store.manifest.n_bytes for store in self._dataset.validation)
+        with self._clock.part("eval"):
+            result = evaluate(
+                self.experiment,
+                self.state.params,
+                self._validation,
+                n_bytes,
+                0 if whole else self.config.eval.max_batches,
+            )
+        self.last_evaluation = result
+        values = {f"eval/validation/{name}": value for name, value in result.items()}
+        self._writer.write(self.step, values)
+        self._writer.say(
+            f"step {self.step}: validation loss {result['loss']:.4f}, "
+            f"perplexity {result['perplexity']:.2f}"
+        )
+        self._read_at = time.monotonic()
+
+    def _save(self) -> None:
+        if self.step != self._saved_step:
+            with self._clock.part("checkpoint"):
+                self._writer.sync()
+                self._checkpoints.save(self.step, self.state)
+        self._clock.save(self.step)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._read_at = time.monotonic()

@@ -1,0 +1,116 @@
+"""`lm train`: from a configuration and a folder to a trained model."""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from lm.data.dataset import open_dataset
+from lm.errors import UserError
+from lm.experiment import Experiment, build
+from lm.parallel import rules
+from lm.parallel.hosts import is_lead
+from lm.steps import Params
+from lm.training import workdir as workdirs
+from lm.training.checkpoints import Checkpoints
+from lm.training.clock import Clock
+from lm.training.loop import Loop
+from lm.training.metrics import MetricsWriter, SilentWriter
+from lm.training.preemption import stop_requests
+
+
+def train(config: ConfigDict, workdir: Path) -> bool:
+    """Train, or continue, the run in `workdir`; false if it was asked to stop and can continue."""
+    with stop_requests() as stop:
+        experiment = build(config, jax.devices())
+        config = experiment.config
+        dataset = open_dataset(config.data, progress=is_lead())
+        if dataset.tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"config.model.vocab_size={config.model.vocab_size} is smaller than the "
+                f"tokenizer's {dataset.tokenizer.vocab_size}"
+            )
+        metadata = workdirs.prepare(workdir, config, dataset, write=is_lead())
+        report(describe(experiment))
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
+        state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, report)
+        if state is None:
+            state = experiment.init_state()
+        first_step = int(jax.device_get(state.step))
+        if first_step:
+            report(f"continuing from step {first_step}")
+        clock = Clock(workdir / "clock.json", first_step)
+        writer = (
+            MetricsWriter(workdir, first_step, config.train.steps, config.log.tensorboard)
+            if is_lead()
+            else SilentWriter()
+        )
+        loop = Loop(experiment, dataset, state, first_step, checkpoints, writer, clock)
+        try:
+            finished = loop.run(stop)
+            with clock.part("checkpoint"):
+                checkpoints.close()
+        finally:
+            writer.close()
+        if is_lead():
+            clock.save(loop.step)
+            _summarise(loop, clock, finished, workdir)
+        return finished
+
+
+def restore_params(experiment: Experiment, workdir: Path) -> tuple[Params, int]:
+    """The newest parameters of a run, laid out for `experiment`, and their step."""
+    config = experiment.config
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint in {workdir}")
+    checkpoints = Checkpoints(folder, config.checkpoint, {})
+    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, report)
+    checkpoints.close()
+    if state is None:
+        raise UserError(f"no checkpoint in {workdir}")
+    return state.params, int(jax.device_get(state.step))
+
+
+def report(message: str) -> None:
+    """A line on stderr, from the lead process."""
+    if is_lead():
+        print(message, file=sys.stderr, flush=True)
+
+
+def describe(experiment: Experiment) -> str:
+    """What is about to run: size, devices, mesh, kernels, and what the mesh could not shard."""
+    config, mesh = experiment.config, experiment.mesh
+    shapes = jax.tree.leaves_with_path(experiment.state_shapes.params)
+    n_params = sum(leaf.size for _, leaf in shapes)
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    devices = mesh.devices.flatten()
+    lines = [
+        f"{config.model.family} of {n_params:,} parameters on {prod(mesh.devices.shape)} "
+        f"{devices[0].device_kind} ({axes or 'one device'}), {jax.process_count()} process(es); "
+        f"{config.model.dtype}, attention kernel {config.model.attention}"
+    ]
+    for (path, leaf), names in zip(shapes, jax.tree.leaves(experiment.param_names), strict=True):
+        for name in rules.kept_whole(mesh, names, leaf.shape):
+            lines.append(
+                f"{'/'.join(str(part.key) for part in path)} {leaf.shape}: the mesh does not "
+                f"divide its {name!r} dimension, which stays whole on every device"
+            )
+    return "\n".join(lines)
+
+
+def _summarise(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:
+    summary = clock.summary(loop.step)
+    seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
+    split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
+    report(f"time: {split}; goodput {summary['goodput']:.0%} over {summary['starts']} start(s)")
+    if not finished:
+        report(f"asked to stop: state saved at step {loop.step}; the same command continues")
+        return
+    report(f"finished {loop.step} steps; run is in {workdir}")
+    for name, value in loop.last_evaluation.items():
+        print(f"validation {name.replace('_', ' ')}: {value:.6g}")

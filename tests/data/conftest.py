@@ -1,0 +1,38 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import ml_collections
+import pytest
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """Makes `data` sections: files below tmp_path, a cache of the test's own."""
+
+    def make(**changes) -> ml_collections.ConfigDict:
+        section = ml_collections.ConfigDict(
+            {
+                "source": "stdlib",
+                "weights": (),
+                "directory": str(tmp_path),
+                "field": "text",
+                "documents": "file",
+                "split": "train",
+                "validation_split": "validation",
+                "validation_source": "",
+                "validation_fraction": 0.0,
+                "tokenizer": "byte",
+                "tokenizer_vocab_size": 600,
+                "sequence_length": 16,
+                "stride": 0,
+                "isolate_documents": True,
+                "batch_size": 4,
+                "cache_directory": str(tmp_path / "cache"),
+                "workers": 1,
+            }
+        )
+        section.update(changes)
+        return section
+
+    return make

@@ -1,0 +1,271 @@
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lm
+from lm.data.batches import (
+    Batches,
+    evaluation_examples,
+    host_rows,
+    prefetch,
+    to_device,
+    training_examples,
+)
+from lm.data.store import Manifest, TokenStore
+from lm.errors import UserError
+
+
+def store_of(n_tokens: int, first: int = 0) -> TokenStore:
+    manifest = Manifest(1, "memory", "", "", "uint32", n_tokens, 1, 0, 0)
+    tokens = np.arange(first, first + n_tokens, dtype=np.uint32)
+    return TokenStore(Path(), manifest, tokens, np.asarray([0, n_tokens]))
+
+
+def noisy(example, generator):
+    return {
+        "tokens": example["tokens"],
+        "noise": generator.random(3, np.float32),
+        "first": example["tokens"][0],
+    }
+
+
+@pytest.fixture
+def batches(make_data):
+    examples = training_examples([store_of(1000)], (), make_data(), seed=1)
+    return Batches(examples, noisy, batch_size=8, seed=5)
+
+
+@pytest.fixture
+def sharding():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+
+
+def firsts(examples, start, stop):
+    return [int(examples[i]["tokens"][0]) for i in range(start, stop)]
+
+
+def test_a_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
+    for step in (0, 7, 123_456):
+        whole = batches.rows(step, range(8))
+        for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [6], [5, 0, 3], np.arange(8)):
+            equal(batches.rows(step, rows), {name: whole[name][rows] for name in whole})
+
+
+def test_a_batch_is_a_function_of_seed_and_step(make_data, batches):
+    again = Batches(training_examples([store_of(1000)], (), make_data(), 1), noisy, 8, seed=5)
+    equal(again.rows(3, range(8)), batches.rows(3, range(8)))
+    other_order = training_examples([store_of(1000)], (), make_data(), 2)
+    assert firsts(other_order, 0, 20) != firsts(batches.examples, 0, 20)
+    other_noise = Batches(batches.examples, noisy, 8, seed=6)
+    assert (other_noise.rows(3, [0])["noise"] != batches.rows(3, [0])["noise"]).all()
+    noise = np.concatenate([batches.rows(step, range(8))["noise"] for step in range(20)])
+    assert len(np.unique(noise)) > 0.99 * noise.size
+
+
+def test_an_epoch_holds_every_window_once_in_an_order_of_its_own(make_data, batches):
+    n = len(range(0, 1000 - 16, 16))
+    epochs = [firsts(batches.examples, e * n, (e + 1) * n) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 1000 - 16, 16))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_stride_sets_where_training_windows_start(make_data):
+    examples = training_examples([store_of(100)], (), make_data(stride=1), 0)
+    assert sorted(firsts(examples, 0, 84)) == list(range(84))
+
+
+@pytest.mark.parametrize(("weights", "share"), [((), 0.8), ((1.0, 3.0), 0.25), ((0.7, 0.3), 0.7)])
+def test_mixtures_keep_their_proportions(make_data, weights, share):
+    stores = [store_of(4000), store_of(1000, first=10_000)]
+    examples = training_examples(stores, weights, make_data(), 0)
+    drawn = np.asarray(firsts(examples, 0, 2000))
+    assert np.mean(drawn < 10_000) == pytest.approx(share, abs=0.01)
+    head = np.asarray(firsts(examples, 0, 40))
+    assert np.mean(head < 10_000) == pytest.approx(share, abs=0.06)
+
+
+def test_evaluation_goes_through_all_stores_in_order_and_ends_with_zeros(make_data):
+    examples = evaluation_examples([store_of(40), store_of(20, first=100)], make_data())
+    evaluation = Batches(examples, noisy, batch_size=4, seed=0)
+    assert len(evaluation) == 2
+    assert evaluation.rows(0, range(4))["first"].tolist() == [0, 16, 32, 100]
+    last = evaluation.rows(1, range(4))
+    assert last["first"].tolist() == [116, 0, 0, 0]
+    assert not any(values[1:].any() for values in last.values())
+    equal(evaluation.rows(1, [2]), {name: values[2:3] for name, values in last.items()})
+
+
+def test_examples_may_come_from_any_grain_dataset():
+    examples = grain.MapDataset.range(5).map(lambda i: {"tokens": np.full(2, i)})
+    found = Batches(examples, lambda example, _: example, 2, 0).rows(1, range(2))
+    assert found["tokens"].tolist() == [[2, 2], [3, 3]]
+
+
+def test_too_short_a_store_is_said(make_data):
+    with pytest.raises(UserError, match="memory has 16 tokens"):
+        training_examples([store_of(1000), store_of(16)], (), make_data(), 0)
+
+
+def test_batches_on_a_device_are_the_same(batches, sharding):
+    assert host_rows(sharding, 8).tolist() == list(range(8))
+    placed = to_device(batches, 3, sharding)
+    equal(placed, batches.rows(3, range(8)))
+    assert placed["tokens"].sharding == sharding
+
+
+def test_transfers_pass_the_transfer_guard(batches, sharding):
+    before = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        list(prefetch(batches, 0, 3, 1, sharding))
+    finally:
+        jax.config.update("jax_transfer_guard", before)
+
+
+def test_prefetched_batches_are_those_of_their_steps(batches, sharding):
+    found = list(prefetch(batches, 5, 9, 1, sharding, depth=3))
+    assert len(found) == 4
+    for step, batch in zip(range(5, 9), found, strict=True):
+        equal(batch, batches.rows(step, range(8)))
+
+
+def test_steps_of_one_dispatch_are_stacked(batches, sharding):
+    stacked = NamedSharding(sharding.mesh, PartitionSpec(None, "data"))
+    first, second, third = prefetch(batches, 1, 6, 2, stacked)
+    assert first["tokens"].shape == (2, 8, 17)
+    assert third["tokens"].shape == (1, 8, 17)
+    assert first["first"].shape == (2, 8)
+    found = {name: np.concatenate([first[name], second[name], third[name]]) for name in first}
+    for step in range(1, 6):
+        equal(
+            {name: values[step - 1] for name, values in found.items()}, batches.rows(step, range(8))
+        )
+
+
+def batch_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("lm-batches")]
+
+
+def test_prefetching_stays_a_fixed_number_of_steps_ahead(batches, sharding):
+    made = []
+
+    def counting(example, generator):
+        made.append(1)
+        return noisy(example, generator)
+
+    counted = Batches(batches.examples, counting, 8, 0)
+    stream = prefetch(counted, 0, 100, 1, sharding, depth=3)
+    deadline = time.time() + 10
+    while len(made) < 24 and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(made) == 24  # already before the first batch is asked for
+    next(stream)
+    stream.close()
+    assert len(made) <= 32
+    assert not batch_threads()
+
+
+def test_errors_of_the_thread_reach_the_consumer(batches, sharding):
+    def failing(example, generator):
+        raise UserError("no such feature")
+
+    stream = prefetch(Batches(batches.examples, failing, 8, 0), 0, 9, 1, sharding)
+    with pytest.raises(UserError, match="no such feature"):
+        next(stream)
+    assert not batch_threads()
+
+
+HOST = """
+import sys
+import jax
+import numpy as np
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+process, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+
+import grain
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from lm.data.batches import Batches, host_rows, prefetch, to_device
+
+built = []
+
+
+def features(example, generator):
+    built.append(int(example["tokens"][0]))
+    return {"tokens": example["tokens"], "label": example["tokens"][0]}
+
+
+examples = grain.MapDataset.range(100).map(lambda i: {"tokens": i * 10 + np.arange(4)})
+batches = Batches(examples, features, 8, 0)
+whole = np.arange(8, 16)[:, None] * 10 + np.arange(4)
+
+
+def check(array, expected):
+    assert array.shape == expected.shape
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[shard.index])
+
+
+for shape, spec, n_rows in [
+    ((4, 1), PartitionSpec("data"), 4),
+    ((2, 2), PartitionSpec("data", "tensor"), 4),
+    ((1, 4), PartitionSpec("data", "tensor"), 8),
+    ((2, 2), PartitionSpec(("tensor", "data")), 4),
+]:
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, spec)
+    rows = host_rows(sharding, 8)
+    assert len(rows) == n_rows, rows
+    built.clear()
+    batch = to_device(batches, 1, sharding)
+    assert sorted(built) == [80 + 10 * row for row in rows], built
+    check(batch["tokens"], whole)
+    check(batch["label"], whole[:, 0])
+    stacked = NamedSharding(mesh, PartitionSpec(None, *spec))
+    built.clear()
+    (batch,) = prefetch(batches, 0, 2, 2, stacked)
+    assert len(built) == 2 * n_rows
+    check(batch["tokens"], np.stack([whole - 80, whole]))
+print("rows", host_rows(sharding, 8).tolist())
+"""
+
+
+def test_each_host_builds_only_its_own_rows():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(lm.__file__).parents[1])
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(process), port],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    outputs = [host.communicate(timeout=100)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)

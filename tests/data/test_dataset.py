@@ -1,0 +1,67 @@
+import pytest
+
+from lm.data.dataset import open_dataset
+from lm.errors import UserError
+
+
+def test_a_mixture_opens_with_its_validation_parts(make_data, tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 10)
+    (tmp_path / "b.jsonl").write_text('{"text": "xyz"}\n' * 10)
+    data = make_data(
+        source="text:a.txt, jsonl:b.jsonl", weights=(0.5, 0.5), validation_fraction=0.1
+    )
+    dataset = open_dataset(data)
+    assert [store.manifest.n_documents for store in dataset.train] == [1, 9]
+    assert [store.manifest.n_bytes for store in dataset.train] == [90, 27]
+    assert [store.manifest.n_bytes for store in dataset.validation] == [10, 3]
+    assert dataset.weights == (0.5, 0.5)
+    assert dataset.tokenizer.vocab_size == 257
+
+
+def test_a_validation_source_replaces_holding_out(make_data, tmp_path):
+    (tmp_path / "a.txt").write_text("train")
+    (tmp_path / "b.txt").write_text("validation")
+    data = make_data(source="text:a.txt", validation_source="text:b.txt", validation_fraction=0.5)
+    dataset = open_dataset(data)
+    assert [store.manifest.n_bytes for store in dataset.train] == [5]
+    assert [store.manifest.n_bytes for store in dataset.validation] == [10]
+
+
+def test_no_validation_text_is_no_error(make_data, tmp_path):
+    (tmp_path / "a.txt").write_text("train")
+    assert open_dataset(make_data(source="text:a.txt")).validation == ()
+
+
+def test_characters_of_the_validation_text_do_not_enter_the_alphabet(make_data, tmp_path):
+    (tmp_path / "a.txt").write_text("aaaabbbbz")
+    data = make_data(source="text:a.txt", tokenizer="char", validation_fraction=0.2)
+    with pytest.raises(UserError, match=r"'z' \(U\+007A\)"):
+        open_dataset(data)
+
+
+def test_the_fingerprint_tells_what_changed(make_data, tmp_path):
+    path = tmp_path / "a.txt"
+    data = make_data(source="text:a.txt", tokenizer="char", validation_source="text:a.txt")
+    path.write_text("abc")
+    first = open_dataset(data).fingerprint
+    assert set(first) == {"tokenizer", "train text:a.txt", "validation text:a.txt"}
+    assert open_dataset(data).fingerprint == first
+    path.write_text("abccba")
+    second = open_dataset(data).fingerprint
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"train text:a.txt", "validation text:a.txt"}
+    path.write_text("abcd")
+    assert open_dataset(data).fingerprint["tokenizer"] != first["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": " , "}, "data.source is empty"),
+        ({"source": "stdlib,stdlib", "weights": (1.0,)}, "each of the 2 sources"),
+        ({"weights": (0.0,)}, "one positive number"),
+    ],
+)
+def test_what_is_wrong_with_the_section_is_said(make_data, changes, words):
+    with pytest.raises(UserError, match=words):
+        open_dataset(make_data(**changes))

@@ -1,0 +1,210 @@
+import errno
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lm.data.store
+from lm.data import tokenization
+from lm.data.characters import ByteTokenizer, CharTokenizer
+from lm.data.pieces import Piece, cut_document
+from lm.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from lm.data.store import build_store
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A corpus in memory; `log` gets a line each time it is read."""
+
+    documents: tuple[str, ...]
+    log: Path | None = None
+    killed_after: int | None = None
+    name: str = "texts"
+    size: int | None = None
+    digest: str = field(default="", init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "digest", repr(self.documents))
+
+    def pieces(self) -> Iterator[Piece]:
+        if self.log:
+            with open(self.log, "a") as file:
+                file.write("read\n")
+        for index, document in enumerate(self.documents):
+            if index == self.killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield from cut_document([document])
+
+
+@pytest.fixture(scope="module")
+def with_bos_and_eos():
+    text = "".join(f"some {i} words {i * i} more\n" for i in range(2000))
+    return SentencePieceTokenizer(train_sentencepiece([text], 330))
+
+
+def expected_tokens(documents, tokenizer):
+    """The stored form, written down directly."""
+    parts, offsets = [], [0]
+    for document in documents:
+        tokens = tokenizer.encode(document).tolist()
+        if tokenizer.bos_id is not None:
+            tokens = [tokenizer.bos_id, *tokens]
+        if tokenizer.eos_id != tokenizer.bos_id:
+            tokens = [*tokens, tokenizer.eos_id]
+        parts += tokens
+        offsets.append(len(parts))
+    if tokenizer.eos_id is not None and tokenizer.eos_id == tokenizer.bos_id:
+        parts.append(tokenizer.eos_id)
+    return parts, offsets
+
+
+DOCUMENTS = tuple(f"Dokument {i}\n" + "größer\n" * (17 * i % 900) for i in range(60))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_store_holds_the_tokens_of_direct_tokenisation(
+    tmp_path, monkeypatch, with_bos_and_eos, workers
+):
+    monkeypatch.setattr("lm.data.pieces.PIECE", 900)  # several pieces a document
+    monkeypatch.setattr(tokenization, "PIECE", 5000)  # several pieces a block
+    monkeypatch.setattr(tokenization, "_SMALL", 100)  # worker processes at once
+    kinds = [ByteTokenizer(), CharTokenizer.fit(DOCUMENTS)]
+    for tokenizer in kinds if workers < 3 else [with_bos_and_eos]:
+        store = build_store(Texts(DOCUMENTS), tokenizer, tmp_path, workers)
+        tokens, offsets = expected_tokens(DOCUMENTS, tokenizer)
+        assert store.tokens.tolist() == tokens
+        assert store.offsets.tolist() == offsets
+        assert store.tokens.dtype == np.uint16
+        assert store.manifest.n_tokens == len(tokens)
+        assert store.manifest.n_documents == len(DOCUMENTS)
+        assert store.manifest.n_characters == sum(map(len, DOCUMENTS))
+        assert store.manifest.n_bytes == sum(len(text.encode()) for text in DOCUMENTS)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text("aé \n", min_size=1), min_size=1))
+def test_any_documents_are_stored(tmp_path_factory, documents):
+    store = build_store(Texts(tuple(documents)), ByteTokenizer(), tmp_path_factory.mktemp("c"), 1)
+    tokens, offsets = expected_tokens(documents, ByteTokenizer())
+    assert store.tokens.tolist() == tokens
+    assert store.offsets.tolist() == offsets
+
+
+def test_large_vocabularies_take_32_bits(tmp_path):
+    tokenizer = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 70_000))))
+    store = build_store(Texts((tokenizer.alphabet[-3:],)), tokenizer, tmp_path)
+    assert store.tokens.dtype == np.uint32
+    assert store.tokens.tolist() == [69_997, 69_998, 69_999]
+
+
+def test_a_finished_store_is_not_built_again(tmp_path):
+    texts = Texts(("one", "two"), log=tmp_path / "log")
+    for _ in range(3):
+        build_store(texts, ByteTokenizer(), tmp_path)
+    assert (tmp_path / "log").read_text() == "read\n"
+    build_store(texts, CharTokenizer.fit(texts.documents), tmp_path)
+    assert (tmp_path / "log").read_text() == "read\n" * 2
+
+
+def in_processes(function, arguments):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=function, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_several_processes_build_a_store_once(tmp_path):
+    texts = Texts(DOCUMENTS * 20, log=tmp_path / "log")
+    exit_codes = in_processes(build_store, [(texts, ByteTokenizer(), tmp_path, 1)] * 3)
+    assert exit_codes == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "read\n"
+
+
+def test_a_build_that_was_killed_is_noticed_and_done_again(tmp_path, capfd):
+    dying = Texts(DOCUMENTS, killed_after=30)
+    assert in_processes(build_store, [(dying, ByteTokenizer(), tmp_path, 1)]) == [-signal.SIGKILL]
+    (left_over,) = (tmp_path / "stores").glob("*.partial")
+    assert not (left_over / "manifest.json").exists()
+    store = build_store(Texts(DOCUMENTS), ByteTokenizer(), tmp_path)
+    assert store.tokens.tolist() == expected_tokens(DOCUMENTS, ByteTokenizer())[0]
+    assert "was interrupted: building it again" in capfd.readouterr().err
+    assert not left_over.exists()
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_store_is_noticed_and_built_again(tmp_path, capfd, name, damage):
+    texts = Texts(("one", "two"))
+    path = build_store(texts, ByteTokenizer(), tmp_path).directory / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    store = build_store(texts, ByteTokenizer(), tmp_path)
+    assert store.tokens.tolist() == expected_tokens(texts.documents, ByteTokenizer())[0]
+    assert "is damaged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EROFS, "be written")],
+)
+def test_a_disk_that_cannot_be_written_is_said_and_leaves_nothing(
+    tmp_path, monkeypatch, code, words
+):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lm.data.store, "write_durably", fail)
+    with pytest.raises(UserError, match=f"{words}.*--config.data.cache_directory"):
+        build_store(Texts(("one",)), ByteTokenizer(), tmp_path)
+    assert [path.suffix for path in (tmp_path / "stores").iterdir()] == [".lock"]
+
+
+def test_errors_of_worker_processes_reach_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenization, "_SMALL", 1)
+    with pytest.raises(UserError, match="U\\+007A"):
+        build_store(Texts(("a" * 100, "z")), CharTokenizer("a"), tmp_path, 2)
+
+
+class KillsItsProcess(ByteTokenizer):
+    def encode(self, text):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_process_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenization, "_SMALL", 1)
+    with pytest.raises(UserError, match="was killed.*workers"):
+        build_store(Texts(("a" * 100,)), KillsItsProcess(), tmp_path, 2)
+
+
+def test_documents_without_tokens_are_none(tmp_path):
+    class Letters(CharTokenizer):
+        def encode(self, text):
+            return super().encode(text.replace(" ", ""))
+
+    store = build_store(Texts(("ab", "  ", "b")), Letters("ab"), tmp_path, 1)
+    assert store.offsets.tolist() == [0, 2, 3]
+    with pytest.raises(UserError, match="texts holds no tokens"):
+        build_store(Texts((" ",)), Letters("ab"), tmp_path, 1)
+
+
+def test_progress_is_shown_on_stderr(tmp_path, capfd):
+    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "a", progress=True)
+    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "b", progress=False)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("tokenising texts") >= 1
+    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "c", progress=False)
+    assert capfd.readouterr().err == ""
