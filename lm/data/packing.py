@@ -22,7 +22,9 @@ class Windows:
 
     An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (the documents of the
     window, counted from 1; 0 for padding beyond the end) and "positions" (from the start of the
-    document's part in the window). Without `isolate` a window is a single segment.
+    document's part in the window). Without `isolate` a window is a single segment. "weights",
+    float32 [length], is 1 where the next token is a target: of the same document, or the
+    delimiter that ends it by starting another.
     """
 
     store: TokenStore
@@ -47,10 +49,14 @@ class Windows:
             segment_ids, positions = self._documents(start, start + len(found))
         else:
             segment_ids, positions = (part[: len(found)] for part in self._one_segment)
+        in_document = segment_ids[1:] == segment_ids[:-1]
+        if self.store.manifest.delimiter is not None:
+            in_document |= found[1:] == self.store.manifest.delimiter
         example = {
             "tokens": found.astype(np.int32),
             "segment_ids": segment_ids,
             "positions": positions,
+            "weights": in_document.astype(np.float32),
         }
         if len(found) == size:
             return example

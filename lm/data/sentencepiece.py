@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,9 @@ from lm.errors import UserError
 
 # SentencePiece writes a space as this character, so its own occurrences need spelling in bytes.
 _SPACE_MARK = "\u2581"
-_SAMPLE = 2_000  # characters of one training sample: several lines, so newlines are learnt too
-_MOST_SAMPLES = 10_000
+_STRETCH = 2_000  # characters encoded or trained on at once: several lines, to learn newlines too
+_BEFORE_SPACE = re.compile(r"[^ ](?= )")
+_MOST_STRETCHES = {"bpe": 10_000, "unigram": 2_000}  # to train in seconds: unigram is slow
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class SentencePieceTokenizer(Tokenizer):
         lossless = "".join(processor.encode(probe, out_type=str)) == probe.replace(" ", _SPACE_MARK)
         return ids if lossless and all(map(processor.is_byte, ids)) else None
 
+    @cached_property
+    def _ends_before_space(self) -> bool:
+        """Whether no piece goes on with a space, so that texts can be cut before one."""
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in pieces)
+
     @property
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
@@ -60,14 +68,17 @@ class SentencePieceTokenizer(Tokenizer):
         return _present(self._processor.eos_id())
 
     def encode(self, text: str) -> np.ndarray:
-        processor, space_mark = self._processor, self._space_mark_ids
-        if space_mark is None or _SPACE_MARK not in text:
-            return np.asarray(processor.encode(text), np.int32)
-        first, *rest = processor.encode(text.split(_SPACE_MARK))
-        ids = list(first)
-        for part in rest:
-            ids += space_mark + part
-        return np.asarray(ids, np.int32)
+        if self._space_mark_ids is None:
+            return np.asarray(self._processor.encode(text), np.int32)
+        first, *rest = map(self._encode_part, text.split(_SPACE_MARK))
+        for ids in rest:
+            first += self._space_mark_ids + ids
+        return np.asarray(first, np.int32)
+
+    def _encode_part(self, text: str) -> list[int]:
+        # SentencePiece takes more than twice as long for the same text in one stretch.
+        stretches = _cut_before_spaces(text) if self._ends_before_space else [text]
+        return [i for ids in self._processor.encode(stretches, num_threads=1) for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -84,6 +95,14 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(files["tokenizer.model"])
 
 
+def _cut_before_spaces(text: str) -> list[str]:
+    stretches, start = [], 0
+    while cut := _BEFORE_SPACE.search(text, start + _STRETCH):
+        stretches.append(text[start : cut.end()])
+        start = cut.end()
+    return [*stretches, text[start:]]
+
+
 def _present(special_id: int) -> int | None:
     return special_id if special_id >= 0 else None
 
@@ -95,12 +114,13 @@ def train_sentencepiece(
 
     It keeps every character of a text: identity normalisation, no dummy prefix, all whitespace,
     and bytes for rare characters. The same texts give the same model; of much text a seeded sample
-    of 20 million characters is used. UserError if `vocab_size` does not fit the text.
+    is used: 20 million characters, for unigram 4 million. UserError if `vocab_size` does not fit
+    the text.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(texts, seed)),
+            sentence_iterator=iter(_sample(texts, _MOST_STRETCHES[model_type], seed)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -110,7 +130,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _SAMPLE,
+            max_sentence_length=4 * _STRETCH,
             num_threads=4,  # fixed: the unigram trainer's sums depend on it
             minloglevel=3,
         )
@@ -123,14 +143,14 @@ def train_sentencepiece(
     return model.getvalue()
 
 
-def _sample(texts: Iterable[str], seed: int) -> list[str]:
+def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
     """A uniform sample of the stretches of all texts (reservoir sampling), in a fixed order."""
     rng = random.Random(seed)
     kept: list[str] = []
     for seen, stretch in enumerate(_stretches(texts)):
-        if len(kept) < _MOST_SAMPLES:
+        if len(kept) < most:
             kept.append(stretch)
-        elif (place := rng.randrange(seen + 1)) < _MOST_SAMPLES:
+        elif (place := rng.randrange(seen + 1)) < most:
             kept[place] = stretch
     return kept
 
@@ -138,5 +158,5 @@ def _sample(texts: Iterable[str], seed: int) -> list[str]:
 def _stretches(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         text = text.replace(_SPACE_MARK, "").replace("\0", "")
-        for start in range(0, len(text), _SAMPLE):
-            yield text[start : start + _SAMPLE]
+        for start in range(0, len(text), _STRETCH):
+            yield text[start : start + _STRETCH]

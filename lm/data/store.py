@@ -17,12 +17,15 @@ from lm.data.tokenization import tokenize
 from lm.data.tokenizer_interface import Tokenizer
 from lm.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store was made of, and its sizes; n_bytes counts the text as UTF-8."""
+    """What a store was made of, and its sizes; n_bytes counts the text as UTF-8.
+
+    `delimiter` is the token that both starts and ends documents, if the tokenizer has one.
+    """
 
     format: int
     source: str
@@ -33,6 +36,7 @@ class Manifest:
     n_documents: int
     n_bytes: int
     n_characters: int
+    delimiter: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,7 @@ def _write(
         n_documents=n_documents,
         n_bytes=n_bytes,
         n_characters=n_characters,
+        delimiter=tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None,
     )
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
 

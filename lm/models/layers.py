@@ -97,7 +97,9 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, ids_BL, axis=0).astype(self.dtype)
+        # A row is looked up whole: a width sharded like the parameter would be reshuffled after.
+        table = constrain(self.embedding.astype(self.dtype), self.row_name, "embed")
+        return jnp.take(table, ids_BL, axis=0)
 
     def first(self, length: int) -> jax.Array:
         """Rows 0 … length - 1, as a slice: its gradient is no scatter."""

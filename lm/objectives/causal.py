@@ -22,13 +22,12 @@ class Causal:
     isolate_documents: bool
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """From L + 1 tokens: inputs, targets and weights [L]; segment ids and positions [L]."""
+        """From a window of L + 1 tokens: inputs, targets, weights, segments and positions [L]."""
         tokens, segments = example["tokens"], example["segment_ids"]
-        weights = (segments[1:] > 0) & (segments[1:] == segments[:-1])
         features = {
             "inputs": tokens[:-1],
             "targets": tokens[1:],
-            "weights": weights.astype(np.float32),
+            "weights": example["weights"],
         }
         if self.isolate_documents:
             features |= {"segment_ids": segments[:-1], "positions": example["positions"][:-1]}

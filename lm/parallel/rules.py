@@ -36,6 +36,7 @@ ACTIVATIONS: Rules = {
     "length": (),
     "embed": (),
     "vocab": ("tensor",),
+    "positions": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

@@ -14,7 +14,7 @@ def store_of(lengths: list[int], final_delimiter: bool = False) -> TokenStore:
     """A store in memory, whose token at place i is i."""
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
     n_tokens = int(offsets[-1]) + final_delimiter
-    manifest = Manifest(1, "memory", "", "", "uint16", n_tokens, len(lengths), 0, 0)
+    manifest = Manifest(2, "memory", "", "", "uint16", n_tokens, len(lengths), 0, 0, None)
     return TokenStore(Path(), manifest, np.arange(n_tokens, dtype=np.uint16), offsets)
 
 
@@ -29,6 +29,7 @@ def test_evaluation_makes_every_token_but_the_first_a_target_once(store, length,
     targets = []
     for i in range(len(examples)):
         example = examples[i]
+        assert example.pop("weights").shape == (length,)
         assert {values.shape for values in example.values()} == {(length + 1,)}
         assert {values.dtype for values in example.values()} == {np.dtype(np.int32)}
         real = example["segment_ids"] > 0
@@ -57,6 +58,21 @@ def test_a_shared_delimiter_starts_a_segment_of_its_own_at_the_end():
     example = windows(store_of([3, 2], final_delimiter=True), 6, 6, True, False)[0]
     assert example["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 0]
     assert example["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0]
+
+
+def test_targets_are_of_the_same_document():
+    example = windows(store_of([3, 2]), 6, 6, True, False)[0]
+    assert example["weights"].tolist() == [1, 1, 0, 1, 0, 0]
+    example = windows(store_of([3, 2]), 6, 6, False, False)[0]
+    assert example["weights"].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_a_shared_delimiter_is_the_target_that_ends_a_document():
+    offsets = np.array([0, 3, 5])
+    tokens = np.array([9, 1, 2, 9, 3, 9], np.uint16)
+    manifest = Manifest(2, "memory", "", "", "uint16", 6, 2, 0, 0, delimiter=9)
+    example = windows(TokenStore(Path(), manifest, tokens, offsets), 7, 7, True, False)[0]
+    assert example["weights"].tolist() == [1, 1, 1, 1, 1, 0, 0]
 
 
 def test_without_isolation_a_window_is_one_segment():

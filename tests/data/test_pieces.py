@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -5,16 +6,14 @@ from lm.data import pieces
 from lm.data.pieces import cut_document
 
 
-def _small_pieces(monkeypatch_context):
-    monkeypatch_context.setattr(pieces, "PIECE", 8)
-    monkeypatch_context.setattr(pieces, "LONGEST_PIECE", 32)
+def _small_pieces(patch):
+    patch.setattr(pieces, "PIECE", 8)
+    patch.setattr(pieces, "LONGEST_PIECE", 32)
 
 
 @settings(deadline=None)
 @given(st.text("ab \n", max_size=300), st.lists(st.integers(1, 50)))
 def test_pieces_join_to_the_document_and_ignore_how_it_was_read(text, sizes):
-    import pytest
-
     with pytest.MonkeyPatch.context() as patch:
         _small_pieces(patch)
         whole = list(cut_document([text]))

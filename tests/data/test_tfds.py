@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -5,11 +7,15 @@ import tensorflow_datasets as tfds
 from lm.data.corpora import has_validation, open_corpus
 from lm.errors import UserError
 
-TEXTS = {"train": ["first text", "second\ntext", "größer"], "validation": ["held out"]}
+TEXTS = {
+    "train": ["first text", "second\ntext", "größer"],
+    "validation": ["held out"],
+    "test": ["HELD OUT"],
+}
 
 
 class TinyTexts(tfds.core.GeneratorBasedBuilder):
-    """A data set of four texts."""
+    """A data set of five texts."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -48,7 +54,10 @@ def test_a_prepared_data_set_gives_its_splits(make_data, prepared):
     assert sorted(texts(train)) == sorted(TEXTS["train"])
     assert texts(train) == texts(train)
     assert texts(validation) == TEXTS["validation"]
-    assert train.digest != validation.digest
+    same_sizes = open_corpus(
+        "tfds:tiny_texts", make_data(directory=prepared, split="test"), "train"
+    )
+    assert len({train.digest, validation.digest, same_sizes.digest}) == 3
     assert train.digest == open_corpus("tfds:tiny_texts", data, "train").digest
 
 
@@ -66,8 +75,6 @@ def test_a_fraction_is_held_out_where_the_validation_split_is_missing(make_data,
 
 
 def test_a_registered_data_set_is_read_without_tensorflow(make_data):
-    import sys
-
     with tfds.testing.mock_data(num_examples=5):
         found = texts(open_corpus("tfds:lm1b", make_data(), "train"))
     assert len(found) == 5
@@ -83,7 +90,11 @@ def test_a_registered_data_set_is_read_without_tensorflow(make_data):
         ({"directory": "/nowhere"}, "tfds:tiny_texts", ["not prepared", "download_and_prepare"]),
         ({"field": "body"}, "tfds:tiny_texts", ["no field 'body' (there are: stars, text)"]),
         ({"field": "stars"}, "tfds:tiny_texts", ["'stars' is not text"]),
-        ({"split": "dev"}, "tfds:tiny_texts", ["no split 'dev' (there are: train, validation)"]),
+        (
+            {"split": "dev"},
+            "tfds:tiny_texts",
+            ["no split 'dev' (there are: test, train, validation)"],
+        ),
     ],
 )
 def test_what_is_wrong_with_a_data_set_is_said(make_data, prepared, changes, spec, words):

@@ -1,13 +1,16 @@
 import builtins
 import inspect
+import io
 import json
 import pickle
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import lm.data.tokenizers
 from lm.data.characters import ByteTokenizer, CharTokenizer
 from lm.data.dataset import open_tokenizer
 from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
@@ -105,9 +108,48 @@ def test_training_sentencepiece_is_deterministic_and_lossless(model_type):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(deadline=None)
+@given(st.text("ab \n", max_size=200))
+def test_long_texts_encode_as_in_one_stretch(pieces, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.data.sentencepiece._STRETCH", 5)
+        assert pieces.encode(text).tolist() == pieces._processor.encode(text)
+
+
+def test_pieces_across_spaces_are_kept_together(monkeypatch):
+    monkeypatch.setattr("lm.data.sentencepiece._STRETCH", 5)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(TRAINING).splitlines()),
+        model_writer=model,
+        vocab_size=900,
+        byte_fallback=True,
+        model_type="bpe",
+        split_by_whitespace=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=3,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    text = TRAINING[0]
+    assert tokenizer.encode(text).tolist() == tokenizer._processor.encode(text)
+
+
 def test_sentencepiece_learns_pieces_of_whitespace(pieces):
-    assert len(pieces.encode("    return x")) <= 3
-    assert len(pieces.encode("\n\n\n")) <= 2
+    assert len(pieces.encode("        ")) == 1
+    assert len(pieces.encode(":\n")) == 1
+
+
+def test_of_much_text_the_same_sample_from_everywhere_is_trained_on(monkeypatch):
+    monkeypatch.setattr("lm.data.sentencepiece._MOST_STRETCHES", {"bpe": 40})
+    texts = [chr(0x4E00 + i) * 500 for i in range(200)]
+    model = train_sentencepiece(texts, 300)
+    assert model == train_sentencepiece(texts, 300)
+    tokenizer = SentencePieceTokenizer(model)
+    sampled = [i for i, text in enumerate(texts) if tokenizer.token_id(text[0]) is not None]
+    assert 30 <= len(sampled) <= 40
+    assert min(sampled) < 50 < 150 < max(sampled)
 
 
 def test_an_impossible_vocabulary_size_is_said():
@@ -117,10 +159,6 @@ def test_an_impossible_vocabulary_size_is_said():
 
 
 def test_other_sentencepiece_models_encode_as_sentencepiece_does():
-    import io
-
-    import sentencepiece
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("".join(TRAINING).splitlines()),
@@ -199,8 +237,6 @@ def test_a_config_names_each_kind(make_data, tmp_path, all_kinds):
 
 
 def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp_path, monkeypatch):
-    import lm.data.tokenizers
-
     path = tmp_path / "a.txt"
     path.write_text("".join(TRAINING))
     first = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))

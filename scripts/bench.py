@@ -1,0 +1,202 @@
+"""Speed of the training step and of the loop round it, on this machine.
+
+    python scripts/bench.py [--json] [--sizes 10m 124m] [--dtypes float32 bfloat16]
+                            [--nanodo CHECKOUT]
+
+For each size and type: milliseconds and tokens a second of the compiled step, and what fraction
+it reaches of the rate of a plain matrix product on this machine (model FLOPs, causal attention
+counted once). Then a short real run at the 10M size on the standard library's source: the share
+of time spent waiting for data, and the pause of a checkpoint against one minute.
+With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed in
+turn with ours at the same shapes. Figures are medians; the sides alternate, so the ratio holds on
+a noisy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import default
+from lm.experiment import Experiment, build
+from lm.flops import model_flops_per_token
+
+SIZES = {  # layers, d_model, heads, vocabulary, length, batch
+    "10m": (6, 384, 6, 256, 256, 8),
+    "124m": (12, 768, 12, 50257, 512, 2),
+}
+
+
+def bench_config(size: str, dtype: str):
+    """A GPT-2 style model of the size, with the stdlib corpus as bytes."""
+    n_layers, d_model, n_heads, vocab, length, batch = SIZES[size]
+    config = default()
+    model, data = config.model, config.data
+    model.n_layers, model.d_model, model.n_heads = n_layers, d_model, n_heads
+    model.vocab_size, model.dtype = vocab, dtype
+    model.bias = model.norm_bias = False
+    data.sequence_length, data.batch_size = length, batch
+    data.isolate_documents = False
+    config.train.scan_unroll = 0
+    return config
+
+
+def our_step(experiment: Experiment) -> Callable[[], None]:
+    """A function that runs one step and waits for it."""
+    state = experiment.init_state()
+    config = experiment.config
+    shape = (1, config.data.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
+    batch = jax.device_put(batch, experiment.batch_sharding)
+    program = experiment.train_steps.lower(state, batch).compile()
+    box = [state]
+
+    def run() -> None:
+        box[0], metrics = program(box[0], batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def nanodo_step(checkout: str, size: str, dtype: str) -> Callable[[], None]:
+    """The same for nanodo's model and AdamW."""
+    sys.path.insert(0, checkout)
+    import optax
+    from nanodo import model as nanodo
+
+    n_layers, d_model, n_heads, vocab, length, batch = SIZES[size]
+    shape = (batch, length)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, vocab, shape, np.int32))
+    model = nanodo.TransformerDo(
+        nanodo.DoConfig(
+            D=d_model,
+            H=n_heads,
+            L=length,
+            N=n_layers,
+            V=vocab,
+            F=4 * d_model,
+            dtype=jnp.dtype(dtype),
+            fsdp_enabled=False,
+        )
+    )
+    params = model.init(jax.random.key(0), tokens)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, 0.9, 0.95, weight_decay=0.1)
+    )
+
+    def loss(params):
+        logits = model.apply(params, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+    def step(params, opt_state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    box = [params, optimizer.init(params)]
+
+    def run() -> None:
+        *box[:], value = step(*box)
+        jax.block_until_ready(value)
+
+    return run
+
+
+def median_seconds(runs: list[Callable[[], None]], seconds: float = 20.0) -> list[float]:
+    """The median time of each function; they are called in turn, for `seconds` in all."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for run, spent in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+    return [statistics.median(spent) for spent in times]
+
+
+def matmul_rate(dtype: str, n: int = 2048) -> float:
+    """FLOP/s of an n × n × n product with float32 results."""
+    x = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    return 2 * n**3 / median_seconds([lambda: jax.block_until_ready(product(x))], 2.0)[0]
+
+
+def bench_step(size: str, dtype: str, rate: float, nanodo: str | None) -> dict:
+    experiment = build(bench_config(size, dtype), jax.devices()[:1])
+    runs = [our_step(experiment)]
+    if nanodo:
+        runs.append(nanodo_step(nanodo, size, dtype))
+    seconds = median_seconds(runs)
+    tokens = experiment.config.data.batch_size * experiment.config.data.sequence_length
+    result = {
+        "size": size,
+        "dtype": dtype,
+        "ms_per_step": 1e3 * seconds[0],
+        "tokens_per_second": tokens / seconds[0],
+        "fraction_of_matmul_rate": model_flops_per_token(experiment) * tokens / seconds[0] / rate,
+    }
+    if nanodo:
+        result["nanodo_ms_per_step"] = 1e3 * seconds[1]
+        result["times_nanodo"] = seconds[1] / seconds[0]
+    return result
+
+
+def bench_loop(steps: int = 60) -> dict:
+    """Data wait and checkpoint pause of a real run, at the 10M size in float32."""
+    from lm.training.train import train
+
+    config = bench_config("10m", "float32")
+    config.train.steps = steps
+    config.checkpoint.every_steps = steps // 3
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        train(config, workdir)
+        seconds = json.loads((workdir / "clock.json").read_text())["seconds"]
+    pause = seconds["checkpoint"] / 3
+    return {
+        "data_wait_fraction": seconds["data"] / (seconds["data"] + seconds["step"]),
+        "checkpoint_pause_seconds": pause,
+        "checkpoint_stall_at_one_a_minute": pause / 60,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--nanodo", metavar="CHECKOUT")
+    args = parser.parse_args()
+    rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
+    steps = [
+        bench_step(size, dtype, rates[dtype], args.nanodo)
+        for size in args.sizes
+        for dtype in args.dtypes
+    ]
+    report = {"matmul_flops": rates, "steps": steps, "loop": bench_loop()}
+    if args.json:
+        print(json.dumps(report))
+        return
+    for dtype, rate in rates.items():
+        print(f"matrix product {dtype}: {rate / 1e9:,.0f} GFLOP/s")
+    for row in [*steps, report["loop"]]:
+        shown = (f"{k} {v:,.4g}" if isinstance(v, float) else str(v) for k, v in row.items())
+        print(", ".join(shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train the embedded default on this machine's CPU, validate it, and let it write some Python.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+workdir="${1:-runs/quickstart}"
+export JAX_PLATFORMS=cpu
+
+.venv/bin/lm train --config experiments/stdlib.py --workdir "$workdir"
+echo
+echo "A sample, continuing 'def ':"
+.venv/bin/lm generate --workdir "$workdir" --max_new_tokens 200 --temperature 0.7 --top_p 0.95 \
+    --prompt "$(printf 'import os\nimport sys\n\n\ndef ')"
