@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -303,10 +304,9 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         initialize(args.coordinator, args.num_processes, args.process_id)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 2 an error of the user's, 75 stopped and resumable."""
+def _run(arguments: Sequence[str]) -> int:
     try:
-        args, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        args, overrides = _parse(arguments)
         _set_up_jax(args)
         return args.function(args, overrides)
     except UserError as error:
@@ -322,3 +322,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0 done, 2 an error of the user's, 75 stopped and resumable."""
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code in (1, 2):
+        from lm.parallel.hosts import leave
+
+        leave(code)
+    return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -53,6 +54,17 @@ def _cluster_announced() -> bool:
 def is_lead() -> bool:
     """Whether this process writes what is written once (metrics, progress, reports)."""
     return jax.process_index() == 0
+
+
+def leave(code: int) -> None:
+    """End a failed process of several at once.
+
+    The orderly end waits for the other processes, and they would wait for this one's step.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Agreement:

@@ -118,7 +118,7 @@ class Checkpoints:
 def _checksums(state: TrainState) -> list[jax.Array]:
     """The bits of every array, added up modulo 2^32: an order-free sum, so exact on any mesh."""
     return [
-        jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
+        jnp.sum(leaf.view(f"uint{8 * leaf.dtype.itemsize}"), dtype=jnp.uint32)
         for leaf in jax.tree.leaves(state)
     ]
 

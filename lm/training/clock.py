@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lm.parallel.hosts import is_lead
 from lm.training.files import write_atomically
 
 PARTS = ("compile", "data", "step", "eval", "checkpoint", "other")
@@ -55,5 +56,6 @@ class Clock:
         }
 
     def save(self, step: int) -> None:
-        """Write the summary where the next start finds it."""
-        write_atomically(self._file, json.dumps(self.summary(step), indent=1))
+        """Write the summary where the next start finds it; the lead process does."""
+        if is_lead():
+            write_atomically(self._file, json.dumps(self.summary(step), indent=1))

@@ -1,0 +1,190 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.kernels.attention import Dropout, Visibility, attention
+
+KERNELS = ("xla", "tiled")
+run = jax.jit(attention, static_argnames="kernel")
+
+
+def naive_attention(q, k, v, causal, query_segments, key_segments, offset):
+    """Equation 1 of Vaswani et al. 2017, one query and one head at a time, in float64."""
+    n_rows, n_queries, n_heads, width = q.shape
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(n_rows, n_queries, n_heads):
+        group = h * k.shape[2] // n_heads
+        seen = [
+            j
+            for j in range(k.shape[1])
+            if not (causal and j > offset + i) and query_segments[b, i] == key_segments[b, j]
+        ]
+        scores = np.array([q[b, i, h] @ k[b, j, group] for j in seen]) / np.sqrt(width)
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights / weights.sum() @ v[b, seen, group]
+    return out
+
+
+def make_inputs(length, n_kv_heads, n_keys=None, n_heads=4, head_dim=8, batch=2):
+    rng = np.random.default_rng(length + n_kv_heads)
+    q = rng.normal(size=(batch, length, n_heads, head_dim))
+    k, v = rng.normal(size=(2, batch, n_keys or length, n_kv_heads, head_dim))
+    return q, k, v
+
+
+def make_segments(length, batch=2):
+    """Documents of uneven lengths, others in every row."""
+    rng = np.random.default_rng(length)
+    return np.cumsum(rng.random((batch, length)) < 0.15, axis=1) + 1
+
+
+def as_float32(*arrays):
+    return [jnp.asarray(x, jnp.float32) for x in arrays]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "n_kv_heads"), [(64, 2), (40, 1), (33, 4), (1, 2)])
+def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
+    q, k, v = make_inputs(length, n_kv_heads)
+    one = np.ones((2, length), int)
+    segments = make_segments(length) if segmented else one
+    visibility = Visibility(causal, *([jnp.asarray(segments)] * 2 if segmented else []))
+    out = run(*as_float32(q, k, v), visibility, kernel=kernel)
+    expected = naive_attention(q, k, v, causal, segments, segments, 0)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_offset_places_the_queries_among_earlier_keys(kernel, traced):
+    q, k, v = make_inputs(3, 2, n_keys=12)
+    key_segments = np.array([[0, 0] + [1] * 8 + [0, 0], [1] * 10 + [0, 0]])
+    query_segments = np.ones((2, 3), int)
+    offset = jnp.asarray(7) if traced else 7
+    visibility = Visibility(True, jnp.asarray(query_segments), jnp.asarray(key_segments), offset)
+    out = run(*as_float32(q, k, v), visibility, kernel=kernel)
+    expected = naive_attention(q, k, v, True, query_segments, key_segments, 7)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_gradients_are_the_slopes_of_the_definition(kernel, segmented):
+    length = 32
+    q, k, v = make_inputs(length, 2, head_dim=4, batch=1)
+    segments = make_segments(length, 1) if segmented else np.ones((1, length), int)
+    rng = np.random.default_rng(0)
+    cotangent = rng.normal(size=q.shape)
+    visibility = Visibility(True, jnp.asarray(segments), jnp.asarray(segments))
+
+    def loss(*qkv):
+        return (attention(*qkv, visibility, kernel=kernel) * cotangent).sum()
+
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*as_float32(q, k, v))
+    for i, grad in enumerate(grads):
+        direction = rng.normal(size=grad.shape)
+
+        def moved(by, i=i, direction=direction):
+            at = [x + by * direction if j == i else x for j, x in enumerate((q, k, v))]
+            return (naive_attention(*at, True, segments, segments, 0) * cotangent).sum()
+
+        slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        assert float((grad * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("length", "n_kv_heads"), [(64, 4), (40, 1)])
+def test_tiled_has_the_gradients_of_xla(segmented, length, n_kv_heads):
+    qkv = as_float32(*make_inputs(length, n_kv_heads))
+    segments = jnp.asarray(make_segments(length)) if segmented else None
+    cotangent = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+
+    def gradients(kernel):
+        visibility = Visibility(True, segments, segments)
+
+        def loss(*qkv):
+            return (attention(*qkv, visibility, kernel=kernel) * cotangent).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*qkv)
+
+    for tiled, plain in zip(gradients("tiled"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(tiled, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(kernel):
+    qkv = as_float32(*make_inputs(32, 2))
+    visibility = Visibility(True, jnp.ones((2, 32), int), jnp.zeros((2, 32), int))
+
+    def loss(*qkv):
+        return attention(*qkv, visibility, kernel=kernel).sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv)
+    assert np.isfinite(value)
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_in_bfloat16_out_with_float32_sums(kernel):
+    q, k, v = make_inputs(64, 2)
+    rounded = [x.astype(jnp.bfloat16) for x in as_float32(q, k, v)]
+    out = run(*rounded, Visibility(True), kernel=kernel)
+    assert out.dtype == jnp.bfloat16
+    one = np.ones((2, 64), int)
+    exact = naive_attention(*(np.asarray(x, np.float64) for x in rounded), True, one, one, 0)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_scores_do_not_overflow(kernel):
+    q, k, v = make_inputs(32, 4)
+    out = run(*as_float32(300 * q, 300 * k, v), Visibility(True), kernel=kernel)
+    one = np.ones((2, 32), int)
+    np.testing.assert_allclose(
+        out, naive_attention(300 * q, 300 * k, v, True, one, one, 0), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_keeps_the_expectation_of_every_weight(kernel):
+    n, rate = 32, 0.25
+    q, k, _ = as_float32(*make_inputs(n, 1, n_heads=1, head_dim=n, batch=1))
+    identity = jnp.eye(n)[None, :, None]  # as values: the output is the weights themselves
+
+    def weights(key):
+        dropout = None if key is None else Dropout(key, rate)
+        return attention(q, k, identity, Visibility(True), kernel=kernel, dropout=dropout)[0, :, 0]
+
+    clean = np.asarray(jax.jit(weights)(None))
+    keys = jax.random.split(jax.random.key(0), 400)
+    dropped = np.asarray(jax.jit(jax.vmap(weights))(keys))
+
+    seen = np.tril(np.ones((n, n), bool))
+    kept = dropped != 0
+    assert not kept[:, ~seen].any()
+    np.testing.assert_allclose(np.where(kept, dropped * (1 - rate), 0), kept * clean, atol=1e-6)
+    # 400 draws of probability 0.75 lie within five deviations of their mean, for every weight.
+    shares = kept.mean(0)[seen & (clean > 1e-6)]
+    assert abs(shares - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / 400)
+    # Queries are dropped apart from one another, also across tiles.
+    patterns = kept[:, n // 2 :, : n // 2].reshape(400, n // 2, -1)
+    agreement = (patterns[:, :, None] == patterns[:, None]).mean((0, 3))
+    assert agreement[~np.eye(n // 2, dtype=bool)].max() < 0.75
+    tiles = kept[:, n // 2 :, : n // 2] == kept[:, : n // 2, : n // 2]
+    assert tiles[:, np.tril(np.ones((n // 2, n // 2), bool), -1)].mean() < 0.75
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_is_a_function_of_its_key(kernel):
+    qkv = as_float32(*make_inputs(32, 2))
+
+    @jax.jit
+    def out(key):
+        return attention(*qkv, Visibility(True), kernel=kernel, dropout=Dropout(key, 0.5))
+
+    one, again, other = (out(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert abs(one - other).max() > 0.1

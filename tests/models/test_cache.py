@@ -1,0 +1,81 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+MIXES = {
+    "gpt2": {},
+    "llama": {
+        "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_heads": 2,
+        "bias": False, "tie_embeddings": False,
+    },
+    "2017": {"positions": "sinusoidal", "norm_placement": "post", "activation": "relu"},
+    "none": {
+        "positions": "none", "norm": "rmsnorm", "norm_placement": "post", "activation": "geglu",
+        "n_kv_heads": 1,
+    },
+    "wide heads": {
+        "positions": "rotary", "norm_bias": False, "activation": "gelu_erf", "head_dim": 16,
+        "n_kv_heads": 2, "attention": "tiled", "scan_unroll": 0,
+    },
+}  # fmt: skip
+LENGTH, PREFILL = 12, 6
+LENGTHS = np.array([4, 6, 1])  # of the prompts, padded on the left to PREFILL
+TOKENS = np.random.default_rng(0).integers(0, 48, (3, LENGTH))
+
+
+@pytest.fixture(params=MIXES)
+def mix(request, make_model):
+    return make_model(**MIXES[request.param])
+
+
+def decode(model, params, tokens, positions, segments):
+    """Logits of PREFILL tokens at once, then of one token at a time, through the cache."""
+    step = functools.partial(jax.jit(model.apply), {"params": params})
+    cache = model.empty_cache(len(tokens), tokens.shape[1])
+    chunks = [slice(0, PREFILL)] + [slice(i, i + 1) for i in range(PREFILL, tokens.shape[1])]
+    logits = []
+    for chunk in chunks:
+        out, cache = step(tokens[:, chunk], positions[:, chunk], segments[:, chunk], cache)
+        logits.append(out)
+    return np.concatenate(logits, axis=1)
+
+
+def test_cached_decoding_gives_the_full_forward_pass(mix):
+    model, params = mix
+    full = jax.jit(model.apply)({"params": params}, TOKENS)
+    positions = np.broadcast_to(np.arange(LENGTH), TOKENS.shape)
+    cached = decode(model, params, TOKENS, positions, np.ones_like(TOKENS))
+    np.testing.assert_allclose(cached, full, atol=1e-5)
+
+
+def test_left_padded_rows_give_the_full_forward_pass(mix):
+    model, params = mix
+    full = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    pads = PREFILL - LENGTHS
+    width = LENGTH + pads.max()
+    positions = np.arange(width) - pads[:, None]
+    segments = (positions >= 0).astype(int)
+    positions = np.clip(positions, 0, LENGTH - 1)
+    padded = np.take_along_axis(TOKENS, positions, axis=1)
+    cached = decode(model, params, padded, positions, segments)
+    for row, pad in enumerate(pads):
+        np.testing.assert_allclose(cached[row, pad : pad + LENGTH], full[row], atol=1e-5)
+
+
+def test_the_cache_counts_and_does_not_change_its_shape(make_model):
+    model, params = make_model(n_kv_heads=2, dtype=jnp.bfloat16)
+    cache = model.empty_cache(3, LENGTH)
+    apply = jax.jit(model.apply)
+    _, after = apply({"params": params}, TOKENS[:, :5], None, None, cache)
+    assert cache.index == 0
+    assert after.index == 5
+    for field in dataclasses.fields(cache):
+        before, now = getattr(cache, field.name), getattr(after, field.name)
+        assert (before.shape, before.dtype) == (now.shape, now.dtype)
+    assert after.keys_NBSGK.shape == (2, 3, LENGTH, 2, 8)
+    np.testing.assert_array_equal(after.segment_ids_BS[:, :5], 1)
+    np.testing.assert_array_equal(after.segment_ids_BS[:, 5:], 0)

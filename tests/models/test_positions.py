@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.models.positions import rotary_angles, rotate, sinusoidal
+
+
+def test_sinusoidal_is_the_formula_of_the_paper():
+    """Vaswani et al. 2017, §3.5."""
+    table = sinusoidal(jnp.arange(1000)[None], 16)
+    assert table.shape == (1, 1000, 16)
+    for position in (0, 1, 7, 999):
+        for i in range(8):
+            angle = position / 10_000 ** (2 * i / 16)
+            assert table[0, position, 2 * i] == pytest.approx(np.sin(angle), abs=1e-4)
+            assert table[0, position, 2 * i + 1] == pytest.approx(np.cos(angle), abs=1e-4)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_rotary_multiplies_complex_numbers(theta):
+    """Su et al. 2021, eq. 12 and 15; the halves of a head are real and imaginary parts."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 3, 8))
+    positions = rng.integers(0, 500, (2, 9))
+    rotated = rotate(jnp.asarray(x, jnp.float32), rotary_angles(jnp.asarray(positions), 8, theta))
+    frequencies = theta ** (-2 * np.arange(4) / 8)
+    turn = np.exp(1j * positions[..., None] * frequencies)[:, :, None]
+    expected = (x[..., :4] + 1j * x[..., 4:]) * turn
+    np.testing.assert_allclose(rotated[..., :4], expected.real, atol=2e-4)
+    np.testing.assert_allclose(rotated[..., 4:], expected.imag, atol=2e-4)
+
+
+def test_rotary_products_depend_on_the_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def product(query_at, key_at):
+        def turned(x, at):
+            return rotate(x, rotary_angles(jnp.array([[at]]), 16, 1e4))
+
+        return float((turned(q, query_at) * turned(k, key_at)).sum())
+
+    assert product(3, 3) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    assert product(13, 4) == pytest.approx(product(109, 100), abs=1e-4)
+    assert abs(product(13, 4) - product(13, 5)) > 1e-2
+
+
+def test_a_rotary_model_does_not_see_where_a_row_starts(make_model):
+    model, params = make_model(positions="rotary")
+    tokens = np.random.default_rng(0).integers(0, 48, (1, 16))
+    apply = jax.jit(model.apply)
+    first, later, stretched = (
+        apply({"params": params}, tokens, np.arange(16)[None] * by + start)
+        for start, by in ((0, 1), (100, 1), (0, 2))
+    )
+    np.testing.assert_allclose(first, later, atol=1e-4)
+    assert abs(first - stretched).max() > 1e-2
+
+
+def test_bfloat16_vectors_are_rotated_in_float32():
+    x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8), jnp.bfloat16)
+    angles = rotary_angles(jnp.arange(64)[None], 8, 1e4)
+    out = rotate(x, angles)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))

@@ -1,0 +1,102 @@
+"""How the layers are run (unrolled, recomputed) changes neither layout nor results."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+WAYS = [(0, "none"), (1, "dots"), (0, "full")]  # scan_unroll, remat; against (1, "none")
+TOKENS = np.random.default_rng(0).integers(0, 48, (2, 16))
+
+
+def boxed_shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+
+
+@functools.cache
+def loss_of(model):
+    def loss(params, tokens):
+        log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, tokens))
+        return -(log_probabilities[:, :-1] * jax.nn.one_hot(tokens[:, 1:], 48)).sum()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def program(model, params):
+    """The training program before XLA removes any of it; a scanned layer is written once."""
+    return loss_of(model).lower(params, TOKENS).as_text()
+
+
+@pytest.mark.parametrize(("unroll", "remat"), WAYS)
+def test_there_is_one_parameter_layout(make_model, unroll, remat):
+    model, _ = make_model(scan_unroll=unroll, remat=remat)
+    plain, _ = make_model()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), boxed_shapes(model)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), boxed_shapes(plain)
+    )
+    assert nn.get_partition_spec(boxed_shapes(model)) == nn.get_partition_spec(boxed_shapes(plain))
+
+
+def test_layers_are_the_first_axis_of_every_stacked_parameter(make_model):
+    model, params = make_model()
+    names = nn.get_partition_spec(boxed_shapes(model))
+    stacked = jax.tree.leaves(params["stack"]["layers"])
+    assert all(leaf.shape[0] == 2 for leaf in stacked)
+    assert all(spec[0] == "layers" for spec in jax.tree.leaves(names["stack"]["layers"]))
+    deep, _ = make_model(n_layers=5)
+    assert jax.tree.structure(params) == jax.tree.structure(nn.meta.unbox(boxed_shapes(deep)))
+
+
+@pytest.mark.parametrize(("unroll", "remat"), WAYS)
+def test_loss_and_gradients_are_the_same(make_model, unroll, remat):
+    plain, params = make_model()
+    model, _ = make_model(scan_unroll=unroll, remat=remat)
+    loss, grads = loss_of(model)(params, TOKENS)
+    expected_loss, expected_grads = loss_of(plain)(params, TOKENS)
+    assert loss == pytest.approx(float(expected_loss), rel=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * float(abs(y).max()) + 1e-6),
+        grads,
+        expected_grads,
+    )
+
+
+def test_remat_recomputes_what_it_says(make_model):
+    """ "dots" keeps the products of activations with weights, "full" keeps none."""
+    none, dots, full = (
+        program(*make_model(remat=remat)).count("dot_general") for remat in ("none", "dots", "full")
+    )
+    assert none < dots < full
+
+
+def test_only_unrolled_layers_are_no_loop(make_model):
+    assert "while" in program(*make_model())
+    assert "while" not in program(*make_model(scan_unroll=0))
+
+
+def test_the_program_does_not_grow_with_depth(make_model):
+    shallow, deep = (program(*make_model(n_layers=n)).count("dot_general") for n in (2, 5))
+    assert shallow == deep
+
+
+def test_initial_values_do_not_depend_on_how_layers_run(make_model):
+    first, second = (
+        jax.jit(make_model(**ways)[0].init)(jax.random.key(3), TOKENS)
+        for ways in ({}, {"scan_unroll": 0, "remat": "full"})
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_layers_drop_apart(make_model):
+    """Two layers add 1 to every channel, with dropout: 0, 1 or 2 remain, not 0 or 2."""
+    model, params = make_model(dropout=0.5, norm="rmsnorm", tie_embeddings=False, vocab_size=32)
+    params = jax.tree.map(np.zeros_like, params)
+    params["stack"]["layers"]["attention"]["out"]["bias"] += 1
+    params["stack"]["final_norm"]["scale"] += 1
+    params["head"]["kernel"] += np.eye(32, dtype=np.float32)
+    rngs = {"dropout": jax.random.key(0)}
+    x = np.asarray(model.apply({"params": params}, TOKENS % 32, deterministic=False, rngs=rngs))
+    shares = [np.mean(np.isclose(x, n * x.max(-1, keepdims=True) / 2)) for n in (0, 1, 2)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.05)

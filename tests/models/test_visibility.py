@@ -1,0 +1,59 @@
+"""Which inputs a logit depends on, read from gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+L = 32
+# Distinct tokens and an untied head: the gradient of a token's row is that of its input vector.
+TOKENS = jnp.arange(L)[None]
+SEGMENTS = np.repeat([1, 2, 3, 0], [7, 15, 6, 4])
+WITHIN = np.concatenate([np.arange(n) for n in (7, 15, 6, 4)])
+
+
+def dependence(model, params, positions=None, segments=None):
+    """[L, L] bool: whether any logit at t moves with the input vector at s."""
+
+    def logits(table):
+        edited = params | {"tokens": {"embedding": table}}
+        return model.apply({"params": edited}, TOKENS, positions, segments)[0]
+
+    table = params["tokens"]["embedding"]
+    cotangent = jax.random.normal(jax.random.key(2), (L, model.config.vocab_size))
+
+    @jax.jit
+    def jacobian(table):
+        pull = jax.vjp(logits, table)[1]
+        return jax.vmap(lambda at: pull(at[:, None] * cotangent)[0])(jnp.eye(L))
+
+    return (np.asarray(jacobian(table)) != 0).any(-1)[:, :L]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_a_logit_depends_on_its_past_and_on_nothing_else(make_model, kernel):
+    model, params = make_model(tie_embeddings=False, attention=kernel, positions="rotary")
+    np.testing.assert_array_equal(dependence(model, params), np.tril(np.ones((L, L), bool)))
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_a_logit_depends_on_its_own_document_and_on_nothing_else(make_model, kernel):
+    model, params = make_model(tie_embeddings=False, attention=kernel, n_kv_heads=2)
+    found = dependence(model, params, WITHIN[None], SEGMENTS[None])
+    same = SEGMENTS[:, None] == SEGMENTS
+    np.testing.assert_array_equal(found, np.tril(same))
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+def test_a_packed_row_gives_what_its_documents_give_alone(make_model, positions):
+    model, params = make_model(positions=positions, attention="tiled")
+    tokens = np.random.default_rng(0).integers(0, 48, L)
+    apply = jax.jit(model.apply)
+    packed = apply({"params": params}, tokens[None], WITHIN[None], SEGMENTS[None])[0]
+    for segment in (1, 2, 3):
+        at = segment == SEGMENTS
+        alone = np.zeros(L, int)  # one compiled shape: the future of a document changes nothing
+        alone[: at.sum()] = tokens[at]
+        np.testing.assert_allclose(
+            packed[at], apply({"params": params}, alone[None])[0, : at.sum()], atol=1e-5
+        )

@@ -1,0 +1,92 @@
+"""Small real runs: a corpus, the command line in a process of its own, and what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = {
+    "model.n_layers": 2,
+    "model.d_model": 32,
+    "model.n_heads": 4,
+    "model.dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "data.tokenizer": "byte",
+    "data.sequence_length": 16,
+    "data.batch_size": 8,
+    "data.validation_fraction": 0.1,
+    "optimizer.learning_rate": 1e-3,
+    "train.steps": 60,
+    "train.steps_per_dispatch": 2,
+    "eval.every_steps": 20,
+    "checkpoint.every_steps": 6,
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="session")
+def experiment_file(tmp_path_factory) -> Path:
+    """An experiment on a text made here: lines of arithmetic, something that can be learnt."""
+    folder = tmp_path_factory.mktemp("experiment")
+    lines = (f"{i} + {i * 7 % 13} = {i + i * 7 % 13}\n" for i in range(1500))
+    (folder / "sums.txt").write_text("".join(lines))
+    body = "\n".join(f"    config.{key} = {value!r}" for key, value in SMALL.items())
+    file = folder / "sums.py"
+    file.write_text(
+        "from lm.config import default\n\n\ndef get_config():\n    config = default()\n"
+        f"    config.data.source = 'text:{folder / 'sums.txt'}'\n{body}\n    return config\n"
+    )
+    return file
+
+
+def arguments(experiment_file: Path, workdir: Path, **config: object) -> list[str]:
+    """The words of an `lm train` command; `a__b` stands for the key a.b."""
+    overrides = [f"--config.{key.replace('__', '.')}={value}" for key, value in config.items()]
+    return ["train", "--config", str(experiment_file), "--workdir", str(workdir), *overrides]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """Start `lm` in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lm", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+    """Wait for processes; what they printed."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == code, output
+    return outputs
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """The training loss at every step; a step that is there twice is an error."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert len(steps) == len(set(steps)), "a step was written twice"
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def evaluations(workdir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    name = "eval/validation/loss"
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(experiment_file, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(arguments(experiment_file, workdir)))
+    return workdir

@@ -1,0 +1,91 @@
+"""A run that is cut and started again equals the run that nothing happened to."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import arguments, evaluations, finish, losses, start
+
+
+def wait_for_step(workdir: Path, step: int, process) -> None:
+    """Return as soon as the run has written a step, or has ended."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and any(f'"step": {step},' in line for line in file.open()):
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_anywhere_changes_no_bit(experiment_file, undisturbed, tmp_path, seed):
+    chance = random.Random(seed)
+    words = arguments(experiment_file, tmp_path / "run")
+    last_kill = 0
+    for _ in range(3):
+        process = start(words)
+        last_kill = min(last_kill + chance.randrange(4, 18), 58)
+        wait_for_step(tmp_path / "run", last_kill, process)
+        process.kill()
+        process.wait()
+    finish(start(words))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert list(losses(tmp_path / "run")) == list(range(1, 61))
+    assert evaluations(tmp_path / "run") == evaluations(undisturbed)
+
+
+def test_sigterm_saves_and_exits_75(experiment_file, undisturbed, tmp_path):
+    words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=0)
+    process = start(words)
+    wait_for_step(tmp_path / "run", 9, process)
+    process.send_signal(signal.SIGTERM)
+    (output,) = finish(process, code=75)
+    assert "the same command continues" in output
+    saved = max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == max(losses(tmp_path / "run"))
+    finish(start(words))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(experiment_file, run)
+    process = start(words)
+    wait_for_step(run, 20, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    first_part = max(losses(run))
+
+    mesh = [
+        "--cpu_devices",
+        "8",
+        "--config.parallel.mesh.fsdp=2",
+        "--config.parallel.mesh.tensor=2",
+    ]
+    process = start([*words, *mesh])
+    wait_for_step(run, 40, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    second_part = max(losses(run))
+    assert second_part > first_part
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--cpu_devices", "4", "--coordinator", f"127.0.0.1:{port}", "--num_processes", "2"]
+    finish(*(start([*words, *together, "--process_id", str(i)]) for i in range(2)))
+
+    expected, found = losses(undisturbed), losses(run)
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_finished_run_is_left_alone(experiment_file, undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    finish(start(arguments(experiment_file, undisturbed)))
+    assert (undisturbed / "metrics.jsonl").read_text() == before
