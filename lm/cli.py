@@ -170,12 +170,10 @@ def _print_continuations(prompts: Sequence[str], steps: Iterable[list[str]], as_
     """One prompt streams as it grows; several are printed whole, one after the other."""
     streams = len(prompts) == 1 and not as_json
     texts = [""] * len(prompts)
-    if streams:
-        print(prompts[0], end="", flush=True)
-    for parts in steps:
+    for number, parts in enumerate(steps):
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
         if streams:
-            print(parts[0], end="", flush=True)
+            print(parts[0] if number else prompts[0] + parts[0], end="", flush=True)
     if streams:
         print()
     elif as_json:

@@ -51,10 +51,9 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known name nearest to an unknown one, if one is near."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:  # the last component alone may be what was meant
-        tails = {path.rsplit(".", 1)[-1]: path for path in known}
-        close = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1)]
+    tail = name.rsplit(".", 1)[-1]
+    close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

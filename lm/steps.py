@@ -61,7 +61,7 @@ class Steps:
         grads, sums = self._gradients(state.params, batch, rng)
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        loss, grad_norm = sums.loss / weight, optax.global_norm(grads)
+        loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

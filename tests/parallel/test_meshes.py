@@ -1,0 +1,164 @@
+"""The same model on any mesh: losses, gradients, shardings, and the communication compiled in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lm.config import default
+from lm.errors import UserError
+from lm.experiment import Experiment, build
+from lm.parallel import rules
+from lm.parallel.mesh import AXES, axis_sizes
+
+MESHES = {
+    "data=8": {"data": 8},
+    "fsdp=8": {"fsdp": 8},
+    "tensor=4": {"data": 2, "tensor": 4},
+    "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "slice=2,fsdp=4": {"slice": 2, "fsdp": 4},
+}
+
+
+def config_on(mesh: dict[str, int], **overrides: object) -> ConfigDict:
+    config = default()
+    model, data = config.model, config.data
+    model.n_layers, model.d_model, model.n_heads, model.n_kv_heads = 2, 32, 4, 2
+    model.dropout = model.attention_dropout = 0.1
+    model.vocab_size, model.activation, model.positions = 66, "swiglu", "rotary"
+    data.sequence_length, data.batch_size = 16, 8
+    config.train.steps = 20
+    config.optimizer.learning_rate = 1e-2
+    config.schedule.warmup_steps = 5
+    config.parallel.mesh.update({"data": 1, **mesh})
+    for path, value in overrides.items():
+        section, key = path.split("__")
+        config[section][key] = value
+    return config
+
+
+def experiment_on(mesh: dict[str, int], **overrides: object) -> Experiment:
+    n = int(np.prod(list(mesh.values()))) if mesh else 1
+    return build(config_on(mesh, **overrides), jax.devices()[:n])
+
+
+def batches(experiment: Experiment, n: int) -> dict[str, jax.Array]:
+    """`n` batches of random tokens in two packed documents a row."""
+    rng = np.random.default_rng(0)
+    data = experiment.config.data
+    shape = (n, data.batch_size, data.sequence_length)
+    tokens = (rng.integers(0, 66, shape, np.int32) ** 2) % 66  # some more often than others
+    half = data.sequence_length // 2
+    segments = np.broadcast_to(np.repeat([1, 2], [half, half]).astype(np.int32), shape)
+    positions = np.broadcast_to(np.tile(np.arange(half, dtype=np.int32), 2), shape)
+    arrays = {
+        "inputs": tokens,
+        "targets": np.roll(tokens, -1, axis=-1),
+        "weights": (rng.random(shape) < 0.9).astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions,
+    }
+    return jax.device_put(arrays, experiment.batch_sharding)
+
+
+def losses(experiment: Experiment, n: int = 20) -> np.ndarray:
+    _, metrics = experiment.train_steps(experiment.init_state(), batches(experiment, n))
+    return np.asarray(metrics["loss"])
+
+
+@pytest.fixture(scope="module")
+def one_device_losses() -> np.ndarray:
+    found = losses(experiment_on({}))
+    assert found[-1] < found[0] - 0.05  # it learns: later losses depend on every update
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_twenty_losses_with_dropout_equal_those_of_one_device(mesh, one_device_losses):
+    np.testing.assert_allclose(losses(experiment_on(MESHES[mesh])), one_device_losses, rtol=1e-5)
+
+
+def test_microbatches_on_a_mesh_equal_one_batch_on_one_device():
+    plain = {"model__dropout": 0.0, "model__attention_dropout": 0.0}
+    expected = losses(experiment_on({}, **plain), 5)
+    found = losses(experiment_on({"data": 2, "fsdp": 2}, train__microbatches=2, **plain), 5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def compiled_text(mesh: dict[str, int]) -> str:
+    experiment = experiment_on(mesh)
+    shapes = {
+        name: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+        for name, s in experiment.batch_shapes.items()
+    }
+    return experiment.train_steps.lower(experiment.state_shapes, shapes).compile().as_text()
+
+
+def collectives(text: str) -> set[str]:
+    return set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", text))
+
+
+def test_data_parallel_communicates_by_all_reduce_alone():
+    assert collectives(compiled_text({"data": 8})) == {"all-reduce"}
+
+
+def test_fsdp_gathers_parameters():
+    assert "all-gather" in collectives(compiled_text({"fsdp": 8}))
+
+
+def test_fsdp_keeps_an_eighth_of_every_large_parameter_and_its_moments():
+    experiment = experiment_on({"fsdp": 8})
+    state = experiment.init_state()
+    for leaf in jax.tree.leaves(state):
+        if leaf.size >= 8 * 32 and leaf.ndim > 2:
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
+def test_golden_shardings_of_every_parameter():
+    """A diff of the golden file names the parameter whose sharding changed."""
+    experiment = experiment_on({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = experiment.state_sharding.params
+    lines = []
+    for (path, shape), sharding in zip(
+        jax.tree.leaves_with_path(experiment.state_shapes.params),
+        jax.tree.leaves(shardings),
+        strict=True,
+    ):
+        name = "/".join(str(part.key) for part in path)
+        axes = [str(axis or "-") for axis in sharding.spec]
+        lines.append(f"{name} {'×'.join(map(str, shape.shape))}: {' '.join(axes)}")
+    golden = Path(__file__).with_name("golden_shardings.txt")
+    assert "\n".join(lines) + "\n" == golden.read_text()
+
+
+def test_axis_sizes():
+    assert axis_sizes("custom", {"data": -1, "tensor": 2}, 8)["data"] == 4
+    assert axis_sizes("fsdp", {"data": 1, "tensor": 2}, 8) == dict.fromkeys(AXES, 1) | {"fsdp": 8}
+    for sizes in ({"data": 3}, {"data": 16}, {"data": -1, "tensor": 3}, {"data": 4}):
+        with pytest.raises(UserError, match="does not divide 8 devices"):
+            axis_sizes("custom", sizes, 8)
+
+
+def test_a_name_without_a_rule_is_an_error():
+    mesh = experiment_on({}).mesh
+    with pytest.raises(KeyError, match="no sharding rule for logical axis 'widht'"):
+        rules.parameter_sharding(mesh, ("widht",), (4,))
+    with pytest.raises(KeyError, match="widht"):
+        rules.constrain(np.zeros((4,)), "widht")
+
+
+def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
+    with pytest.raises(UserError, match=r"config.model.d_model=36 is not divisible by 8"):
+        experiment_on({"fsdp": 8}, model__d_model=36, model__head_dim=8)
+    with pytest.raises(UserError, match=r"config.model.n_heads=4 is not divisible by .*tensor=8"):
+        experiment_on({"tensor": 8})
+    with pytest.raises(UserError, match=r"config.data.batch_size=6 is not divisible by 8"):
+        experiment_on({"data": 8}, data__batch_size=6)
+    experiment = experiment_on({"tensor": 4})
+    assert rules.kept_whole(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
+    assert rules.kept_whole(experiment.mesh, ("vocab", "embed"), (64, 32)) == []

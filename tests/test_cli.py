@@ -1,0 +1,283 @@
+"""What a user can get wrong is one line, exit code 2, no traceback; and the verbs that print."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from lm.cli import main
+from lm.config import default
+from lm.schema import SCHEMA
+
+TINY = {
+    "model.n_layers": 2,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "data.sequence_length": 8,
+    "data.batch_size": 4,
+    "data.validation_fraction": 0.2,
+    "train.steps": 2,
+    "parallel.mesh.data": 1,
+    "parallel.preset": "custom",
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question.\n" * 20)
+    lines = [f"    config.{key} = {value!r}" for key, value in TINY.items()]
+    file = tmp_path / "tiny.py"
+    source = f"    config.data.source = 'text:{tmp_path}/text.txt'\n"
+    file.write_text(
+        "from lm.config import default\n\n\ndef get_config():\n    config = default()\n"
+        + source
+        + "\n".join(lines)
+        + "\n    return config\n"
+    )
+    return file
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The suite simulates eight devices; these runs use one of them."""
+    import jax
+
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+
+
+def error_of(capsys, *words: object) -> str:
+    """The single line that a wrong command prints."""
+    code = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+WRONG_CONFIGS = {
+    "unknown key": (
+        ["--config.train.stesp=3"],
+        r"unknown config key train.stesp; did you mean train.steps",
+    ),
+    "key of another section": (["--config.model.batch_size=3"], "did you mean data.batch_size"),
+    "section": (["--config.model=3"], "is a section"),
+    "wrong type": (["--config.train.steps=many"], "expected an integer"),
+    "wrong choice": (["--config.model.norm=layer"], "did you mean layernorm"),
+    "out of range": (["--config.model.dropout=1.5"], "is above 0.99"),
+    "below range": (["--config.train.steps=0"], "is below 1"),
+    "not finite": (["--config.optimizer.learning_rate=nan"], "finite"),
+    "no value": (["--config.train.steps"], "has no value"),
+    "mesh": (["--config.parallel.mesh.fsdp=3"], "does not divide 1 devices"),
+    "two free axes": (
+        ["--config.parallel.mesh.data=-1", "--config.parallel.mesh.fsdp=-1"],
+        "at most one",
+    ),
+    "heads": (["--config.model.n_heads=3"], "is not divisible by config.model.n_heads=3"),
+    "key/value heads": (["--config.model.n_kv_heads=3"], "n_kv_heads"),
+    "microbatches": (
+        ["--config.train.microbatches=3"],
+        "not divisible by config.train.microbatches",
+    ),
+    "missing file": (["--config.data.source=text:nowhere.txt"], "nowhere.txt"),
+    "unknown source": (["--config.data.source=web:x"], "stdlib, text"),
+    "unknown TFDS name": (["--config.data.source=tfds:no_such_thing"], "no_such_thing"),
+    "unknown tokenizer": (["--config.data.tokenizer=words"], "words"),
+    "missing tokenizer file": (["--config.data.tokenizer=sentencepiece:no.model"], "no.model"),
+    "too little text": (["--config.data.sequence_length=5000"], "too few for one window"),
+    "small vocabulary": (["--config.model.vocab_size=10"], "smaller than the tokenizer's 257"),
+    "weights": (["--config.data.weights=1,2"], "2 numbers for 1"),
+    "coordinator alone": (["--coordinator", "localhost:1"], "go together"),
+    "unknown option": (["--workdri", "x"], "unrecognized arguments"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+@pytest.mark.usefixtures("one_device")
+def test_a_wrong_configuration_is_one_line(capsys, experiment, tmp_path, case):
+    words, expected = WRONG_CONFIGS[case]
+    line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", *words)
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.model.n_heads=4", "--config.parallel.mesh.tensor=8"], "parallel.mesh.tensor=8"),
+        (["--config.parallel.mesh.data=8"], "config.data.batch_size=4 is not divisible by 8"),
+        (["--config.parallel.mesh.data=3"], "does not divide 8 devices"),
+        (
+            [
+                "--config.model.d_model=18",
+                "--config.parallel.mesh.fsdp=4",
+                "--config.parallel.mesh.data=2",
+            ],
+            "",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(capsys, experiment, tmp_path, words, expected):
+    line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", *words)
+    assert expected in line
+
+
+BAD_TEXTS = {
+    "empty": ("text", b"", "holds no text"),
+    "undecodable": ("text", b"fine until \xff here", "11"),
+    "not json": ("jsonl", b'{"text": "a"}\n{"text": \n', ":2"),
+    "no field": ("jsonl", b'{"text": "a"}\n{"body": "b"}\n', ":2"),
+    "field is a number": ("jsonl", b'{"text": 3}\n', ":1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.usefixtures("one_device")
+def test_bad_text_is_one_line_with_its_place(capsys, experiment, tmp_path, case, packed):
+    kind, content, expected = BAD_TEXTS[case]
+    file = tmp_path / f"bad.txt{'.gz' if packed else ''}"
+    file.write_bytes(gzip.compress(content) if packed else content)
+    source = f"--config.data.source={kind}:{file}"
+    line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", source)
+    assert file.name in line
+    assert expected in line
+
+
+def test_experiment_files_that_do_not_work_are_one_line(capsys, tmp_path):
+    def config_error(text: str) -> str:
+        (tmp_path / "e.py").write_text(text)
+        return error_of(capsys, "config", "--config", tmp_path / "e.py")
+
+    assert "no experiment file" in error_of(capsys, "config", "--config", tmp_path / "none.py")
+    assert "no get_config" in config_error("x = 1\n")
+    assert "e.py:2: ZeroDivisionError" in config_error("x = 1\n1 / 0\n")
+    assert "SyntaxError" in config_error("def (\n")
+    assert "not a ConfigDict" in config_error("def get_config():\n    return {}\n")
+    assert "unknown variant" in error_of(capsys, "config", "--config", "experiments/gpt2.py:9b")
+
+
+@pytest.fixture
+def trained(experiment, tmp_path, one_device, capsys) -> Path:
+    assert main(["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr()
+    assert "validation loss" in printed.out
+    assert "Traceback" not in printed.err
+    return tmp_path / "run"
+
+
+def test_a_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    logged = next(row for row in rows if "eval/validation/loss" in row)
+    assert main(["eval", "--workdir", str(trained), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    for name, value in logged.items():
+        assert evaluated[name] == pytest.approx(value, rel=1e-6), name
+
+    words = ["generate", "--workdir", str(trained), "--prompt", "to", "--prompt", "be", "--json"]
+    assert main([*words, "--max_new_tokens", "3", "--greedy"]) == 0
+    several = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in several] == ["to", "be"]
+    assert (
+        main(
+            [
+                "generate",
+                "--workdir",
+                str(trained),
+                "--prompt",
+                "to",
+                "--greedy",
+                "--max_new_tokens",
+                "3",
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out == f"to{several[0]['text']}\n"
+
+
+def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
+    train = ["train", "--config", experiment, "--workdir", trained]
+    line = error_of(capsys, *train, "--config.model.n_layers=3", "--config.optimizer.name=lion")
+    assert "model.n_layers: 2 → 3" in line
+    assert "optimizer.name: adamw → lion" in line
+
+    line = error_of(capsys, "generate", "--workdir", trained, "--prompt", "x" * 50)
+    assert "prompt 1 has 51 tokens; the context holds 8" in line
+    assert "no run in" in error_of(capsys, "generate", "--workdir", tmp_path, "--prompt", "x")
+    assert "no run in" in error_of(capsys, "eval", "--workdir", tmp_path / "nothing")
+    assert "top_p" in error_of(capsys, "generate", "--workdir", trained, "--top_p", "1.5")
+    line = error_of(capsys, "eval", "--workdir", trained, "--config.data.tokenizer=char")
+    assert "tokenizer" in line
+
+    (tmp_path / "text.txt").write_text("another text, as long as is needed here.\n" * 20)
+    line = error_of(capsys, *train)
+    assert "changed since the run" in line
+    assert "text.txt" in line
+
+    (trained / "run.json").write_text("{")
+    assert "run.json is damaged" in error_of(capsys, *train)
+
+
+def test_a_workdir_that_is_a_file_is_one_line(capsys, experiment, tmp_path, one_device):
+    (tmp_path / "w").write_text("")
+    assert "--workdir" in error_of(
+        capsys, "train", "--config", experiment, "--workdir", tmp_path / "w"
+    )
+
+
+def test_config_prints_every_key(capsys):
+    assert main(["config", "--keys"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{path} = " in printed for path in SCHEMA)
+    assert main(["config", "--config", "experiments/gpt2.py:355m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model.d_model"] == 1024
+
+
+def test_params_prints_one_json_object(capsys):
+    assert main(["params", "--config", "experiments/gpt2.py:124m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 124_439_808
+
+
+def test_tokenizer_train_writes_a_model_that_trains(capsys, experiment, tmp_path, one_device):
+    model = tmp_path / "out" / "small.model"
+    source = f"text:{tmp_path}/text.txt"
+    words = [
+        "tokenizer",
+        "train",
+        "--source",
+        source,
+        "--vocab_size",
+        "290",
+        "--output",
+        str(model),
+    ]
+    assert main(words) == 0
+    overrides = [
+        f"--config.data.tokenizer=sentencepiece:{model}",
+        "--config.data.sequence_length=4",
+    ]
+    run = ["train", "--config", str(experiment), "--workdir", str(tmp_path / "w")]
+    assert main([*run, *overrides]) == 0
+    capsys.readouterr()
+    assert "100000" in error_of(capsys, *words[:5], "100000", *words[6:])
+
+
+def test_defaults_are_valid():
+    from lm.config import validate
+
+    validate(default())
+
+
+def test_a_gz_file_that_is_cut_short_is_one_line(capsys, experiment, tmp_path, one_device):
+    file = tmp_path / "cut.txt.gz"
+    file.write_bytes(gzip.compress(b"some text " * 1000)[:-10])
+    source = f"--config.data.source=text:{file}"
+    line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", source)
+    assert "cut.txt.gz" in line
