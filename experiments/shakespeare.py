@@ -48,7 +48,8 @@ def get_config(variant="cpu"):
     config.optimizer.decay = "matrices"
     config.optimizer.adamw.b2 = 0.99
     config.schedule.warmup_steps = 100
-    config.eval.every_steps, config.eval.batch_size = 250, 4 * batch
+    config.eval.every_steps, config.eval.max_batches = 250, 10
+    config.eval.batch_size = 4 * batch
     config.checkpoint.every_steps = 500
 
     config.train.scan_unroll = 0

@@ -181,6 +181,11 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
         yield "config.model.positions=rotary needs an even head dimension"
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "config.model.positions=sinusoidal needs an even config.model.d_model"
+    if model.attention == "tiled" and model.attention_dropout:
+        yield (
+            "config.model.attention=tiled has no dropout of attention weights; use xla, "
+            "or config.model.attention_dropout=0"
+        )
     if model.max_length and data.sequence_length > model.max_length:
         yield (
             f"config.data.sequence_length={data.sequence_length} is longer than "

@@ -52,7 +52,8 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     if model.dtype == "auto":
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if model.attention == "auto":
-        model.attention = "tiled" if platform == "cpu" else "xla"
+        tiled = platform == "cpu" and not model.attention_dropout
+        model.attention = "tiled" if tiled else "xla"
     validate(config)
     return config
 

@@ -71,7 +71,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.attention": Key(
         "auto",
-        "Attention kernel: plain XLA, or tiles that skip the masked half.",
+        "Attention kernel: plain XLA, or tiles that skip the masked half (for CPUs).",
         choices=("auto", "xla", "tiled"),
         free=True,
     ),

@@ -6,11 +6,40 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """x Φ(x), Φ the normal distribution function (Hendrycks and Gimpel 2016), to float32 accuracy.
+
+    Φ comes from one exponential that the derivative Φ(x) + x φ(x) shares (Abramowitz and Stegun
+    1964, 7.1.26: |error| ≤ 1.5e-7), and the backward pass is one product: `erf` is slow on CPUs.
+    """
+    return _gelu_erf_and_slope(x)[0]
+
+
+def _gelu_erf_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cdf, density = _normal(x.astype(jnp.float32))
+    return (x * cdf).astype(x.dtype), (cdf + x * density).astype(x.dtype)
+
+
+gelu_erf.defvjp(_gelu_erf_and_slope, lambda slope, dy: (dy * slope,))
+
+
+def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Distribution function and density of the standard normal distribution."""
+    bell = jnp.exp(-0.5 * x * x)
+    t = 1 / (1 + 0.3275911 * 0.5**0.5 * jnp.abs(x))
+    series = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+    tail = 0.5 * bell * t * jnp.polyval(jnp.asarray(series[::-1], x.dtype), t)
+    return jnp.where(x < 0, tail, 1 - tail), bell * (2 * jnp.pi) ** -0.5
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "gelu_erf": partial(jax.nn.gelu, approximate=False),
+    "gelu_erf": gelu_erf,
     "swiglu": jax.nn.silu,
     "geglu": partial(jax.nn.gelu, approximate=True),
 }

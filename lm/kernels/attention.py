@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30
+from lm.kernels.tiled_attention import MASKED, tiled_attention
 
 
 @flax.struct.dataclass
@@ -26,15 +26,14 @@ class Visibility:
     key_segments_BS: jax.Array | None = None
     offset: jax.Array | int = 0
 
-    def mask(self, first_query: int, n_queries: int, n_keys: int) -> jax.Array | None:
+    def mask(self, n_queries: int, n_keys: int) -> jax.Array | None:
         """[B or 1, n_queries, n_keys], true where a query sees a key; None: everything is seen."""
         mask = None
         if self.causal:
-            queries_L = first_query + self.offset + jnp.arange(n_queries)
+            queries_L = self.offset + jnp.arange(n_queries)
             mask = (queries_L[:, None] >= jnp.arange(n_keys))[None]
         if self.query_segments_BL is not None and self.key_segments_BS is not None:
-            queries_BL = self.query_segments_BL[:, first_query : first_query + n_queries]
-            same = queries_BL[:, :, None] == self.key_segments_BS[:, None, :n_keys]
+            same = self.query_segments_BL[:, :, None] == self.key_segments_BS[:, None, :]
             mask = same if mask is None else mask & same
         return mask
 
@@ -58,37 +57,17 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani 2017, eq. 1) with grouped queries: [B, L, H, K].
 
-    Kernels: "xla" computes every score; "tiled" skips the keys after a tile of queries, so that
-    of a causal square little more than half is computed. Scores and softmax are float32.
+    Kernels: "xla" computes every score; "tiled" never computes the masked half of whole causal
+    squares, as in training; what is no such square (decoding) goes to "xla". Scores and softmax
+    are float32.
     """
     L, S = q_BLHK.shape[1], k_BSGK.shape[1]
-    if kernel == "xla" or not can_tile(visibility, L, S):
-        return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(0, L, S), dropout)
-    tile = tile_length(L)
-    outputs = []
-    for start in range(0, L, tile):
-        end = start + tile
-        outputs.append(
-            _attend(
-                q_BLHK[:, start:end],
-                k_BSGK[:, :end],
-                v_BSGK[:, :end],
-                visibility.mask(start, tile, end),
-                dropout and Dropout(jax.random.fold_in(dropout.key, start), dropout.rate),
-            )
-        )
-    return jnp.concatenate(outputs, axis=1)
-
-
-def can_tile(visibility: Visibility, n_queries: int, n_keys: int) -> bool:
-    """Whether "tiled" has something to skip: whole causal squares, as in training."""
-    square = isinstance(visibility.offset, int) and visibility.offset == 0 and n_queries == n_keys
-    return visibility.causal and square and tile_length(n_queries) < n_queries
-
-
-def tile_length(length: int) -> int:
-    """Queries a tile: a quarter of the sequence, or as near as divides it."""
-    return next((length // n for n in (4, 2) if length % n == 0 and length // n >= 16), length)
+    whole = isinstance(visibility.offset, int) and visibility.offset == 0 and L == S
+    if kernel == "tiled" and visibility.causal and whole:
+        if dropout is not None:
+            raise ValueError('attention kernel "tiled" has no dropout of attention weights')
+        return tiled_attention(q_BLHK, k_BSGK, v_BSGK, visibility.query_segments_BL)
+    return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(L, S), dropout)
 
 
 def _attend(

@@ -151,6 +151,7 @@ class Loop:
 
     def _halt(self) -> None:
         self._save()
+        self._checkpoints.close()
         raise UserError(
             f"loss or gradient is not finite at step {self._skipped_step}; that update was left "
             f"out and the state saved at step {self.step}. Lower the learning rate, or continue "

@@ -46,7 +46,7 @@ def as_float32(*arrays):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("length", "n_kv_heads"), [(64, 2), (40, 1), (33, 4), (1, 2)])
+@pytest.mark.parametrize(("length", "n_kv_heads"), [(130, 2), (33, 4), (1, 2)])
 def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
     q, k, v = make_inputs(length, n_kv_heads)
     one = np.ones((2, length), int)
@@ -73,7 +73,7 @@ def test_offset_places_the_queries_among_earlier_keys(kernel, traced):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_are_the_slopes_of_the_definition(kernel, segmented):
-    length = 32
+    length = 70
     q, k, v = make_inputs(length, 2, head_dim=4, batch=1)
     segments = make_segments(length, 1) if segmented else np.ones((1, length), int)
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_gradients_are_the_slopes_of_the_definition(kernel, segmented):
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("length", "n_kv_heads"), [(64, 4), (40, 1)])
+@pytest.mark.parametrize(("length", "n_kv_heads"), [(256, 4), (130, 1)])
 def test_tiled_has_the_gradients_of_xla(segmented, length, n_kv_heads):
     qkv = as_float32(*make_inputs(length, n_kv_heads))
     segments = jnp.asarray(make_segments(length)) if segmented else None
@@ -129,11 +129,11 @@ def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_in_bfloat16_out_with_float32_sums(kernel):
-    q, k, v = make_inputs(64, 2)
+    q, k, v = make_inputs(100, 2)
     rounded = [x.astype(jnp.bfloat16) for x in as_float32(q, k, v)]
     out = run(*rounded, Visibility(True), kernel=kernel)
     assert out.dtype == jnp.bfloat16
-    one = np.ones((2, 64), int)
+    one = np.ones((2, 100), int)
     exact = naive_attention(*(np.asarray(x, np.float64) for x in rounded), True, one, one, 0)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
@@ -148,15 +148,14 @@ def test_large_scores_do_not_overflow(kernel):
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_dropout_keeps_the_expectation_of_every_weight(kernel):
+def test_dropout_keeps_the_expectation_of_every_weight():
     n, rate = 32, 0.25
     q, k, _ = as_float32(*make_inputs(n, 1, n_heads=1, head_dim=n, batch=1))
     identity = jnp.eye(n)[None, :, None]  # as values: the output is the weights themselves
 
     def weights(key):
         dropout = None if key is None else Dropout(key, rate)
-        return attention(q, k, identity, Visibility(True), kernel=kernel, dropout=dropout)[0, :, 0]
+        return attention(q, k, identity, Visibility(True), dropout=dropout)[0, :, 0]
 
     clean = np.asarray(jax.jit(weights)(None))
     keys = jax.random.split(jax.random.key(0), 400)
@@ -169,21 +168,18 @@ def test_dropout_keeps_the_expectation_of_every_weight(kernel):
     # 400 draws of probability 0.75 lie within five deviations of their mean, for every weight.
     shares = kept.mean(0)[seen & (clean > 1e-6)]
     assert abs(shares - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / 400)
-    # Queries are dropped apart from one another, also across tiles.
-    patterns = kept[:, n // 2 :, : n // 2].reshape(400, n // 2, -1)
+    # Queries are dropped apart from one another: with p = 0.75, two agree in 62.5 % of keys.
+    patterns = kept[:, n // 2 :, : n // 2]
     agreement = (patterns[:, :, None] == patterns[:, None]).mean((0, 3))
-    assert agreement[~np.eye(n // 2, dtype=bool)].max() < 0.75
-    tiles = kept[:, n // 2 :, : n // 2] == kept[:, : n // 2, : n // 2]
-    assert tiles[:, np.tril(np.ones((n // 2, n // 2), bool), -1)].mean() < 0.75
+    assert agreement[~np.eye(n // 2, dtype=bool)].max() < 0.7
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_dropout_is_a_function_of_its_key(kernel):
+def test_dropout_is_a_function_of_its_key():
     qkv = as_float32(*make_inputs(32, 2))
 
     @jax.jit
     def out(key):
-        return attention(*qkv, Visibility(True), kernel=kernel, dropout=Dropout(key, 0.5))
+        return attention(*qkv, Visibility(True), dropout=Dropout(key, 0.5))
 
     one, again, other = (out(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)

@@ -10,8 +10,8 @@ from lm.models.config import TransformerConfig
 from lm.models.decoder import Decoder
 
 TINY = TransformerConfig(
-    n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, vocab_size=48,
-    max_length=32,
+    n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, vocab_size=96,
+    max_length=96,
 )  # fmt: skip
 
 

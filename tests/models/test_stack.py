@@ -19,7 +19,7 @@ def boxed_shapes(model):
 def loss_of(model):
     def loss(params, tokens):
         log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, tokens))
-        return -(log_probabilities[:, :-1] * jax.nn.one_hot(tokens[:, 1:], 48)).sum()
+        return -(log_probabilities[:, :-1] * jax.nn.one_hot(tokens[:, 1:], 96)).sum()
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -60,6 +60,22 @@ def test_loss_and_gradients_are_the_same(make_model, unroll, remat):
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * float(abs(y).max()) + 1e-6),
         grads,
         expected_grads,
+    )
+
+
+def test_the_gradient_of_a_large_batch_is_the_sum_over_its_rows(make_model):
+    """XLA compiles large arrays in ways of their own, some of them wrong (jax-ml/jax#39103)."""
+    model, params = make_model(positions="rotary", norm="rmsnorm", attention="tiled")
+    tokens = np.random.default_rng(0).integers(0, 96, (64, 80))
+    loss = loss_of(model)
+    total, grads = loss(params, tokens)
+    parts = [loss(params, tokens[i : i + 4]) for i in range(0, 64, 4)]
+    assert float(total) == pytest.approx(sum(float(part) for part, _ in parts), rel=1e-5)
+    summed = jax.tree.map(lambda *x: sum(np.float64(y) for y in x), *(grad for _, grad in parts))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * abs(y).max() + 1e-3),
+        grads,
+        summed,
     )
 
 

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from lm.errors import UserError
 from lm.experiment import build
+from lm.schema import SCHEMA
 
 SGD = {  # an update is the gradient
     "optimizer__name": "sgd", "optimizer__learning_rate": 1.0, "optimizer__weight_decay": 0.0,
@@ -144,6 +146,16 @@ def test_dropout_depends_on_seed_and_step_only(make_experiment):
     again = experiment.train_steps(experiment.init_state(), steps_of(batch))[1]
     assert float(again["loss"][0]) == losses[0]
     assert abs(losses[0] - losses[1]) > 1e-5  # the parameters are the same, the step is not
+
+
+@pytest.mark.parametrize("kernel", SCHEMA["model.attention"].choices)
+def test_attention_dropout_is_trained_with_or_refused_at_once(make_experiment, kernel):
+    try:
+        experiment = make_experiment(model__attention=kernel, model__attention_dropout=0.1)
+    except UserError:
+        assert kernel != "auto"
+        return
+    jax.eval_shape(experiment.steps.train_step, experiment.state_shapes, experiment.batch_shapes)
 
 
 def test_evaluation_gives_the_sums_of_each_batch_without_dropout(make_experiment):

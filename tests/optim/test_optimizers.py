@@ -125,7 +125,7 @@ def adafactor(parameter_scale, clip=1.0, decay_rate=0.8):
     def step(x, g, t, memory):
         b2 = 1 - t**-decay_rate
         squares = g**2 + 1e-30
-        if x.ndim == 2 and "layers" not in memory.get("name", ""):
+        if x.ndim == 2:
             r = memory["r"] = b2 * memory.get("r", 0) + (1 - b2) * squares.sum(1)
             c = memory["c"] = b2 * memory.get("c", 0) + (1 - b2) * squares.sum(0)
             v = np.outer(r, c) / r.sum()

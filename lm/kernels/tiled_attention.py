@@ -1,0 +1,109 @@
+"""Causal attention in tiles of queries that never computes the masked half, for XLA's CPU backend.
+
+A tile of T queries attends to the keys up to its end. Scores lie keys first, [keys, queries], so
+that none of the six products of a step contracts the rows of both operands, which that backend
+does slowly; the softmax is divided out after the values are summed, and the backward pass takes
+the weights from the forward pass (Dao et al. 2022, algorithm 4, without recomputation).
+
+Shape letters: B batch, L queries and keys, H heads, G key/value heads, R = H/G, K head dim,
+T queries of a tile times R, S keys of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+SHORTEST_TILE = 64
+
+
+@jax.custom_vjp
+def tiled_attention(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None
+) -> jax.Array:
+    """Scaled causal attention within segments, [B, L, H, K]; sums and softmax are float32."""
+    return _forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)[0]
+
+
+def _tiles(length: int) -> Iterator[slice]:
+    """Four tiles, fewer where they would be shorter than is worth it."""
+    tile = max(-(-length // 4), SHORTEST_TILE)
+    for start in range(0, length, tile):
+        yield slice(start, min(start + tile, length))
+
+
+def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    """Contract two axes, batched over the first two of both."""
+    dimensions = (((x_axis,), (y_axis,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _rows(x_BGRLK: jax.Array, tile: slice) -> jax.Array:
+    """The queries of a tile, all R heads of a group one after the other: [B, G, T, K]."""
+    B, G, _, _, K = x_BGRLK.shape
+    return x_BGRLK[:, :, :, tile].reshape(B, G, -1, K)
+
+
+def _mask(segment_ids_BL: jax.Array | None, tile: slice, R: int) -> jax.Array:
+    """[B or 1, 1, S, T], true where a query sees a key."""
+    seen = (jnp.arange(tile.stop)[:, None] <= jnp.arange(tile.start, tile.stop))[None]
+    if segment_ids_BL is not None:
+        seen &= segment_ids_BL[:, : tile.stop, None] == segment_ids_BL[:, None, tile]
+    return jnp.tile(seen, (1, 1, R))[:, None]
+
+
+def _by_group(x_BLHK: jax.Array, G: int) -> jax.Array:
+    """[B, G, R, L, K]"""
+    B, L, H, K = x_BLHK.shape
+    return x_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
+
+
+def _forward(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    B, L, H, K = q_BLHK.shape
+    G = k_BLGK.shape[2]
+    q_BGRLK = _by_group(q_BLHK * jnp.asarray(K**-0.5, q_BLHK.dtype), G)
+    k_BGLK, v_BGKL = k_BLGK.swapaxes(1, 2), v_BLGK.transpose(0, 2, 3, 1)
+    outputs, weights = [], []
+    for tile in _tiles(L):
+        scores_BGST = _product(k_BGLK[:, :, : tile.stop], _rows(q_BGRLK, tile), 3, 3)
+        scores_BGST = jnp.where(_mask(segment_ids_BL, tile, H // G), scores_BGST, MASKED)
+        e_BGST = jnp.exp(scores_BGST - scores_BGST.max(2, keepdims=True))
+        inverse_BG1T = 1 / e_BGST.sum(2, keepdims=True)
+        e_BGST = e_BGST.astype(q_BLHK.dtype)
+        o_BGKT = _product(v_BGKL[..., : tile.stop], e_BGST, 3, 2) * inverse_BG1T
+        outputs.append(o_BGKT.reshape(B, G, K, H // G, -1))
+        weights.append((e_BGST, inverse_BG1T))
+    o_BGKRL = jnp.concatenate(outputs, -1).astype(q_BLHK.dtype)
+    o_BLHK = o_BGKRL.transpose(0, 4, 1, 3, 2).reshape(B, L, H, K)
+    return o_BLHK, (q_BGRLK, k_BGLK, v_BLGK, o_BLHK, weights)
+
+
+def _backward(saved: tuple, g_BLHK: jax.Array) -> tuple:
+    q_BGRLK, k_BGLK, v_BLGK, o_BLHK, weights = saved
+    B, G, R, L, K = q_BGRLK.shape
+    dtype = q_BGRLK.dtype
+    inner_BLH = jnp.sum(g_BLHK * o_BLHK, axis=-1, dtype=jnp.float32)
+    inner_BGRL = inner_BLH.reshape(B, L, G, R).transpose(0, 2, 3, 1)
+    g_BGRLK, v_BGLK, k_BGKL = _by_group(g_BLHK, G), v_BLGK.swapaxes(1, 2), k_BGLK.swapaxes(2, 3)
+    dq, dk_BGLK, dv_BGLK = [], jnp.zeros((B, G, L, K)), jnp.zeros((B, G, L, K))
+    for tile, (e_BGST, inverse_BG1T) in zip(_tiles(L), weights, strict=True):
+        q_BGTK, keys = _rows(q_BGRLK, tile), slice(0, tile.stop)
+        g_BGTK = (_rows(g_BGRLK, tile) * inverse_BG1T.swapaxes(2, 3)).astype(dtype)
+        inner_BG1T = inner_BGRL[..., tile].reshape(B, G, 1, -1) * inverse_BG1T
+        ds_BGST = e_BGST * (_product(v_BGLK[:, :, keys], g_BGTK, 3, 3) - inner_BG1T)
+        ds_BGST = ds_BGST.astype(dtype)
+        dv_BGLK = dv_BGLK.at[:, :, keys].add(_product(e_BGST, g_BGTK, 3, 2))
+        dk_BGLK = dk_BGLK.at[:, :, keys].add(_product(ds_BGST, q_BGTK, 3, 2))
+        dq.append(_product(k_BGKL[..., keys], ds_BGST, 3, 2).reshape(B, G, K, R, -1))
+    dq_BGKRL = jnp.concatenate(dq, -1) * K**-0.5
+    dq_BLHK = dq_BGKRL.transpose(0, 4, 1, 3, 2).reshape(B, L, G * R, K)
+    dk_BLGK, dv_BLGK = dk_BGLK.swapaxes(1, 2), dv_BGLK.swapaxes(1, 2)
+    return *(d.astype(dtype) for d in (dq_BLHK, dk_BLGK, dv_BLGK)), None
+
+
+tiled_attention.defvjp(_forward, _backward)

@@ -1,0 +1,149 @@
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from lm.decoding import text
+from lm.decoding.generate import generate
+from lm.decoding.sampling import Sampling
+from lm.errors import UserError
+from lm.models.config import TransformerConfig
+from lm.models.decoder import Decoder
+
+CONTEXT, VOCAB = 16, 24
+PROMPTS = ([5, 1, 7, 2], [3], [9, 9, 4, 11, 0, 6, 8])
+GREEDY = Sampling(0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(
+        TransformerConfig(
+            n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64,
+            vocab_size=VOCAB, max_length=CONTEXT, init_std=0.5,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), int)))["params"]
+
+
+@pytest.fixture(scope="module")
+def greedy_continuation(model, params):
+    """Greedy decoding without a cache: the whole sequence again for every token."""
+    apply = jax.jit(model.apply)
+
+    def decode(prompt, n):
+        tokens = list(prompt)
+        while len(tokens) < min(len(prompt) + n, CONTEXT):
+            row = np.zeros((1, CONTEXT), int)
+            row[0, : len(tokens)] = tokens
+            tokens.append(int(apply({"params": params}, row)[0, len(tokens) - 1].argmax()))
+        return tokens[len(prompt) :]
+
+    return decode
+
+
+def rows_of(steps):
+    """The tokens of each row, up to its end."""
+    table = np.stack(list(steps), axis=1)
+    for row in table:  # a row that has ended stays ended
+        assert (np.diff((row < 0).astype(int)) >= 0).all()
+    return [[int(token) for token in row if token >= 0] for row in table]
+
+
+def test_greedy_equals_decoding_without_a_cache(model, params, greedy_continuation):
+    found = rows_of(generate(model, params, PROMPTS, 6, GREEDY, seed=0))
+    assert found == [greedy_continuation(prompt, 6) for prompt in PROMPTS]
+
+
+def test_rows_end_when_their_context_is_full(model, params, greedy_continuation):
+    found = rows_of(generate(model, params, PROMPTS, 100, GREEDY, seed=0))
+    assert [len(row) for row in found] == [CONTEXT - len(prompt) for prompt in PROMPTS]
+    assert found == [greedy_continuation(prompt, 100) for prompt in PROMPTS]
+
+
+def test_a_row_ends_before_the_end_token(model, params, greedy_continuation):
+    expected = [greedy_continuation(prompt, 6) for prompt in PROMPTS]
+    end = expected[0][2]
+    cut = [row[: row.index(end)] if end in row else row for row in expected]
+    assert rows_of(generate(model, params, PROMPTS, 6, GREEDY, 0, end_id=end)) == cut
+
+
+def test_generation_stops_once_every_row_has_ended(model, params, greedy_continuation):
+    first = greedy_continuation(PROMPTS[0], 1)[0]
+    assert list(generate(model, params, PROMPTS[:1], 6, GREEDY, 0, end_id=first)) == []
+
+
+def test_sampled_rows_depend_on_seed_prompt_and_place_only(model, params):
+    def sample(prompts, seed):
+        return rows_of(generate(model, params, prompts, 6, Sampling(), seed))
+
+    assert sample(PROMPTS, 1) == sample(PROMPTS, 1)
+    assert sample(PROMPTS, 1) != sample(PROMPTS, 2)
+    others = (PROMPTS[0], [1, 2], [4, 4, 4, 4, 4, 4, 4])
+    assert sample(PROMPTS, 1)[0] == sample(others, 1)[0]
+    same = sample([PROMPTS[0]] * 3, 1)
+    assert same[0] != same[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 2 is empty"),
+        ([list(range(CONTEXT))], "prompt 1 has 16 tokens; the context holds 16"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(model, params, prompts, message):
+    with pytest.raises(UserError, match=message):
+        next(generate(model, params, prompts, 4, GREEDY, 0))
+
+
+def test_the_longest_prompt_is_continued_by_one_token(model, params, greedy_continuation):
+    prompt = list(range(CONTEXT - 1))
+    found = rows_of(generate(model, params, [prompt], 5, GREEDY, 0))
+    assert found == [greedy_continuation(prompt, 5)]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes and whose token 256 starts and ends a text."""
+
+    bos_id = eos_id = 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def continuations(monkeypatch, prompts, rows):
+    """What text.continuations gives when the model generates these rows of bytes."""
+    seen = {}
+
+    def fake_generate(model, params, ids, max_new_tokens, sampling, seed, end_id):
+        seen["ids"], seen["end_id"] = [list(row) for row in ids], end_id
+        yield from np.array(rows).T
+
+    monkeypatch.setattr(text, "generate", fake_generate)
+    steps = text.continuations(None, None, Bytes(), prompts, 9, GREEDY, 0)
+    return [list(parts) for parts in zip(*steps, strict=True)], seen
+
+
+def test_prompts_start_like_documents(monkeypatch):
+    _, seen = continuations(monkeypatch, ["ab", ""], [[1], [2]])
+    assert seen["ids"] == [[256, 97, 98], [256]]
+    assert seen["end_id"] == 256
+
+
+def test_a_character_appears_when_its_bytes_are_complete(monkeypatch):
+    euro = list("€".encode())
+    parts, _ = continuations(monkeypatch, ["x"], [[*euro, 33]])
+    assert parts == [["", "", "€", "!"]]
+
+
+def test_ended_rows_grow_no_more(monkeypatch):
+    parts, _ = continuations(monkeypatch, ["x", "y"], [[97, -1, -1], [98, 99, 100]])
+    assert parts == [["a", "", ""], ["b", "c", "d"]]

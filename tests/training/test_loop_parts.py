@@ -1,0 +1,137 @@
+"""The parts of the loop: steps a call, the clock, what is written, when to halt or save."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from conftest import arguments, losses
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.cli import main
+from lm.config import default
+from lm.training.clock import Clock
+from lm.training.dispatches import dispatches
+from lm.training.metrics import MetricsFile
+from lm.training.preemption import stop_requests
+
+periods = st.integers(0, 12)
+
+
+@given(st.integers(1, 40), st.integers(1, 8), periods, periods, st.data())
+def test_dispatches_stop_where_something_is_due_and_resume_on_the_same_grid(
+    steps, together, eval_every, save_every, data
+):
+    config = default()
+    config.train.steps, config.train.steps_per_dispatch = steps, together
+    config.eval.every_steps, config.checkpoint.every_steps = eval_every, save_every
+    calls = list(dispatches(0, config))
+    assert [step for call in calls for step in call] == list(range(steps))
+    assert all(len(call) <= together for call in calls)
+    ends = {call.stop for call in calls}
+    for period in (eval_every, save_every):
+        assert ends >= set(range(period, steps + 1, period or steps + 1)) - {0}
+    resumed_after = data.draw(st.sampled_from([0, *(call.stop for call in calls)]))
+    assert list(dispatches(resumed_after, config)) == [c for c in calls if c.start >= resumed_after]
+
+
+def test_metrics_of_steps_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    first = MetricsFile(file, 0)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": step / 3})
+    first.close()
+    with file.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    second = MetricsFile(file, 2)
+    second.write(3, {"loss": float("nan")})
+    second.close()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "loss": 1 / 3},
+        {"step": 2, "loss": 2 / 3},
+        {"step": 3, "loss": None},
+    ]
+
+
+def test_the_clock_adds_up_over_restarts(tmp_path):
+    clock = Clock(tmp_path / "clock.json", 0)
+    with clock.part("step"):
+        time.sleep(0.05)
+    clock.save(10)
+    again = Clock(tmp_path / "clock.json", 5)  # steps 6 to 10 were lost
+    with clock.part("data"):
+        pass
+    with again.part("step"):
+        time.sleep(0.05)
+    summary = again.summary(15)
+    assert summary["starts"] == 2
+    assert summary["steps_computed"] == 20
+    assert summary["seconds"]["step"] >= 0.1
+    # 15 of the 20 computed steps count.
+    share = summary["seconds"]["step"] / sum(summary["seconds"].values())
+    assert summary["goodput"] == pytest.approx(share * 15 / 20)
+
+
+def test_a_signal_asks_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # the second request does not wait
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    import jax
+
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+
+
+EXPLODE = {
+    "optimizer__name": "sgd",
+    "optimizer__learning_rate": 1e30,
+    "optimizer__clip_norm": 0,
+    "schedule__name": "constant",
+    "train__steps": 8,
+    "model__dropout": 0,
+    "model__attention_dropout": 0,
+}
+
+
+def test_a_loss_that_explodes_halts_with_a_state_and_can_go_on(
+    experiment_file, tmp_path, capsys, one_device
+):
+    words = arguments(experiment_file, tmp_path / "run", **EXPLODE)
+    assert main(words) == 2
+    line = next(x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert "is not finite at step" in line
+    saved = max(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"saved at step {saved}" in line
+    assert main([*words, "--config.train.nonfinite=skip"]) == 0
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 9))
+    assert any(row.get("skipped") for row in rows)
+
+
+def test_checkpoints_by_wall_time(experiment_file, tmp_path, one_device):
+    words = arguments(
+        experiment_file,
+        tmp_path / "run",
+        checkpoint__every_steps=0,
+        checkpoint__every_seconds=1e-3,
+        checkpoint__keep_last=100,
+        train__steps=8,
+        eval__every_steps=0,
+    )
+    assert main(words) == 0
+    saved = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[0] < 8
+    assert saved[-1] == 8
