@@ -287,7 +287,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
 def _set_up_jax(args: argparse.Namespace) -> None:
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    # Orbax logs the traceback of what it raises; the error itself comes to us.
+    logging.set_verbosity(logging.FATAL)
     devices = getattr(args, "cpu_devices", None)
     if devices is not None:
         import jax

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,22 @@ class Checkpoints:
         metadata = {**self._metadata, "step": step, "checksums": checksums}
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
+            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
                 ),
+            )
+
+    def _check_space(self, needed: int) -> None:
+        """Fail before writing what cannot fit, rather than half-way."""
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {self._folder} has {free / 1e6:,.1f} MB left and a checkpoint may "
+                f"need {needed / 1e6:,.1f} MB; older checkpoints are intact: free some space and "
+                "start the same command again"
             )
 
     def check(self) -> None:
