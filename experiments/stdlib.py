@@ -10,7 +10,7 @@ CPU cores; RESULTS.md has the figures.
 from lm.config import choose, default
 
 VARIANTS = {  # layers, d_model, heads, steps
-    "small": (4, 192, 6, 1000),
+    "small": (4, 192, 6, 500),
     "tiny": (2, 64, 4, 100),
 }
 
@@ -31,7 +31,9 @@ def get_config(variant="small"):
 
     config.train.steps = steps
     config.train.scan_unroll, config.train.steps_per_dispatch = 0, 5
-    config.optimizer.learning_rate = 3e-3
-    config.schedule.warmup_steps = steps // 10
-    config.eval.every_steps, config.eval.max_batches = 250, 20
+    config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02
+    config.optimizer.muon.adam_ratio = 0.15
+    config.schedule.name, config.schedule.final_ratio = "linear", 0.0
+    config.schedule.warmup_steps = steps // 20
+    config.eval.every_steps, config.eval.max_batches = 100, 10
     return config

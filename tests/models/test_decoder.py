@@ -127,9 +127,10 @@ def test_logits_are_those_of_the_paper(make_model, reference, kernel):
     np.testing.assert_allclose(logits, expected, atol=3e-5)
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_logits_float32(make_model):
-    full, params = make_model()
-    model, _ = make_model(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_logits_float32(make_model, tied):
+    full, params = make_model(tie_embeddings=tied)
+    model, _ = make_model(tie_embeddings=tied, dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     run = jax.jit(model.apply)
     logits = run({"params": params}, TOKENS)
