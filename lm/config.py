@@ -23,6 +23,8 @@ from ml_collections import ConfigDict
 from lm.errors import UserError
 from lm.schema import SCHEMA, Key
 
+LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
+
 
 def default() -> ConfigDict:
     """The configuration with every key at its default."""
@@ -161,8 +163,9 @@ def _check_value(path: str, key: Key, value: Any) -> None:
             raise UserError(f"{shown}: expected a finite number")
         if key.low is not None and value < key.low:
             raise UserError(f"{shown} is below {key.low}")
-        if key.high is not None and value > key.high:
-            raise UserError(f"{shown} is above {key.high}")
+        high = LARGEST_INTEGER if key.high is None and key.type is int else key.high
+        if high is not None and value > high:
+            raise UserError(f"{shown} is above {high}")
 
 
 def _broken_rules(config: ConfigDict) -> Iterator[str]:

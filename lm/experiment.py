@@ -73,10 +73,11 @@ class Experiment:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape of each array of a global batch, [B, …]."""
         length = self.config.data.sequence_length
-        example: dict[str, np.ndarray] = {
-            name: np.zeros(length + 1, np.int32) for name in ("tokens", "segment_ids", "positions")
+        ids = np.broadcast_to(np.int32(0), length + 1)  # takes no memory, whatever the length
+        example = {
+            **dict.fromkeys(("tokens", "segment_ids", "positions"), ids),
+            "weights": np.broadcast_to(np.float32(0), length),
         }
-        example["weights"] = np.zeros(length, np.float32)
         features = self.steps.objective.features(example, np.random.default_rng(0))
         return {
             name: jax.ShapeDtypeStruct((self.config.data.batch_size, *x.shape), x.dtype)

@@ -137,7 +137,7 @@ SCHEMA: dict[str, Key] = {
     "optimizer.name": Key(
         "adamw", "Update rule.", choices=("adamw", "adafactor", "sgd", "lion", "muon")
     ),
-    "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0),
+    "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0, high=1e6),
     "optimizer.weight_decay": Key(0.1, "Decoupled weight decay, times the learning rate.", low=0.0),
     "optimizer.decay": Key(
         "matrices",
@@ -145,23 +145,27 @@ SCHEMA: dict[str, Key] = {
         choices=("matrices", "kernels", "all"),
     ),
     "optimizer.clip_norm": Key(1.0, "Largest global gradient norm; 0: no clipping.", low=0.0),
-    "optimizer.adamw.b1": Key(0.9, "Decay of the first moment.", low=0.0, high=1.0),
-    "optimizer.adamw.b2": Key(0.95, "Decay of the second moment.", low=0.0, high=1.0),
+    "optimizer.adamw.b1": Key(0.9, "Decay of the first moment.", low=0.0, high=0.99999),
+    "optimizer.adamw.b2": Key(0.95, "Decay of the second moment.", low=0.0, high=0.99999),
     "optimizer.adamw.eps": Key(1e-8, "Added to the root of the second moment.", low=0.0),
     "optimizer.adafactor.decay_rate": Key(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0),
-    "optimizer.adafactor.clip_threshold": Key(1.0, "Largest RMS of an update.", low=0.0),
+    "optimizer.adafactor.clip_threshold": Key(1.0, "Largest RMS of an update.", low=1e-6),
     "optimizer.adafactor.min_dim": Key(128, "Smallest dimension that is factored.", low=1),
     "optimizer.adafactor.parameter_scale": Key(
         True, "Multiply the step by the parameter's root mean square."
     ),
-    "optimizer.sgd.momentum": Key(0.9, "Momentum.", low=0.0, high=1.0),
+    "optimizer.sgd.momentum": Key(0.9, "Momentum.", low=0.0, high=0.99999),
     "optimizer.sgd.nesterov": Key(False, "Nesterov's form."),
-    "optimizer.lion.b1": Key(0.9, "Interpolation of the update.", low=0.0, high=1.0),
-    "optimizer.lion.b2": Key(0.99, "Decay of the momentum.", low=0.0, high=1.0),
-    "optimizer.muon.beta": Key(0.95, "Momentum of the orthogonalised matrices.", low=0.0, high=1.0),
+    "optimizer.lion.b1": Key(0.9, "Interpolation of the update.", low=0.0, high=0.99999),
+    "optimizer.lion.b2": Key(0.99, "Decay of the momentum.", low=0.0, high=0.99999),
+    "optimizer.muon.beta": Key(
+        0.95, "Momentum of the orthogonalised matrices.", low=0.0, high=0.99999
+    ),
     "optimizer.muon.ns_steps": Key(5, "Newton–Schulz iterations.", low=1, high=20),
     "optimizer.muon.adam_ratio": Key(
-        0.1, "Learning rate of the other parameters (Adam), relative to the peak.", low=0.0
+        0.1,
+        "Learning rate of the other parameters (optimizer.adamw), relative to the peak.",
+        low=0.0,
     ),
     # --- schedule
     "schedule.name": Key(

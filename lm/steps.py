@@ -59,7 +59,7 @@ class Steps:
         """One update. Where loss or gradient is not finite, only the step counter advances."""
         rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
         grads, sums = self._gradients(state.params, batch, rng)
-        weight = jnp.maximum(sums.weight, 1)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -40,7 +40,8 @@ def choose_tokens(logits_BV: jax.Array, sampling: Sampling, rng: jax.Array) -> j
         descending_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        kept_BV = jnp.where(before_BV < sampling.top_p, descending_BV, jnp.inf)
+        # The likeliest token stays, however small p is.
+        kept_BV = jnp.where(before_BV < max(sampling.top_p, 1e-9), descending_BV, jnp.inf)
         logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), NEVER, logits_BV)
     rngs_B = jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(logits_BV.shape[0]))
     return jax.vmap(jax.random.categorical)(rngs_B, logits_BV).astype(jnp.int32)

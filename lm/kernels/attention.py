@@ -18,11 +18,12 @@ from lm.kernels.tiled_attention import MASKED, tiled_attention
 class Visibility:
     """Which keys a query sees: those of its own segment and, if causal, not after itself.
 
-    Without segment ids every key is of one segment. Query i stands at key position `offset` + i.
+    Without segment ids all is one segment. Keys that are not the queries' own tokens (a cache, an
+    encoder) bring `key_segments_BS`. Query i stands at key position `offset` + i.
     """
 
     causal: bool = flax.struct.field(pytree_node=False)
-    query_segments_BL: jax.Array | None = None
+    segments_BL: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     offset: jax.Array | int = 0
 
@@ -32,8 +33,9 @@ class Visibility:
         if self.causal:
             queries_L = self.offset + jnp.arange(n_queries)
             mask = (queries_L[:, None] >= jnp.arange(n_keys))[None]
-        if self.query_segments_BL is not None and self.key_segments_BS is not None:
-            same = self.query_segments_BL[:, :, None] == self.key_segments_BS[:, None, :]
+        if self.segments_BL is not None:
+            keys_BS = self.segments_BL if self.key_segments_BS is None else self.key_segments_BS
+            same = self.segments_BL[:, :, None] == keys_BS[:, None, :]
             mask = same if mask is None else mask & same
         return mask
 
@@ -62,11 +64,11 @@ def attention(
     are float32.
     """
     L, S = q_BLHK.shape[1], k_BSGK.shape[1]
-    whole = isinstance(visibility.offset, int) and visibility.offset == 0 and L == S
-    if kernel == "tiled" and visibility.causal and whole:
+    own_keys = visibility.key_segments_BS is None and L == S
+    if kernel == "tiled" and visibility.causal and own_keys:
         if dropout is not None:
             raise ValueError('attention kernel "tiled" has no dropout of attention weights')
-        return tiled_attention(q_BLHK, k_BSGK, v_BSGK, visibility.query_segments_BL)
+        return tiled_attention(q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
     return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(L, S), dropout)
 
 

@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         x_BLD = constrain(x_BLD, "batch", "length", "embed")
 
         if cache is None:
-            visibility = Visibility(True, segment_ids_BL, segment_ids_BL)
+            visibility = Visibility(True, segment_ids_BL)
         else:
             segments_BL = jnp.ones((B, L), jnp.int32) if segment_ids_BL is None else segment_ids_BL
             cache = write_segments(cache, segments_BL)

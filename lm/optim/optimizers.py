@@ -1,7 +1,7 @@
 """Optimizers by name, each from its own section of the configuration.
 
-A parameter is described by its path ("stack/layers/attention/query/kernel") and the logical names
-of its axes; which parameters decay, and which are matrices to Muon, follows from these.
+Which parameters decay, which are matrices to Muon, and which are stacks of layers follows from
+their paths ("stack/layers/attention/query/kernel").
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ from typing import Any
 import jax
 import optax
 from ml_collections import ConfigDict
-from optax.contrib import MuonDimensionNumbers, muon
 
 Tree = Any
-
-
-def leaf_name(path: tuple) -> str:
-    """The last component of a parameter's path: kernel, bias, scale or embedding."""
-    return str(path[-1].key)
 
 
 def decay_mask(what: str) -> Callable[[Tree], Tree]:
@@ -29,9 +23,7 @@ def decay_mask(what: str) -> Callable[[Tree], Tree]:
         "kernels": ("kernel",),
         "all": ("kernel", "embedding", "bias", "scale"),
     }[what]
-    return lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: leaf_name(path) in decaying, params
-    )
+    return lambda params: _by_path(params, lambda names, _: names[-1] in decaying)
 
 
 def adamw(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
@@ -41,15 +33,23 @@ def adamw(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
 
 
 def adafactor(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """Adafactor without momentum (Shazeer and Stern 2018); decay as in AdamW."""
+    """Adafactor without momentum (Shazeer and Stern 2018), each layer's parameter by itself; decay
+    as in AdamW."""
     o = options.adafactor
+    each = optax.adafactor(
+        learning_rate=None,
+        min_dim_size_to_factor=o.min_dim,
+        decay_rate=o.decay_rate,
+        multiply_by_parameter_scale=o.parameter_scale,
+        clipping_threshold=o.clip_threshold,
+    )
+    stacked = optax.GradientTransformation(_each_layer(each.init), _each_layer(each.update))
     return optax.chain(
-        optax.adafactor(
-            learning_rate=None,
-            min_dim_size_to_factor=o.min_dim,
-            decay_rate=o.decay_rate,
-            multiply_by_parameter_scale=o.parameter_scale,
-            clipping_threshold=o.clip_threshold,
+        optax.partition(
+            {"stacked": stacked, "single": each},
+            lambda params: _by_path(
+                params, lambda names, _: "stacked" if "layers" in names else "single"
+            ),
         ),
         # optax.adafactor already points downhill: turn round for the shared tail.
         optax.scale(-1.0),
@@ -73,35 +73,54 @@ def lion(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
     return optax.lion(schedule, o.b1, o.b2, weight_decay=options.weight_decay, mask=mask)
 
 
-def muon_optimizer(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """Muon (Jordan 2024) for the kernels of the blocks, Adam for everything else."""
+def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
+    """Muon (Jordan 2024) for the kernels of the blocks; AdamW, with its own section's options and
+    `adam_ratio` of the learning rate, for everything else."""
     o = options.muon
-    return muon(
+    matrices = optax.contrib.muon(
         schedule,
         ns_steps=o.ns_steps,
         beta=o.beta,
         weight_decay=options.weight_decay,
         weight_decay_mask=mask,
-        adam_learning_rate=lambda t: o.adam_ratio * schedule(t),
-        muon_weight_dimension_numbers=_muon_matrices,
-        consistent_rms=None,
+        muon_weight_dimension_numbers=_dimensions,
+    )
+    others = adamw(lambda t: o.adam_ratio * schedule(t), options, mask)
+    return optax.partition(
+        {"matrix": matrices, "other": others},
+        lambda params: _by_path(
+            params, lambda names, _: "matrix" if _is_block_kernel(names) else "other"
+        ),
     )
 
 
-def _muon_matrices(params: Tree) -> Tree:
-    """How each stacked kernel is a matrix: layers apart, inputs against outputs."""
+def _each_layer(function: Callable) -> Callable:
+    """`function` of each layer of stacked parameters; of a model without layers, of nothing."""
+    return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
 
-    def matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
-        keys = [str(part.key) for part in path]
-        if keys[-1] != "kernel" or "layers" not in keys:
-            return None
-        # [layers, inputs…, outputs…]; only attention's "out" has two input dimensions.
-        n_inputs = 2 if leaf.ndim == 4 and keys[-2] == "out" else 1
-        return MuonDimensionNumbers(
+
+def _by_path(params: Tree, function: Callable[[list[str], Any], Any]) -> Tree:
+    """`function(path, leaf)` of every parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function([str(part.key) for part in path], leaf), params
+    )
+
+
+def _is_block_kernel(names: list[str]) -> bool:
+    return names[-1] == "kernel" and "layers" in names
+
+
+def _dimensions(kernels: Tree) -> Tree:
+    """How each stacked kernel [layers, inputs…, outputs…] is a matrix, layers apart."""
+
+    def matrix(names: list[str], leaf: Any) -> optax.contrib.MuonDimensionNumbers:
+        # Only attention's output projection [layers, heads, head_dim, embed] has two inputs.
+        n_inputs = 2 if names[-2:] == ["out", "kernel"] and leaf.ndim == 4 else 1
+        return optax.contrib.MuonDimensionNumbers(
             tuple(range(1, 1 + n_inputs)), tuple(range(1 + n_inputs, leaf.ndim))
         )
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return _by_path(kernels, matrix)
 
 
 OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
@@ -109,7 +128,7 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
     "adafactor": adafactor,
     "sgd": sgd,
     "lion": lion,
-    "muon": muon_optimizer,
+    "muon": muon,
 }
 
 

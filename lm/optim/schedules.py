@@ -23,8 +23,8 @@ def linear(peak: float, options: ConfigDict, decay_steps: int) -> optax.Schedule
 
 def inverse_sqrt(peak: float, options: ConfigDict, decay_steps: int) -> optax.Schedule:
     """peak · sqrt(w / t): with peak = (d_model · w)^-0.5 the formula of Vaswani 2017, eq. 3."""
-    warmup = max(options.warmup_steps, 1)
-    return lambda t: peak * jnp.sqrt(warmup / (t + 1 + warmup))
+    w = options.warmup_steps
+    return lambda t: peak * jnp.sqrt(max(w, 1) / (t + w + 1))  # t counts from the warm-up's end
 
 
 def wsd(peak: float, options: ConfigDict, decay_steps: int) -> optax.Schedule:

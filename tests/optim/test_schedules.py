@@ -25,10 +25,7 @@ def test_warm_up_rises_to_the_peak_and_wastes_no_update(name):
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="starts at peak/sqrt(2)"))
-             if n == "inverse_sqrt" else n for n in SCHEDULES]
-)  # fmt: skip
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_without_warm_up_the_first_update_has_the_peak(name):
     assert rate(0, name=name, warmup_steps=0) == pytest.approx(PEAK, rel=1e-5)
 

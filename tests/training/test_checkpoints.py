@@ -121,6 +121,6 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path, monkeypatc
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path / "c", [1])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1000))
-    with pytest.raises(UserError, match="has 0.0 MB left .* older checkpoints are intact"):
+    with pytest.raises(UserError, match=r"has 0.0 MB left .* older checkpoints are intact"):
         checkpoints.save(2, state_at(2))
     assert {f.name for f in (tmp_path / "c").iterdir()} == {"1"}

@@ -97,7 +97,7 @@ def one_device(monkeypatch):
 
 EXPLODE = {
     "optimizer__name": "sgd",
-    "optimizer__learning_rate": 1e30,
+    "optimizer__learning_rate": 1e6,
     "optimizer__clip_norm": 0,
     "schedule__name": "constant",
     "train__steps": 8,
