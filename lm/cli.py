@@ -8,23 +8,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lm import config as configs
+from lm.arguments import Overrides, parse
 from lm.errors import UserError
 from lm.schema import SCHEMA
-
-Overrides = dict[str, str]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message} (lm {self.prog.split()[-1]} --help)")
 
 
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -42,22 +34,18 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
 
     from lm.data.dataset import open_dataset
     from lm.evaluation.loss import evaluate
+    from lm.training.workdir import check_tokenizer
 
     experiment, params, step = _load_run(args, overrides)
     dataset = open_dataset(experiment.config.data, progress=True)
-    from lm.training.workdir import check_tokenizer
-
     check_tokenizer(Path(args.workdir), dataset.tokenizer)
     if not dataset.validation:
         raise UserError(
             "the run's configuration has no validation data; set config.data.validation_source"
         )
     batches = experiment.validation_batches(dataset)
-    n_bytes = sum(store.manifest.n_bytes for store in dataset.validation)
     track = partial(tqdm, desc="evaluating", file=sys.stderr)
-    result = evaluate(
-        experiment, params, batches, n_bytes, track=lambda items, total: track(items, total=total)
-    )
+    result = evaluate(experiment, params, batches, dataset.validation_bytes, track=track)
     report = {"step": step, **{f"eval/validation/{k}": v for k, v in result.items()}}
     _print_result(report, args.json)
     return 0
@@ -142,6 +130,16 @@ def train_tokenizer(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+VERBS = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "params": params,
+    "config": show_config,
+    "tokenizer train": train_tokenizer,
+}
+
+
 def _load_run(args: argparse.Namespace, overrides: Overrides) -> tuple[Any, Any, int]:
     """The experiment, parameters and step of the run in --workdir, on all devices."""
     import jax
@@ -183,107 +181,6 @@ def _print_continuations(prompts: Sequence[str], steps: Iterable[list[str]], as_
             print(f"--- {number}\n{prompt}{text}")
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="lm", description="Pretrain language models on many devices.")
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
-
-    def verb(name: str, function: Callable, parent: Any = verbs) -> Parser:
-        sub = parent.add_parser(
-            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
-        )
-        sub.set_defaults(function=function)
-        return sub
-
-    def config(sub: Parser, required: bool = True) -> None:
-        sub.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]")
-
-    def processes(sub: Parser) -> None:
-        sub.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N CPU devices")
-        sub.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-        sub.add_argument("--num_processes", type=int, metavar="N")
-        sub.add_argument("--process_id", type=int, metavar="I")
-
-    def json_flag(sub: Parser) -> None:
-        sub.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-
-    sub = verb("train", train)
-    config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR")
-    processes(sub)
-
-    sub = verb("eval", evaluate)
-    sub.add_argument("--workdir", required=True, metavar="DIR")
-    json_flag(sub)
-    processes(sub)
-
-    sub = verb("generate", generate)
-    sub.add_argument("--workdir", required=True, metavar="DIR")
-    sub.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    sub.add_argument("--max_new_tokens", type=_at_least(1), default=200, metavar="N")
-    sub.add_argument("--temperature", type=_at_least(0.0), default=0.8)
-    sub.add_argument("--greedy", action="store_true", help="temperature 0")
-    sub.add_argument("--top_k", type=_at_least(0), default=0, metavar="K")
-    sub.add_argument("--top_p", type=_probability, default=1.0, metavar="P")
-    sub.add_argument("--seed", type=_at_least(0), default=0)
-    json_flag(sub)
-    processes(sub)
-
-    sub = verb("params", params)
-    config(sub)
-    json_flag(sub)
-
-    sub = verb("config", show_config)
-    config(sub, required=False)
-    sub.add_argument("--keys", action="store_true", help="list every key with its meaning")
-    json_flag(sub)
-
-    tokenizer = verbs.add_parser("tokenizer", help="Tokenizers.").add_subparsers(
-        dest="action", required=True, parser_class=Parser
-    )
-    sub = verb("train", train_tokenizer, tokenizer)
-    sub.add_argument("--source", required=True, help="as config.data.source")
-    sub.add_argument("--vocab_size", type=_at_least(2), required=True, metavar="N")
-    sub.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
-    sub.add_argument("--output", required=True, metavar="FILE.model")
-    return parser
-
-
-def _at_least(low: int | float) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
-        value = type(low)(text)
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low}")
-        return value
-
-    parse.__name__ = "integer" if isinstance(low, int) else "number"
-    return parse
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """The verb's arguments, and the `--config.PATH=VALUE` (or `--config.PATH VALUE`) overrides."""
-    rest: list[str] = []
-    overrides: Overrides = {}
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        path, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise UserError(f"{word} has no value; write {word}=VALUE")
-        overrides[path] = value
-    return _parser().parse_args(rest), overrides
-
-
 def _set_up_jax(args: argparse.Namespace) -> None:
     from absl import logging
 
@@ -305,7 +202,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        args, overrides = _parse(arguments)
+        args, overrides = parse(arguments, VERBS)
         _set_up_jax(args)
         return args.function(args, overrides)
     except UserError as error:

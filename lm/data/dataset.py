@@ -27,6 +27,11 @@ class Dataset:
     weights: tuple[float, ...]
     fingerprint: dict[str, str]
 
+    @property
+    def validation_bytes(self) -> int:
+        """Size of the validation text in UTF-8 bytes."""
+        return sum(store.manifest.n_bytes for store in self.validation)
+
 
 def open_dataset(data: Any, progress: bool = False) -> Dataset:
     """Opens tokenizer and stores of a `data` section, building what the cache does not hold.

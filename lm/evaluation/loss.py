@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -19,19 +19,20 @@ def evaluate(
     batches: Batches,
     n_bytes: int | None,
     max_batches: int = 0,
-    track: Callable[[Iterator, int], Iterable] = lambda batches, total: batches,
+    track: Callable[..., Iterable] = lambda batches, total: batches,
 ) -> dict[str, float]:
     """Loss (nats a target), perplexity, accuracy and number of targets over all batches.
 
-    With `max_batches` over the first so many; `track(iterator, length)` may show progress. Over
-    the whole split and given its size in UTF-8 bytes, also bits a byte: all nats / (ln 2 · bytes),
-    document ends included.
+    With `max_batches` over the first so many; `track(iterator, total=n)` may show progress.
+    Over the whole split and given its size in UTF-8 bytes, also bits a byte: all nats /
+    (ln 2 · bytes), document ends included.
     """
     n = min(len(batches), max_batches or len(batches))
     together = experiment.config.train.steps_per_dispatch
     dispatches = [range(i, min(i + together, n)) for i in range(0, n, together)]
     totals: dict[str, float] = {}
-    for batch in track(prefetch(batches, dispatches, experiment.batch_sharding), len(dispatches)):
+    arrays = prefetch(batches, dispatches, experiment.batch_sharding)
+    for batch in track(arrays, total=len(dispatches)):
         sums = jax.device_get(experiment.eval_steps(params, batch))
         for name, values in {"loss": sums.loss, "targets": sums.weight, **sums.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(values.sum(dtype=np.float64))

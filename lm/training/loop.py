@@ -161,13 +161,12 @@ class Loop:
     def _evaluate(self, whole: bool) -> None:
         if self._validation is None:
             return
-        n_bytes = sum(store.manifest.n_bytes for store in self._dataset.validation)
         with self._clock.part("eval"):
             result = evaluate(
                 self.experiment,
                 self.state.params,
                 self._validation,
-                n_bytes,
+                self._dataset.validation_bytes,
                 0 if whole else self.config.eval.max_batches,
             )
         self.last_evaluation = result
