@@ -4,9 +4,9 @@ Reference (whole validation part, last 10 % of the text, nats a character):
 
 | variant | model                          | batch    | steps | reference | here            |
 |---------|--------------------------------|----------|-------|-----------|-----------------|
-| cpu     | 4 layers, 4 heads, d 128       | 12 × 64  | 2,000 | 1.904     | see RESULTS.md  |
+| cpu     | 4 layers, 4 heads, d 128       | 12 × 64  | 2,000 | 1.904     | 1.9046          |
 | gpu     | 6 layers, 6 heads, d 384       | 64 × 256 | 5,000 | 1.4697    | (not run here)  |
-| best    | as cpu, rotary, RMSNorm, Muon  | 3 × 256  | 2,000 | –         | see RESULTS.md  |
+| best    | as cpu, rotary, RMSNorm, Muon  | 3 × 256  | 2,000 | –         | 1.5427          |
 
 `best` keeps cpu's data, steps, tokens a batch (768) and depth and width, and has 8,192 parameters
 less. 1.904 is the mean of nanoGPT's own code for two seeds (1.9053, 1.9031); its README's 1.88 and

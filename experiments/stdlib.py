@@ -10,7 +10,7 @@ CPU cores; RESULTS.md has the figures.
 from lm.config import choose, default
 
 VARIANTS = {  # layers, d_model, heads, steps
-    "small": (4, 192, 6, 500),
+    "small": (4, 192, 6, 650),
     "tiny": (2, 64, 4, 100),
 }
 
