@@ -5,8 +5,8 @@
 
 For each size and type: milliseconds and tokens a second of the compiled step, and what fraction
 it reaches of the rate of a plain matrix product on this machine (model FLOPs, causal attention
-counted once). Then a short real run at the 10M size: the share
-of time spent waiting for data, and the pause of a checkpoint against one minute.
+counted once). Then a short real run at the 10M size: the share of time spent waiting for data, and
+the pause of a checkpoint against one minute.
 With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed in
 turn with ours at the same shapes. Figures are medians; the sides alternate, so the ratio holds on
 a noisy machine.
