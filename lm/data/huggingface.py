@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,9 +30,9 @@ def _package() -> Any:
 class _HuggingFace(Tokenizer):
     """What the two kinds share: everything but how `_tokenizer` comes from their files."""
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def _tokenizer(self) -> Any: ...
 
     @property
     def vocab_size(self) -> int:
