@@ -15,65 +15,66 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lm.data.packing import Example, Windows, windows
-from lm.data.store import TokenStore
+from lm.data.contiguous import Contiguous
 from lm.errors import UserError
 
+Example = Mapping[str, Any]
+Examples = Sequence[Example]  # of which only the length and single items are asked
 Arrays = dict[str, np.ndarray]
 Features = Callable[[Example, np.random.Generator], Mapping[str, np.ndarray]]
 
 _LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
 
 
-def training_examples(
-    stores: Sequence[TokenStore], weights: Sequence[float], data: Any, seed: int
-) -> grain.MapDataset:
-    """Endless windows of the stores, each store shuffled anew every epoch, mixed by `weights`.
+def shuffled(parts: Sequence[Examples], shares: Sequence[float], seed: int) -> grain.MapDataset:
+    """Endless examples, each part shuffled anew every epoch, mixed by `shares`, one a part.
 
-    weights: a positive share for each store (Grain keeps them to about 1 %); () for shares by
-    number of tokens. UserError if a store is too short, or has too many windows to shuffle.
+    Grain keeps the shares to about 1 %. UserError if a part is too long to shuffle.
     """
-    stride = data.stride or data.sequence_length
-    parts = []
-    for index, store in enumerate(stores):
-        source = windows(store, data.sequence_length, stride, data.isolate_documents, True)
-        if len(source) > _LONGEST_SHUFFLE:
+    streams = []
+    for index, part in enumerate(parts):
+        if len(part) > _LONGEST_SHUFFLE:
             raise UserError(
-                f"{store.manifest.source} has {len(source)} windows, more than 2**32: "
+                f"a source has {len(part)} windows, more than 2**32: "
                 "use a larger --config.data.stride"
             )
         (part_seed,) = np.random.SeedSequence((seed, index)).generate_state(1)
-        parts.append(_Source(source).shuffle(seed=int(part_seed)).repeat())
-    if len(parts) == 1:
-        return parts[0]
-    shares = weights or [store.manifest.n_tokens for store in stores]
-    return grain.MapDataset.mix(parts, [float(share) for share in shares])
+        streams.append(_Source(part).shuffle(seed=int(part_seed)).repeat())
+    if len(streams) == 1:
+        return streams[0]
+    return grain.MapDataset.mix(streams, [float(share) for share in shares])
 
 
-def evaluation_examples(stores: Sequence[TokenStore], data: Any) -> grain.MapDataset:
-    """All windows of the stores in order; every token but a store's first is a target once."""
-    length = data.sequence_length
-    parts = [windows(store, length, length, data.isolate_documents, False) for store in stores]
+def contiguous(parts: Sequence[Examples], batch_size: int, endless: bool) -> grain.MapDataset:
+    """Examples such that row r of a batch goes on where row r of the batch before ended."""
+    (part,) = parts
+    reordered: Any = Contiguous(part, batch_size, drop_remainder=endless)
+    examples = _Source(reordered)
+    return examples.repeat() if endless else examples
+
+
+def in_order(parts: Sequence[Examples]) -> grain.MapDataset:
+    """All examples of all parts, once."""
     return grain.MapDataset.concatenate([_Source(part) for part in parts])
 
 
 class _Source(grain.MapDataset):
-    """Windows as the start of a Grain pipeline.
+    """Examples as the start of a Grain pipeline.
 
     grain.MapDataset.source would do, but its monitoring takes longer than reading a window.
     """
 
-    def __init__(self, parent: Windows):
+    def __init__(self, parent: Examples):
         super().__init__()
-        self._windows = parent
+        self._examples = parent
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._examples)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        return self._windows[index % len(self._windows)]
+        return self._examples[index % len(self._examples)]
 
 
 @dataclass(frozen=True, eq=False)

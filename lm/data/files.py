@@ -57,7 +57,7 @@ def read_text(path: Path) -> Iterator[str]:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
-    for chunk in _read_bytes(path):
+    for chunk in read_bytes(path):
         yield _decode(decoder, chunk, path, consumed)
         consumed += len(chunk)
     yield _decode(decoder, b"", path, consumed, final=True)
@@ -74,7 +74,8 @@ def _decode(
         raise UserError(f"{path}: not UTF-8 at byte {offset}: convert the file first") from error
 
 
-def _read_bytes(path: Path) -> Iterator[bytes]:
+def read_bytes(path: Path) -> Iterator[bytes]:
+    """Yields the (decompressed) bytes of a file in chunks; UserError if it cannot be read."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             while chunk := file.read(_CHUNK):

@@ -59,6 +59,9 @@ class _HuggingFace(Tokenizer):
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
 
+    def pieces(self) -> list[str]:
+        return [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer(_HuggingFace):

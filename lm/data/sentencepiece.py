@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 import random
 import re
@@ -20,7 +21,7 @@ from lm.errors import UserError
 _SPACE_MARK = "\u2581"
 _STRETCH = 2_000  # characters encoded or trained on at once: several lines, to learn newlines too
 _BEFORE_SPACE = re.compile(r"[^ ](?= )")
-_MOST_STRETCHES = {"bpe": 10_000, "unigram": 2_000}  # to train in seconds: unigram is slow
+_MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # to train in seconds
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _ends_before_space(self) -> bool:
         """Whether no piece goes on with a space, so that texts can be cut before one."""
-        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
-        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in pieces)
+        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.pieces())
 
     @property
     def vocab_size(self) -> int:
@@ -76,8 +76,10 @@ class SentencePieceTokenizer(Tokenizer):
         return np.asarray(first, np.int32)
 
     def _encode_part(self, text: str) -> list[int]:
+        if len(text) <= _STRETCH or not self._ends_before_space:
+            return self._processor.encode(text)
         # SentencePiece takes more than twice as long for the same text in one stretch.
-        stretches = _cut_before_spaces(text) if self._ends_before_space else [text]
+        stretches = _cut_before_spaces(text)
         return [i for ids in self._processor.encode(stretches, num_threads=1) for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -86,6 +88,9 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, name: str) -> int | None:
         found = self._processor.piece_to_id(name)
         return found if self._processor.id_to_piece(found) == name else None
+
+    def pieces(self) -> list[str]:
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self.model}
@@ -120,7 +125,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(texts, _MOST_STRETCHES[model_type], seed)),
+            sentence_iterator=iter(_sample(texts, _MOST_CHARACTERS[model_type], seed)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -144,15 +149,19 @@ def train_sentencepiece(
 
 
 def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
-    """A uniform sample of the stretches of all texts (reservoir sampling), in a fixed order."""
+    """A uniform sample of the stretches of all texts, at most `most` characters, in their order.
+
+    Every stretch draws a number, and those with the largest numbers leave.
+    """
     rng = random.Random(seed)
-    kept: list[str] = []
-    for seen, stretch in enumerate(_stretches(texts)):
-        if len(kept) < most:
-            kept.append(stretch)
-        elif (place := rng.randrange(seen + 1)) < most:
-            kept[place] = stretch
-    return kept
+    kept: list[tuple[float, int, str]] = []
+    size = 0
+    for place, stretch in enumerate(_stretches(texts)):
+        heapq.heappush(kept, (-rng.random(), place, stretch))
+        size += len(stretch)
+        while size > most:
+            size -= len(heapq.heappop(kept)[-1])
+    return [stretch for _, _, stretch in sorted(kept, key=lambda item: item[1])]
 
 
 def _stretches(texts: Iterable[str]) -> Iterator[str]:

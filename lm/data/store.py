@@ -17,12 +17,13 @@ from lm.data.tokenization import tokenize
 from lm.data.tokenizer_interface import Tokenizer
 from lm.errors import UserError
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store was made of, and its sizes; n_bytes counts the text as UTF-8.
+    """What a store was made of, and its sizes; n_bytes counts the text as UTF-8, n_words what is
+    between white space.
 
     `delimiter` is the token that both starts and ends documents, if the tokenizer has one.
     """
@@ -36,6 +37,7 @@ class Manifest:
     n_documents: int
     n_bytes: int
     n_characters: int
+    n_words: int
     delimiter: int | None
 
 
@@ -52,6 +54,10 @@ class TokenStore:
     manifest: Manifest
     tokens: np.ndarray
     offsets: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return self.manifest.n_tokens
 
 
 def build_store(
@@ -79,7 +85,7 @@ def _write(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int, progress: bool
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    n_tokens = n_documents = n_bytes = n_characters = 0
+    n_tokens = n_documents = n_bytes = n_characters = n_words = 0
     bar = tqdm(
         desc=f"tokenising {corpus.name}",
         total=corpus.size,
@@ -96,6 +102,7 @@ def _write(
                 n_documents += len(block.starts)
                 n_bytes += block.n_bytes
                 n_characters += block.n_characters
+                n_words += block.n_words
                 bar.update(block.n_bytes)
         if n_tokens == 0:
             raise UserError(f"{corpus.name} holds no tokens")
@@ -116,6 +123,7 @@ def _write(
         n_documents=n_documents,
         n_bytes=n_bytes,
         n_characters=n_characters,
+        n_words=n_words,
         delimiter=tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None,
     )
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
@@ -124,14 +132,15 @@ def _write(
 def _open(folder: Path) -> TokenStore:
     try:
         manifest = Manifest(**json.loads((folder / "manifest.json").read_bytes()))
-        tokens = _map(folder / "tokens.bin", manifest.dtype, manifest.n_tokens)
-        offsets = _map(folder / "offsets.bin", "int64", manifest.n_documents + 1)
+        tokens = map_array(folder / "tokens.bin", manifest.dtype, manifest.n_tokens)
+        offsets = map_array(folder / "offsets.bin", "int64", manifest.n_documents + 1)
     except (OSError, ValueError, TypeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     return TokenStore(folder, manifest, tokens, offsets)
 
 
-def _map(path: Path, dtype: str, length: int) -> np.ndarray:
+def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
+    """A file of `length` numbers as an array, memory-mapped; Damaged if it has another size."""
     expected = length * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise Damaged(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")

@@ -29,6 +29,7 @@ class Block:
     starts: np.ndarray  # [documents], int64
     n_bytes: int  # of UTF-8 text
     n_characters: int
+    n_words: int  # between white space
 
 
 def tokenize(
@@ -71,7 +72,7 @@ def _group(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Piece]) -> Block:
     parts: list[np.ndarray] = []
     starts: list[int] = []
-    n = n_bytes = n_characters = 0
+    n = n_bytes = n_characters = n_words = 0
     for piece in group:
         tokens = _with_borders(tokenizer, piece)
         # A document that a vocabulary has no token for, such as mere spaces, is none.
@@ -81,14 +82,18 @@ def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Piece]) -> Block:
         n += len(tokens)
         n_bytes += len(piece.text.encode())
         n_characters += len(piece.text)
-    return Block(np.concatenate(parts), np.asarray(starts, np.int64), n_bytes, n_characters)
+        n_words += len(piece.text.split())
+    borders = np.asarray(starts, np.int64)
+    return Block(np.concatenate(parts), borders, n_bytes, n_characters, n_words)
 
 
 def _with_borders(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    before = [bos] if piece.first and bos is not None else []
-    after = [eos] if piece.last and eos is not None and eos != bos else []
     tokens = tokenizer.encode(piece.text)
+    before = [bos] if piece.first and bos is not None else []
+    # Where a newline is the eos, a last newline has ended the document already.
+    ended = len(tokens) > 0 and tokens[-1] == eos
+    after = [eos] if piece.last and eos is not None and eos != bos and not ended else []
     if not before and not after:
         return tokens
     return np.concatenate([np.asarray(part, np.int32) for part in (before, tokens, after)])

@@ -48,6 +48,10 @@ class Tokenizer(ABC):
         """The id of a vocabulary entry such as "[MASK]", or None if there is none."""
         return None
 
+    def pieces(self) -> list[str]:
+        """What each id is written as, with the marks of its kind of vocabulary (##, ▁, Ġ)."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
+
     @abstractmethod
     def files(self) -> dict[str, bytes]:
         """Names and contents of the files that describe this tokenizer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
 from lm.data.pieces import Corpus
 from lm.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from lm.data.tokenizer_interface import Tokenizer
+from lm.data.words import WordTokenizer
 from lm.errors import UserError
 
-__all__ = ["Tokenizer", "choose_tokenizer", "load_saved", "train_sentencepiece"]
+__all__ = ["FITTED", "Tokenizer", "choose_tokenizer", "load_saved", "train_sentencepiece"]
 
 _KINDS: dict[str, type[Tokenizer]] = {
     kind.kind: kind
@@ -27,8 +28,17 @@ _KINDS: dict[str, type[Tokenizer]] = {
         SentencePieceTokenizer,
         HuggingFaceTokenizer,
         Gpt2Tokenizer,
+        WordTokenizer,
     )
 }
+_FIT: dict[str, Callable[..., Tokenizer]] = {
+    "char": CharTokenizer.fit,
+    "sentencepiece": lambda texts, vocab_size: SentencePieceTokenizer(
+        train_sentencepiece(texts, vocab_size)
+    ),
+    "words": WordTokenizer.fit,
+}
+FITTED = tuple(_FIT)  # what `data.tokenizer` names without a file
 
 
 def load_saved(directory: str | Path) -> Tokenizer:
@@ -40,7 +50,7 @@ def load_saved(directory: str | Path) -> Tokenizer:
 
 
 def choose_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; "char" and "sentencepiece" fit the training text.
+    """The tokenizer that `data.tokenizer` names; the `FITTED` ones fit the training text.
 
     A fitted tokenizer is kept in the cache, under the digest of what it was fitted to. UserError
     for an unknown name, or a file that is missing or not what it should be.
@@ -49,8 +59,12 @@ def choose_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
     match kind, bool(path):
         case "byte", False:
             return ByteTokenizer()
-        case (("char" | "sentencepiece"), False):
+        case _, False if kind in FITTED:
             return _fitted(kind, data, tuple(training))
+        case "run", True:
+            return load_saved(Path(path) / "tokenizer")
+        case "words", True:
+            return _word_list(path, data)
         case "sentencepiece", True:
             return _checked(SentencePieceTokenizer(_content(path, data)), data)
         case "tokenizers", True:
@@ -58,7 +72,10 @@ def choose_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
         case "gpt2", True:
             parts = (_content(f"{path}/{name}", data) for name in ("encoder.json", "vocab.bpe"))
             return _checked(Gpt2Tokenizer(*parts), data)
-    known = "byte, char, sentencepiece, sentencepiece:FILE.model, tokenizers:FILE.json, gpt2:DIR"
+    known = (
+        "byte, char, words, words:FILE, sentencepiece, sentencepiece:FILE.model, "
+        "tokenizers:FILE.json, gpt2:DIR"
+    )
     raise UserError(f"unknown tokenizer {data.tokenizer!r} (known: {known})")
 
 
@@ -75,20 +92,24 @@ def _checked(tokenizer: Tokenizer, data: Any) -> Tokenizer:
     return tokenizer
 
 
+def _word_list(path: str, data: Any) -> Tokenizer:
+    try:
+        return WordTokenizer.from_list(_content(path, data), data.lowercase)
+    except UserError as error:
+        raise UserError(f"{data.tokenizer}: {error}") from error
+
+
 def _fitted(kind: str, data: Any, training: tuple[Corpus, ...]) -> Tokenizer:
-    recipe = ["v1", kind, data.tokenizer_vocab_size if kind == "sentencepiece" else 0]
-    recipe += [corpus.digest for corpus in training]
+    settings: dict[str, Any] = {}
+    if kind != "char":
+        settings["vocab_size"] = data.tokenizer_vocab_size
+    if kind == "words":
+        settings |= {"min_count": data.tokenizer_min_count, "lowercase": data.lowercase}
+    recipe = ["v2", kind, settings, *(corpus.digest for corpus in training)]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
-        texts = _texts(training)
-        if kind == "char":
-            tokenizer: Tokenizer = CharTokenizer.fit(texts)
-        else:
-            tokenizer = SentencePieceTokenizer(
-                train_sentencepiece(texts, data.tokenizer_vocab_size)
-            )
-        tokenizer.save(folder)
+        _FIT[kind](_texts(training), **settings).save(folder)
 
     return open_or_build(cache_directory(data) / "tokenizers" / key, _read, build)
 

@@ -11,22 +11,21 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lm
-from lm.data.batches import (
-    Batches,
-    evaluation_examples,
-    host_rows,
-    prefetch,
-    to_device,
-    training_examples,
-)
-from lm.data.store import Manifest, TokenStore
+from lm.data.batches import Batches, host_rows, in_order, prefetch, shuffled, to_device
 from lm.errors import UserError
 
 
-def store_of(n_tokens: int, first: int = 0) -> TokenStore:
-    manifest = Manifest(2, "memory", "", "", "uint32", n_tokens, 1, 0, 0, None)
-    tokens = np.arange(first, first + n_tokens, dtype=np.uint32)
-    return TokenStore(Path(), manifest, tokens, np.asarray([0, n_tokens]))
+class Numbers:
+    """Examples of 17 tokens that start at `first`, `first` + `stride`, …"""
+
+    def __init__(self, n: int, stride: int = 16, first: int = 0):
+        self.starts = range(first, first + n * stride, stride)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"tokens": np.arange(17) + self.starts[index]}
 
 
 def noisy(example, generator):
@@ -38,9 +37,8 @@ def noisy(example, generator):
 
 
 @pytest.fixture
-def batches(make_data):
-    examples = training_examples([store_of(1000)], (), make_data(), seed=1)
-    return Batches(examples, noisy, batch_size=8, seed=5)
+def batches():
+    return Batches(shuffled([Numbers(62)], (1,), seed=1), noisy, batch_size=8, seed=5)
 
 
 @pytest.fixture
@@ -66,10 +64,10 @@ def test_a_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
             equal(batches.rows(step, rows), {name: whole[name][rows] for name in whole})
 
 
-def test_a_batch_is_a_function_of_seed_and_step(make_data, batches):
-    again = Batches(training_examples([store_of(1000)], (), make_data(), 1), noisy, 8, seed=5)
+def test_a_batch_is_a_function_of_seed_and_step(batches):
+    again = Batches(shuffled([Numbers(62)], (1,), 1), noisy, 8, seed=5)
     equal(again.rows(3, range(8)), batches.rows(3, range(8)))
-    other_order = training_examples([store_of(1000)], (), make_data(), 2)
+    other_order = shuffled([Numbers(62)], (1,), 2)
     assert firsts(other_order, 0, 20) != firsts(batches.examples, 0, 20)
     other_noise = Batches(batches.examples, noisy, 8, seed=6)
     assert (other_noise.rows(3, [0])["noise"] != batches.rows(3, [0])["noise"]).all()
@@ -77,31 +75,26 @@ def test_a_batch_is_a_function_of_seed_and_step(make_data, batches):
     assert len(np.unique(noise)) > 0.99 * noise.size
 
 
-def test_an_epoch_holds_every_window_once_in_an_order_of_its_own(make_data, batches):
-    n = len(range(0, 1000 - 16, 16))
-    epochs = [firsts(batches.examples, e * n, (e + 1) * n) for e in range(3)]
+def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(batches):
+    epochs = [firsts(batches.examples, e * 62, (e + 1) * 62) for e in range(3)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(0, 1000 - 16, 16))
+        assert sorted(epoch) == list(range(0, 62 * 16, 16))
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_stride_sets_where_training_windows_start(make_data):
-    examples = training_examples([store_of(100)], (), make_data(stride=1), 0)
-    assert sorted(firsts(examples, 0, 84)) == list(range(84))
-
-
-@pytest.mark.parametrize(("weights", "share"), [((), 0.8), ((1.0, 3.0), 0.25), ((0.7, 0.3), 0.7)])
-def test_mixtures_keep_their_proportions(make_data, weights, share):
-    stores = [store_of(4000), store_of(1000, first=10_000)]
-    examples = training_examples(stores, weights, make_data(), 0)
+@pytest.mark.parametrize(
+    ("shares", "share"), [((4000, 1000), 0.8), ((1.0, 3.0), 0.25), ((0.7, 0.3), 0.7)]
+)
+def test_mixtures_keep_their_proportions(shares, share):
+    examples = shuffled([Numbers(250), Numbers(60, first=10_000)], shares, 0)
     drawn = np.asarray(firsts(examples, 0, 2000))
     assert np.mean(drawn < 10_000) == pytest.approx(share, abs=0.01)
     head = np.asarray(firsts(examples, 0, 40))
     assert np.mean(head < 10_000) == pytest.approx(share, abs=0.06)
 
 
-def test_evaluation_goes_through_all_stores_in_order_and_ends_with_zeros(make_data):
-    examples = evaluation_examples([store_of(40), store_of(20, first=100)], make_data())
+def test_evaluation_goes_through_all_parts_in_order_and_ends_with_zeros():
+    examples = in_order([Numbers(3), Numbers(2, first=100)])
     evaluation = Batches(examples, noisy, batch_size=4, seed=0)
     assert len(evaluation) == 2
     assert evaluation.rows(0, range(4))["first"].tolist() == [0, 16, 32, 100]
@@ -117,9 +110,9 @@ def test_examples_may_come_from_any_grain_dataset():
     assert found["tokens"].tolist() == [[2, 2], [3, 3]]
 
 
-def test_too_short_a_store_is_said(make_data):
-    with pytest.raises(UserError, match="memory has 16 tokens"):
-        training_examples([store_of(1000), store_of(16)], (), make_data(), 0)
+def test_too_many_examples_to_shuffle_are_said():
+    with pytest.raises(UserError, match=r"more than 2\*\*32: use a larger --config.data.stride"):
+        shuffled([Numbers(2**32 + 1, stride=1)], (1,), 0)
 
 
 def test_steps_on_a_device_are_stacked(batches, sharding):

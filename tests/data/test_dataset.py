@@ -1,6 +1,6 @@
 import pytest
 
-from lm.data.dataset import open_dataset
+from lm.data.dataset import open_dataset, open_split, open_tokenizer
 from lm.errors import UserError
 
 
@@ -52,6 +52,51 @@ def test_the_fingerprint_tells_what_changed(make_data, tmp_path):
     assert changed == {"train text:a.txt", "validation text:a.txt"}
     path.write_text("abcd")
     assert open_dataset(data).fingerprint["tokenizer"] != first["tokenizer"]
+
+
+def rows(store):
+    return [record.raw["text"] for record in store]
+
+
+@pytest.fixture
+def records(make_data, tmp_path):
+    """Makes data sections of two files of records."""
+    for name, letters in (("a", "abcdefghij"), ("b", "xyz")):
+        (tmp_path / f"{name}.tsv").write_text("text\n" + "".join(f"{x}\n" for x in letters))
+    return lambda **changes: make_data(**{"source": "tsv:a.tsv", **changes})
+
+
+def test_records_are_validated_on_a_source_of_their_own(records):
+    dataset = open_dataset(records(validation_source="tsv:b.tsv"), records=True)
+    assert [rows(store) for store in dataset.train] == [list("abcdefghij")]
+    assert [rows(store) for store in dataset.validation] == [["x", "y", "z"]]
+    assert set(dataset.fingerprint) == {"tokenizer", "train tsv:a.tsv", "validation tsv:b.tsv"}
+    assert open_dataset(records(), records=True).validation == ()
+
+
+def test_the_last_records_of_each_source_are_held_out(records):
+    data = records(source="tsv:a.tsv,tsv:b.tsv", validation_fraction=0.4)
+    dataset = open_dataset(data, records=True)
+    assert [rows(store) for store in dataset.train] == [list("abcdef"), ["x"]]
+    assert [rows(store) for store in dataset.validation] == [list("ghij"), ["y", "z"]]
+    assert [store.n_tokens for store in dataset.train] == [6, 1]
+    stores = open_split(data, "validation", dataset.tokenizer, records=True)
+    assert [rows(store) for store in stores] == [list("ghij"), ["y", "z"]]
+
+
+def test_a_tokenizer_is_fitted_to_the_texts_of_records(records):
+    data = records(tokenizer="words", validation_source="tsv:b.tsv")
+    assert set(open_tokenizer(data, records=True).words) == {"<eos>", "<unk>", *"abcdefghij"}
+
+
+def test_a_split_that_is_not_named_is_said(records):
+    data, tokenizer = records(), open_tokenizer(records())
+    for split in ("validation", "test"):
+        with pytest.raises(UserError, match=f"no {split} data; set config.data.{split}_source"):
+            open_split(data, split, tokenizer, records=True)
+    data = records(test_source="tsv:b.tsv")
+    (store,) = open_split(data, "test", tokenizer, records=True)
+    assert rows(store) == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_a_store_holds_the_tokens_of_direct_tokenisation(
         assert store.manifest.n_documents == len(DOCUMENTS)
         assert store.manifest.n_characters == sum(map(len, DOCUMENTS))
         assert store.manifest.n_bytes == sum(len(text.encode()) for text in DOCUMENTS)
+        assert store.manifest.n_words == sum(len(text.split()) for text in DOCUMENTS)
 
 
 @settings(deadline=None, max_examples=30)

@@ -16,6 +16,7 @@ from lm.data.dataset import open_tokenizer
 from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
 from lm.data.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers import load_saved, train_sentencepiece
+from lm.data.words import WordTokenizer
 from lm.errors import UserError
 
 TRAINING = [inspect.getsource(json.encoder), "\tif größer:\n" * 9, inspect.getsource(json.decoder)]
@@ -59,6 +60,7 @@ def all_kinds(pieces):
         pieces,
         HuggingFaceTokenizer(word_json()),
         Gpt2Tokenizer.from_files(gpt2_files()),
+        WordTokenizer.fit(["hello world"]),
     ]
 
 
@@ -142,7 +144,7 @@ def test_sentencepiece_learns_pieces_of_whitespace(pieces):
 
 
 def test_of_much_text_the_same_sample_from_everywhere_is_trained_on(monkeypatch):
-    monkeypatch.setattr("lm.data.sentencepiece._MOST_STRETCHES", {"bpe": 40})
+    monkeypatch.setattr("lm.data.sentencepiece._MOST_CHARACTERS", {"bpe": 40 * 500})
     texts = [chr(0x4E00 + i) * 500 for i in range(200)]
     model = train_sentencepiece(texts, 300)
     assert model == train_sentencepiece(texts, 300)
@@ -230,7 +232,7 @@ def test_a_config_names_each_kind(make_data, tmp_path, all_kinds):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "word.json").write_bytes(word_json())
     (tmp_path / "a.model").write_bytes(all_kinds[2].model)
-    specs = ["byte", "char", "sentencepiece:a.model", "tokenizers:word.json", "gpt2:."]
+    specs = ["byte", "char", "sentencepiece:a.model", "tokenizers:word.json", "gpt2:.", "words"]
     for spec, expected in zip(specs, all_kinds, strict=True):
         opened = open_tokenizer(make_data(source="text:text.txt", tokenizer=spec))
         assert opened.digest == expected.digest
@@ -268,6 +270,9 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
         ("sentencepiece:file", b"junk", ["sentencepiece:file", "not a SentencePiece model"]),
         ("tokenizers:file", b"{}", ["tokenizers:file", "not a tokenizers JSON"]),
         ("gpt2:.", None, ["encoder.json"]),
+        ("words:file", b"the 1 2\n", ["words:file: line 1 is neither a word nor"]),
+        ("words:file", b"the\na 2\nthe 3\n", ["words:file: line 3: the word 'the' is there twice"]),
+        ("words:file", b"\xff", ["words:file: not UTF-8 at byte 0"]),
     ],
 )
 def test_what_is_wrong_with_a_tokenizer_is_said(make_data, tmp_path, spec, content, words):

@@ -1,0 +1,107 @@
+"""Word vectors in GloVe's text format: "word number number …" a line, plain or .gz.
+
+Shape suffixes: N words of the file, V rows of an embedding table, D numbers a word.
+"""
+
+from __future__ import annotations
+
+import gzip
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from lm.data.files import read_lines
+from lm.data.tokenizer_interface import Tokenizer
+from lm.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class WordVectors:
+    """The words of a file in its order, mostly the most frequent first, and a vector for each.
+
+    vectors: float32 [N, D].
+    """
+
+    words: tuple[str, ...]
+    vectors: np.ndarray
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        # backwards, so that of a word that is there twice the first vector counts
+        return {self.words[i]: i for i in reversed(range(len(self.words)))}
+
+    def row(self, word: str) -> int | None:
+        """The row of `word`, or else of its lower-cased form; None if there is neither."""
+        row = self._rows.get(word)
+        return self._rows.get(word.lower()) if row is None else row
+
+
+def load_vectors(path: str | Path) -> WordVectors:
+    """Reads GloVe's text format, or word2vec's, whose first line is "N D".
+
+    Raises UserError with file and line for a row that is not a word and D finite numbers.
+    """
+    path = Path(path)
+    lines = read_lines(path)
+    first = next(lines, "")
+    fields = first.split()
+    header = len(fields) == 2 and all(field.isdecimal() for field in fields)
+    d = int(fields[1]) if header else len(fields) - 1
+    if d < 1:
+        raise UserError(f"{path}:1: expected a word and its vector, in GloVe's text format")
+    words: list[str] = []
+    numbers = array("f")
+    start = 2 if header else 1
+    for number, line in enumerate(lines if header else chain([first], lines), start):
+        try:
+            word, *values = line.rstrip(" ").rsplit(" ", d)  # a few words contain spaces
+            numbers.extend(map(float, values))
+        except ValueError:
+            values = []
+        if len(values) != d:
+            raise UserError(f"{path}:{number}: expected a word and {d} numbers")
+        words.append(word)
+    vectors = np.asarray(numbers).reshape(-1, d)
+    if not np.isfinite(vectors).all():
+        bad = int(np.argmin(np.isfinite(vectors).all(1)))
+        raise UserError(f"{path}:{start + bad}: the vector has a number that is not finite")
+    if header and len(words) != int(fields[0]):
+        raise UserError(f"{path}:1: announces {fields[0]} words, the file has {len(words)}")
+    return WordVectors(tuple(words), vectors)
+
+
+def save_vectors(vectors: WordVectors, path: str | Path) -> None:
+    """Writes GloVe's text format, digits enough for `load_vectors` to give the same float32."""
+    for number, word in enumerate(vectors.words, start=1):
+        if not word or " " in word or "\n" in word:
+            raise UserError(f"word {number}, {word!r}, cannot be written: it must have no space")
+    path = Path(path)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", encoding="utf-8", newline="\n") as file:
+        for word, vector in zip(vectors.words, vectors.vectors.astype(np.float32), strict=True):
+            file.write(f"{word} {' '.join(vector.astype(str))}\n")
+
+
+def vocabulary_words(tokenizer: Tokenizer) -> list[str]:
+    """What each id stands for, without white space: the words to look up for `initial_table`."""
+    return [tokenizer.decode([i]).strip() for i in range(tokenizer.vocab_size)]
+
+
+def initial_table(
+    vectors: WordVectors, words: Sequence[str], rows: int, std: float, seed: int
+) -> tuple[np.ndarray, int]:
+    """Initial embeddings float32 [V, D] with V = `rows`, and how many words had a vector.
+
+    Row i is the vector of words[i]; a row without one is normal with deviation `std`.
+    """
+    shape = rows, vectors.vectors.shape[1]
+    table_VD = np.random.default_rng(seed).normal(0.0, std, shape).astype(np.float32)
+    found = [(i, row) for i, word in enumerate(words) if (row := vectors.row(word)) is not None]
+    for i, row in found:
+        table_VD[i] = vectors.vectors[row]
+    return table_VD, len(found)
