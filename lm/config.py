@@ -23,6 +23,18 @@ from ml_collections import ConfigDict
 from lm.errors import UserError
 from lm.schema import SCHEMA, Key
 
+# The families that an objective can train.
+FAMILIES_OF = {
+    "causal": ("decoder", "lstm", "nplm"),
+    "prefix": ("decoder",),
+    "masked": ("encoder",),
+    "span_corruption": ("encoder_decoder",),
+    "seq2seq": ("encoder_decoder", "lstm_encoder_decoder"),
+    "classification": ("decoder", "encoder", "encoder_decoder", "lstm"),
+    "span_qa": ("encoder",),
+    "skip_gram": ("skip_gram",),
+}
+
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
@@ -125,6 +137,18 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     ]
 
 
+def tiled_attention_problem(config: ConfigDict) -> str:
+    """Why the "tiled" attention kernel cannot serve a configuration; empty if it can."""
+    model, objective = config.model, config.objective.name
+    if model.family != "decoder" or objective == "prefix":
+        return f"config.model.family={model.family} and config.objective.name={objective}"
+    if model.attention_dropout:
+        return f"config.model.attention_dropout={model.attention_dropout}"
+    if model.positions == "relative" or not model.scale_attention:
+        return "relative positions or unscaled scores"
+    return ""
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
@@ -169,8 +193,25 @@ def _check_value(path: str, key: Key, value: Any) -> None:
 
 
 def _broken_rules(config: ConfigDict) -> Iterator[str]:
-    model, data, train = config.model, config.data, config.train
-    if not model.head_dim and model.d_model % model.n_heads:
+    yield from _broken_model_rules(config)
+    yield from _broken_data_rules(config)
+    families = FAMILIES_OF[config.objective.name]
+    if config.model.family not in families:
+        yield (
+            f"config.objective.name={config.objective.name} needs config.model.family "
+            f"{' or '.join(families)}, not {config.model.family}"
+        )
+    if config.init.vectors and config.init["from"]:
+        yield "config.init.from and config.init.vectors exclude each other"
+    sizes = [size for _, size in flatten(config.parallel.mesh)]
+    if 0 in sizes or sizes.count(-1) > 1:
+        yield "config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"
+
+
+def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    transformer = model.family in ("decoder", "encoder", "encoder_decoder")
+    if transformer and not model.head_dim and model.d_model % model.n_heads:
         yield (
             f"config.model.d_model={model.d_model} is not divisible by "
             f"config.model.n_heads={model.n_heads}; change one, or set config.model.head_dim"
@@ -180,20 +221,44 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
             f"config.model.n_heads={model.n_heads} is not divisible by "
             f"config.model.n_kv_heads={model.n_kv_heads}"
         )
-    if model.positions == "rotary" and (model.head_dim or model.d_model // model.n_heads) % 2:
+    if (
+        transformer
+        and model.positions == "rotary"
+        and (model.head_dim or model.d_model // model.n_heads) % 2
+    ):
         yield "config.model.positions=rotary needs an even head dimension"
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "config.model.positions=sinusoidal needs an even config.model.d_model"
-    if model.attention == "tiled" and model.attention_dropout:
+    if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
         yield (
-            "config.model.attention=tiled has no dropout of attention weights; use xla, "
-            "or config.model.attention_dropout=0"
+            f"config.model.relative_max_distance={model.relative_max_distance} must be above half "
+            f"of config.model.relative_buckets={model.relative_buckets}"
         )
-    if model.max_length and data.sequence_length > model.max_length:
-        yield (
-            f"config.data.sequence_length={data.sequence_length} is longer than "
-            f"config.model.max_length={model.max_length}"
-        )
+    if transformer and model.init == "uniform":
+        yield f"config.model.init=uniform is not for config.model.family={model.family}"
+    if model.bidirectional and model.family == "lstm" and config.objective.name == "causal":
+        yield "config.model.bidirectional lets a causal model see what it predicts"
+    if model.bidirectional and (model.d_hidden or model.d_model) % 2:
+        yield "config.model.bidirectional needs an even config.model.d_hidden"
+    problem = tiled_attention_problem(config)
+    if model.attention == "tiled" and problem:
+        yield f"config.model.attention=tiled cannot be used with {problem}: use auto or xla"
+
+
+def _broken_data_rules(config: ConfigDict) -> Iterator[str]:
+    model, data, train = config.model, config.data, config.train
+    if model.carry and (data.order != "contiguous" or model.family != "lstm"):
+        yield "config.model.carry needs config.data.order=contiguous and config.model.family=lstm"
+    if data.order == "contiguous" and config.objective.name != "causal":
+        yield "config.data.order=contiguous needs config.objective.name=causal"
+    if data.order == "contiguous" and len(data.source.split(",")) > 1:
+        yield "config.data.order=contiguous reads a single source"
+    for name in ("sequence_length", "target_length"):
+        if model.max_length and data[name] > model.max_length:
+            yield (
+                f"config.data.{name}={data[name]} is longer than "
+                f"config.model.max_length={model.max_length}"
+            )
     if data.batch_size % train.microbatches:
         yield (
             f"config.data.batch_size={data.batch_size} is not divisible by "
@@ -206,9 +271,6 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
         )
     if any(not 0 < weight < float("inf") for weight in data.weights):
         yield f"config.data.weights={data.weights}: every weight must be above 0"
-    sizes = [size for _, size in flatten(config.parallel.mesh)]
-    if 0 in sizes or sizes.count(-1) > 1:
-        yield "config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"
 
 
 def _run_experiment_file(file: Path, variant: str) -> ConfigDict:

@@ -6,30 +6,30 @@ Training, planning, evaluation, decoding and export all start here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.config import validate
-from lm.data.batches import Batches, evaluation_examples, training_examples
-from lm.data.dataset import Dataset, open_tokenizer
+from lm.config import tiled_attention_problem, validate
+from lm.data.batches import Batches, contiguous, in_order, shuffled
+from lm.data.dataset import Dataset, Store, open_tokenizer
+from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
-from lm.models.config import TransformerConfig
-from lm.models.decoder import Decoder
-from lm.objectives.registry import make_objective
+from lm.models.registry import make_model
+from lm.objectives.registry import OF_RECORDS, label_names, make_objective
 from lm.optim.optimizers import make_optimizer
+from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
 from lm.parallel.mesh import axis_sizes, make_mesh
-from lm.steps import Steps, TrainState
+from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
 
@@ -41,18 +41,24 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     validate(config)
-    model = config.model
-    model.vocab_size = model.vocab_size or open_tokenizer(config.data).vocab_size
+    model, data = config.model, config.data
+    if not model.vocab_size:
+        tokenizer = open_tokenizer(data, reads_records(config))
+        model.vocab_size = tokenizer.vocab_size + make_objective(config, tokenizer).n_extra
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
     model.d_ff = model.d_ff or 4 * model.d_model
-    model.max_length = model.max_length or config.data.sequence_length
-    config.data.stride = config.data.stride or config.data.sequence_length
-    config.eval.batch_size = config.eval.batch_size or config.data.batch_size
+    model.max_length = model.max_length or max(data.sequence_length, data.target_length)
+    model.n_decoder_layers = model.n_decoder_layers or model.n_layers
+    model.d_hidden = model.d_hidden or model.d_model
+    model.n_classes = model.n_classes or max(1, len(label_names(data.labels)))
+    data.target_length = data.target_length or data.sequence_length
+    config.eval.batch_size = config.eval.batch_size or data.batch_size
+    config.decode.max_length = config.decode.max_length or data.target_length
     if model.dtype == "auto":
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if model.attention == "auto":
-        tiled = platform == "cpu" and not model.attention_dropout
+        tiled = platform == "cpu" and not tiled_attention_problem(config)
         model.attention = "tiled" if tiled else "xla"
     validate(config)
     return config
@@ -64,7 +70,7 @@ class Experiment:
 
     config: ConfigDict
     mesh: Mesh
-    model: Decoder
+    model: nn.Module
     steps: Steps
 
     # --- shapes and shardings
@@ -72,27 +78,23 @@ class Experiment:
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape of each array of a global batch, [B, …]."""
-        length = self.config.data.sequence_length
-        ids = np.broadcast_to(np.int32(0), length + 1)  # takes no memory, whatever the length
-        example = {
-            **dict.fromkeys(("tokens", "segment_ids", "positions"), ids),
-            "weights": np.broadcast_to(np.float32(0), length),
-        }
-        features = self.steps.objective.features(example, np.random.default_rng(0))
+        return self._batch(self.config.data.batch_size)
+
+    def _batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: jax.ShapeDtypeStruct((self.config.data.batch_size, *x.shape), x.dtype)
-            for name, x in features.items()
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+            for name, (shape, dtype) in self.steps.objective.shapes.items()
         }
 
     @cached_property
     def param_names(self) -> Tree:
         """The logical axis names of every parameter."""
-        boxed = jax.eval_shape(lambda: self.steps.init_params(self._example_inputs))
+        boxed, _ = jax.eval_shape(self.steps.init, self.batch_shapes)
         return nn.get_partition_spec(boxed)
 
     @cached_property
     def state_shapes(self) -> TrainState:
-        return jax.eval_shape(lambda: self.steps.init_state(self._example_inputs))
+        return jax.eval_shape(self.steps.init_state, self.batch_shapes)
 
     @cached_property
     def state_sharding(self) -> Tree:
@@ -122,8 +124,19 @@ class Experiment:
             return self.replicated
 
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
-        placed: Any = {"step": self.replicated, "params": of_params, "opt_state": of_optimizer}
+        placed: Any = {
+            "step": self.replicated,
+            "params": of_params,
+            "opt_state": of_optimizer,
+            "carry": self.carry_sharding,
+        }
         return replace(shapes, **placed)
+
+    @cached_property
+    def carry_sharding(self) -> Tree:
+        """Rows of what passes from batch to batch lie where the rows of the batch lie."""
+        rows = NamedSharding(self.mesh, PartitionSpec(rules.BATCH_AXES))
+        return jax.tree.map(lambda _: rows, self.state_shapes.carry)
 
     @cached_property
     def replicated(self) -> NamedSharding:
@@ -140,8 +153,14 @@ class Experiment:
     def init_state(self) -> Callable[[], TrainState]:
         """The state before the first step, created where it will lie."""
         return jax.jit(
-            lambda: self.steps.init_state(self._example_inputs), out_shardings=self.state_sharding
+            lambda: self.steps.init_state(_zeros(self.batch_shapes)),
+            out_shardings=self.state_sharding,
         )
+
+    def init_carry(self, batch_size: int) -> Carry:
+        """What the first batch of this size finds beside the parameters."""
+        shapes = jax.eval_shape(self.steps.init, self._batch(batch_size))[1]
+        return jax.jit(lambda: _zeros(nn.meta.unbox(shapes)), out_shardings=self.carry_sharding)()
 
     @cached_property
     def train_steps(self) -> Wrapped:
@@ -158,6 +177,15 @@ class Experiment:
         """`Steps.eval_steps`, sharded."""
         return jax.jit(
             self._on_mesh(self.steps.eval_steps),
+            in_shardings=(self.state_sharding.params, self.carry_sharding, self.batch_sharding),
+            out_shardings=(self.carry_sharding, self.replicated),
+        )
+
+    @cached_property
+    def predict_steps(self) -> Wrapped:
+        """`Steps.predict_steps`, sharded."""
+        return jax.jit(
+            self._on_mesh(self.steps.predict_steps),
             in_shardings=(self.state_sharding.params, self.batch_sharding),
             out_shardings=self.replicated,
         )
@@ -165,18 +193,27 @@ class Experiment:
     # --- data
 
     def train_batches(self, dataset: Dataset) -> Batches:
-        data = self.config.data
-        examples = training_examples(dataset.train, dataset.weights, data, self.config.seed)
-        return Batches(examples, self.steps.objective.features, data.batch_size, self.config.seed)
+        config = self.config
+        objective = make_objective(config, dataset.tokenizer)
+        parts = [objective.examples(store, training=True) for store in dataset.train]
+        if config.data.order == "contiguous":
+            examples = contiguous(parts, config.data.batch_size, endless=True)
+        else:
+            shares = dataset.weights or [store.n_tokens for store in dataset.train]
+            examples = shuffled(parts, shares, config.seed)
+        return Batches(examples, objective.features, config.data.batch_size, config.seed)
 
-    def validation_batches(self, dataset: Dataset) -> Batches:
-        examples = evaluation_examples(dataset.validation, self.config.data)
-        batch_size = self.config.eval.batch_size
-        return Batches(examples, self.steps.objective.features, batch_size, self.config.seed)
-
-    @property
-    def _example_inputs(self) -> tuple[jax.Array]:
-        return (jnp.zeros((1, self.config.data.sequence_length), jnp.int32),)
+    def evaluation_batches(self, tokenizer: Tokenizer, stores: Sequence[Store]) -> Batches:
+        """Everything in the stores, once."""
+        config = self.config
+        objective = make_objective(config, tokenizer)
+        parts = [objective.examples(store, training=False) for store in stores]
+        batch_size = config.eval.batch_size
+        if config.data.order == "contiguous":
+            examples = contiguous(parts, batch_size, endless=False)
+        else:
+            examples = in_order(parts)
+        return Batches(examples, objective.features, batch_size, config.seed)
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
@@ -196,31 +233,30 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
             f"config.parallel.mesh.tensor={sizes['tensor']}"
         )
-    model = Decoder(transformer_config(config))
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
+    trainable = Trainable(config.optimizer.freeze, config.lora.train)
     steps = Steps(
-        model=model,
+        model=make_model(config),
         objective=make_objective(config),
-        optimizer=make_optimizer(config.optimizer, schedule),
+        optimizer=make_optimizer(config.optimizer, schedule, trainable),
+        trainable=trainable,
+        lora=config.lora,
         schedule=schedule,
         seed=config.seed,
         microbatches=config.train.microbatches,
     )
-    experiment = Experiment(config, make_mesh(sizes, devices), model, steps)
+    experiment = Experiment(config, make_mesh(sizes, devices), steps.model, steps)
     experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
     return experiment
 
 
-def transformer_config(config: ConfigDict) -> TransformerConfig:
-    """The Transformer that a resolved configuration describes."""
-    model = dict(config.model) | {
-        "dtype": jnp.dtype(config.model.dtype),
-        "remat": config.train.remat,
-        "scan_unroll": config.train.scan_unroll,
-    }
-    return TransformerConfig(
-        **{field.name: model[field.name] for field in fields(TransformerConfig)}
-    )
+def reads_records(config: ConfigDict) -> bool:
+    """Whether the objective learns from the records of a task rather than from documents."""
+    return config.objective.name in OF_RECORDS
+
+
+def _zeros(shapes: Tree) -> Tree:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _check_batch(config: ConfigDict, sizes: dict[str, int]) -> None:

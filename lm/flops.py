@@ -1,16 +1,23 @@
 """Model FLOPs by one stated convention, and the peak rates of chips.
 
-FLOPs a token of a training step (forward and backward, nothing recomputed):
-6 × (parameters that are multiplied: kernels and the output projection, not the embedding look-up)
-+ 6 × layers × heads × head_dim × length, which counts the two attention products once for the
-causal half that is needed (the dense convention, 12 ×, counts masked scores as work).
+FLOPs of a training step on one example (forward and backward, nothing recomputed), all tokens of
+its rows counted, padding too:
+6 × (each kernel's size × the tokens that pass through it), the output matrix being one even where
+it is the token table, and embedding look-ups nothing;
++ 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
+causal attention has the half of the pairs that is needed (the dense convention counts masked
+scores as work) and encoders and cross-attention have all of them;
+for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 """
 
 from __future__ import annotations
 
+import re
+
 import jax
 
 from lm.experiment import Experiment
+from lm.optim.parameter_groups import flat
 
 # Dense bfloat16 FLOP/s of one JAX device, as the makers publish them. A TPU7x chip is two devices.
 PEAK_FLOPS = {
@@ -36,14 +43,55 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+# What passes through a kernel, by the first pattern that its path starts with.
+PASSING = {
+    r"(head|transform|tokens)/": "predicted",
+    r"(pooler|sentence_head|classifier)/": "text",
+    r"encoder/|.*cross_attention/(key|value)/": "source",
+    r"": "target",
+}
+
+
 def model_flops_per_token(experiment: Experiment) -> float:
-    """FLOPs a token of one training step, by the convention above."""
-    c = experiment.model.config
+    """FLOPs of one training step by the convention above, divided by its data.sequence_length
+    tokens a row; those of a target beside a source are part of the cost of the source's."""
+    m, length = experiment.config.model, experiment.config.data.sequence_length
+    if m.family == "skip_gram":
+        o = experiment.config.objective
+        return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
+    tokens = _tokens(experiment)
     multiplied = 0
-    for path, leaf in jax.tree.leaves_with_path(experiment.state_shapes.params):
-        names = [str(part.key) for part in path]
-        tied_head = names == ["tokens", "embedding"] and c.tie_embeddings
-        if names[-1] == "kernel" or tied_head:
-            multiplied += leaf.size
-    attention = c.n_layers * c.n_heads * c.head_dim * experiment.config.data.sequence_length
-    return 6.0 * (multiplied + attention)
+    params = flat(experiment.state_shapes.params)
+    output = "head/kernel" if "head/kernel" in params else "tokens/embedding"
+    for name, leaf in params.items():
+        if name.endswith("/kernel") or name == output:
+            passing = next(kind for start, kind in PASSING.items() if re.match(start, name))
+            multiplied += leaf.size * tokens[passing]
+    return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / length
+
+
+def _tokens(experiment: Experiment) -> dict[str, int]:
+    """How many source, target and predicted tokens and texts an example has."""
+    length = experiment.config.data.sequence_length
+    sizes = {
+        name: shape[0] for name, (shape, _) in experiment.steps.objective.shapes.items() if shape
+    }
+    return {
+        "source": length,
+        "target": sizes["inputs"] if "source" in sizes else length,
+        "predicted": sizes.get("masked_targets", sizes.get("targets", 0)),
+        "text": 1,
+    }
+
+
+def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
+    """Multiplications of one of the two attention products, forward."""
+    m, source, target = experiment.config.model, tokens["source"], tokens["target"]
+    width = m.n_heads * m.head_dim
+    causal, both_ways, cross = target**2 / 2, source**2, source * target
+    return {
+        "decoder": m.n_layers * width * causal,
+        "encoder": m.n_layers * width * both_ways,
+        "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
+        "lstm_encoder_decoder": m.d_hidden * cross,
+    }.get(m.family, 0)

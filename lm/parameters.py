@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-import jax
-
 from lm.experiment import Experiment
+from lm.optim.parameter_groups import flat
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:
     """`total`, `non_embedding`, and `tensors`: shape and axis names of every parameter.
 
-    Non-embedding leaves out token and position tables and an untied output head.
+    Non-embedding leaves out the tables of tokens, positions and token types, and an untied output
+    layer; norms, biases and relative positions stay, and so does the output layer of an NPLM,
+    which is most of it.
     """
-    tensors = {}
-    total = embedding = 0
-    leaves = jax.tree.leaves_with_path(experiment.state_shapes.params)
-    for (path, leaf), names in zip(leaves, jax.tree.leaves(experiment.param_names), strict=True):
-        keys = [str(part.key) for part in path]
-        tensors["/".join(keys)] = (leaf.shape, tuple(names))
-        total += leaf.size
-        embedding += leaf.size if keys[-1] == "embedding" or keys[0] == "head" else 0
-    return {"total": total, "non_embedding": total - embedding, "tensors": tensors}
+    left_out = r"(tokens|contexts|positions|types)/embedding"
+    if experiment.config.model.family != "nplm":
+        left_out += "|head/"
+    shapes, names = flat(experiment.state_shapes.params), flat(experiment.param_names)
+    sizes = {path: leaf.size for path, leaf in shapes.items()}
+    return {
+        "total": sum(sizes.values()),
+        "non_embedding": sum(n for path, n in sizes.items() if not re.match(left_out, path)),
+        "tensors": {path: (leaf.shape, tuple(names[path])) for path, leaf in shapes.items()},
+    }

@@ -30,8 +30,21 @@ SCHEMA: dict[str, Key] = {
     "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
     "paper": Key("", "Name of the published model that this configuration reproduces."),
     # --- model
-    "model.family": Key("decoder", "Kind of model.", choices=("decoder",)),
-    "model.n_layers": Key(4, "Transformer blocks.", low=1),
+    "model.family": Key(
+        "decoder",
+        "Kind of model.",
+        choices=(
+            "decoder",
+            "encoder",
+            "encoder_decoder",
+            "lstm",
+            "lstm_encoder_decoder",
+            "nplm",
+            "skip_gram",
+        ),
+    ),
+    "model.n_layers": Key(4, "Layers: Transformer blocks, or recurrent layers.", low=1),
+    "model.n_decoder_layers": Key(0, "Layers of the decoder; 0: n_layers.", low=0),
     "model.d_model": Key(128, "Width of the residual stream.", low=1),
     "model.n_heads": Key(4, "Query heads.", low=1),
     "model.n_kv_heads": Key(0, "Key/value heads (grouped-query); 0: as many as n_heads.", low=0),
@@ -45,12 +58,18 @@ SCHEMA: dict[str, Key] = {
         "pre", "Normalise before each sublayer or after the sum.", choices=("pre", "post")
     ),
     "model.norm_bias": Key(True, "LayerNorm has a bias."),
+    "model.embedding_norm": Key(False, "Normalise the sum of the embeddings (BERT)."),
     "model.bias": Key(True, "Linear layers have biases."),
+    "model.attention_bias": Key(True, "Those of attention too, where linear layers have biases."),
     "model.positions": Key(
         "learned",
-        "Position information.",
-        choices=("learned", "sinusoidal", "rotary", "none"),
+        "Position information; relative: T5's bias of attention scores.",
+        choices=("learned", "sinusoidal", "rotary", "relative", "none"),
     ),
+    "model.position_offset": Key(0, "Row of the position table for position 0 (RoBERTa).", low=0),
+    "model.relative_buckets": Key(32, "Rows of the relative position table.", low=4),
+    "model.relative_max_distance": Key(128, "Distance from which all share a bucket.", low=4),
+    "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
     "model.rope_theta": Key(10_000.0, "Base of the rotary wavelengths.", low=1.0),
     "model.activation": Key(
         "gelu_tanh",
@@ -58,8 +77,26 @@ SCHEMA: dict[str, Key] = {
         choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu"),
     ),
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
+    "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
+    "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
+    "model.scale_attention": Key(True, "Divide attention scores by sqrt(head_dim)."),
+    "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
+    "model.d_hidden": Key(0, "Units of a recurrent or NPLM layer; 0: d_model.", low=0),
+    "model.bidirectional": Key(False, "Recurrent encoders and classifiers read both ways."),
+    "model.context": Key(4, "Words that NPLM sees before the predicted one.", low=1),
+    "model.direct": Key(False, "NPLM's direct connections from embeddings to output."),
+    "model.carry": Key(
+        False, "Recurrent state passes from one batch to the next; needs data.order=contiguous."
+    ),
     "model.dropout": Key(0.0, "Dropout of embeddings and sublayer outputs.", low=0.0, high=0.99),
+    "model.activation_dropout": Key(0.0, "Dropout inside the feed-forward.", low=0.0, high=0.99),
     "model.attention_dropout": Key(0.0, "Dropout of attention weights.", low=0.0, high=0.99),
+    "model.init": Key(
+        "normal",
+        "Deviation of fresh kernels: init_std, 1/sqrt(inputs), or sqrt(2/(inputs + outputs)); "
+        "tables have init_std; uniform: recurrent models, everything in ± init_std.",
+        choices=("normal", "fan_in", "xavier", "uniform"),
+    ),
     "model.init_std": Key(0.02, "Deviation of the normal initialisation.", low=0.0, high=10.0),
     "model.scale_residual_init": Key(
         True, "Divide the init_std of residual output projections by sqrt(2 n_layers) (GPT-2)."
@@ -76,10 +113,44 @@ SCHEMA: dict[str, Key] = {
         free=True,
     ),
     # --- objective
-    "objective.name": Key("causal", "What is learnt.", choices=("causal",)),
+    "objective.name": Key(
+        "causal",
+        "What is learnt.",
+        choices=(
+            "causal",
+            "prefix",
+            "masked",
+            "span_corruption",
+            "seq2seq",
+            "classification",
+            "span_qa",
+            "skip_gram",
+        ),
+    ),
+    "objective.label_smoothing": Key(
+        0.0, "Part of a target's probability spread over the vocabulary.", low=0.0, high=0.99
+    ),
+    "objective.z_loss": Key(0.0, "Weight of the squared log-partition (T5, PaLM).", low=0.0),
+    "objective.mask_rate": Key(
+        0.15, "Part of the tokens that masked predicts.", low=0.001, high=1.0
+    ),
+    "objective.whole_word": Key(False, "Mask all tokens of a word together."),
+    "objective.next_sentence": Key(False, "Masked: also predict whether B follows A (BERT)."),
+    "objective.noise_density": Key(
+        0.15, "Part of the tokens that span corruption removes.", low=0.001, high=0.9
+    ),
+    "objective.mean_span": Key(3.0, "Mean length of a corrupted span.", low=1.0),
+    "objective.window": Key(5, "Skip-gram: words on either side.", low=1),
+    "objective.negatives": Key(5, "Skip-gram: noise words a pair.", low=1),
+    "objective.subsample": Key(
+        1e-4, "Skip-gram: threshold above which frequent words are dropped; 0: never.", low=0.0
+    ),
     # --- data
     "data.source": Key(
-        "stdlib", "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, tfds:NAME."
+        "stdlib",
+        "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, tfds:NAME. For seq2seq, "
+        "classification and span_qa one of tsv:FILE, csv:FILE, jsonl:FILE, parallel:FILE|FILE, "
+        "squad:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
     "data.directory": Key(
@@ -90,20 +161,37 @@ SCHEMA: dict[str, Key] = {
     "data.split": Key("train", "TFDS split to train on."),
     "data.validation_split": Key("validation", "TFDS split to validate on."),
     "data.validation_source": Key("", "Corpora for validation, written as data.source."),
+    "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),
+    "data.columns": Key(
+        "", "Columns of records by role, such as text=sentence,label=label; numbers count from 0."
+    ),
+    "data.header": Key(True, "TSV and CSV files start with the names of their columns."),
+    "data.bad_rows": Key("error", "A bad row is an error, or skipped.", choices=("error", "skip")),
+    "data.labels": Key("", "Names of the classes, comma-separated; empty: a number is learnt."),
+    "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
+    "data.doc_stride": Key(128, "Tokens from one window of a long context to the next.", low=1),
+    "data.pack": Key(True, "Several short pairs share a row."),
+    "data.order": Key(
+        "shuffled",
+        "Order of training windows; contiguous: row r of a batch goes on where it was before.",
+        choices=("shuffled", "contiguous"),
+    ),
     "data.validation_fraction": Key(
         0.0, "Last part held out where there is no validation source.", low=0.0, high=0.9
     ),
     "data.tokenizer": Key(
         "byte",
-        "byte, char, sentencepiece (trained on the corpus), sentencepiece:FILE, "
-        "tokenizers:FILE.json, gpt2:FOLDER.",
+        "byte, char, words (of the corpus), words:FILE, sentencepiece (trained on the corpus), "
+        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, run:WORKDIR (that of a run).",
     ),
     "data.tokenizer_vocab_size": Key(
-        4096, "Pieces of a SentencePiece model trained on the corpus.", low=2
+        4096, "Pieces of a SentencePiece model trained on the corpus; most words of words.", low=2
     ),
+    "data.tokenizer_min_count": Key(1, "Rarer words are unknown to the words tokenizer.", low=1),
+    "data.lowercase": Key(False, "The words tokenizer lower-cases."),
     "data.sequence_length": Key(256, "Tokens of an example.", low=1),
     "data.stride": Key(
-        0, "Training examples start every so many tokens; 0: sequence_length.", low=0
+        0, "Training windows start every so many tokens; 0: where the last one ended.", low=0
     ),
     "data.isolate_documents": Key(True, "Attention and positions stay within a document."),
     "data.batch_size": Key(8, "Sequences of a step, over all devices.", low=1),
@@ -124,6 +212,9 @@ SCHEMA: dict[str, Key] = {
     "train.scan_unroll": Key(
         1, "Layers inlined in one turn of the scan over layers; 0: all.", low=0, free=True
     ),
+    "train.loss_chunk": Key(
+        0, "Columns of a batch whose logits exist at once; 0: all.", low=0, free=True
+    ),
     "train.steps_per_dispatch": Key(
         1, "Steps run by one call of the compiled program.", low=1, high=1000
     ),
@@ -133,7 +224,29 @@ SCHEMA: dict[str, Key] = {
         choices=("halt", "skip"),
         free=True,
     ),
+    # --- start from other weights
+    "init.from": Key(
+        "", "Run whose parameters this one starts from: its workdir, or RUN/checkpoints/STEP."
+    ),
+    "init.average": Key(1, "Average its last so many checkpoints.", low=1),
+    "init.fresh": Key("", "Patterns of parameters that stay fresh, comma-separated."),
+    "init.leave": Key("", "Patterns of its parameters that are not used, comma-separated."),
+    "init.rename": Key("", "Its parameters' new names: PATTERN=>NAME, comma-separated."),
+    "init.vectors": Key("", "GloVe file for the token table of the words tokenizer."),
+    # --- low-rank adaptation
+    "lora.rank": Key(0, "Rank of the trained updates (Hu et al. 2021); 0: off.", low=0),
+    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=0.0),
+    "lora.targets": Key("attention/(query|value)/kernel", "Pattern of the adapted kernels."),
+    "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
     # --- optimizer
+    "optimizer.freeze": Key(
+        "",
+        "Patterns of parameters that do not train, comma-separated; a single layer is matched by "
+        "layers/3/.",
+    ),
+    "optimizer.layer_decay": Key(
+        1.0, "Learning rate of a layer over that of the next one up.", low=0.0, high=1.0
+    ),
     "optimizer.name": Key(
         "adamw", "Update rule.", choices=("adamw", "adafactor", "sgd", "lion", "muon")
     ),
@@ -171,13 +284,16 @@ SCHEMA: dict[str, Key] = {
     "schedule.name": Key(
         "cosine",
         "Learning rate after the warm-up.",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
     ),
     "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
+    "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
     "schedule.decay_steps": Key(
         0, "Step at which cosine, linear and wsd end their decay; 0: train.steps.", low=0
     ),
     "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
+    "schedule.step_every": Key(1000, "Steps from one fall of step to the next.", low=1),
+    "schedule.step_factor": Key(0.5, "What step multiplies the rate by.", low=0.0, high=1.0),
     "schedule.wsd_decay_fraction": Key(
         0.2, "Part of decay_steps in which wsd goes down.", low=0.0, high=1.0
     ),
@@ -185,6 +301,22 @@ SCHEMA: dict[str, Key] = {
     "eval.every_steps": Key(0, "Validate every so many steps; 0: only at the end.", low=0),
     "eval.batch_size": Key(0, "Sequences of a validation batch; 0: data.batch_size.", low=0),
     "eval.max_batches": Key(0, "Validation batches during training; 0: the whole split.", low=0),
+    "eval.metrics": Key(
+        "", "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective."
+    ),
+    "eval.best": Key(
+        "", "Keep the best checkpoint by this validation figure too, such as accuracy or -loss."
+    ),
+    # --- decoding
+    "decode.beam_size": Key(1, "Hypotheses of a search; 1: greedy.", low=1, high=1000, free=True),
+    "decode.length_penalty": Key(
+        0.6, "Scores are divided by ((5 + length) / 6)^this.", low=0.0, free=True
+    ),
+    "decode.min_length": Key(0, "Tokens before the end may come.", low=0, free=True),
+    "decode.max_length": Key(0, "Most tokens; 0: data.target_length.", low=0, free=True),
+    "decode.repetition_penalty": Key(1.0, "Above 1 repeats get less likely.", low=0.01, free=True),
+    "decode.banned": Key("", "Words that are never written, comma-separated.", free=True),
+    "decode.batch_size": Key(32, "Inputs decoded together.", low=1, free=True),
     # --- checkpoints
     "checkpoint.every_steps": Key(1000, "Save every so many steps; 0: never.", low=0, free=True),
     "checkpoint.every_seconds": Key(

@@ -19,13 +19,15 @@ class Visibility:
     """Which keys a query sees: those of its own segment and, if causal, not after itself.
 
     Without segment ids all is one segment. Keys that are not the queries' own tokens (a cache, an
-    encoder) bring `key_segments_BS`. Query i stands at key position `offset` + i.
+    encoder) bring `key_segments_BS`. Query i stands at key position `offset` + i. Keys of a
+    prefix, where `prefix_BS` is true, are seen by queries before them too (Raffel 2020, fig. 3).
     """
 
     causal: bool = flax.struct.field(pytree_node=False)
     segments_BL: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     offset: jax.Array | int = 0
+    prefix_BS: jax.Array | None = None
 
     def mask(self, n_queries: int, n_keys: int) -> jax.Array | None:
         """[B or 1, n_queries, n_keys], true where a query sees a key; None: everything is seen."""
@@ -33,6 +35,8 @@ class Visibility:
         if self.causal:
             queries_L = self.offset + jnp.arange(n_queries)
             mask = (queries_L[:, None] >= jnp.arange(n_keys))[None]
+            if self.prefix_BS is not None:
+                mask = mask | self.prefix_BS.astype(bool)[:, None, :]
         if self.segments_BL is not None:
             keys_BS = self.segments_BL if self.key_segments_BS is None else self.key_segments_BS
             same = self.segments_BL[:, :, None] == keys_BS[:, None, :]
@@ -55,21 +59,26 @@ def attention(
     visibility: Visibility,
     *,
     kernel: str = "xla",
+    scale: float | None = None,
+    bias_HLS: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani 2017, eq. 1) with grouped queries: [B, L, H, K].
+    """Dot-product attention (Vaswani 2017, eq. 1) with grouped queries: [B, L, H, K].
 
+    Scores are multiplied by `scale`, 1/sqrt(K) unless given, and `bias_HLS` is added to them.
     Kernels: "xla" computes every score; "tiled" never computes the masked half of whole causal
-    squares, as in training; what is no such square (decoding) goes to "xla". Scores and softmax
-    are float32.
+    squares, as a decoder trains on; its steps of decoding, which are no such square, go to "xla".
+    Scores and softmax are float32.
     """
-    L, S = q_BLHK.shape[1], k_BSGK.shape[1]
-    own_keys = visibility.key_segments_BS is None and L == S
-    if kernel == "tiled" and visibility.causal and own_keys:
-        if dropout is not None:
-            raise ValueError('attention kernel "tiled" has no dropout of attention weights')
+    L, S, K = q_BLHK.shape[1], k_BSGK.shape[1], q_BLHK.shape[-1]
+    scale = K**-0.5 if scale is None else scale
+    if kernel == "tiled" and visibility.key_segments_BS is None and L == S:
+        plain = visibility.causal and visibility.prefix_BS is None and bias_HLS is None
+        if not plain or dropout is not None or scale != K**-0.5:
+            raise ValueError('attention kernel "tiled" is for plain causal attention')
         return tiled_attention(q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
-    return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(L, S), dropout)
+    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(L, S), bias_HLS, dropout)
 
 
 def _attend(
@@ -77,14 +86,17 @@ def _attend(
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     mask_BLS: jax.Array | None,
+    bias_HLS: jax.Array | None,
     dropout: Dropout | None,
 ) -> jax.Array:
     B, L, H, K = q_BLHK.shape
     G = k_BSGK.shape[2]
-    q_BLGRK = (q_BLHK * jnp.asarray(K**-0.5, q_BLHK.dtype)).reshape(B, L, G, H // G, K)
+    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
     scores_BGRLS = jnp.einsum(
         "BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, preferred_element_type=jnp.float32
     )
+    if bias_HLS is not None:
+        scores_BGRLS += bias_HLS.reshape(G, H // G, *bias_HLS.shape[1:])
     if mask_BLS is not None:
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)

@@ -1,6 +1,6 @@
-"""Multi-head self-attention with grouped key/value heads.
+"""Multi-head attention with grouped key/value heads: to the own sequence, or to an encoder's.
 
-Shape letters: B batch, L queries, S cached keys, D model, H heads, G key/value heads, K head dim.
+Shape letters: B batch, L queries, S keys, D model, H heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -18,54 +18,90 @@ from lm.parallel.rules import constrain
 KeyValue = tuple[jax.Array, jax.Array]
 
 
-class SelfAttention(nn.Module):
-    config: TransformerConfig
+class Attention(nn.Module):
+    """Queries of x, keys and values of x or of a source."""
 
-    @nn.compact
-    def __call__(
+    config: TransformerConfig
+    deterministic: bool
+    kernel: str
+
+    def setup(self) -> None:
+        c = self.config
+        use_bias = c.bias and c.attention_bias
+        # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
+        unscaled = c.init == "fan_in" and not c.scale_attention
+        query_std = c.std(c.d_model, c.n_heads * c.head_dim) * (
+            c.head_dim**-0.5 if unscaled else 1.0
+        )
+        key_std = c.std(c.d_model, c.n_kv_heads * c.head_dim)
+
+        def heads(n: int, axis: str, std: float) -> Linear:
+            names = ("embed", axis, "head_dim")
+            return Linear((c.d_model,), (n, c.head_dim), names, use_bias, std, c.dtype)
+
+        self.query = heads(c.n_heads, "heads", query_std)
+        self.key = heads(c.n_kv_heads, "kv_heads", key_std)
+        self.value = heads(c.n_kv_heads, "kv_heads", key_std)
+        self.out = Linear(
+            (c.n_heads, c.head_dim),
+            (c.d_model,),
+            ("heads", "head_dim", "embed"),
+            use_bias,
+            c.residual_std(c.n_heads * c.head_dim, c.d_model),
+            c.dtype,
+        )
+
+    def keys_values(self, source_BSD: jax.Array) -> KeyValue:
+        """What the queries attend to, [B, S, G, K] each."""
+        names = ("batch", "length", "kv_heads", "head_dim")
+        return constrain(self.key(source_BSD), *names), constrain(self.value(source_BSD), *names)
+
+    def to_itself(
         self,
         x_BLD: jax.Array,
         visibility: Visibility,
         angles_BLK: jax.Array | None,
+        bias_HLS: jax.Array | None,
         cached: KeyValue | None,
-        deterministic: bool,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """The attended values [B, L, D] and, when decoding, the layer's keys and values so far."""
-        c = self.config
-
-        def heads(name: str, n: int, axis: str) -> jax.Array:
-            linear = Linear(
-                (c.d_model,),
-                (n, c.head_dim),
-                ("embed", axis, "head_dim"),
-                c.bias,
-                c.init_std,
-                c.dtype,
-                name=name,
-            )
-            return constrain(linear(x_BLD), "batch", "length", axis, "head_dim")
-
-        q_BLHK = heads("query", c.n_heads, "heads")
-        k_BLGK = heads("key", c.n_kv_heads, "kv_heads")
-        v_BLGK = heads("value", c.n_kv_heads, "kv_heads")
+        """Self-attention [B, L, D] and, when decoding, the layer's keys and values so far."""
+        q_BLHK = constrain(self.query(x_BLD), "batch", "length", "heads", "head_dim")
+        k_BSGK, v_BSGK = self.keys_values(x_BLD)
         if angles_BLK is not None:
-            q_BLHK, k_BLGK = rotate(q_BLHK, angles_BLK), rotate(k_BLGK, angles_BLK)
+            q_BLHK, k_BSGK = rotate(q_BLHK, angles_BLK), rotate(k_BSGK, angles_BLK)
         if cached is not None:
             start = (0, visibility.offset, 0, 0)
-            k_BLGK = lax.dynamic_update_slice(cached[0], k_BLGK.astype(cached[0].dtype), start)
-            v_BLGK = lax.dynamic_update_slice(cached[1], v_BLGK.astype(cached[1].dtype), start)
-            cached = (k_BLGK, v_BLGK)
+            k_BSGK = lax.dynamic_update_slice(cached[0], k_BSGK.astype(cached[0].dtype), start)
+            v_BSGK = lax.dynamic_update_slice(cached[1], v_BSGK.astype(cached[1].dtype), start)
+            cached = (k_BSGK, v_BSGK)
+        return self._attend(q_BLHK, (k_BSGK, v_BSGK), visibility, bias_HLS), cached
+
+    def to_source(
+        self, x_BLD: jax.Array, keys_values: KeyValue, visibility: Visibility
+    ) -> jax.Array:
+        """Cross-attention [B, L, D] to what `keys_values` made of an encoder's output."""
+        q_BLHK = constrain(self.query(x_BLD), "batch", "length", "heads", "head_dim")
+        return self._attend(q_BLHK, keys_values, visibility, None)
+
+    def _attend(
+        self,
+        q_BLHK: jax.Array,
+        keys_values: KeyValue,
+        visibility: Visibility,
+        bias_HLS: jax.Array | None,
+    ) -> jax.Array:
+        c = self.config
         dropout = None
-        if c.attention_dropout and not deterministic:
+        if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
-        o_BLHK = attention(q_BLHK, k_BLGK, v_BLGK, visibility, kernel=c.attention, dropout=dropout)
-        out = Linear(
-            (c.n_heads, c.head_dim),
-            (c.d_model,),
-            ("heads", "head_dim", "embed"),
-            c.bias,
-            c.residual_std,
-            c.dtype,
-            name="out",
+        scale = c.head_dim**-0.5 if c.scale_attention else 1.0
+        o_BLHK = attention(
+            q_BLHK,
+            *keys_values,
+            visibility,
+            kernel=self.kernel,
+            scale=scale,
+            bias_HLS=bias_HLS,
+            dropout=dropout,
         )
-        return out(o_BLHK), cached
+        return self.out(o_BLHK)

@@ -1,6 +1,6 @@
 """The key/value cache of incremental decoding, an explicit value that the model takes and returns.
 
-Shape letters: N layers, B batch, S cache length, G key/value heads, K head dim.
+Shape letters: N layers, B batch, S cache length, T source length, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -8,6 +8,15 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Source:
+    """What cross-attention sees: every layer's keys and values of an encoded source."""
+
+    keys_NBTGK: jax.Array
+    values_NBTGK: jax.Array
+    segment_ids_BT: jax.Array
 
 
 @flax.struct.dataclass
@@ -21,6 +30,15 @@ class Cache:
     values_NBSGK: jax.Array
     segment_ids_BS: jax.Array
     index: jax.Array
+    source: Source | None = None
+
+    def take(self, rows: jax.Array) -> Cache:
+        """The cache whose row i is this one's row `rows[i]`: what a beam search goes on with."""
+        return jax.tree.map(
+            # Batch is the first axis of segment ids, and the second after the layers.
+            lambda x: x if x.ndim == 0 else jnp.take(x, rows, axis=int(x.ndim == 5)),
+            self,
+        )
 
 
 def empty_cache(
@@ -34,3 +52,11 @@ def empty_cache(
         segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
     )
+
+
+def write_segments(cache: Cache, segment_ids_BL: jax.Array) -> Cache:
+    """The cache with the segments of the tokens that are about to be written."""
+    written = jax.lax.dynamic_update_slice(
+        cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.index)
+    )
+    return cache.replace(segment_ids_BS=written)  # type: ignore[attr-defined]

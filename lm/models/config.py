@@ -1,4 +1,4 @@
-"""What a Transformer stack is: a value, not a class. GPT-2 and Llama are values of it."""
+"""What a Transformer is: a value, not a class. GPT-2, Llama, BERT and T5 are values of it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,48 @@ class TransformerConfig:
     d_ff: int
     vocab_size: int
     max_length: int
+    n_decoder_layers: int = 0
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
     norm_bias: bool = True
+    embedding_norm: bool = False
     bias: bool = True
+    attention_bias: bool = True
     positions: str = "learned"
+    position_offset: int = 0
     rope_theta: float = 10_000.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    token_types: int = 0
     activation: str = "gelu_tanh"
     tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    scale_logits: bool = False
+    scale_attention: bool = True
+    n_classes: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init: str = "normal"
     init_std: float = 0.02
     scale_residual_init: bool = True
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
     remat: str = "none"
     scan_unroll: int = 1
+    loss_chunk: int = 0
 
-    @property
-    def residual_std(self) -> float:
-        """Deviation of the projections that write to the residual stream (GPT-2 §2.3)."""
-        return (
-            self.init_std / (2 * self.n_layers) ** 0.5
-            if self.scale_residual_init
-            else self.init_std
-        )
+    def std(self, n_in: int, n_out: int) -> float:
+        """Deviation of a fresh kernel of `n_in` inputs and `n_out` outputs."""
+        by_kind = {
+            "normal": self.init_std,
+            "fan_in": n_in**-0.5,
+            "xavier": (2 / (n_in + n_out)) ** 0.5,
+        }
+        return by_kind[self.init]
+
+    def residual_std(self, n_in: int, n_out: int) -> float:
+        """The same for projections that write to the residual stream (GPT-2 §2.3)."""
+        shrink = (2 * self.n_layers) ** 0.5 if self.scale_residual_init else 1.0
+        return self.std(n_in, n_out) / shrink

@@ -5,77 +5,78 @@ Shape letters: B batch, L length, D model, V vocabulary.
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.attention import Visibility
-from lm.models.cache import Cache, empty_cache
-from lm.models.config import TransformerConfig
-from lm.models.layers import Embedding, Linear
-from lm.models.positions import sinusoidal
-from lm.models.transformer import Stack, write_segments
-from lm.parallel.rules import constrain
+from lm.models.cache import Cache, empty_cache, write_segments
+from lm.models.model import Model, last_of_row
+from lm.models.transformer import Stack
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Next-token logits of a batch of token sequences."""
 
-    config: TransformerConfig
+    def setup(self) -> None:
+        super().setup()
+        self.stack = Stack(self.config, self.config.n_layers, self.deterministic, causal=True)
 
-    @nn.compact
     def __call__(
         self,
         tokens_BL: jax.Array,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
-        cache: Cache | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array | tuple[jax.Array, Cache]:
-        """Logits [B, L, V] in float32; with a cache, (logits, the cache after these tokens).
+        prefix_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, L, V] in float32.
 
-        Positions default to 0 … L-1, segments to one a row; tokens see their own segment only.
+        Positions default to 0 … L-1, segments to one a row; tokens see their own segment only,
+        and of what comes after them only a prefix.
         """
-        c = self.config
-        B, L = tokens_BL.shape
-        embedding = Embedding(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype, name="tokens")
-        x_BLD = embedding(tokens_BL)
-        if c.positions == "learned":
-            table = Embedding(
-                c.max_length, c.d_model, "positions", c.init_std, c.dtype, name="positions"
-            )
-            x_BLD += table.first(L) if positions_BL is None else table(positions_BL)
-        if positions_BL is None:
-            positions_BL = jnp.arange(L)[None]
-        if c.positions == "sinusoidal":
-            x_BLD += sinusoidal(positions_BL, c.d_model).astype(c.dtype)
-        x_BLD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BLD)
-        x_BLD = constrain(x_BLD, "batch", "length", "embed")
+        return self.logits(
+            self.hidden(tokens_BL, positions_BL, segment_ids_BL, prefix_BL=prefix_BL)
+        )
 
-        if cache is None:
-            visibility = Visibility(True, segment_ids_BL)
-        else:
-            segments_BL = jnp.ones((B, L), jnp.int32) if segment_ids_BL is None else segment_ids_BL
-            cache = write_segments(cache, segments_BL)
-            visibility = Visibility(True, segments_BL, cache.segment_ids_BS, cache.index)
-        x_BLD, cache = Stack(c, name="stack")(x_BLD, positions_BL, visibility, cache, deterministic)
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+        prefix_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the logits are made of, [B, L, D]."""
+        x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
+        visibility = Visibility(True, segment_ids_BL, prefix_BS=prefix_BL)
+        return self.stack(x_BLD, positions_BL, visibility)[0]
 
-        if c.tie_embeddings:
-            logits_BLV = embedding.attend(x_BLD)
-        else:
-            head = Linear(
-                (c.d_model,),
-                (c.vocab_size,),
-                ("embed", "vocab"),
-                False,
-                c.init_std,
-                c.dtype,
-                out_dtype=jnp.float32,
-                name="head",
-            )
-            logits_BLV = head(x_BLD)
-        logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
-        return logits_BLV if cache is None else (logits_BLV, cache)
+    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The vector [B, D] that stands for a text: that of its last token (Radford 2018)."""
+        return last_of_row(x_BLD, segment_ids_BL)
+
+    def decode(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: Cache,
+        prefix_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them.
+
+        `prefix_BL` marks tokens that see one another whatever their order; the first call only.
+        """
+        cache = write_segments(cache, segment_ids_BL)
+        if prefix_BL is not None:
+            room = cache.segment_ids_BS.shape[1] - prefix_BL.shape[1]
+            prefix_BL = jnp.pad(prefix_BL, ((0, 0), (0, room)))
+        visibility = Visibility(
+            True, segment_ids_BL, cache.segment_ids_BS, cache.index, prefix_BS=prefix_BL
+        )
+        x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
+        x_BLD, after = self.stack(x_BLD, positions_BL, visibility, cache)
+        assert after is not None
+        return self.logits(x_BLD), after
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` rows of up to `length` tokens."""

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.matmul import matmul
+from lm.models.config import TransformerConfig
 from lm.parallel.rules import constrain
 
 Initializer = Callable[..., jax.Array]
@@ -47,10 +49,10 @@ class Linear(nn.Module):
             "kernel", named(nn.initializers.normal(self.std), self.names), shape, jnp.float32
         )
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        y = jnp.matmul(
-            x.astype(self.dtype).reshape(prod(leading), prod(self.in_shape)),
-            kernel.astype(self.dtype).reshape(prod(self.in_shape), prod(self.out_shape)),
-            preferred_element_type=jnp.float32,
+        y = matmul(
+            x.reshape(prod(leading), prod(self.in_shape)),
+            kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
+            self.dtype,
         )
         if self.use_bias:
             names = self.names[len(self.in_shape) :]
@@ -83,6 +85,11 @@ class Norm(nn.Module):
         return y_BLD.astype(self.dtype)
 
 
+def make_norm(config: TransformerConfig, name: str | None = None) -> Norm:
+    """The normalisation that a model uses everywhere."""
+    return Norm(config.norm, config.norm_eps, config.norm_bias, config.dtype, name=name)
+
+
 class Embedding(nn.Module):
     """A table of rows, looked up by id; `attend` is the tied output projection."""
 
@@ -107,49 +114,27 @@ class Embedding(nn.Module):
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Logits [B, L, rows], float32."""
-        B, L, D = x_BLD.shape
-        logits = jnp.matmul(
-            x_BLD.reshape(B * L, D),
-            self.embedding.astype(self.dtype).T,
-            preferred_element_type=jnp.float32,
-        )
-        return logits.reshape(B, L, self.rows)
+        logits = matmul(x_BLD.reshape(-1, self.width), self.embedding, self.dtype, True)
+        return logits.reshape(*x_BLD.shape[:-1], self.rows)
 
 
 class FeedForward(nn.Module):
     """act(x W_in) W_out, or, gated, (act(x W_gate) * x W_in) W_out (Shazeer 2020)."""
 
-    d_model: int
-    d_ff: int
-    activation: str
-    use_bias: bool
-    std: float
-    residual_std: float
-    dtype: jnp.dtype
+    config: TransformerConfig
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c = self.config
+
         def wide(name: str) -> jax.Array:
-            linear = Linear(
-                (self.d_model,),
-                (self.d_ff,),
-                ("embed", "mlp"),
-                self.use_bias,
-                self.std,
-                self.dtype,
-                name=name,
-            )
+            std, names = c.std(c.d_model, c.d_ff), ("embed", "mlp")
+            linear = Linear((c.d_model,), (c.d_ff,), names, c.bias, std, c.dtype, name=name)
             return constrain(linear(x_BLD), "batch", "length", "mlp")
 
-        act = ACTIVATIONS[self.activation]
-        h_BLF = act(wide("gate")) * wide("in") if self.activation in GATED else act(wide("in"))
-        out = Linear(
-            (self.d_ff,),
-            (self.d_model,),
-            ("mlp", "embed"),
-            self.use_bias,
-            self.residual_std,
-            self.dtype,
-            name="out",
-        )
-        return out(h_BLF)
+        act = ACTIVATIONS[c.activation]
+        h_BLF = act(wide("gate")) * wide("in") if c.activation in GATED else act(wide("in"))
+        h_BLF = nn.Dropout(c.activation_dropout, deterministic=self.deterministic)(h_BLF)
+        std, names = c.residual_std(c.d_ff, c.d_model), ("mlp", "embed")
+        return Linear((c.d_ff,), (c.d_model,), names, c.bias, std, c.dtype, name="out")(h_BLF)

@@ -1,12 +1,18 @@
-"""Position information: sinusoidal vectors and rotary embeddings.
+"""Position information: sinusoidal vectors, rotary embeddings, relative biases.
 
-Shape letters: B batch, L length, D model, H heads, K head dim.
+Shape letters: B batch, L queries, S keys, D model, H heads, K head dim.
 """
 
 from __future__ import annotations
 
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lm.models.config import TransformerConfig
+from lm.models.layers import named
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:
@@ -31,3 +37,49 @@ def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
         [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1
     )
     return rotated.astype(x_BLHK.dtype)
+
+
+def relative_buckets(
+    distances: jax.Array, bidirectional: bool, n_buckets: int, max_distance: int
+) -> jax.Array:
+    """The bucket of each distance, key position − query position (Raffel et al. 2020, §2.1).
+
+    Half of the buckets are single distances, the other half grow as the logarithm up to
+    `max_distance`; bidirectional, keys after the query have a half of all buckets to themselves.
+    """
+    first: jax.Array | int = 0
+    if bidirectional:
+        n_buckets //= 2
+        first = jnp.where(distances > 0, n_buckets, 0)
+        distances = jnp.abs(distances)
+    else:
+        distances = jnp.maximum(-distances, 0)
+    exact = n_buckets // 2
+    ratio = jnp.log(jnp.maximum(distances, 1) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (n_buckets - exact)).astype(jnp.int32)
+    return first + jnp.where(distances < exact, distances, jnp.minimum(far, n_buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """What the distance between query and key adds to the scores of each head.
+
+    Distances are those of places in the row: inside a packed document they equal those of
+    positions, and across documents nothing is seen.
+    """
+
+    config: TransformerConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
+        """[H, L, S] float32; query i stands at key place `offset` + i."""
+        c = self.config
+        init = named(nn.initializers.normal(c.std(c.d_model, c.n_heads)), ("positions", "heads"))
+        table = self.param("embedding", init, (c.relative_buckets, c.n_heads), jnp.float32)
+        distances_LS = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
+        buckets_LS = relative_buckets(
+            distances_LS, self.bidirectional, c.relative_buckets, c.relative_max_distance
+        )
+        # A product with the buckets' indicators: the gradient of a look-up would be a scatter.
+        indicators = jax.nn.one_hot(buckets_LS, c.relative_buckets, dtype=jnp.float32)
+        return jnp.einsum("LSR,RH->HLS", indicators, table)

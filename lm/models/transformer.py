@@ -1,22 +1,23 @@
 """The one Transformer: a block, and a stack of blocks scanned over their stacked parameters.
 
-Shape letters: B batch, L length, D model, N layers, K head dim.
+Shape letters: B batch, L length, S source length, D model, N layers, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import flax.linen as nn
+import flax.struct
 import jax
-import jax.numpy as jnp
 
 from lm.kernels.attention import Visibility
-from lm.models.attention import KeyValue, SelfAttention
-from lm.models.cache import Cache
+from lm.models.attention import Attention, KeyValue
+from lm.models.cache import Cache, Source
 from lm.models.config import TransformerConfig
-from lm.models.layers import FeedForward, Norm
-from lm.models.positions import rotary_angles
+from lm.models.layers import FeedForward, make_norm
+from lm.models.positions import RelativeBias, rotary_angles
 from lm.parallel.rules import constrain
 
 REMAT_POLICIES = {
@@ -25,59 +26,88 @@ REMAT_POLICIES = {
 }
 
 
-def norm(config: TransformerConfig, name: str) -> Norm:
-    return Norm(config.norm, config.norm_eps, config.norm_bias, config.dtype, name=name)
+@flax.struct.dataclass
+class Surroundings:
+    """What all blocks of a stack have in common.
+
+    A stack with cross-attention has `source_visibility`, and either the encoder's output or, in
+    later steps of decoding, nothing: then each layer's keys and values of it come cached.
+    """
+
+    visibility: Visibility
+    angles_BLK: jax.Array | None = None
+    bias_HLS: jax.Array | None = None
+    encoded_BSD: jax.Array | None = None
+    source_visibility: Visibility | None = None
+
+
+@flax.struct.dataclass
+class Cached:
+    """Keys and values of one layer: of its own tokens so far, and of the source."""
+
+    own: KeyValue | None = None
+    source: KeyValue | None = None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); or, "post", norms after the sums."""
+    """x + sublayer(norm(x)) for each sublayer, or, "post", norm(x + sublayer(x)).
+
+    The sublayers: self-attention, cross-attention where there is a source, feed-forward.
+    """
 
     config: TransformerConfig
     deterministic: bool
+    kernel: str
 
     @nn.compact
     def __call__(
-        self,
-        x_BLD: jax.Array,
-        visibility: Visibility,
-        angles_BLK: jax.Array | None,
-        cached: KeyValue | None,
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self, x_BLD: jax.Array, around: Surroundings, cached: Cached
+    ) -> tuple[jax.Array, Cached]:
         c = self.config
+        own, source = cached.own, cached.source
 
-        def residual(x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
-            y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
-            return constrain(x_BLD + y_BLD, "batch", "length", "embed")
-
-        attend = SelfAttention(c, name="attention")
-        feed_forward = FeedForward(
-            c.d_model,
-            c.d_ff,
-            c.activation,
-            c.bias,
-            c.init_std,
-            c.residual_std,
-            c.dtype,
-            name="feed_forward",
-        )
-        attention_norm, feed_forward_norm = norm(c, "attention_norm"), norm(c, "feed_forward_norm")
-        if c.norm_placement == "pre":
-            y_BLD, cached = attend(
-                attention_norm(x_BLD), visibility, angles_BLK, cached, self.deterministic
+        def self_attention(y_BLD: jax.Array) -> jax.Array:
+            nonlocal own
+            attend = Attention(c, self.deterministic, self.kernel, name="attention")
+            y_BLD, own = attend.to_itself(
+                y_BLD, around.visibility, around.angles_BLK, around.bias_HLS, own
             )
-            x_BLD = residual(x_BLD, y_BLD)
-            x_BLD = residual(x_BLD, feed_forward(feed_forward_norm(x_BLD)))
-        else:
-            y_BLD, cached = attend(x_BLD, visibility, angles_BLK, cached, self.deterministic)
-            x_BLD = attention_norm(residual(x_BLD, y_BLD))
-            x_BLD = feed_forward_norm(residual(x_BLD, feed_forward(x_BLD)))
-        return x_BLD, cached
+            return y_BLD
+
+        def cross_attention(y_BLD: jax.Array) -> jax.Array:
+            nonlocal source
+            attend = Attention(c, self.deterministic, "xla", name="cross_attention")
+            if around.encoded_BSD is not None:
+                source = attend.keys_values(around.encoded_BSD)
+            assert source is not None
+            assert around.source_visibility is not None
+            return attend.to_source(y_BLD, source, around.source_visibility)
+
+        sublayers: dict[str, Callable[[jax.Array], jax.Array]] = {
+            "attention": self_attention,
+            "cross_attention": cross_attention,
+            "feed_forward": FeedForward(c, self.deterministic, name="feed_forward"),
+        }
+        if around.source_visibility is None:
+            del sublayers["cross_attention"]
+        for name, sublayer in sublayers.items():
+            norm = make_norm(c, f"{name}_norm")
+            y_BLD = sublayer(norm(x_BLD) if c.norm_placement == "pre" else x_BLD)
+            y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
+            x_BLD = constrain(x_BLD + y_BLD, "batch", "length", "embed")
+            x_BLD = x_BLD if c.norm_placement == "pre" else norm(x_BLD)
+        # Only decoding takes keys and values along.
+        keeps = cached.own is not None
+        return x_BLD, Cached(own, source) if keeps else Cached()
 
 
 class Stack(nn.Module):
     """`n_layers` blocks; their parameters are stacked on a first axis "layers"."""
 
     config: TransformerConfig
+    n_layers: int
+    deterministic: bool
+    causal: bool
 
     @nn.compact
     def __call__(
@@ -85,39 +115,58 @@ class Stack(nn.Module):
         x_BLD: jax.Array,
         positions_BL: jax.Array,
         visibility: Visibility,
-        cache: Cache | None,
-        deterministic: bool,
+        cache: Cache | None = None,
+        encoded_BSD: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """The stack's output, normalised if its blocks are "pre", and the cache after it.
+
+        With an encoder's output, or a cache that holds its keys and values, blocks attend to it;
+        `source_segments_BS` are its segments.
+        """
         c = self.config
-        angles_BLK = None
+        L = x_BLD.shape[1]
+        around = Surroundings(visibility)
         if c.positions == "rotary":
-            angles_BLK = rotary_angles(positions_BL, c.head_dim, c.rope_theta)
+            around = replace(
+                around, angles_BLK=rotary_angles(positions_BL, c.head_dim, c.rope_theta)
+            )
+        if c.positions == "relative":
+            n_keys = L if cache is None else cache.keys_NBSGK.shape[2]
+            bias = RelativeBias(c, not self.causal, name="relative_bias")
+            around = replace(around, bias_HLS=bias(L, n_keys, visibility.offset))
+        cached = Cached()
+        if cache is not None:
+            cached = Cached((cache.keys_NBSGK, cache.values_NBSGK))
+            if encoded_BSD is None and cache.source is not None:
+                cached = replace(
+                    cached, source=(cache.source.keys_NBTGK, cache.source.values_NBTGK)
+                )
+                source_segments_BS = cache.source.segment_ids_BT
+        if source_segments_BS is not None:
+            seen = Visibility(False, visibility.segments_BL, source_segments_BS)
+            around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
+
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        kernel = c.attention if self.causal else "xla"
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=c.n_layers,
-            unroll=c.scan_unroll or c.n_layers,
+            in_axes=(nn.broadcast, 0),
+            length=self.n_layers,
+            unroll=c.scan_unroll or self.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="layers")
-        cached = None if cache is None else (cache.keys_NBSGK, cache.values_NBSGK)
-        x_BLD, cached = layers(x_BLD, visibility, angles_BLK, cached)
+        )(c, self.deterministic, kernel, name="layers")
+        x_BLD, cached = layers(x_BLD, around, cached)
         if cache is not None:
-            assert cached is not None
-            index = cache.index + x_BLD.shape[1]
-            cache = replace(cache, keys_NBSGK=cached[0], values_NBSGK=cached[1], index=index)
+            assert cached.own is not None
+            source = cache.source
+            if cached.source is not None and source_segments_BS is not None:
+                source = Source(*cached.source, source_segments_BS)
+            cache = Cache(*cached.own, cache.segment_ids_BS, cache.index + L, source)
         if c.norm_placement == "pre":
-            x_BLD = norm(c, "final_norm")(x_BLD)
+            x_BLD = make_norm(c, "final_norm")(x_BLD)
         return x_BLD.astype(c.dtype), cache
-
-
-def write_segments(cache: Cache, segment_ids_BL: jax.Array) -> Cache:
-    """The cache with the segments of the tokens that are about to be written."""
-    written = jax.lax.dynamic_update_slice(
-        cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.index)
-    )
-    return replace(cache, segment_ids_BS=written)

@@ -23,11 +23,17 @@ PARAMETERS: Rules = {
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "positions": (),
+    "types": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "pooled": (),
+    "classes": (),
+    "lora_rank": (),
+    "hidden": (),
+    "gates": (),
 }
 
 BATCH_AXES = ("slice", "data", "fsdp")
@@ -37,10 +43,12 @@ ACTIVATIONS: Rules = {
     "embed": (),
     "vocab": ("tensor",),
     "positions": (),
+    "types": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "hidden": (),
 }
 
 # A vocabulary is whatever the tokenizer gives, and key/value heads are few: where the mesh does

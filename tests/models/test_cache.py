@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import jax
@@ -34,7 +33,7 @@ def mix(request, make_model):
 
 def decode(model, params, tokens, positions, segments):
     """Logits of PREFILL tokens at once, then of one token at a time, through the cache."""
-    step = functools.partial(jax.jit(model.apply), {"params": params})
+    step = jax.jit(functools.partial(model.apply, {"params": params}, method="decode"))
     cache = model.empty_cache(len(tokens), tokens.shape[1])
     chunks = [slice(0, PREFILL)] + [slice(i, i + 1) for i in range(PREFILL, tokens.shape[1])]
     logits = []
@@ -69,13 +68,13 @@ def test_left_padded_rows_give_the_full_forward_pass(mix):
 def test_the_cache_counts_and_does_not_change_its_shape(make_model):
     model, params = make_model(n_kv_heads=2, dtype=jnp.bfloat16)
     cache = model.empty_cache(3, LENGTH)
-    apply = jax.jit(model.apply)
-    _, after = apply({"params": params}, TOKENS[:, :5], None, None, cache)
+    apply = jax.jit(functools.partial(model.apply, method="decode"))
+    positions = np.broadcast_to(np.arange(5), (3, 5))
+    _, after = apply({"params": params}, TOKENS[:, :5], positions, np.ones((3, 5), int), cache)
     assert cache.index == 0
     assert after.index == 5
-    for field in dataclasses.fields(cache):
-        before, now = getattr(cache, field.name), getattr(after, field.name)
-        assert (before.shape, before.dtype) == (now.shape, now.dtype)
+    before, now = (jax.tree.map(lambda x: (x.shape, x.dtype), c) for c in (cache, after))
+    assert before == now
     assert after.keys_NBSGK.shape == (2, 3, LENGTH, 2, 8)
     np.testing.assert_array_equal(after.segment_ids_BS[:, :5], 1)
     np.testing.assert_array_equal(after.segment_ids_BS[:, 5:], 0)

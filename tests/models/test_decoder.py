@@ -184,8 +184,8 @@ def test_dropout_acts_in_training_only(make_model):
 
     @jax.jit
     def train(key):
-        rngs = {"dropout": key}
-        return model.apply({"params": params}, TOKENS, deterministic=False, rngs=rngs)
+        training = model.clone(deterministic=False)
+        return training.apply({"params": params}, TOKENS, rngs={"dropout": key})
 
     evaluation = jax.jit(model.apply)({"params": params}, TOKENS)
     np.testing.assert_array_equal(evaluation, jax.jit(clean.apply)({"params": params}, TOKENS))

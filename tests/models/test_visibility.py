@@ -13,12 +13,12 @@ SEGMENTS = np.repeat([1, 2, 3, 0], LENGTHS)
 WITHIN = np.concatenate([np.arange(n) for n in LENGTHS])
 
 
-def dependence(model, params, positions=None, segments=None):
+def dependence(model, params, positions=None, segments=None, prefix=None):
     """[L, L] bool: whether any logit at t moves with the input vector at s."""
 
     def logits(table):
         edited = params | {"tokens": {"embedding": table}}
-        return model.apply({"params": edited}, TOKENS, positions, segments)[0]
+        return model.apply({"params": edited}, TOKENS, positions, segments, prefix)[0]
 
     table = params["tokens"]["embedding"]
     cotangent = jax.random.normal(jax.random.key(2), (L, model.config.vocab_size))
@@ -45,6 +45,18 @@ def test_a_logit_depends_on_its_own_document_and_on_nothing_else(make_model, ker
     found = dependence(model, params, WITHIN[None], SEGMENTS[None])
     same = SEGMENTS[:, None] == SEGMENTS
     np.testing.assert_array_equal(found, np.tril(same))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(make_model, packed):
+    """Raffel 2020, figure 3: also by the prefix itself, and not by other documents."""
+    segments, places = (SEGMENTS, WITHIN) if packed else (np.ones(L, int), np.arange(L))
+    lengths = [0, 12, 45, 1] if packed else [0, 20]  # of each segment's prefix
+    prefix = places < np.array(lengths)[segments]
+    model, params = make_model(tie_embeddings=False, positions="rotary")
+    found = dependence(model, params, places[None], segments[None], jnp.asarray(prefix)[None])
+    same = segments[:, None] == segments
+    np.testing.assert_array_equal(found, same & (np.tril(same) | prefix[None, :]))
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])

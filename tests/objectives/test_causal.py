@@ -1,13 +1,10 @@
 import itertools
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
-from lm.data.packing import windows
-from lm.data.store import Manifest, TokenStore
 from lm.objectives.causal import Causal
 
 # Documents of 3, 4 and 2 tokens, then padding; L + 1 = 12.
@@ -20,8 +17,9 @@ EXAMPLE = {
 }
 
 
-def features(isolate=True):
-    return Causal(isolate).features(EXAMPLE, np.random.default_rng(0))
+def features(isolate=True, carry=False, **example):
+    objective = Causal(11, 0, isolate, carry)
+    return objective.features(EXAMPLE | example, np.random.default_rng(0))
 
 
 def test_every_token_predicts_the_next_one():
@@ -33,16 +31,14 @@ def test_every_token_predicts_the_next_one():
 
 
 @pytest.mark.parametrize("delimiter", [None, 0])
-def test_no_target_lies_in_the_next_document(delimiter):
+def test_no_target_lies_in_the_next_document(make_store, delimiter):
     """Whole way from a store of documents 1 2 3 | 4 5 6 7 | 8 9, delimiters before each or none."""
     documents = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
     if delimiter is not None:
         documents = [[delimiter, *document] for document in documents]
-    tokens = np.concatenate(documents)
-    manifest = Manifest(1, "memory", "", "", "uint32", len(tokens), 3, 0, 0, delimiter)
-    offsets = np.cumsum([0, *map(len, documents)])
-    examples = windows(TokenStore(Path(), manifest, tokens, offsets), 16, 16, True, False)
-    found = Causal(True).features(examples[0], np.random.default_rng(0))
+    objective = Causal(16, 0, True)
+    examples = objective.examples(make_store(documents, delimiter), training=False)
+    found = objective.features(examples[0], np.random.default_rng(0))
     pairs = [
         (int(here), int(there))
         for here, there, weight in zip(
@@ -59,26 +55,43 @@ def test_without_isolation_the_model_gets_neither_segments_nor_positions():
     assert set(features(isolate=False)) == {"inputs", "targets", "weights"}
 
 
-def test_features_have_fixed_shapes_and_types():
-    for name, values in features().items():
-        assert values.shape == (11,)
-        assert values.dtype == (np.float32 if name == "weights" else np.int32)
-
-
 @pytest.mark.parametrize("isolate", [True, False])
-def test_loss_is_the_sum_of_the_nats_of_weighted_targets(isolate):
+@pytest.mark.parametrize("carry", [True, False])
+def test_features_are_of_the_stated_shapes(isolate, carry):
+    found = features(isolate, carry)
+    stated = Causal(11, 0, isolate, carry).shapes
+    assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == stated
+
+
+def test_a_fresh_row_is_told_to_models_that_carry_their_state():
+    assert "fresh" not in features(fresh=1)
+    assert features(carry=True, fresh=1)["fresh"] == 1
+    assert features(carry=True)["fresh"] == 0
+
+
+@pytest.mark.parametrize(("stride", "starts"), [(0, [0, 11, 22]), (4, [0, 4, 8, 12, 16, 20, 24])])
+def test_stride_sets_where_training_windows_start_and_adjoining_ones_are_evaluated(
+    make_store, stride, starts
+):
+    store, objective = make_store([np.arange(39)]), Causal(11, stride, True)
+    examples = objective.examples(store, training=True)
+    assert [examples[i]["tokens"][0] for i in range(len(examples))] == starts
+    examples = objective.examples(store, training=False)
+    assert [examples[i]["tokens"][0] for i in range(len(examples))] == [0, 11, 22, 33]
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_loss_is_the_sum_of_the_nats_of_weighted_targets(make_scorer, isolate, carry):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 11, 24))
     logits[0, 1, 12] = 20  # one sure hit
-    batch = {name: jnp.stack([values, values[::-1]]) for name, values in features(isolate).items()}
-    seen = []
-
-    def apply(*inputs):
-        seen.append(inputs)
-        return jnp.asarray(logits, jnp.float32)
-
-    sums = Causal(isolate).loss(apply, batch)
-    ((inputs, positions, segments),) = seen
+    found = features(isolate, carry)
+    batch = {name: jnp.stack([values, np.flip(values)]) for name, values in found.items()}
+    model = make_scorer(logits)
+    sums = Causal(11, 0, isolate, carry).loss(model, batch)
+    (((inputs, positions, segments), named),) = model.calls
+    assert named == ({"fresh_B": batch["fresh"]} if carry else {})
     assert inputs is batch["inputs"]
     assert positions is batch.get("positions")
     assert segments is batch.get("segment_ids")
@@ -91,3 +104,4 @@ def test_loss_is_the_sum_of_the_nats_of_weighted_targets(isolate):
     assert float(sums.loss) == pytest.approx(loss, rel=1e-5)
     assert float(sums.weight) == weights.sum()
     assert float(sums.metrics["accuracy"]) == right > 0
+    assert float(sums.metrics["nll"]) == pytest.approx(loss, rel=1e-5)

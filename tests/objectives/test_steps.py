@@ -162,7 +162,8 @@ def test_evaluation_gives_the_sums_of_each_batch_without_dropout(make_experiment
     experiment = make_experiment(model__dropout=0.5)
     batches = [uneven_batch(seed) for seed in range(2)]
     params = experiment.init_state().params
-    sums = experiment.eval_steps(params, steps_of(*batches))
+    carry, sums = experiment.eval_steps(params, experiment.init_carry(ROWS), steps_of(*batches))
+    assert carry == {}
     definition = jax.jit(lambda batch: mean_loss(experiment, params, batch))
     for i, batch in enumerate(batches):
         assert sums.weight[i] == batch["weights"].sum()

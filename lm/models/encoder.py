@@ -1,0 +1,71 @@
+"""The encoder: every token sees every other; what it predicts are masked tokens.
+
+Shape letters: B batch, L length, P predictions, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.attention import Visibility
+from lm.models.layers import make_norm, named
+from lm.models.model import Model
+from lm.models.transformer import Stack
+
+
+class Encoder(Model):
+    """BERT (Devlin 2018) and its relatives."""
+
+    def setup(self) -> None:
+        super().setup()
+        c = self.config
+        self.stack = Stack(c, c.n_layers, self.deterministic, causal=False)
+        self.transform = self._linear(c.d_model, "pooled")
+        self.transform_norm = make_norm(c)
+        self.logit_bias = Bias(c.vocab_size)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, L, V] of every token, float32."""
+        return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL, types_BL))
+
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """The encoded tokens, [B, L, D]; tokens see their own segment."""
+        x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
+        return self.stack(x_BLD, positions_BL, Visibility(False, segment_ids_BL))[0]
+
+    def logits(self, x_BPD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, P, V]: a layer, its norm, the output matrix and a bias."""
+        c = self.config
+        act = ACTIVATIONS["gelu_tanh" if c.activation in GATED else c.activation]
+        x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
+        return self.logit_bias(super().logits(x_BPD))
+
+    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The vector [B, D] that stands for a text: tanh of a layer over its first token."""
+        return jnp.tanh(self.pooler(x_BLD[:, 0]))
+
+
+class Bias(nn.Module):
+    """One number for each entry of the vocabulary."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, logits_BPV: jax.Array) -> jax.Array:
+        zeros = named(nn.initializers.zeros, ("vocab",))
+        return logits_BPV + self.param("bias", zeros, (self.size,), jnp.float32)

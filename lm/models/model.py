@@ -1,0 +1,106 @@
+"""What every Transformer family has: embeddings, an output layer, and heads for tasks.
+
+A part that an objective's loss never calls has no parameters: a model is pretrained without a
+classifier, and fine-tuned without the layer that predicts next sentences.
+
+Shape letters: B batch, L length, D model, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.models.config import TransformerConfig
+from lm.models.layers import Embedding, Linear, make_norm
+from lm.models.positions import sinusoidal
+from lm.parallel.rules import constrain
+
+
+class Model(nn.Module):
+    """`deterministic` turns dropout off; `clone(deterministic=False)` is the model that trains."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype)
+        if c.positions == "learned":
+            rows = c.max_length + c.position_offset
+            self.positions = Embedding(rows, c.d_model, "positions", c.init_std, c.dtype)
+        if c.token_types:
+            self.types = Embedding(c.token_types, c.d_model, "types", c.init_std, c.dtype)
+        if c.embedding_norm:
+            self.embedding_norm = make_norm(c)
+        self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        if not c.tie_embeddings:
+            self.head = self._linear(c.vocab_size, "vocab", bias=False)
+        self.pooler = self._linear(c.d_model, "pooled")
+        self.sentence_head = self._linear(2, "classes")
+        self.classifier = self._linear(c.n_classes, "classes")
+        self.span_head = self._linear(2, "classes")
+
+    def _linear(self, n_out: int, name: str, bias: bool = True) -> Linear:
+        c = self.config
+        std = c.std(c.d_model, n_out)
+        names = ("embed", name)
+        return Linear((c.d_model,), (n_out,), names, bias, std, c.dtype, out_dtype=jnp.float32)
+
+    def embed(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Embedded tokens [B, L, D], and their positions, 0 … L-1 unless given."""
+        c = self.config
+        x_BLD = self.tokens(tokens_BL)
+        if c.scale_embeddings:
+            x_BLD *= jnp.asarray(c.d_model**0.5, c.dtype)
+        if c.positions == "learned":
+            if positions_BL is None:
+                end = c.position_offset + tokens_BL.shape[1]
+                x_BLD += self.positions.first(end)[c.position_offset :]
+            else:
+                x_BLD += self.positions(positions_BL + c.position_offset)
+        if positions_BL is None:
+            positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+        if c.positions == "sinusoidal":
+            x_BLD += sinusoidal(positions_BL, c.d_model).astype(c.dtype)
+        if c.token_types:
+            if types_BL is None or c.token_types == 1:
+                types_BL = jnp.zeros_like(tokens_BL)
+            x_BLD += self.types(types_BL)
+        if c.embedding_norm:
+            x_BLD = self.embedding_norm(x_BLD)
+        return constrain(self.dropout(x_BLD), "batch", "length", "embed"), positions_BL
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, L, V], float32."""
+        c = self.config
+        if c.tie_embeddings:
+            scale = c.d_model**-0.5 if c.scale_logits else 1.0
+            logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
+        else:
+            logits_BLV = self.head(x_BLD)
+        return constrain(logits_BLV, "batch", "length", "vocab")
+
+    def classify(self, x_BD: jax.Array) -> jax.Array:
+        """Scores of the classes [B, C], float32, of what `pooled` gives."""
+        return self.classifier(self.dropout(x_BD))
+
+    def next_sentence(self, x_BD: jax.Array) -> jax.Array:
+        """Scores [B, 2] for "B follows A" and "B does not follow A" (Devlin 2018, §3.1)."""
+        return self.sentence_head(x_BD)
+
+    def spans(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores [B, L, 2] of every token to start and to end an answer (Devlin 2018, §4.2)."""
+        return self.span_head(self.dropout(x_BLD))
+
+
+def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """The vector [B, D] of the last token that is no padding."""
+    last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

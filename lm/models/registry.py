@@ -1,0 +1,48 @@
+"""Models by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from lm.models.config import TransformerConfig
+from lm.models.decoder import Decoder
+from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.lstm import RecurrentConfig
+from lm.models.nplm import Nplm, NplmConfig
+from lm.models.recurrent import Lstm
+from lm.models.recurrent_seq2seq import LstmEncoderDecoder
+from lm.models.skip_gram import SkipGram, SkipGramConfig
+
+FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
+    "decoder": (Decoder, TransformerConfig),
+    "encoder": (Encoder, TransformerConfig),
+    "encoder_decoder": (EncoderDecoder, TransformerConfig),
+    "lstm": (Lstm, RecurrentConfig),
+    "lstm_encoder_decoder": (LstmEncoderDecoder, RecurrentConfig),
+    "nplm": (Nplm, NplmConfig),
+    "skip_gram": (SkipGram, SkipGramConfig),
+}
+
+
+def make_model(config: ConfigDict) -> nn.Module:
+    """The model that a resolved configuration describes."""
+    model, kind = FAMILIES[config.model.family]
+    return model(model_config(config, kind))
+
+
+def model_config(config: ConfigDict, kind: type) -> Any:
+    """The fields of `kind`, by their names, from a resolved configuration."""
+    values = dict(config.model) | {
+        "dtype": jnp.dtype(config.model.dtype),
+        "remat": config.train.remat,
+        "scan_unroll": config.train.scan_unroll,
+        "loss_chunk": config.train.loss_chunk,
+    }
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

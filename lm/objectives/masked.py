@@ -1,0 +1,285 @@
+"""Masked language modelling: a token hidden in its text is predicted from both sides of it.
+
+BERT (Devlin 2018, section 3.1) with masks drawn anew for every example (RoBERTa, Liu 2019,
+section 4.1), and optionally BERT's prediction whether one text follows another.
+
+Shape letters: B batch, L length, P predictions, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.packing import Windows, windows
+from lm.data.store import TokenStore
+from lm.data.tokenizer_interface import Tokenizer
+from lm.errors import UserError
+from lm.kernels.cross_entropy import cross_entropy
+from lm.objectives.objective import Batch, Example, Sums
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
+from lm.objectives.token_loss import token_loss
+
+Arrays = dict[str, np.ndarray]
+
+_SPACES = (" ", "▁", "Ġ")  # the latter as SentencePiece and GPT-2 write them
+_OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
+
+
+def word_starts(tokenizer: Tokenizer) -> np.ndarray:
+    """Which ids start a word, bool [vocabulary].
+
+    All that WordPiece does not mark with "##"; all that bring the space before them where any
+    does, as in SentencePiece, byte-level BPE, bytes and characters; or simply all.
+    """
+    pieces = tokenizer.pieces()
+    goes_on = np.array([piece.startswith("##") for piece in pieces])
+    after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
+    if goes_on.sum() > after_space.sum():
+        return ~goes_on
+    if not after_space.any():
+        return ~after_space
+    return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Rows of `length` tokens, "[CLS] window [SEP]", of which `mask_rate` are predicted.
+
+    Of n tokens that are not special exactly round(mask_rate n) are chosen, at least one (BERT's
+    rule): 80 % become [MASK], 10 % a random token, 10 % stay. With `whole_word` they are all the
+    tokens of randomly chosen words; a word that the number leaves no room for is passed over.
+
+    With `next_sentence` rows are "[CLS] A [SEP] B [SEP]". The longest segment of the window (its
+    longest document, if they are isolated) is cut in two at random; for half of the rows B comes
+    from a random window of the store instead, as long as what it replaces. BERT cuts between
+    sentences; a token store doesn't know where they are.
+    """
+
+    tokenizer: Tokenizer | None
+    length: int
+    stride: int = 0  # 0: windows adjoin
+    isolate_documents: bool = True
+    mask_rate: float = 0.15
+    whole_word: bool = False
+    next_sentence: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.window_length < 2:
+            raise UserError(
+                f"config.data.sequence_length={self.length} leaves no room for text between "
+                "[CLS] and [SEP]: use at least 5"
+            )
+
+    @property
+    def window_length(self) -> int:
+        """Tokens of a window: what a row has room for."""
+        return self.length - (3 if self.next_sentence else 2)
+
+    @property
+    def n_extra(self) -> int:
+        """Ids that the model needs beyond the tokenizer's."""
+        return self._special.n_extra(self._special.cls, self._special.sep, self._special.mask)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """P, the predictions of a full row, is static: the output layer computes no more."""
+        row, masked = (self.length,), (self._number(self.window_length),)
+        shapes = {
+            **dict.fromkeys(("inputs", "segment_ids", "positions"), (row, "int32")),
+            **dict.fromkeys(("masked_positions", "masked_targets"), (masked, "int32")),
+            "masked_weights": (masked, "float32"),
+        }
+        of_pairs = {"token_types": (row, "int32"), "is_next": ((), "int32")}
+        return shapes | of_pairs if self.next_sentence else shapes
+
+    # --- features
+
+    def examples(self, store: TokenStore, training: bool) -> Sequence[Example]:
+        """Windows of `window_length` tokens; with next_sentence, "others" are all of them."""
+        n = self.window_length
+        stride = self.stride if training and self.stride else n
+        found = windows(store, n - 1, stride, self.isolate_documents, training)
+        return _WithOthers(found) if self.next_sentence else found  # type: ignore[return-value]
+
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Inputs, segment_ids and positions [L]; masked_{positions,targets,weights} [P].
+
+        With next_sentence, token_types [L] and is_next [] too.
+        """
+        if not self.next_sentence:
+            return self._masked(self._single(example), rng)
+        first, second, is_next = self._texts(example, rng)
+        row = self._masked(self._pair(first, second), rng)
+        return row | {"is_next": np.asarray(is_next, np.int32)}
+
+    def _single(self, example: Example) -> Arrays:
+        """[CLS] joins the first segment of the window, [SEP] the last."""
+        n = np.count_nonzero(example["segment_ids"])
+        tokens, segments, positions = (
+            example[name][:n] for name in ("tokens", "segment_ids", "positions")
+        )
+        positions = positions + (segments == segments[:1])
+        return {
+            "inputs": np.concatenate([[self._special.cls], tokens, [self._special.sep]]),
+            "segment_ids": np.concatenate([segments[:1], segments, segments[-1:]]),
+            "positions": np.concatenate([[0], positions, positions[-1:] + 1]),
+        }
+
+    def _texts(
+        self, example: Example, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """A, B, and whether B follows A."""
+        text = self._longest(example)
+        cut = rng.integers(1, len(text)) if len(text) > 1 else len(text)
+        first, second = text[:cut], text[cut:]
+        is_next = rng.random() < 0.5
+        if not is_next:
+            others = example["others"]
+            other = self._longest(others[int(rng.integers(len(others)))])
+            size = min(len(second), len(other))
+            start = rng.integers(len(other) - size + 1)
+            second = other[start : start + size]
+        return first, second, is_next
+
+    def _longest(self, example: Example) -> np.ndarray:
+        """The ordinary tokens of a window's longest segment."""
+        segments = example["segment_ids"]
+        longest = 1 + np.bincount(segments)[1:].argmax()
+        text = example["tokens"][segments == longest]
+        return text[self._is_ordinary[text]]
+
+    def _pair(self, first: np.ndarray, second: np.ndarray) -> Arrays:
+        cls, sep = [self._special.cls], [self._special.sep]
+        inputs = np.concatenate([cls, first, sep, second, sep])
+        n = len(inputs)
+        return {
+            "inputs": inputs,
+            "segment_ids": np.ones(n),
+            "positions": np.arange(n),
+            "token_types": np.arange(n) >= len(first) + 2,
+        }
+
+    def _masked(self, row: Arrays, rng: np.random.Generator) -> Arrays:
+        """The row filled up, with masks, and what they hide."""
+        features = {name: _filled(values, self.length, np.int32) for name, values in row.items()}
+        inputs = features["inputs"]
+        at = self._choose(inputs, features["segment_ids"], rng)
+        targets = inputs[at]
+        draw = rng.random(len(at))
+        random_tokens = rng.choice(self._ordinary_ids, len(at))
+        inputs[at] = np.where(
+            draw < 0.8, self._special.mask, np.where(draw < 0.9, random_tokens, targets)
+        )
+        n = self._number(self.window_length)
+        return features | {
+            "masked_positions": _filled(at, n, np.int32),
+            "masked_targets": _filled(targets, n, np.int32),
+            "masked_weights": _filled(np.ones(len(at)), n, np.float32),
+        }
+
+    def _choose(
+        self, inputs: np.ndarray, segment_ids: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Positions of the tokens to predict, in order."""
+        ordinary = self._is_ordinary[inputs] & (segment_ids > 0)
+        at = np.flatnonzero(ordinary)
+        if not len(at):
+            return at
+        room = self._number(len(at))
+        if not self.whole_word:
+            return np.sort(rng.choice(at, room, replace=False, shuffle=False))
+        begins = self._word_starts[inputs]
+        begins[1:] |= ~ordinary[:-1] | (segment_ids[1:] != segment_ids[:-1])
+        starts = np.flatnonzero(begins[at])
+        sizes = np.diff(starts, append=len(at)).tolist()
+        chosen = np.zeros(len(starts), bool)
+        for word in rng.permutation(len(starts)).tolist():
+            if sizes[word] <= room:
+                chosen[word] = True
+                room -= sizes[word]
+                if not room:
+                    break
+        return at[np.repeat(chosen, sizes)]
+
+    def _number(self, n_tokens: int) -> int:
+        return max(1, round(self.mask_rate * n_tokens))
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return special_tokens(self.tokenizer)
+
+    @cached_property
+    def _is_ordinary(self) -> np.ndarray:
+        special = self._special
+        ordinary = np.ones(special.vocab_size + special.n_extra(*special.ids), bool)
+        ordinary[list(special.ids)] = False
+        return ordinary
+
+    @cached_property
+    def _ordinary_ids(self) -> np.ndarray:
+        return np.flatnonzero(self._is_ordinary)
+
+    @cached_property
+    def _word_starts(self) -> np.ndarray:
+        assert self.tokenizer is not None
+        return _filled(word_starts(self.tokenizer), len(self._is_ordinary), np.bool_)
+
+    # --- loss
+
+    def loss(self, model: Any, batch: Batch) -> Sums:
+        """Nats of the masked tokens; with next_sentence, plus those of each row's two classes.
+
+        The paper adds the two means. A row's class weighs as much as its masked tokens, so where
+        rows are equally full this is that sum, and sums over any parts of a batch still add up.
+        """
+        segment_ids_BL = batch["segment_ids"]
+        x_BLD = model.hidden(
+            batch["inputs"], batch["positions"], segment_ids_BL, batch.get("token_types")
+        )
+        x_BPD = jnp.take_along_axis(x_BLD, batch["masked_positions"][..., None], axis=1)
+        weights_BP = batch["masked_weights"]
+        sums = token_loss(
+            model,
+            x_BPD,
+            batch["masked_targets"],
+            weights_BP,
+            self.label_smoothing,
+            self.z_loss,
+        )
+        if not self.next_sentence:
+            return sums
+        scores_B2 = model.next_sentence(model.pooled(x_BLD, segment_ids_BL))
+        classes_B = 1 - batch["is_next"]  # the order of BERT's published weights
+        weights_B = weights_BP.sum(-1)
+        loss_B, _, right_B = cross_entropy(scores_B2, classes_B)
+        nats, accuracy = (loss_B * weights_B).sum(), (right_B * weights_B).sum()
+        of_pairs = {"next_sentence_nll": nats, "next_sentence_accuracy": accuracy}
+        return Sums(sums.loss + nats, sums.weight, sums.metrics | of_pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class _WithOthers:
+    """Windows, each of which can reach the others."""
+
+    windows: Windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.windows[index], "others": self.windows}
+
+
+def _filled(values: np.ndarray, length: int, dtype: Any) -> np.ndarray:
+    """The values, then zeros, [length]."""
+    filled = np.zeros(length, dtype)
+    filled[: len(values)] = values
+    return filled

@@ -1,0 +1,198 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.config import default
+from lm.data.characters import ByteTokenizer
+from lm.data.record_store import build_record_store
+from lm.data.records import read_records
+from lm.errors import UserError
+from lm.models.config import TransformerConfig
+from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.lstm import RecurrentConfig
+from lm.models.recurrent_seq2seq import LstmEncoderDecoder
+from lm.objectives.seq2seq import Seq2Seq
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
+
+BOS, EOS, VOCAB = 126, 127, 128
+SPECIAL = SpecialTokens(pad=0, bos=BOS, eos=EOS, cls=0, sep=0, mask=0, vocab_size=VOCAB)
+RNG = np.random.default_rng(0)
+# No letter occurs in two pairs, or in a source and a target.
+PAIRS = [("abc", "AB"), ("de", "CDEF"), ("f", "G"), ("ghijkl", "HI"), ("mn", "J"), ("o", "KLM")]
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """Makes a store of pairs, tokenised as bytes."""
+
+    def make(pairs):
+        for side in (0, 1):
+            (tmp_path / str(side)).write_text("".join(f"{pair[side]}\n" for pair in pairs))
+        records = read_records(f"parallel:{tmp_path}/0|{tmp_path}/1", default().data)
+        return build_record_store(records, ByteTokenizer(), tmp_path / "cache")
+
+    return make
+
+
+def rows(objective, store):
+    examples = objective.examples(store, training=True)
+    return [objective.features(examples[i], RNG) for i in range(len(examples))]
+
+
+def stacked(found):
+    return {name: np.stack([row[name] for row in found]) for name in found[0]}
+
+
+def test_pairs_lie_one_after_the_other(make_store):
+    store = make_store([("abc", "xy"), ("d", "z")])
+    row = Seq2Seq(8, 7, SPECIAL).features({"records": list(store)}, RNG)
+    a, b, c, d, x, y, z = map(ord, "abcdxyz")
+    expected = {
+        "source": [a, b, c, EOS, d, EOS, 0, 0],
+        "source_segments": [1, 1, 1, 1, 2, 2, 0, 0],
+        "source_positions": [0, 1, 2, 3, 0, 1, 0, 0],
+        "inputs": [BOS, x, y, BOS, z, 0, 0],
+        "targets": [x, y, EOS, z, EOS, 0, 0],
+        "target_segments": [1, 1, 1, 2, 2, 0, 0],
+        "target_positions": [0, 1, 2, 0, 1, 0, 0],
+        "weights": [1, 1, 1, 1, 1, 0, 0],
+    }
+    assert {name: values.tolist() for name, values in row.items()} == expected
+
+
+def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
+    for pack in (True, False):
+        (row,) = rows(Seq2Seq(4, 3, SPECIAL, pack), make_store([("abcdef", "uvwx")]))
+        assert row["source"].tolist() == [*map(ord, "abc"), EOS]
+        assert row["inputs"].tolist() == [BOS, *map(ord, "uv")]
+        assert row["targets"].tolist() == [*map(ord, "uv"), EOS]
+
+
+@pytest.mark.parametrize(("pack", "n_rows"), [(True, 3), (False, 6)])
+def test_every_pair_is_in_one_row_and_rows_are_full(make_store, pack, n_rows):
+    """The six pairs have 21 source and 19 target tokens, ends included: three rows of 8 hold them."""
+    found = rows(Seq2Seq(8, 8, SPECIAL, pack), make_store(PAIRS))
+    pairs = [
+        tuple(
+            "".join(map(chr, row[name][row[segments] == segment][:-1]))
+            for name, segments in (("source", "source_segments"), ("targets", "target_segments"))
+        )
+        for row in found
+        for segment in range(1, row["source_segments"].max() + 1)
+    ]
+    assert sorted(pairs) == sorted(PAIRS)
+    assert len(found) == n_rows
+
+
+def transformer():
+    return EncoderDecoder(
+        TransformerConfig(
+            n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, vocab_size=VOCAB,
+            max_length=12, tie_embeddings=False, init_std=0.5,
+        )
+    )  # fmt: skip
+
+
+def recurrent():
+    return LstmEncoderDecoder(
+        RecurrentConfig(
+            1, 8, 8, VOCAB, bidirectional=True, tie_embeddings=False, init_std=0.5, loss_chunk=0
+        )
+    )
+
+
+@pytest.fixture(params=[transformer, recurrent])
+def loss_of(request):
+    """The sums of a batch, as a function of parameters, and parameters."""
+    model, objective = request.param(), Seq2Seq(12, 12, SPECIAL)
+    batch = {
+        name: np.zeros((1, *shape), dtype) for name, (shape, dtype) in objective.shapes.items()
+    }
+    init = nn.init(objective.loss, model)
+    params = nn.meta.unbox(init(jax.random.key(0), batch)["params"])
+    apply = nn.apply(objective.loss, model)
+    return lambda params, batch: apply({"params": params}, batch), params
+
+
+def test_a_target_has_no_gradient_from_another_pair(make_store, loss_of):
+    loss, params = loss_of
+    store = make_store(PAIRS[:3])
+    row = Seq2Seq(12, 12, SPECIAL).features({"records": list(store)}, RNG)
+
+    def of_pair(params, segment):
+        weights = np.where(row["target_segments"] == segment, 1.0, 0.0)
+        batch = {name: jnp.asarray(values)[None] for name, values in row.items()}
+        return loss(params, batch | {"weights": weights[None]}).loss
+
+    gradient = jax.jit(jax.grad(of_pair))
+    for segment, pair in enumerate(PAIRS[:3], start=1):
+        found = np.asarray(gradient(params, segment)["tokens"]["embedding"]).any(-1)
+        # The last letter of the target is predicted but never read.
+        read = pair[0] + pair[1][:-1]
+        letters = [chr(i) for i in np.flatnonzero(found) if i not in (BOS, EOS)]
+        assert letters == sorted(read + pair[1][-1])
+        assert found[[BOS, EOS]].all()
+
+
+def test_packing_does_not_change_the_loss(make_store, loss_of):
+    loss, params = loss_of
+    store = make_store(PAIRS)
+    packed, alone = (
+        jax.jit(loss)(params, stacked(rows(Seq2Seq(12, 12, SPECIAL, pack), store)))
+        for pack in (True, False)
+    )
+    assert float(packed.weight) == float(alone.weight) == 19
+    assert float(packed.loss) == pytest.approx(float(alone.loss), rel=1e-5)
+    assert float(packed.metrics["accuracy"]) == float(alone.metrics["accuracy"])
+
+
+class Logits:
+    """A model that says what it is told to."""
+
+    config = TransformerConfig
+
+    def __init__(self, logits_BTV):
+        self.logits_BTV = logits_BTV
+
+    def decoder_hidden(self, *inputs):
+        return jnp.zeros((2, 4, 1))
+
+    def logits(self, x_BTD):
+        return self.logits_BTV
+
+
+def test_loss_is_smoothed_nats_of_all_targets(make_store, monkeypatch):
+    monkeypatch.setattr(TransformerConfig, "loss_chunk", 0, raising=False)
+    logits = np.random.default_rng(0).normal(size=(2, 4, VOCAB)).astype(np.float32)
+    objective = Seq2Seq(4, 4, SPECIAL, False, label_smoothing=0.2, z_loss=0.1)
+    batch = stacked(rows(objective, make_store([("a", "xy"), ("b", "z")])))
+    sums = objective.loss(Logits(jnp.asarray(logits)), batch)
+    total = nll = 0.0
+    for row, at in zip(*np.nonzero(batch["weights"]), strict=True):
+        scores = logits[row, at].astype(np.float64)
+        log_z = np.log(np.exp(scores).sum())
+        nats = log_z - scores[batch["targets"][row, at]]
+        nll += nats
+        total += 0.8 * nats + 0.2 * (log_z - scores.mean()) + 0.1 * log_z**2
+    assert float(sums.weight) == 5
+    assert float(sums.loss) == pytest.approx(total, rel=1e-5)
+    assert float(sums.metrics["nll"]) == pytest.approx(nll, rel=1e-5)
+
+
+def test_features_are_of_the_stated_shapes(make_store):
+    objective = Seq2Seq(12, 10, special_tokens(ByteTokenizer()))
+    row = rows(objective, make_store(PAIRS))[0]
+    assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
+    assert Seq2Seq(12, 10, special_tokens(None)).shapes == objective.shapes
+    assert objective.n_extra == 0
+    assert Seq2Seq(9, 9, SpecialTokens(20, 20, 20, 0, 0, 0, vocab_size=20)).n_extra == 1
+
+
+def test_records_without_a_target_are_said(tmp_path):
+    (tmp_path / "a.tsv").write_text("source\tx\nb\ty\n")
+    records = read_records(f"tsv:{tmp_path}/a.tsv", default().data)
+    store = build_record_store(records, ByteTokenizer(), tmp_path)
+    with pytest.raises(UserError, match=r"a record has no target \(it has source\).*data\.columns"):
+        Seq2Seq(9, 9, SPECIAL).examples(store, training=True)
