@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from lm.optim.parameter_groups import EVERYTHING, Trainable, by_path, update_scales
 
 Tree = Any
 
@@ -19,11 +22,11 @@ Tree = Any
 def decay_mask(what: str) -> Callable[[Tree], Tree]:
     """Which parameters decay; never biases and norms unless `what` is "all"."""
     decaying = {
-        "matrices": ("kernel", "embedding"),
-        "kernels": ("kernel",),
-        "all": ("kernel", "embedding", "bias", "scale"),
+        "matrices": ("kernel", "embedding", "a", "b"),  # a and b of low-rank adaptation
+        "kernels": ("kernel", "a", "b"),
+        "all": ("kernel", "embedding", "a", "b", "bias", "scale"),
     }[what]
-    return lambda params: _by_path(params, lambda names, _: names[-1] in decaying)
+    return lambda params: by_path(params, lambda names, _: names[-1] in decaying)
 
 
 def adamw(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
@@ -47,7 +50,7 @@ def adafactor(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
     return optax.chain(
         optax.partition(
             {"stacked": stacked, "single": each},
-            lambda params: _by_path(
+            lambda params: by_path(
                 params, lambda names, _: "stacked" if "layers" in names else "single"
             ),
         ),
@@ -88,7 +91,7 @@ def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
     others = adamw(lambda t: o.adam_ratio * schedule(t), options, mask)
     return optax.partition(
         {"matrix": matrices, "other": others},
-        lambda params: _by_path(
+        lambda params: by_path(
             params, lambda names, _: "matrix" if _is_block_kernel(names) else "other"
         ),
     )
@@ -97,13 +100,6 @@ def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
 def _each_layer(function: Callable) -> Callable:
     """`function` of each layer of stacked parameters; of a model without layers, of nothing."""
     return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
-
-
-def _by_path(params: Tree, function: Callable[[list[str], Any], Any]) -> Tree:
-    """`function(path, leaf)` of every parameter."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function([str(part.key) for part in path], leaf), params
-    )
 
 
 def _is_block_kernel(names: list[str]) -> bool:
@@ -120,7 +116,7 @@ def _dimensions(kernels: Tree) -> Tree:
             tuple(range(1, 1 + n_inputs)), tuple(range(1 + n_inputs, leaf.ndim))
         )
 
-    return _by_path(kernels, matrix)
+    return by_path(kernels, matrix)
 
 
 OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
@@ -132,12 +128,25 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
 }
 
 
-def make_optimizer(options: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    options: ConfigDict, schedule: optax.Schedule, trainable: Trainable = EVERYTHING
+) -> optax.GradientTransformation:
     """Clipping by the global norm, then the named optimizer with decoupled weight decay.
 
-    `options` is the configuration's section "optimizer".
+    It is given the parameters that train. Layer-wise decay scales the whole update, weight decay
+    included; frozen layers stay as they are. `options` is the configuration's section "optimizer".
     """
     optimizer = OPTIMIZERS[options.name](schedule, options, decay_mask(options.decay))
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+    if options.layer_decay != 1 or trainable != EVERYTHING:
+        optimizer = optax.chain(optimizer, _scale_by_layer(options.layer_decay, trainable))
     return optimizer
+
+
+def _scale_by_layer(layer_decay: float, trainable: Trainable) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            jnp.multiply, updates, update_scales(layer_decay, trainable, params)
+        )
+    )

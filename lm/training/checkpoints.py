@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,24 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Copy the state to the host and start writing it; waits for an earlier save to end."""
-        checksums = [int(sum_) for sum_ in jax.device_get(_checksums(state))]
-        metadata = {**self._metadata, "step": step, "checksums": checksums}
+    def latest_metadata(self) -> dict[str, Any] | None:
+        """The metadata file of the newest checkpoint, if there is one."""
+        if (step := self.latest_step) is None:
+            return None
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["metadata"]
+
+    def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
+        """Copy the state to the host and start writing it; waits for an earlier save to end.
+
+        `notes` go into the metadata file.
+        """
+        metadata = {
+            **self._metadata,
+            **(notes or {}),
+            "step": step,
+            "checksums": checksums(state),
+        }
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
@@ -90,7 +104,7 @@ class Checkpoints:
         )
         while (step := self._manager.latest_step()) is not None:
             state, problem = self._read(step, target)
-            if _all_hosts(problem is None):
+            if on_all_hosts(problem is None):
                 return state
             report(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
             self._set_aside(step)
@@ -103,9 +117,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # a damaged file can raise anything
-            return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        sums = [int(sum_) for sum_ in jax.device_get(_checksums(restored["state"]))]
-        if sums != restored["metadata"]["checksums"]:
+            return None, one_line(error)
+        if checksums(restored["state"]) != restored["metadata"]["checksums"]:
             return None, "its arrays do not match their checksums"
         return restored["state"], None
 
@@ -126,16 +139,33 @@ class Checkpoints:
         self._manager.close()
 
 
+def checksums(tree: Any) -> dict[str, int]:
+    """The bits of every array, by its path, added up modulo 2^32.
+
+    An order-free sum, so exact on any mesh.
+    """
+    sums = jax.device_get(_sums(tree))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
+        for (path, _), value in zip(jax.tree.leaves_with_path(tree), sums, strict=True)
+    }
+
+
 @jax.jit
-def _checksums(state: TrainState) -> list[jax.Array]:
-    """The bits of every array, added up modulo 2^32: an order-free sum, so exact on any mesh."""
+def _sums(tree: Any) -> list[jax.Array]:
     return [
         jnp.sum(leaf.view(f"uint{8 * leaf.dtype.itemsize}"), dtype=jnp.uint32)
-        for leaf in jax.tree.leaves(state)
+        for leaf in jax.tree.leaves(tree)
     ]
 
 
-def _all_hosts(value: bool) -> bool:
+def one_line(error: Exception) -> str:
+    """What an error says, short enough to be part of a line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+
+
+def on_all_hosts(value: bool) -> bool:
+    """Whether `value` is true on every host."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).all())

@@ -17,6 +17,7 @@ from lm.experiment import Experiment
 from lm.flops import model_flops_per_token, peak_flops
 from lm.parallel.hosts import Agreement
 from lm.steps import Metrics, TrainState
+from lm.training.best import Best
 from lm.training.checkpoints import Checkpoints
 from lm.training.clock import Clock
 from lm.training.dispatches import dispatches, is_due
@@ -44,6 +45,7 @@ class Loop:
         state: TrainState,
         first_step: int,
         checkpoints: Checkpoints,
+        best: Best,
         writer: MetricsWriter,
         clock: Clock,
     ):
@@ -53,8 +55,13 @@ class Loop:
         self.step = self._saved_step = first_step
         self.last_evaluation: dict[str, float] = {}
         self._dataset = dataset
-        self._validation = experiment.validation_batches(dataset) if dataset.validation else None
-        self._checkpoints, self._writer, self._clock = checkpoints, writer, clock
+        self._validation = (
+            experiment.evaluation_batches(dataset.tokenizer, dataset.validation)
+            if dataset.validation
+            else None
+        )
+        self._checkpoints, self._best = checkpoints, best
+        self._writer, self._clock = writer, clock
         self._agreement = Agreement(experiment.mesh.devices.flatten().tolist())
         self._in_flight: deque[InFlight] = deque()
         self._programs: dict[int, Any] = {}
@@ -166,16 +173,17 @@ class Loop:
                 self.experiment,
                 self.state.params,
                 self._validation,
-                self._dataset.validation_bytes,
+                self._dataset.validation,
                 0 if whole else self.config.eval.max_batches,
             )
         self.last_evaluation = result
         values = {f"eval/validation/{name}": value for name, value in result.items()}
         self._writer.write(self.step, values)
-        self._writer.say(
-            f"step {self.step}: validation loss {result['loss']:.4f}, "
-            f"perplexity {result['perplexity']:.2f}"
-        )
+        shown = ("loss", "perplexity", "accuracy")
+        figures = (f"{name} {result[name]:.4f}" for name in shown if name in result)
+        self._writer.say(f"step {self.step}: validation {', '.join(figures)}")
+        with self._clock.part("checkpoint"):
+            self._best.offer(self.step, self.state, result)
         self._read_at = time.monotonic()
 
     def _save(self) -> None:

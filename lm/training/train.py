@@ -11,16 +11,21 @@ from ml_collections import ConfigDict
 
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import Experiment, build
+from lm.experiment import Experiment, build, reads_records
+from lm.objectives.registry import make_objective
+from lm.optim.parameter_groups import flat, nested
 from lm.parallel import rules
 from lm.parallel.hosts import is_lead
 from lm.steps import Params
 from lm.training import workdir as workdirs
+from lm.training.best import FOLDER, Best
 from lm.training.checkpoints import Checkpoints
 from lm.training.clock import Clock
+from lm.training.initial import initial_state
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter, SilentWriter
 from lm.training.preemption import stop_requests
+from lm.training.saved_params import mean_params, saved_checkpoints
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -28,18 +33,20 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     with stop_requests() as stop:
         experiment = build(config, jax.devices())
         config = experiment.config
-        dataset = open_dataset(config.data, progress=is_lead())
-        if dataset.tokenizer.vocab_size > config.model.vocab_size:
+        dataset = open_dataset(config.data, reads_records(config), progress=is_lead())
+        n_extra = make_objective(config, dataset.tokenizer).n_extra
+        if dataset.tokenizer.vocab_size + n_extra > config.model.vocab_size:
             raise UserError(
                 f"config.model.vocab_size={config.model.vocab_size} is smaller than the "
-                f"tokenizer's {dataset.tokenizer.vocab_size}"
+                f"tokenizer's {dataset.tokenizer.vocab_size} and {n_extra} of "
+                f"config.objective.name={config.objective.name}"
             )
         metadata = workdirs.prepare(workdir, config, dataset, write=is_lead())
         report(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, report)
         if state is None:
-            state = experiment.init_state()
+            state = initial_state(experiment, dataset.tokenizer, report)
         first_step = int(jax.device_get(state.step))
         if first_step:
             report(f"continuing from step {first_step}")
@@ -49,11 +56,13 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             if is_lead()
             else SilentWriter()
         )
-        loop = Loop(experiment, dataset, state, first_step, checkpoints, writer, clock)
+        best = Best(workdir, config.eval.best, config.checkpoint, metadata)
+        loop = Loop(experiment, dataset, state, first_step, checkpoints, best, writer, clock)
         try:
             finished = loop.run(stop)
             with clock.part("checkpoint"):
                 checkpoints.close()
+                best.close()
         finally:
             writer.close()
         if is_lead():
@@ -62,18 +71,28 @@ def train(config: ConfigDict, workdir: Path) -> bool:
         return finished
 
 
-def restore_params(experiment: Experiment, workdir: Path) -> tuple[Params, int]:
-    """The newest parameters of a run, laid out for `experiment`, and their step."""
-    config = experiment.config
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint in {workdir}")
-    checkpoints = Checkpoints(folder, config.checkpoint, {})
-    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, report)
-    checkpoints.close()
-    if state is None:
-        raise UserError(f"no checkpoint in {workdir}")
-    return state.params, int(jax.device_get(state.step))
+def restore_params(
+    experiment: Experiment, workdir: Path, average: int = 1, best: bool = False
+) -> tuple[Params, int]:
+    """The newest parameters of a run, laid out for `experiment`, and their step.
+
+    With `best` those that config.eval.best chose instead; with `average` the mean of the last so
+    many checkpoints. Low-rank updates are merged, so
+    `experiment` has none.
+    """
+    shapes = flat(experiment.state_shapes.params)
+    checkpoints = saved_checkpoints(workdir / FOLDER if best else workdir, report)
+    found = checkpoints[0].shapes
+    for path in sorted({*shapes, *found}):
+        if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
+            raise UserError(
+                f"{path} is not as in the run in {workdir}: leave its model configuration alone"
+            )
+    shardings = flat(experiment.state_sharding.params)
+    params, steps = mean_params(checkpoints, average, shardings, report)
+    if average > 1:
+        report(f"mean of the checkpoints of steps {', '.join(map(str, steps))}")
+    return nested(params), steps[0]
 
 
 def report(message: str) -> None:

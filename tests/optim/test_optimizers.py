@@ -12,6 +12,7 @@ DECAY = 0.1
 SHAPES = {
     "tokens": {"embedding": (6, 8)},
     "head": {"kernel": (8, 6)},
+    "lora": {"head": {"kernel": {"a": (8, 2), "b": (2, 6)}}},
     "stack": {
         "final_norm": {"scale": (8,)},
         "layers": {
@@ -83,7 +84,7 @@ def reference(step, decays):
 
 
 def is_matrix(name):
-    return name.endswith(("kernel", "embedding"))
+    return name.endswith(ENDINGS["matrices"])
 
 
 def adam(b1, b2, eps):
@@ -188,9 +189,9 @@ def test_adafactor_treats_every_layer_apart():
 
 
 ENDINGS = {
-    "matrices": ("kernel", "embedding"),
-    "kernels": ("kernel",),
-    "all": ("kernel", "embedding", "bias", "scale"),
+    "matrices": ("kernel", "embedding", "/a", "/b"),
+    "kernels": ("kernel", "/a", "/b"),
+    "all": ("kernel", "embedding", "bias", "scale", "/a", "/b"),
 }
 
 

@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from lm.experiment import build
+from lm.training.checkpoints import Checkpoints
+from lm.training.workdir import load_config
 
 SMALL = {
     "model.n_layers": 2,
@@ -76,6 +82,17 @@ def losses(workdir: Path) -> dict[int, float]:
     steps = [row["step"] for row in rows if "loss" in row]
     assert len(steps) == len(set(steps)), "a step was written twice"
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved_state(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, by its path."""
+    config = load_config(workdir, {})
+    experiment = build(config, jax.devices())
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, {})
+    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, pytest.fail)
+    checkpoints.close()
+    leaves = jax.tree.leaves_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def evaluations(workdir: Path) -> dict[int, float]:

@@ -23,7 +23,7 @@ ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 def state_at(step: int) -> TrainState:
     params = {"w": jnp.arange(4096, dtype=jnp.float32) * step, "b": jnp.full(3, step, jnp.bfloat16)}
-    return TrainState(jnp.asarray(step), params, {"count": jnp.asarray(step)})
+    return TrainState(jnp.asarray(step), params, {"count": jnp.asarray(step)}, {})
 
 
 def shapes() -> tuple[TrainState, TrainState]:
@@ -91,7 +91,7 @@ def test_a_wrong_checksum_is_damage(tmp_path):
     checkpoints = saved(tmp_path / "c", [1])
     file = next((tmp_path / "c" / "1").rglob("metadata/metadata"))
     metadata = json.loads(file.read_text())
-    metadata["checksums"][-1] ^= 1
+    metadata["checksums"]["params/w"] ^= 1
     file.write_text(json.dumps(metadata))
     state, said = restore(checkpoints)
     assert state is None

@@ -87,14 +87,6 @@ def test_a_signal_asks_and_the_old_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    import jax
-
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: first)
-
-
 EXPLODE = {
     "optimizer__name": "sgd",
     "optimizer__learning_rate": 1e6,

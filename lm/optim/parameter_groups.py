@@ -1,0 +1,162 @@
+"""Which parameters train, and how fast: patterns of paths, freezing, layer-wise decay.
+
+A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
+for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel".
+Shape letters: N layers; groups are numpy arrays, [N] for stacked layers and [] for others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lm.errors import UserError
+
+Tree = Any
+LORA = "lora"  # where the parameters of low-rank adaptation are
+
+
+def flat(params: Tree) -> dict[str, Any]:
+    """Nested parameters by their paths."""
+    return flatten_dict(params, sep="/")
+
+
+def nested(params: Mapping[str, Any]) -> Tree:
+    """`flat` undone."""
+    return unflatten_dict(dict(params), sep="/")
+
+
+def by_path(params: Tree, function: Callable[[list[str], Any], Any]) -> Tree:
+    """`function(path, leaf)` of every parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function([str(part.key) for part in path], leaf), params
+    )
+
+
+def compile_patterns(key: str, text: str) -> list[re.Pattern]:
+    """The comma-separated regular expressions of the configuration's `key`."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            found.append(re.compile(part))
+        except re.error as error:
+            raise UserError(f"config.{key}: {part!r} is no regular expression: {error}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """All parameters but those that `freeze` matches; where there are low-rank parameters, only
+    they and those that `with_lora` matches."""
+
+    freeze: str = ""
+    with_lora: str = ""
+
+    def split(self, params: Tree) -> tuple[Tree, Tree]:
+        """The parameters that train and those that are frozen, as nested dicts.
+
+        A stack of which some layers are frozen is among those that train. UserError for a pattern
+        that matches nothing, or if nothing trains.
+        """
+        groups = self.groups(params)
+        if not any(group.any() for group in groups.values()):
+            raise UserError("config.optimizer.freeze leaves no parameter to train")
+        trained: dict[str, Any] = {}
+        frozen: dict[str, Any] = {}
+        for path, leaf in flat(params).items():
+            (trained if groups[path].any() else frozen)[path] = leaf
+        return nested(trained), nested(frozen)
+
+    def join(self, trained: Tree, frozen: Tree) -> Tree:
+        """`split` undone; no gradient flows into frozen layers."""
+        params = flat(trained) | flat(frozen)
+        for path, group in self.groups(nested(params)).items():
+            if group.any() and not group.all():
+                leaf = params[path]
+                params[path] = jnp.where(_along(group, leaf), leaf, jax.lax.stop_gradient(leaf))
+        return nested(params)
+
+    def groups(self, params: Tree, strict: bool = True) -> dict[str, np.ndarray]:
+        """Whether each parameter, or each layer of it, trains; `strict` as in `matching`."""
+        leaves = flat(params)
+        frozen = matching("optimizer.freeze", self.freeze, leaves, strict)
+        if LORA not in params:
+            return {path: ~group for path, group in frozen.items()}
+        beside = matching("lora.train", self.with_lora, leaves, strict)
+        return {
+            path: ~group & (beside[path] | path.startswith(f"{LORA}/"))
+            for path, group in frozen.items()
+        }
+
+
+EVERYTHING = Trainable()
+
+
+def matching(
+    key: str, text: str, leaves: Mapping[str, Any], strict: bool = True
+) -> dict[str, np.ndarray]:
+    """Whether one of the comma-separated patterns of config.`key` is found in each path.
+
+    UserError, if `strict`, for a pattern that is found in none.
+    """
+    groups = {path: np.zeros(_n_layers(path, leaf), bool) for path, leaf in leaves.items()}
+    for pattern in compile_patterns(key, text):
+        hits = {path: _hits(pattern, path, leaf) for path, leaf in leaves.items()}
+        if strict and not any(group.any() for group in hits.values()):
+            raise UserError(
+                f"config.{key}: {pattern.pattern!r} matches no parameter; `lm params` lists them"
+            )
+        groups = {path: groups[path] | group for path, group in hits.items()}
+    return groups
+
+
+def update_scales(layer_decay: float, trainable: Trainable, params: Tree) -> Tree:
+    """What to multiply the update of each parameter by, broadcastable to its shape.
+
+    decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings, 1 for what comes
+    after the layers (BEiT, Bao et al. 2021, in its code; the idea is ELECTRA's); 0 for frozen
+    layers. `params` are those that train; embeddings lie below the deepest of their stacks.
+    """
+    leaves = flat(params)
+    groups = trainable.groups(params, strict=False)
+    depth = max(
+        (size for path, leaf in leaves.items() for size in _n_layers(path, leaf)), default=0
+    )
+
+    def scale(path: str, leaf: Any) -> np.ndarray:
+        if layers := _n_layers(path, leaf):
+            below = layers[0] - np.arange(layers[0])
+        elif any(part.startswith("embedding") for part in path.split("/")):
+            below = np.asarray(depth + 1)
+        else:
+            below = np.asarray(0)
+        return _along(np.float32(layer_decay) ** below * groups[path], leaf)
+
+    return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
+
+
+def _n_layers(path: str, leaf: Any) -> tuple[int, ...]:
+    return leaf.shape[:1] if "layers" in path.split("/") else ()
+
+
+def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
+    layers = _n_layers(path, leaf)
+    if pattern.search(path):
+        return np.ones(layers, bool)
+    if not layers:
+        return np.zeros((), bool)
+    before, after = re.split(r"(?<![^/])layers/", path, maxsplit=1)
+    names = (f"{before}layers/{i}/{after}" for i in range(layers[0]))
+    return np.array([bool(pattern.search(name)) for name in names])
+
+
+def _along(group: np.ndarray, leaf: Any) -> np.ndarray:
+    """`group` with its axis, if it has one, as the first of `leaf`."""
+    return group.reshape(*group.shape, *(1,) * (leaf.ndim - group.ndim))

@@ -1,0 +1,132 @@
+"""Low-rank adaptation against its definition, W + alpha/rank · A B, a layer at a time."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from lm.config import default
+from lm.errors import UserError
+from lm.optim.lora import add_lora, merge
+from lm.optim.parameter_groups import flat, nested
+
+# path → (shape, logical names, number of input dimensions)
+KERNELS = {
+    "head/kernel": ((8, 5), ("embed", "vocab"), 1),
+    "stack/layers/attention/query/kernel": (
+        (3, 8, 2, 4),
+        ("layers", "embed", "heads", "head_dim"),
+        1,
+    ),
+    "stack/layers/attention/value/kernel": (
+        (3, 8, 1, 4),
+        ("layers", "embed", "kv_heads", "head_dim"),
+        1,
+    ),
+    "stack/layers/attention/out/kernel": (
+        (3, 2, 4, 8),
+        ("layers", "heads", "head_dim", "embed"),
+        2,
+    ),
+    "stack/layers/feed_forward/in/kernel": ((3, 8, 12), ("layers", "embed", "mlp"), 1),
+}
+RANK = 2
+
+
+def base():
+    rng = np.random.default_rng(0)
+    boxes = {
+        path: nn.Partitioned(np.float32(rng.normal(size=shape)), names)
+        for path, (shape, names, _) in KERNELS.items()
+    }
+    bias = nn.Partitioned(np.ones((3, 2, 4), np.float32), ("layers", "heads", "head_dim"))
+    return nested(boxes | {"stack/layers/attention/query/bias": bias})
+
+
+def options_of(targets="kernel", rank=RANK):
+    options = default().lora
+    options.update(rank=rank, targets=targets)
+    return options
+
+
+def adapted(targets="kernel", rank=RANK):
+    return add_lora(base(), options_of(targets, rank), jax.random.key(1))
+
+
+def test_a_fresh_adaptation_changes_nothing():
+    params = nn.meta.unbox(adapted())
+    merged = flat(merge(params, 16.0))
+    assert merged.keys() == flat(base()).keys()
+    for path, leaf in flat(nn.meta.unbox(base())).items():
+        np.testing.assert_array_equal(merged[path], leaf, err_msg=path)
+
+
+def test_merging_is_the_definition_for_every_layer():
+    params = flat(nn.meta.unbox(adapted()))
+    rng = np.random.default_rng(1)
+    params |= {  # b is zero when it is fresh
+        path: np.float32(rng.normal(size=x.shape)) for path, x in params.items() if "lora/" in path
+    }
+    merged = flat(jax.jit(merge)(nested(params), 6.0))
+    for path, (shape, names, n_inputs) in KERNELS.items():
+        layers = range(3) if "layers" in names else [()]
+        outputs = int(np.prod(shape[n_inputs + ("layers" in names) :]))
+        for layer in layers:
+            w, a, b, found = (
+                np.asarray(x[layer], np.float64)
+                for x in (
+                    params[path],
+                    params[f"lora/{path}/a"],
+                    params[f"lora/{path}/b"],
+                    merged[path],
+                )
+            )
+            delta = a.reshape(-1, RANK) @ b.reshape(RANK, outputs)
+            np.testing.assert_allclose(found, w + 6 / RANK * delta.reshape(w.shape), atol=1e-5)
+    path = "stack/layers/attention/query/bias"
+    np.testing.assert_array_equal(merged[path], params[path])
+
+
+def test_shapes_and_names_follow_the_kernel():
+    lora = flat(adapted()["lora"])
+    found = {path: (box.value.shape, box.names) for path, box in lora.items()}
+    out, query = "stack/layers/attention/out/kernel", "stack/layers/attention/query/kernel"
+    assert found[f"{out}/a"] == ((3, 2, 4, RANK), ("layers", "heads", "head_dim", "lora_rank"))
+    assert found[f"{out}/b"] == ((3, RANK, 8), ("layers", "lora_rank", "embed"))
+    assert found[f"{query}/a"] == ((3, 8, RANK), ("layers", "embed", "lora_rank"))
+    assert found[f"{query}/b"] == ((3, RANK, 2, 4), ("layers", "lora_rank", "heads", "head_dim"))
+    assert found["head/kernel/a"] == ((8, RANK), ("embed", "lora_rank"))
+
+
+def test_the_first_factor_is_drawn_as_in_the_authors_code():
+    """kaiming_uniform_(A, a=sqrt(5)): uniform in ± 1/sqrt(inputs); B is zero."""
+    lora = flat(nn.meta.unbox(adapted(rank=64))["lora"])
+    for path, (shape, names, n_inputs) in KERNELS.items():
+        first = int("layers" in names)
+        bound = np.prod(shape[first : first + n_inputs]) ** -0.5
+        a = np.asarray(lora[f"{path}/a"])
+        assert 0.97 * bound < abs(a).max() <= bound, path
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.1), path
+        assert not lora[f"{path}/b"].any()
+    assert (a[0] != a[1]).all()
+
+
+def test_targets_choose_the_kernels_and_rank_0_none():
+    targets = "attention/(query|value)/kernel, ^head"
+    found = {path.rpartition("/")[0] for path in flat(adapted(targets)["lora"])}
+    assert found == {
+        "stack/layers/attention/query/kernel",
+        "stack/layers/attention/value/kernel",
+        "head/kernel",
+    }
+    assert "lora" not in adapted(rank=0)
+    assert default().lora.rank == 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [("query,wide", "'wide' matches no kernel"), ("bias", "no kernel"), ("", "is empty")],
+)
+def test_targets_that_are_refused(targets, words):
+    with pytest.raises(UserError, match=words):
+        adapted(targets)

@@ -1,0 +1,182 @@
+"""Which parameters train, and how fast."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm.config import default
+from lm.errors import UserError
+from lm.optim.optimizers import OPTIMIZERS, make_optimizer
+from lm.optim.parameter_groups import Trainable, flat, nested, update_scales
+
+SHAPES = {
+    "tokens/embedding": (6, 4),
+    "embedding_norm/scale": (4,),
+    "stack/layers/attention/query/kernel": (3, 4, 2, 2),
+    "stack/layers/attention/query/bias": (3, 2, 2),
+    "stack/layers/feed_forward/in/kernel": (3, 4, 5),
+    "stack/final_norm/scale": (4,),
+    "head/kernel": (4, 2),
+}
+ADAPTERS = {
+    "lora/stack/layers/attention/query/kernel/a": (3, 4, 2),
+    "lora/stack/layers/attention/query/kernel/b": (3, 2, 2, 2),
+}
+
+
+def draw(seed=0, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return nested({path: np.float32(rng.normal(size=shape)) for path, shape in shapes.items()})
+
+
+def loss(params, x):
+    """Every number of every parameter has a gradient, and none the same."""
+    return sum(jnp.sum(jnp.sin(leaf + x)) for leaf in jax.tree.leaves(params))
+
+
+def train(trainable, optimizer, params, steps=2):
+    """(parameters after some steps, the last gradient, the last optimizer state)."""
+    trained, frozen = trainable.split(params)
+    state = optimizer.init(trained)
+
+    @jax.jit
+    def step(trained, state, x):
+        grads = jax.grad(lambda trained: loss(trainable.join(trained, frozen), x))(trained)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, grads
+
+    for t in range(steps):
+        trained, state, grads = step(trained, state, 0.1 * t)
+    after, grads = jax.device_get((trainable.join(trained, frozen), grads))
+    return flat(after), flat(grads), state
+
+
+def options_of(name="adamw", **changes):
+    options = default().optimizer
+    options.name, options.learning_rate, options.decay = name, 0.1, "all"
+    options.update(changes)
+    return options
+
+
+def optimizer_of(options, trainable):
+    return make_optimizer(options, lambda t: options.learning_rate, trainable)
+
+
+FROZEN = {  # pattern → of each path, what is frozen: True or the layers
+    "tokens": {"tokens/embedding": True},
+    "^embedding": {"embedding_norm/scale": True},
+    "bias$, head": {"stack/layers/attention/query/bias": True, "head/kernel": True},
+    "layers/[01]/": {path: [0, 1] for path in SHAPES if "layers" in path},
+    "layers/.*/attention/query": {path: True for path in SHAPES if "attention" in path},
+    "layers/2/attention/.*kernel": {"stack/layers/attention/query/kernel": [2]},
+    "stack/layers": {path: True for path in SHAPES if "layers" in path},
+}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "name"),
+    [(freeze, "adamw") for freeze in FROZEN] + [("layers/[01]/", name) for name in OPTIMIZERS],
+)
+def test_what_a_pattern_matches_keeps_every_bit_and_the_rest_trains(freeze, name):
+    params, trainable = draw(), Trainable(freeze)
+    after, _, _ = train(trainable, optimizer_of(options_of(name), trainable), params)
+    for path, before in flat(params).items():
+        frozen = FROZEN[freeze].get(path, [])
+        kept = (before == after[path]).reshape(len(before), -1)
+        if frozen is True:
+            assert before.tobytes() == after[path].tobytes(), path
+        else:
+            assert kept[frozen].all(), path
+            assert not kept[[i for i in range(len(before)) if i not in frozen]].any(), path
+
+
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
+    params, trainable = draw(), Trainable("tokens,attention/query/kernel,layers/1/")
+    _, grads, state = train(trainable, optimizer_of(options_of(), trainable), params)
+    whole = {"tokens/embedding", "stack/layers/attention/query/kernel"}
+    assert grads.keys() == SHAPES.keys() - whole
+    assert not grads["stack/layers/feed_forward/in/kernel"][1].any()
+    assert grads["stack/layers/feed_forward/in/kernel"][[0, 2]].all()
+    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(sizes) == 2 * sum(np.prod(SHAPES[path]) for path in grads)
+
+
+def test_the_rest_trains_as_if_the_frozen_were_not_there():
+    """Clipping by the global norm included."""
+    params = draw()
+    kept = {path: leaf for path, leaf in flat(params).items() if "layers" not in path}
+    options = options_of(clip_norm=0.5)
+    trainable = Trainable("stack/layers")
+    together, _, _ = train(trainable, optimizer_of(options, trainable), params)
+    alone, _, _ = train(Trainable(), optimizer_of(options, Trainable()), nested(kept))
+    for path, leaf in alone.items():
+        np.testing.assert_allclose(together[path], leaf, rtol=1e-6, err_msg=path)
+
+
+def test_with_low_rank_parameters_only_they_and_the_named_train():
+    params = draw(shapes=SHAPES | ADAPTERS)
+    for trainable, expected in (
+        (Trainable(), {*ADAPTERS}),
+        (Trainable(with_lora="head,bias"), {*ADAPTERS, "head/kernel", *_ending("bias")}),
+        (Trainable("lora/.*/b$", "head"), {"head/kernel", *_ending("/a", ADAPTERS)}),
+    ):
+        trained, frozen = trainable.split(params)
+        assert flat(trained).keys() == expected
+        assert flat(trained).keys() | flat(frozen).keys() == SHAPES.keys() | ADAPTERS.keys()
+
+
+def test_layers_beside_low_rank_parameters_train_alone():
+    params = draw(shapes=SHAPES | ADAPTERS)
+    trainable = Trainable(with_lora="layers/2/feed_forward")
+    after, _, _ = train(trainable, optimizer_of(options_of(), trainable), params)
+    path = "stack/layers/feed_forward/in/kernel"
+    same = after[path] == flat(params)[path]
+    assert same[:2].all()
+    assert not same[2].any()
+
+
+def _ending(end, shapes=SHAPES):
+    return {path for path in shapes if path.endswith(end)}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "words"),
+    [
+        (Trainable("head,tokenz"), "config.optimizer.freeze: 'tokenz' matches no parameter"),
+        (Trainable("layers/3/"), "config.optimizer.freeze: 'layers/3/' matches no parameter"),
+        (Trainable("head,(tokens"), r"config.optimizer.freeze: '\(tokens' is no regular"),
+        (Trainable("."), "leaves no parameter to train"),
+        (Trainable("", "headd"), "config.lora.train: 'headd' matches no parameter"),
+    ],
+)
+def test_what_is_refused(trainable, words):
+    with pytest.raises(UserError, match=words):
+        trainable.split(draw(shapes=SHAPES | ADAPTERS))
+
+
+def test_layers_learn_at_the_rates_of_beit():
+    """Its get_num_layer_for_vit: embeddings 0, block i i + 1, the rest n + 1; scale
+    decay^(n + 1 - that). Worked for n = 3 and 0.5."""
+    found = flat(update_scales(0.5, Trainable(), draw()))
+    expected = {path: [0.125, 0.25, 0.5] for path in SHAPES} | {
+        "tokens/embedding": 0.0625,
+        "embedding_norm/scale": 0.0625,
+        "stack/final_norm/scale": 1,
+        "head/kernel": 1,
+    }
+    assert {path: np.squeeze(scale).tolist() for path, scale in found.items()} == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_layer_decay_scales_whole_updates(name):
+    params = draw()
+    moved = {}
+    for decay in (1.0, 0.5):
+        options = options_of(name, layer_decay=decay, weight_decay=0.3)
+        after, _, _ = train(Trainable(), optimizer_of(options, Trainable()), params, steps=1)
+        moved[decay] = {path: after[path] - leaf for path, leaf in flat(params).items()}
+    scales = flat(update_scales(0.5, Trainable(), params))
+    for path, update in moved[1.0].items():
+        np.testing.assert_allclose(moved[0.5][path], update * scales[path], atol=1e-6, err_msg=path)

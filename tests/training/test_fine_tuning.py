@@ -1,0 +1,164 @@
+"""Fine-tuning from one run to the next: freezing, low-rank adaptation, merging, going on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import losses, saved_state
+
+from lm.errors import UserError
+from lm.experiment import build
+from lm.optim.parameter_groups import flat
+from lm.training import train as training
+from lm.training.merge import PLAIN, merge_run
+from lm.training.train import restore_params, train
+from lm.training.workdir import load_config
+
+pytestmark = pytest.mark.usefixtures("one_device")
+LORA = {"lora__rank": 2, "lora__targets": "attention/(query|out)", "optimizer__learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def source(tiny_config, folder):
+    """A trained run."""
+    run = folder / "source"
+    if not run.exists():
+        train(tiny_config(data__sequence_length=16), run)
+    return run
+
+
+@pytest.fixture
+def tune(tiny_config, source):
+    """Trains a run from `source`; its folder is returned."""
+
+    def tune(run: Path, **changes) -> Path:
+        train(tiny_config(data__sequence_length=16, init__from=str(source), **changes), run)
+        return run
+
+    return tune
+
+
+@pytest.fixture
+def adapted(tune, folder):
+    """A run that adapted `source`."""
+    run = folder / "adapted"
+    return run if run.exists() else tune(run, **LORA)
+
+
+def assert_same(left, right, paths):
+    assert paths
+    for path in paths:
+        assert np.asarray(left[path]).tobytes() == np.asarray(right[path]).tobytes(), path
+
+
+def plain(run: Path, average: int = 1):
+    """An experiment without adapters, and the parameters that a run left for it."""
+    experiment = build(load_config(run, PLAIN), jax.devices())
+    return experiment, restore_params(experiment, run, average)[0]
+
+
+def test_frozen_parameters_keep_every_bit(tune, source, tmp_path):
+    before = saved_state(source)
+    after = saved_state(tune(tmp_path, optimizer__freeze="tokens,layers/0/,norm"))
+    paths = [path for path in before if path.startswith("params/")]
+    whole = [path for path in paths if "tokens" in path or "norm" in path]
+    assert_same(before, after, whole)
+    moments = [path for path in after if path.startswith("opt_state/") and "stack" in path]
+    assert moments
+    assert not any("norm" in path for path in moments)
+    for path in set(paths) - set(whole):
+        if "/layers/" in path:
+            assert before[path][0].tobytes() == after[path][0].tobytes(), path
+            assert (before[path][1] != after[path][1]).any(), path
+        else:
+            assert (before[path] != after[path]).any(), path
+
+
+def test_adaptation_trains_its_own_parameters_only(adapted, source):
+    before, after = saved_state(source), saved_state(adapted)
+    base = [path for path in before if path.startswith("params/")]
+    assert_same(before, after, base)
+    adapters = [path for path in after if path.startswith("params/lora/")]
+    assert len(adapters) == 4
+    assert all(after[path].any() for path in adapters)
+    moments = [path for path in after if path.startswith("opt_state/") and "stack" in path]
+    assert len(moments) == 2 * len(adapters)
+    assert all("lora" in path for path in moments)
+
+
+def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    train(load_config(tmp_path, {}), tmp_path)
+    found, expected = saved_state(tmp_path), saved_state(adapted)
+    assert_same(found, expected, list(expected))
+    assert losses(tmp_path) == losses(adapted)
+
+
+def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
+    """Of the run itself, and of the run of its own that `lm merge` writes."""
+    merged = tmp_path / "merged"
+    assert merge_run(adapted, merged, 1, {}, pytest.fail) == 6
+    experiment = build(load_config(adapted, {}), jax.devices())
+    rng = np.random.default_rng(0)
+    batch = {
+        name: rng.integers(1, 9, (1, *x.shape)).astype(x.dtype)
+        for name, x in experiment.batch_shapes.items()
+    }
+
+    def loss(experiment, params):
+        return float(experiment.eval_steps(params, experiment.init_carry(8), batch)[1].loss[0])
+
+    state = saved_state(adapted)
+    names = flat(experiment.state_shapes.params)
+    params = {path: state[f"params/{path}"] for path in names}
+    expected = loss(experiment, training.nested(params))
+    base = {path: x for path, x in params.items() if not path.startswith("lora/")}
+    for run in (adapted, merged):
+        found = loss(*plain(run))
+        assert found == pytest.approx(expected, rel=1e-6)
+    unadapted = loss(plain(merged)[0], training.nested(base))
+    assert abs(unadapted - expected) > 1e-3
+
+
+def test_a_merged_run_is_whole(adapted, tune, tmp_path):
+    """It is finished, it can be the source of another, and it is not written twice."""
+    merged = tmp_path / "merged"
+    merge_run(adapted, merged, 2, {}, pytest.fail)
+    config = load_config(merged, {})
+    assert config.lora.rank == 0
+    assert config.init["from"] == ""
+    assert train(config, merged)
+    assert not (merged / "metrics.jsonl").read_text()
+    found, mean = flat(plain(merged)[1]), flat(plain(adapted, average=2)[1])
+    assert_same(found, mean, list(mean))
+    with pytest.raises(UserError, match="is not empty"):
+        merge_run(adapted, merged, 1, {}, pytest.fail)
+
+
+def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
+    shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(training, "initial_state", None)  # nothing is asked of it
+    assert train(load_config(tmp_path, {}), tmp_path)
+
+
+def test_another_model_cannot_take_the_parameters(source):
+    experiment = build(load_config(source, {"model.d_ff": "48"}), jax.devices())
+    with pytest.raises(UserError, match="feed_forward/in/bias is not as in the run"):
+        restore_params(experiment, source)
+
+
+def test_a_run_that_would_train_nothing_or_names_what_is_not_there(tune, tmp_path):
+    with pytest.raises(UserError, match="leaves no parameter to train"):
+        tune(tmp_path / "a", optimizer__freeze=".")
+    with pytest.raises(UserError, match="'layers/2/' matches no parameter"):
+        tune(tmp_path / "b", optimizer__freeze="layers/2/")

@@ -1,0 +1,151 @@
+"""Parameters of other runs: what is read, what is averaged, and that nothing there is changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.config import default
+from lm.errors import UserError
+from lm.optim.parameter_groups import nested
+from lm.steps import TrainState
+from lm.training.checkpoints import Checkpoints
+from lm.training.saved_params import mean_params, saved_checkpoints
+
+ALPHA, RANK = 6.0, 2
+SHAPES = {"head/kernel": (8, 4), "stack/layers/out/kernel": (2, 4, 2, 8)}
+ADAPTERS = {
+    "lora/stack/layers/out/kernel/a": (2, 4, 2, RANK),
+    "lora/stack/layers/out/kernel/b": (2, RANK, 8),
+}
+ONE = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
+EVERYTHING = dict.fromkeys(SHAPES, ONE)
+
+
+def params_at(step: int, shapes=SHAPES) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {path: np.float32(rng.normal(size=shape)) for path, shape in shapes.items()}
+
+
+def save(run: Path, steps: list[int], shapes=SHAPES) -> Path:
+    options = default().checkpoint
+    options.keep_last = 10
+    checkpoints = Checkpoints(run / "checkpoints", options, {"config": {"lora": {"alpha": ALPHA}}})
+    for step in steps:
+        params = jax.tree.map(jnp.asarray, nested(params_at(step, shapes)))
+        moments = ({"mu": params}, {"count": jnp.asarray(step)})
+        checkpoints.save(step, TrainState(jnp.asarray(step), params, moments, {}))
+    checkpoints.close()
+    return run
+
+
+def read(source: Path, n: int = 1, shardings=EVERYTHING):
+    """(parameters, steps, what was reported)."""
+    said: list[str] = []
+    found, steps = mean_params(saved_checkpoints(source, said.append), n, shardings, said.append)
+    return found, steps, said
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def damage(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / str(step) / "state"
+    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_the_newest_parameters_come_back_bit_for_bit(tmp_path):
+    found, steps, said = read(save(tmp_path, [9, 10]))
+    assert (steps, said) == ([10], [])
+    assert found.keys() == SHAPES.keys()
+    for path, leaf in params_at(10).items():
+        assert np.asarray(found[path]).tobytes() == leaf.tobytes()
+
+
+def test_only_what_is_named_is_read(tmp_path):
+    found, _, _ = read(save(tmp_path, [1]), shardings={"head/kernel": ONE})
+    assert found.keys() == {"head/kernel"}
+
+
+def test_they_are_laid_out_on_any_mesh(tmp_path):
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
+    found, _, _ = read(save(tmp_path, [1, 2]), n=2, shardings={"head/kernel": sharding})
+    assert found["head/kernel"].sharding.is_equivalent_to(sharding, 2)
+    expected = (params_at(1)["head/kernel"] + params_at(2)["head/kernel"]) / 2
+    np.testing.assert_allclose(found["head/kernel"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints/7"])
+def test_an_average_is_the_mean_of_the_last(tmp_path, source):
+    """Of a run, or up to one of its checkpoints."""
+    found, steps, _ = read(save(tmp_path, [2, 5, 7, 11]) / source, n=3)
+    assert steps == ([11, 7, 5] if source == "" else [7, 5, 2])
+    for path in SHAPES:
+        mean = np.mean([np.float64(params_at(step)[path]) for step in steps], axis=0)
+        np.testing.assert_allclose(found[path], mean, rtol=1e-6, atol=1e-7)
+
+
+def test_too_few_to_average_says_what_to_keep(tmp_path):
+    save(tmp_path, [1, 2])
+    with pytest.raises(UserError, match=r"has 2; train with --config.checkpoint.keep_last=3"):
+        read(tmp_path, n=3)
+
+
+@pytest.mark.parametrize("kind", ["state", "metadata", "checksum"])
+def test_a_damaged_one_is_reported_and_left_where_it_is(tmp_path, kind):
+    save(tmp_path, [1, 2, 3])
+    if kind == "state":
+        damage(tmp_path, 3)
+    else:
+        file = tmp_path / "checkpoints" / "3" / "metadata" / "metadata"
+        metadata = json.loads(file.read_text())
+        metadata["checksums"]["params/head/kernel"] ^= 1
+        file.write_text(json.dumps(metadata) if kind == "checksum" else "{")
+    before = contents(tmp_path)
+    found, steps, said = read(tmp_path)
+    assert steps == [2]
+    assert len(said) == 1
+    assert "checkpoints/3 is damaged" in said[0]
+    np.testing.assert_array_equal(found["head/kernel"], params_at(2)["head/kernel"])
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
+    save(tmp_path, [1])
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state"
+    unfinished.mkdir(parents=True)
+    assert read(tmp_path)[1:] == ([1], [])
+    assert unfinished.is_dir()
+
+
+@pytest.mark.parametrize("source", ["", "nothing", "checkpoints", "checkpoints/4"])
+def test_where_there_is_no_checkpoint(tmp_path, source):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        read(tmp_path / source)
+
+
+def test_adapted_kernels_are_merged_before_they_are_averaged(tmp_path):
+    save(tmp_path, [1, 2], SHAPES | ADAPTERS)
+    said: list[str] = []
+    assert saved_checkpoints(tmp_path, said.append)[0].shapes.keys() == SHAPES.keys()
+    found, _, _ = read(tmp_path, n=2)
+    assert found.keys() == SHAPES.keys()
+    merged = []
+    for step in (1, 2):
+        x = {path: np.float64(leaf) for path, leaf in params_at(step, SHAPES | ADAPTERS).items()}
+        a, b = x["lora/stack/layers/out/kernel/a"], x["lora/stack/layers/out/kernel/b"]
+        delta = np.einsum("nhkr,nrd->nhkd", a, b)
+        merged.append(x["stack/layers/out/kernel"] + ALPHA / RANK * delta)
+    np.testing.assert_allclose(
+        found["stack/layers/out/kernel"], np.mean(merged, axis=0), rtol=1e-5, atol=1e-5
+    )
