@@ -12,6 +12,9 @@ Overrides = dict[str, str]
 Verb = Callable[[argparse.Namespace, Overrides], int]
 
 
+AVERAGE = "mean parameters of the last N checkpoints"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one line."""
 
@@ -43,6 +46,10 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
         sub.add_argument("--num_processes", type=int, metavar="N")
         sub.add_argument("--process_id", type=int, metavar="I")
 
+    def weights(sub: Parser) -> None:
+        sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
+        sub.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
+
     def json_flag(sub: Parser) -> None:
         sub.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
@@ -53,19 +60,38 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
 
     sub = verb("eval")
     sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--split", choices=("validation", "test"), default="validation")
+    sub.add_argument("--task", action="store_true", help="scores and predictions of a task")
+    sub.add_argument("--output", metavar="DIR", help="for --task; WORKDIR/eval/SPLIT-STEP")
+    weights(sub)
     json_flag(sub)
     processes(sub)
 
     sub = verb("generate")
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    sub.add_argument("--max_new_tokens", type=_at_least(1), default=200, metavar="N")
+    sub.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
+    sub.add_argument("--output", metavar="FILE", help="a line an input, or .jsonl; continued")
+    sub.add_argument("--n_best", type=_at_least(1), default=1, metavar="N", help="in JSON only")
+    sub.add_argument(
+        "--max_new_tokens",
+        type=_at_least(1),
+        metavar="N",
+        help="same as --config.decode.max_length",
+    )
     sub.add_argument("--temperature", type=_at_least(0.0), default=0.8)
     sub.add_argument("--greedy", action="store_true", help="temperature 0")
     sub.add_argument("--top_k", type=_at_least(0), default=0, metavar="K")
     sub.add_argument("--top_p", type=_probability, default=1.0, metavar="P")
     sub.add_argument("--seed", type=_at_least(0), default=0)
+    weights(sub)
     json_flag(sub)
+    processes(sub)
+
+    sub = verb("merge")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--to", required=True, metavar="DIR")
+    sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
     processes(sub)
 
     sub = verb("params")

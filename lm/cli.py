@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -29,43 +30,89 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Loss, perplexity and bits per byte of a run on its whole validation split."""
+    """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
     from tqdm import tqdm
 
-    from lm.data.dataset import open_dataset
+    from lm.data.dataset import open_split
     from lm.evaluation.loss import evaluate
-    from lm.training.workdir import check_tokenizer
+    from lm.experiment import reads_records
+    from lm.training.workdir import load_tokenizer
 
     experiment, params, step = _load_run(args, overrides)
-    dataset = open_dataset(experiment.config.data, progress=True)
-    check_tokenizer(Path(args.workdir), dataset.tokenizer)
-    if not dataset.validation:
-        raise UserError(
-            "the run's configuration has no validation data; set config.data.validation_source"
-        )
-    batches = experiment.validation_batches(dataset)
+    tokenizer, data = load_tokenizer(Path(args.workdir)), experiment.config.data
+    records = reads_records(experiment.config)
+    stores = open_split(data, args.split, tokenizer, records, progress=True)
+    if args.task:
+        return _evaluate_task(args, experiment, params, step, tokenizer, stores)
+    batches = experiment.evaluation_batches(tokenizer, stores)
     track = partial(tqdm, desc="evaluating", file=sys.stderr)
-    result = evaluate(experiment, params, batches, dataset.validation_bytes, track=track)
-    report = {"step": step, **{f"eval/validation/{k}": v for k, v in result.items()}}
+    result = evaluate(experiment, params, batches, stores, track=track)
+    report = {"step": step, **{f"eval/{args.split}/{k}": v for k, v in result.items()}}
     _print_result(report, args.json)
     return 0
 
 
+def _evaluate_task(
+    args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
+) -> int:
+    from lm.evaluation.task import evaluate_task, write_report
+    from lm.parallel.hosts import is_lead
+
+    report, rows = evaluate_task(experiment, params, *of)
+    report = {"step": step, "split": args.split, **report}
+    folder = Path(args.output or Path(args.workdir) / "eval" / f"{args.split}-{step}")
+    if is_lead():
+        write_report(folder, report, rows)
+        _print_result(report, args.json)
+        print(f"report and predictions are in {folder}", file=sys.stderr)
+    return 0
+
+
 def generate(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Continue prompts with a trained model."""
+    """Continue prompts, or make targets of sources, with a trained model."""
+    from lm.decoding.prompts import reads_source
     from lm.decoding.sampling import Sampling
-    from lm.decoding.text import continuations
+    from lm.decoding.test_set import write_file
+    from lm.decoding.text import continuations, record, write
+    from lm.training.checkpoints import checksums
     from lm.training.workdir import load_tokenizer
 
-    experiment, params, _ = _load_run(args, overrides)
+    _check_generate(args)
+    if args.max_new_tokens is not None:
+        overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
+    experiment, params, step = _load_run(args, overrides)
+    config, model = experiment.config, experiment.model
+    if not hasattr(model, "decode"):
+        raise UserError(f"a model of the family {config.model.family} writes no text")
+    if args.n_best > config.decode.beam_size:
+        raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = load_tokenizer(Path(args.workdir))
-    temperature = 0.0 if args.greedy else args.temperature
-    sampling = Sampling(temperature, args.top_k, args.top_p)
+    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    searches = reads_source(model) or config.decode.beam_size > 1
+    if args.input:
+        sampled = None if searches or args.greedy else sampling
+        made_by = {"step": step, "weights": _digest(checksums(params))}
+        files = Path(args.input), Path(args.output)
+        write_file(experiment, params, tokenizer, *files, sampled, args.seed, args.n_best, made_by)
+        return 0
     prompts = args.prompt or [""]
-    steps = continuations(
-        experiment.model, params, tokenizer, prompts, args.max_new_tokens, sampling, args.seed
-    )
-    _print_continuations(prompts, steps, args.json)
+    if searches:
+        found = write(experiment, params, tokenizer, prompts, None, args.seed)
+        role = "source" if reads_source(model) else "prompt"
+        records = [record(role, p, w, args.n_best) for p, w in zip(prompts, found, strict=True)]
+        _print_records(records, args.json)
+    else:
+        steps = continuations(experiment, params, tokenizer, prompts, sampling, args.seed)
+        _print_continuations(prompts, steps, args.json)
+    return 0
+
+
+def merge(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a run's parameters as a run of their own: low-rank updates merged, or an average."""
+    from lm.training.merge import merge_run
+    from lm.training.train import report
+
+    merge_run(Path(args.workdir), Path(args.to), args.average, overrides, report)
     return 0
 
 
@@ -134,6 +181,7 @@ VERBS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "merge": merge,
     "params": params,
     "config": show_config,
     "tokenizer train": train_tokenizer,
@@ -145,15 +193,29 @@ def _load_run(args: argparse.Namespace, overrides: Overrides) -> tuple[Any, Any,
     import jax
 
     from lm.experiment import build
+    from lm.training.merge import PLAIN
     from lm.training.train import restore_params
     from lm.training.workdir import load_config
 
     one_copy_a_device = {f"parallel.mesh.{axis}": "1" for axis in ("slice", "fsdp", "tensor")}
     mesh = {"parallel.preset": "custom", "parallel.mesh.data": "-1"} | one_copy_a_device
-    config = load_config(Path(args.workdir), mesh | overrides)
+    config = load_config(Path(args.workdir), PLAIN | mesh | overrides)
     experiment = build(config, jax.devices())
-    parameters, step = restore_params(experiment, Path(args.workdir))
+    parameters, step = restore_params(experiment, Path(args.workdir), args.average, args.best)
     return experiment, parameters, step
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    if bool(args.input) != bool(args.output):
+        raise UserError("--input and --output go together")
+    if args.input and (args.prompt or args.json):
+        raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
+    if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
+        raise UserError("--n_best needs --json, or --output FILE.jsonl")
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _print_result(values: dict, as_json: bool) -> None:
@@ -161,7 +223,15 @@ def _print_result(values: dict, as_json: bool) -> None:
         print(json.dumps(values))
         return
     for name, value in values.items():
-        print(f"{name} = {value:.6g}")
+        print(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")
+
+
+def _print_records(records: list[dict], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(records))
+        return
+    for made in records:
+        print(made.get("prompt", "") + made["text"])
 
 
 def _print_continuations(prompts: Sequence[str], steps: Iterable[list[str]], as_json: bool) -> None:

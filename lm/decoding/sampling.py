@@ -6,12 +6,11 @@ Shape letters: B batch, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-NEVER = -jnp.inf
+from lm.decoding.controls import NEVER
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,12 @@ class Sampling:
     top_p: float = 1.0
 
 
-def choose_tokens(logits_BV: jax.Array, sampling: Sampling, rng: jax.Array) -> jax.Array:
+def choose_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
     """One token id a row, [B], from float32 logits.
 
     Top-k (Fan et al. 2018) keeps the k likeliest; top-p (Holtzman et al. 2020) the fewest
-    likeliest whose probabilities, after temperature and top-k, reach p. A row's draw depends on
-    `rng` and its place in the batch, not on the other rows.
+    likeliest whose probabilities, after temperature and top-k, reach p. Each row draws with its
+    own key.
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
@@ -43,5 +42,4 @@ def choose_tokens(logits_BV: jax.Array, sampling: Sampling, rng: jax.Array) -> j
         # The likeliest token stays, however small p is.
         kept_BV = jnp.where(before_BV < max(sampling.top_p, 1e-9), descending_BV, jnp.inf)
         logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), NEVER, logits_BV)
-    rngs_B = jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(logits_BV.shape[0]))
-    return jax.vmap(jax.random.categorical)(rngs_B, logits_BV).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -3,8 +3,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.decoding import text
-from lm.decoding.generate import generate
+from lm.decoding.controls import Controls
+from lm.decoding.generate import generate as generate_with
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.models.config import TransformerConfig
@@ -13,6 +13,10 @@ from lm.models.decoder import Decoder
 CONTEXT, VOCAB = 16, 24
 PROMPTS = ([5, 1, 7, 2], [3], [9, 9, 4, 11, 0, 6, 8])
 GREEDY = Sampling(0.0)
+
+
+def generate(*args, end_id=None, **options):
+    return generate_with(*args, controls=Controls(end_id), **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,45 +109,3 @@ def test_the_longest_prompt_is_continued_by_one_token(model, params, greedy_cont
     prompt = list(range(CONTEXT - 1))
     found = rows_of(generate(model, params, [prompt], 5, GREEDY, 0))
     assert found == [greedy_continuation(prompt, 5)]
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes and whose token 256 starts and ends a text."""
-
-    bos_id = eos_id = 256
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-
-def continuations(monkeypatch, prompts, rows):
-    """What text.continuations gives when the model generates these rows of bytes."""
-    seen = {}
-
-    def fake_generate(model, params, ids, max_new_tokens, sampling, seed, end_id):
-        seen["ids"], seen["end_id"] = [list(row) for row in ids], end_id
-        yield from np.array(rows).T
-
-    monkeypatch.setattr(text, "generate", fake_generate)
-    steps = text.continuations(None, None, Bytes(), prompts, 9, GREEDY, 0)
-    return [list(parts) for parts in zip(*steps, strict=True)], seen
-
-
-def test_prompts_start_like_documents(monkeypatch):
-    _, seen = continuations(monkeypatch, ["ab", ""], [[1], [2]])
-    assert seen["ids"] == [[256, 97, 98], [256]]
-    assert seen["end_id"] == 256
-
-
-def test_a_character_appears_when_its_bytes_are_complete(monkeypatch):
-    euro = list("€".encode())
-    parts, _ = continuations(monkeypatch, ["x"], [[*euro, 33]])
-    assert parts == [["", "", "€", "!"]]
-
-
-def test_ended_rows_grow_no_more(monkeypatch):
-    parts, _ = continuations(monkeypatch, ["x", "y"], [[97, -1, -1], [98, 99, 100]])
-    assert parts == [["a", "", ""], ["b", "c", "d"]]

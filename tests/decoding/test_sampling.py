@@ -14,7 +14,10 @@ PROBABILITIES = np.array([0.3, 0.1, 0.05, 0.4, 0.15])
 LOGITS = jnp.asarray(np.log(PROBABILITIES) + 7, jnp.float32)
 N = 4000
 
-choose = functools.partial(jax.jit(choose_tokens, static_argnums=1))
+
+@functools.partial(jax.jit, static_argnums=1)
+def choose(logits, sampling, key):
+    return choose_tokens(logits, sampling, jax.random.split(key, len(logits)))
 
 
 def draw(sampling):

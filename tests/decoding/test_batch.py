@@ -1,0 +1,113 @@
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+
+from lm.decoding import batch
+from lm.decoding.batch import decode_records, sample_records, transduce
+from lm.decoding.beam import Search
+from lm.decoding.controls import Controls
+from lm.decoding.options import search_of
+from lm.decoding.sampling import Sampling
+from lm.errors import UserError
+
+RNG = np.random.default_rng(0)
+INPUTS = [[1, *RNG.integers(3, 8, n)] for n in (3, 8, 1, 7, 2, 2, 5, 9, 4)]
+FAMILIES = ("encoder_decoder", "decoder")
+
+
+def texts(found):
+    return [[output.tokens for output in outputs] for outputs in found]
+
+
+@pytest.fixture(params=FAMILIES)
+def made(request, make_experiment, monkeypatch):
+    """With batches of 2, windows of 4."""
+    monkeypatch.setattr(batch, "_BATCHES_SORTED", 2)
+    return make_experiment(request.param, decode__batch_size=2, decode__beam_size=2)
+
+
+def test_outputs_come_in_the_order_of_inputs(made):
+    experiment, params, tokenizer = made
+    search = Search(2, 6, 0.6, Controls())
+    one_by_one = [transduce(experiment, params, tokenizer, [x], search)[0] for x in INPUTS]
+    assert transduce(experiment, params, tokenizer, INPUTS, search) == one_by_one
+    assert len(set(map(tuple, one_by_one))) > 3
+
+
+@pytest.mark.parametrize("start", [1, 4, 6, 9])
+def test_a_later_start_goes_on_with_the_same_batches(made, start):
+    experiment, params, tokenizer = made
+    search, counts = search_of(experiment.config, tokenizer), []
+    whole = list(decode_records(experiment, params, tokenizer, INPUTS, search))
+    rest = decode_records(experiment, params, tokenizer, INPUTS, search, start, counts.append)
+    assert list(rest) == whole[start:]  # to the last bit of the scores
+    assert sum(counts) == len(INPUTS) - start
+
+
+def test_devices_share_the_inputs(make_experiment):
+    for family in FAMILIES:
+        found = []
+        for n_devices in (1, 8):
+            made = make_experiment(family, n_devices=n_devices, decode__beam_size=3)
+            found.append(transduce(*made, INPUTS, search_of(made[0].config, made[2])))
+        assert found[0] == found[1]
+
+
+def test_a_prompt_and_what_follows_fit_the_context(make_experiment):
+    experiment, params, tokenizer = make_experiment("decoder")
+    search = Search(2, 100, 0.0, Controls())
+    found = transduce(experiment, params, tokenizer, INPUTS, search)
+    assert [len(x) + len(y) for x, y in zip(INPUTS, found, strict=True)] == [12] * len(INPUTS)
+    with pytest.raises(UserError, match="prompt 2 has 12 tokens"):
+        transduce(experiment, params, tokenizer, [[1], [3] * 12], search)
+
+
+def test_positions_that_are_not_learned_have_no_end(make_experiment):
+    experiment, params, tokenizer = make_experiment("decoder", model__positions="rotary")
+    search = Search(2, 20, 0.0, Controls())
+    assert len(transduce(experiment, params, tokenizer, [[1] * 13], search)[0]) == 20
+
+
+def test_the_whole_prompt_is_a_prefix(make_experiment):
+    experiment, params, tokenizer = make_experiment("decoder", objective__name="prefix")
+    found = transduce(experiment, params, tokenizer, INPUTS, Search(1, 2, 0.0, Controls()))
+    apply = jax.jit(experiment.model.apply)
+    for prompt, output in zip(INPUTS, found, strict=True):
+        for n in range(2):
+            seen = len(prompt) + n
+            tokens = np.array([[*prompt, *output, *[0] * 12][:12]])
+            prefix = (np.arange(12) < len(prompt)).astype(int)[None]
+            logits = apply({"params": params}, tokens, prefix_BL=prefix)
+            assert output[n] == logits[0, seen - 1].argmax()
+
+
+def sampled(made, prompts, start=0, **options):
+    experiment, params, _ = made
+    found = sample_records(experiment, params, prompts, Sampling(), 3, Controls(**options), start)
+    return texts(found)
+
+
+def test_samples_depend_on_prompt_number_and_seed_only(make_experiment, monkeypatch):
+    monkeypatch.setattr(batch, "_BATCHES_SORTED", 2)
+    made = make_experiment("decoder", decode__batch_size=2)
+    whole = sampled(made, INPUTS)
+    assert sampled(made, INPUTS, 5) == whole[5:]
+    same = sampled(made, [INPUTS[0]] * 9)
+    assert same[0] == whole[0]
+    assert len(set(map(str, same))) > 4
+
+
+def test_samples_obey_controls(make_experiment):
+    made = make_experiment("decoder", decode__batch_size=9)
+    lengths = [len(tokens) for (tokens,) in sampled(made, INPUTS, end_id=2, min_length=2)]
+    assert min(lengths) >= 2
+    assert min(lengths) < 6
+    freely = [tokens for (tokens,) in sampled(made, INPUTS)]
+    banned = ((freely[0][0],), tuple(freely[1][:2]))
+    for (tokens,) in sampled(made, INPUTS, banned=banned):
+        assert banned[0][0] not in tokens
+        assert banned[1] not in pairwise(tokens)
+    (penalised,) = sampled(made, INPUTS[:1], repetition_penalty=1e6)
+    assert len(set(penalised[0][:3])) == 3

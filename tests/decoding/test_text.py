@@ -1,0 +1,109 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from lm.data.characters import ByteTokenizer
+from lm.decoding import text
+from lm.decoding.sampling import Sampling
+from lm.decoding.text import Written, record, write
+
+
+def continuations(monkeypatch, experiment, prompts, rows):
+    """What text.continuations gives when the model generates these rows of bytes."""
+    seen = {}
+
+    def fake_generate(model, params, ids, max_new_tokens, sampling, seed, controls, is_prefix):
+        seen["ids"], seen["end_id"] = [list(row) for row in ids], controls.end_id
+        yield from np.array(rows).T
+
+    monkeypatch.setattr(text, "generate", fake_generate)
+    steps = text.continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0)
+    return [list(parts) for parts in zip(*steps, strict=True)], seen
+
+
+@pytest.fixture
+def experiment(make_experiment):
+    return make_experiment("decoder")[0]
+
+
+def test_prompts_start_like_documents(monkeypatch, experiment):
+    _, seen = continuations(monkeypatch, experiment, ["ab", ""], [[1], [2]])
+    assert seen["ids"] == [[256, 97, 98], [256]]
+    assert seen["end_id"] == 256
+
+
+def test_a_character_appears_when_its_bytes_are_complete(monkeypatch, experiment):
+    euro = list("€".encode())
+    parts, _ = continuations(monkeypatch, experiment, ["x"], [[*euro, 33]])
+    assert parts == [["", "", "€", "!"]]
+
+
+def test_ended_rows_grow_no_more(monkeypatch, experiment):
+    rows = [[97, -1, -1], [98, 99, 100]]
+    parts, _ = continuations(monkeypatch, experiment, ["x", "y"], rows)
+    assert parts == [["a", "", ""], ["b", "c", "d"]]
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(monkeypatch, experiment):
+    parts, _ = continuations(monkeypatch, experiment, ["x"], [[97, 300, 98]])
+    assert parts == [["a", "", "b"]]
+
+
+@pytest.mark.parametrize("family", ["encoder_decoder", "decoder"])
+def test_greedy_search_and_greedy_sampling_write_what_the_full_pass_says(make_experiment, family):
+    made = make_experiment(family)
+    prompts = ["abc", "", "eeda"]
+    (best,) = zip(*write(*made, prompts, None, 0), strict=True)
+    for prompt, written in zip(prompts, best, strict=True):
+        assert written.text == greedily(*made, prompt)
+    if family == "decoder":
+        (found,) = zip(*write(*made, prompts, Sampling(0.0), 0), strict=True)
+        assert [w.text for w in found] == [w.text for w in best]
+        steps = text.continuations(*made, prompts, Sampling(0.0), 0)
+        assert ["".join(parts) for parts in zip(*steps, strict=True)] == [w.text for w in best]
+
+
+def greedily(experiment, params, tokenizer, prompt):
+    """What the likeliest tokens make, by a full pass for each; rows are filled up behind."""
+    apply = _apply(experiment.model)
+    letters = [*tokenizer.encode(prompt)]
+    target = []
+    for _ in range(experiment.config.decode.max_length):
+        if experiment.config.model.family == "decoder":
+            before = [1, *letters, *target]
+            logits = apply(params, filled(before))
+        else:
+            before, source = [1, *target], [*letters, 2]
+            segments = filled([1] * len(source)), filled([1] * len(before))
+            logits = apply(params, filled(source), filled(before), *segments)
+        chosen = int(logits[0, len(before) - 1].argmax())
+        if chosen == 2:
+            break
+        target.append(chosen)
+    return tokenizer.decode(target)
+
+
+def filled(row):
+    return np.array([[*row, *[0] * (12 - len(row))]])
+
+
+@functools.cache
+def _apply(model):
+    return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
+
+
+def test_sources_end_and_are_cut_like_in_training():
+    assert text.source_ids(ByteTokenizer(), "abc", 9) == [97, 98, 99, 256]
+    assert text.source_ids(ByteTokenizer(), "abc", 3) == [97, 98, 256]
+
+
+def test_records():
+    two = [Written("b", -0.5), Written("c", -0.7)]
+    best = {"source": "a", "text": "b", "score": -0.5}
+    assert record("source", "a", two, 1) == best
+    others = [{"text": "b", "score": -0.5}, {"text": "c", "score": -0.7}]
+    assert record("source", "a", two, 3) == {**best, "hypotheses": others}
+    assert record("prompt", "a", [Written("b", None)], 1) == {"prompt": "a", "text": "b"}
+    assert record("source", "a", [], 2) == {"source": "a", "text": "", "hypotheses": []}

@@ -1,0 +1,84 @@
+import pytest
+
+from lm.errors import UserError
+from lm.evaluation.metrics.text import bleu, bleu_tok, chrf, rouge, rouge_stemmed
+
+# The example of sacrebleu's README, with the figures printed there.
+PREDICTIONS = [
+    "The dog bit the man.",
+    "It wasn't surprising.",
+    "The man had just bitten him.",
+]
+REFERENCES = [
+    ["The dog bit the man.", "The dog had bit the man."],
+    ["It was not unexpected.", "No one was surprised."],
+    ["The man bit him first.", "The man had bitten the dog."],
+]
+
+
+def test_bleu_and_chrf_of_several_references_are_those_of_the_readme_of_sacrebleu():
+    scores = bleu(PREDICTIONS, REFERENCES)
+    assert scores["bleu"] == pytest.approx(48.53, abs=0.005)
+    assert scores["bleu_signature"].startswith("nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|")
+    scores = chrf(PREDICTIONS, REFERENCES)
+    assert scores["chrf"] == pytest.approx(59.73, abs=0.005)
+    assert scores["chrf_signature"].startswith("nrefs:2|case:mixed|eff:yes|nc:6|nw:0|space:no|")
+
+
+def test_examples_may_have_different_numbers_of_references():
+    scores = bleu(PREDICTIONS, [["The dog had bit the man."], *REFERENCES[1:]])
+    assert scores["bleu"] == pytest.approx(29.44, abs=0.005)
+    assert scores["bleu_signature"].startswith("nrefs:var|")
+
+
+def test_bleu_tok_divides_at_spaces_only_and_bleu_divides_punctuation_too():
+    prediction, reference = ["well-known words , and more ."], ["well-known words, and more ."]
+    # Right are 4 of 6 words, 2 of 5 bigrams, 1 of 4 trigrams and 0 of 3 4-grams, smoothed to 1/2;
+    # the reference is shorter, so there is no brevity penalty.
+    expected = 100 * (4 / 6 * 2 / 5 * 1 / 4 * 0.5 / 3) ** 0.25
+    scores = bleu_tok(prediction, reference)
+    assert scores["bleu_tok"] == pytest.approx(expected)
+    assert "tok:none" in scores["bleu_tok_signature"]
+    assert bleu(prediction, reference)["bleu"] == pytest.approx(100)
+
+
+def test_bleu_keeps_case_and_punishes_brevity():
+    words = "a b c d e f g h"
+    assert bleu_tok([words.upper()], [words])["bleu_tok"] < 10
+    # exp(1 - 8/6): all n-grams right, two words too few
+    assert bleu_tok(["a b c d e f"], [words])["bleu_tok"] == pytest.approx(71.6531, abs=1e-4)
+
+
+def test_rouge_of_the_readme_of_rouge_score():
+    scores = rouge(
+        ["The quick brown dog jumps on the log."], ["The quick brown fox jumps over the lazy dog"]
+    )
+    # 6 of 8 predicted and of 9 reference words; 2 of 7 and 8 bigrams; subsequence of 5
+    expected = {"rouge1": 12 / 17, "rouge2": 4 / 15, "rougeL": 10 / 17, "rougeLsum": 10 / 17}
+    assert scores == pytest.approx({name: 100 * value for name, value in expected.items()})
+
+
+def test_rouge_is_the_mean_over_examples_of_the_best_reference():
+    scores = rouge(["meeting confirmed", "x"], [["lunch", "meeting confirmed"], "y"])
+    assert scores["rouge1"] == pytest.approx(50)
+
+
+def test_rouge_lsum_takes_the_lines_apart_and_rouge_l_does_not():
+    scores = rouge(["c d\na b"], ["a b\nc d"])
+    assert scores["rougeL"] == pytest.approx(50)
+    assert scores["rougeLsum"] == pytest.approx(100)
+
+
+def test_only_rouge_stemmed_stems():
+    assert rouge(["meetings"], ["meeting"])["rouge1"] == 0
+    assert rouge_stemmed(["meetings"], ["meeting"])["rouge1_stemmed"] == 100
+
+
+def test_an_example_without_reference_is_named():
+    with pytest.raises(UserError, match="example 2 has no reference"):
+        bleu(["a", "b"], ["a", []])
+
+
+def test_empty_predictions_score_nothing():
+    assert bleu(["", ""], ["this is a string"] * 2)["bleu"] == 0
+    assert rouge([""], ["this is a string"])["rougeLsum"] == 0
