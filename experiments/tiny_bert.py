@@ -1,0 +1,68 @@
+"""Does pretraining help? A tiny BERT on WikiText-2, then SST-2, against the same model from scratch.
+
+| variant  | what                                                                  |
+|----------|-----------------------------------------------------------------------|
+| pretrain | masked words of WikiText-2, lower-cased: 2 layers, d 128, 4 heads     |
+| finetune | SST-2 from those weights: config.init.from and data.tokenizer name it |
+| scratch  | SST-2 from fresh weights, everything else the same                    |
+
+Three seeds each, mean and deviation of the best dev and its test accuracy: see RESULTS.md.
+
+    LM_DATA_DIR=DIR lm train --config experiments/tiny_bert.py:pretrain --workdir runs/tiny_bert
+    LM_DATA_DIR=DIR lm train --config experiments/tiny_bert.py:finetune --workdir runs/finetuned \
+        --config.init.from=runs/tiny_bert --config.data.tokenizer=run:runs/tiny_bert
+    LM_DATA_DIR=DIR lm eval --workdir runs/finetuned --best --task --split test
+"""
+
+from lm.config import choose, default
+
+VARIANTS = ("pretrain", "finetune", "scratch")
+
+
+def get_config(variant="pretrain"):
+    choose(dict.fromkeys(VARIANTS), variant)
+    config = default()
+
+    model = config.model
+    model.family = "encoder"
+    model.n_layers, model.d_model, model.n_heads = 2, 128, 4
+    model.max_length, model.vocab_size = 128, 24_001  # the words and [MASK]
+    model.norm_placement, model.embedding_norm = "post", True
+    model.activation, model.dropout = "gelu_tanh", 0.1
+    model.scale_residual_init = False
+
+    data = config.data
+    data.tokenizer, data.tokenizer_vocab_size, data.lowercase = "words", 24_000, True
+    config.optimizer.adamw.b2, config.optimizer.weight_decay = 0.98, 0.01
+    config.optimizer.decay = "kernels"
+    config.schedule.name, config.schedule.final_ratio = "linear", 0.0
+    config.train.scan_unroll, config.train.steps_per_dispatch = 0, 10
+    config.log.tensorboard = False
+
+    if variant == "pretrain":
+        config.objective.name = "masked"
+        data.source = "text:wikitext2/wiki.train.tokens.gz"
+        data.validation_source = "text:wikitext2/wiki.valid.tokens.gz"
+        data.sequence_length, data.batch_size = 128, 32
+        config.optimizer.learning_rate = 1e-3
+        config.schedule.warmup_steps = 300
+        config.train.steps = 6000  # 12 epochs
+        config.eval.every_steps = config.checkpoint.every_steps = 500
+        return config
+
+    config.objective.name = "classification"
+    data.source = "tsv:sst2/glue/train.tsv.gz"
+    data.validation_source = "tsv:sst2/glue/dev.tsv"
+    data.test_source = "tsv:sst2/glue/test-labeled.tsv"
+    data.columns, data.labels = "text=sentence,label=label", "0,1"
+    data.sequence_length, data.batch_size = 64, 64
+    config.optimizer.learning_rate = 2e-4
+    config.schedule.warmup_steps = 200
+    config.train.steps = 3000  # 2.9 epochs
+    config.eval.every_steps, config.eval.batch_size = 300, 109
+    config.eval.best = "accuracy"
+    config.checkpoint.every_steps = 1000
+    if variant == "finetune":
+        config.init.fresh = "pooler,classifier"
+        config.init.leave = "transform,logit_bias"
+    return config
