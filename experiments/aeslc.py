@@ -15,8 +15,11 @@ with stemming, as in PEGASUS's evaluation. Ours: see RESULTS.md.
 from lm.config import choose, default
 
 
+VARIANTS = ("small",)
+
+
 def get_config(variant="small"):
-    choose({"small": None}, variant)
+    choose(dict.fromkeys(VARIANTS), variant)
     config = default()
 
     model = config.model

@@ -56,6 +56,6 @@ def get_config(variant="tok"):
     config.eval.metrics = "bleu_tok" if variant == "tok" else "bleu"
     config.checkpoint.every_steps, config.checkpoint.keep_last = 100, 10
     config.log.tensorboard = False
-    config.decode.beam_size, config.decode.length_penalty = 5, 1.0
+    config.decode.beam_size, config.decode.length_penalty = 5, 1.4
     config.decode.max_length = 100
     return config

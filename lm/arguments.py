@@ -103,6 +103,17 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     sub.add_argument("--keys", action="store_true", help="list every key with its meaning")
     json_flag(sub)
 
+    sub = verb("vectors")
+    sub.add_argument("--workdir", metavar="DIR", help="a run with the words tokenizer")
+    sub.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
+    sub.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
+    sub.add_argument(
+        "--similarity", action="append", default=[], metavar="FILE", help="word, word, score a line"
+    )
+    sub.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
+    weights(sub)
+    json_flag(sub)
+
     tokenizer = verbs.add_parser("tokenizer", help="Tokenizers.").add_subparsers(
         dest="action", required=True, parser_class=Parser
     )

@@ -177,6 +177,26 @@ def train_tokenizer(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write the word vectors of a run or file, and score them by similarity and analogies."""
+    from lm.data.word_vectors import load_vectors, save_vectors
+    from lm.evaluation.vectors_report import run_vectors, scores
+    from lm.training.workdir import load_tokenizer
+
+    if bool(args.workdir) == bool(args.vectors):
+        raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
+    if args.workdir:
+        _, parameters, _ = _load_run(args, overrides)
+        found = run_vectors(parameters, load_tokenizer(Path(args.workdir)))
+    else:
+        found = load_vectors(args.vectors)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        save_vectors(found, args.output)
+    _print_result(scores(found, args.similarity, args.analogies), args.json)
+    return 0
+
+
 VERBS = {
     "train": train,
     "eval": evaluate,
@@ -185,6 +205,7 @@ VERBS = {
     "params": params,
     "config": show_config,
     "tokenizer train": train_tokenizer,
+    "vectors": vectors,
 }
 
 

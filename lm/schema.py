@@ -177,7 +177,10 @@ SCHEMA: dict[str, Key] = {
         choices=("shuffled", "contiguous"),
     ),
     "data.validation_fraction": Key(
-        0.0, "Last part held out where there is no validation source.", low=0.0, high=0.9
+        0.0,
+        "Part held out where there is no validation source: the last of documents, random records.",
+        low=0.0,
+        high=0.9,
     ),
     "data.tokenizer": Key(
         "byte",

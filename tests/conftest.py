@@ -1,6 +1,7 @@
 """Every test runs on eight CPU devices and compiles into one cache; fixtures that all may use."""
 # ruff: noqa: E402  JAX reads its variables when it is imported
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import hypothesis
 import jax
 import pytest
 from absl import logging
+from kinds import KINDS
 
 from lm.config import default, set_value
 
@@ -46,6 +48,98 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def labelled_file(tmp_path_factory):
+    """Forty-eight rows of text and label; one word tells whether a text is good or bad."""
+    fillers = ["this", "film", "was", "very", "long"]
+    rows = (
+        " ".join(
+            [*(fillers[(i + j) % 5] for j in range(3 + i % 4)), "awful" if i % 3 else "lovely"]
+        )
+        + f"\t{'bad' if i % 3 else 'good'}"
+        for i in range(48)
+    )
+    path = tmp_path_factory.mktemp("labelled") / "films.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{row}\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def parallel_files(tmp_path_factory):
+    """Forty-eight numbers in two languages, line by line, as the paths of two files."""
+    english = ["one", "two", "three", "four", "five"]
+    german = ["eins", "zwei", "drei", "vier", "fünf"]
+    folder = tmp_path_factory.mktemp("parallel")
+    paths = folder / "numbers.en", folder / "numbers.de"
+    for path, words in zip(paths, (english, german), strict=True):
+        lines = (" ".join(words[i * k % 5] for k in range(1, 3 + i % 4)) for i in range(48))
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def squad_file(tmp_path_factory):
+    """Forty-eight questions in the format of SQuAD, each on a context of its own."""
+    names, cities = ["Ann", "Bob", "Cid", "Dan", "Eve"], ["Rome", "Oslo", "Bonn", "Graz"]
+    paragraphs = []
+    for i in range(48):
+        name, start = names[i % 5], "in the long winter " * (i % 2)
+        context = f"{start}{name} came to {cities[i % 4]} and stayed there"
+        answer = {"text": cities[i % 4], "answer_start": context.index(cities[i % 4])}
+        question = {"id": str(i), "question": f"where did {name} stay", "answers": [answer]}
+        paragraphs.append({"context": context, "qas": [question]})
+    path = tmp_path_factory.mktemp("squad") / "cities.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return path
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """What runs as the command line does sees one of the eight devices."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+
+
+@pytest.fixture
+def make_kind(text_file, labelled_file, parallel_files, squad_file):
+    """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
+
+    All have words for tokens and a vocabulary of 128, which any mesh divides.
+    """
+    records = {
+        "seq2seq": "parallel:{}|{}".format(*parallel_files),
+        "classification": f"tsv:{labelled_file}",
+        "span_qa": f"squad:{squad_file}",
+    }
+
+    def make(kind, **overrides):
+        objective, family = kind.split()
+        values = {
+            "objective.name": objective,
+            "model.family": family,
+            "model.n_layers": 2,
+            "model.d_model": 16,
+            "model.n_heads": 4,
+            "model.vocab_size": 128,
+            "model.dropout": 0.1,
+            "model.attention_dropout": 0.1,
+            "data.source": records.get(objective, f"text:{text_file}"),
+            "data.validation_source": records.get(objective, ""),
+            "data.validation_fraction": 0.2,
+            "data.documents": "line",
+            "data.labels": "good,bad" if objective == "classification" else "",
+            "data.tokenizer": "words",
+            "data.sequence_length": 16,
+            "data.batch_size": 8,
+            "data.workers": 1,
+            "optimizer.learning_rate": 1e-2,
+            "log.tensorboard": False,
+        }
+        return _config(values | KINDS[kind], overrides)
+
+    return make
+
+
 @pytest.fixture
 def tiny_config(text_file):
     """Makes configurations of a 2-layer model 32 wide that reads `text_file` as bytes.
@@ -54,7 +148,6 @@ def tiny_config(text_file):
     """
 
     def make(**overrides):
-        config = default()
         values = {
             "model.n_layers": 2,
             "model.d_model": 32,
@@ -69,8 +162,13 @@ def tiny_config(text_file):
             "checkpoint.every_steps": 3,
             "log.tensorboard": False,
         }
-        for path, value in {**values, **overrides}.items():
-            set_value(config, path.replace("__", "."), value)
-        return config
+        return _config(values, overrides)
 
     return make
+
+
+def _config(values, overrides):
+    config = default()
+    for path, value in {**values, **overrides}.items():
+        set_value(config, path.replace("__", "."), value)
+    return config

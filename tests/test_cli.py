@@ -41,15 +41,6 @@ def experiment(tmp_path) -> Path:
     return file
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """The suite simulates eight devices; these runs use one of them."""
-    import jax
-
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: first)
-
-
 def error_of(capsys, *words: object) -> str:
     """The single line that a wrong command prints."""
     code = main([str(word) for word in words])
@@ -89,10 +80,20 @@ WRONG_CONFIGS = {
     "missing file": (["--config.data.source=text:nowhere.txt"], "nowhere.txt"),
     "unknown source": (["--config.data.source=web:x"], "stdlib, text"),
     "unknown TFDS name": (["--config.data.source=tfds:no_such_thing"], "no_such_thing"),
-    "unknown tokenizer": (["--config.data.tokenizer=words"], "words"),
+    "unknown tokenizer": (["--config.data.tokenizer=morse"], "unknown tokenizer 'morse'"),
     "missing tokenizer file": (["--config.data.tokenizer=sentencepiece:no.model"], "no.model"),
     "too little text": (["--config.data.sequence_length=5000"], "too few for one window"),
     "small vocabulary": (["--config.model.vocab_size=10"], "smaller than the tokenizer's 257"),
+    "no room for [MASK]": (
+        [
+            "--config.model.vocab_size=257",
+            "--config.model.family=encoder",
+            "--config.objective.name=masked",
+        ],
+        "tokenizer's 257 and 1 of config.objective.name=masked",
+    ),
+    "family": (["--config.model.family=lstm", "--config.objective.name=prefix"], "needs config"),
+    "no documents": (["--config.data.source=tsv:x.tsv"], "tsv:x.tsv"),
     "weights": (["--config.data.weights=1,2"], "2 numbers for 1"),
     "coordinator alone": (["--coordinator", "localhost:1"], "go together"),
     "unknown option": (["--workdri", "x"], "unrecognized arguments"),
@@ -147,6 +148,32 @@ def test_bad_text_is_one_line_with_its_place(capsys, experiment, tmp_path, case,
     source = f"--config.data.source={kind}:{file}"
     line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", source)
     assert file.name in line
+    assert expected in line
+
+
+CLASSES = ["--config.objective.name=classification", "--config.data.validation_fraction=0.5"]
+BAD_RECORDS = {
+    "empty": (b"text\tlabel\na film\tgood\n\tbad\n", "films.tsv:3"),
+    "another class": (b"text\tlabel\na film\tgood\na film\tso-so\n", "films.tsv:3"),
+    "a cell too many": (b"text\tlabel\na film\tgood\tbad\n", "films.tsv:2"),
+    "other columns": (b"sentence\trating\na film\tgood\n", "set --config.data.columns"),
+    "undecodable": (b"text\tlabel\na \xff film\tgood\n", "films.tsv:2"),
+    "no label": (b"text\na film\nanother film\n", "a record has no label (it has text)"),
+    "a single record": (b"text\tlabel\na film\tgood\n", "leaves a split empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECORDS)
+@pytest.mark.usefixtures("one_device")
+def test_bad_records_are_one_line_with_their_place(capsys, experiment, tmp_path, case):
+    content, expected = BAD_RECORDS[case]
+    (tmp_path / "films.tsv").write_bytes(content)
+    task = [
+        *CLASSES,
+        "--config.data.labels=good,bad",
+        f"--config.data.source=tsv:{tmp_path}/films.tsv",
+    ]
+    line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", *task)
     assert expected in line
 
 

@@ -4,12 +4,14 @@ import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS
 from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.activations import ACTIVATIONS
+from lm.models.registry import FAMILIES
 from lm.objectives.registry import OBJECTIVES
 from lm.optim.optimizers import OPTIMIZERS
 from lm.optim.schedules import SCHEDULES
@@ -74,6 +76,7 @@ def test_defaults_are_valid():
     ("path", "table"),
     [
         ("model.activation", ACTIVATIONS),
+        ("model.family", FAMILIES),
         ("objective.name", OBJECTIVES),
         ("optimizer.name", OPTIMIZERS),
         ("schedule.name", SCHEDULES),
@@ -83,12 +86,45 @@ def test_choices_are_what_there_is(path, table):
     assert set(SCHEMA[path].choices) == set(table)
 
 
+# What some choices need beside them.
+COMPANIONS = {("model.init", "uniform"): {"model.family": "lstm"}}
+for objective, families in configs.FAMILIES_OF.items():
+    COMPANIONS["objective.name", objective] = {"model.family": families[0]}
+    for family in families:
+        COMPANIONS["model.family", family] = {"objective.name": objective}
+
+
 @pytest.mark.parametrize("path", [path for path, key in SCHEMA.items() if key.choices])
 def test_every_choice_is_accepted(path):
     for choice in SCHEMA[path].choices:
         config = configs.default()
-        configs.set_value(config, path, choice)
+        for name, value in {path: choice, **COMPANIONS.get((path, choice), {})}.items():
+            configs.set_value(config, name, value)
         configs.validate(config)
+
+
+def test_every_objective_trains_the_families_that_it_names_and_no_other():
+    assert set(configs.FAMILIES_OF) == set(SCHEMA["objective.name"].choices)
+    assert {f for fs in configs.FAMILIES_OF.values() for f in fs} == set(FAMILIES)
+    for objective, families in configs.FAMILIES_OF.items():
+        for family in FAMILIES:
+            config = configs.default()
+            config.objective.name, config.model.family = objective, family
+            if family in families:
+                configs.validate(config)
+            else:
+                message = error_of(configs.validate, config)
+                assert f"objective.name={objective} needs config.model.family" in message
+                assert all(other in message for other in families)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_builds(make_kind, kind):
+    """Resolving fills in what is left open, and does not change it a second time."""
+    config = make_kind(kind)
+    experiment = build(config, jax.devices()[:1])
+    assert experiment.config == build(experiment.config, jax.devices()[:1]).config
+    assert experiment.steps.objective.shapes.keys() == experiment.batch_shapes.keys()
 
 
 # --- overrides
@@ -158,6 +194,16 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
         ("seed", "4294967296", "config.seed=4294967296 is above 2147483647"),
         ("model.dropout", "1", "config.model.dropout=1.0 is above 0.99"),
         ("parallel.mesh.stage", "2", "config.parallel.mesh.stage=2 is above 1"),
+        ("objective.mask_rate", "0", "config.objective.mask_rate=0.0 is below 0.001"),
+        ("objective.noise_density", "1", "config.objective.noise_density=1.0 is above 0.9"),
+        ("objective.name", "mlm", "expected one of causal, prefix, masked"),
+        ("model.family", "encoder-decoder", "did you mean encoder_decoder?"),
+        ("optimizer.layer_decay", "1.5", "config.optimizer.layer_decay=1.5 is above 1"),
+        ("lora.rank", "-1", "config.lora.rank=-1 is below 0"),
+        ("decode.beam_size", "0", "config.decode.beam_size=0 is below 1"),
+        ("decode.repetition_penalty", "0", "config.decode.repetition_penalty=0.0 is below 0.01"),
+        ("init.average", "0", "config.init.average=0 is below 1"),
+        ("init", "run", "config.init is a section, not a key"),
     ],
 )
 def test_a_wrong_value_is_one_message(experiment, path, text, expected):
@@ -179,6 +225,70 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
             "needs an even config.model.d_model",
         ),
         ({"model.max_length": "7"}, "config.data.sequence_length=8 is longer than config.model.ma"),
+        (
+            {"model.max_length": "8", "data.target_length": "9"},
+            "config.data.target_length=9 is longer than config.model.max_length=8",
+        ),
+        ({"model.family": "encoder"}, "config.objective.name=causal needs config.model.family"),
+        ({"model.init": "uniform"}, "config.model.init=uniform is not for config.model.family=dec"),
+        (
+            {"model.positions": "relative", "model.relative_max_distance": "16"},
+            "relative_max_distance=16 must be above half of config.model.relative_buckets=32",
+        ),
+        ({"model.carry": "true"}, "config.model.carry needs config.data.order=contiguous and"),
+        (
+            {"model.carry": "true", "data.order": "contiguous"},
+            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+        ),
+        (
+            {"model.carry": "true", "model.family": "lstm"},
+            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+        ),
+        (
+            {"data.order": "contiguous", "data.source": "stdlib,text:x"},
+            "config.data.order=contiguous reads a single source",
+        ),
+        (
+            {"data.order": "contiguous", "objective.name": "prefix"},
+            "config.data.order=contiguous needs config.objective.name=causal",
+        ),
+        (
+            {"model.bidirectional": "true", "model.family": "lstm"},
+            "config.model.bidirectional lets a causal model see what it predicts",
+        ),
+        (
+            {
+                "model.bidirectional": "true",
+                "model.family": "lstm_encoder_decoder",
+                "objective.name": "seq2seq",
+                "model.d_hidden": "5",
+            },
+            "config.model.bidirectional needs an even config.model.d_hidden",
+        ),
+        (
+            {"model.attention": "tiled", "objective.name": "prefix"},
+            "config.model.attention=tiled cannot be used with config.model.family=decoder and conf",
+        ),
+        (
+            {"model.attention": "tiled", "objective.name": "masked", "model.family": "encoder"},
+            "config.model.attention=tiled cannot be used with config.model.family=encoder",
+        ),
+        (
+            {"model.attention": "tiled", "model.attention_dropout": "0.1"},
+            "tiled cannot be used with config.model.attention_dropout=0.1: use auto or xla",
+        ),
+        (
+            {"model.attention": "tiled", "model.positions": "relative"},
+            "tiled cannot be used with relative positions or unscaled scores",
+        ),
+        (
+            {"model.attention": "tiled", "model.scale_attention": "false"},
+            "tiled cannot be used with relative positions or unscaled scores",
+        ),
+        (
+            {"init.from": "run", "init.vectors": "glove.txt"},
+            "config.init.from and config.init.vectors exclude each other",
+        ),
         ({"train.microbatches": "3"}, "config.data.batch_size=8 is not divisible by config.train."),
         ({"data.weights": "1,2"}, "config.data.weights has 2 numbers for 1 corpora"),
         ({"data.weights": "0"}, "every weight must be above 0"),
@@ -199,6 +309,17 @@ def test_a_broken_rule_is_one_message(experiment, overrides, expected):
         {"model.max_length": "8"},
         {"data.source": "stdlib,text:x", "data.weights": "1,2"},
         {"parallel.mesh.fsdp": "-1", "parallel.mesh.data": "1"},
+        {"model.carry": "true", "data.order": "contiguous", "model.family": "lstm"},
+        {"data.order": "contiguous"},
+        {"model.init": "uniform", "model.family": "nplm"},
+        {"model.family": "lstm", "model.d_model": "17"},
+        {
+            "model.bidirectional": "true",
+            "model.family": "lstm",
+            "objective.name": "classification",
+        },
+        {"model.max_length": "8", "data.target_length": "8"},
+        {"model.attention": "tiled"},
     ],
 )
 def test_what_the_rules_allow(experiment, overrides):

@@ -13,8 +13,9 @@ from lm.parameters import count_parameters
 FOLDER = Path(__file__).parents[1] / "experiments"
 
 # Parameters, all and without embeddings and untied heads, of the released models that the papers
-# describe, counted with Hugging Face transformers 5.23.0 (GPT2LMHeadModel, LlamaForCausalLM).
-# Papers print rounded numbers, and GPT-2's are wrong by its authors' own word.
+# describe, counted with Hugging Face transformers 5.23.0 (GPT2LMHeadModel, LlamaForCausalLM,
+# BertForPreTraining, RobertaForMaskedLM, T5ForConditionalGeneration), and by hand where no released
+# model is. Papers print rounded numbers, and GPT-2's are wrong by its authors' own word.
 PARAMETERS = {
     # Radford et al. 2019, Table 2
     "gpt2-small": (124_439_808, 85_056_000),
@@ -36,6 +37,41 @@ PARAMETERS = {
     "llama-3.1-405b": (405_853_388_800, 401_650_696_192),
     "llama-3.2-1b": (1_235_814_400, 973_146_112),
     "llama-3.2-3b": (3_212_749_824, 2_818_747_392),
+    # Devlin et al. 2018, §3, with the heads of both objectives
+    "bert-base-uncased": (110_106_428, 86_270_780),
+    "bert-base-cased": (108_932_934, 86_269_254),
+    "bert-large-uncased": (336_226_108, 304_445_244),
+    "bert-large-cased": (334_661_958, 304_443_718),
+    # Liu et al. 2019, Table 9
+    "roberta-base": (124_697_433, 85_698_393),
+    "roberta-large": (355_412_057, 303_413_337),
+    # Vaswani et al. 2017, Table 3, by hand
+    "transformer-base-en-de": (63_045_632, 44_101_632),
+    "transformer-base-en-fr": (60_485_632, 44_101_632),
+    "transformer-big-en-de": (214_171_648, 176_283_648),
+    "transformer-big-en-fr": (209_051_648, 176_283_648),
+    # Raffel et al. 2020, §3.7; 1.1 from the released configurations
+    "t5-v1.0-small": (60_506_624, 44_057_088),
+    "t5-v1.0-base": (222_903_552, 198_229_248),
+    "t5-v1.0-large": (737_668_096, 704_769_024),
+    "t5-v1.1-small": (76_961_152, 44_062_080),
+    "t5-v1.1-base": (247_577_856, 198_229_248),
+    "t5-v1.1-large": (783_150_080, 717_351_936),
+    # Zaremba et al. 2014, §4.1: 8 units (2 units + 2) a layer, two tables, a bias
+    "zaremba-small": (4_653_200, 643_200),
+    "zaremba-medium": (19_780_400, 6_770_400),
+    "zaremba-large": (66_034_000, 36_024_000),
+    # Bengio et al. 2003, §2: |V| (1 + nm + h) + h (1 + (n - 1) m); the output layer stays in
+    "nplm-brown-mlp9/10": (2_158_273, 1_666_783),
+    "nplm-brown-mlp1/2": (5_762_483, 4_779_503),
+    "nplm-apnews-mlp10": (11_904_264, 10_107_864),
+}
+# Its BertModel: encoder and pooler.
+BERT_MODELS = {
+    "base": (109_482_240, 85_646_592),
+    "large": (335_141_888, 303_361_024),
+    "base-cased": (108_310_272, 85_646_592),
+    "large-cased": (333_579_264, 303_361_024),
 }
 
 
@@ -46,8 +82,12 @@ def module_of(file):
     return module
 
 
+def variants_of(file):
+    return getattr(module_of(file), "VARIANTS", ("",))
+
+
 FILES = sorted(FOLDER.glob("*.py"))
-VARIANTS = [(file, variant) for file in FILES for variant in module_of(file).VARIANTS]
+VARIANTS = [(file, variant) for file in FILES for variant in variants_of(file)]
 
 
 @pytest.mark.parametrize(
@@ -55,13 +95,23 @@ VARIANTS = [(file, variant) for file in FILES for variant in module_of(file).VAR
 )
 def test_every_variant_builds_and_has_the_size_of_its_paper(file, variant):
     config = configs.load(f"{file}:{variant}")
-    if config.data.tokenizer in ("char", "sentencepiece") and not config.model.vocab_size:
-        assert file.stem == "stdlib", "a fresh machine has no data to fit this tokenizer to"
-        config.model.vocab_size = config.data.tokenizer_vocab_size
+    if config.data.tokenizer != "byte" and not config.model.vocab_size:
+        config.model.vocab_size = config.data.tokenizer_vocab_size  # nothing to fit it to here
     experiment = build(config, jax.devices()[:1])
     if config.paper:
         counts = count_parameters(experiment)
         assert (counts["total"], counts["non_embedding"]) == PARAMETERS[config.paper]
+
+
+@pytest.mark.parametrize("variant", BERT_MODELS)
+def test_bert_without_what_only_pretraining_needs(variant):
+    """A classifier on top of Hugging Face's BertModel."""
+    config = configs.load(f"{FOLDER}/bert.py:{variant}")
+    config.objective.name, config.data.labels = "classification", "a,b"
+    counts = count_parameters(build(config, jax.devices()[:1]))
+    classifier = 2 * config.model.d_model + 2
+    found = counts["total"] - classifier, counts["non_embedding"] - classifier
+    assert found == BERT_MODELS[variant]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -69,10 +119,10 @@ def test_an_experiment_file_is_a_record(file):
     module = module_of(file)
     assert f"lm train --config experiments/{file.name}" in module.__doc__
     assert module.get_config().to_dict() in [
-        module.get_config(variant).to_dict() for variant in module.VARIANTS
+        configs.load(f"{file}:{variant}").to_dict() for variant in variants_of(file)
     ]
 
 
 def test_every_published_size_is_that_of_a_variant():
-    papers = {module_of(file).get_config(variant).paper for file, variant in VARIANTS}
+    papers = {configs.load(f"{file}:{variant}").paper for file, variant in VARIANTS}
     assert papers - {""} == set(PARAMETERS)

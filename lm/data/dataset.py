@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lm.data.corpora import has_validation, open_corpus, sources
 from lm.data.folders import cache_directory
 from lm.data.pieces import Corpus
@@ -97,14 +99,18 @@ def _holds_out_records(data: Any, records: bool) -> bool:
 
 
 def _divide(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
-    """All but the last `data.validation_fraction` of a store's records, and that rest."""
+    """All but a fixed random `data.validation_fraction` of a store's records, and that rest.
+
+    Random, because the files of tasks are often sorted, by class or by difficulty.
+    """
     border = int(len(store) * (1 - data.validation_fraction))
     if not 0 < border < len(store):
         raise UserError(
             f"--config.data.validation_fraction={data.validation_fraction} of "
             f"{store.manifest.source} leaves a split empty: it has {len(store)} records"
         )
-    return store.part(range(border)), store.part(range(border, len(store)))
+    order = np.random.default_rng(0).permutation(len(store))
+    return store.part(np.sort(order[:border])), store.part(np.sort(order[border:]))
 
 
 def _opened(text: str, data: Any, split: str, records: bool) -> tuple[Corpus | Records, ...]:

@@ -62,16 +62,16 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class RecordStore:
-    """The records of a source in order, memory-mapped; of a part of them, those in `rows`."""
+    """The records of a source, memory-mapped: those whose places in it are `rows`, int64 [n]."""
 
     directory: Path
     manifest: RecordManifest
     arrays: dict[str, np.ndarray]  # by name of the file
-    rows: range
+    rows: np.ndarray
 
-    def part(self, rows: range) -> RecordStore:
+    def part(self, which: np.ndarray) -> RecordStore:
         """The store of some of its records."""
-        return replace(self, rows=self.rows[rows.start : rows.stop])
+        return replace(self, rows=self.rows[which])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,8 +97,7 @@ class RecordStore:
 
     def lengths(self, role: str) -> np.ndarray:
         """Number of tokens of each record's text of a role, int64 [n_rows]."""
-        offsets = self.arrays[f"{role}.offsets"]
-        return np.diff(offsets[self.rows.start : self.rows.stop + 1])
+        return np.diff(self.arrays[f"{role}.offsets"])[self.rows]
 
     def _row(self, name: str, index: int) -> np.ndarray:
         start, end = self.arrays[f"{name}.offsets"][index : index + 2]
@@ -208,4 +207,4 @@ def _open(folder: Path) -> RecordStore:
             arrays[name] = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]))
     except (OSError, ValueError, TypeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
-    return RecordStore(folder, manifest, arrays, range(manifest.n_rows))
+    return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))

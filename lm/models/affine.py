@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.bias import add_bias
 from lm.kernels.matmul import matmul
 from lm.models.layers import Embedding, Initializer, named
 
@@ -66,7 +67,7 @@ class Affine(nn.Module):
         kernel = self.kernel.reshape(self.n_in, prod(self.shape))
         y = matmul(x_BLD.reshape(-1, self.n_in), kernel, self.config.dtype)
         if self.use_bias:
-            y += self.bias.reshape(-1)
+            y = add_bias(y, self.bias.reshape(-1))
         return y.reshape(*x_BLD.shape[:-1], *self.shape)
 
 
@@ -91,4 +92,5 @@ class Bias(nn.Module):
     def __call__(self, x_BLV: jax.Array) -> jax.Array:
         c = self.config
         init = symmetric(c.init_std) if c.init == "uniform" else nn.initializers.zeros
-        return x_BLV + self.param("bias", named(init, ("vocab",)), (self.size,), jnp.float32)
+        bias_V = self.param("bias", named(init, ("vocab",)), (self.size,), jnp.float32)
+        return add_bias(x_BLV, bias_V)

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.bias import add_bias
 from lm.kernels.lstm import Starts, State, lstm
 from lm.models.affine import Affine
 from lm.parallel.rules import constrain
@@ -85,7 +86,8 @@ class Layer(nn.Module):
             self.n_in, (4, H), (self.name_in, *names), c, bias_init=forget_little, name="input"
         )
         recurrent = Affine(H, (4, H), ("hidden", *names), c, name="recurrent")
-        gates_BLG = (inputs(x_BLD) + recurrent.bias).reshape(*x_BLD.shape[:2], 4 * H)
+        gates_BLG = inputs(x_BLD).reshape(*x_BLD.shape[:2], 4 * H)
+        gates_BLG = add_bias(gates_BLG, recurrent.bias.reshape(4 * H))
         kernel_HG = recurrent.kernel.reshape(H, 4 * H)
         return lstm(gates_BLG, kernel_HG, before, starts, reverse=self.reverse, dtype=c.dtype)
 

@@ -40,7 +40,9 @@ class Best:
             known = ", ".join(figures)
             raise UserError(f"config.eval.best={self._name} is none of the figures: {known}")
         value = self._sign * figures[self._name]
-        if value > self._value:
+        # Orbax saves nothing at a step up to its newest; a restart repeats such steps.
+        is_new = step > (self._checkpoints.latest_step or 0)
+        if is_new and value > self._value:
             self._value = value
             self._checkpoints.save(step, state, {self._name: figures[self._name]})
 

@@ -192,10 +192,12 @@ def test_a_search_stops_when_nothing_can_get_better():
     assert 1 < len(N_STEPS) < 29
 
 
-def test_a_search_that_waits_for_the_longest_finds_it():
-    """Each step costs log 0.9, and length 40 is divided by 7.5, so that the longest wins."""
-    (found,) = markov_search(LOOP, Search(2, 40, 1.0, Controls(END)))
-    assert found[0] == ([1] * 40, pytest.approx(40 * np.log(0.9) / 7.5, rel=1e-4))
+def test_a_search_waits_for_what_only_gets_better_when_long():
+    """After two steps what runs is worse than both that ended; length 100 is divided by 306."""
+    table = np.log([[1e-9, 0.45, 0.55]] * 3)
+    (found,) = markov_search(table, Search(2, 100, 2.0, Controls(END)))
+    longest = (99 * np.log(0.45) + np.log(0.55)) / (105 / 6) ** 2
+    assert found[0] == ([1] * 99 + [END], pytest.approx(longest, rel=1e-4))
 
 
 def test_each_input_has_its_own_limit():

@@ -1,6 +1,7 @@
 """Loss, perplexities and bits a byte over a whole split."""
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -30,11 +31,7 @@ def make_evaluation(make_kind):
 
 def nats_of(experiment, params, tokens):
     """Of every token but the first, given all before it."""
-    model = experiment.model.clone(
-        config=experiment.model.config.__class__(
-            **{**vars(experiment.model.config), "carry": False}
-        )
-    )
+    model = experiment.model.clone(config=replace(experiment.model.config, carry=False))
     logits = jax.jit(model.apply)({"params": params}, tokens[None, :-1])[0]
     scores = scipy.special.log_softmax(np.float64(logits), axis=-1)
     return -np.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]

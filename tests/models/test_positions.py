@@ -1,9 +1,12 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformer_reference import t5_bias, t5_buckets
 
-from lm.models.positions import rotary_angles, rotate, sinusoidal
+from lm.models.config import TransformerConfig
+from lm.models.positions import RelativeBias, relative_buckets, rotary_angles, rotate, sinusoidal
 
 
 def test_sinusoidal_is_the_formula_of_the_paper():
@@ -64,3 +67,24 @@ def test_bfloat16_vectors_are_rotated_in_float32():
     out = rotate(x, angles)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relative_buckets_are_those_of_t5(causal):
+    distances = np.arange(-3000, 3001)
+    buckets = jax.jit(lambda: relative_buckets(distances, not causal, 32, 128))()
+    np.testing.assert_array_equal(buckets, t5_buckets(distances, causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relative_bias_is_the_table_by_bucket_wherever_the_queries_start(causal):
+    config = TransformerConfig(
+        n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, vocab_size=8,
+        max_length=8,
+    )  # fmt: skip
+    module = RelativeBias(config, not causal)
+    params = nn.meta.unbox(module.init(jax.random.key(0), 4, 4, 0))
+    apply = jax.jit(module.apply, static_argnums=(1, 2))
+    expected = t5_bias(np.asarray(params["params"]["embedding"]), 300, causal)
+    np.testing.assert_allclose(apply(params, 300, 300, 0), expected, atol=1e-6)
+    np.testing.assert_allclose(apply(params, 7, 300, 190), expected[:, 190:197], atol=1e-6)

@@ -169,11 +169,19 @@ def test_features_are_of_the_stated_shapes(make_store, labels, label):
     assert Classification(8, labels, SpecialTokens(0, 0, 0, 20, 20, 0, 20)).n_extra == 1
 
 
-def test_what_cannot_be_is_said(make_store):
-    with pytest.raises(UserError, match=r"a record has no label \(it has text\)"):
-        Classification(8, LABELS, SPECIAL).examples(make_store("text", "a"), training=True)
-    with pytest.raises(UserError, match=r"a record has no text \(it has source, label\)"):
-        store = make_store("source\tlabel", "a\tbad")
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["text", "a"], r"a record has no label \(it has text\)"),
+        (["source\tlabel", "a\tbad"], r"no text \(it has source, label\): name the columns"),
+    ],
+)
+def test_records_without_text_or_label_are_said(make_store, lines, words):
+    store = make_store(*lines)
+    with pytest.raises(UserError, match=words):
         Classification(8, LABELS, SPECIAL).examples(store, training=True)
+
+
+def test_a_row_too_short_is_said():
     with pytest.raises(UserError, match="sequence_length=4 leaves no room"):
         Classification(4, LABELS, SPECIAL)

@@ -199,7 +199,8 @@ def test_only_cls_and_the_context_have_scores(batch):
 
 def test_loss_is_the_mean_of_start_and_end(batch):
     scores_BL2 = np.random.default_rng(1).normal(size=(3, 12, 2)).astype(np.float32)
-    scores_BL2[1, [4, 4], [0, 1]] = 9  # the second row is right
+    scores_BL2[1, [4, 4], [0, 1]] = 9  # the second row is right,
+    scores_BL2[0, [6, 8], [0, 1]] = 9  # the first one's start only
     objective = SpanQa(12, 8, SPECIAL)
 
     def loss(scores_BL2):

@@ -1,0 +1,58 @@
+"""RoBERTa (Liu et al. 2019, §3.1 and Table 9): BERT's model, masked words only, more of everything.
+
+| variant | layers | d_model | heads | lr   | warm-up | parameters  | paper's count | MNLI | SST-2 |
+|---------|--------|---------|-------|------|---------|-------------|---------------|------|-------|
+| base    | 12     | 768     | 12    | 6e-4 | 24,000  | 124,697,433 | 125M          | 87.6 | 94.8  |
+| large   | 24     | 1024    | 16    | 4e-4 | 30,000  | 355,412,057 | 355M          | 90.2 | 96.4  |
+
+Scores are GLUE dev. Parameters are those of Hugging Face's RobertaForMaskedLM, which has a table of
+one token type (fairseq has none) and 514 positions, of which the first two stand for padding.
+
+Adam (0.9, 0.98, eps 1e-6), decay 0.01, no clipping, linearly to 0 at 500,000 steps; 8,192
+sequences of 512 tokens that run on across documents; dropout 0.1; 50,265 byte-level pieces.
+
+    lm train --config experiments/roberta.py:base --workdir runs/roberta \
+        --config.parallel.preset=data --config.data.source=jsonl:DIR/*.jsonl.gz \
+        --config.data.tokenizer=tokenizers:FILE.json
+"""
+
+from lm.config import choose, default
+
+VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, warm-up
+    "base": ("roberta-base", 12, 768, 12, 6e-4, 24_000),
+    "large": ("roberta-large", 24, 1024, 16, 4e-4, 30_000),
+}
+
+
+def get_config(variant="base"):
+    config = default()
+    model, data, optimizer, schedule = config.model, config.data, config.optimizer, config.schedule
+    (
+        config.paper,
+        model.n_layers,
+        model.d_model,
+        model.n_heads,
+        optimizer.learning_rate,
+        schedule.warmup_steps,
+    ) = choose(VARIANTS, variant)
+    model.family = "encoder"
+    model.vocab_size = 50_265
+    model.norm_placement, model.norm_eps, model.embedding_norm = "post", 1e-5, True
+    model.positions, model.position_offset, model.token_types = "learned", 2, 1
+    model.activation = "gelu_erf"
+    model.dropout = model.attention_dropout = 0.1
+    model.scale_residual_init = False
+
+    config.objective.name = "masked"
+    data.source = "jsonl:corpus/*.jsonl.gz"
+    data.tokenizer = "tokenizers:roberta.json"
+    data.validation_fraction = 0.0005
+    data.isolate_documents = False
+    data.sequence_length, data.batch_size = 512, 8192
+
+    optimizer.adamw.b2, optimizer.adamw.eps = 0.98, 1e-6
+    optimizer.weight_decay, optimizer.clip_norm = 0.01, 0.0
+    schedule.name, schedule.final_ratio = "linear", 0.0
+    config.train.steps = 500_000
+    config.eval.every_steps, config.eval.batch_size, config.eval.max_batches = 5000, 256, 20
+    return config

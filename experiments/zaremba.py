@@ -1,0 +1,58 @@
+"""LSTM language models of the Penn Treebank (Zaremba et al. 2014, Table 1 and §4.1).
+
+| variant | units | dropout | init   | epochs                     | parameters | valid | test  |
+|---------|-------|---------|--------|----------------------------|------------|-------|-------|
+| small   | 200   | 0       | ± 0.1  | 13, from the 5th on ÷ 2    | 4,653,200  | 120.7 | 114.5 |
+| medium  | 650   | 0.5     | ± 0.05 | 39, from the 7th on ÷ 1.2  | 19,780,400 | 86.2  | 82.7  |
+| large   | 1500  | 0.65    | ± 0.04 | 55, from the 15th on ÷ 1.15| 66,034,000 | 82.2  | 78.4  |
+
+Two layers, dropout between them and none in time, an output matrix of its own, the state carried
+from one batch of 20 × 35 (small: 20 × 20) words to the next; SGD, gradients clipped at 5 (large:
+10). The layers have two bias vectors, as in the authors' code; the small sizes are that code's.
+
+The authors add up the gradients of a row's words and step with 1; here they are averaged, so the
+learning rate is 35 and the clipping 5/35: the same updates.
+
+    lm train --config experiments/zaremba.py:medium --workdir runs/zaremba \
+        --config.data.source=text:DIR/ptb.train.txt \
+        --config.data.validation_source=text:DIR/ptb.valid.txt
+"""
+
+from lm.config import choose, default
+
+VARIANTS = {  # paper entry, units, unrolled words, dropout, init, epochs, at the peak, decay, clip
+    "small": ("zaremba-small", 200, 20, 0.0, 0.1, 13, 4, 2.0, 5),
+    "medium": ("zaremba-medium", 650, 35, 0.5, 0.05, 39, 6, 1.2, 5),
+    "large": ("zaremba-large", 1500, 35, 0.65, 0.04, 55, 14, 1.15, 10),
+}
+TRAINING_WORDS = 929_589  # of the Penn Treebank, <eos> included
+
+
+def get_config(variant="medium"):
+    paper, units, length, dropout, init, epochs, at_peak, decay, clip = choose(VARIANTS, variant)
+    config = default()
+    config.paper = paper
+
+    model = config.model
+    model.family, model.carry = "lstm", True
+    model.n_layers, model.d_model, model.vocab_size = 2, units, 10_000
+    model.tie_embeddings = False
+    model.init, model.init_std, model.dropout = "uniform", init, dropout
+
+    data = config.data
+    data.source, data.validation_source = "text:ptb/ptb.train.txt", "text:ptb/ptb.valid.txt"
+    data.test_source = "text:ptb/ptb.test.txt"
+    data.tokenizer, data.tokenizer_vocab_size = "words", 10_000
+    data.order, data.isolate_documents = "contiguous", False
+    data.sequence_length, data.batch_size = length, 20
+
+    epoch = TRAINING_WORDS // data.batch_size // length
+    optimizer, schedule = config.optimizer, config.schedule
+    optimizer.name, optimizer.sgd.momentum = "sgd", 0.0
+    optimizer.learning_rate, optimizer.clip_norm = float(length), clip / length
+    optimizer.weight_decay = 0.0
+    schedule.name, schedule.step_factor = "step", 1 / decay
+    schedule.hold_steps, schedule.step_every = (at_peak - 1) * epoch, epoch
+    config.train.steps = epochs * epoch
+    config.eval.every_steps, config.eval.best = epoch, "-loss"
+    return config

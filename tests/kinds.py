@@ -1,0 +1,53 @@
+"""Every kind of training: each objective with each family that it trains, in different styles."""
+
+from __future__ import annotations
+
+# "OBJECTIVE FAMILY": what else is set.
+KINDS: dict[str, dict[str, object]] = {
+    "causal decoder": {
+        "model.positions": "rotary",
+        "model.norm": "rmsnorm",
+        "model.activation": "swiglu",
+        "model.n_kv_heads": 2,
+    },
+    "prefix decoder": {},
+    "masked encoder": {
+        "objective.next_sentence": True,
+        "model.token_types": 2,
+        "model.embedding_norm": True,
+        "model.norm_placement": "post",
+    },
+    "span_corruption encoder_decoder": {
+        "objective.z_loss": 1e-4,
+        "model.positions": "relative",
+        "model.norm": "rmsnorm",
+        "model.activation": "geglu",
+        "model.bias": False,
+        "model.scale_attention": False,
+        "model.tie_embeddings": False,
+        "model.init": "fan_in",
+    },
+    "seq2seq encoder_decoder": {
+        "objective.label_smoothing": 0.1,
+        "model.positions": "sinusoidal",
+        "model.norm_placement": "post",
+        "model.activation": "relu",
+        "model.scale_embeddings": True,
+        "model.init": "xavier",
+    },
+    "seq2seq lstm_encoder_decoder": {"model.bidirectional": True},
+    "classification encoder": {"model.token_types": 2},
+    "classification decoder": {},
+    "classification encoder_decoder": {},
+    "classification lstm": {"model.bidirectional": True},
+    "span_qa encoder": {"model.token_types": 2, "data.doc_stride": 4},
+    "causal lstm": {
+        "model.carry": True,
+        "model.init": "uniform",
+        "model.init_std": 0.1,
+        "data.order": "contiguous",
+        "data.isolate_documents": False,
+    },
+    "causal nplm": {"model.direct": True},
+    "skip_gram skip_gram": {"objective.subsample": 0.0},
+}

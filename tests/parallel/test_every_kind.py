@@ -1,0 +1,61 @@
+"""Every kind of training gives the same losses on any mesh."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from kinds import KINDS
+
+from lm.data.batches import to_device
+from lm.data.dataset import open_dataset
+from lm.experiment import build, reads_records
+
+MESHES = {
+    "data=8": {"data": 8},
+    "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+STEPS = 12
+
+
+@pytest.fixture
+def run(make_kind):
+    """Trains a kind on a mesh: its losses, and the state after them."""
+
+    def run(kind, mesh, **overrides):
+        config = make_kind(kind, train__steps=STEPS, **overrides)
+        config.parallel.mesh.update({"data": 1, **mesh})
+        n = int(np.prod([*mesh.values()], dtype=int))
+        experiment = build(config, jax.devices()[:n])
+        dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+        batches = experiment.train_batches(dataset)
+        arrays = to_device(batches, range(STEPS), experiment.batch_sharding)
+        state, metrics = experiment.train_steps(experiment.init_state(), arrays)
+        return np.asarray(metrics["loss"]), state
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_with_dropout_equal_those_of_one_device(run, kind):
+    expected, _ = run(kind, {})
+    assert expected[-3:].mean() < expected[:3].mean()  # later losses depend on every update
+    for name, mesh in MESHES.items():
+        found, state = run(kind, mesh)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+        for leaf in jax.tree.leaves(state.carry):
+            assert len(leaf.addressable_shards[0].data) * 8 == len(leaf) * mesh.get("tensor", 1)
+
+
+@pytest.mark.parametrize("kind", ["causal lstm", "masked encoder", "seq2seq encoder_decoder"])
+def test_microbatches_on_a_mesh_equal_one_batch_on_one_device(run, kind):
+    """Also what is carried from batch to batch goes to the microbatch of its row."""
+    plain = {"model__dropout": 0.0, "model__attention_dropout": 0.0}
+    expected, before = run(kind, {}, **plain)
+    found, after = run(kind, {"data": 2, "fsdp": 2}, train__microbatches=2, **plain)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+        jax.device_get(after.carry),
+        jax.device_get(before.carry),
+    )
