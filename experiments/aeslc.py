@@ -14,7 +14,6 @@ with stemming, as in PEGASUS's evaluation. Ours: see RESULTS.md.
 
 from lm.config import choose, default
 
-
 VARIANTS = ("small",)
 
 

@@ -9,7 +9,6 @@ sample: see RESULTS.md.
 
 from lm.config import choose, default
 
-
 VARIANTS = ("small",)
 
 

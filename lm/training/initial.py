@@ -21,7 +21,6 @@ from lm.optim.parameter_groups import LORA, flat, matching, nested
 from lm.steps import TrainState
 from lm.training.saved_params import Report, Saved, mean_params, saved_checkpoints
 
-
 TOKENS = "tokens/embedding"  # the table of tokens of every family
 
 

@@ -146,7 +146,7 @@ class Counter:
         return self
 
 
-def markov_search(table, options, limits=(99,)):
+def markov_search(table, options, limits=(1000,)):
     """Hypotheses [tokens, score] of a model whose next logits are a row of `table`."""
     table = jnp.asarray(table, jnp.float32)
 

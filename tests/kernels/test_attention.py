@@ -43,9 +43,8 @@ def as_float32(*arrays):
     return [jnp.asarray(x, jnp.float32) for x in arrays]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "causal"), [("xla", False), ("xla", True), ("tiled", True)])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "n_kv_heads"), [(130, 2), (33, 4), (1, 2)])
 def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
     q, k, v = make_inputs(length, n_kv_heads)
@@ -55,6 +54,14 @@ def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
     out = run(*as_float32(q, k, v), visibility, kernel=kernel)
     expected = naive_attention(q, k, v, causal, segments, segments, 0)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_the_tiled_kernel_refuses_what_it_cannot_do():
+    q, k, v = as_float32(*make_inputs(4, 2))
+    prefix = jnp.ones((2, 4), jnp.int32)
+    for visibility in (Visibility(False), Visibility(True, prefix_BS=prefix)):
+        with pytest.raises(ValueError, match="plain causal"):
+            attention(q, k, v, visibility, kernel="tiled")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -132,7 +133,7 @@ def save(experiment, run: Path) -> dict[str, np.ndarray]:
 
 def start(experiment, digest="theirs"):
     said: list[str] = []
-    return initial_state(experiment, digest, said.append), "\n".join(said)
+    return initial_state(experiment, SimpleNamespace(digest=digest), said.append), "\n".join(said)
 
 
 def test_without_a_source_everything_is_fresh(make_experiment):
