@@ -2,7 +2,7 @@
 
 The paper's sequence-to-sequence model with attention answers 84.6 % of the 280 test questions
 exactly; ours: see RESULTS.md. One layer of 200 units each, the encoder reads both ways, dropout
-0.4, Adam. `dev` holds out the last tenth of the 600 training questions, to choose the settings;
+0.4, Adam. `dev` holds out a tenth of the 600 training questions, to choose the settings;
 `final` learns from all of them for as many steps.
 
     LM_DATA_DIR=DIR lm train --config experiments/geo880.py --workdir runs/geo880

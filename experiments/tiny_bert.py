@@ -1,4 +1,4 @@
-"""Does pretraining help? A tiny BERT on WikiText-2, then SST-2, against the same model from scratch.
+"""Does pretraining help? A tiny BERT on WikiText-2, then SST-2, against the same from scratch.
 
 | variant  | what                                                                  |
 |----------|-----------------------------------------------------------------------|

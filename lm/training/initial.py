@@ -73,7 +73,7 @@ def _with_vectors(
     width = vectors.vectors.shape[1]
     if width != config.model.d_model:
         raise UserError(
-            f"{config.init.vectors} has vectors of {width} numbers: set config.model.d_model to that"
+            f"{config.init.vectors} has vectors of {width} numbers: set config.model.d_model to it"
         )
     words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
     rows, std = config.model.vocab_size, config.model.init_std
