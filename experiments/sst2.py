@@ -3,7 +3,7 @@
 | variant     | model                                             | published test accuracy      |
 |-------------|---------------------------------------------------|------------------------------|
 | lstm        | bidirectional LSTM, 150 units each way, max-pool  | 84.9 LSTM, 87.5 BiLSTM       |
-| transformer | 2 layers, d 50, 5 heads, mean of the last token   | –                            |
+| transformer | 2 layers, d 50, 5 heads, pooled first token        | –                            |
 
 Both start from GloVe vectors of 50 numbers and train on the 67,349 phrases of GLUE. The published
 figures (Tai et al. 2015) have vectors of 300. The checkpoint that is best on the 872 sentences of

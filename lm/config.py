@@ -240,6 +240,11 @@ def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
         yield "config.model.bidirectional lets a causal model see what it predicts"
     if model.bidirectional and (model.d_hidden or model.d_model) % 2:
         yield "config.model.bidirectional needs an even config.model.d_hidden"
+    if model.family == "lstm_encoder_decoder" and model.n_decoder_layers not in (0, model.n_layers):
+        yield (
+            "config.model.n_decoder_layers must be config.model.n_layers for lstm_encoder_decoder: "
+            "each layer starts from the state of its encoder layer"
+        )
     problem = tiled_attention_problem(config)
     if model.attention == "tiled" and problem:
         yield f"config.model.attention=tiled cannot be used with {problem}: use auto or xla"

@@ -81,7 +81,9 @@ SCHEMA: dict[str, Key] = {
     "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
     "model.scale_attention": Key(True, "Divide attention scores by sqrt(head_dim)."),
     "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
-    "model.d_hidden": Key(0, "Units of a recurrent or NPLM layer; 0: d_model.", low=0),
+    "model.d_hidden": Key(
+        0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
+    ),
     "model.bidirectional": Key(False, "Recurrent encoders and classifiers read both ways."),
     "model.context": Key(4, "Words that NPLM sees before the predicted one.", low=1),
     "model.direct": Key(False, "NPLM's direct connections from embeddings to output."),
