@@ -38,6 +38,8 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.experiment import reads_records
     from lm.training.workdir import load_tokenizer
 
+    if "data.tokenizer" in overrides:
+        raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
     experiment, params, step = _load_run(args, overrides)
     tokenizer, data = load_tokenizer(Path(args.workdir)), experiment.config.data
     records = reads_records(experiment.config)
