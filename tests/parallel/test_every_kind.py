@@ -42,8 +42,9 @@ def test_losses_with_dropout_equal_those_of_one_device(run, kind):
     assert expected[-3:].mean() < expected[:3].mean()  # later losses depend on every update
     for name, mesh in MESHES.items():
         found, state = run(kind, mesh)
-        # Twelve updates enlarge the differences in rounding of the first ones.
-        np.testing.assert_allclose(found, expected, rtol=3e-5, err_msg=name)
+        np.testing.assert_allclose(found[:6], expected[:6], rtol=1e-5, err_msg=name)
+        # More updates enlarge the differences in rounding of the first ones.
+        np.testing.assert_allclose(found, expected, rtol=3e-4, err_msg=name)
         for leaf in jax.tree.leaves(state.carry):
             assert len(leaf.addressable_shards[0].data) * 8 == len(leaf) * mesh.get("tensor", 1)
 
