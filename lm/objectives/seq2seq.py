@@ -62,9 +62,8 @@ class Seq2Seq:
         check_roles(store, "source", "target")
         lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + 1
         limits = (self.source_length, self.target_length)
-        lengths = (
-            np.minimum(lengths, limits) if self.pack else np.broadcast_to(limits, lengths.shape)
-        )
+        if not self.pack:
+            lengths[:] = limits
         return Rows(store, pack(lengths, limits, self.seed))  # type: ignore[return-value]
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -71,9 +71,9 @@ def test_a_restart_goes_on_from_what_is_kept(offer, figure):
 def test_steps_that_a_restart_repeats_change_nothing(offer):
     """On another mesh they may come out a little better than what was kept."""
     offer("accuracy", {2: {"accuracy": 0.5}, 4: {"accuracy": 0.6}})
-    run = offer("accuracy", {2: {"accuracy": 0.51}, 4: {"accuracy": 0.62}})
-    assert kept(run) == (4, 4.0)
-    assert kept(offer("accuracy", {6: {"accuracy": 0.61}})) == (6, 6.0)
+    repeated = {2: {"accuracy": 0.51}, 4: {"accuracy": 0.62}}
+    assert kept(offer("accuracy", repeated)) == (4, 4.0)
+    assert kept(offer("accuracy", repeated | {6: {"accuracy": 0.61}})) == (6, 6.0)
 
 
 def test_without_a_figure_nothing_is_kept(offer):
