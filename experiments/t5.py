@@ -17,8 +17,8 @@ relative positions that all layers of a stack share. 1.0: ReLU, the output is th
 matrix divided by √d; 1.1: gated tanh-GELU, an output matrix, no dropout while pretraining. Spans of
 3 tokens, 15 % of 568, make 512 + 114 tokens. Adafactor, lr 1/√max(t, 10⁴) times the parameter's
 root mean square, no decay, no clipping, z-loss 1e-4; 2,048 sequences, 1,000,000 updates.
-Different from the released code: no dropout after the stacks' last norms, and Adafactor does not
-factor the attention kernels, whose heads are too small for its 128.
+Different from the released code: Adafactor does not factor the attention kernels, whose heads are
+too small for its 128.
 
     lm train --config experiments/t5.py:1.1-small --workdir runs/t5 --config.parallel.preset=data \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model
@@ -47,6 +47,7 @@ def get_config(variant="1.1-small"):
     model.vocab_size = 32_128  # 32,000 pieces, 100 sentinels, filled up
     model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
     model.positions, model.scale_attention = "relative", False
+    model.final_dropout = True
     model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
     if variant.startswith("1.1"):
         model.activation, model.tie_embeddings = "geglu", False

@@ -35,12 +35,17 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
 
     from lm.data.dataset import open_split
     from lm.evaluation.loss import evaluate
+    from lm.evaluation.task import check_task
     from lm.experiment import reads_records
     from lm.training.workdir import load_tokenizer
 
     if "data.tokenizer" in overrides:
         raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
+    if args.output and not args.task:
+        raise UserError("--output is where --task writes its report: give both")
     experiment, params, step = _load_run(args, overrides)
+    if args.task:
+        check_task(experiment.config)
     tokenizer, data = load_tokenizer(Path(args.workdir)), experiment.config.data
     records = reads_records(experiment.config)
     stores = open_split(data, args.split, tokenizer, records, progress=True)
@@ -82,7 +87,7 @@ def generate(args: argparse.Namespace, overrides: Overrides) -> int:
     _check_generate(args)
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
-    experiment, params, step = _load_run(args, overrides)
+    experiment, params, step = _load_run(args, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
     if not hasattr(model, "decode"):
         raise UserError(f"a model of the family {config.model.family} writes no text")
@@ -211,8 +216,13 @@ VERBS = {
 }
 
 
-def _load_run(args: argparse.Namespace, overrides: Overrides) -> tuple[Any, Any, int]:
-    """The experiment, parameters and step of the run in --workdir, on all devices."""
+def _load_run(
+    args: argparse.Namespace, overrides: Overrides, any_batch: bool = False
+) -> tuple[Any, Any, int]:
+    """The experiment, parameters and step of the run in --workdir, on all devices.
+
+    With `any_batch` the run's batch sizes do not matter, and are made what the devices divide.
+    """
     import jax
 
     from lm.experiment import build
@@ -222,6 +232,10 @@ def _load_run(args: argparse.Namespace, overrides: Overrides) -> tuple[Any, Any,
 
     one_copy_a_device = {f"parallel.mesh.{axis}": "1" for axis in ("slice", "fsdp", "tensor")}
     mesh = {"parallel.preset": "custom", "parallel.mesh.data": "-1"} | one_copy_a_device
+    if any_batch:
+        one_a_device = str(len(jax.devices()))
+        mesh |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
+        mesh |= {"train.microbatches": "1"}
     config = load_config(Path(args.workdir), PLAIN | mesh | overrides)
     experiment = build(config, jax.devices())
     parameters, step = restore_params(experiment, Path(args.workdir), args.average, args.best)

@@ -201,6 +201,11 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
             f"config.objective.name={config.objective.name} needs config.model.family "
             f"{' or '.join(families)}, not {config.model.family}"
         )
+    if config.eval.best and config.eval.max_batches:
+        yield (
+            f"config.eval.best={config.eval.best} compares whole evaluations: "
+            f"config.eval.max_batches={config.eval.max_batches} must be 0"
+        )
     if config.init.vectors and config.init["from"]:
         yield "config.init.from and config.init.vectors exclude each other"
     sizes = [size for _, size in flatten(config.parallel.mesh)]

@@ -53,9 +53,8 @@ PASSING = {
 
 
 def model_flops_per_token(experiment: Experiment) -> float:
-    """FLOPs of one training step by the convention above, divided by its data.sequence_length
-    tokens a row; those of a target beside a source are part of the cost of the source's."""
-    m, length = experiment.config.model, experiment.config.data.sequence_length
+    """FLOPs of one training step by the convention above, divided by `tokens_per_row`."""
+    m = experiment.config.model
     if m.family == "skip_gram":
         o = experiment.config.objective
         return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
@@ -67,7 +66,14 @@ def model_flops_per_token(experiment: Experiment) -> float:
         if name.endswith("/kernel") or name == output:
             passing = next(kind for start, kind in PASSING.items() if re.match(start, name))
             multiplied += leaf.size * tokens[passing]
-    return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / length
+    return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
+
+
+def tokens_per_row(experiment: Experiment) -> int:
+    """Tokens of an example: those of a source and its target, or of the one sequence."""
+    tokens = _tokens(experiment)
+    has_target = "source" in experiment.steps.objective.shapes
+    return tokens["source"] + (tokens["target"] if has_target else 0)
 
 
 def _tokens(experiment: Experiment) -> dict[str, int]:

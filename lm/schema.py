@@ -92,6 +92,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.dropout": Key(0.0, "Dropout of embeddings and sublayer outputs.", low=0.0, high=0.99),
     "model.activation_dropout": Key(0.0, "Dropout inside the feed-forward.", low=0.0, high=0.99),
+    "model.final_dropout": Key(False, "Dropout after the final norm of a stack too (T5)."),
     "model.attention_dropout": Key(0.0, "Dropout of attention weights.", low=0.0, high=0.99),
     "model.init": Key(
         "normal",

@@ -9,7 +9,7 @@ import pytest
 
 from lm.config import default
 from lm.experiment import build
-from lm.flops import model_flops_per_token, peak_flops
+from lm.flops import model_flops_per_token, peak_flops, tokens_per_row
 
 L, T, N, D = 16, 12, 3, 32  # source and target lengths, layers, width
 
@@ -70,7 +70,13 @@ def _products(jaxpr):
 def test_model_flops_are_three_times_the_needed_products(family, objective, tied):
     experiment = experiment_of(family, objective, tied)
     needed = forward_products(experiment) - KINDS[family, objective]
-    assert model_flops_per_token(experiment) * L == pytest.approx(3 * needed)
+    flops = model_flops_per_token(experiment) * tokens_per_row(experiment)
+    assert flops == pytest.approx(3 * needed)
+
+
+def test_a_row_is_a_source_and_its_target():
+    assert tokens_per_row(experiment_of("encoder_decoder", "seq2seq")) == L + T
+    assert tokens_per_row(experiment_of("encoder", "masked")) == L
 
 
 def test_skip_gram_counts_pairs_and_their_noise():

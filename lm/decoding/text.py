@@ -67,7 +67,7 @@ def write(
         found = sample_records(experiment, params, ids, sampling, seed, controls, start, progress)
     for prompt, outputs in zip(ids[start:], found, strict=True):
         before = [] if of_source else prompt
-        yield [Written(_text_after(tokenizer, before, o.tokens), o.score) for o in outputs]
+        yield [Written(text_after(tokenizer, before, o.tokens), o.score) for o in outputs]
 
 
 def record(role: str, text: str, written: Sequence[Written], n_best: int) -> dict[str, Any]:
@@ -111,13 +111,13 @@ def continuations(
         for i, token in enumerate(np.asarray(tokens)):
             if token >= 0:
                 new[i].append(int(token))
-            complete = _text_after(tokenizer, ids[i], new[i])
+            complete = text_after(tokenizer, ids[i], new[i])
             parts.append(complete[len(shown[i]) :])
             shown[i] = max(shown[i], complete, key=len)
         yield parts
 
 
-def _text_after(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+def text_after(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
     """What `new` adds to the prompt's text; decoded with it, as spaces depend on what is before.
 
     Ids that the tokenizer lacks (a padded vocabulary has some) are no text.

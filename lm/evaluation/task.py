@@ -11,35 +11,30 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lm.data.batches import prefetch
 from lm.data.record_store import Record, RecordStore
 from lm.data.tokenizers import Tokenizer
 from lm.decoding.batch import transduce
 from lm.decoding.options import search_of
+from lm.decoding.text import text_after
 from lm.errors import UserError
-from lm.evaluation.metrics.registry import measure
+from lm.evaluation.metrics.registry import check_metrics, measure
 from lm.evaluation.span_answers import span_answers
 from lm.experiment import Experiment
 from lm.objectives.registry import make_objective
 from lm.objectives.roles import check_roles
 from lm.steps import Params
 
-DEFAULT_METRICS = {
-    "seq2seq": "bleu,exact_match",
-    "classification": "accuracy",
-    "regression": "pearson,spearman",
-    "span_qa": "squad",
-}
-
 
 @dataclass(frozen=True)
 class Answers:
-    """What was predicted for each record, what is right, and what metrics there usually are."""
+    """What was predicted for each record, what is right, and the metrics that are usual."""
 
     predictions: Sequence[Any]
     references: Sequence[Any]
-    metrics: str
+    metrics: tuple[str, ...]
 
 
 def evaluate_task(
@@ -47,22 +42,32 @@ def evaluate_task(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The scores by config.eval.metrics, and every record with its "prediction".
 
-    UserError if the objective is none of records, or a metric is unknown.
+    A score that is not defined (a correlation with a constant) is None.
     """
-    name = experiment.config.objective.name
-    if name not in TASKS:
-        raise UserError(f"config.objective.name={name} has no task: lm eval without --task")
     records = list(chain.from_iterable(stores))
-    answers = TASKS[name](experiment, params, tokenizer, stores, records)
-    names = [
-        part.strip() for part in (experiment.config.eval.metrics or answers.metrics).split(",")
-    ]
-    scores = measure(names, answers.predictions, answers.references)
+    answer = TASKS[experiment.config.objective.name]
+    answers = answer(experiment, params, tokenizer, stores, records)
+    names = asked_metrics(experiment.config) or answers.metrics
+    found = measure(names, answers.predictions, answers.references)
+    scores = {name: None if score != score else score for name, score in found.items()}
     rows = [
         {**record.raw, "prediction": prediction}
         for record, prediction in zip(records, answers.predictions, strict=True)
     ]
     return {"n": len(records), **scores}, rows
+
+
+def check_task(config: ConfigDict) -> None:
+    """Raise UserError if the objective is none of records, or a metric is unknown."""
+    name = config.objective.name
+    if name not in TASKS:
+        raise UserError(f"config.objective.name={name} has no task: lm eval without --task")
+    check_metrics(asked_metrics(config))
+
+
+def asked_metrics(config: ConfigDict) -> tuple[str, ...]:
+    """The metrics that config.eval.metrics names, if it names any."""
+    return tuple(filter(None, map(str.strip, config.eval.metrics.split(","))))
 
 
 def write_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -89,8 +94,8 @@ def _transduce(
     sources = [objective.source(record) for record in records]
     search = search_of(experiment.config, tokenizer)
     outputs = transduce(experiment, params, tokenizer, sources, search)
-    texts = [tokenizer.decode(ids) for ids in outputs]
-    return Answers(texts, [record.raw["target"] for record in records], DEFAULT_METRICS["seq2seq"])
+    texts = [text_after(tokenizer, [], ids) for ids in outputs]
+    return Answers(texts, [record.raw["target"] for record in records], ("bleu", "exact_match"))
 
 
 def _classify(
@@ -105,9 +110,9 @@ def _classify(
     names = make_objective(experiment.config, tokenizer).labels  # type: ignore[attr-defined]
     if names:
         chosen = [names[i] for i in scores.argmax(-1)]
-        return Answers(chosen, labels, DEFAULT_METRICS["classification"])
+        return Answers(chosen, labels, ("accuracy",))
     numbers = [float(score) for score in scores[:, 0]]
-    return Answers(numbers, [float(label) for label in labels], DEFAULT_METRICS["regression"])
+    return Answers(numbers, [float(label) for label in labels], ("pearson", "spearman"))
 
 
 def _find_spans(
@@ -126,7 +131,7 @@ def _find_spans(
         of_store_NL2, scores_NL2 = np.split(scores_NL2, [len(windows)])
         texts += span_answers(objective, windows, of_store_NL2, may_lack)
     references = [[answer["text"] for answer in record.raw["answers"]] for record in records]
-    return Answers(texts, references, DEFAULT_METRICS["span_qa"])
+    return Answers(texts, references, ("squad",))
 
 
 def predict(

@@ -40,6 +40,7 @@ class TransformerConfig:
     scale_attention: bool = True
     n_classes: int = 0
     dropout: float = 0.0
+    final_dropout: bool = False
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     init: str = "normal"

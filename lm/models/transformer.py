@@ -169,4 +169,6 @@ class Stack(nn.Module):
             cache = Cache(*cached.own, cache.segment_ids_BS, cache.index + L, source)
         if c.norm_placement == "pre":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
+        if c.final_dropout:
+            x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache

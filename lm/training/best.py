@@ -45,6 +45,8 @@ class Best:
         if is_new and value > self._value:
             self._value = value
             self._checkpoints.save(step, state, {self._name: figures[self._name]})
+            # Else a kill after the run's own checkpoint of this step could lose the best one.
+            self._checkpoints.wait()
 
     def close(self) -> None:
         """Wait until what was kept is on the disk."""

@@ -52,7 +52,12 @@ class Checkpoints:
         if (step := self.latest_step) is None:
             return None
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["metadata"]
+        try:
+            return self._manager.restore(step, args=args)["metadata"]
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(
+                f"{self._folder / str(step)} is damaged ({one_line(error)}): move it away"
+            ) from error
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
         """Copy the state to the host and start writing it; waits for an earlier save to end.
@@ -132,10 +137,14 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until what was saved is on the disk."""
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait until what was saved is on the disk; nothing can be saved any more."""
+        self.wait()
         self._manager.close()
 
 

@@ -14,7 +14,7 @@ from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate
 from lm.experiment import Experiment
-from lm.flops import model_flops_per_token, peak_flops
+from lm.flops import model_flops_per_token, peak_flops, tokens_per_row
 from lm.parallel.hosts import Agreement
 from lm.steps import Metrics, TrainState
 from lm.training.best import Best
@@ -68,6 +68,7 @@ class Loop:
         self._skipped_step: int | None = None
         self._read_at = self._saved_at = time.monotonic()
         devices = experiment.mesh.devices.flatten()
+        self._tokens_per_row = tokens_per_row(experiment)
         self._flops_per_token = model_flops_per_token(experiment)
         self._peak = peak_flops(devices[0])
         self._n_devices = len(devices)
@@ -142,8 +143,7 @@ class Loop:
         return wish
 
     def _speed(self, n_steps: int, seconds: float) -> dict[str, float]:
-        data = self.config.data
-        tokens = n_steps * data.batch_size * data.sequence_length
+        tokens = n_steps * self.config.data.batch_size * self._tokens_per_row
         flops = self._flops_per_token * tokens / max(seconds, 1e-9) / self._n_devices
         speed = {
             "tokens_per_second": tokens / max(seconds, 1e-9),

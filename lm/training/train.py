@@ -41,6 +41,11 @@ def train(config: ConfigDict, workdir: Path) -> bool:
                 f"tokenizer's {dataset.tokenizer.vocab_size} and {n_extra} of "
                 f"config.objective.name={config.objective.name}"
             )
+        if config.eval.best and not dataset.validation:
+            raise UserError(
+                f"config.eval.best={config.eval.best} needs validation data: set "
+                "config.data.validation_source or config.data.validation_fraction"
+            )
         metadata = workdirs.prepare(workdir, config, dataset, write=is_lead())
         report(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)

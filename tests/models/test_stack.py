@@ -116,3 +116,17 @@ def test_layers_drop_apart(make_model):
     x = np.asarray(training.apply({"params": params}, TOKENS % 32, rngs=rngs))
     shares = [np.mean(np.isclose(x, n * x.max(-1, keepdims=True) / 2)) for n in (0, 1, 2)]
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.05)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_dropout_after_the_final_norm_is_an_option(make_model, final):
+    """Raffel 2020, §2.1; without it the norm gives no zeros."""
+    model, params = make_model(dropout=0.5, final_dropout=final)
+    _, sown = model.clone(deterministic=False).apply(
+        {"params": params},
+        TOKENS,
+        rngs={"dropout": jax.random.key(0)},
+        capture_intermediates=lambda module, _: module.name == "stack",
+    )
+    x_BLD, _ = sown["intermediates"]["stack"]["__call__"][0]
+    assert float((x_BLD == 0).mean()) == pytest.approx(0.5 if final else 0.0, abs=0.03)

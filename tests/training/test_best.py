@@ -85,6 +85,24 @@ def test_an_unknown_figure_names_those_there_are(offer):
         offer("-acuracy", {2: {"loss": 1.0, "accuracy": 0.0}})
 
 
+def test_damage_is_named(offer):
+    run = offer("accuracy", {2: {"accuracy": 0.5}})
+    (metadata,) = run.glob("best/checkpoints/2/metadata/metadata")
+    metadata.write_text("{")
+    with pytest.raises(UserError, match=r"best/checkpoints/2 is damaged .*: move it away"):
+        offer("accuracy", {4: {"accuracy": 0.6}})
+
+
+def test_there_must_be_something_to_compare(tiny_config, tmp_path):
+    config = tiny_config(
+        eval__best="-loss", data__validation_source="", data__validation_fraction=0.0
+    )
+    with pytest.raises(UserError, match=r"config.eval.best=-loss needs validation data"):
+        train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"config.eval.max_batches=2 must be 0"):
+        train(tiny_config(eval__best="-loss", eval__max_batches=2), tmp_path / "run")
+
+
 def test_the_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):
     """A run that gets worse: what it kept is that of the evaluation with the least loss."""
     devices = jax.devices()[:1]

@@ -41,13 +41,19 @@ _ALL: tuple[Metric, ...] = (
 METRICS: dict[str, Metric] = {metric.__name__: _checked(metric) for metric in _ALL}
 
 
-def measure(
-    names: Iterable[str], predictions: Sequence, references: Sequence
-) -> dict[str, float | str]:
-    """The scores of all the named metrics in one dict; UserError for a name that is none."""
-    scores: dict[str, float | str] = {}
+def check_metrics(names: Iterable[str]) -> None:
+    """Raise UserError for the first name that is no metric."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}{nearest(name, METRICS)}")
+
+
+def measure(
+    names: Sequence[str], predictions: Sequence, references: Sequence
+) -> dict[str, float | str]:
+    """The scores of all the named metrics in one dict; UserError for a name that is none."""
+    check_metrics(names)
+    scores: dict[str, float | str] = {}
+    for name in names:
         scores |= METRICS[name](predictions, references)
     return scores
