@@ -44,5 +44,6 @@ def model_config(config: ConfigDict, kind: type) -> Any:
         "remat": config.train.remat,
         "scan_unroll": config.train.scan_unroll,
         "loss_chunk": config.train.loss_chunk,
+        "context_attention": config.parallel.context_attention,
     }
     return kind(**{field.name: values[field.name] for field in fields(kind)})
