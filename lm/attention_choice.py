@@ -16,6 +16,7 @@ from lm.objectives.registry import make_objective
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
+CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
 PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
 CUDNN_WIDEST_HEAD = 128
 
@@ -30,11 +31,12 @@ class Choice:
 
 
 def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Choice:
-    """The choice for a resolved configuration on devices of a platform ("cpu", "tpu", "gpu").
+    """The choice for a resolved configuration on devices of a platform, "cpu", "tpu" or "gpu".
 
     `sizes` are those of the mesh. "auto" takes the platform's kernel if that can run, else "xla",
     and a ring if the kernel can run in one. UserError if nothing that the keys allow can run.
     """
+    platform = CALLED.get(platform, platform)
     named, across = config.model.attention, config.parallel.context_attention
     kernels = (BEST_ON[platform], "xla") if named == "auto" else (named,)
     ways = ("ring", "gather") if across == "auto" else (across,)

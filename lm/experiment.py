@@ -36,9 +36,9 @@ Tree = Any
 
 
 def resolve(config: ConfigDict, platform: str) -> ConfigDict:
-    """A copy of the configuration with every 0 and "auto" that stands for a default filled in,
-    but for those that depend on the mesh.
+    """A copy of the configuration with every 0 and "auto" that stands for a default filled in.
 
+    What `choose` chooses for the devices stays "auto": a run may go on, or be evaluated, on others.
     `platform` is the devices' ("cpu", "tpu", "gpu"). May open the tokenizer to learn its size.
     """
     config = config.copy_and_resolve_references()
@@ -231,7 +231,6 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     _check_batch(config, sizes)
     check_lengths(config, sizes)
     attention = choose(config, devices[0].platform, sizes)
-    config.model.attention, config.parallel.context_attention = attention.kernel, attention.across
     if config.model.n_heads % sizes["tensor"]:
         raise UserError(
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
@@ -240,7 +239,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
     steps = Steps(
-        model=make_model(config),
+        model=make_model(config, attention.kernel, attention.across),
         objective=make_objective(config),
         optimizer=make_optimizer(config.optimizer, schedule, trainable),
         trainable=trainable,

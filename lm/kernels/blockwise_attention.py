@@ -91,9 +91,11 @@ blockwise_attention.defvjp(_forward, _backward)
 def _over_pairs(step: Callable, start: Any, n: int, m: int, causal: bool) -> Any:
     """`step` over every pair of tiles of which one sees the other."""
     for diagonal, pairs in _pairs(n, m, causal):
-        start, _ = jax.lax.scan(
-            lambda carry, pair, diagonal=diagonal: (step(carry, pair, diagonal), None), start, pairs
-        )
+
+        def turn(carry: Any, pair: Any, diagonal: bool = diagonal) -> tuple[Any, None]:
+            return step(carry, pair, diagonal), None
+
+        start, _ = jax.lax.scan(turn, start, pairs)
     return start
 
 

@@ -54,9 +54,7 @@ def nothing(queries: Queries) -> Part:
     return Part(zeros, jnp.full(zeros.shape[:-1], MASKED), zeros[..., 0])
 
 
-def visit(
-    parts: Part, queries: Queries, keys: Keys, pair: tuple[Any, Any], diagonal: bool
-) -> Part:
+def visit(parts: Part, queries: Queries, keys: Keys, pair: tuple[Any, Any], diagonal: bool) -> Part:
     """The stacked parts after the queries of tile a have seen the keys of tile b, (a, b) a pair.
 
     On the `diagonal` query i sees keys 0 … i; segments keep to themselves everywhere.
@@ -116,9 +114,7 @@ def query_tiles(q_BLHK: jax.Array, segments_BL: jax.Array | None, G: int, n: int
     return Queries(q_BNTGRK.transpose(1, 0, 3, 4, 2, 5), _segment_tiles(segments_BL, n))
 
 
-def key_tiles(
-    k_BSGK: jax.Array, v_BSGK: jax.Array, segments_BS: jax.Array | None, n: int
-) -> Keys:
+def key_tiles(k_BSGK: jax.Array, v_BSGK: jax.Array, segments_BS: jax.Array | None, n: int) -> Keys:
     """Keys and values cut into `n` equal tiles, [N, B, G, S, K]."""
 
     def tiles(x_BSGK: jax.Array) -> jax.Array:
@@ -144,7 +140,8 @@ def _scores(queries: Queries, keys: Keys, diagonal: bool) -> jax.Array:
     """[B, G, R, T, S], with `MASKED` for what is not seen."""
     scores = _einsum("BGRTK,BGSK->BGRTS", queries.q_BGRTK, keys.k_BGSK)
     if diagonal:
-        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, MASKED)
+        T, S = scores.shape[-2:]
+        scores = jnp.where(jnp.tri(T, S, dtype=bool), scores, MASKED)
     if queries.segments_BT is not None and keys.segments_BS is not None:
         same_BTS = queries.segments_BT[:, :, None] == keys.segments_BS[:, None, :]
         scores = jnp.where(same_BTS[:, None, None], scores, MASKED)

@@ -33,7 +33,8 @@ def to_zigzag(x: jax.Array, axis: str) -> jax.Array:
 
 def from_zigzag(x: jax.Array, axis: str) -> jax.Array:
     """The inverse of `to_zigzag`."""
-    first, second = _swap(*jnp.split(x, 2, axis=1), axis)
+    early, late = jnp.split(x, 2, axis=1)
+    first, second = _swap(early, late, axis)
     parts = _send(first, axis, 0, back=True), _send(second, axis, 1, back=True)
     return jnp.concatenate(parts, axis=1)
 

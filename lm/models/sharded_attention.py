@@ -49,9 +49,8 @@ def attend(
     ring = cut and across == "ring" and own
     if not rules.on_mesh() or (by_compiler and not ring):
         if cut:
-            k_BSGK, v_BSGK = (
-                rules.constrain(x, "batch", "keys", "kv_heads", "head_dim") for x in (k_BSGK, v_BSGK)
-            )
+            names = ("batch", "keys", "kv_heads", "head_dim")
+            k_BSGK, v_BSGK = (rules.constrain(x, *names) for x in (k_BSGK, v_BSGK))
         return attention(
             q_BLHK,
             k_BSGK,

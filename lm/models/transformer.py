@@ -11,6 +11,7 @@ from dataclasses import replace
 import flax.linen as nn
 import flax.struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
 from lm.models.attention import Attention, KeyValue
@@ -20,9 +21,14 @@ from lm.models.layers import FeedForward, make_norm
 from lm.models.positions import RelativeBias, rotary_angles
 from lm.parallel.rules import constrain
 
+HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims(**HOST),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], **HOST
+    ),
 }
 
 
@@ -65,6 +71,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cached]:
         c = self.config
         own, source = cached.own, cached.source
+        x_BLD = checkpoint_name(x_BLD, "block_input")
 
         def self_attention(y_BLD: jax.Array) -> jax.Array:
             nonlocal own

@@ -103,9 +103,7 @@ def _rule(rules: Rules, name: str) -> tuple[str, ...]:
     return rules[name]
 
 
-def batch_sharding(
-    mesh: Mesh, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, NamedSharding]:
+def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
     """The shardings of the [steps, B, …] arrays of batches with these [B, …] shapes, by name.
 
     The dimension after the rows lies over `context` where it divides it: it is a length, or of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
-from lm.errors import UserError
 from lm.experiment import build, reads_records
 
 STEPS = 3
@@ -26,11 +25,14 @@ PLAIN = {
 }
 # Kind, mesh, what else is set, and how attention crosses devices.
 CASES = [
-    ("causal decoder", {"data": 2, "context": 4}, {}, "ring"),
-    ("causal decoder", {"context": 2, "fsdp": 2, "tensor": 2}, {"parallel__sequence": True}, "ring"),
-    ("causal decoder", {"context": 4}, {"train__loss_chunk": 8, "train__remat": "full"}, "ring"),
+    ("causal decoder", {"data": 2, "context": 4}, {"train__loss_chunk": 8}, "ring"),
+    (
+        "causal decoder",
+        {"context": 2, "fsdp": 2, "tensor": 2},
+        {"parallel__sequence": True, "train__remat": "full"},
+        "ring",
+    ),
     ("causal decoder", {"fsdp": 2, "tensor": 4}, {"parallel__sequence": True}, ""),
-    ("prefix decoder", {"context": 4, "tensor": 2}, {}, "gather"),
     ("masked encoder", {"context": 4, "fsdp": 2}, {}, "ring"),
     ("span_corruption encoder_decoder", {"context": 4, "tensor": 2}, {}, "gather"),
     ("seq2seq encoder_decoder", {"context": 4, "fsdp": 2}, {}, "ring"),
@@ -42,7 +44,7 @@ def make(make_kind):
     """Makes an experiment of a kind on a mesh."""
 
     def make(kind, mesh, **overrides):
-        config = make_kind(kind, train__steps=STEPS, **overrides)
+        config = make_kind(kind, train__steps=STEPS, **PLAIN, **overrides)
         config.parallel.mesh.update({"data": 1, **mesh})
         return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
 
@@ -58,10 +60,16 @@ def train(experiment):
     return np.asarray(metrics["loss"]), jax.device_get(state.params)
 
 
+ON_ONE_DEVICE: dict[str, Any] = {}
+
+
 @pytest.mark.parametrize(("kind", "mesh", "options", "across"), CASES)
 def test_losses_and_gradients_equal_those_of_one_device(make, kind, mesh, options, across):
-    losses, params = train(make(kind, {}, **PLAIN))
-    experiment = make(kind, mesh, **PLAIN, **options)
+    """With dropout of the residual stream, whose order is the sequence's on any mesh."""
+    if kind not in ON_ONE_DEVICE:
+        ON_ONE_DEVICE[kind] = train(make(kind, {}))
+    losses, params = ON_ONE_DEVICE[kind]
+    experiment = make(kind, mesh, **options)
     if across:
         assert experiment.attention.across == across
     found, after = train(experiment)
