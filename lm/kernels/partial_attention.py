@@ -69,9 +69,13 @@ def visit(parts: Part, queries: Queries, keys: Keys, pair: tuple[Any, Any], diag
 
 
 def finish(parts: Part) -> tuple[jax.Array, jax.Array]:
-    """The attention output, float32, and log Z, of parts that have seen all their keys."""
-    total = jnp.maximum(parts.total_BGRT, jnp.finfo(jnp.float32).tiny)
-    return parts.sum_BGRTK / total[..., None], parts.largest_BGRT + jnp.log(total)
+    """The attention output, float32, and log Z, of parts that have seen all their keys.
+
+    A query that sees none has log Z = ∞, so no gradients.
+    """
+    log_z = jnp.where(parts.largest_BGRT > MASKED, parts.largest_BGRT, jnp.inf)
+    out = parts.sum_BGRTK / parts.total_BGRT[..., None]
+    return out, log_z + jnp.log(parts.total_BGRT)
 
 
 def saved(g: jax.Array, out: jax.Array, log_z: jax.Array) -> Saved:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,9 @@ def equal(found, expected):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
 
 
-CROSS = Visibility(False, make_segments(24), make_segments(40))
+SOURCE = make_segments(40)
+# Every query has a key of its segment.
+CROSS = Visibility(False, jnp.minimum(make_segments(24), SOURCE.max(1, keepdims=True)), SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,15 @@ def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
         for kernel in ("blockwise", "xla")
     )
     equal(found, expected)
+
+
+def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
+    q, k, v, _ = make_inputs(8, 8)
+    nowhere = Visibility(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
+    attend = partial(attention, visibility=nowhere, kernel="blockwise")
+    out, back = jax.vjp(attend, q, k, v)
+    assert np.isfinite(out).all()
+    assert all((grad == 0).all() for grad in back(out))
 
 
 def test_tiles_are_equal_and_neither_long_nor_tiny():

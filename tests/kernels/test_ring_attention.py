@@ -24,8 +24,9 @@ def on_ring(function, n_devices, n_arguments):
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 
-@pytest.mark.parametrize(("n_devices", "causal"), [(8, True), (4, True), (2, True), (4, False)])
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(
+    ("n_devices", "causal", "segmented"), [(8, True, True), (2, True, False), (4, False, True)]
+)
 def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, causal, segmented):
     rng = np.random.default_rng(n_devices)
     q, g = jnp.asarray(rng.normal(size=(2, 2, LENGTH, 4, 8)), jnp.float32)
