@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.config import tiled_attention_problem, validate
+from lm.attention_choice import Choice, check_lengths, choose
+from lm.config import validate
 from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
 from lm.data.tokenizers import Tokenizer
@@ -37,6 +38,7 @@ Tree = Any
 def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     """A copy of the configuration with every 0 and "auto" that stands for a default filled in.
 
+    What `choose` chooses for the devices stays "auto": a run may go on, or be evaluated, on others.
     `platform` is the devices' ("cpu", "tpu", "gpu"). May open the tokenizer to learn its size.
     """
     config = config.copy_and_resolve_references()
@@ -57,9 +59,6 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     config.decode.max_length = config.decode.max_length or data.target_length
     if model.dtype == "auto":
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
-    if model.attention == "auto":
-        tiled = platform == "cpu" and not tiled_attention_problem(config)
-        model.attention = "tiled" if tiled else "xla"
     validate(config)
     return config
 
@@ -72,6 +71,7 @@ class Experiment:
     mesh: Mesh
     model: nn.Module
     steps: Steps
+    attention: Choice
 
     # --- shapes and shardings
 
@@ -143,9 +143,10 @@ class Experiment:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @cached_property
-    def batch_sharding(self) -> NamedSharding:
-        """Of the [steps, B, …] arrays that `train_steps` and `eval_steps` take."""
-        return NamedSharding(self.mesh, PartitionSpec(None, rules.BATCH_AXES))
+    def batch_sharding(self) -> dict[str, NamedSharding]:
+        """Of the [steps, B, …] arrays that `train_steps` and `eval_steps` take, by name."""
+        shapes = {name: shape.shape for name, shape in self.batch_shapes.items()}
+        return rules.batch_sharding(self.mesh, shapes)
 
     # --- compiled functions
 
@@ -217,7 +218,7 @@ class Experiment:
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
-            with rules.activations_on(self.mesh):
+            with rules.activations_on(self.mesh, self.config.parallel.sequence):
                 return function(*args)
 
         return on_mesh
@@ -228,6 +229,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
     _check_batch(config, sizes)
+    check_lengths(config, sizes)
+    attention = choose(config, devices[0].platform, sizes)
     if config.model.n_heads % sizes["tensor"]:
         raise UserError(
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
@@ -236,7 +239,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
     steps = Steps(
-        model=make_model(config),
+        model=make_model(config, attention.kernel, attention.across),
         objective=make_objective(config),
         optimizer=make_optimizer(config.optimizer, schedule, trainable),
         trainable=trainable,
@@ -245,7 +248,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         seed=config.seed,
         microbatches=config.train.microbatches,
     )
-    experiment = Experiment(config, make_mesh(sizes, devices), steps.model, steps)
+    mesh = make_mesh(sizes, devices)
+    experiment = Experiment(config, mesh, steps.model, steps, attention)
     experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
     return experiment
 

@@ -111,8 +111,10 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.attention": Key(
         "auto",
-        "Attention kernel: plain XLA, or tiles that skip the masked half (for CPUs).",
-        choices=("auto", "xla", "tiled"),
+        "Attention kernel: plain XLA; tiles that skip the masked half (for CPUs); blockwise: the "
+        "scores of one tile at a time; splash (TPU) and cudnn (GPU): fused; auto: the platform's "
+        "own if it can run, else xla.",
+        choices=("auto", "xla", "tiled", "blockwise", "splash", "cudnn"),
         free=True,
     ),
     # --- objective
@@ -211,8 +213,10 @@ SCHEMA: dict[str, Key] = {
     "train.microbatches": Key(1, "Parts of a batch whose gradients are summed.", low=1),
     "train.remat": Key(
         "none",
-        "What the backward pass recomputes: nothing, all but matmul results, or everything.",
-        choices=("none", "dots", "full"),
+        "What the backward pass recomputes: nothing, all but matmul results, or everything; "
+        "offload_dots: matmul results wait in the host's memory, offload: the input of each "
+        "layer does, and everything else is recomputed.",
+        choices=("none", "dots", "full", "offload_dots", "offload"),
         free=True,
     ),
     "train.scan_unroll": Key(
@@ -346,8 +350,20 @@ SCHEMA: dict[str, Key] = {
     "parallel.mesh.data": Key(-1, "Data parallel; -1: the rest of the devices.", low=-1, free=True),
     "parallel.mesh.fsdp": Key(1, "Data parallel with sharded parameters.", low=-1, free=True),
     "parallel.mesh.expert": Key(1, "Experts (only 1 so far).", low=1, high=1, free=True),
-    "parallel.mesh.context": Key(1, "Sequence parts (only 1 so far).", low=1, high=1, free=True),
+    "parallel.mesh.context": Key(1, "Parts of every sequence.", low=-1, free=True),
     "parallel.mesh.tensor": Key(1, "Heads, feed-forward width, vocabulary.", low=-1, free=True),
+    "parallel.context_attention": Key(
+        "auto",
+        "Attention over the parts of a sequence: keys go round in a ring, or are gathered on "
+        "every device; auto: ring where the attention kernel can.",
+        choices=("auto", "ring", "gather"),
+        free=True,
+    ),
+    "parallel.sequence": Key(
+        False,
+        "Between the sublayers, activations are cut along the sequence over tensor too.",
+        free=True,
+    ),
     # --- logging
     "log.every_steps": Key(1, "Write every so many steps to metrics.jsonl.", low=1, free=True),
     "log.tensorboard": Key(True, "Write TensorBoard event files too.", free=True),

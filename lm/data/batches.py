@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.data.contiguous import Contiguous
 from lm.errors import UserError
@@ -125,30 +125,37 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def to_device(
-    batches: Batches, steps: Sequence[int], sharding: NamedSharding
+    batches: Batches, steps: Sequence[int], shardings: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
     """The batches of some steps as global arrays [steps, batch, ...].
 
-    `sharding` is that of [steps, batch]; each process builds only its own rows.
+    `shardings` are those of the arrays by name, all alike in their rows; each process builds only
+    its own rows.
     """
-    rows = host_rows(sharding, batches.batch_size)
+    one = next(iter(shardings.values()))
+    by_rows = NamedSharding(one.mesh, PartitionSpec(*one.spec[:2]))
+    rows = host_rows(by_rows, batches.batch_size)
     parts = [batches.rows(step, rows) for step in steps]
 
-    def place(local: np.ndarray) -> jax.Array:
+    def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             wanted = range(batches.batch_size)[index[1]]
             start, stop = np.searchsorted(rows, [wanted.start, wanted.stop])
-            return local[:, start:stop]
+            return local[:, start:stop, *index[2:]]
 
         shape = (len(parts), batches.batch_size, *local.shape[2:])
         return jax.make_array_from_callback(shape, sharding, part)
 
+    arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     with jax.transfer_guard("allow"):  # the one transfer that is meant
-        return {name: place(np.stack([part[name] for part in parts])) for name in parts[0]}
+        return {name: place(array, shardings[name]) for name, array in arrays.items()}
 
 
 def prefetch(
-    batches: Batches, dispatches: Iterable[Sequence[int]], sharding: NamedSharding, depth: int = 2
+    batches: Batches,
+    dispatches: Iterable[Sequence[int]],
+    shardings: Mapping[str, NamedSharding],
+    depth: int = 2,
 ) -> Generator[dict[str, jax.Array], None, None]:
     """`to_device` of each sequence of steps; a thread prepares `depth` of them ahead.
 
@@ -160,7 +167,7 @@ def prefetch(
 
     def submit(n: int) -> None:
         for steps in islice(waiting, n):
-            pending.append(thread.submit(to_device, batches, steps, sharding))
+            pending.append(thread.submit(to_device, batches, steps, shardings))
 
     try:
         submit(depth)

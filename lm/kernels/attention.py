@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.blockwise_attention import blockwise_attention
 from lm.kernels.tiled_attention import MASKED, tiled_attention
 
 
@@ -67,8 +68,9 @@ def attention(
 
     Scores are multiplied by `scale`, 1/sqrt(K) unless given, and `bias_HLS` is added to them.
     Kernels: "xla" computes every score; "tiled" never computes the masked half of whole causal
-    squares, as a decoder trains on; its steps of decoding, which are no such square, go to "xla".
-    Scores and softmax are float32.
+    squares, as a decoder trains on; its steps of decoding, which are no such square, go to "xla";
+    "blockwise" never has more than a tile of the scores; "cudnn" is NVIDIA's. ValueError if one
+    cannot do what is asked. Scores and softmax are float32.
     """
     L, S, K = q_BLHK.shape[1], k_BSGK.shape[1], q_BLHK.shape[-1]
     scale = K**-0.5 if scale is None else scale
@@ -77,8 +79,42 @@ def attention(
         if not plain or dropout is not None or scale != K**-0.5:
             raise ValueError('attention kernel "tiled" is for plain causal attention')
         return tiled_attention(q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
+    if kernel in ("blockwise", "cudnn") and not (bias_HLS is None and dropout is None):
+        raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
+    if kernel == "cudnn":
+        return _cudnn(q_BLHK, k_BSGK, v_BSGK, visibility, scale)
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    if kernel == "blockwise":
+        if visibility.prefix_BS is not None or (visibility.causal and L != S):
+            raise ValueError('attention kernel "blockwise" has no prefixes and no cache')
+        own, other = visibility.segments_BL, visibility.key_segments_BS
+        other = own if other is None else other
+        return blockwise_attention(q_BLHK, k_BSGK, v_BSGK, own, other, visibility.causal)
     return _attend(q_BLHK, k_BSGK, v_BSGK, visibility.mask(L, S), bias_HLS, dropout)
+
+
+def _cudnn(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visibility: Visibility,
+    scale: float,
+) -> jax.Array:
+    """NVIDIA's fused kernel, which takes a causal mask by name and any other as an array."""
+    only_causal = visibility.causal and visibility.segments_BL is None
+    only_causal &= visibility.prefix_BS is None
+    mask_BLS = None
+    if not only_causal:
+        mask_BLS = visibility.mask(q_BLHK.shape[1], k_BSGK.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BLHK,
+        k_BSGK,
+        v_BSGK,
+        mask=None if mask_BLS is None else mask_BLS[:, None],
+        scale=scale,
+        is_causal=only_causal,
+        implementation="cudnn",
+    )
 
 
 def _attend(

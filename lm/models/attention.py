@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 from jax import lax
 
-from lm.kernels.attention import Dropout, Visibility, attention
+from lm.kernels.attention import Dropout, Visibility
 from lm.models.config import TransformerConfig
 from lm.models.layers import Linear
 from lm.models.positions import rotate
+from lm.models.sharded_attention import attend
 from lm.parallel.rules import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -95,11 +96,12 @@ class Attention(nn.Module):
         if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
-        o_BLHK = attention(
+        o_BLHK = attend(
             q_BLHK,
             *keys_values,
             visibility,
             kernel=self.kernel,
+            across=c.context_attention,
             scale=scale,
             bias_HLS=bias_HLS,
             dropout=dropout,

@@ -48,6 +48,7 @@ class TransformerConfig:
     scale_residual_init: bool = True
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    context_attention: str = "ring"
     remat: str = "none"
     scan_unroll: int = 1
     loss_chunk: int = 0

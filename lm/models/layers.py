@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.matmul import matmul
 from lm.models.config import TransformerConfig
-from lm.parallel.rules import constrain
+from lm.parallel.rules import constrain, shards
 
 Initializer = Callable[..., jax.Array]
 
@@ -27,11 +27,21 @@ def named(init: Initializer, names: tuple[str, ...]) -> Any:
     return nn.with_partitioning(init, names)
 
 
+def tokens_of(leading: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading dimensions of what a linear map is applied to: one, of all tokens.
+
+    Flat is what the backward pass multiplies fastest. A length that is cut over the mesh stays a
+    dimension of its own: joined with the rows it would have to be gathered first.
+    """
+    cut = len(leading) == 2 and shards("residual_length") > 1
+    return leading if cut else (prod(leading),)
+
+
 class Linear(nn.Module):
     """A linear map of the last `len(in_shape)` dimensions to `out_shape`.
 
     The kernel is [*in_shape, *out_shape]. It is applied as one product of two matrices, tokens
-    flattened, because that is what the backward pass multiplies fastest; sums are in float32.
+    flattened by `tokens_of`; sums are in float32.
     """
 
     in_shape: tuple[int, ...]
@@ -50,7 +60,7 @@ class Linear(nn.Module):
         )
         leading = x.shape[: x.ndim - len(self.in_shape)]
         y = matmul(
-            x.reshape(prod(leading), prod(self.in_shape)),
+            x.reshape(*tokens_of(leading), prod(self.in_shape)),
             kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
             self.dtype,
         )
@@ -114,7 +124,8 @@ class Embedding(nn.Module):
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Logits [B, L, rows], float32."""
-        logits = matmul(x_BLD.reshape(-1, self.width), self.embedding, self.dtype, True)
+        leading = tokens_of(x_BLD.shape[:-1])
+        logits = matmul(x_BLD.reshape(*leading, self.width), self.embedding, self.dtype, True)
         return logits.reshape(*x_BLD.shape[:-1], self.rows)
 
 

@@ -75,7 +75,8 @@ class Model(nn.Module):
             x_BLD += self.types(types_BL)
         if c.embedding_norm:
             x_BLD = self.embedding_norm(x_BLD)
-        return constrain(self.dropout(x_BLD), "batch", "length", "embed"), positions_BL
+        x_BLD = constrain(self.dropout(x_BLD), "batch", "residual_length", "embed")
+        return x_BLD, positions_BL
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V], float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -31,18 +31,20 @@ FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
 }
 
 
-def make_model(config: ConfigDict) -> nn.Module:
-    """The model that a resolved configuration describes."""
+def make_model(config: ConfigDict, attention: str, context_attention: str) -> nn.Module:
+    """The model that a resolved configuration describes, with the chosen attention."""
     model, kind = FAMILIES[config.model.family]
-    return model(model_config(config, kind))
+    chosen = {"attention": attention, "context_attention": context_attention}
+    return model(model_config(config, kind, chosen))
 
 
-def model_config(config: ConfigDict, kind: type) -> Any:
-    """The fields of `kind`, by their names, from a resolved configuration."""
+def model_config(config: ConfigDict, kind: type, chosen: Mapping[str, Any]) -> Any:
+    """The fields of `kind`, by their names, from a resolved configuration and what was chosen."""
     values = dict(config.model) | {
         "dtype": jnp.dtype(config.model.dtype),
         "remat": config.train.remat,
         "scan_unroll": config.train.scan_unroll,
         "loss_chunk": config.train.loss_chunk,
+        **chosen,
     }
     return kind(**{field.name: values[field.name] for field in fields(kind)})

@@ -11,6 +11,7 @@ from dataclasses import replace
 import flax.linen as nn
 import flax.struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
 from lm.models.attention import Attention, KeyValue
@@ -20,9 +21,14 @@ from lm.models.layers import FeedForward, make_norm
 from lm.models.positions import RelativeBias, rotary_angles
 from lm.parallel.rules import constrain
 
+HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims(**HOST),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], **HOST
+    ),
 }
 
 
@@ -65,6 +71,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cached]:
         c = self.config
         own, source = cached.own, cached.source
+        x_BLD = checkpoint_name(x_BLD, "block_input")
 
         def self_attention(y_BLD: jax.Array) -> jax.Array:
             nonlocal own
@@ -76,7 +83,7 @@ class Block(nn.Module):
 
         def cross_attention(y_BLD: jax.Array) -> jax.Array:
             nonlocal source
-            attend = Attention(c, self.deterministic, "xla", name="cross_attention")
+            attend = Attention(c, self.deterministic, self.kernel, name="cross_attention")
             if around.encoded_BSD is not None:
                 source = attend.keys_values(around.encoded_BSD)
             assert source is not None
@@ -94,7 +101,7 @@ class Block(nn.Module):
             norm = make_norm(c, f"{name}_norm")
             y_BLD = sublayer(norm(x_BLD) if c.norm_placement == "pre" else x_BLD)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
-            x_BLD = constrain(x_BLD + y_BLD, "batch", "length", "embed")
+            x_BLD = constrain(x_BLD + y_BLD, "batch", "residual_length", "embed")
             x_BLD = x_BLD if c.norm_placement == "pre" else norm(x_BLD)
         # Only decoding takes keys and values along.
         keeps = cached.own is not None
@@ -150,7 +157,6 @@ class Stack(nn.Module):
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        kernel = c.attention if self.causal else "xla"
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -159,7 +165,7 @@ class Stack(nn.Module):
             length=self.n_layers,
             unroll=c.scan_unroll or self.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.deterministic, kernel, name="layers")
+        )(c, self.deterministic, c.attention, name="layers")
         x_BLD, cached = layers(x_BLD, around, cached)
         if cache is not None:
             assert cached.own is not None

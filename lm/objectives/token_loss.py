@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lm.kernels.cross_entropy import TokenLosses, cross_entropy
 from lm.objectives.objective import Sums
+from lm.parallel.rules import constrain, shards
 
 
 def token_loss(
@@ -45,14 +46,16 @@ def _losses(
     """The losses of some columns at a time, so that the logits [B, T, V] never exist whole.
 
     They are computed again for the gradient: on a CPU that is faster than reading them back, and
-    anywhere it saves the memory. Columns, because rows lie on different devices.
+    anywhere it saves the memory. Columns, because rows lie on different devices; where columns do
+    too (C of them), some of every device's at a time.
     """
 
     def of_part(model: Any, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
         return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
 
     B, T = targets_BT.shape
-    n = parts(T, model.config.loss_chunk)
+    C = shards("length") if T % shards("length") == 0 else 1
+    n = parts(T // C, -(-model.config.loss_chunk // C))
     if n == 1:
         return of_part(model, x_BTD, targets_BT)
 
@@ -64,9 +67,17 @@ def _losses(
         variable_broadcast="params",
         split_rngs={"params": False, "dropout": True},
     )
-    x_NBTD = x_BTD.reshape(B, n, T // n, -1).swapaxes(0, 1)
-    _, losses = columns(model, None, (x_NBTD, targets_BT.reshape(B, n, T // n).swapaxes(0, 1)))
-    return jax.tree.map(lambda part_NBT: jnp.swapaxes(part_NBT, 0, 1).reshape(B, T), losses)
+
+    def chunks(x_BT: jax.Array) -> jax.Array:
+        x_BCNT = x_BT.reshape(B, C, n, T // (C * n), *x_BT.shape[2:])
+        return jnp.moveaxis(x_BCNT, 2, 0).reshape(n, B, T // n, *x_BT.shape[2:])
+
+    def whole(x_NBT: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
+
+    x_BTD = constrain(x_BTD, "batch", "length", "embed")
+    _, losses = columns(model, None, (chunks(x_BTD), chunks(targets_BT)))
+    return jax.tree.map(whole, losses)
 
 
 def parts(length: int, chunk: int) -> int:

@@ -7,9 +7,11 @@ rule is an error, never silent replication.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,9 +39,12 @@ PARAMETERS: Rules = {
 }
 
 BATCH_AXES = ("slice", "data", "fsdp")
+LENGTH_AXIS = "context"
 ACTIVATIONS: Rules = {
     "batch": BATCH_AXES,
-    "length": (),
+    "length": (LENGTH_AXIS,),
+    "residual_length": (LENGTH_AXIS,),  # between the sublayers of a block
+    "keys": (),  # the length of keys and values that every query can reach
     "embed": (),
     "vocab": ("tensor",),
     "positions": (),
@@ -50,6 +55,10 @@ ACTIVATIONS: Rules = {
     "mlp": ("tensor",),
     "hidden": (),
 }
+
+# Sequence parallelism: norms, dropout and sums between the products of tensor parallelism share
+# its devices too (Korthikanti et al. 2022, §4.2.2).
+SEQUENCE: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 
 # A vocabulary is whatever the tokenizer gives, and key/value heads are few: where the mesh does
 # not divide them the dimension stays whole, and `kept_whole` reports it.
@@ -94,23 +103,94 @@ def _rule(rules: Rules, name: str) -> tuple[str, ...]:
     return rules[name]
 
 
-_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
+    """The shardings of the [steps, B, …] arrays of batches with these [B, …] shapes, by name.
+
+    The dimension after the rows lies over `context` where it divides it: it is a length, or of
+    arrays whose place makes no difference, such as the masked positions of a row.
+    """
+
+    def spec(shape: Sequence[int]) -> PartitionSpec:
+        has_length = len(shape) > 1 and shape[1] % mesh.shape[LENGTH_AXIS] == 0
+        return PartitionSpec(None, BATCH_AXES, *((LENGTH_AXIS,) if has_length else ()))
+
+    return {name: NamedSharding(mesh, spec(shape)) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The mesh of a step and the rules for its activations."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def spec(self, names: Sequence[str]) -> PartitionSpec:
+        return PartitionSpec(*(_rule(self.rules, name) or None for name in names))
+
+    def shards(self, name: str) -> int:
+        return prod(self.mesh.shape[axis] for axis in _rule(self.rules, name))
+
+
+_placement: ContextVar[Placement | None] = ContextVar("placement", default=None)
 
 
 @contextlib.contextmanager
-def activations_on(mesh: Mesh) -> Iterator[None]:
-    """While a step is traced inside this context, `constrain` shards over `mesh`."""
-    token = _mesh.set(mesh)
+def activations_on(mesh: Mesh, sequence: bool = False) -> Iterator[None]:
+    """While a step is traced inside this context, `constrain` shards over `mesh`.
+
+    With `sequence` the rules are those of sequence parallelism.
+    """
+    token = _placement.set(Placement(mesh, ACTIVATIONS | (SEQUENCE if sequence else {})))
     try:
         yield
     finally:
-        _mesh.reset(token)
+        _placement.reset(token)
+
+
+def on_mesh() -> bool:
+    """Whether a step for a mesh is being traced; decoding runs on none."""
+    return _placement.get() is not None
+
+
+def shards(name: str) -> int:
+    """Into how many parts the mesh cuts this dimension of activations; no mesh, one."""
+    placement = _placement.get()
+    return placement.shards(name) if placement else 1
+
+
+def sharding(*names: str) -> NamedSharding:
+    """Where an activation with these dimensions lies. Needs a mesh."""
+    placement = _placement.get()
+    assert placement is not None
+    return NamedSharding(placement.mesh, placement.spec(names))
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
     """`x` with its dimensions sharded as the activation table says; no mesh, no change."""
-    axes = [_rule(ACTIVATIONS, name) or None for name in names]
-    mesh = _mesh.get()
-    if mesh is None:
+    for name in names:
+        _rule(ACTIVATIONS, name)
+    if not on_mesh():
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    return jax.lax.with_sharding_constraint(x, sharding(*names))
+
+
+def on_shards(
+    function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
+) -> jax.Array:
+    """`function` of `arguments`, run by every device on its own parts of them.
+
+    `names` are those of each argument's dimensions, or else a tree of PartitionSpecs; the result
+    has those of the first argument. For kernels that the compiler cannot partition, and those
+    that send parts from device to device themselves. Needs a mesh.
+    """
+    placement = _placement.get()
+    assert placement is not None
+    specs = [placement.spec(n) if isinstance(n, tuple) else n for n in names]
+    # The check of what varies over which axis knows neither custom gradients nor Pallas.
+    return jax.shard_map(
+        function,
+        mesh=placement.mesh,
+        in_specs=tuple(specs),
+        out_specs=specs[0],
+        check_vma=False,
+    )(*arguments)

@@ -116,7 +116,7 @@ def describe(experiment: Experiment) -> str:
     lines = [
         f"{config.model.family} of {n_params:,} parameters on {prod(mesh.devices.shape)} "
         f"{devices[0].device_kind} ({axes or 'one device'}), {jax.process_count()} process(es); "
-        f"{config.model.dtype}, attention kernel {config.model.attention}"
+        f"{config.model.dtype}, {_attention(experiment)}"
     ]
     for (path, leaf), names in zip(shapes, jax.tree.leaves(experiment.param_names), strict=True):
         for name in rules.kept_whole(mesh, names, leaf.shape):
@@ -125,6 +125,14 @@ def describe(experiment: Experiment) -> str:
                 f"divide its {name!r} dimension, which stays whole on every device"
             )
     return "\n".join(lines)
+
+
+def _attention(experiment: Experiment) -> str:
+    """Which attention kernel runs, and why that one."""
+    attention = experiment.attention
+    parts = experiment.mesh.shape[rules.LENGTH_AXIS]
+    across = f", {attention.across} over {parts} parts of the sequence" if parts > 1 else ""
+    return f"attention kernel {attention.kernel} ({attention.why}){across}"
 
 
 def _summarise(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:

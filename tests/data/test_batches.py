@@ -115,9 +115,14 @@ def test_too_many_examples_to_shuffle_are_said():
         shuffled([Numbers(2**32 + 1, stride=1)], (1,), 0)
 
 
+def all_of(sharding):
+    """The shardings of the arrays of a batch."""
+    return dict.fromkeys(("tokens", "noise", "first"), sharding)
+
+
 def test_steps_on_a_device_are_stacked(batches, sharding):
     assert host_rows(sharding, 8).tolist() == list(range(8))
-    placed = to_device(batches, [3, 5], sharding)
+    placed = to_device(batches, [3, 5], all_of(sharding))
     assert placed["tokens"].shape == (2, 8, 17)
     assert placed["first"].shape == (2, 8)
     assert placed["tokens"].sharding == sharding
@@ -131,16 +136,16 @@ def test_transfers_pass_the_transfer_guard(batches, sharding):
     before = jax.config.jax_transfer_guard
     jax.config.update("jax_transfer_guard", "disallow")
     try:
-        list(prefetch(batches, [range(3)], sharding))
+        list(prefetch(batches, [range(3)], all_of(sharding)))
     finally:
         jax.config.update("jax_transfer_guard", before)
 
 
 def test_prefetched_batches_are_those_of_their_steps(batches, sharding):
     dispatches = [[5], [6, 7], range(8, 11), [2]]
-    found = list(prefetch(batches, dispatches, sharding, depth=3))
+    found = list(prefetch(batches, dispatches, all_of(sharding), depth=3))
     for batch, steps in zip(found, dispatches, strict=True):
-        equal(batch, to_device(batches, steps, sharding))
+        equal(batch, to_device(batches, steps, all_of(sharding)))
 
 
 def batch_threads():
@@ -155,7 +160,7 @@ def test_prefetching_stays_a_fixed_number_of_steps_ahead(batches, sharding):
         return noisy(example, generator)
 
     counted = Batches(batches.examples, counting, 8, 0)
-    stream = prefetch(counted, ([step] for step in range(100)), sharding, depth=3)
+    stream = prefetch(counted, ([step] for step in range(100)), all_of(sharding), depth=3)
     next(stream)
     deadline = time.time() + 10
     while len(made) < 4 * 8 and time.time() < deadline:
@@ -171,7 +176,7 @@ def test_errors_of_the_thread_reach_the_consumer(batches, sharding):
     def failing(example, generator):
         raise UserError("no such feature")
 
-    stream = prefetch(Batches(batches.examples, failing, 8, 0), [[0], [1]], sharding)
+    stream = prefetch(Batches(batches.examples, failing, 8, 0), [[0], [1]], all_of(sharding))
     with pytest.raises(UserError, match="no such feature"):
         next(stream)
     assert not batch_threads()
@@ -222,7 +227,8 @@ for shape, spec, n_rows in [
     rows = host_rows(sharding, 8)
     assert len(rows) == n_rows, rows
     built.clear()
-    (batch,) = prefetch(batches, [[1, 0]], sharding)
+    shardings = dict.fromkeys(("tokens", "label"), sharding)
+    (batch,) = prefetch(batches, [[1, 0]], shardings)
     assert sorted(built) == sorted([80 + 10 * row for row in rows] + [10 * row for row in rows])
     check(batch["tokens"], np.stack([whole, whole - 80]))
     check(batch["label"], np.stack([whole, whole - 80])[..., 0])

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-WAYS = [(0, "none"), (1, "dots"), (0, "full")]  # scan_unroll, remat; against (1, "none")
+# scan_unroll, remat; against (1, "none")
+WAYS = [(0, "none"), (1, "dots"), (0, "full"), (1, "offload_dots"), (1, "offload")]
 TOKENS = np.random.default_rng(0).integers(0, 48, (2, 16))
 
 
@@ -85,6 +86,13 @@ def test_remat_recomputes_what_it_says(make_model):
         program(*make_model(remat=remat)).count("dot_general") for remat in ("none", "dots", "full")
     )
     assert none < dots < full
+
+
+@pytest.mark.parametrize("remat", ["full", "offload_dots", "offload"])
+def test_offloading_keeps_values_in_the_memory_of_the_host(make_model, remat):
+    model, params = make_model(remat=remat)
+    traced = str(jax.make_jaxpr(loss_of(model))(params, TOKENS))
+    assert ("host" in traced) == (remat != "full")
 
 
 def test_only_unrolled_layers_are_no_loop(make_model):

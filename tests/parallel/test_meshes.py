@@ -23,6 +23,7 @@ MESHES = {
     "tensor=4": {"data": 2, "tensor": 4},
     "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
     "slice=2,fsdp=4": {"slice": 2, "fsdp": 4},
+    "data=2,context=4": {"data": 2, "context": 4},
 }
 
 
@@ -91,8 +92,8 @@ def test_microbatches_on_a_mesh_equal_one_batch_on_one_device():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def compiled_text(mesh: dict[str, int]) -> str:
-    experiment = experiment_on(mesh)
+def compiled_text(mesh: dict[str, int], **overrides: object) -> str:
+    experiment = experiment_on(mesh, **overrides)
     shapes = {
         name: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
         for name, s in experiment.batch_shapes.items()
@@ -110,6 +111,24 @@ def test_data_parallel_communicates_by_all_reduce_alone():
 
 def test_fsdp_gathers_parameters():
     assert "all-gather" in collectives(compiled_text({"fsdp": 8}))
+
+
+def test_a_ring_gathers_no_sequence():
+    """Keys pass from device to device; only gradients and sums are added up over all."""
+    plain = {"model__attention_dropout": 0.0, "model__n_kv_heads": 4}
+    text = compiled_text({"context": 8}, **plain)
+    assert collectives(text) == {"all-reduce"}
+    assert "collective-permute" in text
+    assert "f32[8,16,32]" not in text  # nowhere a whole sequence of activations
+
+
+def test_sequence_parallelism_cuts_what_lies_between_products():
+    assert "f32[8,4,32]" in compiled_text({"tensor": 4}, parallel__sequence=True)
+
+
+def test_batches_are_cut_by_rows_and_by_length():
+    experiment = experiment_on({"data": 2, "context": 4})
+    assert batches(experiment, 1)["inputs"].sharding.shard_shape((1, 8, 16)) == (1, 4, 4)
 
 
 def test_fsdp_keeps_an_eighth_of_every_large_parameter_and_its_moments():

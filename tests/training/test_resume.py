@@ -65,6 +65,7 @@ def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbe
         "--cpu_devices",
         "8",
         "--config.parallel.mesh.fsdp=2",
+        "--config.parallel.mesh.context=2",
         "--config.parallel.mesh.tensor=2",
     ]
     process = start([*words, *mesh])

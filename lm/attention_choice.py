@@ -1,0 +1,133 @@
+"""Which attention kernel runs: the named one, or the best for the platform, or an error that says
+why not. There is no silent slow path: whatever is chosen is said, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from lm.config import tiled_attention_problem
+from lm.errors import UserError
+from lm.kernels.blockwise_attention import n_tiles
+from lm.kernels.splash_attention import LANES
+from lm.objectives.registry import make_objective
+
+TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
+BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
+CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
+PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
+CUDNN_WIDEST_HEAD = 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, how it sees keys on other devices ("ring" or "gather"), and why these."""
+
+    kernel: str
+    across: str
+    why: str
+
+
+def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Choice:
+    """The choice for a resolved configuration on devices of a platform, "cpu", "tpu" or "gpu".
+
+    `sizes` are those of the mesh. "auto" takes the platform's kernel if that can run, else "xla",
+    and a ring if the kernel can run in one. UserError if nothing that the keys allow can run.
+    """
+    platform = CALLED.get(platform, platform)
+    named, across = config.model.attention, config.parallel.context_attention
+    kernels = (BEST_ON[platform], "xla") if named == "auto" else (named,)
+    ways = ("ring", "gather") if across == "auto" else (across,)
+    problems: list[str] = []
+    for kernel in kernels:
+        for way in ways:
+            problem = next(_problems(kernel, way, config, platform, sizes), "")
+            if not problem:
+                return Choice(kernel, way, _why(named, kernel, platform, problems))
+            problems.append(f"{kernel} cannot be used with {problem}")
+    raise UserError(f"config.model.attention={problems[-1]}: use auto, or change that")
+
+
+def _why(named: str, kernel: str, platform: str, problems: list[str]) -> str:
+    if named != "auto":
+        return "as configured"
+    best = BEST_ON[platform]
+    return f"the one for {platform}" if kernel == best else problems[0]
+
+
+def _problems(
+    kernel: str, across: str, config: ConfigDict, platform: str, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    """What keeps a kernel from running: settings, as the end of "cannot be used with"."""
+    model, context = config.model, sizes["context"]
+    if model.family not in TRANSFORMERS:
+        if kernel != "xla":
+            yield f"config.model.family={model.family}"
+        return
+    ring = context > 1 and across == "ring"
+    if PLATFORM_OF.get(kernel, platform) != platform:
+        yield f"{platform} devices"
+    if ring and kernel != "xla":
+        yield "config.parallel.context_attention=ring"
+    if context > 1 and kernel in ("tiled", "blockwise", "cudnn"):
+        yield f"config.parallel.mesh.context={context}"
+    if kernel == "tiled" and (problem := tiled_attention_problem(config)):
+        yield problem
+    if kernel in ("blockwise", "cudnn", "splash") or ring:
+        if model.attention_dropout:
+            yield _ring_or(ring, f"config.model.attention_dropout={model.attention_dropout}")
+        if model.positions == "relative":
+            yield _ring_or(ring, "config.model.positions=relative")
+    if (kernel in ("blockwise", "splash") or ring) and config.objective.name == "prefix":
+        yield _ring_or(ring, "config.objective.name=prefix")
+    if kernel == "cudnn":
+        if model.dtype != "bfloat16":
+            yield f"config.model.dtype={model.dtype}"
+        if model.head_dim % 8 or model.head_dim > CUDNN_WIDEST_HEAD:
+            yield f"config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
+    for name, length in _lengths(config).items():
+        if ring and length % (2 * context):
+            yield f"config.parallel.context_attention=ring and {name} ({length} tokens)"
+        if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
+            yield f"{name}: {length} tokens, not a multiple of {parts}"
+        if kernel == "blockwise" and not n_tiles(length):
+            yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
+
+
+def check_lengths(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Raise UserError for lengths that the mesh cannot cut into equal parts."""
+    context, tensor = sizes["context"], sizes["tensor"]
+    if context > 1 and config.model.family not in TRANSFORMERS:
+        raise UserError(
+            f"config.parallel.mesh.context={context} needs attention: "
+            f"config.model.family={config.model.family} has none over the sequence"
+        )
+    # Causal attention deals out two parts to every device.
+    parts = {"2 × parallel.mesh.context": 2 * context if context > 1 else 1}
+    if config.parallel.sequence:
+        parts["parallel.mesh.context × parallel.mesh.tensor"] = context * tensor
+    names = ["sequence_length"]
+    names += ["target_length"] if config.objective.name == "seq2seq" else []
+    for name in names:
+        for what, n in parts.items():
+            if config.data[name] % n:
+                raise UserError(
+                    f"config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
+                )
+
+
+def _lengths(config: ConfigDict) -> dict[str, int]:
+    """The lengths of the sequences that attention sees, by what they are."""
+    lengths = {"config.data.sequence_length": config.data.sequence_length}
+    if config.objective.name == "seq2seq":
+        lengths["config.data.target_length"] = config.data.target_length
+    if config.objective.name == "span_corruption":
+        (length,), _ = make_objective(config).shapes["inputs"]
+        lengths["targets of span corruption"] = length
+    return lengths
+
+
+def _ring_or(ring: bool, problem: str) -> str:
+    return f"config.parallel.context_attention=ring and {problem}" if ring else problem

@@ -1,0 +1,142 @@
+"""Attention on the mesh of a step: which part of queries and keys each device works on.
+
+The compiler partitions the "xla" and "tiled" kernels by itself; others run on a device's own
+rows and heads. Where the length is cut over `context`, keys and values are gathered, or go round
+in a ring.
+
+Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.attention import Dropout, Visibility, attention
+from lm.kernels.ring_attention import ring_attention
+from lm.kernels.splash_attention import make_kernel, splash_attention
+from lm.kernels.zigzag import from_zigzag, to_zigzag
+from lm.parallel import rules
+
+QUERIES = ("batch", "length", "heads", "head_dim")
+KEYS = ("batch", "keys", "heads", "head_dim")
+
+
+def attend(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visibility: Visibility,
+    *,
+    kernel: str,
+    across: str,
+    scale: float,
+    bias_HLS: jax.Array | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Attention [B, L, H, K]; what a kernel cannot do is a ValueError.
+
+    `across` says what crosses devices where the length is cut: "ring" or "gather", keys that are
+    not the queries' own are gathered in any case. Off a mesh, in decoding, rows have any width
+    and "xla" does what kernels for a device do in training.
+    """
+    by_compiler = kernel in ("xla", "tiled")
+    cut = rules.shards("length") > 1
+    own = visibility.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
+    ring = cut and across == "ring" and own
+    if not rules.on_mesh() or (by_compiler and not ring):
+        if cut:
+            names = ("batch", "keys", "kv_heads", "head_dim")
+            k_BSGK, v_BSGK = (rules.constrain(x, *names) for x in (k_BSGK, v_BSGK))
+        return attention(
+            q_BLHK,
+            k_BSGK,
+            v_BSGK,
+            visibility,
+            kernel=kernel if by_compiler else "xla",
+            scale=scale,
+            bias_HLS=bias_HLS,
+            dropout=dropout,
+        )
+    if not (bias_HLS is None and dropout is None):
+        raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
+    k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
+    inputs = (q_BLHK, k_BSGK, v_BSGK, visibility)
+    if ring:
+        return _ring(*inputs, scale)
+    if kernel == "splash":
+        return _splash(*inputs, scale)
+    return _by_rows_and_heads(*inputs, kernel, scale)
+
+
+def _for_every_shard(x_BSGK: jax.Array) -> jax.Array:
+    """Key/value heads repeated until the mesh divides them as it divides the query heads."""
+    G, shards = x_BSGK.shape[2], rules.shards("heads")
+    return jnp.repeat(x_BSGK, lcm(G, shards) // G, axis=2)
+
+
+def _by_rows_and_heads(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visibility: Visibility,
+    kernel: str,
+    scale: float,
+) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, seen: Visibility) -> jax.Array:
+        return attention(q, k, v, seen, kernel=kernel, scale=scale)
+
+    # The arrays of a visibility are [B, length]; the offset is a number.
+    by_rows, whole = rules.sharding("batch", "keys").spec, rules.sharding().spec
+    rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, visibility)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, visibility)
+    return rules.on_shards(local, arguments, (QUERIES, KEYS, KEYS, rows))
+
+
+def _ring(
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, scale: float
+) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        causal = visibility.causal
+        return ring_attention(q, k, v, segments, causal=causal, axis=rules.LENGTH_AXIS)
+
+    if visibility.prefix_BS is not None:
+        raise ValueError("ring attention has no prefixes")
+    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
+    return rules.on_shards(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+
+
+def _splash(
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, scale: float
+) -> jax.Array:
+    if visibility.prefix_BS is not None:
+        raise ValueError('attention kernel "splash" has no prefixes')
+    causal, axis = visibility.causal, rules.LENGTH_AXIS
+    zigzag = causal and rules.shards("length") > 1
+    kernel = make_kernel(
+        q_BLHK.shape[2],
+        q_BLHK.shape[1],
+        k_BSGK.shape[1],
+        causal=causal,
+        head_shards=rules.shards("heads"),
+        query_shards=rules.shards("length"),
+    )
+
+    def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, kernel: Any) -> jax.Array:
+        if zigzag:
+            q, segments = jax.tree.map(lambda x: to_zigzag(x, axis), (q, segments))
+        out = splash_attention(kernel, q, k, v, segments, key_segments)
+        return from_zigzag(out, axis) if zigzag else out
+
+    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    segments_BL, key_segments_BS = visibility.segments_BL, visibility.key_segments_BS
+    if key_segments_BS is None:
+        key_segments_BS = segments_BL
+    arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
+    of_kernel = kernel.manual_sharding_spec(rules.sharding("heads", "length"))
+    rows, keys = ("batch", "length"), ("batch", "keys")
+    return rules.on_shards(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))

@@ -1,0 +1,85 @@
+"""Attention in tiles equals attention with all scores at once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.kernels import blockwise_attention as blockwise
+from lm.kernels.attention import Dropout, Visibility, attention
+
+
+def make_inputs(length, n_keys):
+    """Queries, keys, values, and the gradient of the output."""
+    rng = np.random.default_rng(length)
+    shapes = [(length, 4), (n_keys, 2), (n_keys, 2), (length, 4)]
+    return [jnp.asarray(rng.normal(size=(2, *s, 8)), jnp.float32) for s in shapes]
+
+
+def make_segments(length):
+    """Documents of uneven lengths, others in every row."""
+    rng = np.random.default_rng(length)
+    return jnp.asarray(np.cumsum(rng.random((2, length)) < 4 / length, axis=1) + 1)
+
+
+def output_and_gradients(attend, q, k, v, g):
+    def both(*qkv):
+        out, back = jax.vjp(attend, *qkv)
+        return out, back(g)
+
+    return jax.jit(both)(q, k, v)
+
+
+def equal(found, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
+
+
+SOURCE = make_segments(40)
+# Every query has a key of its segment.
+CROSS = Visibility(False, jnp.minimum(make_segments(24), SOURCE.max(1, keepdims=True)), SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("visibility", "length", "n_keys"),
+    [(Visibility(True, make_segments(40)), 40, 40), (Visibility(True), 40, 40), (CROSS, 24, 40)],
+)
+def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
+    monkeypatch.setattr(blockwise, "LONGEST_TILE", 8)
+    monkeypatch.setattr(blockwise, "SHORTEST_TILE", 4)
+    inputs = make_inputs(length, n_keys)
+    found, expected = (
+        output_and_gradients(
+            lambda *qkv, kernel=kernel: attention(*qkv, visibility, kernel=kernel, scale=0.3),
+            *inputs,
+        )
+        for kernel in ("blockwise", "xla")
+    )
+    equal(found, expected)
+
+
+def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
+    q, k, v, _ = make_inputs(8, 8)
+    nowhere = Visibility(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
+    attend = partial(attention, visibility=nowhere, kernel="blockwise")
+    out, back = jax.vjp(attend, q, k, v)
+    assert np.isfinite(out).all()
+    assert all((grad == 0).all() for grad in back(out))
+
+
+def test_tiles_are_equal_and_neither_long_nor_tiny():
+    assert [blockwise.n_tiles(n) for n in (1, 512, 513, 1024, 2048, 3000)] == [1, 1, 3, 2, 4, 6]
+    assert blockwise.n_tiles(1021) == 0  # a prime
+
+
+def test_fused_kernels_refuse_what_they_cannot_do():
+    q, k, v, _ = make_inputs(8, 8)
+    for kernel in ("blockwise", "cudnn"):
+        with pytest.raises(ValueError, match="neither bias nor dropout"):
+            attention(q, k, v, Visibility(True), kernel=kernel, bias_HLS=jnp.zeros((4, 8, 8)))
+        dropout = Dropout(jax.random.key(0), 0.1)
+        with pytest.raises(ValueError, match="neither bias nor dropout"):
+            attention(q, k, v, Visibility(True), kernel=kernel, dropout=dropout)

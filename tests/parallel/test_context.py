@@ -1,0 +1,75 @@
+"""A sequence cut over devices: the losses and gradients of one device, whatever else is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lm.data.batches import to_device
+from lm.data.dataset import open_dataset
+from lm.experiment import build, reads_records
+
+STEPS = 3
+PLAIN = {
+    "model__attention_dropout": 0.0,
+    # The change of a parameter is the sum of its gradients.
+    "optimizer__name": "sgd",
+    "optimizer__sgd__momentum": 0.0,
+    "optimizer__learning_rate": 0.5,
+    "optimizer__clip_norm": 0.0,
+    "optimizer__weight_decay": 0.0,
+    "schedule__name": "constant",
+}
+# Kind, mesh, what else is set, and how attention crosses devices.
+CASES = [
+    ("causal decoder", {"data": 2, "context": 4}, {"train__loss_chunk": 8}, "ring"),
+    (
+        "causal decoder",
+        {"context": 2, "fsdp": 2, "tensor": 2},
+        {"parallel__sequence": True, "train__remat": "full"},
+        "ring",
+    ),
+    ("masked encoder", {"context": 4, "fsdp": 2}, {}, "ring"),
+    ("span_corruption encoder_decoder", {"context": 4, "tensor": 2}, {}, "gather"),
+    ("seq2seq encoder_decoder", {"context": 4, "fsdp": 2}, {}, "ring"),
+]
+
+
+@pytest.fixture
+def make(make_kind):
+    """Makes an experiment of a kind on a mesh."""
+
+    def make(kind, mesh, **overrides):
+        config = make_kind(kind, train__steps=STEPS, **PLAIN, **overrides)
+        config.parallel.mesh.update({"data": 1, **mesh})
+        return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+
+    return make
+
+
+def train(experiment):
+    """The losses, and the parameters after them."""
+    dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+    batches = experiment.train_batches(dataset)
+    arrays = to_device(batches, range(STEPS), experiment.batch_sharding)
+    state, metrics = experiment.train_steps(experiment.init_state(), arrays)
+    return np.asarray(metrics["loss"]), jax.device_get(state.params)
+
+
+ON_ONE_DEVICE: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(("kind", "mesh", "options", "across"), CASES)
+def test_losses_and_gradients_equal_those_of_one_device(make, kind, mesh, options, across):
+    """With dropout of the residual stream, whose order is the sequence's on any mesh."""
+    if kind not in ON_ONE_DEVICE:
+        ON_ONE_DEVICE[kind] = train(make(kind, {}))
+    losses, params = ON_ONE_DEVICE[kind]
+    experiment = make(kind, mesh, **options)
+    assert experiment.attention.across == across
+    found, after = train(experiment)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, params)

@@ -1,0 +1,128 @@
+"""Which attention kernel runs where, what is said about it, and what cannot run."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import pytest
+
+from lm.attention_choice import choose
+from lm.config import default, set_value
+from lm.errors import UserError
+from lm.experiment import build, resolve
+from lm.parallel.mesh import AXES
+from lm.training.train import describe
+
+ONE = dict.fromkeys(AXES, 1)
+LONG = {"data.sequence_length": 1024, "model.head_dim": 128, "model.vocab_size": 64}
+T5 = {
+    "model.family": "encoder_decoder",
+    "objective.name": "span_corruption",
+    "model.positions": "relative",
+}
+
+
+def choice(platform, values=None, **sizes):
+    config = default()
+    for path, value in {**LONG, **(values or {})}.items():
+        set_value(config, path, value)
+    return choose(resolve(config, platform), platform, {**ONE, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("platform", "values", "sizes", "kernel", "why"),
+    [
+        ("cpu", {}, {}, "tiled", "the one for cpu"),
+        ("tpu", {}, {}, "splash", "the one for tpu"),
+        ("gpu", {}, {}, "cudnn", "the one for gpu"),
+        ("cuda", {}, {}, "cudnn", "the one for gpu"),
+        ("cpu", T5, {}, "xla", "tiled cannot be used with config.model.family=encoder_decoder"),
+        ("tpu", T5, {}, "xla", "splash cannot be used with config.model.positions=relative"),
+        (
+            "gpu",
+            {"model.dtype": "float32"},
+            {},
+            "xla",
+            "cudnn cannot .*dtype=float32",
+        ),
+        ("gpu", {}, {"context": 2}, "xla", "cudnn cannot be used with .*context"),
+        ("tpu", {"data.sequence_length": 1000}, {}, "xla", "1000 tokens, not a multiple of 128"),
+        ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
+    ],
+)
+def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes, kernel, why):
+    found = choice(platform, values, **sizes)
+    assert found.kernel == kernel
+    assert re.search(why, found.why), found.why
+
+
+@pytest.mark.parametrize(
+    ("platform", "values", "kernel", "across"),
+    [
+        ("cpu", {}, "xla", "ring"),
+        ("cpu", T5, "xla", "gather"),
+        ("cpu", {"model.attention_dropout": 0.1}, "xla", "gather"),
+        ("cpu", {"parallel.context_attention": "gather"}, "xla", "gather"),
+        ("tpu", {}, "splash", "gather"),
+        ("tpu", {"parallel.context_attention": "ring"}, "xla", "ring"),
+    ],
+)
+def test_how_attention_crosses_devices(platform, values, kernel, across):
+    found = choice(platform, values, context=4)
+    assert (found.kernel, found.across) == (kernel, across)
+
+
+@pytest.mark.parametrize(
+    ("platform", "values", "sizes", "message"),
+    [
+        ("cpu", {"model.attention": "splash"}, {}, "splash cannot be used with cpu devices"),
+        ("tpu", {"model.attention": "cudnn"}, {}, "cudnn cannot be used with tpu devices"),
+        ("gpu", {"model.attention": "cudnn", "model.head_dim": 256}, {}, "head_dim=256"),
+        ("tpu", {"model.attention": "splash", "data.sequence_length": 1000}, {}, "1000 tokens"),
+        ("tpu", {"model.attention": "splash"}, {"context": 8}, "not a multiple of 2048"),
+        ("cpu", {"model.attention": "tiled"}, {"context": 2}, "tiled cannot .*context=2"),
+        ("cpu", {"model.attention": "blockwise", "data.sequence_length": 1021}, {}, "no divisor"),
+        (
+            "cpu",
+            {"parallel.context_attention": "ring", **T5},
+            {"context": 2},
+            "ring and .*relative",
+        ),
+    ],
+)
+def test_a_named_kernel_that_cannot_run_is_an_error(platform, values, sizes, message):
+    with pytest.raises(UserError, match=message):
+        choice(platform, values, **sizes)
+
+
+def built(**overrides):
+    config = default()
+    config.model.vocab_size, config.data.sequence_length = 64, 32
+    for path, value in overrides.items():
+        set_value(config, path.replace("__", "."), value)
+    return build(config, jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__sequence_length": 36, "parallel__mesh__context": 8}, r"36 is not divisible by 16"),
+        (
+            {"data__sequence_length": 36, "parallel__mesh__tensor": 8, "model__n_heads": 8}
+            | {"parallel__sequence": True},
+            r"36 is not divisible by 8 \(parallel.mesh.context × parallel.mesh.tensor\)",
+        ),
+        ({"model__family": "lstm", "parallel__mesh__context": 8}, "context=8 needs attention"),
+    ],
+)
+def test_a_length_that_the_mesh_cannot_cut_is_an_error(overrides, message):
+    with pytest.raises(UserError, match=message):
+        built(**overrides)
+
+
+def test_the_start_of_training_says_which_kernel_runs_and_why():
+    said = describe(built(parallel__mesh__context=4))
+    assert "attention kernel xla (tiled cannot be used with config.parallel" in said
+    assert "ring over 4 parts of the sequence" in said
+    assert "attention kernel tiled (the one for cpu)" in describe(built())
