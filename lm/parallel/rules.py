@@ -34,9 +34,11 @@ PARAMETERS: Rules = {
     "lora_rank": (),
     "hidden": (),
     "gates": (),
+    "experts": ("expert",),
+    "router": (),
 }
 
-BATCH_AXES = ("slice", "data", "fsdp")
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
 ACTIVATIONS: Rules = {
     "batch": BATCH_AXES,
     "length": (),
@@ -49,6 +51,7 @@ ACTIVATIONS: Rules = {
     "head_dim": (),
     "mlp": ("tensor",),
     "hidden": (),
+    "router": (),
 }
 
 # A vocabulary is whatever the tokenizer gives, and key/value heads are few: where the mesh does
@@ -56,7 +59,12 @@ ACTIVATIONS: Rules = {
 MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
-CONFIG_KEYS = {"embed": "model.d_model", "heads": "model.n_heads", "mlp": "model.d_ff"}
+CONFIG_KEYS = {
+    "embed": "model.d_model",
+    "heads": "model.n_heads",
+    "mlp": "model.d_ff",
+    "experts": "model.n_experts",
+}
 
 
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
@@ -105,6 +113,17 @@ def activations_on(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         _mesh.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of the step that is being traced."""
+    return _mesh.get()
+
+
+def divided(rules: Rules, name: str) -> tuple[str, ...]:
+    """The axes of the current mesh over which a logical axis is divided, () without a mesh."""
+    axes, mesh = _rule(rules, name), _mesh.get()
+    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
