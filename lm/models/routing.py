@@ -20,12 +20,18 @@ def choose(logits_BLE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     One expert is weighted by its probability (Switch, Fedus et al. 2021, eq. 2); several by the
     softmax over their own logits (Mixtral, Jiang et al. 2024, §2.1).
     """
-    _, experts_BLK = jax.lax.top_k(logits_BLE, k)
-    # A product where the gradient of a look-up would be a scatter.
-    picked_BLK = (logits_BLE[..., None, :] * _one_hot(experts_BLK, logits_BLE)).sum(-1)
-    if k > 1:
-        return experts_BLK, jax.nn.softmax(picked_BLK)
-    return experts_BLK, jnp.exp(picked_BLK - jax.nn.logsumexp(logits_BLE, -1, keepdims=True))
+    experts, picked = [], []
+    left_BLE = logits_BLE
+    for _ in range(k):  # `top_k` would gather the logits of all devices
+        experts.append(left_BLE.argmax(-1))
+        is_chosen_BLE = jax.nn.one_hot(experts[-1], logits_BLE.shape[-1], dtype=bool)
+        picked.append(jnp.where(is_chosen_BLE, logits_BLE, 0).sum(-1))
+        left_BLE = jnp.where(is_chosen_BLE, -jnp.inf, left_BLE)
+    picked_BLK = jnp.stack(picked, -1)
+    weights_BLK = jax.nn.softmax(picked_BLK)
+    if k == 1:
+        weights_BLK = jnp.exp(picked_BLK - jax.nn.logsumexp(logits_BLE, -1, keepdims=True))
+    return jnp.stack(experts, -1), weights_BLK
 
 
 def capacity(factor: float, length: int, k: int, n_experts: int) -> int:
@@ -70,7 +76,3 @@ def mean(x_BLE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
     mask_BL = is_token_BL.astype(jnp.float32)
     total_BE = (x_BLE * mask_BL[..., None]).sum(1)
     return total_BE / jnp.maximum(mask_BL.sum(1), 1)[:, None]
-
-
-def _one_hot(experts_BLK: jax.Array, logits_BLE: jax.Array) -> jax.Array:
-    return jax.nn.one_hot(experts_BLK, logits_BLE.shape[-1], dtype=logits_BLE.dtype)
