@@ -4,8 +4,7 @@ Spearman's correlation of cosine and human similarity, over the pairs whose word
 
 | vectors                                  | WS-353 (of 353) | MEN (of 3,000) | SimLex (of 999) |
 |------------------------------------------|-----------------|----------------|-----------------|
-| `wikitext2`: d 100, 20 epochs            | (not run yet)   | (not run yet)  | (not run yet)   |
-| the same with 4,000 steps, 4 epochs      | –               | 0.276 (2,075)  | 0.173 (838)     |
+| `wikitext2`: d 100, 20 epochs            | 0.579 (299)     | 0.535 (2,075)  | 0.227 (838)     |
 | gensim 4.4's word2vec, 10 epochs         | –               | 0.432 (2,075)  | 0.213 (838)     |
 | GloVe 6B, d 50, its 20,000 first words   | 0.522 (319)     | 0.684 (2,278)  | 0.271 (923)     |
 | GloVe 6B, d 50, whole                    | 0.5033          | 0.6523         | 0.2646          |

@@ -139,6 +139,8 @@ def params(args: argparse.Namespace, overrides: Overrides) -> int:
     for name, (shape, axes) in counts["tensors"].items():
         print(f"{name:45} {'×'.join(map(str, shape)):>20}  {' '.join(axes)}")
     print(f"non-embedding {counts['non_embedding']:,}")
+    if counts["active"] != counts["total"]:
+        print(f"active {counts['active']:,}")
     print(f"total {counts['total']:,}")
     return 0
 
@@ -230,7 +232,9 @@ def _load_run(
     from lm.training.train import restore_params
     from lm.training.workdir import load_config
 
-    one_copy_a_device = {f"parallel.mesh.{axis}": "1" for axis in ("slice", "fsdp", "tensor")}
+    one_copy_a_device = {
+        f"parallel.mesh.{axis}": "1" for axis in ("slice", "fsdp", "expert", "tensor")
+    }
     mesh = {"parallel.preset": "custom", "parallel.mesh.data": "-1"} | one_copy_a_device
     if any_batch:
         one_a_device = str(len(jax.devices()))

@@ -35,6 +35,7 @@ FAMILIES_OF = {
     "skip_gram": ("skip_gram",),
 }
 
+TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
@@ -215,7 +216,7 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
 
 def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
-    transformer = model.family in ("decoder", "encoder", "encoder_decoder")
+    transformer = model.family in TRANSFORMERS
     if transformer and not model.head_dim and model.d_model % model.n_heads:
         yield (
             f"config.model.d_model={model.d_model} is not divisible by "
@@ -245,6 +246,8 @@ def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
         yield "config.model.bidirectional lets a causal model see what it predicts"
     if model.bidirectional and (model.d_hidden or model.d_model) % 2:
         yield "config.model.bidirectional needs an even config.model.d_hidden"
+    if model.n_experts:
+        yield from _broken_expert_rules(config)
     if model.family == "lstm_encoder_decoder" and model.n_decoder_layers not in (0, model.n_layers):
         yield (
             "config.model.n_decoder_layers must be config.model.n_layers for lstm_encoder_decoder: "
@@ -253,6 +256,25 @@ def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
     problem = tiled_attention_problem(config)
     if model.attention == "tiled" and problem:
         yield f"config.model.attention=tiled cannot be used with {problem}: use auto or xla"
+
+
+def _broken_expert_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.family not in TRANSFORMERS:
+        yield f"config.model.n_experts is not for config.model.family={model.family}"
+    if model.experts_per_token > model.n_experts:
+        yield (
+            f"config.model.experts_per_token={model.experts_per_token} is above "
+            f"config.model.n_experts={model.n_experts}"
+        )
+    for name in ("n_layers", "n_decoder_layers"):
+        if model[name] % model.experts_every:
+            yield (
+                f"config.model.{name}={model[name]} is not divisible by "
+                f"config.model.experts_every={model.experts_every}"
+            )
+    if model.activation_dropout:
+        yield "config.model.activation_dropout is not for config.model.n_experts"
 
 
 def _broken_data_rules(config: ConfigDict) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import flax.linen as nn
@@ -236,6 +237,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
             f"config.parallel.mesh.tensor={sizes['tensor']}"
         )
+    if sizes["expert"] > 1 and not config.model.n_experts:
+        raise UserError(
+            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(config.model.n_experts=0); use data or fsdp"
+        )
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
     steps = Steps(
@@ -264,7 +270,7 @@ def _zeros(shapes: Tree) -> Tree:
 
 
 def _check_batch(config: ConfigDict, sizes: dict[str, int]) -> None:
-    shards = sizes["slice"] * sizes["data"] * sizes["fsdp"]
+    shards = prod(sizes[axis] for axis in rules.BATCH_AXES)
     parts = shards * config.train.microbatches
     if config.data.batch_size % parts:
         raise UserError(

@@ -3,7 +3,8 @@
 FLOPs of a training step on one example (forward and backward, nothing recomputed), all tokens of
 its rows counted, padding too:
 6 × (each kernel's size × the tokens that pass through it), the output matrix being one even where
-it is the token table, and embedding look-ups nothing;
+it is the token table, and embedding look-ups nothing; of experts
+those count that a token uses, dropped or not;
 + 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
 causal attention has the half of the pairs that is needed (the dense convention counts masked
 scores as work) and encoders and cross-attention have all of them;
@@ -18,6 +19,7 @@ import jax
 
 from lm.experiment import Experiment
 from lm.optim.parameter_groups import flat
+from lm.parameters import used_share
 
 # Dense bfloat16 FLOP/s of one JAX device, as the makers publish them. A TPU7x chip is two devices.
 PEAK_FLOPS = {
@@ -59,13 +61,13 @@ def model_flops_per_token(experiment: Experiment) -> float:
         o = experiment.config.objective
         return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
     tokens = _tokens(experiment)
-    multiplied = 0
+    multiplied = 0.0
     params = flat(experiment.state_shapes.params)
     output = "head/kernel" if "head/kernel" in params else "tokens/embedding"
     for name, leaf in params.items():
         if name.endswith("/kernel") or name == output:
             passing = next(kind for start, kind in PASSING.items() if re.match(start, name))
-            multiplied += leaf.size * tokens[passing]
+            multiplied += leaf.size * used_share(experiment, name) * tokens[passing]
     return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
 
 

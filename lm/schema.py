@@ -76,6 +76,28 @@ SCHEMA: dict[str, Key] = {
         "Non-linearity; the glu ones are gated (two input projections).",
         choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu"),
     ),
+    "model.n_experts": Key(
+        0, "Experts of a feed-forward layer (Switch, Mixtral); 0: plain layers.", low=0
+    ),
+    "model.experts_per_token": Key(2, "Experts that a token uses: 1 Switch, 2 Mixtral.", low=1),
+    "model.experts_every": Key(
+        1, "Every so many layers the last one has experts; the others are plain.", low=1
+    ),
+    "model.expert_capacity": Key(
+        0.0,
+        "Tokens of a row that an expert takes in training, over the even share; later ones pass it "
+        "by. 0: it takes all. Evaluation and decoding drop nothing.",
+        low=0.0,
+    ),
+    "model.balance_loss": Key(
+        0.01, "Weight of the load-balancing loss of each layer of experts (Switch).", low=0.0
+    ),
+    "model.router_z_loss": Key(
+        0.0, "Weight of the routers' squared log-partition, each layer (ST-MoE).", low=0.0
+    ),
+    "model.router_jitter": Key(
+        0.0, "In training a router's input is multiplied by 1 ± this (Switch).", low=0.0, high=0.99
+    ),
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
     "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
@@ -101,6 +123,9 @@ SCHEMA: dict[str, Key] = {
         choices=("normal", "fan_in", "xavier", "uniform"),
     ),
     "model.init_std": Key(0.02, "Deviation of the normal initialisation.", low=0.0, high=10.0),
+    "model.init_scale": Key(
+        1.0, "The fan_in deviation is sqrt(this/inputs); Switch has 0.1.", low=0.0, high=100.0
+    ),
     "model.scale_residual_init": Key(
         True, "Divide the init_std of residual output projections by sqrt(2 n_layers) (GPT-2)."
     ),
@@ -349,7 +374,9 @@ SCHEMA: dict[str, Key] = {
     "parallel.mesh.stage": Key(1, "Pipeline stages (only 1 so far).", low=1, high=1, free=True),
     "parallel.mesh.data": Key(-1, "Data parallel; -1: the rest of the devices.", low=-1, free=True),
     "parallel.mesh.fsdp": Key(1, "Data parallel with sharded parameters.", low=-1, free=True),
-    "parallel.mesh.expert": Key(1, "Experts (only 1 so far).", low=1, high=1, free=True),
+    "parallel.mesh.expert": Key(
+        1, "Data parallel with each expert on one of so many devices.", low=-1, free=True
+    ),
     "parallel.mesh.context": Key(1, "Parts of every sequence.", low=-1, free=True),
     "parallel.mesh.tensor": Key(1, "Heads, feed-forward width, vocabulary.", low=-1, free=True),
     "parallel.context_attention": Key(

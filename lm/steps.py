@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from lm.models.reports import COLLECTIONS
+from lm.objectives.auxiliary import with_reports
 from lm.objectives.objective import Batch, Objective, Sums
 from lm.optim.lora import add_lora, merge
 from lm.optim.parameter_groups import Trainable
@@ -57,7 +59,8 @@ class Steps:
         rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
         variables = nn.init(self.objective.loss, self.model)(rng, batch)
         params = add_lora(variables.pop("params"), self.lora, jax.random.fold_in(rng, 1))
-        return params, jax.tree.map(jnp.zeros_like, variables)
+        carry = {name: value for name, value in variables.items() if name not in COLLECTIONS}
+        return params, jax.tree.map(jnp.zeros_like, carry)
 
     def init_state(self, batch: Batch) -> TrainState:
         """The state before the first step."""
@@ -117,9 +120,12 @@ class Steps:
     ) -> tuple[Sums, Carry]:
         """The objective's sums of a batch, with dropout if there is an `rng`, and the carry."""
         model = self.model.clone(deterministic=rng is None)
-        loss = nn.apply(self.objective.loss, model, mutable=list(carry))
+        loss = nn.apply(self.objective.loss, model, mutable=[*carry, *COLLECTIONS])
         rngs = None if rng is None else {"dropout": rng}
-        return loss({"params": merge(params, self.lora.alpha), **carry}, batch, rngs=rngs)
+        variables = {"params": merge(params, self.lora.alpha), **carry}
+        sums, after = loss(variables, batch, rngs=rngs)
+        reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
+        return with_reports(sums, reported, batch), after
 
     def _gradients(
         self, trained: Params, frozen: Params, carry: Carry, batch: Batch, rng: jax.Array

@@ -113,7 +113,7 @@ def make_kind(text_file, labelled_file, parallel_files, squad_file):
     }
 
     def make(kind, **overrides):
-        objective, family = kind.split()
+        objective, family = kind.split()[:2]
         values = {
             "objective.name": objective,
             "model.family": family,

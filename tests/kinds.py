@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-# "OBJECTIVE FAMILY": what else is set.
+# "OBJECTIVE FAMILY …": what else is set.
 KINDS: dict[str, dict[str, object]] = {
     "causal decoder": {
         "model.positions": "rotary",
         "model.norm": "rmsnorm",
         "model.activation": "swiglu",
         "model.n_kv_heads": 2,
+    },
+    "span_corruption encoder_decoder experts": {
+        "model.n_experts": 4,
+        "model.experts_per_token": 1,
+        "model.experts_every": 2,
+        "model.expert_capacity": 1.0,
+        "model.router_jitter": 0.01,
+        "model.router_z_loss": 1e-3,
+        "model.positions": "relative",
+        "model.activation": "relu",
     },
     "prefix decoder": {},
     "masked encoder": {

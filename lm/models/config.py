@@ -34,6 +34,13 @@ class TransformerConfig:
     relative_max_distance: int = 128
     token_types: int = 0
     activation: str = "gelu_tanh"
+    n_experts: int = 0
+    experts_per_token: int = 2
+    experts_every: int = 1
+    expert_capacity: float = 0.0
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.0
+    router_jitter: float = 0.0
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False
@@ -45,6 +52,7 @@ class TransformerConfig:
     activation_dropout: float = 0.0
     init: str = "normal"
     init_std: float = 0.02
+    init_scale: float = 1.0
     scale_residual_init: bool = True
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
@@ -53,11 +61,16 @@ class TransformerConfig:
     scan_unroll: int = 1
     loss_chunk: int = 0
 
+    @property
+    def pattern(self) -> int:
+        """How many blocks there are before they repeat."""
+        return self.experts_every if self.n_experts else 1
+
     def std(self, n_in: int, n_out: int) -> float:
         """Deviation of a fresh kernel of `n_in` inputs and `n_out` outputs."""
         by_kind = {
             "normal": self.init_std,
-            "fan_in": n_in**-0.5,
+            "fan_in": (self.init_scale / n_in) ** 0.5,
             "xavier": (2 / (n_in + n_out)) ** 0.5,
         }
         return by_kind[self.init]

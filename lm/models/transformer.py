@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
@@ -18,7 +21,9 @@ from lm.models.attention import Attention, KeyValue
 from lm.models.cache import Cache, Source
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
+from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, rotary_angles
+from lm.models.reports import COLLECTIONS
 from lm.parallel.rules import constrain
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
@@ -58,12 +63,14 @@ class Cached:
 class Block(nn.Module):
     """x + sublayer(norm(x)) for each sublayer, or, "post", norm(x + sublayer(x)).
 
-    The sublayers: self-attention, cross-attention where there is a source, feed-forward.
+    The sublayers: self-attention, cross-attention where there is a source, feed-forward, of experts
+    if the block is `sparse`.
     """
 
     config: TransformerConfig
     deterministic: bool
     kernel: str
+    sparse: bool
 
     @nn.compact
     def __call__(
@@ -90,10 +97,18 @@ class Block(nn.Module):
             assert around.source_visibility is not None
             return attend.to_source(y_BLD, source, around.source_visibility)
 
+        feed_forward: Callable[[jax.Array], jax.Array]
+        if self.sparse:
+            segments_BL = around.visibility.segments_BL
+            is_token_BL = None if segments_BL is None else segments_BL != 0
+            experts = MixtureOfExperts(c, self.deterministic, name="feed_forward")
+            feed_forward = partial(experts, is_token_BL=is_token_BL)
+        else:
+            feed_forward = FeedForward(c, self.deterministic, name="feed_forward")
         sublayers: dict[str, Callable[[jax.Array], jax.Array]] = {
             "attention": self_attention,
             "cross_attention": cross_attention,
-            "feed_forward": FeedForward(c, self.deterministic, name="feed_forward"),
+            "feed_forward": feed_forward,
         }
         if around.source_visibility is None:
             del sublayers["cross_attention"]
@@ -106,6 +121,39 @@ class Block(nn.Module):
         # Only decoding takes keys and values along.
         keeps = cached.own is not None
         return x_BLD, Cached(own, source) if keeps else Cached()
+
+
+class Pattern(nn.Module):
+    """The blocks that repeat: `experts_every` of them, of which the last has experts if `sparse`.
+
+    A model whose blocks are all alike has no such names in the paths of its parameters. The names
+    tell which layers of the stack are in a parameter's first axis (`optim/parameter_groups.py`).
+    """
+
+    config: TransformerConfig
+    deterministic: bool
+    kernel: str
+    sparse: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, around: Surroundings, cached: Cached
+    ) -> tuple[jax.Array, Cached]:
+        c, n = self.config, self.config.pattern
+        block, after = recomputed(Block, c.remat), []
+        for i in range(n):
+            sparse = self.sparse and i == n - 1
+            layer = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
+            x_BLD, kept = layer(x_BLD, around, jax.tree.map(lambda part, i=i: part[i], cached))
+            after.append(kept)
+        return x_BLD, jax.tree.map(lambda *parts: jnp.stack(parts), *after)
+
+
+def recomputed(block: type[nn.Module], remat: str) -> Any:
+    """`block` whose backward pass recomputes what the policy says."""
+    if remat == "none":
+        return block
+    return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 class Stack(nn.Module):
@@ -154,19 +202,21 @@ class Stack(nn.Module):
             seen = Visibility(False, visibility.segments_BL, source_segments_BS)
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        n = c.pattern
         layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
+            recomputed(Block, c.remat) if n == 1 else Pattern,
+            variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
-            length=self.n_layers,
-            unroll=c.scan_unroll or self.n_layers,
+            length=self.n_layers // n,
+            unroll=max(1, (c.scan_unroll or self.n_layers) // n),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.deterministic, c.attention, name="layers")
+        )(c, self.deterministic, c.attention, c.n_experts > 0, name="layers")
+        if n > 1:
+            cached = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), cached)
         x_BLD, cached = layers(x_BLD, around, cached)
+        if n > 1:
+            cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
         if cache is not None:
             assert cached.own is not None
             source = cache.source

@@ -64,7 +64,7 @@ def merge(params: Tree, alpha: float) -> Tree:
 
 def _fresh_pair(kernel: Any, rank: int, rng: jax.Array) -> tuple[Any, Any]:
     names, shape = kernel.names, kernel.value.shape
-    n_stacked = sum(name == "layers" for name in names)
+    n_stacked = sum(name in ("layers", "experts") for name in names)
     # "head_dim" is the second half of an axis of heads: the other axes are inputs, then outputs.
     n_inputs = 2 if names[n_stacked + 1] == "head_dim" else 1
     middle = n_stacked + n_inputs

@@ -107,13 +107,15 @@ def _is_block_kernel(names: list[str]) -> bool:
 
 
 def _dimensions(kernels: Tree) -> Tree:
-    """How each stacked kernel [layers, inputs…, outputs…] is a matrix, layers apart."""
+    """How each stacked kernel [layers, inputs…, outputs…] is a matrix, layers apart; those of
+    experts [layers, experts, inputs, outputs] are matrices each."""
 
     def matrix(names: list[str], leaf: Any) -> optax.contrib.MuonDimensionNumbers:
+        first = 2 if "experts" in names else 1  # after layers, and experts
         # Only attention's output projection [layers, heads, head_dim, embed] has two inputs.
-        n_inputs = 2 if names[-2:] == ["out", "kernel"] and leaf.ndim == 4 else 1
+        n_inputs = 2 if names[-2:] == ["out", "kernel"] and leaf.ndim - first == 3 else 1
         return optax.contrib.MuonDimensionNumbers(
-            tuple(range(1, 1 + n_inputs)), tuple(range(1 + n_inputs, leaf.ndim))
+            tuple(range(first, first + n_inputs)), tuple(range(first + n_inputs, leaf.ndim))
         )
 
     return by_path(kernels, matrix)

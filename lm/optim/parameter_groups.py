@@ -1,7 +1,8 @@
 """Which parameters train, and how fast: patterns of paths, freezing, layer-wise decay.
 
 A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
-for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel".
+for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel". Where
+not all layers are alike, "stack/layers/1_of_2/…" has every second one: 1, 3, ….
 Shape letters: N layers; groups are numpy arrays, [N] for stacked layers and [] for others.
 """
 
@@ -106,7 +107,7 @@ def matching(
 
     UserError, if `strict`, for a pattern that is found in none.
     """
-    groups = {path: np.zeros(_n_layers(path, leaf), bool) for path, leaf in leaves.items()}
+    groups = {path: np.zeros(_layers(path, leaf).shape, bool) for path, leaf in leaves.items()}
     for pattern in compile_patterns(key, text):
         hits = {path: _hits(pattern, path, leaf) for path, leaf in leaves.items()}
         if strict and not any(group.any() for group in hits.values()):
@@ -126,13 +127,16 @@ def update_scales(layer_decay: float, trainable: Trainable, params: Tree) -> Tre
     """
     leaves = flat(params)
     groups = trainable.groups(params, strict=False)
-    depth = max(
-        (size for path, leaf in leaves.items() for size in _n_layers(path, leaf)), default=0
-    )
+    numbers = {path: _layers(path, leaf) for path, leaf in leaves.items()}
+    depths: dict[str, int] = {}  # by stack
+    for path, layers in numbers.items():
+        if layers.ndim:
+            depths[_stack(path)] = max(depths.get(_stack(path), 0), layers[-1] + 1)
+    depth = max(depths.values(), default=0)
 
     def scale(path: str, leaf: Any) -> np.ndarray:
-        if layers := _n_layers(path, leaf):
-            below = layers[0] - np.arange(layers[0])
+        if numbers[path].ndim:
+            below = depths[_stack(path)] - numbers[path]
         elif any(part.startswith("embedding") for part in path.split("/")):
             below = np.asarray(depth + 1)
         else:
@@ -142,18 +146,28 @@ def update_scales(layer_decay: float, trainable: Trainable, params: Tree) -> Tre
     return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
 
 
-def _n_layers(path: str, leaf: Any) -> tuple[int, ...]:
-    return leaf.shape[:1] if "layers" in path.split("/") else ()
+# "layers/", and for layers that are not all alike which of how many that repeat.
+_LAYERS = re.compile(r"(?<![^/])layers/(?:(\d+)_of_(\d+)/)?")
+
+
+def _layers(path: str, leaf: Any) -> np.ndarray:
+    """The numbers of the layers that the parameter's first axis has; [] outside a stack."""
+    found = _LAYERS.search(path)
+    if not found:
+        return np.zeros((), int)
+    first, step = int(found[1] or 0), int(found[2] or 1)
+    return first + step * np.arange(leaf.shape[0])
+
+
+def _stack(path: str) -> str:
+    return _LAYERS.split(path, maxsplit=1)[0]
 
 
 def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
-    layers = _n_layers(path, leaf)
-    if pattern.search(path):
-        return np.ones(layers, bool)
-    if not layers:
-        return np.zeros((), bool)
-    before, after = re.split(r"(?<![^/])layers/", path, maxsplit=1)
-    names = (f"{before}layers/{i}/{after}" for i in range(layers[0]))
+    layers = _layers(path, leaf)
+    if pattern.search(path) or not layers.ndim:
+        return np.full(layers.shape, bool(pattern.search(path)))
+    names = (_LAYERS.sub(f"layers/{i}/", path, count=1) for i in layers)
     return np.array([bool(pattern.search(name)) for name in names])
 
 

@@ -36,9 +36,11 @@ PARAMETERS: Rules = {
     "lora_rank": (),
     "hidden": (),
     "gates": (),
+    "experts": ("expert",),
+    "router": (),
 }
 
-BATCH_AXES = ("slice", "data", "fsdp")
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
 LENGTH_AXIS = "context"
 ACTIVATIONS: Rules = {
     "batch": BATCH_AXES,
@@ -54,6 +56,7 @@ ACTIVATIONS: Rules = {
     "head_dim": (),
     "mlp": ("tensor",),
     "hidden": (),
+    "router": (),
 }
 
 # Sequence parallelism: norms, dropout and sums between the products of tensor parallelism share
@@ -65,7 +68,12 @@ SEQUENCE: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
-CONFIG_KEYS = {"embed": "model.d_model", "heads": "model.n_heads", "mlp": "model.d_ff"}
+CONFIG_KEYS = {
+    "embed": "model.d_model",
+    "heads": "model.n_heads",
+    "mlp": "model.d_ff",
+    "experts": "model.n_experts",
+}
 
 
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
@@ -149,7 +157,7 @@ def activations_on(mesh: Mesh, sequence: bool = False) -> Iterator[None]:
 
 def on_mesh() -> bool:
     """Whether a step for a mesh is being traced; decoding runs on none."""
-    return _placement.get() is not None
+    return current_mesh() is not None
 
 
 def shards(name: str) -> int:
@@ -163,6 +171,18 @@ def sharding(*names: str) -> NamedSharding:
     placement = _placement.get()
     assert placement is not None
     return NamedSharding(placement.mesh, placement.spec(names))
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of the step that is being traced."""
+    placement = _placement.get()
+    return placement.mesh if placement else None
+
+
+def divided(rules: Rules, name: str) -> tuple[str, ...]:
+    """The axes of the current mesh over which a logical axis is divided, () without a mesh."""
+    axes, mesh = _rule(rules, name), current_mesh()
+    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

@@ -1,0 +1,43 @@
+"""A mixture of experts as its papers write it, in numpy, one token at a time."""
+
+import numpy as np
+import scipy.special
+
+
+def feed_forward(p, x, expert):
+    """What one expert makes of one token; "gate" is there in gated layers (SiLU, else ReLU)."""
+    h = linear(p["in"], x, expert)
+    if "gate" in p:
+        gate = linear(p["gate"], x, expert)
+        h = h * gate * scipy.special.expit(gate)
+    else:
+        h = np.maximum(h, 0)
+    return linear(p["out"], h, expert)
+
+
+def linear(p, x, expert):
+    return x @ p["kernel"][expert] + (p["bias"][expert] if "bias" in p else 0)
+
+
+def mixture(p, row, k, capacity=None, is_token=None):
+    """Tokens [L, D] of one row: outputs, and who was served by which experts, in order.
+
+    Switch (k=1): the most probable expert, times its probability. Mixtral: softmax over the logits
+    of the best k. With a capacity all first choices come before all second ones.
+    """
+    logits = row @ p["router"]["kernel"]
+    queues = {expert: [] for expert in range(logits.shape[1])}
+    out = np.zeros_like(row)
+    for choice in range(k):
+        for t in range(len(row)):
+            if is_token is not None and not is_token[t]:
+                continue
+            best = np.argsort(-logits[t], kind="stable")[:k]
+            weights = scipy.special.softmax(logits[t] if k == 1 else logits[t][best])
+            weight = weights[best[0]] if k == 1 else weights[choice]
+            expert = best[choice]
+            if capacity is not None and len(queues[expert]) == capacity:
+                continue
+            queues[expert].append(t)
+            out[t] += weight * feed_forward(p["experts"], row[t], expert)
+    return out, queues

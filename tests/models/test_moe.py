@@ -1,0 +1,250 @@
+"""Mixtures of experts against their papers: outputs, gradients, dropping, losses, decoding."""
+
+import functools
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from moe_reference import mixture
+from transformer_reference import draw, float64
+
+from lm.models import routing
+from lm.models.config import TransformerConfig
+from lm.models.decoder import Decoder
+from lm.models.moe import MixtureOfExperts
+
+E, D, B, L = 4, 8, 2, 12
+CONFIG = TransformerConfig(
+    n_layers=1, d_model=D, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=6, vocab_size=32,
+    max_length=L, n_experts=E, experts_per_token=1, activation="relu",
+)  # fmt: skip
+STYLES = {
+    "switch": {},
+    "mixtral": {"activation": "swiglu", "experts_per_token": 2, "bias": False},
+    "three": {"experts_per_token": 3},
+}
+X = np.float32(np.random.default_rng(1).normal(size=(B, L, D)))
+
+
+def make(deterministic=True, **changes):
+    layer = MixtureOfExperts(replace(CONFIG, **changes), deterministic)
+    return layer, draw(layer, X)
+
+
+@functools.cache
+def program(layer):
+    return jax.jit(functools.partial(layer.apply, mutable=["losses", "metrics"]))
+
+
+def run(layer, params, x=X, **inputs):
+    """The layer's outputs, and what it reported, by name."""
+    y, reported = program(layer)({"params": params}, x, **inputs)
+    return np.asarray(y), {n: v for kind in reported.values() for n, (v,) in kind.items()}
+
+
+@pytest.mark.parametrize("capacity", [0.0, 0.75], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("style", STYLES)
+def test_outputs_are_those_of_one_token_at_a_time(style, capacity):
+    layer, params = make(deterministic=False, expert_capacity=capacity, **STYLES[style])
+    k = layer.config.experts_per_token
+    room = capacity and int(np.ceil(capacity * k * L / E))
+    found, reported = run(layer, params)
+    for row, y, dropped in zip(X, found, reported["dropped"], strict=True):
+        expected, queues = mixture(float64(params), np.float64(row), k, room or None)
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+        served = sum(map(len, queues.values()))
+        assert dropped == pytest.approx(1 - served / (k * L), abs=1e-6)
+        assert not capacity or served < k * L  # something is dropped
+        assert capacity or served == k * L
+
+
+@pytest.mark.parametrize("capacity", [0.0, 0.75], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients_are_the_slopes_of_the_reference(style, capacity):
+    """Along random directions of every parameter and the input, by differences in float64."""
+    layer, params = make(deterministic=False, expert_capacity=capacity, **STYLES[style])
+    k = layer.config.experts_per_token
+    room = int(np.ceil(capacity * k * L / E)) if capacity else None
+    rng = np.random.default_rng(2)
+    out = rng.normal(size=X.shape)
+
+    def reference(params, x):
+        return sum((mixture(params, row, k, room)[0] * o).sum() for row, o in zip(x, out))  # noqa: B905
+
+    grads = jax.jit(jax.grad(lambda p, x: (layer.apply({"params": p}, x) * out).sum(), (0, 1)))(
+        params, X
+    )
+    values, grads = (float64(params), np.float64(X)), float64(grads)
+    leaves, tree = jax.tree.flatten(values)
+    for i, (leaf, grad) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True)):
+        direction = rng.normal(size=leaf.shape)
+        moved = (
+            reference(*tree.unflatten([*leaves[:i], leaf + h * direction, *leaves[i + 1 :]]))
+            for h in (1e-6, -1e-6)
+        )
+        slope = (next(moved) - next(moved)) / 2e-6
+        assert (grad * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+def test_a_full_expert_takes_the_first_tokens_of_the_row():
+    """Switch, figure 3: tokens that come to a full expert pass it by."""
+    experts = np.array([[[0], [1], [0], [0], [2], [0], [1]], [[2], [2], [2], [2], [2], [2], [0]]])
+    places = routing.places(experts, 3)[..., 0]
+    assert places.tolist() == [[0, 0, 1, 2, 0, 3, 1], [0, 1, 2, 3, 4, 5, 0]]
+    assert routing.capacity(1.0, 7, 1, 3) == 3  # 7/3, rounded up
+    assert routing.capacity(1.5, 6, 1, 3) == 3  # figure 3
+    assert routing.capacity(2.0, 6, 2, 2) == 6  # a token comes to an expert once
+
+
+def test_first_choices_come_before_second_ones():
+    experts = np.array([[[0, 1], [1, 0], [0, 1]]])
+    assert routing.places(experts, 2).tolist() == [[[0, 1], [0, 2], [1, 2]]]
+
+
+def test_dropless_is_the_mixture_of_the_chosen_experts():
+    """Computed the other way round: every expert of every token, most of them times 0."""
+    layer, params = make(experts_per_token=2)
+    p = float64(params)
+    logits = X @ p["router"]["kernel"]
+    smallest = np.sort(logits)[..., -2:-1]
+    odds = np.where(logits >= smallest, np.exp(logits), 0)
+    h = np.einsum("bld,edf->blef", X, p["experts"]["in"]["kernel"]) + p["experts"]["in"]["bias"]
+    y = np.einsum("blef,efd->bled", np.maximum(h, 0), p["experts"]["out"]["kernel"])
+    y = y + p["experts"]["out"]["bias"]
+    expected = np.einsum("ble,bled->bld", odds / odds.sum(-1, keepdims=True), y)
+    np.testing.assert_allclose(run(layer, params)[0], expected, atol=2e-6)
+
+
+def test_a_capacity_that_cannot_overflow_is_dropless():
+    roomy, params = make(deterministic=False, experts_per_token=2, expert_capacity=float(E))
+    dropless, _ = make(experts_per_token=2)
+    np.testing.assert_allclose(run(roomy, params)[0], run(dropless, params)[0], atol=1e-6)
+
+
+def test_evaluation_drops_nothing():
+    training, params = make(deterministic=False, expert_capacity=0.25)
+    evaluation, _ = make(expert_capacity=0.25)
+    assert run(training, params)[1]["dropped"].min() > 0.5
+    assert run(evaluation, params)[1]["dropped"].max() == 0
+
+
+def test_padding_takes_no_room_and_counts_nowhere():
+    layer, params = make(deterministic=False, expert_capacity=0.5)
+    is_token = np.arange(L) >= np.array([[0], [5]])
+    x = np.where(is_token[..., None], X, X[0, 0])  # padding all wants the same expert
+    y, reported = run(layer, params, x, is_token_BL=is_token)
+    assert not y[~is_token].any()
+    expected, _ = mixture(float64(params), np.float64(x[1]), 1, 2, is_token[1])
+    np.testing.assert_allclose(y[1], expected, atol=2e-6)
+    plain = make()[0]
+    _, alone = run(plain, params, x[1:, 5:])
+    for name in ("balance_loss", "router_z_loss", "busiest_expert"):
+        assert reported[name][1] == pytest.approx(float(alone[name][0]), rel=1e-5), name
+
+
+def test_balance_loss_by_hand():
+    """Switch, eq. 4 to 6: two experts, three tokens, probabilities 3/4, 1/2 + and 1/4 of the first.
+
+    f = (2/3, 1/3), P = (1/2, 1/2): 2 (2/3 · 1/2 + 1/3 · 1/2) = 1; were all three as the first
+    token, f = (1, 0) and P = (3/4, 1/4): 2 · 3/4 = 3/2.
+    """
+    p = np.array([[0.75, 0.5 + 1e-6, 0.25], [0.75, 0.75, 0.75]])
+    logits = np.log(np.stack([p, 1 - p], -1))
+    tokens = np.ones((2, 3), bool)
+    experts, weights = routing.choose(logits, 1)
+    np.testing.assert_allclose(weights[..., 0], np.maximum(p, 1 - p), rtol=1e-5)
+    load = routing.load(experts, tokens, 2)
+    np.testing.assert_allclose(load, [[2 / 3, 1 / 3], [1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(routing.balance_loss(logits, load, tokens), [1, 1.5], rtol=1e-5)
+    # Only the mean probabilities have a gradient: E f_i dP_i.
+    slope = jax.grad(lambda z: routing.balance_loss(z, load, tokens).sum())(logits)
+    softmax_slope = (p * (1 - p))[1, 0]
+    np.testing.assert_allclose(slope[1, 0], 2 / 3 * softmax_slope * np.array([1, -1]), rtol=1e-5)
+
+
+def test_both_choices_count_in_the_load():
+    experts = np.array([[[0, 1], [0, 2]]])
+    load = routing.load(experts, np.ones((1, 2), bool), 4)
+    np.testing.assert_allclose(load, [[0.5, 0.25, 0.25, 0]])
+
+
+def test_z_loss_by_hand():
+    """ST-MoE, eq. 5: logits (0, 0) and (ln 3, 0) have log-partitions ln 2 and ln 4."""
+    logits = np.array([[[0.0, 0.0], [np.log(3), 0.0]]])
+    expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
+    found = routing.z_loss(logits, np.ones((1, 2), bool))
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_jitter_acts_in_training_only():
+    layer, params = make(router_jitter=0.3)
+    assert (run(layer, params)[0] == run(make()[0], params)[0]).all()
+    train = jax.jit(layer.clone(deterministic=False).apply)
+    one, again, other = (
+        train({"params": params}, X, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert abs(one - other).max() > 1e-2
+
+
+TOKENS = np.random.default_rng(0).integers(0, 32, (3, L))
+
+
+@pytest.fixture(scope="module")
+def alternating():
+    config = replace(
+        CONFIG, n_layers=4, experts_every=2, experts_per_token=2, expert_capacity=0.5,
+        positions="rotary", n_kv_heads=1,
+    )  # fmt: skip
+    model = Decoder(config)
+    return model, draw(model, TOKENS)
+
+
+def test_the_last_of_every_few_layers_has_experts(alternating):
+    _, params = alternating
+    plain, sparse = (params["stack"]["layers"][f"{i}_of_2"]["feed_forward"] for i in (0, 1))
+    assert plain["in"]["kernel"].shape == (2, D, 6)
+    assert sparse["experts"]["in"]["kernel"].shape == (2, E, D, 6)
+    assert sparse["router"]["kernel"].shape == (2, D, E)
+
+
+def test_how_layers_run_changes_no_result(alternating):
+    model, params = alternating
+    config = replace(model.config, scan_unroll=0, remat="full")
+    other = Decoder(config, deterministic=False)
+
+    def loss(model):
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            logits, reported = model.apply({"params": params}, TOKENS, mutable=["losses"])
+            return (logits**2).sum() + sum(x.sum() for x in jax.tree.leaves(reported))
+
+        return loss(params)
+
+    shapes = jax.eval_shape(other.init, jax.random.key(0), TOKENS)["params"]
+    assert jax.tree.structure(nn.meta.unbox(shapes)) == jax.tree.structure(params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+        loss(other),
+        loss(model.clone(deterministic=False)),
+    )
+
+
+def test_cached_decoding_gives_the_full_forward_pass(alternating):
+    """Nothing is dropped, though a capacity of half the even share drops in training."""
+    model, params = alternating
+    full = jax.jit(model.apply)({"params": params}, TOKENS)
+    step = jax.jit(functools.partial(model.apply, {"params": params}, method="decode"))
+    cache = model.empty_cache(*TOKENS.shape)
+    positions = np.broadcast_to(np.arange(L), TOKENS.shape)
+    logits = []
+    for chunk in [slice(0, 6), *(slice(i, i + 1) for i in range(6, L))]:
+        ones = np.ones_like(TOKENS[:, chunk])
+        out, cache = step(TOKENS[:, chunk], positions[:, chunk], ones, cache)
+        logits.append(out)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), full, atol=1e-5)
+    training = model.clone(deterministic=False)
+    assert abs(jax.jit(training.apply)({"params": params}, TOKENS) - full).max() > 0.1
