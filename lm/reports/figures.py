@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 
 from lm.reports.numbers import shown
-from lm.reports.plotting import COLORS, colors, legend, shades, subplots, value_axis
+from lm.reports.plotting import (
+    COLORS,
+    WIDTH,
+    colors,
+    legend,
+    shades,
+    subplots,
+    time_axis,
+    value_axis,
+)
 from lm.reports.runs import TRAIN_LOSS, VALIDATION_LOSS, Run
 from lm.reports.smoothing import smooth, thinned
 from lm.reports.sweep import final_metric, lines_of
 from lm.training.clock import PARTS
 
 Figures = dict[str, Any]
-AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "hours in steps"}
+AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "time in steps"}
 # What a training step writes besides its loss, and what to call it.
 HEALTH = {
     "accuracy": "accuracy in training",
@@ -35,7 +44,7 @@ def positions(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
         if "seconds_per_step" not in run.curves:
             return None
         known = run.curves["seconds_per_step"].steps
-        return np.interp(steps, [0, *known], [0.0, *run.seconds() / 3600])
+        return np.interp(steps, [0, *known], [0.0, *run.seconds()])
     if run.size is None:
         return None
     return steps * float(run.size.tokens_per_step if axis == "tokens" else run.size.flops_per_step)
@@ -66,6 +75,8 @@ def _loss_curve(runs: Sequence[Run], axis: str) -> Any:
             axes.plot(*thinned(x, smoothed), color=color, label=run.name)
             levels += smoothed[len(smoothed) // 50 :].tolist()
     axes.set(xlabel=AXES[axis], ylabel="loss, nats")
+    if axis == "time":
+        time_axis(axes.xaxis)
     _focus(axes, levels)
     legend(axes, len(runs))
     return figure
@@ -83,7 +94,7 @@ def metric_curves(runs: Sequence[Run]) -> Figures:
     """Every other evaluation metric, and how training went, over the steps."""
     evaluations = dict.fromkeys(name for run in runs for name in run.evaluations)
     names = {
-        name: name.removeprefix("eval/").replace("/", ", ").replace("_", " ")
+        name: name.removeprefix("eval/").replace("/", " ").replace("_", " ")
         for name in evaluations
         if name != VALIDATION_LOSS and not name.endswith("/targets")
     }
@@ -118,28 +129,25 @@ def final_by_key(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> Figu
     """The final metric over each swept key; lines join runs that differ in nothing else."""
     metric = final_metric(runs)
     scored = [run for run in runs if run.final(metric) is not None]
-    keys = [group[0] for group in groups]
+    values = {group[0]: {shown(run.config.get(group[0])) for run in scored} for group in groups}
+    keys = [key for key, found in values.items() if len(found) > 1]
     return {
         f"final_by_{key}": _final_by(scored, metric, key, [k for k in keys if k != key])
         for key in keys
-        if scored
     }
 
 
 def _final_by(runs: Sequence[Run], metric: str, key: str, others: Sequence[str]) -> Any:
     figure, axes = subplots()
     found = lines_of(runs, key, others)
-    values = [run.config.get(key) for run in runs]
+    values: list[Any] = [run.config.get(key) for run in runs]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    names = list(
-        dict.fromkeys(shown(run.config.get(key)) for line in found.values() for run in line)
-    )
+    names = sorted({shown(value) for value in values})
     labelled = len(others) == 1
-    for (value, line), color in zip(found.items(), shades(len(found)), strict=True):
-        x = [
-            run.config[key] if numeric else names.index(shown(run.config.get(key))) for run in line
-        ]
-        label = f"{others[0].rsplit('.', 1)[-1]} {shown(value[0])}" if labelled else None
+    for (others_are, line), color in zip(found.items(), shades(len(found)), strict=True):
+        at = [run.config.get(key) for run in line]
+        x = at if numeric else [names.index(shown(value)) for value in at]
+        label = f"{others[0].rsplit('.', 1)[-1]} {shown(others_are[0])}" if labelled else None
         y = [run.final(metric) for run in line]
         axes.plot(x, y, "o-", markersize=7, color=color if others else COLORS[0], label=label)
     if numeric:
@@ -153,17 +161,17 @@ def _final_by(runs: Sequence[Run], metric: str, key: str, others: Sequence[str])
 
 def time_split(runs: Sequence[Run]) -> Figures:
     """Where the time of each run went, in percent."""
-    timed = [run for run in runs if sum(run.clock.get("seconds", {}).values()) > 0]
+    timed = [run for run in runs if run.total_seconds]
     if not timed:
         return {}
     height = 1.6 + 0.34 * len(timed)
-    figure, axes = subplots(figsize=(6.4, min(height, 12)))
+    figure, axes = subplots(figsize=(WIDTH, min(height, 12)))
     left = np.zeros(len(timed))
     names = [run.name if len(run.name) <= 28 else f"…{run.name[-27:]}" for run in timed]
     order = ("step", *(part for part in PARTS if part != "step"))
     for part, color in zip(order, COLORS, strict=False):
         seconds = np.array([run.clock["seconds"].get(part, 0.0) for run in timed])
-        share = 100 * seconds / [sum(run.clock["seconds"].values()) for run in timed]
+        share = 100 * seconds / [run.total_seconds for run in timed]
         axes.barh(range(len(timed)), share, left=left, color=color, label=part, height=0.7)
         left += share
     axes.set_yticks(range(len(timed)), names)

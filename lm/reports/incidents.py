@@ -46,9 +46,8 @@ def _stalls(run: Run) -> list[str]:
     if not slow.any():
         return []
     lost = (curve.values * np.diff(curve.steps, prepend=0))[slow].sum()
-    return [
-        f"more than {STALL:g}× slower than usual for {duration(lost)}, {_steps(curve.steps[slow])}"
-    ]
+    steps = _steps(curve.steps[slow])
+    return [f"more than {STALL:g}× slower than usual for {duration(lost)}, {steps}"]
 
 
 def _steps(steps: np.ndarray) -> str:

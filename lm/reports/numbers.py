@@ -12,7 +12,7 @@ def short(value: float) -> str:
         return f"{value:g}"
     if 1e3 <= abs(value) < 1e15:
         unit = int(math.log10(abs(float(f"{value:.3g}"))) // 3)
-        return f"{value / 1000**unit:.3g}".replace("e+03", "000") + " kMBT"[unit].strip()
+        return f"{value / 1000**unit:.3g}" + " kMBT"[unit]
     return f"{value:.3g}".replace("e+", "e").replace("e-0", "e-")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm.errors import UserError
 
 INK, FAINT = "#1f2430", "#d9dde5"
@@ -18,8 +20,9 @@ COLORS = (
     *("#2f6fdb", "#e4572e", "#2a9d6f", "#9b5de5", "#d99a00", "#00a3b4"),
     *("#c2417c", "#6b7280", "#7a9e1f", "#8d5a3b"),
 )
+WIDTH = 5.6  # inches
 STYLE = {
-    "figure.figsize": (6.4, 4.0),
+    "figure.figsize": (WIDTH, 3.8),
     "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -71,15 +74,28 @@ def legend(axes: Any, entries: int, outside: bool = False) -> None:
 
 
 def value_axis(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis where positive values span most of a decade; their own ticks if few."""
+    """A logarithmic axis for positive values far apart; ticks at the values if these are few."""
     matplotlib = _matplotlib()
     low, high = min(values), max(values)
     if low > 0 and high / low >= 5:
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    if len(set(values)) <= 6:
-        axis.set_major_locator(matplotlib.ticker.FixedLocator(sorted(set(values))))
+    marks = np.unique(values)
+    places = axis.get_transform().transform(marks)
+    if 1 < len(marks) <= 6 and np.diff(places).min() > 0.08 * np.ptp(places):
+        axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def time_axis(axis: Any) -> None:
+    """Ticks of an axis of seconds, in the unit that suits its length."""
+    ticker = _matplotlib().ticker
+    longest = axis.get_view_interval()[1]
+    unit, name = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
+    axis.set_major_locator(
+        ticker.FixedLocator(unit * ticker.MaxNLocator(6).tick_values(0, longest / unit))
+    )
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value / unit:g} {name}"))
 
 
 def svg(figure: Any) -> str:
@@ -89,9 +105,8 @@ def svg(figure: Any) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(
-        r'<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"', r"<svg \1 \2", text, count=1
-    )
+    head, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
 
 
 def save_png(figure: Any, file: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm import config as configs
 from lm.reports import figures, html
 from lm.reports.html import Cell
@@ -29,17 +31,17 @@ def write_report(workdir: Path, output: Path) -> Path:
     for name, figure in (curves | finals | others | times).items():
         save_png(figure, output / f"{name}.png")
     by_axis = {axis: svg(curves[f"loss_by_{axis}"]) for axis in figures.AXES}
-    wide = len(runs) > 1 and finals
     pictures = [html.tabs("Loss: smoothed, and raw behind; dots are validation", by_axis)]
-    if wide:
-        metric = final_metric(runs)
-        pictures += [html.figure(f"{metric} at the end", svg(figure)) for figure in finals.values()]
+    pictures += [html.figure("At the end of each run", svg(f)) for f in finals.values()]
+    metrics = [html.figure("", svg(figure)) for figure in others.values()]
+    if len(runs) == 1:
+        pictures, metrics = pictures + metrics, []
     sections = [
         html.tiles(_summary(runs)),
-        html.section("Loss", html.figures(pictures)),
+        html.section("Curves", html.figures(pictures)),
         html.section("Runs", _table(runs, groups) if len(runs) > 1 else ""),
         html.section("Incidents", _incidents(runs)),
-        html.section("Metrics", html.figures([html.figure("", svg(f)) for f in others.values()])),
+        html.section("Metrics", html.figures(metrics)),
         html.section("Time", html.figures([_time_card(runs, f) for f in times.values()])),
         html.section("Evaluations", _scores(runs)),
         html.section("Samples", _samples(runs)),
@@ -52,7 +54,8 @@ def write_report(workdir: Path, output: Path) -> Path:
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    families = sorted({f"{r.config['model.family']}, {r.config['objective.name']}" for r in runs})
+    kinds = [(run.config["model.family"], run.config["objective.name"]) for run in runs]
+    families = sorted({", ".join(dict.fromkeys(kind)) for kind in kinds})
     sources = sorted({str(run.config["data.source"]) for run in runs})
     count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
     return f"{count}: {'; '.join(families)}; on {'; '.join(sources)}."
@@ -62,8 +65,8 @@ def _summary(runs: Sequence[Run]) -> dict[str, str]:
     """The figures that a reader looks for first."""
     metric, chosen = final_metric(runs), best(runs)
     name = metric.removeprefix("eval/").replace("/", " ") if "/" in metric else "training loss"
-    seconds = [sum(run.clock.get("seconds", {}).values()) for run in runs]
-    useful = sum(run.clock.get("goodput", 0.0) * s for run, s in zip(runs, seconds, strict=True))
+    seconds = sum(run.total_seconds for run in runs)
+    useful = sum(run.clock.get("goodput", 0.0) * run.total_seconds for run in runs)
     found = {}
     if chosen:
         found[f"{'best ' if len(runs) > 1 else ''}{name}"] = f"{chosen.final(metric):.4f}"
@@ -72,21 +75,17 @@ def _summary(runs: Sequence[Run]) -> dict[str, str]:
             found["by run"] = chosen.name
         found["finished"] = f"{sum(run.finished for run in runs)} of {len(runs)}"
     else:
-        found["steps"] = f"{runs[0].last_step:,} of {runs[0].config['train.steps']:,}"
+        goal = "" if runs[0].finished else f" of {runs[0].config['train.steps']:,}"
+        found["steps"] = f"{runs[0].last_step:,}{goal}"
     sized = [run for run in runs if run.size]
     if sized:
-        sizes = [run.size.parameters for run in sized if run.size]
-        same = min(sizes) == max(sizes)
-        found["parameters"] = (
-            short(sizes[0]) if same else f"{short(min(sizes))} – {short(max(sizes))}"
-        )
-        found["tokens"] = short(sum(r.last_step * r.size.tokens_per_step for r in sized if r.size))
-        found["model FLOPs"] = short(
-            sum(r.last_step * r.size.flops_per_step for r in sized if r.size)
-        )
-    if sum(seconds):
-        found["time"] = duration(sum(seconds))
-        found["goodput"] = f"{useful / sum(seconds):.1%}"
+        sizes = {run.size.parameters for run in sized if run.size}
+        found["parameters"] = " – ".join(short(n) for n in sorted({min(sizes), max(sizes)}))
+        found["tokens"] = short(sum(run.tokens or 0 for run in sized))
+        found["model FLOPs"] = short(sum(run.flops or 0 for run in sized))
+    if seconds:
+        found["time"] = duration(seconds)
+        found["goodput"] = f"{useful / seconds:.1%}"
     return found
 
 
@@ -94,24 +93,24 @@ def _table(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> str:
     """A row a run: what it differs in, what it reached, what it took."""
     metric = final_metric(runs)
     metrics = [metric, *_further_metrics(runs, metric)]
-    columns = ["run", *(group[0] for group in groups), *(m.removeprefix("eval/") for m in metrics)]
+    first, *others = (name.removeprefix("eval/") for name in metrics)
+    columns = ["run", first, *(group[0] for group in groups), *others]
     columns += ["steps", "parameters", "tokens", "FLOPs", "time", "tokens/s", "goodput"]
     chosen = best(runs)
     rows = []
     for run, color in zip(runs, colors(len(runs)), strict=True):
         speed = run.curves.get("tokens_per_second")
-        size, seconds = run.size, sum(run.clock.get("seconds", {}).values())
-        tokens = size and run.last_step * size.tokens_per_step
-        flops = size and run.last_step * size.flops_per_step
+        sizes = run.size and run.size.parameters, run.tokens, run.flops
         rows.append(
             [
                 Cell(run.name, color=color),
+                _number(run.final(metric), "{:.4f}"),
                 *(_value(run.config.get(group[0])) for group in groups),
-                *(_number(run.final(name), "{:.4f}") for name in metrics),
+                *(_number(run.final(name), "{:.4f}") for name in metrics[1:]),
                 _number(run.last_step, "{:,}"),
-                *(_number(value, short) for value in (size and size.parameters, tokens, flops)),
-                _number(seconds or None, duration),
-                _number(speed and float(_median(speed.values)), short),
+                *(_number(value, short) for value in sizes),
+                _number(run.total_seconds or None, duration),
+                _number(float(np.nanmedian(speed.values)) if speed else None, short),
                 _number(run.clock.get("goodput"), "{:.1%}"),
             ]
         )
@@ -121,10 +120,6 @@ def _table(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> str:
 def _further_metrics(runs: Sequence[Run], metric: str) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.evaluations)
     return [name for name in names if name != metric and not name.endswith("/targets")]
-
-
-def _median(values: Any) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _value(value: Any) -> Cell:
@@ -175,7 +170,8 @@ def _configuration(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> st
     keys = [key for group in groups for key in group]
     rows = [[Cell(key), *(_value(run.config.get(key)) for run in runs)] for key in keys]
     differences = html.table(["key", *(run.name for run in runs)], rows) if keys else ""
-    return differences + _from_defaults(runs[0].config, set(keys), "Shared by all, and not default")
+    title = "What all share and is not the default" if keys else "What is not the default"
+    return differences + _from_defaults(runs[0].config, set(keys), title)
 
 
 def _from_defaults(config: Mapping[str, Any], leave: set[str], title: str) -> str:

@@ -53,6 +53,19 @@ class Run:
         return self.last_step >= self.config["train.steps"]
 
     @property
+    def tokens(self) -> int | None:
+        return self.last_step * self.size.tokens_per_step if self.size else None
+
+    @property
+    def flops(self) -> float | None:
+        return self.last_step * self.size.flops_per_step if self.size else None
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all parts of all starts; 0 where there is no clock."""
+        return sum(self.clock.get("seconds", {}).values())
+
+    @property
     def evaluations(self) -> list[str]:
         return [name for name in self.curves if name.startswith("eval/")]
 
@@ -104,10 +117,8 @@ def read_run(folder: Path, name: str, samples: int = 0) -> Run:
         clock=json.loads(clock.read_text()) if clock.exists() else {},
         size=size,
         problem=problem,
-        samples={f.parent.name: _head(f, samples) for f in _evaluated(folder, "predictions.jsonl")},
-        scores={
-            f.parent.name: json.loads(f.read_text()) for f in _evaluated(folder, "report.json")
-        },
+        samples={name: _head(f, samples) for name, f in _evaluated(folder, "predictions.jsonl")},
+        scores={name: json.loads(f.read_text()) for name, f in _evaluated(folder, "report.json")},
     )
 
 
@@ -125,13 +136,13 @@ def read_curves(file: Path) -> dict[str, Curve]:
             raise UserError(f"{file}, line {number} is damaged: {error}") from None
         for name, value in values.items():
             points.setdefault(name, []).append((step, np.nan if value is None else value))
-    return {
-        name: Curve(*map(np.asarray, zip(*found, strict=True))) for name, found in points.items()
-    }
+    columns = {name: np.array(found, float).T for name, found in points.items()}
+    return {name: Curve(steps.astype(int), values) for name, (steps, values) in columns.items()}
 
 
-def _evaluated(folder: Path, file: str) -> list[Path]:
-    return sorted(folder.glob(f"eval/*/{file}"))
+def _evaluated(folder: Path, file: str) -> list[tuple[str, Path]]:
+    """What `lm eval --task` wrote, by the name of the split and step."""
+    return [(found.parent.name, found) for found in sorted(folder.glob(f"eval/*/{file}"))]
 
 
 def _head(file: Path, count: int) -> list[dict]:

@@ -7,7 +7,7 @@ from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
 POINTS = 400  # more than these a figure cannot show
-SPIKE = 12.0  # so many times the usual deviation above its surroundings a loss is a spike
+SPIKE = 12.0  # so many times the usual deviation above what came before a loss is a spike
 
 
 def smooth(values: np.ndarray, part: float = 0.02) -> np.ndarray:
@@ -39,8 +39,11 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spikes(values: np.ndarray) -> np.ndarray:
-    """Positions at which a loss lies far above the median of its 51 neighbours."""
+    """Positions at which a loss lies far above what came before, and by a tenth at least."""
+    if not np.isfinite(values).any():
+        return np.array([], int)
     values = np.nan_to_num(values, nan=np.nanmedian(values))
-    above = values - median_filter(values, 51, mode="nearest")
-    usual = median_filter(np.abs(above), 501, mode="nearest")
-    return np.flatnonzero(above > SPIKE * np.maximum(usual, 1e-6 * np.abs(values)))
+    width = min(51, len(values))
+    before = median_filter(values, width, mode="nearest", origin=width // 2)
+    usual = median_filter(np.abs(values - before), min(501, len(values)), mode="reflect")
+    return np.flatnonzero(values - before > np.maximum(SPIKE * usual, 0.1 * np.abs(before)))

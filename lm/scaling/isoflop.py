@@ -74,10 +74,11 @@ def _profile(runs: Runs) -> Profile:
 
 def power_law(found: list[Profile]) -> PowerLaw | None:
     """The line through the minima in log-log; None with fewer than two budgets that have one."""
-    minima = [(profile.flop, profile.n) for profile in found if profile.has_minimum]
+    minima = [profile for profile in found if profile.has_minimum]
     if len(minima) < 2:
         return None
-    exponent, intercept = np.polyfit(*np.log(np.array(minima)).T, 1)
+    log_flop, log_n = np.log([p.flop for p in minima]), np.log([p.n for p in minima])
+    exponent, intercept = np.polyfit(log_flop, log_n, 1)
     return PowerLaw(float(np.exp(intercept)), float(exponent))
 
 

@@ -53,12 +53,7 @@ def study(
             "exponent": power.exponent if power else None,
             "interval": interval(exponents) if exponents else None,
             "profiles": [
-                {
-                    **{"flop": p.flop, "runs": len(p.runs), "has_minimum": p.has_minimum},
-                    **(
-                        {"n": p.n, "d": p.flop / (6 * p.n), "loss": p.loss} if p.has_minimum else {}
-                    ),
-                }
+                {"flop": p.flop, "runs": len(p.runs)} | (_minimum(p) if p.has_minimum else {})
                 for p in found
             ],
         },
@@ -94,6 +89,10 @@ def forecast(
     }
 
 
+def _minimum(profile: isoflop.Profile) -> dict[str, float]:
+    return {"n": profile.n, "d": profile.flop / (6 * profile.n), "loss": profile.loss}
+
+
 def text(report: dict[str, Any]) -> str:
     """The report for a reader."""
     lines = [f"L(N, D) = E + A/N^alpha + B/D^beta of {report['runs']} runs; 95 % intervals"]
@@ -105,7 +104,7 @@ def text(report: dict[str, Any]) -> str:
     curves = report["isoflop"]
     if curves["exponent"]:
         low, high = curves["interval"]
-        minima = sum(p["has_minimum"] for p in curves["profiles"])
+        minima = sum("n" in p for p in curves["profiles"])
         lines.append(
             f"N_opt ∝ C^{curves['exponent']:.3f} [{low:.3f}, {high:.3f}] by the minima of "
             f"{minima} IsoFLOP parabolas"
@@ -113,10 +112,11 @@ def text(report: dict[str, Any]) -> str:
     for budget in report["budgets"]:
         spans = {k: f"[{short(lo)}, {short(hi)}]" for k, (lo, hi) in budget["intervals"].items()}
         low, high = budget["intervals"]["loss"]
+        loss = f"loss {budget['loss']:.4f} [{low:.4f}, {high:.4f}]"
         other = f"; {short(budget['isoflop_n'])} by parabolas" if budget["isoflop_n"] else ""
         lines.append(
             f"{short(budget['flop'])} FLOPs: N {short(budget['n'])} {spans['n']}{other}, "
-            f"D {short(budget['d'])} {spans['d']}, loss {budget['loss']:.4f} [{low:.4f}, {high:.4f}]"
+            f"D {short(budget['d'])} {spans['d']}, {loss}"
         )
     return "\n".join(lines)
 
