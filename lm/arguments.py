@@ -114,6 +114,33 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     weights(sub)
     json_flag(sub)
 
+    sub = verb("report")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="a run, or a folder of runs")
+    sub.add_argument("--output", metavar="DIR", help="for index.html and PNGs; WORKDIR/report")
+
+    sub = verb("scaling")
+    sub.add_argument("--workdir", metavar="DIR", help="a folder of finished runs")
+    sub.add_argument("--runs", metavar="FILE.csv", help="Model Size, Training FLOP, loss")
+    sub.add_argument(
+        "--budget",
+        type=_positive,
+        action="append",
+        default=[],
+        metavar="FLOPS",
+        help="forecast the best run of so many FLOPs; may be given several times",
+    )
+    sub.add_argument("--output", metavar="DIR", help="for PNGs; WORKDIR/scaling, or none")
+    sub.add_argument(
+        "--min_tokens_per_parameter",
+        type=_at_least(0.0),
+        default=0.45,
+        metavar="X",
+        help="leave out runs of fewer: they hardly left their initial loss",
+    )
+    sub.add_argument("--resamples", type=_at_least(20), default=1000, metavar="N")
+    sub.add_argument("--seed", type=_at_least(0), default=0)
+    json_flag(sub)
+
     tokenizer = verbs.add_parser("tokenizer", help="Tokenizers.").add_subparsers(
         dest="action", required=True, parser_class=Parser
     )
@@ -134,6 +161,13 @@ def _at_least(low: int | float) -> Callable[[str], int | float]:
 
     parse.__name__ = "integer" if isinstance(low, int) else "number"
     return parse
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def _probability(text: str) -> float:

@@ -1,0 +1,41 @@
+"""How large a run is: parameters, and the tokens and FLOPs of one of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lm.experiment import build
+from lm.flops import model_flops_per_token, tokens_per_row
+from lm.parameters import count_parameters
+from lm.training.workdir import load_config
+
+# The sizes do not depend on the mesh or kernel, which this machine may not have.
+ANYWHERE = {
+    "parallel.preset": "custom",
+    "model.attention": "xla",
+    **{
+        f"parallel.mesh.{axis}": "1"
+        for axis in ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+    },
+}
+
+
+class Size(NamedTuple):
+    """Parameters in all and without embeddings; tokens and model FLOPs of a step (lm.flops)."""
+
+    parameters: int
+    non_embedding: int
+    tokens_per_step: int
+    flops_per_step: float
+
+
+def size_of(workdir: Path) -> Size:
+    """The size of the run in `workdir`, from its configuration alone; nothing is computed."""
+    experiment = build(load_config(workdir, ANYWHERE), jax.devices()[:1])
+    counts = count_parameters(experiment)
+    tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
+    flops = tokens * model_flops_per_token(experiment)
+    return Size(counts["total"], counts["non_embedding"], tokens, flops)

@@ -1,0 +1,87 @@
+"""The page: whole in itself, escaped, and in a browser without errors at both widths."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from runs import write_run
+
+from lm.cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PROBE = """<script>
+const seen = [];
+for (const head of document.querySelectorAll("section:nth-of-type(2) th button")) {
+  if (head.textContent === "optimizer.learning_rate") head.click();
+}
+const names = [...document.querySelectorAll("section:nth-of-type(2) tbody tr")];
+document.title = JSON.stringify({
+  width: document.documentElement.scrollWidth, seen: window.innerWidth,
+  requests: performance.getEntriesByType("resource").map(entry => entry.name),
+  order: names.map(row => row.cells[0].textContent),
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports") / "sweep<b>"
+    for i, rate in enumerate((0.1, 1e-3, 0.01)):
+        values = {"optimizer.learning_rate": rate, "seed": 1}
+        losses = [5.0 - 0.1 * step for step in range(30)]
+        write_run(folder / f"run{i}", values, losses, validation=2.0 + i)
+    answers = folder / "run0" / "eval" / "test-30"
+    answers.mkdir(parents=True)
+    row = {"source": "<script>alert(1)</script>", "prediction": "a & b"}
+    (answers / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    (answers / "report.json").write_text(json.dumps({"step": 30, "bleu": 12.5}))
+    assert main(["report", "--workdir", str(folder)]) == 0
+    return folder / "report"
+
+
+def test_the_page_is_whole_in_itself(sweep):
+    text = (sweep / "index.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", text)
+    assert not re.findall(r"url\((?!#)", text)
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "sweep&lt;b&gt;" in text
+    assert text.count('<span class="dot"') == 3
+    for piece in ("best validation loss", "2.0000", "run0", "12.5", "80.0%", "None."):
+        assert piece in text
+
+
+def test_the_pictures(sweep):
+    names = {file.name for file in sweep.glob("*.png")}
+    loss = {f"loss_by_{axis}.png" for axis in ("step", "tokens", "FLOPs", "time")}
+    assert names >= loss | {"final_by_optimizer.learning_rate.png", "time.png"}
+    assert all((sweep / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_a_single_run(sweep, tmp_path):
+    assert main(["report", "--workdir", str(sweep.parent / "run1"), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "index.html").read_text()
+    assert "One run: decoder, causal" in text
+    assert not list(tmp_path.glob("final_by_*"))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser(sweep, tmp_path, width):
+    """No message on the console, no request, nothing wider than the window; the table sorts."""
+    page = tmp_path / "page.html"
+    page.write_text((sweep / "index.html").read_text().replace("</body>", f"{PROBE}</body>"))
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--window-size={width},900", "--dump-dom", f"file://{page}"],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    assert found["width"] <= found["seen"] <= width
+    assert found["requests"] == []
+    assert found["order"] == ["run1", "run2", "run0"]
