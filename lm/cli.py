@@ -29,6 +29,16 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0 if train(config, Path(args.workdir)) else EXIT_CODE
 
 
+def launch(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run a command as several processes on this host, and start them again when one dies."""
+    from lm.launch.launch import launch
+    from lm.launch.supervise import Policy
+
+    if overrides:
+        raise UserError("lm launch: --config.… goes after --, with the command")
+    return launch(args.command, args.processes, args.gpus, Policy(args.restarts, args.backoff))
+
+
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
     """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
     from tqdm import tqdm
@@ -206,6 +216,7 @@ def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
 
 VERBS = {
     "train": train,
+    "launch": launch,
     "eval": evaluate,
     "generate": generate,
     "merge": merge,
@@ -304,7 +315,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
     if hasattr(args, "coordinator"):
         from lm.parallel.hosts import initialize
 
-        initialize(args.coordinator, args.num_processes, args.process_id)
+        initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds)
 
 
 def _run(arguments: Sequence[str]) -> int:
