@@ -76,6 +76,21 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
         "--backoff", type=_at_least(0.0), default=1.0, metavar="S", help="first pause; doubles"
     )
 
+    sub = verb("sweep")
+    sub.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
+    sub.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--launcher", choices=("local", "slurm", "tpu"), default="local")
+    sub.add_argument("--launcher_options", default="", metavar="TEXT", help="of sbatch or tpu/")
+    sub.add_argument(
+        "--parallel", type=_at_least(1), metavar="N", help="runs at a time: 1; all under slurm"
+    )
+    sub.add_argument("--gpus", type=_at_least(0), default=0, metavar="G", help="split among them")
+    sub.add_argument(
+        "--retries", type=_at_least(0), default=2, metavar="N", help="of a run that fails"
+    )
+    sub.add_argument("--dry_run", action="store_true", help="print every run and its command")
+
     sub = verb("eval")
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--split", choices=("validation", "test"), default="validation")
@@ -184,8 +199,10 @@ def parse(
                 raise UserError(f"{word} has no value; write {word}=VALUE")
         overrides[path] = value
     args = _parser(functions).parse_args(rest)
-    if (args.verb == "launch") != (command is not None):
-        raise UserError(f"lm {args.verb}: only `lm launch` takes -- COMMAND, and it needs one")
+    if args.verb == "launch" and command is None:
+        raise UserError("lm launch needs a command: lm launch --processes N -- train …")
+    if args.verb not in ("launch", "sweep") and command is not None:
+        raise UserError(f"lm {args.verb} takes nothing after --")
     args.command = command
     return args, overrides
 

@@ -39,6 +39,24 @@ def launch(args: argparse.Namespace, overrides: Overrides) -> int:
     return launch(args.command, args.processes, args.gpus, Policy(args.restarts, args.backoff))
 
 
+def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
+    from lm.sweeps.command import dry_run, locked, run_sweep
+    from lm.sweeps.launchers import make
+    from lm.sweeps.sweep import load
+
+    folder = Path(args.workdir)
+    loaded, runs = load(args.config, folder, overrides, args.command or ())
+    parallel = args.parallel or (len(runs) if args.launcher == "slurm" else 1)
+    options = args.launcher, parallel, args.gpus, args.launcher_options
+    if args.dry_run:
+        dry_run(runs, make(*options, keep_open=()), parallel)
+        return 0
+    with locked(folder) as lock:
+        launcher = make(*options, keep_open=(lock,))
+        return run_sweep(loaded, runs, folder, launcher, parallel, args.retries)
+
+
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
     """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
     from tqdm import tqdm
@@ -217,6 +235,7 @@ def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
 VERBS = {
     "train": train,
     "launch": launch,
+    "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
     "merge": merge,

@@ -28,7 +28,7 @@ def main(parent: int, command: Sequence[str]) -> None:
         if os.getppid() != parent:
             sys.exit(1)
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], list(command))
     except OSError as error:
         sys.exit(f"error: cannot start {command[0]}: {error.strerror}")
 

@@ -85,17 +85,18 @@ def _wait(members: Sequence[Member], stop: StopRequest) -> Outcome:
     first_left: float | None = None
     while True:
         codes = [member.process.poll() for member in members]
-        for i, code in enumerate(codes):
-            if code not in (None, 0, RESUMABLE):
+        ended = {i: code for i, code in enumerate(codes) if code is not None}
+        for i, code in ended.items():
+            if code not in (0, RESUMABLE):
                 return Outcome(code, members[i].cause(f"process {i}"))
-        if None not in codes:
-            return Outcome(max(codes), "")
-        if any(code is not None for code in codes):
+        if len(ended) == len(codes):
+            return Outcome(max(ended.values()), "")
+        if ended:
             first_left = first_left or time.monotonic()
             if time.monotonic() - first_left > LEAVE_SECONDS:
-                late, gone = codes.index(None), [i for i, c in enumerate(codes) if c is not None]
+                late, gone = codes.index(None), min(ended)
                 return Outcome(
-                    1, f"process {late} still runs {LEAVE_SECONDS:g} s after process {gone[0]}"
+                    1, f"process {late} still runs {LEAVE_SECONDS:g} s after process {gone}"
                 )
         if stop and not passed_on:
             passed_on = True

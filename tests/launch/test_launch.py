@@ -47,14 +47,14 @@ def test_only_whole_checkpoints_count(tmp_path):
     ("words", "expected"),
     [
         (["launch", "--processes", "2", "train"], "unrecognized arguments"),
-        (["launch", "--processes", "2"], "only `lm launch` takes -- COMMAND, and it needs one"),
+        (["launch", "--processes", "2"], "lm launch needs a command"),
         (["launch", "--processes", "2", "--", "params"], "after -- comes train"),
         (["launch", "--processes", "2", "--"], "after -- comes train"),
         (["launch", "--processes", "0", "--", *TRAIN], "not a number from 1"),
         (["launch", "--processes", "2", "--", *TRAIN, "--process_id=0"], "sets --process_id"),
         (["launch", "--processes", "2", "--gpus", "3", "--", *TRAIN], "not divisible"),
         (["launch", "--processes", "2", "--config.seed=1", "--", *TRAIN], "goes after --"),
-        (["params", "--config", "x.py", "--", "y"], "only `lm launch` takes -- COMMAND"),
+        (["params", "--config", "x.py", "--", "y"], "takes nothing after --"),
     ],
 )
 def test_a_wrong_command_is_one_line(capsys, words, expected):
