@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lm.errors import UserError
+from lm.parallel.xla_flags import CHIPS
 
 Overrides = dict[str, str]
 Verb = Callable[[argparse.Namespace, Overrides], int]
@@ -63,6 +64,7 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     sub = verb("train")
     config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
     processes(sub)
 
     sub = verb("launch")

@@ -323,6 +323,10 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 
     # Orbax logs the traceback of what it raises; the error itself comes to us.
     logging.set_verbosity(logging.FATAL)
+    if chip := getattr(args, "xla_flags", None):
+        from lm.parallel.xla_flags import apply
+
+        apply(chip)
     devices = getattr(args, "cpu_devices", None)
     if devices is not None:
         import jax
