@@ -51,7 +51,9 @@ def test_what_is_queued_again(start, code, restarts, again):
 
 
 def test_the_signal_before_the_time_limit_saves_and_queues_again(start, tmp_path):
-    process = start(f"trap 'sleep .5; touch {tmp_path}/saved; exit 75' TERM; sleep 9 2>&- & wait $!")
+    process = start(
+        f"trap 'sleep .5; touch {tmp_path}/saved; exit 75' TERM; sleep 9 2>&- & wait $!"
+    )
     until = time.monotonic() + 10
     while not start.log.exists() and time.monotonic() < until:
         time.sleep(0.02)
