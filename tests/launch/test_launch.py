@@ -83,7 +83,7 @@ def sums(tmp_path) -> list[str]:
         "from lm.config import default\n\n\ndef get_config():\n"
         f"    config = default()\n{body}\n    return config\n"
     )
-    return ["train", "--config", str(tmp_path / "sums.py"), "--cpu_devices", "2", "--workdir"]
+    return ["train", "--config", str(tmp_path / "sums.py"), "--cpu_devices", "1", "--workdir"]
 
 
 def start(*words: object) -> subprocess.Popen:
