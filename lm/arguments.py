@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lm.errors import UserError
+from lm.parallel.xla_flags import CHIPS
 
 Overrides = dict[str, str]
 Verb = Callable[[argparse.Namespace, Overrides], int]
@@ -45,6 +46,13 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
         sub.add_argument("--num_processes", type=int, metavar="N")
         sub.add_argument("--process_id", type=int, metavar="I")
+        sub.add_argument(
+            "--heartbeat_seconds",
+            type=_at_least(1),
+            default=100,
+            metavar="S",
+            help="a process that is silent for so long ends the run (several processes)",
+        )
 
     def weights(sub: Parser) -> None:
         sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
@@ -56,7 +64,34 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     sub = verb("train")
     config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
     processes(sub)
+
+    sub = verb("launch")
+    sub.usage = "lm launch --processes N [OPTIONS] -- train …"
+    sub.add_argument("--processes", type=_at_least(1), required=True, metavar="N")
+    sub.add_argument("--gpus", type=_at_least(0), default=0, metavar="G", help="split among them")
+    sub.add_argument(
+        "--restarts", type=_at_least(0), default=10, metavar="N", help="without a new checkpoint"
+    )
+    sub.add_argument(
+        "--backoff", type=_at_least(0.0), default=1.0, metavar="S", help="first pause; doubles"
+    )
+
+    sub = verb("sweep")
+    sub.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
+    sub.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--launcher", choices=("local", "slurm", "tpu"), default="local")
+    sub.add_argument("--launcher_options", default="", metavar="TEXT", help="of sbatch or tpu/")
+    sub.add_argument(
+        "--parallel", type=_at_least(1), metavar="N", help="runs at a time: 1; all under slurm"
+    )
+    sub.add_argument("--gpus", type=_at_least(0), default=0, metavar="G", help="split among them")
+    sub.add_argument(
+        "--retries", type=_at_least(0), default=2, metavar="N", help="of a run that fails"
+    )
+    sub.add_argument("--dry_run", action="store_true", help="print every run and its command")
 
     sub = verb("eval")
     sub.add_argument("--workdir", required=True, metavar="DIR")
@@ -182,8 +217,10 @@ def parse(
 ) -> tuple[argparse.Namespace, Overrides]:
     """The chosen verb (`.function`) with its options, and the overrides.
 
-    An override is `--config.PATH=VALUE` or `--config.PATH VALUE`.
+    An override is `--config.PATH=VALUE` or `--config.PATH VALUE`. What follows `--` is another
+    command, left as it is (`.command`).
     """
+    arguments, command = _split_at_dashes(arguments)
     rest: list[str] = []
     overrides: Overrides = {}
     words = iter(arguments)
@@ -197,4 +234,17 @@ def parse(
             if not value or value.startswith("--"):
                 raise UserError(f"{word} has no value; write {word}=VALUE")
         overrides[path] = value
-    return _parser(functions).parse_args(rest), overrides
+    args = _parser(functions).parse_args(rest)
+    if args.verb == "launch" and command is None:
+        raise UserError("lm launch needs a command: lm launch --processes N -- train …")
+    if args.verb not in ("launch", "sweep") and command is not None:
+        raise UserError(f"lm {args.verb} takes nothing after --")
+    args.command = command
+    return args, overrides
+
+
+def _split_at_dashes(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str] | None]:
+    if "--" not in words:
+        return words, None
+    i = list(words).index("--")
+    return words[:i], words[i + 1 :]

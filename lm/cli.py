@@ -29,6 +29,34 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0 if train(config, Path(args.workdir)) else EXIT_CODE
 
 
+def launch(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run a command as several processes on this host, and start them again when one dies."""
+    from lm.launch.launch import launch
+    from lm.launch.supervise import Policy
+
+    if overrides:
+        raise UserError("lm launch: --config.… goes after --, with the command")
+    return launch(args.command, args.processes, args.gpus, Policy(args.restarts, args.backoff))
+
+
+def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
+    from lm.sweeps.command import dry_run, locked, run_sweep
+    from lm.sweeps.launchers import make
+    from lm.sweeps.sweep import load
+
+    folder = Path(args.workdir)
+    loaded, runs = load(args.config, folder, overrides, args.command or ())
+    parallel = args.parallel or (len(runs) if args.launcher == "slurm" else 1)
+    options = args.launcher, parallel, args.gpus, args.launcher_options
+    if args.dry_run:
+        dry_run(runs, make(*options, keep_open=()), parallel)
+        return 0
+    with locked(folder) as lock:
+        launcher = make(*options, keep_open=(lock,))
+        return run_sweep(loaded, runs, folder, launcher, parallel, args.retries)
+
+
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
     """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
     from tqdm import tqdm
@@ -246,6 +274,8 @@ def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
 
 VERBS = {
     "train": train,
+    "launch": launch,
+    "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
     "merge": merge,
@@ -346,6 +376,10 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 
     # Orbax logs the traceback of what it raises; the error itself comes to us.
     logging.set_verbosity(logging.FATAL)
+    if chip := getattr(args, "xla_flags", None):
+        from lm.parallel.xla_flags import apply
+
+        apply(chip)
     devices = getattr(args, "cpu_devices", None)
     if devices is not None:
         import jax
@@ -357,7 +391,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
     if hasattr(args, "coordinator"):
         from lm.parallel.hosts import initialize
 
-        initialize(args.coordinator, args.num_processes, args.process_id)
+        initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds)
 
 
 def _run(arguments: Sequence[str]) -> int:

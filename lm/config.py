@@ -100,7 +100,9 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """The validated configuration of `FILE.py[:VARIANT]` with `{path: text}` overrides applied."""
     file, _, variant = spec.partition(":")
-    config = _run_experiment_file(Path(file), variant)
+    config = call_file(Path(file), "get_config", variant)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
     for path, text in (overrides or {}).items():
         set_value(config, path, parse_value(path, text))
     validate(config)
@@ -305,7 +307,8 @@ def _broken_data_rules(config: ConfigDict) -> Iterator[str]:
         yield f"config.data.weights={data.weights}: every weight must be above 0"
 
 
-def _run_experiment_file(file: Path, variant: str) -> ConfigDict:
+def call_file(file: Path, function: str, variant: str) -> Any:
+    """What a function of a Python file returns, called with the variant if there is one."""
     if not file.is_file():
         raise UserError(f"no experiment file {file}")
     spec = importlib.util.spec_from_file_location(
@@ -316,9 +319,10 @@ def _run_experiment_file(file: Path, variant: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{file} has no get_config(variant)")
-        config = module.get_config(variant) if variant else module.get_config()
+        if not hasattr(module, function):
+            raise UserError(f"{file} has no {function}(variant)")
+        called = getattr(module, function)
+        return called(variant) if variant else called()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # the experiment file is the user's code: say where it failed
@@ -327,6 +331,3 @@ def _run_experiment_file(file: Path, variant: str) -> ConfigDict:
         ]
         where = f"{file}:{lines[-1]}" if lines else str(file)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
-    return config

@@ -259,6 +259,19 @@ SCHEMA: dict[str, Key] = {
         choices=("halt", "skip"),
         free=True,
     ),
+    "train.stop_at": Key(
+        0,
+        "Stop with a saved state and exit code 75 after this step, long before train.steps "
+        "perhaps; 0: never.",
+        low=0,
+        free=True,
+    ),
+    "train.stall_seconds": Key(
+        1800.0,
+        "A run in which nothing happens for so long ends with an error; 0: never.",
+        low=0.0,
+        free=True,
+    ),
     # --- start from other weights
     "init.from": Key(
         "", "Run whose parameters this one starts from: its workdir, or RUN/checkpoints/STEP."

@@ -15,11 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.errors import UserError
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the processes of a run; with no arguments, only where a cluster announces itself.
+def initialize(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Join the processes of a run; with no addresses, only where a cluster announces itself.
 
     SLURM, TPU pods, GKE and Open MPI are found by `jax.distributed`. Must come before any
-    other use of JAX.
+    other use of JAX. When a process is silent for `heartbeat_seconds`, JAX ends the others.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -27,9 +32,14 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             raise UserError("--coordinator, --num_processes and --process_id go together")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id {process_id} is not in 0 … {num_processes - 1}")
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
     elif _cluster_announced():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
 
 
 def _cluster_announced() -> bool:

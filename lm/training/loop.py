@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from lm.training.clock import Clock
 from lm.training.dispatches import dispatches, is_due
 from lm.training.metrics import MetricsWriter
 from lm.training.preemption import StopRequest
+from lm.training.watchdog import Beat
 
 CONTINUE, SAVE, STOP = 0, 1, 2  # what a process wishes; the largest wish of all is granted
 
@@ -48,6 +50,7 @@ class Loop:
         best: Best,
         writer: MetricsWriter,
         clock: Clock,
+        beat: Beat,
     ):
         self.experiment = experiment
         self.config = experiment.config
@@ -61,7 +64,7 @@ class Loop:
             else None
         )
         self._checkpoints, self._best = checkpoints, best
-        self._writer, self._clock = writer, clock
+        self._writer, self._clock, self._beat = writer, clock, beat
         self._agreement = Agreement(experiment.mesh.devices.flatten().tolist())
         self._in_flight: deque[InFlight] = deque()
         self._programs: dict[int, Any] = {}
@@ -76,6 +79,8 @@ class Loop:
     def run(self, stop: StopRequest) -> bool:
         """Train; true if the last step was reached, false if stopped early with a saved state."""
         config = self.config
+        if self._at_stop:
+            return False
         batches = prefetch(
             self.experiment.train_batches(self._dataset),
             dispatches(self.step, config),
@@ -83,6 +88,7 @@ class Loop:
             config.data.prefetch,
         )
         for steps in dispatches(self.step, config):
+            self._beat(f"step {self.step}")
             with self._clock.part("data"):
                 batch = next(batches)
             program = self._program(batch, len(steps))
@@ -90,7 +96,7 @@ class Loop:
                 self.state, metrics = program(self.state, batch)
             self._in_flight.append(InFlight(steps, metrics, self._wish(stop)))
             self.step = steps.stop
-            wish = self._read_metrics(leave=1)
+            wish = STOP if self._at_stop else self._read_metrics(leave=1)
             last = self.step == config.train.steps
             due_eval = last or is_due(self.step, config.eval.every_steps)
             due_save = last or is_due(self.step, config.checkpoint.every_steps) or wish == SAVE
@@ -106,6 +112,10 @@ class Loop:
                 batches.close()
                 return False
         return True
+
+    @property
+    def _at_stop(self) -> bool:
+        return 0 < self.config.train.stop_at <= self.step < self.config.train.steps
 
     def _wish(self, stop: StopRequest) -> Any:
         period = self.config.checkpoint.every_seconds
@@ -129,6 +139,7 @@ class Loop:
             with self._clock.part("step"):
                 metrics = jax.device_get(done.metrics)
                 wish = max(wish, self._agreement.decided(done.wish))
+            self._beat(f"step {done.steps.stop}")
             now = time.monotonic()
             speed = self._speed(len(done.steps), now - self._read_at)
             self._read_at = now
@@ -175,6 +186,7 @@ class Loop:
                 self._validation,
                 self._dataset.validation,
                 0 if whole else self.config.eval.max_batches,
+                track=self._watched,
             )
         self.last_evaluation = result
         values = {f"eval/validation/{name}": value for name, value in result.items()}
@@ -185,6 +197,11 @@ class Loop:
         with self._clock.part("checkpoint"):
             self._best.offer(self.step, self.state, result)
         self._read_at = time.monotonic()
+
+    def _watched(self, batches: Iterable, total: int) -> Iterator:
+        for number, batch in enumerate(batches):
+            self._beat(f"validation batch {number} after step {self.step}")
+            yield batch
 
     def _save(self) -> None:
         if self.step != self._saved_step:

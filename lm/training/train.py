@@ -26,6 +26,7 @@ from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter, SilentWriter
 from lm.training.preemption import stop_requests
 from lm.training.saved_params import mean_params, saved_checkpoints
+from lm.training.watchdog import watchdog
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -62,12 +63,14 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             else SilentWriter()
         )
         best = Best(workdir, config.eval.best, config.checkpoint, metadata)
-        loop = Loop(experiment, dataset, state, first_step, checkpoints, best, writer, clock)
         try:
-            finished = loop.run(stop)
-            with clock.part("checkpoint"):
-                checkpoints.close()
-                best.close()
+            with watchdog(config.train.stall_seconds) as beat:
+                parts = checkpoints, best, writer, clock, beat
+                loop = Loop(experiment, dataset, state, first_step, *parts)
+                finished = loop.run(stop)
+                with clock.part("checkpoint"):
+                    checkpoints.close()
+                    best.close()
         finally:
             writer.close()
         if is_lead():

@@ -52,6 +52,17 @@ def test_sigterm_saves_and_exits_75(experiment_file, undisturbed, tmp_path):
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
+def test_stop_at_saves_there_and_changes_no_loss(experiment_file, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(experiment_file, run, train__stop_at=21, checkpoint__every_steps=0)
+    for _ in range(2):  # a second start has nothing to do
+        finish(start(words), code=75)
+        assert max(losses(run)) == 22  # two steps a dispatch
+        assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["22"]
+    finish(start(arguments(experiment_file, run, checkpoint__every_steps=0)))
+    assert losses(run) == losses(undisturbed)
+
+
 def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbed, tmp_path):
     run = tmp_path / "run"
     words = arguments(experiment_file, run)

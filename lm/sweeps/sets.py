@@ -1,0 +1,92 @@
+"""Sets of overrides, `{key: value}`, for the runs of a sweep.
+
+Lists of sets are added with `+` and multiplied with `product`; `named` gives each its name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm.errors import UserError
+
+Overrides = dict[str, Any]
+Distribution = Callable[[random.Random], Any]
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+    """Every combination of the values of the keys."""
+    return [
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    ]
+
+
+def zipped(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+    """The first values of all keys, the second ones, and so on; all equally many."""
+    lengths = {key: len(of_key) for key, of_key in values.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"zipped: keys have different numbers of values: {lengths}")
+    return [dict(zip(values, chosen, strict=True)) for chosen in zip(*values.values(), strict=True)]
+
+
+def product(*lists: Sequence[Overrides]) -> list[Overrides]:
+    """Every set of the first list with every one of the second, and so on; later keys win."""
+    return [
+        {key: value for part in parts for key, value in part.items()}
+        for parts in itertools.product(*lists)
+    ]
+
+
+def sampled(distributions: Mapping[str, Distribution], n: int, seed: int) -> list[Overrides]:
+    """`n` random sets; each key has its own generator, so that a new key changes no other."""
+    generators = {key: random.Random(f"{seed}/{key}") for key in distributions}
+    return [{key: draw(generators[key]) for key, draw in distributions.items()} for _ in range(n)]
+
+
+def uniform(low: float, high: float) -> Distribution:
+    """Every number from `low` to `high` equally likely; four digits of it."""
+    return lambda generator: _short(generator.uniform(low, high))
+
+
+def log_uniform(low: float, high: float) -> Distribution:
+    """Every order of magnitude from `low` to `high` equally likely; four digits of it."""
+    if not 0 < low <= high:
+        raise UserError(f"log_uniform({low}, {high}): needs 0 < low ≤ high")
+    return lambda generator: _short(math.exp(generator.uniform(math.log(low), math.log(high))))
+
+
+def choice(*values: Any) -> Distribution:
+    """One of the values."""
+    return lambda generator: generator.choice(values)
+
+
+def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
+    """Sets by names made of the keys on which they differ, as `d_model=64,learning_rate=0.01`."""
+    keys = sorted({key for overrides in sets for key in overrides})
+    varied = [key for key in keys if len({str(o.get(key)) for o in sets}) > 1] or keys
+    tails = [key.rpartition(".")[2] for key in varied]
+    short = {
+        key: tail if tails.count(tail) == 1 else key
+        for key, tail in zip(varied, tails, strict=True)
+    }
+    runs: dict[str, Overrides] = {}
+    for overrides in sets:
+        parts = [f"{short[key]}={_plain(overrides[key])}" for key in varied if key in overrides]
+        name = ",".join(parts) or "run"
+        if runs.get(name, overrides) != overrides:
+            raise UserError(f"two runs of the sweep would be called {name}: name them yourself")
+        runs[name] = overrides
+    return runs
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _plain(value: Any) -> str:
+    """A value as part of a folder's name."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(c if c.isalnum() or c in "._-+" else "_" for c in text)

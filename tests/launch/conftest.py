@@ -1,0 +1,13 @@
+"""What the tests of supervision share."""
+
+from __future__ import annotations
+
+import pytest
+
+from lm.training.preemption import StopRequest
+
+
+@pytest.fixture
+def stop() -> StopRequest:
+    """Nothing has asked to stop yet."""
+    return StopRequest()

@@ -1,0 +1,57 @@
+"""Every flag of the table is one that the installed compilers know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from lm.parallel.xla_flags import CHIPS, FLAGS, GPUS, TPUS, apply, flags
+
+ON_A_TPU = """
+import jax
+from jax.experimental import topologies
+topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+"""
+
+
+def start_jax(program: str, **variables: str) -> subprocess.CompletedProcess:
+    quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = os.environ | quiet | variables
+    words = [sys.executable, "-c", program]
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
+def test_gpu_flags_are_known():
+    """XLA parses the flags of every platform at its start, and aborts on one that it lacks."""
+    done = start_jax("import jax; jax.devices()", XLA_FLAGS=" ".join(flags("h100")))
+    assert done.returncode == 0, done.stderr
+    assert start_jax("import jax; jax.devices()", XLA_FLAGS="--xla_gpu_no_such=1").returncode != 0
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
+def test_tpu_flags_are_known():
+    every = sorted({flag for chip in TPUS for flag in flags(chip)})
+    done = start_jax(ON_A_TPU, LIBTPU_INIT_ARGS=" ".join(every))
+    assert done.returncode == 0, done.stderr
+    assert "Unknown" not in done.stderr
+    done = start_jax(ON_A_TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such=1")
+    assert "Unknown" in done.stderr
+
+
+def test_every_flag_has_a_chip_and_a_reason():
+    assert all(set(flag.chips) <= set(CHIPS) and flag.chips and flag.reason for flag in FLAGS)
+    assert len({flag.name for flag in FLAGS}) == len(FLAGS)
+    assert all(flags(chip) for chip in CHIPS)
+
+
+def test_what_the_user_set_comes_last_and_so_wins(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_triton_gemm_any=false")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    apply(GPUS[0])
+    assert os.environ["XLA_FLAGS"].endswith("--xla_gpu_triton_gemm_any=false")
+    apply("v6e")
+    assert "--xla_tpu_scoped_vmem_limit_kib=98304" in os.environ["LIBTPU_INIT_ARGS"].split()
