@@ -232,6 +232,11 @@ def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
         and (model.head_dim or model.d_model // model.n_heads) % 2
     ):
         yield "config.model.positions=rotary needs an even head dimension"
+    if model.rope_scaling == "llama3" and model.rope_high_frequency <= model.rope_low_frequency:
+        yield (
+            f"config.model.rope_high_frequency={model.rope_high_frequency} must be above "
+            f"config.model.rope_low_frequency={model.rope_low_frequency}"
+        )
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "config.model.positions=sinusoidal needs an even config.model.d_model"
     if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
