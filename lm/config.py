@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,12 +98,28 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The validated configuration of `FILE.py[:VARIANT]` with `{path: text}` overrides applied."""
+    """The validated configuration of `FILE.py[:VARIANT]`, or of a run's run.json, with
+    `{path: text}` overrides applied."""
     file, _, variant = spec.partition(":")
-    config = _run_experiment_file(Path(file), variant)
+    of_run = not variant and Path(file).suffix == ".json"
+    config = read_run_file(Path(file)) if of_run else _run_experiment_file(Path(file), variant)
     for path, text in (overrides or {}).items():
         set_value(config, path, parse_value(path, text))
     validate(config)
+    return config
+
+
+def read_run_file(file: Path) -> ConfigDict:
+    """The configuration in a run.json."""
+    try:
+        values = json.loads(file.read_text())["config"]
+    except FileNotFoundError:
+        raise UserError(f"no file {file}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    config = default()
+    for path, value in flatten(values):
+        set_value(config, path, tuple(value) if isinstance(value, list) else value)
     return config
 
 

@@ -1,13 +1,10 @@
 """Models of `transformers` and what ours make of their folders: numbers, and the way back."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 from conftest import DECODERS, ENCODER_DECODERS, ENCODERS, KINDS
 
 from lm.interop import huggingface
