@@ -49,7 +49,8 @@ class Family:
     values. fixed: our values that are always so. read, write: what of the configuration is more
     than a name, from theirs to ours and back. output: the tensor of the output projection, which
     a file may hold though it repeats `table`. copies: others that repeat one. ignored: patterns of
-    tensors that are no weights. renamed: patterns of old names.
+    tensors that are no weights. renamed: patterns of old names. in_file: values that the tensors
+    of a file say, not the configuration.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    in_file: Sequence[str] = ()
 
     def config(self, theirs: Values) -> TransformerConfig:
         """Our configuration of theirs; UserError for what it cannot say."""
@@ -87,7 +89,11 @@ class Family:
         except Inexpressible as error:
             return [str(error)]
         ours, again = essence(config, self.model), essence(back, self.model)
-        return [f"model.{name}={value}" for name, value in ours.items() if again[name] != value]
+        return [
+            f"model.{name}={value}"
+            for name, value in ours.items()
+            if name not in self.in_file and again.get(name) != value
+        ]
 
     def theirs(self, config: TransformerConfig) -> Values:
         """Their configuration of ours, without the class."""

@@ -76,7 +76,7 @@ def save(
     shapes = parameters(family, model, heads)
     _check_parameters(leaves, shapes)
     name = family.classes[heads]
-    bare = family.prefix if name.endswith("Model") else ""
+    bare = family.prefix if name.lower() == f"{family.model_type}model" else ""
     made = [
         Made(
             theirs.removeprefix(bare),
@@ -88,7 +88,11 @@ def save(
     ]
     if not config.tie_embeddings and family.heads:
         originals = {tensor.name: tensor for tensor in made}
-        made += [replace(originals[of], name=copy) for copy, of in family.copies.items()]
+        made += [
+            replace(originals[of], name=copy)
+            for copy, of in family.copies.items()
+            if of in originals
+        ]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_folder(folder, made, dtype)

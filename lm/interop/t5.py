@@ -120,6 +120,7 @@ T5 = Family(
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
     },
+    in_file=["tie_embeddings"],
     # A table that the released files of 1.0 hold and no model reads.
     ignored=[
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
