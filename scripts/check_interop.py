@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def minilm(folder: Path) -> bool:
     assert tokenizer is not None
 
     @jax.jit
-    def embed(tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    def embed(params: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         x_BLD = model.apply({"params": params}, tokens_BL, None, mask_BL, method="hidden")
         x_BD = (x_BLD * mask_BL[..., None]).sum(1)  # the mean, as its length does not matter
         return x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
@@ -87,7 +88,7 @@ def minilm(folder: Path) -> bool:
             for i, row in enumerate(batch):
                 tokens[i, : len(row)], mask[i, : len(row)] = row, 1
             width = 32 if max(map(len, batch)) <= 32 else 128
-            found.append(np.asarray(embed(tokens[:, :width], mask[:, :width])))
+            found.append(np.asarray(embed(params, tokens[:, :width], mask[:, :width])))
         return np.concatenate(found)[: len(texts)]
 
     same_ids = [ids(text) for text in expected["sentences"]] == expected["token_ids"]
