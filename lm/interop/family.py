@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -94,6 +94,11 @@ class Family:
             for name, value in ours.items()
             if name not in self.in_file and again.get(name) != value
         ]
+
+    def rows(self, config: TransformerConfig, paths: Container[str]) -> list[Row]:
+        """The lines of the table that a model with these parameters has."""
+        of_heads = (row for head in self.heads.values() for row in head.rows)
+        return [row for row in [*self.base(config), *of_heads] if row.paths[0] in paths]
 
     def theirs(self, config: TransformerConfig) -> Values:
         """Their configuration of ours, without the class."""

@@ -18,7 +18,8 @@ from lm import config as configs
 from lm.data.tokenizers import Tokenizer, choose_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
-from lm.interop.huggingface import Checkpoint, open_checkpoint, save
+from lm.interop.checkpoint import Checkpoint, open_checkpoint
+from lm.interop.huggingface import save
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from lm.models.registry import make_model
 from lm.objectives.registry import label_names

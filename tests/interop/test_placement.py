@@ -48,13 +48,13 @@ def test_what_was_placed_can_be_donated():
 MEASURE = """
 import sys
 from pathlib import Path
-from lm.interop import huggingface
+from lm.interop.checkpoint import open_checkpoint
 
 def high_water():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-found = huggingface.open_checkpoint(Path(sys.argv[1]))
+found = open_checkpoint(Path(sys.argv[1]))
 found.parameters
 before = high_water()
 params = found.params()
