@@ -81,3 +81,15 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     np.testing.assert_array_equal(
         their_logits(again.eval(), tokens(), **inputs), their_logits(theirs, tokens(), **inputs)
     )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.1", "qwen3", "bert", "roberta"])
+def test_packed_texts_give_the_logits_of_each_alone(make_theirs, name):
+    theirs, folder = make_theirs(name)
+    ids, cut = tokens()[:1], 7
+    segments = np.where(np.arange(17) < cut, 1, 2)[None]
+    positions = np.concatenate([np.arange(cut), np.arange(17 - cut)])[None]
+    ours = our_logits(folder, ids, positions, segments)
+    for part in (slice(0, cut), slice(cut, 17)):
+        expected = their_logits(theirs, ids[:, part])
+        assert_equal_where(ours[:, part], expected, np.ones(expected.shape[:2], bool))
