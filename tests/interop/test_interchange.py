@@ -8,26 +8,27 @@ import pytest
 from their_models import BERT, GPT2, LLAMA, T5, build, torch, transformers
 
 from lm.cli import main
-from lm.data.characters import ByteTokenizer
+from lm.data.characters import CharTokenizer
 from lm.data.tokenizers import load_saved
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
 from lm.optim.parameter_groups import flat
 from lm.training.saved_params import saved_checkpoints
 
-ROWS = 264  # of a table for 256 bytes and a delimiter
+ALPHABET = "".join(map(chr, range(32, 127)))
+END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows
 PROMPTS = ["def f(x):", "Once upon"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Gives the folder of a random model with bytes for tokens, and the model."""
+    """Gives the folder of a random model with characters for tokens, and the model."""
 
     def make(class_name, values):
         folder = tmp_path_factory.mktemp(class_name)
-        model = build(class_name, values | {"vocab_size": ROWS})
+        model = build(class_name, values | {"vocab_size": END + 1})
         model.save_pretrained(folder)
-        write_tokenizer(ByteTokenizer(), folder)
+        write_tokenizer(CharTokenizer(ALPHABET), folder)
         return folder, model
 
     return make
@@ -45,7 +46,7 @@ def import_run(capsys, folder, workdir, *words):
     return workdir
 
 
-def greedy(model, ids, n, **inputs):
+def greedy(model, ids, n, end=None, **inputs):
     """What their greedy search writes after `ids`."""
     with torch.no_grad():
         out = model.generate(
@@ -53,11 +54,11 @@ def greedy(model, ids, n, **inputs):
             max_new_tokens=n,
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=256,
+            eos_token_id=end,
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
             **inputs,
         )
-    return [i for i in out[0].tolist() if i != 256]
+    return [i for i in out[0].tolist() if i != END]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_an_imported_decoder_generates_what_theirs_does(
     made = json.loads(lm(capsys, "generate", "--workdir", workdir, *prompts, *options))
     tokenizer = load_saved(workdir / "tokenizer")
     for prompt, ours in zip(PROMPTS, made, strict=True):
-        ids = greedy(model, [256, *tokenizer.encode(prompt).tolist()], 12)
+        ids = greedy(model, tokenizer.encode(prompt).tolist(), 12)
         assert prompt + ours["text"] == tokenizer.decode(ids)
 
 
@@ -90,9 +91,9 @@ def test_an_imported_encoder_decoder_generates_what_theirs_does(
         lm(capsys, "generate", "--workdir", workdir, "--prompt", PROMPTS[0], *options)
     )
     tokenizer = load_saved(workdir / "tokenizer")
-    ids = [*tokenizer.encode(PROMPTS[0]).tolist(), 256]
-    inputs = {"decoder_start_token_id": 256, "num_beams": beams, "length_penalty": 0.0}
-    assert made[0]["text"] == tokenizer.decode(greedy(model, ids, 8, **inputs)[: 8 + 1])
+    ids = [*tokenizer.encode(PROMPTS[0]).tolist(), END]
+    inputs = {"end": END, "decoder_start_token_id": END, "num_beams": beams, "length_penalty": 0.0}
+    assert made[0]["text"] == tokenizer.decode(greedy(model, ids, 8, **inputs))
 
 
 def test_an_imported_run_is_evaluated_trained_and_exported_on_any_mesh(
@@ -172,7 +173,7 @@ def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
     assert not loading["unexpected_keys"]
     assert theirs.config.id2label == {0: "good", 1: "bad"}
     ours, params = huggingface.load(tmp_path / "out")
-    ids = np.random.default_rng(0).integers(1, 256, (2, 9))
+    ids = np.random.default_rng(0).integers(1, 95, (2, 9))
 
     def classes(model, ids):
         return model.classify(model.pooled(model.hidden(ids), np.ones_like(ids)))

@@ -43,7 +43,7 @@ def test_what_their_library_writes_is_read_by_rows(tmp_path):
 def test_parts_are_no_larger_than_asked_and_are_read_as_one(tmp_path):
     write(tmp_path, largest=64)
     parts = sorted(tmp_path.glob("*.safetensors"))
-    assert parts[0].name == "model-00001-of-00003.safetensors"
+    assert parts[0].name == "model-00001-of-00004.safetensors"
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(x.size for x in ARRAYS.values())
     for part in parts:

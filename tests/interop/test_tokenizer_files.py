@@ -33,7 +33,7 @@ def gpt2():
 
 
 def sentencepiece(kind):
-    return SentencePieceTokenizer(train_sentencepiece(TEXTS * 20, 340, kind))
+    return SentencePieceTokenizer(train_sentencepiece(TEXTS * 20, 310, kind))
 
 
 TOKENIZERS = {
