@@ -50,7 +50,7 @@ def get_config(variant="base"):
     model.n_layers = 6
     model.norm_placement, model.norm_eps = "post", 1e-6
     model.positions, model.activation = "sinusoidal", "relu"
-    model.attention_bias = False
+    model.attention_bias = "none"
     model.tie_embeddings = model.scale_embeddings = True
     model.init, model.init_std, model.scale_residual_init = "xavier", model.d_model**-0.5, False
 

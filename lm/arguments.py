@@ -129,6 +129,17 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
     processes(sub)
 
+    sub = verb("import")
+    sub.add_argument("--from", dest="source", required=True, metavar="DIR", help="or a .bin file")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    processes(sub)
+
+    sub = verb("export")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--to", required=True, metavar="DIR")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    weights(sub)
+
     sub = verb("params")
     config(sub)
     json_flag(sub)

@@ -151,6 +151,26 @@ def merge(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Make a run of a Hugging Face model folder, or of a .bin file of llama2.c."""
+    from lm.training.interchange import import_run
+    from lm.training.train import report
+
+    import_run(Path(args.source), Path(args.workdir), overrides, report)
+    return 0
+
+
+def export(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a run as a folder that Hugging Face's transformers loads, tokenizer included."""
+    from lm.training.interchange import export_run
+    from lm.training.train import report
+
+    if overrides:
+        raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
+    export_run(Path(args.workdir), Path(args.to), args.average, args.best, args.dtype, report)
+    return 0
+
+
 def params(args: argparse.Namespace, overrides: Overrides) -> int:
     """Count the parameters of a configuration."""
     import jax
@@ -279,6 +299,8 @@ VERBS = {
     "eval": evaluate,
     "generate": generate,
     "merge": merge,
+    "import": import_model,
+    "export": export,
     "params": params,
     "config": show_config,
     "tokenizer train": train_tokenizer,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -98,14 +99,32 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The validated configuration of `FILE.py[:VARIANT]` with `{path: text}` overrides applied."""
+    """The validated configuration of `FILE.py[:VARIANT]`, or of a run's run.json, with
+    `{path: text}` overrides applied."""
     file, _, variant = spec.partition(":")
-    config = call_file(Path(file), "get_config", variant)
+    if not variant and Path(file).suffix == ".json":
+        config = read_run_file(Path(file))
+    else:
+        config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
     for path, text in (overrides or {}).items():
         set_value(config, path, parse_value(path, text))
     validate(config)
+    return config
+
+
+def read_run_file(file: Path) -> ConfigDict:
+    """The configuration in a run.json."""
+    try:
+        values = json.loads(file.read_text())["config"]
+    except FileNotFoundError:
+        raise UserError(f"no file {file}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    config = default()
+    for path, value in flatten(values):
+        set_value(config, path, tuple(value) if isinstance(value, list) else value)
     return config
 
 
@@ -235,6 +254,11 @@ def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
         and (model.head_dim or model.d_model // model.n_heads) % 2
     ):
         yield "config.model.positions=rotary needs an even head dimension"
+    if model.rope_scaling == "llama3" and model.rope_high_frequency <= model.rope_low_frequency:
+        yield (
+            f"config.model.rope_high_frequency={model.rope_high_frequency} must be above "
+            f"config.model.rope_low_frequency={model.rope_low_frequency}"
+        )
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "config.model.positions=sinusoidal needs an even config.model.d_model"
     if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:

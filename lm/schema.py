@@ -60,7 +60,12 @@ SCHEMA: dict[str, Key] = {
     "model.norm_bias": Key(True, "LayerNorm has a bias."),
     "model.embedding_norm": Key(False, "Normalise the sum of the embeddings (BERT)."),
     "model.bias": Key(True, "Linear layers have biases."),
-    "model.attention_bias": Key(True, "Those of attention too, where linear layers have biases."),
+    "model.attention_bias": Key(
+        "same",
+        "Biases of attention: as model.bias says, all, of queries, keys and values (Qwen2), none.",
+        choices=("same", "all", "qkv", "none"),
+    ),
+    "model.qk_norm": Key(False, "Normalise queries and keys over each head (Qwen3)."),
     "model.positions": Key(
         "learned",
         "Position information; relative: T5's bias of attention scores.",
@@ -71,6 +76,19 @@ SCHEMA: dict[str, Key] = {
     "model.relative_max_distance": Key(128, "Distance from which all share a bucket.", low=4),
     "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
     "model.rope_theta": Key(10_000.0, "Base of the rotary wavelengths.", low=1.0),
+    "model.rope_scaling": Key(
+        "none",
+        "Rotary wavelengths times rope_factor: of all, or of the long ones (Llama 3.1).",
+        choices=("none", "linear", "llama3"),
+    ),
+    "model.rope_factor": Key(1.0, "What rope_scaling stretches wavelengths by.", low=1.0),
+    "model.rope_low_frequency": Key(
+        1.0, "llama3: fewer turns than this in rope_original_length are stretched whole.", low=1e-6
+    ),
+    "model.rope_high_frequency": Key(
+        4.0, "llama3: more turns than this in rope_original_length stay.", low=1e-6
+    ),
+    "model.rope_original_length": Key(8192, "llama3: context before the stretching.", low=1),
     "model.activation": Key(
         "gelu_tanh",
         "Non-linearity; the glu ones are gated (two input projections).",

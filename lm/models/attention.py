@@ -11,7 +11,7 @@ from jax import lax
 
 from lm.kernels.attention import Dropout, Visibility
 from lm.models.config import TransformerConfig
-from lm.models.layers import Linear
+from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
 from lm.parallel.rules import constrain
@@ -28,7 +28,6 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        use_bias = c.bias and c.attention_bias
         # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
         unscaled = c.init == "fan_in" and not c.scale_attention
         query_std = c.std(c.d_model, c.n_heads * c.head_dim) * (
@@ -38,7 +37,7 @@ class Attention(nn.Module):
 
         def heads(n: int, axis: str, std: float) -> Linear:
             names = ("embed", axis, "head_dim")
-            return Linear((c.d_model,), (n, c.head_dim), names, use_bias, std, c.dtype)
+            return Linear((c.d_model,), (n, c.head_dim), names, c.query_bias, std, c.dtype)
 
         self.query = heads(c.n_heads, "heads", query_std)
         self.key = heads(c.n_kv_heads, "kv_heads", key_std)
@@ -47,15 +46,27 @@ class Attention(nn.Module):
             (c.n_heads, c.head_dim),
             (c.d_model,),
             ("heads", "head_dim", "embed"),
-            use_bias,
+            c.attention_output_bias,
             c.residual_std(c.n_heads * c.head_dim, c.d_model),
             c.dtype,
         )
+        if c.qk_norm:
+            self.query_norm, self.key_norm = make_norm(c), make_norm(c)
+
+    def queries(self, x_BLD: jax.Array) -> jax.Array:
+        """[B, L, H, K], normalised over each head if the model does that (Henry et al. 2020)."""
+        q_BLHK = self.query(x_BLD)
+        if self.config.qk_norm:
+            q_BLHK = self.query_norm(q_BLHK)
+        return constrain(q_BLHK, "batch", "length", "heads", "head_dim")
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValue:
         """What the queries attend to, [B, S, G, K] each."""
         names = ("batch", "length", "kv_heads", "head_dim")
-        return constrain(self.key(source_BSD), *names), constrain(self.value(source_BSD), *names)
+        k_BSGK = self.key(source_BSD)
+        if self.config.qk_norm:
+            k_BSGK = self.key_norm(k_BSGK)
+        return constrain(k_BSGK, *names), constrain(self.value(source_BSD), *names)
 
     def to_itself(
         self,
@@ -66,7 +77,7 @@ class Attention(nn.Module):
         cached: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Self-attention [B, L, D] and, when decoding, the layer's keys and values so far."""
-        q_BLHK = constrain(self.query(x_BLD), "batch", "length", "heads", "head_dim")
+        q_BLHK = self.queries(x_BLD)
         k_BSGK, v_BSGK = self.keys_values(x_BLD)
         if angles_BLK is not None:
             q_BLHK, k_BSGK = rotate(q_BLHK, angles_BLK), rotate(k_BSGK, angles_BLK)
@@ -81,7 +92,7 @@ class Attention(nn.Module):
         self, x_BLD: jax.Array, keys_values: KeyValue, visibility: Visibility
     ) -> jax.Array:
         """Cross-attention [B, L, D] to what `keys_values` made of an encoder's output."""
-        q_BLHK = constrain(self.query(x_BLD), "batch", "length", "heads", "head_dim")
+        q_BLHK = self.queries(x_BLD)
         return self._attend(q_BLHK, keys_values, visibility, None)
 
     def _attend(

@@ -26,10 +26,16 @@ class TransformerConfig:
     norm_bias: bool = True
     embedding_norm: bool = False
     bias: bool = True
-    attention_bias: bool = True
+    attention_bias: str = "same"
+    qk_norm: bool = False
     positions: str = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
+    rope_original_length: int = 8192
     relative_buckets: int = 32
     relative_max_distance: int = 128
     token_types: int = 0
@@ -65,6 +71,16 @@ class TransformerConfig:
     def pattern(self) -> int:
         """How many blocks there are before they repeat."""
         return self.experts_every if self.n_experts else 1
+
+    @property
+    def query_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias if self.attention_bias == "same" else self.attention_bias != "none"
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """Whether the projection of what the heads found has one."""
+        return self.bias if self.attention_bias == "same" else self.attention_bias == "all"
 
     def std(self, n_in: int, n_out: int) -> float:
         """Deviation of a fresh kernel of `n_in` inputs and `n_out` outputs."""

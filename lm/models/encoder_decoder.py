@@ -40,15 +40,20 @@ class EncoderDecoder(Model):
         self,
         source_BS: jax.Array,
         targets_BL: jax.Array,
-        source_segments_BS: jax.Array,
-        target_segments_BL: jax.Array,
+        source_segments_BS: jax.Array | None = None,
+        target_segments_BL: jax.Array | None = None,
         source_positions_BS: jax.Array | None = None,
         target_positions_BL: jax.Array | None = None,
     ) -> jax.Array:
         """What the logits are made of, [B, L, D].
 
-        A target sees the sources and the earlier targets of its own segment; 0 is padding.
+        A target sees the sources and the earlier targets of its own segment; 0 is padding. Without
+        segments all is one.
         """
+        if source_segments_BS is None:
+            source_segments_BS = jnp.ones_like(source_BS)
+        if target_segments_BL is None:
+            target_segments_BL = jnp.ones_like(targets_BL)
         encoded_BSD = self.encode(source_BS, source_segments_BS, source_positions_BS)
         x_BLD, target_positions_BL = self.embed(targets_BL, target_positions_BL)
         x_BLD, _ = self.decoder(

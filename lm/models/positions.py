@@ -6,6 +6,7 @@ Shape letters: B batch, L queries, S keys, D model, H heads, K head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -22,10 +23,39 @@ def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
 
 
-def rotary_angles(positions_BL: jax.Array, head_dim: int, theta: float) -> jax.Array:
+def rotary_angles(
+    positions_BL: jax.Array,
+    head_dim: int,
+    theta: float,
+    scale: Callable[[jax.Array], jax.Array] = lambda frequencies: frequencies,
+) -> jax.Array:
     """Rotation angles [B, L, K/2] of each position (Su et al. 2021, eq. 15)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-    return positions_BL[..., None] * frequencies
+    return positions_BL[..., None] * scale(frequencies)
+
+
+def scaled(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
+    """What a longer context makes of the rotary frequencies.
+
+    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those that turn fewer
+    than `rope_low_frequency` times in the original context, keeps those that turn more than
+    `rope_high_frequency` times, and goes linearly from one to the other in between (Llama 3.1's
+    released code).
+    """
+    c = config
+
+    def llama3(frequencies: jax.Array) -> jax.Array:
+        turns = c.rope_original_length * frequencies / (2 * math.pi)
+        low, high = c.rope_low_frequency, c.rope_high_frequency
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / c.rope_factor)
+
+    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "none": lambda frequencies: frequencies,
+        "linear": lambda frequencies: frequencies / c.rope_factor,
+        "llama3": llama3,
+    }
+    return kinds[c.rope_scaling]
 
 
 def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:

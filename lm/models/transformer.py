@@ -22,7 +22,7 @@ from lm.models.cache import Cache, Source
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
-from lm.models.positions import RelativeBias, rotary_angles
+from lm.models.positions import RelativeBias, rotary_angles, scaled
 from lm.models.reports import COLLECTIONS
 from lm.parallel.rules import constrain
 
@@ -184,7 +184,7 @@ class Stack(nn.Module):
         around = Surroundings(visibility)
         if c.positions == "rotary":
             around = replace(
-                around, angles_BLK=rotary_angles(positions_BL, c.head_dim, c.rope_theta)
+                around, angles_BLK=rotary_angles(positions_BL, c.head_dim, c.rope_theta, scaled(c))
             )
         if c.positions == "relative":
             n_keys = L if cache is None else cache.keys_NBSGK.shape[2]

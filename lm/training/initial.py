@@ -149,7 +149,8 @@ def _check_tokenizer(experiment: Experiment, plan: Plan, source: Saved, digest: 
     theirs = source.metadata["fingerprint"]["tokenizer"]
     axes = flat(experiment.param_names)
     tables = [path for path in plan.loaded if "vocab" in axes[path]]
-    if tables and theirs != digest:
+    # An imported model may have come without one.
+    if tables and theirs and theirs != digest:
         raise UserError(
             f"the tokenizer is not that of config.init.from={experiment.config.init['from']}, so "
             f"{', '.join(tables)} would mix up tokens: use its tokenizer, or config.init.fresh"

@@ -43,12 +43,9 @@ def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) ->
 
 def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
     """The configuration of a run, with overrides applied."""
-    metadata = _read(workdir)
-    if metadata is None:
+    if not (workdir / RUN_FILE).is_file():
         raise UserError(f"no run in {workdir}: it has no {RUN_FILE}")
-    config = configs.default()
-    for path, value in configs.flatten(metadata["config"]):
-        configs.set_value(config, path, tuple(value) if isinstance(value, list) else value)
+    config = configs.read_run_file(workdir / RUN_FILE)
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
     configs.validate(config)

@@ -24,7 +24,7 @@ ROW = (SOURCE, TARGET, SOURCE_SEGMENTS, TARGET_SEGMENTS, SOURCE_AT, TARGET_AT)
 
 TRANSFORMER_2017 = {
     "norm_placement": "post", "norm_eps": 1e-6, "positions": "sinusoidal", "activation": "relu",
-    "attention_bias": False, "scale_embeddings": True,
+    "attention_bias": "none", "scale_embeddings": True,
 }  # fmt: skip
 T5 = {
     "norm": "rmsnorm", "norm_eps": 1e-6, "bias": False, "positions": "relative",

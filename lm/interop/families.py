@@ -1,0 +1,20 @@
+"""The families that are read and written, by their `model_type`."""
+
+from __future__ import annotations
+
+from lm.interop import bert, gpt2, llama, t5
+from lm.interop.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        gpt2.GPT2,
+        bert.BERT,
+        bert.ROBERTA,
+        t5.T5,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
+    )
+}

@@ -1,0 +1,97 @@
+"""The .bin files of llama2.c (Karpathy 2023), of its first version: a Llama in float32.
+
+Seven integers, then the tensors, those of all layers one after another. It rotates the pairs
+(2i, 2i+1) of a head, so the rows of queries and keys are permuted into halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.interop.llama import LLAMA
+from lm.interop.mapping import Row, output, same
+from lm.interop.tensor_files import DTYPES, Stored
+from lm.models.config import TransformerConfig
+
+_HEADER = 7 * 4
+_NEWER = 0x616B3432  # the first number of files of later versions
+
+_ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
+
+
+def _rows(_: TransformerConfig) -> Sequence[Row]:
+    rotated = "(H J 2) D", "D H (2 J)"
+    return [
+        same("tok_embeddings", "tokens/embedding"),
+        same("layers.{}.attention_norm", "stack/layers/attention_norm/scale"),
+        Row("layers.{}.wq", (f"{_ATTENTION}/query/kernel",), *rotated),
+        Row("layers.{}.wk", (f"{_ATTENTION}/key/kernel",), *rotated),
+        Row("layers.{}.wv", (f"{_ATTENTION}/value/kernel",), "(G K) D", "D G K"),
+        Row("layers.{}.wo", (f"{_ATTENTION}/out/kernel",), "D (H K)", "H K D"),
+        same("layers.{}.ffn_norm", "stack/layers/feed_forward_norm/scale"),
+        Row("layers.{}.w1", (f"{_FEED_FORWARD}/gate/kernel",), "F D", "D F"),
+        Row("layers.{}.w2", (f"{_FEED_FORWARD}/out/kernel",), "D F", "F D"),
+        Row("layers.{}.w3", (f"{_FEED_FORWARD}/in/kernel",), "F D", "D F"),
+        same("norm", "stack/final_norm/scale"),
+        output("output"),
+    ]
+
+
+FAMILY = replace(LLAMA, model_type="llama2.c", base=_rows)
+
+
+def read(file: Path) -> tuple[TransformerConfig, dict[str, Stored]]:
+    """The configuration and the tensors of a file; UserError if it is another kind or truncated."""
+    size = file.stat().st_size
+    numbers = np.fromfile(file, "<i4", count=7)
+    if len(numbers) < 7 or numbers[0] == _NEWER or min(*numbers[:5], numbers[6]) < 1:
+        raise UserError(f"{file} is no .bin file of llama2.c's first version (export.py's legacy)")
+    dim, hidden, n_layers, n_heads, n_kv_heads, signed_vocab, length = map(int, numbers)
+    vocab, tied = abs(signed_vocab), signed_vocab > 0
+    if dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
+        raise UserError(f"{file}: {dim} numbers of a token and {n_heads} heads don't go together")
+    head_dim = dim // n_heads
+    of_layers: dict[str, tuple[int, ...]] = {
+        "attention_norm": (dim,),
+        "wq": (dim, dim),
+        "wk": (n_kv_heads * head_dim, dim),
+        "wv": (n_kv_heads * head_dim, dim),
+        "wo": (dim, dim),
+        "ffn_norm": (dim,),
+        "w1": (hidden, dim),
+        "w2": (dim, hidden),
+        "w3": (hidden, dim),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (vocab, dim)}
+    for name, shape in of_layers.items():
+        shapes |= {f"layers.{i}.{name}": shape for i in range(n_layers)}
+    shapes |= {"norm": (dim,), "cosines": (length, head_dim // 2), "sines": (length, head_dim // 2)}
+    shapes |= {} if tied else {"output": (vocab, dim)}
+    stored, offset = {}, _HEADER
+    for name, shape in shapes.items():
+        stored[name] = Stored(name, file, DTYPES["F32"], shape, offset)
+        offset += 4 * prod(shape)
+    if offset != size:
+        what = "is truncated" if offset > size else "is too long"
+        raise UserError(f"{file} {what}: {size:,} bytes instead of {offset:,}")
+    del stored["cosines"], stored["sines"]
+    config = TransformerConfig(
+        **dict(LLAMA.fixed),
+        n_layers=n_layers,
+        d_model=dim,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=hidden,
+        vocab_size=vocab,
+        max_length=length,
+        attention_bias="none",
+        tie_embeddings=tied,
+    )
+    return config, stored

@@ -1,0 +1,21 @@
+"""Folders of small random models of `transformers`."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def make_theirs(tmp_path_factory):
+    """Makes (their model, its folder) of a kind, always the same for a name."""
+    import their_models
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = their_models.build(*their_models.KINDS[name])
+            model.save_pretrained(folder)
+            made[name] = model, folder
+        return made[name]
+
+    return make

@@ -1,0 +1,95 @@
+"""Models of `transformers` and what ours make of their folders: numbers, and the way back."""
+
+import jax
+import numpy as np
+import pytest
+from their_models import DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
+
+from lm.interop import huggingface
+
+LENGTHS = np.array([17, 9, 1])
+SEGMENTS = (np.arange(17) < LENGTHS[:, None]).astype(np.int32)  # padded on the right
+
+
+def tokens(seed=0, length=17):
+    return np.random.default_rng(seed).integers(4, 96, (3, length))
+
+
+def their_logits(model, ids, **inputs):
+    with torch.no_grad():
+        out = model(torch.tensor(ids), **{k: torch.tensor(v) for k, v in inputs.items()})
+    return (out.prediction_logits if "prediction_logits" in out else out.logits).numpy()
+
+
+def our_logits(folder, *inputs):
+    model, params = huggingface.load(folder)
+    return np.asarray(jax.jit(model.apply)({"params": params}, *inputs))
+
+
+def assert_equal_where(ours, theirs, seen):
+    np.testing.assert_allclose(ours[seen], theirs[seen], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(ours[seen].argmax(-1), theirs[seen].argmax(-1))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_gives_their_logits(make_theirs, name):
+    theirs, folder = make_theirs(name)
+    ids = tokens()
+    expected = their_logits(theirs, ids, attention_mask=SEGMENTS)
+    assert_equal_where(our_logits(folder, ids, None, SEGMENTS), expected, SEGMENTS == 1)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gives_their_logits(make_theirs, name):
+    theirs, folder = make_theirs(name)
+    n_types = theirs.config.type_vocab_size
+    pad = theirs.config.pad_token_id
+    ids = np.where(SEGMENTS, tokens(), pad)
+    types = (np.arange(17) >= 6)[None].repeat(3, 0).astype(np.int32) % n_types
+    expected = their_logits(theirs, ids, attention_mask=SEGMENTS, token_type_ids=types)
+    ours = our_logits(folder, ids, None, SEGMENTS, types)
+    assert_equal_where(ours, expected, SEGMENTS == 1)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_gives_their_logits(make_theirs, name):
+    theirs, folder = make_theirs(name)
+    source, target = tokens(), tokens(1, 11)
+    expected = their_logits(theirs, source, attention_mask=SEGMENTS, decoder_input_ids=target)
+    ours = our_logits(folder, source, target, SEGMENTS)
+    assert_equal_where(ours, expected, np.ones_like(target, bool))
+    model, params = huggingface.load(folder)
+    without = model.apply({"params": params}, source[:1], target[:1])  # one text, no padding
+    np.testing.assert_allclose(without, expected[:1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
+    theirs, folder = make_theirs(name)
+    model, params = huggingface.load(folder)
+    huggingface.save(model, params, tmp_path)
+    before, after = (
+        safetensors.load_file(where / "model.safetensors") for where in (folder, tmp_path)
+    )
+    assert sorted(before) == sorted(after)
+    for tensor in before:
+        assert before[tensor].tobytes() == after[tensor].tobytes(), tensor
+        assert before[tensor].shape == after[tensor].shape
+    again, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
+    inputs = {"decoder_input_ids": tokens(1)} if name in ENCODER_DECODERS else {}
+    np.testing.assert_array_equal(
+        their_logits(again.eval(), tokens(), **inputs), their_logits(theirs, tokens(), **inputs)
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.1", "qwen3", "bert", "roberta"])
+def test_packed_texts_give_the_logits_of_each_alone(make_theirs, name):
+    theirs, folder = make_theirs(name)
+    ids, cut = tokens()[:1], 7
+    segments = np.where(np.arange(17) < cut, 1, 2)[None]
+    positions = np.concatenate([np.arange(cut), np.arange(17 - cut)])[None]
+    ours = our_logits(folder, ids, positions, segments)
+    for part in (slice(0, cut), slice(cut, 17)):
+        expected = their_logits(theirs, ids[:, part])
+        assert_equal_where(ours[:, part], expected, np.ones(expected.shape[:2], bool))

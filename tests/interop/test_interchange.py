@@ -1,0 +1,197 @@
+"""`lm import` and `lm export`: what comes in is a run like any other, what goes out is theirs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from their_models import BERT, GPT2, LLAMA, T5, build, torch, transformers
+
+from lm.cli import main
+from lm.data.characters import CharTokenizer
+from lm.data.tokenizers import load_saved
+from lm.interop import huggingface
+from lm.interop.tokenizer_files import write_tokenizer
+from lm.optim.parameter_groups import flat
+from lm.training.saved_params import saved_checkpoints
+
+ALPHABET = "".join(map(chr, range(32, 127)))
+END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows
+PROMPTS = ["def f(x):", "Once upon"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gives the folder of a random model with characters for tokens, and the model."""
+
+    def make(class_name, values):
+        folder = tmp_path_factory.mktemp(class_name)
+        model = build(class_name, values | {"vocab_size": END + 1})
+        model.save_pretrained(folder)
+        write_tokenizer(CharTokenizer(ALPHABET), folder)
+        return folder, model
+
+    return make
+
+
+def lm(capsys, *words):
+    """What a command prints."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def import_run(capsys, folder, workdir, *words):
+    lm(capsys, "import", "--from", folder, "--workdir", workdir, *words)
+    return workdir
+
+
+def greedy(model, ids, n, end=None, **inputs):
+    """What their greedy search writes after `ids`."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=end,
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            **inputs,
+        )
+    return [i for i in out[0].tolist() if i != END]
+
+
+@pytest.mark.parametrize(
+    ("class_name", "values"),
+    [("GPT2LMHeadModel", GPT2), ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2})],
+)
+def test_an_imported_decoder_generates_what_theirs_does(
+    folder, class_name, values, tmp_path, capsys, one_device
+):
+    source, model = folder(class_name, values)
+    workdir = import_run(capsys, source, tmp_path / "run")
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    options = ["--greedy", "--max_new_tokens", 12, "--json"]
+    made = json.loads(lm(capsys, "generate", "--workdir", workdir, *prompts, *options))
+    tokenizer = load_saved(workdir / "tokenizer")
+    for prompt, ours in zip(PROMPTS, made, strict=True):
+        ids = greedy(model, tokenizer.encode(prompt).tolist(), 12)
+        assert prompt + ours["text"] == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_imported_encoder_decoder_generates_what_theirs_does(
+    folder, beams, tmp_path, capsys, one_device
+):
+    source, model = folder("T5ForConditionalGeneration", T5)
+    workdir = import_run(capsys, source, tmp_path / "run")
+    options = ["--max_new_tokens", 8, "--json", f"--config.decode.beam_size={beams}"]
+    options += ["--config.decode.length_penalty=0"]
+    made = json.loads(
+        lm(capsys, "generate", "--workdir", workdir, "--prompt", PROMPTS[0], *options)
+    )
+    tokenizer = load_saved(workdir / "tokenizer")
+    ids = [*tokenizer.encode(PROMPTS[0]).tolist(), END]
+    inputs = {"end": END, "decoder_start_token_id": END, "num_beams": beams, "length_penalty": 0.0}
+    assert made[0]["text"] == tokenizer.decode(greedy(model, ids, 8, **inputs))
+
+
+def test_an_imported_run_is_evaluated_trained_and_exported_on_any_mesh(
+    folder, text_file, tmp_path, capsys
+):
+    """The exported model gives, in transformers, the loss that the run gives for the same text."""
+    source, _ = folder("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2})
+    mesh = ["--config.parallel.mesh.fsdp=4", "--config.parallel.mesh.tensor=2"]
+    first = import_run(capsys, source, tmp_path / "first", *mesh)
+    data = [
+        f"--config.data.source=text:{text_file}",
+        f"--config.data.validation_source=text:{text_file}",
+        "--config.data.documents=line",
+        "--config.data.sequence_length=32",
+        "--config.data.workers=1",
+        "--config.log.tensorboard=False",
+    ]
+    trained = tmp_path / "trained"
+    words = ["--config.train.steps=3", f"--config.init.from={first}"]
+    lm(capsys, "train", "--config", first / "run.json", "--workdir", trained, *data, *mesh, *words)
+    lm(capsys, "export", "--workdir", trained, "--to", tmp_path / "out")
+    model, params = huggingface.load(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = text_file.read_text().splitlines()[0]
+    ids = tokenizer(text).input_ids
+    assert ids == load_saved(trained / "tokenizer").encode(text).tolist()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    logits = model.apply({"params": params}, np.array([ids]))
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    started = flat(huggingface.load(source)[1])
+    assert all(
+        np.abs(np.asarray(leaf) - np.asarray(started[path])).max() > 0
+        for path, leaf in flat(params).items()
+    )
+
+
+def test_every_parameter_of_an_import_is_in_its_run(folder, tmp_path, capsys):
+    source, _ = folder("BertForPreTraining", BERT)
+    workdir = import_run(capsys, source, tmp_path / "run")
+    (saved,) = saved_checkpoints(workdir, pytest.fail)
+    params = flat(huggingface.load(source)[1])
+    assert {path: leaf.shape for path, leaf in saved.shapes.items()} == {
+        path: leaf.shape for path, leaf in params.items()
+    }
+    config = json.loads((workdir / "run.json").read_text())["config"]
+    assert config["objective"]["name"] == "masked"
+    assert config["objective"]["next_sentence"]
+    assert saved.step == 0
+
+
+def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
+    folder, labelled_file, tmp_path, capsys, one_device
+):
+    source, _ = folder("BertModel", BERT)
+    workdir = import_run(capsys, source, tmp_path / "run")
+    tuned = tmp_path / "tuned"
+    words = [
+        "--config.objective.name=classification",
+        f"--config.init.from={workdir}",
+        "--config.init.fresh=classifier",
+        f"--config.data.source=tsv:{labelled_file}",
+        "--config.data.labels=good,bad",
+        "--config.data.sequence_length=32",
+        "--config.data.workers=1",
+        "--config.train.steps=2",
+        "--config.log.tensorboard=False",
+    ]
+    lm(capsys, "train", "--config", workdir / "run.json", "--workdir", tuned, *words)
+    lm(capsys, "export", "--workdir", tuned, "--to", tmp_path / "out", "--dtype", "bfloat16")
+    kind = transformers.AutoModelForSequenceClassification
+    theirs, loading = kind.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert theirs.config.id2label == {0: "good", 1: "bad"}
+    ours, params = huggingface.load(tmp_path / "out")
+    ids = np.random.default_rng(0).integers(1, 95, (2, 9))
+
+    def classes(model, ids):
+        return model.classify(model.pooled(model.hidden(ids), np.ones_like(ids)))
+
+    scores = jax.jit(lambda p: ours.apply({"params": p}, ids, method=classes))(params)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+
+
+def test_without_a_tokenizer_a_model_is_imported_but_not_used_with_another(
+    make_theirs, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    words = ["import", "--from", str(make_theirs("gpt2")[1]), "--workdir", str(workdir)]
+    assert main(words) == 0
+    assert "no tokenizer came with it" in capsys.readouterr().err
+    assert main(["generate", "--workdir", str(workdir), "--prompt", "a"]) == 2
+    assert "no intact tokenizer" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "is not an empty folder" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""What cannot be read or written is said in one line that names it, before anything is computed."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from their_models import safetensors
+
+from lm.errors import UserError
+from lm.interop import huggingface
+from lm.models.config import TransformerConfig
+from lm.models.decoder import Decoder
+
+
+@pytest.fixture
+def folder(make_theirs, tmp_path):
+    """A copy of a small Llama's folder, to spoil."""
+    return shutil.copytree(make_theirs("llama")[1], tmp_path / "llama")
+
+
+def set_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def set_tensors(folder, change):
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, folder / "model.safetensors")
+
+
+NORM = "model.layers.1.post_attention_layernorm.weight"
+SPOILT = {
+    "architecture": (lambda f: set_config(f, model_type="mamba"), "model_type=mamba; known are gp"),
+    "missing": (lambda f: set_tensors(f, lambda t: t.pop(NORM)), f"lacks the tensor {NORM}"),
+    "surplus": (
+        lambda f: set_tensors(f, lambda t: t.update(score=np.zeros(3, np.float32))),
+        "has the tensor score that",
+    ),
+    "layers left": (lambda f: set_config(f, num_hidden_layers=2), "layers.2.*and 8 more"),
+    "shape": (
+        lambda f: set_tensors(f, lambda t: t.update({NORM: t[NORM][:-1].copy()})),
+        rf"{NORM} has the shape \(31,\), not \(32,\)",
+    ),
+    "wrong size": (lambda f: set_config(f, hidden_size=36), r"has the shape \(96, 32\), not"),
+    "activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act=relu is not supported"),
+    "rope": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type=yarn"),
+    "window": (
+        lambda f: set_config(f, model_type="mistral", sliding_window=8),
+        "sliding_window=8 is below",
+    ),
+    "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
+    "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantised"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_folder_is_refused(folder, what):
+    spoil, expected = SPOILT[what]
+    spoil(folder)
+    with pytest.raises(UserError, match=expected) as caught:
+        huggingface.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_matrix_that_repeats_the_table_is_no_surplus(make_theirs, folder):
+    set_config(folder, tie_word_embeddings=True)
+    set_tensors(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    )
+    model, params = huggingface.load(folder)
+    assert model.config.tie_embeddings
+    assert "head" not in params
+
+
+SIZES = {
+    "n_layers": 1,
+    "d_model": 8,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "head_dim": 4,
+    "d_ff": 16,
+    "vocab_size": 12,
+    "max_length": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"embedding_norm": True}, "nearest, gpt2, has not model.embedding_norm=True"),
+        ({"positions": "sinusoidal"}, "model.positions=sinusoidal"),
+        ({"activation": "swiglu"}, "model.activation=swiglu"),
+        ({"head_dim": 6}, "model.head_dim=6"),
+    ],
+)
+def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
+    model = Decoder(TransformerConfig(**SIZES | values))
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    with pytest.raises(UserError, match=expected):
+        huggingface.save(model, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_that_have_no_place_are_refused(tmp_path):
+    model = Decoder(TransformerConfig(**SIZES))
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    with pytest.raises(UserError, match="classifier/kernel has no place"):
+        huggingface.save(model, params | {"classifier": {"kernel": np.zeros((8, 2))}}, tmp_path)

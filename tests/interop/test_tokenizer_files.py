@@ -1,0 +1,94 @@
+"""Tokenizers of model folders, and ours as `transformers` reads them."""
+
+import json
+
+import pytest
+from their_models import transformers
+
+from lm.data.characters import ByteTokenizer, CharTokenizer
+from lm.data.huggingface import Gpt2Tokenizer
+from lm.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from lm.data.words import WordTokenizer
+from lm.errors import UserError
+from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
+
+TEXTS = [
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.",
+    "def f(x):\n    return  x + 1\t# naïve — ok\n\n\n",
+    " two  spaces ",
+    "größer, 東京 and 🙂",
+    "",
+]
+MERGES = [("h", "e"), ("t", "he"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("i", "n")]
+
+
+def gpt2():
+    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + i) for i in range(68)]
+    pieces = [*letters, *("".join(pair) for pair in MERGES), "<|endoftext|>"]
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES) + "\n"
+    return Gpt2Tokenizer(
+        json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(), merges.encode()
+    )
+
+
+def sentencepiece(kind):
+    return SentencePieceTokenizer(train_sentencepiece(TEXTS * 20, 310, kind))
+
+
+TOKENIZERS = {
+    "byte": ByteTokenizer,
+    "char": lambda: CharTokenizer.fit(TEXTS),
+    "gpt2": gpt2,
+    "sentencepiece bpe": lambda: sentencepiece("bpe"),
+    "sentencepiece unigram": lambda: sentencepiece("unigram"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_theirs_gives_the_same_ids_and_texts(name, tmp_path):
+    ours = TOKENIZERS[name]()
+    assert write_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == ours.encode(text).tolist(), text
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.bos_token_id == ours.bos_id
+    assert theirs.eos_token_id == ours.eos_id
+    assert len(theirs) == ours.vocab_size
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_was_written_is_read_again(name, tmp_path):
+    ours = TOKENIZERS[name]()
+    write_tokenizer(ours, tmp_path)
+    again = read_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert again.encode(text).tolist() == ours.encode(text).tolist()
+
+
+def test_words_have_no_equivalent(tmp_path):
+    assert not write_tokenizer(WordTokenizer.fit(TEXTS), tmp_path)
+
+
+def test_the_files_of_older_folders_are_read(tmp_path):
+    assert read_tokenizer(tmp_path) is None
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "little", "girl", "##s", ".", "Lily"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    assert read_tokenizer(tmp_path).encode("Little girls.").tolist() == [5, 6, 7, 8]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert read_tokenizer(tmp_path).encode("Lily girls little").tolist() == [9, 6, 7, 5]
+    made = gpt2()
+    (tmp_path / "vocab.json").write_bytes(made.encoder)
+    (tmp_path / "merges.txt").write_bytes(made.merges)
+    assert read_tokenizer(tmp_path).encode("in the").tolist() == made.encode("in the").tolist()
+    model = sentencepiece("bpe")
+    (tmp_path / "spiece.model").write_bytes(model.model)
+    assert read_tokenizer(tmp_path).digest == model.digest
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizers JSON file"):
+        read_tokenizer(tmp_path)

@@ -1,0 +1,126 @@
+"""Small random models of `transformers`, one of every kind that is read."""
+
+import pytest
+
+safetensors = pytest.importorskip("safetensors.numpy")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY = 96
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+BERT = {**LLAMA, "num_attention_heads": 2, "pad_token_id": 0}
+ROBERTA = {**BERT, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+GPT2 = {
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 3,
+    "n_positions": 40,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 56,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+
+# name: (their class, what its configuration says)
+DECODERS = {
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied-wide": (
+        "GPT2LMHeadModel",
+        GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"},
+    ),
+    "gpt2-unscaled": ("GPT2LMHeadModel", GPT2 | {"scale_attn_weights": False}),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "llama-grouped-tied": (
+        "LlamaForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True},
+    ),
+    "llama-biases": (
+        "LlamaForCausalLM",
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    ),
+    "llama-attention-biases": ("LlamaForCausalLM", LLAMA | {"attention_bias": True}),
+    "llama-3.1": ("LlamaForCausalLM", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear": ("LlamaForCausalLM", LLAMA | {"rope_parameters": LINEAR_ROPE}),
+    "mistral": (
+        "MistralForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 12},
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | {"num_key_value_heads": 2, "head_dim": 10}),
+    "qwen3-biases": (
+        "Qwen3ForCausalLM",
+        LLAMA | {"head_dim": 6, "attention_bias": True, "num_key_value_heads": 4},
+    ),
+}
+ENCODERS = {
+    "bert": ("BertForMaskedLM", BERT),
+    "bert-untied-tanh": (
+        "BertForMaskedLM",
+        BERT | {"tie_word_embeddings": False, "hidden_act": "gelu_new"},
+    ),
+    "bert-pretraining": ("BertForPreTraining", BERT),
+    "roberta": ("RobertaForMaskedLM", ROBERTA),
+    "roberta-types": ("RobertaForMaskedLM", ROBERTA | {"type_vocab_size": 2, "pad_token_id": 3}),
+}
+ENCODER_DECODERS = {
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-1.1": (
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+}
+KINDS = DECODERS | ENCODERS | ENCODER_DECODERS
+
+
+def build(class_name, values):
+    """A model with no parameter at a value that hides it."""
+    kind = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**values)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = "norm" in name.lower().replace("ln_", "norm") and name.endswith("weight")
+            deviation = 0.2 if scale or "t5" not in class_name.lower() else 0.1
+            parameter.copy_(torch.randn_like(parameter) * deviation + float(scale))
+    if class_name.startswith("T5") and not model.config.scale_decoder_outputs:
+        # transformers 5 ties what T5 1.1 does not.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
+        model.all_tied_weights_keys.pop("lm_head.weight", None)
+    return model
