@@ -22,7 +22,10 @@ CUDNN_WIDEST_HEAD = 128
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, how it sees keys on other devices ("ring" or "gather"), and why these."""
+    """A kernel, how it sees keys of other parts of the sequence, and why these.
+
+    `across` is "ring" or "gather", and empty where sequences are whole.
+    """
 
     kernel: str
     across: str
@@ -39,6 +42,7 @@ def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Choic
     named, across = config.model.attention, config.parallel.context_attention
     kernels = (BEST_ON[platform], "xla") if named == "auto" else (named,)
     ways = ("ring", "gather") if across == "auto" else (across,)
+    ways = ways if sizes["context"] > 1 else ("",)
     problems: list[str] = []
     for kernel in kernels:
         for way in ways:
@@ -65,13 +69,13 @@ def _problems(
         if kernel != "xla":
             yield f"config.model.family={model.family}"
         return
-    ring = context > 1 and across == "ring"
+    ring = across == "ring"
     if PLATFORM_OF.get(kernel, platform) != platform:
         yield f"{platform} devices"
-    if ring and kernel != "xla":
-        yield "config.parallel.context_attention=ring"
     if context > 1 and kernel in ("tiled", "blockwise", "cudnn"):
         yield f"config.parallel.mesh.context={context}"
+    if ring and kernel != "xla":
+        yield "config.parallel.context_attention=ring"
     if kernel == "tiled" and (problem := tiled_attention_problem(config)):
         yield problem
     if kernel in ("blockwise", "cudnn", "splash") or ring:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from lm.kernels.zigzag import places
 
@@ -34,6 +33,7 @@ def make_kernel(
     With several shards of queries, causal ones come in zig-zag order; keys are always whole.
     `interpret` runs it slowly on any platform, for tests.
     """
+    splash = _splash()
     mask: Any = splash.FullMask((length, n_keys))
     if causal:
         mask = splash.CausalMask((length, n_keys))
@@ -68,9 +68,16 @@ def splash_attention(
     segments = None
     if segments_BL is not None:
         keys_BS = segments_BL if key_segments_BS is None else key_segments_BS
-        segments = splash.SegmentIds(segments_BL, keys_BS)
+        segments = _splash().SegmentIds(segments_BL, keys_BS)
     by_head = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
     return jax.vmap(kernel)(*by_head, segments).swapaxes(1, 2)
+
+
+def _splash() -> Any:
+    # Half a second of every start, if not only those that need it paid for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    return splash
 
 
 def _block(length: int) -> int:
