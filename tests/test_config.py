@@ -289,6 +289,22 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
             {"init.from": "run", "init.vectors": "glove.txt"},
             "config.init.from and config.init.vectors exclude each other",
         ),
+        (
+            {"model.n_experts": "1"},
+            "config.model.experts_per_token=2 is above config.model.n_experts=1",
+        ),
+        (
+            {"model.n_experts": "4", "model.experts_every": "3"},
+            "config.model.n_layers=2 is not divisible by config.model.experts_every=3",
+        ),
+        (
+            {"model.n_experts": "4", "model.activation_dropout": "0.1"},
+            "config.model.activation_dropout is not for config.model.n_experts",
+        ),
+        (
+            {"model.n_experts": "4", "model.family": "lstm"},
+            "config.model.n_experts is not for config.model.family=lstm",
+        ),
         ({"train.microbatches": "3"}, "config.data.batch_size=8 is not divisible by config.train."),
         ({"data.weights": "1,2"}, "config.data.weights has 2 numbers for 1 corpora"),
         ({"data.weights": "0"}, "every weight must be above 0"),
@@ -320,6 +336,7 @@ def test_a_broken_rule_is_one_message(experiment, overrides, expected):
         },
         {"model.max_length": "8", "data.target_length": "8"},
         {"model.attention": "tiled"},
+        {"model.n_experts": "4", "model.experts_every": "2"},
     ],
 )
 def test_what_the_rules_allow(experiment, overrides):

@@ -14,8 +14,9 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 
 # Parameters, all and without embeddings and untied heads, of the released models that the papers
 # describe, counted with Hugging Face transformers 5.23.0 (GPT2LMHeadModel, LlamaForCausalLM,
-# BertForPreTraining, RobertaForMaskedLM, T5ForConditionalGeneration), and by hand where no released
-# model is. Papers print rounded numbers, and GPT-2's are wrong by its authors' own word.
+# BertForPreTraining, RobertaForMaskedLM, T5ForConditionalGeneration, MixtralForCausalLM,
+# SwitchTransformersForConditionalGeneration), and by hand where no released model is. Papers print
+# rounded numbers, and GPT-2's are wrong by its authors' own word.
 PARAMETERS = {
     # Radford et al. 2019, Table 2
     "gpt2-small": (124_439_808, 85_056_000),
@@ -57,6 +58,13 @@ PARAMETERS = {
     "t5-v1.1-small": (76_961_152, 44_062_080),
     "t5-v1.1-base": (247_577_856, 198_229_248),
     "t5-v1.1-large": (783_150_080, 717_351_936),
+    # Jiang et al. 2024, Table 1; 8×22B from the released configuration
+    "mixtral-8x7b": (46_702_792_704, 46_440_648_704),
+    "mixtral-8x22b": (140_620_634_112, 140_227_418_112),
+    # Fedus et al. 2021, Fig. 4 and Table 9
+    "switch-base-8": (619_339_008, 594_664_704),
+    "switch-base-128": (7_415_217_408, 7_390_543_104),
+    "switch-base-256": (14_664_154_368, 14_639_480_064),
     # Zaremba et al. 2014, §4.1: 8 units (2 units + 2) a layer, two tables, a bias
     "zaremba-small": (4_653_200, 643_200),
     "zaremba-medium": (19_780_400, 6_770_400),
@@ -66,6 +74,8 @@ PARAMETERS = {
     "nplm-brown-mlp1/2": (5_762_483, 4_779_503),
     "nplm-apnews-mlp10": (11_904_264, 10_107_864),
 }
+# Those that a token uses, where not all of them are.
+ACTIVE = {"mixtral-8x7b": 12_879_925_248, "mixtral-8x22b": 39_152_031_744}
 # Its BertModel: encoder and pooler.
 BERT_MODELS = {
     "base": (109_482_240, 85_646_592),
@@ -101,6 +111,8 @@ def test_every_variant_builds_and_has_the_size_of_its_paper(file, variant):
     if config.paper:
         counts = count_parameters(experiment)
         assert (counts["total"], counts["non_embedding"]) == PARAMETERS[config.paper]
+        if config.paper in ACTIVE or not config.model.n_experts:
+            assert counts["active"] == ACTIVE.get(config.paper, counts["total"])
 
 
 @pytest.mark.parametrize("variant", BERT_MODELS)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from lm.config import default
+from lm.config import default, set_value
 from lm.experiment import build
 from lm.flops import model_flops_per_token, peak_flops, tokens_per_row
 
@@ -30,7 +30,7 @@ KINDS = {
 }
 
 
-def experiment_of(family, objective, tied=True):
+def experiment_of(family, objective, tied=True, **changes):
     config = default()
     config.model.family, config.objective.name = family, objective
     config.model.n_layers, config.model.n_decoder_layers = N, 2 * N if "lstm" not in family else 0
@@ -38,6 +38,8 @@ def experiment_of(family, objective, tied=True):
     config.model.vocab_size, config.model.tie_embeddings = 50, tied
     config.model.attention = "xla"
     config.objective.next_sentence = objective == "masked"
+    for path, value in changes.items():
+        set_value(config, path, value)
     config.data.labels = "good,bad,neither"
     config.data.sequence_length, config.data.target_length, config.data.batch_size = L, T, 1
     return build(config, jax.devices()[:1])
@@ -77,6 +79,16 @@ def test_model_flops_are_three_times_the_needed_products(family, objective, tied
 def test_a_row_is_a_source_and_its_target():
     assert tokens_per_row(experiment_of("encoder_decoder", "seq2seq")) == L + T
     assert tokens_per_row(experiment_of("encoder", "masked")) == L
+
+
+def test_experts_count_as_often_as_a_token_uses_them():
+    """Three plain layers with 2 · 80 for their width 80, and a router of 4 outputs."""
+    sparse = experiment_of(
+        "decoder", "causal", **{"model.n_experts": 4, "model.experts_per_token": 2}
+    )
+    dense = model_flops_per_token(experiment_of("decoder", "causal"))
+    experts, router = N * 2 * D * 80, N * D * 4
+    assert model_flops_per_token(sparse) == dense + 6 * (experts + router)
 
 
 def test_skip_gram_counts_pairs_and_their_noise():

@@ -98,6 +98,21 @@ def test_shapes_and_names_follow_the_kernel():
     assert found["head/kernel/a"] == ((8, RANK), ("embed", "lora_rank"))
 
 
+def test_every_expert_is_adapted_by_itself():
+    names = ("layers", "experts", "embed", "mlp")
+    kernel = np.float32(np.random.default_rng(0).normal(size=(3, 4, 8, 12)))
+    boxed = nested({"stack/layers/experts/in/kernel": nn.Partitioned(kernel, names)})
+    params = add_lora(boxed, options_of(), jax.random.key(1))
+    a, b = (flat(params["lora"])[f"stack/layers/experts/in/kernel/{x}"] for x in "ab")
+    assert (a.value.shape, a.names) == ((3, 4, 8, RANK), (*names[:3], "lora_rank"))
+    assert (b.value.shape, b.names) == ((3, 4, RANK, 12), ("layers", "experts", "lora_rank", "mlp"))
+    plain = nn.meta.unbox(params)
+    b = plain["lora"]["stack"]["layers"]["experts"]["in"]["kernel"]["b"] = np.ones_like(b.value)
+    merged = flat(merge(plain, 16.0))["stack/layers/experts/in/kernel"]
+    expected = kernel + 16 / RANK * np.einsum("nedr,nerf->nedf", a.value, b)
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_first_factor_is_drawn_as_in_the_authors_code():
     """kaiming_uniform_(A, a=sqrt(5)): uniform in ± 1/sqrt(inputs); B is zero."""
     lora = flat(nn.meta.unbox(adapted(rank=64))["lora"])

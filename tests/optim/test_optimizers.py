@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config import default
 from lm.optim.optimizers import OPTIMIZERS, make_optimizer
@@ -226,6 +227,21 @@ def test_muon_orthogonalises_every_layer_of_a_stacked_kernel():
             assert (values < 1.25).all(), (name, values)
             inside[range(n), range(n)] = 0
             assert abs(inside).max() < 1e-3, name
+
+
+def test_muon_orthogonalises_every_expert():
+    rng = np.random.default_rng(0)
+    path = ("stack", "layers", "feed_forward", "experts", "out", "kernel")
+    before, gradient = (np.float32(rng.normal(size=(2, 3, 12, 8))) for _ in range(2))
+    params, grads = (unflatten_dict({path: x}) for x in (before, gradient))
+    optimizer = make_optimizer(options_of("muon", weight_decay=0.0), lambda t: 1.0)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    update = flatten_dict(updates)[path]
+    for layer in range(2):
+        for expert in range(3):
+            values = np.linalg.svd(update[layer, expert], compute_uv=False)
+            assert (values > 0.65).all()
+            assert (values < 1.25).all()
 
 
 def test_muon_leaves_the_other_parameters_to_adam():

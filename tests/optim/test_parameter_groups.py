@@ -169,6 +169,27 @@ def test_layers_learn_at_the_rates_of_beit():
     assert {path: np.squeeze(scale).tolist() for path, scale in found.items()} == expected
 
 
+def test_layers_that_alternate_keep_their_numbers():
+    """Two stacks of four layers, the odd ones of which are of another kind."""
+    shapes = {
+        f"{stack}/layers/{kind}/feed_forward/in/kernel": (2, 4, 5)
+        for stack in ("encoder", "decoder")
+        for kind in ("0_of_2", "1_of_2")
+    }
+    params = draw(shapes=shapes)
+    scales = flat(update_scales(0.5, Trainable(), params))
+    for path, scale in scales.items():
+        expected = [1 / 16, 1 / 4] if "0_of_2" in path else [1 / 8, 1 / 2]
+        assert np.squeeze(scale).tolist() == expected, path
+    groups = Trainable("encoder/layers/3/,decoder/layers/[02]/").groups(params)
+    assert {path: group.tolist() for path, group in groups.items()} == {
+        "encoder/layers/0_of_2/feed_forward/in/kernel": [True, True],
+        "encoder/layers/1_of_2/feed_forward/in/kernel": [True, False],
+        "decoder/layers/0_of_2/feed_forward/in/kernel": [False, False],
+        "decoder/layers/1_of_2/feed_forward/in/kernel": [True, True],
+    }
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_layer_decay_scales_whole_updates(name):
     params = draw()

@@ -33,3 +33,20 @@ def test_going_on_changes_no_bit(make_kind, tmp_path, capsys, kind):
     carried = [path for path in expected if path.startswith("carry/")]
     assert bool(carried) == bool(config.model.carry)
     assert all(expected[path].any() for path in carried)
+
+
+def test_experts_go_on_on_another_mesh(make_kind, tmp_path, capsys):
+    """One expert a device, then two of them, each in two parts."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    plain = {"train.steps": 6, "checkpoint.every_steps": 3, "data.validation_fraction": 0.0}
+    config = make_kind("span_corruption encoder_decoder experts", **plain)
+    config.parallel.mesh.update({"data": 2, "expert": 4})
+    assert train(config, whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "6")
+    config.parallel.mesh.update({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    assert train(config, cut)
+    assert "continuing from step 3" in capsys.readouterr().err
+    found, expected = losses(cut), losses(whole)
+    assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
