@@ -140,10 +140,14 @@ def params(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def plan(args: argparse.Namespace, overrides: Overrides) -> int:
     """Compile a configuration's training step for described devices: memory, work, time."""
+    import jax
+
     from lm.planning.plan import make_plan
     from lm.planning.report import report
     from lm.planning.topologies import topology
 
+    # What is planned for is described; the compilers need no device of this machine.
+    jax.config.update("jax_platforms", "cpu")
     config = configs.load(args.config, overrides)
     if args.search:
         return _search(args, config)
@@ -310,11 +314,10 @@ def _set_up_jax(args: argparse.Namespace) -> None:
     # Orbax logs the traceback of what it raises; the error itself comes to us.
     logging.set_verbosity(logging.FATAL)
     devices = getattr(args, "cpu_devices", None)
-    if args.function is plan:
-        # What is planned for is described; the compilers need no device of this machine.
-        import jax
+    if args.function not in (show_config, train_tokenizer):  # these do without JAX
+        from lm.parallel.platform import use_cpu_without_accelerators
 
-        jax.config.update("jax_platforms", "cpu")
+        use_cpu_without_accelerators()
     if devices is not None:
         import jax
 

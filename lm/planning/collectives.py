@@ -152,7 +152,7 @@ def replica_groups(attributes: str, n_devices: int) -> np.ndarray:
     mesh['a'=2,'b'=2] {'b'} names axes of a mesh of XLA's own, of which 'a':(2)4 is the part of
     size 4 that comes after one of size 2.
     """
-    text = re.search(r"replica_groups=(.*?)(?:, [a-z_]+=|$)", attributes, re.S)
+    text = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)", attributes, re.S)
     given = text.group(1) if text else "{}"
     if given.startswith("mesh"):
         return _groups_of_mesh(given)

@@ -196,9 +196,8 @@ def state_memory(experiment: Experiment) -> tuple[int, int, int, int]:
     """Bytes on a device of parameters, optimizer state, gradients, and all arguments of a step."""
     state = on_device(experiment.state_shapes, experiment.state_sharding)
     gradients = experiment.steps.trainable.split(state.params)[0]
-    batch = on_device(
-        batch_shapes(experiment), dict.fromkeys(experiment.batch_shapes, experiment.batch_sharding)
-    )
+    batch = batch_shapes(experiment)
+    batch = on_device(batch, jax.tree.broadcast(experiment.batch_sharding, batch))
     return (
         bytes_of(state.params),
         bytes_of(state.opt_state),

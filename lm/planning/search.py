@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from math import prod
 from multiprocessing import get_context
@@ -176,8 +176,10 @@ def _compile(
 ) -> tuple[list[tuple[Overrides, Plan]], list[str]]:
     """Plans of the chosen candidates, and one line for each that failed to compile."""
     plans, failed = [], []
+    if not chosen:
+        return plans, failed
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        pending = {
+        pending: dict[Future[Plan], Overrides] = {
             pool.submit(_plan, {**dict(flatten(config)), **o}, name, n_slices): o for o in chosen
         }
         for done in track(as_completed(pending), total=len(pending)):
