@@ -14,7 +14,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
@@ -33,9 +33,21 @@ What `lm plan` says of every experiment of at most 10B parameters, on the first 
 published rates of its chips, none was measured. The bound is the longest of compute, memory and
 network, each alone; a real step is slower.
 
-| experiment | parameters | topology | mesh | memory | FLOPs over the model's | bound | by | tokens/s | MFU | compiled in |
-|---|--:|---|---|--:|--:|--:|---|--:|--:|--:|
 """
+COLUMNS = (
+    "experiment",
+    "parameters",
+    "topology",
+    "mesh",
+    "memory",
+    "FLOPs / model's",
+    "bound",
+    "by",
+    "tokens/s",
+    "MFU",
+    "compiled in",
+)
+ALIGNED = ("---", "--:", "---", "---", "--:", "--:", "--:", "---", "--:", "--:", "--:")
 
 
 def variants() -> Iterator[tuple[str, str]]:
@@ -102,6 +114,10 @@ def row(name: str, found: dict[str, Any]) -> str:
         f"{found['mfu']:.1%}",
         f"{found['compile_seconds']:.0f} s",
     )
+    return line(cells)
+
+
+def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -119,7 +135,8 @@ def main(patterns: list[str]) -> None:
             continue
         if found:
             rows.append(row(name, found))
-    text = HEADER.format(topologies=", ".join(TOPOLOGIES)) + "".join(rows)
+    text = HEADER.format(topologies=", ".join(TOPOLOGIES))
+    text += line(COLUMNS) + line(ALIGNED) + "".join(rows)
     if problems:
         text += "\nNot planned:\n\n" + "".join(problems)
     (ROOT / "experiments" / "PLANS.md").write_text(text)

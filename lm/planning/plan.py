@@ -33,7 +33,8 @@ PARTS = ("arguments", "temporaries", "outputs", "code")
 @dataclass(frozen=True)
 class Memory:
     """Bytes on a device. Arguments are parameters, optimizer state and batch; the gradients and
-    activations are among the temporaries. What the compiler does not say is None."""
+    activations are among the temporaries; `host` bytes, offloaded, are not of the total. What the
+    compiler does not say is None."""
 
     parameters: int
     optimizer: int
@@ -42,6 +43,7 @@ class Memory:
     temporaries: int
     outputs: int | None
     code: int | None
+    host: int | None
     total: int
     capacity: int
 
@@ -217,6 +219,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
             temporaries=temporaries,
             outputs=None,
             code=None,
+            host=None,
             total=compiled.total or arguments + temporaries,
             capacity=compiled.capacity,
         )
@@ -224,6 +227,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
     return Memory(
         **of_state,
         **dict(zip(PARTS, parts, strict=True)),
+        host=compiled.host,
         total=sum(parts),
         capacity=chip.memory or 0,
     )

@@ -40,6 +40,7 @@ def _memory(plan: Plan) -> list[str]:
         "program": m.code,
         "total": m.total,
         "capacity": m.capacity,
+        "offloaded to the host": m.host or None,
     }
     lines = [f"memory a device: {verdict}"]
     lines += [f"  {name:36}{_gb(size):>12}" for name, size in rows.items() if size is not None]

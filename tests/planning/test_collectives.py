@@ -73,8 +73,9 @@ def test_kind_axis_bytes_and_count_in_a_loop(kind, mesh):
 
 
 def test_axes_are_named_together_when_a_group_spans_both(mesh):
+    both = ("data", "tensor")
     summed = jax.shard_map(
-        lambda x: jax.lax.psum(x, ("data", "tensor")), mesh=mesh, in_specs=P("data"), out_specs=P()
+        lambda x: jax.lax.psum(x, both), mesh=mesh, in_specs=P(both), out_specs=P()
     )
     text = jax.jit(summed).lower(jax.ShapeDtypeStruct((32, 8), jnp.float32)).compile().as_text()
     (found,) = collectives(parse(text), mesh)

@@ -63,14 +63,17 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
     memory = [plan.memory.total for _, plan in found.ranked]
     assert memory == sorted(memory)
 
-    words = command_line(found.ranked[0][0]).split()
+    winner, _ = found.ranked[0]
+    words = command_line(winner).split()
     overrides = dict(word.removeprefix("--config.").split("=") for word in words)
     experiment = tmp_path / "e.py"
     experiment.write_text(
         "from lm.config import default\n"
         "def get_config():\n    c = default()\n    c.data.batch_size = 8\n    return c\n"
     )
-    assert load(str(experiment), overrides).parallel.mesh.data == 8
+    config = load(str(experiment), overrides)
+    assert config.parallel.mesh.data == winner["parallel.mesh.data"]
+    assert config.train.remat == winner["train.remat"]
 
 
 def test_what_cannot_fit_is_not_compiled(tiny_config, monkeypatch):

@@ -21,6 +21,7 @@ from lm.experiment import build
 from lm.optim.parameter_groups import flat
 from lm.planning.plan import Plan, make_plan
 from lm.planning.topologies import topology
+from lm.schema import SCHEMA
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 
@@ -137,6 +138,13 @@ def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
     }
     assert 1.0 < ratio["decoder-data"] < 1.15
     assert 1.2 < ratio["decoder-fsdp"] < 1.45
+
+
+@pytest.mark.skipif(
+    "splash" not in SCHEMA["model.attention"].choices, reason="no such attention kernel yet"
+)
+def test_attention_is_splash():
+    assert plan_of("decoder-fsdp").attention_kernel == "splash"
 
 
 def test_the_time_is_bound_by_the_largest_term():
