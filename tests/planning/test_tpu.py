@@ -71,16 +71,24 @@ def config_of(case: str) -> Any:
 def golden_of(case: str) -> dict[str, Any]:
     experiment = build(config_of(case), topology(CASES[case][0]).devices)
     shardings = flat(experiment.state_sharding.params)
-    plan = plan_of(case)
     return {
-        "parameters": {
-            path: [",".join(axis) if axis else "" for axis in sharding.spec]
-            for path, sharding in sorted(shardings.items())
-        },
-        "collectives": sorted(
-            [c.kind, c.axis, c.count, c.bytes] for c in plan.collectives if c.bytes > 1000
-        ),
+        "parameters": {path: axes_of(shardings[path]) for path in sorted(shardings)},
+        # Kind, axis, count, bytes; the few bytes of loss and norms aside.
+        "collectives": [
+            f"{c.kind} {c.axis} {c.count} {c.bytes}"
+            for c in sorted(plan_of(case).collectives, key=lambda c: (c.kind, c.axis, c.count))
+            if c.bytes > 1000
+        ],
     }
+
+
+def axes_of(sharding: Any) -> str:
+    """The mesh axes that divide each dimension, as "- fsdp tensor"."""
+    sizes = sharding.mesh.shape
+    dimensions = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
+    return " ".join(
+        ",".join(axis for axis in axes if axis and sizes[axis] > 1) or "-" for axes in dimensions
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,7 +124,9 @@ def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter():
     )
     assert sizes["all-gather"] >= 2 * 2 * layers
     assert sizes["reduce-scatter"] >= 2 * layers
-    assert sizes["all-reduce"] < 0.02 * parameter_bytes("decoder-fsdp", 4)
+    # Only the gradient of the token table, which a look-up scatters, is summed whole.
+    table = LLAMA["model.vocab_size"] * LLAMA["model.d_model"] * 2
+    assert sizes["all-reduce"] < 1.02 * table
 
 
 def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():
