@@ -175,7 +175,8 @@ def _compile(
     track: Callable[..., Any],
 ) -> tuple[list[tuple[Overrides, Plan]], list[str]]:
     """Plans of the chosen candidates, and one line for each that failed to compile."""
-    plans, failed = [], []
+    plans: list[tuple[Overrides, Plan]] = []
+    failed: list[str] = []
     if not chosen:
         return plans, failed
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -20,22 +23,35 @@ from lm.planning.topologies import topology
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_the_text_lowered_equals_that_of_training(tiny_config, mesh):
-    """Training lowers with its real state and its real first batch. What was traced before only
-    changes how the text numbers its functions: it is forgotten."""
+    """Training lowers with its real state and its real first batch."""
     config = tiny_config(train__microbatches=1, train__steps_per_dispatch=3)
     config.parallel.mesh.update({"data": 1, **mesh})
-    described = build(config, topology("cpu:8").devices)
-    jax.clear_caches()
-    planned = lower(described).as_text()
+    planned = lower(build(config, topology("cpu:8").devices)).as_text()
 
     experiment = build(config, jax.devices())
     dataset = open_dataset(experiment.config.data)
     batches = experiment.train_batches(dataset)
     arrays = to_device(batches, range(3), experiment.batch_sharding)
-    state = experiment.init_state()
-    jax.clear_caches()
-    trained = experiment.train_steps.lower(state, arrays).as_text()
-    assert planned == trained
+    trained = experiment.train_steps.lower(experiment.init_state(), arrays).as_text()
+    assert without_names(planned) == without_names(trained)
+
+
+def without_names(text: str) -> str:
+    """The main function of a module, with a digest of what it calls in place of its name: JAX
+    numbers helpers by what else the process has traced."""
+    name = r'@([\w.$-]+|"[^"]*")'
+    functions = dict(re.findall(rf"func\.func \w+ {name}(\(.*?\n  \}})", text, re.S))
+
+    @cache
+    def body(function: str) -> str:
+        return re.sub(name, lambda call: digest(call.group(1)), functions[function])
+
+    def digest(called: str) -> str:
+        known = called in functions
+        return hashlib.sha256(body(called).encode()).hexdigest() if known else called
+
+    assert len(functions) > 10
+    return body("main")
 
 
 def test_parameters_optimizer_and_arguments_are_those_of_the_real_state(tiny_config):
