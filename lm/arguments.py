@@ -13,6 +13,9 @@ Overrides = dict[str, str]
 Verb = Callable[[argparse.Namespace, Overrides], int]
 
 
+TOPOLOGY = "v5p:4x4x4, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
+LIMIT = "--search: most candidates that are compiled"
+WORKERS = "--search: compiling processes; 0: one a core"
 AVERAGE = "mean parameters of the last N checkpoints"
 
 
@@ -142,6 +145,16 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
 
     sub = verb("params")
     config(sub)
+    json_flag(sub)
+
+    sub = verb("plan")
+    config(sub)
+    sub.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=TOPOLOGY)
+    sub.add_argument("--slices", type=_at_least(1), default=1, metavar="N", help="of that shape")
+    sub.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
+    sub.add_argument("--limit", type=_at_least(1), default=24, metavar="N", help=LIMIT)
+    sub.add_argument("--workers", type=_at_least(0), default=0, metavar="N", help=WORKERS)
+    sub.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
     json_flag(sub)
 
     sub = verb("config")

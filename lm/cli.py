@@ -193,6 +193,39 @@ def params(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Compile a configuration's training step for described devices: memory, work, time."""
+    import jax
+
+    from lm.planning.plan import make_plan
+    from lm.planning.report import report
+    from lm.planning.topologies import topology
+
+    # What is planned for is described; the compilers need no device of this machine.
+    jax.config.update("jax_platforms", "cpu")
+    config = configs.load(args.config, overrides)
+    if args.search:
+        return _search(args, config)
+    made = make_plan(config, topology(args.topology, args.slices), args.slices)
+    print(json.dumps(made.as_json()) if args.json else report(made))
+    return 0
+
+
+def _search(args: argparse.Namespace, config: Any) -> int:
+    from tqdm import tqdm
+
+    from lm.planning.report import search_report
+    from lm.planning.search import command_line, search
+
+    track = partial(tqdm, desc="compiling", file=sys.stderr)
+    workers = args.workers or os.cpu_count() or 1
+    found = search(config, args.topology, args.slices, args.limit, workers, track)
+    print(json.dumps(found.as_json()) if args.json else search_report(found))
+    if args.output and found.ranked:
+        Path(args.output).write_text(command_line(found.ranked[0][0]) + "\n")
+    return 0
+
+
 def show_config(args: argparse.Namespace, overrides: Overrides) -> int:
     """Print a resolved configuration, or with --keys what every key means."""
     if args.keys:
@@ -302,6 +335,7 @@ VERBS = {
     "import": import_model,
     "export": export,
     "params": params,
+    "plan": plan,
     "config": show_config,
     "tokenizer train": train_tokenizer,
     "vectors": vectors,
@@ -403,6 +437,10 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 
         apply(chip)
     devices = getattr(args, "cpu_devices", None)
+    if args.function not in (show_config, train_tokenizer):  # these do without JAX
+        from lm.parallel.platform import use_cpu_without_accelerators
+
+        use_cpu_without_accelerators()
     if devices is not None:
         import jax
 

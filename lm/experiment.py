@@ -30,6 +30,7 @@ from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
+from lm.parallel.compiler import compiler_options
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.steps import Carry, Steps, TrainState
 
@@ -172,6 +173,7 @@ class Experiment:
             in_shardings=(self.state_sharding, self.batch_sharding),
             out_shardings=(self.state_sharding, self.replicated),
             donate_argnums=0,
+            compiler_options=compiler_options(self.mesh.devices.flat[0]),
         )
 
     @cached_property

@@ -1,0 +1,223 @@
+"""A compiled program as data: the instructions of XLA's text, and how often each of them runs.
+
+XLA's own cost analysis counts the body of a loop once; `executions` counts it by its trip count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
+SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|\w+_computation)=")
+FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+)
+
+
+class UnknownTripCount(ValueError):
+    """A loop whose number of turns is nowhere in the text."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array of a result; `space` is its memory space, 0 the device's main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @cached_property
+    def bytes(self) -> int:
+        digits = re.search(r"\d+", self.dtype)
+        bits = ITEM_BITS.get(self.dtype) or int(digits.group() if digits else 0)
+        return prod(self.dims) * bits // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `name = shapes opcode(operands), attributes`; tuples are flat lists of shapes."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+    arguments: str = ""
+
+    @cached_property
+    def op_name(self) -> str:
+        """Where in the model it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+    def called(self, key: str) -> list[str]:
+        """The computations named by an attribute such as calls, body or condition."""
+        found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return re.findall(r"[\w.\-]+", found.group(1)) if found else []
+
+    @cached_property
+    def target(self) -> str:
+        """Of a custom call: what it calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+
+@dataclass
+class Computation:
+    """A list of instructions in the order of the schedule."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @cached_property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.is_root)
+
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.arguments))
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in instruction.operands]
+
+    def users(self, name: str) -> list[Instruction]:
+        return self._users.get(name, [])
+
+    @cached_property
+    def _users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for operand in instruction.operands:
+                users.setdefault(operand, []).append(instruction)
+        return users
+
+
+@dataclass(frozen=True)
+class Module:
+    """All computations of a program by name, and the name of the one that starts it."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def executions(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that runs by itself, not inside a fusion, and how often it runs."""
+        yield from self._executions(self.entry, 1)
+
+    def _executions(self, name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+        computation = self.computations[name]
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "while":
+                turns = times * self.trip_count(computation, instruction)
+                yield from self._executions(instruction.called("body")[0], turns)
+            elif instruction.opcode == "call":
+                yield from self._executions(instruction.called("to_apply")[0], times)
+            elif instruction.opcode == "async-start":
+                yield from self._executions(instruction.called("calls")[0], times)
+            elif instruction.opcode == "conditional":
+                # One of the branches runs: the last, which for a predicate is the false one.
+                branches = instruction.called("branch_computations")
+                branches = branches or instruction.called("false_computation")
+                yield from self._executions(branches[-1], times)
+            else:
+                yield computation, instruction, times
+
+    def fused(self, instruction: Instruction) -> Computation | None:
+        """The computation inside a fusion."""
+        called = instruction.called("calls") if instruction.opcode == "fusion" else []
+        return self.computations[called[0]] if called else None
+
+    def inside(
+        self, computation: Computation, instruction: Instruction
+    ) -> Iterator[tuple[Computation, Instruction]]:
+        """An instruction with the computation that it is in, or those inside of a fusion."""
+        fused = self.fused(instruction)
+        if fused is None:
+            yield computation, instruction
+            return
+        for part in fused.instructions.values():
+            yield from self.inside(fused, part)
+
+    def trip_count(self, computation: Computation, loop: Instruction) -> int:
+        """How often the body of a `while` runs: as XLA says, or as far as its counter is compared.
+
+        JAX counts its loops up from 0 by 1.
+        """
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known.group(1))
+        condition = self.computations[loop.called("condition")[0]]
+        limits = [
+            int(part.arguments)
+            for instruction in condition.instructions.values()
+            for _, part in self.inside(condition, instruction)
+            if part.opcode == "constant" and re.fullmatch(r"\d+", part.arguments)
+        ]
+        if len(limits) != 1:
+            raise UnknownTripCount(f"{loop.name} in {computation.name}")
+        return limits[0]
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """The arrays of a type, a tuple's one after the other."""
+    shapes = []
+    for dtype, dims, layout in SHAPE.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
+        shapes.append(Shape(dtype, sizes, int(space.group(1)) if space else 0))
+    return tuple(shapes)
+
+
+def parse(text: str) -> Module:
+    """The module that `compiled.as_text()` shows."""
+    computations: dict[str, Computation] = {}
+    current, entry = Computation(""), ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            current = computations[header.group(2)] = Computation(header.group(2))
+            entry = header.group(2) if header.group(1) else entry
+        elif found := INSTRUCTION.match(line):
+            instruction = _instruction(line, found)
+            current.instructions[instruction.name] = instruction
+    return Module(computations, entry)
+
+
+def _instruction(line: str, found: re.Match) -> Instruction:
+    rest = line[found.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opening = rest.index("(", end)
+    closing = _closing(rest, opening)
+    arguments = rest[opening + 1 : closing]
+    return Instruction(
+        name=found.group(2),
+        shapes=parse_shapes(rest[:end]),
+        opcode=rest[end:opening].strip(),
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        attributes=rest[closing + 1 :],
+        is_root=bool(found.group(1)),
+        arguments=arguments,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the bracket that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match.group() == "(" else -1
+        if not depth:
+            return match.start()
+    raise ValueError(f"unbalanced brackets: {text[:200]}")

@@ -1,0 +1,102 @@
+"""The training step compiled for described devices: the very function that `lm train` runs.
+
+Nothing is allocated: the state and the batch are shapes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+from jax.stages import Lowered
+
+from lm.experiment import Experiment
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SIZE = r"([\d.]+)([KMGT]?)i?B?"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the compiler made: XLA's text, and bytes on each device.
+
+    `outputs` are those that do not lie in the memory of the donated state.
+    """
+
+    text: str
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    host: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What the compiler says of a program that does not fit: bytes, 0 where it does not say, and
+    the largest arrays."""
+
+    total: int
+    temporaries: int
+    capacity: int
+    largest: tuple[tuple[int, str], ...]
+    seconds: float
+
+
+def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the [steps, B, …] arrays of one dispatch."""
+    n_steps = experiment.config.train.steps_per_dispatch
+    return {
+        name: jax.ShapeDtypeStruct((n_steps, *shape.shape), shape.dtype)
+        for name, shape in experiment.batch_shapes.items()
+    }
+
+
+def lower(experiment: Experiment) -> Lowered:
+    """One dispatch of training, lowered for the experiment's devices."""
+    return experiment.train_steps.lower(experiment.state_shapes, batch_shapes(experiment))
+
+
+def compile_step(experiment: Experiment) -> Program | OutOfMemory:
+    """Compile the step; running out of memory is an answer, not an error."""
+    start = time.monotonic()
+    lowered = lower(experiment)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return read_out_of_memory(str(error), time.monotonic() - start)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return Program(
+        text=compiled.as_text() or "",
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        seconds=time.monotonic() - start,
+    )
+
+
+def read_out_of_memory(message: str, seconds: float) -> OutOfMemory:
+    """The figures in the compiler's message, which comes in two forms."""
+    used = re.search(rf"Used {SIZE} of {SIZE} hbm", message)
+    total, capacity = (_bytes(*used.group(1, 2)), _bytes(*used.group(3, 4))) if used else (0, 0)
+    only = re.search(rf"HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)", message)
+    temporaries = 0
+    if only:
+        temporaries, capacity = _bytes(*only.group(1, 2)), _bytes(*only.group(3, 4))
+    found = re.findall(
+        rf"Size: {SIZE}\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\s+)?Shape: (\S+)", message
+    )
+    largest = tuple((_bytes(n, unit), f"{shape} {name}".strip()) for n, unit, name, shape in found)
+    return OutOfMemory(total, temporaries, capacity, largest, seconds)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * UNITS[unit])
