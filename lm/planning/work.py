@@ -129,17 +129,16 @@ def is_attention(call: Instruction) -> bool:
 
 
 def _attention(computation: Computation, call: Instruction) -> int:
-    """Causal attention by the queries' and keys' shapes, [B, H, L, K] or [B, L, H, K].
+    """Causal attention by the queries' shape, [B, H, L, K] or [B, L, H, K]; of one row without B.
 
     Forward two products; backward the scores again and four gradients; splash computes the scores
     and the gradient of the weights in both of its backward kernels (dq: 3 products, dkv: 5).
     """
     name = call.target + call.name
-    arrays = [o.shapes[0].dims for o in computation.operands(call) if len(o.shapes[0].dims) == 4]
-    queries = max(arrays, key=prod)
-    B, _, _, K = queries
-    # Of the two middle dimensions the longer one is the sequence, in every model worth planning.
-    H, L = sorted(queries[1:3])
+    arrays = [o.shapes[0].dims for o in computation.operands(call) if len(o.shapes[0].dims) > 2]
+    *rows, heads, length, K = max(arrays, key=prod)
+    # Of these two dimensions the longer one is the sequence, in every model worth planning.
+    H, L = sorted((heads, length))
     products = 2
     if "dkv" in name:
         products = 4
@@ -147,7 +146,7 @@ def _attention(computation: Computation, call: Instruction) -> int:
         products = 3
     elif "ackward" in name or "bwd" in name:
         products = 5
-    return products * B * H * L * L * K
+    return products * prod(rows) * H * L * L * K
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:

@@ -12,7 +12,6 @@ import pytest
 from lm.config import default, set_value
 from lm.planning.plan import make_plan
 from lm.planning.topologies import topology
-from lm.schema import SCHEMA
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs JAX's CUDA plugin"
@@ -57,8 +56,5 @@ def test_other_gpus_compile(kind):
     assert plan_on(f"{kind}:1x2", model__n_layers=1).fits
 
 
-@pytest.mark.skipif(
-    "cudnn" not in SCHEMA["model.attention"].choices, reason="no such attention kernel yet"
-)
 def test_attention_is_cudnns():
     assert plan_on("h100:1x2").attention_kernel == "cudnn"

@@ -21,7 +21,6 @@ from lm.experiment import build
 from lm.optim.parameter_groups import flat
 from lm.planning.plan import Plan, make_plan
 from lm.planning.topologies import topology
-from lm.schema import SCHEMA
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 
@@ -139,8 +138,7 @@ def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():
 
 def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
     """Two thirds more forward passes than none: 4/3 of the products, less the last product of
-    each block, whose result nobody needs again; attention without a kernel computes masked
-    scores too."""
+    each block, whose result nobody needs again."""
     ratio = {
         case: plan.compiled_flops / plan.model_flops
         for case in ("decoder-data", "decoder-fsdp")
@@ -150,9 +148,6 @@ def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
     assert 1.2 < ratio["decoder-fsdp"] < 1.45
 
 
-@pytest.mark.skipif(
-    "splash" not in SCHEMA["model.attention"].choices, reason="no such attention kernel yet"
-)
 def test_attention_is_splash():
     assert plan_of("decoder-fsdp").attention_kernel == "splash"
 

@@ -40,6 +40,26 @@ def test_products_of_matrices_count_in_loops_and_gradients(function, shapes, exp
     assert flops(module_of(function, *shapes)) == expected
 
 
+SPLASH = """
+ENTRY %main (m: s8[1,1,1], q: bf16[{shape}], k: bf16[{shape}]) -> bf16[{shape}] {{
+  %m = s8[1,1,1]{{2,1,0}} parameter(0)
+  %q = bf16[{shape}]{{0}} parameter(1)
+  %k = bf16[{shape}]{{0}} parameter(2)
+  ROOT %splash_mha_{way} = bf16[{shape}]{{0}} custom-call(%m, %q, %k), {target}
+}}
+"""
+
+
+@pytest.mark.parametrize(("way", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+@pytest.mark.parametrize("shape", ["2,64,8", "5,2,64,8"])
+def test_causal_attention_is_half_of_its_squares(way, products, shape):
+    """By hand: 2 heads, 64 × 64 / 2 pairs, 8 numbers a head, twice (product and sum)."""
+    rows = 5 if shape.startswith("5") else 1
+    target = 'custom_call_target="tpu_custom_call"'
+    text = SPLASH.format(shape=shape, way=way, target=target)
+    assert flops(parse(text)) == products * rows * 2 * (64 * 64 // 2) * 8 * 2
+
+
 CONVOLUTION = """
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> f32[{out}] {{
   %a = bf16[{lhs}]{{0}} parameter(0)
