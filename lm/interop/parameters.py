@@ -17,7 +17,6 @@ from lm.models.encoder_decoder import EncoderDecoder
 from lm.optim.parameter_groups import flat
 from lm.parallel.rules import parameter_sharding
 
-
 OF_TASKS = ("pooler", "sentence_head", "classifier", "span_head")  # no model needs them
 
 
