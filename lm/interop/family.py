@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -95,10 +95,14 @@ class Family:
             if name not in self.in_file and again.get(name) != value
         ]
 
-    def rows(self, config: TransformerConfig, paths: Container[str]) -> list[Row]:
-        """The lines of the table that a model with these parameters has."""
+    def rows(self, config: TransformerConfig, paths: Collection[str]) -> list[Row]:
+        """The lines of the table that a model with these parameters has: all of them are there."""
         of_heads = (row for head in self.heads.values() for row in head.rows)
-        return [row for row in [*self.base(config), *of_heads] if row.paths[0] in paths]
+        rows = [row for row in [*self.base(config), *of_heads] if row.paths[0] in paths]
+        left = sorted({*paths} - {path for row in rows for path in row.paths})
+        if left:
+            raise Inexpressible(f"{self.model_type} has no tensor for the parameter {left[0]}")
+        return rows
 
     def theirs(self, config: TransformerConfig) -> Values:
         """Their configuration of ours, without the class."""

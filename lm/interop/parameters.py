@@ -17,6 +17,8 @@ from lm.models.encoder_decoder import EncoderDecoder
 from lm.optim.parameter_groups import flat
 from lm.parallel.rules import parameter_sharding
 
+OF_TASKS = ("pooler", "sentence_head", "classifier", "span_head")  # no model needs them
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -38,8 +40,8 @@ def parameters(family: Family, model: nn.Module, heads: frozenset[str]) -> dict[
     of_head = {m: name for name, head in family.heads.items() for m in head.modules}
     found = {}
     for path, leaf in shapes.items():
-        name = of_head.get(path.partition("/")[0])
-        if name is None or name in heads:
+        module = path.partition("/")[0]
+        if of_head[module] in heads if module in of_head else module not in OF_TASKS:
             found[path] = Parameter(leaf.value.shape, tuple(leaf.names))
     return found
 

@@ -119,6 +119,9 @@ def build(class_name, values):
             scale = "norm" in name.lower().replace("ln_", "norm") and name.endswith("weight")
             deviation = 0.2 if scale or "t5" not in class_name.lower() else 0.1
             parameter.copy_(torch.randn_like(parameter) * deviation + float(scale))
+    if class_name.startswith("Bert") and not model.config.tie_word_embeddings:
+        # Of the two biases of an untied output layer transformers uses one.
+        model.cls.predictions.bias = torch.nn.Parameter(model.cls.predictions.decoder.bias.clone())
     if class_name.startswith("T5") and not model.config.scale_decoder_outputs:
         # transformers 5 ties what T5 1.1 does not.
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
