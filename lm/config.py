@@ -35,6 +35,7 @@ FAMILIES_OF = {
     "skip_gram": ("skip_gram",),
 }
 
+TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
@@ -210,7 +211,7 @@ def _broken_rules(config: ConfigDict) -> Iterator[str]:
 
 def _broken_model_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
-    transformer = model.family in ("decoder", "encoder", "encoder_decoder")
+    transformer = model.family in TRANSFORMERS
     if transformer and not model.head_dim and model.d_model % model.n_heads:
         yield (
             f"config.model.d_model={model.d_model} is not divisible by "

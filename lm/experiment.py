@@ -28,7 +28,9 @@ from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
+from lm.parallel.fit import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.pipeline import Schedule, pipelined
 from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
@@ -70,6 +72,7 @@ class Experiment:
 
     config: ConfigDict
     mesh: Mesh
+    pipeline: Schedule
     model: nn.Module
     steps: Steps
 
@@ -135,7 +138,7 @@ class Experiment:
     @cached_property
     def carry_sharding(self) -> Tree:
         """Rows of what passes from batch to batch lie where the rows of the batch lie."""
-        rows = NamedSharding(self.mesh, PartitionSpec(rules.BATCH_AXES))
+        rows = NamedSharding(self.mesh, PartitionSpec(rules.ROW_AXES))
         return jax.tree.map(lambda _: rows, self.state_shapes.carry)
 
     @cached_property
@@ -145,7 +148,7 @@ class Experiment:
     @cached_property
     def batch_sharding(self) -> NamedSharding:
         """Of the [steps, B, …] arrays that `train_steps` and `eval_steps` take."""
-        return NamedSharding(self.mesh, PartitionSpec(None, rules.BATCH_AXES))
+        return NamedSharding(self.mesh, PartitionSpec(None, rules.ROW_AXES))
 
     # --- compiled functions
 
@@ -217,7 +220,7 @@ class Experiment:
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
-            with rules.activations_on(self.mesh):
+            with rules.activations_on(self.mesh), pipelined(self.pipeline, self.mesh):
                 return function(*args)
 
         return on_mesh
@@ -227,7 +230,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """Wire the experiment that `config` describes on `devices`; nothing is computed yet."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    _check_batch(config, sizes)
+    pipeline = pipeline_schedule(config, sizes)
+    check_batches(config, sizes, pipeline)
     if config.model.n_heads % sizes["tensor"]:
         raise UserError(
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
@@ -245,7 +249,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         seed=config.seed,
         microbatches=config.train.microbatches,
     )
-    experiment = Experiment(config, make_mesh(sizes, devices), steps.model, steps)
+    experiment = Experiment(config, make_mesh(sizes, devices), pipeline, steps.model, steps)
     experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
     return experiment
 
@@ -257,18 +261,3 @@ def reads_records(config: ConfigDict) -> bool:
 
 def _zeros(shapes: Tree) -> Tree:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _check_batch(config: ConfigDict, sizes: dict[str, int]) -> None:
-    shards = sizes["slice"] * sizes["data"] * sizes["fsdp"]
-    parts = shards * config.train.microbatches
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} is not divisible by {parts} "
-            f"({shards} data-parallel devices × {config.train.microbatches} microbatches)"
-        )
-    if config.eval.batch_size % shards:
-        raise UserError(
-            f"config.eval.batch_size={config.eval.batch_size} is not divisible by {shards} "
-            "data-parallel devices"
-        )

@@ -75,7 +75,7 @@ class Model(nn.Module):
             x_BLD += self.types(types_BL)
         if c.embedding_norm:
             x_BLD = self.embedding_norm(x_BLD)
-        return constrain(self.dropout(x_BLD), "batch", "length", "embed"), positions_BL
+        return constrain(self.dropout(x_BLD), "rows", "length", "embed"), positions_BL
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V], float32."""
@@ -85,7 +85,7 @@ class Model(nn.Module):
             logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
         else:
             logits_BLV = self.head(x_BLD)
-        return constrain(logits_BLV, "batch", "length", "vocab")
+        return constrain(logits_BLV, "rows", "length", "vocab")
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """Scores of the classes [B, C], float32, of what `pooled` gives."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
+from flax.core.scope import LazyRng
 
 from lm.kernels.attention import Visibility
 from lm.models.attention import Attention, KeyValue
@@ -18,6 +21,7 @@ from lm.models.cache import Cache, Source
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.positions import RelativeBias, rotary_angles
+from lm.parallel.pipeline import is_pipelined, run_pipeline
 from lm.parallel.rules import constrain
 
 REMAT_POLICIES = {
@@ -151,16 +155,22 @@ class Stack(nn.Module):
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         kernel = c.attention if self.causal else "xla"
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=self.n_layers,
-            unroll=c.scan_unroll or self.n_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.deterministic, kernel, name="layers")
-        x_BLD, cached = layers(x_BLD, around, cached)
+        if cache is None and is_pipelined():
+            layer = block(c, self.deterministic, kernel, parent=None)
+            x_BLD = self._pipeline(layer, x_BLD, around)
+        else:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0),
+                length=self.n_layers,
+                unroll=c.scan_unroll or self.n_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+                # The check traces a layer twice, and would give it the dropout of a second call.
+                check_constancy_invariants=self.is_initializing(),
+            )(c, self.deterministic, kernel, name="layers")
+            x_BLD, cached = layers(x_BLD, around, cached)
         if cache is not None:
             assert cached.own is not None
             source = cache.source
@@ -170,3 +180,34 @@ class Stack(nn.Module):
         if c.norm_placement == "pre":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         return x_BLD.astype(c.dtype), cache
+
+    def _pipeline(self, block: nn.Module, x_BLD: jax.Array, around: Surroundings) -> jax.Array:
+        """What the scan of `block` gives, by the pipeline of the mesh."""
+        if around.angles_BLK is not None:
+            shape = (len(x_BLD), *around.angles_BLK.shape[1:])
+            around = replace(around, angles_BLK=jnp.broadcast_to(around.angles_BLK, shape))
+        bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
+        by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
+
+        # The keys that nn.scan gives: those of the layers are split before the path is folded in.
+        rng = keys_N = None
+        if not self.deterministic:
+            assert self.scope is not None
+            rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
+            keys_N = jax.random.split(rng.rng, self.n_layers)
+
+        def layer(
+            params: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
+        ) -> jax.Array:
+            here = jax.tree.map(
+                lambda row, leaf: leaf if row is None else row,
+                by_row,
+                around,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            here = replace(here, bias_HLS=bias_HLS)
+            rngs = {} if rng is None else {"dropout": rng.replace(rng=key)}
+            return block.apply({"params": params}, x_BLD, here, Cached(), rngs=rngs)[0]
+
+        params, unroll = self.variables["params"]["layers"], self.config.scan_unroll
+        return run_pipeline(layer, params, keys_N, x_BLD, by_row, bias_HLS, unroll)

@@ -19,7 +19,7 @@ from lm.errors import UserError
 Rules = dict[str, tuple[str, ...]]
 
 PARAMETERS: Rules = {
-    "layers": (),
+    "layers": ("stage",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "positions": (),
@@ -37,8 +37,11 @@ PARAMETERS: Rules = {
 }
 
 BATCH_AXES = ("slice", "data", "fsdp")
+# Outside the stack of layers, pipeline stages divide the batch too.
+ROW_AXES = ("stage", *BATCH_AXES)
 ACTIVATIONS: Rules = {
     "batch": BATCH_AXES,
+    "rows": ROW_AXES,
     "length": (),
     "embed": (),
     "vocab": ("tensor",),
@@ -56,7 +59,12 @@ ACTIVATIONS: Rules = {
 MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
-CONFIG_KEYS = {"embed": "model.d_model", "heads": "model.n_heads", "mlp": "model.d_ff"}
+CONFIG_KEYS = {
+    "layers": "model.n_layers",
+    "embed": "model.d_model",
+    "heads": "model.n_heads",
+    "mlp": "model.d_ff",
+}
 
 
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
