@@ -96,10 +96,16 @@ def test_every_row_passes_every_layer_in_order_with_what_goes_beside_it(sizes):
 
 MESHES = {
     "stage=4,data=2": ({"stage": 4, "data": 2}, {}),
-    "stage=2,fsdp=2,tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, {}),
-    "stage=2,data=2,repeats=2": ({"stage": 2, "data": 2}, {"microbatches": 4, "repeats": 2}),
+    "stage=2,fsdp=2,tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 4}),
+    "stage=2,data=2,repeats=2": ({"stage": 2, "data": 2}, {"repeats": 2}),
 }
-FAMILIES = ("causal decoder", "masked encoder", "span_corruption encoder_decoder")
+PAIRS = [
+    ("causal decoder", "stage=4,data=2"),
+    ("causal decoder", "stage=2,data=2,repeats=2"),
+    ("masked encoder", "stage=2,fsdp=2,tensor=2"),
+    ("span_corruption encoder_decoder", "stage=2,fsdp=2,tensor=2"),
+    ("span_corruption encoder_decoder", "stage=2,data=2,repeats=2"),
+]
 
 
 @pytest.fixture
@@ -116,31 +122,77 @@ def experiment_on(make_kind):
     return make
 
 
-def batches(experiment, n):
+def batch(experiment, step):
     dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
-    return to_device(experiment.train_batches(dataset), range(n), experiment.batch_sharding)
+    return to_device(experiment.train_batches(dataset), [step], experiment.batch_sharding)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_losses_and_gradients_with_dropout_equal_those_of_one_device(experiment_on, kind):
-    def run(mesh, options):
-        experiment = experiment_on(kind, mesh, options)
-        state, losses = experiment.init_state(), []
-        for i in range(2):
-            arrays = jax.tree.map(lambda x: x[i : i + 1], batches(experiment, 2))
-            state, metrics = experiment.train_steps(state, arrays)
-            losses.append(float(metrics["loss"][0]))
-            if i == 0:
-                gradients = jax.device_get(state.opt_state)
+def two_steps(experiment):
+    """The losses of two steps, and the gradient of the first."""
+    state, first = experiment.train_steps(experiment.init_state(), batch(experiment, 0))
+    gradient = jax.device_get(state.opt_state)
+    _, second = experiment.train_steps(state, batch(experiment, 1))
+    return [float(metrics["loss"][0]) for metrics in (first, second)], gradient
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    return {}
+
+
+@pytest.mark.parametrize(("kind", "mesh"), PAIRS)
+def test_losses_and_gradients_with_dropout_equal_those_of_one_device(
+    experiment_on, of_one_device, kind, mesh
+):
+    if kind not in of_one_device:
+        of_one_device[kind] = two_steps(experiment_on(kind, {}, {}))
+    expected_losses, expected = of_one_device[kind]
+    losses, gradient = two_steps(experiment_on(kind, *MESHES[mesh]))
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(abs(wanted).max()) + 1e-8)
+
+
+def test_evaluation_under_a_pipeline_equals_that_of_one_device(experiment_on):
+    def loss(mesh):
+        experiment = experiment_on("causal decoder", mesh, {})
         carry = experiment.init_carry(experiment.config.eval.batch_size)
-        _, sums = experiment.eval_steps(state.params, carry, batches(experiment, 1))
-        return [*losses, float(sums.loss[0] / sums.weight[0])], gradients
+        params = experiment.init_state().params
+        _, sums = experiment.eval_steps(params, carry, batch(experiment, 0))
+        return float(sums.loss[0])
 
-    expected_losses, expected = run({}, {})
-    assert expected_losses[2] < expected_losses[0]
-    for name, (mesh, options) in MESHES.items():
-        losses, gradients = run(mesh, options)
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, err_msg=name)
-        for found, wanted in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
-            largest = float(abs(wanted).max())
-            np.testing.assert_allclose(found, wanted, atol=1e-5 * largest + 1e-8, err_msg=name)
+    assert loss({"stage": 2}) == pytest.approx(loss({}), rel=1e-5)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experiment_on, repeats):
+    options = {"repeats": repeats}
+    experiment = experiment_on("causal decoder", {"stage": 2, "data": 2}, options)
+    for path, leaf in jax.tree.leaves_with_path(experiment.state_sharding.params["stack"]):
+        assert leaf.spec[:1] == (("stage",) if path[0].key == "layers" else (None,))
+    arrays = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), experiment.batch_shapes
+    )
+    lowered = experiment.train_steps.lower(experiment.state_shapes, arrays)
+    found = re.findall(r" (all-\S+|collective-\S+|reduce-scatter)\(", lowered.compile().as_text())
+    assert {name.removesuffix("-start") for name in found} == {"collective-permute", "all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "overrides", "message"),
+    [
+        ({"stage": 2}, {}, {"model.n_layers": 3}, r"model.n_layers=3 is not divisible by 2 "),
+        ({"stage": 2}, {"repeats": 3}, {}, r"model.n_layers=4 is not divisible by 6 .*repeats"),
+        ({"stage": 4}, {"microbatches": 6}, {}, r"microbatches=6 is not a multiple of .*stage=4"),
+        ({"stage": 2, "data": 2}, {"microbatches": 8}, {}, r"data.batch_size=8 .* by 16 "),
+        ({"stage": 2}, {}, {"eval.batch_size": 3}, r"eval.batch_size=3 is not divisible by 2 "),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, overrides, message):
+    with pytest.raises(UserError, match=message):
+        experiment_on("causal decoder", mesh, options, **overrides)
+
+
+def test_only_transformers_have_stages(experiment_on):
+    with pytest.raises(UserError, match=r"stage=2 needs config.model.family decoder or encoder"):
+        experiment_on("causal lstm", {"stage": 2}, {})
