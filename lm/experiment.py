@@ -103,8 +103,7 @@ class Experiment:
     def state_sharding(self) -> Tree:
         """A TrainState of shardings.
 
-        Optimizer state lies like its parameter; statistics of other shapes (factored ones,
-        counters) are replicated.
+        Optimizer state lies like its parameter, counters are on every device.
         """
         shapes = self.state_shapes
         of_params = jax.tree.map(
@@ -121,9 +120,9 @@ class Experiment:
 
         def of_statistic(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             for start in range(len(path)):
-                shape, sharding = by_path.get(path[start:], (None, self.replicated))
-                if shape == leaf.shape:
-                    return sharding
+                if path[start:] in by_path:
+                    shape, sharding = by_path[path[start:]]
+                    return rules.statistic_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)

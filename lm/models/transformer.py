@@ -189,16 +189,17 @@ class Stack(nn.Module):
         bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
         by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
 
+        assert self.scope is not None
+        collections = self.scope.mutable or []
         # The keys that nn.scan gives: those of the layers are split before the path is folded in.
         rng = keys_N = None
         if not self.deterministic:
-            assert self.scope is not None
             rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
             keys_N = jax.random.split(rng.rng, self.n_layers)
 
         def layer(
             params: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
-        ) -> jax.Array:
+        ) -> tuple[jax.Array, Any]:
             here = jax.tree.map(
                 lambda row, leaf: leaf if row is None else row,
                 by_row,
@@ -207,7 +208,13 @@ class Stack(nn.Module):
             )
             here = replace(here, bias_HLS=bias_HLS)
             rngs = {} if rng is None else {"dropout": rng.replace(rng=key)}
-            return block.apply({"params": params}, x_BLD, here, Cached(), rngs=rngs)[0]
+            inputs = (x_BLD, here, Cached())
+            output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
+            (x_BLD, _), reported = output
+            return x_BLD, reported
 
         params, unroll = self.variables["params"]["layers"], self.config.scan_unroll
-        return run_pipeline(layer, params, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        x_BLD, reported = run_pipeline(layer, params, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        for collection, values in reported.items():
+            self.put_variable(collection, "layers", values)
+        return x_BLD

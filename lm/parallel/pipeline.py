@@ -94,17 +94,19 @@ def is_pipelined() -> bool:
 
 
 def run_pipeline(
-    layer: Callable[..., jax.Array],
+    layer: Callable[..., tuple[jax.Array, Tree]],
     params: Tree,
     keys_N: jax.Array | None,
     x: jax.Array,
     beside: Tree,
     common: Tree,
     unroll: int,
-) -> jax.Array:
-    """x [B, …] after all layers, in the order of the [N, …] arrays of `params`.
+) -> tuple[jax.Array, Tree]:
+    """x [B, …] after all layers, in the order of the [N, …] arrays of `params`, and what the layers
+    reported of every row, [N, B, …].
 
-    layer(params, key, x, beside, common) is one layer on a part of the batch. `beside` are arrays
+    layer(params, key, x, beside, common) is one layer on a part of the batch, and gives x and
+    reports [rows, …]. `beside` are arrays
     [B, …] that go with their rows, `common` those that all rows share. `keys_N` are row keys, one
     a layer, or None.
     """
@@ -118,8 +120,8 @@ def run_pipeline(
 
     def turn(
         params_RK: Tree, common: Tree, x: jax.Array, beside: Tree, s: jax.Array, t: jax.Array
-    ) -> jax.Array:
-        """A microbatch through a group of layers."""
+    ) -> tuple[jax.Array, Tree]:
+        """A microbatch through a group of layers; their reports are [K, B/M, …]."""
         microbatch, repeat, _ = schedule.work(t, s)
         repeat = jnp.clip(repeat, 0, schedule.repeats - 1)
         params_K = jax.tree.map(lambda p: _pick(p, repeat), params_RK)
@@ -129,22 +131,23 @@ def run_pipeline(
             first = microbatch // slots * (B // S) + microbatch % slots
             keys_K = jax.vmap(lambda key: of_rows(key, first, slots))(keys_K)
 
-        def one(x: jax.Array, of_layer: tuple[Tree, jax.Array | None]) -> tuple[jax.Array, None]:
-            return layer(*of_layer, x, beside, common), None
+        def one(x: jax.Array, of_layer: tuple[Tree, jax.Array | None]) -> tuple[jax.Array, Tree]:
+            return layer(*of_layer, x, beside, common)
 
-        return lax.scan(one, x, (params_K, keys_K), unroll=unroll or True)[0]
+        return lax.scan(one, x, (params_K, keys_K), unroll=unroll or True)
 
     all_stages = jax.vmap(turn, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name="stage")
     params_SRK = _by_turns(params, schedule, mesh)
     # A copy for each stage, so that its gradient is summed over stages once, not in the loop.
     common_S = jax.tree.map(lambda c: put(jnp.broadcast_to(c, (S, *c.shape)), None), common)
 
-    def iteration(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], None]:
+    def iteration(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], Tree]:
         stream, present = carry
         arriving = jax.tree.map(lambda a: a[:, t % slots], stream)
         present = jax.tree.map(partial(_where, stage_S == 0), arriving, present)
         x, beside = present
-        x = put(all_stages(params_SRK, common_S, x, beside, stage_S, t), 1)
+        x, reports = all_stages(params_SRK, common_S, x, beside, stage_S, t)
+        x = put(x, 1)
         moved = jax.tree.map(lambda a: put(jnp.roll(a, -1, axis=0), 1), arriving)
         stream = jax.tree.map(lambda a, new: put(a.at[:, t % slots].set(new), 2), stream, moved)
         # What goes beside returns to stage 0 by itself: a slot comes round in M iterations.
@@ -154,7 +157,7 @@ def run_pipeline(
         output = jnp.roll(x, schedule.joining_stage + 1, axis=0)
         xs = xs.at[:, ended % slots].set(_where(joins, output, xs[:, ended % slots]))
         present = jax.tree.map(lambda a: put(jnp.roll(a, 1, axis=0), 1), (x, beside))
-        return ((put(xs, 2), besides), present), None
+        return ((put(xs, 2), besides), present), reports
 
     def cut(a: jax.Array) -> jax.Array:
         """[S, J, B/M, …]; every device keeps its rows."""
@@ -163,13 +166,26 @@ def run_pipeline(
     stream = jax.tree.map(cut, (x, beside))
     # Idle stages begin with rows of their own, where zeros might make what is no number.
     present = jax.tree.map(lambda a: a[:, 0], stream)
-    ((xs, _), _), _ = lax.scan(iteration, (stream, present), jnp.arange(schedule.iterations))
+    iterations = jnp.arange(schedule.iterations)
+    ((xs, _), _), reports = lax.scan(iteration, (stream, present), iterations)
     # The S - 1 iterations after the last microbatch went in moved the stream on.
     turns, odd = divmod(S - 1, slots)
     xs = jnp.concatenate(
         [jnp.roll(xs[:, :odd], turns + 1, axis=0), jnp.roll(xs[:, odd:], turns, axis=0)], axis=1
     )
-    return put(xs, 2).swapaxes(1, 2).reshape(x.shape)
+    x = put(xs, 2).swapaxes(1, 2).reshape(x.shape)
+    return x, jax.tree.map(partial(_in_order, schedule), reports)
+
+
+def _in_order(schedule: Schedule, reports: jax.Array) -> jax.Array:
+    """[iterations, S, K, B/M, …] as [N, B, …]."""
+    S, M, R = schedule.stages, schedule.microbatches, schedule.repeats
+    _, _, K, rows, *rest = reports.shape
+    at_work = jnp.stack([reports[s : s + M * R, s] for s in range(S)])
+    by_group = at_work.reshape(S, R, S, M // S, K, rows, *rest)
+    # to R, S, K: layers; S, B/M, J: rows as they were cut
+    by_layer = by_group.transpose(1, 0, 4, 2, 5, 3, *range(6, 6 + len(rest)))
+    return by_layer.reshape(R * S * K, S * rows * (M // S), *rest)
 
 
 def _constrained(mesh: Mesh, a: jax.Array, batch_axis: int | None) -> jax.Array:

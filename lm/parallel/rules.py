@@ -74,6 +74,25 @@ def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -
     )
 
 
+def statistic_sharding(
+    parameter: NamedSharding, shape: Sequence[int], statistic: Sequence[int]
+) -> NamedSharding:
+    """Where a statistic of an optimizer lies whose parameter has this sharding and shape.
+
+    Its dimensions are those of the parameter, some of them left out or summed to 1 (factored
+    statistics), and lie as they do; what has other dimensions is on every device.
+    """
+    axes, place = [], 0
+    for size in statistic:
+        while size > 1 and place < len(shape) and shape[place] != size:
+            place += 1
+        if place == len(shape):
+            return NamedSharding(parameter.mesh, PartitionSpec())
+        axes.append(parameter.spec[place] if size > 1 else None)
+        place += size > 1
+    return NamedSharding(parameter.mesh, PartitionSpec(*axes))
+
+
 def kept_whole(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
     """The logical axes of a parameter that the mesh should shard but cannot divide."""
     return [
