@@ -207,7 +207,7 @@ class Stack(nn.Module):
                 is_leaf=lambda leaf: leaf is None,
             )
             here = replace(here, bias_HLS=bias_HLS)
-            rngs = {} if rng is None else {"dropout": rng.replace(rng=key)}
+            rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
             inputs = (x_BLD, here, Cached())
             output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
             (x_BLD, _), reported = output

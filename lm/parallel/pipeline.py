@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from math import gcd
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.parallel.row_keys import of_rows
 from lm.parallel.rules import BATCH_AXES
+from lm.parallel.turns import by_turns, over_stages
 
 Tree = Any
 Index = Any  # an integer or an array of them
@@ -42,8 +42,7 @@ Index = Any  # an integer or an array of them
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which stage does what when; one microbatch more or less than a multiple of the stages is
-    not possible."""
+    """Which stage does what when; microbatches are a multiple of the stages."""
 
     stages: int
     microbatches: int
@@ -66,14 +65,18 @@ class Schedule:
         return unit % self.microbatches, unit // self.microbatches, at_work
 
     @property
+    def slots(self) -> int:
+        """Microbatches that a stage holds of the stream."""
+        return self.microbatches // self.stages
+
+    @property
     def joining_stage(self) -> int:
         """Where in its slot of the stream an output of the last stage belongs.
 
         Stage 0 takes a microbatch again M iterations after it last did. By then the slot will
         have been moved on S - 1 times, less those before the output exists.
         """
-        slots = self.microbatches // self.stages
-        return self.stages - 1 - (self.stages - 1) // slots
+        return self.stages - 1 - (self.stages - 1) // self.slots
 
 
 _active: ContextVar[tuple[Schedule, Mesh] | None] = ContextVar("pipeline", default=None)
@@ -106,75 +109,85 @@ def run_pipeline(
     reported of every row, [N, B, …].
 
     layer(params, key, x, beside, common) is one layer on a part of the batch, and gives x and
-    reports [rows, …]. `beside` are arrays
-    [B, …] that go with their rows, `common` those that all rows share. `keys_N` are row keys, one
-    a layer, or None.
+    reports [rows, …]. `beside` are arrays [B, …] that go with their rows, `common` those that all
+    rows share. `keys_N` are row keys, one a layer, or None. `unroll` layers of a group are
+    inlined, 0: all.
     """
     active = _active.get()
     assert active is not None
     schedule, mesh = active
-    S, M, B = schedule.stages, schedule.microbatches, x.shape[0]
-    slots = M // S
-    stage_S = jnp.arange(S)
-    put = partial(_constrained, mesh)
-
-    def turn(
-        params_RK: Tree, common: Tree, x: jax.Array, beside: Tree, s: jax.Array, t: jax.Array
-    ) -> tuple[jax.Array, Tree]:
-        """A microbatch through a group of layers; their reports are [K, B/M, …]."""
-        microbatch, repeat, _ = schedule.work(t, s)
-        repeat = jnp.clip(repeat, 0, schedule.repeats - 1)
-        params_K = jax.tree.map(lambda p: _pick(p, repeat), params_RK)
-        keys_K = None
-        if keys_N is not None:
-            keys_K = keys_N.reshape(schedule.repeats, S, -1)[repeat, s]
-            first = microbatch // slots * (B // S) + microbatch % slots
-            keys_K = jax.vmap(lambda key: of_rows(key, first, slots))(keys_K)
-
-        def one(x: jax.Array, of_layer: tuple[Tree, jax.Array | None]) -> tuple[jax.Array, Tree]:
-            return layer(*of_layer, x, beside, common)
-
-        return lax.scan(one, x, (params_K, keys_K), unroll=unroll or True)
-
-    all_stages = jax.vmap(turn, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name="stage")
-    params_SRK = _by_turns(params, schedule, mesh)
+    S, J, B = schedule.stages, schedule.slots, len(x)
+    stage_S, joining = jnp.arange(S), schedule.joining_stage
+    stage = partial(_group, layer, schedule, keys_N, B, unroll)
+    all_stages = jax.vmap(stage, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name="stage")
+    params_SRK = by_turns(params, S, schedule.repeats, mesh)
     # A copy for each stage, so that its gradient is summed over stages once, not in the loop.
-    common_S = jax.tree.map(lambda c: put(jnp.broadcast_to(c, (S, *c.shape)), None), common)
+    common_S = jax.tree.map(lambda c: over_stages(jnp.broadcast_to(c, (S, *c.shape)), mesh), common)
+
+    def shifted(tree: Tree, by: int) -> Tree:
+        return jax.tree.map(lambda a: _lies(mesh, jnp.roll(a, by, axis=0), 1), tree)
 
     def iteration(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], Tree]:
         stream, present = carry
-        arriving = jax.tree.map(lambda a: a[:, t % slots], stream)
-        present = jax.tree.map(partial(_where, stage_S == 0), arriving, present)
-        x, beside = present
+        slot, ended = t % J, t - (S - 1)
+        arriving = jax.tree.map(lambda a: a[:, slot], stream)
+        x, beside = jax.tree.map(partial(_where, stage_S == 0), arriving, present)
         x, reports = all_stages(params_SRK, common_S, x, beside, stage_S, t)
-        x = put(x, 1)
-        moved = jax.tree.map(lambda a: put(jnp.roll(a, -1, axis=0), 1), arriving)
-        stream = jax.tree.map(lambda a, new: put(a.at[:, t % slots].set(new), 2), stream, moved)
-        # What goes beside returns to stage 0 by itself: a slot comes round in M iterations.
-        xs, besides = stream
-        ended = t - (S - 1)
-        joins = (stage_S == schedule.joining_stage) & (ended >= 0)
-        output = jnp.roll(x, schedule.joining_stage + 1, axis=0)
-        xs = xs.at[:, ended % slots].set(_where(joins, output, xs[:, ended % slots]))
-        present = jax.tree.map(lambda a: put(jnp.roll(a, 1, axis=0), 1), (x, beside))
-        return ((put(xs, 2), besides), present), reports
+        # What goes beside is at stage 0 again when its x is: a slot comes round in M iterations.
+        xs, besides = jax.tree.map(
+            lambda a, moved: a.at[:, slot].set(moved), stream, shifted(arriving, -1)
+        )
+        joins = (stage_S == joining) & (ended >= 0)
+        joined = _where(joins, shifted(x, joining + 1), xs[:, ended % J])
+        stream = (xs.at[:, ended % J].set(joined), besides)
+        stream = jax.tree.map(lambda a: _lies(mesh, a, 2), stream)
+        return (stream, shifted((x, beside), 1)), reports
 
     def cut(a: jax.Array) -> jax.Array:
         """[S, J, B/M, …]; every device keeps its rows."""
-        return put(a.reshape(S, B // M, slots, *a.shape[1:]).swapaxes(1, 2), 2)
+        return _lies(mesh, a.reshape(S, -1, J, *a.shape[1:]).swapaxes(1, 2), 2)
 
     stream = jax.tree.map(cut, (x, beside))
     # Idle stages begin with rows of their own, where zeros might make what is no number.
     present = jax.tree.map(lambda a: a[:, 0], stream)
     iterations = jnp.arange(schedule.iterations)
     ((xs, _), _), reports = lax.scan(iteration, (stream, present), iterations)
-    # The S - 1 iterations after the last microbatch went in moved the stream on.
-    turns, odd = divmod(S - 1, slots)
-    xs = jnp.concatenate(
-        [jnp.roll(xs[:, :odd], turns + 1, axis=0), jnp.roll(xs[:, odd:], turns, axis=0)], axis=1
-    )
-    x = put(xs, 2).swapaxes(1, 2).reshape(x.shape)
+    # The S - 1 iterations after the last microbatch went in have moved the stream on.
+    turns, odd = divmod(S - 1, J)
+    back = [jnp.roll(xs[:, :odd], turns + 1, axis=0), jnp.roll(xs[:, odd:], turns, axis=0)]
+    x = _lies(mesh, jnp.concatenate(back, axis=1), 2).swapaxes(1, 2).reshape(x.shape)
     return x, jax.tree.map(partial(_in_order, schedule), reports)
+
+
+def _group(
+    layer: Callable[..., tuple[jax.Array, Tree]],
+    schedule: Schedule,
+    keys_N: jax.Array | None,
+    B: int,
+    unroll: int,
+    params_RK: Tree,
+    common: Tree,
+    x: jax.Array,
+    beside: Tree,
+    stage: jax.Array,
+    t: jax.Array,
+) -> tuple[jax.Array, Tree]:
+    """What a stage does in iteration t: a microbatch through a group of its layers."""
+    S, R, J = schedule.stages, schedule.repeats, schedule.slots
+    microbatch, repeat, _ = schedule.work(t, stage)
+    repeat = jnp.clip(repeat, 0, R - 1)
+    # With one repeat the gradient of a look-up would be a scatter for nothing.
+    params_K = jax.tree.map(lambda p: p[0] if R == 1 else p[repeat], params_RK)
+    keys_K = None
+    if keys_N is not None:
+        first = microbatch // J * (B // S) + microbatch % J
+        keys_K = keys_N.reshape(R, S, -1)[repeat, stage]
+        keys_K = jax.vmap(lambda key: of_rows(key, first, J))(keys_K)
+
+    def one(x: jax.Array, of_layer: tuple[Tree, jax.Array | None]) -> tuple[jax.Array, Tree]:
+        return layer(*of_layer, x, beside, common)
+
+    return lax.scan(one, x, (params_K, keys_K), unroll=unroll or True)
 
 
 def _in_order(schedule: Schedule, reports: jax.Array) -> jax.Array:
@@ -182,63 +195,18 @@ def _in_order(schedule: Schedule, reports: jax.Array) -> jax.Array:
     S, M, R = schedule.stages, schedule.microbatches, schedule.repeats
     _, _, K, rows, *rest = reports.shape
     at_work = jnp.stack([reports[s : s + M * R, s] for s in range(S)])
-    by_group = at_work.reshape(S, R, S, M // S, K, rows, *rest)
-    # to R, S, K: layers; S, B/M, J: rows as they were cut
+    by_group = at_work.reshape(S, R, S, schedule.slots, K, rows, *rest)
+    # [R, S, K] are the layers, and [S, B/M, J] the rows as they were cut.
     by_layer = by_group.transpose(1, 0, 4, 2, 5, 3, *range(6, 6 + len(rest)))
-    return by_layer.reshape(R * S * K, S * rows * (M // S), *rest)
+    return by_layer.reshape(R * S * K, rows * M, *rest)
 
 
-def _constrained(mesh: Mesh, a: jax.Array, batch_axis: int | None) -> jax.Array:
+def _lies(mesh: Mesh, a: jax.Array, batch_axis: int) -> jax.Array:
     """`a` [S, …] with its first dimension over the stages and its batch over the data axes."""
-    axes: list = ["stage", *[PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)]
-    if batch_axis is not None:
-        axes[1:batch_axis] = [None] * (batch_axis - 1)
-        axes[batch_axis] = BATCH_AXES
+    rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - batch_axis - 1)
+    axes = ("stage", *[None] * (batch_axis - 1), BATCH_AXES, *rest)
     return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def _where(stages_S: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(stages_S.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-
-def _pick(p_R: jax.Array, repeat: jax.Array) -> jax.Array:
-    # With one repeat the gradient of a look-up would be a scatter for nothing.
-    return p_R[0] if len(p_R) == 1 else lax.dynamic_index_in_dim(p_R, repeat, keepdims=False)
-
-
-def _by_turns(params: Tree, schedule: Schedule, mesh: Mesh) -> Tree:
-    """[N, …], stored in contiguous parts, as [S, R, K, …] where [s, r] is group r S + s."""
-    S, R = schedule.stages, schedule.repeats
-    if R == 1:
-        return jax.tree.map(
-            lambda p: _constrained(mesh, p.reshape(S, 1, -1, *p.shape[1:]), None), params
-        )
-    rounds = exchange(S, R)
-
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=PartitionSpec("stage"),
-        out_specs=PartitionSpec("stage"),
-        axis_names={"stage"},
-    )
-    def exchanged(p: jax.Array) -> jax.Array:
-        stage = lax.axis_index("stage")
-        p_RK = p.reshape(R, -1, *p.shape[1:])
-        turns = jnp.zeros_like(p_RK)
-        for groups in rounds:
-            sent = lax.dynamic_index_in_dim(p_RK, jnp.array(groups)[stage] % R, keepdims=False)
-            received = lax.ppermute(sent, "stage", [(g // R, g % S) for g in groups])
-            place = {g % S: g // S for g in groups}
-            at = jnp.array([place[s] for s in range(S)])[stage]
-            turns = lax.dynamic_update_index_in_dim(turns, received, at, 0)
-        return turns[None]
-
-    return jax.tree.map(exchanged, params)
-
-
-def exchange(S: int, R: int) -> list[list[int]]:
-    """R rounds; in each, stage s sends one of its stored groups s R … s R + R - 1, and each stage
-    receives one: group g goes from stage g // R to stage g mod S."""
-    period = S // gcd(S, R)
-    return [[s * R + (k + s // period) % R for s in range(S)] for k in range(R)]

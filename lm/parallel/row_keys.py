@@ -50,7 +50,7 @@ def _split(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _words(jax.random.split(plain, shape), rows)
 
 
-def _fold_in(words: jax.Array, number: jax.Array) -> jax.Array:
+def _fold_in(words: jax.Array, number: Any) -> jax.Array:
     plain, rows = _parts(words)
     return _words(jax.random.fold_in(plain, number), rows)
 
