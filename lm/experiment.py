@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +30,9 @@ from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
 from lm.parallel.compiler import compiler_options
+from lm.parallel.fit import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.pipeline import Schedule, pipelined
 from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
@@ -71,6 +72,7 @@ class Experiment:
 
     config: ConfigDict
     mesh: Mesh
+    pipeline: Schedule
     model: nn.Module
     steps: Steps
     attention: Choice
@@ -102,8 +104,7 @@ class Experiment:
     def state_sharding(self) -> Tree:
         """A TrainState of shardings.
 
-        Optimizer state lies like its parameter; statistics of other shapes (factored ones,
-        counters) are replicated.
+        Optimizer state lies like its parameter, counters are on every device.
         """
         shapes = self.state_shapes
         of_params = jax.tree.map(
@@ -120,9 +121,9 @@ class Experiment:
 
         def of_statistic(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             for start in range(len(path)):
-                shape, sharding = by_path.get(path[start:], (None, self.replicated))
-                if shape == leaf.shape:
-                    return sharding
+                if path[start:] in by_path:
+                    shape, sharding = by_path[path[start:]]
+                    return rules.statistic_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
@@ -137,7 +138,7 @@ class Experiment:
     @cached_property
     def carry_sharding(self) -> Tree:
         """Rows of what passes from batch to batch lie where the rows of the batch lie."""
-        rows = NamedSharding(self.mesh, PartitionSpec(rules.BATCH_AXES))
+        rows = NamedSharding(self.mesh, PartitionSpec(rules.ROW_AXES))
         return jax.tree.map(lambda _: rows, self.state_shapes.carry)
 
     @cached_property
@@ -221,7 +222,8 @@ class Experiment:
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
-            with rules.activations_on(self.mesh, self.config.parallel.sequence):
+            placement = rules.activations_on(self.mesh, self.config.parallel.sequence)
+            with placement, pipelined(self.pipeline, self.mesh):
                 return function(*args)
 
         return on_mesh
@@ -231,7 +233,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """Wire the experiment that `config` describes on `devices`; nothing is computed yet."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    _check_batch(config, sizes)
+    pipeline = pipeline_schedule(config, sizes)
+    check_batches(config, sizes, pipeline)
     check_lengths(config, sizes)
     attention = choose(config, devices[0].platform, sizes)
     if config.model.n_heads % sizes["tensor"]:
@@ -257,7 +260,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         microbatches=config.train.microbatches,
     )
     mesh = make_mesh(sizes, devices)
-    experiment = Experiment(config, mesh, steps.model, steps, attention)
+    experiment = Experiment(config, mesh, pipeline, steps.model, steps, attention)
     experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
     return experiment
 
@@ -269,18 +272,3 @@ def reads_records(config: ConfigDict) -> bool:
 
 def _zeros(shapes: Tree) -> Tree:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _check_batch(config: ConfigDict, sizes: dict[str, int]) -> None:
-    shards = prod(sizes[axis] for axis in rules.BATCH_AXES)
-    parts = shards * config.train.microbatches
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} is not divisible by {parts} "
-            f"({shards} data-parallel devices × {config.train.microbatches} microbatches)"
-        )
-    if config.eval.batch_size % shards:
-        raise UserError(
-            f"config.eval.batch_size={config.eval.batch_size} is not divisible by {shards} "
-            "data-parallel devices"
-        )

@@ -402,7 +402,9 @@ SCHEMA: dict[str, Key] = {
     "parallel.mesh.slice": Key(
         1, "Slices joined by the slow network (data parallel).", low=-1, free=True
     ),
-    "parallel.mesh.stage": Key(1, "Pipeline stages (only 1 so far).", low=1, high=1, free=True),
+    "parallel.mesh.stage": Key(
+        1, "Pipeline stages: parts of the stack of layers.", low=-1, free=True
+    ),
     "parallel.mesh.data": Key(-1, "Data parallel; -1: the rest of the devices.", low=-1, free=True),
     "parallel.mesh.fsdp": Key(1, "Data parallel with sharded parameters.", low=-1, free=True),
     "parallel.mesh.expert": Key(
@@ -421,6 +423,15 @@ SCHEMA: dict[str, Key] = {
         False,
         "Between the sublayers, activations are cut along the sequence over tensor too.",
         free=True,
+    ),
+    "parallel.pipeline.microbatches": Key(
+        0,
+        "Parts of a batch that follow one another through the stages; 0: as many as stages.",
+        low=0,
+        free=True,
+    ),
+    "parallel.pipeline.repeats": Key(
+        1, "Times that each passes through all stages (circular schedule).", low=1, free=True
     ),
     # --- logging
     "log.every_steps": Key(1, "Write every so many steps to metrics.jsonl.", low=1, free=True),

@@ -20,6 +20,7 @@ from lm.objectives.auxiliary import with_reports
 from lm.objectives.objective import Batch, Objective, Sums
 from lm.optim.lora import add_lora, merge
 from lm.optim.parameter_groups import Trainable
+from lm.parallel.row_keys import by_row, of_rows
 
 Params = Any
 Carry = Any
@@ -74,7 +75,7 @@ class Steps:
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. Where loss or gradient is not finite, only the step counter advances."""
-        rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        rng = by_row(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.trainable.split(state.params)
         grads, sums, carry = self._gradients(trained, frozen, state.carry, batch, rng)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -152,7 +153,7 @@ class Steps:
 
         def add(total: Any, part: tuple[tuple[Carry, Batch], jax.Array]) -> tuple[Any, Carry]:
             (carry, batch), index = part
-            sums, carry = of_part(carry, batch, jax.random.fold_in(rng, index))
+            sums, carry = of_part(carry, batch, of_rows(rng, index, n))
             return jax.tree.map(jnp.add, total, sums), carry
 
         first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)

@@ -75,7 +75,7 @@ class Model(nn.Module):
             x_BLD += self.types(types_BL)
         if c.embedding_norm:
             x_BLD = self.embedding_norm(x_BLD)
-        x_BLD = constrain(self.dropout(x_BLD), "batch", "residual_length", "embed")
+        x_BLD = constrain(self.dropout(x_BLD), "rows", "residual_length", "embed")
         return x_BLD, positions_BL
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ class Model(nn.Module):
             logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
         else:
             logits_BLV = self.head(x_BLD)
-        return constrain(logits_BLV, "batch", "length", "vocab")
+        return constrain(logits_BLV, "rows", "length", "vocab")
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """Scores of the classes [B, C], float32, of what `pooled` gives."""

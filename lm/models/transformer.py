@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
@@ -24,6 +25,7 @@ from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, rotary_angles, scaled
 from lm.models.reports import COLLECTIONS
+from lm.parallel.pipeline import is_pipelined, run_pipeline
 from lm.parallel.rules import constrain
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
@@ -203,20 +205,27 @@ class Stack(nn.Module):
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
         n = c.pattern
-        layers = nn.scan(
-            recomputed(Block, c.remat) if n == 1 else Pattern,
-            variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=self.n_layers // n,
-            unroll=max(1, (c.scan_unroll or self.n_layers) // n),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.deterministic, c.attention, c.n_experts > 0, name="layers")
-        if n > 1:
-            cached = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), cached)
-        x_BLD, cached = layers(x_BLD, around, cached)
-        if n > 1:
-            cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
+        layer = recomputed(Block, c.remat) if n == 1 else Pattern
+        settings = (c, self.deterministic, c.attention, c.n_experts > 0)
+        if cache is None and is_pipelined():
+            x_BLD = self._pipeline(layer(*settings, parent=None), x_BLD, around)
+        else:
+            layers = nn.scan(
+                layer,
+                variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0),
+                length=self.n_layers // n,
+                unroll=max(1, (c.scan_unroll or self.n_layers) // n),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+                # The check traces a layer twice, and would give it the dropout of a second call.
+                check_constancy_invariants=self.is_initializing(),
+            )(*settings, name="layers")
+            if n > 1:
+                cached = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), cached)
+            x_BLD, cached = layers(x_BLD, around, cached)
+            if n > 1:
+                cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
         if cache is not None:
             assert cached.own is not None
             source = cache.source
@@ -228,3 +237,41 @@ class Stack(nn.Module):
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache
+
+    def _pipeline(self, block: nn.Module, x_BLD: jax.Array, around: Surroundings) -> jax.Array:
+        """What the scan of `block` gives, by the pipeline of the mesh."""
+        if around.angles_BLK is not None:
+            shape = (len(x_BLD), *around.angles_BLK.shape[1:])
+            around = replace(around, angles_BLK=jnp.broadcast_to(around.angles_BLK, shape))
+        bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
+        by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
+
+        assert self.scope is not None
+        collections = self.scope.mutable or []
+        # The keys that nn.scan gives: those of the layers are split before the path is folded in.
+        rng = keys_N = None
+        if not self.deterministic:
+            rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
+            keys_N = jax.random.split(rng.rng, self.n_layers // self.config.pattern)
+
+        def layer(
+            params: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
+        ) -> tuple[jax.Array, Any]:
+            here = jax.tree.map(
+                lambda row, leaf: leaf if row is None else row,
+                by_row,
+                around,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            here = replace(here, bias_HLS=bias_HLS)
+            rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
+            inputs = (x_BLD, here, Cached())
+            output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
+            (x_BLD, _), reported = output
+            return x_BLD, reported
+
+        params, unroll = self.variables["params"]["layers"], self.config.scan_unroll
+        x_BLD, reported = run_pipeline(layer, params, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        for collection, values in reported.items():
+            self.put_variable(collection, "layers", values)
+        return x_BLD

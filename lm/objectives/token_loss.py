@@ -75,7 +75,7 @@ def _losses(
     def whole(x_NBT: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
 
-    x_BTD = constrain(x_BTD, "batch", "length", "embed")
+    x_BTD = constrain(x_BTD, "rows", "length", "embed")
     _, losses = columns(model, None, (chunks(x_BTD), chunks(targets_BT)))
     return jax.tree.map(whole, losses)
 

@@ -21,7 +21,7 @@ from lm.errors import UserError
 Rules = dict[str, tuple[str, ...]]
 
 PARAMETERS: Rules = {
-    "layers": (),
+    "layers": ("stage",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "positions": (),
@@ -41,9 +41,12 @@ PARAMETERS: Rules = {
 }
 
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
+# Outside the stack of layers, pipeline stages divide the batch too.
+ROW_AXES = ("stage", *BATCH_AXES)
 LENGTH_AXIS = "context"
 ACTIVATIONS: Rules = {
     "batch": BATCH_AXES,
+    "rows": ROW_AXES,
     "length": (LENGTH_AXIS,),
     "residual_length": (LENGTH_AXIS,),  # between the sublayers of a block
     "keys": (),  # the length of keys and values that every query can reach
@@ -69,6 +72,7 @@ MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
 CONFIG_KEYS = {
+    "layers": "model.n_layers",
     "embed": "model.d_model",
     "heads": "model.n_heads",
     "mlp": "model.d_ff",
@@ -81,6 +85,25 @@ def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -
     return NamedSharding(
         mesh, PartitionSpec(*(_fit(mesh, n, s) for n, s in zip(names, shape, strict=True)))
     )
+
+
+def statistic_sharding(
+    parameter: NamedSharding, shape: Sequence[int], statistic: Sequence[int]
+) -> NamedSharding:
+    """Where a statistic of an optimizer lies whose parameter has this sharding and shape.
+
+    Its dimensions are those of the parameter, some of them left out or summed to 1 (factored
+    statistics), and lie as they do; what has other dimensions is on every device.
+    """
+    axes, place = [], 0
+    for size in statistic:
+        while size > 1 and place < len(shape) and shape[place] != size:
+            place += 1
+        if place == len(shape):
+            return NamedSharding(parameter.mesh, PartitionSpec())
+        axes.append(parameter.spec[place] if size > 1 else None)
+        place += size > 1
+    return NamedSharding(parameter.mesh, PartitionSpec(*axes))
 
 
 def kept_whole(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
@@ -120,7 +143,7 @@ def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 
     def spec(shape: Sequence[int]) -> PartitionSpec:
         has_length = len(shape) > 1 and shape[1] % mesh.shape[LENGTH_AXIS] == 0
-        return PartitionSpec(None, BATCH_AXES, *((LENGTH_AXIS,) if has_length else ()))
+        return PartitionSpec(None, ROW_AXES, *((LENGTH_AXIS,) if has_length else ()))
 
     return {name: NamedSharding(mesh, spec(shape)) for name, shape in shapes.items()}
 

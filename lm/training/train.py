@@ -121,6 +121,11 @@ def describe(experiment: Experiment) -> str:
         f"{devices[0].device_kind} ({axes or 'one device'}), {jax.process_count()} process(es); "
         f"{config.model.dtype}, {_attention(experiment)}"
     ]
+    if (schedule := experiment.pipeline).stages > 1:
+        lines.append(
+            f"pipeline of {schedule.stages} stages × {schedule.repeats} repeat(s), "
+            f"{schedule.microbatches} microbatches: idle {schedule.bubble:.1%} of the time"
+        )
     for (path, leaf), names in zip(shapes, jax.tree.leaves(experiment.param_names), strict=True):
         for name in rules.kept_whole(mesh, names, leaf.shape):
             lines.append(

@@ -36,6 +36,15 @@ def test_outputs_come_in_the_order_of_inputs(made):
     assert len(set(map(tuple, one_by_one))) > 3
 
 
+def test_layers_that_lie_on_several_stages_decode_alike(make_experiment):
+    experiment, params, tokenizer = make_experiment("encoder_decoder")
+    staged, *_ = make_experiment("encoder_decoder", 2, parallel__mesh__stage=2)
+    placed = jax.device_put(params, staged.state_sharding.params)
+    search = Search(2, 6, 0.6, Controls())
+    expected = transduce(experiment, params, tokenizer, INPUTS, search)
+    assert transduce(staged, placed, tokenizer, INPUTS, search) == expected
+
+
 def test_a_later_start_goes_on_with_the_same_batches(made, monkeypatch):
     """In other batches rounding could decide otherwise between almost equal hypotheses."""
     experiment, params, tokenizer = made

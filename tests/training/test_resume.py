@@ -75,6 +75,7 @@ def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbe
     mesh = [
         "--cpu_devices",
         "8",
+        "--config.parallel.mesh.stage=2",
         "--config.parallel.mesh.fsdp=2",
         "--config.parallel.mesh.context=2",
         "--config.parallel.mesh.tensor=2",
