@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -65,7 +66,10 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
     start = time.monotonic()
     lowered = lower(experiment)
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # A cached program cannot be loaded for devices that are not there.
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
