@@ -35,6 +35,7 @@ PARAMETERS: Rules = {
     "hidden": (),
     "gates": (),
     "experts": ("expert",),
+    "router_inputs": (),
     "router": (),
 }
 
