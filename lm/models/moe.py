@@ -75,7 +75,8 @@ class Router(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(c.std(c.d_model, c.n_experts))
-        shape, names = (c.d_model, c.n_experts), ("embed", "router")
+        # Small enough to be whole on every device: gathering it would cost more than it saves.
+        shape, names = (c.d_model, c.n_experts), ("router_inputs", "router")
         kernel_DE = self.param("kernel", named(init, names), shape, jnp.float32)
         x_BLD = x_BLD.astype(jnp.float32)
         if self.jitter:

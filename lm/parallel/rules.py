@@ -37,6 +37,7 @@ PARAMETERS: Rules = {
     "hidden": (),
     "gates": (),
     "experts": ("expert",),
+    "router_inputs": (),
     "router": (),
 }
 
