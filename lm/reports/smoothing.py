@@ -44,7 +44,7 @@ def spikes(values: np.ndarray) -> np.ndarray:
         return np.array([], int)
     values = np.nan_to_num(values, nan=np.nanmedian(values))
     width = min(51, len(values))
-    before = median_filter(values, width, mode="nearest", origin=width // 2)
+    before = median_filter(values, width, mode="nearest", origin=(width - 1) // 2)
     noise = np.abs(values - median_filter(values, width, mode="reflect"))
     usual = median_filter(noise, min(501, len(values)), mode="reflect")
     return np.flatnonzero(values - before > np.maximum(SPIKE * usual, 0.1 * np.abs(before)))

@@ -66,19 +66,19 @@ def test_the_optimum_is_the_least_loss_of_a_budget():
 def test_the_bootstrap_knows_how_uncertain_the_law_is():
     """Its spread is that of the laws of runs made anew, for the slopes and for a forecast."""
     anew = [_nearby(grid(scatter=0.003, seed=seed)) for seed in range(40)]
-    runs = grid(scatter=0.003)
-    found = fit(runs)
-    laws = bootstrap(runs, found, resamples=40, seed=1)
+    studies = [grid(scatter=0.003, seed=seed) for seed in range(40, 44)]
+    spreads = [bootstrap(runs, _nearby(runs), resamples=30, seed=1) for runs in studies]
     for quantity in (
         lambda law: law.alpha,
         lambda law: law.beta,
         lambda law: law.E,
         lambda law: float(law.loss(5e10, 1e12)),
     ):
-        true, guessed = np.std(list(map(quantity, anew))), np.std(list(map(quantity, laws)))
-        assert true / 2 < guessed < 2 * true
-        assert abs(quantity(found) - quantity(TRUTH)) < 4 * true
-    assert laws[:5] == bootstrap(runs, found, resamples=5, seed=1)
+        true = np.std([quantity(law) for law in anew])
+        guessed = np.mean([np.std([quantity(law) for law in laws]) for laws in spreads])
+        assert true / 1.6 < guessed < 1.6 * true
+        assert abs(np.mean([quantity(law) for law in anew]) - quantity(TRUTH)) < true / 2
+    assert spreads[0] == bootstrap(studies[0], _nearby(studies[0]), resamples=30, seed=1)
 
 
 def _nearby(runs: Runs) -> Law:
