@@ -252,7 +252,7 @@ class Stack(nn.Module):
         rng = keys_N = None
         if not self.deterministic:
             rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
-            keys_N = jax.random.split(rng.rng, self.n_layers // self.config.pattern)
+            keys_N = jax.random.split(rng.rng, self.n_layers)
 
         def layer(
             params: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any

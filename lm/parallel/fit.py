@@ -23,16 +23,18 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
             f"config.parallel.mesh.stage={stages} needs config.model.family "
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
-    factors = {"parallel.mesh.stage": stages, "parallel.pipeline.repeats": options.repeats}
     if model.n_experts:
-        factors["model.experts_every"] = model.experts_every
-    groups = prod(factors.values())
+        raise UserError(
+            f"config.parallel.mesh.stage={stages} is not for a model with experts: use expert, "
+            "fsdp and tensor"
+        )
+    groups = stages * options.repeats
     stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]
     for name in stacks:
         if model[name] % groups:
-            shown = " × ".join(f"{size} {key}" for key, size in factors.items())
             raise UserError(
-                f"config.model.{name}={model[name]} is not divisible by {groups} ({shown})"
+                f"config.model.{name}={model[name]} is not divisible by {groups} "
+                f"({stages} parallel.mesh.stage × {options.repeats} parallel.pipeline.repeats)"
             )
     microbatches = options.microbatches or stages
     if microbatches % stages:

@@ -103,11 +103,13 @@ MESHES = {
     "stage=4,data=2": ({"stage": 4, "data": 2}, {}),
     "stage=2,fsdp=2,tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 4}),
     "stage=2,data=2,repeats=2": ({"stage": 2, "data": 2}, {"repeats": 2}),
+    "stage=2,context=2": ({"stage": 2, "context": 2}, {}),
 }
 PAIRS = [
     ("causal decoder", "stage=2,data=2,repeats=2"),
     ("masked encoder", "stage=2,fsdp=2,tensor=2"),
     ("span_corruption encoder_decoder", "stage=4,data=2"),
+    ("masked encoder", "stage=2,context=2"),
 ]
 
 
@@ -188,3 +190,5 @@ def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, override
 def test_only_transformers_have_stages(experiment_on):
     with pytest.raises(UserError, match=r"stage=2 needs config.model.family decoder or encoder"):
         experiment_on("causal lstm", {"stage": 2}, {})
+    with pytest.raises(UserError, match=r"stage=2 is not for a model with experts"):
+        experiment_on("span_corruption encoder_decoder experts", {"stage": 2}, {})
