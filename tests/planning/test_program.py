@@ -80,7 +80,7 @@ def test_predicted_memory_is_that_of_a_step_really_run():
     assert predicted == pytest.approx(actual, rel=0.1)
 
 
-# The first as JAX's users quote it in their reports, the second as libtpu 0.0.42 wrote it.
+# The first is written by hand after the long form of the message, the second libtpu 0.0.42 wrote.
 BREAKDOWN = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. \
 Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
 
