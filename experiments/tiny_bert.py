@@ -45,8 +45,8 @@ def get_config(variant="pretrain"):
         data.validation_source = "text:wikitext2/wiki.valid.tokens.gz"
         data.sequence_length, data.batch_size = 128, 32
         config.optimizer.learning_rate = 1e-3
-        config.schedule.warmup_steps = 300
-        config.train.steps = 6000  # 12 epochs
+        config.schedule.warmup_steps = 100
+        config.train.steps = 2000  # 4 epochs
         config.eval.every_steps = config.checkpoint.every_steps = 500
         return config
 
@@ -55,11 +55,11 @@ def get_config(variant="pretrain"):
     data.validation_source = "tsv:sst2/glue/dev.tsv"
     data.test_source = "tsv:sst2/glue/test-labeled.tsv"
     data.columns, data.labels = "text=sentence,label=label", "0,1"
-    data.sequence_length, data.batch_size = 64, 64
+    data.sequence_length, data.batch_size = 48, 64
     config.optimizer.learning_rate = 2e-4
-    config.schedule.warmup_steps = 200
-    config.train.steps = 3000  # 2.9 epochs
-    config.eval.every_steps, config.eval.batch_size = 300, 109
+    config.schedule.warmup_steps = 100
+    config.train.steps = 1000  # an epoch
+    config.eval.every_steps, config.eval.batch_size = 200, 109
     config.eval.best = "accuracy"
     config.checkpoint.every_steps = 1000
     if variant == "finetune":
