@@ -1,0 +1,76 @@
+"""Verbs that make runs: train, launch, sweep, merge, import, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm import config as configs
+from lm.arguments import Overrides
+from lm.errors import UserError
+
+
+def train(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Train a model, or continue the run in --workdir."""
+    config = configs.load(args.config, overrides)
+    from lm.training.preemption import EXIT_CODE
+    from lm.training.train import train
+
+    return 0 if train(config, Path(args.workdir)) else EXIT_CODE
+
+
+def launch(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run a command as several processes on this host, and start them again when one dies."""
+    from lm.launch.launch import launch
+    from lm.launch.supervise import Policy
+
+    if overrides:
+        raise UserError("lm launch: --config.… goes after --, with the command")
+    return launch(args.command, args.processes, args.gpus, Policy(args.restarts, args.backoff))
+
+
+def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
+    from lm.sweeps.command import dry_run, locked, run_sweep
+    from lm.sweeps.launchers import make
+    from lm.sweeps.sweep import load
+
+    folder = Path(args.workdir)
+    loaded, runs = load(args.config, folder, overrides, args.command or ())
+    parallel = args.parallel or (len(runs) if args.launcher == "slurm" else 1)
+    options = args.launcher, parallel, args.gpus, args.launcher_options
+    if args.dry_run:
+        dry_run(runs, make(*options, keep_open=()), parallel)
+        return 0
+    with locked(folder) as lock:
+        launcher = make(*options, keep_open=(lock,))
+        return run_sweep(loaded, runs, folder, launcher, parallel, args.retries)
+
+
+def merge(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a run's parameters as a run of their own: low-rank updates merged, or an average."""
+    from lm.training.merge import merge_run
+    from lm.training.train import report
+
+    merge_run(Path(args.workdir), Path(args.to), args.average, overrides, report)
+    return 0
+
+
+def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Make a run of a Hugging Face model folder, or of a .bin file of llama2.c."""
+    from lm.training.interchange import import_run
+    from lm.training.train import report
+
+    import_run(Path(args.source), Path(args.workdir), overrides, report)
+    return 0
+
+
+def export(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a run as a folder that Hugging Face's transformers loads, tokenizer included."""
+    from lm.training.interchange import export_run
+    from lm.training.train import report
+
+    if overrides:
+        raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
+    export_run(Path(args.workdir), Path(args.to), args.average, args.best, args.dtype, report)
+    return 0
