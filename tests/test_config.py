@@ -193,7 +193,7 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
         ("seed", "-1", "config.seed=-1 is below 0"),
         ("seed", "4294967296", "config.seed=4294967296 is above 2147483647"),
         ("model.dropout", "1", "config.model.dropout=1.0 is above 0.99"),
-        ("parallel.mesh.context", "2", "config.parallel.mesh.context=2 is above 1"),
+        ("parallel.pipeline.repeats", "0", "config.parallel.pipeline.repeats=0 is below 1"),
         ("objective.mask_rate", "0", "config.objective.mask_rate=0.0 is below 0.001"),
         ("objective.noise_density", "1", "config.objective.noise_density=1.0 is above 0.9"),
         ("objective.name", "mlm", "expected one of causal, prefix, masked"),

@@ -13,7 +13,7 @@ from lm.models.config import TransformerConfig
 Values = dict[str, Any]
 
 # Fields of TransformerConfig that are no part of what a trained model computes.
-EXECUTION = ("dtype", "attention", "remat", "scan_unroll", "loss_chunk")
+EXECUTION = ("dtype", "attention", "context_attention", "remat", "scan_unroll", "loss_chunk")
 TRAINING = (
     "dropout",
     "final_dropout",
@@ -21,6 +21,7 @@ TRAINING = (
     "activation_dropout",
     "init",
     "init_std",
+    "init_scale",
     "scale_residual_init",
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import losses, saved_state
+from commands import losses, saved_state
 
 from lm.errors import UserError
 from lm.experiment import build

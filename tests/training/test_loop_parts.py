@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from conftest import arguments, losses
+from commands import arguments, losses
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arguments, evaluations, finish, losses, start
+from commands import arguments, evaluations, finish, losses, start
 
 
 def wait_for_step(workdir: Path, step: int, process) -> None:
@@ -76,7 +76,6 @@ def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbe
         "--cpu_devices",
         "8",
         "--config.parallel.mesh.stage=2",
-        "--config.parallel.mesh.fsdp=2",
         "--config.parallel.mesh.context=2",
         "--config.parallel.mesh.tensor=2",
     ]

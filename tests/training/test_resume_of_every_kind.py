@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import evaluations, losses, saved_state
+from commands import evaluations, losses, saved_state
 from kinds import KINDS
 
 from lm.training.train import train

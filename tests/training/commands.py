@@ -1,0 +1,68 @@
+"""`lm` in a process of its own, and what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm.experiment import build
+from lm.training.checkpoints import Checkpoints
+from lm.training.workdir import load_config
+
+
+def arguments(experiment_file: Path, workdir: Path, **config: object) -> list[str]:
+    """The words of an `lm train` command; `a__b` stands for the key a.b."""
+    overrides = [f"--config.{key.replace('__', '.')}={value}" for key, value in config.items()]
+    return ["train", "--config", str(experiment_file), "--workdir", str(workdir), *overrides]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """Start `lm` in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lm", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+    """Wait for processes; what they printed."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == code, output
+    return outputs
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """The training loss at every step; a step that is there twice is an error."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert len(steps) == len(set(steps)), "a step was written twice"
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved_state(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, by its path."""
+    config = load_config(workdir, {})
+    experiment = build(config, jax.devices())
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, {})
+    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, pytest.fail)
+    checkpoints.close()
+    leaves = jax.tree.leaves_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def evaluations(workdir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    name = "eval/validation/loss"
+    return {row["step"]: row[name] for row in rows if name in row}
