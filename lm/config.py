@@ -95,7 +95,10 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     node = config
     for section in sections:
         node = node[section]
-    node[name] = value
+    try:
+        node[name] = value
+    except TypeError:  # a run.json of another version may hold another type
+        raise UserError(f"config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:

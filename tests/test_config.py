@@ -474,3 +474,9 @@ def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
 def test_a_huge_integer_is_a_user_error(experiment, path, value):
     with pytest.raises(UserError, match=re.escape(path)):
         build(configs.load(experiment, {path: str(value)}), jax.devices()[:1])
+
+
+def test_a_value_of_another_type_is_one_line():
+    """As in the run.json of a version where the key had another type."""
+    with pytest.raises(UserError, match=r"model.attention_bias=True: expected one of same, all"):
+        configs.set_value(configs.default(), "model.attention_bias", True)
