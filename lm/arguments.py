@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lm.errors import UserError
 from lm.parallel.xla_flags import CHIPS
@@ -26,51 +26,41 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def _parser(functions: Mapping[str, Verb]) -> Parser:
-    parser = Parser(prog="lm", description="Pretrain language models on many devices.")
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
+def _config(sub: Parser, required: bool = True) -> None:
+    sub.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]")
 
-    def verb(name: str, parent: Any = verbs) -> Parser:
-        function = functions[name]
-        sub = parent.add_parser(
-            name.split()[-1],
-            help=function.__doc__,
-            description=function.__doc__,
-            allow_abbrev=False,
-        )
-        sub.set_defaults(function=function)
-        return sub
 
-    def config(sub: Parser, required: bool = True) -> None:
-        sub.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]")
+def _processes(sub: Parser) -> None:
+    sub.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N CPU devices")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    sub.add_argument("--num_processes", type=int, metavar="N")
+    sub.add_argument("--process_id", type=int, metavar="I")
+    sub.add_argument(
+        "--heartbeat_seconds",
+        type=_at_least(1),
+        default=100,
+        metavar="S",
+        help="a process that is silent for so long ends the run (several processes)",
+    )
 
-    def processes(sub: Parser) -> None:
-        sub.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N CPU devices")
-        sub.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-        sub.add_argument("--num_processes", type=int, metavar="N")
-        sub.add_argument("--process_id", type=int, metavar="I")
-        sub.add_argument(
-            "--heartbeat_seconds",
-            type=_at_least(1),
-            default=100,
-            metavar="S",
-            help="a process that is silent for so long ends the run (several processes)",
-        )
 
-    def weights(sub: Parser) -> None:
-        sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
-        sub.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
+def _weights(sub: Parser) -> None:
+    sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
+    sub.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
 
-    def json_flag(sub: Parser) -> None:
-        sub.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
-    sub = verb("train")
-    config(sub)
+def _json_flag(sub: Parser) -> None:
+    sub.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def _train_options(sub: Parser) -> None:
+    _config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
-    processes(sub)
+    _processes(sub)
 
-    sub = verb("launch")
+
+def _launch_options(sub: Parser) -> None:
     sub.usage = "lm launch --processes N [OPTIONS] -- train …"
     sub.add_argument("--processes", type=_at_least(1), required=True, metavar="N")
     sub.add_argument("--gpus", type=_at_least(0), default=0, metavar="G", help="split among them")
@@ -81,7 +71,8 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
         "--backoff", type=_at_least(0.0), default=1.0, metavar="S", help="first pause; doubles"
     )
 
-    sub = verb("sweep")
+
+def _sweep_options(sub: Parser) -> None:
     sub.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
     sub.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
     sub.add_argument("--workdir", required=True, metavar="DIR")
@@ -96,16 +87,18 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     )
     sub.add_argument("--dry_run", action="store_true", help="print every run and its command")
 
-    sub = verb("eval")
+
+def _eval_options(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--split", choices=("validation", "test"), default="validation")
     sub.add_argument("--task", action="store_true", help="scores and predictions of a task")
     sub.add_argument("--output", metavar="DIR", help="for --task; WORKDIR/eval/SPLIT-STEP")
-    weights(sub)
-    json_flag(sub)
-    processes(sub)
+    _weights(sub)
+    _json_flag(sub)
+    _processes(sub)
 
-    sub = verb("generate")
+
+def _generate_options(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     sub.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
@@ -122,47 +115,54 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     sub.add_argument("--top_k", type=_at_least(0), default=0, metavar="K")
     sub.add_argument("--top_p", type=_probability, default=1.0, metavar="P")
     sub.add_argument("--seed", type=_at_least(0), default=0)
-    weights(sub)
-    json_flag(sub)
-    processes(sub)
+    _weights(sub)
+    _json_flag(sub)
+    _processes(sub)
 
-    sub = verb("merge")
+
+def _merge_options(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--to", required=True, metavar="DIR")
     sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
-    processes(sub)
+    _processes(sub)
 
-    sub = verb("import")
+
+def _import_options(sub: Parser) -> None:
     sub.add_argument("--from", dest="source", required=True, metavar="DIR", help="or a .bin file")
     sub.add_argument("--workdir", required=True, metavar="DIR")
-    processes(sub)
+    _processes(sub)
 
-    sub = verb("export")
+
+def _export_options(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, metavar="DIR")
     sub.add_argument("--to", required=True, metavar="DIR")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    weights(sub)
+    _weights(sub)
 
-    sub = verb("params")
-    config(sub)
-    json_flag(sub)
 
-    sub = verb("plan")
-    config(sub)
+def _params_options(sub: Parser) -> None:
+    _config(sub)
+    _json_flag(sub)
+
+
+def _plan_options(sub: Parser) -> None:
+    _config(sub)
     sub.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=TOPOLOGY)
     sub.add_argument("--slices", type=_at_least(1), default=1, metavar="N", help="of that shape")
     sub.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
     sub.add_argument("--limit", type=_at_least(1), default=24, metavar="N", help=LIMIT)
     sub.add_argument("--workers", type=_at_least(0), default=0, metavar="N", help=WORKERS)
     sub.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
-    json_flag(sub)
+    _json_flag(sub)
 
-    sub = verb("config")
-    config(sub, required=False)
+
+def _config_options(sub: Parser) -> None:
+    _config(sub, required=False)
     sub.add_argument("--keys", action="store_true", help="list every key with its meaning")
-    json_flag(sub)
+    _json_flag(sub)
 
-    sub = verb("vectors")
+
+def _vectors_options(sub: Parser) -> None:
     sub.add_argument("--workdir", metavar="DIR", help="a run with the words tokenizer")
     sub.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
     sub.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
@@ -170,14 +170,16 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
         "--similarity", action="append", default=[], metavar="FILE", help="word, word, score a line"
     )
     sub.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
-    weights(sub)
-    json_flag(sub)
+    _weights(sub)
+    _json_flag(sub)
 
-    sub = verb("report")
+
+def _report_options(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, metavar="DIR", help="a run, or a folder of runs")
     sub.add_argument("--output", metavar="DIR", help="for index.html and PNGs; WORKDIR/report")
 
-    sub = verb("scaling")
+
+def _scaling_options(sub: Parser) -> None:
     sub.add_argument("--workdir", metavar="DIR", help="a folder of finished runs")
     sub.add_argument("--runs", metavar="FILE.csv", help="Model Size, Training FLOP, loss")
     sub.add_argument(
@@ -198,16 +200,48 @@ def _parser(functions: Mapping[str, Verb]) -> Parser:
     )
     sub.add_argument("--resamples", type=_at_least(20), default=1000, metavar="N")
     sub.add_argument("--seed", type=_at_least(0), default=0)
-    json_flag(sub)
+    _json_flag(sub)
 
-    tokenizer = verbs.add_parser("tokenizer", help="Tokenizers.").add_subparsers(
-        dest="action", required=True, parser_class=Parser
-    )
-    sub = verb("tokenizer train", tokenizer)
+
+def _tokenizer_train_options(sub: Parser) -> None:
     sub.add_argument("--source", required=True, help="as config.data.source")
     sub.add_argument("--vocab_size", type=_at_least(2), required=True, metavar="N")
     sub.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
     sub.add_argument("--output", required=True, metavar="FILE.model")
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "train": _train_options,
+    "launch": _launch_options,
+    "sweep": _sweep_options,
+    "eval": _eval_options,
+    "generate": _generate_options,
+    "merge": _merge_options,
+    "import": _import_options,
+    "export": _export_options,
+    "params": _params_options,
+    "plan": _plan_options,
+    "config": _config_options,
+    "vectors": _vectors_options,
+    "report": _report_options,
+    "scaling": _scaling_options,
+    "tokenizer train": _tokenizer_train_options,
+}
+
+
+def _parser(functions: Mapping[str, Verb]) -> Parser:
+    parser = Parser(prog="lm", description="Pretrain language models on many devices.")
+    top = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    groups = {"": top}
+    for name, function in functions.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            inner = top.add_parser(group, help=f"{group.capitalize()}s.")
+            groups[group] = inner.add_subparsers(dest="action", required=True, parser_class=Parser)
+        about = function.__doc__
+        sub = groups[group].add_parser(last, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(function=function)
+        OPTIONS[name](sub)
     return parser
 
 
