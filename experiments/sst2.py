@@ -7,8 +7,8 @@
 | minilm      | 6 layers, d 384, 12 heads, imported and fine-tuned | –                            |
 
 The first two start from GloVe vectors of 50 numbers. All train on the 67,349 phrases of GLUE. The
-published figures (Tai et al. 2015) have vectors of 300. The checkpoint that is best on the 872 sentences of
-dev is tested once on the 1,821 labelled test sentences. Ours: see RESULTS.md.
+published figures (Tai et al. 2015) have vectors of 300. The checkpoint that is best on the 872
+sentences of dev is tested once on the 1,821 labelled test sentences. Ours: see RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/sst2.py:lstm --workdir runs/sst2
     LM_DATA_DIR=DIR lm eval --workdir runs/sst2 --best --task --split test
