@@ -1,6 +1,6 @@
 """Classical Chinese verse: SentencePiece and a small decoder, from 0.93 M characters.
 
-The last 5 % of the poems are for validation; the figure is bits a UTF-8 byte of them. Ours, and a
+Five per cent of the poems are for validation; the figure is bits a UTF-8 byte of them. Ours, and a
 sample: see RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/chinese.py --workdir runs/chinese

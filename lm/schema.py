@@ -226,7 +226,8 @@ SCHEMA: dict[str, Key] = {
     ),
     "data.validation_fraction": Key(
         0.0,
-        "Part held out where there is no validation source: the last of documents, random records.",
+        "Part held out where there is no validation source: random documents or records, or the "
+        "end of the only document.",
         low=0.0,
         high=0.9,
     ),
