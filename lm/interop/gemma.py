@@ -7,12 +7,14 @@ side, some layers have a window, and scores a scale of their own; scores and log
 
 from __future__ import annotations
 
+from typing import Any
+
 from lm.interop.family import Inexpressible, Values, choose, demand
 from lm.interop.llama import common, decoder, read_rope, write_common, write_rope
 from lm.interop.windows import GLOBAL, LOCAL, layer_types, read_windows, types_of
 from lm.models.config import TransformerConfig
 
-_ALWAYS = {
+_ALWAYS: dict[str, Any] = {
     "activation": "geglu",
     "norm_unit_offset": True,
     "scale_embeddings": True,
@@ -90,6 +92,8 @@ def _write_gemma2(config: TransformerConfig) -> Values:
 
 
 def _read_gemma3(theirs: Values) -> Values:
+    # Their fused attention, which Gemma 2's models never use, leaves it out without a word.
+    demand(theirs, attn_logit_softcapping=None)
     found = _read_later(theirs, None, None, theirs.get("sliding_window_pattern") or 6)
     by_type = theirs.get("rope_parameters") or {}
     old = {"rope_theta": theirs.get("rope_theta")} | (theirs.get("rope_scaling") or {})

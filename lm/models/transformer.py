@@ -95,6 +95,8 @@ class Block(nn.Module):
             seen = replace(around.visibility, window=c.window, is_global=is_global)
             angles_BLK = around.angles_BLK
             if around.local_angles_BLK is not None:
+                assert angles_BLK is not None
+                assert is_global is not None
                 angles_BLK = jnp.where(is_global, angles_BLK, around.local_angles_BLK)
             y_BLD, own = attend.to_itself(y_BLD, seen, angles_BLK, around.bias_HLS, own)
             return y_BLD

@@ -124,7 +124,7 @@ DECODERS = {
     "gemma3": ("Gemma3ForCausalLM", GEMMA3),
     "gemma3-local-capped": (
         "Gemma3ForCausalLM",
-        GEMMA3 | {"num_hidden_layers": 2, "layer_types": None, "attn_logit_softcapping": 2.0},
+        GEMMA3 | {"num_hidden_layers": 2, "layer_types": None, "final_logit_softcapping": 2.0},
     ),
     "qwen2-windows": (
         "Qwen2ForCausalLM",
