@@ -327,6 +327,9 @@ SCHEMA: dict[str, Key] = {
     "optimizer.adamw.b1": Key(0.9, "Decay of the first moment.", low=0.0, high=0.99999),
     "optimizer.adamw.b2": Key(0.95, "Decay of the second moment.", low=0.0, high=0.99999),
     "optimizer.adamw.eps": Key(1e-8, "Added to the root of the second moment.", low=0.0),
+    "optimizer.adamw.bias_correction": Key(
+        True, "Divide the moments by what they lack in the first steps; BERT's code does not."
+    ),
     "optimizer.adafactor.decay_rate": Key(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0),
     "optimizer.adafactor.clip_threshold": Key(1.0, "Largest RMS of an update.", low=1e-6),
     "optimizer.adafactor.min_dim": Key(128, "Smallest dimension that is factored.", low=1),
