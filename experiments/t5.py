@@ -46,7 +46,7 @@ def get_config(variant="1.1-small"):
     model.head_dim = 64
     model.vocab_size = 32_128  # 32,000 pieces, 100 sentinels, filled up
     model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
-    model.positions, model.scale_attention = "relative", False
+    model.positions, model.attention_scale = "relative", 1.0
     model.final_dropout = True
     model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
     if variant.startswith("1.1"):

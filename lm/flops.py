@@ -7,7 +7,7 @@ it is the token table, and embedding look-ups nothing; of experts
 those count that a token uses, dropped or not;
 + 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
 causal attention has the half of the pairs that is needed (the dense convention counts masked
-scores as work) and encoders and cross-attention have all of them;
+scores as work), with a window those inside it, and encoders and cross-attention have all of them;
 for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 """
 
@@ -117,8 +117,11 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     width = m.n_heads * m.head_dim
     causal, both_ways, cross = target**2 / 2, source**2, source * target
+    window = min(m.window or target, target)
+    n_global = m.n_layers // m.global_every if m.global_every else 0
+    local = causal - (target - window) ** 2 / 2
     return {
-        "decoder": m.n_layers * width * causal,
+        "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),
         "encoder": m.n_layers * width * both_ways,
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,

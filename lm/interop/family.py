@@ -115,19 +115,22 @@ def essence(config: TransformerConfig, model: str) -> Values:
     """The values that determine what a model computes, and nothing that has no effect."""
     c = config
     values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
-    values["attention_output_bias"] = c.attention_output_bias
+    values |= {"attention_output_bias": c.attention_output_bias, "attention_scale": c.score_scale}
     unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes"}
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
     if c.positions != "learned":
         unused |= {"position_offset", "max_length"}
+    if not c.window:
+        unused |= {"global_every", "rope_theta_local"}
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
+    scaling = of_rope - {"rope_theta", "rope_theta_local", "rope_scaling"}
     if c.positions != "rotary":
         unused |= of_rope
     elif c.rope_scaling == "none":
-        unused |= of_rope - {"rope_theta", "rope_scaling"}
+        unused |= scaling
     elif c.rope_scaling == "linear":
-        unused |= of_rope - {"rope_theta", "rope_scaling", "rope_factor"}
+        unused |= scaling - {"rope_factor"}
     if c.positions != "relative":
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,20 @@ class TransformerConfig:
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
+    norm_unit_offset: bool = False
     norm_bias: bool = True
     embedding_norm: bool = False
     bias: bool = True
     attention_bias: str = "same"
     qk_norm: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    window: int = 0
+    global_every: int = 0
     positions: str = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
+    rope_theta_local: float = 0.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
     rope_low_frequency: float = 1.0
@@ -50,7 +57,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False
-    scale_attention: bool = True
+    logit_softcap: float = 0.0
     n_classes: int = 0
     dropout: float = 0.0
     final_dropout: bool = False
@@ -71,6 +78,17 @@ class TransformerConfig:
     def pattern(self) -> int:
         """How many blocks there are before they repeat."""
         return self.experts_every if self.n_experts else 1
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    def global_layers(self, n_layers: int) -> np.ndarray | None:
+        """Which layers of a stack see beyond the window, [N] bool; None: all are alike."""
+        if not (self.window and self.global_every):
+            return None
+        return np.arange(1, n_layers + 1) % self.global_every == 0
 
     @property
     def query_bias(self) -> bool:
