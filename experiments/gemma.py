@@ -1,14 +1,14 @@
 """Gemma 1, 2 and 3 (Gemma Team 2024a, Tables 1 and 2; 2024b, Table 1; 2025, Table 1), text only.
 
-| variant | parameters    | paper's | tokens | FLOPs | expected       |
-|---------|---------------|---------|--------|-------|----------------|
-| 1-2b    | 2,506,172,416 | 2.51B   | 3T     |       | MMLU 42.3      |
-| 1-7b    | 8,537,680,896 | 8.54B   | 6T     |       | MMLU 64.3      |
-| 2-2b    | 2,614,341,888 | 2.6B    | 2T     |       | MMLU 51.3      |
-| 2-9b    | 9,241,705,984 | 9B      | 8T     |       | MMLU 71.3      |
-| 3-270m  | 268,098,176   | 270M    | 6T     |       | HellaSwag 40.9 |
-| 3-1b    | 999,885,952   | 1B      | 2T     |       | HellaSwag 62.3 |
-| 3-4b    | 3,880,263,168 | 4B      | 4T     |       | MMLU 59.6      |
+| variant | parameters    | paper's | tokens | FLOPs  | expected       |
+|---------|---------------|---------|--------|--------|----------------|
+| 1-2b    | 2,506,172,416 | 2.51B   | 3T     | 3.6e22 | MMLU 42.3      |
+| 1-7b    | 8,537,680,896 | 8.54B   | 6T     | 2.8e23 | MMLU 64.3      |
+| 2-2b    | 2,614,341,888 | 2.6B    | 2T     | 2.4e22 | MMLU 51.3      |
+| 2-9b    | 9,241,705,984 | 9B      | 8T     | 4.0e23 | MMLU 71.3      |
+| 3-270m  | 268,098,176   | 270M    | 6T     | 3.6e21 | HellaSwag 40.9 |
+| 3-1b    | 999,885,952   | 1B      | 2T     | 8.4e21 | HellaSwag 62.3 |
+| 3-4b    | 3,880,263,168 | 4B      | 4T     | 7.7e22 | MMLU 59.6      |
 
 Scores (MMLU 5-shot, HellaSwag 10-shot) and texts are the model cards'. Gemma 2's 2B and 9B and all
 of Gemma 3 learnt from a larger model's distribution; here they learn from the text, and will end
@@ -20,11 +20,13 @@ layer as one d_ff. 3-4b is without the vision encoder (417M).
 
 RMSNorm times 1 + w, embeddings times √d, GeGLU, heads of 256 numbers. Gemma 2 normalises before and
 after each sublayer, caps attention scores at 50 and logits at 30, and looks back 4,096 tokens in
-every other layer. Gemma 3 normalises queries and keys instead of capping; five layers look back 512
-(3-4b: 1,024) tokens, with wavelengths of base 10⁴, and the sixth sees all, with 10⁶ (3-4b: times 8).
+every other layer. Gemma 3 normalises queries and keys instead of capping; of six layers five look
+back 512 (3-4b: 1,024) tokens, with wavelengths of base 10⁴, and the last sees all, with 10⁶ (3-4b:
+eight times as long).
 
-    lm train --config experiments/gemma.py:3-270m --workdir runs/gemma --config.parallel.preset=fsdp \
-        --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model
+    lm train --config experiments/gemma.py:3-270m --workdir runs/gemma \
+        --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \
+        --config.data.tokenizer=sentencepiece:FILE.model
 """
 
 from lm.config import choose, default

@@ -1,8 +1,8 @@
 """Mistral 7B v0.1 (Jiang et al. 2023, Table 1).
 
-| variant | parameters    | paper's | tokens | FLOPs | expected  |
-|---------|---------------|---------|--------|-------|-----------|
-| 7b      | 7,241,732,096 | 7B      | 2.0T * |       | MMLU 62.5 |
+| variant | parameters    | paper's | tokens | FLOPs  | expected  |
+|---------|---------------|---------|--------|--------|-----------|
+| 7b      | 7,241,732,096 | 7B      | 2T *   | 8.4e22 | MMLU 62.5 |
 
 MMLU is 5-shot, as Mixtral's Table 2 has it. * Neither text nor recipe is published: these are
 Llama 2's. Llama 2's block with eight key/value heads, whose attention looks back 4,096 tokens,
