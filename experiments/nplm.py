@@ -12,8 +12,8 @@ these. Brown is cut after 800,000 and 1,000,000 words;
 words that occur 3 times or less are one.
 
 Each word is a step in the paper, with a learning rate of 1e-3 / (1 + 1e-8 t) and decay of 1e-4 (AP
-News 1e-5) of weights and features. Here 128 words are one step with 128 times that rate, and it
-falls along a line to the same end. Brown took 10 to 20 epochs; the paper ran 5 of AP News, and says
+News 1e-5) of weights and features. Here 128 words are one step with 128 times that rate, and t
+counts them all the same. Brown took 10 to 20 epochs; the paper ran 5 of AP News, and says
 nothing of the initialisation.
 
     lm train --config experiments/nplm.py:mlp9 --workdir runs/nplm \
@@ -58,7 +58,7 @@ def get_config(variant="mlp9"):
 
     optimizer.name, optimizer.sgd.momentum = "sgd", 0.0
     optimizer.learning_rate, optimizer.clip_norm = 1e-3 * 128, 0.0
-    config.schedule.name = "linear"
+    config.schedule.name = "inverse"
     config.schedule.final_ratio = 1 / (1 + 1e-8 * epochs * words)
     config.train.steps = epochs * words // 128
     config.train.steps_per_dispatch = 10

@@ -379,12 +379,14 @@ SCHEMA: dict[str, Key] = {
     "schedule.name": Key(
         "cosine",
         "Learning rate after the warm-up.",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse", "inverse_sqrt", "step", "wsd"),
     ),
     "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
     "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
     "schedule.decay_steps": Key(
-        0, "Step at which cosine, linear and wsd end their decay; 0: train.steps.", low=0
+        0,
+        "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
+        low=0,
     ),
     "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
     "schedule.step_every": Key(1000, "Steps from one fall of step to the next.", low=1),
