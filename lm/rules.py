@@ -38,6 +38,8 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
         )
     if config.init.vectors and config.init["from"]:
         yield "config.init.from and config.init.vectors exclude each other"
+    if config.schedule.name == "inverse" and not config.schedule.final_ratio:
+        yield "config.schedule.name=inverse never reaches 0: set config.schedule.final_ratio above"
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"

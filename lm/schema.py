@@ -354,6 +354,9 @@ SCHEMA: dict[str, Key] = {
     "optimizer.adamw.b1": Key(0.9, "Decay of the first moment.", low=0.0, high=0.99999),
     "optimizer.adamw.b2": Key(0.95, "Decay of the second moment.", low=0.0, high=0.99999),
     "optimizer.adamw.eps": Key(1e-8, "Added to the root of the second moment.", low=0.0),
+    "optimizer.adamw.bias_correction": Key(
+        True, "Divide the moments by what they lack in the first steps; BERT's code does not."
+    ),
     "optimizer.adafactor.decay_rate": Key(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0),
     "optimizer.adafactor.clip_threshold": Key(1.0, "Largest RMS of an update.", low=1e-6),
     "optimizer.adafactor.min_dim": Key(128, "Smallest dimension that is factored.", low=1),
@@ -377,12 +380,14 @@ SCHEMA: dict[str, Key] = {
     "schedule.name": Key(
         "cosine",
         "Learning rate after the warm-up.",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse", "inverse_sqrt", "step", "wsd"),
     ),
     "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
     "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
     "schedule.decay_steps": Key(
-        0, "Step at which cosine, linear and wsd end their decay; 0: train.steps.", low=0
+        0,
+        "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
+        low=0,
     ),
     "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
     "schedule.step_every": Key(1000, "Steps from one fall of step to the next.", low=1),

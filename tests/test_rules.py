@@ -43,6 +43,10 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (
+            {"schedule.name": "inverse", "schedule.final_ratio": "0"},
+            "config.schedule.name=inverse never reaches 0",
+        ),
         ({"model.d_model": "17"}, "config.model.d_model=17 is not divisible by config.model.n_he"),
         ({"model.n_heads": "4", "model.n_kv_heads": "3"}, "not divisible by config.model.n_kv_hea"),
         ({"model.positions": "rotary", "model.head_dim": "3"}, "needs an even head dimension"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from lm import config as configs
 from lm.errors import UserError
+from lm.experiment_file import call_file
 from lm.training.files import write_atomically
 
 
@@ -92,7 +93,7 @@ def load(
     `overrides` and `options` go to every run; the run's own overrides win.
     """
     file, _, variant = spec.partition(":")
-    sweep = configs.call_file(Path(file), "get_sweep", variant)
+    sweep = call_file(Path(file), "get_sweep", variant)
     if not isinstance(sweep, Sweep):
         raise UserError(f"{file}: get_sweep returned {type(sweep).__name__}, not a Sweep")
     if not sweep.runs:
