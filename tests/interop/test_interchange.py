@@ -127,7 +127,7 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
     lm(capsys, "train", "--config", first / "run.json", "--workdir", trained, *data, *mesh, *words)
     lm(capsys, "export", "--workdir", trained, "--to", tmp_path / "out")
 
-    experiment = build_experiment(load_config(trained), jax.devices())
+    experiment = build_experiment(load_config(trained, {}), jax.devices())
     assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
     tokenizer, config = load_saved(trained / "tokenizer"), experiment.config
     stores = open_split(config.data, "validation", tokenizer, False)
