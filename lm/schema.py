@@ -367,6 +367,7 @@ SCHEMA: dict[str, Key] = {
     "eval.every_steps": Key(0, "Validate every so many steps; 0: only at the end.", low=0),
     "eval.batch_size": Key(0, "Sequences of a validation batch; 0: data.batch_size.", low=0),
     "eval.max_batches": Key(0, "Validation batches during training; 0: the whole split.", low=0),
+    "eval.final_batches": Key(0, "The same after the last step.", low=0),
     "eval.metrics": Key(
         "", "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective."
     ),
