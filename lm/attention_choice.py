@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from lm.config import TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import n_tiles
 from lm.kernels.splash_attention import LANES
 from lm.objectives.registry import make_objective
+from lm.rules import TRANSFORMERS, tiled_attention_problem
 
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
