@@ -120,6 +120,15 @@ SCHEMA: dict[str, Key] = {
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
     "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
     "model.scale_attention": Key(True, "Divide attention scores by sqrt(head_dim)."),
+    "model.mup_base_width": Key(
+        0,
+        "muP (Yang et al. 2022): the d_model at which this is the plain model, and from which best "
+        "learning rates carry over to others; d_ff grows with d_model. 0: plain at every width.",
+        low=0,
+    ),
+    "model.mup_base_head_dim": Key(
+        0, "head_dim at mup_base_width; 0: head_dim, wider models have more heads.", low=0
+    ),
     "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
     "model.d_hidden": Key(
         0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
