@@ -52,15 +52,17 @@ def trained(config, steps=2):
     return first, {path: np.asarray(x) for path, x in flat(after.params).items()}
 
 
+T5 = {"model.tie_embeddings": True, "model.scale_logits": True, "model.scale_embeddings": True}
+
+
 @pytest.mark.parametrize(
-    "style",
+    ("style", "optimizer"),
     [
-        KINDS["causal decoder"],
-        KINDS["span_corruption encoder_decoder"] | {"model.scale_logits": True},
+        (KINDS["causal decoder"] | {"model.tie_embeddings": False}, "adamw"),
+        (KINDS["span_corruption encoder_decoder"] | T5, "muon"),
     ],
-    ids=["standard", "like T5"],
+    ids=["like Llama, AdamW", "like T5, Muon"],
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_at_the_base_width_it_is_the_plain_model(style, optimizer):
     style = {k: v for k, v in style.items() if k.startswith("model.")}
     plain = trained(config_of(**style, optimizer__name=optimizer))
