@@ -16,9 +16,9 @@ from lm.errors import UserError
 from lm.sweeps.sweep import Sweep
 
 BUDGETS = "3e10,1e11,3e11"  # training FLOPs
-WIDTHS = 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512
+WIDTHS = 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512
 LAYERS, HEADS, VOCABULARY, LENGTH, BATCH, DISPATCH = 2, 2, 257, 128, 8, 10
-TOKENS_PER_PARAMETER = 1.6, 160  # outside of these a size is far from the best
+TOKENS_PER_PARAMETER = 7, 500  # outside of these a size is far from the best
 
 
 def parameters(d_model):
