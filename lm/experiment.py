@@ -267,10 +267,11 @@ def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         )
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
+    width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
         objective=make_objective(config),
-        optimizer=make_optimizer(config.optimizer, schedule, trainable),
+        optimizer=make_optimizer(config.optimizer, schedule, trainable, width_ratio),
         trainable=trainable,
         lora=config.lora,
         schedule=schedule,
