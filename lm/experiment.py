@@ -29,10 +29,10 @@ from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
-from lm.parallel.compiler import compiler_options
 from lm.parallel.fit import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.parallel.pipeline import Schedule, pipelined
+from lm.parallel.xla_flags import compiler_options
 from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
