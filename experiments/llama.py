@@ -66,6 +66,7 @@ def get_config(variant="2-7b"):
     data.validation_fraction = 0.0005
     data.batch_size = 4_194_304 // data.sequence_length
     config.train.steps, config.train.remat = 500_000, "full"  # 2T tokens
+    config.train.loss_chunk = 512  # whole, the logits would be the largest arrays of the step
     config.schedule.warmup_steps = 2000
     config.eval.every_steps, config.eval.max_batches = 1000, 10
     return config

@@ -5,7 +5,7 @@ Training, planning, evaluation, decoding and export all start here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -233,20 +233,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """Wire the experiment that `config` describes on `devices`; nothing is computed yet."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    pipeline = pipeline_schedule(config, sizes)
-    check_batches(config, sizes, pipeline)
-    check_lengths(config, sizes)
-    attention = choose(config, devices[0].platform, sizes)
-    if config.model.n_heads % sizes["tensor"]:
-        raise UserError(
-            f"config.model.n_heads={config.model.n_heads} is not divisible by "
-            f"config.parallel.mesh.tensor={sizes['tensor']}"
-        )
-    if sizes["expert"] > 1 and not config.model.n_experts:
-        raise UserError(
-            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
-            "(config.model.n_experts=0); use data or fsdp"
-        )
+    pipeline, attention = divide(config, devices[0].platform, sizes)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
     steps = Steps(
@@ -263,6 +250,28 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     experiment = Experiment(config, mesh, pipeline, steps.model, steps, attention)
     experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
     return experiment
+
+
+def divide(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> tuple[Schedule, Choice]:
+    """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
+
+    UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.
+    """
+    pipeline = pipeline_schedule(config, sizes)
+    check_batches(config, sizes, pipeline)
+    check_lengths(config, sizes)
+    attention = choose(config, platform, sizes)
+    if config.model.n_heads % sizes["tensor"]:
+        raise UserError(
+            f"config.model.n_heads={config.model.n_heads} is not divisible by "
+            f"config.parallel.mesh.tensor={sizes['tensor']}"
+        )
+    if sizes["expert"] > 1 and not config.model.n_experts:
+        raise UserError(
+            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(config.model.n_experts=0); use data or fsdp"
+        )
+    return pipeline, attention
 
 
 def reads_records(config: ConfigDict) -> bool:
