@@ -4,9 +4,9 @@
 
 One plan at a time, each kept at once as a line of experiments/results/plans/plans.jsonl: a run that
 was cut goes on, and a configuration that was planned before is not planned again. Patterns such as
-'llama*' or '*h100*' choose among "FILE.py:VARIANT on TOPOLOGY"; 'none' only writes the table.
-TPUs need the extra "tpu", GPUs "cuda12"; what cannot be planned here is said and left out. About a
-minute a plan on a quiet core.
+'llama*' choose what is planned among FILE.py:VARIANT; 'none' only writes the table. TPUs need the
+extra "tpu", GPUs "cuda12"; what cannot be planned here is said and left out. About a minute a plan
+on a quiet core.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lm.errors import UserError
 from lm.experiment import build, divide
 from lm.parallel.mesh import axis_sizes
 from lm.parameters import count_parameters
+from lm.planning.chips import CHIPS
 from lm.planning.estimate import Arithmetic, Settings
 from lm.planning.plan import make_plan
 from lm.planning.search import overridden
@@ -129,9 +130,8 @@ def config_of(name: str) -> ConfigDict:
 
 @cache
 def arithmetic(name: str) -> Arithmetic:
-    simple = overridden(config_of(name), {"parallel.preset": "data"})
-    described = topology("v5e:1x1")
-    return Arithmetic(build(simple, described.devices), described.chip)
+    simple = {"parallel.preset": "data", "model.dtype": "bfloat16", "model.attention": "xla"}
+    return Arithmetic(build(overridden(config_of(name), simple), jax.devices()[:1]), CHIPS["v5e"])
 
 
 def parameters(name: str) -> int:
@@ -140,6 +140,8 @@ def parameters(name: str) -> int:
 
 def places(name: str) -> Iterator[Place]:
     """Where the batch divides and arithmetic leaves room, the smallest first."""
+    if not importlib.util.find_spec("libtpu"):
+        return
     figures = arithmetic(name)
     config = figures.experiment.config
     preset = "fsdp" if parameters(name) >= SHARDED_FROM else "data"
@@ -182,11 +184,11 @@ def kept() -> Kept:
     return {(entry["key"], entry["place"]): entry["plan"] for entry in entries}
 
 
-def planned(name: str, place: Place, before: Kept, patterns: list[str]) -> Plan | None:
-    """The plan kept or, if a pattern chooses it, made now and kept."""
-    key, text = (key_of(name), str(place)), f"{name} on {place}"
-    if key not in before and any(fnmatch(text, pattern) for pattern in patterns):
-        print(text, file=sys.stderr, flush=True)
+def planned(name: str, place: Place, before: Kept, chosen: bool) -> Plan | None:
+    """The plan kept or, if it is `chosen`, made now and kept."""
+    key = key_of(name), str(place)
+    if key not in before and chosen:
+        print(f"{name} on {place}", file=sys.stderr, flush=True)
         try:
             before[key] = plan(name, place)
         except (UserError, RuntimeError, NotImplementedError) as error:
@@ -199,7 +201,7 @@ def planned(name: str, place: Place, before: Kept, patterns: list[str]) -> Plan 
     return before.get(key)
 
 
-def rows_of(name: str, before: Kept, patterns: list[str]) -> Iterator[str]:
+def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
     """A row for the first place where the experiment fits, and for each other one."""
     others = OTHERS.get(name, ())
     own = [(key, found) for key, found in before.items() if key[0] == key_of(name)]
@@ -208,16 +210,16 @@ def rows_of(name: str, before: Kept, patterns: list[str]) -> Iterator[str]:
         for (_, place), found in own
         if found["fits"] and place not in map(str, others)
     ]
-    if not own and parameters(name) > LARGEST:
+    if not own and (not chosen or parameters(name) > LARGEST):
         return
-    if not fitting:
-        tried = ((place, planned(name, place, before, patterns)) for place in places(name))
+    if not fitting and chosen:
+        tried = ((place, planned(name, place, before, chosen)) for place in places(name))
         fits = ((str(place), found) for place, found in tried if found and found["fits"])
         fitting = list(islice(fits, 1))
     for place, found in fitting[:1]:
         yield row(name, place, 1, found)
     for place in others:
-        if found := planned(name, place, before, patterns):
+        if found := planned(name, place, before, chosen):
             parts = dict(place.overrides).get("train.microbatches", 1)
             yield row(name, str(place), parts, found)
 
@@ -248,9 +250,11 @@ def line(cells: Iterable[str]) -> str:
 
 
 def compilers() -> str:
-    from importlib.metadata import version
+    from importlib.metadata import distributions
 
-    return f"jax {version('jax')}, libtpu {version('libtpu')}"
+    names = ("jax", "libtpu", "jax-cuda12-plugin")
+    found = {d.name: d.version for d in distributions() if d.name in names}
+    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
 
 
 def write(rows: list[str]) -> None:
@@ -264,10 +268,8 @@ def main(patterns: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     before, rows = kept(), []
     for name in variants():
-        found = list(rows_of(name, before, patterns or ["*"]))
-        if not found and parameters(name) <= LARGEST:
-            print(f"{name}: not planned", file=sys.stderr, flush=True)
-        rows += found
+        chosen = not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+        rows += rows_of(name, before, chosen)
     write(rows)
 
 

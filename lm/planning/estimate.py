@@ -115,7 +115,7 @@ class Arithmetic:
     # --- time
 
     def _compute(self, sizes: Sizes, schedule: Schedule, settings: Settings) -> float:
-        flops = model_flops_per_token(self.experiment) * self._all_tokens / prod(sizes.values())
+        flops = self._flops_a_token * self._all_tokens / prod(sizes.values())
         return RECOMPUTED[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
 
     def _network(self, sizes: Sizes, settings: Settings) -> float:
@@ -142,6 +142,10 @@ class Arithmetic:
         if sizes["stage"] > 1:
             sent += 2 * tokens * model.d_model
         return sent / self._bytes_a_second
+
+    @cached_property
+    def _flops_a_token(self) -> float:
+        return model_flops_per_token(self.experiment)
 
     @property
     def _flops_a_second(self) -> float:

@@ -105,27 +105,31 @@ def candidates(config: ConfigDict, place: Topology, n_slices: int) -> Iterator[C
     alone = {f"parallel.mesh.{axis}": 1 for axis in AXES}
     simplest = {"parallel.preset": "custom", "train.microbatches": 1, "parallel.sequence": False}
     experiment = build(overridden(config, simplest | alone), place.devices[:1])
-    arithmetic = Arithmetic(experiment, place.chip)
+    arithmetic, trial = Arithmetic(experiment, place.chip), experiment.config
     platform = place.devices[0].platform
     remats = [r for r in REMAT if platform != "cpu" or "offload" not in r]
-    for sizes in meshes(experiment, len(place.devices) // n_slices):
-        sizes = {"slice": n_slices, **sizes}
+    for found in meshes(experiment, len(place.devices) // n_slices):
+        sizes = {"slice": n_slices, **found}
+        on_mesh = {f"parallel.mesh.{axis}": sizes[axis] for axis in AXES}
         choices = itertools.product(
-            remats, MICROBATCHES, (False, True)[: sizes["tensor"]], IN_PIPELINE[: sizes["stage"]]
+            MICROBATCHES, (False, True)[: sizes["tensor"]], IN_PIPELINE[: sizes["stage"]]
         )
-        for remat, microbatches, sequence, waiting in choices:
+        for microbatches, sequence, waiting in choices:
             overrides = {
                 "parallel.preset": "custom",
-                **{f"parallel.mesh.{axis}": sizes[axis] for axis in AXES},
+                **on_mesh,
                 "parallel.sequence": sequence,
-                "parallel.pipeline.microbatches": waiting * sizes["stage"],
-                "train.remat": remat,
+                "parallel.pipeline.microbatches": waiting * sizes["stage"] * (sizes["stage"] > 1),
                 "train.microbatches": microbatches,
             }
+            for path, value in overrides.items():
+                set_value(trial, path, value)
             try:
-                schedule, _ = divide(overridden(experiment.config, overrides), platform, sizes)
-                settings = Settings(remat, microbatches, sequence)
-                yield Candidate(overrides, arithmetic.estimate(sizes, schedule, settings))
+                schedule, _ = divide(trial, platform, sizes)
+                for remat in remats:
+                    settings = Settings(remat, microbatches, sequence)
+                    estimate = arithmetic.estimate(sizes, schedule, settings)
+                    yield Candidate({**overrides, "train.remat": remat}, estimate)
             except UserError:
                 continue
 
