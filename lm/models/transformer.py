@@ -233,7 +233,7 @@ class Stack(nn.Module):
         else:
             layers = nn.scan(
                 layer,
-                variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
+                variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=self.n_layers // n,
