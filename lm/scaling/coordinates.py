@@ -25,9 +25,7 @@ WATCHED = {
 Scales = dict[str, list[float]]
 
 
-def activation_scales(
-    config: ConfigDict, batch: Mapping[str, jax.Array], steps: int
-) -> Scales:
+def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps: int) -> Scales:
     """The mean |x| of each of `WATCHED` in a decoder after 0, 1, … `steps` updates on one batch."""
     experiment = build(config, jax.devices()[:1])
     state = experiment.init_state()
@@ -43,7 +41,9 @@ def activation_scales(
         )
         found = {path: jnp.abs(x).mean() for path, (x,) in flat(seen["intermediates"]).items()}
         return {
-            name: next(x for path, x in found.items() if path.endswith("/".join(filter(None, place))))
+            name: next(
+                x for path, x in found.items() if path.endswith("/".join(filter(None, place)))
+            )
             for name, place in WATCHED.items()
         }
 
