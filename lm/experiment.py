@@ -5,7 +5,7 @@ Training, planning, evaluation, decoding and export all start here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,10 +29,10 @@ from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
-from lm.parallel.compiler import compiler_options
 from lm.parallel.fit import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.parallel.pipeline import Schedule, pipelined
+from lm.parallel.xla_flags import compiler_options
 from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
@@ -251,10 +251,33 @@ def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """`build` without tracing anything: what counts parameters needs no optimizer state."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
+    pipeline, attention = divide(config, devices[0].platform, sizes)
+    schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
+    trainable = Trainable(config.optimizer.freeze, config.lora.train)
+    width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
+    steps = Steps(
+        model=make_model(config, attention.kernel, attention.across),
+        objective=make_objective(config),
+        optimizer=make_optimizer(config.optimizer, schedule, trainable, width_ratio),
+        trainable=trainable,
+        lora=config.lora,
+        schedule=schedule,
+        seed=config.seed,
+        microbatches=config.train.microbatches,
+    )
+    mesh = make_mesh(sizes, devices)
+    return Experiment(config, mesh, pipeline, steps.model, steps, attention)
+
+
+def divide(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> tuple[Schedule, Choice]:
+    """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
+
+    UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.
+    """
     pipeline = pipeline_schedule(config, sizes)
     check_batches(config, sizes, pipeline)
     check_lengths(config, sizes)
-    attention = choose(config, devices[0].platform, sizes)
+    attention = choose(config, platform, sizes)
     if config.model.n_heads % sizes["tensor"]:
         raise UserError(
             f"config.model.n_heads={config.model.n_heads} is not divisible by "
@@ -265,20 +288,7 @@ def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
             f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
             "(config.model.n_experts=0); use data or fsdp"
         )
-    schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
-    trainable = Trainable(config.optimizer.freeze, config.lora.train)
-    steps = Steps(
-        model=make_model(config, attention.kernel, attention.across),
-        objective=make_objective(config),
-        optimizer=make_optimizer(config.optimizer, schedule, trainable),
-        trainable=trainable,
-        lora=config.lora,
-        schedule=schedule,
-        seed=config.seed,
-        microbatches=config.train.microbatches,
-    )
-    mesh = make_mesh(sizes, devices)
-    return Experiment(config, mesh, pipeline, steps.model, steps, attention)
+    return pipeline, attention
 
 
 def reads_records(config: ConfigDict) -> bool:

@@ -25,6 +25,7 @@ def llama_training(config: ConfigDict, tokens: float, batch_tokens: int = 2**22)
     data.validation_fraction = 0.0005
     data.batch_size = batch_tokens // data.sequence_length
     config.train.steps, config.train.remat = round(tokens / batch_tokens), "full"
+    config.train.loss_chunk = 512  # whole, the logits would be the largest arrays of the step
     config.eval.every_steps, config.eval.max_batches = 1000, 10
 
 

@@ -24,6 +24,7 @@ TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 def broken_rules(config: ConfigDict) -> Iterator[str]:
     """What is wrong between the keys of a configuration whose every key is right by itself."""
     yield from _model_rules(config)
+    yield from _mup_rules(config)
     yield from _data_rules(config)
     families = FAMILIES_OF[config.objective.name]
     if config.model.family not in families:
@@ -31,11 +32,12 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
             f"config.objective.name={config.objective.name} needs config.model.family "
             f"{' or '.join(families)}, not {config.model.family}"
         )
-    if config.eval.best and config.eval.max_batches:
-        yield (
-            f"config.eval.best={config.eval.best} compares whole evaluations: "
-            f"config.eval.max_batches={config.eval.max_batches} must be 0"
-        )
+    for name in ("max_batches", "final_batches"):
+        if config.eval.best and config.eval[name]:
+            yield (
+                f"config.eval.best={config.eval.best} compares whole evaluations: "
+                f"config.eval.{name}={config.eval[name]} must be 0"
+            )
     if config.init.vectors and config.init["from"]:
         yield "config.init.from and config.init.vectors exclude each other"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:
@@ -121,6 +123,24 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
             )
     if model.activation_dropout:
         yield "config.model.activation_dropout is not for config.model.n_experts"
+
+
+def _mup_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.mup_base_head_dim and not model.mup_base_width:
+        yield (
+            f"config.model.mup_base_head_dim={model.mup_base_head_dim} needs "
+            "config.model.mup_base_width"
+        )
+    if not model.mup_base_width:
+        return
+    if model.family not in TRANSFORMERS:
+        yield f"config.model.mup_base_width is not for config.model.family={model.family}"
+    if config.optimizer.name not in ("adamw", "muon"):
+        yield (
+            "config.model.mup_base_width needs config.optimizer.name adamw or muon, "
+            f"not {config.optimizer.name}"
+        )
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:

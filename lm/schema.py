@@ -146,6 +146,15 @@ SCHEMA: dict[str, Key] = {
     "model.logit_softcap": Key(
         0.0, "Logits x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
     ),
+    "model.mup_base_width": Key(
+        0,
+        "muP (Yang et al. 2022): the d_model at which this is the plain model, and from which best "
+        "learning rates carry over to others; d_ff grows with d_model. 0: plain at every width.",
+        low=0,
+    ),
+    "model.mup_base_head_dim": Key(
+        0, "head_dim at mup_base_width; 0: head_dim, wider models have more heads.", low=0
+    ),
     "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
     "model.d_hidden": Key(
         0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
@@ -252,7 +261,8 @@ SCHEMA: dict[str, Key] = {
     ),
     "data.validation_fraction": Key(
         0.0,
-        "Part held out where there is no validation source: the last of documents, random records.",
+        "Part held out where there is no validation source: random documents or records, or the "
+        "end of the only document.",
         low=0.0,
         high=0.9,
     ),
@@ -398,6 +408,7 @@ SCHEMA: dict[str, Key] = {
     "eval.every_steps": Key(0, "Validate every so many steps; 0: only at the end.", low=0),
     "eval.batch_size": Key(0, "Sequences of a validation batch; 0: data.batch_size.", low=0),
     "eval.max_batches": Key(0, "Validation batches during training; 0: the whole split.", low=0),
+    "eval.final_batches": Key(0, "The same after the last step.", low=0),
     "eval.metrics": Key(
         "", "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective."
     ),

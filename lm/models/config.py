@@ -58,6 +58,8 @@ class TransformerConfig:
     scale_embeddings: bool = False
     scale_logits: bool = False
     logit_softcap: float = 0.0
+    mup_base_width: int = 0
+    mup_base_head_dim: int = 0
     n_classes: int = 0
     dropout: float = 0.0
     final_dropout: bool = False
@@ -100,8 +102,34 @@ class TransformerConfig:
         """Whether the projection of what the heads found has one."""
         return self.bias if self.attention_bias == "same" else self.attention_bias == "all"
 
+    @property
+    def width_ratio(self) -> float:
+        """d_model over that of muP's base model; 1 in the standard parametrisation."""
+        return self.d_model / (self.mup_base_width or self.d_model)
+
+    @property
+    def base_head_dim(self) -> int:
+        """head_dim of muP's base model, or the own."""
+        return self.mup_base_head_dim or self.head_dim
+
+    @property
+    def query_multiplier(self) -> float:
+        """What makes of the usual scale of attention scores muP's, which falls as 1/head_dim."""
+        ratio = self.base_head_dim / self.head_dim
+        return ratio if self.attention_scale else ratio**0.5
+
     def std(self, n_in: int, n_out: int) -> float:
-        """Deviation of a fresh kernel of `n_in` inputs and `n_out` outputs."""
+        """Deviation of a fresh kernel whose `n_in` inputs and `n_out` outputs grow with the width:
+        in muP as 1/sqrt(inputs), from that of the base model (Yang et al. 2022, Table 8)."""
+        m = self.width_ratio
+        return self._plain_std(n_in / m, n_out / m) / m**0.5
+
+    def output_std(self, n_out: int) -> float:
+        """The same from the residual stream to a number of scores that does not grow: in muP as in
+        the base model, the scores being divided by `width_ratio` (Table 8)."""
+        return self._plain_std(self.d_model / self.width_ratio, n_out)
+
+    def _plain_std(self, n_in: float, n_out: float) -> float:
         by_kind = {
             "normal": self.init_std,
             "fan_in": (self.init_scale / n_in) ** 0.5,

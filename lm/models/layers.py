@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.matmul import matmul
 from lm.models.config import TransformerConfig
+from lm.parallel.lookup import look_up
 from lm.parallel.rules import constrain, shards
 
 Initializer = Callable[..., jax.Array]
@@ -119,9 +120,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        # A row is looked up whole: a width sharded like the parameter would be reshuffled after.
-        table = constrain(self.embedding.astype(self.dtype), self.row_name, "embed")
-        return jnp.take(table, ids_BL, axis=0)
+        return look_up(self.embedding.astype(self.dtype), (self.row_name, "embed"), ids_BL)
 
     def first(self, length: int) -> jax.Array:
         """Rows 0 … length - 1, as a slice: its gradient is no scatter."""

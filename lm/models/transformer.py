@@ -95,6 +95,8 @@ class Block(nn.Module):
             seen = replace(around.visibility, window=c.window, is_global=is_global)
             angles_BLK = around.angles_BLK
             if around.local_angles_BLK is not None:
+                assert angles_BLK is not None
+                assert is_global is not None
                 angles_BLK = jnp.where(is_global, angles_BLK, around.local_angles_BLK)
             y_BLD, own = attend.to_itself(y_BLD, seen, angles_BLK, around.bias_HLS, own)
             return y_BLD
@@ -231,7 +233,7 @@ class Stack(nn.Module):
         else:
             layers = nn.scan(
                 layer,
-                variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
+                variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=self.n_layers // n,
