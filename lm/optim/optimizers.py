@@ -98,9 +98,7 @@ def lion(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
     return optax.lion(schedule, o.b1, o.b2, weight_decay=options.weight_decay, mask=mask)
 
 
-def muon(
-    schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0
-) -> Any:
+def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0) -> Any:
     """Muon (Jordan 2024) for the kernels of the blocks; AdamW, with its own section's options and
     `adam_ratio` of the learning rate, for everything else.
 

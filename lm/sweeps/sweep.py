@@ -54,7 +54,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Search:
-    """So many runs of an experiment, the overrides of each chosen after the results of earlier ones.
+    """So many runs of an experiment, each with overrides chosen after the results of earlier ones.
 
     `suggest` makes overrides of an Optuna trial, as `trial.suggest_float("lr", 1e-4, 1, log=True)`
     gives them. `metric` is of metrics.jsonl, its value at the end counts as in `Halving`.
