@@ -43,7 +43,7 @@ def get_sweep():
 
 def losses(run):
     """{step: loss} of a run; a step that was written twice is an error."""
-    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines(True)]
+    lines = (run / "metrics.jsonl").read_text().splitlines(True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     pairs = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert len(dict(pairs)) == len(pairs), f"{run}: a step is there twice"

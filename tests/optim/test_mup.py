@@ -1,4 +1,4 @@
-"""muP: the plain model at its base width, Table 8 of Yang et al. 2022 at others, and what it is for:
+"""muP: the plain model at its base width, Table 8 of Yang et al. 2022 at others, and its purpose,
 activations that do not grow with the width."""
 
 import jax
@@ -107,7 +107,7 @@ def test_attention_scores_fall_with_the_head_dimension_and_not_with_its_root():
 
 
 def test_activations_keep_their_scale_over_widths_and_grow_in_the_plain_model():
-    """The coordinate check (appendix D.1): after a few steps at a rate that is right at width 64."""
+    """The coordinate check (appendix D.1), after a few steps at a rate that suits width 64."""
 
     def scales(width, base):
         config = config_of(
