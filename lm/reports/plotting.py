@@ -57,12 +57,18 @@ def shades(count: int) -> list[str]:
     return [matplotlib.colors.to_hex(scale(0.92 * i / max(1, count - 1))) for i in range(count)]
 
 
-def subplots(**options: Any) -> tuple[Any, Any]:
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    sharex: bool = False,
+    sharey: bool | str = False,
+    **options: Any,
+) -> tuple[Any, Any]:
     """A figure in the house style and its axes; UserError without matplotlib."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(**options)
-        return figure, figure.subplots()
+        return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey)
 
 
 def legend(axes: Any, entries: int, outside: bool = False) -> None:
