@@ -44,6 +44,10 @@ def _processes(sub: Parser) -> None:
     )
 
 
+def _xla_flags(sub: Parser) -> None:
+    sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
+
+
 def _weights(sub: Parser) -> None:
     sub.add_argument("--average", type=_at_least(1), default=1, metavar="N", help=AVERAGE)
     sub.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
@@ -56,7 +60,7 @@ def _json_flag(sub: Parser) -> None:
 def _train_options(sub: Parser) -> None:
     _config(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR")
-    sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
+    _xla_flags(sub)
     _processes(sub)
 
 
@@ -141,7 +145,14 @@ def _export_options(sub: Parser) -> None:
 
 
 def _params_options(sub: Parser) -> None:
-    _config(sub)
+    _config(sub, required=False)
+    sub.add_argument(
+        "--all",
+        nargs="?",
+        const="experiments",
+        metavar="DIR",
+        help="every variant of every experiment file in DIR (experiments)",
+    )
     _json_flag(sub)
 
 
@@ -153,6 +164,7 @@ def _plan_options(sub: Parser) -> None:
     sub.add_argument("--limit", type=_at_least(1), default=24, metavar="N", help=LIMIT)
     sub.add_argument("--workers", type=_at_least(0), default=0, metavar="N", help=WORKERS)
     sub.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
+    _xla_flags(sub)
     _json_flag(sub)
 
 

@@ -83,6 +83,10 @@ def _problems(
             yield _ring_or(ring, f"config.model.attention_dropout={model.attention_dropout}")
         if model.positions == "relative":
             yield _ring_or(ring, "config.model.positions=relative")
+        if model.window and (kernel == "blockwise" or ring):
+            yield _ring_or(ring, f"config.model.window={model.window}")
+        if model.attention_softcap and (kernel != "splash" or ring):
+            yield _ring_or(ring, f"config.model.attention_softcap={model.attention_softcap}")
     if (kernel in ("blockwise", "splash") or ring) and config.objective.name == "prefix":
         yield _ring_or(ring, "config.objective.name=prefix")
     if kernel == "cudnn":

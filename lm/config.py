@@ -11,10 +11,7 @@ An experiment file starts from `default()` and changes values:
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
-import re
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
+from lm.experiment_file import call_file
 from lm.rules import broken_rules
 from lm.schema import SCHEMA, Key
 
@@ -191,29 +189,3 @@ def _check_value(path: str, key: Key, value: Any) -> None:
         high = LARGEST_INTEGER if key.high is None and key.type is int else key.high
         if high is not None and value > high:
             raise UserError(f"{shown} is above {high}")
-
-
-def call_file(file: Path, function: str, variant: str) -> Any:
-    """What a function of a Python file returns, called with the variant if there is one."""
-    if not file.is_file():
-        raise UserError(f"no experiment file {file}")
-    spec = importlib.util.spec_from_file_location(
-        f"experiment_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}", file
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise UserError(f"{file} has no {function}(variant)")
-        called = getattr(module, function)
-        return called(variant) if variant else called()
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except Exception as error:  # the experiment file is the user's code: say where it failed
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
-        ]
-        where = f"{file}:{lines[-1]}" if lines else str(file)
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from error

@@ -5,7 +5,7 @@ Training, planning, evaluation, decoding and export all start here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,10 +29,10 @@ from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import Trainable
 from lm.optim.schedules import make_schedule
 from lm.parallel import rules
-from lm.parallel.compiler import compiler_options
 from lm.parallel.fit import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.parallel.pipeline import Schedule, pipelined
+from lm.parallel.xla_flags import compiler_options
 from lm.steps import Carry, Steps, TrainState
 
 Tree = Any
@@ -91,10 +91,18 @@ class Experiment:
         }
 
     @cached_property
+    def _boxed_params(self) -> Tree:
+        return jax.eval_shape(self.steps.init, self.batch_shapes)[0]
+
+    @cached_property
+    def param_shapes(self) -> Tree:
+        """The shape of every parameter."""
+        return nn.meta.unbox(self._boxed_params)
+
+    @cached_property
     def param_names(self) -> Tree:
         """The logical axis names of every parameter."""
-        boxed, _ = jax.eval_shape(self.steps.init, self.batch_shapes)
-        return nn.get_partition_spec(boxed)
+        return nn.get_partition_spec(self._boxed_params)
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -230,23 +238,20 @@ class Experiment:
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
-    """Wire the experiment that `config` describes on `devices`; nothing is computed yet."""
+    """The experiment that `config` describes on `devices`; nothing is computed yet.
+
+    A mesh that does not fit fails here, not in mid-run.
+    """
+    experiment = wire(config, devices)
+    experiment.state_sharding  # noqa: B018
+    return experiment
+
+
+def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+    """`build` without tracing anything: what counts parameters needs no optimizer state."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    pipeline = pipeline_schedule(config, sizes)
-    check_batches(config, sizes, pipeline)
-    check_lengths(config, sizes)
-    attention = choose(config, devices[0].platform, sizes)
-    if config.model.n_heads % sizes["tensor"]:
-        raise UserError(
-            f"config.model.n_heads={config.model.n_heads} is not divisible by "
-            f"config.parallel.mesh.tensor={sizes['tensor']}"
-        )
-    if sizes["expert"] > 1 and not config.model.n_experts:
-        raise UserError(
-            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
-            "(config.model.n_experts=0); use data or fsdp"
-        )
+    pipeline, attention = divide(config, devices[0].platform, sizes)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
@@ -261,9 +266,29 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         microbatches=config.train.microbatches,
     )
     mesh = make_mesh(sizes, devices)
-    experiment = Experiment(config, mesh, pipeline, steps.model, steps, attention)
-    experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
-    return experiment
+    return Experiment(config, mesh, pipeline, steps.model, steps, attention)
+
+
+def divide(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> tuple[Schedule, Choice]:
+    """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
+
+    UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.
+    """
+    pipeline = pipeline_schedule(config, sizes)
+    check_batches(config, sizes, pipeline)
+    check_lengths(config, sizes)
+    attention = choose(config, platform, sizes)
+    if config.model.n_heads % sizes["tensor"]:
+        raise UserError(
+            f"config.model.n_heads={config.model.n_heads} is not divisible by "
+            f"config.parallel.mesh.tensor={sizes['tensor']}"
+        )
+    if sizes["expert"] > 1 and not config.model.n_experts:
+        raise UserError(
+            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(config.model.n_experts=0); use data or fsdp"
+        )
+    return pipeline, attention
 
 
 def reads_records(config: ConfigDict) -> bool:

@@ -40,6 +40,8 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
             )
     if config.init.vectors and config.init["from"]:
         yield "config.init.from and config.init.vectors exclude each other"
+    if config.schedule.name == "inverse" and not config.schedule.final_ratio:
+        yield "config.schedule.name=inverse never reaches 0: set config.schedule.final_ratio above"
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"
@@ -89,9 +91,19 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             "config.model.n_decoder_layers must be config.model.n_layers for lstm_encoder_decoder: "
             "each layer starts from the state of its encoder layer"
         )
+    yield from _window_rules(config)
     problem = tiled_attention_problem(config)
     if model.attention == "tiled" and problem:
         yield f"config.model.attention=tiled cannot be used with {problem}: use auto or xla"
+
+
+def _window_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.window and model.family != "decoder":
+        yield f"config.model.window={model.window} is not for config.model.family={model.family}"
+    for name in ("global_every", "rope_theta_local"):
+        if model[name] and not model.window:
+            yield f"config.model.{name}={model[name]} needs config.model.window"
 
 
 def _expert_rules(config: ConfigDict) -> Iterator[str]:
@@ -166,6 +178,9 @@ def tiled_attention_problem(config: ConfigDict) -> str:
         return f"config.model.family={model.family} and config.objective.name={objective}"
     if model.attention_dropout:
         return f"config.model.attention_dropout={model.attention_dropout}"
-    if model.positions == "relative" or not model.scale_attention:
-        return "relative positions or unscaled scores"
+    if model.positions == "relative":
+        return "config.model.positions=relative"
+    for name in ("attention_scale", "attention_softcap", "window"):
+        if model[name]:
+            return f"config.model.{name}={model[name]}"
     return ""

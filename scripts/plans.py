@@ -2,9 +2,11 @@
 
     python scripts/plans.py [PATTERN …]
 
-Of the topologies below the first is taken on which the global batch divides and the step fits. A
-plan that was made before, by the same configuration, is not made again (.cache/plans); patterns
-such as 'llama*' choose variants. Needs the extra "tpu"; about a minute a variant on a quiet core.
+One plan at a time, each kept at once as a line of experiments/results/plans/plans.jsonl: a run that
+was cut goes on, and a configuration that was planned before is not planned again. Patterns such as
+'llama*' choose what is planned among FILE.py:VARIANT; 'none' only writes the table. TPUs need the
+extra "tpu", GPUs "cuda12"; what cannot be planned here is said and left out. About a minute a plan
+on a quiet core.
 """
 
 from __future__ import annotations
@@ -12,26 +14,49 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from math import prod
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+
+from lm.config import default, flatten, load
+from lm.errors import UserError
+from lm.experiment import build, divide
+from lm.parallel.mesh import axis_sizes
+from lm.parameters import count_parameters
+from lm.planning.chips import CHIPS
+from lm.planning.estimate import Arithmetic, Settings
+from lm.planning.plan import make_plan
+from lm.planning.search import overridden
+from lm.planning.topologies import topology
+
+Plan = dict[str, Any]
+Kept = dict[tuple[str, str], Plan]  # by digest of the configuration and place
+
 ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache" / "plans"
-TOPOLOGIES = ("v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8")
+KEPT = ROOT / "experiments" / "results" / "plans" / "plans.jsonl"
 LARGEST = 10e9
 SHARDED_FROM = 300e6  # parameters from which the mesh is fsdp rather than data
+SMALL = ("v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")
+LARGE = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8")
+ROOM = 0.8  # of the memory, for what arithmetic says is likely needed
+MOST_TOKENS = 32_768  # a device
+
 HEADER = """# Plans
 
 What `lm plan` says of every experiment of at most 10B parameters, on the first of the topologies
-{topologies} on which it fits with its own batch. Written by
-`python scripts/plans.py`; every figure is of one device and one step, by the TPU's compiler and the
-published rates of its chips, none was measured. The bound is the longest of compute, memory and
-network, each alone; a real step is slower.
+{topologies} on which it fits with its own batch, at most {tokens:,} tokens a device where the
+batch divides; and of some on other chips. Layers are in a loop. Written by
+`python scripts/plans.py`. Every figure is of one device and one step, by the compilers themselves
+({compilers}) and the published rates of the chips; none was measured. The bound is the longest of
+compute, memory and network, each alone; a real step is slower.
 
 """
 COLUMNS = (
@@ -39,79 +64,182 @@ COLUMNS = (
     "parameters",
     "topology",
     "mesh",
+    "tokens a device",
     "memory",
     "FLOPs / model's",
+    "attention",
     "bound",
     "by",
     "tokens/s",
     "MFU",
     "compiled in",
 )
-ALIGNED = ("---", "--:", "---", "---", "--:", "--:", "--:", "---", "--:", "--:", "--:")
+LEFT = ("experiment", "topology", "mesh", "attention", "by")
 
 
-def variants() -> Iterator[tuple[str, str]]:
-    """File name and variant of every experiment."""
+@dataclass(frozen=True)
+class Place:
+    """Where to plan: a topology, how many slices of it, and what is set for it."""
+
+    name: str
+    slices: int = 1
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.slices} × {self.name}" if self.slices > 1 else self.name
+
+
+FSDP = (("parallel.preset", "fsdp"),)
+JOINED = (
+    ("parallel.mesh.slice", 2),
+    ("parallel.mesh.data", 1),
+    ("parallel.mesh.fsdp", -1),
+)
+# Each is one more row of its experiment.
+OTHERS: dict[str, tuple[Place, ...]] = {
+    "llama.py:3.2-1b": (
+        Place("v4:4x4x4", overrides=FSDP),
+        Place("v6e:16x16", overrides=FSDP),
+        Place("7x:4x4x4", overrides=FSDP),
+        Place("v5e:16x16", 2, JOINED),
+    ),
+    "gpt2.py:1558m": (Place("h100:1x8", overrides=(*FSDP, ("train.microbatches", 16))),),
+    "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
+}
+
+
+def variants() -> Iterator[str]:
+    """FILE.py:VARIANT of every experiment."""
     for file in sorted((ROOT / "experiments").glob("*.py")):
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        yield from ((file.name, variant) for variant in module.VARIANTS)
+        yield from (f"{file.name}:{variant}" for variant in module.VARIANTS)
 
 
-def lm(*words: str) -> dict[str, Any]:
-    """The JSON that an `lm` command prints."""
-    command = [sys.executable, "-m", "lm", *words, "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout)
-
-
-def plan(name: str) -> dict[str, Any] | None:
-    """The plan of experiments/NAME on the first topology where it fits; None above 10B."""
-    config = ["--config", f"experiments/{name}"]
-    values = lm("config", *config)
-    if not values["model.vocab_size"] and values["data.tokenizer"] != "byte":
+def config_of(name: str) -> ConfigDict:
+    config = load(str(ROOT / "experiments" / name))
+    if not config.model.vocab_size and config.data.tokenizer != "byte":
         # What the tokenizer would have if it were made; its corpus need not be here.
-        config.append(f"--config.model.vocab_size={values['data.tokenizer_vocab_size']}")
-    key = hashlib.sha256(json.dumps([values, TOPOLOGIES]).encode()).hexdigest()[:16]
-    cached = CACHE / f"{name.replace(':', '-')}-{key}.json"
-    if cached.exists():
-        return json.loads(cached.read_text())
-    total = lm("params", *config)["total"]
-    if total > LARGEST:
-        return None
-    mesh = f"--config.parallel.preset={'fsdp' if total >= SHARDED_FROM else 'data'}"
-    for topology in TOPOLOGIES:
-        n = prod(map(int, topology.partition(":")[2].split("x")))
-        parts = n * values["train.microbatches"]
-        if values["data.batch_size"] % parts or (n == 1 and total >= SHARDED_FROM):
+        config.model.vocab_size = config.data.tokenizer_vocab_size
+    config.train.scan_unroll = 1  # unrolled for a CPU, small models compile for minutes
+    return config
+
+
+@cache
+def arithmetic(name: str) -> Arithmetic:
+    simple = {"parallel.preset": "data", "model.dtype": "bfloat16", "model.attention": "xla"}
+    return Arithmetic(build(overridden(config_of(name), simple), jax.devices()[:1]), CHIPS["v5e"])
+
+
+def parameters(name: str) -> int:
+    return count_parameters(arithmetic(name).experiment)["total"]
+
+
+def places(name: str) -> Iterator[Place]:
+    """Where the batch divides and arithmetic leaves room, the smallest first."""
+    if not importlib.util.find_spec("libtpu"):
+        return
+    figures = arithmetic(name)
+    config = figures.experiment.config
+    preset = "fsdp" if parameters(name) >= SHARDED_FROM else "data"
+    settings = Settings(config.train.remat, config.train.microbatches, config.parallel.sequence)
+    found = []
+    for described in LARGE if preset == "fsdp" else SMALL:
+        place = topology(described)
+        sizes = axis_sizes(preset, {}, len(place.devices))
+        try:
+            schedule, _ = divide(config, "tpu", sizes)
+        except UserError:  # the batch does not divide
             continue
-        found = lm("plan", *config, mesh, "--topology", topology)
-        if found["fits"]:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            cached.write_text(json.dumps(found))
-            return found
-    raise RuntimeError("fits on none of the topologies")
+        estimate = figures.estimate(sizes, schedule, settings)
+        if estimate.likely < ROOM * (place.chip.memory or 0):
+            tokens = config.data.batch_size * config.data.sequence_length // len(place.devices)
+            found.append((tokens, Place(described, overrides=(("parallel.preset", preset),))))
+    few = [place for tokens, place in found if tokens <= MOST_TOKENS]
+    yield from few or [place for _, place in found]
 
 
-def row(name: str, found: dict[str, Any]) -> str:
+def plan(name: str, place: Place) -> Plan:
+    """What `lm plan --json` prints, without what is long."""
+    config = overridden(config_of(name), dict(place.overrides))
+    made = make_plan(config, topology(place.name, place.slices), place.slices).as_json()
+    jax.clear_caches()
+    return {key: made[key] for key in made if key not in ("config", "largest")}
+
+
+def key_of(name: str) -> str:
+    """A digest of what the experiment sets."""
+    usual = dict(flatten(default()))
+    values = {path: v for path, v in flatten(config_of(name)) if usual[path] != v}
+    return hashlib.sha256(json.dumps([name, values]).encode()).hexdigest()[:16]
+
+
+def kept() -> Kept:
+    """Plans made before."""
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    entries = map(json.loads, lines)
+    return {(entry["key"], entry["place"]): entry["plan"] for entry in entries}
+
+
+def planned(name: str, place: Place, before: Kept, chosen: bool) -> Plan | None:
+    """The plan kept or, if it is `chosen`, made now and kept."""
+    key = key_of(name), str(place)
+    if key not in before and chosen:
+        print(f"{name} on {place}", file=sys.stderr, flush=True)
+        try:
+            before[key] = plan(name, place)
+        except (UserError, RuntimeError, NotImplementedError) as error:
+            print(f"  {str(error)[:300]}", file=sys.stderr, flush=True)
+            return None
+        entry = {"name": name, "key": key[0], "place": key[1], "plan": before[key]}
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        with KEPT.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    return before.get(key)
+
+
+def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
+    """A row for the first place where the experiment fits, and for each other one."""
+    others = OTHERS.get(name, ())
+    own = [(key, found) for key, found in before.items() if key[0] == key_of(name)]
+    fitting = [
+        (place, found)
+        for (_, place), found in own
+        if found["fits"] and place not in map(str, others)
+    ]
+    if not own and (not chosen or parameters(name) > LARGEST):
+        return
+    if not fitting and chosen:
+        tried = ((place, planned(name, place, before, chosen)) for place in places(name))
+        fits = ((str(place), found) for place, found in tried if found and found["fits"])
+        fitting = list(islice(fits, 1))
+    for place, found in fitting[:1]:
+        yield row(name, place, 1, found)
+    for place in others:
+        if found := planned(name, place, before, chosen):
+            parts = dict(place.overrides).get("train.microbatches", 1)
+            yield row(name, str(place), parts, found)
+
+
+def row(name: str, place: str, parts: int, found: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
-    flops = found["flops"]
+    data, flops = config_of(name).data, found["flops"]
     cells = (
-        name,
+        f"{name}, in {parts} parts" if parts > 1 else name,
         f"{found['parameters']:,}",
-        found["topology"],
+        place,
         mesh,
-        f"{found['memory']['total'] / 1e9:.2f} GB",
-        f"{flops['compiled'] / flops['model']:.2f}",
-        f"{1e3 * found['time']['bound']:,.2f} ms",
-        found["bottleneck"],
-        f"{found['tokens_per_second']:,.0f}",
-        f"{found['mfu']:.1%}",
+        f"{data.batch_size * data.sequence_length // found['devices']:,}",
+        f"{found['memory']['total'] / 1e9:.2f} GB" + ("" if found["fits"] else ", too much"),
+        f"{flops['compiled'] / flops['model']:.2f}" if flops["compiled"] else "–",
+        found["attention_kernel"] or "–",
+        f"{1e3 * found['time']['bound']:,.2f} ms" if found["time"] else "–",
+        found["bottleneck"] or "–",
+        f"{found['tokens_per_second']:,.0f}" if found["time"] else "–",
+        f"{found['mfu']:.1%}" if found["time"] else "–",
         f"{found['compile_seconds']:.0f} s",
     )
     return line(cells)
@@ -121,25 +249,28 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def main(patterns: list[str]) -> None:
-    rows, problems = [], []
-    for file, variant in variants():
-        name = f"{file}:{variant}"
-        if patterns and not any(fnmatch(name, pattern) for pattern in patterns):
-            continue
-        print(name, file=sys.stderr, flush=True)
-        try:
-            found = plan(name)
-        except RuntimeError as error:
-            problems.append(f"- {name}: {error}\n")
-            continue
-        if found:
-            rows.append(row(name, found))
-    text = HEADER.format(topologies=", ".join(TOPOLOGIES))
-    text += line(COLUMNS) + line(ALIGNED) + "".join(rows)
-    if problems:
-        text += "\nNot planned:\n\n" + "".join(problems)
+def compilers() -> str:
+    from importlib.metadata import distributions
+
+    names = ("jax", "libtpu", "jax-cuda12-plugin")
+    found = {d.name: d.version for d in distributions() if d.name in names}
+    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
+
+
+def write(rows: list[str]) -> None:
+    names = ", ".join(dict.fromkeys((*SMALL, *LARGE)))
+    text = HEADER.format(topologies=names, tokens=MOST_TOKENS, compilers=compilers())
+    text += line(COLUMNS) + line("---" if c in LEFT else "--:" for c in COLUMNS) + "".join(rows)
     (ROOT / "experiments" / "PLANS.md").write_text(text)
+
+
+def main(patterns: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    before, rows = kept(), []
+    for name in variants():
+        chosen = not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+        rows += rows_of(name, before, chosen)
+    write(rows)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (
+            {"schedule.name": "inverse", "schedule.final_ratio": "0"},
+            "config.schedule.name=inverse never reaches 0",
+        ),
         ({"model.d_model": "17"}, "config.model.d_model=17 is not divisible by config.model.n_he"),
         ({"model.n_heads": "4", "model.n_kv_heads": "3"}, "not divisible by config.model.n_kv_hea"),
         ({"model.positions": "rotary", "model.head_dim": "3"}, "needs an even head dimension"),
@@ -106,12 +110,17 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.attention": "tiled", "model.positions": "relative"},
-            "tiled cannot be used with relative positions or unscaled scores",
+            "tiled cannot be used with config.model.positions=relative",
         ),
         (
-            {"model.attention": "tiled", "model.scale_attention": "false"},
-            "tiled cannot be used with relative positions or unscaled scores",
+            {"model.attention": "tiled", "model.attention_scale": "1"},
+            "tiled cannot be used with config.model.attention_scale=1.0",
         ),
+        (
+            {"model.window": "8", "model.family": "encoder", "objective.name": "masked"},
+            "config.model.window=8 is not for config.model.family=encoder",
+        ),
+        ({"model.global_every": "2"}, "config.model.global_every=2 needs config.model.window"),
         (
             {"init.from": "run", "init.vectors": "glove.txt"},
             "config.init.from and config.init.vectors exclude each other",

@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
-        unscaled = c.init == "fan_in" and not c.scale_attention
+        unscaled = c.init == "fan_in" and c.attention_scale == 1
         query_std = c.std(c.d_model, c.n_heads * c.head_dim) * (
             c.base_head_dim**-0.5 if unscaled else 1.0
         )
@@ -108,14 +108,14 @@ class Attention(nn.Module):
         dropout = None
         if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
-        scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         o_BLHK = attend(
             q_BLHK,
             *keys_values,
             visibility,
             kernel=self.kernel,
             across=c.context_attention,
-            scale=scale,
+            scale=c.score_scale,
+            softcap=c.attention_softcap,
             bias_HLS=bias_HLS,
             dropout=dropout,
         )

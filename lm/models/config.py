@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,20 @@ class TransformerConfig:
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
+    norm_unit_offset: bool = False
     norm_bias: bool = True
     embedding_norm: bool = False
     bias: bool = True
     attention_bias: str = "same"
     qk_norm: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    window: int = 0
+    global_every: int = 0
     positions: str = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
+    rope_theta_local: float = 0.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
     rope_low_frequency: float = 1.0
@@ -50,7 +57,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False
-    scale_attention: bool = True
+    logit_softcap: float = 0.0
     mup_base_width: int = 0
     mup_base_head_dim: int = 0
     n_classes: int = 0
@@ -73,6 +80,17 @@ class TransformerConfig:
     def pattern(self) -> int:
         """How many blocks there are before they repeat."""
         return self.experts_every if self.n_experts else 1
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    def global_layers(self, n_layers: int) -> np.ndarray | None:
+        """Which layers of a stack see beyond the window, [N] bool; None: all are alike."""
+        if not (self.window and self.global_every):
+            return None
+        return np.arange(1, n_layers + 1) % self.global_every == 0
 
     @property
     def query_bias(self) -> bool:
@@ -98,7 +116,7 @@ class TransformerConfig:
     def query_multiplier(self) -> float:
         """What makes of the usual scale of attention scores muP's, which falls as 1/head_dim."""
         ratio = self.base_head_dim / self.head_dim
-        return ratio**0.5 if self.scale_attention else ratio
+        return ratio if self.attention_scale else ratio**0.5
 
     def std(self, n_in: int, n_out: int) -> float:
         """Deviation of a fresh kernel whose `n_in` inputs and `n_out` outputs grow with the width:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.matmul import matmul
 from lm.models.config import TransformerConfig
+from lm.parallel.lookup import look_up
 from lm.parallel.rules import constrain, shards
 
 Initializer = Callable[..., jax.Array]
@@ -72,23 +73,27 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
+
+    With `unit_offset` it multiplies by 1 + scale, so that decay pulls towards 1 (Gemma).
+    """
 
     kind: str
     eps: float
     use_bias: bool
+    unit_offset: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         width = x_BLD.shape[-1:]
-        ones = named(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", ones, width, jnp.float32)
+        start = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale_D = self.param("scale", named(start, ("norm",)), width, jnp.float32)
         x_BLD = x_BLD.astype(jnp.float32)
         if self.kind == "layernorm":
             x_BLD -= x_BLD.mean(-1, keepdims=True)
         y_BLD = x_BLD * jax.lax.rsqrt(jnp.square(x_BLD).mean(-1, keepdims=True) + self.eps)
-        y_BLD *= scale_D
+        y_BLD *= 1 + scale_D if self.unit_offset else scale_D
         if self.kind == "layernorm" and self.use_bias:
             zeros = named(nn.initializers.zeros, ("norm",))
             y_BLD += self.param("bias", zeros, width, jnp.float32)
@@ -97,7 +102,8 @@ class Norm(nn.Module):
 
 def make_norm(config: TransformerConfig, name: str | None = None) -> Norm:
     """The normalisation that a model uses everywhere."""
-    return Norm(config.norm, config.norm_eps, config.norm_bias, config.dtype, name=name)
+    c = config
+    return Norm(c.norm, c.norm_eps, c.norm_bias, c.norm_unit_offset, c.dtype, name=name)
 
 
 class Embedding(nn.Module):
@@ -114,9 +120,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        # A row is looked up whole: a width sharded like the parameter would be reshuffled after.
-        table = constrain(self.embedding.astype(self.dtype), self.row_name, "embed")
-        return jnp.take(table, ids_BL, axis=0)
+        return look_up(self.embedding.astype(self.dtype), (self.row_name, "embed"), ids_BL)
 
     def first(self, length: int) -> jax.Array:
         """Rows 0 … length - 1, as a slice: its gradient is no scatter."""

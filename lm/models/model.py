@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.activations import softcap
 from lm.models.config import TransformerConfig
 from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.positions import sinusoidal
@@ -87,7 +88,8 @@ class Model(nn.Module):
             logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
         else:
             logits_BLV = self.head(x_BLD)
-        return constrain(logits_BLV, "rows", "length", "vocab")
+        logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
+        return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """Scores of the classes [B, C], float32, of what `pooled` gives."""

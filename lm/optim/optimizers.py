@@ -38,11 +38,24 @@ def adamw(
     that of all.
     """
     o = options.adamw
+    adam = optax.scale_by_adam if o.bias_correction else uncorrected_adam
     return optax.chain(
-        over_width(optax.scale_by_adam(o.b1, o.b2, o.eps), width_ratio),
+        over_width(adam(o.b1, o.b2, o.eps), width_ratio),
         optax.add_decayed_weights(options.weight_decay, mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam whose moments stay small in the first steps (Devlin et al. 2018, released code)."""
+
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, state._replace(count=state.count + 1, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def over_width(

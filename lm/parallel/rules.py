@@ -84,8 +84,14 @@ CONFIG_KEYS = {
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """The sharding of a parameter whose dimensions have these logical `names` and sizes."""
     return NamedSharding(
-        mesh, PartitionSpec(*(_fit(mesh, n, s) for n, s in zip(names, shape, strict=True)))
+        mesh, PartitionSpec(*(_fit(mesh.shape, n, s) for n, s in zip(names, shape, strict=True)))
     )
+
+
+def parts(sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]) -> int:
+    """Into how many parts axes of these sizes cut a parameter; UserError if they cannot."""
+    axes = (_fit(sizes, name, size) or () for name, size in zip(names, shape, strict=True))
+    return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
 
 
 def statistic_sharding(
@@ -112,20 +118,20 @@ def kept_whole(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[s
     return [
         name
         for name, size in zip(names, shape, strict=True)
-        if _rule(PARAMETERS, name) and _fit(mesh, name, size) is None
+        if _rule(PARAMETERS, name) and _fit(mesh.shape, name, size) is None
     ]
 
 
-def _fit(mesh: Mesh, name: str, size: int) -> tuple[str, ...] | None:
+def _fit(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
     axes = _rule(PARAMETERS, name)
-    parts = prod(mesh.shape[axis] for axis in axes)
-    if size % parts == 0:
+    n = prod(sizes[axis] for axis in axes)
+    if size % n == 0:
         return axes or None
     if name in MAY_STAY_WHOLE:
         return None
     raise UserError(
         f"config.{CONFIG_KEYS.get(name, name)}={size} is not divisible by "
-        f"{parts} ({', '.join(f'parallel.mesh.{axis}' for axis in axes)})"
+        f"{n} ({', '.join(f'parallel.mesh.{axis}' for axis in axes)})"
     )
 
 

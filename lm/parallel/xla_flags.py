@@ -1,126 +1,152 @@
-"""Compiler flags by chip, each with its reason: what `lm train --xla_flags CHIP` sets.
+"""Options of XLA's compiler: one table of flag, value, chips, reason, and when it is set.
 
-The compilers abort on a flag that they do not know, and a test asks those installed. Sources:
-the JAX documentation's GPU performance tips and MaxText's library of XLA flags.
+Those in `compiled_in` are part of every training step for these chips, run or planned; the others
+`--xla_flags CHIP` sets for a process before JAX starts. The compilers abort on a flag that they do
+not know, and a test asks those installed. Sources: the JAX documentation's GPU performance tips
+and MaxText's library of XLA flags.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the flags have to be set before JAX is there
+    import jax
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+TORI = ("v4", "v5p")
 GPUS = ("a100", "h100", "h200", "b200")
 CHIPS = TPUS + GPUS
+CHIP_OF = {"TPU v4": "v4", "TPU v5": "v5p"}  # as devices call themselves, where it matters
 
 
 class Flag(NamedTuple):
-    """A flag of XLA, its value, the chips it is for, and why."""
+    """A flag of XLA, its value, the chips it is for, why, and those where it is never left out."""
 
     name: str
-    value: str
+    value: bool | int
     chips: tuple[str, ...]
     reason: str
+    compiled_in: tuple[str, ...] = ()
 
 
 FLAGS = (
     Flag(
         "xla_tpu_enable_latency_hiding_scheduler",
-        "true",
+        True,
         TPUS,
         "orders instructions so that transfers run behind computation",
     ),
     Flag(
         "xla_enable_async_all_gather",
-        "true",
+        True,
         TPUS,
         "FSDP's all-gathers of parameters start early and end late",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_prefer_async_allgather_to_allreduce",
+        True,
+        TORI,
+        "a torus would gather by all-reduces, which keep every parameter for the backward pass",
+        compiled_in=TORI,
     ),
     Flag(
         "xla_enable_async_collective_permute",
-        "true",
+        True,
         TPUS,
         "ring attention and pipelines send to the neighbour while they compute",
     ),
     Flag(
         "xla_tpu_enable_async_collective_fusion",
-        "true",
+        True,
         TPUS,
         "a collective is fused with the computation that hides it",
+        compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "true",
+        True,
         TPUS,
         "… all-gathers too, most of what FSDP sends",
+        compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_enable_async_collective_fusion_multiple_steps",
-        "true",
+        True,
         TPUS,
         "… over several computations, where one is too short",
+        compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_overlap_compute_collective_tc",
-        "true",
+        True,
         TPUS,
         "the tensor core computes while it moves data",
+        compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_enable_data_parallel_all_reduce_opt",
-        "true",
+        True,
         TPUS,
         "gradients are reduced across slices behind the backward pass",
     ),
     Flag(
         "xla_tpu_data_parallel_opt_different_sized_ops",
-        "true",
+        True,
         TPUS,
         "… those of any size, not only equal ones",
     ),
     Flag(
         "xla_tpu_scoped_vmem_limit_kib",
-        "98304",
+        98304,
         ("v6e",),
         "its 128 MiB of VMEM hold larger tiles than the default leaves room for",
     ),
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler",
-        "true",
+        True,
         GPUS,
         "orders instructions so that NCCL runs behind computation",
     ),
     Flag(
         "xla_gpu_enable_pipelined_all_gather",
-        "true",
+        True,
         GPUS,
         "the next layer's parameters are gathered during this one's work",
     ),
     Flag(
         "xla_gpu_enable_pipelined_reduce_scatter",
-        "true",
+        True,
         GPUS,
         "a layer's gradients are reduced during the next one's work",
     ),
     Flag(
         "xla_gpu_enable_pipelined_all_reduce",
-        "true",
+        True,
         GPUS,
         "… under plain data parallelism too",
     ),
     Flag(
         "xla_gpu_enable_while_loop_double_buffering",
-        "true",
+        True,
         GPUS,
         "the scan over layers must not copy what the pipelined collectives write",
     ),
     Flag(
         "xla_gpu_triton_gemm_any",
-        "true",
+        True,
         GPUS,
         "fused matrix products of any shape may use Triton, chosen by timing",
     ),
 )
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
+    """What `jax.jit` passes to the compiler of a training step for a device of this kind."""
+    chip = CHIP_OF.get(device.device_kind)
+    return {flag.name: flag.value for flag in FLAGS if chip in flag.compiled_in} or None
 
 
 def variable(chip: str) -> str:
@@ -130,7 +156,7 @@ def variable(chip: str) -> str:
 
 def flags(chip: str) -> list[str]:
     """The flags of a chip as its compiler reads them."""
-    return [f"--{flag.name}={flag.value}" for flag in FLAGS if chip in flag.chips]
+    return [f"--{f.name}={str(f.value).lower()}" for f in FLAGS if chip in f.chips]
 
 
 def apply(chip: str) -> None:

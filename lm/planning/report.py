@@ -98,14 +98,15 @@ def search_report(found: Search) -> str:
         return "\n".join([*lines, "nothing fits: more devices, or a smaller batch or model"])
     lines += [
         "",
-        f"{'mesh':40}{'remat':>7}{'parts':>7}{'memory':>12}{'bound':>11}{'MFU':>8}  bottleneck",
+        f"{'mesh':48}{'remat':>13}{'parts':>7}{'memory':>12}{'bound':>11}{'MFU':>8}  bottleneck",
     ]
     for overrides, plan in found.ranked:
         mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
+        mesh += ", sequence" * overrides["parallel.sequence"]
         bound = f"{plan.time.bound:.4f} s" if plan.time else "-"
         mfu = "-" if plan.mfu is None else f"{plan.mfu:.1%}"
         lines.append(
-            f"{mesh:40}{overrides['train.remat']:>7}{overrides['train.microbatches']:>7}"
+            f"{mesh:48}{overrides['train.remat']:>13}{overrides['train.microbatches']:>7}"
             f"{_gb(plan.memory.total):>12}{bound:>11}{mfu:>8}  {plan.bottleneck or ''}"
         )
     return "\n".join([*lines, "", command_line(found.ranked[0][0])])

@@ -1,8 +1,9 @@
 """The best mesh, rematerialisation and number of microbatches for a topology.
 
 Candidates that cannot fit by arithmetic are never compiled: their state, gradients and kept
-activations alone are more than a device has. The rest are compiled in processes of their own, the
-ones that should be fastest first, and ranked by their bound on the time of a step.
+activations alone are more than a device has. The rest are ranked by what they should cost, the
+first of them compiled in processes of their own, and ranked again by their bound on the time of a
+step.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
 from lm.errors import UserError
-from lm.experiment import Experiment, build
-from lm.planning.plan import Plan, make_plan, state_memory
+from lm.experiment import Experiment, build, divide
+from lm.parallel.mesh import AXES
+from lm.planning.estimate import Arithmetic, Estimate, Settings
+from lm.planning.plan import Plan, make_plan
 from lm.planning.topologies import Topology, topology
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "offload_dots", "full", "offload")
 MICROBATCHES = (1, 2, 4, 8)
-# FLOPs of a step over those of a step that recomputes nothing, roughly.
-RECOMPUTED = {"none": 1.0, "dots": 1.05, "full": 4 / 3}
+# Of a pipeline, times its stages: more leave less of it idle, and make smaller products.
+IN_PIPELINE = (1, 4)
 
 Overrides = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Overrides of a configuration, and the least bytes a device that they can need."""
+    """Overrides of a configuration, and what arithmetic says of them."""
 
     overrides: Overrides
-    least_memory: int
-    cost: float
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def search(
     if not considered:
         raise UserError(f"no mesh of {len(place.devices)} devices suits this configuration")
     capacity = place.chip.memory or 0
-    possible = [c for c in considered if c.least_memory <= capacity]
-    possible.sort(key=lambda c: c.cost)
+    possible = [c for c in considered if c.estimate.least <= capacity]
+    possible.sort(key=lambda c: (c.estimate.likely > capacity, c.estimate.seconds))
     chosen = possible[:limit]
     plans, failed = _compile(config, name, n_slices, [c.overrides for c in chosen], workers, track)
     fitting = [(overrides, plan) for overrides, plan in plans if plan.fits]
@@ -98,59 +100,62 @@ def _order(found: tuple[Overrides, Plan]) -> tuple[float, float]:
 
 
 def candidates(config: ConfigDict, place: Topology, n_slices: int) -> Iterator[Candidate]:
-    """Every mesh that suits the model, with every remat and number of microbatches.
-
-    The axes stage, expert and context stay as they are configured.
-    """
-    others = (config.parallel.mesh[axis] for axis in ("stage", "expert", "context"))
-    for sizes in meshes(len(place.devices) // n_slices // prod(others)):
-        mesh = {f"parallel.mesh.{axis}": size for axis, size in sizes.items()}
-        base = {"parallel.preset": "custom", **mesh, "parallel.mesh.slice": n_slices}
-        try:
-            experiment = build(overridden(config, base | {"train.microbatches": 1}), place.devices)
-        except UserError:
-            continue
-        parameters, optimizer, gradients, _ = state_memory(experiment)
-        state = parameters + optimizer + gradients
-        rows = experiment.config.data.batch_size // (n_slices * sizes["data"] * sizes["fsdp"])
-        for remat, microbatches in itertools.product(REMAT, MICROBATCHES):
-            if rows % microbatches:
+    """Every mesh that suits the model, with every remat, number of microbatches, and, beside tensor
+    parallelism, whole or cut sequences between the sublayers."""
+    alone = {f"parallel.mesh.{axis}": 1 for axis in AXES}
+    simplest = {"parallel.preset": "custom", "train.microbatches": 1, "parallel.sequence": False}
+    experiment = build(overridden(config, simplest | alone), place.devices[:1])
+    arithmetic, trial = Arithmetic(experiment, place.chip), experiment.config
+    platform = place.devices[0].platform
+    remats = [r for r in REMAT if platform != "cpu" or "offload" not in r]
+    for found in meshes(experiment, len(place.devices) // n_slices):
+        sizes = {"slice": n_slices, **found}
+        on_mesh = {f"parallel.mesh.{axis}": sizes[axis] for axis in AXES}
+        choices = itertools.product(
+            MICROBATCHES, (False, True)[: sizes["tensor"]], IN_PIPELINE[: sizes["stage"]]
+        )
+        for microbatches, sequence, waiting in choices:
+            overrides = {
+                "parallel.preset": "custom",
+                **on_mesh,
+                "parallel.sequence": sequence,
+                "parallel.pipeline.microbatches": waiting * sizes["stage"] * (sizes["stage"] > 1),
+                "train.microbatches": microbatches,
+            }
+            for path, value in overrides.items():
+                set_value(trial, path, value)
+            try:
+                schedule, _ = divide(trial, platform, sizes)
+                for remat in remats:
+                    settings = Settings(remat, microbatches, sequence)
+                    estimate = arithmetic.estimate(sizes, schedule, settings)
+                    yield Candidate({**overrides, "train.remat": remat}, estimate)
+            except UserError:
                 continue
-            kept = kept_activations(experiment, remat, rows // microbatches, sizes["tensor"])
-            yield Candidate(
-                {**base, "train.remat": remat, "train.microbatches": microbatches},
-                state + kept,
-                _cost(sizes, remat, microbatches),
-            )
 
 
-def meshes(n_devices: int) -> Iterator[dict[str, int]]:
-    """Ways to write the devices of a slice as data × fsdp × tensor."""
-    divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
-    for tensor, fsdp in itertools.product(divisors, repeat=2):
-        if n_devices % (tensor * fsdp) == 0:
-            yield {"data": n_devices // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
+def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
+    """Ways to write the devices of a slice as a product of the axes that the model has a use for:
+    stages divide its layers, contexts its sequences, experts its experts."""
+    model, data = experiment.config.model, experiment.config.data
+    attends = model.family in ("decoder", "encoder", "encoder_decoder")
+    dividing = {
+        "stage": model.n_layers if attends and not model.n_experts else 1,
+        "fsdp": model.d_model,
+        "expert": model.n_experts or 1,
+        "context": data.sequence_length // 2 if attends else 1,
+        "tensor": model.n_heads,
+    }
+    choices = [[d for d in _divisors(n_devices) if whole % d == 0] for whole in dividing.values()]
+    for chosen in itertools.product(*choices):
+        sizes = dict(zip(dividing, chosen, strict=True))
+        taken = prod(chosen)
+        if n_devices % taken == 0:
+            yield {**sizes, "data": n_devices // taken}
 
 
-def kept_activations(experiment: Experiment, remat: str, rows: int, tensor: int) -> int:
-    """Least bytes of activations that the backward pass needs from the layers' forward pass.
-
-    "full" keeps a layer's input; "dots" also the results of its matrix products.
-    """
-    model, length = experiment.config.model, experiment.config.data.sequence_length
-    width = model.d_model
-    if remat != "full":
-        projected = 2 * model.n_heads * model.head_dim + 2 * model.n_kv_heads * model.head_dim
-        width += (projected + model.d_ff) // tensor
-    item = 2 if model.dtype == "bfloat16" else 4
-    return rows * length * width * model.n_layers * item
-
-
-def _cost(sizes: Mapping[str, int], remat: str, microbatches: int) -> float:
-    """What to try first: little recomputed, few microbatches, little tensor parallelism."""
-    tensor = 1 + 0.1 * (sizes["tensor"] - 1) ** 0.5
-    gathers = 1 + 0.02 * (microbatches - 1) * (sizes["fsdp"] > 1)
-    return RECOMPUTED[remat] * tensor * gathers
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

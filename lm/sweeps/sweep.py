@@ -17,6 +17,7 @@ from typing import Any
 
 from lm import config as configs
 from lm.errors import UserError
+from lm.experiment_file import call_file
 from lm.training.files import write_atomically
 
 
@@ -109,7 +110,7 @@ def load(
     `overrides` and `options` go to every run; the run's own overrides win.
     """
     file, _, variant = spec.partition(":")
-    sweep = configs.call_file(Path(file), "get_sweep", variant)
+    sweep = call_file(Path(file), "get_sweep", variant)
     if isinstance(sweep, Search):
         return sweep, []
     if not isinstance(sweep, Sweep):

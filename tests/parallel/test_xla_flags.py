@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
-from lm.parallel.xla_flags import CHIPS, FLAGS, GPUS, TPUS, apply, flags
+from lm.parallel.xla_flags import CHIP_OF, CHIPS, FLAGS, GPUS, TPUS, apply, compiler_options, flags
 
 ON_A_TPU = """
 import jax
@@ -40,6 +41,18 @@ def test_tpu_flags_are_known():
     assert "Unknown" not in done.stderr
     done = start_jax(ON_A_TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such=1")
     assert "Unknown" in done.stderr
+
+
+def test_what_is_compiled_into_every_step_is_among_the_flags_of_its_chip():
+    """Training and planning ask by the device; `--xla_flags` by the chip's name."""
+    for kind, chip in CHIP_OF.items():
+        options = compiler_options(SimpleNamespace(device_kind=kind))
+        assert options
+        assert {f"--{name}={str(value).lower()}" for name, value in options.items()} <= {
+            *flags(chip)
+        }
+    assert compiler_options(SimpleNamespace(device_kind="TPU v5 lite")) is None
+    assert {chip for flag in FLAGS for chip in flag.compiled_in} == {*CHIP_OF.values()}
 
 
 def test_every_flag_has_a_chip_and_a_reason():
