@@ -1,8 +1,9 @@
 """Learning rate × width: where the best learning rate goes as a model gets wider.
 
 Two layers on bytes of the standard library at four widths, each at five learning rates of AdamW, a
-factor of two apart, for 200 short steps. In the standard parametrisation the best rate falls with the width; in muP
-(Yang et al. 2022) it stays where it is at the base width, 64, where the two are the same model.
+factor of two apart, for 200 short steps. In the standard parametrisation the best rate falls with
+the width; in muP (Yang et al. 2022) it stays where it is at the base width, 64, where the two are
+the same model.
 
     lm sweep --config experiments/sweeps/learning_rate_width.py --workdir runs/rate_width/standard
     lm sweep --config experiments/sweeps/learning_rate_width.py:mup --workdir runs/rate_width/mup

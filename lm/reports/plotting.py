@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm.errors import UserError
+from lm.reports.numbers import short
 
 INK, FAINT = "#1f2430", "#d9dde5"
 COLORS = (
@@ -91,6 +92,15 @@ def value_axis(axis: Any, values: Sequence[float]) -> None:
         axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def count_axis(axis: Any) -> None:
+    """A logarithmic axis of large numbers, with ticks at 1, 2 and 5 times the powers of ten."""
+    ticker = _matplotlib().ticker
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def time_axis(axis: Any) -> None:

@@ -111,8 +111,10 @@ def load(
     """
     file, _, variant = spec.partition(":")
     sweep = call_file(Path(file), "get_sweep", variant)
-    if isinstance(sweep, Search):
+    if isinstance(sweep, Search) and sweep.trials > 0:
         return sweep, []
+    if isinstance(sweep, Search):
+        raise UserError(f"{file}: the search has no trials")
     if not isinstance(sweep, Sweep):
         raise UserError(f"{file}: get_sweep returned {type(sweep).__name__}, not a Sweep")
     if not sweep.runs:
