@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm.errors import UserError
+from lm.reports.numbers import short
 
 INK, FAINT = "#1f2430", "#d9dde5"
 COLORS = (
@@ -57,12 +58,18 @@ def shades(count: int) -> list[str]:
     return [matplotlib.colors.to_hex(scale(0.92 * i / max(1, count - 1))) for i in range(count)]
 
 
-def subplots(**options: Any) -> tuple[Any, Any]:
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    sharex: bool = False,
+    sharey: bool | str = False,
+    **options: Any,
+) -> tuple[Any, Any]:
     """A figure in the house style and its axes; UserError without matplotlib."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(**options)
-        return figure, figure.subplots()
+        return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey)
 
 
 def legend(axes: Any, entries: int, outside: bool = False) -> None:
@@ -85,6 +92,15 @@ def value_axis(axis: Any, values: Sequence[float]) -> None:
         axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def count_axis(axis: Any) -> None:
+    """A logarithmic axis of large numbers, with ticks at 1, 2 and 5 times the powers of ten."""
+    ticker = _matplotlib().ticker
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def time_axis(axis: Any) -> None:

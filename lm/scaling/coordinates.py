@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
 
-# Whose outputs are looked at: the end of a module's path, and the method that gives them.
+# Whose outputs are looked at: the end of a path of modules, and their method that gives them.
 WATCHED = {
-    "attention": ("attention/out", "__call__"),
-    "feed-forward": ("feed_forward", "__call__"),
-    "logits": ("", "logits"),
+    "attention": "attention/out/__call__",
+    "feed-forward": "feed_forward/__call__",
+    "logits": "logits",
 }
 Scales = dict[str, list[float]]
 
@@ -32,20 +32,15 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
     batches = {name: jnp.asarray(values)[None] for name, values in batch.items()}
 
     def watched(module: nn.Module, method: str) -> bool:
-        return any(_is(module, method, *place) for place in WATCHED.values())
+        return _name("/".join((*module.path, method))) != ""
 
     @jax.jit
     def look(params: dict, tokens_BL: jax.Array) -> dict[str, jax.Array]:
         _, seen = experiment.model.apply(
             {"params": params}, tokens_BL, capture_intermediates=watched, mutable="intermediates"
         )
-        found = {path: jnp.abs(x).mean() for path, (x,) in flat(seen["intermediates"]).items()}
-        return {
-            name: next(
-                x for path, x in found.items() if path.endswith("/".join(filter(None, place)))
-            )
-            for name, place in WATCHED.items()
-        }
+        kept = flat(seen["intermediates"])
+        return {_name(path): jnp.abs(output).mean() for path, (output,) in kept.items()}
 
     scales: Scales = {name: [] for name in WATCHED}
     for step in range(steps + 1):
@@ -56,6 +51,6 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
     return scales
 
 
-def _is(module: nn.Module, method: str, path: str, wanted: str) -> bool:
-    own = "/".join(module.path)
-    return method == wanted and (own.endswith(path) if path else not own)
+def _name(path: str) -> str:
+    """The entry of `WATCHED` that a path belongs to, or nothing."""
+    return next((name for name, end in WATCHED.items() if f"/{path}".endswith(f"/{end}")), "")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lm.reports.numbers import short
-from lm.reports.plotting import INK, colors, legend, shades, subplots
+from lm.reports.plotting import INK, colors, count_axis, legend, shades, subplots
 from lm.scaling.isoflop import PowerLaw, Profile
 from lm.scaling.law import Law
 from lm.scaling.runs import Runs
@@ -24,7 +24,8 @@ def isoflop_profiles(found: list[Profile]) -> Any:
         axes.plot(line, np.polyval(profile.parabola, np.log(line)), color=color, label=label)
         if profile.has_minimum:
             axes.plot(profile.n, profile.loss, "*", markersize=13, color=color, markeredgecolor=INK)
-    axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats a token")
+    count_axis(axes.xaxis)
+    axes.set(xlabel="parameters N", ylabel="loss, nats a token")
     legend(axes, len(found), outside=True)
     return figure
 

@@ -55,7 +55,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Search:
-    """So many runs of an experiment, the overrides of each chosen after the results of earlier ones.
+    """So many runs of an experiment, each with overrides chosen after the results of earlier ones.
 
     `suggest` makes overrides of an Optuna trial, as `trial.suggest_float("lr", 1e-4, 1, log=True)`
     gives them. `metric` is of metrics.jsonl, its value at the end counts as in `Halving`.
@@ -111,8 +111,10 @@ def load(
     """
     file, _, variant = spec.partition(":")
     sweep = call_file(Path(file), "get_sweep", variant)
-    if isinstance(sweep, Search):
+    if isinstance(sweep, Search) and sweep.trials > 0:
         return sweep, []
+    if isinstance(sweep, Search):
+        raise UserError(f"{file}: the search has no trials")
     if not isinstance(sweep, Sweep):
         raise UserError(f"{file}: get_sweep returned {type(sweep).__name__}, not a Sweep")
     if not sweep.runs:

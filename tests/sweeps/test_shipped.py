@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -10,38 +9,45 @@ import pytest
 
 from lm import config as configs
 from lm.experiment import build
-from lm.flops import model_flops_per_token
+from lm.parameters import count_parameters
 from lm.sweeps.sweep import load
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sweeps"
-RUNS = {"learning_rate_width": 28, "isoflop": None, "optimizers": 25, "seeds": 5}
+RUNS = {
+    "learning_rate_width": 20,
+    "learning_rate_width.py:mup": 20,
+    "isoflop": 13,
+    "optimizers": 25,
+    "search": 0,  # they are chosen one after another
+    "seeds": 5,
+}
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
-def test_every_shipped_sweep_loads(file, tmp_path, monkeypatch):
+def test_every_shipped_sweep_is_known():
+    assert {file.stem for file in FOLDER.glob("*.py")} == {name.split(".")[0] for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_shipped_sweep_loads(name, tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
-    _, runs = load(str(file), tmp_path, {})
-    assert len(runs) == (RUNS[file.stem] or len(runs))
+    _, runs = load(str(FOLDER / (name if ".py" in name else f"{name}.py")), tmp_path, {})
+    assert len(runs) == RUNS[name]
     assert len({run.name for run in runs}) == len(runs)
 
 
 def test_isoflop_runs_cost_their_budget(tmp_path, monkeypatch):
+    """6 N D with N as `lm scaling` counts it, all parameters."""
     monkeypatch.chdir(FOLDER.parents[1])
     _, runs = load(str(FOLDER / "isoflop.py"), tmp_path, {})
-    spec = importlib.util.spec_from_file_location("isoflop", FOLDER / "isoflop.py")
-    isoflop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(isoflop)
-    budgets = [float(text) for text in isoflop.BUDGETS.split(",")]
-    at_budget = dict.fromkeys(budgets, 0)
+    parameters, at_budget = {}, {}
     for run in runs:
-        config = configs.load(run.config, run.overrides)
-        counted = isoflop.flops_per_token(config.model.n_layers, config.model.d_model)
+        config = configs.load(run.config, {**run.overrides, "parallel.mesh.data": "1"})
+        width = config.model.d_model
+        if width not in parameters:
+            parameters[width] = count_parameters(build(config, jax.devices()[:1]))["total"]
         tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
-        budget = min(budgets, key=lambda b: abs(b - counted * tokens))
-        assert counted * tokens == pytest.approx(budget, rel=0.02), run.name
-        at_budget[budget] += 1
+        budget = float(run.name.split(",")[0].removeprefix("flop="))
+        assert 6 * parameters[width] * tokens == pytest.approx(budget, rel=0.02), run.name
+        at_budget[budget] = at_budget.get(budget, 0) + 1
+    assert len(at_budget) == 3
     assert min(at_budget.values()) >= 4
-    config = configs.load(runs[0].config, {**runs[0].overrides, "parallel.preset": "data"})
-    experiment = build(config, jax.devices()[:1])
-    counted = isoflop.flops_per_token(config.model.n_layers, config.model.d_model)
-    assert model_flops_per_token(experiment) == pytest.approx(counted, rel=1e-12)

@@ -99,8 +99,9 @@ def test_there_must_be_something_to_compare(tiny_config, tmp_path):
     )
     with pytest.raises(UserError, match=r"config.eval.best=-loss needs validation data"):
         train(config, tmp_path / "run")
-    with pytest.raises(UserError, match=r"config.eval.max_batches=2 must be 0"):
-        train(tiny_config(eval__best="-loss", eval__max_batches=2), tmp_path / "run")
+    for key in ("max_batches", "final_batches"):
+        with pytest.raises(UserError, match=rf"config.eval.{key}=2 must be 0"):
+            train(tiny_config(eval__best="-loss", **{f"eval__{key}": 2}), tmp_path / "run")
 
 
 def test_the_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):

@@ -113,7 +113,9 @@ def test_a_loss_that_explodes_halts_with_a_state_and_can_go_on(
     assert any(row.get("skipped") for row in rows)
 
 
-def test_checkpoints_by_wall_time(experiment_file, tmp_path, one_device):
+def test_checkpoints_by_wall_time_and_a_last_evaluation_of_one_batch(
+    experiment_file, tmp_path, one_device
+):
     words = arguments(
         experiment_file,
         tmp_path / "run",
@@ -122,8 +124,11 @@ def test_checkpoints_by_wall_time(experiment_file, tmp_path, one_device):
         checkpoint__keep_last=100,
         train__steps=8,
         eval__every_steps=0,
+        eval__final_batches=1,
     )
     assert main(words) == 0
     saved = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved[0] < 8
     assert saved[-1] == 8
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["eval/validation/targets"] <= 8 * 16
