@@ -1,6 +1,6 @@
 """Classical Chinese verse: SentencePiece and a small decoder, from 0.93 M characters.
 
-The last 5 % of the poems are for validation; the figure is bits a UTF-8 byte of them. Ours, and a
+Five per cent of the poems are for validation; the figure is bits a UTF-8 byte of them. Ours, and a
 sample: see RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/chinese.py --workdir runs/chinese
@@ -32,7 +32,7 @@ def get_config(variant="small"):
     config.optimizer.weight_decay = 0.05
     config.schedule.name, config.schedule.final_ratio = "linear", 0.0
     config.schedule.warmup_steps = 50
-    config.train.steps = 2500
+    config.train.steps = 1500
     config.train.scan_unroll, config.train.loss_chunk = 0, 32
     config.train.steps_per_dispatch = 10
     config.eval.every_steps, config.eval.best = 250, "-loss"

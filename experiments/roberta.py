@@ -1,15 +1,17 @@
 """RoBERTa (Liu et al. 2019, §3.1 and Table 9): BERT's model, masked words only, more of everything.
 
-| variant | layers | d_model | heads | lr   | warm-up | parameters  | paper's count | MNLI | SST-2 |
-|---------|--------|---------|-------|------|---------|-------------|---------------|------|-------|
-| base    | 12     | 768     | 12    | 6e-4 | 24,000  | 124,697,433 | 125M          | 87.6 | 94.8  |
-| large   | 24     | 1024    | 16    | 4e-4 | 30,000  | 355,412,057 | 355M          | 90.2 | 96.4  |
+| variant | parameters  | paper's | tokens | FLOPs  | expected              |
+|---------|-------------|---------|--------|--------|-----------------------|
+| base    | 124,697,433 | 125M    | 2.1T   | 1.1e21 | MNLI 87.6, SST-2 94.8 |
+| large   | 355,412,057 | 355M    | 2.1T   | 3.8e21 | MNLI 90.2, SST-2 96.4 |
 
-Scores are GLUE dev. Parameters are those of Hugging Face's RobertaForMaskedLM, which has a table of
-one token type (fairseq has none) and 514 positions, of which the first two stand for padding.
+Scores are GLUE dev, of fairseq's README. Parameters are those of Hugging Face's RobertaForMaskedLM,
+which has a table of one token type (fairseq has none) and 514 positions, of which the first two
+stand for padding.
 
-Adam (0.9, 0.98, eps 1e-6), decay 0.01, no clipping, linearly to 0 at 500,000 steps; 8,192
-sequences of 512 tokens that run on across documents; dropout 0.1; 50,265 byte-level pieces.
+Adam (0.9, 0.98, eps 1e-6), decay 0.01, no clipping, lr 6e-4 after 24,000 steps (large: 4e-4 after
+30,000), linearly to 0 at 500,000; 8,192 sequences of 512 tokens that run on across documents;
+dropout 0.1; 50,265 byte-level pieces. fairseq's public configuration is a smaller recipe.
 
     lm train --config experiments/roberta.py:base --workdir runs/roberta \
         --config.parallel.preset=data --config.data.source=jsonl:DIR/*.jsonl.gz \

@@ -1,23 +1,25 @@
-"""Switch Transformers (Fedus et al. 2021) on T5-base: figure 4 and Table 9.
+"""Switch Transformers (Fedus et al. 2021) on T5-base: Figure 4 and Table 9.
 
-| variant  | experts | parameters     | neg. log perplexity (capacity factor 1.0) |
-|----------|---------|----------------|-------------------------------------------|
-| base-8   | 8       | 619,339,008    |                                           |
-| base-128 | 128     | 7,415,217,408  | -1.561 (Table 1, 100,000 updates)         |
-| base-256 | 256     | 14,664,154,368 |                                           |
+| variant  | parameters     | paper's | tokens | FLOPs  | expected                   |
+|----------|----------------|---------|--------|--------|----------------------------|
+| base-8   | 619,339,008    |         | 128B   | 7.6e19 |                            |
+| base-128 | 7,415,217,408  | 7B      | 128B   | 7.7e19 | neg. log perplexity -1.561 |
+| base-256 | 14,664,154,368 | 14.7B   | 128B   | 7.7e19 |                            |
+| tiny     |                |         |        |        | for trying things out      |
+
+Negative log perplexity after 100,000 steps with capacity factor 1.0 (Table 1). The paper's numbers
+are Table 9's (128 experts) and Figure 4's (256). Counts are those of Figure 4 and of the released
+checkpoints, with ReLU and d_ff 3072, where Table 9 lists a gated layer of 2048.
 
 T5 1.0 (`t5.py`) in which every other feed-forward layer of both stacks has experts of its width;
 a token uses the most probable one, times its probability (eq. 2). Balance loss 0.01 (eq. 4), router
 in float32, its input jittered by 1 %, deviations √(0.1 / inputs) (§2.4), capacity factor 1.0 of a
-row. No dropout while pretraining. Counts are those of the released checkpoints, with ReLU and
-d_ff 3072; Table 9 lists a gated layer of 2048. Different from the paper: fresh kernels are not
-truncated at two deviations.
+row. No dropout while pretraining. Optimizer, schedule and batch are T5's. Different from the paper:
+fresh kernels are not truncated at two deviations.
 
     lm train --config experiments/switch.py:base-8 --workdir runs/switch \\
         --config.parallel.mesh.expert=8 --config.data.source=jsonl:DIR/*.jsonl.gz \\
         --config.data.tokenizer=sentencepiece:FILE.model
-
-`tiny` trains on the embedded corpus; it is for trying things out.
 """
 
 from lm.config import choose, default
@@ -38,7 +40,7 @@ def get_config(variant="base-8"):
     model.n_layers, model.d_model, model.n_heads, model.d_ff = 12, 768, 12, 3072
     model.head_dim, model.vocab_size = 64, 32_128
     model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
-    model.positions, model.scale_attention = "relative", False
+    model.positions, model.attention_scale = "relative", 1.0
     model.activation, model.scale_logits = "relu", True
     model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
     model.init_scale = 0.1

@@ -1,13 +1,13 @@
 """T5 (Raffel et al. 2020, §3.1 and §3.7) and its version 1.1 (Shazeer 2020's gated feed-forward).
 
-| variant   | layers | d_model | heads | d_ff | parameters  | claimed | GLUE | SQuAD F1 | EnDe |
-|-----------|--------|---------|-------|------|-------------|---------|------|----------|------|
-| small     | 6 + 6  | 512     | 8     | 2048 | 60,506,624  | 60M     | 77.4 | 87.24    | 26.7 |
-| base      | 12 + 12| 768     | 12    | 3072 | 222,903,552 | 220M    | 82.7 | 92.08    | 30.9 |
-| large     | 24 + 24| 1024    | 16    | 4096 | 737,668,096 | 770M    | 86.4 | 93.79    | 32.0 |
-| 1.1-small | 8 + 8  | 512     | 6     | 1024 | 76,961,152  | 77M     |      | 86.63    |      |
-| 1.1-base  | 12 + 12| 768     | 12    | 2048 | 247,577,856 | 250M    |      |          |      |
-| 1.1-large | 24 + 24| 1024    | 16    | 2816 | 783,150,080 | 800M    |      | 93.21    |      |
+| variant   | parameters  | paper's | tokens | FLOPs  | expected                             |
+|-----------|-------------|---------|--------|--------|--------------------------------------|
+| small     | 60,506,624  | 60M     | 1.28T  | 1.7e20 | GLUE 77.4, SQuAD F1 87.24, EnDe 26.7 |
+| base      | 222,903,552 | 220M    | 1.28T  | 7.6e20 | GLUE 82.7, SQuAD F1 92.08, EnDe 30.9 |
+| large     | 737,668,096 | 770M    | 1.28T  | 2.7e21 | GLUE 86.4, SQuAD F1 93.79, EnDe 32.0 |
+| 1.1-small | 76,961,152  | 77M     | 1.28T  | 1.7e20 | SQuAD F1 86.63                       |
+| 1.1-base  | 247,577,856 | 250M    | 1.28T  | 7.6e20 |                                      |
+| 1.1-large | 783,150,080 | 800M    | 1.28T  | 2.8e21 | SQuAD F1 93.21                       |
 
 Scores after fine-tuning (Table 14; 1.1: NVIDIA's reproduction on the Pile). Those of 1.0 are from a
 mixture of tasks and C4; this is the unsupervised part, which is all that 1.1 is trained on.
@@ -46,7 +46,7 @@ def get_config(variant="1.1-small"):
     model.head_dim = 64
     model.vocab_size = 32_128  # 32,000 pieces, 100 sentinels, filled up
     model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
-    model.positions, model.scale_attention = "relative", False
+    model.positions, model.attention_scale = "relative", 1.0
     model.final_dropout = True
     model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
     if variant.startswith("1.1"):

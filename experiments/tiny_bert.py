@@ -58,10 +58,10 @@ def get_config(variant="pretrain"):
     data.sequence_length, data.batch_size = 48, 64
     config.optimizer.learning_rate = 2e-4
     config.schedule.warmup_steps = 100
-    config.train.steps = 1000  # an epoch
+    config.train.steps = 600  # more than half an epoch
     config.eval.every_steps, config.eval.batch_size = 200, 109
     config.eval.best = "accuracy"
-    config.checkpoint.every_steps = 1000
+    config.checkpoint.every_steps = 600
     if variant == "finetune":
         config.init.fresh = "pooler,classifier"
         config.init.leave = "transform,logit_bias"

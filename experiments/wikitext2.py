@@ -49,7 +49,7 @@ def get_config(variant="lstm"):
         config.optimizer.weight_decay, config.optimizer.clip_norm = 0.05, 1.0
     config.schedule.name, config.schedule.final_ratio = "linear", 0.02
     config.schedule.warmup_steps = 200
-    config.train.steps = 8000 if variant == "lstm" else 4600  # 4.3 and 2.5 epochs
+    config.train.steps = 8000 if variant == "lstm" else 4000  # 4.3 and 2.2 epochs
     config.train.scan_unroll, config.train.loss_chunk = 0, 0 if variant == "lstm" else 64
     config.train.steps_per_dispatch = 5
     config.eval.every_steps, config.eval.best = config.train.steps // 5, "-loss"

@@ -1,14 +1,19 @@
 """LSTM language models of the Penn Treebank (Zaremba et al. 2014, Table 1 and §4.1).
 
-| variant | units | dropout | init   | epochs                     | parameters | valid | test  |
-|---------|-------|---------|--------|----------------------------|------------|-------|-------|
-| small   | 200   | 0       | ± 0.1  | 13, from the 5th on ÷ 2    | 4,653,200  | 120.7 | 114.5 |
-| medium  | 650   | 0.5     | ± 0.05 | 39, from the 7th on ÷ 1.2  | 19,780,400 | 86.2  | 82.7  |
-| large   | 1500  | 0.65    | ± 0.04 | 55, from the 15th on ÷ 1.15| 66,034,000 | 82.2  | 78.4  |
+| variant | parameters | paper's | tokens | FLOPs  | expected              |
+|---------|------------|---------|--------|--------|-----------------------|
+| small   | 4,653,200  |         | 12.1M  | 4.7e13 | test perplexity 114.5 |
+| medium  | 19,780,400 |         | 36.2M  | 1.5e15 | test perplexity 82.7  |
+| large   | 66,034,000 |         | 51.1M  | 1.1e16 | test perplexity 78.4  |
+
+The paper prints no counts. Small is Table 1's non-regularised LSTM, with the sizes of the authors'
+code: 200 units, unrolled over 20 words, 13 epochs. Medium and large (§4.1): 650 and 1,500 units,
+35 words, dropout 0.5 and 0.65, everything from U(± 0.05) and U(± 0.04) (small: 0.1), 39 and 55
+epochs, the learning rate divided by 1.2 after each from the 7th on, by 1.15 from the 15th on.
 
 Two layers, dropout between them and none in time, an output matrix of its own, the state carried
 from one batch of 20 × 35 (small: 20 × 20) words to the next; SGD, gradients clipped at 5 (large:
-10). The layers have two bias vectors, as in the authors' code; the small sizes are that code's.
+10). The layers have two bias vectors, as in the authors' code.
 
 The authors add up the gradients of a row's words and step with 1; here they are averaged, so the
 learning rate is 35 and the clipping 5/35: the same updates.

@@ -145,7 +145,14 @@ def _export_options(sub: Parser) -> None:
 
 
 def _params_options(sub: Parser) -> None:
-    _config(sub)
+    _config(sub, required=False)
+    sub.add_argument(
+        "--all",
+        nargs="?",
+        const="experiments",
+        metavar="DIR",
+        help="every variant of every experiment file in DIR (experiments)",
+    )
     _json_flag(sub)
 
 

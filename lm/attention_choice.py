@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from lm.config import TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import n_tiles
 from lm.kernels.splash_attention import LANES
 from lm.objectives.registry import make_objective
+from lm.rules import TRANSFORMERS, tiled_attention_problem
 
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
@@ -83,6 +83,10 @@ def _problems(
             yield _ring_or(ring, f"config.model.attention_dropout={model.attention_dropout}")
         if model.positions == "relative":
             yield _ring_or(ring, "config.model.positions=relative")
+        if model.window and (kernel == "blockwise" or ring):
+            yield _ring_or(ring, f"config.model.window={model.window}")
+        if model.attention_softcap and (kernel != "splash" or ring):
+            yield _ring_or(ring, f"config.model.attention_softcap={model.attention_softcap}")
     if (kernel in ("blockwise", "splash") or ring) and config.objective.name == "prefix":
         yield _ring_or(ring, "config.objective.name=prefix")
     if kernel == "cudnn":

@@ -91,10 +91,18 @@ class Experiment:
         }
 
     @cached_property
+    def _boxed_params(self) -> Tree:
+        return jax.eval_shape(self.steps.init, self.batch_shapes)[0]
+
+    @cached_property
+    def param_shapes(self) -> Tree:
+        """The shape of every parameter."""
+        return nn.meta.unbox(self._boxed_params)
+
+    @cached_property
     def param_names(self) -> Tree:
         """The logical axis names of every parameter."""
-        boxed, _ = jax.eval_shape(self.steps.init, self.batch_shapes)
-        return nn.get_partition_spec(boxed)
+        return nn.get_partition_spec(self._boxed_params)
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -230,16 +238,27 @@ class Experiment:
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
-    """Wire the experiment that `config` describes on `devices`; nothing is computed yet."""
+    """The experiment that `config` describes on `devices`; nothing is computed yet.
+
+    A mesh that does not fit fails here, not in mid-run.
+    """
+    experiment = wire(config, devices)
+    experiment.state_sharding  # noqa: B018
+    return experiment
+
+
+def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+    """`build` without tracing anything: what counts parameters needs no optimizer state."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
     pipeline, attention = divide(config, devices[0].platform, sizes)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = Trainable(config.optimizer.freeze, config.lora.train)
+    width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
         objective=make_objective(config),
-        optimizer=make_optimizer(config.optimizer, schedule, trainable),
+        optimizer=make_optimizer(config.optimizer, schedule, trainable, width_ratio),
         trainable=trainable,
         lora=config.lora,
         schedule=schedule,
@@ -247,9 +266,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         microbatches=config.train.microbatches,
     )
     mesh = make_mesh(sizes, devices)
-    experiment = Experiment(config, mesh, pipeline, steps.model, steps, attention)
-    experiment.state_sharding  # noqa: B018  a mesh that does not fit fails here, not in mid-run
-    return experiment
+    return Experiment(config, mesh, pipeline, steps.model, steps, attention)
 
 
 def divide(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> tuple[Schedule, Choice]:

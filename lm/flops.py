@@ -7,7 +7,7 @@ it is the token table, and embedding look-ups nothing; of experts
 those count that a token uses, dropped or not;
 + 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
 causal attention has the half of the pairs that is needed (the dense convention counts masked
-scores as work) and encoders and cross-attention have all of them;
+scores as work), with a window those inside it, and encoders and cross-attention have all of them;
 for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 """
 
@@ -19,7 +19,7 @@ import jax
 
 from lm.experiment import Experiment
 from lm.optim.parameter_groups import flat
-from lm.parameters import used_share
+from lm.parameters import is_embedding, used_share
 
 # Dense bfloat16 FLOP/s of one JAX device, as the makers publish them. A TPU7x chip is two devices.
 PEAK_FLOPS = {
@@ -62,13 +62,33 @@ def model_flops_per_token(experiment: Experiment) -> float:
         return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
     tokens = _tokens(experiment)
     multiplied = 0.0
-    params = flat(experiment.state_shapes.params)
+    params = flat(experiment.param_shapes)
     output = "head/kernel" if "head/kernel" in params else "tokens/embedding"
     for name, leaf in params.items():
         if name.endswith("/kernel") or name == output:
-            passing = next(kind for start, kind in PASSING.items() if re.match(start, name))
-            multiplied += leaf.size * used_share(experiment, name) * tokens[passing]
+            multiplied += leaf.size * used_share(experiment, name) * tokens[_passing(name)]
     return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
+
+
+def training_cost(experiment: Experiment) -> tuple[int, float]:
+    """Tokens of a whole training run, D, and 6 N D: what papers estimate a run's FLOPs by.
+
+    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
+    uses, each times the tokens that pass through it: those of the source do not pass through a
+    decoder. Attention's products and the output matrix are left out.
+    """
+    config, tokens = experiment.config, _tokens(experiment)
+    per_row = sum(
+        leaf.size * used_share(experiment, path) * tokens[_passing(path)]
+        for path, leaf in flat(experiment.param_shapes).items()
+        if not is_embedding(experiment, path)
+    )
+    rows = config.train.steps * config.data.batch_size
+    return rows * tokens_per_row(experiment), 6.0 * rows * per_row
+
+
+def _passing(path: str) -> str:
+    return next(kind for start, kind in PASSING.items() if re.match(start, path))
 
 
 def tokens_per_row(experiment: Experiment) -> int:
@@ -97,8 +117,11 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     width = m.n_heads * m.head_dim
     causal, both_ways, cross = target**2 / 2, source**2, source * target
+    window = min(m.window or target, target)
+    n_global = m.n_layers // m.global_every if m.global_every else 0
+    local = causal - (target - window) ** 2 / 2
     return {
-        "decoder": m.n_layers * width * causal,
+        "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),
         "encoder": m.n_layers * width * both_ways,
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,

@@ -55,8 +55,11 @@ SCHEMA: dict[str, Key] = {
     "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=0.0, high=1.0),
     "model.norm_placement": Key(
-        "pre", "Normalise before each sublayer or after the sum.", choices=("pre", "post")
+        "pre",
+        "Normalise before each sublayer, after the sum, or before and after it (Gemma 2).",
+        choices=("pre", "post", "both"),
     ),
+    "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, which starts at 0 (Gemma)."),
     "model.norm_bias": Key(True, "LayerNorm has a bias."),
     "model.embedding_norm": Key(False, "Normalise the sum of the embeddings (BERT)."),
     "model.bias": Key(True, "Linear layers have biases."),
@@ -66,6 +69,21 @@ SCHEMA: dict[str, Key] = {
         choices=("same", "all", "qkv", "none"),
     ),
     "model.qk_norm": Key(False, "Normalise queries and keys over each head (Qwen3)."),
+    "model.attention_scale": Key(
+        0.0, "Factor of attention scores (T5: 1); 0: 1 / sqrt(head_dim).", low=0.0
+    ),
+    "model.attention_softcap": Key(
+        0.0, "Attention scores x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
+    ),
+    "model.window": Key(
+        0, "Local layers of a decoder see so many last tokens, their own included; 0: all.", low=0
+    ),
+    "model.global_every": Key(
+        0,
+        "Where there is a window, layers n, 2n, … of 1, 2, … are global and the others local: "
+        "Gemma 2 and GPT-3 2, Gemma 3 6; 0: all are local.",
+        low=0,
+    ),
     "model.positions": Key(
         "learned",
         "Position information; relative: T5's bias of attention scores.",
@@ -76,6 +94,12 @@ SCHEMA: dict[str, Key] = {
     "model.relative_max_distance": Key(128, "Distance from which all share a bucket.", low=4),
     "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
     "model.rope_theta": Key(10_000.0, "Base of the rotary wavelengths.", low=1.0),
+    "model.rope_theta_local": Key(
+        0.0,
+        "Base of the rotary wavelengths of local layers, which rope_scaling then leaves as they "
+        "are (Gemma 3); 0: local layers rotate as global ones.",
+        low=0.0,
+    ),
     "model.rope_scaling": Key(
         "none",
         "Rotary wavelengths times rope_factor: of all, or of the long ones (Llama 3.1).",
@@ -119,7 +143,18 @@ SCHEMA: dict[str, Key] = {
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
     "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
-    "model.scale_attention": Key(True, "Divide attention scores by sqrt(head_dim)."),
+    "model.logit_softcap": Key(
+        0.0, "Logits x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
+    ),
+    "model.mup_base_width": Key(
+        0,
+        "muP (Yang et al. 2022): the d_model at which this is the plain model, and from which best "
+        "learning rates carry over to others; d_ff grows with d_model. 0: plain at every width.",
+        low=0,
+    ),
+    "model.mup_base_head_dim": Key(
+        0, "head_dim at mup_base_width; 0: head_dim, wider models have more heads.", low=0
+    ),
     "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
     "model.d_hidden": Key(
         0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
@@ -226,7 +261,8 @@ SCHEMA: dict[str, Key] = {
     ),
     "data.validation_fraction": Key(
         0.0,
-        "Part held out where there is no validation source: the last of documents, random records.",
+        "Part held out where there is no validation source: random documents or records, or the "
+        "end of the only document.",
         low=0.0,
         high=0.9,
     ),
@@ -327,6 +363,9 @@ SCHEMA: dict[str, Key] = {
     "optimizer.adamw.b1": Key(0.9, "Decay of the first moment.", low=0.0, high=0.99999),
     "optimizer.adamw.b2": Key(0.95, "Decay of the second moment.", low=0.0, high=0.99999),
     "optimizer.adamw.eps": Key(1e-8, "Added to the root of the second moment.", low=0.0),
+    "optimizer.adamw.bias_correction": Key(
+        True, "Divide the moments by what they lack in the first steps; BERT's code does not."
+    ),
     "optimizer.adafactor.decay_rate": Key(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0),
     "optimizer.adafactor.clip_threshold": Key(1.0, "Largest RMS of an update.", low=1e-6),
     "optimizer.adafactor.min_dim": Key(128, "Smallest dimension that is factored.", low=1),
@@ -350,12 +389,14 @@ SCHEMA: dict[str, Key] = {
     "schedule.name": Key(
         "cosine",
         "Learning rate after the warm-up.",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse", "inverse_sqrt", "step", "wsd"),
     ),
     "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
     "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
     "schedule.decay_steps": Key(
-        0, "Step at which cosine, linear and wsd end their decay; 0: train.steps.", low=0
+        0,
+        "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
+        low=0,
     ),
     "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
     "schedule.step_every": Key(1000, "Steps from one fall of step to the next.", low=1),
@@ -367,6 +408,7 @@ SCHEMA: dict[str, Key] = {
     "eval.every_steps": Key(0, "Validate every so many steps; 0: only at the end.", low=0),
     "eval.batch_size": Key(0, "Sequences of a validation batch; 0: data.batch_size.", low=0),
     "eval.max_batches": Key(0, "Validation batches during training; 0: the whole split.", low=0),
+    "eval.final_batches": Key(0, "The same after the last step.", low=0),
     "eval.metrics": Key(
         "", "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective."
     ),

@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, object]] = {
         "model.norm": "rmsnorm",
         "model.activation": "geglu",
         "model.bias": False,
-        "model.scale_attention": False,
+        "model.attention_scale": 1.0,
         "model.tie_embeddings": False,
         "model.init": "fan_in",
     },

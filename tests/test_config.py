@@ -15,6 +15,7 @@ from lm.models.registry import FAMILIES
 from lm.objectives.registry import OBJECTIVES
 from lm.optim.optimizers import OPTIMIZERS
 from lm.optim.schedules import SCHEDULES
+from lm.rules import FAMILIES_OF
 from lm.schema import SCHEMA
 
 SMALL = """
@@ -88,7 +89,7 @@ def test_choices_are_what_there_is(path, table):
 
 # What some choices need beside them.
 COMPANIONS = {("model.init", "uniform"): {"model.family": "lstm"}}
-for objective, families in configs.FAMILIES_OF.items():
+for objective, families in FAMILIES_OF.items():
     COMPANIONS["objective.name", objective] = {"model.family": families[0]}
     for family in families:
         COMPANIONS["model.family", family] = {"objective.name": objective}
@@ -101,21 +102,6 @@ def test_every_choice_is_accepted(path):
         for name, value in {path: choice, **COMPANIONS.get((path, choice), {})}.items():
             configs.set_value(config, name, value)
         configs.validate(config)
-
-
-def test_every_objective_trains_the_families_that_it_names_and_no_other():
-    assert set(configs.FAMILIES_OF) == set(SCHEMA["objective.name"].choices)
-    assert {f for fs in configs.FAMILIES_OF.values() for f in fs} == set(FAMILIES)
-    for objective, families in configs.FAMILIES_OF.items():
-        for family in FAMILIES:
-            config = configs.default()
-            config.objective.name, config.model.family = objective, family
-            if family in families:
-                configs.validate(config)
-            else:
-                message = error_of(configs.validate, config)
-                assert f"objective.name={objective} needs config.model.family" in message
-                assert all(other in message for other in families)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,139 +194,6 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
 )
 def test_a_wrong_value_is_one_message(experiment, path, text, expected):
     assert expected in error_of(configs.load, experiment, {path: text})
-
-
-# --- rules between keys
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ({"model.d_model": "17"}, "config.model.d_model=17 is not divisible by config.model.n_he"),
-        ({"model.n_heads": "4", "model.n_kv_heads": "3"}, "not divisible by config.model.n_kv_hea"),
-        ({"model.positions": "rotary", "model.head_dim": "3"}, "needs an even head dimension"),
-        ({"model.positions": "rotary", "model.d_model": "6"}, "needs an even head dimension"),
-        (
-            {"model.positions": "sinusoidal", "model.d_model": "15", "model.n_heads": "5"},
-            "needs an even config.model.d_model",
-        ),
-        ({"model.max_length": "7"}, "config.data.sequence_length=8 is longer than config.model.ma"),
-        (
-            {"model.max_length": "8", "data.target_length": "9"},
-            "config.data.target_length=9 is longer than config.model.max_length=8",
-        ),
-        ({"model.family": "encoder"}, "config.objective.name=causal needs config.model.family"),
-        ({"model.init": "uniform"}, "config.model.init=uniform is not for config.model.family=dec"),
-        (
-            {"model.positions": "relative", "model.relative_max_distance": "16"},
-            "relative_max_distance=16 must be above half of config.model.relative_buckets=32",
-        ),
-        ({"model.carry": "true"}, "config.model.carry needs config.data.order=contiguous and"),
-        (
-            {"model.carry": "true", "data.order": "contiguous"},
-            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
-        ),
-        (
-            {"model.carry": "true", "model.family": "lstm"},
-            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
-        ),
-        (
-            {"data.order": "contiguous", "data.source": "stdlib,text:x"},
-            "config.data.order=contiguous reads a single source",
-        ),
-        (
-            {"data.order": "contiguous", "objective.name": "prefix"},
-            "config.data.order=contiguous needs config.objective.name=causal",
-        ),
-        (
-            {"model.bidirectional": "true", "model.family": "lstm"},
-            "config.model.bidirectional lets a causal model see what it predicts",
-        ),
-        (
-            {
-                "model.bidirectional": "true",
-                "model.family": "lstm_encoder_decoder",
-                "objective.name": "seq2seq",
-                "model.d_hidden": "5",
-            },
-            "config.model.bidirectional needs an even config.model.d_hidden",
-        ),
-        (
-            {"model.attention": "tiled", "objective.name": "prefix"},
-            "config.model.attention=tiled cannot be used with config.model.family=decoder and conf",
-        ),
-        (
-            {"model.attention": "tiled", "objective.name": "masked", "model.family": "encoder"},
-            "config.model.attention=tiled cannot be used with config.model.family=encoder",
-        ),
-        (
-            {"model.attention": "tiled", "model.attention_dropout": "0.1"},
-            "tiled cannot be used with config.model.attention_dropout=0.1: use auto or xla",
-        ),
-        (
-            {"model.attention": "tiled", "model.positions": "relative"},
-            "tiled cannot be used with relative positions or unscaled scores",
-        ),
-        (
-            {"model.attention": "tiled", "model.scale_attention": "false"},
-            "tiled cannot be used with relative positions or unscaled scores",
-        ),
-        (
-            {"init.from": "run", "init.vectors": "glove.txt"},
-            "config.init.from and config.init.vectors exclude each other",
-        ),
-        (
-            {"model.n_experts": "1"},
-            "config.model.experts_per_token=2 is above config.model.n_experts=1",
-        ),
-        (
-            {"model.n_experts": "4", "model.experts_every": "3"},
-            "config.model.n_layers=2 is not divisible by config.model.experts_every=3",
-        ),
-        (
-            {"model.n_experts": "4", "model.activation_dropout": "0.1"},
-            "config.model.activation_dropout is not for config.model.n_experts",
-        ),
-        (
-            {"model.n_experts": "4", "model.family": "lstm"},
-            "config.model.n_experts is not for config.model.family=lstm",
-        ),
-        ({"train.microbatches": "3"}, "config.data.batch_size=8 is not divisible by config.train."),
-        ({"data.weights": "1,2"}, "config.data.weights has 2 numbers for 1 corpora"),
-        ({"data.weights": "0"}, "every weight must be above 0"),
-        ({"data.weights": "nan"}, "every weight must be above 0"),
-        ({"parallel.mesh.fsdp": "-1"}, "at most one of them is -1"),
-        ({"parallel.mesh.tensor": "0"}, "sizes are 1 or more"),
-    ],
-)
-def test_a_broken_rule_is_one_message(experiment, overrides, expected):
-    assert expected in error_of(configs.load, experiment, overrides)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"model.d_model": "17", "model.head_dim": "8"},
-        {"model.n_heads": "4", "model.n_kv_heads": "1"},
-        {"model.max_length": "8"},
-        {"data.source": "stdlib,text:x", "data.weights": "1,2"},
-        {"parallel.mesh.fsdp": "-1", "parallel.mesh.data": "1"},
-        {"model.carry": "true", "data.order": "contiguous", "model.family": "lstm"},
-        {"data.order": "contiguous"},
-        {"model.init": "uniform", "model.family": "nplm"},
-        {"model.family": "lstm", "model.d_model": "17"},
-        {
-            "model.bidirectional": "true",
-            "model.family": "lstm",
-            "objective.name": "classification",
-        },
-        {"model.max_length": "8", "data.target_length": "8"},
-        {"model.attention": "tiled"},
-        {"model.n_experts": "4", "model.experts_every": "2"},
-    ],
-)
-def test_what_the_rules_allow(experiment, overrides):
-    configs.load(experiment, overrides)
 
 
 # --- experiment files

@@ -19,17 +19,21 @@ from math import prod
 from pathlib import Path
 from string import Template
 
-# Chip: GKE's accelerator, chips of a host in a slice of several hosts.
+# GKE's name of the accelerator, and the dimensions of its torus. Names as in Google's own launcher
+# (AI-Hypercomputer/xpk, core/system_characteristics.py), where a host has 4 chips too.
 TPUS = {
-    "v4": ("tpu-v4-podslice", 4),
-    "v5e": ("tpu-v5-lite-podslice", 4),
-    "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4),
-    "tpu7x": ("tpu7x", 4),
+    "v4": ("tpu-v4-podslice", 3),
+    "v5e": ("tpu-v5-lite-podslice", 2),
+    "v5p": ("tpu-v5p-slice", 3),
+    "v6e": ("tpu-v6e-slice", 2),
+    "tpu7x": ("tpu7x", 3),
 }
+CHIPS_OF_HOST = 4
 GPUS = {
-    "a100": "nvidia-tesla-a100",
+    "a100": "nvidia-tesla-a100",  # of 40 GB
+    "a100-80gb": "nvidia-a100-80gb",
     "h100": "nvidia-h100-80gb",
+    "h100-mega": "nvidia-h100-mega-80gb",
     "h200": "nvidia-h200-141gb",
     "b200": "nvidia-b200",
 }
@@ -58,9 +62,13 @@ def parse(words):
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", args.name):
         parser.error(f"--name {args.name}: lower-case letters, digits and -, at most 40")
     chip, _, size = (args.tpu or args.gpu).partition(":")
-    known, form = (TPUS, r"\d+(x\d+){1,2}") if args.tpu else (GPUS, r"\d+")
-    if chip not in known or not re.fullmatch(form, size):
-        parser.error(f"{args.tpu or args.gpu}: expected one of {', '.join(known)}, and a size")
+    known = TPUS if args.tpu else GPUS
+    dimensions = TPUS[chip][1] if chip in TPUS else 1
+    if chip not in known or not re.fullmatch("x".join([r"\d+"] * dimensions), size):
+        parser.error(
+            f"{args.tpu or args.gpu}: expected one of {', '.join(known)}, and a size"
+            + (f" of {dimensions} dimensions" if args.tpu and chip in known else "")
+        )
     return args, command
 
 
@@ -69,9 +77,10 @@ def manifest(args, command):
     lm = shlex.join(["lm", *command])
     if args.tpu:
         chip, _, topology = args.tpu.partition(":")
-        accelerator, of_host = TPUS[chip]
+        accelerator, _ = TPUS[chip]
         chips = prod(map(int, topology.split("x")))
-        hosts, resources = max(1, chips // of_host), {"google.com/tpu": min(chips, of_host)}
+        hosts = max(1, chips // CHIPS_OF_HOST)
+        resources = {"google.com/tpu": min(chips, CHIPS_OF_HOST)}
         label = "cloud.google.com/gke-tpu-"
         selector = {f"{label}accelerator": accelerator, f"{label}topology": topology}
         ports = [8471, 8080, 8431]  # libtpu: between hosts, between slices, metrics

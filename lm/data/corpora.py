@@ -23,7 +23,7 @@ def sources(text: str) -> tuple[str, ...]:
 def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     """Opens the `split` ("train" or "validation") of one source.
 
-    A source without a validation split of its own gives its last `data.validation_fraction` to
+    A source without a validation split of its own gives `data.validation_fraction` of it to
     "validation" and the rest to "train". If there is a `data.validation_source` nothing is held
     out, and a source without splits is whole under either name. UserError for a source that is
     unknown, missing, empty, or has no such split.

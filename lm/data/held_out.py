@@ -1,4 +1,4 @@
-"""Holding out the end of a corpus for validation."""
+"""Holding out a part of a corpus for validation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from lm.data.pieces import Corpus, Piece, cut_document
 from lm.errors import UserError
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All but the last `fraction` of a corpus ("train"), or that rest ("validation").
+    """All but a `fraction` of a corpus ("train"), or that rest ("validation").
 
     A corpus of one document is divided at a character, int(n_characters * (1 - fraction)) as
-    nanoGPT does; one of several documents between two documents, by the same rule.
+    nanoGPT does. Of several documents as many are in "train", and the others are a fixed random
+    choice: corpora are often sorted, by source or by date.
     """
 
     corpus: Corpus
@@ -31,7 +34,7 @@ class HeldOut:
 
     @cached_property
     def digest(self) -> str:
-        parts = (self.corpus.digest, "held out", self.fraction, self.split)
+        parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
@@ -47,7 +50,8 @@ class HeldOut:
         if n_documents == 1:
             yield from cut_document(self._characters(border))
         else:
-            yield from self._documents(border)
+            chosen = np.random.default_rng(0).choice(total, total - border, replace=False)
+            yield from self._documents(frozenset(chosen.tolist()))
 
     @cached_property
     def _counts(self) -> tuple[int, int]:
@@ -65,9 +69,9 @@ class HeldOut:
             yield piece.text[:cut] if self.split == "train" else piece.text[cut:]
             start += len(piece.text)
 
-    def _documents(self, border: int) -> Iterator[Piece]:
+    def _documents(self, held_out: frozenset[int]) -> Iterator[Piece]:
         index = -1
         for piece in self.corpus.pieces():
             index += piece.first
-            if (index < border) == (self.split == "train"):
+            if (index in held_out) == (self.split == "validation"):
                 yield piece

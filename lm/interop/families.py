@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.interop import bert, gpt2, llama, t5
+from lm.interop import bert, gemma, gpt2, llama, t5
 from lm.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -14,7 +14,11 @@ FAMILIES: dict[str, Family] = {
         t5.T5,
         llama.LLAMA,
         llama.MISTRAL,
+        llama.MIXTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
     )
 }

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from lm.errors import UserError
 from lm.interop.mapping import Row
 from lm.models.config import TransformerConfig
@@ -23,6 +25,10 @@ TRAINING = (
     "init_std",
     "init_scale",
     "scale_residual_init",
+    "expert_capacity",
+    "balance_loss",
+    "router_z_loss",
+    "router_jitter",
 )
 
 
@@ -91,7 +97,7 @@ class Family:
             return [str(error)]
         ours, again = essence(config, self.model), essence(back, self.model)
         return [
-            f"model.{name}={value}"
+            f"model.{name}={getattr(config, name, value)}"
             for name, value in ours.items()
             if name not in self.in_file and again.get(name) != value
         ]
@@ -115,19 +121,28 @@ def essence(config: TransformerConfig, model: str) -> Values:
     """The values that determine what a model computes, and nothing that has no effect."""
     c = config
     values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
-    values["attention_output_bias"] = c.attention_output_bias
+    values |= {"attention_output_bias": c.attention_output_bias, "attention_scale": c.score_scale}
     unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes"}
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
     if c.positions != "learned":
         unused |= {"position_offset", "max_length"}
+    is_global_N = c.global_layers(c.n_layers)
+    values["global_every"] = [] if is_global_N is None else np.flatnonzero(is_global_N).tolist()
+    if c.rope_theta_local == c.rope_theta and c.rope_scaling == "none":
+        values["rope_theta_local"] = 0.0
+    if not c.window:
+        unused |= {"global_every", "rope_theta_local"}
+    if not c.n_experts:
+        unused |= {"experts_per_token", "experts_every"}
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
+    scaling = of_rope - {"rope_theta", "rope_theta_local", "rope_scaling"}
     if c.positions != "rotary":
         unused |= of_rope
     elif c.rope_scaling == "none":
-        unused |= of_rope - {"rope_theta", "rope_scaling"}
+        unused |= scaling
     elif c.rope_scaling == "linear":
-        unused |= of_rope - {"rope_theta", "rope_scaling", "rope_factor"}
+        unused |= scaling - {"rope_factor"}
     if c.positions != "relative":
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:

@@ -29,7 +29,7 @@ def _read(theirs: Values) -> Values:
         "activation": choose(theirs, "activation_function", ACTIVATIONS, "gelu_new"),
         "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "scale_attention": theirs.get("scale_attn_weights", True),
+        "attention_scale": 0.0 if theirs.get("scale_attn_weights", True) else 1.0,
         "dropout": theirs.get("resid_pdrop", 0.1),
         "attention_dropout": theirs.get("attn_pdrop", 0.1),
     }
@@ -41,7 +41,7 @@ def _write(config: TransformerConfig) -> Values:
         "activation_function": word_for(config.activation, ACTIVATIONS, "activation"),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "scale_attn_weights": config.scale_attention,
+        "scale_attn_weights": config.score_scale != 1,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.attention_dropout,

@@ -67,10 +67,10 @@ def save(
         Made(
             theirs.removeprefix(bare),
             mapping.their_shape(row, shapes[row.paths[0]].shape),
-            partial(_written, row, layer, shapes[row.paths[0]].shape, leaves),
+            partial(_written, row, number, shapes[row.paths[0]].shape, leaves),
         )
         for row in family.rows(config, shapes)
-        for layer, theirs in enumerate(mapping.names(row, shapes[row.paths[0]].shape))
+        for number, theirs in enumerate(mapping.names(row, shapes[row.paths[0]].shape))
     ]
     if not config.tie_embeddings and family.heads:
         originals = {tensor.name: tensor for tensor in made}
@@ -87,8 +87,8 @@ def save(
     return name
 
 
-def _written(row: Row, layer: int, shape: mapping.Shape, leaves: Mapping[str, Any]) -> np.ndarray:
-    return mapping.write(row, layer, shape, [leaves[path] for path in row.paths])
+def _written(row: Row, number: int, shape: mapping.Shape, leaves: Mapping[str, Any]) -> np.ndarray:
+    return mapping.write(row, number, shape, [leaves[path] for path in row.paths])
 
 
 def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, frozenset[str]]:

@@ -7,7 +7,7 @@ Seven integers, then the tensors, those of all layers one after another. It rota
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from lm.errors import UserError
 from lm.interop.llama import LLAMA
 from lm.interop.mapping import Row, output, same
-from lm.interop.tensor_files import DTYPES, Stored
+from lm.interop.tensor_files import Stored
 from lm.models.config import TransformerConfig
 
 _HEADER = 7 * 4
@@ -46,6 +46,18 @@ def _rows(_: TransformerConfig) -> Sequence[Row]:
 FAMILY = replace(LLAMA, model_type="llama2.c", base=_rows)
 
 
+@dataclass(frozen=True)
+class _Floats(Stored):
+    """A tensor of float32 numbers from a byte of the file on."""
+
+    offset: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        row = prod(self.shape[1:])
+        count, offset = (stop - start) * row, self.offset + 4 * start * row
+        return np.fromfile(self.file, "<f4", count, offset=offset).reshape(-1, *self.shape[1:])
+
+
 def read(file: Path) -> tuple[TransformerConfig, dict[str, Stored]]:
     """The configuration and the tensors of a file; UserError if it is another kind or truncated."""
     size = file.stat().st_size
@@ -73,9 +85,10 @@ def read(file: Path) -> tuple[TransformerConfig, dict[str, Stored]]:
         shapes |= {f"layers.{i}.{name}": shape for i in range(n_layers)}
     shapes |= {"norm": (dim,), "cosines": (length, head_dim // 2), "sines": (length, head_dim // 2)}
     shapes |= {} if tied else {"output": (vocab, dim)}
-    stored, offset = {}, _HEADER
+    stored: dict[str, Stored] = {}
+    offset = _HEADER
     for name, shape in shapes.items():
-        stored[name] = Stored(name, file, DTYPES["F32"], shape, offset)
+        stored[name] = _Floats(name, file, shape, offset)
         offset += 4 * prod(shape)
     if offset != size:
         what = "is truncated" if offset > size else "is too long"

@@ -3,7 +3,8 @@
 A form writes an array's dimensions as letters: "(H K) D" is a matrix whose rows are heads times
 head dimensions. Both forms of a row have the same letters, so that reshaping and transposing
 follow. A number is a dimension of that size; P counts parameters that share a tensor of theirs.
-Their names have "{}" for the number of a layer; our layers are stacked on a first dimension.
+Their names have "{}" for the number of a layer, and of an expert in it; ours are stacked on as many
+first dimensions.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Row:
     ours: str = ""
 
     @property
-    def layered(self) -> bool:
-        return "{}" in self.name
+    def depth(self) -> int:
+        """How many first dimensions of ours are numbers in their names."""
+        return self.name.count("{}")
 
 
 def same(name: str, path: str) -> Row:
@@ -142,24 +144,25 @@ class Forms:
 
 
 def names(row: Row, shape: Shape) -> list[str]:
-    """The names of a row's tensors, one a layer."""
-    return [row.name.format(i) for i in range(shape[0])] if row.layered else [row.name]
+    """The names of a row's tensors, one a layer, or one an expert of a layer."""
+    return [row.name.format(*numbers) for numbers in np.ndindex(*shape[: row.depth])]
 
 
 def their_shape(row: Row, shape: Shape) -> Shape:
     """The shape of each of a row's tensors; `shape` is that of our parameter."""
-    return Forms.of(row, shape[row.layered :]).their_shape
+    return Forms.of(row, shape[row.depth :]).their_shape
 
 
 def read(row: Row, part: int, shape: Shape, find: Callable[[str], Stored]) -> Iterator[Block]:
     """Our parameter number `part` of a row, block by block, layer by layer."""
-    forms = Forms.of(row, shape[row.layered :])
-    for layer, name in enumerate(names(row, shape)):
-        for starts, x in forms.read(find(name), part):
-            yield ((layer, *starts), x[None]) if row.layered else (starts, x)
+    forms = Forms.of(row, shape[row.depth :])
+    for numbers in np.ndindex(*shape[: row.depth]):
+        for starts, x in forms.read(find(row.name.format(*numbers)), part):
+            yield (*numbers, *starts), x.reshape([1] * row.depth + list(x.shape))
 
 
-def write(row: Row, layer: int, shape: Shape, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Tensor number `layer` of a row, of the row's parameters as wholes."""
-    forms = Forms.of(row, shape[row.layered :])
-    return forms.write([np.asarray(part[layer] if row.layered else part) for part in parts])
+def write(row: Row, number: int, shape: Shape, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Tensor `number` in `names` of a row, of the row's parameters as wholes."""
+    forms = Forms.of(row, shape[row.depth :])
+    at = tuple(int(i) for i in np.unravel_index(number, shape[: row.depth])) if row.depth else ()
+    return forms.write([np.asarray(part[at] if at else part) for part in parts])

@@ -108,7 +108,7 @@ T5 = Family(
         "positions": "relative",
         "bias": False,
         "norm_bias": False,
-        "scale_attention": False,
+        "attention_scale": 1.0,
         "max_length": 512,
         "final_dropout": True,
     },

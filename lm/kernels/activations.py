@@ -45,3 +45,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "geglu": partial(jax.nn.gelu, approximate=True),
 }
 GATED = ("swiglu", "geglu")
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """cap · tanh(x / cap): nearly x where it is small, never beyond ±cap (Gemma 2, §2)."""
+    return cap * jnp.tanh(x / cap)

@@ -24,12 +24,15 @@ def make_kernel(
     n_keys: int,
     *,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
     head_shards: int = 1,
     query_shards: int = 1,
     interpret: bool = False,
 ) -> Any:
     """The kernel for whole arrays of these sizes, to be cut into shards of heads and queries.
 
+    A causal query sees the last `window` keys, 0: all; scores stay below `softcap`, 0: anywhere.
     With several shards of queries, causal ones come in zig-zag order; keys are always whole.
     `interpret` runs it slowly on any platform, for tests.
     """
@@ -37,6 +40,8 @@ def make_kernel(
     mask: Any = splash.FullMask((length, n_keys))
     if causal:
         mask = splash.CausalMask((length, n_keys))
+        if window:
+            mask = splash.LocalMask((length, n_keys), (window - 1, 0), 0)
         if query_shards > 1:
             mask.q_sequence = places(length, query_shards).astype("int32")
     block_q, block_kv = _block(length // query_shards), _block(n_keys)
@@ -50,6 +55,7 @@ def make_kernel(
             block_q_dq=block_q,
             block_kv_dq=block_kv,
         ),
+        attn_logits_soft_cap=softcap or None,
         head_shards=head_shards,
         q_seq_shards=query_shards,
         interpret=interpret,

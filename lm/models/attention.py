@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lm.kernels.attention import Dropout, Visibility
@@ -29,9 +30,9 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
-        unscaled = c.init == "fan_in" and not c.scale_attention
+        unscaled = c.init == "fan_in" and c.attention_scale == 1
         query_std = c.std(c.d_model, c.n_heads * c.head_dim) * (
-            c.head_dim**-0.5 if unscaled else 1.0
+            c.base_head_dim**-0.5 if unscaled else 1.0
         )
         key_std = c.std(c.d_model, c.n_kv_heads * c.head_dim)
 
@@ -58,6 +59,7 @@ class Attention(nn.Module):
         q_BLHK = self.query(x_BLD)
         if self.config.qk_norm:
             q_BLHK = self.query_norm(q_BLHK)
+        q_BLHK *= jnp.asarray(self.config.query_multiplier, q_BLHK.dtype)
         return constrain(q_BLHK, "batch", "length", "heads", "head_dim")
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValue:
@@ -106,14 +108,14 @@ class Attention(nn.Module):
         dropout = None
         if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
-        scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         o_BLHK = attend(
             q_BLHK,
             *keys_values,
             visibility,
             kernel=self.kernel,
             across=c.context_attention,
-            scale=scale,
+            scale=c.score_scale,
+            softcap=c.attention_softcap,
             bias_HLS=bias_HLS,
             dropout=dropout,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,20 @@ class TransformerConfig:
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
+    norm_unit_offset: bool = False
     norm_bias: bool = True
     embedding_norm: bool = False
     bias: bool = True
     attention_bias: str = "same"
     qk_norm: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    window: int = 0
+    global_every: int = 0
     positions: str = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
+    rope_theta_local: float = 0.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
     rope_low_frequency: float = 1.0
@@ -50,7 +57,9 @@ class TransformerConfig:
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False
-    scale_attention: bool = True
+    logit_softcap: float = 0.0
+    mup_base_width: int = 0
+    mup_base_head_dim: int = 0
     n_classes: int = 0
     dropout: float = 0.0
     final_dropout: bool = False
@@ -73,6 +82,17 @@ class TransformerConfig:
         return self.experts_every if self.n_experts else 1
 
     @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    def global_layers(self, n_layers: int) -> np.ndarray | None:
+        """Which layers of a stack see beyond the window, [N] bool; None: all are alike."""
+        if not (self.window and self.global_every):
+            return None
+        return np.arange(1, n_layers + 1) % self.global_every == 0
+
+    @property
     def query_bias(self) -> bool:
         """Whether the projections to queries, keys and values have biases."""
         return self.bias if self.attention_bias == "same" else self.attention_bias != "none"
@@ -82,8 +102,34 @@ class TransformerConfig:
         """Whether the projection of what the heads found has one."""
         return self.bias if self.attention_bias == "same" else self.attention_bias == "all"
 
+    @property
+    def width_ratio(self) -> float:
+        """d_model over that of muP's base model; 1 in the standard parametrisation."""
+        return self.d_model / (self.mup_base_width or self.d_model)
+
+    @property
+    def base_head_dim(self) -> int:
+        """head_dim of muP's base model, or the own."""
+        return self.mup_base_head_dim or self.head_dim
+
+    @property
+    def query_multiplier(self) -> float:
+        """What makes of the usual scale of attention scores muP's, which falls as 1/head_dim."""
+        ratio = self.base_head_dim / self.head_dim
+        return ratio if self.attention_scale else ratio**0.5
+
     def std(self, n_in: int, n_out: int) -> float:
-        """Deviation of a fresh kernel of `n_in` inputs and `n_out` outputs."""
+        """Deviation of a fresh kernel whose `n_in` inputs and `n_out` outputs grow with the width:
+        in muP as 1/sqrt(inputs), from that of the base model (Yang et al. 2022, Table 8)."""
+        m = self.width_ratio
+        return self._plain_std(n_in / m, n_out / m) / m**0.5
+
+    def output_std(self, n_out: int) -> float:
+        """The same from the residual stream to a number of scores that does not grow: in muP as in
+        the base model, the scores being divided by `width_ratio` (Table 8)."""
+        return self._plain_std(self.d_model / self.width_ratio, n_out)
+
+    def _plain_std(self, n_in: float, n_out: float) -> float:
         by_kind = {
             "normal": self.init_std,
             "fan_in": (self.init_scale / n_in) ** 0.5,

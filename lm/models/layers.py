@@ -73,23 +73,27 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
+
+    With `unit_offset` it multiplies by 1 + scale, so that decay pulls towards 1 (Gemma).
+    """
 
     kind: str
     eps: float
     use_bias: bool
+    unit_offset: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         width = x_BLD.shape[-1:]
-        ones = named(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", ones, width, jnp.float32)
+        start = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale_D = self.param("scale", named(start, ("norm",)), width, jnp.float32)
         x_BLD = x_BLD.astype(jnp.float32)
         if self.kind == "layernorm":
             x_BLD -= x_BLD.mean(-1, keepdims=True)
         y_BLD = x_BLD * jax.lax.rsqrt(jnp.square(x_BLD).mean(-1, keepdims=True) + self.eps)
-        y_BLD *= scale_D
+        y_BLD *= 1 + scale_D if self.unit_offset else scale_D
         if self.kind == "layernorm" and self.use_bias:
             zeros = named(nn.initializers.zeros, ("norm",))
             y_BLD += self.param("bias", zeros, width, jnp.float32)
@@ -98,7 +102,8 @@ class Norm(nn.Module):
 
 def make_norm(config: TransformerConfig, name: str | None = None) -> Norm:
     """The normalisation that a model uses everywhere."""
-    return Norm(config.norm, config.norm_eps, config.norm_bias, config.dtype, name=name)
+    c = config
+    return Norm(c.norm, c.norm_eps, c.norm_bias, c.norm_unit_offset, c.dtype, name=name)
 
 
 class Embedding(nn.Module):

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.activations import softcap
 from lm.models.config import TransformerConfig
 from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.positions import sinusoidal
@@ -44,7 +45,7 @@ class Model(nn.Module):
 
     def _linear(self, n_out: int, name: str, bias: bool = True) -> Linear:
         c = self.config
-        std = c.std(c.d_model, n_out)
+        std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
         names = ("embed", name)
         return Linear((c.d_model,), (n_out,), names, bias, std, c.dtype, out_dtype=jnp.float32)
 
@@ -58,7 +59,7 @@ class Model(nn.Module):
         c = self.config
         x_BLD = self.tokens(tokens_BL)
         if c.scale_embeddings:
-            x_BLD *= jnp.asarray(c.d_model**0.5, c.dtype)
+            x_BLD *= jnp.asarray((c.d_model / c.width_ratio) ** 0.5, c.dtype)
         if c.positions == "learned":
             if positions_BL is None:
                 end = c.position_offset + tokens_BL.shape[1]
@@ -81,24 +82,30 @@ class Model(nn.Module):
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V], float32."""
         c = self.config
+        x_BLD = self._over_width(x_BLD)
         if c.tie_embeddings:
-            scale = c.d_model**-0.5 if c.scale_logits else 1.0
+            scale = (c.d_model / c.width_ratio) ** -0.5 if c.scale_logits else 1.0
             logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
         else:
             logits_BLV = self.head(x_BLD)
-        return constrain(logits_BLV, "rows", "length", "vocab")
+        logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
+        return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """Scores of the classes [B, C], float32, of what `pooled` gives."""
-        return self.classifier(self.dropout(x_BD))
+        return self.classifier(self._over_width(self.dropout(x_BD)))
 
     def next_sentence(self, x_BD: jax.Array) -> jax.Array:
         """Scores [B, 2] for "B follows A" and "B does not follow A" (Devlin 2018, §3.1)."""
-        return self.sentence_head(x_BD)
+        return self.sentence_head(self._over_width(x_BD))
 
     def spans(self, x_BLD: jax.Array) -> jax.Array:
         """Scores [B, L, 2] of every token to start and to end an answer (Devlin 2018, §4.2)."""
-        return self.span_head(self.dropout(x_BLD))
+        return self.span_head(self._over_width(self.dropout(x_BLD)))
+
+    def _over_width(self, x_BLD: jax.Array) -> jax.Array:
+        """What scores are made of: muP's output multiplier (Yang et al. 2022, Table 8)."""
+        return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
 
 
 def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

@@ -74,11 +74,11 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
-        init = nn.initializers.normal(c.std(c.d_model, c.n_experts))
+        init = nn.initializers.normal(c.output_std(c.n_experts))
         # Small enough to be whole on every device: gathering it would cost more than it saves.
         shape, names = (c.d_model, c.n_experts), ("router_inputs", "router")
         kernel_DE = self.param("kernel", named(init, names), shape, jnp.float32)
-        x_BLD = x_BLD.astype(jnp.float32)
+        x_BLD = x_BLD.astype(jnp.float32) / c.width_ratio
         if self.jitter:
             low, high = 1 - self.jitter, 1 + self.jitter
             x_BLD *= jax.random.uniform(

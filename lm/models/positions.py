@@ -34,6 +34,22 @@ def rotary_angles(
     return positions_BL[..., None] * scale(frequencies)
 
 
+def layer_angles(
+    config: TransformerConfig, positions_BL: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The rotation angles [B, L, K/2] of the layers, and those of local ones where both occur.
+
+    Local layers differ if they have a theta of their own, which is never stretched: no distance
+    inside a window is new to them.
+    """
+    c = config
+    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, scaled(c))
+    if not (c.window and c.rope_theta_local):
+        return angles, None
+    local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
+    return (angles, local) if c.global_every else (local, None)
+
+
 def scaled(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
     """What a longer context makes of the rotary frequencies.
 
@@ -104,7 +120,7 @@ class RelativeBias(nn.Module):
     def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
         """[H, L, S] float32; query i stands at key place `offset` + i."""
         c = self.config
-        init = named(nn.initializers.normal(c.std(c.d_model, c.n_heads)), ("positions", "heads"))
+        init = named(nn.initializers.normal(c.output_std(c.n_heads)), ("positions", "heads"))
         table = self.param("embedding", init, (c.relative_buckets, c.n_heads), jnp.float32)
         distances_LS = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
         buckets_LS = relative_buckets(

@@ -9,11 +9,14 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lm.kernels.attention import Dropout, Visibility, attention
 from lm.kernels.ring_attention import ring_attention
@@ -34,6 +37,7 @@ def attend(
     kernel: str,
     across: str,
     scale: float,
+    softcap: float = 0.0,
     bias_HLS: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
@@ -58,6 +62,7 @@ def attend(
             visibility,
             kernel=kernel if by_compiler else "xla",
             scale=scale,
+            softcap=softcap,
             bias_HLS=bias_HLS,
             dropout=dropout,
         )
@@ -65,10 +70,12 @@ def attend(
         raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
     inputs = (q_BLHK, k_BSGK, v_BSGK, visibility)
+    if kernel == "splash" and not ring:
+        return _splash_of_layer(*inputs, scale, softcap)
+    if softcap:
+        raise ValueError(f'attention "{across if ring else kernel}" has no soft-cap')
     if ring:
         return _ring(*inputs, scale)
-    if kernel == "splash":
-        return _splash(*inputs, scale)
     return _by_rows_and_heads(*inputs, kernel, scale)
 
 
@@ -103,15 +110,41 @@ def _ring(
         causal = visibility.causal
         return ring_attention(q, k, v, segments, causal=causal, axis=rules.LENGTH_AXIS)
 
-    if visibility.prefix_BS is not None:
-        raise ValueError("ring attention has no prefixes")
+    if visibility.prefix_BS is not None or visibility.window:
+        raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     arguments = (q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
     return rules.on_shards(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
+def _splash_of_layer(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visibility: Visibility,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """The kernel's tiles are chosen at compile time: a layer with a window has a kernel of its own,
+    and the number that says which layers are global picks one of two."""
+
+    def with_window(window: int) -> Callable[..., jax.Array]:
+        seen = replace(visibility, window=window, is_global=None)
+        return lambda q, k, v: _splash(q, k, v, seen, scale, softcap)
+
+    here = with_window(visibility.window)
+    if visibility.is_global is None:
+        return here(q_BLHK, k_BSGK, v_BSGK)
+    return lax.cond(visibility.is_global, with_window(0), here, q_BLHK, k_BSGK, v_BSGK)
+
+
 def _splash(
-    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, scale: float
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visibility: Visibility,
+    scale: float,
+    softcap: float,
 ) -> jax.Array:
     if visibility.prefix_BS is not None:
         raise ValueError('attention kernel "splash" has no prefixes')
@@ -122,6 +155,8 @@ def _splash(
         q_BLHK.shape[1],
         k_BSGK.shape[1],
         causal=causal,
+        window=visibility.window,
+        softcap=softcap,
         head_shards=rules.shards("heads"),
         query_shards=rules.shards("length"),
     )

@@ -23,7 +23,7 @@ from lm.models.cache import Cache, Source
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
-from lm.models.positions import RelativeBias, rotary_angles, scaled
+from lm.models.positions import RelativeBias, layer_angles
 from lm.models.reports import COLLECTIONS
 from lm.parallel.pipeline import is_pipelined, run_pipeline
 from lm.parallel.rules import constrain
@@ -43,12 +43,14 @@ REMAT_POLICIES = {
 class Surroundings:
     """What all blocks of a stack have in common.
 
-    A stack with cross-attention has `source_visibility`, and either the encoder's output or, in
-    later steps of decoding, nothing: then each layer's keys and values of it come cached.
+    Local layers rotate by angles of their own if there are any. A stack with cross-attention has
+    `source_visibility`, and either the encoder's output or, in later steps of decoding, nothing:
+    then each layer's keys and values of it come cached.
     """
 
     visibility: Visibility
     angles_BLK: jax.Array | None = None
+    local_angles_BLK: jax.Array | None = None
     bias_HLS: jax.Array | None = None
     encoded_BSD: jax.Array | None = None
     source_visibility: Visibility | None = None
@@ -63,10 +65,11 @@ class Cached:
 
 
 class Block(nn.Module):
-    """x + sublayer(norm(x)) for each sublayer, or, "post", norm(x + sublayer(x)).
+    """x + sublayer(norm(x)) for each sublayer; "post": norm(x + sublayer(x)); "both":
+    x + post_norm(sublayer(norm(x))).
 
     The sublayers: self-attention, cross-attention where there is a source, feed-forward, of experts
-    if the block is `sparse`.
+    if the block is `sparse`. `is_global` is a number of the layer where some have a window.
     """
 
     config: TransformerConfig
@@ -76,7 +79,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, around: Surroundings, cached: Cached
+        self,
+        x_BLD: jax.Array,
+        around: Surroundings,
+        cached: Cached,
+        is_global: jax.Array | None,
     ) -> tuple[jax.Array, Cached]:
         c = self.config
         own, source = cached.own, cached.source
@@ -85,9 +92,13 @@ class Block(nn.Module):
         def self_attention(y_BLD: jax.Array) -> jax.Array:
             nonlocal own
             attend = Attention(c, self.deterministic, self.kernel, name="attention")
-            y_BLD, own = attend.to_itself(
-                y_BLD, around.visibility, around.angles_BLK, around.bias_HLS, own
-            )
+            seen = replace(around.visibility, window=c.window, is_global=is_global)
+            angles_BLK = around.angles_BLK
+            if around.local_angles_BLK is not None:
+                assert angles_BLK is not None
+                assert is_global is not None
+                angles_BLK = jnp.where(is_global, angles_BLK, around.local_angles_BLK)
+            y_BLD, own = attend.to_itself(y_BLD, seen, angles_BLK, around.bias_HLS, own)
             return y_BLD
 
         def cross_attention(y_BLD: jax.Array) -> jax.Array:
@@ -116,10 +127,12 @@ class Block(nn.Module):
             del sublayers["cross_attention"]
         for name, sublayer in sublayers.items():
             norm = make_norm(c, f"{name}_norm")
-            y_BLD = sublayer(norm(x_BLD) if c.norm_placement == "pre" else x_BLD)
+            y_BLD = sublayer(x_BLD if c.norm_placement == "post" else norm(x_BLD))
+            if c.norm_placement == "both":
+                y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
             x_BLD = constrain(x_BLD + y_BLD, "batch", "residual_length", "embed")
-            x_BLD = x_BLD if c.norm_placement == "pre" else norm(x_BLD)
+            x_BLD = norm(x_BLD) if c.norm_placement == "post" else x_BLD
         # Only decoding takes keys and values along.
         keeps = cached.own is not None
         return x_BLD, Cached(own, source) if keeps else Cached()
@@ -139,14 +152,19 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, around: Surroundings, cached: Cached
+        self,
+        x_BLD: jax.Array,
+        around: Surroundings,
+        cached: Cached,
+        is_global: jax.Array | None,
     ) -> tuple[jax.Array, Cached]:
         c, n = self.config, self.config.pattern
         block, after = recomputed(Block, c.remat), []
         for i in range(n):
             sparse = self.sparse and i == n - 1
             layer = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
-            x_BLD, kept = layer(x_BLD, around, jax.tree.map(lambda part, i=i: part[i], cached))
+            of_layer = jax.tree.map(lambda part, i=i: part[i], (cached, is_global))
+            x_BLD, kept = layer(x_BLD, around, *of_layer)
             after.append(kept)
         return x_BLD, jax.tree.map(lambda *parts: jnp.stack(parts), *after)
 
@@ -176,18 +194,20 @@ class Stack(nn.Module):
         encoded_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """The stack's output, normalised if its blocks are "pre", and the cache after it.
+        """The stack's output, normalised unless its blocks are "post", and the cache after it.
 
         With an encoder's output, or a cache that holds its keys and values, blocks attend to it;
         `source_segments_BS` are its segments.
         """
         c = self.config
         L = x_BLD.shape[1]
+        in_pipeline = cache is None and is_pipelined()
         around = Surroundings(visibility)
         if c.positions == "rotary":
-            around = replace(
-                around, angles_BLK=rotary_angles(positions_BL, c.head_dim, c.rope_theta, scaled(c))
-            )
+            if in_pipeline:  # what goes beside the rows has as many
+                positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
+            angles_BLK, local_BLK = layer_angles(c, positions_BL)
+            around = replace(around, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
         if c.positions == "relative":
             n_keys = L if cache is None else cache.keys_NBSGK.shape[2]
             bias = RelativeBias(c, not self.causal, name="relative_bias")
@@ -207,23 +227,25 @@ class Stack(nn.Module):
         n = c.pattern
         layer = recomputed(Block, c.remat) if n == 1 else Pattern
         settings = (c, self.deterministic, c.attention, c.n_experts > 0)
-        if cache is None and is_pipelined():
-            x_BLD = self._pipeline(layer(*settings, parent=None), x_BLD, around)
+        is_global_N = jax.tree.map(jnp.asarray, c.global_layers(self.n_layers))
+        if in_pipeline:
+            x_BLD = self._pipeline(layer(*settings, parent=None), x_BLD, around, is_global_N)
         else:
             layers = nn.scan(
                 layer,
-                variable_axes=dict.fromkeys(("params", *COLLECTIONS), 0),  # type: ignore[arg-type]
+                variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, 0),
                 length=self.n_layers // n,
                 unroll=max(1, (c.scan_unroll or self.n_layers) // n),
                 metadata_params={nn.PARTITION_NAME: "layers"},
                 # The check traces a layer twice, and would give it the dropout of a second call.
                 check_constancy_invariants=self.is_initializing(),
             )(*settings, name="layers")
+            of_layers = (cached, is_global_N)
             if n > 1:
-                cached = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), cached)
-            x_BLD, cached = layers(x_BLD, around, cached)
+                of_layers = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
+            x_BLD, cached = layers(x_BLD, around, *of_layers)
             if n > 1:
                 cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
         if cache is not None:
@@ -232,17 +254,20 @@ class Stack(nn.Module):
             if cached.source is not None and source_segments_BS is not None:
                 source = Source(*cached.source, source_segments_BS)
             cache = Cache(*cached.own, cache.segment_ids_BS, cache.index + L, source)
-        if c.norm_placement == "pre":
+        if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache
 
-    def _pipeline(self, block: nn.Module, x_BLD: jax.Array, around: Surroundings) -> jax.Array:
+    def _pipeline(
+        self,
+        block: nn.Module,
+        x_BLD: jax.Array,
+        around: Surroundings,
+        is_global_N: jax.Array | None,
+    ) -> jax.Array:
         """What the scan of `block` gives, by the pipeline of the mesh."""
-        if around.angles_BLK is not None:
-            shape = (len(x_BLD), *around.angles_BLK.shape[1:])
-            around = replace(around, angles_BLK=jnp.broadcast_to(around.angles_BLK, shape))
         bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
         by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
 
@@ -255,8 +280,9 @@ class Stack(nn.Module):
             keys_N = jax.random.split(rng.rng, self.n_layers)
 
         def layer(
-            params: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
+            of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
         ) -> tuple[jax.Array, Any]:
+            params, is_global = of_layer
             here = jax.tree.map(
                 lambda row, leaf: leaf if row is None else row,
                 by_row,
@@ -265,13 +291,14 @@ class Stack(nn.Module):
             )
             here = replace(here, bias_HLS=bias_HLS)
             rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
-            inputs = (x_BLD, here, Cached())
+            inputs = (x_BLD, here, Cached(), is_global)
             output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
             (x_BLD, _), reported = output
             return x_BLD, reported
 
-        params, unroll = self.variables["params"]["layers"], self.config.scan_unroll
-        x_BLD, reported = run_pipeline(layer, params, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        of_layers = (self.variables["params"]["layers"], is_global_N)
+        unroll = self.config.scan_unroll
+        x_BLD, reported = run_pipeline(layer, of_layers, keys_N, x_BLD, by_row, bias_HLS, unroll)
         for collection, values in reported.items():
             self.put_variable(collection, "layers", values)
         return x_BLD

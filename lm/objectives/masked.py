@@ -19,6 +19,7 @@ import numpy as np
 from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
 from lm.data.tokenizer_interface import Tokenizer
+from lm.data.word_starts import word_starts
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
 from lm.objectives.objective import Batch, Example, Sums
@@ -26,25 +27,6 @@ from lm.objectives.special_tokens import SpecialTokens, special_tokens
 from lm.objectives.token_loss import token_loss
 
 Arrays = dict[str, np.ndarray]
-
-_SPACES = (" ", "▁", "Ġ")  # the latter as SentencePiece and GPT-2 write them
-_OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
-
-
-def word_starts(tokenizer: Tokenizer) -> np.ndarray:
-    """Which ids start a word, bool [vocabulary].
-
-    All that WordPiece does not mark with "##"; all that bring the space before them where any
-    does, as in SentencePiece, byte-level BPE, bytes and characters; or simply all.
-    """
-    pieces = tokenizer.pieces()
-    goes_on = np.array([piece.startswith("##") for piece in pieces])
-    after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
-    if goes_on.sum() > after_space.sum():
-        return ~goes_on
-    if not after_space.any():
-        return ~after_space
-    return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]
 
 
 @dataclass(frozen=True, eq=False)

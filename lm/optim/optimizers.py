@@ -29,10 +29,45 @@ def decay_mask(what: str) -> Callable[[Tree], Tree]:
     return lambda params: by_path(params, lambda names, _: names[-1] in decaying)
 
 
-def adamw(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """AdamW (Loshchilov and Hutter 2019); decay is multiplied by the learning rate."""
+def adamw(
+    schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0
+) -> Any:
+    """AdamW (Loshchilov and Hutter 2019); decay is multiplied by the learning rate.
+
+    muP's rate of hidden kernels is 1/`width_ratio` of it (Yang et al. 2022, Table 8), their decay
+    that of all.
+    """
     o = options.adamw
-    return optax.adamw(schedule, o.b1, o.b2, o.eps, weight_decay=options.weight_decay, mask=mask)
+    adam = optax.scale_by_adam if o.bias_correction else uncorrected_adam
+    return optax.chain(
+        over_width(adam(o.b1, o.b2, o.eps), width_ratio),
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam whose moments stay small in the first steps (Devlin et al. 2018, released code)."""
+
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, state._replace(count=state.count + 1, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
+def over_width(
+    direction: optax.GradientTransformation, width_ratio: float
+) -> optax.GradientTransformation:
+    """The directions of hidden kernels, those to a fixed number of scores being none, divided."""
+
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        found, state = direction.update(grads, state, params)
+        return by_path(found, lambda names, x: x / width_ratio if _is_hidden(names) else x), state
+
+    return optax.GradientTransformation(direction.init, update)
 
 
 def adafactor(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
@@ -76,9 +111,15 @@ def lion(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
     return optax.lion(schedule, o.b1, o.b2, weight_decay=options.weight_decay, mask=mask)
 
 
-def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
+def muon(
+    schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0
+) -> Any:
     """Muon (Jordan 2024) for the kernels of the blocks; AdamW, with its own section's options and
-    `adam_ratio` of the learning rate, for everything else."""
+    `adam_ratio` of the learning rate, for everything else.
+
+    The norm of its updates does not depend on the width, which is what muP asks of them; the
+    other kernels follow `width_ratio` as in AdamW.
+    """
     o = options.muon
     matrices = optax.contrib.muon(
         schedule,
@@ -88,7 +129,7 @@ def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
         weight_decay_mask=mask,
         muon_weight_dimension_numbers=_dimensions,
     )
-    others = adamw(lambda t: o.adam_ratio * schedule(t), options, mask)
+    others = adamw(lambda t: o.adam_ratio * schedule(t), options, mask, width_ratio)
     return optax.partition(
         {"matrix": matrices, "other": others},
         lambda params: by_path(
@@ -100,6 +141,14 @@ def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
 def _each_layer(function: Callable) -> Callable:
     """`function` of each layer of stacked parameters; of a model without layers, of nothing."""
     return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
+
+
+SCORES = {"head", "router", "classifier", "sentence_head", "span_head"}
+
+
+def _is_hidden(names: list[str]) -> bool:
+    """Whether both sides of a parameter grow with the width of the model."""
+    return names[-1] == "kernel" and not SCORES & set(names)
 
 
 def _is_block_kernel(names: list[str]) -> bool:
@@ -121,7 +170,7 @@ def _dimensions(kernels: Tree) -> Tree:
     return by_path(kernels, matrix)
 
 
-OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adamw": adamw,
     "adafactor": adafactor,
     "sgd": sgd,
@@ -131,14 +180,20 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule, ConfigDict, Any], Any]] = {
 
 
 def make_optimizer(
-    options: ConfigDict, schedule: optax.Schedule, trainable: Trainable = EVERYTHING
+    options: ConfigDict,
+    schedule: optax.Schedule,
+    trainable: Trainable = EVERYTHING,
+    width_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
     """Clipping by the global norm, then the named optimizer with decoupled weight decay.
 
     It is given the parameters that train. Layer-wise decay scales the whole update, weight decay
     included; frozen layers stay as they are. `options` is the configuration's section "optimizer".
+    A `width_ratio` over muP's base model other than 1 is for adamw and muon.
     """
-    optimizer = OPTIMIZERS[options.name](schedule, options, decay_mask(options.decay))
+    make = OPTIMIZERS[options.name]
+    muP = {} if width_ratio == 1 else {"width_ratio": width_ratio}
+    optimizer = make(schedule, options, decay_mask(options.decay), **muP)
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     if options.layer_decay != 1 or trainable != EVERYTHING:

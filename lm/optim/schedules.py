@@ -29,6 +29,12 @@ def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> opta
     return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
 
 
+def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """peak / (1 + c t), where c makes it end at `final_ratio` (Bengio et al. 2003, §3.1)."""
+    rate = (1 / options.final_ratio - 1) / max(end - start, 1)
+    return lambda t: peak / (1 + rate * t)
+
+
 def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
     """Times `step_factor` after every `step_every` steps."""
     return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
@@ -46,6 +52,7 @@ SCHEDULES = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
+    "inverse": inverse,
     "inverse_sqrt": inverse_sqrt,
     "step": step,
     "wsd": wsd,

@@ -7,10 +7,10 @@ from math import prod
 
 from ml_collections import ConfigDict
 
-from lm.config import TRANSFORMERS
 from lm.errors import UserError
 from lm.parallel.pipeline import Schedule
 from lm.parallel.rules import BATCH_AXES
+from lm.rules import TRANSFORMERS
 
 
 def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:

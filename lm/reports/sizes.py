@@ -38,4 +38,5 @@ def size_of(workdir: Path) -> Size:
     counts = count_parameters(experiment)
     tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
     flops = tokens * model_flops_per_token(experiment)
-    return Size(counts["total"], counts["non_embedding"], tokens, flops)
+    heads = counts["heads"]
+    return Size(counts["total"] + heads, counts["non_embedding"] + heads, tokens, flops)

@@ -41,8 +41,13 @@ def run_sweep(
             finished = run_halving(scheduler, entries, sweep.halving)
         else:
             finished = scheduler.run_all(entries)
+    return conclude(entries, folder, finished)
+
+
+def conclude(entries: Sequence[Entry], folder: Path, finished: bool) -> int:
+    """Write results.csv and the table; the exit code."""
     write_results(entries, folder / "results.csv")
-    print("\n".join(table.lines()), file=sys.stderr)
+    print("\n".join(Table(entries).lines()), file=sys.stderr)
     if not finished:
         print("asked to stop: the same command continues", file=sys.stderr)
         return EXIT_CODE

@@ -45,6 +45,12 @@ class Entry:
             self.file, json.dumps({"state": state, "reason": reason, "job": note}, indent=1)
         )
 
+    def as_it_was(self) -> Entry:
+        """With the state that an earlier start of the sweep left."""
+        before = json.loads(self.file.read_text())
+        self.state, self.reason = before["state"], before["reason"]
+        return self
+
     @property
     def step(self) -> int:
         """That of the newest checkpoint."""

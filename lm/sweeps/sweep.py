@@ -10,13 +10,14 @@ def get_sweep():
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm import config as configs
 from lm.errors import UserError
+from lm.experiment_file import call_file
 from lm.training.files import write_atomically
 
 
@@ -53,6 +54,22 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Search:
+    """So many runs of an experiment, the overrides of each chosen after the results of earlier ones.
+
+    `suggest` makes overrides of an Optuna trial, as `trial.suggest_float("lr", 1e-4, 1, log=True)`
+    gives them. `metric` is of metrics.jsonl, its value at the end counts as in `Halving`.
+    """
+
+    config: str
+    suggest: Callable[[Any], Mapping[str, Any]]
+    trials: int
+    metric: str = "eval/validation/loss"
+    highest: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of a sweep; `folder` is the sweep's, `options` are more words of `lm train`."""
 
@@ -86,23 +103,27 @@ class Run:
 
 def load(
     spec: str, folder: Path, overrides: Mapping[str, str], options: Sequence[str] = ()
-) -> tuple[Sweep, list[Run]]:
-    """The sweep of `FILE.py[:VARIANT]` and its runs, each configuration validated.
+) -> tuple[Sweep | Search, list[Run]]:
+    """The sweep of `FILE.py[:VARIANT]` and its runs, each configuration validated; of a search,
+    whose runs are not known yet, none.
 
     `overrides` and `options` go to every run; the run's own overrides win.
     """
     file, _, variant = spec.partition(":")
-    sweep = configs.call_file(Path(file), "get_sweep", variant)
+    sweep = call_file(Path(file), "get_sweep", variant)
+    if isinstance(sweep, Search):
+        return sweep, []
     if not isinstance(sweep, Sweep):
         raise UserError(f"{file}: get_sweep returned {type(sweep).__name__}, not a Sweep")
     if not sweep.runs:
         raise UserError(f"{file}: the sweep has no runs")
-    return sweep, list(_runs(sweep, folder, overrides, tuple(options)))
+    return sweep, list(make_runs(sweep, folder, overrides, tuple(options)))
 
 
-def _runs(
+def make_runs(
     sweep: Sweep, folder: Path, common: Mapping[str, str], options: tuple[str, ...]
 ) -> Iterator[Run]:
+    """The runs of a sweep in its folder, each configuration validated."""
     for name, own in sweep.runs.items():
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"run {name!r}: a run's name is the name of its folder")

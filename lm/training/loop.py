@@ -105,7 +105,7 @@ class Loop:
             if self._must_halt:
                 self._halt()
             if due_eval:
-                self._evaluate(whole=last)
+                self._evaluate(config.eval.final_batches if last else config.eval.max_batches)
             if due_save or wish == STOP:
                 self._save()
             if wish == STOP and not last:
@@ -176,7 +176,7 @@ class Loop:
             "with --config.train.nonfinite=skip"
         )
 
-    def _evaluate(self, whole: bool) -> None:
+    def _evaluate(self, max_batches: int) -> None:
         if self._validation is None:
             return
         with self._clock.part("eval"):
@@ -185,7 +185,7 @@ class Loop:
                 self.state.params,
                 self._validation,
                 self._dataset.validation,
-                0 if whole else self.config.eval.max_batches,
+                max_batches,
                 track=self._watched,
             )
         self.last_evaluation = result

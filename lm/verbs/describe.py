@@ -17,7 +17,13 @@ from lm.schema import SCHEMA
 
 
 def params(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Count the parameters of a configuration."""
+    """Count the parameters of a configuration, or of every variant of a folder's experiments."""
+    if bool(args.config) == bool(args.all):
+        raise UserError("lm params: give --config FILE.py[:VARIANT], or --all [DIR]")
+    return _params_of_all(args, overrides) if args.all else _params_of_one(args, overrides)
+
+
+def _params_of_one(args: argparse.Namespace, overrides: Overrides) -> int:
     import jax
 
     from lm.experiment import build
@@ -31,10 +37,29 @@ def params(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     for name, (shape, axes) in counts["tensors"].items():
         print(f"{name:45} {'×'.join(map(str, shape)):>20}  {' '.join(axes)}")
+    if counts["heads"]:
+        print(f"heads of pretraining, in none of the sums below {counts['heads']:,}")
     print(f"non-embedding {counts['non_embedding']:,}")
     if counts["active"] != counts["total"]:
         print(f"active {counts['active']:,}")
     print(f"total {counts['total']:,}")
+    return 0
+
+
+def _params_of_all(args: argparse.Namespace, overrides: Overrides) -> int:
+    from tqdm import tqdm
+
+    from lm.experiment_file import variants_in
+    from lm.sizes import variant_size
+
+    specs = tqdm(variants_in(Path(args.all)), desc="counting", file=sys.stderr, disable=None)
+    sizes = [variant_size(spec, overrides) for spec in specs]
+    if args.json:
+        print(json.dumps(sizes))
+        return 0
+    for size in sizes:
+        counts = size["note"] or f"{size['total']:>17,} {size['non_embedding']:>17,}"
+        print(f"{size['config']:45} {size['paper'] or '-':25} {counts}")
     return 0
 
 

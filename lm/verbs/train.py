@@ -33,17 +33,23 @@ def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
     from lm.sweeps.command import dry_run, locked, run_sweep
     from lm.sweeps.launchers import make
-    from lm.sweeps.sweep import load
+    from lm.sweeps.search import Trials, run_search
+    from lm.sweeps.sweep import Search, load
 
-    folder = Path(args.workdir)
-    loaded, runs = load(args.config, folder, overrides, args.command or ())
-    parallel = args.parallel or (len(runs) if args.launcher == "slurm" else 1)
+    folder, words = Path(args.workdir), tuple(args.command or ())
+    loaded, runs = load(args.config, folder, overrides, words)
+    parallel = args.parallel or (max(1, len(runs)) if args.launcher == "slurm" else 1)
     options = args.launcher, parallel, args.gpus, args.launcher_options
     if args.dry_run:
+        if isinstance(loaded, Search):
+            runs = Trials(loaded, folder, overrides, words, stored=False).ask(parallel)
         dry_run(runs, make(*options, keep_open=()), parallel)
         return 0
     with locked(folder) as lock:
         launcher = make(*options, keep_open=(lock,))
+        if isinstance(loaded, Search):
+            trials = Trials(loaded, folder, overrides, words)
+            return run_search(trials, launcher, parallel, args.retries)
         return run_sweep(loaded, runs, folder, launcher, parallel, args.retries)
 
 

@@ -84,12 +84,18 @@ def test_the_end_of_a_single_document_is_held_out_by_characters(make_data, tmp_p
     assert train.digest != validation.digest
 
 
-def test_the_last_of_several_documents_are_held_out(make_data, tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(10)))
+def test_some_of_several_documents_are_held_out(make_data, tmp_path):
+    """Of a sorted corpus both parts have documents from everywhere, in their order."""
+    lines = [f"line {i}" for i in range(100)]
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
     data = make_data(documents="line", validation_fraction=0.2)
-    train, validation = (open_corpus("text:a.txt", data, s) for s in ("train", "validation"))
-    assert documents(train) == [f"line {i}" for i in range(8)]
-    assert documents(validation) == ["line 8", "line 9"]
+    splits = (open_corpus("text:a.txt", data, s) for s in ("train", "validation"))
+    train, validation = map(documents, splits)
+    assert [len(train), len(validation)] == [80, 20]
+    for part in (train, validation):
+        assert part == [line for line in lines if line in part]
+    assert sorted(train + validation, key=lines.index) == lines
+    assert all(set(validation) & set(lines[i : i + 50]) for i in (0, 50))
 
 
 def test_nothing_is_held_out_beside_a_validation_source(make_data, tmp_path):

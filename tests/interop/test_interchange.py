@@ -5,15 +5,20 @@ import json
 import jax
 import numpy as np
 import pytest
-from their_models import BERT, GPT2, LLAMA, T5, build, torch, transformers
+from their_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
 
 from lm.cli import main
+from lm.data.batches import to_device
 from lm.data.characters import CharTokenizer
+from lm.data.dataset import open_split
 from lm.data.tokenizers import load_saved
+from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
 from lm.optim.parameter_groups import flat
 from lm.training.saved_params import saved_checkpoints
+from lm.training.train import restore_params
+from lm.training.workdir import load_config
 
 ALPHABET = "".join(map(chr, range(32, 127)))
 END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows
@@ -46,8 +51,8 @@ def import_run(capsys, folder, workdir, *words):
     return workdir
 
 
-def greedy(model, ids, n, end=None, **inputs):
-    """What their greedy search writes after `ids`."""
+def written(model, ids, n, end=None, **inputs):
+    """What their search writes after `ids`."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([ids]),
@@ -62,20 +67,28 @@ def greedy(model, ids, n, end=None, **inputs):
 
 
 @pytest.mark.parametrize(
-    ("class_name", "values"),
-    [("GPT2LMHeadModel", GPT2), ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2})],
+    ("class_name", "values", "beams"),
+    [
+        ("GPT2LMHeadModel", GPT2, 1),
+        ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2}, 3),
+        ("Gemma3ForCausalLM", GEMMA3, 1),  # longer than its windows
+        ("Gemma3ForCausalLM", GEMMA3, 2),
+    ],
 )
 def test_an_imported_decoder_generates_what_theirs_does(
-    folder, class_name, values, tmp_path, capsys, one_device
+    folder, class_name, values, beams, tmp_path, capsys, one_device
 ):
+    """Without an end token all hypotheses of a beam are equally long: no penalty makes a
+    difference, and neither does what becomes of the places of those that have ended."""
     source, model = folder(class_name, values)
     workdir = import_run(capsys, source, tmp_path / "run")
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    options = ["--greedy", "--max_new_tokens", 12, "--json"]
+    options = ["--max_new_tokens", 12, "--json"]
+    options += [f"--config.decode.beam_size={beams}"] if beams > 1 else ["--greedy"]
     made = json.loads(lm(capsys, "generate", "--workdir", workdir, *prompts, *options))
     tokenizer = load_saved(workdir / "tokenizer")
     for prompt, ours in zip(PROMPTS, made, strict=True):
-        ids = greedy(model, tokenizer.encode(prompt).tolist(), 12)
+        ids = written(model, tokenizer.encode(prompt).tolist(), 12, num_beams=beams)
         assert prompt + ours["text"] == tokenizer.decode(ids)
 
 
@@ -93,38 +106,50 @@ def test_an_imported_encoder_decoder_generates_what_theirs_does(
     tokenizer = load_saved(workdir / "tokenizer")
     ids = [*tokenizer.encode(PROMPTS[0]).tolist(), END]
     inputs = {"end": END, "decoder_start_token_id": END, "num_beams": beams, "length_penalty": 0.0}
-    assert made[0]["text"] == tokenizer.decode(greedy(model, ids, 8, **inputs))
+    assert made[0]["text"] == tokenizer.decode(written(model, ids, 8, **inputs))
 
 
-def test_an_imported_run_is_evaluated_trained_and_exported_on_any_mesh(
+def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there(
     folder, text_file, tmp_path, capsys
 ):
-    """The exported model gives, in transformers, the loss that the run gives for the same text."""
     source, _ = folder("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2})
     mesh = ["--config.parallel.mesh.fsdp=4", "--config.parallel.mesh.tensor=2"]
     first = import_run(capsys, source, tmp_path / "first", *mesh)
     data = [
         f"--config.data.source=text:{text_file}",
         f"--config.data.validation_source=text:{text_file}",
-        "--config.data.documents=line",
         "--config.data.sequence_length=32",
         "--config.data.workers=1",
         "--config.log.tensorboard=False",
     ]
     trained = tmp_path / "trained"
-    words = ["--config.train.steps=3", f"--config.init.from={first}"]
+    words = ["--config.train.steps=10", f"--config.init.from={first}"]
     lm(capsys, "train", "--config", first / "run.json", "--workdir", trained, *data, *mesh, *words)
     lm(capsys, "export", "--workdir", trained, "--to", tmp_path / "out")
-    model, params = huggingface.load(tmp_path / "out")
+
+    experiment = build_experiment(load_config(trained), jax.devices())
+    assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
+    tokenizer, config = load_saved(trained / "tokenizer"), experiment.config
+    stores = open_split(config.data, "validation", tokenizer, False)
+    arrays = to_device(
+        experiment.evaluation_batches(tokenizer, stores), [0], experiment.batch_sharding
+    )
+    params, _ = restore_params(experiment, trained)
+    carry = experiment.init_carry(config.eval.batch_size)
+    _, sums = experiment.eval_steps(params, carry, arrays)
+
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = text_file.read_text().splitlines()[0]
-    ids = tokenizer(text).input_ids
-    assert ids == load_saved(trained / "tokenizer").encode(text).tolist()
+    assert their_tokenizer(text).input_ids == tokenizer.encode(text).tolist()
+    batch = {name: np.asarray(value[0]) for name, value in arrays.items()}
+    assert (batch["segment_ids"] == 1).all()  # whole windows of the one document
+    assert batch["weights"].all()
     with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits.numpy()
-    logits = model.apply({"params": params}, np.array([ids]))
-    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+        logits = theirs(torch.tensor(batch["inputs"])).logits
+        targets = torch.tensor(batch["targets"]).long()
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert float(sums.loss[0] / sums.weight[0]) == pytest.approx(float(expected), abs=1e-5)
     started = flat(huggingface.load(source)[1])
     assert all(
         np.abs(np.asarray(leaf) - np.asarray(started[path])).max() > 0

@@ -31,6 +31,7 @@ def set_tensors(folder, change):
     safetensors.save_file(tensors, folder / "model.safetensors")
 
 
+LOCAL = "sliding_attention"
 NORM = "model.layers.1.post_attention_layernorm.weight"
 SPOILT = {
     "architecture": (lambda f: set_config(f, model_type="mamba"), "model_type=mamba; known are gp"),
@@ -47,9 +48,22 @@ SPOILT = {
     "wrong size": (lambda f: set_config(f, hidden_size=36), r"has the shape \(96, 32\), not"),
     "activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act=relu is not supported"),
     "rope": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type=yarn"),
-    "window": (
-        lambda f: set_config(f, model_type="mistral", sliding_window=8),
-        "sliding_window=8 is below",
+    "layer types": (
+        lambda f: set_config(
+            f, model_type="qwen3", sliding_window=8, layer_types=["full_attention"] * 2 + [LOCAL]
+        ),
+        "layer_types are not local ones and each n-th global",
+    ),
+    "one expert": (
+        lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=1),
+        "num_experts_per_tok=1 is weighted by 1",
+    ),
+    "both ways": (
+        lambda f: (
+            set_config(f, model_type="gemma", use_bidirectional_attention=True)
+            or set_config(f, hidden_act="gelu")
+        ),
+        "use_bidirectional_attention=True is not",
     ),
     "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),

@@ -55,6 +55,25 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
 
+MIXTRAL = LLAMA | {"num_local_experts": 4, "num_key_value_heads": 2}
+GEMMA = LLAMA | {"num_key_value_heads": 2, "head_dim": 10, "pad_token_id": None}
+GEMMA2 = GEMMA | {
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 2.0,
+}
+GEMMA3 = GEMMA | {
+    "num_hidden_layers": 5,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+
 # name: (their class, what its configuration says)
 DECODERS = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
@@ -78,6 +97,38 @@ DECODERS = {
     "mistral": (
         "MistralForCausalLM",
         LLAMA | {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 12},
+    ),
+    "mistral-window": (
+        "MistralForCausalLM",
+        LLAMA | {"num_key_value_heads": 1, "sliding_window": 5, "rope_parameters": LINEAR_ROPE},
+    ),
+    "mixtral": ("MixtralForCausalLM", MIXTRAL),
+    "mixtral-window-3-of-5": (
+        "MixtralForCausalLM",
+        MIXTRAL
+        | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 6, "head_dim": 6}
+        | {"tie_word_embeddings": True},
+    ),
+    "gemma": ("GemmaForCausalLM", GEMMA),
+    "gemma-biases-untied": (
+        "GemmaForCausalLM",
+        GEMMA | {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    ),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA2),
+    "gemma2-uncapped": (
+        "Gemma2ForCausalLM",
+        GEMMA2
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"num_hidden_layers": 4, "sliding_window": 7},
+    ),
+    "gemma3": ("Gemma3ForCausalLM", GEMMA3),
+    "gemma3-local-capped": (
+        "Gemma3ForCausalLM",
+        GEMMA3 | {"num_hidden_layers": 2, "layer_types": None, "final_logit_softcapping": 2.0},
+    ),
+    "qwen2-windows": (
+        "Qwen2ForCausalLM",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
     "qwen2": (
         "Qwen2ForCausalLM",

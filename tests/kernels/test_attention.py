@@ -6,10 +6,10 @@ import pytest
 from lm.kernels.attention import Dropout, Visibility, attention
 
 KERNELS = ("xla", "tiled")
-run = jax.jit(attention, static_argnames="kernel")
+run = jax.jit(attention, static_argnames=("kernel", "softcap"))
 
 
-def naive_attention(q, k, v, causal, query_segments, key_segments, offset):
+def naive_attention(q, k, v, causal, query_segments, key_segments, offset, window=10**9, cap=None):
     """Equation 1 of Vaswani et al. 2017, one query and one head at a time, in float64."""
     n_rows, n_queries, n_heads, width = q.shape
     out = np.zeros(q.shape)
@@ -18,9 +18,11 @@ def naive_attention(q, k, v, causal, query_segments, key_segments, offset):
         seen = [
             j
             for j in range(k.shape[1])
-            if not (causal and j > offset + i) and query_segments[b, i] == key_segments[b, j]
+            if not (causal and not offset + i - window < j <= offset + i)
+            and query_segments[b, i] == key_segments[b, j]
         ]
         scores = np.array([q[b, i, h] @ k[b, j, group] for j in seen]) / np.sqrt(width)
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores - scores.max())
         out[b, i, h] = weights / weights.sum() @ v[b, seen, group]
     return out
@@ -56,10 +58,25 @@ def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("is_global", [None, False, True])
+@pytest.mark.parametrize(("length", "window", "cap"), [(33, 5, 0.0), (12, 1, 0.7)])
+def test_windows_and_softcaps_equal_the_definition(length, window, cap, is_global):
+    q, k, v = make_inputs(length, 2)
+    segments = make_segments(length)
+    visibility = Visibility(True, jnp.asarray(segments), window=window)
+    if is_global is not None:
+        visibility = visibility.replace(is_global=jnp.asarray(is_global))
+    out = run(*as_float32(q, k, v), visibility, softcap=cap)
+    reach = 10**9 if is_global else window
+    expected = naive_attention(q, k, v, True, segments, segments, 0, reach, cap or None)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
 def test_the_tiled_kernel_refuses_what_it_cannot_do():
     q, k, v = as_float32(*make_inputs(4, 2))
     prefix = jnp.ones((2, 4), jnp.int32)
-    for visibility in (Visibility(False), Visibility(True, prefix_BS=prefix)):
+    unlike = Visibility(False), Visibility(True, prefix_BS=prefix), Visibility(True, window=2)
+    for visibility in unlike:
         with pytest.raises(ValueError, match="plain causal"):
             attention(q, k, v, visibility, kernel="tiled")
 

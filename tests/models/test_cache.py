@@ -20,6 +20,13 @@ MIXES = {
         "positions": "rotary", "norm_bias": False, "activation": "gelu_erf", "head_dim": 16,
         "n_kv_heads": 2, "attention": "tiled", "scan_unroll": 0,
     },
+    "gemma 3": {
+        "positions": "rotary", "norm": "rmsnorm", "norm_unit_offset": True,
+        "norm_placement": "both", "activation": "geglu", "n_kv_heads": 2, "bias": False,
+        "qk_norm": True, "attention_scale": 0.3, "attention_softcap": 2.0, "logit_softcap": 3.0,
+        "n_layers": 5, "window": 3, "global_every": 2, "rope_theta": 500.0,
+        "rope_theta_local": 20.0, "rope_scaling": "linear", "rope_factor": 4.0,
+    },
 }  # fmt: skip
 LENGTH, PREFILL = 12, 6
 LENGTHS = np.array([4, 6, 1])  # of the prompts, padded on the left to PREFILL

@@ -28,7 +28,7 @@ TRANSFORMER_2017 = {
 }  # fmt: skip
 T5 = {
     "norm": "rmsnorm", "norm_eps": 1e-6, "bias": False, "positions": "relative",
-    "scale_attention": False,
+    "attention_scale": 1.0,
 }  # fmt: skip
 T5_1_0 = T5 | {"activation": "relu", "scale_logits": True}
 T5_1_1 = T5 | {"activation": "geglu", "tie_embeddings": False}

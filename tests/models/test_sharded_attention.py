@@ -19,13 +19,16 @@ LENGTH = 512
 
 
 @pytest.mark.parametrize(
-    ("kernel", "mesh", "causal"),
+    ("kernel", "mesh", "visible", "softcap"),
     [
-        ("splash", {"context": 2, "tensor": 2}, True),
-        ("blockwise", {"data": 2, "tensor": 4}, False),
+        ("splash", {"context": 2, "tensor": 2}, {"causal": True}, 0.0),
+        ("splash", {"context": 2, "tensor": 2}, {"causal": True, "window": 100}, 1.5),
+        ("splash", {"tensor": 2}, {"causal": True, "window": 100, "is_global": False}, 0.0),
+        ("splash", {"tensor": 2}, {"causal": True, "window": 100, "is_global": True}, 0.0),
+        ("blockwise", {"data": 2, "tensor": 4}, {"causal": False}, 0.0),
     ],
 )
-def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, causal, monkeypatch):
+def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softcap, monkeypatch):
     """Splash is interpreted; with two parts of the sequence its queries come in zig-zag order."""
     monkeypatch.setattr(sharded_attention, "make_kernel", partial(make_kernel, interpret=True))
     rng = np.random.default_rng(0)
@@ -35,21 +38,22 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, causal, monkeyp
     )
     segments = jnp.asarray(np.cumsum(rng.random((2, LENGTH)) < 4 / LENGTH, axis=1) + 1)
 
-    def attend(q, k, v, kernel):
-        visibility = Visibility(causal, segments)
+    def attend(q, k, v, is_global, kernel):
+        visibility = Visibility(segments_BL=segments, **visible | {"is_global": is_global})
         return sharded_attention.attend(
-            q, k, v, visibility, kernel=kernel, across="gather", scale=0.3
+            q, k, v, visibility, kernel=kernel, across="gather", scale=0.3, softcap=softcap
         )
 
-    def on_mesh(*qkv):
+    def on_mesh(*qkv, is_global):
         n = int(np.prod([*mesh.values()]))
         with rules.activations_on(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
-            return attend(*qkv, kernel)
+            return attend(*qkv, is_global, kernel)
 
     @jax.jit
-    def results(*qkv):
+    def results(is_global, *qkv):
         ways = (on_mesh, partial(attend, kernel="xla"))
+        ways = [partial(way, is_global=is_global) for way in ways]
         return [(out, back(g)) for out, back in (jax.vjp(f, *qkv) for f in ways)]
 
-    found, expected = results(q, k, v)
+    found, expected = results(visible.get("is_global"), q, k, v)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)

@@ -47,6 +47,20 @@ def test_a_logit_depends_on_its_own_document_and_on_nothing_else(make_model, ker
     np.testing.assert_array_equal(found, np.tril(same))
 
 
+@pytest.mark.parametrize(
+    ("n_layers", "global_every", "reach"), [(1, 0, 9), (3, 0, 27), (3, 4, 27), (3, 2, L), (1, 1, L)]
+)
+def test_windows_of_10_reach_9_tokens_back_a_layer(make_model, n_layers, global_every, reach):
+    model, params = make_model(
+        n_layers=n_layers, window=10, global_every=global_every, tie_embeddings=False,
+        positions="rotary", init_std=0.3,
+    )  # fmt: skip
+    found = dependence(model, params, WITHIN[None], SEGMENTS[None])
+    distance = np.arange(L)[:, None] - np.arange(L)
+    same = SEGMENTS[:, None] == SEGMENTS
+    np.testing.assert_array_equal(found, same & (distance >= 0) & (distance <= reach))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(make_model, packed):
     """Raffel 2020, figure 3: also by the prefix itself, and not by other documents."""

@@ -1,4 +1,3 @@
-import io
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-import sentencepiece
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer
-from lm.data.words import WordTokenizer
+from lm.data.characters import ByteTokenizer
+from lm.data.huggingface import HuggingFaceTokenizer
 from lm.errors import UserError
-from lm.objectives.masked import Masked, word_starts
+from lm.objectives.masked import Masked
 
 CLS = SEP = 256  # of bytes
 MASK = 257
@@ -148,37 +144,6 @@ def test_a_word_ends_with_its_document():
     example["tokens"][2] = 256  # the end of a document
     rows = many(replace(objective, length=7), example, 20)
     assert {tuple(found["masked_positions"]) for found in rows} == {(1, 2), (4, 5)}
-
-
-def test_every_kind_of_vocabulary_says_where_words_start():
-    assert word_starts(bert_pieces()).tolist() == [not p.startswith("##") for p in BERT]
-
-    pieces = ["a", "#", "Ġ", "##", "Ġa", "Ċ", "<|endoftext|>"]
-    encoder = str({piece: i for i, piece in enumerate(pieces)}).replace("'", '"').encode()
-    gpt2 = Gpt2Tokenizer(encoder, "#version: 0.2\nĠ a\n# #\n".encode())
-    assert [p for p, starts in zip(pieces, word_starts(gpt2), strict=True) if starts] == [
-        "Ġ",
-        "Ġa",
-        "Ċ",
-    ]
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c ab bc abc"] * 9),
-        model_writer=model,
-        vocab_size=14,
-        hard_vocab_limit=False,
-        minloglevel=3,
-    )
-    tokenizer = SentencePieceTokenizer(model.getvalue())
-    ids = tokenizer.encode("abc bc")
-    assert word_starts(tokenizer)[ids].sum() == 2
-    assert word_starts(tokenizer).sum() == sum(p.startswith("▁") for p in tokenizer.pieces())
-
-    assert np.flatnonzero(word_starts(ByteTokenizer())).tolist() == [9, 10, 13, 32]
-    assert word_starts(CharTokenizer("\n ab")).tolist() == [True, True, False, False]
-    words = WordTokenizer.fit(["one two\nthree"])
-    assert word_starts(words).all()
 
 
 def pairs(n=400, **changes):

@@ -88,10 +88,11 @@ def is_matrix(name):
     return name.endswith(ENDINGS["matrices"])
 
 
-def adam(b1, b2, eps):
+def adam(b1, b2, eps, corrected=True):
     def step(x, g, t, memory):
         m = memory["m"] = b1 * memory.get("m", 0) + (1 - b1) * g
         v = memory["v"] = b2 * memory.get("v", 0) + (1 - b2) * g**2
+        t = t if corrected else np.inf
         return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
 
     return step
@@ -142,6 +143,10 @@ def adafactor(parameter_scale, clip=1.0, decay_rate=0.8):
 
 CASES = {
     "adamw": (options_of("adamw"), adam(0.9, 0.95, 1e-8)),
+    "adamw of BERT's code": (
+        options_of("adamw", adamw__bias_correction=False),
+        adam(0.9, 0.95, 1e-8, corrected=False),
+    ),
     "adamw, large eps": (
         options_of("adamw", adamw__b1=0.8, adamw__b2=0.99, adamw__eps=0.5),
         adam(0.8, 0.99, 0.5),

@@ -39,6 +39,7 @@ def test_after_the_warm_up(step):
         "cosine": PEAK * (0.1 + 0.9 * (1 + cos(pi * done)) / 2),
         "linear": PEAK * (1 - 0.9 * done),
         "wsd": PEAK * (1 - 0.9 * down),
+        "inverse": PEAK / (1 + 9 * (step - W) / (T - W)),
         "inverse_sqrt": PEAK * (W / (step + 1)) ** 0.5,
         "step": PEAK * 0.7 ** ((step - W) // 15),
     }
@@ -84,7 +85,7 @@ def test_the_peak_is_held_and_the_decay_still_ends_in_time(name, held):
     options = {"name": name, "hold_steps": held, "step_every": 100}
     assert rate(W + held, **options) == pytest.approx(PEAK, rel=0.03)
     assert rate(W + held - 1, **options) == pytest.approx(PEAK, rel=1e-5)
-    if name in ("cosine", "linear", "wsd"):
+    if name in ("cosine", "linear", "inverse", "wsd"):
         assert rate(T, **options) == pytest.approx(0.1 * PEAK, rel=1e-4)
 
 

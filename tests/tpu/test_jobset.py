@@ -93,6 +93,7 @@ def test_kubernetes_accepts_it(words):
     [
         (["--tpu", "v9:2x2"], "expected one of v4"),
         (["--tpu", "v5p"], "and a size"),
+        (["--tpu", "v5p:4x4"], "and a size of 3 dimensions"),
         (["--gpu", "h100:8x8"], "expected one of a100"),
         ([*TPU, "--gpu", "h100:8"], "not allowed with"),
         ([*TPU, "--name", "Run_1"], "lower-case letters"),

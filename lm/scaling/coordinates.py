@@ -1,0 +1,61 @@
+"""Coordinate check: how large activations are in the first steps, over the width of a model.
+
+In muP they neither grow nor vanish with the width; in the standard parametrisation they grow
+(Yang et al. 2022, arXiv 2203.03466, §8.1 and appendix D.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from lm.experiment import build
+from lm.optim.parameter_groups import flat
+
+# Whose outputs are looked at: the end of a module's path, and the method that gives them.
+WATCHED = {
+    "attention": ("attention/out", "__call__"),
+    "feed-forward": ("feed_forward", "__call__"),
+    "logits": ("", "logits"),
+}
+Scales = dict[str, list[float]]
+
+
+def activation_scales(
+    config: ConfigDict, batch: Mapping[str, jax.Array], steps: int
+) -> Scales:
+    """The mean |x| of each of `WATCHED` in a decoder after 0, 1, … `steps` updates on one batch."""
+    experiment = build(config, jax.devices()[:1])
+    state = experiment.init_state()
+    batches = {name: jnp.asarray(values)[None] for name, values in batch.items()}
+
+    def watched(module: nn.Module, method: str) -> bool:
+        return any(_is(module, method, *place) for place in WATCHED.values())
+
+    @jax.jit
+    def look(params: dict, tokens_BL: jax.Array) -> dict[str, jax.Array]:
+        _, seen = experiment.model.apply(
+            {"params": params}, tokens_BL, capture_intermediates=watched, mutable="intermediates"
+        )
+        found = {path: jnp.abs(x).mean() for path, (x,) in flat(seen["intermediates"]).items()}
+        return {
+            name: next(x for path, x in found.items() if path.endswith("/".join(filter(None, place))))
+            for name, place in WATCHED.items()
+        }
+
+    scales: Scales = {name: [] for name in WATCHED}
+    for step in range(steps + 1):
+        for name, scale in look(state.params, batches["inputs"][0]).items():
+            scales[name].append(float(scale))
+        if step < steps:
+            state, _ = experiment.train_steps(state, batches)
+    return scales
+
+
+def _is(module: nn.Module, method: str, path: str, wanted: str) -> bool:
+    own = "/".join(module.path)
+    return method == wanted and (own.endswith(path) if path else not own)

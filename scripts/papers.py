@@ -1,0 +1,92 @@
+"""Write experiments/PAPERS.md: every experiment of a published model, its size, cost and figure.
+
+    lm params --all --json | python scripts/papers.py > experiments/PAPERS.md
+
+Sizes and costs are computed from the configurations; the paper's own number and the expected figure
+are those of the table in each experiment file's docstring.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HEADER = """# Published models
+
+Every variant that reproduces a published model. Written by
+`lm params --all --json | python scripts/papers.py`; what is expected, and what differs from the
+paper, is in the docstring of the file.
+
+Parameters are counted from the model that is built; without embeddings means without the tables of
+tokens, positions and token types and without an untied output layer. Tokens are those of a whole
+run, source and target together. FLOPs are 6 N D with N the parameters without embeddings that a
+token passes through (of experts those it uses, of an encoder and a decoder its own), D the tokens:
+attention's products and the output layer are not in it. * Neither text nor recipe is published.
+
+"""
+COLUMNS = (
+    ("experiment", "---"),
+    ("published as", "---"),
+    ("parameters", "--:"),
+    ("without embeddings", "--:"),
+    ("paper's number", "--:"),
+    ("tokens a step", "--:"),
+    ("tokens", "--:"),
+    ("FLOPs", "--:"),
+    ("expected", "---"),
+)
+
+
+def record(file: Path) -> dict[str, dict[str, str]]:
+    """The rows of the table in a file's docstring, by variant and column."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def page(sizes: Iterable[Mapping[str, Any]]) -> str:
+    """PAPERS.md of what `lm params --all --json` prints."""
+    names, rules = zip(*COLUMNS, strict=True)
+    rows = [names, rules]
+    for size in sizes:
+        file, _, variant = size["config"].rpartition(":")
+        if not size["paper"]:
+            continue
+        said = record(Path(file))[variant]
+        rows.append(
+            (
+                f"{Path(file).name}:{variant}",
+                size["paper"],
+                f"{size['total']:,}",
+                f"{size['non_embedding']:,}",
+                said["paper's"] or "-",
+                f"{size['batch_tokens']:,}",
+                short(size["tokens"]) + (" *" if "*" in said["tokens"] else ""),
+                scientific(size["flops"]),
+                said["expected"] or "-",
+            )
+        )
+    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def short(n: float) -> str:
+    """Three digits and a unit: 10.3B."""
+    unit, size = next(pair for pair in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if n >= pair[1])
+    return f"{n / size:.3g}{unit}"
+
+
+def scientific(n: float) -> str:
+    """Two digits and a power of ten: 5.2e18."""
+    return f"{n:.1e}".replace("e+", "e")
+
+
+if __name__ == "__main__":
+    print(page(json.load(sys.stdin)), end="")

@@ -1,0 +1,57 @@
+"""Layers with windows among global ones: the same losses and gradients on every mesh."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from lm.data.batches import to_device
+from lm.data.dataset import open_dataset
+from lm.experiment import build
+
+GEMMA = {
+    "model__n_layers": 4,
+    "model__window": 5,
+    "model__global_every": 3,
+    "model__rope_theta_local": 100.0,
+    "model__norm_placement": "both",
+    "model__norm_unit_offset": True,
+    "model__attention_softcap": 5.0,
+    "model__logit_softcap": 5.0,
+    "train__loss_chunk": 8,
+    # The change of a parameter is the sum of its gradients.
+    "optimizer__name": "sgd",
+    "optimizer__learning_rate": 0.5,
+    "schedule__name": "constant",
+    "train__steps": 2,
+}
+MESHES = {
+    "one device": ({}, {}),
+    "pipeline": ({"stage": 2}, {"parallel__pipeline__repeats": 2}),
+    "gathered keys": ({"context": 2, "fsdp": 2, "tensor": 2}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {}
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_losses_and_gradients_equal_those_of_one_device(make_kind, trained, name):
+    for here in ("one device", name):
+        if here in trained:
+            continue
+        mesh, options = MESHES[here]
+        config = make_kind("causal decoder", **GEMMA, **options)
+        config.parallel.mesh.update({"data": 1, **mesh})
+        experiment = build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+        assert experiment.attention.kernel == "xla"
+        batches = experiment.train_batches(open_dataset(experiment.config.data, False))
+        arrays = to_device(batches, range(2), experiment.batch_sharding)
+        state, metrics = experiment.train_steps(experiment.init_state(), arrays)
+        trained[here] = np.asarray(metrics["loss"]), jax.device_get(state.params)
+    (expected, before), (losses, after) = trained["one device"], trained[name]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), after, before)
