@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from lm.config import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.flops import model_flops_per_token
 from lm.optim.parameter_groups import flat
@@ -90,8 +91,11 @@ class Arithmetic:
         return sum(size // parts(sizes, names, shape) for names, shape, size in self._leaves)
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
-        """Bytes that the layers keep for the backward pass, at least and likely."""
+        """Bytes that the layers keep for the backward pass, at least and likely; of models that are
+        no Transformers only their scores are known."""
         model = self.experiment.config.model
+        if model.family not in TRANSFORMERS:
+            return 0, int(self._logits(sizes, settings))
         layers = model.n_layers / sizes["stage"]
         tokens = self._tokens(sizes) / settings.microbatches * layers * self._item
         width, tensor = kept_width(model, settings.remat, sizes["tensor"]), sizes["tensor"]

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lm.config import default, flatten, set_value
+from lm.config import TRANSFORMERS, default, flatten, set_value
 from lm.errors import UserError
 from lm.experiment import Experiment, build, divide
 from lm.parallel.mesh import AXES
@@ -138,7 +138,7 @@ def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
     """Ways to write the devices of a slice as a product of the axes that the model has a use for:
     stages divide its layers, contexts its sequences, experts its experts."""
     model, data = experiment.config.model, experiment.config.data
-    attends = model.family in ("decoder", "encoder", "encoder_decoder")
+    attends = model.family in TRANSFORMERS
     dividing = {
         "stage": model.n_layers if attends and not model.n_experts else 1,
         "fsdp": model.d_model,
