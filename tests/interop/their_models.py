@@ -120,7 +120,9 @@ DECODERS = {
     ),
     "qwen2-windows": (
         "Qwen2ForCausalLM",
-        LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        LLAMA
+        | {"num_key_value_heads": 2, "use_sliding_window": True}
+        | {"sliding_window": 5, "max_window_layers": 0},
     ),
     "qwen2": (
         "Qwen2ForCausalLM",
