@@ -99,7 +99,7 @@ def check_sweep(folder, experiment, args, chance):
             process.kill()
             killed["sweep"] += 1
         process.wait()
-    finish(start(*words, "--retries", "9", folder / "shaken"))
+    finish(start(*words, folder / "shaken", "--retries", "9"))
     calm, shaken = folder / "calm", folder / "shaken"
     same = (calm / "results.csv").read_text() == (shaken / "results.csv").read_text()
     runs = sorted((calm / "runs").iterdir())
