@@ -22,10 +22,11 @@ with eps 1e-5), decay 0.1, clipping at 1, a cosine to 10 % after 2,000 steps, 4M
 
 Llama 3 publishes one recipe, that of 405B: 8,000 steps of warm-up, a cosine to 1 % over 1,200,000
 steps, in which the batch grows from 4M to 16M tokens. Here every step has 16M: 930,000 of them.
-8B and 70B have Llama 2's schedule. 3.2 was pruned from 3.1 8B and learnt from the logits of larger
-models; here it is trained from scratch. Its reports and 3.1's stretch the rotary wavelengths for
-contexts beyond 8,192; all are trained at 8,192, where that is not needed. Llama 3 prints a
-vocabulary of 128,000, released are 128,256 rows.
+8B and 70B have Llama 2's schedule over the 15T tokens of the model card. 3.2 was pruned from 3.1 8B
+and learnt from the logits of larger models, on up to 9T tokens; here it is trained from scratch.
+Released 3.1 and 3.2 stretch the rotary wavelengths for contexts beyond 8,192; here all are trained
+at 8,192, where that is not needed. Llama 3's paper prints a vocabulary of 128,000, released are
+128,256 rows.
 
     lm train --config experiments/llama.py:2-7b --workdir runs/llama --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model

@@ -1,75 +1,118 @@
-"""Plan one model from 8 to 4,096 chips at a fixed batch a chip; writes experiments/plan_scaling.*.
+"""Plan one model from 8 to 4,096 chips at a fixed batch a chip; writes experiments/results/plans/.
 
     python scripts/plan_scaling.py
 
 With parameters sharded over all chips (FSDP) theory says: parameters and optimizer state fall as
-1/n; activations, gathered weights and the bytes of a gather or of the gradients' sum stay as they
-are. Needs the extra "tpu" and matplotlib; a few minutes a size on a quiet core.
+1/n; activations and gathered weights stay, and so do the bytes of a gather or of the gradients'
+sum, of which a chip sends (n - 1)/n (Rajbhandari et al. 2020, §7). The last line says whether that
+is what the compiler made. A size that was planned before is not planned again. Needs the extras
+"tpu" and "report".
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from lm.config import load, set_value
+from lm.planning.plan import make_plan
+from lm.planning.topologies import topology
+
 ROOT = Path(__file__).parents[1]
-TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8", "v5p:16x16x16")
-A_CHIP = 4
-CONFIG = (
-    *("--config", "experiments/llama.py:2-7b", "--config.parallel.preset=fsdp"),
-    *("--config.data.sequence_length=2048", "--config.train.loss_chunk=1024"),
-)
+FOLDER = ROOT / "experiments" / "results" / "plans"
+TOPOLOGIES = {8: "v5p:2x2x2", 64: "v5p:4x4x4", 512: "v5p:8x8x8", 4096: "v5p:16x16x16"}
+# As wide as Llama-2-7B, so that 4,096 chips divide it; shallow, so that it compiles in seconds.
+MODEL = {
+    "model.n_layers": 2,
+    "model.d_ff": 4096,
+    "model.n_heads": 8,
+    "model.n_kv_heads": 8,
+    "model.head_dim": 128,
+    "model.vocab_size": 4096,
+    "data.sequence_length": 1024,
+    "train.loss_chunk": 0,
+    "parallel.preset": "fsdp",
+}
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+FLAT = 0.1  # from 64 chips on, by how much of the largest what should be flat may vary
 
 
-def n_chips(topology: str) -> int:
-    x, y, z = topology.partition(":")[2].split("x")
-    return int(x) * int(y) * int(z)
+def plan(chips: int) -> dict[str, Any]:
+    """What a chip holds and sends, in bytes."""
+    kept = FOLDER / "scaling.jsonl"
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    for entry in map(json.loads, lines):
+        if entry["chips"] == chips:
+            return entry
+    print(TOPOLOGIES[chips], file=sys.stderr, flush=True)
+    config = load(str(ROOT / "experiments" / "llama.py:2-7b"))
+    for path, value in {**MODEL, "data.batch_size": chips}.items():
+        set_value(config, path, value)
+    made = make_plan(config, topology(TOPOLOGIES[chips]))
+    entry = {
+        "chips": chips,
+        "arguments": made.memory.arguments,
+        "temporaries": made.memory.temporaries,
+        **{kind: sum(c.bytes for c in made.collectives if c.kind == kind) for kind in KINDS},
+        "compile_seconds": round(made.compile_seconds, 1),
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    return entry
 
 
-def plan(topology: str) -> dict[str, Any]:
-    batch = f"--config.data.batch_size={A_CHIP * n_chips(topology)}"
-    command = ["lm", "plan", *CONFIG, batch, "--topology", topology, "--json"]
-    print(topology, file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+def spread(values: list[float]) -> float:
+    """The largest difference over the largest value."""
+    return (max(values) - min(values)) / max(max(values), 1)
+
+
+def verdict(plans: list[dict[str, Any]]) -> str:
+    """What theory says, held against the plans; AssertionError names what is not so."""
+    first, last = plans[0], plans[-1]
+    fell = first["arguments"] / last["arguments"] / (last["chips"] / first["chips"])
+    assert 0.8 < fell < 1.2, f"arguments fell by {fell:.2f} of the factor between the chips"
+    flat = {
+        "temporaries": [p["temporaries"] for p in plans[1:]],
+        "communication": [float(sum(p[kind] for kind in KINDS)) for p in plans[1:]],
+    }
+    for name, values in flat.items():
+        assert spread(values) < FLAT, f"{name} vary by {spread(values):.0%}: {values}"
+    shown = ", ".join(f"{name} within {spread(values):.1%}" for name, values in flat.items())
+    return (
+        f"as theory says: from {first['chips']} to {last['chips']:,} chips parameters and moments "
+        f"fall as 1/n (times {fell:.2f}); from {plans[1]['chips']} on {shown}"
     )
-    return json.loads(done.stdout)
 
 
-def main() -> None:
+def draw(plans: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    chips = [n_chips(topology) for topology in TOPOLOGIES]
-    plans = [plan(topology) for topology in TOPOLOGIES]
-    memory = {
-        "arguments": [p["memory"]["arguments"] / 1e9 for p in plans],
-        "temporaries": [p["memory"]["temporaries"] / 1e9 for p in plans],
-        "total": [p["memory"]["total"] / 1e9 for p in plans],
-    }
-    kinds = sorted({c["kind"] for p in plans for c in p["collectives"]})
-    traffic = {
-        kind: [sum(c["bytes"] for c in p["collectives"] if c["kind"] == kind) / 1e9 for p in plans]
-        for kind in kinds
-    }
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, title, lines in zip(
+    chips = [p["chips"] for p in plans]
+    for axes, title, names in zip(
         figure.subplots(1, 2),
         ("memory a chip (GB)", "communication a chip a step (GB)"),
-        (memory, traffic),
+        (("arguments", "temporaries"), KINDS),
         strict=True,
     ):
-        for name, values in lines.items():
-            axes.plot(chips, values, marker="o", label=name)
+        for name in names:
+            axes.plot(chips, [p[name] / 1e9 for p in plans], marker="o", label=name)
         axes.set(xscale="log", xlabel="chips", title=title, ylim=(0, None))
         axes.set_xticks(chips, [f"{n:,}" for n in chips])
         axes.legend(frameon=False)
-    folder = ROOT / "experiments"
-    figure.savefig(folder / "plan_scaling.svg")
-    data = {"chips": chips, "memory_gb": memory, "communication_gb": traffic}
-    (folder / "plan_scaling.json").write_text(json.dumps(data, indent=1) + "\n")
+    figure.savefig(FOLDER / "scaling.png", dpi=120)
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    plans = [plan(chips) for chips in TOPOLOGIES]
+    draw(plans)
+    print(verdict(plans))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ T5 = {
     "objective.name": "span_corruption",
     "model.positions": "relative",
 }
+GEMMA = {"model.window": 128, "model.global_every": 2, "model.attention_softcap": 50.0}
 
 
 def choice(platform, values=None, **sizes):
@@ -49,6 +50,10 @@ def choice(platform, values=None, **sizes):
         ("gpu", {}, {"context": 2}, "xla", "cudnn cannot be used with .*context"),
         ("tpu", {"data.sequence_length": 1000}, {}, "xla", "1000 tokens, not a multiple of 128"),
         ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
+        ("tpu", GEMMA, {}, "splash", "the one for tpu"),
+        ("cpu", GEMMA, {}, "xla", "tiled cannot be used with config.model.attention_softcap=50.0"),
+        ("gpu", GEMMA, {}, "xla", "cudnn cannot be used with config.model.attention_softcap=50.0"),
+        ("gpu", {"model.window": 128}, {}, "cudnn", "the one for gpu"),
     ],
 )
 def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes, kernel, why):
@@ -66,6 +71,8 @@ def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes,
         ("cpu", {"parallel.context_attention": "gather"}, "xla", "gather"),
         ("tpu", {}, "splash", "gather"),
         ("tpu", {"parallel.context_attention": "ring"}, "xla", "ring"),
+        ("tpu", GEMMA, "splash", "gather"),
+        ("gpu", {"model.window": 128}, "xla", "gather"),
     ],
 )
 def test_how_attention_crosses_devices(platform, values, kernel, across):
@@ -83,6 +90,8 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
         ("tpu", {"model.attention": "splash"}, {"context": 8}, "not a multiple of 2048"),
         ("cpu", {"model.attention": "tiled"}, {"context": 2}, "tiled cannot .*context=2"),
         ("cpu", {"model.attention": "blockwise", "data.sequence_length": 1021}, {}, "no divisor"),
+        ("cpu", {"model.attention": "blockwise", "model.window": 128}, {}, "window=128"),
+        ("cpu", {"parallel.context_attention": "ring", **GEMMA}, {"context": 2}, "window=128"),
         (
             "cpu",
             {"parallel.context_attention": "ring", **T5},

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from lm.config import default, set_value
@@ -74,6 +75,17 @@ def test_model_flops_are_three_times_the_needed_products(family, objective, tied
     needed = forward_products(experiment) - KINDS[family, objective]
     flops = model_flops_per_token(experiment) * tokens_per_row(experiment)
     assert flops == pytest.approx(3 * needed)
+
+
+def test_pairs_outside_a_window_are_no_work():
+    window, local_layers = 6, 2  # of three, the second is global
+    ways = {}, {"model.window": window, "model.global_every": 2}
+    all_pairs, fewer = (
+        model_flops_per_token(experiment_of("decoder", "causal", **changes)) * L for changes in ways
+    )
+    distance = np.arange(L)[:, None] - np.arange(L)
+    outside = (distance > window).sum() + (distance == window).sum() / 2  # as the main diagonal
+    assert all_pairs - fewer == pytest.approx(12 * local_layers * D * outside)
 
 
 def test_a_row_is_a_source_and_its_target():

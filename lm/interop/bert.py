@@ -6,6 +6,9 @@ layer in `lm_head`, and pools inside its classifier.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 from lm.interop.family import Family, Head, Values, choose, demand, word_for
 from lm.interop.mapping import Row, linear, norm, output, same
 from lm.models.config import TransformerConfig
@@ -107,85 +110,89 @@ def _write_roberta(config: TransformerConfig) -> Values:
     }
 
 
-def _masked(dense: str, norm_name: str, bias: str, decoder: str) -> tuple[Row, ...]:
-    """The head that predicts masked tokens; its output matrix is there if it is not the table."""
-    return (
+_LM, _NEXT, _POOLER, _CLASSES, _SPANS = "masked", "next_sentence", "pooler", "classes", "spans"
+
+
+def _family(
+    name: str,
+    title: str,
+    read: Callable[[Values], Values],
+    write: Callable[[TransformerConfig], Values],
+    *,
+    masked: str,
+    dense: str,
+    dense_norm: str,
+    pooler: str,
+    classifier: str,
+    classes: Mapping[frozenset[str], str] = MappingProxyType({}),
+    heads: Mapping[str, Head] = MappingProxyType({}),
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> Family:
+    """The arguments from `masked` on are names of theirs: of the layer that predicts masked tokens,
+    whose output matrix is there if it is not the table, and of the other heads' layers."""
+    output_layer = (
         *linear(dense, "transform"),
-        *norm(norm_name, "transform_norm"),
-        same(bias, "logit_bias/bias"),
-        output(decoder),
+        *norm(dense_norm, "transform_norm"),
+        same(f"{masked}.bias", "logit_bias/bias"),
+        output(f"{masked}.decoder.weight"),
+    )
+    return Family(
+        model_type=name,
+        model="encoder",
+        classes={
+            frozenset({_LM}): f"{title}ForMaskedLM",
+            frozenset({_POOLER, _CLASSES}): f"{title}ForSequenceClassification",
+            frozenset({_SPANS}): f"{title}ForQuestionAnswering",
+            frozenset(): f"{title}Model",
+            **classes,
+        },
+        prefix=f"{name}.",
+        base=lambda _: _base(name),
+        heads={
+            _LM: Head(("transform", "transform_norm", "logit_bias", "head"), output_layer),
+            _POOLER: Head(("pooler",), tuple(linear(pooler, "pooler"))),
+            _CLASSES: Head(("classifier",), tuple(linear(classifier, "classifier"))),
+            _SPANS: Head(("span_head",), tuple(linear("qa_outputs", "span_head"))),
+            **heads,
+        },
+        keys=KEYS,
+        fixed=_FIXED,
+        read=read,
+        write=write,
+        output=f"{masked}.decoder.weight",
+        table=f"{name}.embeddings.word_embeddings.weight",
+        copies={f"{masked}.decoder.bias": f"{masked}.bias"},
+        ignored=[rf"{name}\.embeddings\.position_ids"],
+        renamed=renamed,
     )
 
 
-_LM, _NEXT, _POOLER, _CLASSES, _SPANS = "masked", "next_sentence", "pooler", "classes", "spans"
-
-BERT = Family(
-    model_type="bert",
-    model="encoder",
+BERT = _family(
+    "bert",
+    "Bert",
+    _read_bert,
+    _write_bert,
+    masked="cls.predictions",
+    dense="cls.predictions.transform.dense",
+    dense_norm="cls.predictions.transform.LayerNorm",
+    pooler="bert.pooler.dense",
+    classifier="classifier",
     classes={
-        frozenset({_LM}): "BertForMaskedLM",
         frozenset({_LM, _POOLER, _NEXT}): "BertForPreTraining",
-        frozenset({_POOLER, _CLASSES}): "BertForSequenceClassification",
-        frozenset({_SPANS}): "BertForQuestionAnswering",
         frozenset({_POOLER}): "BertModel",
-        frozenset(): "BertModel",
     },
-    prefix="bert.",
-    base=lambda _: _base("bert"),
-    heads={
-        _LM: Head(
-            ("transform", "transform_norm", "logit_bias", "head"),
-            _masked(
-                "cls.predictions.transform.dense",
-                "cls.predictions.transform.LayerNorm",
-                "cls.predictions.bias",
-                "cls.predictions.decoder.weight",
-            ),
-        ),
-        _NEXT: Head(("sentence_head",), tuple(linear("cls.seq_relationship", "sentence_head"))),
-        _POOLER: Head(("pooler",), tuple(linear("bert.pooler.dense", "pooler"))),
-        _CLASSES: Head(("classifier",), tuple(linear("classifier", "classifier"))),
-        _SPANS: Head(("span_head",), tuple(linear("qa_outputs", "span_head"))),
-    },
-    keys=KEYS,
-    fixed=_FIXED,
-    read=_read_bert,
-    write=_write_bert,
-    output="cls.predictions.decoder.weight",
-    table="bert.embeddings.word_embeddings.weight",
-    copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
-    ignored=[r"bert\.embeddings\.position_ids"],
+    heads={_NEXT: Head(("sentence_head",), tuple(linear("cls.seq_relationship", "sentence_head")))},
     renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
 )
 
-ROBERTA = Family(
-    model_type="roberta",
-    model="encoder",
-    classes={
-        frozenset({_LM}): "RobertaForMaskedLM",
-        frozenset({_POOLER, _CLASSES}): "RobertaForSequenceClassification",
-        frozenset({_SPANS}): "RobertaForQuestionAnswering",
-        frozenset(): "RobertaModel",
-    },
-    prefix="roberta.",
-    base=lambda _: _base("roberta"),
-    heads={
-        _LM: Head(
-            ("transform", "transform_norm", "logit_bias", "head"),
-            _masked(
-                "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight"
-            ),
-        ),
-        _POOLER: Head(("pooler",), tuple(linear("classifier.dense", "pooler"))),
-        _CLASSES: Head(("classifier",), tuple(linear("classifier.out_proj", "classifier"))),
-        _SPANS: Head(("span_head",), tuple(linear("qa_outputs", "span_head"))),
-    },
-    keys=KEYS,
-    fixed=_FIXED,
-    read=_read_roberta,
-    write=_write_roberta,
-    output="lm_head.decoder.weight",
-    table="roberta.embeddings.word_embeddings.weight",
-    copies={"lm_head.decoder.bias": "lm_head.bias"},
-    ignored=[r"roberta\.embeddings\.position_ids"],
+ROBERTA = _family(
+    "roberta",
+    "Roberta",
+    _read_roberta,
+    _write_roberta,
+    masked="lm_head",
+    dense="lm_head.dense",
+    dense_norm="lm_head.layer_norm",
+    pooler="classifier.dense",
+    classifier="classifier.out_proj",
 )

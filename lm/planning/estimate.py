@@ -21,6 +21,7 @@ from lm.optim.parameter_groups import flat
 from lm.parallel.pipeline import Schedule
 from lm.parallel.rules import parts
 from lm.planning.chips import Chip
+from lm.rules import TRANSFORMERS
 
 # FLOPs of a step over those of a step that recomputes nothing; what waits in the host's memory has
 # to come back in time, and is ranked as if it took this much longer.
@@ -90,8 +91,11 @@ class Arithmetic:
         return sum(size // parts(sizes, names, shape) for names, shape, size in self._leaves)
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
-        """Bytes that the layers keep for the backward pass, at least and likely."""
+        """Bytes that the layers keep for the backward pass, at least and likely; of models that are
+        no Transformers only their scores are known."""
         model = self.experiment.config.model
+        if model.family not in TRANSFORMERS:
+            return 0, int(self._logits(sizes, settings))
         layers = model.n_layers / sizes["stage"]
         tokens = self._tokens(sizes) / settings.microbatches * layers * self._item
         width, tensor = kept_width(model, settings.remat, sizes["tensor"]), sizes["tensor"]

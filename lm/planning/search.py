@@ -26,6 +26,7 @@ from lm.parallel.mesh import AXES
 from lm.planning.estimate import Arithmetic, Estimate, Settings
 from lm.planning.plan import Plan, make_plan
 from lm.planning.topologies import Topology, topology
+from lm.rules import TRANSFORMERS
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
 MICROBATCHES = (1, 2, 4, 8)
@@ -138,7 +139,7 @@ def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
     """Ways to write the devices of a slice as a product of the axes that the model has a use for:
     stages divide its layers, contexts its sequences, experts its experts."""
     model, data = experiment.config.model, experiment.config.data
-    attends = model.family in ("decoder", "encoder", "encoder_decoder")
+    attends = model.family in TRANSFORMERS
     dividing = {
         "stage": model.n_layers if attends and not model.n_experts else 1,
         "fsdp": model.d_model,

@@ -51,8 +51,10 @@ def positions(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
 
 
 def loss_curves(runs: Sequence[Run]) -> Figures:
-    """Training loss (raw and smoothed) and validation loss, over each of AXES."""
-    return {f"loss_by_{axis}": _loss_curve(runs, axis) for axis in AXES}
+    """Training loss (raw and smoothed) and validation loss, over those of AXES that a run tells."""
+    first = np.zeros(1)
+    told = [axis for axis in AXES if any(positions(run, axis, first) is not None for run in runs)]
+    return {axis: _loss_curve(runs, axis) for axis in told}
 
 
 def _loss_curve(runs: Sequence[Run], axis: str) -> Any:

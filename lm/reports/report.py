@@ -28,9 +28,10 @@ def write_report(workdir: Path, output: Path) -> Path:
     finals, others = figures.final_by_key(runs, groups), figures.metric_curves(runs)
     times = figures.time_split(runs)
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in (curves | finals | others | times).items():
+    by_name = {f"loss_by_{axis}": figure for axis, figure in curves.items()}
+    for name, figure in (by_name | finals | others | times).items():
         save_png(figure, output / f"{name}.png")
-    by_axis = {axis: svg(curves[f"loss_by_{axis}"]) for axis in figures.AXES}
+    by_axis = {axis: svg(figure) for axis, figure in curves.items()}
     pictures = [html.tabs("Loss: smoothed, and raw behind; dots are validation", by_axis)]
     pictures += [html.figure("At the end of each run", svg(f)) for f in finals.values()]
     metrics = [html.figure("", svg(figure)) for figure in others.values()]
@@ -49,7 +50,7 @@ def write_report(workdir: Path, output: Path) -> Path:
     ]
     page = output / "index.html"
     title = workdir.resolve().name
-    page.write_text(html.page(title, _lead(runs), sections, len(figures.AXES)))
+    page.write_text(html.page(title, _lead(runs), sections, len(curves)))
     return page
 
 

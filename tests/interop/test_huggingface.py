@@ -83,9 +83,7 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "llama-3.1", "mixtral", "gemma2", "gemma3", "qwen3", "bert", "roberta"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.1", "mixtral", "gemma3", "bert", "roberta"])
 def test_packed_texts_give_the_logits_of_each_alone(make_theirs, name):
     theirs, folder = make_theirs(name)
     ids, cut = tokens()[:1], 7

@@ -56,7 +56,7 @@ LLAMA3_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
 
 MIXTRAL = LLAMA | {"num_local_experts": 4, "num_key_value_heads": 2}
-GEMMA = LLAMA | {"num_key_value_heads": 2, "head_dim": 10, "pad_token_id": None}
+GEMMA = LLAMA | {"num_key_value_heads": 1, "head_dim": 10, "pad_token_id": None}
 GEMMA2 = GEMMA | {
     "sliding_window": 4,
     "query_pre_attn_scalar": 12,
@@ -110,21 +110,13 @@ DECODERS = {
         | {"tie_word_embeddings": True},
     ),
     "gemma": ("GemmaForCausalLM", GEMMA),
-    "gemma-biases-untied": (
-        "GemmaForCausalLM",
-        GEMMA | {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
-    ),
     "gemma2": ("Gemma2ForCausalLM", GEMMA2),
-    "gemma2-uncapped": (
-        "Gemma2ForCausalLM",
-        GEMMA2
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-        | {"num_hidden_layers": 4, "sliding_window": 7},
-    ),
     "gemma3": ("Gemma3ForCausalLM", GEMMA3),
-    "gemma3-local-capped": (
+    "gemma3-local-biases": (
         "Gemma3ForCausalLM",
-        GEMMA3 | {"num_hidden_layers": 2, "layer_types": None, "final_logit_softcapping": 2.0},
+        GEMMA3
+        | {"num_hidden_layers": 2, "layer_types": None, "final_logit_softcapping": 2.0}
+        | {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 2},
     ),
     "qwen2-windows": (
         "Qwen2ForCausalLM",

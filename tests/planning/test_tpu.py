@@ -35,6 +35,8 @@ TINY = {
     "model.d_ff": 512,
     "model.vocab_size": 1024,
     "model.max_length": 0,
+    "model.dropout": 0.0,
+    "model.attention_dropout": 0.0,
     "data.sequence_length": 256,
     "data.batch_size": 8,
     "train.loss_chunk": 0,
@@ -42,7 +44,7 @@ TINY = {
 FSDP = {"parallel.preset": "fsdp", "train.remat": "full"}
 # Experiment, topology, what is set beside TINY.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2-data": ("gpt2.py:124m", "v5e:2x2", {"model.attention_dropout": 0.0}),
+    "gpt2-data": ("gpt2.py:124m", "v5e:2x2", {}),
     "llama-fsdp": ("llama.py:2-7b", "v5e:2x4", FSDP),
     "llama-fsdp-tensor": (
         "llama.py:2-7b",
@@ -61,6 +63,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "parallel.mesh.data": 1,
             "parallel.mesh.expert": 4,
             "model.n_experts": 4,
+            "model.expert_capacity": 1.0,  # without one, grouped products compile for long
             "train.remat": "none",
         },
     ),
@@ -139,18 +142,17 @@ def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter(case):
     layers = sum(size for path, size in cut.items() if "layers" in path)
     assert sizes["all-gather"] >= 2 * 2 * layers
     assert sizes["reduce-scatter"] >= 2 * sum(cut.values())
-    # Norms, biases and scalars, which lie on every device, are summed; no more than that.
-    whole = sum(leaf.size for path, leaf in shapes.items() if path not in cut)
-    assert sizes["all-reduce"] < 4 * whole + 10_000
+    # Norms, biases and scalars, which lie on every device, are summed, together less than a matrix;
+    # and the scores that relative positions add, in both stacks, before their few buckets.
+    config = experiment.config
+    added = 2 * config.model.n_heads * config.data.sequence_length**2 * 4
+    few = 2 * TINY["model.d_model"] ** 2 + added * (config.model.positions == "relative")
+    assert sizes["all-reduce"] < few
 
 
 def test_experts_exchange_tokens_and_stay_where_they_are():
-    plan = plan_of("mixtral-expert")
-    kinds = {c.kind for c in plan.collectives}
-    assert kinds & {"all-to-all", "ragged-all-to-all", "all-gather"}
-    experts = 3 * 4 * TINY["model.d_model"] * TINY["model.d_ff"] * 2
-    gathered = [c for c in plan.collectives if c.kind == "all-gather"]
-    assert all(c.bytes / c.count < experts for c in gathered)
+    found = {c.kind for c in plan_of("mixtral-expert").collectives if c.bytes > 1000}
+    assert found == {"all-to-all", "all-reduce"}
 
 
 def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():

@@ -71,6 +71,17 @@ def test_a_single_run(sweep, tmp_path):
     assert not list(tmp_path.glob("final_by_*"))
 
 
+def test_a_run_of_another_version_has_no_picture_by_what_it_does_not_tell(sweep, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sweep.parent / "run1", run)
+    saved = json.loads((run / "run.json").read_text())
+    saved["config"]["model"]["gone"] = 1
+    (run / "run.json").write_text(json.dumps(saved))
+    assert main(["report", "--workdir", str(run)]) == 0
+    pictures = {file.name for file in (run / "report").glob("loss_by_*")}
+    assert pictures == {"loss_by_step.png", "loss_by_time.png"}
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(sweep, tmp_path, width):
