@@ -99,7 +99,7 @@ def check_sweep(folder, experiment, args, chance):
             process.kill()
             killed["sweep"] += 1
         process.wait()
-    finish(start(*words, "--retries", "9", folder / "shaken"))
+    finish(start(*words, folder / "shaken", "--retries", "9"))
     calm, shaken = folder / "calm", folder / "shaken"
     same = (calm / "results.csv").read_text() == (shaken / "results.csv").read_text()
     runs = sorted((calm / "runs").iterdir())
@@ -135,7 +135,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("sweep", "launch"))
     parser.add_argument("--kills", type=int, default=0, help="6 of the sweep, 10 of processes")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=400, help="of a run")
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -64,7 +64,7 @@ def draw(measured, widths, steps):
         row[0].set_ylabel("mean |activation|")
     for ax in axes[1]:
         ax.set_xlabel("d_model")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[1][0].legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 

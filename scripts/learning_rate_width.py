@@ -9,7 +9,7 @@ The workdir holds the two sweeps of experiments/sweeps/learning_rate_width.py, a
 import argparse
 from pathlib import Path
 
-from lm.reports.plotting import save_png, shades, subplots
+from lm.reports.plotting import save_png, shades, subplots, value_axis
 from lm.reports.runs import VALIDATION_LOSS, find_runs
 
 NAMES = {"standard": "standard parametrisation", "mup": "muP, base width 64"}
@@ -39,7 +39,8 @@ def main():
             rate = min(losses, key=losses.get)
             ax.plot(rate, losses[rate], "*", markersize=14, color=color)
             print(f"{name} d_model={width}: best rate {rate:.4g}, loss {losses[rate]:.4f}")
-        ax.set(xscale="log", xlabel="learning rate", title=title)
+        ax.set(xlabel="learning rate", title=title)
+        value_axis(ax.xaxis, sorted({rate for losses in by_width.values() for rate in losses}))
         ax.legend(frameon=False, fontsize=10)
     axes[0].set_ylabel("validation loss, nats a byte")
     args.output.parent.mkdir(parents=True, exist_ok=True)
