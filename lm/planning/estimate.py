@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 
-from lm.config import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.flops import model_flops_per_token
 from lm.optim.parameter_groups import flat
 from lm.parallel.pipeline import Schedule
 from lm.parallel.rules import parts
 from lm.planning.chips import Chip
+from lm.rules import TRANSFORMERS
 
 # FLOPs of a step over those of a step that recomputes nothing; what waits in the host's memory has
 # to come back in time, and is ranked as if it took this much longer.

@@ -19,13 +19,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lm.config import TRANSFORMERS, default, flatten, set_value
+from lm.config import default, flatten, set_value
 from lm.errors import UserError
 from lm.experiment import Experiment, build, divide
 from lm.parallel.mesh import AXES
 from lm.planning.estimate import Arithmetic, Estimate, Settings
 from lm.planning.plan import Plan, make_plan
 from lm.planning.topologies import Topology, topology
+from lm.rules import TRANSFORMERS
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
 MICROBATCHES = (1, 2, 4, 8)
