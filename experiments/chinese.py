@@ -25,7 +25,7 @@ def get_config(variant="small"):
     data.source = "text:chinese/poetry.txt.gz"
     data.documents = "line"
     data.validation_fraction = 0.05
-    data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 8000
+    data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 10_000
     data.sequence_length, data.batch_size = 128, 8
 
     config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02

@@ -56,12 +56,12 @@ def get_config(variant="pretrain"):
     data.test_source = "tsv:sst2/glue/test-labeled.tsv"
     data.columns, data.labels = "text=sentence,label=label", "0,1"
     data.sequence_length, data.batch_size = 48, 64
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 1e-3
     config.schedule.warmup_steps = 100
-    config.train.steps = 600  # more than half an epoch
-    config.eval.every_steps, config.eval.batch_size = 200, 109
+    config.train.steps = 500  # half an epoch
+    config.eval.every_steps, config.eval.batch_size = 100, 109
     config.eval.best = "accuracy"
-    config.checkpoint.every_steps = 600
+    config.checkpoint.every_steps = 500
     if variant == "finetune":
         config.init.fresh = "pooler,classifier"
         config.init.leave = "transform,logit_bias"
