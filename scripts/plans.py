@@ -49,14 +49,21 @@ LARGE = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8")
 ROOM = 0.8  # of the memory, for what arithmetic says is likely needed
 MOST_TOKENS = 32_768  # a device
 
+PLANNED = (
+    *("model.", "objective.", "parallel.", "lora.", "optimizer.name", "optimizer.freeze"),
+    *("data.batch_size", "data.sequence_length", "data.target_length", "data.labels"),
+    *("train.microbatches", "train.remat", "train.loss_chunk"),
+)
+
 HEADER = """# Plans
 
-What `lm plan` says of every experiment of at most 10B parameters, on the first of the topologies
-{topologies} on which it fits with its own batch, at most {tokens:,} tokens a device where the
-batch divides; and of some on other chips. Layers are in a loop. Written by
-`python scripts/plans.py`. Every figure is of one device and one step, by the compilers themselves
-({compilers}) and the published rates of the chips; none was measured. The bound is the longest of
-compute, memory and network, each alone; a real step is slower.
+What `lm plan` says of every experiment of at most 10B parameters, on the first of these topologies
+on which it fits with its own batch, at most {tokens:,} tokens a device where the batch divides:
+{topologies}; and of some on other chips. Layers are in a loop.
+
+Written by `python scripts/plans.py`. Every figure is of one device and one step, by the compilers
+themselves ({compilers}) and the published rates of the chips; none was measured.
+The bound is the longest of compute, memory and network, each alone; a real step is slower.
 
 """
 COLUMNS = (
@@ -171,9 +178,13 @@ def plan(name: str, place: Place) -> Plan:
 
 
 def key_of(name: str) -> str:
-    """A digest of what the experiment sets."""
+    """A digest of what the experiment sets and a plan depends on."""
     usual = dict(flatten(default()))
-    values = {path: v for path, v in flatten(config_of(name)) if usual[path] != v}
+    values = {
+        path: value
+        for path, value in flatten(config_of(name))
+        if usual[path] != value and path.startswith(PLANNED)
+    }
     return hashlib.sha256(json.dumps([name, values]).encode()).hexdigest()[:16]
 
 
@@ -257,20 +268,25 @@ def compilers() -> str:
     return ", ".join(f"{name} {found[name]}" for name in names if name in found)
 
 
-def write(rows: list[str]) -> None:
+def write(rows: list[str], without: list[str]) -> None:
     names = ", ".join(dict.fromkeys((*SMALL, *LARGE)))
     text = HEADER.format(topologies=names, tokens=MOST_TOKENS, compilers=compilers())
     text += line(COLUMNS) + line("---" if c in LEFT else "--:" for c in COLUMNS) + "".join(rows)
+    text += (
+        f"\nAbove 10B parameters, or not planned yet: {', '.join(without)}.\n" if without else ""
+    )
     (ROOT / "experiments" / "PLANS.md").write_text(text)
 
 
 def main(patterns: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
-    before, rows = kept(), []
+    before, rows, without = kept(), [], []
     for name in variants():
         chosen = not patterns or any(fnmatch(name, pattern) for pattern in patterns)
-        rows += rows_of(name, before, chosen)
-    write(rows)
+        found = list(rows_of(name, before, chosen))
+        rows += found
+        without += [] if found else [name]
+    write(rows, without)
 
 
 if __name__ == "__main__":
