@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of Transformer blocks; the meaning of each field is in `lm/schema.py`."""
+    """A stack of Transformer blocks; the meaning of each field is in `lm/schema/`."""
 
     n_layers: int
     d_model: int

@@ -20,7 +20,7 @@ from lm.parallel.rules import constrain
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """A recurrent model; the meaning of each field is in `lm/schema.py`."""
+    """A recurrent model; the meaning of each field is in `lm/schema/`."""
 
     n_layers: int
     d_model: int

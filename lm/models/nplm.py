@@ -18,7 +18,7 @@ from lm.parallel.rules import constrain
 
 @dataclass(frozen=True)
 class NplmConfig:
-    """An NPLM; the meaning of each field is in `lm/schema.py`."""
+    """An NPLM; the meaning of each field is in `lm/schema/`."""
 
     d_model: int
     d_hidden: int

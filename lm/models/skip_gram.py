@@ -19,7 +19,7 @@ from lm.parallel.rules import constrain
 
 @dataclass(frozen=True)
 class SkipGramConfig:
-    """The fields that `lm/schema.py` describes, of those that this model has."""
+    """The fields that `lm/schema/` describes, of those that this model has."""
 
     vocab_size: int
     d_model: int
