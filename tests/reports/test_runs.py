@@ -84,16 +84,12 @@ def test_no_run_is_an_error(tmp_path):
         find_runs(tmp_path)
 
 
-def test_smoothing_is_an_unbiased_average_that_ignores_nan():
+def test_smoothing_is_an_average_of_both_sides_that_ignores_nan():
     values = np.random.default_rng(0).normal(size=300)
     values[7] = np.nan
-    keep = 0.5 ** (1 / 6)  # half-life: 2 % of 300 steps
-    weights = keep ** np.arange(300)
-    expected = [
-        np.nansum(weights[: i + 1][::-1] * values[: i + 1])
-        / np.sum((weights[: i + 1][::-1])[np.isfinite(values[: i + 1])])
-        for i in range(300)
-    ]
+    distances = np.abs(np.arange(300)[:, None] - np.arange(300))
+    weights = 0.5 ** (distances / 3)  # half-life: 1 % of 300 steps
+    expected = np.nansum(weights * values, axis=1) / (weights @ np.isfinite(values))
     np.testing.assert_allclose(smooth(values), expected, rtol=1e-9, atol=1e-12)
 
 
