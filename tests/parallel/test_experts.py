@@ -91,7 +91,8 @@ def assert_equal(found, expected):
         np.testing.assert_allclose(found[0][name], values, rtol=1e-5, atol=1e-7, err_msg=name)
     for path, added in expected[1].items():
         largest = abs(added).max()
-        assert largest > 0, path
+        # A bias of the keys moves all scores of a query alike: it has no gradient but rounding.
+        assert largest > 0 or path.endswith("attention/key/bias"), path
         # The parameters themselves are rounded to 1e-7.
         np.testing.assert_allclose(
             found[1][path], added, atol=1e-5 * largest + 2e-7, rtol=0, err_msg=path
