@@ -159,9 +159,9 @@ def places(name: str) -> Iterator[Place]:
         sizes = axis_sizes(preset, {}, len(place.devices))
         try:
             schedule, _ = divide(config, "tpu", sizes)
-        except UserError:  # the batch does not divide
+            estimate = figures.estimate(sizes, schedule, settings)
+        except UserError:  # the batch or a parameter does not divide
             continue
-        estimate = figures.estimate(sizes, schedule, settings)
         if estimate.likely < ROOM * (place.chip.memory or 0):
             tokens = config.data.batch_size * config.data.sequence_length // len(place.devices)
             found.append((tokens, Place(described, overrides=(("parallel.preset", preset),))))
