@@ -1,6 +1,6 @@
 """Learning rate × width: where the best learning rate goes as a model gets wider.
 
-Two layers on bytes of the standard library at four widths, each at five learning rates of AdamW, a
+Two layers on bytes of the standard library at four widths, each at seven learning rates of AdamW, a
 factor of two apart, for 200 short steps. In the standard parametrisation the best rate falls with
 the width; in muP (Yang et al. 2022) it stays where it is at the base width, 64, where the two are
 the same model.
@@ -37,7 +37,7 @@ def get_sweep(variant="standard"):
     sets = grid(
         {
             "model.d_model": [32, 64, 128, 256],
-            "optimizer.learning_rate": [2.0**-power for power in range(9, 4, -1)],
+            "optimizer.learning_rate": [2.0**-power for power in range(11, 4, -1)],
         }
     )
     common = COMMON | choose(VARIANTS, variant)
