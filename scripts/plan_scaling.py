@@ -38,6 +38,9 @@ MODEL = {
     "parallel.preset": "fsdp",
 }
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+ROWS = 4096  # of a matrix, cut over the chips
+TILE = 8  # rows of a tile of float32
+CLOSE = 0.01  # by how much arguments may differ from what theory says
 FLAT = 0.1  # from 64 chips on, by how much of the largest what should be flat may vary
 
 
@@ -66,26 +69,37 @@ def plan(chips: int) -> dict[str, Any]:
     return entry
 
 
-def spread(values: list[float]) -> float:
+def spread(values: list[int]) -> float:
     """The largest difference over the largest value."""
     return (max(values) - min(values)) / max(max(values), 1)
 
 
 def verdict(plans: list[dict[str, Any]]) -> str:
     """What theory says, held against the plans; AssertionError names what is not so."""
-    first, last = plans[0], plans[-1]
-    fell = first["arguments"] / last["arguments"] / (last["chips"] / first["chips"])
-    assert 0.8 < fell < 1.2, f"arguments fell by {fell:.2f} of the factor between the chips"
+    first, second, *later = plans
+    # Arguments are sharded / n + whole (norms, the batch): two plans tell both parts.
+    share, less = 1 / first["chips"], 1 / second["chips"]
+    sharded = (first["arguments"] - second["arguments"]) / (share - less)
+    whole = first["arguments"] - sharded * share
+    for plan in later:
+        expected = sharded / plan["chips"] + whole
+        error = plan["arguments"] / expected - 1
+        assert abs(error) < CLOSE, f"{plan['chips']} chips: arguments are {error:+.0%} of 1/n's"
+    # Shards of fewer rows than a tile of the chip has are padded to one.
+    tiled = [p["temporaries"] for p in plans[1:] if ROWS / p["chips"] >= TILE]
     flat = {
-        "temporaries": [p["temporaries"] for p in plans[1:]],
-        "communication": [float(sum(p[kind] for kind in KINDS)) for p in plans[1:]],
+        "temporaries": tiled,
+        "communication": [sum(p[kind] for kind in KINDS) for p in plans[1:]],
     }
     for name, values in flat.items():
         assert spread(values) < FLAT, f"{name} vary by {spread(values):.0%}: {values}"
     shown = ", ".join(f"{name} within {spread(values):.1%}" for name, values in flat.items())
+    last = plans[-1]
     return (
-        f"as theory says: from {first['chips']} to {last['chips']:,} chips parameters and moments "
-        f"fall as 1/n (times {fell:.2f}); from {plans[1]['chips']} on {shown}"
+        f"as theory says: {sharded / 1e9:.3f} GB of parameters and moments over n chips, "
+        f"{whole / 1e6:.2f} MB on each; from {second['chips']} chips on {shown}; temporaries at "
+        f"{last['chips']:,}, where a shard has {ROWS // last['chips']} row: "
+        f"{last['temporaries'] / tiled[-1] - 1:+.0%}"
     )
 
 
