@@ -14,11 +14,10 @@ released ones, 30,522 and 28,996 pieces; the paper says 30,000.
 
 Adam (0.9, 0.999, eps 1e-6) without correction of its bias, decay 0.01 except of biases and norms,
 clipping at 1, lr 1e-4 after 10,000 steps, then linearly to 0 at 1,000,000; 256 sequences of 512
-tokens; dropout 0.1; everything from N(0, 0.02²); 15 % of the tokens are predicted. Different from
-the paper: all steps have 512 tokens (there 90 % of them have 128, so it sees 43B), masks are drawn
-anew for every example, and initial weights aren't truncated at two deviations. GELU is the exact
-one, as in the released checkpoints' Hugging Face configuration; google-research/bert has the tanh
-form today.
+tokens; dropout 0.1; everything from N(0, 0.02²), truncated at two deviations; 15 % of the tokens
+are predicted. Different from the paper: all steps have 512 tokens (there 90 % of them have 128, so
+it sees 43B), and masks are drawn anew for every example. GELU is the exact one, as in the released
+checkpoints' Hugging Face configuration; google-research/bert has the tanh form today.
 
     lm train --config experiments/bert.py:base --workdir runs/bert --config.parallel.preset=data \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json
@@ -46,7 +45,7 @@ def get_config(variant="base"):
     model.positions, model.token_types = "learned", 2
     model.activation = "gelu_erf"
     model.dropout = model.attention_dropout = 0.1
-    model.scale_residual_init = False
+    model.scale_residual_init, model.init_truncated = False, True
 
     config.objective.name, config.objective.next_sentence = "masked", True
     optimizer, schedule = config.optimizer, config.schedule

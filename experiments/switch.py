@@ -13,9 +13,8 @@ checkpoints, with ReLU and d_ff 3072, where Table 9 lists a gated layer of 2048.
 
 T5 1.0 (`t5.py`) in which every other feed-forward layer of both stacks has experts of its width;
 a token uses the most probable one, times its probability (eq. 2). Balance loss 0.01 (eq. 4), router
-in float32, its input jittered by 1 %, deviations √(0.1 / inputs) (§2.4), capacity factor 1.0 of a
-row. No dropout while pretraining. Optimizer, schedule and batch are T5's. Different from the paper:
-fresh kernels are not truncated at two deviations.
+in float32, its input jittered by 1 %, deviations √(0.1 / inputs) truncated at two (§2.4), capacity
+factor 1.0 of a row. No dropout while pretraining. Optimizer, schedule and batch are T5's.
 
     lm train --config experiments/switch.py:base-8 --workdir runs/switch \\
         --config.parallel.mesh.expert=8 --config.data.source=jsonl:DIR/*.jsonl.gz \\
@@ -43,7 +42,7 @@ def get_config(variant="base-8"):
     model.positions, model.attention_scale = "relative", 1.0
     model.activation, model.scale_logits = "relu", True
     model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
-    model.init_scale = 0.1
+    model.init_scale, model.init_truncated = 0.1, True
     model.experts_per_token, model.experts_every, model.expert_capacity = 1, 2, 1.0
     model.balance_loss, model.router_jitter = 0.01, 0.01
 

@@ -80,6 +80,8 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
         )
     if transformer and model.init == "uniform":
         yield f"config.model.init=uniform is not for config.model.family={model.family}"
+    if model.init == "uniform" and model.init_truncated:
+        yield "config.model.init=uniform has nothing to cut: config.model.init_truncated"
     if model.bidirectional and model.family == "lstm" and config.objective.name == "causal":
         yield "config.model.bidirectional lets a causal model see what it predicts"
     if model.bidirectional and (model.d_hidden or model.d_model) % 2:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.core import meta
+from scipy.stats import truncnorm
 
 from lm import config as configs
 from lm.experiment import wire
@@ -246,6 +247,7 @@ def test_what_decays_in_the_nplm():
 
 D, F, H, K, V = 256, 512, 4, 64, 512
 SMALL = {"n_layers": 2, "d_model": D, "d_ff": F, "n_heads": H, "head_dim": K, "vocab_size": V}
+CUT = truncnorm(-2, 2).std()
 INITIAL = {
     # Radford et al. 2019, §2.3: residual projections over √N, N = 2 of each of 2 layers
     "gpt2.py:124m": {
@@ -255,11 +257,12 @@ INITIAL = {
         "attention/out/kernel": 0.02 / sqrt(4),
         "feed_forward/out/kernel": 0.02 / sqrt(4),
     },
+    # google-research/bert: truncated_normal_initializer(0.02), which cuts at two deviations
     "bert.py:base": {
-        "tokens/embedding": 0.02,
-        "attention/out/kernel": 0.02,
-        "feed_forward/out/kernel": 0.02,
-        "pooler/kernel": 0.02,
+        "tokens/embedding": 0.02 * CUT,
+        "attention/out/kernel": 0.02 * CUT,
+        "feed_forward/out/kernel": 0.02 * CUT,
+        "pooler/kernel": 0.02 * CUT,
     },
     # tensor2tensor: 1 / √(mean of inputs and outputs); the shared table d^-0.5, of base's width
     "transformer2017.py:base": {
@@ -278,11 +281,11 @@ INITIAL = {
         "feed_forward/in/kernel": D**-0.5,
         "feed_forward/out/kernel": F**-0.5,
     },
-    # Fedus et al. 2021, §2.4: √(s / n) with s = 0.1
+    # Fedus et al. 2021, §2.4: √(s / n) with s = 0.1, beyond two of which it is drawn again
     "switch.py:base-8": {
-        "feed_forward/experts/in/kernel": sqrt(0.1 / D),
-        "feed_forward/experts/out/kernel": sqrt(0.1 / F),
-        "attention/value/kernel": sqrt(0.1 / D),
+        "feed_forward/experts/in/kernel": sqrt(0.1 / D) * CUT,
+        "feed_forward/experts/out/kernel": sqrt(0.1 / F) * CUT,
+        "attention/value/kernel": sqrt(0.1 / D) * CUT,
     },
 }
 
@@ -311,6 +314,8 @@ def test_initial_deviations(spec):
             assert value.size >= 30_000
             assert float(value.std()) == pytest.approx(expected, rel=0.02), ending
             assert abs(float(value.mean())) < 0.02 * expected
+            if config.model.init_truncated:
+                assert abs(value).max() <= 2 * expected / CUT, ending
 
 
 def test_initial_bounds_of_zaremba():

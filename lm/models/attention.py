@@ -37,8 +37,8 @@ class Attention(nn.Module):
         key_std = c.std(c.d_model, c.n_kv_heads * c.head_dim)
 
         def heads(n: int, axis: str, std: float) -> Linear:
-            names = ("embed", axis, "head_dim")
-            return Linear((c.d_model,), (n, c.head_dim), names, c.query_bias, std, c.dtype)
+            init, names = c.kernel_init(std), ("embed", axis, "head_dim")
+            return Linear((c.d_model,), (n, c.head_dim), names, c.query_bias, init, c.dtype)
 
         self.query = heads(c.n_heads, "heads", query_std)
         self.key = heads(c.n_kv_heads, "kv_heads", key_std)
@@ -48,7 +48,7 @@ class Attention(nn.Module):
             (c.d_model,),
             ("heads", "head_dim", "embed"),
             c.attention_output_bias,
-            c.residual_std(c.n_heads * c.head_dim, c.d_model),
+            c.kernel_init(c.residual_std(c.n_heads * c.head_dim, c.d_model)),
             c.dtype,
         )
         if c.qk_norm:

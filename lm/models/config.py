@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
+
+from lm.models.numerics import Numerics
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Numerics):
     """A stack of Transformer blocks; the meaning of each field is in `lm/schema/`."""
 
     n_layers: int
@@ -65,11 +66,7 @@ class TransformerConfig:
     final_dropout: bool = False
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
-    init: str = "normal"
-    init_std: float = 0.02
-    init_scale: float = 1.0
     scale_residual_init: bool = True
-    dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
     context_attention: str = "ring"
     remat: str = "none"
@@ -122,20 +119,12 @@ class TransformerConfig:
         """Deviation of a fresh kernel whose `n_in` inputs and `n_out` outputs grow with the width:
         in muP as 1/sqrt(inputs), from that of the base model (Yang et al. 2022, Table 8)."""
         m = self.width_ratio
-        return self._plain_std(n_in / m, n_out / m) / m**0.5
+        return self.deviation(n_in / m, n_out / m) / m**0.5
 
     def output_std(self, n_out: int) -> float:
         """The same from the residual stream to a number of scores that does not grow: in muP as in
         the base model, the scores being divided by `width_ratio` (Table 8)."""
-        return self._plain_std(self.d_model / self.width_ratio, n_out)
-
-    def _plain_std(self, n_in: float, n_out: float) -> float:
-        by_kind = {
-            "normal": self.init_std,
-            "fan_in": (self.init_scale / n_in) ** 0.5,
-            "xavier": (2 / (n_in + n_out)) ** 0.5,
-        }
-        return by_kind[self.init]
+        return self.deviation(self.d_model / self.width_ratio, n_out)
 
     def residual_std(self, n_in: int, n_out: int) -> float:
         """The same for projections that write to the residual stream (GPT-2 §2.3)."""

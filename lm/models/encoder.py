@@ -5,13 +5,12 @@ Shape letters: B batch, L length, P predictions, D model, V vocabulary.
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.attention import Visibility
-from lm.models.layers import make_norm, named
+from lm.models.layers import Bias, make_norm
 from lm.models.model import Model
 from lm.models.transformer import Stack
 
@@ -58,14 +57,3 @@ class Encoder(Model):
     def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         """The vector [B, D] that stands for a text: tanh of a layer over its first token."""
         return jnp.tanh(self.pooler(x_BLD[:, 0]))
-
-
-class Bias(nn.Module):
-    """One number for each entry of the vocabulary."""
-
-    size: int
-
-    @nn.compact
-    def __call__(self, logits_BPV: jax.Array) -> jax.Array:
-        zeros = named(nn.initializers.zeros, ("vocab",))
-        return logits_BPV + self.param("bias", zeros, (self.size,), jnp.float32)

@@ -6,7 +6,6 @@ Parameters are float32 and carry the logical axis names of `parallel/rules.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -15,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.bias import add_bias
 from lm.kernels.matmul import matmul
 from lm.models.config import TransformerConfig
+from lm.models.numerics import Initializer, Numerics
 from lm.parallel.lookup import look_up
 from lm.parallel.rules import constrain, shards
-
-Initializer = Callable[..., jax.Array]
 
 
 def named(init: Initializer, names: tuple[str, ...]) -> Any:
@@ -49,27 +48,64 @@ class Linear(nn.Module):
     out_shape: tuple[int, ...]
     names: tuple[str, ...]
     use_bias: bool
-    std: float
+    kernel_init: Initializer
     dtype: jnp.dtype
     out_dtype: jnp.dtype | None = None
+    bias_init: Initializer = nn.initializers.zeros
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def setup(self) -> None:
         shape = (*self.in_shape, *self.out_shape)
-        kernel = self.param(
-            "kernel", named(nn.initializers.normal(self.std), self.names), shape, jnp.float32
-        )
+        self.kernel = self.param("kernel", named(self.kernel_init, self.names), shape, jnp.float32)
+        if self.use_bias:
+            init = named(self.bias_init, self.names[len(self.in_shape) :])
+            self.bias = self.param("bias", init, self.out_shape, jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
         leading = x.shape[: x.ndim - len(self.in_shape)]
         y = matmul(
             x.reshape(*tokens_of(leading), prod(self.in_shape)),
-            kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
+            self.kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
             self.dtype,
         )
         if self.use_bias:
-            names = self.names[len(self.in_shape) :]
-            zeros = named(nn.initializers.zeros, names)
-            y += self.param("bias", zeros, self.out_shape, jnp.float32).reshape(-1)
+            y = add_bias(y, self.bias.reshape(-1))
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
+
+
+def affine(
+    config: Numerics,
+    n_in: int,
+    out_shape: tuple[int, ...],
+    names: tuple[str, ...],
+    use_bias: bool = True,
+    bias_init: Initializer = nn.initializers.zeros,
+    name: str | None = None,
+) -> Linear:
+    """A map of vectors to float32 that starts as its model's configuration says."""
+    c = config
+    return Linear(
+        (n_in,),
+        out_shape,
+        names,
+        use_bias,
+        c.kernel_init(c.deviation(n_in, out_shape[-1])),
+        c.dtype,
+        out_dtype=jnp.float32,
+        bias_init=c.bias_init(bias_init),
+        name=name,
+    )
+
+
+class Bias(nn.Module):
+    """One number for each entry of the vocabulary: an output layer's whose matrix is a table."""
+
+    size: int
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, logits_BLV: jax.Array) -> jax.Array:
+        bias_V = self.param("bias", named(self.bias_init, ("vocab",)), (self.size,), jnp.float32)
+        return add_bias(logits_BLV, bias_V)
 
 
 class Norm(nn.Module):
@@ -112,11 +148,11 @@ class Embedding(nn.Module):
     rows: int
     width: int
     row_name: str
-    std: float
+    table_init: Initializer
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        init = named(nn.initializers.normal(self.std), (self.row_name, "embed"))
+        init = named(self.table_init, (self.row_name, "embed"))
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
@@ -144,12 +180,12 @@ class FeedForward(nn.Module):
         c = self.config
 
         def wide(name: str) -> jax.Array:
-            std, names = c.std(c.d_model, c.d_ff), ("embed", "mlp")
-            linear = Linear((c.d_model,), (c.d_ff,), names, c.bias, std, c.dtype, name=name)
+            init, names = c.kernel_init(c.std(c.d_model, c.d_ff)), ("embed", "mlp")
+            linear = Linear((c.d_model,), (c.d_ff,), names, c.bias, init, c.dtype, name=name)
             return constrain(linear(x_BLD), "batch", "length", "mlp")
 
         act = ACTIVATIONS[c.activation]
         h_BLF = act(wide("gate")) * wide("in") if c.activation in GATED else act(wide("in"))
         h_BLF = nn.Dropout(c.activation_dropout, deterministic=self.deterministic)(h_BLF)
-        std, names = c.residual_std(c.d_ff, c.d_model), ("mlp", "embed")
-        return Linear((c.d_ff,), (c.d_model,), names, c.bias, std, c.dtype, name="out")(h_BLF)
+        init, names = c.kernel_init(c.residual_std(c.d_ff, c.d_model)), ("mlp", "embed")
+        return Linear((c.d_ff,), (c.d_model,), names, c.bias, init, c.dtype, name="out")(h_BLF)

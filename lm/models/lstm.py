@@ -5,7 +5,7 @@ Shape letters: B batch, L length, D inputs, H hidden units, N layers, G = 4 H ga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import flax.linen as nn
 import flax.struct
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from lm.kernels.bias import add_bias
 from lm.kernels.lstm import Starts, State, lstm
-from lm.models.affine import Affine
+from lm.models.layers import affine
+from lm.models.numerics import Numerics
 from lm.parallel.rules import constrain
 
 
 @dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(Numerics):
     """A recurrent model; the meaning of each field is in `lm/schema/`."""
 
     n_layers: int
@@ -31,9 +32,9 @@ class RecurrentConfig:
     n_classes: int = 0
     tie_embeddings: bool = True
     dropout: float = 0.0
+    _: KW_ONLY
     init: str = "uniform"
     init_std: float = 0.05
-    dtype: jnp.dtype = jnp.float32
     loss_chunk: int = 0
 
 
@@ -82,10 +83,10 @@ class Layer(nn.Module):
         if before is None:
             before = State(*jnp.zeros((2, len(x_BLD), H)))
         names = ("gates", "hidden")
-        inputs = Affine(
-            self.n_in, (4, H), (self.name_in, *names), c, bias_init=forget_little, name="input"
+        inputs = affine(
+            c, self.n_in, (4, H), (self.name_in, *names), bias_init=forget_little, name="input"
         )
-        recurrent = Affine(H, (4, H), ("hidden", *names), c, name="recurrent")
+        recurrent = affine(c, H, (4, H), ("hidden", *names), name="recurrent")
         gates_BLG = inputs(x_BLD).reshape(*x_BLD.shape[:2], 4 * H)
         gates_BLG = add_bias(gates_BLG, recurrent.bias.reshape(4 * H))
         kernel_HG = recurrent.kernel.reshape(H, 4 * H)

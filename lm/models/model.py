@@ -27,12 +27,12 @@ class Model(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
         if c.positions == "learned":
             rows = c.max_length + c.position_offset
-            self.positions = Embedding(rows, c.d_model, "positions", c.init_std, c.dtype)
+            self.positions = Embedding(rows, c.d_model, "positions", c.table_init, c.dtype)
         if c.token_types:
-            self.types = Embedding(c.token_types, c.d_model, "types", c.init_std, c.dtype)
+            self.types = Embedding(c.token_types, c.d_model, "types", c.table_init, c.dtype)
         if c.embedding_norm:
             self.embedding_norm = make_norm(c)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
@@ -46,8 +46,8 @@ class Model(nn.Module):
     def _linear(self, n_out: int, name: str, bias: bool = True) -> Linear:
         c = self.config
         std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
-        names = ("embed", name)
-        return Linear((c.d_model,), (n_out,), names, bias, std, c.dtype, out_dtype=jnp.float32)
+        init, names = c.kernel_init(std), ("embed", name)
+        return Linear((c.d_model,), (n_out,), names, bias, init, c.dtype, out_dtype=jnp.float32)
 
     def embed(
         self,

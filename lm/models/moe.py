@@ -14,6 +14,7 @@ from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.models import routing
 from lm.models.config import TransformerConfig
 from lm.models.layers import named
+from lm.models.numerics import Initializer
 from lm.models.reports import add_loss, report
 from lm.parallel.experts import Parameters, Product, Routes, mixture
 from lm.parallel.rules import constrain
@@ -74,7 +75,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
-        init = nn.initializers.normal(c.output_std(c.n_experts))
+        init = c.kernel_init(c.output_std(c.n_experts))
         # Small enough to be whole on every device: gathering it would cost more than it saves.
         shape, names = (c.d_model, c.n_experts), ("router_inputs", "router")
         kernel_DE = self.param("kernel", named(init, names), shape, jnp.float32)
@@ -104,8 +105,8 @@ class Experts(nn.Module):
             inner = name != "out"
             axes = ("experts", "embed", "mlp") if inner else ("experts", "mlp", "embed")
             shape = (c.d_model, c.d_ff) if inner else (c.d_ff, c.d_model)
-            std = c.std(*shape) if inner else c.residual_std(*shape)
-            made = ExpertLinear((c.n_experts, *shape), axes, c.bias, std, name=name)()
+            init = c.kernel_init(c.std(*shape) if inner else c.residual_std(*shape))
+            made = ExpertLinear((c.n_experts, *shape), axes, c.bias, init, name=name)()
             for kind, (value, names_of_axes) in made.items():
                 parameters[f"{name}/{kind}"] = value
                 names[f"{name}/{kind}"] = names_of_axes
@@ -129,14 +130,14 @@ class ExpertLinear(nn.Module):
     shape: tuple[int, int, int]
     names: tuple[str, str, str]
     use_bias: bool
-    std: float
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self) -> dict[str, tuple[jax.Array, tuple[str, ...]]]:
-        init, zeros = nn.initializers.normal(self.std), nn.initializers.zeros
+        zeros = nn.initializers.zeros
         E, _, F = self.shape
         outer, _, inner = self.names
-        kernel = self.param("kernel", named(init, self.names), self.shape, jnp.float32)
+        kernel = self.param("kernel", named(self.kernel_init, self.names), self.shape, jnp.float32)
         made: dict[str, tuple[jax.Array, tuple[str, ...]]] = {"kernel": (kernel, self.names)}
         if self.use_bias:
             bias = self.param("bias", named(zeros, (outer, inner)), (E, F), jnp.float32)

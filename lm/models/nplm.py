@@ -12,12 +12,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.models.affine import Affine, Table
+from lm.models.layers import Embedding, affine
+from lm.models.numerics import Numerics
 from lm.parallel.rules import constrain
 
 
 @dataclass(frozen=True)
-class NplmConfig:
+class NplmConfig(Numerics):
     """An NPLM; the meaning of each field is in `lm/schema/`."""
 
     d_model: int
@@ -26,9 +27,6 @@ class NplmConfig:
     context: int = 4
     direct: bool = False
     dropout: float = 0.0
-    init: str = "normal"
-    init_std: float = 0.02
-    dtype: jnp.dtype = jnp.float32
     loss_chunk: int = 0
 
 
@@ -56,11 +54,11 @@ class Nplm(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        uniform, n_inputs = c.init == "uniform", c.context * c.d_model
-        self.tokens = Table(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype, uniform)
-        self.hidden_layer = Affine(n_inputs, (c.d_hidden,), ("embed", "hidden"), c)
-        self.head = Affine(c.d_hidden, (c.vocab_size,), ("hidden", "vocab"), c)
-        self.direct = Affine(n_inputs, (c.vocab_size,), ("embed", "vocab"), c, use_bias=False)
+        n_inputs = c.context * c.d_model
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        self.hidden_layer = affine(c, n_inputs, (c.d_hidden,), ("embed", "hidden"))
+        self.head = affine(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"))
+        self.direct = affine(c, n_inputs, (c.vocab_size,), ("embed", "vocab"), use_bias=False)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
 
     def __call__(

@@ -120,7 +120,7 @@ class RelativeBias(nn.Module):
     def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
         """[H, L, S] float32; query i stands at key place `offset` + i."""
         c = self.config
-        init = named(nn.initializers.normal(c.output_std(c.n_heads)), ("positions", "heads"))
+        init = named(c.kernel_init(c.output_std(c.n_heads)), ("positions", "heads"))
         table = self.param("embedding", init, (c.relative_buckets, c.n_heads), jnp.float32)
         distances_LS = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
         buckets_LS = relative_buckets(

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.affine import Affine, Bias, Table
+from lm.models.layers import Bias, Embedding, affine
 from lm.models.lstm import Memory, RecurrentConfig, Stack, last
 from lm.parallel.rules import constrain
 
@@ -25,12 +25,11 @@ class Recurrent(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        uniform = c.init == "uniform"
-        self.tokens = Table(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype, uniform)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
-        self.projection = Affine(c.d_hidden, (c.d_model,), ("hidden", "embed"), c, use_bias=False)
-        self.bias = Bias(c.vocab_size, c)
-        self.head = Affine(c.d_hidden, (c.vocab_size,), ("hidden", "vocab"), c)
+        self.projection = affine(c, c.d_hidden, (c.d_model,), ("hidden", "embed"), use_bias=False)
+        self.bias = Bias(c.vocab_size, c.bias_init())
+        self.head = affine(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"))
 
     def logits(self, x_BLH: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V], float32."""
@@ -52,7 +51,7 @@ class Lstm(Recurrent):
         c = self.config
         self.stack = Stack(c, self.deterministic, c.bidirectional)
         self.carried = Carried((c.n_layers, 2, c.d_hidden))
-        self.classifier = Affine(c.d_hidden, (c.n_classes,), ("hidden", "classes"), c)
+        self.classifier = affine(c, c.d_hidden, (c.n_classes,), ("hidden", "classes"))
 
     def __call__(
         self,

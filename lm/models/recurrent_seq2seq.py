@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import Visibility, attention
 from lm.kernels.lstm import State
-from lm.models.affine import Affine
+from lm.models.layers import affine
 from lm.models.lstm import Memory, Source, Stack, last, segment_starts
 from lm.models.recurrent import Recurrent
 
@@ -30,7 +30,7 @@ class LstmEncoderDecoder(Recurrent):
         c = self.config
         self.encoder = Stack(c, self.deterministic, c.bidirectional)
         self.decoder = Stack(c, self.deterministic)
-        self.attended = Affine(2 * c.d_hidden, (c.d_hidden,), ("hidden", "hidden"), c)
+        self.attended = affine(c, 2 * c.d_hidden, (c.d_hidden,), ("hidden", "hidden"))
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Logits [B, L, V] of the token after each target token, float32.

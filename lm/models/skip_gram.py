@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.layers import Embedding
+from lm.models.numerics import Numerics
 from lm.parallel.rules import constrain
 
 
 @dataclass(frozen=True)
-class SkipGramConfig:
+class SkipGramConfig(Numerics):
     """The fields that `lm/schema/` describes, of those that this model has."""
 
     vocab_size: int
     d_model: int
-    init_std: float = 0.02
-    dtype: jnp.dtype = jnp.float32
 
 
 class SkipGram(nn.Module):
@@ -35,9 +34,9 @@ class SkipGram(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.init_std, c.dtype)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
         # From 0, as in word2vec's code: at first every pair is as likely as not.
-        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", 0.0, c.dtype)
+        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", nn.initializers.zeros, c.dtype)
 
     def __call__(self, centres_BL: jax.Array, contexts_BS: jax.Array) -> jax.Array:
         """The product of every centre's vector with every context's, [B, L, S] float32."""

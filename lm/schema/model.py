@@ -147,12 +147,15 @@ MODEL: dict[str, Key] = {
     "model.init": Key(
         "normal",
         "Deviation of fresh kernels: init_std, 1/sqrt(inputs), or sqrt(2/(inputs + outputs)); "
-        "tables have init_std; uniform: recurrent models, everything in ± init_std.",
+        "tables have init_std; uniform: not Transformers, everything in ± init_std.",
         choices=("normal", "fan_in", "xavier", "uniform"),
     ),
     "model.init_std": Key(0.02, "Deviation of the normal initialisation.", low=0.0, high=10.0),
     "model.init_scale": Key(
         1.0, "The fan_in deviation is sqrt(this/inputs); Switch has 0.1.", low=0.0, high=100.0
+    ),
+    "model.init_truncated": Key(
+        False, "Nothing beyond two deviations is drawn (BERT, Switch); the rest has 0.88 of them."
     ),
     "model.scale_residual_init": Key(
         True, "Divide the init_std of residual output projections by sqrt(2 n_layers) (GPT-2)."
