@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.kernels.attention import Dropout, Visibility
+from lm.models.cache import KeyValue
 from lm.models.config import TransformerConfig
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
 from lm.parallel.rules import constrain
-
-KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):

@@ -9,6 +9,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class Cached:
+    """Keys and values of one layer, or of all: of its own tokens so far, and of the source."""
+
+    own: KeyValue | None = None
+    source: KeyValue | None = None
+
 
 @flax.struct.dataclass
 class Source:
@@ -31,6 +41,21 @@ class Cache:
     segment_ids_BS: jax.Array
     index: jax.Array
     source: Source | None = None
+
+    @property
+    def layers(self) -> Cached:
+        """What the layers have, their number the first axis."""
+        own, source = (self.keys_NBSGK, self.values_NBSGK), self.source
+        return Cached(own, None if source is None else (source.keys_NBTGK, source.values_NBTGK))
+
+    def after(self, layers: Cached, length: int, source_segments_BT: jax.Array | None) -> Cache:
+        """The cache after `length` more tokens, and the source if the layers have just read it."""
+        assert layers.own is not None
+        source = self.source
+        if layers.source is not None:
+            assert source_segments_BT is not None
+            source = Source(*layers.source, source_segments_BT)
+        return Cache(*layers.own, self.segment_ids_BS, self.index + length, source)
 
     def take(self, rows: jax.Array) -> Cache:
         """The cache whose row i is this one's row `rows[i]`: what a beam search goes on with."""

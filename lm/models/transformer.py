@@ -18,8 +18,8 @@ from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
-from lm.models.attention import Attention, KeyValue
-from lm.models.cache import Cache, Source
+from lm.models.attention import Attention
+from lm.models.cache import Cache, Cached
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
@@ -54,14 +54,6 @@ class Surroundings:
     bias_HLS: jax.Array | None = None
     encoded_BSD: jax.Array | None = None
     source_visibility: Visibility | None = None
-
-
-@flax.struct.dataclass
-class Cached:
-    """Keys and values of one layer: of its own tokens so far, and of the source."""
-
-    own: KeyValue | None = None
-    source: KeyValue | None = None
 
 
 class Block(nn.Module):
@@ -133,9 +125,10 @@ class Block(nn.Module):
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
             x_BLD = constrain(x_BLD + y_BLD, "batch", "residual_length", "embed")
             x_BLD = norm(x_BLD) if c.norm_placement == "post" else x_BLD
-        # Only decoding takes keys and values along.
-        keeps = cached.own is not None
-        return x_BLD, Cached(own, source) if keeps else Cached()
+        # Only decoding takes keys and values along, those of the source from where they are made.
+        if cached.own is None:
+            return x_BLD, Cached()
+        return x_BLD, Cached(own, None if around.encoded_BSD is None else source)
 
 
 class Pattern(nn.Module):
@@ -200,11 +193,39 @@ class Stack(nn.Module):
         `source_segments_BS` are its segments.
         """
         c = self.config
-        L = x_BLD.shape[1]
-        in_pipeline = cache is None and is_pipelined()
+        if cache is not None and encoded_BSD is None and cache.source is not None:
+            source_segments_BS = cache.source.segment_ids_BT
+        around = self._surroundings(x_BLD, positions_BL, visibility, cache)
+        if source_segments_BS is not None:
+            seen = Visibility(False, visibility.segments_BL, source_segments_BS)
+            around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
+
+        is_global_N = jax.tree.map(jnp.asarray, c.global_layers(self.n_layers))
+        if cache is None and is_pipelined():
+            x_BLD = self._pipeline(x_BLD, around, is_global_N)
+        else:
+            cached = Cached() if cache is None else cache.layers
+            x_BLD, cached = self._scan(x_BLD, around, cached, is_global_N)
+            if cache is not None:
+                cache = cache.after(cached, x_BLD.shape[1], source_segments_BS)
+        if c.norm_placement != "post":
+            x_BLD = make_norm(c, "final_norm")(x_BLD)
+        if c.final_dropout:
+            x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
+        return x_BLD.astype(c.dtype), cache
+
+    def _surroundings(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        visibility: Visibility,
+        cache: Cache | None,
+    ) -> Surroundings:
+        """What self-attention sees, turns by and adds."""
+        c, L = self.config, x_BLD.shape[1]
         around = Surroundings(visibility)
         if c.positions == "rotary":
-            if in_pipeline:  # what goes beside the rows has as many
+            if cache is None and is_pipelined():  # what goes beside the rows has as many
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
             angles_BLK, local_BLK = layer_angles(c, positions_BL)
             around = replace(around, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
@@ -212,62 +233,50 @@ class Stack(nn.Module):
             n_keys = L if cache is None else cache.keys_NBSGK.shape[2]
             bias = RelativeBias(c, not self.causal, name="relative_bias")
             around = replace(around, bias_HLS=bias(L, n_keys, visibility.offset))
-        cached = Cached()
-        if cache is not None:
-            cached = Cached((cache.keys_NBSGK, cache.values_NBSGK))
-            if encoded_BSD is None and cache.source is not None:
-                cached = replace(
-                    cached, source=(cache.source.keys_NBTGK, cache.source.values_NBTGK)
-                )
-                source_segments_BS = cache.source.segment_ids_BT
-        if source_segments_BS is not None:
-            seen = Visibility(False, visibility.segments_BL, source_segments_BS)
-            around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
+        return around
 
-        n = c.pattern
-        layer = recomputed(Block, c.remat) if n == 1 else Pattern
-        settings = (c, self.deterministic, c.attention, c.n_experts > 0)
-        is_global_N = jax.tree.map(jnp.asarray, c.global_layers(self.n_layers))
-        if in_pipeline:
-            x_BLD = self._pipeline(layer(*settings, parent=None), x_BLD, around, is_global_N)
-        else:
-            layers = nn.scan(
-                layer,
-                variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0, 0),
-                length=self.n_layers // n,
-                unroll=max(1, (c.scan_unroll or self.n_layers) // n),
-                metadata_params={nn.PARTITION_NAME: "layers"},
-                # The check traces a layer twice, and would give it the dropout of a second call.
-                check_constancy_invariants=self.is_initializing(),
-            )(*settings, name="layers")
-            of_layers = (cached, is_global_N)
-            if n > 1:
-                of_layers = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
-            x_BLD, cached = layers(x_BLD, around, *of_layers)
-            if n > 1:
-                cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
-        if cache is not None:
-            assert cached.own is not None
-            source = cache.source
-            if cached.source is not None and source_segments_BS is not None:
-                source = Source(*cached.source, source_segments_BS)
-            cache = Cache(*cached.own, cache.segment_ids_BS, cache.index + L, source)
-        if c.norm_placement != "post":
-            x_BLD = make_norm(c, "final_norm")(x_BLD)
-        if c.final_dropout:
-            x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
-        return x_BLD.astype(c.dtype), cache
+    @property
+    def _layer(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
+        """What is repeated, a block or the pattern of several, and its fields."""
+        c = self.config
+        layer = recomputed(Block, c.remat) if c.pattern == 1 else Pattern
+        return layer, (c, self.deterministic, c.attention, c.n_experts > 0)
 
-    def _pipeline(
+    def _scan(
         self,
-        block: nn.Module,
         x_BLD: jax.Array,
         around: Surroundings,
+        cached: Cached,
         is_global_N: jax.Array | None,
+    ) -> tuple[jax.Array, Cached]:
+        """The layers one after the other, as a loop over their parameters and caches."""
+        c, n = self.config, self.config.pattern
+        layer, settings = self._layer
+        layers = nn.scan(
+            layer,
+            variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0, 0),
+            length=self.n_layers // n,
+            unroll=max(1, (c.scan_unroll or self.n_layers) // n),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces a layer twice, and would give it the dropout of a second call.
+            check_constancy_invariants=self.is_initializing(),
+        )(*settings, name="layers")
+        of_layers = (cached, is_global_N)
+        if n > 1:
+            of_layers = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
+        x_BLD, cached = layers(x_BLD, around, *of_layers)
+        if n > 1:
+            cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
+        return x_BLD, cached
+
+    def _pipeline(
+        self, x_BLD: jax.Array, around: Surroundings, is_global_N: jax.Array | None
     ) -> jax.Array:
-        """What the scan of `block` gives, by the pipeline of the mesh."""
+        """What `_scan` gives, by the pipeline of the mesh."""
+        layer, settings = self._layer
+        block = layer(*settings, parent=None)
         bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
         by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
 
@@ -279,7 +288,7 @@ class Stack(nn.Module):
             rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
             keys_N = jax.random.split(rng.rng, self.n_layers)
 
-        def layer(
+        def run_layer(
             of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
         ) -> tuple[jax.Array, Any]:
             params, is_global = of_layer
@@ -298,7 +307,9 @@ class Stack(nn.Module):
 
         of_layers = (self.variables["params"]["layers"], is_global_N)
         unroll = self.config.scan_unroll
-        x_BLD, reported = run_pipeline(layer, of_layers, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        x_BLD, reported = run_pipeline(
+            run_layer, of_layers, keys_N, x_BLD, by_row, bias_HLS, unroll
+        )
         for collection, values in reported.items():
             self.put_variable(collection, "layers", values)
         return x_BLD
