@@ -95,7 +95,9 @@ def search_report(found: Search) -> str:
     ]
     lines += [f"  {reason}" for reason in found.failed]
     if not found.ranked:
-        return "\n".join([*lines, "nothing fits: more devices, or a smaller batch or model"])
+        more = "a larger --limit, " * (found.not_compiled > 0)
+        lines.append(f"nothing of it fits: {more}more devices, or a smaller batch or model")
+        return "\n".join(lines)
     lines += [
         "",
         f"{'mesh':48}{'remat':>13}{'parts':>7}{'memory':>12}{'bound':>11}{'MFU':>8}  bottleneck",

@@ -3,16 +3,18 @@
 Candidates that cannot fit by arithmetic are never compiled: their state, gradients and kept
 activations alone are more than a device has. The rest are ranked by what they should cost, the
 first of them compiled in processes of their own, and ranked again by their bound on the time of a
-step.
+step. What turns out too large sends those behind that likely need as much.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from multiprocessing import get_context
 from typing import Any
 
@@ -42,6 +44,10 @@ class Candidate:
 
     overrides: Overrides
     estimate: Estimate
+
+    @property
+    def remat(self) -> str:
+        return self.overrides["train.remat"]
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,43 @@ def search(
     capacity = place.chip.memory or 0
     possible = [c for c in considered if c.estimate.least <= capacity]
     possible.sort(key=lambda c: (c.estimate.likely > capacity, c.estimate.seconds))
-    chosen = possible[:limit]
-    plans, failed = _compile(config, name, n_slices, [c.overrides for c in chosen], workers, track)
+    compiled = list(_compile(config, name, n_slices, Queue(possible), limit, workers, track))
+    plans = [(c.overrides, plan) for c, plan in compiled if isinstance(plan, Plan)]
     fitting = [(overrides, plan) for overrides, plan in plans if plan.fits]
     fitting.sort(key=_order)
     return Search(
         ranked=tuple(fitting),
         considered=len(considered),
         too_large=len(considered) - len(possible) + len(plans) - len(fitting),
-        not_compiled=len(possible) - len(chosen),
-        failed=tuple(failed),
+        not_compiled=len(possible) - len(compiled),
+        failed=tuple(
+            f"{command_line(c.overrides)}: {reason}"
+            for c, reason in compiled
+            if isinstance(reason, str)
+        ),
     )
+
+
+class Queue:
+    """Candidates in their order, but behind all others those that likely need as much memory as one
+    of the same rematerialisation that was compiled and did not fit."""
+
+    def __init__(self, candidates: Iterable[Candidate]):
+        self.waiting = list(candidates)
+        self._too_large: dict[str, float] = {}
+
+    def take(self) -> Candidate:
+        """The next one, which waits no longer."""
+        chosen = min(
+            self.waiting,
+            key=lambda c: c.estimate.likely >= self._too_large.get(c.remat, inf),
+        )
+        self.waiting.remove(chosen)
+        return chosen
+
+    def did_not_fit(self, candidate: Candidate) -> None:
+        known = self._too_large.get(candidate.remat, inf)
+        self._too_large[candidate.remat] = min(known, candidate.estimate.likely)
 
 
 def _order(found: tuple[Overrides, Plan]) -> tuple[float, float]:
@@ -176,27 +208,35 @@ def _compile(
     config: ConfigDict,
     name: str,
     n_slices: int,
-    chosen: Sequence[Overrides],
+    queue: Queue,
+    limit: int,
     workers: int,
     track: Callable[..., Any],
-) -> tuple[list[tuple[Overrides, Plan]], list[str]]:
-    """Plans of the chosen candidates, and one line for each that failed to compile."""
-    plans: list[tuple[Overrides, Plan]] = []
-    failed: list[str] = []
-    if not chosen:
-        return plans, failed
+) -> Iterator[tuple[Candidate, Plan | str]]:
+    """At most `limit` candidates, as many at a time as there are workers, each with its plan or one
+    line that says why it could not be compiled."""
+    limit = min(limit, len(queue.waiting))
+    if not limit:
+        return
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own choice
+        # The processes inherit it: that a candidate does not fit is no warning here.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    given = dict(flatten(config))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        pending: dict[Future[Plan], Overrides] = {
-            pool.submit(_plan, {**dict(flatten(config)), **o}, name, n_slices): o for o in chosen
-        }
-        for done in track(as_completed(pending), total=len(pending)):
-            overrides = pending[done]
+        running: deque[tuple[Candidate, Future[Plan]]] = deque()
+        for i in track(range(limit), total=limit):
+            for _ in range(min(workers - len(running), limit - i - len(running))):
+                candidate = queue.take()
+                values = {**given, **candidate.overrides}
+                running.append((candidate, pool.submit(_plan, values, name, n_slices)))
+            candidate, future = running.popleft()
             try:
-                plans.append((overrides, done.result()))
+                plan = future.result()
+                if not plan.fits:
+                    queue.did_not_fit(candidate)
+                yield candidate, plan
             except (UserError, RuntimeError, NotImplementedError) as error:
-                reason = " ".join(str(error).split())
-                failed.append(f"{command_line(overrides)}: {reason[:200]}")
-    return plans, failed
+                yield candidate, " ".join(str(error).split())[:200]
 
 
 def _plan(values: Mapping[str, Any], name: str, n_slices: int) -> Plan:

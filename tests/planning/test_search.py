@@ -11,9 +11,17 @@ from lm.config import load
 from lm.experiment import build
 from lm.planning import search as searching
 from lm.planning.chips import CHIPS
-from lm.planning.estimate import Arithmetic, Settings
+from lm.planning.estimate import Arithmetic, Estimate, Settings
 from lm.planning.plan import state_memory
-from lm.planning.search import candidates, command_line, meshes, overridden, search
+from lm.planning.search import (
+    Candidate,
+    Queue,
+    candidates,
+    command_line,
+    meshes,
+    overridden,
+    search,
+)
 from lm.planning.topologies import topology
 
 
@@ -113,6 +121,20 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
     assert config.parallel.mesh.data == winner["parallel.mesh.data"]
     assert config.train.remat == winner["train.remat"]
     assert config.parallel.sequence == winner["parallel.sequence"]
+
+
+def test_what_needs_as_much_as_one_that_did_not_fit_waits():
+    def candidate(name, remat, likely):
+        overrides = {"name": name, "train.remat": remat}
+        return Candidate(overrides, Estimate(0, likely, 0.0))
+
+    whole = [candidate("a", "none", 8), candidate("b", "none", 9), candidate("c", "none", 4)]
+    queue = Queue([*whole, candidate("d", "full", 9)])
+    first = queue.take()
+    queue.did_not_fit(first)
+    order = [first, *(queue.take() for _ in range(3))]
+    assert [c.overrides["name"] for c in order] == ["a", "c", "d", "b"]
+    assert not queue.waiting
 
 
 def test_what_cannot_fit_is_not_compiled(tiny_config, monkeypatch):
