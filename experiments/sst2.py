@@ -13,7 +13,7 @@ sentences of dev is tested once on the 1,821 labelled test sentences. Ours: see 
     LM_DATA_DIR=DIR lm train --config experiments/sst2.py:lstm --workdir runs/sst2
     LM_DATA_DIR=DIR lm eval --workdir runs/sst2 --best --task --split test
 
-MiniLM (all-MiniLM-L6-v2) is fine-tuned for half an epoch:
+MiniLM (all-MiniLM-L6-v2) is fine-tuned for 1.4 epochs:
 
     lm import --from FOLDER --workdir runs/minilm
     LM_DATA_DIR=DIR lm train --config experiments/sst2.py:minilm --workdir runs/sst2_minilm \
@@ -73,6 +73,5 @@ def get_config(variant="lstm"):
         config.init.vectors, config.init.fresh = "", "classifier"
         config.optimizer.learning_rate, config.optimizer.weight_decay = 5e-5, 0.01
         config.schedule.warmup_steps, config.schedule.final_ratio = 120, 0.0
-        config.train.steps = 1200  # half an epoch
-        config.eval.every_steps = 300
+        config.train.steps = 3000  # 1.4 epochs
     return config

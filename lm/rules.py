@@ -80,6 +80,8 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
         )
     if transformer and model.init == "uniform":
         yield f"config.model.init=uniform is not for config.model.family={model.family}"
+    if model.pooling == "mean" and not transformer:
+        yield f"config.model.pooling=mean is not for config.model.family={model.family}"
     if model.init == "uniform" and model.init_truncated:
         yield "config.model.init=uniform has nothing to cut: config.model.init_truncated"
     if model.bidirectional and model.family == "lstm" and config.objective.name == "causal":

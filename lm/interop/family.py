@@ -11,19 +11,18 @@ import numpy as np
 from lm.errors import UserError
 from lm.interop.mapping import Row
 from lm.models.config import TransformerConfig
+from lm.models.numerics import Numerics
 
 Values = dict[str, Any]
 
 # Fields of TransformerConfig that are no part of what a trained model computes.
-EXECUTION = ("dtype", "attention", "context_attention", "remat", "scan_unroll", "loss_chunk")
+EXECUTION = ("attention", "context_attention", "remat", "scan_unroll", "loss_chunk")
 TRAINING = (
     "dropout",
     "final_dropout",
     "attention_dropout",
     "activation_dropout",
-    "init",
-    "init_std",
-    "init_scale",
+    *(of_all.name for of_all in fields(Numerics)),
     "scale_residual_init",
     "expert_capacity",
     "balance_loss",

@@ -62,6 +62,7 @@ class TransformerConfig(Numerics):
     mup_base_width: int = 0
     mup_base_head_dim: int = 0
     n_classes: int = 0
+    pooling: str = "family"
     dropout: float = 0.0
     final_dropout: bool = False
     attention_dropout: float = 0.0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import Visibility
 from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.model import Model, last_of_row
+from lm.models.model import Model
 from lm.models.transformer import Stack
 
 
@@ -49,10 +49,6 @@ class Decoder(Model):
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
         visibility = Visibility(True, segment_ids_BL, prefix_BS=prefix_BL)
         return self.stack(x_BLD, positions_BL, visibility)[0]
-
-    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The vector [B, D] that stands for a text: that of its last token (Radford 2018)."""
-        return last_of_row(x_BLD, segment_ids_BL)
 
     def decode(
         self,

@@ -54,6 +54,6 @@ class Encoder(Model):
         x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
         return self.logit_bias(super().logits(x_BPD))
 
-    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The vector [B, D] that stands for a text: tanh of a layer over its first token."""
+    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """tanh of a layer over the first token, [B, D]."""
         return jnp.tanh(self.pooler(x_BLD[:, 0]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import Visibility
 from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.model import Model, last_of_row
+from lm.models.model import Model
 from lm.models.transformer import Stack
 
 
@@ -90,10 +90,6 @@ class EncoderDecoder(Model):
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
         seen = Visibility(True, segments_BL)
         return self.decoder(x_BLD, positions_BL, seen, None, encoded_BLD, segments_BL)[0]
-
-    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The vector [B, D] that stands for a text: that of its last token."""
-        return last_of_row(x_BLD, segment_ids_BL)
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
         """A cache for targets of up to `length` tokens that has read the source."""

@@ -91,6 +91,17 @@ class Model(nn.Module):
         logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
         return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 
+    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The vector [B, D] that stands for a text: the family's `summary`, or the mean of its
+        tokens (Reimers and Gurevych 2019, §3)."""
+        if self.config.pooling == "mean":
+            return mean_of_row(x_BLD, segment_ids_BL)
+        return self.summary(x_BLD, segment_ids_BL)
+
+    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The last token's vector [B, D] (Radford 2018, §3.2)."""
+        return last_of_row(x_BLD, segment_ids_BL)
+
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """Scores of the classes [B, C], float32, of what `pooled` gives."""
         return self.classifier(self._over_width(self.dropout(x_BD)))
@@ -106,6 +117,13 @@ class Model(nn.Module):
     def _over_width(self, x_BLD: jax.Array) -> jax.Array:
         """What scores are made of: muP's output multiplier (Yang et al. 2022, Table 8)."""
         return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
+
+
+def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """The mean [B, D] of the vectors that are no padding, float32."""
+    is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
+    sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
+    return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
 
 
 def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

@@ -134,6 +134,12 @@ MODEL: dict[str, Key] = {
     "model.d_hidden": Key(
         0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
     ),
+    "model.pooling": Key(
+        "family",
+        "What stands for a text of a Transformer: BERT's layer over the first token and elsewhere "
+        "the last token, or the mean of its tokens.",
+        choices=("family", "mean"),
+    ),
     "model.bidirectional": Key(False, "Recurrent encoders and classifiers read both ways."),
     "model.context": Key(4, "Words that NPLM sees before the predicted one.", low=1),
     "model.direct": Key(False, "NPLM's direct connections from embeddings to output."),

@@ -94,6 +94,17 @@ def test_every_output_is_that_of_the_paper(changes):
                 np.testing.assert_allclose(found[name][row], expected[name], atol=2e-5)
 
 
+def test_a_text_may_be_the_mean_of_its_tokens():
+    """Reimers and Gurevych 2019, §3: of those that are no padding, without a layer on top."""
+    model, params = make(**BERT, pooling="mean")
+    assert "pooler" not in params
+    found = run(model, params, TOKENS, TYPES, SEGMENTS, POSITIONS)
+    for row, hidden in enumerate(np.asarray(found["hidden"], np.float64)):
+        mean = hidden[SEGMENTS[row] != 0].mean(0)
+        expected = ref.project(mean, ref.float64(params)["classifier"])
+        np.testing.assert_allclose(found["class"][row], expected, atol=2e-5)
+
+
 def test_positions_are_counted_where_they_are_not_given():
     model, params = make(**ROBERTA)
     found, given = (
