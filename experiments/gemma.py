@@ -29,11 +29,14 @@ eight times as long).
         --config.data.tokenizer=sentencepiece:FILE.model
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 from lm.recipes import llama_block, llama_training
 
-# paper entry, layers, d_model, heads, key/value heads, d_ff, vocabulary, context, window; tokens
-VARIANTS = {
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
+    "model.vocab_size data.sequence_length model.window"
+)
+VARIANTS = {  # values of these columns; the tokens it was trained on
     "1-2b": (("gemma-2b", 18, 2048, 8, 1, 16384, 256_000, 8192, 0), 3e12),
     "1-7b": (("gemma-7b", 28, 3072, 16, 16, 24576, 256_000, 8192, 0), 6e12),
     "2-2b": (("gemma-2-2b", 26, 2304, 8, 4, 9216, 256_000, 8192, 4096), 2e12),
@@ -49,17 +52,7 @@ def get_config(variant="3-270m"):
     config = default()
     model = config.model
     llama_block(config)
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        model.n_kv_heads,
-        model.d_ff,
-        model.vocab_size,
-        config.data.sequence_length,
-        model.window,
-    ) = row
+    fill(config, COLUMNS, row)
     model.head_dim, model.activation, model.norm_eps = 256, "geglu", 1e-6
     model.norm_unit_offset = model.scale_embeddings = model.tie_embeddings = True
     generation = variant[0]

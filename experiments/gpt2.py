@@ -23,9 +23,13 @@ which are as many as the paper's N. Documents are packed and attention crosses t
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=gpt2:DIR
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 
-VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, rows of a batch, steps
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads optimizer.learning_rate data.batch_size "
+    "train.steps"
+)
+VARIANTS = {
     "124m": ("gpt2-small", 12, 768, 12, 6e-4, 512, 19_560),
     "355m": ("gpt2-medium", 24, 1024, 16, 3e-4, 512, 60_000),
     "774m": ("gpt2-large", 36, 1280, 20, 2.5e-4, 512, 60_000),
@@ -37,15 +41,7 @@ VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, rows of a ba
 def get_config(variant="124m"):
     config = default()
     model, data, schedule = config.model, config.data, config.schedule
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        config.optimizer.learning_rate,
-        data.batch_size,
-        config.train.steps,
-    ) = choose(VARIANTS, variant)
+    fill(config, COLUMNS, choose(VARIANTS, variant))
     model.vocab_size, model.max_length = 50257, 1024
 
     data.source = "jsonl:openwebtext/*.jsonl.gz"

@@ -26,9 +26,10 @@ the row, where there every other one sees a band, whose width is not published:
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=gpt2:DIR
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 
-VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, rows of a batch
+COLUMNS = "paper model.n_layers model.d_model model.n_heads optimizer.learning_rate data.batch_size"
+VARIANTS = {
     "125m": ("gpt3-125m", 12, 768, 12, 6e-4, 256),
     "350m": ("gpt3-350m", 24, 1024, 16, 3e-4, 256),
     "760m": ("gpt3-760m", 24, 1536, 16, 2.5e-4, 256),
@@ -43,14 +44,7 @@ VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, rows of a ba
 def get_config(variant="125m"):
     config = default()
     model, data, schedule = config.model, config.data, config.schedule
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        config.optimizer.learning_rate,
-        data.batch_size,
-    ) = choose(VARIANTS, variant)
+    fill(config, COLUMNS, choose(VARIANTS, variant))
     model.vocab_size, model.max_length = 50_257, 2048
 
     data.source = "jsonl:corpus/*.jsonl.gz"

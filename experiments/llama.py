@@ -32,12 +32,14 @@ at 8,192, where that is not needed. Llama 3's paper prints a vocabulary of 128,0
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 from lm.recipes import llama_block, llama_training, trial
 
-# paper entry, layers, d_model, heads, key/value heads, d_ff, vocabulary, context, tied, learning
-# rate; tokens
-VARIANTS = {
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
+    "model.vocab_size data.sequence_length model.tie_embeddings optimizer.learning_rate"
+)
+VARIANTS = {  # values of these columns; the tokens it was trained on
     "tiny": (("", 4, 128, 4, 2, 352, 0, 256, False, 3e-3), 0),
     "1-7b": (("llama-1-7b", 32, 4096, 32, 32, 11008, 32000, 2048, False, 3e-4), 1e12),
     "1-13b": (("llama-1-13b", 40, 5120, 40, 40, 13824, 32000, 2048, False, 3e-4), 1e12),
@@ -62,18 +64,7 @@ def get_config(variant="2-7b"):
     config = default()
     model = config.model
     llama_block(config)
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        model.n_kv_heads,
-        model.d_ff,
-        model.vocab_size,
-        config.data.sequence_length,
-        model.tie_embeddings,
-        config.optimizer.learning_rate,
-    ) = row
+    fill(config, COLUMNS, row)
     if variant == "tiny":
         trial(config)
         return config

@@ -19,10 +19,13 @@ layers are summed, so 0.02 · 2 / layers each.
         --config.data.tokenizer=sentencepiece:FILE.model
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 from lm.recipes import llama_block, llama_training, trial
 
-# paper entry, layers, d_model, heads, key/value heads, d_ff, vocabulary, context, learning rate
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
+    "model.vocab_size data.sequence_length optimizer.learning_rate"
+)
 VARIANTS = {
     "tiny": ("", 4, 128, 4, 2, 176, 0, 256, 3e-3),
     "8x7b": ("mixtral-8x7b", 32, 4096, 32, 8, 14336, 32000, 32768, 3e-4),
@@ -34,17 +37,7 @@ def get_config(variant="8x7b"):
     config = default()
     model = config.model
     llama_block(config)
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        model.n_kv_heads,
-        model.d_ff,
-        model.vocab_size,
-        config.data.sequence_length,
-        config.optimizer.learning_rate,
-    ) = choose(VARIANTS, variant)
+    fill(config, COLUMNS, choose(VARIANTS, variant))
     model.n_experts, model.experts_per_token = 8, 2
     model.balance_loss = 0.02 * model.experts_per_token / model.n_layers
     if variant == "tiny":

@@ -24,12 +24,14 @@ of Qwen3's stages; the later ones go on with 32,768.
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 from lm.recipes import llama_block, llama_training
 
-# paper entry, layers, d_model, heads, key/value heads, head dimension, d_ff, vocabulary, tied;
-# tokens
-VARIANTS = {
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.head_dim "
+    "model.d_ff model.vocab_size model.tie_embeddings"
+)
+VARIANTS = {  # values of these columns; the tokens it was trained on
     "2-0.5b": (("qwen2-0.5b", 24, 896, 14, 2, 64, 4864, 151_936, True), 12e12),
     "2-1.5b": (("qwen2-1.5b", 28, 1536, 12, 2, 128, 8960, 151_936, True), 7e12),
     "2-7b": (("qwen2-7b", 28, 3584, 28, 4, 128, 18944, 152_064, False), 7e12),
@@ -46,17 +48,7 @@ def get_config(variant="3-0.6b"):
     config = default()
     model = config.model
     llama_block(config)
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        model.n_kv_heads,
-        model.head_dim,
-        model.d_ff,
-        model.vocab_size,
-        model.tie_embeddings,
-    ) = row
+    fill(config, COLUMNS, row)
     model.norm_eps, model.rope_theta = 1e-6, 1e6
     if variant.startswith("3"):
         model.qk_norm = True

@@ -18,9 +18,12 @@ dropout 0.1; 50,265 byte-level pieces. fairseq's public configuration is a small
         --config.data.tokenizer=tokenizers:FILE.json
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 
-VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, warm-up
+COLUMNS = (
+    "paper model.n_layers model.d_model model.n_heads optimizer.learning_rate schedule.warmup_steps"
+)
+VARIANTS = {
     "base": ("roberta-base", 12, 768, 12, 6e-4, 24_000),
     "large": ("roberta-large", 24, 1024, 16, 4e-4, 30_000),
 }
@@ -29,14 +32,7 @@ VARIANTS = {  # paper entry, layers, d_model, heads, learning rate, warm-up
 def get_config(variant="base"):
     config = default()
     model, data, optimizer, schedule = config.model, config.data, config.optimizer, config.schedule
-    (
-        config.paper,
-        model.n_layers,
-        model.d_model,
-        model.n_heads,
-        optimizer.learning_rate,
-        schedule.warmup_steps,
-    ) = choose(VARIANTS, variant)
+    fill(config, COLUMNS, choose(VARIANTS, variant))
     model.family = "encoder"
     model.vocab_size = 50_265
     model.norm_placement, model.norm_eps, model.embedding_norm = "post", 1e-5, True

@@ -26,9 +26,10 @@ d^-0.5 for the embeddings.
     lm eval --workdir runs/transformer --task --split test --average 5
 """
 
-from lm.config import choose, default
+from lm.config import choose, default, fill
 
-VARIANTS = {  # paper entry, d_model, d_ff, heads, dropout, vocabulary, steps
+COLUMNS = "paper model.d_model model.d_ff model.n_heads model.dropout model.vocab_size train.steps"
+VARIANTS = {
     "base": ("transformer-base-en-de", 512, 2048, 8, 0.1, 37_000, 100_000),
     "big": ("transformer-big-en-de", 1024, 4096, 16, 0.3, 37_000, 300_000),
     "base-fr": ("transformer-base-en-fr", 512, 2048, 8, 0.1, 32_000, 100_000),
@@ -39,15 +40,7 @@ VARIANTS = {  # paper entry, d_model, d_ff, heads, dropout, vocabulary, steps
 def get_config(variant="base"):
     config = default()
     model, data, optimizer, schedule = config.model, config.data, config.optimizer, config.schedule
-    (
-        config.paper,
-        model.d_model,
-        model.d_ff,
-        model.n_heads,
-        model.dropout,
-        model.vocab_size,
-        config.train.steps,
-    ) = choose(VARIANTS, variant)
+    fill(config, COLUMNS, choose(VARIANTS, variant))
     model.family = "encoder_decoder"
     model.n_layers = 6
     model.norm_placement, model.norm_eps = "post", 1e-6

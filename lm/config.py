@@ -124,6 +124,12 @@ def choose(variants: Mapping[str, Any], variant: str) -> Any:
     return variants[variant]
 
 
+def fill(config: ConfigDict, columns: str, row: Iterable[Any]) -> None:
+    """Set the keys that `columns` names, separated by spaces, to the values of a table's row."""
+    for path, value in zip(columns.split(), row, strict=True):
+        set_value(config, path, value)
+
+
 def validate(config: ConfigDict) -> None:
     """Raise UserError unless keys are known, typed and in range and the rules between them hold."""
     values = dict(flatten(config))
