@@ -183,7 +183,7 @@ def key_of(name: str) -> str:
     values = {
         path: value
         for path, value in flatten(config_of(name))
-        if usual[path] != value and path.startswith(PLANNED)
+        if usual[path] != value and path.startswith(PLANNED) and not path.startswith("model.init")
     }
     return hashlib.sha256(json.dumps([name, values]).encode()).hexdigest()[:16]
 
