@@ -110,7 +110,10 @@ OTHERS: dict[str, tuple[Place, ...]] = {
         Place("7x:4x4x4", overrides=FSDP),
         Place("v5e:16x16", 2, JOINED),
     ),
-    "gpt2.py:1558m": (Place("h100:1x8", overrides=(*FSDP, ("train.microbatches", 16))),),
+    "gpt2.py:1558m": (
+        Place("v4:4x4x4", overrides=(*FSDP, ("train.microbatches", 8))),
+        Place("h100:1x8", overrides=(*FSDP, ("train.microbatches", 16))),
+    ),
     "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
 }
 
