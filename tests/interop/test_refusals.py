@@ -110,6 +110,7 @@ SIZES = {
         ({"positions": "sinusoidal"}, "model.positions=sinusoidal"),
         ({"activation": "swiglu"}, "model.activation=swiglu"),
         ({"head_dim": 6}, "model.head_dim=6"),
+        ({"pooling": "mean"}, "model.pooling=mean"),
     ],
 )
 def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
@@ -118,6 +119,14 @@ def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         huggingface.save(model, params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_how_a_model_began_does_not_matter(tmp_path):
+    config = TransformerConfig(**SIZES, init="xavier", init_truncated=True, init_std=0.3)
+    model = Decoder(config)
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    huggingface.save(model, params, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_parameters_that_have_no_place_are_refused(tmp_path):
