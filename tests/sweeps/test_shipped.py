@@ -14,8 +14,8 @@ from lm.sweeps.sweep import load
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sweeps"
 RUNS = {
-    "learning_rate_width": 20,
-    "learning_rate_width.py:mup": 20,
+    "learning_rate_width": 28,
+    "learning_rate_width.py:mup": 28,
     "isoflop": 13,
     "optimizers": 25,
     "search": 0,  # they are chosen one after another
