@@ -1,7 +1,7 @@
 """muP's coordinate check as a picture: activations over the width after a few steps.
 
     python scripts/coordinate_check.py --output experiments/results/mup/coordinates.png
-                                       [--widths 64 128 256 512] [--steps 4]
+                                       [--widths 64 128 256 512 1024] [--steps 4]
 
 A decoder of two layers on bytes of the standard library, Adam at one rate, in the standard
 parametrisation (above) and in muP from width 64 (below): where lines stay level, what is right at
@@ -71,7 +71,7 @@ def draw(measured, widths, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     batch, measured = first_batch(), {}
