@@ -63,7 +63,8 @@ on which it fits with its own batch, at most {tokens:,} tokens a device where th
 
 Written by `python scripts/plans.py`. Every figure is of one device and one step, by the compilers
 themselves ({compilers}) and the published rates of the chips; none was measured.
-The bound is the longest of compute, memory and network, each alone; a real step is slower.
+The bound is the longest of compute, memory and network, each alone; a real step is slower. Compile
+times are by the clock, many of them beside other work: on a quiet core about a minute.
 
 """
 COLUMNS = (
