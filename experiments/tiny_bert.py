@@ -44,9 +44,9 @@ def get_config(variant="pretrain"):
         data.source = "text:wikitext2/wiki.train.tokens.gz"
         data.validation_source = "text:wikitext2/wiki.valid.tokens.gz"
         data.sequence_length, data.batch_size = 128, 32
-        config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02
+        config.optimizer.learning_rate = 1e-3
         config.schedule.warmup_steps = 100
-        config.train.steps = 2500  # 5 epochs
+        config.train.steps = 2000  # 4 epochs
         config.eval.every_steps = config.checkpoint.every_steps = 500
         return config
 
