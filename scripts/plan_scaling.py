@@ -85,7 +85,7 @@ def verdict(plans: list[dict[str, Any]]) -> str:
         expected = sharded / plan["chips"] + whole
         error = plan["arguments"] / expected - 1
         assert abs(error) < CLOSE, f"{plan['chips']} chips: arguments are {error:+.0%} of 1/n's"
-    # Shards of fewer rows than a tile of the chip has are padded to one.
+    # Below a tile of rows a shard likely costs its padding: said, and not held against theory.
     tiled = [p["temporaries"] for p in plans[1:] if ROWS / p["chips"] >= TILE]
     flat = {
         "temporaries": tiled,

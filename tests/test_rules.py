@@ -63,6 +63,14 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ({"model.family": "encoder"}, "config.objective.name=causal needs config.model.family"),
         ({"model.init": "uniform"}, "config.model.init=uniform is not for config.model.family=dec"),
         (
+            {"model.family": "lstm", "model.init": "uniform", "model.init_truncated": "true"},
+            "config.model.init=uniform has nothing to cut: config.model.init_truncated",
+        ),
+        (
+            {"model.family": "lstm", "model.pooling": "mean"},
+            "config.model.pooling=mean is not for config.model.family=lstm",
+        ),
+        (
             {"model.positions": "relative", "model.relative_max_distance": "16"},
             "relative_max_distance=16 must be above half of config.model.relative_buckets=32",
         ),

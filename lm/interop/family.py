@@ -22,7 +22,7 @@ TRAINING = (
     "final_dropout",
     "attention_dropout",
     "activation_dropout",
-    *(of_all.name for of_all in fields(Numerics)),
+    *(f.name for f in fields(Numerics)),
     "scale_residual_init",
     "expert_capacity",
     "balance_loss",
