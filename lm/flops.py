@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 
 import jax
+from ml_collections import ConfigDict
 
 from lm.experiment import Experiment
 from lm.optim.parameter_groups import flat
@@ -112,13 +113,18 @@ def _tokens(experiment: Experiment) -> dict[str, int]:
     }
 
 
+def global_layers(model: ConfigDict) -> int:
+    """How many layers of a model with windows in some of its layers have none."""
+    return model.n_layers // model.global_every if model.global_every else 0
+
+
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     """Multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     width = m.n_heads * m.head_dim
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     window = min(m.window or target, target)
-    n_global = m.n_layers // m.global_every if m.global_every else 0
+    n_global = global_layers(m)
     local = causal - (target - window) ** 2 / 2
     return {
         "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),

@@ -66,7 +66,8 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
             for i, value in enumerate((1, size, size * share)):
                 totals[i] += times * value
     listed = [
-        Collective(*key, int(count), int(size), sent) for key, (count, size, sent) in found.items()
+        Collective(*key, round(count), round(size), sent)
+        for key, (count, size, sent) in found.items()
     ]
     return sorted(listed, key=lambda c: -c.sent)
 

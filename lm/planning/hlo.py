@@ -15,7 +15,6 @@ ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|\w+_computation)=")
 FREE = (
     "parameter",
     "constant",
@@ -70,6 +69,12 @@ class Instruction:
         return re.findall(r"[\w.\-]+", found.group(1)) if found else []
 
     @cached_property
+    def branches(self) -> list[str]:
+        """Of a conditional: its computations, a predicate's false one first."""
+        of_predicate = self.called("false_computation") + self.called("true_computation")
+        return self.called("branch_computations") or of_predicate
+
+    @cached_property
     def target(self) -> str:
         """Of a custom call: what it calls."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
@@ -109,16 +114,23 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """All computations of a program by name, and the name of the one that starts it."""
+    """All computations of a program by name, and the name of the one that starts it.
+
+    `taken` is the part of the runs of a conditional that take its second branch, a predicate's
+    true one.
+    """
 
     computations: dict[str, Computation]
     entry: str
+    taken: float = 0.5
 
-    def executions(self) -> Iterator[tuple[Computation, Instruction, int]]:
+    def executions(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction that runs by itself, not inside a fusion, and how often it runs."""
-        yield from self._executions(self.entry, 1)
+        yield from self._executions(self.entry, 1.0)
 
-    def _executions(self, name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    def _executions(
+        self, name: str, times: float
+    ) -> Iterator[tuple[Computation, Instruction, float]]:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
@@ -129,10 +141,9 @@ class Module:
             elif instruction.opcode == "async-start":
                 yield from self._executions(instruction.called("calls")[0], times)
             elif instruction.opcode == "conditional":
-                # One of the branches runs: the last, which for a predicate is the false one.
-                branches = instruction.called("branch_computations")
-                branches = branches or instruction.called("false_computation")
-                yield from self._executions(branches[-1], times)
+                parts = (1 - self.taken, self.taken)
+                for branch, part in zip(instruction.branches, parts, strict=True):
+                    yield from self._executions(branch, times * part)
             else:
                 yield computation, instruction, times
 
@@ -182,7 +193,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def parse(text: str) -> Module:
+def parse(text: str, taken: float = 0.5) -> Module:
     """The module that `compiled.as_text()` shows."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(""), ""
@@ -193,7 +204,7 @@ def parse(text: str) -> Module:
         elif found := INSTRUCTION.match(line):
             instruction = _instruction(line, found)
             current.instructions[instruction.name] = instruction
-    return Module(computations, entry)
+    return Module(computations, entry, taken)
 
 
 def _instruction(line: str, found: re.Match) -> Instruction:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm.experiment import Experiment, build
-from lm.flops import model_flops_per_token
+from lm.flops import global_layers, model_flops_per_token
 from lm.planning.chips import Chip, wire
 from lm.planning.collectives import Collective, collectives
 from lm.planning.hlo import Module, parse
@@ -151,13 +151,15 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
     experiment = build(config, topology.devices)
     config, chip = experiment.config, topology.chip
     compiled = compile_step(experiment)
-    module = parse(compiled.text) if isinstance(compiled, Program) else None
+    # The one conditional of a step chooses between attention with and without a window.
+    taken = global_layers(config.model) / max(1, config.model.n_layers)
+    module = parse(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
     tokens = config.data.batch_size * config.data.sequence_length
     moved = _traffic(module, experiment.mesh, topology, n_steps) if module else ()
     done = flops(module) / n_steps if module else None
-    touched = memory_traffic(module) // n_steps if module else None
+    touched = round(memory_traffic(module) / n_steps) if module else None
     return Plan(
         config={key: _value(config, key) for key in SHOWN},
         topology=topology.name,

@@ -17,7 +17,7 @@ VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")
 NOTHING_MOVES = (*FREE, "copy-done", "opt-barrier", "add-dependency", "replica-id", "iota")
 
 
-def flops(module: Module) -> int:
+def flops(module: Module) -> float:
     """FLOPs of the whole program."""
     return sum(
         times * _flops(computation, part)
@@ -26,7 +26,7 @@ def flops(module: Module) -> int:
     )
 
 
-def memory_traffic(module: Module) -> int:
+def memory_traffic(module: Module) -> float:
     """Bytes read from and written to the device's main memory by the whole program."""
     return sum(
         times * _traffic(module, computation, instruction)
@@ -129,16 +129,19 @@ def is_attention(call: Instruction) -> bool:
 
 
 def _attention(computation: Computation, call: Instruction) -> int:
-    """Causal attention by the queries' shape, [B, H, L, K] or [B, L, H, K]; of one row without B.
+    """Attention by the shapes of queries and keys, [B, H, L, K] or [B, L, H, K]; of one row
+    without B.
 
     Forward two products; backward the scores again and four gradients; splash computes the scores
-    and the gradient of the weights in both of its backward kernels (dq: 3 products, dkv: 5).
+    and the gradient of the weights in both of its backward kernels (dq: 3 products, dkv: 4).
     """
     name = call.target + call.name
-    arrays = [o.shapes[0].dims for o in computation.operands(call) if len(o.shapes[0].dims) > 2]
-    *rows, heads, length, K = max(arrays, key=prod)
+    operands = [operand.shapes[0] for operand in computation.operands(call)]
+    first = next(i for i, shape in enumerate(operands) if "f" in shape.dtype)
+    queries, keys = operands[first].dims, operands[first + 1].dims
     # Of these two dimensions the longer one is the sequence, in every model worth planning.
-    H, L = sorted((heads, length))
+    sequence = -2 if queries[-2] >= queries[-3] else -3
+    length, n_keys = queries[sequence], keys[sequence]
     products = 2
     if "dkv" in name:
         products = 4
@@ -146,7 +149,27 @@ def _attention(computation: Computation, call: Instruction) -> int:
         products = 3
     elif "ackward" in name or "bwd" in name:
         products = 5
-    return products * prod(rows) * H * L * L * K
+    if "splash" in name:
+        n_pairs = _splash_pairs(name, operands[:first], length, n_keys)
+    else:
+        masked = re.search(r'"mask_type":"(\w+)"', call.attributes)
+        everything = masked and "CAUSAL" not in masked.group(1)
+        n_pairs = length * n_keys // (1 if everything else 2)
+    return 2 * products * prod(queries) // length * n_pairs
+
+
+def _splash_pairs(name: str, masks: list[Shape], length: int, n_keys: int) -> int:
+    """Pairs of query and key of a splash kernel: all of them unless it has a mask.
+
+    A mask lists tiles, [heads, blocks of queries, blocks of keys], of which the dkv kernel shrinks
+    the queries' dimension and the others the keys', to the most that a block has. Of a causal mask
+    the half counts that is needed, of a narrower one the tiles.
+    """
+    if not masks:
+        return length * n_keys
+    _, rows, columns = masks[0].dims
+    block = n_keys // columns if "dkv" in name else length // rows
+    return min(rows * columns * block**2, length * n_keys // 2)
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:

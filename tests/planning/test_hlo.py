@@ -64,6 +64,38 @@ def test_a_loop_without_a_trip_count_is_an_error():
         list(parse(LOOP.format(limit="{...}", known="")).executions())
 
 
+BRANCHES = """
+%small (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %less = f32[8]{{0}} negate(%x)
+}}
+
+%large (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %more = f32[8]{{0}} exponential(%x)
+}}
+
+ENTRY %main (which: {type}[], x: f32[8]) -> f32[8] {{
+  %which = {type}[] parameter(0)
+  %x = f32[8]{{0}} parameter(1)
+  ROOT %c = f32[8]{{0}} conditional(%which, %x, %x), {branches}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "branches"),
+    [
+        ("s32", "branch_computations={%small, %large}"),
+        ("pred", "true_computation=%large, false_computation=%small"),
+    ],
+)
+def test_branches_run_as_often_as_they_are_taken(kind, branches):
+    module = parse(BRANCHES.format(type=kind, branches=branches), taken=0.25)
+    times = {i.name: n for _, i, n in module.executions()}
+    assert (times["less"], times["more"]) == (0.75, 0.25)
+
+
 def test_names_operands_and_places():
     module = parse(LOOP.format(limit="12", known=""))
     body = module.computations["body"]
