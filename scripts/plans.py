@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from lm.config import default, flatten, load
 from lm.errors import UserError
 from lm.experiment import build, divide
+from lm.experiment_file import variants_in
 from lm.parallel.mesh import axis_sizes
 from lm.parameters import count_parameters
 from lm.planning.chips import CHIPS
@@ -117,17 +118,6 @@ OTHERS: dict[str, tuple[Place, ...]] = {
     ),
     "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
 }
-
-
-def variants() -> Iterator[str]:
-    """FILE.py:VARIANT of every experiment."""
-    for file in sorted((ROOT / "experiments").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield from (f"{file.name}:{variant}" for variant in module.VARIANTS)
 
 
 def config_of(name: str) -> ConfigDict:
@@ -285,7 +275,8 @@ def write(rows: list[str], without: list[str]) -> None:
 def main(patterns: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     before, rows, without = kept(), [], []
-    for name in variants():
+    for spec in variants_in(ROOT / "experiments"):
+        name = Path(spec).name
         chosen = not patterns or any(fnmatch(name, pattern) for pattern in patterns)
         found = list(rows_of(name, before, chosen))
         rows += found

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import pytest
+from axes import axes_of
 
 from lm.config import load, set_value
 from lm.experiment import build
@@ -100,15 +101,6 @@ def golden_of(case: str) -> dict[str, Any]:
             if c.bytes > 1000
         ],
     }
-
-
-def axes_of(sharding: Any) -> str:
-    """The mesh axes that divide each dimension, as "- fsdp tensor"."""
-    sizes = sharding.mesh.shape
-    dimensions = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
-    return " ".join(
-        ",".join(axis for axis in axes if axis and sizes[axis] > 1) or "-" for axes in dimensions
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
