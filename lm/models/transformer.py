@@ -200,13 +200,14 @@ class Stack(nn.Module):
             seen = Visibility(False, visibility.segments_BL, source_segments_BS)
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
-        is_global_N = jax.tree.map(jnp.asarray, c.global_layers(self.n_layers))
+        is_global_N = self._by_turn(jax.tree.map(jnp.asarray, c.global_layers(self.n_layers)))
         if cache is None and is_pipelined():
             x_BLD = self._pipeline(x_BLD, around, is_global_N)
         else:
             cached = Cached() if cache is None else cache.layers
-            x_BLD, cached = self._scan(x_BLD, around, cached, is_global_N)
+            x_BLD, cached = self._scan(x_BLD, around, self._by_turn(cached), is_global_N)
             if cache is not None:
+                cached = self._by_layer(cached)
                 cache = cache.after(cached, x_BLD.shape[1], source_segments_BS)
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
@@ -242,6 +243,24 @@ class Stack(nn.Module):
         layer = recomputed(Block, c.remat) if c.pattern == 1 else Pattern
         return layer, (c, self.deterministic, c.attention, c.n_experts > 0)
 
+    @property
+    def _turns(self) -> int:
+        """How often it is repeated."""
+        return self.n_layers // self.config.pattern
+
+    def _by_turn(self, of_layers: Any) -> Any:
+        """Arrays [n_layers, …] as what is repeated takes them."""
+        n = self.config.pattern
+        if n == 1:
+            return of_layers
+        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
+
+    def _by_layer(self, of_turns: Any) -> Any:
+        """`_by_turn` undone."""
+        if self.config.pattern == 1:
+            return of_turns
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_turns)
+
     def _scan(
         self,
         x_BLD: jax.Array,
@@ -250,26 +269,20 @@ class Stack(nn.Module):
         is_global_N: jax.Array | None,
     ) -> tuple[jax.Array, Cached]:
         """The layers one after the other, as a loop over their parameters and caches."""
-        c, n = self.config, self.config.pattern
+        c = self.config
         layer, settings = self._layer
         layers = nn.scan(
             layer,
             variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0),
-            length=self.n_layers // n,
-            unroll=max(1, (c.scan_unroll or self.n_layers) // n),
+            length=self._turns,
+            unroll=max(1, (c.scan_unroll or self.n_layers) // c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces a layer twice, and would give it the dropout of a second call.
             check_constancy_invariants=self.is_initializing(),
         )(*settings, name="layers")
-        of_layers = (cached, is_global_N)
-        if n > 1:
-            of_layers = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
-        x_BLD, cached = layers(x_BLD, around, *of_layers)
-        if n > 1:
-            cached = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cached)
-        return x_BLD, cached
+        return layers(x_BLD, around, cached, is_global_N)
 
     def _pipeline(
         self, x_BLD: jax.Array, around: Surroundings, is_global_N: jax.Array | None
@@ -286,7 +299,7 @@ class Stack(nn.Module):
         rng = keys_N = None
         if not self.deterministic:
             rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
-            keys_N = jax.random.split(rng.rng, self.n_layers)
+            keys_N = jax.random.split(rng.rng, self._turns)
 
         def run_layer(
             of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
@@ -306,7 +319,8 @@ class Stack(nn.Module):
             return x_BLD, reported
 
         of_layers = (self.variables["params"]["layers"], is_global_N)
-        unroll = self.config.scan_unroll
+        c = self.config
+        unroll = c.scan_unroll and max(1, c.scan_unroll // c.pattern)
         x_BLD, reported = run_pipeline(
             run_layer, of_layers, keys_N, x_BLD, by_row, bias_HLS, unroll
         )

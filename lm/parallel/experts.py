@@ -17,15 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.grouped_matmul import move, ragged_matmul
 from lm.kernels.matmul import matmul
+from lm.parallel.pipeline import is_pipelined
 from lm.parallel.rules import ACTIVATIONS, PARAMETERS, Rules, current_mesh, divided
 
 
@@ -74,9 +75,46 @@ def mixture(
         return on_device(parameters, x_BLD, routes)
     tokens = _spec(ACTIVATIONS, ("batch", "length"))
     of_parameters = {name: _spec(PARAMETERS, names[name]) for name in parameters}
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(of_parameters, tokens, tokens), out_specs=tokens
-    )(parameters, x_BLD, routes)
+    shard_map = _shard_map_of_stages if is_pipelined() else jax.shard_map
+    in_specs = (of_parameters, tokens, tokens)
+    on_devices = shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=tokens)
+    return on_devices(parameters, x_BLD, routes)
+
+
+def _shard_map_of_stages(
+    on_device: Callable, mesh: Mesh, in_specs: Any, out_specs: PartitionSpec
+) -> Callable:
+    """`jax.shard_map` of what the pipeline maps over its stages; each device has one of them.
+
+    JAX would map what it has traced for one stage, and with it the constants of custom gradients,
+    of which it then says that they are not of every stage.
+    """
+
+    def by_stage(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec("stage", *spec)
+
+    def of_stage(*args: Any) -> jax.Array:
+        return on_device(*jax.tree.map(lambda x: x[0], args))[None]
+
+    of_stages = jax.shard_map(
+        of_stage,
+        mesh=mesh,
+        in_specs=jax.tree.map(
+            by_stage, in_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        ),
+        out_specs=by_stage(out_specs),
+    )
+    on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    mapped = jax.custom_batching.custom_vmap(on_devices)
+
+    @mapped.def_vmap
+    def _(n_stages: int, is_mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
+        def of_each(x: jax.Array, has_stages: bool) -> jax.Array:
+            return x if has_stages else jnp.broadcast_to(x, (n_stages, *x.shape))
+
+        return of_stages(*jax.tree.map(of_each, args, tuple(is_mapped))), True
+
+    return mapped
 
 
 def _spec(rules: Rules, names: Sequence[str]) -> PartitionSpec:

@@ -23,18 +23,15 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
             f"config.parallel.mesh.stage={stages} needs config.model.family "
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
-    if model.n_experts:
-        raise UserError(
-            f"config.parallel.mesh.stage={stages} is not for a model with experts: use expert, "
-            "fsdp and tensor"
-        )
-    groups = stages * options.repeats
+    every = model.experts_every if model.n_experts else 1
+    groups = stages * options.repeats * every
     stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]
     for name in stacks:
         if model[name] % groups:
             raise UserError(
                 f"config.model.{name}={model[name]} is not divisible by {groups} "
-                f"({stages} parallel.mesh.stage × {options.repeats} parallel.pipeline.repeats)"
+                f"({stages} parallel.mesh.stage × {options.repeats} parallel.pipeline.repeats"
+                + (f" × {every} model.experts_every)" if every > 1 else ")")
             )
     microbatches = options.microbatches or stages
     if microbatches % stages:

@@ -173,7 +173,7 @@ def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
     model, data = experiment.config.model, experiment.config.data
     attends = model.family in TRANSFORMERS
     dividing = {
-        "stage": model.n_layers if attends and not model.n_experts else 1,
+        "stage": model.n_layers if attends else 1,
         "fsdp": model.d_model,
         "expert": model.n_experts or 1,
         "context": data.sequence_length // 2 if attends else 1,

@@ -104,12 +104,25 @@ MESHES = {
     "stage=2,fsdp=2,tensor=2": ({"stage": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 4}),
     "stage=2,data=2,repeats=2": ({"stage": 2, "data": 2}, {"repeats": 2}),
     "stage=2,context=2": ({"stage": 2, "context": 2}, {}),
+    "stage=2,expert=2,tensor=2": ({"stage": 2, "expert": 2, "tensor": 2}, {}),
+    "stage=2,expert=2": ({"stage": 2, "expert": 2}, {"microbatches": 4}),
+    "stage=2,expert=2,repeats=2": ({"stage": 2, "expert": 2}, {"repeats": 2}),
 }
-PAIRS = [
-    ("causal decoder", "stage=2,data=2,repeats=2"),
-    ("masked encoder", "stage=2,fsdp=2,tensor=2"),
-    ("span_corruption encoder_decoder", "stage=4,data=2"),
-    ("masked encoder", "stage=2,context=2"),
+EXPERTS = {
+    "model.n_experts": 4,
+    "model.experts_per_token": 2,
+    "model.balance_loss": 1.0,
+    "model.router_z_loss": 0.1,
+}
+EVERY_OTHER = {"model.n_experts": 4, "model.experts_every": 2}
+TRIED = [
+    ("causal decoder", "stage=2,data=2,repeats=2", {}),
+    ("masked encoder", "stage=2,fsdp=2,tensor=2", {}),
+    ("span_corruption encoder_decoder", "stage=4,data=2", {}),
+    ("masked encoder", "stage=2,context=2", {}),
+    ("causal decoder", "stage=2,expert=2,repeats=2", EXPERTS),
+    ("span_corruption encoder_decoder experts", "stage=2,expert=2", {}),
+    ("masked encoder", "stage=2,expert=2,tensor=2", EXPERTS | {"model.expert_capacity": 1.0}),
 ]
 
 
@@ -140,10 +153,12 @@ def two_steps(experiment):
     return [float(metrics["loss"][0]) for metrics in (first, second)], gradient
 
 
-@pytest.mark.parametrize(("kind", "mesh"), PAIRS)
-def test_losses_and_gradients_with_dropout_equal_those_of_one_device(experiment_on, kind, mesh):
-    expected_losses, expected = two_steps(experiment_on(kind, {}, {}))
-    losses, gradient = two_steps(experiment_on(kind, *MESHES[mesh]))
+@pytest.mark.parametrize(("kind", "mesh", "changes"), TRIED)
+def test_losses_and_gradients_with_dropout_equal_those_of_one_device(
+    experiment_on, kind, mesh, changes
+):
+    expected_losses, expected = two_steps(experiment_on(kind, {}, {}, **changes))
+    losses, gradient = two_steps(experiment_on(kind, *MESHES[mesh], **changes))
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for found, wanted in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * float(abs(wanted).max()) + 1e-8)
@@ -180,6 +195,7 @@ def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experim
         ({"stage": 4}, {"microbatches": 6}, {}, r"microbatches=6 is not a multiple of .*stage=4"),
         ({"stage": 2, "data": 2}, {"microbatches": 8}, {}, r"data.batch_size=8 .* by 16 "),
         ({"stage": 2}, {}, {"eval.batch_size": 3}, r"eval.batch_size=3 is not divisible by 2 "),
+        ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 model.experts_every"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, overrides, message):
@@ -190,5 +206,3 @@ def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, override
 def test_only_transformers_have_stages(experiment_on):
     with pytest.raises(UserError, match=r"stage=2 needs config.model.family decoder or encoder"):
         experiment_on("causal lstm", {"stage": 2}, {})
-    with pytest.raises(UserError, match=r"stage=2 is not for a model with experts"):
-        experiment_on("span_corruption encoder_decoder experts", {"stage": 2}, {})

@@ -36,11 +36,10 @@ def test_meshes_are_all_products_of_the_axes_that_suit_the_model(tiny_config):
     }
 
 
-def test_experts_are_divided_and_not_into_stages(tiny_config):
+def test_experts_are_divided_in_stages_too(tiny_config):
     config = tiny_config(model__n_experts=4, model__experts_per_token=1)
-    found = list(meshes(build(config, jax.devices()), 8))
-    assert {sizes["expert"] for sizes in found} == {1, 2, 4}
-    assert {sizes["stage"] for sizes in found} == {1}
+    found = {(s["stage"], s["expert"]) for s in meshes(build(config, jax.devices()), 8)}
+    assert found == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)}
 
 
 def test_candidates_suit_the_model_and_need_at_least_their_state(tiny_config):
