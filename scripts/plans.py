@@ -98,7 +98,7 @@ class Place:
         return f"{self.slices} × {self.name}" if self.slices > 1 else self.name
 
 
-FSDP = (("parallel.preset", "fsdp"),)
+DATA, FSDP = (("parallel.preset", "data"),), (("parallel.preset", "fsdp"),)
 JOINED = (
     ("parallel.mesh.slice", 2),
     ("parallel.mesh.data", 1),
@@ -117,6 +117,10 @@ OTHERS: dict[str, tuple[Place, ...]] = {
         Place("h100:1x8", overrides=(*FSDP, ("train.microbatches", 16))),
     ),
     "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
+    # Nowhere at once.
+    "gpt2.py:nanogpt": (Place("v5e:4x4", overrides=(*DATA, ("train.microbatches", 5))),),
+    "roberta.py:base": (Place("v5e:16x16", overrides=(*DATA, ("train.microbatches", 4))),),
+    "roberta.py:large": (Place("v5e:16x16", overrides=(*FSDP, ("train.microbatches", 8))),),
 }
 
 

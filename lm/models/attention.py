@@ -8,10 +8,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lm.kernels.attention import Dropout, Visibility
-from lm.models.cache import KeyValue
+from lm.models.cache import KeyValue, write
 from lm.models.config import TransformerConfig
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
@@ -75,19 +74,20 @@ class Attention(nn.Module):
         visibility: Visibility,
         angles_BLK: jax.Array | None,
         bias_HLS: jax.Array | None,
-        cached: KeyValue | None,
+        all_layers: KeyValue | None,
+        layer: jax.Array | None,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Self-attention [B, L, D] and, when decoding, the layer's keys and values so far."""
+        """Self-attention [B, L, D]; when decoding, of layer number `layer` to its tokens so far,
+        and the keys and values of all layers with it."""
         q_BLHK = self.queries(x_BLD)
-        k_BSGK, v_BSGK = self.keys_values(x_BLD)
+        keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLD)
         if angles_BLK is not None:
-            q_BLHK, k_BSGK = rotate(q_BLHK, angles_BLK), rotate(k_BSGK, angles_BLK)
-        if cached is not None:
-            start = (0, visibility.offset, 0, 0)
-            k_BSGK = lax.dynamic_update_slice(cached[0], k_BSGK.astype(cached[0].dtype), start)
-            v_BSGK = lax.dynamic_update_slice(cached[1], v_BSGK.astype(cached[1].dtype), start)
-            cached = (k_BSGK, v_BSGK)
-        return self._attend(q_BLHK, (k_BSGK, v_BSGK), visibility, bias_HLS), cached
+            q_BLHK = rotate(q_BLHK, angles_BLK)
+            keys_values = rotate(k_BSGK, angles_BLK), v_BSGK
+        if all_layers is not None:
+            assert layer is not None
+            all_layers, keys_values = write(all_layers, layer, visibility.offset, keys_values)
+        return self._attend(q_BLHK, keys_values, visibility, bias_HLS), all_layers
 
     def to_source(
         self, x_BLD: jax.Array, keys_values: KeyValue, visibility: Visibility

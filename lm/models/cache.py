@@ -8,16 +8,9 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 KeyValue = tuple[jax.Array, jax.Array]
-
-
-@flax.struct.dataclass
-class Cached:
-    """Keys and values of one layer, or of all: of its own tokens so far, and of the source."""
-
-    own: KeyValue | None = None
-    source: KeyValue | None = None
 
 
 @flax.struct.dataclass
@@ -43,19 +36,29 @@ class Cache:
     source: Source | None = None
 
     @property
-    def layers(self) -> Cached:
-        """What the layers have, their number the first axis."""
-        own, source = (self.keys_NBSGK, self.values_NBSGK), self.source
-        return Cached(own, None if source is None else (source.keys_NBTGK, source.values_NBTGK))
+    def own(self) -> KeyValue:
+        """Keys and values of the tokens so far, of all layers."""
+        return self.keys_NBSGK, self.values_NBSGK
 
-    def after(self, layers: Cached, length: int, source_segments_BT: jax.Array | None) -> Cache:
-        """The cache after `length` more tokens, and the source if the layers have just read it."""
-        assert layers.own is not None
+    @property
+    def of_source(self) -> KeyValue | None:
+        """Keys and values of the source, of all layers."""
         source = self.source
-        if layers.source is not None:
+        return None if source is None else (source.keys_NBTGK, source.values_NBTGK)
+
+    def after(
+        self,
+        own: KeyValue,
+        length: int,
+        of_source: KeyValue | None,
+        source_segments_BT: jax.Array | None,
+    ) -> Cache:
+        """The cache after `length` more tokens, and the source if the layers have just read it."""
+        source = self.source
+        if of_source is not None:
             assert source_segments_BT is not None
-            source = Source(*layers.source, source_segments_BT)
-        return Cache(*layers.own, self.segment_ids_BS, self.index + length, source)
+            source = Source(*of_source, source_segments_BT)
+        return Cache(*own, self.segment_ids_BS, self.index + length, source)
 
     def take(self, rows: jax.Array) -> Cache:
         """The cache whose row i is this one's row `rows[i]`: what a beam search goes on with."""
@@ -79,9 +82,26 @@ def empty_cache(
     )
 
 
+def write(
+    all_layers: KeyValue, layer: jax.Array, start: jax.Array | int, new: KeyValue
+) -> tuple[KeyValue, KeyValue]:
+    """All layers' keys and values with the `new` ones [B, L, G, K] of a layer from slot `start` on,
+    and that layer's alone [B, S, G, K].
+
+    The layers hand all of them on: written in place, where a slice for each layer would be copied.
+    """
+
+    def written(all_NBSGK: jax.Array, new_BLGK: jax.Array) -> jax.Array:
+        new_1BLGK = new_BLGK[None].astype(all_NBSGK.dtype)
+        return lax.dynamic_update_slice(all_NBSGK, new_1BLGK, (layer, 0, start, 0, 0))
+
+    keys, values = map(written, all_layers, new)
+    return (keys, values), (keys[layer], values[layer])
+
+
 def write_segments(cache: Cache, segment_ids_BL: jax.Array) -> Cache:
     """The cache with the segments of the tokens that are about to be written."""
-    written = jax.lax.dynamic_update_slice(
+    written = lax.dynamic_update_slice(
         cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.index)
     )
     return cache.replace(segment_ids_BS=written)  # type: ignore[attr-defined]

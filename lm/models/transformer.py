@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Visibility
 from lm.models.attention import Attention
-from lm.models.cache import Cache, Cached
+from lm.models.cache import Cache, KeyValue
 from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
@@ -45,7 +45,7 @@ class Surroundings:
 
     Local layers rotate by angles of their own if there are any. A stack with cross-attention has
     `source_visibility`, and either the encoder's output or, in later steps of decoding, nothing:
-    then each layer's keys and values of it come cached.
+    then each layer has keys and values of it.
     """
 
     visibility: Visibility
@@ -56,12 +56,29 @@ class Surroundings:
     source_visibility: Visibility | None = None
 
 
+@flax.struct.dataclass
+class OfLayer:
+    """What a layer has of its own beside parameters; of several layers, their arrays stacked.
+
+    Its number, where keys and values are cached; whether it is global, where some have a window;
+    and its keys and values of the source, cached.
+    """
+
+    number: jax.Array | None = None
+    is_global: jax.Array | None = None
+    source: KeyValue | None = None
+
+
+# What goes from layer to layer: [B, L, D], and the cached keys and values of all layers.
+Carried = tuple[jax.Array, KeyValue | None]
+
+
 class Block(nn.Module):
     """x + sublayer(norm(x)) for each sublayer; "post": norm(x + sublayer(x)); "both":
     x + post_norm(sublayer(norm(x))).
 
     The sublayers: self-attention, cross-attention where there is a source, feed-forward, of experts
-    if the block is `sparse`. `is_global` is a number of the layer where some have a window.
+    if the block is `sparse`. When decoding it gives its keys and values of a source just read.
     """
 
     config: TransformerConfig
@@ -71,26 +88,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BLD: jax.Array,
-        around: Surroundings,
-        cached: Cached,
-        is_global: jax.Array | None,
-    ) -> tuple[jax.Array, Cached]:
+        self, carried: Carried, around: Surroundings, layer: OfLayer
+    ) -> tuple[Carried, KeyValue | None]:
         c = self.config
-        own, source = cached.own, cached.source
+        x_BLD, own = carried
+        source = layer.source
         x_BLD = checkpoint_name(x_BLD, "block_input")
 
         def self_attention(y_BLD: jax.Array) -> jax.Array:
             nonlocal own
             attend = Attention(c, self.deterministic, self.kernel, name="attention")
-            seen = replace(around.visibility, window=c.window, is_global=is_global)
+            seen = replace(around.visibility, window=c.window, is_global=layer.is_global)
             angles_BLK = around.angles_BLK
             if around.local_angles_BLK is not None:
                 assert angles_BLK is not None
-                assert is_global is not None
-                angles_BLK = jnp.where(is_global, angles_BLK, around.local_angles_BLK)
-            y_BLD, own = attend.to_itself(y_BLD, seen, angles_BLK, around.bias_HLS, own)
+                assert layer.is_global is not None
+                angles_BLK = jnp.where(layer.is_global, angles_BLK, around.local_angles_BLK)
+            y_BLD, own = attend.to_itself(
+                y_BLD, seen, angles_BLK, around.bias_HLS, own, layer.number
+            )
             return y_BLD
 
         def cross_attention(y_BLD: jax.Array) -> jax.Array:
@@ -125,10 +141,8 @@ class Block(nn.Module):
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
             x_BLD = constrain(x_BLD + y_BLD, "batch", "residual_length", "embed")
             x_BLD = norm(x_BLD) if c.norm_placement == "post" else x_BLD
-        # Only decoding takes keys and values along, those of the source from where they are made.
-        if cached.own is None:
-            return x_BLD, Cached()
-        return x_BLD, Cached(own, None if around.encoded_BSD is None else source)
+        just_read = own is not None and around.encoded_BSD is not None
+        return (x_BLD, own), source if just_read else None
 
 
 class Pattern(nn.Module):
@@ -145,21 +159,17 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BLD: jax.Array,
-        around: Surroundings,
-        cached: Cached,
-        is_global: jax.Array | None,
-    ) -> tuple[jax.Array, Cached]:
+        self, carried: Carried, around: Surroundings, layers: OfLayer
+    ) -> tuple[Carried, KeyValue | None]:
         c, n = self.config, self.config.pattern
-        block, after = recomputed(Block, c.remat), []
+        block, sources = recomputed(Block, c.remat), []
         for i in range(n):
             sparse = self.sparse and i == n - 1
-            layer = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
-            of_layer = jax.tree.map(lambda part, i=i: part[i], (cached, is_global))
-            x_BLD, kept = layer(x_BLD, around, *of_layer)
-            after.append(kept)
-        return x_BLD, jax.tree.map(lambda *parts: jnp.stack(parts), *after)
+            run = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
+            layer = jax.tree.map(lambda part, i=i: part[i], layers)
+            carried, source = run(carried, around, layer)
+            sources.append(source)
+        return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
 
 
 def recomputed(block: type[nn.Module], remat: str) -> Any:
@@ -200,15 +210,17 @@ class Stack(nn.Module):
             seen = Visibility(False, visibility.segments_BL, source_segments_BS)
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
-        is_global_N = self._by_turn(jax.tree.map(jnp.asarray, c.global_layers(self.n_layers)))
+        layers = OfLayer(is_global=jax.tree.map(jnp.asarray, c.global_layers(self.n_layers)))
         if cache is None and is_pipelined():
-            x_BLD = self._pipeline(x_BLD, around, is_global_N)
+            x_BLD = self._pipeline(x_BLD, around, layers)
+        elif cache is None:
+            (x_BLD, _), _ = self._scan((x_BLD, None), around, layers)
         else:
-            cached = Cached() if cache is None else cache.layers
-            x_BLD, cached = self._scan(x_BLD, around, self._by_turn(cached), is_global_N)
-            if cache is not None:
-                cached = self._by_layer(cached)
-                cache = cache.after(cached, x_BLD.shape[1], source_segments_BS)
+            number_N = jnp.arange(self.n_layers)
+            layers = replace(layers, number=number_N, source=cache.of_source)
+            (x_BLD, own), source = self._scan((x_BLD, cache.own), around, layers)
+            assert own is not None
+            cache = cache.after(own, x_BLD.shape[1], source, source_segments_BS)
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         if c.final_dropout:
@@ -248,45 +260,37 @@ class Stack(nn.Module):
         """How often it is repeated."""
         return self.n_layers // self.config.pattern
 
-    def _by_turn(self, of_layers: Any) -> Any:
+    def _by_turn(self, layers: OfLayer) -> OfLayer:
         """Arrays [n_layers, …] as what is repeated takes them."""
         n = self.config.pattern
         if n == 1:
-            return of_layers
-        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), of_layers)
-
-    def _by_layer(self, of_turns: Any) -> Any:
-        """`_by_turn` undone."""
-        if self.config.pattern == 1:
-            return of_turns
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_turns)
+            return layers
+        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), layers)
 
     def _scan(
-        self,
-        x_BLD: jax.Array,
-        around: Surroundings,
-        cached: Cached,
-        is_global_N: jax.Array | None,
-    ) -> tuple[jax.Array, Cached]:
-        """The layers one after the other, as a loop over their parameters and caches."""
+        self, carried: Carried, around: Surroundings, layers: OfLayer
+    ) -> tuple[Carried, KeyValue | None]:
+        """The layers one after the other, as a loop over their parameters; and their keys and
+        values of a source just read."""
         c = self.config
         layer, settings = self._layer
-        layers = nn.scan(
+        run = nn.scan(
             layer,
             variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, 0),
             length=self._turns,
             unroll=max(1, (c.scan_unroll or self.n_layers) // c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces a layer twice, and would give it the dropout of a second call.
             check_constancy_invariants=self.is_initializing(),
         )(*settings, name="layers")
-        return layers(x_BLD, around, cached, is_global_N)
+        carried, source = run(carried, around, self._by_turn(layers))
+        if c.pattern > 1:
+            source = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), source)
+        return carried, source
 
-    def _pipeline(
-        self, x_BLD: jax.Array, around: Surroundings, is_global_N: jax.Array | None
-    ) -> jax.Array:
+    def _pipeline(self, x_BLD: jax.Array, around: Surroundings, layers: OfLayer) -> jax.Array:
         """What `_scan` gives, by the pipeline of the mesh."""
         layer, settings = self._layer
         block = layer(*settings, parent=None)
@@ -304,7 +308,7 @@ class Stack(nn.Module):
         def run_layer(
             of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
         ) -> tuple[jax.Array, Any]:
-            params, is_global = of_layer
+            params, own = of_layer
             here = jax.tree.map(
                 lambda row, leaf: leaf if row is None else row,
                 by_row,
@@ -313,12 +317,12 @@ class Stack(nn.Module):
             )
             here = replace(here, bias_HLS=bias_HLS)
             rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
-            inputs = (x_BLD, here, Cached(), is_global)
+            inputs = ((x_BLD, None), here, own)
             output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
-            (x_BLD, _), reported = output
+            ((x_BLD, _), _), reported = output
             return x_BLD, reported
 
-        of_layers = (self.variables["params"]["layers"], is_global_N)
+        of_layers = (self.variables["params"]["layers"], self._by_turn(layers))
         c = self.config
         unroll = c.scan_unroll and max(1, c.scan_unroll // c.pattern)
         x_BLD, reported = run_pipeline(
