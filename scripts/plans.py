@@ -28,8 +28,9 @@ from ml_collections import ConfigDict
 
 from lm.config import default, flatten, load
 from lm.errors import UserError
-from lm.experiment import build, divide
+from lm.experiment import Experiment, build, divide
 from lm.experiment_file import variants_in
+from lm.flops import tokens_per_row
 from lm.parallel.mesh import axis_sizes
 from lm.parameters import count_parameters
 from lm.planning.chips import CHIPS
@@ -119,7 +120,7 @@ OTHERS: dict[str, tuple[Place, ...]] = {
     "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
     # Nowhere at once.
     "gpt2.py:nanogpt": (Place("v5e:4x4", overrides=(*DATA, ("train.microbatches", 5))),),
-    "roberta.py:base": (Place("v5e:16x16", overrides=(*DATA, ("train.microbatches", 4))),),
+    "roberta.py:base": (Place("v5e:16x16", overrides=(*DATA, ("train.microbatches", 8))),),
     "roberta.py:large": (Place("v5e:16x16", overrides=(*FSDP, ("train.microbatches", 8))),),
 }
 
@@ -161,10 +162,15 @@ def places(name: str) -> Iterator[Place]:
         except UserError:  # the batch or a parameter does not divide
             continue
         if estimate.likely < ROOM * (place.chip.memory or 0):
-            tokens = config.data.batch_size * config.data.sequence_length // len(place.devices)
+            tokens = tokens_of(figures.experiment) // len(place.devices)
             found.append((tokens, Place(described, overrides=(("parallel.preset", preset),))))
     few = [place for tokens, place in found if tokens <= MOST_TOKENS]
     yield from few or [place for _, place in found]
+
+
+def tokens_of(experiment: Experiment) -> int:
+    """Tokens of a step, of sources and targets."""
+    return experiment.config.data.batch_size * tokens_per_row(experiment)
 
 
 def plan(name: str, place: Place) -> Plan:
@@ -235,13 +241,13 @@ def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
 
 def row(name: str, place: str, parts: int, found: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
-    data, flops = config_of(name).data, found["flops"]
+    tokens, flops = tokens_of(arithmetic(name).experiment), found["flops"]
     cells = (
         f"{name}, in {parts} parts" if parts > 1 else name,
         f"{found['parameters']:,}",
         place,
         mesh,
-        f"{data.batch_size * data.sequence_length // found['devices']:,}",
+        f"{tokens // found['devices']:,}",
         f"{found['memory']['total'] / 1e9:.2f} GB" + ("" if found["fits"] else ", too much"),
         f"{flops['compiled'] / flops['model']:.2f}" if flops["compiled"] else "–",
         found["attention_kernel"] or "–",

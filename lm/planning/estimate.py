@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lm.experiment import Experiment
-from lm.flops import model_flops_per_token
+from lm.flops import model_flops_per_token, tokens_per_row
 from lm.optim.parameter_groups import flat
 from lm.parallel.pipeline import Schedule
 from lm.parallel.rules import parts
@@ -119,7 +119,7 @@ class Arithmetic:
     # --- time
 
     def _compute(self, sizes: Sizes, schedule: Schedule, settings: Settings) -> float:
-        flops = self._flops_a_token * self._all_tokens / prod(sizes.values())
+        flops = self._flops / prod(sizes.values())
         return RECOMPUTED[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
 
     def _network(self, sizes: Sizes, settings: Settings) -> float:
@@ -148,8 +148,10 @@ class Arithmetic:
         return sent / self._bytes_a_second
 
     @cached_property
-    def _flops_a_token(self) -> float:
-        return model_flops_per_token(self.experiment)
+    def _flops(self) -> float:
+        """Of the model in a step, on all devices."""
+        tokens = self.experiment.config.data.batch_size * tokens_per_row(self.experiment)
+        return model_flops_per_token(self.experiment) * tokens
 
     @property
     def _flops_a_second(self) -> float:

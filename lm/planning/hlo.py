@@ -164,23 +164,43 @@ class Module:
             yield from self.inside(fused, part)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """How often the body of a `while` runs: as XLA says, or as far as its counter is compared.
+        """How often the body of a `while` runs: as XLA says, or from where its counter is compared.
 
-        JAX counts its loops up from 0 by 1.
+        Loops count up from 0, JAX's by 1, and by more where XLA has written a body several times.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known.group(1))
         condition = self.computations[loop.called("condition")[0]]
         limits = [
-            int(part.arguments)
+            limit
             for instruction in condition.instructions.values()
-            for _, part in self.inside(condition, instruction)
-            if part.opcode == "constant" and re.fullmatch(r"\d+", part.arguments)
+            for limit in self._numbers(condition, instruction)
         ]
         if len(limits) != 1:
             raise UnknownTripCount(f"{loop.name} in {computation.name}")
-        return limits[0]
+        return -(-limits[0] // self._step(condition, self.computations[loop.called("body")[0]]))
+
+    def _step(self, condition: Computation, body: Computation) -> int:
+        """What a loop adds to its counter, the number in its state that the condition reads."""
+        read = [
+            re.search(r"index=(\d+)", operand.attributes)
+            for operand in condition.operands(condition.root)
+        ]
+        places = [int(found.group(1)) for found in read if found]
+        if len(places) != 1:
+            return 1
+        counter = body.operands(body.root)[places[0]]
+        added = [*self._numbers(body, counter)]
+        for operand in body.operands(counter):
+            added += self._numbers(body, operand)
+        return added[0] if len(added) == 1 else 1
+
+    def _numbers(self, computation: Computation, instruction: Instruction) -> Iterator[int]:
+        """The whole numbers that an instruction is, or that are inside of a fusion."""
+        for _, part in self.inside(computation, instruction):
+            if part.opcode == "constant" and re.fullmatch(r"\d+", part.arguments):
+                yield int(part.arguments)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

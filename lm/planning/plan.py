@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm.experiment import Experiment, build
-from lm.flops import global_layers, model_flops_per_token
+from lm.flops import global_layers, model_flops_per_token, tokens_per_row
 from lm.planning.chips import Chip, wire
 from lm.planning.collectives import Collective, collectives
 from lm.planning.hlo import Module, parse
@@ -73,7 +73,10 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a step on a topology; of one that does not fit, its memory."""
+    """All that is known of a step on a topology; of one that does not fit, its memory.
+
+    `tokens` are those of a step, of sources and targets.
+    """
 
     config: dict[str, Any]
     topology: str
@@ -156,7 +159,7 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
     module = parse(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
-    tokens = config.data.batch_size * config.data.sequence_length
+    tokens = config.data.batch_size * tokens_per_row(experiment)
     moved = _traffic(module, experiment.mesh, topology, n_steps) if module else ()
     done = flops(module) / n_steps if module else None
     touched = round(memory_traffic(module) / n_steps) if module else None

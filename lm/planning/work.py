@@ -150,7 +150,7 @@ def _attention(computation: Computation, call: Instruction) -> int:
     elif "ackward" in name or "bwd" in name:
         products = 5
     if "splash" in name:
-        n_pairs = _splash_pairs(name, operands[:first], length, n_keys)
+        n_pairs = _splash_pairs(name, operands, length, n_keys)
     else:
         masked = re.search(r'"mask_type":"(\w+)"', call.attributes)
         everything = masked and "CAUSAL" not in masked.group(1)
@@ -158,16 +158,18 @@ def _attention(computation: Computation, call: Instruction) -> int:
     return 2 * products * prod(queries) // length * n_pairs
 
 
-def _splash_pairs(name: str, masks: list[Shape], length: int, n_keys: int) -> int:
-    """Pairs of query and key of a splash kernel: all of them unless it has a mask.
+def _splash_pairs(name: str, operands: list[Shape], length: int, n_keys: int) -> int:
+    """Pairs of query and key of a splash kernel: all of them, if it is not told the places of the
+    queries, beside the segments of queries and keys.
 
-    A mask lists tiles, [heads, blocks of queries, blocks of keys], of which the dkv kernel shrinks
-    the queries' dimension and the others the keys', to the most that a block has. Of a causal mask
-    the half counts that is needed, of a narrower one the tiles.
+    The first operand lists tiles, [heads, blocks of queries, blocks of keys], of which the dkv
+    kernel shrinks the queries' dimension and the others the keys', to the most that a block has.
+    Of a causal mask the half counts that is needed, of a narrower one the tiles.
     """
-    if not masks:
+    wholes = sum(shape.dtype == "s32" for shape in operands)
+    if wholes == (2 if "segmented" in name else 0):
         return length * n_keys
-    _, rows, columns = masks[0].dims
+    _, rows, columns = operands[0].dims
     block = n_keys // columns if "dkv" in name else length // rows
     return min(rows * columns * block**2, length * n_keys // 2)
 

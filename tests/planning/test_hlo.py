@@ -13,7 +13,7 @@ HloModule jit_f, is_scheduled=true
   %state = (s32[], f32[8,4]{{1,0}}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
   %x = f32[8,4]{{1,0:T(8,128)}} get-tuple-element(%state), index=1
-  %one = s32[] constant(1)
+  %one = s32[] constant({step})
   %next = s32[] add(%i, %one)
   %y = f32[8,4]{{1,0}} negate(%x), metadata={{op_name="jit(f)/while/body/neg"}}
   ROOT %out = (s32[], f32[8,4]{{1,0}}) tuple(%next, %y)
@@ -50,10 +50,11 @@ def test_shapes_of_nested_tuples_with_layouts_memory_spaces_and_comments():
 
 
 @pytest.mark.parametrize(
-    ("limit", "known", "turns"), [("12", "", 12), ("12", KNOWN, 7), ("{...}", KNOWN, 7)]
+    ("limit", "step", "known", "turns"),
+    [("12", 1, "", 12), ("12", 2, "", 6), ("12", 1, KNOWN, 7), ("{...}", 1, KNOWN, 7)],
 )
-def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, known, turns):
-    module = parse(LOOP.format(limit=limit, known=known))
+def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, step, known, turns):
+    module = parse(LOOP.format(limit=limit, step=step, known=known))
     times = {i.name: n for _, i, n in module.executions()}
     assert times["y"] == turns
     assert times["result"] == 1
@@ -61,7 +62,7 @@ def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, known, turns)
 
 def test_a_loop_without_a_trip_count_is_an_error():
     with pytest.raises(UnknownTripCount, match="loop in main"):
-        list(parse(LOOP.format(limit="{...}", known="")).executions())
+        list(parse(LOOP.format(limit="{...}", step=1, known="")).executions())
 
 
 BRANCHES = """
@@ -97,7 +98,7 @@ def test_branches_run_as_often_as_they_are_taken(kind, branches):
 
 
 def test_names_operands_and_places():
-    module = parse(LOOP.format(limit="12", known=""))
+    module = parse(LOOP.format(limit="12", step=1, known=""))
     body = module.computations["body"]
     y = body.instructions["y"]
     assert (y.opcode, y.operands, y.op_name) == ("negate", ("x",), "jit(f)/while/body/neg")

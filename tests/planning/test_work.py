@@ -41,20 +41,18 @@ def test_products_of_matrices_count_in_loops_and_gradients(function, shapes, exp
 
 
 KERNEL = """
-ENTRY %main (m: s8[{tiles}], q: bf16[{shape}], k: bf16[{shape}]) -> bf16[{shape}] {{
+ENTRY %main (m: s8[{tiles}], q: bf16[{shape}], k: bf16[{shape}], s: s32[64]) -> bf16[{shape}] {{
   %m = s8[{tiles}]{{2,1,0}} parameter(0)
   %q = bf16[{shape}]{{0}} parameter(1)
   %k = bf16[{shape}]{{0}} parameter(2)
+  %s = s32[64]{{0}} parameter(3)
   ROOT %{name} = bf16[{shape}]{{0}} custom-call({operands}), custom_call_target="{target}"{config}
 }}
 """
 
 
-def kernel_flops(shape, name, tiles="", target="tpu_custom_call", config=""):
-    operands = "%m, %q, %k" if tiles else "%q, %k"
-    tiles = tiles or "1,1,1"
-    text = KERNEL.format(**locals())
-    return flops(parse(text))
+def kernel_flops(shape, name, operands, tiles="1,1,1", target="tpu_custom_call", config=""):
+    return flops(parse(KERNEL.format(**locals())))
 
 
 @pytest.mark.parametrize(("way", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
@@ -63,8 +61,11 @@ def test_splash_does_the_causal_half_or_all_without_a_mask(way, products, shape)
     """By hand: 2 heads, 64 × 64 / 2 pairs, 8 numbers a head, twice (product and sum)."""
     rows = 5 if shape.startswith("5") else 1
     causal = products * rows * 2 * (64 * 64 // 2) * 8 * 2
-    assert kernel_flops(shape, f"splash_mha_{way}", "1,4,4") == causal
-    assert kernel_flops(shape, f"splash_mha_{way}") == 2 * causal
+    name = f"splash_mha_{way}"
+    assert kernel_flops(shape, name, "%m, %q, %k, %s", "1,4,4") == causal
+    assert kernel_flops(shape, name, "%m, %q, %k", "1,4,4") == 2 * causal
+    assert kernel_flops(shape, f"{name}_segmented", "%m, %q, %k, %s, %s, %s", "1,4,4") == causal
+    assert kernel_flops(shape, f"{name}_segmented", "%m, %q, %k, %s, %s", "1,4,4") == 2 * causal
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,15 @@ def test_splash_does_the_causal_half_or_all_without_a_mask(way, products, shape)
 )
 def test_splash_with_a_window_does_its_tiles(way, products, tiles):
     """By hand: 8 blocks of 8 queries, each with 2 tiles of 8 × 8 pairs."""
-    done = kernel_flops("2,64,8", f"splash_mha_{way}", tiles)
+    done = kernel_flops("2,64,8", f"splash_mha_{way}", "%m, %q, %k, %s", tiles)
     assert done == products * 2 * (8 * 2 * 8 * 8) * 8 * 2
 
 
 @pytest.mark.parametrize(("mask", "part"), [("CAUSAL", 2), ("PADDING_CAUSAL", 2), ("NO_MASK", 1)])
 def test_cudnn_says_whether_its_attention_is_causal(mask, part):
     config = f', backend_config={{"mask_type":"{mask}"}}'
-    done = kernel_flops("2,64,8", "fmha", target="__cudnn$fmhaSoftmax", config=config)
+    target = "__cudnn$fmhaSoftmax"
+    done = kernel_flops("2,64,8", "fmha", "%q, %k", target=target, config=config)
     assert done == 2 * 2 * (64 * 64 // part) * 8 * 2
 
 
