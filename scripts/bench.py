@@ -6,7 +6,8 @@
 For each size and type: milliseconds and tokens a second of the compiled step, and what fraction
 it reaches of the rate of a plain matrix product on this machine (model FLOPs, causal attention
 counted once). Then a short real run at the 10M size: the share of time spent waiting for data, and
-the pause of a checkpoint against one minute.
+the pause of a checkpoint against one minute; and a step of decoding with GPT-2 124M, eight rows of
+900 tokens in the cache.
 With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed in
 turn with ours at the same shapes. Figures are medians; the sides alternate, so the ratio holds on
 a noisy machine.
@@ -28,6 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import default
+from lm.decoding.controls import Controls
+from lm.decoding.generate import generate
+from lm.decoding.sampling import Sampling
 from lm.experiment import Experiment, build
 from lm.flops import model_flops_per_token
 
@@ -183,6 +187,19 @@ def bench_loop(steps: int = 60) -> dict:
     }
 
 
+def bench_decode(rows: int = 8, cached: int = 900, steps: int = 20) -> dict:
+    """Greedy decoding with GPT-2 124M, float32: milliseconds from one token of all rows to the
+    next."""
+    config = bench_config("124m", "float32")
+    config.data.sequence_length = 1024
+    experiment = build(config, jax.devices()[:1])
+    params = experiment.init_state().params
+    prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, cached)).tolist()
+    found = generate(experiment.model, params, prompts, steps, Sampling(0.0), 0, Controls())
+    times = [time.perf_counter() for _ in found]
+    return {"decoded_rows": rows, "decode_ms": 1e3 * float(np.median(np.diff(times[1:])))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
@@ -196,13 +213,18 @@ def main() -> None:
         for size in args.sizes
         for dtype in args.dtypes
     ]
-    report = {"matmul_flops": rates, "steps": steps, "loop": bench_loop()}
+    report = {
+        "matmul_flops": rates,
+        "steps": steps,
+        "loop": bench_loop(),
+        "decode": bench_decode(),
+    }
     if args.json:
         print(json.dumps(report))
         return
     for dtype, rate in rates.items():
         print(f"matrix product {dtype}: {rate / 1e9:,.0f} GFLOP/s")
-    for row in [*steps, report["loop"]]:
+    for row in [*steps, report["loop"], report["decode"]]:
         print(shown(row))
 
 
