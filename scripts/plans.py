@@ -61,7 +61,8 @@ HEADER = """# Plans
 
 What `lm plan` says of every experiment of at most 10B parameters, on the first of these topologies
 on which it fits with its own batch, at most {tokens:,} tokens a device where the batch divides:
-{topologies}; and of some on other chips. Layers are in a loop.
+{topologies}; and of some on other chips, or in as many microbatches as it says. Layers are in a
+loop.
 
 Written by `python scripts/plans.py`. Every figure is of one device and one step, by the compilers
 themselves ({compilers}) and the published rates of the chips; none was measured.
@@ -96,7 +97,9 @@ class Place:
     overrides: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.slices} × {self.name}" if self.slices > 1 else self.name
+        parts = dict(self.overrides).get("train.microbatches", 1)
+        name = f"{self.slices} × {self.name}" if self.slices > 1 else self.name
+        return f"{name}, in {parts} parts" if parts > 1 else name
 
 
 DATA, FSDP = (("parallel.preset", "data"),), (("parallel.preset", "fsdp"),)
@@ -232,18 +235,17 @@ def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
         fits = ((str(place), found) for place, found in tried if found and found["fits"])
         fitting = list(islice(fits, 1))
     for place, found in fitting[:1]:
-        yield row(name, place, 1, found)
+        yield row(name, place, found)
     for place in others:
         if found := planned(name, place, before, chosen):
-            parts = dict(place.overrides).get("train.microbatches", 1)
-            yield row(name, str(place), parts, found)
+            yield row(name, str(place), found)
 
 
-def row(name: str, place: str, parts: int, found: Plan) -> str:
+def row(name: str, place: str, found: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
     tokens, flops = tokens_of(arithmetic(name).experiment), found["flops"]
     cells = (
-        f"{name}, in {parts} parts" if parts > 1 else name,
+        name,
         f"{found['parameters']:,}",
         place,
         mesh,
