@@ -60,7 +60,7 @@ def get_config(variant="pretrain"):
     data.columns, data.labels = "text=sentence,label=label", "0,1"
     data.sequence_length, data.batch_size = 48, 64
     model.dropout = 0.1
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.schedule.warmup_steps = 100
     config.train.steps = 500  # half an epoch
     config.eval.every_steps, config.eval.batch_size = 100, 109
