@@ -40,7 +40,9 @@ tiny-bert)
         train tiny_bert.py:scratch "$name-scratch-$seed" --config.seed=$seed "$tokenizer"
         train tiny_bert.py:finetune "$name-finetune-$seed" --config.seed=$seed "$tokenizer" \
             --config.init.from="$runs/$name"
-        for kind in scratch finetune; do run="$name-$kind-$seed" score --best; done
+        for kind in scratch finetune; do
+            lm eval --workdir "$runs/$name-$kind-$seed" --best --task
+        done
     done
     ;;
 skip-gram)
