@@ -51,6 +51,15 @@ def test_json_has_what_scripts_rely_on(experiment_file, capsys):
     assert plan["compile_seconds"] > 0
 
 
+def test_tokens_and_flops_are_those_of_sources_and_targets(make_kind):
+    """Sources of 16 and targets of 12; wide enough that products outweigh attention and padding."""
+    config = make_kind("seq2seq encoder_decoder", **{"model.d_model": 128, "data.batch_size": 8})
+    config.data.sequence_length, config.data.target_length = 16, 12
+    plan = make_plan(config, topology("cpu:1"))
+    assert plan.tokens == 8 * (16 + 12)
+    assert plan.compiled_flops == pytest.approx(plan.model_flops, rel=0.1)
+
+
 def test_errors_are_one_line(experiment_file, capsys):
     assert main(["plan", "--config", experiment_file, "--topology", "v5p"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
