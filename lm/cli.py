@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from lm.arguments import parse
+from lm.bucket import copies
 from lm.errors import UserError
 from lm.verbs.describe import params, plan, show_config, train_tokenizer
 from lm.verbs.evaluate import evaluate, vectors
@@ -67,7 +68,8 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
         _set_up_jax(args)
-        return args.function(args, overrides)
+        with copies():
+            return args.function(args, overrides)
     except UserError as error:
         message = str(error)
     except BrokenPipeError:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lm.bucket import AnyPath, locate
 from lm.errors import UserError
 from lm.experiment_file import call_file
 from lm.rules import broken_rules
@@ -91,8 +92,8 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """The validated configuration of `FILE.py[:VARIANT]`, or of a run's run.json, with
     `{path: text}` overrides applied."""
     file, _, variant = spec.partition(":")
-    if not variant and Path(file).suffix == ".json":
-        config = read_run_file(Path(file))
+    if spec.endswith(".json"):
+        config = read_run_file(locate(spec))
     else:
         config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):
@@ -103,7 +104,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     return config
 
 
-def read_run_file(file: Path) -> ConfigDict:
+def read_run_file(file: AnyPath) -> ConfigDict:
     """The configuration in a run.json."""
     try:
         values = json.loads(file.read_text())["config"]

@@ -11,4 +11,4 @@ trap 'rm -r "$(dirname "$archive")"' EXIT
 for node in $(nodes); do
     run gcloud compute tpus tpu-vm scp "$archive" "$node:lm.tar.gz" "${where[@]}" --worker=all
 done
-on_workers "mkdir -p lm && tar -xzf lm.tar.gz -C lm && lm/scripts/setup.sh tpu${prepare:+ && $prepare}"
+on_workers "mkdir -p lm && tar -xzf lm.tar.gz -C lm && lm/scripts/setup.sh tpu,gcs${prepare:+ && $prepare}"

@@ -4,7 +4,8 @@
     tpu/jobset.py --name NAME --image IMAGE --tpu v5p:4x4x4 [--slices 2] -- train --config …
     tpu/jobset.py --name NAME --image IMAGE --gpu h100:8 --hosts 4 -- train --config …
 
-The workdir lies on the volume claim --claim, mounted at /runs. All processes start again from the
+The workdir lies on the volume claim --claim, mounted at /runs, or in a bucket (--workdir gs://…,
+with --claim '' and the --service_account that may write it). All processes start again from the
 last checkpoint when one ends with anything but 0 or 2. --dry_run prints the manifest; without it
 `kubectl apply` gets it. Needs JobSet in the cluster (kubernetes-sigs/jobset) and nothing here.
 """
@@ -53,7 +54,8 @@ def parse(words):
     kind.add_argument("--gpu", metavar="CHIP:COUNT", help=f"{', '.join(GPUS)}; GPUs of a host")
     parser.add_argument("--slices", type=int, default=1, help="TPU slices")
     parser.add_argument("--hosts", type=int, default=1, help="GPU hosts")
-    parser.add_argument("--claim", default="runs", help="the volume claim with the workdir")
+    parser.add_argument("--claim", default="runs", help="volume claim with the workdir, or none")
+    parser.add_argument("--service_account", default="default", help="of the cluster's namespace")
     parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args(own)
@@ -93,10 +95,14 @@ def manifest(args, command):
             lead = f"{args.name}-workers-0-0.{args.name}"
             lm += f" --coordinator {lead}:{PORT} --num_processes {hosts}"
             lm += ' --process_id "$JOB_COMPLETION_INDEX"'
+    volume = {"emptyDir": {}}
+    if args.claim:
+        volume = {"persistentVolumeClaim": {"claimName": args.claim}}
     values = {
         "name": args.name,
         "image": args.image,
-        "claim": args.claim,
+        "runs": {"name": "runs", **volume},
+        "service_account": args.service_account,
         "restarts": args.restarts,
         "slices": args.slices if args.tpu else 1,
         "hosts": hosts,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.bucket import open_folder
 from lm.data.characters import ByteTokenizer, CharTokenizer
 from lm.data.files import find_file
 from lm.data.folders import Damaged, cache_directory, open_or_build
@@ -62,7 +63,7 @@ def choose_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
         case _, False if kind in FITTED:
             return _fitted(kind, data, tuple(training))
         case "run", True:
-            return load_saved(Path(path) / "tokenizer")
+            return load_saved(open_folder(path) / "tokenizer")
         case "words", True:
             return _word_list(path, data)
         case "sentencepiece", True:

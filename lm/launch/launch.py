@@ -8,8 +8,8 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from lm.bucket import AnyPath, locate
 from lm.errors import UserError
 from lm.launch.group import Outcome, run_group
 from lm.launch.supervise import Policy, supervise
@@ -35,8 +35,10 @@ def launch(words: Sequence[str], processes: int, gpus: int, policy: Policy) -> i
     def report(message: str) -> None:
         print(f"launch: {message}", file=sys.stderr, flush=True)
         if workdir and workdir.is_dir():
-            with (workdir / "incidents.jsonl").open("a") as stream:
-                stream.write(json.dumps({"time": time.time(), "incident": message}) + "\n")
+            file = workdir / "incidents.jsonl"
+            before = file.read_text() if file.exists() else ""
+            line = json.dumps({"time": time.time(), "incident": message})
+            file.write_text(f"{before}{line}\n")  # nothing can be appended in a bucket
 
     with stop_requests() as stop:
         return supervise(attempt, policy, lambda: newest_checkpoint(workdir), report, stop)
@@ -84,7 +86,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def newest_checkpoint(workdir: Path | None) -> int | None:
+def newest_checkpoint(workdir: AnyPath | None) -> int | None:
     """The step of the newest whole checkpoint, if there is one."""
     if workdir is None:
         return None
@@ -92,9 +94,9 @@ def newest_checkpoint(workdir: Path | None) -> int | None:
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
-def _workdir(words: Sequence[str]) -> Path | None:
+def _workdir(words: Sequence[str]) -> AnyPath | None:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--workdir":
-            return Path(value if equals else following)
+            return locate(value if equals else following)
     return None

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from lm.bucket import AnyPath, origin
 from lm.errors import UserError
 from lm.parallel.hosts import is_lead
 from lm.steps import TrainState
@@ -30,7 +31,7 @@ class Checkpoints:
     """The checkpoints under one folder; `options` is the configuration's section "checkpoint"."""
 
     def __init__(self, folder: Path, options: ConfigDict, metadata: dict[str, Any]):
-        self._folder = folder.absolute()
+        self._folder = origin(folder)
         self._metadata = metadata
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -81,7 +82,9 @@ class Checkpoints:
             )
 
     def _check_space(self, needed: int) -> None:
-        """Fail before writing what cannot fit, rather than half-way."""
+        """Fail before writing what cannot fit, rather than half-way; a bucket has no end."""
+        if not isinstance(self._folder, Path):
+            return
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(
@@ -131,6 +134,7 @@ class Checkpoints:
         if is_lead():
             aside = self._folder.parent / "damaged"
             aside.mkdir(exist_ok=True)
+            (aside / ".keep").touch()  # in a bucket an empty folder is none
             n = sum(1 for _ in aside.glob(f"{step}*"))
             (self._folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
         if jax.process_count() > 1:
@@ -181,7 +185,7 @@ def on_all_hosts(value: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: AnyPath) -> Iterator[None]:
     """Turn a full disk into one line; a checkpoint that was not finished is not kept."""
     try:
         yield

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from lm.bucket import locate
 from lm.data.files import find_file
 from lm.data.tokenizers import Tokenizer
 from lm.data.word_vectors import initial_table, load_vectors, vocabulary_words
@@ -47,7 +47,7 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, report: Report) 
         return _with_vectors(experiment, state, tokenizer, report)
     if not options["from"]:
         return state
-    checkpoints = saved_checkpoints(Path(options["from"]), report)
+    checkpoints = saved_checkpoints(locate(options["from"]), report)
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
     plan = make_plan(options, params, checkpoints[0].shapes)
     _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)

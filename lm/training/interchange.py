@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as configs
+from lm.bucket import origin
 from lm.data.tokenizers import Tokenizer, choose_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
@@ -54,7 +55,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], report
     else:
         tokenizer = read_tokenizer(source)
         if tokenizer is not None:
-            config.data.tokenizer = f"run:{workdir.absolute()}"
+            config.data.tokenizer = f"run:{origin(workdir)}"
     configs.validate(config)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(jax.devices()))
     params = found.params(make_mesh(sizes, jax.devices()))
@@ -143,7 +144,8 @@ def _check_empty(folder: Path) -> None:
 
 def _describe(found: Checkpoint, tokenizer: Tokenizer | None, workdir: Path) -> str:
     n = sum(prod(parameter.shape) for parameter in found.parameters.values())
-    lines = [f"{workdir}: {found.family.model_type} of {n:,} parameters"]
+    run = origin(workdir)
+    lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]
     rows = found.config.vocab_size
     if tokenizer is None:
         lines.append(
@@ -152,7 +154,7 @@ def _describe(found: Checkpoint, tokenizer: Tokenizer | None, workdir: Path) -> 
     elif tokenizer.vocab_size > rows:
         lines.append(f"its tokenizer has {tokenizer.vocab_size} ids and its table only {rows} rows")
     lines.append(
-        f"train it on by: lm train --config {workdir / RUN_FILE} --config.init.from={workdir} "
+        f"train it on by: lm train --config {run / RUN_FILE} --config.init.from={run} "
         "--workdir NEW --config.data.source=…"
     )
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lm.bucket import push
+
 
 class MetricsFile:
     """One JSON object a line, each with its step; continues a file after a restart.
@@ -96,6 +98,7 @@ class MetricsWriter:
         self._file.sync()
         if self._events is not None:
             self._events.flush()
+        push()
 
     def close(self) -> None:
         self._bar.close()

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.bucket import AnyPath, origin
 from lm.errors import UserError
 from lm.optim.lora import merge
 from lm.optim.parameter_groups import LORA, flat, nested
@@ -29,7 +29,7 @@ Params = dict[str, jax.Array]
 class Saved:
     """One checkpoint: its metadata, and the shape of every parameter of the model in it."""
 
-    folder: Path
+    folder: AnyPath
     metadata: Mapping[str, Any]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     adapters: Mapping[str, jax.ShapeDtypeStruct]
@@ -39,13 +39,13 @@ class Saved:
         return self.metadata["step"]
 
 
-def saved_checkpoints(source: Path, report: Report) -> list[Saved]:
+def saved_checkpoints(source: AnyPath, report: Report) -> list[Saved]:
     """The readable checkpoints, newest first, of a run's folder, or up to one checkpoint's folder.
 
     UserError if there is none; `report` is told of damaged ones.
     """
     found = []
-    for folder in _folders(source.absolute()):
+    for folder in _folders(origin(source)):
         saved, problem = _attempt(partial(_open, folder))
         if on_all_hosts(saved is not None):
             found.append(saved)
@@ -84,7 +84,7 @@ def mean_params(
     )
 
 
-def _folders(source: Path) -> list[Path]:
+def _folders(source: AnyPath) -> list[AnyPath]:
     """Of checkpoints, newest first."""
     run = source / "checkpoints"
     parent, newest = (run, None) if run.is_dir() else (source.parent, source.name)
@@ -111,7 +111,7 @@ def _reader() -> ocp.Checkpointer:
     )
 
 
-def _open(folder: Path) -> Saved:
+def _open(folder: AnyPath) -> Saved:
     with _reader() as reader:
         tree = reader.metadata(folder).item_metadata["state"]["params"]
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from lm.bucket import origin
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
@@ -94,7 +95,8 @@ def restore_params(
     for path in sorted({*shapes, *found}):
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(
-                f"{path} is not as in the run in {workdir}: leave its model configuration alone"
+                f"{path} is not as in the run in {origin(workdir)}: "
+                "leave its model configuration alone"
             )
     shardings = flat(experiment.state_sharding.params)
     params, steps = mean_params(checkpoints, average, shardings, report)
@@ -151,6 +153,6 @@ def _summarise(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:
     if not finished:
         report(f"asked to stop: state saved at step {loop.step}; the same command continues")
         return
-    report(f"finished {loop.step} steps; run is in {workdir}")
+    report(f"finished {loop.step} steps; run is in {origin(workdir)}")
     for name, value in loop.last_evaluation.items():
         print(f"validation {name.replace('_', ' ')}: {value:.6g}")

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm import config as configs
+from lm.bucket import origin, push
 from lm.data.dataset import Dataset
 from lm.data.tokenizers import Tokenizer, load_saved
 from lm.errors import UserError
@@ -36,6 +37,7 @@ def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) ->
             workdir.mkdir(parents=True, exist_ok=True)
             dataset.tokenizer.save(workdir / "tokenizer")
             write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+            push()
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
     return metadata
@@ -44,7 +46,7 @@ def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) ->
 def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
     """The configuration of a run, with overrides applied."""
     if not (workdir / RUN_FILE).is_file():
-        raise UserError(f"no run in {workdir}: it has no {RUN_FILE}")
+        raise UserError(f"no run in {origin(workdir)}: it has no {RUN_FILE}")
     config = configs.read_run_file(workdir / RUN_FILE)
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
@@ -64,7 +66,7 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     metadata = _read(workdir)
     assert metadata is not None
     if tokenizer.digest != metadata["fingerprint"]["tokenizer"]:
-        raise UserError(f"the tokenizer is not the one that the run in {workdir} was trained with")
+        raise UserError(f"the run in {origin(workdir)} was trained with another tokenizer")
 
 
 def _read(workdir: Path) -> dict[str, Any] | None:
@@ -73,20 +75,20 @@ def _read(workdir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
-        raise UserError(f"{workdir / RUN_FILE} is damaged: {error}") from None
+        raise UserError(f"{origin(workdir / RUN_FILE)} is damaged: {error}") from None
 
 
 def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     different = configs.differences(before["config"], now["config"])
     if different:
         raise UserError(
-            f"{workdir} holds a run of another configuration ({'; '.join(different)}); "
+            f"{origin(workdir)} holds a run of another configuration ({'; '.join(different)}); "
             "use another --workdir"
         )
     old, new = before["fingerprint"], now["fingerprint"]
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"changed since the run in {workdir} was started: {', '.join(changed)}; "
+            f"changed since the run in {origin(workdir)} was started: {', '.join(changed)}; "
             "restore the data, or use another --workdir"
         )

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from lm.arguments import Overrides
+from lm.bucket import open_folder
 from lm.errors import UserError
 from lm.verbs.printing import print_continuations, print_records
 from lm.verbs.runs import load_run
@@ -31,7 +32,7 @@ def generate(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"a model of the family {config.model.family} writes no text")
     if args.n_best > config.decode.beam_size:
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
-    tokenizer = load_tokenizer(Path(args.workdir))
+    tokenizer = load_tokenizer(open_folder(args.workdir))
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     searches = reads_source(model) or config.decode.beam_size > 1
     if args.input:

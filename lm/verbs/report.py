@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lm.arguments import Overrides
+from lm.bucket import open_folder, origin
 from lm.errors import UserError
 from lm.verbs.runs import only_cpu
 
@@ -17,8 +18,8 @@ def report(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.reports.report import write_report
 
     only_cpu(overrides)
-    workdir = Path(args.workdir)
-    print(write_report(workdir, Path(args.output or workdir / "report")))
+    workdir = open_folder(args.workdir)
+    print(origin(write_report(workdir, Path(args.output or workdir / "report"))))
     return 0
 
 
@@ -34,8 +35,8 @@ def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.runs:
         all_runs, folder = read_csv(Path(args.runs)), args.output
     else:
-        all_runs, left_out = read_workdir(Path(args.workdir))
-        folder = args.output or Path(args.workdir) / "scaling"
+        all_runs, left_out = read_workdir(open_folder(args.workdir))
+        folder = args.output or open_folder(args.workdir) / "scaling"
     runs = enough_tokens(all_runs, args.min_tokens_per_parameter)
     if len(runs) < len(all_runs):
         few = f"{len(all_runs) - len(runs)} runs of fewer than {args.min_tokens_per_parameter}"
@@ -46,5 +47,5 @@ def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
     found = study(runs, args.budget, args.resamples, args.seed, output)
     print(json.dumps(found) if args.json else text(found))
     if output:
-        print(f"pictures are in {output}", file=sys.stderr)
+        print(f"pictures are in {origin(output)}", file=sys.stderr)
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lm.arguments import Overrides
+from lm.bucket import open_folder
 from lm.errors import UserError
 
 
@@ -31,9 +31,9 @@ def load_run(
         one_a_device = str(len(jax.devices()))
         changed |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
         changed |= {"train.microbatches": "1"}
-    config = load_config(Path(args.workdir), changed | overrides)
-    experiment = build(config, jax.devices())
-    parameters, step = restore_params(experiment, Path(args.workdir), args.average, args.best)
+    workdir = open_folder(args.workdir)
+    experiment = build(load_config(workdir, changed | overrides), jax.devices())
+    parameters, step = restore_params(experiment, workdir, args.average, args.best)
     return experiment, parameters, step
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lm import config as configs
 from lm.arguments import Overrides
+from lm.bucket import locate, open_folder
 from lm.errors import UserError
 
 
@@ -16,7 +17,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.training.preemption import EXIT_CODE
     from lm.training.train import train
 
-    return 0 if train(config, Path(args.workdir)) else EXIT_CODE
+    return 0 if train(config, open_folder(args.workdir)) else EXIT_CODE
 
 
 def launch(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -36,7 +37,9 @@ def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.sweeps.search import Trials, run_search
     from lm.sweeps.sweep import Search, load
 
-    folder, words = Path(args.workdir), tuple(args.command or ())
+    folder, words = locate(args.workdir), tuple(args.command or ())
+    if not isinstance(folder, Path):
+        raise UserError("lm sweep: --workdir is a folder of this machine, or one that it mounts")
     loaded, runs = load(args.config, folder, overrides, words)
     parallel = args.parallel or (max(1, len(runs)) if args.launcher == "slurm" else 1)
     options = args.launcher, parallel, args.gpus, args.launcher_options
@@ -58,7 +61,7 @@ def merge(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.training.merge import merge_run
     from lm.training.train import report
 
-    merge_run(Path(args.workdir), Path(args.to), args.average, overrides, report)
+    merge_run(open_folder(args.workdir), open_folder(args.to), args.average, overrides, report)
     return 0
 
 
@@ -67,7 +70,7 @@ def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.training.interchange import import_run
     from lm.training.train import report
 
-    import_run(Path(args.source), Path(args.workdir), overrides, report)
+    import_run(Path(args.source), open_folder(args.workdir), overrides, report)
     return 0
 
 
@@ -78,5 +81,6 @@ def export(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if overrides:
         raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
-    export_run(Path(args.workdir), Path(args.to), args.average, args.best, args.dtype, report)
+    folders = open_folder(args.workdir), open_folder(args.to)
+    export_run(*folders, args.average, args.best, args.dtype, report)
     return 0

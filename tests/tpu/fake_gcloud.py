@@ -80,7 +80,7 @@ else:
         if verb == "scp":
             shutil.copy(positional[0], home / positional[1].partition(":")[2])
             continue
-        command = flags["--command"].replace("lm/scripts/setup.sh tpu", "touch installed")
+        command = flags["--command"].replace("lm/scripts/setup.sh tpu,gcs", "touch installed")
         done = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": home})
         if done.returncode:
             sys.exit(done.returncode)

@@ -51,6 +51,17 @@ def test_a_slice_has_a_process_a_host(words, hosts, chips):
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
 
 
+def test_the_workdir_lies_on_a_claim_or_in_a_bucket():
+    for words, volume in (
+        ([], {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}),
+        (["--claim", ""], {"name": "runs", "emptyDir": {}}),
+    ):
+        _, spec, _ = parts(manifest(*TPU, *words, "--service_account", "writer"))
+        pod = spec["template"]["spec"]
+        assert pod["volumes"][0] == volume
+        assert pod["serviceAccountName"] == "writer"
+
+
 def test_tpu_slices():
     workers, spec, container = parts(manifest(*TPU))
     assert workers["replicas"] == 2
@@ -73,7 +84,7 @@ def test_gpu_hosts_are_told_their_coordinator():
     assert "--coordinator" not in parts(manifest("--gpu", "a100:1"))[2]["command"][2]
 
 
-@pytest.mark.parametrize("words", [TPU, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("words", [TPU, GPU, [*TPU, "--claim", ""]], ids=["tpu", "gpu", "bucket"])
 def test_kubernetes_accepts_it(words):
     validate = pytest.importorskip("kubernetes_validate")
     jsonschema = pytest.importorskip("jsonschema")

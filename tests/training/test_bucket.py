@@ -1,0 +1,151 @@
+"""Runs in a bucket, against an emulator of Google's storage that speaks its HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import time
+
+import pytest
+from commands import arguments, evaluations, finish, losses, start
+from emulated_bucket import emulated_bucket
+
+from lm.bucket import locate, open_folder, origin, push
+from lm.cli import main
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of a bucket, for this process and those that it starts."""
+    with emulated_bucket("runs", free_port()) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def killed(bucket, experiment_file) -> str:
+    """The address of a run that was killed after its first checkpoint, and then continued."""
+    place = f"{bucket}/killed/run"
+    words = arguments(experiment_file, place, eval__best="-loss")
+    process = start(words)
+    while process.poll() is None and not checkpoints(place):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert max(checkpoints(place)) < 60
+    (output,) = finish(start(words))
+    assert "continuing from step" in output
+    assert f"run is in {place}" in output
+    return place
+
+
+def checkpoints(place: str) -> list[int]:
+    """The steps of the whole checkpoints."""
+    files = locate(place).glob("checkpoints/*/commit_success.txt")
+    return sorted(int(file.parent.name) for file in files if file.parent.name.isdigit())
+
+
+def test_a_killed_run_continues_from_the_bucket_and_changes_no_bit(killed, undisturbed):
+    assert losses(locate(killed)) == losses(undisturbed)
+    assert evaluations(locate(killed)) == evaluations(undisturbed)
+    names = {path.name for path in locate(killed).iterdir()}
+    assert {"run.json", "clock.json", "tokenizer", "checkpoints", "best"} <= names
+
+
+def test_verbs_read_from_the_bucket_and_write_there(killed, undisturbed, one_device, capsys):
+    for words in (["eval", "--average=2"], ["generate", "--prompt=1 + ", "--greedy"]):
+        printed = []
+        for place in (killed, str(undisturbed)):
+            assert main([*words, f"--workdir={place}"]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
+    assert main(["report", f"--workdir={killed}"]) == 0
+    assert f"{killed}/report/index.html" in capsys.readouterr().out
+    assert locate(f"{killed}/report/index.html").exists()
+    assert main(["merge", f"--workdir={killed}", f"--to={killed}-mean", "--average=2"]) == 0
+    assert main(["eval", f"--workdir={killed}-mean"]) == 0
+    assert main(["eval", "--best", f"--workdir={killed}"]) == 0
+
+
+def test_a_run_starts_from_one_in_the_bucket(killed, experiment_file, tmp_path, one_device, capsys):
+    changes = {"init__from": killed, "data__tokenizer": f"run:{killed}", "train__steps": 2}
+    assert main(arguments(experiment_file, tmp_path / "run", **changes)) == 0
+    first = losses(tmp_path / "run")[1]
+    assert first < losses(locate(killed))[1] - 0.5
+    words = ["train", f"--config={killed}/run.json", f"--workdir={killed}-again"]
+    assert main([*words, "--config.train.steps=2"]) == 0
+    assert losses(locate(f"{killed}-again"))[1] == losses(locate(killed))[1]
+
+
+def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(
+    bucket, experiment_file, one_device, capsys
+):
+    place = f"{bucket}/damaged/run"
+    assert main(arguments(experiment_file, place, train__stop_at=14)) == 75
+    (parts,) = locate(f"{place}/checkpoints/14/state").glob("ocdbt.process_0/d")
+    largest = max(parts.iterdir(), key=lambda file: file.stat().length)
+    largest.write_bytes(largest.read_bytes()[:100])
+    assert main(arguments(experiment_file, place, train__stop_at=16)) == 75
+    said = capsys.readouterr().err
+    assert "checkpoint 14 is damaged" in said
+    assert "continuing from step 12" in said
+    assert locate(f"{place}/damaged/14").is_dir()
+    assert checkpoints(place)[-2:] == [12, 16]
+
+
+def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed):
+    place = f"{bucket}/two/run"
+    words = arguments(experiment_file, place, train__stop_at=12)
+    launch = ["launch", "--processes", "2", "--", *words, "--cpu_devices", "2"]
+    finish(start(launch), code=75)
+    assert checkpoints(place) == [6, 12]
+    expected, found = losses(undisturbed), losses(locate(place))
+    assert found == pytest.approx({step: expected[step] for step in range(1, 13)}, rel=1e-5)
+
+
+def test_what_changed_is_sent_once(bucket, monkeypatch):
+    folder = open_folder(f"{bucket}/copy")
+    assert open_folder(f"{bucket}/copy/") == folder
+    (folder / "a").write_text("1")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "b").write_text("2")
+    push()
+    assert locate(f"{bucket}/copy/eval/b").read_text() == "2"
+    assert origin(folder / "eval") == locate(f"{bucket}/copy/eval")
+    locate(f"{bucket}/copy/a").write_text("of another process")
+    (folder / "eval" / "b").write_text("two")
+    push()
+    assert locate(f"{bucket}/copy/a").read_text() == "of another process"
+    assert locate(f"{bucket}/copy/eval/b").read_text() == "two"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3://runs/x", "a folder, or a bucket's gs://BUCKET/PATH"),
+        ("gs://no-such-bucket/x", "gs://no-such-bucket/x: FileNotFoundError"),
+    ],
+)
+def test_a_wrong_address_is_one_line(bucket, experiment_file, one_device, capsys, place, message):
+    assert main(arguments(experiment_file, place)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_gcsfs_it_is_said_what_to_install(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name)
+    )
+    assert main(["eval", "--workdir=gs://elsewhere/run"]) == 2
+    assert "pip install 'lm[gcs]'" in capsys.readouterr().err
+
+
+def test_a_sweep_wants_a_folder(capsys):
+    sweep = "experiments/sweeps/learning_rate_width.py"
+    assert main(["sweep", f"--config={sweep}", "--workdir=gs://runs/sweep"]) == 2
+    assert "a folder of this machine" in capsys.readouterr().err
