@@ -104,6 +104,11 @@ def origin(path: AnyPath) -> AnyPath:
     return path
 
 
+def is_whole(checkpoint: AnyPath) -> bool:
+    """Whether a checkpoint is finished: here its folder is renamed then, in a bucket marked."""
+    return isinstance(checkpoint, Path) or (checkpoint / "commit_success.txt").exists()
+
+
 @contextmanager
 def _refusals(address: epath.Path) -> Iterator[None]:
     """Turn what would be refused again into one line: no such bucket, no right to use it."""

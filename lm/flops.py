@@ -16,9 +16,9 @@ from __future__ import annotations
 import re
 
 import jax
-from ml_collections import ConfigDict
 
 from lm.experiment import Experiment
+from lm.models.config import global_layers
 from lm.optim.parameter_groups import flat
 from lm.parameters import is_embedding, used_share
 
@@ -113,18 +113,13 @@ def _tokens(experiment: Experiment) -> dict[str, int]:
     }
 
 
-def global_layers(model: ConfigDict) -> int:
-    """How many layers of a model with windows in some of its layers have none."""
-    return model.n_layers // model.global_every if model.global_every else 0
-
-
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     """Multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     width = m.n_heads * m.head_dim
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     window = min(m.window or target, target)
-    n_global = global_layers(m)
+    n_global = global_layers(m.n_layers, m.window, m.global_every).sum()
     local = causal - (target - window) ** 2 / 2
     return {
         "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),

@@ -126,7 +126,7 @@ def essence(config: TransformerConfig, model: str) -> Values:
         unused.add("norm_bias")
     if c.positions != "learned":
         unused |= {"position_offset", "max_length"}
-    is_global_N = c.global_layers(c.n_layers)
+    is_global_N = c.is_global(c.n_layers)
     values["global_every"] = [] if is_global_N is None else np.flatnonzero(is_global_N).tolist()
     if c.rope_theta_local == c.rope_theta and c.rope_scaling == "none":
         values["rope_theta_local"] = 0.0

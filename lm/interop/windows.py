@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lm.interop.family import Inexpressible, Values, need
-from lm.models.config import TransformerConfig
+from lm.models.config import TransformerConfig, global_layers
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def layer_types(n_layers: int, window: int, global_every: int) -> list[str]:
     """Their word for each layer."""
-    if not window:
-        return [GLOBAL] * n_layers
-    numbers = range(1, n_layers + 1)
-    return [GLOBAL if global_every and n % global_every == 0 else LOCAL for n in numbers]
+    is_global_N = global_layers(n_layers, window, global_every)
+    return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
 
 
 def types_of(config: TransformerConfig) -> list[str]:

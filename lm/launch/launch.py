@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lm.bucket import AnyPath, locate
+from lm.bucket import AnyPath, is_whole, locate
 from lm.errors import UserError
 from lm.launch.group import Outcome, run_group
 from lm.launch.supervise import Policy, supervise
@@ -90,8 +90,8 @@ def newest_checkpoint(workdir: AnyPath | None) -> int | None:
     """The step of the newest whole checkpoint, if there is one."""
     if workdir is None:
         return None
-    names = (folder.name for folder in (workdir / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    numbered = (f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())
+    return max((int(f.name) for f in numbered if is_whole(f)), default=None)
 
 
 def _workdir(words: Sequence[str]) -> AnyPath | None:

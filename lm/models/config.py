@@ -9,6 +9,12 @@ import numpy as np
 from lm.models.numerics import Numerics
 
 
+def global_layers(n_layers: int, window: int, global_every: int) -> np.ndarray:
+    """Which layers see beyond a window, [N] bool: each `global_every`-th, or all where is none."""
+    numbers = np.arange(1, n_layers + 1)
+    return numbers % (global_every or n_layers + 1) == 0 if window else numbers > 0
+
+
 @dataclass(frozen=True)
 class TransformerConfig(Numerics):
     """A stack of Transformer blocks; the meaning of each field is in `lm/schema/`."""
@@ -84,11 +90,10 @@ class TransformerConfig(Numerics):
         """What products of queries and keys are multiplied by."""
         return self.attention_scale or self.head_dim**-0.5
 
-    def global_layers(self, n_layers: int) -> np.ndarray | None:
-        """Which layers of a stack see beyond the window, [N] bool; None: all are alike."""
-        if not (self.window and self.global_every):
-            return None
-        return np.arange(1, n_layers + 1) % self.global_every == 0
+    def is_global(self, n_layers: int) -> np.ndarray | None:
+        """`global_layers` of a stack of so many; None: all are alike."""
+        mixed = self.window and self.global_every
+        return global_layers(n_layers, self.window, self.global_every) if mixed else None
 
     @property
     def query_bias(self) -> bool:

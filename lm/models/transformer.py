@@ -210,7 +210,7 @@ class Stack(nn.Module):
             seen = Visibility(False, visibility.segments_BL, source_segments_BS)
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
-        layers = OfLayer(is_global=jax.tree.map(jnp.asarray, c.global_layers(self.n_layers)))
+        layers = OfLayer(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
         if cache is None and is_pipelined():
             x_BLD = self._pipeline(x_BLD, around, layers)
         elif cache is None:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm.experiment import Experiment, build
-from lm.flops import global_layers, model_flops_per_token, tokens_per_row
+from lm.flops import model_flops_per_token, tokens_per_row
+from lm.models.config import global_layers
 from lm.planning.chips import Chip, wire
 from lm.planning.collectives import Collective, collectives
 from lm.planning.hlo import Module, parse
@@ -155,7 +156,8 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
     config, chip = experiment.config, topology.chip
     compiled = compile_step(experiment)
     # The one conditional of a step chooses between attention with and without a window.
-    taken = global_layers(config.model) / max(1, config.model.n_layers)
+    m = config.model
+    taken = global_layers(m.n_layers, m.window, m.global_every).mean()
     module = parse(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch

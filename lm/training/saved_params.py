@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.bucket import AnyPath, origin
+from lm.bucket import AnyPath, is_whole, origin
 from lm.errors import UserError
 from lm.optim.lora import merge
 from lm.optim.parameter_groups import LORA, flat, nested
@@ -90,7 +90,8 @@ def _folders(source: AnyPath) -> list[AnyPath]:
     parent, newest = (run, None) if run.is_dir() else (source.parent, source.name)
     if not source.is_dir() or (newest and not newest.isdigit()):
         return []
-    steps = (int(folder.name) for folder in parent.iterdir() if folder.name.isdigit())
+    numbered = (folder for folder in parent.iterdir() if folder.name.isdigit())
+    steps = (int(folder.name) for folder in numbered if is_whole(folder))
     kept = (step for step in steps if newest is None or step <= int(newest))
     return [parent / str(step) for step in sorted(kept, reverse=True)]
 

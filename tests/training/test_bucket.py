@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import time
 
@@ -12,6 +13,7 @@ from emulated_bucket import emulated_bucket
 
 from lm.bucket import locate, open_folder, origin, push
 from lm.cli import main
+from lm.launch.launch import newest_checkpoint
 
 
 def free_port() -> int:
@@ -96,6 +98,12 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(
     assert "continuing from step 12" in said
     assert locate(f"{place}/damaged/14").is_dir()
     assert checkpoints(place)[-2:] == [12, 16]
+    locate(f"{place}/checkpoints/16/commit_success.txt").unlink()  # as of a save that was cut
+    assert newest_checkpoint(locate(place)) == 12
+    assert main(["eval", f"--workdir={place}", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["step"] == 12
+    assert "damaged" not in captured.err
 
 
 def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed):
