@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a TPU slice, or several, from nothing: create, install, run, and delete at the end even
 # on error. Runs again from the last checkpoint after exit code 75, a crash, maintenance or
-# preemption (the slice is then created anew). --workdir must be a disk that all workers mount.
+# preemption (the slice is then created anew). --workdir is a bucket or a disk that all mount.
 #
 #   tpu/train.sh --name NAME --zone ZONE --type v5p-128 [--slices N] [--spot | --reserved]
 #                [--project P] [--version RUNTIME] [--prepare COMMAND] [--restarts N]
