@@ -5,8 +5,8 @@
 | Transformer-base from scratch (PEGASUS paper) | 15.04 / 7.39 / 14.93    |
 | PEGASUS-base, pretrained                      | 34.85 / 18.94 / 34.10   |
 
-2 + 2 layers, d 128, 8,000 pieces of the training text; a mail is cut after 127 pieces. ROUGE is
-with stemming, as in PEGASUS's evaluation. Ours: see RESULTS.md.
+3 + 3 layers, d 192, rotary positions, by Muon; 8,000 pieces of the training text, a mail is cut
+after 127. ROUGE is with stemming, as in PEGASUS's evaluation. Ours: see RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/aeslc.py --workdir runs/aeslc
     LM_DATA_DIR=DIR lm eval --workdir runs/aeslc --best --task --split test
@@ -23,10 +23,10 @@ def get_config(variant="small"):
 
     model = config.model
     model.family = "encoder_decoder"
-    model.n_layers, model.d_model, model.n_heads, model.d_ff = 2, 128, 4, 256
-    model.positions, model.activation = "sinusoidal", "relu"
+    model.n_layers, model.d_model, model.n_heads, model.d_ff = 3, 192, 6, 512
+    model.positions, model.activation = "rotary", "relu"
     model.tie_embeddings = model.scale_embeddings = True
-    model.init, model.init_std, model.scale_residual_init = "xavier", 128**-0.5, False
+    model.init, model.init_std, model.scale_residual_init = "xavier", 192**-0.5, False
     model.dropout = 0.2
     model.dtype = "bfloat16"
 
@@ -38,20 +38,21 @@ def get_config(variant="small"):
     data.columns = "source=body,target=subject"
     data.bad_rows = "skip"  # a few mails are empty
     data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 8000
-    data.sequence_length, data.target_length = 128, 32
-    data.batch_size = 16
+    data.sequence_length, data.target_length = 128, 24
+    data.batch_size = 32
 
-    config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.01
+    config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02
+    config.optimizer.weight_decay = 0.01
     config.optimizer.adamw.b2 = 0.98
     config.schedule.name, config.schedule.final_ratio = "linear", 0.02
     config.schedule.warmup_steps = 400
-    config.train.steps = 5000
+    config.train.steps = 4000
     config.train.scan_unroll, config.train.loss_chunk = 0, 16
     config.train.steps_per_dispatch = 5
-    config.eval.every_steps, config.eval.best = 1000, "-loss"
+    config.eval.every_steps, config.eval.best = 500, "accuracy"
     config.eval.metrics = "rouge_stemmed"
     config.checkpoint.every_steps = 500
     config.log.tensorboard = False
     config.decode.beam_size, config.decode.length_penalty = 4, 0.6
-    config.decode.max_length = 32
+    config.decode.max_length = 24
     return config
