@@ -11,7 +11,7 @@ import pytest
 from commands import arguments, evaluations, finish, losses, start
 from emulated_bucket import emulated_bucket
 
-from lm.bucket import locate, open_folder, origin, push
+from lm.bucket import copies, locate, open_folder, origin, push
 from lm.cli import main
 from lm.launch.launch import newest_checkpoint
 
@@ -116,7 +116,7 @@ def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed
     assert found == pytest.approx({step: expected[step] for step in range(1, 13)}, rel=1e-5)
 
 
-def test_what_changed_is_sent_once(bucket, monkeypatch):
+def test_what_changed_is_sent_once(bucket):
     folder = open_folder(f"{bucket}/copy")
     assert open_folder(f"{bucket}/copy/") == folder
     (folder / "a").write_text("1")
@@ -130,6 +130,10 @@ def test_what_changed_is_sent_once(bucket, monkeypatch):
     push()
     assert locate(f"{bucket}/copy/a").read_text() == "of another process"
     assert locate(f"{bucket}/copy/eval/b").read_text() == "two"
+    with copies():
+        (folder / "c").write_text("3")
+    assert not folder.exists()
+    assert locate(f"{bucket}/copy/c").read_text() == "3"
 
 
 @pytest.mark.parametrize(
