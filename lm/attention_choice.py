@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from lm.config.rules import TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import n_tiles
 from lm.kernels.splash_attention import LANES
 from lm.objectives.registry import make_objective
-from lm.rules import TRANSFORMERS, tiled_attention_problem
 
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
@@ -21,7 +21,7 @@ CUDNN_WIDEST_HEAD = 128
 
 
 @dataclass(frozen=True)
-class Choice:
+class AttentionChoice:
     """A kernel, how it sees keys of other parts of the sequence, and why these.
 
     `across` is "ring" or "gather", and empty where sequences are whole.
@@ -32,7 +32,7 @@ class Choice:
     why: str
 
 
-def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Choice:
+def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> AttentionChoice:
     """The choice for a resolved configuration on devices of a platform, "cpu", "tpu" or "gpu".
 
     `sizes` are those of the mesh. "auto" takes the platform's kernel if that can run, else "xla",
@@ -48,7 +48,7 @@ def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Choic
         for way in ways:
             problem = next(_problems(kernel, way, config, platform, sizes), "")
             if not problem:
-                return Choice(kernel, way, _why(named, kernel, platform, problems))
+                return AttentionChoice(kernel, way, _why(named, kernel, platform, problems))
             problems.append(f"{kernel} cannot be used with {problem}")
     raise UserError(f"config.model.attention={problems[-1]}: use auto, or change that")
 

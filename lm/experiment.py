@@ -17,23 +17,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.attention_choice import Choice, check_lengths, choose
+from lm.attention_choice import AttentionChoice, check_lengths, choose
 from lm.config import validate
 from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
-from lm.data.tokenizers import Tokenizer
+from lm.data.tokenizers.choice import Tokenizer
 from lm.errors import UserError
-from lm.models.registry import make_model
+from lm.models.families import make_model
 from lm.objectives.registry import OF_RECORDS, label_names, make_objective
 from lm.optim.optimizers import make_optimizer
-from lm.optim.parameter_groups import Trainable
+from lm.optim.parameter_groups import TrainableMask
 from lm.optim.schedules import make_schedule
-from lm.parallel import rules
-from lm.parallel.fit import check_batches, pipeline_schedule
+from lm.parallel import sharding as rules
+from lm.parallel.divisibility import check_batches, pipeline_schedule
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.parallel.pipeline import Schedule, pipelined
 from lm.parallel.xla_flags import compiler_options
-from lm.steps import Carry, Steps, TrainState
+from lm.train_step import Carry, Steps, TrainState
 
 Tree = Any
 
@@ -49,7 +49,7 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     model, data = config.model, config.data
     if not model.vocab_size:
         tokenizer = open_tokenizer(data, reads_records(config))
-        model.vocab_size = tokenizer.vocab_size + make_objective(config, tokenizer).n_extra
+        model.vocab_size = tokenizer.vocab_size + make_objective(config, tokenizer).n_extra_ids
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
     model.d_ff = model.d_ff or 4 * model.d_model
@@ -75,7 +75,7 @@ class Experiment:
     pipeline: Schedule
     model: nn.Module
     steps: Steps
-    attention: Choice
+    attention: AttentionChoice
 
     # --- shapes and shardings
 
@@ -131,7 +131,7 @@ class Experiment:
             for start in range(len(path)):
                 if path[start:] in by_path:
                     shape, sharding = by_path[path[start:]]
-                    return rules.statistic_sharding(sharding, shape, leaf.shape)
+                    return rules.optimizer_state_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
@@ -242,18 +242,18 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
 
     A mesh that does not fit fails here, not in mid-run.
     """
-    experiment = wire(config, devices)
+    experiment = build_untraced(config, devices)
     experiment.state_sharding  # noqa: B018
     return experiment
 
 
-def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """`build` without tracing anything: what counts parameters needs no optimizer state."""
     config = resolve(config, devices[0].platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    pipeline, attention = divide(config, devices[0].platform, sizes)
+    pipeline, attention = resolve_parallelism(config, devices[0].platform, sizes)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
-    trainable = Trainable(config.optimizer.freeze, config.lora.train)
+    trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
@@ -269,7 +269,9 @@ def wire(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     return Experiment(config, mesh, pipeline, steps.model, steps, attention)
 
 
-def divide(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> tuple[Schedule, Choice]:
+def resolve_parallelism(
+    config: ConfigDict, platform: str, sizes: Mapping[str, int]
+) -> tuple[Schedule, AttentionChoice]:
     """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
 
     UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.

@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.accounting.flops import model_flops_per_token
 from lm.config import default
 from lm.decoding.controls import Controls
-from lm.decoding.generate import generate
 from lm.decoding.sampling import Sampling
+from lm.decoding.sampling_loop import generate
 from lm.experiment import Experiment, build
-from lm.flops import model_flops_per_token
 
 SIZES = {  # layers, d_model, heads, vocabulary, length, batch
     "10m": (6, 384, 6, 320, 256, 8),
@@ -167,7 +167,7 @@ def shown(row: dict) -> str:
 
 def bench_loop(steps: int = 60) -> dict:
     """Data wait and checkpoint pause of a real run, at the 10M size in float32."""
-    from lm.training.train import train
+    from lm.training.trainer import train
 
     config = bench_config("10m", "float32")
     config.train.steps = steps

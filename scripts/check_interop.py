@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from lm.data.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.decoding.controls import Controls
-from lm.decoding.generate import generate
 from lm.decoding.sampling import Sampling
+from lm.decoding.sampling_loop import generate
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import read_tokenizer
 

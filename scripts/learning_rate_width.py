@@ -9,8 +9,8 @@ The workdir holds the two sweeps of experiments/sweeps/learning_rate_width.py, a
 import argparse
 from pathlib import Path
 
-from lm.reports.plotting import save_png, shades, subplots, value_axis
-from lm.reports.runs import VALIDATION_LOSS, find_runs
+from lm.tools.reports.plotting import save_png, shades, subplots, value_axis
+from lm.tools.reports.run_records import VALIDATION_LOSS, find_runs
 
 NAMES = {"standard": "standard parametrisation", "mup": "muP, base width 64"}
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from lm.config import load, set_value
-from lm.planning.plan import make_plan
-from lm.planning.topologies import topology
+from lm.tools.planning.plan import make_plan
+from lm.tools.planning.topologies import topology
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "results" / "plans"

@@ -26,18 +26,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from lm.accounting.flops import tokens_per_row
+from lm.accounting.parameter_counts import count_parameters
 from lm.config import default, flatten, load
+from lm.config.experiment_file import variants_in
 from lm.errors import UserError
-from lm.experiment import Experiment, build, divide
-from lm.experiment_file import variants_in
-from lm.flops import tokens_per_row
+from lm.experiment import Experiment, build, resolve_parallelism
+from lm.hardware import CHIPS
 from lm.parallel.mesh import axis_sizes
-from lm.parameters import count_parameters
-from lm.planning.chips import CHIPS
-from lm.planning.estimate import Arithmetic, Settings
-from lm.planning.plan import make_plan
-from lm.planning.search import overridden
-from lm.planning.topologies import topology
+from lm.tools.planning.cost_model import CostModel, Settings
+from lm.tools.planning.mesh_search import overridden
+from lm.tools.planning.plan import make_plan
+from lm.tools.planning.topologies import topology
 
 Plan = dict[str, Any]
 Kept = dict[tuple[str, str], Plan]  # by digest of the configuration and place
@@ -138,9 +138,9 @@ def config_of(name: str) -> ConfigDict:
 
 
 @cache
-def arithmetic(name: str) -> Arithmetic:
+def arithmetic(name: str) -> CostModel:
     simple = {"parallel.preset": "data", "model.dtype": "bfloat16", "model.attention": "xla"}
-    return Arithmetic(build(overridden(config_of(name), simple), jax.devices()[:1]), CHIPS["v5e"])
+    return CostModel(build(overridden(config_of(name), simple), jax.devices()[:1]), CHIPS["v5e"])
 
 
 def parameters(name: str) -> int:
@@ -160,7 +160,7 @@ def places(name: str) -> Iterator[Place]:
         place = topology(described)
         sizes = axis_sizes(preset, {}, len(place.devices))
         try:
-            schedule, _ = divide(config, "tpu", sizes)
+            schedule, _ = resolve_parallelism(config, "tpu", sizes)
             estimate = figures.estimate(sizes, schedule, settings)
         except UserError:  # the batch or a parameter does not divide
             continue

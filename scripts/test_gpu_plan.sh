@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test,cuda12
-exec .venv/bin/python -m pytest tests/planning/test_gpu.py "$@"
+exec .venv/bin/python -m pytest tests/tools/planning/test_gpu.py "$@"

@@ -10,8 +10,8 @@ import pytest
 
 from lm import config as configs
 from lm.cli import main
+from lm.config.experiment_file import variants_in
 from lm.experiment import build
-from lm.experiment_file import variants_in
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.corpora import has_validation, open_corpus, sources
-from lm.data.folders import cache_directory
-from lm.data.pieces import Corpus
-from lm.data.record_store import RecordStore, build_record_store
-from lm.data.records import Records, read_records, text_corpus
+from lm.data.records.record_sources import Records, read_records, text_corpus
+from lm.data.records.record_store import RecordStore, build_record_store
 from lm.data.store import TokenStore, build_store
-from lm.data.tokenizers import FITTED, Tokenizer, choose_tokenizer
+from lm.data.text.corpus import Corpus
+from lm.data.text.sources import has_validation, open_corpus, sources
+from lm.data.tokenizers.choice import FITTED, Tokenizer, choose_tokenizer
 from lm.errors import UserError
+from lm.storage import cache_directory
 
 Store = TokenStore | RecordStore
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lm.data.folders import Damaged, open_or_build, write_durably
-from lm.data.pieces import Corpus
+from lm.data.text.corpus import Corpus
 from lm.data.tokenization import tokenize
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.storage import Damaged, open_or_build, write_durably
 
 _FORMAT = 3
 
@@ -95,7 +95,7 @@ def _write(
     )
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "offsets.bin", "wb") as offsets:
         with bar:
-            for block in tokenize(corpus.pieces(), tokenizer, dtype, workers):
+            for block in tokenize(corpus.chunks(), tokenizer, dtype, workers):
                 tokens.write(block.tokens.tobytes())
                 offsets.write((block.starts + n_tokens).tobytes())
                 n_tokens += len(block.tokens)

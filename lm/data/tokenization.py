@@ -13,12 +13,12 @@ from itertools import chain, islice
 
 import numpy as np
 
-from lm.data.pieces import PIECE, Piece
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.text.corpus import CHUNK, Chunk
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
 # Starting worker processes costs more than tokenising this much text.
-_SMALL = 4 * PIECE
+_SMALL = 4 * CHUNK
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Block:
 
 
 def tokenize(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, workers: int
+    pieces: Iterable[Chunk], tokenizer: Tokenizer, dtype: np.dtype, workers: int
 ) -> Iterator[Block]:
     """Yields the blocks of all pieces in order; together they do not depend on `workers`.
 
@@ -55,21 +55,21 @@ def tokenize(
         yield from _in_processes(groups, tokenizer, dtype, workers)
 
 
-def _group(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _group(pieces: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     """Groups pieces to about 2**20 characters, enough to be worth sending to a worker."""
-    group: list[Piece] = []
+    group: list[Chunk] = []
     size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece.text)
-        if size >= PIECE:
+        if size >= CHUNK:
             yield group
             group, size = [], 0
     if group:
         yield group
 
 
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Piece]) -> Block:
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> Block:
     parts: list[np.ndarray] = []
     starts: list[int] = []
     n = n_bytes = n_characters = n_words = 0
@@ -87,7 +87,7 @@ def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Piece]) -> Block:
     return Block(np.concatenate(parts), borders, n_bytes, n_characters, n_words)
 
 
-def _with_borders(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
+def _with_borders(tokenizer: Tokenizer, piece: Chunk) -> np.ndarray:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     tokens = tokenizer.encode(piece.text)
     before = [bos] if piece.first and bos is not None else []
@@ -107,12 +107,12 @@ def _start_worker(tokenizer: Tokenizer, dtype: np.dtype) -> None:
     _worker_state = tokenizer, dtype
 
 
-def _encode_in_worker(group: list[Piece]) -> Block:
+def _encode_in_worker(group: list[Chunk]) -> Block:
     return _encode(*_worker_state, group)
 
 
 def _in_processes(
-    groups: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, workers: int
+    groups: Iterator[list[Chunk]], tokenizer: Tokenizer, dtype: np.dtype, workers: int
 ) -> Iterator[Block]:
     # Spawned, not forked: JAX has threads, and a forked child may inherit a lock that one holds.
     pool = ProcessPoolExecutor(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.data.files import read_lines
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
 

@@ -17,16 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.beam import Cache, Search, beam_search
-from lm.decoding.controls import NOTHING, Controls
-from lm.decoding.generate import generate
-from lm.decoding.prompts import Tokens, check_prompts, context_of, few_widths, pad, reads_source
+from lm.decoding.controls import UNSET, Controls
+from lm.decoding.prompts import (
+    Tokens,
+    check_prompts,
+    context_of,
+    few_widths,
+    is_encoder_decoder,
+    pad,
+)
 from lm.decoding.sampling import Sampling
+from lm.decoding.sampling_loop import generate
 from lm.experiment import Experiment
 from lm.objectives.special_tokens import special_tokens
-from lm.parallel.rules import BATCH_AXES
-from lm.steps import Params
+from lm.parallel.sharding import BATCH_AXES
+from lm.train_step import Params
 
 Progress = Callable[[int], Any]
 _BATCHES_SORTED = 16  # together by length: more save padding, fewer are lost in a crash
@@ -71,7 +78,7 @@ def decode_records(
     """
     model, batch_size = experiment.model, experiment.config.decode.batch_size
     context = context_of(model)
-    if not reads_source(model):
+    if not is_encoder_decoder(model):
         check_prompts(inputs, context)
     search = replace(search, max_length=min(search.max_length, context or search.max_length))
     bos, n_rows = special_tokens(tokenizer).bos, min(batch_size, len(inputs))
@@ -112,8 +119,8 @@ def sample_records(
             is_prefix=config.objective.name == "prefix",
             numbers=numbers,
         )
-        rows = np.stack([np.full(len(numbers), NOTHING), *steps], axis=1)
-        return [[Output(row[row != NOTHING].tolist(), None)] for row in rows]
+        rows = np.stack([np.full(len(numbers), UNSET), *steps], axis=1)
+        return [[Output(row[row != UNSET].tolist(), None)] for row in rows]
 
     return _in_order(prompts, config.decode.batch_size, sample, start, progress)
 
@@ -154,7 +161,7 @@ def _search_batch(
     n_rows = -(-n_rows // shards) * shards
     filled = [*inputs, *[inputs[-1]] * (n_rows - len(inputs))]
     width = few_widths(max(map(len, filled)))
-    if reads_source(model):
+    if is_encoder_decoder(model):
         arrays = pad(filled, min(width, context_of(model) or width), left=False)
     else:
         arrays = pad(filled, width, left=True)
@@ -201,7 +208,7 @@ def _search(
     B, L = tokens_BL.shape
     lengths_B = segments_BL.sum(-1)
     room = context_of(model) or search.max_length + L
-    if reads_source(model):
+    if is_encoder_decoder(model):
         cache = call(tokens_BL, segments_BL, search.max_length, method="start")
         first_B1 = jnp.full((B, 1), bos)
         logits_BLV, cache = decode(first_B1, jnp.zeros_like(first_B1), cache)

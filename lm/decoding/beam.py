@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.decoding.controls import NEVER, NOTHING, Controls
+from lm.decoding.controls import NEG_INF, UNSET, Controls
 
 Cache = Any  # of the model: its `take(rows)` gives the cache of those rows
 # (tokens [R, 1], positions [R, 1], cache) → (logits [R, 1, V], cache)
@@ -80,8 +80,8 @@ def beam_search(
     limits_B = jnp.minimum(limits_B, search.max_length)
     cache = cache.take(jnp.repeat(jnp.arange(B), K))
     empty = _Hypotheses(
-        jnp.full((B, K, search.max_length), NOTHING, jnp.int32),
-        jnp.full((B, K), NEVER, jnp.float32),
+        jnp.full((B, K, search.max_length), UNSET, jnp.int32),
+        jnp.full((B, K), NEG_INF, jnp.float32),
         jnp.zeros((B, K), jnp.int32),
     )
     one = empty.replace(scores_BK=empty.scores_BK.at[:, 0].set(0))  # type: ignore[attr-defined]
@@ -125,9 +125,9 @@ def _advance(state: _State, logits_RV: jax.Array, limits_B: jax.Array, search: S
     if controls.end_id is not None:
         ends_BK |= tokens_BK == controls.end_id
     running = _Hypotheses(
-        tokens_BKT, jnp.where(ends_BK, NEVER, scores_BK), jnp.full((B, K), length)
+        tokens_BKT, jnp.where(ends_BK, NEG_INF, scores_BK), jnp.full((B, K), length)
     )
-    ended_BK = jnp.where(ends_BK, scores_BK / search.norm(length), NEVER)
+    ended_BK = jnp.where(ends_BK, scores_BK / search.norm(length), NEG_INF)
     ended = running.replace(scores_BK=ended_BK)  # type: ignore[attr-defined]
     rows = (jnp.arange(B)[:, None] * K + parents_BK).reshape(-1)
     return _State(length, running, _best(state.finished, ended), rows)
@@ -141,7 +141,7 @@ def _best(old: _Hypotheses, new: _Hypotheses) -> _Hypotheses:
     return _Hypotheses(
         jnp.take_along_axis(both.tokens_BKT, best_BK[:, :, None], axis=1),
         scores_BK,
-        jnp.where(scores_BK == NEVER, 0, lengths_BK),
+        jnp.where(scores_BK == NEG_INF, 0, lengths_BK),
     )
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NEVER = -jnp.inf
-NOTHING = -1  # in a buffer of new tokens, where none is written yet
+NEG_INF = -jnp.inf
+UNSET = -1  # in a buffer of new tokens, where none is written yet
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Controls:
         """The scores with -inf for tokens that may not follow the `n` that are written."""
         if self.banned:
             forbidden_BV = ends_of_banned(written_BT, n, self.banned, scores_BV.shape[-1])
-            scores_BV = jnp.where(forbidden_BV, NEVER, scores_BV)
+            scores_BV = jnp.where(forbidden_BV, NEG_INF, scores_BV)
         if self.min_length and self.end_id is not None:
-            end_B = jnp.where(n < self.min_length, NEVER, scores_BV[:, self.end_id])
+            end_B = jnp.where(n < self.min_length, NEG_INF, scores_BV[:, self.end_id])
             scores_BV = scores_BV.at[:, self.end_id].set(end_B)
         return scores_BV
 
@@ -52,7 +52,7 @@ def penalise_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float
     """
     rows_B1 = jnp.arange(len(logits_BV))[:, None]
     # Out of bounds, so dropped; a negative index would count from the end.
-    tokens_BT = jnp.where(written_BT == NOTHING, logits_BV.shape[-1], written_BT)
+    tokens_BT = jnp.where(written_BT == UNSET, logits_BV.shape[-1], written_BT)
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BT].set(True, mode="drop")
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalised_BV, logits_BV)
@@ -63,12 +63,12 @@ def ends_of_banned(
 ) -> jax.Array:
     """The tokens [B, V] that would complete a banned sequence begun by the last written ones."""
     longest = max(map(len, banned)) - 1
-    prefixes_WP = np.full((len(banned), longest), NOTHING, np.int32)
+    prefixes_WP = np.full((len(banned), longest), UNSET, np.int32)
     for row, sequence in zip(prefixes_WP, banned, strict=True):
         row[longest - len(sequence) + 1 :] = sequence[:-1]
-    before_BT = jnp.pad(written_BT, ((0, 0), (longest, 0)), constant_values=NOTHING)
+    before_BT = jnp.pad(written_BT, ((0, 0), (longest, 0)), constant_values=UNSET)
     last_BP = jax.lax.dynamic_slice_in_dim(before_BT, n, longest, axis=1)
-    same_BWP = (last_BP[:, None] == prefixes_WP) | (prefixes_WP == NOTHING)
+    same_BWP = (last_BP[:, None] == prefixes_WP) | (prefixes_WP == UNSET)
     last_W = np.array([sequence[-1] for sequence in banned])
     forbidden_BV = jnp.zeros((len(written_BT), vocab_size), bool)
     return forbidden_BV.at[:, last_W].max(same_BWP.all(-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.beam import Search
 from lm.decoding.controls import Controls
 from lm.errors import UserError

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm.data.files import read_lines
-from lm.data.record_files import Row, read_jsonl
+from lm.data.records.record_files import Row, read_jsonl
 from lm.errors import UserError
 from lm.parallel.hosts import is_lead
 

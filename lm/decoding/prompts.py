@@ -13,7 +13,7 @@ Tokens = Sequence[int] | np.ndarray
 _SHORTEST = 16
 
 
-def reads_source(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model encodes a source, rather than continuing a prompt."""
     return hasattr(model, "start")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm.decoding.controls import NEVER
+from lm.decoding.controls import NEG_INF
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ def choose_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, NEVER, logits_BV)
+        logits_BV = jnp.where(logits_BV < kth_B1, NEG_INF, logits_BV)
     if sampling.top_p < 1:
         descending_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
         # The likeliest token stays, however small p is.
         kept_BV = jnp.where(before_BV < max(sampling.top_p, 1e-9), descending_BV, jnp.inf)
-        logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), NEVER, logits_BV)
+        logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), NEG_INF, logits_BV)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

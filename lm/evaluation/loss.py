@@ -12,7 +12,7 @@ from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
 from lm.experiment import Experiment
-from lm.steps import Params
+from lm.train_step import Params
 
 # What these predict are no tokens.
 NO_PERPLEXITY = ("classification", "span_qa", "skip_gram")

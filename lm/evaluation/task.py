@@ -14,18 +14,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import prefetch
-from lm.data.record_store import Record, RecordStore
-from lm.data.tokenizers import Tokenizer
+from lm.data.records.record_store import Record, RecordStore
+from lm.data.tokenizers.choice import Tokenizer
 from lm.decoding.batch import transduce
+from lm.decoding.generation import text_after
 from lm.decoding.options import search_of
-from lm.decoding.text import text_after
 from lm.errors import UserError
-from lm.evaluation.metrics.registry import check_metrics, measure
+from lm.evaluation.metrics.scorers import check_metrics, measure
 from lm.evaluation.span_answers import span_answers
 from lm.experiment import Experiment
+from lm.objectives.columns import require_columns
 from lm.objectives.registry import make_objective
-from lm.objectives.roles import check_roles
-from lm.steps import Params
+from lm.train_step import Params
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _transduce(
 ) -> Answers:
     objective: Any = make_objective(experiment.config, tokenizer)
     for store in stores:
-        check_roles(store, "source", "target")
+        require_columns(store, "source", "target")
     sources = [objective.source(record) for record in records]
     search = search_of(experiment.config, tokenizer)
     outputs = transduce(experiment, params, tokenizer, sources, search)

@@ -9,16 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
-from lm.data.words import WordTokenizer
 from lm.errors import UserError
-from lm.evaluation.word_vectors import (
-    analogies,
-    read_analogies,
-    read_similarities,
-    word_similarity,
-)
+from lm.evaluation.word_scores import analogies, read_analogies, read_similarities, word_similarity
 
 
 def run_vectors(params: Any, tokenizer: Tokenizer) -> WordVectors:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lm.interop.family import Family, Head, Values, choose, demand, word_for
-from lm.interop.mapping import Row, linear, norm, output, same
-from lm.models.config import TransformerConfig
+from lm.interop.family import Family, Head, Values, choose, require_equal, word_for
+from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
+from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
     "gelu": "gelu_erf",
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 _LAYERS = "stack/layers"
 
 
-def _base(name: str) -> list[Row]:
+def _base(name: str) -> list[TensorMapping]:
     embeddings, layer = f"{name}.embeddings", f"{name}.encoder.layer.{{}}"
     return [
         same(f"{embeddings}.word_embeddings.weight", "tokens/embedding"),
@@ -59,7 +59,9 @@ _FIXED = {
 
 
 def _read(theirs: Values) -> Values:
-    demand(theirs, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    require_equal(
+        theirs, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False
+    )
     return {
         "norm_eps": theirs.get("layer_norm_eps", 1e-12),
         "tie_embeddings": theirs.get("tie_word_embeddings", True),

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from lm.errors import UserError
-from lm.interop.mapping import Row
-from lm.models.config import TransformerConfig
-from lm.models.numerics import Numerics
+from lm.interop.tensor_mapping import TensorMapping
+from lm.models.init_config import InitConfig
+from lm.models.transformer_config import TransformerConfig
 
 Values = dict[str, Any]
 
@@ -22,7 +22,7 @@ TRAINING = (
     "final_dropout",
     "attention_dropout",
     "activation_dropout",
-    *(f.name for f in fields(Numerics)),
+    *(f.name for f in fields(InitConfig)),
     "scale_residual_init",
     "expert_capacity",
     "balance_loss",
@@ -31,7 +31,7 @@ TRAINING = (
 )
 
 
-class Inexpressible(UserError):
+class UnsupportedConfig(UserError):
     """What one side has and the other cannot say."""
 
 
@@ -43,7 +43,7 @@ class Head:
     """
 
     modules: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TensorMapping, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Family:
     model: str
     classes: Mapping[frozenset[str], str]
     prefix: str
-    base: Callable[[TransformerConfig], Sequence[Row]]
+    base: Callable[[TransformerConfig], Sequence[TensorMapping]]
     keys: Mapping[str, str]
     fixed: Mapping[str, Any]
     read: Callable[[Values], Values]
@@ -78,7 +78,7 @@ class Family:
 
     def config(self, theirs: Values) -> TransformerConfig:
         """Our configuration of theirs; UserError for what it cannot say."""
-        found = {ours: need(theirs, name) for name, ours in self.keys.items()}
+        found = {ours: require(theirs, name) for name, ours in self.keys.items()}
         found = dict(self.fixed) | found | self.read(theirs)
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
@@ -92,22 +92,22 @@ class Family:
         """What of a configuration does not come back from theirs, as "key=value"."""
         try:
             back = self.config(self.theirs(config))
-        except Inexpressible as error:
+        except UnsupportedConfig as error:
             return [str(error)]
-        ours, again = essence(config, self.model), essence(back, self.model)
+        ours, again = comparable_config(config, self.model), comparable_config(back, self.model)
         return [
             f"model.{name}={getattr(config, name, value)}"
             for name, value in ours.items()
             if name not in self.in_file and again.get(name) != value
         ]
 
-    def rows(self, config: TransformerConfig, paths: Collection[str]) -> list[Row]:
+    def rows(self, config: TransformerConfig, paths: Collection[str]) -> list[TensorMapping]:
         """The lines of the table that a model with these parameters has: all of them are there."""
         of_heads = (row for head in self.heads.values() for row in head.rows)
         rows = [row for row in [*self.base(config), *of_heads] if row.paths[0] in paths]
         left = sorted({*paths} - {path for row in rows for path in row.paths})
         if left:
-            raise Inexpressible(f"{self.model_type} has no tensor for the parameter {left[0]}")
+            raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {left[0]}")
         return rows
 
     def theirs(self, config: TransformerConfig) -> Values:
@@ -116,7 +116,7 @@ class Family:
         return {"model_type": self.model_type} | values | self.write(config)
 
 
-def essence(config: TransformerConfig, model: str) -> Values:
+def comparable_config(config: TransformerConfig, model: str) -> Values:
     """The values that determine what a model computes, and nothing that has no effect."""
     c = config
     values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
@@ -154,26 +154,26 @@ def essence(config: TransformerConfig, model: str) -> Values:
 # --- reading their configuration
 
 
-def need(theirs: Values, name: str) -> Any:
+def require(theirs: Values, name: str) -> Any:
     """A value that config.json must have."""
     if theirs.get(name) is None:
         raise UserError(f"config.json has no {name}")
     return theirs[name]
 
 
-def demand(theirs: Values, **expected: Any) -> None:
+def require_equal(theirs: Values, **expected: Any) -> None:
     """Refuse settings that our models don't have; absent ones and null are their defaults."""
     for name, value in expected.items():
         found = theirs.get(name)
         if found is not None and found != value:
-            raise Inexpressible(f"config.json: {name}={found} is not supported, only {value}")
+            raise UnsupportedConfig(f"config.json: {name}={found} is not supported, only {value}")
 
 
 def choose(theirs: Values, name: str, table: Mapping[str, str], default: str) -> str:
     """Our word for their value of a key."""
     found = theirs.get(name) or default
     if found not in table:
-        raise Inexpressible(
+        raise UnsupportedConfig(
             f"config.json: {name}={found} is not supported, only {', '.join(table)}"
         )
     return table[found]
@@ -184,4 +184,4 @@ def word_for(value: str, table: Mapping[str, str], key: str) -> str:
     for theirs, ours in table.items():
         if ours == value:
             return theirs
-    raise Inexpressible(f"model.{key}={value}")
+    raise UnsupportedConfig(f"model.{key}={value}")

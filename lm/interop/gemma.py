@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.interop.family import Inexpressible, Values, choose, demand
+from lm.interop.family import UnsupportedConfig, Values, choose, require_equal
+from lm.interop.layer_windows import GLOBAL, LOCAL, layer_types, read_windows, types_of
 from lm.interop.llama import common, decoder, read_rope, write_common, write_rope
-from lm.interop.windows import GLOBAL, LOCAL, layer_types, read_windows, types_of
-from lm.models.config import TransformerConfig
+from lm.models.transformer_config import TransformerConfig
 
 _ALWAYS: dict[str, Any] = {
     "activation": "geglu",
@@ -31,7 +31,7 @@ _TANH = "gelu_pytorch_tanh"
 def _read(theirs: Values, key: str, *, exact: bool = False) -> Values:
     # Gemma 1 was released as "gelu" and has always meant the other one.
     choose(theirs, key, {_TANH: "geglu"} | ({} if exact else {"gelu": "geglu"}), _TANH)
-    demand(theirs, use_bidirectional_attention=False)
+    require_equal(theirs, use_bidirectional_attention=False)
     biased = bool(theirs.get("attention_bias"))
     tied = theirs.get("tie_word_embeddings")
     return common(theirs) | {
@@ -71,9 +71,9 @@ def _read_later(theirs: Values, scores: float | None, logits: float | None, ever
 def _write_later(config: TransformerConfig) -> Values:
     scalar = config.score_scale**-2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
-        raise Inexpressible(f"model.attention_scale={config.attention_scale}")
+        raise UnsupportedConfig(f"model.attention_scale={config.attention_scale}")
     if config.d_model % config.n_heads:  # their configuration refuses it
-        raise Inexpressible(f"model.n_heads={config.n_heads}")
+        raise UnsupportedConfig(f"model.n_heads={config.n_heads}")
     return _write(config) | {
         "layer_types": types_of(config),
         "sliding_window": config.window or None,
@@ -93,7 +93,7 @@ def _write_gemma2(config: TransformerConfig) -> Values:
 
 def _read_gemma3(theirs: Values) -> Values:
     # Their fused attention, which Gemma 2's models never use, leaves it out without a word.
-    demand(theirs, attn_logit_softcapping=None)
+    require_equal(theirs, attn_logit_softcapping=None)
     found = _read_later(theirs, None, None, theirs.get("sliding_window_pattern") or 6)
     by_type = theirs.get("rope_parameters") or {}
     old = {"rope_theta": theirs.get("rope_theta")} | (theirs.get("rope_scaling") or {})
@@ -105,7 +105,7 @@ def _read_gemma3(theirs: Values) -> Values:
     if near == far:
         return found | far
     if near["rope_scaling"] != "none":
-        raise Inexpressible("config.json: scaled rotary wavelengths of local layers")
+        raise UnsupportedConfig("config.json: scaled rotary wavelengths of local layers")
     return found | far | {"rope_theta_local": near["rope_theta"]}
 
 

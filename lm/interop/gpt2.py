@@ -3,9 +3,9 @@ keys and values are one."""
 
 from __future__ import annotations
 
-from lm.interop.family import Family, Values, choose, demand, word_for
-from lm.interop.mapping import Row, norm, output, same
-from lm.models.config import TransformerConfig
+from lm.interop.family import Family, Values, choose, require_equal, word_for
+from lm.interop.tensor_mapping import TensorMapping, norm, output, same
+from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -23,7 +23,7 @@ def _paths(leaf: str) -> tuple[str, ...]:
 
 
 def _read(theirs: Values) -> Values:
-    demand(theirs, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    require_equal(theirs, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
         "d_ff": theirs.get("n_inner") or 4 * theirs["n_embd"],
         "activation": choose(theirs, "activation_function", ACTIVATIONS, "gelu_new"),
@@ -57,9 +57,11 @@ GPT2 = Family(
         same("transformer.wte.weight", "tokens/embedding"),
         same("transformer.wpe.weight", "positions/embedding"),
         *norm("transformer.h.{}.ln_1", "stack/layers/attention_norm"),
-        Row("transformer.h.{}.attn.c_attn.weight", _paths("kernel"), "D (P H K)", "D H K"),
-        Row("transformer.h.{}.attn.c_attn.bias", _paths("bias"), "(P H K)", "H K"),
-        Row(
+        TensorMapping(
+            "transformer.h.{}.attn.c_attn.weight", _paths("kernel"), "D (P H K)", "D H K"
+        ),
+        TensorMapping("transformer.h.{}.attn.c_attn.bias", _paths("bias"), "(P H K)", "H K"),
+        TensorMapping(
             "transformer.h.{}.attn.c_proj.weight", (f"{_ATTENTION}/out/kernel",), "(H K) D", "H K D"
         ),
         same("transformer.h.{}.attn.c_proj.bias", f"{_ATTENTION}/out/bias"),

@@ -21,15 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm.errors import UserError
-from lm.interop import mapping
-from lm.interop.checkpoint import Params, open_checkpoint
-from lm.interop.families import FAMILIES
+from lm.interop import tensor_mapping as mapping
 from lm.interop.family import Family
-from lm.interop.mapping import Row
-from lm.interop.parameters import Parameter, parameters
+from lm.interop.model_folder import Params, open_checkpoint
+from lm.interop.model_parameters import Parameter, parameters
+from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import Made, write_folder
-from lm.models.config import TransformerConfig
-from lm.models.registry import FAMILIES as MODELS
+from lm.interop.tensor_mapping import TensorMapping
+from lm.models.families import FAMILIES as MODELS
+from lm.models.transformer_config import TransformerConfig
 from lm.optim.parameter_groups import flat
 
 
@@ -87,7 +87,9 @@ def save(
     return name
 
 
-def _written(row: Row, number: int, shape: mapping.Shape, leaves: Mapping[str, Any]) -> np.ndarray:
+def _written(
+    row: TensorMapping, number: int, shape: mapping.Shape, leaves: Mapping[str, Any]
+) -> np.ndarray:
     return mapping.write(row, number, shape, [leaves[path] for path in row.paths])
 
 

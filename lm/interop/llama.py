@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lm.interop.family import Family, Inexpressible, Values, choose, demand, need
-from lm.interop.mapping import Row, linear, norm, output, same
-from lm.interop.windows import GLOBAL, LOCAL, read_windows, types_of
-from lm.models.config import TransformerConfig
+from lm.interop.family import Family, UnsupportedConfig, Values, choose, require, require_equal
+from lm.interop.layer_windows import GLOBAL, LOCAL, read_windows, types_of
+from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
+from lm.models.transformer_config import TransformerConfig
 
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 _MLP, _EXPERTS = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe"
@@ -46,14 +46,14 @@ def read_rope(theirs: Values, theta: float = 10_000.0) -> Values:
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _SCALINGS:
-        raise Inexpressible(
+        raise UnsupportedConfig(
             f"config.json: rope_type={kind} is not supported, only {', '.join(_SCALINGS)}"
         )
-    demand(theirs | rope, partial_rotary_factor=1.0)
+    require_equal(theirs | rope, partial_rotary_factor=1.0)
     theta = rope.get("rope_theta") or theirs.get("rope_theta") or theta
     found = {"rope_theta": float(theta), "rope_scaling": "none" if kind == "default" else kind}
     for name, ours in _SCALINGS[kind].items():
-        value = need(rope, name)
+        value = require(rope, name)
         found[ours] = int(value) if ours == "rope_original_length" else float(value)
     return found
 
@@ -120,7 +120,7 @@ def _one_window(theirs: Values, otherwise: int | None) -> Values:
 
 def _write_window(config: TransformerConfig) -> Values:
     if GLOBAL in types_of(config) and config.window:
-        raise Inexpressible(f"model.global_every={config.global_every}")
+        raise UnsupportedConfig(f"model.global_every={config.global_every}")
     return {"sliding_window": config.window or None}
 
 
@@ -134,7 +134,7 @@ def _write_mistral(config: TransformerConfig) -> Values:
 
 def _read_mixtral(theirs: Values) -> Values:
     if theirs.get("num_experts_per_tok", 2) < 2:
-        raise Inexpressible("config.json: num_experts_per_tok=1 is weighted by 1 there")
+        raise UnsupportedConfig("config.json: num_experts_per_tok=1 is weighted by 1 there")
     return (
         _read(theirs, 1e6)
         | _one_window(theirs, None)
@@ -159,7 +159,7 @@ def _write_mixtral(config: TransformerConfig) -> Values:
 
 def _windows(theirs: Values) -> Values:
     """Of Qwen: every layer after the first few, if any."""
-    n_layers, first = need(theirs, "num_hidden_layers"), theirs.get("max_window_layers", 28)
+    n_layers, first = require(theirs, "num_hidden_layers"), theirs.get("max_window_layers", 28)
     used = theirs.get("use_sliding_window", False)
     types = [LOCAL if used and i >= first else GLOBAL for i in range(n_layers)]
     return read_windows(theirs, theirs.get("layer_types") or types)
@@ -200,7 +200,7 @@ def decoder(
     write: Callable[[TransformerConfig], Values],
     *,
     norms: Mapping[str, str] = _NORMS,
-    feed_forward: Sequence[Row] = _DENSE,
+    feed_forward: Sequence[TensorMapping] = _DENSE,
     **fixed: object,
 ) -> Family:
     """A family with Llama's table, `norms` of its layers and a `feed_forward` aside."""

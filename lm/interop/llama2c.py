@@ -15,9 +15,9 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.interop.llama import LLAMA
-from lm.interop.mapping import Row, output, same
 from lm.interop.tensor_files import Stored
-from lm.models.config import TransformerConfig
+from lm.interop.tensor_mapping import TensorMapping, output, same
+from lm.models.transformer_config import TransformerConfig
 
 _HEADER = 7 * 4
 _NEWER = 0x616B3432  # the first number of files of later versions
@@ -25,19 +25,19 @@ _NEWER = 0x616B3432  # the first number of files of later versions
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 
 
-def _rows(_: TransformerConfig) -> Sequence[Row]:
+def _rows(_: TransformerConfig) -> Sequence[TensorMapping]:
     rotated = "(H J 2) D", "D H (2 J)"
     return [
         same("tok_embeddings", "tokens/embedding"),
         same("layers.{}.attention_norm", "stack/layers/attention_norm/scale"),
-        Row("layers.{}.wq", (f"{_ATTENTION}/query/kernel",), *rotated),
-        Row("layers.{}.wk", (f"{_ATTENTION}/key/kernel",), *rotated),
-        Row("layers.{}.wv", (f"{_ATTENTION}/value/kernel",), "(G K) D", "D G K"),
-        Row("layers.{}.wo", (f"{_ATTENTION}/out/kernel",), "D (H K)", "H K D"),
+        TensorMapping("layers.{}.wq", (f"{_ATTENTION}/query/kernel",), *rotated),
+        TensorMapping("layers.{}.wk", (f"{_ATTENTION}/key/kernel",), *rotated),
+        TensorMapping("layers.{}.wv", (f"{_ATTENTION}/value/kernel",), "(G K) D", "D G K"),
+        TensorMapping("layers.{}.wo", (f"{_ATTENTION}/out/kernel",), "D (H K)", "H K D"),
         same("layers.{}.ffn_norm", "stack/layers/feed_forward_norm/scale"),
-        Row("layers.{}.w1", (f"{_FEED_FORWARD}/gate/kernel",), "F D", "D F"),
-        Row("layers.{}.w2", (f"{_FEED_FORWARD}/out/kernel",), "D F", "F D"),
-        Row("layers.{}.w3", (f"{_FEED_FORWARD}/in/kernel",), "F D", "D F"),
+        TensorMapping("layers.{}.w1", (f"{_FEED_FORWARD}/gate/kernel",), "F D", "D F"),
+        TensorMapping("layers.{}.w2", (f"{_FEED_FORWARD}/out/kernel",), "D F", "F D"),
+        TensorMapping("layers.{}.w3", (f"{_FEED_FORWARD}/in/kernel",), "F D", "D F"),
         same("norm", "stack/final_norm/scale"),
         output("output"),
     ]

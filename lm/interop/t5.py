@@ -8,9 +8,9 @@ are not scaled; whether the output matrix is the table, the file says.
 from __future__ import annotations
 
 from lm.interop.family import Family, Values, choose, word_for
-from lm.interop.mapping import Row, linear, norm, output, same
+from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
 from lm.kernels.activations import GATED
-from lm.models.config import TransformerConfig
+from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 }
 
 
-def _attention(name: str, path: str) -> list[Row]:
+def _attention(name: str, path: str) -> list[TensorMapping]:
     return [
         *linear(f"{name}.q", f"{path}/query", "D", "H K"),
         *linear(f"{name}.k", f"{path}/key", "D", "H K"),
@@ -30,7 +30,7 @@ def _attention(name: str, path: str) -> list[Row]:
     ]
 
 
-def _stack(stack: str, feed_forward: int, gated: bool) -> list[Row]:
+def _stack(stack: str, feed_forward: int, gated: bool) -> list[TensorMapping]:
     """The rows of "encoder" or "decoder", whose sublayers are numbered."""
     path, block = f"{stack}/layers", f"{stack}.block.{{}}.layer"
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -77,7 +77,7 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
-def _base(config: TransformerConfig) -> list[Row]:
+def _base(config: TransformerConfig) -> list[TensorMapping]:
     gated, cross = config.activation in GATED, "decoder.block.{}.layer.1"
     return [
         same("shared.weight", "tokens/embedding"),

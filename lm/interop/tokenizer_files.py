@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
 DELIMITER = "<|endoftext|>"

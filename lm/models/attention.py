@@ -9,13 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import Dropout, Visibility
+from lm.kernels.dot_product_attention import AttentionMask, Dropout
 from lm.models.cache import KeyValue, write
-from lm.models.config import TransformerConfig
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
-from lm.parallel.rules import constrain
+from lm.models.transformer_config import TransformerConfig
+from lm.parallel.sharding import constrain
 
 
 class Attention(nn.Module):
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     def to_itself(
         self,
         x_BLD: jax.Array,
-        visibility: Visibility,
+        visibility: AttentionMask,
         angles_BLK: jax.Array | None,
         bias_HLS: jax.Array | None,
         all_layers: KeyValue | None,
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return self._attend(q_BLHK, keys_values, visibility, bias_HLS), all_layers
 
     def to_source(
-        self, x_BLD: jax.Array, keys_values: KeyValue, visibility: Visibility
+        self, x_BLD: jax.Array, keys_values: KeyValue, visibility: AttentionMask
     ) -> jax.Array:
         """Cross-attention [B, L, D] to what `keys_values` made of an encoder's output."""
         q_BLHK = self.queries(x_BLD)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self,
         q_BLHK: jax.Array,
         keys_values: KeyValue,
-        visibility: Visibility,
+        visibility: AttentionMask,
         bias_HLS: jax.Array | None,
     ) -> jax.Array:
         c = self.config

@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import Visibility
+from lm.kernels.dot_product_attention import AttentionMask
+from lm.models.base import Model
 from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.model import Model
 from lm.models.transformer import Stack
 
 
@@ -47,7 +47,7 @@ class Decoder(Model):
     ) -> jax.Array:
         """What the logits are made of, [B, L, D]."""
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
-        visibility = Visibility(True, segment_ids_BL, prefix_BS=prefix_BL)
+        visibility = AttentionMask(True, segment_ids_BL, prefix_BS=prefix_BL)
         return self.stack(x_BLD, positions_BL, visibility)[0]
 
     def decode(
@@ -66,7 +66,7 @@ class Decoder(Model):
         if prefix_BL is not None:
             room = cache.segment_ids_BS.shape[1] - prefix_BL.shape[1]
             prefix_BL = jnp.pad(prefix_BL, ((0, 0), (0, room)))
-        visibility = Visibility(
+        visibility = AttentionMask(
             True, segment_ids_BL, cache.segment_ids_BS, cache.index, prefix_BS=prefix_BL
         )
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
-from lm.kernels.attention import Visibility
+from lm.kernels.dot_product_attention import AttentionMask
+from lm.models.base import Model
 from lm.models.layers import Bias, make_norm
-from lm.models.model import Model
 from lm.models.transformer import Stack
 
 
@@ -45,7 +45,7 @@ class Encoder(Model):
     ) -> jax.Array:
         """The encoded tokens, [B, L, D]; tokens see their own segment."""
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
-        return self.stack(x_BLD, positions_BL, Visibility(False, segment_ids_BL))[0]
+        return self.stack(x_BLD, positions_BL, AttentionMask(False, segment_ids_BL))[0]
 
     def logits(self, x_BPD: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, P, V]: a layer, its norm, the output matrix and a bias."""

@@ -10,9 +10,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import Visibility
+from lm.kernels.dot_product_attention import AttentionMask
+from lm.models.base import Model
 from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.model import Model
 from lm.models.transformer import Stack
 
 
@@ -59,7 +59,7 @@ class EncoderDecoder(Model):
         x_BLD, _ = self.decoder(
             x_BLD,
             target_positions_BL,
-            Visibility(True, target_segments_BL),
+            AttentionMask(True, target_segments_BL),
             None,
             encoded_BSD,
             source_segments_BS,
@@ -74,7 +74,7 @@ class EncoderDecoder(Model):
     ) -> jax.Array:
         """The encoded source, [B, S, D]."""
         x_BSD, positions_BS = self.embed(source_BS, positions_BS)
-        visibility = Visibility(False, source_segments_BS)
+        visibility = AttentionMask(False, source_segments_BS)
         return self.encoder(x_BSD, positions_BS, visibility)[0]
 
     def hidden(
@@ -88,7 +88,7 @@ class EncoderDecoder(Model):
         segments_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
         encoded_BLD = self.encode(tokens_BL, segments_BL, positions_BL)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
-        seen = Visibility(True, segments_BL)
+        seen = AttentionMask(True, segments_BL)
         return self.decoder(x_BLD, positions_BL, seen, None, encoded_BLD, segments_BL)[0]
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
@@ -100,7 +100,7 @@ class EncoderDecoder(Model):
         # The layers read the source while a token passes through them, which is then forgotten.
         ones = jnp.ones((len(source_BS), 1), jnp.int32)
         x_BLD, positions_BL = self.embed(ones, ones)
-        visibility = Visibility(True, ones, empty.segment_ids_BS)
+        visibility = AttentionMask(True, ones, empty.segment_ids_BS)
         encoded_BSD = self.encode(source_BS, source_segments_BS)
         _, cache = self.decoder(
             x_BLD, positions_BL, visibility, empty, encoded_BSD, source_segments_BS
@@ -117,7 +117,7 @@ class EncoderDecoder(Model):
     ) -> tuple[jax.Array, Cache]:
         """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them."""
         cache = write_segments(cache, segment_ids_BL)
-        visibility = Visibility(True, segment_ids_BL, cache.segment_ids_BS, cache.index)
+        visibility = AttentionMask(True, segment_ids_BL, cache.segment_ids_BS, cache.index)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
         x_BLD, after = self.decoder(x_BLD, positions_BL, visibility, cache)
         assert after is not None

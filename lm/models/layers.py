@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.bias import add_bias
 from lm.kernels.matmul import matmul
-from lm.models.config import TransformerConfig
-from lm.models.numerics import Initializer, Numerics
-from lm.parallel.lookup import look_up
-from lm.parallel.rules import constrain, shards
+from lm.models.init_config import InitConfig, Initializer
+from lm.models.transformer_config import TransformerConfig
+from lm.parallel.embedding_lookup import look_up
+from lm.parallel.sharding import constrain, shards
 
 
 def named(init: Initializer, names: tuple[str, ...]) -> Any:
@@ -72,8 +72,8 @@ class Linear(nn.Module):
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
 
 
-def affine(
-    config: Numerics,
+def init_linear(
+    config: InitConfig,
     n_in: int,
     out_shape: tuple[int, ...],
     names: tuple[str, ...],
@@ -88,7 +88,7 @@ def affine(
         out_shape,
         names,
         use_bias,
-        c.kernel_init(c.deviation(n_in, out_shape[-1])),
+        c.kernel_init(c.stddev(n_in, out_shape[-1])),
         c.dtype,
         out_dtype=jnp.float32,
         bias_init=c.bias_init(bias_init),

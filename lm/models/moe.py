@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.models import routing
-from lm.models.config import TransformerConfig
+from lm.models.init_config import Initializer
 from lm.models.layers import named
-from lm.models.numerics import Initializer
-from lm.models.reports import add_loss, report
+from lm.models.sown import add_loss, report
+from lm.models.transformer_config import TransformerConfig
 from lm.parallel.experts import Parameters, Product, Routes, mixture
-from lm.parallel.rules import constrain
+from lm.parallel.sharding import constrain
 
 
 class MixtureOfExperts(nn.Module):

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.config import TransformerConfig
 from lm.models.layers import named
+from lm.models.transformer_config import TransformerConfig
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:

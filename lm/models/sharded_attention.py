@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.kernels.attention import Dropout, Visibility, attention
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.ring_attention import ring_attention
 from lm.kernels.splash_attention import make_kernel, splash_attention
 from lm.kernels.zigzag import from_zigzag, to_zigzag
-from lm.parallel import rules
+from lm.parallel import sharding as rules
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "heads", "head_dim")
@@ -32,7 +32,7 @@ def attend(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: Visibility,
+    visibility: AttentionMask,
     *,
     kernel: str,
     across: str,
@@ -89,22 +89,22 @@ def _by_rows_and_heads(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: Visibility,
+    visibility: AttentionMask,
     kernel: str,
     scale: float,
 ) -> jax.Array:
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, seen: Visibility) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, seen: AttentionMask) -> jax.Array:
         return attention(q, k, v, seen, kernel=kernel, scale=scale)
 
     # The arrays of a visibility are [B, length]; the offset is a number.
     by_rows, whole = rules.sharding("batch", "keys").spec, rules.sharding().spec
     rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, visibility)
     arguments = (q_BLHK, k_BSGK, v_BSGK, visibility)
-    return rules.on_shards(local, arguments, (QUERIES, KEYS, KEYS, rows))
+    return rules.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
 
 
 def _ring(
-    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, scale: float
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: AttentionMask, scale: float
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         causal = visibility.causal
@@ -114,14 +114,14 @@ def _ring(
         raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     arguments = (q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
-    return rules.on_shards(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+    return rules.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
 def _splash_of_layer(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: Visibility,
+    visibility: AttentionMask,
     scale: float,
     softcap: float,
 ) -> jax.Array:
@@ -142,7 +142,7 @@ def _splash(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: Visibility,
+    visibility: AttentionMask,
     scale: float,
     softcap: float,
 ) -> jax.Array:
@@ -174,4 +174,4 @@ def _splash(
     arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
     of_kernel = kernel.manual_sharding_spec(rules.sharding("heads", "length"))
     rows, keys = ("batch", "length"), ("batch", "keys")
-    return rules.on_shards(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+    return rules.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))

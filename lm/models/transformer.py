@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.kernels.attention import Visibility
+from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.attention import Attention
 from lm.models.cache import Cache, KeyValue
-from lm.models.config import TransformerConfig
 from lm.models.layers import FeedForward, make_norm
 from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, layer_angles
-from lm.models.reports import COLLECTIONS
+from lm.models.sown import COLLECTIONS
+from lm.models.transformer_config import TransformerConfig
 from lm.parallel.pipeline import is_pipelined, run_pipeline
-from lm.parallel.rules import constrain
+from lm.parallel.sharding import constrain
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 REMAT_POLICIES = {
@@ -40,7 +40,7 @@ REMAT_POLICIES = {
 
 
 @flax.struct.dataclass
-class Surroundings:
+class StackInputs:
     """What all blocks of a stack have in common.
 
     Local layers rotate by angles of their own if there are any. A stack with cross-attention has
@@ -48,16 +48,16 @@ class Surroundings:
     then each layer has keys and values of it.
     """
 
-    visibility: Visibility
+    visibility: AttentionMask
     angles_BLK: jax.Array | None = None
     local_angles_BLK: jax.Array | None = None
     bias_HLS: jax.Array | None = None
     encoded_BSD: jax.Array | None = None
-    source_visibility: Visibility | None = None
+    source_visibility: AttentionMask | None = None
 
 
 @flax.struct.dataclass
-class OfLayer:
+class LayerInputs:
     """What a layer has of its own beside parameters; of several layers, their arrays stacked.
 
     Its number, where keys and values are cached; whether it is global, where some have a window;
@@ -70,7 +70,7 @@ class OfLayer:
 
 
 # What goes from layer to layer: [B, L, D], and the cached keys and values of all layers.
-Carried = tuple[jax.Array, KeyValue | None]
+ScanCarry = tuple[jax.Array, KeyValue | None]
 
 
 class Block(nn.Module):
@@ -88,8 +88,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carried: Carried, around: Surroundings, layer: OfLayer
-    ) -> tuple[Carried, KeyValue | None]:
+        self, carried: ScanCarry, around: StackInputs, layer: LayerInputs
+    ) -> tuple[ScanCarry, KeyValue | None]:
         c = self.config
         x_BLD, own = carried
         source = layer.source
@@ -159,10 +159,10 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carried: Carried, around: Surroundings, layers: OfLayer
-    ) -> tuple[Carried, KeyValue | None]:
+        self, carried: ScanCarry, around: StackInputs, layers: LayerInputs
+    ) -> tuple[ScanCarry, KeyValue | None]:
         c, n = self.config, self.config.pattern
-        block, sources = recomputed(Block, c.remat), []
+        block, sources = with_remat(Block, c.remat), []
         for i in range(n):
             sparse = self.sparse and i == n - 1
             run = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
@@ -172,7 +172,7 @@ class Pattern(nn.Module):
         return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
 
 
-def recomputed(block: type[nn.Module], remat: str) -> Any:
+def with_remat(block: type[nn.Module], remat: str) -> Any:
     """`block` whose backward pass recomputes what the policy says."""
     if remat == "none":
         return block
@@ -192,7 +192,7 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        visibility: Visibility,
+        visibility: AttentionMask,
         cache: Cache | None = None,
         encoded_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
@@ -207,10 +207,10 @@ class Stack(nn.Module):
             source_segments_BS = cache.source.segment_ids_BT
         around = self._surroundings(x_BLD, positions_BL, visibility, cache)
         if source_segments_BS is not None:
-            seen = Visibility(False, visibility.segments_BL, source_segments_BS)
+            seen = AttentionMask(False, visibility.segments_BL, source_segments_BS)
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
-        layers = OfLayer(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
+        layers = LayerInputs(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
         if cache is None and is_pipelined():
             x_BLD = self._pipeline(x_BLD, around, layers)
         elif cache is None:
@@ -231,12 +231,12 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        visibility: Visibility,
+        visibility: AttentionMask,
         cache: Cache | None,
-    ) -> Surroundings:
+    ) -> StackInputs:
         """What self-attention sees, turns by and adds."""
         c, L = self.config, x_BLD.shape[1]
-        around = Surroundings(visibility)
+        around = StackInputs(visibility)
         if c.positions == "rotary":
             if cache is None and is_pipelined():  # what goes beside the rows has as many
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
@@ -252,15 +252,15 @@ class Stack(nn.Module):
     def _layer(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
         """What is repeated, a block or the pattern of several, and its fields."""
         c = self.config
-        layer = recomputed(Block, c.remat) if c.pattern == 1 else Pattern
+        layer = with_remat(Block, c.remat) if c.pattern == 1 else Pattern
         return layer, (c, self.deterministic, c.attention, c.n_experts > 0)
 
     @property
-    def _turns(self) -> int:
+    def _n_scan_steps(self) -> int:
         """How often it is repeated."""
         return self.n_layers // self.config.pattern
 
-    def _by_turn(self, layers: OfLayer) -> OfLayer:
+    def _by_scan_step(self, layers: LayerInputs) -> LayerInputs:
         """Arrays [n_layers, …] as what is repeated takes them."""
         n = self.config.pattern
         if n == 1:
@@ -268,8 +268,8 @@ class Stack(nn.Module):
         return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), layers)
 
     def _scan(
-        self, carried: Carried, around: Surroundings, layers: OfLayer
-    ) -> tuple[Carried, KeyValue | None]:
+        self, carried: ScanCarry, around: StackInputs, layers: LayerInputs
+    ) -> tuple[ScanCarry, KeyValue | None]:
         """The layers one after the other, as a loop over their parameters; and their keys and
         values of a source just read."""
         c = self.config
@@ -279,18 +279,18 @@ class Stack(nn.Module):
             variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
-            length=self._turns,
+            length=self._n_scan_steps,
             unroll=max(1, (c.scan_unroll or self.n_layers) // c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces a layer twice, and would give it the dropout of a second call.
             check_constancy_invariants=self.is_initializing(),
         )(*settings, name="layers")
-        carried, source = run(carried, around, self._by_turn(layers))
+        carried, source = run(carried, around, self._by_scan_step(layers))
         if c.pattern > 1:
             source = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), source)
         return carried, source
 
-    def _pipeline(self, x_BLD: jax.Array, around: Surroundings, layers: OfLayer) -> jax.Array:
+    def _pipeline(self, x_BLD: jax.Array, around: StackInputs, layers: LayerInputs) -> jax.Array:
         """What `_scan` gives, by the pipeline of the mesh."""
         layer, settings = self._layer
         block = layer(*settings, parent=None)
@@ -303,7 +303,7 @@ class Stack(nn.Module):
         rng = keys_N = None
         if not self.deterministic:
             rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
-            keys_N = jax.random.split(rng.rng, self._turns)
+            keys_N = jax.random.split(rng.rng, self._n_scan_steps)
 
         def run_layer(
             of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
@@ -322,7 +322,7 @@ class Stack(nn.Module):
             ((x_BLD, _), _), reported = output
             return x_BLD, reported
 
-        of_layers = (self.variables["params"]["layers"], self._by_turn(layers))
+        of_layers = (self.variables["params"]["layers"], self._by_scan_step(layers))
         c = self.config
         unroll = c.scan_unroll and max(1, c.scan_unroll // c.pattern)
         x_BLD, reported = run_pipeline(

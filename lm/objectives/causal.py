@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
-from lm.objectives.objective import Batch, Example, Sums
+from lm.data.windows import Windows, windows
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.token_loss import token_loss
 
 
@@ -40,7 +40,7 @@ class Causal:
         return {**shapes, **fresh, "weights": ((self.length,), "float32")}
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         return 0
 
     def examples(self, store: TokenStore, training: bool) -> Windows:
@@ -62,7 +62,7 @@ class Causal:
             features["fresh"] = np.asarray(example.get("fresh", 0), np.int32)
         return features
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of every target, and how many were predicted right."""
         carried = {"fresh_B": batch["fresh"]} if self.carry else {}
         x_BLD = model.hidden(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.record_store import Record, RecordStore
+from lm.data.records.record_store import Record, RecordStore
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.objective import Batch, Sums
-from lm.objectives.roles import check_roles
+from lm.objectives.columns import require_columns
+from lm.objectives.objective import Batch, LossSums
 from lm.objectives.special_tokens import SpecialTokens
 
 
@@ -50,11 +50,11 @@ class Classification:
         }
 
     @property
-    def n_extra(self) -> int:
-        return self.special.n_extra(self.special.cls, self.special.sep)
+    def n_extra_ids(self) -> int:
+        return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
-        check_roles(store, "text", "label")
+        require_columns(store, "text", "label")
         return store
 
     def features(self, example: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ class Classification:
         types = [np.full(len(part), i) for i, part in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(types)
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of the right class and accuracy, or squared error."""
         scores_BC = self.predict(model, batch)
         label_B, weight_B = batch["label"], batch["weight"]
@@ -95,7 +95,7 @@ class Classification:
         else:
             loss_B = jnp.square(scores_BC[:, 0] - label_B)
             metrics = {}
-        return Sums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
+        return LossSums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
         """Scores of the classes, or the number in a single column, [B, C] float32."""

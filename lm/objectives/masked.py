@@ -16,13 +16,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
-from lm.data.tokenizer_interface import Tokenizer
-from lm.data.word_starts import word_starts
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.word_starts import word_starts
+from lm.data.windows import Windows, windows
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.objective import Batch, Example, Sums
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
 from lm.objectives.token_loss import token_loss
 
@@ -66,9 +66,9 @@ class Masked:
         return self.length - (3 if self.next_sentence else 2)
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         """Ids that the model needs beyond the tokenizer's."""
-        return self._special.n_extra(self._special.cls, self._special.sep, self._special.mask)
+        return self._special.n_extra_ids(self._special.cls, self._special.sep, self._special.mask)
 
     @property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -201,7 +201,7 @@ class Masked:
     @cached_property
     def _is_ordinary(self) -> np.ndarray:
         special = self._special
-        ordinary = np.ones(special.vocab_size + special.n_extra(*special.ids), bool)
+        ordinary = np.ones(special.vocab_size + special.n_extra_ids(*special.ids), bool)
         ordinary[list(special.ids)] = False
         return ordinary
 
@@ -216,7 +216,7 @@ class Masked:
 
     # --- loss
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of the masked tokens; with next_sentence, plus those of each row's two classes.
 
         The paper adds the two means. A row's class weighs as much as its masked tokens, so where
@@ -244,7 +244,7 @@ class Masked:
         loss_B, _, right_B = cross_entropy(scores_B2, classes_B)
         nats, accuracy = (loss_B * weights_B).sum(), (right_B * weights_B).sum()
         of_pairs = {"next_sentence_nll": nats, "next_sentence_accuracy": accuracy}
-        return Sums(sums.loss + nats, sums.weight, sums.metrics | of_pairs)
+        return LossSums(sums.loss + nats, sums.weight, sums.metrics | of_pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ Example = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 
 
-class Sums(NamedTuple):
-    """Sums over a batch: of the loss, of the target weights, and of whatever else is reported.
+class LossSums(NamedTuple):
+    """LossSums over a batch: of the loss, of the target weights, and of whatever else is reported.
 
     A metric "nll" are nats without what the loss adds to them (smoothing, z-loss): where there is
     one, perplexity is made of it.
@@ -35,7 +35,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         """How many token ids the objective uses beyond those of the tokenizer."""
         ...
 
@@ -47,6 +47,6 @@ class Objective(Protocol):
         """Arrays of fixed shape for one example, deterministic in (example, rng)."""
         ...
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """`model` is bound to its parameters: call it and its methods; dropout is set already."""
         ...

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
-from lm.objectives.objective import Batch, Example, Sums
+from lm.data.windows import Windows, windows
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.token_loss import token_loss
 
 
@@ -34,7 +34,7 @@ class Prefix:
     z_loss: float = 0.0
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         return 0
 
     @property
@@ -64,7 +64,7 @@ class Prefix:
             "prefix": (positions < prefixes).astype(np.int32),
         }
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of every target after a prefix, and how many were predicted right."""
         x_BLD = model.hidden(
             batch["inputs"], batch["positions"], batch["segment_ids"], prefix_BL=batch["prefix"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.objectives.causal import Causal
 from lm.objectives.classification import Classification
 from lm.objectives.masked import Masked

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.record_packing import Packs, pack
-from lm.data.record_store import Record, RecordStore
-from lm.objectives.objective import Batch, Example, Sums
-from lm.objectives.roles import check_roles
+from lm.data.records.record_packing import Packs, pack
+from lm.data.records.record_store import Record, RecordStore
+from lm.objectives.columns import require_columns
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.special_tokens import SpecialTokens
 from lm.objectives.token_loss import token_loss
 
@@ -54,12 +54,12 @@ class Seq2Seq:
         }
 
     @property
-    def n_extra(self) -> int:
-        return self.special.n_extra(self.special.bos, self.special.eos)
+    def n_extra_ids(self) -> int:
+        return self.special.n_extra_ids(self.special.bos, self.special.eos)
 
     def examples(self, store: RecordStore, training: bool) -> Sequence[Example]:
         """Rows of pairs that together fit; a pair too long for a row is cut to it."""
-        check_roles(store, "source", "target")
+        require_columns(store, "source", "target")
         lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + 1
         limits = (self.source_length, self.target_length)
         if not self.pack:
@@ -95,7 +95,7 @@ class Seq2Seq:
         """What the encoder reads: the source and eos."""
         return np.append(record.tokens["source"][: self.source_length - 1], self.special.eos)
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of every target, with label smoothing if asked for, and accuracy."""
         x_BTD = model.decoder_hidden(
             batch["source"],

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
-from lm.data.tokenizer_interface import Tokenizer
-from lm.data.words import WordTokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.words import WordTokenizer
+from lm.data.windows import Windows, windows
 from lm.errors import UserError
-from lm.objectives.objective import Batch, Example, Sums
+from lm.objectives.objective import Batch, Example, LossSums
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class SkipGram:
         return dict.fromkeys(("words", "lines", "reach", "noise"), ((self.length,), "int32"))
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         return 0
 
     # --- features
@@ -106,7 +106,7 @@ class SkipGram:
 
     # --- loss
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of a pair and of its noise to be told apart, and the number of pairs."""
         words_BL, lines_BL, reach_BL = batch["words"], batch["lines"], batch["reach"]
         scores_BLS = model(words_BL, jnp.concatenate([words_BL, batch["noise"]], axis=1))
@@ -121,4 +121,4 @@ class SkipGram:
         n_pairs_BL = pairs_BLL.sum(-1)
         of_pairs = jnp.where(pairs_BLL, jax.nn.softplus(-paired_BLL), 0).sum()
         of_noise = (jax.nn.softplus(noise_BLL).mean(-1) * n_pairs_BL).sum() * self.negatives
-        return Sums(of_pairs + of_noise, n_pairs_BL.sum().astype(jnp.float32), {})
+        return LossSums(of_pairs + of_noise, n_pairs_BL.sum().astype(jnp.float32), {})

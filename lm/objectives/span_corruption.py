@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.packing import Windows, windows
 from lm.data.store import TokenStore
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.windows import Windows, windows
 from lm.errors import UserError
-from lm.objectives.objective import Batch, Example, Sums
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
 from lm.objectives.token_loss import token_loss
 
@@ -105,10 +105,10 @@ class SpanCorruption:
         return raw_length(self.length, self.noise_density, self.mean_span)
 
     @property
-    def n_extra(self) -> int:
+    def n_extra_ids(self) -> int:
         """Ids that the model needs beyond the tokenizer's."""
         special = self._special
-        return special.n_extra(special.bos, special.eos, *self._sentinels.tolist())
+        return special.n_extra_ids(special.bos, special.eos, *self._sentinels.tolist())
 
     @property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -161,7 +161,7 @@ class SpanCorruption:
         if tokenizer is None:
             return np.zeros(n_spans, np.int32)
         if tokenizer.token_id("<extra_id_0>") is None:
-            free = special.vocab_size + special.n_extra(special.bos, special.eos)
+            free = special.vocab_size + special.n_extra_ids(special.bos, special.eos)
             return np.arange(free, free + max(n_spans, _T5_SENTINELS), dtype=np.int32)[::-1]
         found = [tokenizer.token_id(f"<extra_id_{i}>") for i in range(n_spans)]
         known = [i for i in found if i is not None]
@@ -173,7 +173,7 @@ class SpanCorruption:
             )
         return np.asarray(known, np.int32)
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Nats of every target, eos and sentinels included, and how many were predicted right."""
         x_BTD = model.decoder_hidden(
             batch["source"], batch["inputs"], batch["source_segments"], batch["target_segments"]

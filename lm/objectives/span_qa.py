@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.record_store import Record, RecordStore
+from lm.data.records.record_store import Record, RecordStore
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.objective import Batch, Example, Sums
+from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.special_tokens import SpecialTokens
 
 MAX_QUESTION = 64  # tokens, as in BERT
@@ -77,8 +77,8 @@ class SpanQa:
         }
 
     @property
-    def n_extra(self) -> int:
-        return self.special.n_extra(self.special.cls, self.special.sep)
+    def n_extra_ids(self) -> int:
+        return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> Windows:
         """Every window of every record."""
@@ -118,7 +118,7 @@ class SpanQa:
         n_question = min(len(example["record"].tokens["question"]), self._longest_question)
         return n_question + 2 - example["start"]
 
-    def loss(self, model: Any, batch: Batch) -> Sums:
+    def loss(self, model: Any, batch: Batch) -> LossSums:
         """Mean nats of start and end; accuracy is of both together."""
         scores_BL2, weight_B = self.predict(model, batch), batch["weight"]
         start = cross_entropy(scores_BL2[..., 0], batch["start"])
@@ -126,7 +126,7 @@ class SpanQa:
         loss_B = (start.loss_BL + end.loss_BL) / 2
         right_B = start.right_BL * end.right_BL
         metrics = {"accuracy": (right_B * weight_B).sum()}
-        return Sums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
+        return LossSums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
         """Scores [B, L, 2] of starts and ends, float32: -inf but for [cls] and the context."""

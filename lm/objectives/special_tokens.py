@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm.data.tokenizer_interface import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SpecialTokens:
     def ids(self) -> tuple[int, ...]:
         return (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask)
 
-    def n_extra(self, *used: int) -> int:
+    def n_extra_ids(self, *used: int) -> int:
         """How many ids beyond the tokenizer's a model needs to have all that are `used`."""
         return max(0, max(used) + 1 - self.vocab_size)
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.cross_entropy import TokenLosses, cross_entropy
-from lm.objectives.objective import Sums
-from lm.parallel.rules import constrain, shards
+from lm.objectives.objective import LossSums
+from lm.parallel.sharding import constrain, shards
 
 
 def token_loss(
@@ -23,14 +23,14 @@ def token_loss(
     weights_BT: jax.Array,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> Sums:
+) -> LossSums:
     """Weighted sums over the targets of the loss and, as metrics, of "nll" and "accuracy".
 
     `x_BTD` is what `model.logits` makes scores of. "nll" is plain nats whatever the loss adds, so
     its mean is the logarithm of the perplexity. The options are those of `cross_entropy`.
     """
     losses = _losses(model, x_BTD, targets_BT, label_smoothing, z_loss)
-    return Sums(
+    return LossSums(
         loss=(losses.loss_BL * weights_BT).sum(),
         weight=weights_BT.sum(),
         metrics={

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.optim.parameter_groups import EVERYTHING, Trainable, by_path, update_scales
+from lm.optim.parameter_groups import EVERYTHING, TrainableMask, by_path, update_scales
 
 Tree = Any
 
@@ -180,7 +180,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 def make_optimizer(
     options: ConfigDict,
     schedule: optax.Schedule,
-    trainable: Trainable = EVERYTHING,
+    trainable: TrainableMask = EVERYTHING,
     width_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
     """Clipping by the global norm, then the named optimizer with decoupled weight decay.
@@ -199,7 +199,7 @@ def make_optimizer(
     return optimizer
 
 
-def _scale_by_layer(layer_decay: float, trainable: Trainable) -> optax.GradientTransformation:
+def _scale_by_layer(layer_decay: float, trainable: TrainableMask) -> optax.GradientTransformation:
     return optax.stateless(
         lambda updates, params: jax.tree.map(
             jnp.multiply, updates, update_scales(layer_decay, trainable, params)

@@ -53,7 +53,7 @@ def compile_patterns(key: str, text: str) -> list[re.Pattern]:
 
 
 @dataclass(frozen=True)
-class Trainable:
+class TrainableMask:
     """All parameters but those that `freeze` matches; where there are low-rank parameters, only
     they and those that `with_lora` matches."""
 
@@ -97,7 +97,7 @@ class Trainable:
         }
 
 
-EVERYTHING = Trainable()
+EVERYTHING = TrainableMask()
 
 
 def matching(
@@ -118,7 +118,7 @@ def matching(
     return groups
 
 
-def update_scales(layer_decay: float, trainable: Trainable, params: Tree) -> Tree:
+def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) -> Tree:
     """What to multiply the update of each parameter by, broadcastable to its shape.
 
     decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings, 1 for what comes

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lm.kernels.grouped_matmul import move, ragged_matmul
 from lm.kernels.matmul import matmul
 from lm.parallel.pipeline import is_pipelined
-from lm.parallel.rules import ACTIVATIONS, PARAMETERS, Rules, current_mesh, divided
+from lm.parallel.sharding import ACTIVATIONS, PARAMETERS, Rules, current_mesh, divided
 
 
 class Routes(NamedTuple):

@@ -77,7 +77,7 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-class Agreement:
+class CrossHostMax:
     """The largest number that any process proposes, known to all of them one step later.
 
     `propose` starts a tiny collective and `decided` waits for it; called around a step's

@@ -32,9 +32,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.parallel.row_keys import of_rows
-from lm.parallel.rules import BATCH_AXES
-from lm.parallel.turns import by_turns, over_stages
+from lm.parallel.circular_layout import over_stages, to_circular_layout
+from lm.parallel.per_row_rng import of_rows
+from lm.parallel.sharding import BATCH_AXES
 
 Tree = Any
 Index = Any  # an integer or an array of them
@@ -120,7 +120,7 @@ def run_pipeline(
     stage_S, joining = jnp.arange(S), schedule.joining_stage
     stage = partial(_group, layer, schedule, keys_N, B, unroll)
     all_stages = jax.vmap(stage, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name="stage")
-    params_SRK = by_turns(params, S, schedule.repeats, mesh)
+    params_SRK = to_circular_layout(params, S, schedule.repeats, mesh)
     # A copy for each stage, so that its gradient is summed over stages once, not in the loop.
     common_S = jax.tree.map(lambda c: over_stages(jnp.broadcast_to(c, (S, *c.shape)), mesh), common)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lm import config as configs
+from lm.config.experiment_file import call_file
 from lm.errors import UserError
-from lm.experiment_file import call_file
-from lm.training.files import write_atomically
+from lm.storage import write_atomically
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm.parallel.hosts import is_lead
-from lm.training.files import write_atomically
+from lm.storage import write_atomically
 
 PARTS = ("compile", "data", "step", "eval", "checkpoint", "other")
 

@@ -10,23 +10,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm.accounting.flops import model_flops_per_token, peak_flops, tokens_per_row
 from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate
 from lm.experiment import Experiment
-from lm.flops import model_flops_per_token, peak_flops, tokens_per_row
-from lm.parallel.hosts import Agreement
-from lm.steps import Metrics, TrainState
-from lm.training.best import Best
-from lm.training.checkpoints import Checkpoints
+from lm.parallel.hosts import CrossHostMax
+from lm.runs.checkpoints import Checkpoints
+from lm.train_step import Metrics, TrainState
+from lm.training.best_checkpoint import BestCheckpoint
 from lm.training.clock import Clock
 from lm.training.dispatches import dispatches, is_due
 from lm.training.metrics import MetricsWriter
 from lm.training.preemption import StopRequest
 from lm.training.watchdog import Beat
 
-CONTINUE, SAVE, STOP = 0, 1, 2  # what a process wishes; the largest wish of all is granted
+CONTINUE, SAVE, STOP = (
+    0,
+    1,
+    2,
+)  # what a process wishes; the largest of all is granted
 
 
 class InFlight(NamedTuple):
@@ -34,7 +38,7 @@ class InFlight(NamedTuple):
 
     steps: range
     metrics: Metrics
-    wish: Any
+    requested_action: Any
 
 
 class Loop:
@@ -47,7 +51,7 @@ class Loop:
         state: TrainState,
         first_step: int,
         checkpoints: Checkpoints,
-        best: Best,
+        best: BestCheckpoint,
         writer: MetricsWriter,
         clock: Clock,
         beat: Beat,
@@ -65,7 +69,7 @@ class Loop:
         )
         self._checkpoints, self._best = checkpoints, best
         self._writer, self._clock, self._beat = writer, clock, beat
-        self._agreement = Agreement(experiment.mesh.devices.flatten().tolist())
+        self._agreement = CrossHostMax(experiment.mesh.devices.flatten().tolist())
         self._in_flight: deque[InFlight] = deque()
         self._programs: dict[int, Any] = {}
         self._skipped_step: int | None = None
@@ -94,21 +98,23 @@ class Loop:
             program = self._program(batch, len(steps))
             with self._clock.part("step"), jax.transfer_guard("disallow"):
                 self.state, metrics = program(self.state, batch)
-            self._in_flight.append(InFlight(steps, metrics, self._wish(stop)))
+            self._in_flight.append(InFlight(steps, metrics, self._requested_action(stop)))
             self.step = steps.stop
-            wish = STOP if self._at_stop else self._read_metrics(leave=1)
+            requested_action = STOP if self._at_stop else self._read_metrics(leave=1)
             last = self.step == config.train.steps
             due_eval = last or is_due(self.step, config.eval.every_steps)
-            due_save = last or is_due(self.step, config.checkpoint.every_steps) or wish == SAVE
-            if due_eval or due_save or wish == STOP or self._must_halt:
-                wish = max(wish, self._read_metrics(leave=0))
+            due_save = (
+                last or is_due(self.step, config.checkpoint.every_steps) or requested_action == SAVE
+            )
+            if due_eval or due_save or requested_action == STOP or self._must_halt:
+                requested_action = max(requested_action, self._read_metrics(leave=0))
             if self._must_halt:
                 self._halt()
             if due_eval:
                 self._evaluate(config.eval.final_batches if last else config.eval.max_batches)
-            if due_save or wish == STOP:
+            if due_save or requested_action == STOP:
                 self._save()
-            if wish == STOP and not last:
+            if requested_action == STOP and not last:
                 batches.close()
                 return False
         return True
@@ -117,7 +123,7 @@ class Loop:
     def _at_stop(self) -> bool:
         return 0 < self.config.train.stop_at <= self.step < self.config.train.steps
 
-    def _wish(self, stop: StopRequest) -> Any:
+    def _requested_action(self, stop: StopRequest) -> Any:
         period = self.config.checkpoint.every_seconds
         overdue = period and time.monotonic() - self._saved_at > period
         return self._agreement.propose(STOP if stop else SAVE if overdue else CONTINUE)
@@ -132,13 +138,13 @@ class Loop:
         return self._programs[n_steps]
 
     def _read_metrics(self, leave: int) -> int:
-        """Wait for all but the last `leave` dispatches, write their metrics; the largest wish."""
-        wish = CONTINUE
+        """Wait for all but the last `leave` dispatches, write their metrics; return the action."""
+        action = CONTINUE
         while len(self._in_flight) > leave:
             done = self._in_flight.popleft()
             with self._clock.part("step"):
                 metrics = jax.device_get(done.metrics)
-                wish = max(wish, self._agreement.decided(done.wish))
+                action = max(action, self._agreement.decided(done.requested_action))
             self._beat(f"step {done.steps.stop}")
             now = time.monotonic()
             speed = self._speed(len(done.steps), now - self._read_at)
@@ -151,7 +157,7 @@ class Loop:
                 self._writer.step(step + 1, values | speed, written)
             self._writer.flush()
         self._checkpoints.check()
-        return wish
+        return action
 
     def _speed(self, n_steps: int, seconds: float) -> dict[str, float]:
         tokens = n_steps * self.config.data.batch_size * self._tokens_per_row

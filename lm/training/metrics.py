@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lm.bucket import push
+from lm.storage import push
 
 
 class MetricsFile:

@@ -3,13 +3,13 @@ import json
 
 import pytest
 
-from lm.data.corpora import open_corpus
+from lm.data.text.sources import open_corpus
 from lm.errors import UserError
 
 
 def documents(corpus):
     found = []
-    for piece in corpus.pieces():
+    for piece in corpus.chunks():
         if piece.first:
             found.append("")
         found[-1] += piece.text
@@ -36,10 +36,10 @@ def test_gz_files_read_as_the_plain_ones(make_data, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode(), 1))
-    plain = list(open_corpus("text:a.txt", make_data(), "train").pieces())
+    plain = list(open_corpus("text:a.txt", make_data(), "train").chunks())
     assert len(plain) > 1
-    assert list(open_corpus("text:a.txt.gz", make_data(), "train").pieces()) == plain
-    assert list(open_corpus("jsonl:a.jsonl.gz", make_data(), "train").pieces()) == plain
+    assert list(open_corpus("text:a.txt.gz", make_data(), "train").chunks()) == plain
+    assert list(open_corpus("jsonl:a.jsonl.gz", make_data(), "train").chunks()) == plain
 
 
 def test_relative_paths_start_at_lm_data_dir(make_data, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_the_end_of_a_single_document_is_held_out_by_characters(make_data, tmp_p
     train, validation = (open_corpus("text:a.txt", data, s) for s in ("train", "validation"))
     assert documents(train) == [text[:border]]
     assert documents(validation) == [text[border:]]
-    assert list(validation.pieces())[-1].last
+    assert list(validation.chunks())[-1].last
     assert train.digest != validation.digest
 
 
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_source_is_said(make_data, tmp_path, content, spec,
     if content is not None:
         (tmp_path / spec.partition(":")[2]).write_bytes(content)
     with pytest.raises(UserError) as error:
-        list(open_corpus(spec, make_data(), "train").pieces())
+        list(open_corpus(spec, make_data(), "train").chunks())
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -161,4 +161,4 @@ def test_a_split_that_is_not_there_is_said(make_data, tmp_path):
     with pytest.raises(UserError, match="validation_fraction"):
         open_corpus("text:a.txt", make_data(), "validation")
     with pytest.raises(UserError, match="leaves a split empty: it has 1 characters"):
-        list(open_corpus("text:a.txt", make_data(validation_fraction=0.1), "train").pieces())
+        list(open_corpus("text:a.txt", make_data(validation_fraction=0.1), "train").chunks())

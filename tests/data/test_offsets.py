@@ -7,10 +7,10 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.characters import ByteTokenizer
-from lm.data.offsets import locate
-from lm.data.sentencepiece import SentencePieceTokenizer
-from lm.data.words import WordTokenizer
+from lm.data.records.offsets import locate
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 
 
 def words_of(text):

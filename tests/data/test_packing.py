@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.packing import windows
 from lm.data.store import Manifest, TokenStore
+from lm.data.windows import windows
 from lm.errors import UserError
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lm.data.record_files import FORMATS
+from lm.data.records.record_files import FORMATS
 from lm.errors import UserError
 
 

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.record_store import build_record_store
-from lm.data.records import read_records
-from lm.data.words import WordTokenizer
+from lm.data.records.record_sources import read_records
+from lm.data.records.record_store import build_record_store
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
 

@@ -3,8 +3,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from lm.data.records import read_records, text_corpus
-from lm.data.tokenizers import choose_tokenizer
+from lm.data.records.record_sources import read_records, text_corpus
+from lm.data.tokenizers.choice import choose_tokenizer
 from lm.errors import UserError
 
 ROWS = "sentence\tlabel\tid\ngood film \t1\t7\nbad\t 0 \t8\n"
@@ -185,7 +185,7 @@ def test_a_tokenizer_is_fitted_on_all_texts(make_data, write):
     write("äb\nö\n", "de")
     data = make_data(tokenizer="words")
     corpus = text_corpus(read_records("parallel:en|de", data))
-    assert [piece.text for piece in corpus.pieces()] == ["ab ab", "äb", "ba", "ö"]
-    assert all(piece.first and piece.last for piece in corpus.pieces())
+    assert [piece.text for piece in corpus.chunks()] == ["ab ab", "äb", "ba", "ö"]
+    assert all(piece.first and piece.last for piece in corpus.chunks())
     assert choose_tokenizer(data, [corpus]).words[2:] == ("ab", "ba", "äb", "ö")
     assert choose_tokenizer(make_data(tokenizer="char"), [corpus]).alphabet == " abäö"

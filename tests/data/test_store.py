@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import lm.data.store
 from lm.data import tokenization
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.pieces import Piece, cut_document
-from lm.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from lm.data.store import build_store
+from lm.data.text.corpus import Chunk, cut_document
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from lm.errors import UserError
 
 
@@ -36,7 +36,7 @@ class Texts:
     def __post_init__(self):
         object.__setattr__(self, "digest", repr(self.documents))
 
-    def pieces(self) -> Iterator[Piece]:
+    def chunks(self) -> Iterator[Chunk]:
         if self.log:
             with open(self.log, "a") as file:
                 file.write("read\n")
@@ -76,8 +76,8 @@ DOCUMENTS = tuple(f"Dokument {i}\n" + "größer\n" * (17 * i % 900) for i in ran
 def test_a_store_holds_the_tokens_of_direct_tokenisation(
     tmp_path, monkeypatch, with_bos_and_eos, workers
 ):
-    monkeypatch.setattr("lm.data.pieces.PIECE", 900)  # several pieces a document
-    monkeypatch.setattr(tokenization, "PIECE", 5000)  # several pieces a block
+    monkeypatch.setattr("lm.data.text.corpus.CHUNK", 900)  # several pieces a document
+    monkeypatch.setattr(tokenization, "CHUNK", 5000)  # several pieces a block
     monkeypatch.setattr(tokenization, "_SMALL", 100)  # worker processes at once
     kinds = [ByteTokenizer(), CharTokenizer.fit(DOCUMENTS)]
     for tokenizer in kinds if workers < 3 else [with_bos_and_eos]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lm.data.corpora import has_validation, open_corpus
+from lm.data.text.sources import has_validation, open_corpus
 from lm.errors import UserError
 
 TEXTS = {
@@ -43,7 +43,7 @@ def prepared(tmp_path_factory):
 
 
 def texts(corpus):
-    return [piece.text for piece in corpus.pieces()]
+    return [piece.text for piece in corpus.chunks()]
 
 
 def test_a_prepared_data_set_gives_its_splits(make_data, prepared):

@@ -10,13 +10,13 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import lm.data.tokenizers
-from lm.data.characters import ByteTokenizer, CharTokenizer
+import lm.data.tokenizers.choice
 from lm.data.dataset import open_tokenizer
-from lm.data.huggingface import Gpt2Tokenizer, HuggingFaceTokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizers import load_saved, train_sentencepiece
-from lm.data.words import WordTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.choice import load_saved, train_sentencepiece
+from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
 TRAINING = [inspect.getsource(json.encoder), "\tif größer:\n" * 9, inspect.getsource(json.decoder)]
@@ -48,7 +48,7 @@ def word_json() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def pieces():
+def chunks():
     return SentencePieceTokenizer(train_sentencepiece(TRAINING, 600))
 
 
@@ -114,12 +114,12 @@ def test_training_sentencepiece_is_deterministic_and_lossless(model_type):
 @given(st.text("ab \n", max_size=200))
 def test_long_texts_encode_as_in_one_stretch(pieces, text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.data.sentencepiece._STRETCH", 5)
+        patch.setattr("lm.data.tokenizers.sentencepiece._STRETCH", 5)
         assert pieces.encode(text).tolist() == pieces._processor.encode(text)
 
 
 def test_pieces_across_spaces_are_kept_together(monkeypatch):
-    monkeypatch.setattr("lm.data.sentencepiece._STRETCH", 5)
+    monkeypatch.setattr("lm.data.tokenizers.sentencepiece._STRETCH", 5)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("".join(TRAINING).splitlines()),
@@ -144,7 +144,7 @@ def test_sentencepiece_learns_pieces_of_whitespace(pieces):
 
 
 def test_of_much_text_the_same_sample_from_everywhere_is_trained_on(monkeypatch):
-    monkeypatch.setattr("lm.data.sentencepiece._MOST_CHARACTERS", {"bpe": 40 * 500})
+    monkeypatch.setattr("lm.data.tokenizers.sentencepiece._MOST_CHARACTERS", {"bpe": 40 * 500})
     texts = [chr(0x4E00 + i) * 500 for i in range(200)]
     model = train_sentencepiece(texts, 300)
     assert model == train_sentencepiece(texts, 300)
@@ -249,7 +249,7 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
         trained.append(vocab_size)
         return train_sentencepiece(texts, vocab_size)
 
-    monkeypatch.setattr(lm.data.tokenizers, "train_sentencepiece", train)
+    monkeypatch.setattr(lm.data.tokenizers.choice, "train_sentencepiece", train)
     again = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))
     assert again.digest == first.digest
     assert trained == []

@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.corpora import open_corpus
 from lm.data.dataset import open_tokenizer
 from lm.data.store import build_store
-from lm.data.words import WordTokenizer
+from lm.data.text.sources import open_corpus
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
 TEXT = "the cat saw the dog\n\n <unk> saw <unk> the  end\n"

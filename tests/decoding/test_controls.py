@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from lm.decoding.beam import Search, beam_search
-from lm.decoding.controls import NOTHING, Controls, ends_of_banned, penalise_repeats
+from lm.decoding.controls import UNSET, Controls, ends_of_banned, penalise_repeats
 from lm.decoding.options import banned_sequences, controls_of
 
-WRITTEN = jnp.array([[1, 3, NOTHING], [2, 2, NOTHING], [NOTHING] * 3])
+WRITTEN = jnp.array([[1, 3, UNSET], [2, 2, UNSET], [UNSET] * 3])
 
 
 def test_repeats_are_divided_if_positive_and_multiplied_if_negative():
@@ -18,7 +18,7 @@ def test_repeats_are_divided_if_positive_and_multiplied_if_negative():
 
 def test_minus_infinity_stays():
     logits = jnp.array([[-jnp.inf, 1.0, 0.0, -jnp.inf]])
-    found = penalise_repeats(logits, jnp.array([[0, 2, NOTHING]]), 1.5)
+    found = penalise_repeats(logits, jnp.array([[0, 2, UNSET]]), 1.5)
     np.testing.assert_array_equal(found, logits)
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from lm.decoding.controls import Controls
-from lm.decoding.generate import generate as generate_with
 from lm.decoding.sampling import Sampling
+from lm.decoding.sampling_loop import generate as generate_with
 from lm.errors import UserError
-from lm.models.config import TransformerConfig
 from lm.models.decoder import Decoder
+from lm.models.transformer_config import TransformerConfig
 
 CONTEXT, VOCAB = 16, 24
 PROMPTS = ([5, 1, 7, 2], [3], [9, 9, 4, 11, 0, 6, 8])

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from lm.decoding import batch
+from lm.decoding.generate_file import write_file
 from lm.decoding.sampling import Sampling
-from lm.decoding.test_set import write_file
 
 TEXTS = ["abc", "e", "ddab", "", "edcba", "bb", "ace"]
 MADE_BY = {"step": 7}

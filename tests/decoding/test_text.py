@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lm.data.characters import ByteTokenizer
-from lm.decoding import text
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.decoding import generation as text
+from lm.decoding.generation import Generation, record, write
 from lm.decoding.sampling import Sampling
-from lm.decoding.text import Written, record, write
 
 
 def continuations(monkeypatch, experiment, prompts, rows):
@@ -100,10 +100,10 @@ def test_sources_end_and_are_cut_like_in_training():
 
 
 def test_records():
-    two = [Written("b", -0.5), Written("c", -0.7)]
+    two = [Generation("b", -0.5), Generation("c", -0.7)]
     best = {"source": "a", "text": "b", "score": -0.5}
     assert record("source", "a", two, 1) == best
     others = [{"text": "b", "score": -0.5}, {"text": "c", "score": -0.7}]
     assert record("source", "a", two, 3) == {**best, "hypotheses": others}
-    assert record("prompt", "a", [Written("b", None)], 1) == {"prompt": "a", "text": "b"}
+    assert record("prompt", "a", [Generation("b", None)], 1) == {"prompt": "a", "text": "b"}
     assert record("source", "a", [], 2) == {"source": "a", "text": "", "hypotheses": []}

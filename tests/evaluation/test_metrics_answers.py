@@ -1,6 +1,6 @@
 import pytest
 
-from lm.evaluation.metrics.answers import exact_match, squad
+from lm.evaluation.metrics.answer_scores import exact_match, squad
 
 
 def scores(exact, f1):

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lm.errors import UserError
-from lm.evaluation.metrics.registry import METRICS, measure
+from lm.evaluation.metrics.scorers import METRICS, measure
 
 
 def test_measure_joins_the_scores_of_all_names():

@@ -1,7 +1,7 @@
 import pytest
 
 from lm.errors import UserError
-from lm.evaluation.metrics.text import bleu, bleu_tok, chrf, rouge, rouge_stemmed
+from lm.evaluation.metrics.generation_scores import bleu, bleu_tok, chrf, rouge, rouge_stemmed
 
 # The example of sacrebleu's README, with the figures printed there.
 PREDICTIONS = [

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lm.config import default
-from lm.data.record_store import build_record_store
-from lm.data.records import read_records
-from lm.data.words import WordTokenizer
+from lm.data.records.record_sources import read_records
+from lm.data.records.record_store import build_record_store
+from lm.data.tokenizers.words import WordTokenizer
 from lm.evaluation.span_answers import best_span, span_answers
 from lm.objectives.span_qa import SpanQa
 from lm.objectives.special_tokens import SpecialTokens

@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.data.characters import ByteTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
-from lm.data.words import WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.vectors_report import run_vectors, scores
 

@@ -5,12 +5,7 @@ import pytest
 
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
-from lm.evaluation.word_vectors import (
-    analogies,
-    read_analogies,
-    read_similarities,
-    word_similarity,
-)
+from lm.evaluation.word_scores import analogies, read_analogies, read_similarities, word_similarity
 
 # man : woman as king : queen, on two axes (royal, female); "throne" lies near to king
 ROYAL = WordVectors(

@@ -9,16 +9,16 @@ from their_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transforme
 
 from lm.cli import main
 from lm.data.batches import to_device
-from lm.data.characters import CharTokenizer
 from lm.data.dataset import open_split
-from lm.data.tokenizers import load_saved
+from lm.data.tokenizers.characters import CharTokenizer
+from lm.data.tokenizers.choice import load_saved
 from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
 from lm.optim.parameter_groups import flat
-from lm.training.saved_params import saved_checkpoints
-from lm.training.train import restore_params
-from lm.training.workdir import load_config
+from lm.runs.saved_params import saved_checkpoints
+from lm.runs.workdir import load_config
+from lm.training.trainer import restore_params
 
 ALPHABET = "".join(map(chr, range(32, 127)))
 END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows

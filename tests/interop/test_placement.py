@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.interop.placement import place
+from lm.interop.sharded_load import place
 
 SHAPE = (3, 8, 4)
 
@@ -48,7 +48,7 @@ def test_what_was_placed_can_be_donated():
 MEASURE = """
 import sys
 from pathlib import Path
-from lm.interop.checkpoint import open_checkpoint
+from lm.interop.model_folder import open_checkpoint
 
 def high_water():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -65,8 +65,8 @@ print(high_water() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_reading_needs_the_shards_and_a_fifth_of_the_largest_tensor(tmp_path):
     from lm.interop import huggingface
-    from lm.models.config import TransformerConfig
     from lm.models.decoder import Decoder
+    from lm.models.transformer_config import TransformerConfig
 
     sizes = {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
     config = TransformerConfig(

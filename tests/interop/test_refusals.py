@@ -10,8 +10,8 @@ from their_models import safetensors
 
 from lm.errors import UserError
 from lm.interop import huggingface
-from lm.models.config import TransformerConfig
 from lm.models.decoder import Decoder
+from lm.models.transformer_config import TransformerConfig
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import json
 import pytest
 from their_models import transformers
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.huggingface import Gpt2Tokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from lm.data.words import WordTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.hf import Gpt2Tokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 

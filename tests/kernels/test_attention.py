@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import Dropout, Visibility, attention
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 
 KERNELS = ("xla", "tiled")
 run = jax.jit(attention, static_argnames=("kernel", "softcap"))
@@ -52,7 +52,7 @@ def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
     q, k, v = make_inputs(length, n_kv_heads)
     one = np.ones((2, length), int)
     segments = make_segments(length) if segmented else one
-    visibility = Visibility(causal, *([jnp.asarray(segments)] * 2 if segmented else []))
+    visibility = AttentionMask(causal, *([jnp.asarray(segments)] * 2 if segmented else []))
     out = run(*as_float32(q, k, v), visibility, kernel=kernel)
     expected = naive_attention(q, k, v, causal, segments, segments, 0)
     np.testing.assert_allclose(out, expected, atol=2e-6)
@@ -63,7 +63,7 @@ def test_equals_the_definition(kernel, causal, segmented, length, n_kv_heads):
 def test_windows_and_softcaps_equal_the_definition(length, window, cap, is_global):
     q, k, v = make_inputs(length, 2)
     segments = make_segments(length)
-    visibility = Visibility(True, jnp.asarray(segments), window=window)
+    visibility = AttentionMask(True, jnp.asarray(segments), window=window)
     if is_global is not None:
         visibility = visibility.replace(is_global=jnp.asarray(is_global))
     out = run(*as_float32(q, k, v), visibility, softcap=cap)
@@ -75,7 +75,11 @@ def test_windows_and_softcaps_equal_the_definition(length, window, cap, is_globa
 def test_the_tiled_kernel_refuses_what_it_cannot_do():
     q, k, v = as_float32(*make_inputs(4, 2))
     prefix = jnp.ones((2, 4), jnp.int32)
-    unlike = Visibility(False), Visibility(True, prefix_BS=prefix), Visibility(True, window=2)
+    unlike = (
+        AttentionMask(False),
+        AttentionMask(True, prefix_BS=prefix),
+        AttentionMask(True, window=2),
+    )
     for visibility in unlike:
         with pytest.raises(ValueError, match="plain causal"):
             attention(q, k, v, visibility, kernel="tiled")
@@ -88,7 +92,7 @@ def test_offset_places_the_queries_among_earlier_keys(kernel, traced):
     key_segments = np.array([[0, 0] + [1] * 8 + [0, 0], [1] * 10 + [0, 0]])
     query_segments = np.ones((2, 3), int)
     offset = jnp.asarray(7) if traced else 7
-    visibility = Visibility(True, jnp.asarray(query_segments), jnp.asarray(key_segments), offset)
+    visibility = AttentionMask(True, jnp.asarray(query_segments), jnp.asarray(key_segments), offset)
     out = run(*as_float32(q, k, v), visibility, kernel=kernel)
     expected = naive_attention(q, k, v, True, query_segments, key_segments, 7)
     np.testing.assert_allclose(out, expected, atol=2e-6)
@@ -102,7 +106,7 @@ def test_gradients_are_the_slopes_of_the_definition(kernel, segmented):
     segments = make_segments(length, 1) if segmented else np.ones((1, length), int)
     rng = np.random.default_rng(0)
     cotangent = rng.normal(size=q.shape)
-    visibility = Visibility(True, jnp.asarray(segments), jnp.asarray(segments))
+    visibility = AttentionMask(True, jnp.asarray(segments), jnp.asarray(segments))
 
     def loss(*qkv):
         return (attention(*qkv, visibility, kernel=kernel) * cotangent).sum()
@@ -127,7 +131,7 @@ def test_tiled_has_the_gradients_of_xla(segmented, length, n_kv_heads):
     cotangent = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
 
     def gradients(kernel):
-        visibility = Visibility(True, segments, segments)
+        visibility = AttentionMask(True, segments, segments)
 
         def loss(*qkv):
             return (attention(*qkv, visibility, kernel=kernel) * cotangent).sum()
@@ -141,7 +145,7 @@ def test_tiled_has_the_gradients_of_xla(segmented, length, n_kv_heads):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(kernel):
     qkv = as_float32(*make_inputs(32, 2))
-    visibility = Visibility(True, jnp.ones((2, 32), int), jnp.zeros((2, 32), int))
+    visibility = AttentionMask(True, jnp.ones((2, 32), int), jnp.zeros((2, 32), int))
 
     def loss(*qkv):
         return attention(*qkv, visibility, kernel=kernel).sum()
@@ -155,7 +159,7 @@ def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(kernel):
 def test_bfloat16_in_bfloat16_out_with_float32_sums(kernel):
     q, k, v = make_inputs(100, 2)
     rounded = [x.astype(jnp.bfloat16) for x in as_float32(q, k, v)]
-    out = run(*rounded, Visibility(True), kernel=kernel)
+    out = run(*rounded, AttentionMask(True), kernel=kernel)
     assert out.dtype == jnp.bfloat16
     one = np.ones((2, 100), int)
     exact = naive_attention(*(np.asarray(x, np.float64) for x in rounded), True, one, one, 0)
@@ -165,7 +169,7 @@ def test_bfloat16_in_bfloat16_out_with_float32_sums(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_large_scores_do_not_overflow(kernel):
     q, k, v = make_inputs(32, 4)
-    out = run(*as_float32(300 * q, 300 * k, v), Visibility(True), kernel=kernel)
+    out = run(*as_float32(300 * q, 300 * k, v), AttentionMask(True), kernel=kernel)
     one = np.ones((2, 32), int)
     np.testing.assert_allclose(
         out, naive_attention(300 * q, 300 * k, v, True, one, one, 0), atol=1e-3
@@ -179,7 +183,7 @@ def test_dropout_keeps_the_expectation_of_every_weight():
 
     def weights(key):
         dropout = None if key is None else Dropout(key, rate)
-        return attention(q, k, identity, Visibility(True), dropout=dropout)[0, :, 0]
+        return attention(q, k, identity, AttentionMask(True), dropout=dropout)[0, :, 0]
 
     clean = np.asarray(jax.jit(weights)(None))
     keys = jax.random.split(jax.random.key(0), 400)
@@ -203,7 +207,7 @@ def test_dropout_is_a_function_of_its_key():
 
     @jax.jit
     def out(key):
-        return attention(*qkv, Visibility(True), dropout=Dropout(key, 0.5))
+        return attention(*qkv, AttentionMask(True), dropout=Dropout(key, 0.5))
 
     one, again, other = (out(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)

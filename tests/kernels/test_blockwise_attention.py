@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.kernels import blockwise_attention as blockwise
-from lm.kernels.attention import Dropout, Visibility, attention
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 
 
 def make_inputs(length, n_keys):
@@ -40,12 +40,16 @@ def equal(found, expected):
 
 SOURCE = make_segments(40)
 # Every query has a key of its segment.
-CROSS = Visibility(False, jnp.minimum(make_segments(24), SOURCE.max(1, keepdims=True)), SOURCE)
+CROSS = AttentionMask(False, jnp.minimum(make_segments(24), SOURCE.max(1, keepdims=True)), SOURCE)
 
 
 @pytest.mark.parametrize(
     ("visibility", "length", "n_keys"),
-    [(Visibility(True, make_segments(40)), 40, 40), (Visibility(True), 40, 40), (CROSS, 24, 40)],
+    [
+        (AttentionMask(True, make_segments(40)), 40, 40),
+        (AttentionMask(True), 40, 40),
+        (CROSS, 24, 40),
+    ],
 )
 def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
     monkeypatch.setattr(blockwise, "LONGEST_TILE", 8)
@@ -63,7 +67,7 @@ def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
 
 def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
     q, k, v, _ = make_inputs(8, 8)
-    nowhere = Visibility(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
+    nowhere = AttentionMask(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
     attend = partial(attention, visibility=nowhere, kernel="blockwise")
     out, back = jax.vjp(attend, q, k, v)
     assert np.isfinite(out).all()
@@ -79,7 +83,7 @@ def test_fused_kernels_refuse_what_they_cannot_do():
     q, k, v, _ = make_inputs(8, 8)
     for kernel in ("blockwise", "cudnn"):
         with pytest.raises(ValueError, match="neither bias nor dropout"):
-            attention(q, k, v, Visibility(True), kernel=kernel, bias_HLS=jnp.zeros((4, 8, 8)))
+            attention(q, k, v, AttentionMask(True), kernel=kernel, bias_HLS=jnp.zeros((4, 8, 8)))
         dropout = Dropout(jax.random.key(0), 0.1)
         with pytest.raises(ValueError, match="neither bias nor dropout"):
-            attention(q, k, v, Visibility(True), kernel=kernel, dropout=dropout)
+            attention(q, k, v, AttentionMask(True), kernel=kernel, dropout=dropout)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.kernels.lstm import Starts, State, lstm
+from lm.kernels.lstm_scan import Starts, State, lstm
 
 B, L, H = 2, 6, 3
 HERE = np.zeros((B, L), bool)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from lm.kernels.attention import Visibility, attention
+from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.kernels.ring_attention import ring_attention
 from lm.kernels.zigzag import from_zigzag, places, to_zigzag
 
@@ -35,7 +35,7 @@ def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, causal, s
     segments = segments if segmented else None
 
     def plain(q, k, v):
-        return attention(q, k, v, Visibility(causal, segments), scale=1.0)
+        return attention(q, k, v, AttentionMask(causal, segments), scale=1.0)
 
     def ring(q, k, v):
         run = partial(ring_attention, causal=causal, axis="ring")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.models.config import TransformerConfig
 from lm.models.decoder import Decoder
+from lm.models.transformer_config import TransformerConfig
 
 TINY = TransformerConfig(
     n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, vocab_size=96,

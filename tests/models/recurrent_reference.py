@@ -15,7 +15,7 @@ def draw(model, *inputs, seed=0):
     )
 
 
-def affine(p, x):
+def init_linear(p, x):
     return np.tensordot(x, p["kernel"], 1) + p.get("bias", 0)
 
 
@@ -25,7 +25,7 @@ def layer(p, x, h=0.0, c=0.0):
     n_hidden = p["recurrent"]["kernel"].shape[0]
     h, c = np.zeros(n_hidden) + h, np.zeros(n_hidden) + c
     for x_t in x:
-        i, f, g, o = affine(p["input"], x_t) + affine(p["recurrent"], h)
+        i, f, g, o = init_linear(p["input"], x_t) + init_linear(p["recurrent"], h)
         c = expit(f) * c + expit(i) * np.tanh(g)
         h = expit(o) * np.tanh(c)
         outputs.append(h)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import transformer_reference as ref
 
-from lm.models.config import TransformerConfig
 from lm.models.encoder import Encoder
+from lm.models.transformer_config import TransformerConfig
 
 L = 24
 RNG = np.random.default_rng(1)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import transformer_reference as ref
 
-from lm.models.config import TransformerConfig
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.transformer_config import TransformerConfig
 
 RNG = np.random.default_rng(1)
 S, T = 60, 44  # long enough for the wide buckets of relative positions

@@ -11,9 +11,9 @@ from moe_reference import mixture
 from transformer_reference import draw, float64
 
 from lm.models import routing
-from lm.models.config import TransformerConfig
 from lm.models.decoder import Decoder
 from lm.models.moe import MixtureOfExperts
+from lm.models.transformer_config import TransformerConfig
 
 E, D, B, L = 4, 8, 2, 12
 CONFIG = TransformerConfig(

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from recurrent_reference import affine, draw
+from recurrent_reference import draw, init_linear
 
-from lm.models.nplm import Nplm, NplmConfig, Window
+from lm.models.classic.nplm import Nplm, NplmConfig, Window
 
 V, W, L = 12, 3, 7
 TOKENS = np.random.default_rng(0).integers(0, V, (2, L))
@@ -24,8 +24,8 @@ def paper(p, tokens):
     """y = b + W x + U tanh(d + H x) (§2, equation 1) of one text; no word is a zero vector."""
     rows = np.concatenate([np.zeros((W - 1, 4)), p["tokens"]["embedding"][tokens]])
     x = np.stack([rows[i : i + W].ravel() for i in range(len(tokens))])
-    y = affine(p["head"], np.tanh(affine(p["hidden_layer"], x)))
-    return y + affine(p["direct"], x) if "direct" in p else y
+    y = init_linear(p["head"], np.tanh(init_linear(p["hidden_layer"], x)))
+    return y + init_linear(p["direct"], x) if "direct" in p else y
 
 
 @pytest.mark.parametrize("direct", [False, True])

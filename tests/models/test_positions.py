@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from transformer_reference import t5_bias, t5_buckets
 
-from lm.models.config import TransformerConfig
 from lm.models.positions import RelativeBias, relative_buckets, rotary_angles, rotate, sinusoidal
+from lm.models.transformer_config import TransformerConfig
 
 
 def test_sinusoidal_is_the_formula_of_the_paper():

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recurrent_reference import affine, draw, stack
+from recurrent_reference import draw, init_linear, stack
 
 from lm.experiment import build
-from lm.models.lstm import Memory, RecurrentConfig
-from lm.models.recurrent import Lstm
+from lm.models.classic.lstm import LstmCache, RecurrentConfig
+from lm.models.classic.recurrent import Lstm
 
 V, D, H, L = 20, 5, 6, 8
 TOKENS = np.random.default_rng(0).integers(0, V, (3, L))
@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_paper(tied, d_model):
         x, _ = stack(p["stack"], table[tokens])
         if "projection" in p:
             x = x @ p["projection"]["kernel"]
-        expected = x @ table.T + p["bias"]["bias"] if tied else affine(p["head"], x)
+        expected = x @ table.T + p["bias"]["bias"] if tied else init_linear(p["head"], x)
         np.testing.assert_allclose(logits[row], expected, atol=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_a_text_read_both_ways_is_the_papers_and_padding_does_not_count():
     found, _ = apply(p, TOKENS, segments)
     for row, length in enumerate(lengths):
         x, _ = stack(p["stack"], p["tokens"]["embedding"][TOKENS[row, :length]], both_ways=True)
-        expected = affine(p["classifier"], x.max(0))
+        expected = init_linear(p["classifier"], x.max(0))
         np.testing.assert_allclose(found[row], expected, atol=1e-5)
 
 
@@ -196,7 +196,9 @@ def test_decoding_from_left_padded_prompts_gives_the_full_pass():
 
 
 def test_a_cache_takes_rows_for_a_beam_search():
-    cache = Memory(np.arange(3.0).reshape(3, 1, 1, 1), np.array([0, 1, 1])).take(np.array([2, 0]))
+    cache = LstmCache(np.arange(3.0).reshape(3, 1, 1, 1), np.array([0, 1, 1])).take(
+        np.array([2, 0])
+    )
     np.testing.assert_array_equal(cache.state_BN2H.ravel(), [2, 0])
     np.testing.assert_array_equal(cache.segment_B, [1, 0])
 

@@ -5,11 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from recurrent_reference import affine, draw, stack
+from recurrent_reference import draw, init_linear, stack
 from scipy.special import softmax
 
-from lm.models.lstm import RecurrentConfig
-from lm.models.recurrent_seq2seq import LstmEncoderDecoder
+from lm.models.classic.lstm import RecurrentConfig
+from lm.models.classic.recurrent_seq2seq import LstmEncoderDecoder
 
 V, D, H = 22, 5, 6
 RNG = np.random.default_rng(0)
@@ -30,7 +30,9 @@ def paper(p, source, targets, both_ways):
     encoded, finals = stack(p["encoder"], table[source], both_ways)
     h, _ = stack(p["decoder"], table[targets], before=finals)
     context = softmax(h @ encoded.T, axis=-1) @ encoded
-    return affine(p["head"], np.tanh(affine(p["attended"], np.concatenate([h, context], axis=1))))
+    return init_linear(
+        p["head"], np.tanh(init_linear(p["attended"], np.concatenate([h, context], axis=1)))
+    )
 
 
 def packed():

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import Visibility
+from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.splash_attention import make_kernel
 from lm.models import sharded_attention
-from lm.parallel import rules
+from lm.parallel import sharding as rules
 from lm.parallel.mesh import axis_sizes, make_mesh
 
 LENGTH = 512
@@ -40,7 +40,7 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
     segments = jnp.asarray(np.cumsum(rng.random((2, LENGTH)) < 4 / LENGTH, axis=1) + 1)
 
     def attend(q, k, v, is_global, kernel):
-        visibility = Visibility(segments_BL=segments, **visible | {"is_global": is_global})
+        visibility = AttentionMask(segments_BL=segments, **visible | {"is_global": is_global})
         return sharded_attention.attend(
             q, k, v, visibility, kernel=kernel, across="gather", scale=0.3, softcap=softcap
         )

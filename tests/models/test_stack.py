@@ -1,4 +1,4 @@
-"""How the layers are run (unrolled, recomputed) changes neither layout nor results."""
+"""How the layers are run (unrolled, with_remat) changes neither layout nor results."""
 
 import functools
 

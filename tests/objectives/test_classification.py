@@ -6,12 +6,12 @@ import pytest
 import scipy.special
 
 from lm.config import default
-from lm.data.characters import ByteTokenizer
-from lm.data.record_store import build_record_store
-from lm.data.records import read_records
+from lm.data.records.record_sources import read_records
+from lm.data.records.record_store import build_record_store
+from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
-from lm.models.config import TransformerConfig
 from lm.models.encoder import Encoder
+from lm.models.transformer_config import TransformerConfig
 from lm.objectives.classification import Classification
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
@@ -165,8 +165,8 @@ def test_features_are_of_the_stated_shapes(make_store, labels, label):
     row = rows(objective, make_store("label\ttext", f"{label}\ta", labels=labels))[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
     assert Classification(8, labels, special_tokens(None)).shapes == objective.shapes
-    assert objective.n_extra == 0
-    assert Classification(8, labels, SpecialTokens(0, 0, 0, 20, 20, 0, 20)).n_extra == 1
+    assert objective.n_extra_ids == 0
+    assert Classification(8, labels, SpecialTokens(0, 0, 0, 20, 20, 0, 20)).n_extra_ids == 1
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.data.characters import ByteTokenizer
-from lm.data.huggingface import HuggingFaceTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.errors import UserError
 from lm.objectives.masked import Masked
 
@@ -112,7 +112,7 @@ def test_random_tokens_are_no_special_ones():
     for found in many(objective, window(np.ones(62), low=10, high=11), 50):
         seen.update(found["inputs"][found["masked_positions"]].tolist())
     assert set(seen) == {1, 4, 5, 6, 7, 8, 9, 10}
-    assert objective.n_extra == 0
+    assert objective.n_extra_ids == 0
 
 
 def test_the_tokens_of_a_word_are_chosen_together():

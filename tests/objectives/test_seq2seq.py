@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from lm.config import default
-from lm.data.characters import ByteTokenizer
-from lm.data.record_store import build_record_store
-from lm.data.records import read_records
+from lm.data.records.record_sources import read_records
+from lm.data.records.record_store import build_record_store
+from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
-from lm.models.config import TransformerConfig
+from lm.models.classic.lstm import RecurrentConfig
+from lm.models.classic.recurrent_seq2seq import LstmEncoderDecoder
 from lm.models.encoder_decoder import EncoderDecoder
-from lm.models.lstm import RecurrentConfig
-from lm.models.recurrent_seq2seq import LstmEncoderDecoder
+from lm.models.transformer_config import TransformerConfig
 from lm.objectives.seq2seq import Seq2Seq
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
@@ -182,8 +182,8 @@ def test_features_are_of_the_stated_shapes(make_store):
     row = rows(objective, make_store(PAIRS))[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
     assert Seq2Seq(12, 10, special_tokens(None)).shapes == objective.shapes
-    assert objective.n_extra == 0
-    assert Seq2Seq(9, 9, SpecialTokens(20, 20, 20, 0, 0, 0, vocab_size=20)).n_extra == 1
+    assert objective.n_extra_ids == 0
+    assert Seq2Seq(9, 9, SpecialTokens(20, 20, 20, 0, 0, 0, vocab_size=20)).n_extra_ids == 1
 
 
 def test_records_without_a_target_are_said(tmp_path):

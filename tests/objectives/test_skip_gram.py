@@ -11,15 +11,15 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from lm.data.characters import ByteTokenizer
 from lm.data.dataset import open_dataset
 from lm.data.store import Manifest, TokenStore
-from lm.data.words import WordTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.vectors_report import run_vectors
 from lm.experiment import build
-from lm.models.skip_gram import SkipGram as Model
-from lm.models.skip_gram import SkipGramConfig
+from lm.models.classic.word2vec import SkipGram as Model
+from lm.models.classic.word2vec import SkipGramConfig
 from lm.objectives.skip_gram import SkipGram
 
 A, B, C, D, EOS, UNKNOWN = range(6)

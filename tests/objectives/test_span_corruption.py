@@ -8,16 +8,11 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.huggingface import HuggingFaceTokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.hf import HuggingFaceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
-from lm.objectives.span_corruption import (
-    SpanCorruption,
-    noise_mask,
-    raw_length,
-    replace_spans,
-)
+from lm.objectives.span_corruption import SpanCorruption, noise_mask, raw_length, replace_spans
 
 # 70 tokens: 10 of noise in 3 spans, 60 + 3 + 1 = 64. Own sentinels: 257 … 356.
 BYTES = SpanCorruption(ByteTokenizer(), 64)
@@ -160,31 +155,31 @@ def test_inputs_are_the_targets_one_later_after_the_start():
 
 
 def test_t5_needs_a_hundred_rows_after_its_pieces():
-    assert SpanCorruption(t5_pieces(), 64).n_extra == 100
+    assert SpanCorruption(t5_pieces(), 64).n_extra_ids == 100
 
 
 def test_sentinels_come_after_a_delimiter_that_the_vocabulary_lacks():
     objective = SpanCorruption(CharTokenizer("abc"), 64)
     found = objective.features(window(70) | {"tokens": np.full(70, 1)}, np.random.default_rng(0))
-    assert objective.n_extra == 101
+    assert objective.n_extra_ids == 101
     assert found["targets"][-1] == found["inputs"][0] == 3
     assert found["targets"][0] == 103
 
 
 def test_long_sources_get_the_sentinels_they_need():
-    assert SpanCorruption(t5_pieces(), 2048).n_extra == 114
+    assert SpanCorruption(t5_pieces(), 2048).n_extra_ids == 114
 
 
 def test_sentinels_of_the_vocabulary_are_used():
     objective = SpanCorruption(with_sentinels(4), 64)
     found = objective.features(window(70) | {"tokens": np.full(70, 3)}, np.random.default_rng(0))
-    assert objective.n_extra == 0
+    assert objective.n_extra_ids == 0
     assert found["targets"][found["targets"] > 3].tolist() == [7, 6, 5]
 
 
 def test_too_few_sentinels_are_said():
     with pytest.raises(UserError, match=r"tokenizers vocabulary .* 3 .*mean_span"):
-        SpanCorruption(with_sentinels(2), 64).n_extra  # noqa: B018
+        SpanCorruption(with_sentinels(2), 64).n_extra_ids  # noqa: B018
 
 
 def test_a_source_too_short_for_a_hole_is_said():

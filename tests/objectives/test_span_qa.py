@@ -7,10 +7,10 @@ import pytest
 import scipy.special
 
 from lm.config import default
-from lm.data.characters import ByteTokenizer
-from lm.data.record_store import build_record_store
-from lm.data.records import read_records
-from lm.data.words import WordTokenizer
+from lm.data.records.record_sources import read_records
+from lm.data.records.record_store import build_record_store
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.objectives.span_qa import SpanQa, answer_tokens
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
@@ -228,8 +228,8 @@ def test_features_are_of_the_stated_shapes(make_store):
     row = rows(objective, make_store(("x", "a b", "b", 2)))[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
     assert SpanQa(12, 8, special_tokens(None)).shapes == objective.shapes
-    assert objective.n_extra == 0
-    assert SpanQa(12, 8, SpecialTokens(0, 0, 0, 20, 21, 0, vocab_size=20)).n_extra == 2
+    assert objective.n_extra_ids == 0
+    assert SpanQa(12, 8, SpecialTokens(0, 0, 0, 20, 21, 0, vocab_size=20)).n_extra_ids == 2
 
 
 def test_what_cannot_be_is_said(tmp_path):

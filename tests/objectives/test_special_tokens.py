@@ -3,9 +3,9 @@ import io
 import pytest
 import sentencepiece
 
-from lm.data.characters import ByteTokenizer, CharTokenizer
-from lm.data.huggingface import HuggingFaceTokenizer
-from lm.data.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.hf import HuggingFaceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.objectives.special_tokens import special_tokens
 
 
@@ -40,7 +40,7 @@ def test_the_names_of_bert():
         vocabulary("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"),
         pad=0, bos=2, eos=3, cls=2, sep=3, mask=4,
     )  # fmt: skip
-    assert found.n_extra(found.cls, found.sep, found.mask) == 0
+    assert found.n_extra_ids(found.cls, found.sep, found.mask) == 0
 
 
 def test_the_names_of_roberta():
@@ -62,14 +62,14 @@ def test_the_names_of_xlnet_which_has_both_kinds():
 def test_t5_starts_its_decoder_with_pad():
     tokenizer = sentence_pieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     found = check(tokenizer, pad=0, bos=0, eos=1)
-    assert found.n_extra(found.bos, found.eos) == 0
+    assert found.n_extra_ids(found.bos, found.eos) == 0
 
 
 def test_our_sentence_pieces_frame_with_bos_and_eos_and_lack_a_mask():
     tokenizer = sentence_pieces()
     found = check(tokenizer, bos=1, eos=2, cls=1, sep=2, mask=tokenizer.vocab_size)
-    assert found.n_extra(found.bos, found.eos) == 0
-    assert found.n_extra(found.cls, found.mask) == 1
+    assert found.n_extra_ids(found.bos, found.eos) == 0
+    assert found.n_extra_ids(found.cls, found.mask) == 1
 
 
 def test_bytes_have_one_delimiter_for_all():
@@ -78,8 +78,8 @@ def test_bytes_have_one_delimiter_for_all():
 
 def test_what_a_vocabulary_lacks_follows_it():
     found = check(CharTokenizer("abc"), pad=3, bos=3, eos=3, cls=3, sep=3, mask=4)
-    assert found.n_extra(found.bos, found.eos) == 1
-    assert found.n_extra(found.cls, found.sep, found.mask) == 2
+    assert found.n_extra_ids(found.bos, found.eos) == 1
+    assert found.n_extra_ids(found.cls, found.sep, found.mask) == 2
 
 
 def test_without_a_tokenizer_all_ids_are_zero():

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
-from lm.schema import SCHEMA
 
 SGD = {  # an update is the gradient
     "optimizer__name": "sgd", "optimizer__learning_rate": 1.0, "optimizer__weight_decay": 0.0,

@@ -9,7 +9,7 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.optim.optimizers import OPTIMIZERS, make_optimizer
-from lm.optim.parameter_groups import Trainable, flat, nested, update_scales
+from lm.optim.parameter_groups import TrainableMask, flat, nested, update_scales
 
 SHAPES = {
     "tokens/embedding": (6, 4),
@@ -80,7 +80,7 @@ FROZEN = {  # pattern → of each path, what is frozen: True or the layers
     [(freeze, "adamw") for freeze in FROZEN] + [("layers/[01]/", name) for name in OPTIMIZERS],
 )
 def test_what_a_pattern_matches_keeps_every_bit_and_the_rest_trains(freeze, name):
-    params, trainable = draw(), Trainable(freeze)
+    params, trainable = draw(), TrainableMask(freeze)
     after, _, _ = train(trainable, optimizer_of(options_of(name), trainable), params)
     for path, before in flat(params).items():
         frozen = FROZEN[freeze].get(path, [])
@@ -93,7 +93,7 @@ def test_what_a_pattern_matches_keeps_every_bit_and_the_rest_trains(freeze, name
 
 
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
-    params, trainable = draw(), Trainable("tokens,attention/query/kernel,layers/1/")
+    params, trainable = draw(), TrainableMask("tokens,attention/query/kernel,layers/1/")
     _, grads, state = train(trainable, optimizer_of(options_of(), trainable), params)
     whole = {"tokens/embedding", "stack/layers/attention/query/kernel"}
     assert grads.keys() == SHAPES.keys() - whole
@@ -108,9 +108,9 @@ def test_the_rest_trains_as_if_the_frozen_were_not_there():
     params = draw()
     kept = {path: leaf for path, leaf in flat(params).items() if "layers" not in path}
     options = options_of(clip_norm=0.5)
-    trainable = Trainable("stack/layers")
+    trainable = TrainableMask("stack/layers")
     together, _, _ = train(trainable, optimizer_of(options, trainable), params)
-    alone, _, _ = train(Trainable(), optimizer_of(options, Trainable()), nested(kept))
+    alone, _, _ = train(TrainableMask(), optimizer_of(options, TrainableMask()), nested(kept))
     for path, leaf in alone.items():
         np.testing.assert_allclose(together[path], leaf, rtol=1e-6, err_msg=path)
 
@@ -118,9 +118,9 @@ def test_the_rest_trains_as_if_the_frozen_were_not_there():
 def test_with_low_rank_parameters_only_they_and_the_named_train():
     params = draw(shapes=SHAPES | ADAPTERS)
     for trainable, expected in (
-        (Trainable(), {*ADAPTERS}),
-        (Trainable(with_lora="head,bias"), {*ADAPTERS, "head/kernel", *_ending("bias")}),
-        (Trainable("lora/.*/b$", "head"), {"head/kernel", *_ending("/a", ADAPTERS)}),
+        (TrainableMask(), {*ADAPTERS}),
+        (TrainableMask(with_lora="head,bias"), {*ADAPTERS, "head/kernel", *_ending("bias")}),
+        (TrainableMask("lora/.*/b$", "head"), {"head/kernel", *_ending("/a", ADAPTERS)}),
     ):
         trained, frozen = trainable.split(params)
         assert flat(trained).keys() == expected
@@ -129,7 +129,7 @@ def test_with_low_rank_parameters_only_they_and_the_named_train():
 
 def test_layers_beside_low_rank_parameters_train_alone():
     params = draw(shapes=SHAPES | ADAPTERS)
-    trainable = Trainable(with_lora="layers/2/feed_forward")
+    trainable = TrainableMask(with_lora="layers/2/feed_forward")
     after, _, _ = train(trainable, optimizer_of(options_of(), trainable), params)
     path = "stack/layers/feed_forward/in/kernel"
     same = after[path] == flat(params)[path]
@@ -144,11 +144,11 @@ def _ending(end, shapes=SHAPES):
 @pytest.mark.parametrize(
     ("trainable", "words"),
     [
-        (Trainable("head,tokenz"), "config.optimizer.freeze: 'tokenz' matches no parameter"),
-        (Trainable("layers/3/"), "config.optimizer.freeze: 'layers/3/' matches no parameter"),
-        (Trainable("head,(tokens"), r"config.optimizer.freeze: '\(tokens' is no regular"),
-        (Trainable("."), "leaves no parameter to train"),
-        (Trainable("", "headd"), "config.lora.train: 'headd' matches no parameter"),
+        (TrainableMask("head,tokenz"), "config.optimizer.freeze: 'tokenz' matches no parameter"),
+        (TrainableMask("layers/3/"), "config.optimizer.freeze: 'layers/3/' matches no parameter"),
+        (TrainableMask("head,(tokens"), r"config.optimizer.freeze: '\(tokens' is no regular"),
+        (TrainableMask("."), "leaves no parameter to train"),
+        (TrainableMask("", "headd"), "config.lora.train: 'headd' matches no parameter"),
     ],
 )
 def test_what_is_refused(trainable, words):
@@ -159,7 +159,7 @@ def test_what_is_refused(trainable, words):
 def test_layers_learn_at_the_rates_of_beit():
     """Its get_num_layer_for_vit: embeddings 0, block i i + 1, the rest n + 1; scale
     decay^(n + 1 - that). Worked for n = 3 and 0.5."""
-    found = flat(update_scales(0.5, Trainable(), draw()))
+    found = flat(update_scales(0.5, TrainableMask(), draw()))
     expected = {path: [0.125, 0.25, 0.5] for path in SHAPES} | {
         "tokens/embedding": 0.0625,
         "embedding_norm/scale": 0.0625,
@@ -177,11 +177,11 @@ def test_layers_that_alternate_keep_their_numbers():
         for kind in ("0_of_2", "1_of_2")
     }
     params = draw(shapes=shapes)
-    scales = flat(update_scales(0.5, Trainable(), params))
+    scales = flat(update_scales(0.5, TrainableMask(), params))
     for path, scale in scales.items():
         expected = [1 / 16, 1 / 4] if "0_of_2" in path else [1 / 8, 1 / 2]
         assert np.squeeze(scale).tolist() == expected, path
-    groups = Trainable("encoder/layers/3/,decoder/layers/[02]/").groups(params)
+    groups = TrainableMask("encoder/layers/3/,decoder/layers/[02]/").groups(params)
     assert {path: group.tolist() for path, group in groups.items()} == {
         "encoder/layers/0_of_2/feed_forward/in/kernel": [True, True],
         "encoder/layers/1_of_2/feed_forward/in/kernel": [True, False],
@@ -196,8 +196,10 @@ def test_layer_decay_scales_whole_updates(name):
     moved = {}
     for decay in (1.0, 0.5):
         options = options_of(name, layer_decay=decay, weight_decay=0.3)
-        after, _, _ = train(Trainable(), optimizer_of(options, Trainable()), params, steps=1)
+        after, _, _ = train(
+            TrainableMask(), optimizer_of(options, TrainableMask()), params, steps=1
+        )
         moved[decay] = {path: after[path] - leaf for path, leaf in flat(params).items()}
-    scales = flat(update_scales(0.5, Trainable(), params))
+    scales = flat(update_scales(0.5, TrainableMask(), params))
     for path, update in moved[1.0].items():
         np.testing.assert_allclose(moved[0.5][path], update * scales[path], atol=1e-6, err_msg=path)

@@ -13,7 +13,7 @@ from lm.data.dataset import open_dataset
 from lm.experiment import build, reads_records
 
 STEPS = 3
-PLAIN = {
+MERGED_OVERRIDES = {
     "model__attention_dropout": 0.0,
     # The change of a parameter is the sum of its gradients.
     "optimizer__name": "sgd",
@@ -43,7 +43,7 @@ def make(make_kind):
     """Makes an experiment of a kind on a mesh."""
 
     def make(kind, mesh, **overrides):
-        config = make_kind(kind, train__steps=STEPS, **PLAIN, **overrides)
+        config = make_kind(kind, train__steps=STEPS, **MERGED_OVERRIDES, **overrides)
         config.parallel.mesh.update({"data": 1, **mesh})
         return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
 

@@ -13,13 +13,13 @@ from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build, reads_records
-from lm.models.config import TransformerConfig
 from lm.models.moe import MixtureOfExperts
-from lm.parallel import rules
+from lm.models.transformer_config import TransformerConfig
+from lm.parallel import sharding as rules
 from lm.parallel.mesh import axis_sizes, make_mesh
 
 # Switch alternates and drops, Mixtral has biases here and drops nothing.
-PLAIN = {
+MERGED_OVERRIDES = {
     "model.dropout": 0.0,
     "model.attention_dropout": 0.0,
     "model.n_experts": 4,
@@ -46,7 +46,7 @@ def build_on(make_kind):
 
     def build_on(kind, mesh, **changes):
         name, values = KINDS[kind]
-        config = make_kind(name, **PLAIN | values | changes)
+        config = make_kind(name, **MERGED_OVERRIDES | values | changes)
         config.parallel.mesh.update({"data": 1, **mesh})
         return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.parallel import rules
-from lm.parallel.lookup import look_up
+from lm.parallel import sharding as rules
+from lm.parallel.embedding_lookup import look_up
 from lm.parallel.mesh import axis_sizes, make_mesh
 
 MESHES = {

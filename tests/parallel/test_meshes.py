@@ -15,7 +15,7 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.optim.parameter_groups import flat
-from lm.parallel import rules
+from lm.parallel import sharding as rules
 from lm.parallel.mesh import AXES, axis_sizes
 
 MESHES = {
@@ -208,5 +208,5 @@ def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
     with pytest.raises(UserError, match=r"config.data.batch_size=6 is not divisible by 8"):
         experiment_on({"data": 8}, data__batch_size=6)
     experiment = experiment_on({"tensor": 4})
-    assert rules.kept_whole(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
-    assert rules.kept_whole(experiment.mesh, ("vocab", "embed"), (64, 32)) == []
+    assert rules.replicated_axes(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
+    assert rules.replicated_axes(experiment.mesh, ("vocab", "embed"), (64, 32)) == []

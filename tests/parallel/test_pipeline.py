@@ -14,10 +14,10 @@ from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build, reads_records
+from lm.parallel.circular_layout import exchange
 from lm.parallel.mesh import AXES
+from lm.parallel.per_row_rng import by_row, of_rows
 from lm.parallel.pipeline import Schedule, pipelined, run_pipeline
-from lm.parallel.row_keys import by_row, of_rows
-from lm.parallel.turns import exchange
 
 # What each stage does in each iteration: microbatch and, after it, repeat; "--" is idle.
 TABLES = {

@@ -4,8 +4,8 @@ import jax
 import pytest
 from experiment_files import load
 
-from lm.experiment import wire
-from lm.flops import tokens_per_row
+from lm.accounting.flops import tokens_per_row
+from lm.experiment import build_untraced
 
 BATCHES = {
     "gpt1.py:117m": 64 * 512,
@@ -34,7 +34,7 @@ BATCHES = {
 def test_tokens_of_a_batch(spec):
     """Papers round them, and a power of 2 is up to 5 % more: 0.5M is 524,288."""
     config = load(spec)
-    experiment = wire(config, jax.devices()[:1])
+    experiment = build_untraced(config, jax.devices()[:1])
     found = config.data.batch_size * tokens_per_row(experiment)
     rounded = BATCHES[spec] in (0.5e6, 1e6, 2e6, 3.2e6, 4e6, 16e6, 50_000)
     assert found == pytest.approx(BATCHES[spec], rel=0.05 if rounded else 0)

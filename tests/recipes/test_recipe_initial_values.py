@@ -9,7 +9,7 @@ from experiment_files import load
 from flax.core import meta
 from scipy.stats import truncnorm
 
-from lm.experiment import wire
+from lm.experiment import build_untraced
 from lm.optim.parameter_groups import flat
 
 D, F, H, K, V = 256, 512, 4, 64, 512
@@ -61,7 +61,7 @@ def fresh(config):
     """Fresh parameters by path, of short rows."""
     config.data.sequence_length = config.model.max_length = 64
     config.data.target_length, config.data.batch_size, config.train.remat = 0, 2, "none"
-    steps = wire(config, jax.devices()[:1]).steps
+    steps = build_untraced(config, jax.devices()[:1]).steps
     batch = {
         name: np.zeros((2, *shape), dtype)
         for name, (shape, dtype) in steps.objective.shapes.items()

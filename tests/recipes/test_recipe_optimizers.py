@@ -4,7 +4,7 @@ import jax
 import pytest
 from experiment_files import load
 
-from lm.experiment import wire
+from lm.experiment import build_untraced
 from lm.optim.optimizers import decay_mask
 from lm.optim.parameter_groups import flat
 
@@ -81,7 +81,7 @@ DECAYING = {
 
 
 def decaying(config):
-    experiment = wire(config, jax.devices()[:1])
+    experiment = build_untraced(config, jax.devices()[:1])
     mask = flat(decay_mask(config.optimizer.decay)(experiment.param_shapes))
     return {path for path, decays in mask.items() if decays}
 
@@ -99,7 +99,7 @@ def test_what_decays(spec):
 def test_what_decays_in_the_nplm():
     """Bengio et al. 2003, §3.1: all weights and the features, no bias."""
     config = load("nplm.py:mlp1")
-    experiment = wire(config, jax.devices()[:1])
+    experiment = build_untraced(config, jax.devices()[:1])
     biases = {path for path in flat(experiment.param_shapes) if path.endswith("bias")}
     assert decaying(config) == set(flat(experiment.param_shapes)) - biases
     assert biases

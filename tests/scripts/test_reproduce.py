@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.arguments import parse
 from lm.cli import VERBS
+from lm.cli.arguments import parse
 from lm.config import load
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.sh"

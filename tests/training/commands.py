@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lm.experiment import build
-from lm.training.checkpoints import Checkpoints
-from lm.training.workdir import load_config
+from lm.runs.checkpoints import Checkpoints
+from lm.runs.workdir import load_config
 
 
 def arguments(experiment_file: Path, workdir: Path, **config: object) -> list[str]:

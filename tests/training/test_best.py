@@ -14,11 +14,11 @@ import pytest
 from lm.cli import main
 from lm.config import default
 from lm.errors import UserError
-from lm.steps import TrainState
-from lm.training.best import Best
-from lm.training.checkpoints import Checkpoints
-from lm.training.saved_params import mean_params, saved_checkpoints
-from lm.training.train import train
+from lm.runs.checkpoints import Checkpoints
+from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.train_step import TrainState
+from lm.training.best_checkpoint import BestCheckpoint
+from lm.training.trainer import train
 
 
 def state_at(step: int) -> TrainState:
@@ -38,7 +38,7 @@ def offer(tmp_path):
     """Offers states by a figure, one after the other, as one start of a run."""
 
     def offer(figure: str, found: dict[int, dict[str, float]]) -> Path:
-        best = Best(tmp_path, figure, default().checkpoint, {"config": {}})
+        best = BestCheckpoint(tmp_path, figure, default().checkpoint, {"config": {}})
         for step, figures in found.items():
             best.offer(step, state_at(step), figures)
         best.close()

@@ -11,9 +11,9 @@ import pytest
 from commands import arguments, evaluations, finish, losses, start
 from emulated_bucket import emulated_bucket
 
-from lm.bucket import copies, locate, open_folder, origin, push
 from lm.cli import main
-from lm.launch.launch import newest_checkpoint
+from lm.storage import copies, locate, open_folder, origin, push
+from lm.tools.launch.supervised_launch import newest_checkpoint
 
 
 def free_port() -> int:

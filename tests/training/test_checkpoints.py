@@ -15,8 +15,8 @@ import pytest
 
 from lm.config import default
 from lm.errors import UserError
-from lm.steps import TrainState
-from lm.training.checkpoints import Checkpoints
+from lm.runs.checkpoints import Checkpoints
+from lm.train_step import TrainState
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -13,10 +13,10 @@ from commands import losses, saved_state
 from lm.errors import UserError
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
-from lm.training import train as training
-from lm.training.merge import PLAIN, merge_run
-from lm.training.train import restore_params, train
-from lm.training.workdir import load_config
+from lm.runs.workdir import load_config
+from lm.training import trainer as training
+from lm.training.merging import MERGED_OVERRIDES, merge_run
+from lm.training.trainer import restore_params, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 LORA = {"lora__rank": 2, "lora__targets": "attention/(query|out)", "optimizer__learning_rate": 0.05}
@@ -62,7 +62,7 @@ def assert_same(left, right, paths):
 
 def plain(run: Path, average: int = 1):
     """An experiment without adapters, and the parameters that a run left for it."""
-    experiment = build(load_config(run, PLAIN), jax.devices())
+    experiment = build(load_config(run, MERGED_OVERRIDES), jax.devices())
     return experiment, restore_params(experiment, run, average)[0]
 
 

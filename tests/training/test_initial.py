@@ -15,8 +15,8 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build
 from lm.optim.parameter_groups import flat, nested
-from lm.training.checkpoints import Checkpoints
-from lm.training.initial import initial_state, make_plan
+from lm.runs.checkpoints import Checkpoints
+from lm.training.warm_start import initial_state, map_parameters
 
 SOURCE = {"tokens/embedding": (9, 4), "stack/layers/in/kernel": (2, 4, 8), "mlm/bias": (9,)}
 MODEL = {"tokens/embedding": (9, 4), "stack/layers/in/kernel": (2, 4, 8), "head/kernel": (4, 3)}
@@ -33,7 +33,7 @@ def plan(params, source, **values):
         {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in tree.items()}
         for tree in (params, source)
     )
-    return make_plan(options, *shapes)
+    return map_parameters(options, *shapes)
 
 
 def test_names_that_agree_are_loaded():

@@ -9,7 +9,7 @@ import pytest
 from commands import evaluations, losses, saved_state
 from kinds import KINDS
 
-from lm.training.train import train
+from lm.training.trainer import train
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.config import default
 from lm.errors import UserError
 from lm.optim.parameter_groups import nested
-from lm.steps import TrainState
-from lm.training.checkpoints import Checkpoints
-from lm.training.saved_params import mean_params, saved_checkpoints
+from lm.runs.checkpoints import Checkpoints
+from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.train_step import TrainState
 
 ALPHA, RANK = 6.0, 2
 SHAPES = {"head/kernel": (8, 4), "stack/layers/out/kernel": (2, 4, 2, 8)}

@@ -1,0 +1,129 @@
+"""Model FLOPs by one stated convention, and the peak rates of chips.
+
+FLOPs of a training step on one example (forward and backward, nothing recomputed), all tokens of
+its rows counted, padding too:
+6 × (each kernel's size × the tokens that pass through it), the output matrix being one even where
+it is the token table, and embedding look-ups nothing; of experts
+those count that a token uses, dropped or not;
++ 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
+causal attention has the half of the pairs that is needed (the dense convention counts masked
+scores as work), with a window those inside it, and encoders and cross-attention have all of them;
+for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+
+from lm.accounting.parameter_counts import is_embedding, used_share
+from lm.experiment import Experiment
+from lm.models.transformer_config import global_layers
+from lm.optim.parameter_groups import flat
+
+# Dense bfloat16 FLOP/s of one JAX device, as the makers publish them. A TPU7x chip is two devices.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Published bfloat16 FLOP/s of a device; None where there is no such figure (CPUs)."""
+    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+# What passes through a kernel, by the first pattern that its path starts with.
+PASSING = {
+    r"(head|transform|tokens)/": "predicted",
+    r"(pooler|sentence_head|classifier)/": "text",
+    r"encoder/|.*cross_attention/(key|value)/": "source",
+    r"": "target",
+}
+
+
+def model_flops_per_token(experiment: Experiment) -> float:
+    """FLOPs of one training step by the convention above, divided by `tokens_per_row`."""
+    m = experiment.config.model
+    if m.family == "skip_gram":
+        o = experiment.config.objective
+        return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
+    tokens = _tokens(experiment)
+    multiplied = 0.0
+    params = flat(experiment.param_shapes)
+    output = "head/kernel" if "head/kernel" in params else "tokens/embedding"
+    for name, leaf in params.items():
+        if name.endswith("/kernel") or name == output:
+            multiplied += leaf.size * used_share(experiment, name) * tokens[_passing(name)]
+    return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
+
+
+def training_cost(experiment: Experiment) -> tuple[int, float]:
+    """Tokens of a whole training run, D, and 6 N D: what papers estimate a run's FLOPs by.
+
+    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
+    uses, each times the tokens that pass through it: those of the source do not pass through a
+    decoder. Attention's products and the output matrix are left out.
+    """
+    config, tokens = experiment.config, _tokens(experiment)
+    per_row = sum(
+        leaf.size * used_share(experiment, path) * tokens[_passing(path)]
+        for path, leaf in flat(experiment.param_shapes).items()
+        if not is_embedding(experiment, path)
+    )
+    rows = config.train.steps * config.data.batch_size
+    return rows * tokens_per_row(experiment), 6.0 * rows * per_row
+
+
+def _passing(path: str) -> str:
+    return next(kind for start, kind in PASSING.items() if re.match(start, path))
+
+
+def tokens_per_row(experiment: Experiment) -> int:
+    """Tokens of an example: those of a source and its target, or of the one sequence."""
+    tokens = _tokens(experiment)
+    has_target = "source" in experiment.steps.objective.shapes
+    return tokens["source"] + (tokens["target"] if has_target else 0)
+
+
+def _tokens(experiment: Experiment) -> dict[str, int]:
+    """How many source, target and predicted tokens and texts an example has."""
+    length = experiment.config.data.sequence_length
+    sizes = {
+        name: shape[0] for name, (shape, _) in experiment.steps.objective.shapes.items() if shape
+    }
+    return {
+        "source": length,
+        "target": sizes["inputs"] if "source" in sizes else length,
+        "predicted": sizes.get("masked_targets", sizes.get("targets", 0)),
+        "text": 1,
+    }
+
+
+def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
+    """Multiplications of one of the two attention products, forward."""
+    m, source, target = experiment.config.model, tokens["source"], tokens["target"]
+    width = m.n_heads * m.head_dim
+    causal, both_ways, cross = target**2 / 2, source**2, source * target
+    window = min(m.window or target, target)
+    n_global = global_layers(m.n_layers, m.window, m.global_every).sum()
+    local = causal - (target - window) ** 2 / 2
+    return {
+        "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),
+        "encoder": m.n_layers * width * both_ways,
+        "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
+        "lstm_encoder_decoder": m.d_hidden * cross,
+    }.get(m.family, 0)

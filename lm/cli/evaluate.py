@@ -1,0 +1,81 @@
+"""Verbs that ask what a run is worth: eval, and vectors for those of words."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm.cli.arguments import Overrides
+from lm.cli.open_run import load_run
+from lm.cli.printing import print_result
+from lm.errors import UserError
+from lm.storage import open_folder, origin
+
+
+def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
+    from tqdm import tqdm
+
+    from lm.data.dataset import open_split
+    from lm.evaluation.loss import evaluate
+    from lm.evaluation.task import check_task
+    from lm.experiment import reads_records
+    from lm.runs.workdir import load_tokenizer
+
+    if "data.tokenizer" in overrides:
+        raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
+    if args.output and not args.task:
+        raise UserError("--output is where --task writes its report: give both")
+    experiment, params, step = load_run(args, overrides)
+    if args.task:
+        check_task(experiment.config)
+    tokenizer, data = load_tokenizer(open_folder(args.workdir)), experiment.config.data
+    records = reads_records(experiment.config)
+    stores = open_split(data, args.split, tokenizer, records, progress=True)
+    if args.task:
+        return _evaluate_task(args, experiment, params, step, tokenizer, stores)
+    batches = experiment.evaluation_batches(tokenizer, stores)
+    track = partial(tqdm, desc="evaluating", file=sys.stderr)
+    result = evaluate(experiment, params, batches, stores, track=track)
+    report = {"step": step, **{f"eval/{args.split}/{k}": v for k, v in result.items()}}
+    print_result(report, args.json)
+    return 0
+
+
+def _evaluate_task(
+    args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
+) -> int:
+    from lm.evaluation.task import evaluate_task, write_report
+    from lm.parallel.hosts import is_lead
+
+    report, rows = evaluate_task(experiment, params, *of)
+    report = {"step": step, "split": args.split, **report}
+    folder = Path(args.output or open_folder(args.workdir) / "eval" / f"{args.split}-{step}")
+    if is_lead():
+        write_report(folder, report, rows)
+        print_result(report, args.json)
+        print(f"report and predictions are in {origin(folder)}", file=sys.stderr)
+    return 0
+
+
+def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Write the word vectors of a run or file, and score them by similarity and analogies."""
+    from lm.data.word_vectors import load_vectors, save_vectors
+    from lm.evaluation.vectors_report import run_vectors, scores
+    from lm.runs.workdir import load_tokenizer
+
+    if bool(args.workdir) == bool(args.vectors):
+        raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
+    if args.workdir:
+        _, parameters, _ = load_run(args, overrides)
+        found = run_vectors(parameters, load_tokenizer(open_folder(args.workdir)))
+    else:
+        found = load_vectors(args.vectors)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        save_vectors(found, args.output)
+    print_result(scores(found, args.similarity, args.analogies), args.json)
+    return 0

@@ -1,0 +1,198 @@
+"""Configurations: defaults, loading an experiment file, overrides, validation.
+
+An experiment file starts from `default()` and changes values:
+
+    def get_config(variant="124m"):
+        config = lm.config.default()
+        config.model.n_layers = 12
+        return config
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lm.config.experiment_file import call_file
+from lm.config.rules import broken_rules
+from lm.config.schema import SCHEMA, Key
+from lm.errors import UserError
+from lm.storage import AnyPath, locate
+
+LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
+
+
+def default() -> ConfigDict:
+    """The configuration with every key at its default."""
+    config = ConfigDict()
+    for path, key in SCHEMA.items():
+        *sections, name = path.split(".")
+        node = config
+        for section in sections:
+            if section not in node:
+                node[section] = ConfigDict()
+            node = node[section]
+        node[name] = key.default
+    return config
+
+
+def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted path, value) of a configuration."""
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, ConfigDict | Mapping):
+            yield from flatten(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name nearest to an unknown one, if one is near."""
+    known = list(known)
+    tail = name.rsplit(".", 1)[-1]
+    close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_value(path: str, text: str) -> Any:
+    """The value of `--config.PATH=TEXT`, by the type of the key."""
+    key = _key(path)
+    try:
+        if key.type is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if key.type is tuple:
+            return tuple(float(part) for part in text.strip("()").split(",") if part.strip())
+        if key.type is int:
+            return int(text.replace("_", ""))
+        return key.type(text)
+    except (ValueError, KeyError):
+        raise UserError(f"config.{path}={text}: expected {_type_name(key)}") from None
+
+
+def set_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Set one key by its dotted path; an unknown path is an error that names the nearest."""
+    _key(path)
+    *sections, name = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    try:
+        node[name] = value
+    except TypeError:  # a run.json of another version may hold another type
+        raise UserError(f"config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The validated configuration of `FILE.py[:VARIANT]`, or of a run's run.json, with
+    `{path: text}` overrides applied."""
+    file, _, variant = spec.partition(":")
+    if spec.endswith(".json"):
+        config = read_run_file(locate(spec))
+    else:
+        config = call_file(Path(file), "get_config", variant)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
+    for path, text in (overrides or {}).items():
+        set_value(config, path, parse_value(path, text))
+    validate(config)
+    return config
+
+
+def read_run_file(file: AnyPath) -> ConfigDict:
+    """The configuration in a run.json."""
+    try:
+        values = json.loads(file.read_text())["config"]
+    except FileNotFoundError:
+        raise UserError(f"no file {file}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    config = default()
+    for path, value in flatten(values):
+        set_value(config, path, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def choose(variants: Mapping[str, Any], variant: str) -> Any:
+    """The entry of an experiment's table of variants; an unknown one lists those there are."""
+    if variant not in variants:
+        raise UserError(f"unknown variant {variant!r}; there are {', '.join(variants)}")
+    return variants[variant]
+
+
+def fill(config: ConfigDict, columns: str, row: Iterable[Any]) -> None:
+    """Set the keys that `columns` names, separated by spaces, to the values of a table's row."""
+    for path, value in zip(columns.split(), row, strict=True):
+        set_value(config, path, value)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise UserError unless keys are known, typed and in range and the rules between them hold."""
+    values = dict(flatten(config))
+    for path in values:
+        _key(path)
+    for path, key in SCHEMA.items():
+        if path not in values:
+            raise UserError(f"config.{path} is missing; start from lm.config.default()")
+        _check_value(path, key, values[path])
+    for message in broken_rules(config):
+        raise UserError(message)
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """The keys, free ones aside, on which two configurations disagree, as `key: old → new`."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{path}: {before.get(path, '(none)')} → {after.get(path, '(none)')}"
+        for path in sorted({*before, *after})
+        if not (path in SCHEMA and SCHEMA[path].free)
+        and _plain(before.get(path)) != _plain(after.get(path))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _key(path: str) -> Key:
+    if path not in SCHEMA:
+        if any(known.startswith(f"{path}.") for known in SCHEMA):
+            raise UserError(f"config.{path} is a section, not a key")
+        raise UserError(f"unknown config key {path}{nearest(path, SCHEMA)}")
+    return SCHEMA[path]
+
+
+def _type_name(key: Key) -> str:
+    if key.choices:
+        return f"one of {', '.join(key.choices)}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return names.get(key.type, "numbers separated by commas")
+
+
+def _check_value(path: str, key: Key, value: Any) -> None:
+    shown = f"config.{path}={value}"
+    if key.type is float:
+        right_type = isinstance(value, int | float) and not isinstance(value, bool)
+    elif key.type is int:
+        right_type = isinstance(value, int) and not isinstance(value, bool)
+    elif key.type is tuple:
+        right_type = isinstance(value, tuple | list) and all(
+            isinstance(item, int | float) for item in value
+        )
+    else:
+        right_type = isinstance(value, key.type)
+    if not right_type or (key.choices and value not in key.choices):
+        raise UserError(f"{shown}: expected {_type_name(key)}{nearest(str(value), key.choices)}")
+    if key.type in (int, float):
+        if not abs(value) < float("inf"):
+            raise UserError(f"{shown}: expected a finite number")
+        if key.low is not None and value < key.low:
+            raise UserError(f"{shown} is below {key.low}")
+        high = LARGEST_INTEGER if key.high is None and key.type is int else key.high
+        if high is not None and value > high:
+            raise UserError(f"{shown} is above {high}")

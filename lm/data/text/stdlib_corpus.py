@@ -1,0 +1,68 @@
+"""The corpus on every machine: the source code of the running Python's standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lm.data.text.corpus import Chunk, cut_document
+
+VALIDATION_FRACTION = 0.05
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class StandardLibrary:
+    """Every module of the standard library but its tests, a document each.
+
+    `split` "validation" holds the 5 % of the files that the hash of their path picks; "train" holds
+    the others.
+    """
+
+    split: str
+
+    name = "stdlib"
+
+    @cached_property
+    def _modules(self) -> tuple[str, ...]:
+        validation = self.split == "validation"
+        root = Path(sysconfig.get_path("stdlib"))
+        modules = []
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+            relative = Path(folder).relative_to(root)
+            modules += [(relative / name).as_posix() for name in files if name.endswith(".py")]
+        return tuple(name for name in sorted(modules) if _is_validation(name) == validation)
+
+    @cached_property
+    def digest(self) -> str:
+        total = hashlib.sha256(b"stdlib")
+        for name, text in self._documents():
+            content = hashlib.sha256(text.encode()).hexdigest()
+            total.update(f"{name}\0{content}\n".encode())
+        return total.hexdigest()
+
+    @cached_property
+    def size(self) -> int | None:
+        root = Path(sysconfig.get_path("stdlib"))
+        return sum((root / name).stat().st_size for name in self._modules)
+
+    def chunks(self) -> Iterator[Chunk]:
+        for _, text in self._documents():
+            yield from cut_document([text])
+
+    def _documents(self) -> Iterator[tuple[str, str]]:
+        root = Path(sysconfig.get_path("stdlib"))
+        for name in self._modules:
+            with tokenize.open(root / name) as file:
+                yield name, file.read()
+
+
+def _is_validation(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < VALIDATION_FRACTION * 2**32

@@ -1,0 +1,127 @@
+"""Vocabularies of the optional `tokenizers` package: its JSON files, and GPT-2's two files."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.errors import UserError
+
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
+
+
+def _package() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        message = "this tokenizer needs the package `tokenizers`: pip install 'lm[hf]'"
+        raise UserError(message) from error
+    return tokenizers
+
+
+class _HuggingFace(Tokenizer):
+    """What the two kinds share: everything but how `_tokenizer` comes from their files."""
+
+    @property
+    @abstractmethod
+    def _tokenizer(self) -> Any: ...
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def bos_id(self) -> int | None:  # type: ignore[override]
+        return self._first(_BOS_NAMES)
+
+    @cached_property
+    def eos_id(self) -> int | None:  # type: ignore[override]
+        return self._first(_EOS_NAMES)
+
+    def _first(self, names: Iterable[str]) -> int | None:
+        found = (self.token_id(name) for name in names)
+        return next((i for i in found if i is not None), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_id(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def chunks(self) -> list[str]:
+        return [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer(_HuggingFace):
+    """A tokenizer.json file."""
+
+    definition: bytes = field(repr=False)
+    kind: ClassVar[str] = "tokenizers"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.definition,)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        package = _package()
+        try:
+            tokenizer = package.Tokenizer.from_buffer(self.definition)
+        except Exception as error:  # the package raises bare Exception
+            raise UserError(f"not a tokenizers JSON file ({error})") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.definition}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        return cls(files["tokenizer.json"])
+
+
+@dataclass(frozen=True)
+class Gpt2Tokenizer(_HuggingFace):
+    """GPT-2's byte-level BPE: the contents of encoder.json and vocab.bpe."""
+
+    encoder: bytes = field(repr=False)
+    merges: bytes = field(repr=False)
+    kind: ClassVar[str] = "gpt2"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.encoder, self.merges)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        package = _package()
+        try:
+            vocabulary = json.loads(self.encoder)
+            lines = self.merges.decode().splitlines()
+            pairs = [tuple(line.split(" ")) for line in lines if line and line[:9] != "#version:"]
+            tokenizer = package.Tokenizer(package.models.BPE(vocab=vocabulary, merges=pairs))
+        except Exception as error:  # the package raises bare Exception
+            message = f"encoder.json and vocab.bpe are not a GPT-2 vocabulary ({error})"
+            raise UserError(message) from error
+        tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = package.decoders.ByteLevel()
+        return tokenizer
+
+    def files(self) -> dict[str, bytes]:
+        return {"encoder.json": self.encoder, "vocab.bpe": self.merges}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        return cls(files["encoder.json"], files["vocab.bpe"])

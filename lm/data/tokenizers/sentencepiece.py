@@ -1,0 +1,171 @@
+"""SentencePiece vocabularies, and training one that loses nothing of the text."""
+
+from __future__ import annotations
+
+import heapq
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Self
+
+import numpy as np
+import sentencepiece
+
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.errors import UserError
+
+# SentencePiece writes a space as this character, so its own occurrences need spelling in bytes.
+_SPACE_MARK = "\u2581"
+_STRETCH = 2_000  # characters encoded or trained on at once: several lines, to learn newlines too
+_BEFORE_SPACE = re.compile(r"[^ ](?= )")
+_MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # to train in seconds
+
+
+@dataclass(frozen=True)
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; `model` is its serialized proto."""
+
+    model: bytes = field(repr=False)
+    kind: ClassVar[str] = "sentencepiece"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model,)
+
+    @cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except RuntimeError as error:
+            raise UserError("not a SentencePiece model file") from error
+
+    @cached_property
+    def _space_mark_ids(self) -> list[int] | None:
+        """The bytes of a literal space mark, if the model otherwise keeps a text as it is."""
+        processor = self._processor
+        ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        probe = " a  b "
+        lossless = "".join(processor.encode(probe, out_type=str)) == probe.replace(" ", _SPACE_MARK)
+        return ids if lossless and all(map(processor.is_byte, ids)) else None
+
+    @cached_property
+    def _ends_before_space(self) -> bool:
+        """Whether no piece goes on with a space, so that texts can be cut before one."""
+        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.chunks())
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def bos_id(self) -> int | None:
+        return _present(self._processor.bos_id())
+
+    @property
+    def eos_id(self) -> int | None:
+        return _present(self._processor.eos_id())
+
+    def encode(self, text: str) -> np.ndarray:
+        if self._space_mark_ids is None:
+            return np.asarray(self._processor.encode(text), np.int32)
+        first, *rest = map(self._encode_part, text.split(_SPACE_MARK))
+        for ids in rest:
+            first += self._space_mark_ids + ids
+        return np.asarray(first, np.int32)
+
+    def _encode_part(self, text: str) -> list[int]:
+        if len(text) <= _STRETCH or not self._ends_before_space:
+            return self._processor.encode(text)
+        # SentencePiece takes more than twice as long for the same text in one stretch.
+        stretches = _cut_before_spaces(text)
+        return [i for ids in self._processor.encode(stretches, num_threads=1) for i in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def token_id(self, name: str) -> int | None:
+        found = self._processor.piece_to_id(name)
+        return found if self._processor.id_to_piece(found) == name else None
+
+    def chunks(self) -> list[str]:
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.model}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        return cls(files["tokenizer.model"])
+
+
+def _cut_before_spaces(text: str) -> list[str]:
+    stretches, start = [], 0
+    while cut := _BEFORE_SPACE.search(text, start + _STRETCH):
+        stretches.append(text[start : cut.end()])
+        start = cut.end()
+    return [*stretches, text[start:]]
+
+
+def _present(special_id: int) -> int | None:
+    return special_id if special_id >= 0 else None
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, model_type: str = "bpe", seed: int = 0
+) -> bytes:
+    """Trains a SentencePiece model ("bpe" or "unigram") and returns its serialized proto.
+
+    It keeps every character of a text: identity normalisation, no dummy prefix, all whitespace,
+    and bytes for rare characters. The same texts give the same model; of much text a seeded sample
+    is used: 20 million characters, for unigram 4 million. UserError if `vocab_size` does not fit
+    the text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(texts, _MOST_CHARACTERS[model_type], seed)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * _STRETCH,
+            num_threads=4,  # fixed: the unigram trainer's sums depend on it
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        raise UserError(
+            f"a SentencePiece vocabulary of {vocab_size} pieces cannot be trained on this text: "
+            f"change --config.data.tokenizer_vocab_size ({reason})"
+        ) from error
+    return model.getvalue()
+
+
+def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
+    """A uniform sample of the stretches of all texts, at most `most` characters, in their order.
+
+    Every stretch draws a number, and those with the largest numbers leave.
+    """
+    rng = random.Random(seed)
+    kept: list[tuple[float, int, str]] = []
+    size = 0
+    for place, stretch in enumerate(_stretches(texts)):
+        heapq.heappush(kept, (-rng.random(), place, stretch))
+        size += len(stretch)
+        while size > most:
+            size -= len(heapq.heappop(kept)[-1])
+    return [stretch for _, _, stretch in sorted(kept, key=lambda item: item[1])]
+
+
+def _stretches(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        text = text.replace(_SPACE_MARK, "").replace("\0", "")
+        for start in range(0, len(text), _STRETCH):
+            yield text[start : start + _STRETCH]

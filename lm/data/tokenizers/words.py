@@ -1,0 +1,134 @@
+"""A vocabulary of whole words, as word-level language models and classic classifiers have it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Self
+
+import numpy as np
+
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.errors import UserError
+
+EOS, UNKNOWN = "<eos>", "<unk>"
+_ENTRY = re.compile(r"\s*(\S+)(?:\s+([0-9]+))?\s*")
+
+
+@dataclass(frozen=True)
+class WordTokenizer(Tokenizer):
+    """Words between whitespace; `<eos>` is the end of a line, `<unk>` every other word.
+
+    There is no bos: as a document's last newline is its eos, a text file gives the published
+    numbers of tokens (WikiText-2: 2,088,628). A sequence that needs a start takes eos for it.
+
+    words: entries in order of their ids, `<eos>` and `<unk>` among them.
+    counts: how often each id occurs in the text that the words were fitted to; all 0 if unknown.
+    """
+
+    words: tuple[str, ...] = field(repr=False)
+    counts: tuple[int, ...] = field(repr=False)
+    lowercase: bool = False
+    kind: ClassVar[str] = "words"
+
+    @classmethod
+    def fit(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int | None = None,
+        min_count: int = 1,
+        lowercase: bool = False,
+    ) -> Self:
+        """The most frequent words of `texts` that occur at least `min_count` times.
+
+        Ids: `<eos>`, `<unk>`, then by falling frequency, equally frequent words alphabetically.
+        vocab_size: most ids, both specials included; None for no limit.
+        """
+        found: Counter[str] = Counter()
+        n_lines = 0
+        for text in texts:
+            text = text.lower() if lowercase else text
+            found.update(text.split())
+            n_lines += text.count("\n")
+        n_words = found.total()
+        del found[EOS], found[UNKNOWN]  # no words of their own, whether or not the text has them
+        frequent = sorted((-count, word) for word, count in found.items() if count >= min_count)
+        kept = frequent if vocab_size is None else frequent[: max(vocab_size - 2, 0)]
+        n_unknown = n_words + sum(count for count, _ in kept)
+        return cls(
+            (EOS, UNKNOWN, *(word for _, word in kept)),
+            (n_lines, n_unknown, *(-count for count, _ in kept)),
+            lowercase,
+        )
+
+    @classmethod
+    def from_list(cls, content: bytes, lowercase: bool = False) -> Self:
+        """The words of a UTF-8 list: one a line in order of ids, perhaps with its count.
+
+        `<eos>` and `<unk>` come first where the list lacks them. UserError for a line that is
+        neither "word" nor "word count", and for a word that is there twice.
+        """
+        counts: dict[str, int] = {}
+        try:
+            lines = content.decode().removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8 at byte {error.start}") from error
+        for number, line in enumerate(lines, start=1):
+            entry = _ENTRY.fullmatch(line)
+            if not entry:
+                raise UserError(f"line {number} is neither a word nor a word and its count")
+            word, count = entry.groups("0")
+            if word in counts:
+                raise UserError(f"line {number}: the word {word!r} is there twice")
+            counts[word] = int(count)
+        counts = {word: 0 for word in (EOS, UNKNOWN) if word not in counts} | counts
+        return cls(tuple(counts), tuple(counts.values()), lowercase)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def eos_id(self) -> int:  # type: ignore[override]
+        return self.words.index(EOS)
+
+    @cached_property
+    def unknown_id(self) -> int:
+        """The id of every word that is not in the vocabulary."""
+        return self.words.index(UNKNOWN)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words) if word != EOS}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, int32 [n]; unlike in other kinds, a newline is the eos."""
+        ids, unknown = self._ids, self.unknown_id
+        found: list[int] = []
+        for line in (text.lower() if self.lowercase else text).split("\n"):
+            found += [ids.get(word, unknown) for word in line.split()]
+            found.append(self.eos_id)
+        return np.asarray(found[:-1], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = " ".join("\n" if i == self.eos_id else self.words[i] for i in ids)
+        return text.replace(" \n", "\n").replace("\n ", "\n")
+
+    def token_id(self, name: str) -> int | None:
+        return self.eos_id if name == EOS else self._ids.get(name)
+
+    def chunks(self) -> list[str]:
+        return list(self.words)
+
+    def files(self) -> dict[str, bytes]:
+        lines = (f"{word} {count}\n" for word, count in zip(self.words, self.counts, strict=True))
+        settings = {"lowercase": self.lowercase}
+        return {"words.txt": "".join(lines).encode(), "words.json": json.dumps(settings).encode()}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        return cls.from_list(files["words.txt"], **json.loads(files["words.json"]))

@@ -1,0 +1,208 @@
+"""A model folder, opened and checked: which family, which configuration, which tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.errors import UserError
+from lm.interop import llama2c
+from lm.interop import tensor_mapping as mapping
+from lm.interop.family import Family, Values
+from lm.interop.model_parameters import Parameter, parameters
+from lm.interop.model_types import FAMILIES
+from lm.interop.sharded_load import place
+from lm.interop.tensor_files import Stored, read_folder
+from lm.interop.tensor_mapping import TensorMapping
+from lm.models.families import FAMILIES as MODELS
+from lm.models.transformer_config import TransformerConfig
+from lm.optim.parameter_groups import nested
+
+Params = Any
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds, checked to be whole; no tensor has been read yet.
+
+    about: config.json. heads: names of what it has on top of the stack.
+    """
+
+    family: Family
+    config: TransformerConfig
+    heads: frozenset[str]
+    stored: Mapping[str, Stored]
+    about: Values
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return MODELS[self.family.model][0](self.config)
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        return parameters(self.family, self.model, self.heads)
+
+    @cached_property
+    def rows(self) -> list[TensorMapping]:
+        return self.family.rows(self.config, self.parameters)
+
+    def params(self, mesh: Mesh | None = None) -> Params:
+        """The parameters, read one tensor at a time straight to where they lie."""
+        return nested(
+            {
+                path: place(
+                    (shape := self.parameters[path].shape),
+                    self.parameters[path].sharding(mesh),
+                    mapping.read(row, part, shape, self.stored.__getitem__),
+                )
+                for row in self.rows
+                for part, path in enumerate(row.paths)
+            }
+        )
+
+    def check(self, where: Path) -> None:
+        """UserError for a tensor that is missing, too much, or of another shape."""
+        expected = {
+            name: mapping.their_shape(row, self.parameters[row.paths[0]].shape)
+            for row in self.rows
+            for name in mapping.names(row, self.parameters[row.paths[0]].shape)
+        }
+        missing = [name for name in expected if name not in self.stored]
+        surplus = [name for name in self.stored if name not in expected]
+        if missing:
+            raise UserError(f"{where} lacks {_some(missing)} of a {self.family.model_type} model")
+        if surplus:
+            raise UserError(
+                f"{where} has {_some(surplus)} that a {self.family.model_type} model of this "
+                "config.json has not"
+            )
+        for name, shape in expected.items():
+            if self.stored[name].shape != shape:
+                raise UserError(
+                    f"{self.stored[name].file}: {name} has the shape {self.stored[name].shape}, "
+                    f"not {shape} as config.json says"
+                )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """What is in a folder of `transformers` or a .bin file of llama2.c, checked to be whole."""
+    if path.is_file():
+        config, stored = llama2c.read(path)
+        found = Checkpoint(llama2c.FAMILY, config, frozenset(), stored, {})
+        found.check(path)
+        return found
+    about = _read_config(path)
+    kind = about.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{path}: unknown architecture model_type={kind}; known are {', '.join(FAMILIES)}"
+        )
+    if about.get("quantization_config"):
+        raise UserError(f"{path}: quantised weights are not supported; save the model without")
+    family = FAMILIES[kind]
+    try:
+        config = family.config(about)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {what}") from error
+    stored = _normalised(family, read_folder(path))
+    heads = frozenset(
+        name for name, head in family.heads.items() if any(row.name in stored for row in head.rows)
+    )
+    if "classifier.weight" in stored or "classifier.out_proj.weight" in stored:
+        output = stored.get("classifier.weight") or stored["classifier.out_proj.weight"]
+        config = replace(config, n_classes=output.shape[0])
+    tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
+    if config.tie_embeddings and not tied and family.model == "encoder_decoder":
+        _check_unscaled(path, config)
+    config = replace(config, tie_embeddings=tied)
+    stored = _without_copies(path, family, tied, stored)
+    found = Checkpoint(family, config, heads, stored, about)
+    found.check(path)
+    return found
+
+
+def _read_config(folder: Path) -> Values:
+    try:
+        about = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is no model folder: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / 'config.json'} is damaged: it holds no settings")
+    return about
+
+
+def _normalised(family: Family, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors by the names of the table: those of a bare model have no prefix, old ones others."""
+    bare = not any(name.startswith(family.prefix) for name in stored)
+    of_heads = {row.name for head in family.heads.values() for row in head.rows}
+    found = {}
+    for name, tensor in stored.items():
+        for pattern, new in family.renamed.items():
+            name = re.sub(pattern, new, name)
+        if bare and name not in {family.output, *of_heads, *family.copies}:
+            name = family.prefix + name
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            found[name] = tensor
+    return found
+
+
+def _repeats(stored: Mapping[str, Stored], copy: str, original: str) -> bool:
+    """Whether a tensor is absent or the same as another; read block by block."""
+    if copy not in stored or original not in stored:
+        return True
+    a, b = stored[copy], stored[original]
+    if a.shape != b.shape:
+        return False
+    step = max(1, mapping.BLOCK_BYTES // (4 * max(1, int(np.prod(a.shape[1:])))))
+    return all(
+        np.array_equal(a.rows(start, stop), b.rows(start, stop))
+        for start in range(0, a.shape[0], step)
+        for stop in [min(start + step, a.shape[0])]
+    )
+
+
+def _without_copies(
+    path: Path, family: Family, tied: bool, stored: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """The tensors without those that repeat others.
+
+    Of an encoder with an untied output layer the copy of the bias is the one that is used.
+    """
+    found = dict(stored)
+    if tied:
+        found.pop(family.output, None)
+    for copy, original in family.copies.items():
+        if copy not in found:
+            continue
+        if not tied and family.heads:
+            found[original] = found.pop(copy)
+        elif _repeats(found, copy, original):
+            del found[copy]
+        else:
+            raise UserError(f"{path}: {copy} is not equal to {original}, which it repeats")
+    return found
+
+
+def _check_unscaled(path: Path, config: TransformerConfig) -> None:
+    if config.scale_logits:
+        raise UserError(
+            f"{path}: an output matrix of its own with scaled logits is not supported; "
+            "T5 1.1 has tie_word_embeddings=false in config.json"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = f"the tensor {names[0]}"
+    return shown if len(names) == 1 else f"{shown} and {len(names) - 1} more"

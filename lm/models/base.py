@@ -1,0 +1,132 @@
+"""What every Transformer family has: embeddings, an output layer, and heads for tasks.
+
+A part that an objective's loss never calls has no parameters: a model is pretrained without a
+classifier, and fine-tuned without the layer that predicts next sentences.
+
+Shape letters: B batch, L length, D model, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.activations import softcap
+from lm.models.layers import Embedding, Linear, make_norm
+from lm.models.positions import sinusoidal
+from lm.models.transformer_config import TransformerConfig
+from lm.parallel.sharding import constrain
+
+
+class Model(nn.Module):
+    """`deterministic` turns dropout off; `clone(deterministic=False)` is the model that trains."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        if c.positions == "learned":
+            rows = c.max_length + c.position_offset
+            self.positions = Embedding(rows, c.d_model, "positions", c.table_init, c.dtype)
+        if c.token_types:
+            self.types = Embedding(c.token_types, c.d_model, "types", c.table_init, c.dtype)
+        if c.embedding_norm:
+            self.embedding_norm = make_norm(c)
+        self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        if not c.tie_embeddings:
+            self.head = self._linear(c.vocab_size, "vocab", bias=False)
+        self.pooler = self._linear(c.d_model, "pooled")
+        self.sentence_head = self._linear(2, "classes")
+        self.classifier = self._linear(c.n_classes, "classes")
+        self.span_head = self._linear(2, "classes")
+
+    def _linear(self, n_out: int, name: str, bias: bool = True) -> Linear:
+        c = self.config
+        std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
+        init, names = c.kernel_init(std), ("embed", name)
+        return Linear((c.d_model,), (n_out,), names, bias, init, c.dtype, out_dtype=jnp.float32)
+
+    def embed(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Embedded tokens [B, L, D], and their positions, 0 … L-1 unless given."""
+        c = self.config
+        x_BLD = self.tokens(tokens_BL)
+        if c.scale_embeddings:
+            x_BLD *= jnp.asarray((c.d_model / c.width_ratio) ** 0.5, c.dtype)
+        if c.positions == "learned":
+            if positions_BL is None:
+                end = c.position_offset + tokens_BL.shape[1]
+                x_BLD += self.positions.first(end)[c.position_offset :]
+            else:
+                x_BLD += self.positions(positions_BL + c.position_offset)
+        if positions_BL is None:
+            positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+        if c.positions == "sinusoidal":
+            x_BLD += sinusoidal(positions_BL, c.d_model).astype(c.dtype)
+        if c.token_types:
+            if types_BL is None or c.token_types == 1:
+                types_BL = jnp.zeros_like(tokens_BL)
+            x_BLD += self.types(types_BL)
+        if c.embedding_norm:
+            x_BLD = self.embedding_norm(x_BLD)
+        x_BLD = constrain(self.dropout(x_BLD), "rows", "residual_length", "embed")
+        return x_BLD, positions_BL
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, L, V], float32."""
+        c = self.config
+        x_BLD = self._over_width(x_BLD)
+        if c.tie_embeddings:
+            scale = (c.d_model / c.width_ratio) ** -0.5 if c.scale_logits else 1.0
+            logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
+        else:
+            logits_BLV = self.head(x_BLD)
+        logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
+        return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
+
+    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The vector [B, D] that stands for a text: the family's `summary`, or the mean of its
+        tokens (Reimers and Gurevych 2019, §3)."""
+        if self.config.pooling == "mean":
+            return mean_of_row(x_BLD, segment_ids_BL)
+        return self.summary(x_BLD, segment_ids_BL)
+
+    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The last token's vector [B, D] (Radford 2018, §3.2)."""
+        return last_of_row(x_BLD, segment_ids_BL)
+
+    def classify(self, x_BD: jax.Array) -> jax.Array:
+        """Scores of the classes [B, C], float32, of what `pooled` gives."""
+        return self.classifier(self._over_width(self.dropout(x_BD)))
+
+    def next_sentence(self, x_BD: jax.Array) -> jax.Array:
+        """Scores [B, 2] for "B follows A" and "B does not follow A" (Devlin 2018, §3.1)."""
+        return self.sentence_head(self._over_width(x_BD))
+
+    def spans(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores [B, L, 2] of every token to start and to end an answer (Devlin 2018, §4.2)."""
+        return self.span_head(self._over_width(self.dropout(x_BLD)))
+
+    def _over_width(self, x_BLD: jax.Array) -> jax.Array:
+        """What scores are made of: muP's output multiplier (Yang et al. 2022, Table 8)."""
+        return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
+
+
+def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """The mean [B, D] of the vectors that are no padding, float32."""
+    is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
+    sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
+    return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
+
+
+def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """The vector [B, D] of the last token that is no padding."""
+    last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,118 @@
+"""The neural probabilistic language model of Bengio et al. 2003: a window of words, one layer.
+
+Shape letters: B batch, L length, W words of context, D embedding, H hidden units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.models.init_config import InitConfig
+from lm.models.layers import Embedding, init_linear
+from lm.parallel.sharding import constrain
+
+
+@dataclass(frozen=True)
+class NplmConfig(InitConfig):
+    """An NPLM; the meaning of each field is in `lm/config/`."""
+
+    d_model: int
+    d_hidden: int
+    vocab_size: int
+    context: int = 4
+    direct: bool = False
+    dropout: float = 0.0
+    loss_chunk: int = 0
+
+
+@flax.struct.dataclass
+class Window:
+    """The last W - 1 tokens of every row and their segments, 0 where there was none."""
+
+    tokens_BW: jax.Array
+    segments_BW: jax.Array
+
+    def take(self, rows: jax.Array) -> Window:
+        """The window whose row i is this one's row `rows[i]`: what a beam search goes on with."""
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
+
+
+class Nplm(nn.Module):
+    """y = b + W x + U tanh(d + H x) (§2, eq. 1) of the embeddings x of the last words.
+
+    W, the direct connections, is there with config.direct only. Words before the start of the text
+    are zero.
+    """
+
+    config: NplmConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        n_inputs = c.context * c.d_model
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        self.hidden_layer = init_linear(c, n_inputs, (c.d_hidden,), ("embed", "hidden"))
+        self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"))
+        self.direct = init_linear(c, n_inputs, (c.vocab_size,), ("embed", "vocab"), use_bias=False)
+        self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, L, V], float32; a token sees itself and W - 1 before it in its segment."""
+        return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL))
+
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """The vectors of the words that a token sees, one after the other, [B, L, W·D]."""
+        segment_ids_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
+        return self._look(tokens_BL, segment_ids_BL, self.empty_cache(*tokens_BL.shape))[0]
+
+    def logits(self, x_BLE: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, L, V], float32."""
+        logits_BLV = self.head(self.dropout(jnp.tanh(self.hidden_layer(x_BLE))))
+        if self.config.direct:
+            logits_BLV += self.direct(x_BLE)
+        return constrain(logits_BLV, "batch", "length", "vocab")
+
+    def decode(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None,
+        segment_ids_BL: jax.Array,
+        cache: Window,
+    ) -> tuple[jax.Array, Window]:
+        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them."""
+        x_BLE, cache = self._look(tokens_BL, segment_ids_BL, cache)
+        return self.logits(x_BLE), cache
+
+    def _look(
+        self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, cache: Window
+    ) -> tuple[jax.Array, Window]:
+        c, L = self.config, tokens_BL.shape[1]
+        tokens = jnp.concatenate([cache.tokens_BW, tokens_BL], axis=1)
+        segments = jnp.concatenate([cache.segments_BW, segment_ids_BL], axis=1)
+        rows = self.dropout(self.tokens(tokens))
+        words = [
+            jnp.where((segments[:, i : i + L] == segment_ids_BL)[..., None], rows[:, i : i + L], 0)
+            for i in range(c.context)
+        ]
+        x_BLE = constrain(jnp.concatenate(words, axis=-1), "batch", "length", "embed")
+        return x_BLE, Window(tokens[:, L:], segments[:, L:])
+
+    def empty_cache(self, batch: int, length: int) -> Window:
+        """The window before the first token; any `length` fits in it."""
+        shape = (batch, self.config.context - 1)
+        return Window(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))

@@ -1,0 +1,47 @@
+"""The skip-gram model: two vectors a word, one as the centre of a window and one in its context.
+
+Mikolov et al. 2013a and 2013b; after training the centres' table is the word vectors.
+
+Shape letters: B batch, L centres, S contexts, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.models.init_config import InitConfig
+from lm.models.layers import Embedding
+from lm.parallel.sharding import constrain
+
+
+@dataclass(frozen=True)
+class SkipGramConfig(InitConfig):
+    """The fields that `lm/config/` describes, of those that this model has."""
+
+    vocab_size: int
+    d_model: int
+
+
+class SkipGram(nn.Module):
+    """How well words go together; nothing depends on `deterministic`."""
+
+    config: SkipGramConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        # From 0, as in word2vec's code: at first every pair is as likely as not.
+        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", nn.initializers.zeros, c.dtype)
+
+    def __call__(self, centres_BL: jax.Array, contexts_BS: jax.Array) -> jax.Array:
+        """The product of every centre's vector with every context's, [B, L, S] float32."""
+        centres_BLD = constrain(self.tokens(centres_BL), "batch", "length", "embed")
+        contexts_BSD = constrain(self.contexts(contexts_BS), "batch", "length", "embed")
+        return jnp.einsum(
+            "bld,bsd->bls", centres_BLD, contexts_BSD, preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,199 @@
+"""Checkpoints of a run: Orbax, asynchronous, atomic, verified when they are read.
+
+Each holds the training state and a metadata file with the step, the run's configuration, the
+digests of its tokenizer and data, and a checksum of every array. The checksums do not depend on
+the mesh, so that silent damage is noticed on any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lm.errors import UserError
+from lm.parallel.hosts import is_lead
+from lm.storage import AnyPath, origin
+from lm.train_step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints under one folder; `options` is the configuration's section "checkpoint"."""
+
+    def __init__(self, folder: Path, options: ConfigDict, metadata: dict[str, Any]):
+        self._folder = origin(folder)
+        self._metadata = metadata
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=options.keep_last,
+                keep_period=options.keep_every_steps or None,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_names=("state", "metadata"),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def latest_metadata(self) -> dict[str, Any] | None:
+        """The metadata file of the newest checkpoint, if there is one."""
+        if (step := self.latest_step) is None:
+            return None
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        try:
+            return self._manager.restore(step, args=args)["metadata"]
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(
+                f"{self._folder / str(step)} is damaged ({one_line(error)}): move it away"
+            ) from error
+
+    def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
+        """Copy the state to the host and start writing it; waits for an earlier save to end.
+
+        `notes` go into the metadata file.
+        """
+        metadata = {
+            **self._metadata,
+            **(notes or {}),
+            "step": step,
+            "checksums": checksums(state),
+        }
+        with _disk_errors(self._folder):
+            self._manager.wait_until_finished()
+            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                ),
+            )
+
+    def _check_space(self, needed: int) -> None:
+        """Fail before writing what cannot fit, rather than half-way; a bucket has no end."""
+        if not isinstance(self._folder, Path):
+            return
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {self._folder} has {free / 1e6:,.1f} MB left and a checkpoint may "
+                f"need {needed / 1e6:,.1f} MB; older checkpoints are intact: free some space and "
+                "start the same command again"
+            )
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        with _disk_errors(self._folder):
+            self._manager.check_for_errors()
+
+    def restore(
+        self, shapes: TrainState, sharding: TrainState, report: Callable[[str], None]
+    ) -> TrainState | None:
+        """The newest undamaged state, laid out as `sharding` says; None if there is none.
+
+        A damaged checkpoint is reported, moved out of the way and kept for inspection.
+        """
+        target = jax.tree.map(
+            lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
+            shapes,
+            sharding,
+        )
+        while (step := self._manager.latest_step()) is not None:
+            state, problem = self._read(step, target)
+            if on_all_hosts(problem is None):
+                return state
+            report(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
+            self._set_aside(step)
+        return None
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # a damaged file can raise anything
+            return None, one_line(error)
+        if checksums(restored["state"]) != restored["metadata"]["checksums"]:
+            return None, "its arrays do not match their checksums"
+        return restored["state"], None
+
+    def _set_aside(self, step: int) -> None:
+        if is_lead():
+            aside = self._folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            (aside / ".keep").touch()  # in a bucket an empty folder is none
+            n = sum(1 for _ in aside.glob(f"{step}*"))
+            (self._folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk."""
+        with _disk_errors(self._folder):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait until what was saved is on the disk; nothing can be saved any more."""
+        self.wait()
+        self._manager.close()
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The bits of every array, by its path, added up modulo 2^32.
+
+    An order-free sum, so exact on any mesh.
+    """
+    sums = jax.device_get(_sums(tree))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
+        for (path, _), value in zip(jax.tree.leaves_with_path(tree), sums, strict=True)
+    }
+
+
+@jax.jit
+def _sums(tree: Any) -> list[jax.Array]:
+    return [
+        jnp.sum(leaf.view(f"uint{8 * leaf.dtype.itemsize}"), dtype=jnp.uint32)
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, short enough to be part of a line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+
+
+def on_all_hosts(value: bool) -> bool:
+    """Whether `value` is true on every host."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: AnyPath) -> Iterator[None]:
+    """Turn a full disk into one line; a checkpoint that was not finished is not kept."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UserError(
+                f"the disk of {folder} is full; older checkpoints are intact: "
+                "free some space and start the same command again"
+            ) from error
+        raise

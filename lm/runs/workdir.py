@@ -1,0 +1,93 @@
+"""The folder of a run: what it is (run.json, tokenizer/) and what it did (checkpoints, metrics).
+
+`run.json` holds the resolved configuration and the digests of tokenizer and data. A second start
+with another configuration or other data is an error that says what differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lm import config as configs
+from lm.data.dataset import Dataset
+from lm.data.tokenizers.choice import Tokenizer, load_saved
+from lm.errors import UserError
+from lm.storage import origin, push, write_atomically
+
+RUN_FILE = "run.json"
+
+
+def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) -> dict[str, Any]:
+    """Check `workdir` against this configuration and data, or set it up; the run's metadata.
+
+    Only the process with `write` creates files.
+    """
+    metadata = {"config": json.loads(config.to_json()), "fingerprint": dataset.fingerprint}
+    before = _read(workdir)
+    if before is not None:
+        _check_same(workdir, before, metadata)
+    if write:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            dataset.tokenizer.save(workdir / "tokenizer")
+            write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+            push()
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+    return metadata
+
+
+def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
+    """The configuration of a run, with overrides applied."""
+    if not (workdir / RUN_FILE).is_file():
+        raise UserError(f"no run in {origin(workdir)}: it has no {RUN_FILE}")
+    config = configs.read_run_file(workdir / RUN_FILE)
+    for path, text in overrides.items():
+        configs.set_value(config, path, configs.parse_value(path, text))
+    configs.validate(config)
+    return config
+
+
+def load_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer that the run was trained with."""
+    tokenizer = load_saved(workdir / "tokenizer")
+    check_tokenizer(workdir, tokenizer)
+    return tokenizer
+
+
+def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError if a tokenizer is not the run's."""
+    metadata = _read(workdir)
+    assert metadata is not None
+    if tokenizer.digest != metadata["fingerprint"]["tokenizer"]:
+        raise UserError(f"the run in {origin(workdir)} was trained with another tokenizer")
+
+
+def _read(workdir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((workdir / RUN_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin(workdir / RUN_FILE)} is damaged: {error}") from None
+
+
+def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    different = configs.differences(before["config"], now["config"])
+    if different:
+        raise UserError(
+            f"{origin(workdir)} holds a run of another configuration ({'; '.join(different)}); "
+            "use another --workdir"
+        )
+    old, new = before["fingerprint"], now["fingerprint"]
+    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"changed since the run in {origin(workdir)} was started: {', '.join(changed)}; "
+            "restore the data, or use another --workdir"
+        )

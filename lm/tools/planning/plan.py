@@ -1,0 +1,282 @@
+"""A plan: what one training step needs and does on one device, and how long it must take.
+
+The bound on the time of a step is the longest of three terms, each alone at its full rate: matrix
+products at the chip's peak, main-memory traffic at its bandwidth, communication at that of the
+links it crosses (slices' and hosts' network beside, not after, the chips' own). Nothing real is
+faster; `mfu` at the bound is the FLOPs of `lm/accounting/flops.py` over the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lm.accounting.flops import model_flops_per_token, tokens_per_row
+from lm.experiment import Experiment, build
+from lm.hardware import Chip, wire
+from lm.models.transformer_config import global_layers
+from lm.tools.planning.collectives import Collective, collectives
+from lm.tools.planning.hlo import Module, parse
+from lm.tools.planning.largest_arrays import largest_arrays
+from lm.tools.planning.program import OutOfMemory, Program, batch_shapes, compile_step
+from lm.tools.planning.topologies import Topology
+from lm.tools.planning.work import attention_kernel, flops, memory_traffic
+
+Tree = Any
+PARTS = ("arguments", "temporaries", "outputs", "code")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device. Arguments are parameters, optimizer state and batch; the gradients and
+    activations are among the temporaries; `host` bytes, offloaded, are not of the total. What the
+    compiler does not say is None."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    arguments: int
+    temporaries: int
+    outputs: int | None
+    code: int | None
+    host: int | None
+    total: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives that are alike; `bytes` is a device's a step, `seconds` None if not known."""
+
+    kind: str
+    axis: str
+    network: str
+    count: int
+    bytes: int
+    asynchronous: bool
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds a step; None where the chip's figures are not known (CPUs)."""
+
+    compute: float
+    memory: float
+    network: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a step on a topology; of one that does not fit, its memory.
+
+    `tokens` are those of a step, of sources and targets.
+    """
+
+    config: dict[str, Any]
+    topology: str
+    n_slices: int
+    n_devices: int
+    mesh: dict[str, int]
+    parameters: int
+    fits: bool
+    memory: Memory
+    model_flops: float
+    compiled_flops: float | None
+    memory_traffic: int | None
+    collectives: tuple[Traffic, ...]
+    time: Time | None
+    tokens: int
+    peak_flops: float | None
+    attention_kernel: str | None
+    largest: tuple[tuple[int, str], ...]
+    compile_seconds: float
+
+    @property
+    def bottleneck(self) -> str | None:
+        terms = asdict(self.time) if self.time else {}
+        terms.pop("bound", None)
+        return max(terms, key=lambda name: terms[name]) if terms else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.time.bound if self.time else None
+
+    @property
+    def mfu(self) -> float | None:
+        if not self.time or not self.peak_flops:
+            return None
+        return self.model_flops / self.time.bound / self.peak_flops
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as data: bytes, FLOPs and seconds of a device and a step."""
+        return {
+            "topology": self.topology,
+            "slices": self.n_slices,
+            "devices": self.n_devices,
+            "mesh": self.mesh,
+            "config": self.config,
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "memory": asdict(self.memory),
+            "flops": {"model": self.model_flops, "compiled": self.compiled_flops},
+            "memory_traffic": self.memory_traffic,
+            "collectives": [asdict(c) for c in self.collectives],
+            "time": asdict(self.time) if self.time else None,
+            "bottleneck": self.bottleneck,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "attention_kernel": self.attention_kernel,
+            "largest": [{"bytes": size, "array": name} for size, name in self.largest],
+            "compile_seconds": round(self.compile_seconds, 2),
+        }
+
+
+SHOWN = (
+    "train.remat",
+    "train.microbatches",
+    "train.loss_chunk",
+    "data.batch_size",
+    "data.sequence_length",
+    "model.dtype",
+    "model.attention",
+    "optimizer.name",
+)
+
+
+def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan:
+    """Compile the training step of a configuration for a topology and read off what it does."""
+    experiment = build(config, topology.devices)
+    config, chip = experiment.config, topology.chip
+    compiled = compile_step(experiment)
+    # The one conditional of a step chooses between attention with and without a window.
+    m = config.model
+    taken = global_layers(m.n_layers, m.window, m.global_every).mean()
+    module = parse(compiled.text, taken) if isinstance(compiled, Program) else None
+    memory = _memory(experiment, chip, compiled)
+    n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
+    tokens = config.data.batch_size * tokens_per_row(experiment)
+    moved = _traffic(module, experiment.mesh, topology, n_steps) if module else ()
+    done = flops(module) / n_steps if module else None
+    touched = round(memory_traffic(module) / n_steps) if module else None
+    return Plan(
+        config={key: _value(config, key) for key in SHOWN},
+        topology=topology.name,
+        n_slices=n_slices,
+        n_devices=n_devices,
+        mesh={axis: size for axis, size in experiment.mesh.shape.items() if size > 1},
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)),
+        fits=module is not None and memory.total <= memory.capacity,
+        memory=memory,
+        model_flops=model_flops_per_token(experiment) * tokens / n_devices,
+        compiled_flops=done,
+        memory_traffic=touched,
+        collectives=moved,
+        time=_time(chip, done, touched, moved),
+        tokens=tokens,
+        peak_flops=chip.peak_flops,
+        attention_kernel=attention_kernel(module) if module else None,
+        largest=largest_arrays(module) if module else compiled.largest,  # type: ignore[union-attr]
+        compile_seconds=compiled.seconds,
+    )
+
+
+def on_device(shapes: Tree, shardings: Tree) -> Tree:
+    """The shapes of one device's parts of arrays that lie by `shardings`."""
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(s.shape), s.dtype),
+        shapes,
+        shardings,
+    )
+
+
+def bytes_of(shapes: Tree) -> int:
+    """Bytes of a tree of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def state_memory(experiment: Experiment) -> tuple[int, int, int, int]:
+    """Bytes on a device of parameters, optimizer state, gradients, and all arguments of a step."""
+    state = on_device(experiment.state_shapes, experiment.state_sharding)
+    gradients = experiment.steps.trainable.split(state.params)[0]
+    batch = batch_shapes(experiment)
+    batch = on_device(batch, jax.tree.broadcast(experiment.batch_sharding, batch))
+    return (
+        bytes_of(state.params),
+        bytes_of(state.opt_state),
+        bytes_of(gradients),
+        bytes_of((state, batch)),
+    )
+
+
+def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory) -> Memory:
+    parameters, optimizer, gradients, arguments = state_memory(experiment)
+    of_state = {"parameters": parameters, "optimizer": optimizer, "gradients": gradients}
+    if isinstance(compiled, OutOfMemory):
+        temporaries = compiled.temporaries or max(compiled.total - arguments, 0)
+        return Memory(
+            **of_state,
+            arguments=arguments,
+            temporaries=temporaries,
+            outputs=None,
+            code=None,
+            host=None,
+            total=compiled.total or arguments + temporaries,
+            capacity=compiled.capacity,
+        )
+    parts = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.code)
+    return Memory(
+        **of_state,
+        **dict(zip(PARTS, parts, strict=True)),
+        host=compiled.host,
+        total=sum(parts),
+        capacity=chip.memory or 0,
+    )
+
+
+def _traffic(module: Module, mesh: Mesh, topology: Topology, n_steps: int) -> tuple[Traffic, ...]:
+    def seconds(collective: Collective) -> tuple[str, float | None]:
+        crossed = wire(topology.chip, collective.route.devices, topology.sides)
+        if crossed.bandwidth is None or topology.chip.peak_flops is None:
+            return crossed.network, None
+        return crossed.network, collective.sent / crossed.spread / crossed.bandwidth / n_steps
+
+    return tuple(
+        Traffic(
+            kind=c.kind,
+            axis=c.route.axis,
+            network=seconds(c)[0],
+            count=c.count // n_steps,
+            bytes=c.bytes // n_steps,
+            asynchronous=c.asynchronous,
+            seconds=seconds(c)[1],
+        )
+        for c in collectives(module, mesh)
+    )
+
+
+def _time(
+    chip: Chip, done: float | None, touched: int | None, moved: Sequence[Traffic]
+) -> Time | None:
+    if done is None or touched is None or not chip.peak_flops or not chip.memory_bandwidth:
+        return None
+    networks: dict[str, float] = {}
+    for traffic in moved:
+        networks[traffic.network] = networks.get(traffic.network, 0.0) + (traffic.seconds or 0.0)
+    terms = (
+        done / chip.peak_flops,
+        touched / chip.memory_bandwidth,
+        max(networks.values(), default=0.0),
+    )
+    return Time(*terms, bound=max(terms))
+
+
+def _value(config: ConfigDict, path: str) -> Any:
+    section, name = path.split(".")
+    return config[section][name]

@@ -1,0 +1,122 @@
+"""Devices that are described and not there: TPU slices, GPU hosts, simulated CPU devices.
+
+`v5p:4x4x4` is a torus of chips, `h100:2x8` two hosts of eight GPUs, `cpu:8` eight CPU devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+
+from lm.config import nearest
+from lm.errors import UserError
+from lm.hardware import CHIPS, Chip
+from lm.tools.planning.gpu_targets import target_config
+
+# Without these libtpu asks the network which machine this is, and a second process finds a lock.
+TPU_VARIABLES = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+EXAMPLES = "v5p:4x4x4, v5e:16x16, h100:1x8, cpu:8"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices to plan for. `sides` are a TPU slice's, in chips."""
+
+    name: str
+    chip: Chip
+    sides: tuple[int, ...]
+    devices: Sequence[Any]
+
+
+def topology(name: str, n_slices: int = 1) -> Topology:
+    """The devices of `KIND:SHAPE`, times the slices of TPUs or groups of GPU hosts."""
+    kind, _, shape = name.lower().partition(":")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UserError(f"--topology {name}: write KIND:SHAPE, such as {EXAMPLES}")
+    sides = tuple(int(side) for side in shape.split("x"))
+    if kind == "cpu":
+        return _cpu(name, sides, n_slices)
+    kind = kind.removeprefix("tpu")
+    if kind not in CHIPS:
+        known = (*CHIPS, "cpu")
+        raise UserError(
+            f"--topology {name}: unknown chip {kind!r}{nearest(kind, known)}; there are "
+            f"{', '.join(known)}"
+        )
+    chip = CHIPS[kind]
+    make = _tpu if chip.dimensions else _gpu
+    return Topology(name, chip, sides, make(name, kind, chip, sides, n_slices))
+
+
+def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:
+    if n_slices > 1 or len(sides) > 1:
+        raise UserError(f"--topology {name}: CPU devices are simulated as cpu:8, without --slices")
+    with contextlib.suppress(RuntimeError):  # a backend that runs already has what it has
+        jax.config.update("jax_num_cpu_devices", sides[0])
+    devices = jax.devices("cpu")
+    if len(devices) < sides[0]:
+        raise UserError(f"--topology {name}: this process has {len(devices)} CPU devices already")
+    return Topology(name, _this_machine(len(devices)), sides, devices[: sides[0]])
+
+
+def _this_machine(n_devices: int) -> Chip:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Chip(memory // n_devices)
+
+
+def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int) -> Sequence[Any]:
+    if not importlib.util.find_spec("libtpu"):
+        raise UserError(f"--topology {name} needs the TPU compiler: pip install 'lm[tpu]'")
+    if len(sides) != chip.dimensions or max(sides) > chip.longest_side:
+        shape = "x".join("N" * chip.dimensions)
+        raise UserError(
+            f"--topology {name}: a slice of {kind} is {kind}:{shape}, no side above "
+            f"{chip.longest_side}; --slices joins several"
+        )
+    for variable, value in TPU_VARIABLES.items():
+        os.environ.setdefault(variable, value)
+    options: dict[str, Any] = {"num_slices": n_slices}
+    if kind == "v4":
+        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    if prod(sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    known_as = "tpu7x" if kind == "7x" else kind
+    return _described(name, "tpu", f"{known_as}:{'x'.join(map(str, sides))}", options)
+
+
+def _gpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int) -> Sequence[Any]:
+    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        raise UserError(
+            f"--topology {name} needs JAX's CUDA compiler: pip install 'lm[cuda12]' (5.5 GB)"
+        )
+    if len(sides) != 2:
+        raise UserError(f"--topology {name}: GPUs are {kind}:HOSTSxGPUS, such as {kind}:1x8")
+    shape = "x".join(map(str, (n_slices, *sides)))
+    options = {"topology": shape, "target_config": target_config(kind)}
+    return _described(name, "cuda", kind, options)
+
+
+def _described(name: str, platform: str, described: str, options: dict[str, Any]) -> Sequence[Any]:
+    from jax.experimental.topologies import get_topology_desc
+
+    try:
+        return get_topology_desc(platform=platform, topology_name=described, **options).devices
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology {name}: {reason}") from None

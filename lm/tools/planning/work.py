@@ -1,0 +1,259 @@
+"""What a compiled program does on one device: FLOPs of matrix products and kernels, memory traffic.
+
+FLOPs count 2 for a multiplication and its addition; element-wise work is not counted, so that the
+figure compares with the model's. Traffic is what instructions read and write in main memory when
+each array is read once by whoever needs it; of slices and updates in place only their part.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from math import prod
+
+from lm.tools.planning.hlo import FREE, Computation, Instruction, Module, Shape
+
+VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")
+NOTHING_MOVES = (*FREE, "copy-done", "opt-barrier", "add-dependency", "replica-id", "iota")
+
+
+def flops(module: Module) -> float:
+    """FLOPs of the whole program."""
+    return sum(
+        times * _flops(computation, part)
+        for around, instruction, times in module.executions()
+        for computation, part in module.inside(around, instruction)
+    )
+
+
+def memory_traffic(module: Module) -> float:
+    """Bytes read from and written to the device's main memory by the whole program."""
+    return sum(
+        times * _traffic(module, computation, instruction)
+        for computation, instruction, times in module.executions()
+    )
+
+
+def _flops(computation: Computation, instruction: Instruction) -> int:
+    if instruction.opcode == "dot":
+        return _dot(computation, instruction)
+    if instruction.opcode == "convolution":
+        return _convolution(computation, instruction)
+    if instruction.opcode == "custom-call":
+        return _kernel(computation, instruction)
+    return 0
+
+
+def _dot(computation: Computation, dot: Instruction) -> int:
+    left = computation.operands(dot)[0].shapes[0]
+    contracted = _numbers(dot.attributes, r"lhs_contracting_dims=\{([\d,]*)\}")
+    return 2 * prod(dot.shapes[0].dims) * prod(left.dims[i] for i in contracted)
+
+
+def _convolution(computation: Computation, convolution: Instruction) -> int:
+    """Also products of matrices, which are what TPUs make of them.
+
+    A batch of products is there a convolution over a dimension of the batch whose window meets
+    only one element: the pairs that meet are counted, not the window.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    assert labels
+    left, right, out = labels.groups()
+    inputs, kernel = (operand.shapes[0].dims for operand in computation.operands(convolution))
+    result = convolution.shapes[0].dims
+    batch, features = result[out.index("b")], result[out.index("f")]
+    pairs = 1
+    window = _window(convolution.attributes)
+    for axis in range(len(out) - 2):
+        sizes = (inputs[left.index(str(axis))], kernel[right.index(str(axis))])
+        pairs *= _meeting(*sizes, result[out.index(str(axis))], *window[axis])
+    groups = _numbers(convolution.attributes, r"batch_group_count=(\d+)") or (1,)
+    return 2 * batch * features * kernel[right.index("i")] * pairs // groups[0]
+
+
+def _window(attributes: str) -> list[tuple[int, int, int, int]]:
+    """Stride, padding before, dilation of the input and of the kernel, along each dimension."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in found.group(1).split()) if found else {}
+    n = len(given.get("size", "").split("x")) if given else 0
+
+    def along(key: str, default: str) -> list[int]:
+        return [int(part.split("_")[0]) for part in given.get(key, default).split("x")]
+
+    ones = "x".join("1" * n)
+    return list(
+        zip(
+            along("stride", ones),
+            along("pad", "x".join(["0_0"] * n)),
+            along("lhs_dilate", ones),
+            along("rhs_dilate", ones),
+            strict=True,
+        )
+        if n
+        else ()
+    )
+
+
+@lru_cache
+def _meeting(
+    n_input: int, n_kernel: int, n_out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
+) -> int:
+    """Pairs of output position and kernel position that fall on an element of the input."""
+    span = (n_input - 1) * dilate + 1
+    places = (o * stride + k * kernel_dilate - pad for o in range(n_out) for k in range(n_kernel))
+    return sum(0 <= place < span and place % dilate == 0 for place in places)
+
+
+def _kernel(computation: Computation, call: Instruction) -> int:
+    """FLOPs of kernels that XLA only calls."""
+    if call.target.startswith("__cublas"):
+        return _matrix_library(computation, call)
+    stated = re.search(r'"?cost_estimate"?:\s*\{[^}]*"?flops"?:\s*"?(\d+)', call.attributes)
+    if stated:
+        return int(stated.group(1))
+    if is_attention(call):
+        return _attention(computation, call)
+    return 0
+
+
+def _matrix_library(computation: Computation, call: Instruction) -> int:
+    found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+    left = computation.operands(call)[0].shapes[0]
+    contracted = re.findall(r"\d+", found.group(1)) if found else []
+    return 2 * prod(call.shapes[0].dims) * prod(left.dims[int(i)] for i in contracted)
+
+
+def is_attention(call: Instruction) -> bool:
+    """Whether a custom call is a fused attention kernel."""
+    return bool(re.search(r"fmha|splash|flash|attention", call.target + call.name))
+
+
+def _attention(computation: Computation, call: Instruction) -> int:
+    """Attention by the shapes of queries and keys, [B, H, L, K] or [B, L, H, K]; of one row
+    without B.
+
+    Forward two products; backward the scores again and four gradients; splash computes the scores
+    and the gradient of the weights in both of its backward kernels (dq: 3 products, dkv: 4).
+    """
+    name = call.target + call.name
+    operands = [operand.shapes[0] for operand in computation.operands(call)]
+    first = next(i for i, shape in enumerate(operands) if "f" in shape.dtype)
+    queries, keys = operands[first].dims, operands[first + 1].dims
+    # Of these two dimensions the longer one is the sequence, in every model worth planning.
+    sequence = -2 if queries[-2] >= queries[-3] else -3
+    length, n_keys = queries[sequence], keys[sequence]
+    products = 2
+    if "dkv" in name:
+        products = 4
+    elif "dq" in name:
+        products = 3
+    elif "ackward" in name or "bwd" in name:
+        products = 5
+    if "splash" in name:
+        n_pairs = _splash_pairs(name, operands, length, n_keys)
+    else:
+        masked = re.search(r'"mask_type":"(\w+)"', call.attributes)
+        everything = masked and "CAUSAL" not in masked.group(1)
+        n_pairs = length * n_keys // (1 if everything else 2)
+    return 2 * products * prod(queries) // length * n_pairs
+
+
+def _splash_pairs(name: str, operands: list[Shape], length: int, n_keys: int) -> int:
+    """Pairs of query and key of a splash kernel: all of them, if it is not told the places of the
+    queries, beside the segments of queries and keys.
+
+    The first operand lists tiles, [heads, blocks of queries, blocks of keys], of which the dkv
+    kernel shrinks the queries' dimension and the others the keys', to the most that a block has.
+    Of a causal mask the half counts that is needed, of a narrower one the tiles.
+    """
+    wholes = sum(shape.dtype == "s32" for shape in operands)
+    if wholes == (2 if "segmented" in name else 0):
+        return length * n_keys
+    _, rows, columns = operands[0].dims
+    block = n_keys // columns if "dkv" in name else length // rows
+    return min(rows * columns * block**2, length * n_keys // 2)
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    opcode, results = instruction.opcode, instruction.shapes
+    if opcode in NOTHING_MOVES or opcode.endswith(("-done", "-update")):
+        return 0
+    operands = [shape for operand in computation.operands(instruction) for shape in operand.shapes]
+    if opcode == "fusion":
+        return _fusion_traffic(module, computation, instruction)
+    if opcode in ("slice-start", "dynamic-slice-start"):
+        return _bytes(results[len(operands) :]) * 2
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
+        return _bytes(results)
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        return 2 * _bytes(results)
+    if opcode == "dynamic-update-slice":
+        return 2 * _bytes(computation.operands(instruction)[1].shapes)
+    if opcode == "scatter":
+        return 3 * _bytes(computation.operands(instruction)[-1].shapes)
+    return _bytes(operands) + _bytes(results)
+
+
+def _fusion_traffic(module: Module, computation: Computation, fusion: Instruction) -> int:
+    inside = module.fused(fusion)
+    assert inside is not None
+    passed = _passed_through(fusion)
+    total = 0
+    for number, operand in enumerate(computation.operands(fusion)):
+        if number not in passed:
+            total += min(_bytes(operand.shapes), _read(inside, inside.parameters[number]))
+    return total + _written(inside, inside.root, fusion.shapes)
+
+
+def _passed_through(fusion: Instruction) -> set[int]:
+    """Operands that a step of an asynchronous collective only hands on."""
+    if "async" not in fusion.name and "async_collective" not in fusion.attributes:
+        return set()
+    aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}\s*,?\s*calls", fusion.attributes)
+    return {int(n) for n in re.findall(r"\((\d+), \{", aliases.group(1))} if aliases else set()
+
+
+def _read(inside: Computation, parameter: Instruction) -> int:
+    """Bytes that a fusion reads of a parameter: all, or the slices that it takes of it."""
+    total = 0
+    for user in inside.users(parameter.name):
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            space = parameter.shapes[0].space
+            total += sum(Shape(s.dtype, s.dims, space).bytes for s in user.shapes if not space)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            total += 0
+        elif user.opcode == "bitcast":
+            total += _read(inside, user)
+        else:
+            return _bytes(parameter.shapes)
+    return total
+
+
+def _written(inside: Computation, root: Instruction, results: tuple[Shape, ...]) -> int:
+    """Bytes that a fusion writes: its results, of an update in place only the update."""
+    while root.opcode == "bitcast":
+        root = inside.operands(root)[0]
+    if root.opcode == "tuple" and len(root.operands) == len(results):
+        parts = zip(inside.operands(root), results, strict=True)
+        return sum(_written(inside, part, (result,)) for part, result in parts)
+    if root.opcode == "dynamic-update-slice" and not results[0].space:
+        return inside.operands(root)[1].shapes[0].bytes
+    return _bytes(results)
+
+
+def _bytes(shapes: tuple[Shape, ...] | list[Shape]) -> int:
+    return sum(shape.bytes for shape in shapes if shape.space == 0)
+
+
+def _numbers(text: str, pattern: str) -> tuple[int, ...]:
+    found = re.search(pattern, text)
+    return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
+
+
+def attention_kernel(module: Module) -> str:
+    """The fused attention that the program calls: "splash", "cudnn" or "flash"; else "xla"."""
+    for _, call, _ in module.executions():
+        if call.opcode == "custom-call" and is_attention(call):
+            name = call.target + call.name
+            return "cudnn" if "fmha" in name else "splash" if "splash" in name else "flash"
+    return "xla"

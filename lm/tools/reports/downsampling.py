@@ -1,0 +1,52 @@
+"""Noisy curves made readable: an average, fewer points, and the steps at which a loss jumped."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import median_filter
+from scipy.signal import lfilter
+
+POINTS = 400  # more than these a figure cannot show
+SPIKE = 12.0  # so many times the usual deviation above what came before a loss is a spike
+
+
+def smooth(values: np.ndarray, part: float = 0.01) -> np.ndarray:
+    """Average of both sides, with weights that halve every `part` of the curve: it does not lag
+    behind a loss that falls.
+
+    NaN counts for nothing.
+    """
+    keep = 0.5 ** (1 / max(1.0, part * len(values)))
+    valid = np.isfinite(values)
+
+    def total(x: np.ndarray) -> np.ndarray:
+        before, after = (lfilter([1], [1, -keep], side) for side in (x, x[::-1]))
+        return before + after[::-1] - x
+
+    with np.errstate(invalid="ignore"):
+        return total(np.where(valid, values, 0.0)) / total(valid.astype(float))
+
+
+def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most some 400 points of a curve, with the lowest and the highest of every stretch."""
+    if len(x) <= POINTS:
+        return x, y
+    chosen = {0, len(x) - 1}
+    for stretch in np.array_split(np.arange(len(x)), POINTS // 2):
+        finite = stretch[np.isfinite(y[stretch])]
+        if len(finite):
+            chosen |= {finite[np.argmin(y[finite])], finite[np.argmax(y[finite])]}
+    kept = np.array(sorted(chosen))
+    return x[kept], y[kept]
+
+
+def spikes(values: np.ndarray) -> np.ndarray:
+    """Positions at which a loss lies far above what came before, and by a tenth at least."""
+    if not np.isfinite(values).any():
+        return np.array([], int)
+    values = np.nan_to_num(values, nan=np.nanmedian(values))
+    width = min(51, len(values))
+    before = median_filter(values, width, mode="nearest", origin=(width - 1) // 2)
+    noise = np.abs(values - median_filter(values, width, mode="reflect"))
+    usual = median_filter(noise, min(501, len(values)), mode="reflect")
+    return np.flatnonzero(values - before > np.maximum(SPIKE * usual, 0.1 * np.abs(before)))

@@ -1,0 +1,142 @@
+"""The look of every figure, and figures as SVG text and PNG files.
+
+Figures are small with large letters, so that they stay readable on a telephone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.tools.reports.numbers import short
+
+INK, FAINT = "#1f2430", "#d9dde5"
+COLORS = (
+    *("#2f6fdb", "#e4572e", "#2a9d6f", "#9b5de5", "#d99a00", "#00a3b4"),
+    *("#c2417c", "#6b7280", "#7a9e1f", "#8d5a3b"),
+)
+WIDTH = 5.6  # inches
+STYLE = {
+    "figure.figsize": (WIDTH, 3.8),
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 12,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "lines.linewidth": 1.9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lm",
+}
+
+
+def colors(count: int) -> list[str]:
+    """A colour for each of so many runs: ten that differ well, or else steps of one scale."""
+    return list(COLORS[:count]) if count <= len(COLORS) else shades(count)
+
+
+def shades(count: int) -> list[str]:
+    """So many steps of one scale, for what has an order."""
+    matplotlib = _matplotlib()
+    scale = matplotlib.colormaps["viridis"]
+    return [matplotlib.colors.to_hex(scale(0.92 * i / max(1, count - 1))) for i in range(count)]
+
+
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    sharex: bool = False,
+    sharey: bool | str = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """A figure in the house style and its axes; UserError without matplotlib."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(**options)
+        return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey)
+
+
+def legend(axes: Any, entries: int, outside: bool = False) -> None:
+    """A legend where it hides least, or beside; none for one entry or, inside, for many."""
+    if outside and entries > 8:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    elif 1 < entries <= 8:
+        axes.legend(loc="best", frameon=False, fontsize=10.5)
+
+
+def value_axis(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for positive values far apart; ticks at the values if these are few."""
+    matplotlib = _matplotlib()
+    low, high = min(values), max(values)
+    if low > 0 and high / low >= 5:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    marks = np.unique(values)
+    places = axis.get_transform().transform(marks)
+    if 1 < len(marks) <= 6 and np.diff(places).min() > 0.08 * np.ptp(places):
+        axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
+        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def count_axis(axis: Any) -> None:
+    """A logarithmic axis of large numbers, with ticks at 1, 2 and 5 times the powers of ten."""
+    ticker = _matplotlib().ticker
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def time_axis(axis: Any) -> None:
+    """Ticks of an axis of seconds, in the unit that suits its length."""
+    ticker = _matplotlib().ticker
+    longest = axis.get_view_interval()[1]
+    unit, name = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
+    axis.set_major_locator(
+        ticker.FixedLocator(unit * ticker.MaxNLocator(6).tick_values(0, longest / unit))
+    )
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value / unit:g} {name}"))
+
+
+def svg(figure: Any) -> str:
+    """The figure as an <svg> element that takes its width from the page."""
+    stream = io.StringIO()
+    with _matplotlib().rc_context(STYLE):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    head, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def save_png(figure: Any, file: Path) -> None:
+    with _matplotlib().rc_context(STYLE):
+        figure.savefig(file, dpi=160)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.colors
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ImportError as error:
+        message = "figures need the package `matplotlib`: pip install 'lm[report]'"
+        raise UserError(message) from error
+    return matplotlib

@@ -1,0 +1,166 @@
+"""The training and evaluation steps: pure functions of state and batch, for any model.
+
+Shape letters: S steps of one dispatch, B batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from lm.models.sown import COLLECTIONS
+from lm.objectives.auxiliary_losses import with_reports
+from lm.objectives.objective import Batch, LossSums, Objective
+from lm.optim.lora import add_lora, merge
+from lm.optim.parameter_groups import TrainableMask
+from lm.parallel.per_row_rng import by_row, of_rows
+
+Params = Any
+Carry = Any
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training step reads and writes; `step` counts the updates so far.
+
+    `carry` are arrays [B, …] that pass from one batch to the next beside the parameters, such as
+    the state of a recurrent model; {} for most models.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    carry: Carry
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The pure functions of one experiment; `lora` is the configuration's section."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    trainable: TrainableMask
+    lora: ConfigDict
+    schedule: optax.Schedule
+    seed: int
+    microbatches: int
+
+    def init(self, batch: Batch) -> tuple[Params, Carry]:
+        """What the loss of such a batch touches: fresh parameters, boxed with the logical names of
+        their axes, and the carry before the first batch."""
+        rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
+        variables = nn.init(self.objective.loss, self.model)(rng, batch)
+        params = add_lora(variables.pop("params"), self.lora, jax.random.fold_in(rng, 1))
+        carry = {name: value for name, value in variables.items() if name not in COLLECTIONS}
+        return params, jax.tree.map(jnp.zeros_like, carry)
+
+    def init_state(self, batch: Batch) -> TrainState:
+        """The state before the first step."""
+        params, carry = nn.meta.unbox(self.init(batch))
+        opt_state = self.optimizer.init(self.trainable.split(params)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry)
+
+    def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
+        """One update for each batch of [S, B, …] arrays; metrics are [S]."""
+        return jax.lax.scan(self.train_step, state, batches)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. Where loss or gradient is not finite, only the step counter advances."""
+        rng = by_row(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        trained, frozen = self.trainable.split(state.params)
+        grads, sums, carry = self._gradients(trained, frozen, state.carry, batch, rng)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
+        updated = optax.apply_updates(trained, updates)
+        updated, opt_state, carry = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (updated, opt_state, carry),
+            (trained, state.opt_state, state.carry),
+        )
+        params = self.trainable.join(updated, frozen)
+        metrics = {
+            "loss": loss,
+            **{name: value / weight for name, value in sums.metrics.items()},
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
+            "target_tokens": sums.weight,
+            "skipped": 1 - finite.astype(jnp.int32),
+        }
+        return TrainState(state.step + 1, params, opt_state, carry), metrics
+
+    def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
+        """The objective's sums, [S], over each batch of [S, B, …] arrays, without dropout."""
+        params = merge(params, self.lora.alpha)
+
+        def step(carry: Carry, batch: Batch) -> tuple[Carry, LossSums]:
+            sums, carry = self._loss(params, carry, batch, None)
+            return carry, sums
+
+        return jax.lax.scan(step, carry, batches)
+
+    def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
+        """What the objective's `predict` says of each row of [S, B, …] arrays, [S, B, …]."""
+        predict = nn.apply(self.objective.predict, self.model)  # type: ignore[attr-defined]
+        return jax.lax.map(lambda batch: predict({"params": params}, batch), batches)
+
+    def _loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: jax.Array | None
+    ) -> tuple[LossSums, Carry]:
+        """The objective's sums of a batch, with dropout if there is an `rng`, and the carry."""
+        model = self.model.clone(deterministic=rng is None)
+        loss = nn.apply(self.objective.loss, model, mutable=[*carry, *COLLECTIONS])
+        rngs = None if rng is None else {"dropout": rng}
+        variables = {"params": merge(params, self.lora.alpha), **carry}
+        sums, after = loss(variables, batch, rngs=rngs)
+        reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
+        return with_reports(sums, reported, batch), after
+
+    def _gradients(
+        self, trained: Params, frozen: Params, carry: Carry, batch: Batch, rng: jax.Array
+    ) -> tuple[Params, LossSums, Carry]:
+        """Gradient of the summed loss by `trained`, and the sums, added up over microbatches."""
+
+        def of_part(
+            carry: Carry, part: Batch, rng: jax.Array
+        ) -> tuple[tuple[Params, LossSums], Carry]:
+            def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Carry]]:
+                params = self.trainable.join(trained, frozen)
+                sums, after = self._loss(params, carry, part, rng)
+                return sums.loss, (sums, after)
+
+            grads, (sums, after) = jax.grad(loss, has_aux=True)(trained)
+            return (grads, sums), after
+
+        n = self.microbatches
+        if n == 1:
+            (grads, sums), carry = of_part(carry, batch, rng)
+            return grads, sums, carry
+        # Row r goes to microbatch r mod n: each device keeps its rows, whatever the mesh.
+        parts = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), (carry, batch)
+        )
+
+        def add(total: Any, part: tuple[tuple[Carry, Batch], jax.Array]) -> tuple[Any, Carry]:
+            (carry, batch), index = part
+            sums, carry = of_part(carry, batch, of_rows(rng, index, n))
+            return jax.tree.map(jnp.add, total, sums), carry
+
+        first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)
+        shapes, _ = jax.eval_shape(of_part, first_carry, first_batch, rng)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, sums), carries = jax.lax.scan(add, zeros, (parts, jnp.arange(n)))
+        carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
+        return grads, sums, carry

@@ -1,0 +1,172 @@
+"""Starting from the parameters of another run: which go where, what stays fresh, what is left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lm.data.files import find_file
+from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.words import WordTokenizer
+from lm.data.word_vectors import initial_table, load_vectors, vocabulary_words
+from lm.errors import UserError
+from lm.experiment import Experiment
+from lm.optim.parameter_groups import LORA, flat, matching, nested
+from lm.runs.saved_params import Report, Saved, mean_params, saved_checkpoints
+from lm.storage import locate
+from lm.train_step import TrainState
+
+TOKENS = "tokens/embedding"  # the table of tokens of every family
+
+
+@dataclass(frozen=True)
+class ParamMapping:
+    """`loaded`: parameter → its name in the source; `fresh` parameters; names that are `left`."""
+
+    loaded: Mapping[str, str]
+    fresh: Sequence[str]
+    left: Sequence[str]
+
+
+def initial_state(experiment: Experiment, tokenizer: Tokenizer, report: Report) -> TrainState:
+    """The state before the first step, with the parameters of `config.init.from` where it is set,
+    or with the table of tokens that `config.init.vectors` gives.
+
+    `report` is told what was loaded, what is fresh and what was left. UserError for parameters
+    that do not correspond and are not named in the configuration, and for a table of tokens that
+    was trained with another tokenizer.
+    """
+    state = experiment.init_state()
+    options = experiment.config.init
+    if options.vectors:
+        return _with_vectors(experiment, state, tokenizer, report)
+    if not options["from"]:
+        return state
+    checkpoints = saved_checkpoints(locate(options["from"]), report)
+    params, shardings = flat(state.params), flat(experiment.state_sharding.params)
+    plan = map_parameters(options, params, checkpoints[0].shapes)
+    _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
+    for path in plan.loaded:
+        params[path].delete()  # so that old and new need not fit side by side
+    found, steps = mean_params(
+        checkpoints,
+        options.average,
+        {name: shardings[path] for path, name in plan.loaded.items()},
+        report,
+    )
+    loaded = {path: found[name] for path, name in plan.loaded.items()}
+    report(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
+    return replace(state, params=nested(params | loaded))
+
+
+def _with_vectors(
+    experiment: Experiment, state: TrainState, tokenizer: Tokenizer, report: Report
+) -> TrainState:
+    """The state with the vectors of a GloVe file in the table of tokens, the rest as it was."""
+    config = experiment.config
+    vectors = load_vectors(find_file(config.init.vectors, config.data))
+    width = vectors.vectors.shape[1]
+    if width != config.model.d_model:
+        raise UserError(
+            f"{config.init.vectors} has vectors of {width} numbers: set config.model.d_model to it"
+        )
+    words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
+    rows, std = config.model.vocab_size, config.model.init_std
+    table, n_found = initial_table(vectors, words, rows, std, config.seed)
+    report(f"{config.init.vectors}: vectors for {n_found} of {len(words)} words")
+    params, shardings = flat(state.params), flat(experiment.state_sharding.params)
+    params[TOKENS] = jax.device_put(table, shardings[TOKENS])
+    return replace(state, params=nested(params))
+
+
+def map_parameters(
+    options: ConfigDict, params: Mapping[str, Any], source: Mapping[str, Any]
+) -> ParamMapping:
+    """Which of the `source`'s parameters become which of `params`; values have a `shape`.
+
+    `options` is the configuration's section "init". UserError for what does not correspond.
+    """
+    base = {path: leaf for path, leaf in params.items() if not path.startswith(f"{LORA}/")}
+    stays_fresh = _named("init.fresh", options.fresh, base)
+    may_be_left = _named("init.leave", options.leave, source)
+    names = _renamed(options.rename, source)
+
+    loaded = {path: names[path] for path in base if path in names and path not in stays_fresh}
+    missing = [path for path in base if path not in names and path not in stays_fresh]
+    left = [name for path, name in names.items() if path not in loaded]
+    unused = [name for path, name in names.items() if path not in base and name not in may_be_left]
+    unlike = [
+        f"{path} {tuple(base[path].shape)} from {tuple(source[name].shape)}"
+        for path, name in loaded.items()
+        if base[path].shape != source[name].shape
+    ]
+    problems = [
+        f"{len(paths)} {what}: {', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}"
+        for what, paths in (
+            ("of this model are not there (allow it by config.init.fresh)", missing),
+            ("have another shape there (leave them out by config.init.fresh)", unlike),
+            ("there have no place here (allow it by config.init.leave)", unused),
+        )
+        if paths
+    ]
+    if problems:
+        raise UserError(
+            f"parameters of config.init.from={options['from']}: {'; '.join(problems)}; "
+            "config.init.rename maps names"
+        )
+    return ParamMapping(loaded, [path for path in params if path not in loaded], left)
+
+
+def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
+    return {path for path, group in matching(key, text, leaves).items() if group.any()}
+
+
+def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
+    """New name → name in the source."""
+    new = {name: name for name in source}
+    for rule in filter(None, (part.strip() for part in text.split(","))):
+        pattern, arrow, replacement = rule.partition("=>")
+        if not arrow:
+            raise UserError(f"config.init.rename: {rule!r} is not PATTERN=>NAME")
+        try:
+            after = {name: re.sub(pattern, replacement, path) for name, path in new.items()}
+        except re.error as error:
+            raise UserError(f"config.init.rename: {rule!r}: {error}") from None
+        if after == new:
+            raise UserError(f"config.init.rename: {rule!r} changes no name")
+        new = after
+    names = {path: name for name, path in new.items()}
+    if len(names) < len(new):
+        twice = next(path for name, path in new.items() if names[path] != name)
+        raise UserError(f"config.init.rename gives two parameters the name {twice}")
+    return names
+
+
+def _check_tokenizer(
+    experiment: Experiment, plan: ParamMapping, source: Saved, digest: str
+) -> None:
+    theirs = source.metadata["fingerprint"]["tokenizer"]
+    axes = flat(experiment.param_names)
+    tables = [path for path in plan.loaded if "vocab" in axes[path]]
+    # An imported model may have come without one.
+    if tables and theirs and theirs != digest:
+        raise UserError(
+            f"the tokenizer is not that of config.init.from={experiment.config.init['from']}, so "
+            f"{', '.join(tables)} would mix up tokens: use its tokenizer, or config.init.fresh"
+        )
+
+
+def _describe(source: str, steps: Sequence[int], plan: ParamMapping, n_numbers: int) -> str:
+    where = f"{'mean of ' if len(steps) > 1 else ''}step {', '.join(map(str, steps))}"
+    loaded = [
+        path if path == name else f"{path} (there {name})" for path, name in plan.loaded.items()
+    ]
+    lines = [f"parameters of {source}, {where}: {n_numbers:,} numbers"]
+    for what, paths in (("loaded", loaded), ("fresh", plan.fresh), ("left", plan.left)):
+        lines.append(f"  {what} {len(paths)}: {', '.join(paths) or 'none'}")
+    return "\n".join(lines)

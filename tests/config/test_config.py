@@ -1,0 +1,335 @@
+import re
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kinds import KINDS
+from ml_collections import ConfigDict
+
+from lm import config as configs
+from lm.config.rules import FAMILIES_OF
+from lm.config.schema import SCHEMA
+from lm.errors import UserError
+from lm.experiment import build
+from lm.kernels.activations import ACTIVATIONS
+from lm.models.families import FAMILIES
+from lm.objectives.registry import OBJECTIVES
+from lm.optim.optimizers import OPTIMIZERS
+from lm.optim.schedules import SCHEDULES
+
+SMALL = """
+from lm.config import default
+
+def get_config(variant="a"):
+    config = default()
+    config.model.n_layers = config.model.n_heads = 2
+    config.model.d_model = 16
+    config.data.sequence_length = 8
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """An experiment file of a small model."""
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an experiment file and gives its path."""
+
+    def write(source):
+        path = tmp_path / "experiment.py"
+        path.write_text(source)
+        return str(path)
+
+    return write
+
+
+def error_of(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# --- the schema
+
+
+def test_every_key_is_explained():
+    for path, key in SCHEMA.items():
+        assert re.fullmatch(r".{8,}\.", key.help), path
+
+
+def test_defaults_are_valid():
+    config = configs.default()
+    configs.validate(config)
+    assert dict(configs.flatten(config)) == {path: key.default for path, key in SCHEMA.items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "table"),
+    [
+        ("model.activation", ACTIVATIONS),
+        ("model.family", FAMILIES),
+        ("objective.name", OBJECTIVES),
+        ("optimizer.name", OPTIMIZERS),
+        ("schedule.name", SCHEDULES),
+    ],
+)
+def test_choices_are_what_there_is(path, table):
+    assert set(SCHEMA[path].choices) == set(table)
+
+
+# What some choices need beside them.
+COMPANIONS = {("model.init", "uniform"): {"model.family": "lstm"}}
+for objective, families in FAMILIES_OF.items():
+    COMPANIONS["objective.name", objective] = {"model.family": families[0]}
+    for family in families:
+        COMPANIONS["model.family", family] = {"objective.name": objective}
+
+
+@pytest.mark.parametrize("path", [path for path, key in SCHEMA.items() if key.choices])
+def test_every_choice_is_accepted(path):
+    for choice in SCHEMA[path].choices:
+        config = configs.default()
+        for name, value in {path: choice, **COMPANIONS.get((path, choice), {})}.items():
+            configs.set_value(config, name, value)
+        configs.validate(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_builds(make_kind, kind):
+    """Resolving fills in what is left open, and does not change it a second time."""
+    config = make_kind(kind)
+    experiment = build(config, jax.devices()[:1])
+    assert experiment.config == build(experiment.config, jax.devices()[:1]).config
+    assert experiment.steps.objective.shapes.keys() == experiment.batch_shapes.keys()
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("train.steps", "1_000", 1000),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("model.bias", "False", False),
+        ("model.bias", "1", True),
+        ("data.weights", "(1, 2.5)", (1.0, 2.5)),
+        ("data.weights", "", ()),
+        ("paper", "gpt2-small", "gpt2-small"),
+    ],
+)
+def test_text_is_read_by_the_type_of_its_key(path, text, value):
+    found = configs.parse_value(path, text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_win_over_the_file(experiment):
+    config = configs.load(experiment, {"model.d_model": "32", "optimizer.adamw.b1": "0.5"})
+    assert (config.model.d_model, config.optimizer.adamw.b1) == (32, 0.5)
+    assert config.model.n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("model.n_layer", "model.n_layers"),
+        ("model.layers", "model.n_layers"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("train.learning_rate", "optimizer.learning_rate"),
+        ("data.batchsize", "data.batch_size"),
+        ("qwertyuiop", None),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
+    message = error_of(configs.load, experiment, {wrong: "1"})
+    assert f"unknown config key {wrong}" in message
+    if right is None:
+        assert "did you mean" not in message
+    else:
+        assert f"did you mean {right}?" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("model", "gpt", "config.model is a section, not a key"),
+        ("parallel.mesh", "2", "config.parallel.mesh is a section, not a key"),
+        ("train.steps", "2.5", "config.train.steps=2.5: expected an integer"),
+        ("train.steps", "", "config.train.steps=: expected an integer"),
+        ("optimizer.learning_rate", "fast", "expected a number"),
+        ("optimizer.learning_rate", "nan", "expected a finite number"),
+        ("optimizer.learning_rate", "inf", "expected a finite number"),
+        ("optimizer.learning_rate", "-1", "config.optimizer.learning_rate=-1.0 is below 0"),
+        ("model.bias", "maybe", "config.model.bias=maybe: expected true or false"),
+        ("data.weights", "1,x", "config.data.weights=1,x: expected numbers separated by commas"),
+        ("model.norm", "rms", "expected one of layernorm, rmsnorm"),
+        ("model.norm", "rmsnrom", "did you mean rmsnorm?"),
+        ("seed", "-1", "config.seed=-1 is below 0"),
+        ("seed", "4294967296", "config.seed=4294967296 is above 2147483647"),
+        ("model.dropout", "1", "config.model.dropout=1.0 is above 0.99"),
+        ("parallel.pipeline.repeats", "0", "config.parallel.pipeline.repeats=0 is below 1"),
+        ("objective.mask_rate", "0", "config.objective.mask_rate=0.0 is below 0.001"),
+        ("objective.noise_density", "1", "config.objective.noise_density=1.0 is above 0.9"),
+        ("objective.name", "mlm", "expected one of causal, prefix, masked"),
+        ("model.family", "encoder-decoder", "did you mean encoder_decoder?"),
+        ("optimizer.layer_decay", "1.5", "config.optimizer.layer_decay=1.5 is above 1"),
+        ("lora.rank", "-1", "config.lora.rank=-1 is below 0"),
+        ("decode.beam_size", "0", "config.decode.beam_size=0 is below 1"),
+        ("decode.repetition_penalty", "0", "config.decode.repetition_penalty=0.0 is below 0.01"),
+        ("init.average", "0", "config.init.average=0 is below 1"),
+        ("init", "run", "config.init is a section, not a key"),
+    ],
+)
+def test_a_wrong_value_is_one_message(experiment, path, text, expected):
+    assert expected in error_of(configs.load, experiment, {path: text})
+
+
+# --- experiment files
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import lm.nothing\n", r"experiment\.py:1: ModuleNotFoundError: .*lm\.nothing"),
+        ("def get_config():\n    return 1 / 0\n", r"experiment\.py:2: ZeroDivisionError"),
+        ("def get_config(:\n", r"experiment\.py.*SyntaxError"),
+        ("x = 1\n", r"experiment\.py has no get_config"),
+        ("def get_config():\n    return {}\n", r"get_config returned dict, not a ConfigDict"),
+        (
+            "from lm.config import default\ndef get_config():\n    c = default()\n"
+            "    c.model.n_layers = 'two'\n    return c\n",
+            r"experiment\.py:4: TypeError",
+        ),
+        (
+            "from lm.config import default\ndef get_config():\n    c = default()\n"
+            "    c.model.n_layer = 2\n    return c\n",
+            r"unknown config key model\.n_layer; did you mean model\.n_layers\?",
+        ),
+        (
+            "from lm.config import default\ndef get_config():\n    c = default()\n"
+            "    del c.model.n_layers\n    return c\n",
+            r"config\.model\.n_layers is missing",
+        ),
+        (
+            "from lm.config import choose\ndef get_config():\n"
+            "    return choose({'a': 1, 'b': 2}, 'c')\n",
+            r"experiment\.py: unknown variant 'c'; there are a, b",
+        ),
+    ],
+)
+def test_a_broken_experiment_file_says_where(write, source, expected):
+    assert re.search(expected, error_of(configs.load, write(source)))
+
+
+def test_a_missing_experiment_file_is_named(tmp_path):
+    assert "no experiment file" in error_of(configs.load, str(tmp_path / "none.py:a"))
+
+
+def test_the_variant_reaches_the_file(write):
+    path = write(
+        SMALL.replace("config = default()", "config = default()\n    config.paper = variant")
+    )
+    assert configs.load(path).paper == "a"
+    assert configs.load(f"{path}:b").paper == "b"
+
+
+# --- comparing two configurations
+
+
+def test_differences_name_what_changes_the_run():
+    old, new = configs.default(), configs.default()
+    assert configs.differences(old, new) == []
+    new.optimizer.learning_rate = 0.5
+    new.model.norm = "rmsnorm"
+    found = configs.differences(old, new)
+    assert found == ["model.norm: layernorm → rmsnorm", "optimizer.learning_rate: 0.001 → 0.5"]
+
+
+def test_differences_leave_out_free_keys():
+    free = {path for path, key in SCHEMA.items() if key.free}
+    assert {"train.remat", "parallel.mesh.data", "checkpoint.every_steps"} <= free
+    assert not {"seed", "model.dtype", "data.batch_size", "train.microbatches"} & free
+    old, new = configs.default(), configs.default()
+    for path in free:
+        key = SCHEMA[path]
+        other = {
+            bool: lambda key: not key.default,
+            int: lambda key: key.default + 1,
+            float: lambda key: key.default + 1,
+            str: lambda key: key.choices[-1] if key.choices else "other",
+        }[key.type](key)
+        configs.set_value(new, path, other)
+    assert configs.differences(old, new) == []
+
+
+def test_differences_of_a_saved_configuration():
+    """JSON turns tuples into lists, and another version of the code has other keys."""
+    saved = {"data": {"weights": [1.0, 2.0]}, "gone": 3}
+    now = ConfigDict({"data": {"weights": (1.0, 2.0)}, "fresh": 4})
+    assert configs.differences(saved, now) == ["fresh: (none) → 4", "gone: 3 → (none)"]
+
+
+# --- nothing but UserError
+
+
+ANY_TEXT = st.one_of(
+    st.sampled_from(["", "0", "-1", "-0.0", "nan", "inf", "1e400", "2.5", "(,)", ":", "\x00"]),
+    st.text(max_size=8),
+)
+TEXTS = {
+    int: st.one_of(st.integers(-2, 70), st.integers(-(2**31), 2**31 - 1)).map(str),
+    float: st.one_of(st.floats(0, 2), st.floats()).map(str),
+    bool: st.sampled_from(["true", "false", "0", "1"]),
+    tuple: st.lists(st.floats(), max_size=3).map(lambda items: ",".join(map(str, items))),
+    str: st.sampled_from(["stdlib", "stdlib,text:x", "byte", "gpt2:", "tokenizers:x.json", "x:y"]),
+}
+
+
+def override(path):
+    """(path, text), the text often one that the key's type and choices allow."""
+    key = SCHEMA[path]
+    fitting = st.sampled_from(key.choices) if key.choices else TEXTS[key.type]
+    return st.tuples(st.just(path), st.one_of(fitting, fitting, ANY_TEXT))
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.sampled_from(sorted(SCHEMA)).flatmap(override), min_size=1, max_size=3).map(dict)
+)
+def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
+    try:
+        built = build(configs.load(experiment, overrides), jax.devices()[:1])
+        built.steps.schedule(3)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = "none"
+    assert message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "path", ["model.d_model", "model.vocab_size", "data.sequence_length", "schedule.warmup_steps"]
+)
+@pytest.mark.parametrize("value", [2**40, 10**30])
+def test_a_huge_integer_is_a_user_error(experiment, path, value):
+    with pytest.raises(UserError, match=re.escape(path)):
+        build(configs.load(experiment, {path: str(value)}), jax.devices()[:1])
+
+
+def test_a_value_of_another_type_is_one_line():
+    """As in the run.json of a version where the key had another type."""
+    with pytest.raises(UserError, match=r"model.attention_bias=True: expected one of same, all"):
+        configs.set_value(configs.default(), "model.attention_bias", True)

@@ -1,0 +1,187 @@
+import pytest
+
+from lm.config import default, parse_value, set_value, validate
+from lm.config.rules import FAMILIES_OF
+from lm.config.schema import SCHEMA
+from lm.errors import UserError
+from lm.models.families import FAMILIES
+
+SMALL = {"model.n_layers": "2", "model.n_heads": "2", "model.d_model": "16"}
+
+
+def small(overrides):
+    """The configuration of a small model with overrides, not yet validated."""
+    config = default()
+    for path, text in {**SMALL, "data.sequence_length": "8", **overrides}.items():
+        set_value(config, path, parse_value(path, text))
+    return config
+
+
+def error_of(config):
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_objective_trains_the_families_that_it_names_and_no_other():
+    assert set(FAMILIES_OF) == set(SCHEMA["objective.name"].choices)
+    assert {f for fs in FAMILIES_OF.values() for f in fs} == set(FAMILIES)
+    for objective, families in FAMILIES_OF.items():
+        for family in FAMILIES:
+            config = default()
+            config.objective.name, config.model.family = objective, family
+            if family in families:
+                validate(config)
+            else:
+                message = error_of(config)
+                assert f"objective.name={objective} needs config.model.family" in message
+                assert all(other in message for other in families)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            {"schedule.name": "inverse", "schedule.final_ratio": "0"},
+            "config.schedule.name=inverse never reaches 0",
+        ),
+        ({"model.d_model": "17"}, "config.model.d_model=17 is not divisible by config.model.n_he"),
+        ({"model.n_heads": "4", "model.n_kv_heads": "3"}, "not divisible by config.model.n_kv_hea"),
+        ({"model.positions": "rotary", "model.head_dim": "3"}, "needs an even head dimension"),
+        ({"model.positions": "rotary", "model.d_model": "6"}, "needs an even head dimension"),
+        (
+            {"model.positions": "sinusoidal", "model.d_model": "15", "model.n_heads": "5"},
+            "needs an even config.model.d_model",
+        ),
+        ({"model.max_length": "7"}, "config.data.sequence_length=8 is longer than config.model.ma"),
+        (
+            {"model.max_length": "8", "data.target_length": "9"},
+            "config.data.target_length=9 is longer than config.model.max_length=8",
+        ),
+        ({"model.family": "encoder"}, "config.objective.name=causal needs config.model.family"),
+        ({"model.init": "uniform"}, "config.model.init=uniform is not for config.model.family=dec"),
+        (
+            {"model.family": "lstm", "model.init": "uniform", "model.init_truncated": "true"},
+            "config.model.init=uniform has nothing to cut: config.model.init_truncated",
+        ),
+        (
+            {"model.family": "lstm", "model.pooling": "mean"},
+            "config.model.pooling=mean is not for config.model.family=lstm",
+        ),
+        (
+            {"model.positions": "relative", "model.relative_max_distance": "16"},
+            "relative_max_distance=16 must be above half of config.model.relative_buckets=32",
+        ),
+        ({"model.carry": "true"}, "config.model.carry needs config.data.order=contiguous and"),
+        (
+            {"model.carry": "true", "data.order": "contiguous"},
+            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+        ),
+        (
+            {"model.carry": "true", "model.family": "lstm"},
+            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+        ),
+        (
+            {"data.order": "contiguous", "data.source": "stdlib,text:x"},
+            "config.data.order=contiguous reads a single source",
+        ),
+        (
+            {"data.order": "contiguous", "objective.name": "prefix"},
+            "config.data.order=contiguous needs config.objective.name=causal",
+        ),
+        (
+            {"model.bidirectional": "true", "model.family": "lstm"},
+            "config.model.bidirectional lets a causal model see what it predicts",
+        ),
+        (
+            {
+                "model.bidirectional": "true",
+                "model.family": "lstm_encoder_decoder",
+                "objective.name": "seq2seq",
+                "model.d_hidden": "5",
+            },
+            "config.model.bidirectional needs an even config.model.d_hidden",
+        ),
+        (
+            {"model.attention": "tiled", "objective.name": "prefix"},
+            "config.model.attention=tiled cannot be used with config.model.family=decoder and conf",
+        ),
+        (
+            {"model.attention": "tiled", "objective.name": "masked", "model.family": "encoder"},
+            "config.model.attention=tiled cannot be used with config.model.family=encoder",
+        ),
+        (
+            {"model.attention": "tiled", "model.attention_dropout": "0.1"},
+            "tiled cannot be used with config.model.attention_dropout=0.1: use auto or xla",
+        ),
+        (
+            {"model.attention": "tiled", "model.positions": "relative"},
+            "tiled cannot be used with config.model.positions=relative",
+        ),
+        (
+            {"model.attention": "tiled", "model.attention_scale": "1"},
+            "tiled cannot be used with config.model.attention_scale=1.0",
+        ),
+        (
+            {"model.window": "8", "model.family": "encoder", "objective.name": "masked"},
+            "config.model.window=8 is not for config.model.family=encoder",
+        ),
+        ({"model.global_every": "2"}, "config.model.global_every=2 needs config.model.window"),
+        (
+            {"init.from": "run", "init.vectors": "glove.txt"},
+            "config.init.from and config.init.vectors exclude each other",
+        ),
+        (
+            {"model.n_experts": "1"},
+            "config.model.experts_per_token=2 is above config.model.n_experts=1",
+        ),
+        (
+            {"model.n_experts": "4", "model.experts_every": "3"},
+            "config.model.n_layers=2 is not divisible by config.model.experts_every=3",
+        ),
+        (
+            {"model.n_experts": "4", "model.activation_dropout": "0.1"},
+            "config.model.activation_dropout is not for config.model.n_experts",
+        ),
+        (
+            {"model.n_experts": "4", "model.family": "lstm"},
+            "config.model.n_experts is not for config.model.family=lstm",
+        ),
+        ({"train.microbatches": "3"}, "config.data.batch_size=8 is not divisible by config.train."),
+        ({"data.weights": "1,2"}, "config.data.weights has 2 numbers for 1 corpora"),
+        ({"data.weights": "0"}, "every weight must be above 0"),
+        ({"data.weights": "nan"}, "every weight must be above 0"),
+        ({"parallel.mesh.fsdp": "-1"}, "at most one of them is -1"),
+        ({"parallel.mesh.tensor": "0"}, "sizes are 1 or more"),
+    ],
+)
+def test_a_broken_rule_is_one_message(overrides, expected):
+    assert expected in error_of(small(overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.d_model": "17", "model.head_dim": "8"},
+        {"model.n_heads": "4", "model.n_kv_heads": "1"},
+        {"model.max_length": "8"},
+        {"data.source": "stdlib,text:x", "data.weights": "1,2"},
+        {"parallel.mesh.fsdp": "-1", "parallel.mesh.data": "1"},
+        {"model.carry": "true", "data.order": "contiguous", "model.family": "lstm"},
+        {"data.order": "contiguous"},
+        {"model.init": "uniform", "model.family": "nplm"},
+        {"model.family": "lstm", "model.d_model": "17"},
+        {
+            "model.bidirectional": "true",
+            "model.family": "lstm",
+            "objective.name": "classification",
+        },
+        {"model.max_length": "8", "data.target_length": "8"},
+        {"model.attention": "tiled"},
+        {"model.n_experts": "4", "model.experts_every": "2"},
+    ],
+)
+def test_what_the_rules_allow(overrides):
+    validate(small(overrides))

@@ -1,0 +1,68 @@
+"""When a run is started again, and when not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lm.tools.launch.process_group import Outcome
+from lm.tools.launch.supervise import Policy, supervise
+
+QUICK = Policy(restarts=3, backoff=0.0)
+
+
+class Attempts:
+    """Attempts that end as told; the last ending repeats."""
+
+    def __init__(self, *codes: int):
+        self.codes, self.made = list(codes), 0
+
+    def __call__(self) -> Outcome:
+        code = self.codes[min(self.made, len(self.codes) - 1)]
+        self.made += 1
+        return Outcome(code, f"process 0 exited with {code}")
+
+
+def test_it_starts_again_until_done(stop):
+    attempts = Attempts(1, -9, 0)
+    assert supervise(attempts, QUICK, lambda: None, print, stop) == 0
+    assert attempts.made == 3
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_a_users_error_and_a_preemption_are_not_started_again(stop, code):
+    attempts = Attempts(code)
+    assert supervise(attempts, QUICK, lambda: None, print, stop) == code
+    assert attempts.made == 1
+
+
+def test_it_gives_up_with_the_cause_in_one_line(stop):
+    attempts, lines = Attempts(1), []
+    assert supervise(attempts, QUICK, lambda: None, lines.append, stop) == 1
+    assert attempts.made == 4
+    assert lines[-1] == "error: gave up after 3 restarts in a row: process 0 exited with 1"
+
+
+def test_a_new_checkpoint_starts_the_count_again(stop):
+    attempts = Attempts(*[1] * 9, 0)
+    checkpoints = itertools.count()
+    assert supervise(attempts, QUICK, lambda: next(checkpoints), print, stop) == 0
+
+
+def test_pauses_double_up_to_a_minute():
+    pauses = [Policy(backoff=1.0).pause(n) for n in range(1, 9)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_request_to_stop_ends_a_pause_and_forgives_a_crash(stop):
+    def asks() -> Outcome:
+        stop(15, None)
+        return Outcome(-15, "process 0 was killed by SIGTERM")
+
+    assert supervise(asks, Policy(), lambda: None, print, stop) == 75
+
+    attempts = Attempts(1)
+    stop._asked = False
+    assert supervise(attempts, Policy(3, 60.0), lambda: None, lambda _: stop(15, None), stop) == 75
+    assert attempts.made == 1

@@ -1,0 +1,120 @@
+"""What is planned is what is trained: the same program, and the memory that it really takes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+
+from lm.data.batches import to_device
+from lm.data.dataset import open_dataset
+from lm.experiment import build
+from lm.tools.planning.plan import make_plan
+from lm.tools.planning.program import lower, read_out_of_memory
+from lm.tools.planning.topologies import topology
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_the_text_lowered_equals_that_of_training(tiny_config, mesh):
+    """Training lowers with its real state and its real first batch."""
+    config = tiny_config(train__microbatches=1, train__steps_per_dispatch=3)
+    config.parallel.mesh.update({"data": 1, **mesh})
+    planned = lower(build(config, topology("cpu:8").devices)).as_text()
+
+    experiment = build(config, jax.devices())
+    dataset = open_dataset(experiment.config.data)
+    batches = experiment.train_batches(dataset)
+    arrays = to_device(batches, range(3), experiment.batch_sharding)
+    trained = experiment.train_steps.lower(experiment.init_state(), arrays).as_text()
+    assert without_names(planned) == without_names(trained)
+
+
+def without_names(text: str) -> str:
+    """The main function of a module, with a digest of what it calls in place of its name: JAX
+    numbers helpers by what else the process has traced."""
+    name = r'@([\w.$-]+|"[^"]*")'
+    functions = dict(re.findall(rf"func\.func \w+ {name}(\(.*?\n  \}})", text, re.S))
+
+    @cache
+    def body(function: str) -> str:
+        return re.sub(name, lambda call: digest(call.group(1)), functions[function])
+
+    def digest(called: str) -> str:
+        known = called in functions
+        return hashlib.sha256(body(called).encode()).hexdigest() if known else called
+
+    assert len(functions) > 10
+    return body("main")
+
+
+def test_parameters_optimizer_and_arguments_are_those_of_the_real_state(tiny_config):
+    config = tiny_config(parallel__preset="fsdp")
+    memory = make_plan(config, topology("cpu:8")).memory
+    experiment = build(config, jax.devices())
+    state = experiment.init_state()
+
+    def on_first_device(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert memory.parameters == memory.gradients == on_first_device(state.params)
+    assert memory.optimizer == on_first_device(state.opt_state)
+    # Inputs, targets, weights, segments and positions: a row of 32 tokens a device, 4 bytes each.
+    assert memory.arguments == on_first_device(state) + 5 * 32 * 4
+
+
+def test_predicted_memory_is_that_of_a_step_really_run():
+    """In a process of its own, whose resident memory is measured."""
+    script = Path(__file__).with_name("actual_memory.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    predicted, actual = map(int, done.stdout.split())
+    assert predicted == pytest.approx(actual, rel=0.1)
+
+
+# The first is written by hand after the long form of the message, the second libtpu 0.0.42 wrote.
+BREAKDOWN = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. \
+Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+Total hbm usage >= 20.76G:
+    reserved        264.00M
+    program          20.50G
+    arguments            0B
+
+Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(f)/dot_general" source_file="f.py" source_line=3
+     Shape: f32[32768,32768]{1,0:T(8,128)}
+     Unpadded size: 4.00G
+     ==========================
+
+  2. Size: 512.0M
+     Shape: bf16[16384,16384]{1,0:T(8,128)(2,1)}
+     ==========================
+"""
+SHORT = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(16.70G) exceeds available HBM (15.75G)."
+)
+GIB = 2**30
+
+
+def test_what_the_compiler_says_of_a_program_that_does_not_fit():
+    found = read_out_of_memory(BREAKDOWN, 1.0)
+    assert (found.total, found.capacity) == (20.5 * GIB, 15.75 * GIB)
+    assert found.largest == (
+        (4 * GIB, "f32[32768,32768]{1,0:T(8,128)} jit(f)/dot_general"),
+        (GIB // 2, "bf16[16384,16384]{1,0:T(8,128)(2,1)}"),
+    )
+    found = read_out_of_memory(SHORT, 1.0)
+    assert (found.total, found.temporaries) == (0, int(16.7 * GIB))
+    assert found.capacity == 15.75 * GIB

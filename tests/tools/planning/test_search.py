@@ -1,0 +1,151 @@
+"""Searching the best mesh: what is tried, what is discarded before compiling, what is written."""
+
+from __future__ import annotations
+
+from math import prod
+
+import jax
+import pytest
+
+from lm.config import load
+from lm.experiment import build
+from lm.hardware import CHIPS
+from lm.tools.planning import mesh_search as searching
+from lm.tools.planning.cost_model import CostModel, Estimate, Settings
+from lm.tools.planning.mesh_search import (
+    Candidate,
+    Queue,
+    candidates,
+    command_line,
+    meshes,
+    overridden,
+    search,
+)
+from lm.tools.planning.plan import state_memory
+from lm.tools.planning.topologies import topology
+
+
+def test_meshes_are_all_products_of_the_axes_that_suit_the_model(tiny_config):
+    """Two layers, four heads, 32 tokens of width 32: 2^s × 2^f × 2^c × 2^t with s ≤ 1, t ≤ 2 and
+    s + f + c + t ≤ 3, the rest data parallel, are 29."""
+    found = [tuple(sorted(s.items())) for s in meshes(build(tiny_config(), jax.devices()), 8)]
+    assert len(set(found)) == len(found) == 29
+    assert all(prod(dict(sizes).values()) == 8 for sizes in found)
+    assert {axis for sizes in found for axis, n in sizes if n > 1} == {
+        *("stage", "data", "fsdp", "context", "tensor")
+    }
+
+
+def test_experts_are_divided_in_stages_too(tiny_config):
+    config = tiny_config(model__n_experts=4, model__experts_per_token=1)
+    found = {(s["stage"], s["expert"]) for s in meshes(build(config, jax.devices()), 8)}
+    assert found == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)}
+
+
+def test_candidates_suit_the_model_and_need_at_least_their_state(tiny_config):
+    """Four heads: no mesh shards them over eight."""
+    found = list(candidates(tiny_config(), topology("cpu:8"), 1))
+    assert {c.overrides["parallel.mesh.tensor"] for c in found} == {1, 2, 4}
+    assert {c.overrides["parallel.mesh.stage"] for c in found} == {1, 2}
+    assert {c.overrides["train.remat"] for c in found} == {"none", "dots", "full"}
+    cut = {c.overrides["parallel.mesh.tensor"] for c in found if c.overrides["parallel.sequence"]}
+    assert cut == {2, 4}
+    for candidate in found[:: len(found) // 4]:
+        experiment = build(overridden(tiny_config(), candidate.overrides), jax.devices())
+        assert candidate.estimate.least > sum(state_memory(experiment)[:2])
+
+
+def test_arithmetic_agrees_with_the_shardings(tiny_config):
+    """Parameters, their moments and gradients; full recomputation keeps a layer's input, 2sbh bytes
+    in 16 bits (Korthikanti et al. 2022, §5), here 32 bits."""
+    for mesh in ({"fsdp": 8}, {"stage": 2, "fsdp": 2, "tensor": 2}):
+        config = tiny_config(train__remat="full", data__batch_size=16)
+        config.parallel.mesh.update({"data": 1, **mesh})
+        experiment = build(config, jax.devices())
+        sizes = experiment.mesh.shape
+        found = CostModel(experiment, topology("cpu:8").chip).estimate(
+            sizes, experiment.pipeline, Settings("full", 1, False)
+        )
+        rows = 16 // (sizes["fsdp"] * sizes["data"])
+        kept = rows * 32 * 32 * 4 * 2 // sizes["stage"]
+        counters = 100  # of steps, in the optimizer's state
+        assert found.least == pytest.approx(sum(state_memory(experiment)[:3]) + kept, abs=counters)
+        assert found.likely > found.least
+
+
+def test_offloading_and_recomputing_keep_less_and_cost_more(tiny_config):
+    experiment = build(tiny_config(), jax.devices()[:1])
+    arithmetic, sizes = CostModel(experiment, CHIPS["v5e"]), experiment.mesh.shape
+    remats = ("none", "dots", "offload_dots", "full", "offload")
+    found = [
+        arithmetic.estimate(sizes, experiment.pipeline, Settings(remat, 1, False))
+        for remat in remats
+    ]
+    assert [e.seconds for e in found] == sorted(e.seconds for e in found)
+    assert [e.likely for e in found] == sorted((e.likely for e in found), reverse=True)
+
+
+def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
+    tiny_config, monkeypatch, tmp_path
+):
+    """Compiling happens here, not in processes, to keep the test short."""
+
+    class Here:
+        def __init__(self, *args): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args): ...
+        def submit(self, function, *args):
+            future = searching.Future()
+            future.set_result(function(*args))
+            return future
+
+    monkeypatch.setattr(searching, "ProcessPoolExecutor", Here)
+    found = search(tiny_config(), "cpu:8", 1, 2, 1, lambda items, total: items)
+    assert len(found.ranked) == 2
+    assert found.considered == found.not_compiled + 2
+    memory = [plan.memory.total for _, plan in found.ranked]
+    assert memory == sorted(memory)
+
+    winner, _ = found.ranked[0]
+    words = command_line(winner).split()
+    overrides = dict(word.removeprefix("--config.").split("=") for word in words)
+    experiment = tmp_path / "e.py"
+    experiment.write_text(
+        "from lm.config import default\n"
+        "def get_config():\n    c = default()\n    c.data.batch_size = 8\n    return c\n"
+    )
+    config = load(str(experiment), overrides)
+    assert config.parallel.mesh.data == winner["parallel.mesh.data"]
+    assert config.train.remat == winner["train.remat"]
+    assert config.parallel.sequence == winner["parallel.sequence"]
+
+
+def test_what_needs_as_much_as_one_that_did_not_fit_waits():
+    def candidate(name, remat, likely):
+        overrides = {"name": name, "train.remat": remat}
+        return Candidate(overrides, Estimate(0, likely, 0.0))
+
+    whole = [candidate("a", "none", 8), candidate("b", "none", 9), candidate("c", "none", 4)]
+    queue = Queue([*whole, candidate("d", "full", 9)])
+    first = queue.take()
+    queue.did_not_fit(first)
+    order = [first, *(queue.take() for _ in range(3))]
+    assert [c.overrides["name"] for c in order] == ["a", "c", "d", "b"]
+    assert not queue.waiting
+
+
+def test_what_cannot_fit_is_not_compiled(tiny_config, monkeypatch):
+    small = topology("cpu:8")
+    chip = searching.topology("cpu:8").chip
+    tiny = type(chip)(memory=1000)
+    monkeypatch.setattr(
+        searching,
+        "topology",
+        lambda *_: type(small)(small.name, tiny, small.sides, small.devices),
+    )
+    monkeypatch.setattr(searching, "ProcessPoolExecutor", None)
+    found = search(tiny_config(), "cpu:8", 1, 2, 1, lambda items, total: items)
+    assert found.too_large == found.considered > 0
+    assert not found.ranked

@@ -1,0 +1,84 @@
+"""Names of topologies, and the bandwidth between their devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from lm.errors import UserError
+from lm.hardware import CHIPS, build_untraced
+from lm.tools.planning import topologies
+from lm.tools.planning.gpu_targets import target_config
+from lm.tools.planning.topologies import topology
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "message"),
+    [
+        ("v5p", 1, "write KIND:SHAPE, such as v5p:4x4x4"),
+        ("v5p:4x0x4", 1, "write KIND:SHAPE"),
+        ("v9:2x2", 1, "unknown chip 'v9'.*there are v4, v5e, v5p"),
+        ("h10:1x8", 1, "did you mean h100"),
+        ("cpu:2x2", 1, "simulated as cpu:8"),
+        ("cpu:2", 2, "without --slices"),
+        ("cpu:64", 1, "this process has 8 CPU devices already"),
+    ],
+)
+def test_a_name_that_is_no_topology_is_an_error_that_says_what_is(name, slices, message):
+    with pytest.raises(UserError, match=message):
+        topology(name, slices)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("v5p:2x2x2", r"lm\[tpu\]"), ("h100:1x8", r"lm\[cuda12\]")]
+)
+def test_a_missing_compiler_is_one_line_that_names_the_extra(name, extra, monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install '{extra}'"):
+        topology(name)
+
+
+@dataclass(frozen=True)
+class Device:
+    platform: str
+    coords: tuple[int, ...] = ()
+    slice_index: int = 0
+    process_index: int = 0
+
+
+def torus(*coords):
+    return [Device("tpu", c) for c in coords]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides", "group", "links"),
+    [
+        # A line of v5e chips, a ring of sixteen, a plane.
+        ("v5e", (4, 4), [(i, 0, 0) for i in range(4)], 1),
+        ("v5e", (16, 16), [(i, 0, 0) for i in range(16)], 2),
+        ("v5e", (4, 4), [(i, j, 0) for i in range(4) for j in range(4)], 2),
+        # v5p sides of four are rings; of two they are one link.
+        ("v5p", (4, 4, 4), [(0, i, 0) for i in range(4)], 2),
+        ("v5p", (4, 4, 4), [(i, j, k) for i in range(4) for j in range(4) for k in range(4)], 6),
+        ("v5p", (2, 2, 2), [(i, 0, 0) for i in range(2)], 1),
+    ],
+)
+def test_a_group_sends_along_every_dimension_that_it_spans(kind, sides, group, links):
+    found = build_untraced(CHIPS[kind], torus(*group), sides)
+    assert (found.network, found.bandwidth) == ("ici", links * CHIPS[kind].link)
+
+
+def test_slices_and_hosts_are_joined_by_the_slow_network():
+    chips = [Device("tpu", (i, 0, 0), s) for s in range(2) for i in range(4)]
+    found = build_untraced(CHIPS["v5e"], chips, (4, 4))
+    # Each of the four chips of a slice carries a quarter of what crosses.
+    assert (found.network, found.bandwidth, found.spread) == ("dcn", 3.125e9, 4)
+    gpus = [Device("gpu", process_index=i // 8) for i in range(16)]
+    assert build_untraced(CHIPS["h100"], gpus[:8], (2, 8)).bandwidth == 450e9
+    assert build_untraced(CHIPS["h100"], gpus, (2, 8)).bandwidth == 50e9
+
+
+def test_targets_describe_the_gpus_of_the_table():
+    for kind in ("a100", "h100", "h200", "b200"):
+        assert f"device_memory_size: {CHIPS[kind].memory}" in target_config(kind)

@@ -1,0 +1,189 @@
+"""Plans for TPUs by the real TPU compiler: what is communicated, where parameters lie.
+
+`golden/NAME.json` holds the sharding of every parameter and the collectives of an experiment, made
+tiny, on a small slice; a difference names what changed. After a change that is meant:
+`python tests/tools/planning/test_tpu.py` writes the files again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from axes import axes_of
+
+from lm.config import load, set_value
+from lm.experiment import build
+from lm.optim.parameter_groups import flat
+from lm.tools.planning.plan import Plan, make_plan
+from lm.tools.planning.topologies import topology
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+
+GOLDEN = Path(__file__).with_name("golden")
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+TINY = {
+    "model.n_layers": 2,
+    "model.d_model": 256,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 2,
+    "model.head_dim": 128,
+    "model.d_ff": 512,
+    "model.vocab_size": 1024,
+    "model.max_length": 0,
+    "model.dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "data.sequence_length": 256,
+    "data.batch_size": 8,
+    "train.loss_chunk": 0,
+}
+FSDP = {"parallel.preset": "fsdp", "train.remat": "full"}
+# Experiment, topology, what is set beside TINY.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2-data": ("gpt2.py:124m", "v5e:2x2", {}),
+    "llama-fsdp": ("llama.py:2-7b", "v5e:2x4", FSDP),
+    "llama-fsdp-tensor": (
+        "llama.py:2-7b",
+        "v5e:2x2",
+        {
+            "parallel.mesh.data": 1,
+            "parallel.mesh.fsdp": 2,
+            "parallel.mesh.tensor": 2,
+            "train.remat": "none",
+        },
+    ),
+    "mixtral-expert": (
+        "mixtral.py:8x7b",
+        "v5e:2x2",
+        {
+            "parallel.mesh.data": 1,
+            "parallel.mesh.expert": 4,
+            "model.n_experts": 4,
+            "model.expert_capacity": 1.0,  # without one, grouped products compile for long
+            "train.remat": "none",
+        },
+    ),
+    "bert-fsdp": ("bert.py:base", "v5e:2x2", FSDP),
+    "t5-fsdp": ("t5.py:1.1-small", "v5e:2x2", {**FSDP, "model.n_decoder_layers": 2}),
+}
+
+
+@cache
+def plan_of(case: str) -> Plan:
+    return make_plan(config_of(case), topology(CASES[case][1]))
+
+
+def config_of(case: str) -> Any:
+    experiment, _, changes = CASES[case]
+    config = load(str(EXPERIMENTS / experiment))
+    for path, value in {**TINY, **changes}.items():
+        set_value(config, path, value)
+    return config
+
+
+def experiment_of(case: str) -> Any:
+    return build(config_of(case), topology(CASES[case][1]).devices)
+
+
+def golden_of(case: str) -> dict[str, Any]:
+    shardings = flat(experiment_of(case).state_sharding.params)
+    return {
+        "parameters": {path: axes_of(shardings[path]) for path in sorted(shardings)},
+        # Kind, axis, count, bytes; the few bytes of loss and norms aside.
+        "collectives": [
+            f"{c.kind} {c.axis} {c.count} {c.bytes}"
+            for c in sorted(plan_of(case).collectives, key=lambda c: (c.kind, c.axis, c.count))
+            if c.bytes > 1000
+        ],
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_shardings_and_collectives(case):
+    expected = json.loads((GOLDEN / f"{case}.json").read_text())
+    assert golden_of(case) == expected
+
+
+def bytes_by_kind(case: str) -> dict[str, int]:
+    sizes = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all"), 0)
+    for c in plan_of(case).collectives:
+        sizes[c.kind] = sizes.get(c.kind, 0) + c.bytes
+    return sizes
+
+
+def test_data_parallel_sums_gradients_and_gathers_nothing():
+    plan = plan_of("gpt2-data")
+    assert {(c.kind, c.axis) for c in plan.collectives} == {("all-reduce", "data")}
+    summed = sum(c.bytes for c in plan.collectives)
+    assert summed == pytest.approx(4 * plan.parameters, rel=0.15)
+
+
+@pytest.mark.parametrize("case", ["llama-fsdp", "bert-fsdp", "t5-fsdp"])
+def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter(case):
+    """With full rematerialisation the layers are gathered forward and backward, in bfloat16."""
+    assert {c.axis for c in plan_of(case).collectives} == {"fsdp"}
+    experiment, sizes = experiment_of(case), bytes_by_kind(case)
+    shardings = flat(experiment.state_sharding.params)
+    shapes = flat(experiment.state_shapes.params)
+    cut = {path: leaf.size for path, leaf in shapes.items() if "fsdp" in axes_of(shardings[path])}
+    layers = sum(size for path, size in cut.items() if "layers" in path)
+    assert sizes["all-gather"] >= 2 * 2 * layers
+    assert sizes["reduce-scatter"] >= 2 * sum(cut.values())
+    # Norms, biases and scalars, which lie on every device, are summed, together less than a matrix;
+    # and the scores that relative positions add, in both stacks, before their few buckets.
+    config = experiment.config
+    added = 2 * config.model.n_heads * config.data.sequence_length**2 * 4
+    few = 2 * TINY["model.d_model"] ** 2 + added * (config.model.positions == "relative")
+    assert sizes["all-reduce"] < few
+
+
+def test_experts_exchange_tokens_and_stay_where_they_are():
+    found = {c.kind for c in plan_of("mixtral-expert").collectives if c.bytes > 1000}
+    assert found == {"all-to-all", "all-reduce"}
+
+
+def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():
+    """Over "tensor" nothing of the size of the table's half moves; "fsdp" gathers its width."""
+    plan = plan_of("llama-fsdp-tensor")
+    gathered = [c for c in plan.collectives if c.kind == "all-gather" and "tensor" in c.axis]
+    table = TINY["model.vocab_size"] * TINY["model.d_model"] * 2
+    assert all(c.bytes / c.count < table / 2 for c in gathered)
+
+
+def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
+    """Two thirds more forward passes than none: 4/3 of the products, less the last product of
+    each block, whose result nobody needs again."""
+    ratio = {
+        case: plan.compiled_flops / plan.model_flops
+        for case in ("gpt2-data", "llama-fsdp")
+        if (plan := plan_of(case)).compiled_flops
+    }
+    assert 1.0 < ratio["gpt2-data"] < 1.15
+    assert 1.2 < ratio["llama-fsdp"] < 1.45
+
+
+def test_attention_is_splash():
+    assert plan_of("llama-fsdp").attention_kernel == "splash"
+
+
+def test_the_time_is_bound_by_the_largest_term():
+    plan = plan_of("llama-fsdp")
+    time = plan.time
+    assert time is not None
+    assert plan.fits
+    assert time.bound == max(time.compute, time.memory, time.network) > 0
+    assert plan.tokens_per_second == pytest.approx(8 * 256 / time.bound)
+    assert 0 < plan.mfu < 1
+    assert plan.as_json()["time"][plan.bottleneck] == time.bound
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    GOLDEN.mkdir(exist_ok=True)
+    for case in CASES:
+        (GOLDEN / f"{case}.json").write_text(json.dumps(golden_of(case), indent=1) + "\n")

@@ -1,0 +1,97 @@
+"""Adaptive search with a stand-in for training: what is asked follows from seed and results."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_sweep import EXPERIMENT, FAKE, starts, table
+
+from lm.cli import main
+from lm.errors import UserError
+from lm.sweeps.sweep import load
+from lm.tools.sweeping.launchers import Local
+from lm.tools.sweeping.run_sweep import locked
+from lm.tools.sweeping.trials import Trials, run_search
+
+SEARCH = """
+from lm.sweeps.sweep import Search
+
+def suggest(trial):
+    rate = trial.suggest_float("rate", 1e-3, 10.0, log=True)
+    return {{"optimizer.learning_rate": rate, "seed": 13 if trial.number == 2 else 0}}
+
+def get_sweep(n="16"):
+    return Search("{experiment}", suggest, trials=int(n), metric="loss", seed=3)
+"""
+
+
+@pytest.fixture
+def search_file(tmp_path) -> Path:
+    pytest.importorskip("optuna")
+    file = tmp_path / "search.py"
+    file.write_text(SEARCH.format(experiment=EXPERIMENT))
+    return file
+
+
+def run(file: str | Path, folder: Path) -> int:
+    search, runs = load(str(file), folder, {"train.steps": "10"})
+    assert runs == []
+    with locked(folder) as lock:
+        trials = Trials(search, folder, {"train.steps": "10"}, ())
+        launcher = Local(4, lm=FAKE, keep_open=(lock,))
+        return run_search(trials, launcher, parallel=4, retries=0, poll_seconds=0.02)
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_search import run
+sys.exit(run({file!r}, Path({folder!r})))
+"""
+
+
+def test_it_goes_where_the_loss_is_low_and_kill_9_changes_nothing(search_file, tmp_path):
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken"
+    assert run(search_file, calm) == 1  # the run of seed 13 fails
+    rows = table(calm)
+    rates = [float(row["optimizer.learning_rate"]) for row in rows.values()]
+    assert len(rows) == 16
+    assert [name for name, row in rows.items() if row["state"] == "failed"] == ["trial-002"]
+    # The loss falls with the rate: after twelve random trials the search asks for high ones.
+    assert min(rates[12:]) > sorted(rates[:12])[6]
+
+    tests = str(Path(__file__).parent)
+    program = PROGRAM.format(tests=tests, file=str(search_file), folder=str(shaken))
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        time.sleep(1.5)
+        process.kill()
+        process.wait()
+    assert run(search_file, shaken) == 1
+    assert (shaken / "results.csv").read_bytes() == (calm / "results.csv").read_bytes()
+
+    done = [name for name, row in rows.items() if row["state"] == "done"]
+    before = {name: starts(calm, name) for name in done}
+    assert run(f"{search_file}:18", calm) == 1  # two more trials; the others are left alone
+    assert len(table(calm)) == 18
+    assert {name: starts(calm, name) for name in done} == before
+
+
+def test_dry_run_prints_the_first_runs_and_stores_nothing(search_file, tmp_path, capsys):
+    words = ["sweep", "--config", str(search_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
+    assert main([*words, "--parallel", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["trial-000", "trial-001"]
+    assert "--config.optimizer.learning_rate=" in lines[0]
+    assert not (tmp_path / "s").exists()
+
+
+def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
+    file = tmp_path / "search.py"
+    file.write_text(SEARCH.format(experiment=EXPERIMENT))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    search, _ = load(str(file), tmp_path / "s", {})
+    with pytest.raises(UserError, match=r"pip install 'lm\[sweep\]'"):
+        Trials(search, tmp_path / "s", {}, ())

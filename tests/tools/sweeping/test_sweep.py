@@ -1,0 +1,292 @@
+"""`lm sweep` with a stand-in for training: whatever is killed, every run is finished, once."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm.cli import main
+from lm.sweeps.sets import grid, named
+from lm.sweeps.sweep import Halving, Sweep, load
+from lm.tools.launch import supervised_launch as launch
+from lm.tools.sweeping import launchers
+from lm.tools.sweeping.launchers import Local, Slurm, SlurmJob, Tpu, share
+from lm.tools.sweeping.run_sweep import locked, run_sweep
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_lm.py")))
+EXPERIMENT = "experiments/stdlib.py:tiny"
+RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+HALVED = """
+from lm.sweeps.sets import grid, named
+from lm.sweeps.sweep import Halving, Sweep
+
+def get_sweep(seeds="0"):
+    sets = grid({{"seed": [int(s) for s in seeds.split("+")], "optimizer.learning_rate": {rates}}})
+    return Sweep("{experiment}", named(sets), {halving})
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path) -> Path:
+    file = tmp_path / "sweep.py"
+    file.write_text(HALVED.format(rates=RATES, experiment=EXPERIMENT, halving=None))
+    return file
+
+
+def run(file: str | Path, folder: Path, parallel: int = 3, retries: int = 2, **steps) -> int:
+    sweep, runs = load(str(file), folder, {"train.steps": "20"} | steps)
+    with locked(folder) as lock:
+        launcher = Local(parallel, lm=FAKE, keep_open=(lock,))
+        return run_sweep(sweep, runs, folder, launcher, parallel, retries, poll_seconds=0.02)
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "results.csv").open() as stream:
+        return {row["run"]: row for row in csv.DictReader(stream)}
+
+
+def starts(folder: Path, run: str) -> int:
+    return len((folder / "runs" / run / "starts").read_text().splitlines())
+
+
+def test_every_run_ends_once_and_the_results_are_theirs(sweep_file, tmp_path, capfd):
+    assert run(sweep_file, tmp_path / "s") == 0
+    rows = table(tmp_path / "s")
+    assert [row["optimizer.learning_rate"] for row in rows.values()] == [str(r) for r in RATES]
+    for row in rows.values():
+        assert (row["state"], row["step"]) == ("done", "20")
+        expected = 6 / float(row["optimizer.learning_rate"]) / 20
+        assert float(row["eval/validation/loss"]) == expected
+    assert "6 done" in capfd.readouterr().err
+
+    assert run(sweep_file, tmp_path / "s") == 0  # a finished sweep starts nothing
+    assert {starts(tmp_path / "s", name) for name in rows} == {1}
+
+
+def test_failures_are_retried_and_then_reported_with_their_last_line(sweep_file, tmp_path, capfd):
+    assert run(f"{sweep_file}:0+13+14+15", tmp_path / "s", parallel=8) == 1
+    rows = table(tmp_path / "s")
+    states = {seed: set() for seed in ("0", "13", "14", "15")}
+    for row in rows.values():
+        states[row["seed"]].add((row["state"], starts(tmp_path / "s", row["run"])))
+    assert states["0"] == {("done", 1)}
+    assert states["13"] == {("failed", 3)}
+    assert states["14"] == {("done", 2)}
+    assert states["15"] == {("failed", 1)}  # a user's error would only be repeated
+    printed = capfd.readouterr().err
+    assert "ValueError: it broke" in printed
+    assert "error: config.seed=15: an unlucky number" in printed
+
+
+SWEEP_PROGRAM = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_sweep import run
+sys.exit(run({file!r}, Path({folder!r}), 4))
+"""
+
+
+def test_kill_9_of_the_sweep_and_of_runs_loses_and_repeats_nothing(sweep_file, tmp_path):
+    file, calm, shaken = f"{sweep_file}:0+1", tmp_path / "calm", tmp_path / "shaken"
+    assert run(file, calm, parallel=6) == 0
+    chance = random.Random(5)
+    tests = str(Path(__file__).parent)
+    program = SWEEP_PROGRAM.format(tests=tests, file=file, folder=str(shaken))
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.5, 1.2))
+        for note in shaken.glob("runs/*/starts"):
+            if chance.random() < 0.2:
+                pid = int(note.read_text().split()[-1])
+                command = Path(f"/proc/{pid}/cmdline")
+                if command.exists() and str(shaken).encode() in command.read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    assert run(file, shaken) == 0
+    assert (shaken / "results.csv").read_bytes() == (calm / "results.csv").read_bytes()
+    for folder in (calm / "runs").iterdir():  # no step was written twice
+        metrics = (shaken / "runs" / folder.name / "metrics.jsonl").read_text()
+        assert metrics == (folder / "metrics.jsonl").read_text()
+
+
+def test_sigterm_lets_runs_save_and_the_sweep_continues(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "0.1")
+    program = SWEEP_PROGRAM.format(
+        tests=str(Path(__file__).parent), file=str(sweep_file), folder=str(tmp_path / "s")
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    while not list((tmp_path / "s").glob("runs/*/metrics.jsonl")):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 75
+    monkeypatch.setenv("FAKE_SECONDS", "0")
+    assert run(sweep_file, tmp_path / "s") == 0
+
+
+def test_halving_drops_the_worse_and_only_the_best_finishes(tmp_path):
+    file = tmp_path / "halved.py"
+    halving = "Halving(first=5, factor=2)"
+    file.write_text(HALVED.format(rates=RATES, experiment=EXPERIMENT, halving=halving))
+    assert run(file, tmp_path / "s", **{"train.steps": "40"}) == 0
+    rows = table(tmp_path / "s")
+    # The loss falls with the rate: 6 runs go to 5, the best 3 to 10, 2 to 20, 1 to the end.
+    assert [row["step"] for row in rows.values()] == ["5", "5", "5", "10", "20", "40"]
+    assert [row["state"] for row in rows.values()] == ["dropped"] * 5 + ["done"]
+    before = (tmp_path / "s" / "results.csv").read_bytes()
+    n = {name: starts(tmp_path / "s", name) for name in rows}
+    assert run(file, tmp_path / "s", **{"train.steps": "40"}) == 0
+    assert (tmp_path / "s" / "results.csv").read_bytes() == before
+    assert n == {name: starts(tmp_path / "s", name) for name in rows}
+
+
+def test_rungs_are_below_the_last_step():
+    assert Halving(100, 3).rungs(1000) == [100, 300, 900]
+    assert Halving(100, 3).rungs(900) == [100, 300]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("x = 1", "has no get_sweep"),
+        ("def get_sweep():\n    return 3", "not a Sweep"),
+        (
+            "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n    return Sweep('a', {})",
+            "no runs",
+        ),
+        (
+            "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
+            f"    return Sweep('{EXPERIMENT}', {{'a': {{'model.dmodel': 3}}}})",
+            "run a: unknown config key model.dmodel",
+        ),
+        (
+            "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
+            f"    return Sweep('{EXPERIMENT}', {{'../a': {{}}}})",
+            "a run's name is the name of its folder",
+        ),
+    ],
+)
+def test_a_wrong_sweep_file_is_one_line(tmp_path, capsys, body, expected):
+    (tmp_path / "s.py").write_text(body)
+    assert main(["sweep", "--config", f"{tmp_path}/s.py", "--workdir", f"{tmp_path}/s"]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "s" / "runs").exists()
+
+
+def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):
+    from lm.errors import UserError
+    from lm.tools.sweeping import run_sweep as command
+
+    monkeypatch.setattr(command, "LOCK_SECONDS", 0.0)
+    run(sweep_file, tmp_path / "s", parallel=6)
+    with pytest.raises(UserError, match="was started with other overrides"):
+        run(sweep_file, tmp_path / "s", **{"train.steps": "30"})
+    with locked(tmp_path / "s"), pytest.raises(UserError, match="another `lm sweep`"):
+        run(sweep_file, tmp_path / "s")
+
+
+def test_dry_run_prints_every_run_and_its_command(sweep_file, tmp_path, capsys):
+    words = ["sweep", "--config", str(sweep_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
+    assert main([*words, "--config.train.steps=7", "--", "--cpu_devices", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(RATES)
+    assert "learning_rate=0.1: " in lines[0]
+    assert lines[0].endswith("--cpu_devices 2")
+    for part in ("-m lm train", EXPERIMENT, "train.steps=7", "optimizer.learning_rate=0.1"):
+        assert part in lines[0]
+    assert main([*words, "--launcher", "slurm", "--launcher_options=--partition=gpu"]) == 0
+    assert "sbatch --parsable --job-name=learning_rate=0.1" in capsys.readouterr().out
+    assert main([*words, "--launcher", "tpu", "--launcher_options", "--zone us-east5-a"]) == 0
+    assert "--name lm-learning-rate-0-1 --zone us-east5-a -- train" in capsys.readouterr().out
+    assert not (tmp_path / "s").exists()
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch):
+    assert [share(range(8), i, 4) for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [share([0, 1], i, 3) for i in range(3)] == [[0], [1], [0]]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.gpu_share(3, 4, 8) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+
+
+SCONTROL = """#!/bin/sh
+[ "$*" = "show job --oneliner 17" ] || exit 9
+cat {answer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("JobId=17 JobState=RUNNING Requeue=1 ExitCode=0:0", None),
+        ("JobId=17 JobState=PENDING Restarts=1 ExitCode=0:0", None),
+        ("JobId=17 JobState=COMPLETED ExitCode=0:0", 0),
+        ("JobId=17 JobState=FAILED ExitCode=2:0", 2),
+        ("JobId=17 JobState=FAILED ExitCode=0:9", -9),
+        ("JobId=17 JobState=TIMEOUT ExitCode=0:15", 1),
+    ],
+)
+def test_a_slurm_job_is_asked_for_its_state(tmp_path, monkeypatch, answer, code):
+    (tmp_path / "answer").write_text(answer)
+    (tmp_path / "scontrol").write_text(SCONTROL.format(answer=tmp_path / "answer"))
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert SlurmJob("17").poll() == code
+
+
+def test_a_sweep_finds_its_slurm_jobs_again(sweep_file, tmp_path, monkeypatch):
+    """Jobs that a sweep submitted before it was killed are watched, not submitted again."""
+    submitted = tmp_path / "submitted"
+    for name, body in {
+        "sbatch": f'echo "$@" >> {submitted}; wc -l < {submitted}',
+        "scontrol": f"[ -e {tmp_path}/over ] && echo JobState=COMPLETED || echo JobState=RUNNING",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = tmp_path / "s"
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_sweep import run_slurm\n"
+        f"sys.exit(run_slurm({str(sweep_file)!r}, Path({str(folder)!r})))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    until = time.monotonic() + 30
+    while len(list(folder.glob("status/*.json"))) < len(RATES) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (tmp_path / "over").touch()
+    assert run_slurm(sweep_file, folder) == 0
+    lines = submitted.read_text().splitlines()
+    assert len(lines) == len(RATES)
+    assert "train.sbatch train --config=" in lines[0]
+
+
+def run_slurm(file: str | Path, folder: Path) -> int:
+    sweep, runs = load(str(file), folder, {})
+    with locked(folder):
+        return run_sweep(sweep, runs, folder, Slurm(), len(runs), 0, poll_seconds=0.05)
+
+
+def test_runs_of_a_grid_have_the_names_that_gcloud_allows(tmp_path):
+    sweep = Sweep(EXPERIMENT, named(grid({"optimizer.learning_rate": [1e-5, 3e-5]})))
+    assert launchers.REPOSITORY.joinpath("experiments").is_dir()
+    for name in sweep.runs:
+        run = load_run(name, tmp_path)
+        word = Tpu(()).command(run, [], 0)[2]
+        assert word.replace("-", "a").isalnum()
+        assert word == word.lower()
+
+
+def load_run(name: str, folder: Path):
+    from lm.sweeps.sweep import Run
+
+    return Run(name, EXPERIMENT, {}, 10, folder, ())
