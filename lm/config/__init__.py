@@ -19,8 +19,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config.experiment_file import call_file
+from lm.config.registry import Key
 from lm.config.rules import broken_rules
-from lm.config.schema import SCHEMA, Key
+from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.storage import AnyPath, locate
 
@@ -161,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 def _key(path: str) -> Key:
     if path not in SCHEMA:
-        if any(known.startswith(f"{path}.") for known in SCHEMA):
+        if SCHEMA.is_section(path):
             raise UserError(f"config.{path} is a section, not a key")
         raise UserError(f"unknown config key {path}{nearest(path, SCHEMA)}")
     return SCHEMA[path]

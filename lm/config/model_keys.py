@@ -1,23 +1,11 @@
-"""The keys of `model`: what is built."""
+"""Keys of the model."""
 
 from __future__ import annotations
 
-from lm.config.key import Key
+from lm.config.registry import Key
 
-MODEL: dict[str, Key] = {
-    "model.family": Key(
-        "decoder",
-        "Kind of model.",
-        choices=(
-            "decoder",
-            "encoder",
-            "encoder_decoder",
-            "lstm",
-            "lstm_encoder_decoder",
-            "nplm",
-            "skip_gram",
-        ),
-    ),
+MODEL_KEYS: dict[str, Key] = {
+    "model.family": Key("decoder", "Kind of model."),
     "model.n_layers": Key(4, "Layers: Transformer blocks, or recurrent layers.", low=1),
     "model.n_decoder_layers": Key(0, "Layers of the decoder; 0: n_layers.", low=0),
     "model.d_model": Key(128, "Width of the residual stream.", low=1),

@@ -1,10 +1,17 @@
-"""Registries: from a name in the configuration to the class it stands for and the keys it adds.
+"""Keys and registries: from a name in the configuration to a class and the keys that it adds.
 
 One registry exists for each kind of thing that users add (`lm/config/registries.py`). An entry of
-the library names its class as "module:attribute", so that reading a configuration imports no JAX;
-a plug-in registers the class itself:
+the library names its class as "module:attribute", so that reading a configuration imports no JAX.
+A plug-in, a Python file that a configuration file imports, registers the class itself:
 
-    @lm.objectives.register("copy", options=CopyOptions)
+    from lm.config.registry import option
+    from lm.config.registries import OBJECTIVES
+
+    @dataclass(frozen=True)
+    class CopyOptions:
+        copy_length: int = option(3, "Tokens that are copied.", low=1)
+
+    @OBJECTIVES.register("copy", options=CopyOptions)
     class Copy(Objective): ...
 """
 
@@ -13,14 +20,42 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lm.config.key import Key
 from lm.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Configuration key: default value, meaning and range.
+
+    Attributes:
+        default: default value; its type is the key's: int, float, bool, str or tuple of numbers.
+        help: one sentence for `lm config --keys`.
+        low: smallest value, inclusive.
+        high: largest value, inclusive.
+        choices: allowed values; (): any.
+        free: may differ between two starts of the same run, because it changes how the run is
+            executed and not what it learns.
+    """
+
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    free: bool = False
+
+    @property
+    def type(self) -> type:
+        """Type of the values."""
+        return type(self.default)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -51,48 +86,119 @@ class Entry:
         options: dataclass of the keys that the entry adds (fields by `option`), or None.
         section: section of the configuration that holds those keys.
         plugin: file that registered the entry, "" for those of the library.
+        module: module that registered the entry, "" for those of the library.
+        families: of an objective: model families that it trains.
+        columns: of an objective: record columns that it needs; () if it learns from documents.
+        objectives: of a model family: further objectives that train it.
     """
 
     target: Any
     options: type | None = None
     section: str = ""
     plugin: str = ""
+    module: str = ""
+    families: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+
+    def keys_added(self) -> dict[str, Key]:
+        """Return the configuration keys that the entry declares, by dotted path."""
+        return option_keys(self.options, self.section) if self.options else {}
 
 
 class Registry(Mapping[str, Any]):
     """Mapping from names to classes or functions, resolved on first use."""
 
-    def __init__(self, kind: str, key: str, section: str, entries: Mapping[str, Entry]):
+    def __init__(
+        self,
+        kind: str,
+        keys: tuple[str, ...],
+        section: str,
+        entries: Mapping[str, Entry],
+        is_choice: bool = True,
+    ):
         """Create the registry of one kind.
 
         Args:
             kind: noun for messages, such as "objective".
-            key: configuration key whose value is a name of this registry.
-            section: section that the options of plug-ins go into.
+            keys: configuration keys whose values are names of this registry.
+            section: section of an entry's options, in which {name} stands for the entry's name.
             entries: entries of the library.
+            is_choice: the value of a key is one name; otherwise a list of NAME or NAME:ARGUMENT,
+                separated by commas.
         """
-        self.kind, self.key, self.section = kind, key, section
-        self.entries = dict(entries)
+        self.kind, self.keys_of_names, self.section = kind, keys, section
+        self.is_choice = is_choice
+        self.entries = {
+            name: dataclasses.replace(entry, section=section.format(name=name))
+            for name, entry in entries.items()
+        }
+        self.version = 0  # counts registrations
 
-    def register(self, name: str, *, options: type | None = None) -> Callable[[T], T]:
+    def register(
+        self, name: str, *, options: type | None = None, objectives: tuple[str, ...] = ()
+    ) -> Callable[[T], T]:
         """Return a decorator that registers a class or function under `name`.
 
+        Args:
+            name: value of the configuration key that chooses the class.
+            options: dataclass of the configuration keys that it adds, fields made by `option`.
+            objectives: of a model family: objectives of the library that train it.
+
         Raises:
-            UserError: the name is taken by another definition.
+            UserError: the name, or a key of the options, is taken or not well formed.
         """
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise UserError(f"{self.kind} {name!r}: a name is made of a-z, 0-9 and _")
 
         def add(target: T) -> T:
-            code = importlib.import_module(target.__module__)  # type: ignore[attr-defined]
-            plugin = getattr(code, "__file__", "") or ""
+            module = target.__module__  # type: ignore[attr-defined]
+            plugin = getattr(sys.modules.get(module), "__file__", None) or ""
             old = self.entries.get(name)
             if old is not None and old.plugin != plugin:
-                raise UserError(f"there is a {self.kind} {name!r} already; choose another name")
-            self.entries[name] = Entry(target, options, self.section, plugin)
+                owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
+                raise UserError(
+                    f"there is a {self.kind} {name!r} already, {owner}; choose another name"
+                )
+            entry = Entry(
+                target,
+                options,
+                self.section.format(name=name),
+                plugin,
+                module,
+                families=tuple(getattr(target, "families", ())),
+                columns=tuple(getattr(target, "columns", ())),
+                objectives=objectives,
+            )
+            self._check_options(name, entry)
+            self.entries[name] = entry
+            self.version += 1
             return target
 
         return add
 
+    def _check_options(self, name: str, entry: Entry) -> None:
+        from lm.config.schema import SCHEMA
+
+        if entry.options is None:
+            return
+        shown = f"options of the {self.kind} {name!r}"
+        if not dataclasses.is_dataclass(entry.options):
+            raise UserError(f"{shown}: {entry.options!r} is not a dataclass")
+        for field in dataclasses.fields(entry.options):
+            key = field.metadata.get("key")
+            if key is None:
+                raise UserError(f"{shown}: declare {field.name} by option(DEFAULT, HELP)")
+            if key.type not in (int, float, bool, str, tuple):
+                raise UserError(f"{shown}: {field.name}={key.default!r} has no type of a key")
+        old = self.entries.get(name)
+        own = old.keys_added() if old else {}
+        for path in entry.keys_added():
+            if path not in own and (path in SCHEMA or SCHEMA.is_section(path)):
+                raise UserError(f"{shown}: there is a --config.{path} already; rename the field")
+
     def __getitem__(self, name: str) -> Any:
+        """Return the class or function; UserError for an unknown name."""
         if name not in self.entries:
             raise UserError(self.unknown(name))
         target = self.entries[name].target
@@ -116,10 +222,19 @@ class Registry(Mapping[str, Any]):
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown {self.kind} {name!r}{hint} (known: {', '.join(self.entries)})"
 
+    def names_in(self, config: Any) -> set[str]:
+        """Return the names of this registry that a configuration uses."""
+        found = set()
+        for key in self.keys_of_names:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            found |= {part.partition(":")[0].strip() for part in value.split(",")}
+        return found & self.entries.keys()
+
     def keys_added(self) -> dict[str, Key]:
         """Return the configuration keys that all entries declare, by dotted path."""
         found: dict[str, Key] = {}
         for entry in self.entries.values():
-            if entry.options is not None:
-                found |= option_keys(entry.options, entry.section)
+            found |= entry.keys_added()
         return found

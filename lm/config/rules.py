@@ -6,17 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-# The families that an objective can train.
-FAMILIES_OF = {
-    "causal": ("decoder", "lstm", "nplm"),
-    "prefix": ("decoder",),
-    "masked": ("encoder",),
-    "span_corruption": ("encoder_decoder",),
-    "seq2seq": ("encoder_decoder", "lstm_encoder_decoder"),
-    "classification": ("decoder", "encoder", "encoder_decoder", "lstm"),
-    "span_qa": ("encoder",),
-    "skip_gram": ("skip_gram",),
-}
+from lm.config.registries import families_of
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 
@@ -26,7 +16,7 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
     yield from _model_rules(config)
     yield from _mup_rules(config)
     yield from _data_rules(config)
-    families = FAMILIES_OF[config.objective.name]
+    families = families_of(config.objective.name)
     if config.model.family not in families:
         yield (
             f"config.objective.name={config.objective.name} needs config.model.family "

@@ -1,10 +1,121 @@
-"""How a run goes: steps, evaluation, decoding, checkpoints, devices, logs."""
+"""Keys of the data, of what is learned from it and of how a run proceeds.
+
+The options of single objectives, optimizers and schedules are declared in `registries.py`, the
+keys of the model in `model_keys.py`.
+"""
 
 from __future__ import annotations
 
-from lm.config.key import Key
+from lm.config.registry import Key
 
-RUNNING: dict[str, Key] = {
+RUN_KEYS: dict[str, Key] = {
+    # --- data
+    "data.source": Key(
+        "stdlib",
+        "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, tfds:NAME. For seq2seq, "
+        "classification and span_qa one of tsv:FILE, csv:FILE, jsonl:FILE, parallel:FILE|FILE, "
+        "squad:FILE.",
+    ),
+    "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
+    "data.directory": Key(
+        "", "Where relative paths start; empty: $LM_DATA_DIR, else the current folder.", free=True
+    ),
+    "data.field": Key("text", "Field of a jsonl or TFDS record that holds the text."),
+    "data.documents": Key("file", "A text file's document.", choices=("file", "line")),
+    "data.split": Key("train", "TFDS split to train on."),
+    "data.validation_split": Key("validation", "TFDS split to validate on."),
+    "data.validation_source": Key("", "Corpora for validation, written as data.source."),
+    "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),
+    "data.columns": Key(
+        "", "Columns of records by role, such as text=sentence,label=label; numbers count from 0."
+    ),
+    "data.header": Key(True, "TSV and CSV files start with the names of their columns."),
+    "data.bad_rows": Key("error", "A bad row is an error, or skipped.", choices=("error", "skip")),
+    "data.labels": Key("", "Names of the classes, comma-separated; empty: a number is learnt."),
+    "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
+    "data.doc_stride": Key(128, "Tokens from one window of a long context to the next.", low=1),
+    "data.pack": Key(True, "Several short pairs share a row."),
+    "data.order": Key(
+        "shuffled",
+        "Order of training windows; contiguous: row r of a batch goes on where it was before.",
+        choices=("shuffled", "contiguous"),
+    ),
+    "data.validation_fraction": Key(
+        0.0,
+        "Part held out where there is no validation source: random documents or records, or the "
+        "end of the only document.",
+        low=0.0,
+        high=0.9,
+    ),
+    "data.tokenizer": Key(
+        "byte",
+        "byte, char, words (of the corpus), words:FILE, sentencepiece (trained on the corpus), "
+        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, run:WORKDIR (that of a run).",
+    ),
+    "data.tokenizer_vocab_size": Key(
+        4096, "Pieces of a SentencePiece model trained on the corpus; most words of words.", low=2
+    ),
+    "data.tokenizer_min_count": Key(1, "Rarer words are unknown to the words tokenizer.", low=1),
+    "data.lowercase": Key(False, "The words tokenizer lower-cases."),
+    "data.sequence_length": Key(256, "Tokens of an example.", low=1),
+    "data.stride": Key(
+        0, "Training windows start every so many tokens; 0: where the last one ended.", low=0
+    ),
+    "data.isolate_documents": Key(True, "Attention and positions stay within a document."),
+    "data.batch_size": Key(8, "Sequences of a step, over all devices.", low=1),
+    "data.cache_directory": Key(
+        "", "Token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.", free=True
+    ),
+    "data.workers": Key(0, "Processes that tokenise; 0: one a core.", low=0, high=1024, free=True),
+    "data.prefetch": Key(2, "Batches prepared ahead.", low=1, high=1024, free=True),
+    # --- objective
+    "objective.name": Key("causal", "What is learnt."),
+    "objective.label_smoothing": Key(
+        0.0, "Part of a target's probability spread over the vocabulary.", low=0.0, high=0.99
+    ),
+    "objective.z_loss": Key(0.0, "Weight of the squared log-partition (T5, PaLM).", low=0.0),
+    # --- start from other weights
+    "init.from": Key(
+        "", "Run whose parameters this one starts from: its workdir, or RUN/checkpoints/STEP."
+    ),
+    "init.average": Key(1, "Average its last so many checkpoints.", low=1),
+    "init.fresh": Key("", "Patterns of parameters that stay fresh, comma-separated."),
+    "init.leave": Key("", "Patterns of its parameters that are not used, comma-separated."),
+    "init.rename": Key("", "Its parameters' new names: PATTERN=>NAME, comma-separated."),
+    "init.vectors": Key("", "GloVe file for the token table of the words tokenizer."),
+    # --- low-rank adaptation
+    "lora.rank": Key(0, "Rank of the trained updates (Hu et al. 2021); 0: off.", low=0),
+    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=0.0),
+    "lora.targets": Key("attention/(query|value)/kernel", "Pattern of the adapted kernels."),
+    "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
+    # --- optimizer
+    "optimizer.freeze": Key(
+        "",
+        "Patterns of parameters that do not train, comma-separated; a single layer is matched by "
+        "layers/3/.",
+    ),
+    "optimizer.layer_decay": Key(
+        1.0, "Learning rate of a layer over that of the next one up.", low=0.0, high=1.0
+    ),
+    "optimizer.name": Key("adamw", "Update rule."),
+    "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0, high=1e6),
+    "optimizer.weight_decay": Key(0.1, "Decoupled weight decay, times the learning rate.", low=0.0),
+    "optimizer.decay": Key(
+        "matrices",
+        "What decays: kernels and embeddings, kernels only, or every parameter.",
+        choices=("matrices", "kernels", "all"),
+    ),
+    "optimizer.clip_norm": Key(1.0, "Largest global gradient norm; 0: no clipping.", low=0.0),
+    # --- schedule
+    "schedule.name": Key("cosine", "Learning rate after the warm-up."),
+    "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
+    "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
+    "schedule.decay_steps": Key(
+        0,
+        "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
+        low=0,
+    ),
+    "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
     # --- training
     "train.steps": Key(1000, "Optimizer updates.", low=1),
     "train.microbatches": Key(1, "Parts of a batch whose gradients are summed.", low=1),

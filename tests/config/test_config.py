@@ -8,15 +8,11 @@ from kinds import KINDS
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.rules import FAMILIES_OF
+from lm.config.registries import OBJECTIVES, REGISTRIES, families_of
 from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.activations import ACTIVATIONS
-from lm.models.families import FAMILIES
-from lm.objectives.registry import OBJECTIVES
-from lm.optim.optimizers import OPTIMIZERS
-from lm.optim.schedules import SCHEDULES
 
 SMALL = """
 from lm.config import default
@@ -73,25 +69,26 @@ def test_defaults_are_valid():
     assert dict(configs.flatten(config)) == {path: key.default for path, key in SCHEMA.items()}
 
 
+def test_activations_are_the_choices():
+    assert set(SCHEMA["model.activation"].choices) == set(ACTIVATIONS)
+
+
 @pytest.mark.parametrize(
-    ("path", "table"),
-    [
-        ("model.activation", ACTIVATIONS),
-        ("model.family", FAMILIES),
-        ("objective.name", OBJECTIVES),
-        ("optimizer.name", OPTIMIZERS),
-        ("schedule.name", SCHEDULES),
-    ],
+    ("registry", "name"),
+    [(registry, name) for registry in REGISTRIES for name in registry],
+    ids=lambda value: getattr(value, "kind", value),
 )
-def test_choices_are_what_there_is(path, table):
-    assert set(SCHEMA[path].choices) == set(table)
+def test_every_registered_name_leads_to_its_code(registry, name):
+    assert callable(registry[name])
+    for key in registry.keys_of_names if registry.is_choice else ():
+        assert name in SCHEMA[key].choices
 
 
 # What some choices need beside them.
 COMPANIONS = {("model.init", "uniform"): {"model.family": "lstm"}}
-for objective, families in FAMILIES_OF.items():
-    COMPANIONS["objective.name", objective] = {"model.family": families[0]}
-    for family in families:
+for objective in OBJECTIVES:
+    COMPANIONS["objective.name", objective] = {"model.family": families_of(objective)[0]}
+    for family in families_of(objective):
         COMPANIONS["model.family", family] = {"objective.name": objective}
 
 

@@ -1,10 +1,8 @@
 import pytest
 
 from lm.config import default, parse_value, set_value, validate
-from lm.config.rules import FAMILIES_OF
-from lm.config.schema import SCHEMA
+from lm.config.registries import MODELS, OBJECTIVES, families_of
 from lm.errors import UserError
-from lm.models.families import FAMILIES
 
 SMALL = {"model.n_layers": "2", "model.n_heads": "2", "model.d_model": "16"}
 
@@ -26,10 +24,10 @@ def error_of(config):
 
 
 def test_every_objective_trains_the_families_that_it_names_and_no_other():
-    assert set(FAMILIES_OF) == set(SCHEMA["objective.name"].choices)
-    assert {f for fs in FAMILIES_OF.values() for f in fs} == set(FAMILIES)
-    for objective, families in FAMILIES_OF.items():
-        for family in FAMILIES:
+    assert {family for objective in OBJECTIVES for family in families_of(objective)} == set(MODELS)
+    for objective in OBJECTIVES:
+        families = families_of(objective)
+        for family in MODELS:
             config = default()
             config.objective.name, config.model.family = objective, family
             if family in families:

@@ -1,0 +1,257 @@
+"""Registries of everything that a configuration chooses by name, and the options they add.
+
+Each class is declared once, here, by its place in the code; nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lm.config.registry import Entry, Registry, option
+
+# --- data
+
+SOURCES = Registry(
+    "data source",
+    ("data.source", "data.validation_source", "data.test_source"),
+    "data",
+    {
+        "stdlib": Entry("lm.data.text.stdlib_corpus:StandardLibrary"),
+        "text": Entry("lm.data.text.sources:_open_text"),
+        "jsonl": Entry("lm.data.text.sources:_open_jsonl"),
+        "tfds": Entry("lm.data.text.sources:_open_tfds"),
+    },
+    is_choice=False,
+)
+
+TOKENIZERS = Registry(
+    "tokenizer",
+    ("data.tokenizer",),
+    "data",
+    {
+        "byte": Entry("lm.data.tokenizers.characters:ByteTokenizer"),
+        "char": Entry("lm.data.tokenizers.characters:CharTokenizer"),
+        "words": Entry("lm.data.tokenizers.words:WordTokenizer"),
+        "sentencepiece": Entry("lm.data.tokenizers.sentencepiece:SentencePieceTokenizer"),
+        "tokenizers": Entry("lm.data.tokenizers.hf:HuggingFaceTokenizer"),
+        "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer"),
+    },
+    is_choice=False,
+)
+
+# --- models and objectives
+
+MODELS = Registry(
+    "model family",
+    ("model.family",),
+    "model",
+    {
+        "decoder": Entry("lm.models.decoder:Decoder"),
+        "encoder": Entry("lm.models.encoder:Encoder"),
+        "encoder_decoder": Entry("lm.models.encoder_decoder:EncoderDecoder"),
+        "lstm": Entry("lm.models.classic.recurrent:Lstm"),
+        "lstm_encoder_decoder": Entry("lm.models.classic.recurrent_seq2seq:LstmEncoderDecoder"),
+        "nplm": Entry("lm.models.classic.nplm:Nplm"),
+        "skip_gram": Entry("lm.models.classic.word2vec:SkipGram"),
+    },
+)
+
+
+@dataclass(frozen=True)
+class MaskedOptions:
+    """Options of masked language modeling (Devlin et al. 2018)."""
+
+    mask_rate: float = option(0.15, "Part of the tokens that masked predicts.", low=0.001, high=1.0)
+    whole_word: bool = option(False, "Mask all tokens of a word together.")
+    next_sentence: bool = option(False, "Masked: also predict whether B follows A (BERT).")
+
+
+@dataclass(frozen=True)
+class SpanCorruptionOptions:
+    """Options of span corruption (Raffel et al. 2020)."""
+
+    noise_density: float = option(
+        0.15, "Part of the tokens that span corruption removes.", low=0.001, high=0.9
+    )
+    mean_span: float = option(3.0, "Mean length of a corrupted span.", low=1.0)
+
+
+@dataclass(frozen=True)
+class SkipGramOptions:
+    """Options of skip-gram with negative sampling (Mikolov et al. 2013)."""
+
+    window: int = option(5, "Skip-gram: words on either side.", low=1)
+    negatives: int = option(5, "Skip-gram: noise words a pair.", low=1)
+    subsample: float = option(
+        1e-4, "Skip-gram: threshold above which frequent words are dropped; 0: never.", low=0.0
+    )
+
+
+OBJECTIVES = Registry(
+    "objective",
+    ("objective.name",),
+    "objective",
+    {
+        "causal": Entry("lm.objectives.registry:_causal", families=("decoder", "lstm", "nplm")),
+        "prefix": Entry("lm.objectives.registry:_prefix", families=("decoder",)),
+        "masked": Entry("lm.objectives.registry:_masked", MaskedOptions, families=("encoder",)),
+        "span_corruption": Entry(
+            "lm.objectives.registry:_span_corruption",
+            SpanCorruptionOptions,
+            families=("encoder_decoder",),
+        ),
+        "seq2seq": Entry(
+            "lm.objectives.registry:_seq2seq",
+            families=("encoder_decoder", "lstm_encoder_decoder"),
+            columns=("source", "target"),
+        ),
+        "classification": Entry(
+            "lm.objectives.registry:_classification",
+            families=("decoder", "encoder", "encoder_decoder", "lstm"),
+            columns=("text", "label"),
+        ),
+        "span_qa": Entry(
+            "lm.objectives.registry:_span_qa",
+            families=("encoder",),
+            columns=("question", "context", "answers"),
+        ),
+        "skip_gram": Entry(
+            "lm.objectives.registry:_skip_gram", SkipGramOptions, families=("skip_gram",)
+        ),
+    },
+)
+
+
+def families_of(objective: str) -> tuple[str, ...]:
+    """Return the model families that an objective trains."""
+    further = (name for name, entry in MODELS.entries.items() if objective in entry.objectives)
+    return tuple(dict.fromkeys((*OBJECTIVES.entries[objective].families, *further)))
+
+
+# --- optimization
+
+
+@dataclass(frozen=True)
+class AdamwOptions:
+    """Options of AdamW (Loshchilov and Hutter 2019)."""
+
+    b1: float = option(0.9, "Decay of the first moment.", low=0.0, high=0.99999)
+    b2: float = option(0.95, "Decay of the second moment.", low=0.0, high=0.99999)
+    eps: float = option(1e-8, "Added to the root of the second moment.", low=0.0)
+    bias_correction: bool = option(
+        True, "Divide the moments by what they lack in the first steps; BERT's code does not."
+    )
+
+
+@dataclass(frozen=True)
+class AdafactorOptions:
+    """Options of Adafactor (Shazeer and Stern 2018)."""
+
+    decay_rate: float = option(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0)
+    clip_threshold: float = option(1.0, "Largest RMS of an update.", low=1e-6)
+    min_dim: int = option(128, "Smallest dimension that is factored.", low=1)
+    parameter_scale: bool = option(True, "Multiply the step by the parameter's root mean square.")
+
+
+@dataclass(frozen=True)
+class SgdOptions:
+    """Options of stochastic gradient descent."""
+
+    momentum: float = option(0.9, "Momentum.", low=0.0, high=0.99999)
+    nesterov: bool = option(False, "Nesterov's form.")
+
+
+@dataclass(frozen=True)
+class LionOptions:
+    """Options of Lion (Chen et al. 2023)."""
+
+    b1: float = option(0.9, "Interpolation of the update.", low=0.0, high=0.99999)
+    b2: float = option(0.99, "Decay of the momentum.", low=0.0, high=0.99999)
+
+
+@dataclass(frozen=True)
+class MuonOptions:
+    """Options of Muon (Jordan 2024)."""
+
+    beta: float = option(0.95, "Momentum of the orthogonalised matrices.", low=0.0, high=0.99999)
+    ns_steps: int = option(5, "Newton–Schulz iterations.", low=1, high=20)
+    adam_ratio: float = option(
+        0.1,
+        "Learning rate of the other parameters (optimizer.adamw), relative to the peak.",
+        low=0.0,
+    )
+
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    ("optimizer.name",),
+    "optimizer.{name}",
+    {
+        "adamw": Entry("lm.optim.optimizers:adamw", AdamwOptions),
+        "adafactor": Entry("lm.optim.optimizers:adafactor", AdafactorOptions),
+        "sgd": Entry("lm.optim.optimizers:sgd", SgdOptions),
+        "lion": Entry("lm.optim.optimizers:lion", LionOptions),
+        "muon": Entry("lm.optim.optimizers:muon", MuonOptions),
+    },
+)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of the schedule that falls in steps."""
+
+    step_every: int = option(1000, "Steps from one fall of step to the next.", low=1)
+    step_factor: float = option(0.5, "What step multiplies the rate by.", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class WsdOptions:
+    """Options of warm-up, stable, decay."""
+
+    wsd_decay_fraction: float = option(
+        0.2, "Part of decay_steps in which wsd goes down.", low=0.0, high=1.0
+    )
+
+
+SCHEDULES = Registry(
+    "schedule",
+    ("schedule.name",),
+    "schedule",
+    {
+        "constant": Entry("lm.optim.schedules:constant"),
+        "cosine": Entry("lm.optim.schedules:cosine"),
+        "linear": Entry("lm.optim.schedules:linear"),
+        "inverse": Entry("lm.optim.schedules:inverse"),
+        "inverse_sqrt": Entry("lm.optim.schedules:inverse_sqrt"),
+        "step": Entry("lm.optim.schedules:step", StepOptions),
+        "wsd": Entry("lm.optim.schedules:wsd", WsdOptions),
+    },
+)
+
+# --- evaluation
+
+_SCORES = "lm.evaluation.metrics"
+
+METRICS = Registry(
+    "metric",
+    ("eval.metrics",),
+    "eval",
+    {
+        "bleu": Entry(f"{_SCORES}.generation_scores:bleu"),
+        "bleu_tok": Entry(f"{_SCORES}.generation_scores:bleu_tok"),
+        "chrf": Entry(f"{_SCORES}.generation_scores:chrf"),
+        "rouge": Entry(f"{_SCORES}.generation_scores:rouge"),
+        "rouge_stemmed": Entry(f"{_SCORES}.generation_scores:rouge_stemmed"),
+        "accuracy": Entry(f"{_SCORES}.label_scores:accuracy"),
+        "f1": Entry(f"{_SCORES}.label_scores:f1"),
+        "macro_f1": Entry(f"{_SCORES}.label_scores:macro_f1"),
+        "matthews": Entry(f"{_SCORES}.label_scores:matthews"),
+        "pearson": Entry(f"{_SCORES}.label_scores:pearson"),
+        "spearman": Entry(f"{_SCORES}.label_scores:spearman"),
+        "exact_match": Entry(f"{_SCORES}.answer_scores:exact_match"),
+        "squad": Entry(f"{_SCORES}.answer_scores:squad"),
+    },
+    is_choice=False,
+)
+
+REGISTRIES = (SOURCES, TOKENIZERS, MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)
