@@ -1,8 +1,9 @@
-"""What chips can do, as their makers publish it; every figure is of one JAX device.
+"""Hardware tables: published rates of TPU and GPU chips, and what compilers need to know of them.
 
-A TPU7x chip is two devices. One-way bandwidths; of TPUs that of one link to a neighbour. Sources:
-Google's pages of each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
-memory of GPUs as XLA's descriptions of them have it.
+Every figure is of one JAX device; a TPU7x chip is two devices. Bandwidths are one-way. Sources:
+Google's page of each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
+memory sizes and targets of GPUs from XLA's own descriptions of the SXM models
+(`xla/backends/gpu/target_config/specs`). Imports no JAX: XLA's flags have to be set before it.
 """
 
 from __future__ import annotations
@@ -10,79 +11,166 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm.accounting.flops import PEAK_FLOPS
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Bytes, FLOP/s and bytes/s of a device; None where nothing is published.
+    """Published figures of a chip; None where nothing is published.
 
-    `link`: to a neighbour in the torus, of GPUs to the other GPUs of the host. `scale_out`: to
-    other slices or hosts. A dimension of the torus is a ring where `ring` divides it.
+    Attributes:
+        memory: High-bandwidth memory, bytes.
+        device_kinds: Beginnings of `jax.Device.device_kind`.
+        peak_flops: Dense bfloat16 FLOP/s.
+        memory_bandwidth: Bytes/s of the memory.
+        link: Bytes/s to one neighbor in the torus; of GPUs, to the other GPUs of the host.
+        scale_out: Bytes/s to other slices or hosts.
+        dimensions: Dimensions of the torus; 0 for GPUs.
+        ring: A dimension of the torus is a ring if its length is divisible by this.
+        longest_side: Longest dimension of a slice, in chips.
     """
 
     memory: int | None
+    device_kinds: tuple[str, ...] = ()
     peak_flops: float | None = None
     memory_bandwidth: float | None = None
     link: float = inf
     scale_out: float | None = None
-    ring: int = 0
     dimensions: int = 0
+    ring: int = 0
     longest_side: int = 0
 
 
-def _tpu(kind: str, memory: float, *bandwidths: float | None, **shape: int) -> Chip:
-    return Chip(int(memory), PEAK_FLOPS[kind], *bandwidths, **shape)  # type: ignore[arg-type]
-
-
-_3D = {"ring": 4, "dimensions": 3, "longest_side": 64}
-_2D = {"ring": 16, "dimensions": 2, "longest_side": 16}
-
+V5E, V5P, V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")
 CHIPS: dict[str, Chip] = {
-    "v4": _tpu("TPU v4", 32 * GIB, 1.2e12, 50e9, None, **_3D),
-    "v5e": _tpu("TPU v5e", 16 * GIB, 819e9, 50e9, 3.125e9, **_2D),
-    "v5p": _tpu("TPU v5p", 95 * GIB, 2.765e12, 100e9, 6.25e9, **_3D),
-    "v6e": _tpu("TPU v6e", 32 * GIB, 1.638e12, 100e9, 12.5e9, **_2D),
-    "7x": _tpu("TPU7x", 96 * GIB, 3.69e12, 50e9, 6.25e9, **_3D),
-    "a100": Chip(85_100_068_864, PEAK_FLOPS["NVIDIA A100"], 2.039e12, 300e9, 25e9),
-    "h100": Chip(84_942_979_072, PEAK_FLOPS["NVIDIA H100"], 3.35e12, 450e9, 50e9),
-    "h200": Chip(151_397_597_184, PEAK_FLOPS["NVIDIA H200"], 4.8e12, 450e9, 50e9),
-    "b200": Chip(191_514_411_008, PEAK_FLOPS["NVIDIA B200"], 7.7e12, 900e9, 50e9),
+    "v4": Chip(32 * GIB, ("TPU v4",), 275e12, 1.2e12, 50e9, None, 3, 4, 64),
+    "v5e": Chip(16 * GIB, V5E, 197e12, 819e9, 50e9, 3.125e9, 2, 16, 16),
+    "v5p": Chip(95 * GIB, V5P, 459e12, 2.765e12, 100e9, 6.25e9, 3, 4, 64),
+    "v6e": Chip(32 * GIB, V6E, 918e12, 1.638e12, 100e9, 12.5e9, 2, 16, 16),
+    "7x": Chip(96 * GIB, ("TPU7x",), 1153.5e12, 3.69e12, 50e9, 6.25e9, 3, 4, 64),
+    "a100": Chip(85_100_068_864, ("NVIDIA A100",), 312e12, 2.039e12, 300e9, 25e9),
+    "h100": Chip(84_942_979_072, ("NVIDIA H100",), 989e12, 3.35e12, 450e9, 50e9),
+    "h200": Chip(151_397_597_184, ("NVIDIA H200",), 989e12, 4.8e12, 450e9, 50e9),
+    "b200": Chip(191_514_411_008, ("NVIDIA B200",), 2250e12, 7.7e12, 900e9, 50e9),
+}
+# By the beginning of `device_kind`. The MFU of v3 can be measured, but no slice of it described.
+PEAK_FLOPS = {"TPU v3": 61.5e12} | {
+    kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.device_kinds
+}
+
+# Names of libtpu's topologies and of `--xla_flags` that differ from those above.
+LIBTPU_NAMES = {"7x": "tpu7x"}
+TPUS = tuple(LIBTPU_NAMES.get(name, name) for name, chip in CHIPS.items() if chip.dimensions)
+GPUS = tuple(name for name, chip in CHIPS.items() if not chip.dimensions)
+TORI = ("v4", "v5p")  # 3D tori on which the flags compiled into every step have been tried
+# Options of libtpu's topology descriptions: both cores of a v4 chip are one device.
+TOPOLOGY_OPTIONS: dict[str, dict[str, Any]] = {
+    "v4": {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+}
+
+# Fields of XLA's GpuTargetConfigProto: those that all GPUs share, then a row a GPU.
+COMMON_TARGET = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,
+    "threads_per_core_limit": 2048,
+    "block_dim_limit_x": 2147483647,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
 }
 
 
 @dataclass(frozen=True)
-class Wire:
-    """The network under a collective: "ici" inside a slice or host, "dcn" between them; bytes/s of
-    a device; and over how many devices of a slice what crosses it is spread."""
+class GpuTarget:
+    """Description of a GPU for XLA's compiler; fields after `major` as in its proto.
+
+    `major` is the major compute capability.
+    """
+
+    description: str
+    major: int
+    core_count: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    shared_memory_per_block_optin: int
+    l2_cache_size: int
+    clock_rate_ghz: float
+    memory_bandwidth: int
+
+
+_SMEM = 233472, 232448  # of Hopper and Blackwell, a core and a block
+_HOPPER = 132, 128, *_SMEM, 52428800, 1.98
+GPU_TARGETS = {
+    "a100": GpuTarget(
+        "NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 166912, 41943040, 1.41, 2039040000000
+    ),
+    "h100": GpuTarget("NVIDIA H100 80GB HBM3", 9, *_HOPPER, 3352320000000),
+    "h200": GpuTarget("NVIDIA H200 141GB HBM3e", 9, *_HOPPER, 4800000000000),
+    "b200": GpuTarget("NVIDIA B200", 10, 148, 128, *_SMEM, 132644864, 1.965, 7672320000000),
+}
+
+
+def chip_name(device_kind: str) -> str | None:
+    """Return the key in `CHIPS` of a device by its `device_kind`; None for other devices."""
+    kinds = {kind: name for name, chip in CHIPS.items() for kind in chip.device_kinds}
+    matches = [kind for kind in kinds if device_kind.startswith(kind)]
+    return kinds[max(matches, key=len)] if matches else None
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return the published bfloat16 FLOP/s of a device; None where there is none (CPUs)."""
+    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+@dataclass(frozen=True)
+class Interconnect:
+    """Network that a collective crosses.
+
+    Attributes:
+        network: "ici" inside a slice or host, "dcn" between them.
+        bandwidth: Bytes/s of a device.
+        spread: Devices of a slice that share what crosses the network.
+    """
 
     network: str
     bandwidth: float | None
     spread: int = 1
 
 
-def wire(chip: Chip, group: Sequence[Any], sides: Sequence[int]) -> Wire:
-    """The network that joins a group of devices; `sides` are those of the slice's torus.
+def interconnect(chip: Chip, group: Sequence[Any], sides: Sequence[int]) -> Interconnect:
+    """Return the network that joins a group of devices.
 
-    In a torus a group sends along every dimension that it spans, both ways round a ring.
+    In a torus a group sends along every dimension that it spans, in both directions of a ring.
+
+    Args:
+        chip: Kind of the devices.
+        group: Devices that take part in the collective.
+        sides: Lengths of the slice's torus, in chips.
     """
-    places = {place(device) for device in group}
-    if len(places) > 1:
-        return Wire("dcn", chip.scale_out, len(group) // len(places))
+    granules = {granule(device) for device in group}
+    if len(granules) > 1:
+        return Interconnect("dcn", chip.scale_out, len(group) // len(granules))
     if not chip.dimensions:
-        return Wire("ici", chip.link)
+        return Interconnect("ici", chip.link)
     coordinates = zip(*(device.coords for device in group), strict=True)
     spanned = [side for side, along in zip(sides, coordinates, strict=False) if len({*along}) > 1]
-    ways = sum(2 if side > 2 and side % chip.ring == 0 else 1 for side in spanned)
-    return Wire("ici", ways * chip.link if ways else inf)
+    links = sum(2 if side > 2 and side % chip.ring == 0 else 1 for side in spanned)
+    return Interconnect("ici", links * chip.link if links else inf)
 
 
-def place(device: Any) -> int:
-    """The slice of a TPU; the host of a GPU."""
+def granule(device: Any) -> int:
+    """Return the index of a TPU's slice or a GPU's host (the term of `jax.mesh_utils`)."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", None) or 0
     return device.process_index

@@ -1,4 +1,4 @@
-"""Model FLOPs by one stated convention, and the peak rates of chips.
+"""Model FLOPs by one stated convention.
 
 FLOPs of a training step on one example (forward and backward, nothing recomputed), all tokens of
 its rows counted, padding too:
@@ -15,36 +15,10 @@ from __future__ import annotations
 
 import re
 
-import jax
-
 from lm.accounting.parameter_counts import is_embedding, used_share
 from lm.experiment import Experiment
 from lm.models.transformer_config import global_layers
 from lm.optim.parameter_groups import flat
-
-# Dense bfloat16 FLOP/s of one JAX device, as the makers publish them. A TPU7x chip is two devices.
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Published bfloat16 FLOP/s of a device; None where there is no such figure (CPUs)."""
-    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
 
 # What passes through a kernel, by the first pattern that its path starts with.
 PASSING = {

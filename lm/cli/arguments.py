@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from lm.errors import UserError
-from lm.parallel.xla_flags import CHIPS
+from lm.hardware import GPUS, TPUS
 
 Overrides = dict[str, str]
 Verb = Callable[[argparse.Namespace, Overrides], int]
@@ -45,7 +45,7 @@ def _processes(sub: Parser) -> None:
 
 
 def _xla_flags(sub: Parser) -> None:
-    sub.add_argument("--xla_flags", choices=CHIPS, help="compiler flags for this chip")
+    sub.add_argument("--xla_flags", choices=TPUS + GPUS, help="compiler flags for this chip")
 
 
 def _weights(sub: Parser) -> None:

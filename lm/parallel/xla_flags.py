@@ -11,14 +11,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from lm.hardware import GPUS, TORI, TPUS, chip_name
+
 if TYPE_CHECKING:  # the flags have to be set before JAX is there
     import jax
-
-TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-TORI = ("v4", "v5p")
-GPUS = ("a100", "h100", "h200", "b200")
-CHIPS = TPUS + GPUS
-CHIP_OF = {"TPU v4": "v4", "TPU v5": "v5p"}  # as devices call themselves, where it matters
 
 
 class Flag(NamedTuple):
@@ -145,7 +141,7 @@ FLAGS = (
 
 def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
     """What `jax.jit` passes to the compiler of a training step for a device of this kind."""
-    chip = CHIP_OF.get(device.device_kind)
+    chip = chip_name(device.device_kind)
     return {flag.name: flag.value for flag in FLAGS if chip in flag.compiled_in} or None
 
 

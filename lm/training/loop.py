@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm.accounting.flops import model_flops_per_token, peak_flops, tokens_per_row
+from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate
 from lm.experiment import Experiment
+from lm.hardware import peak_flops
 from lm.parallel.hosts import CrossHostMax
 from lm.runs.checkpoints import Checkpoints
 from lm.train_step import Metrics, TrainState

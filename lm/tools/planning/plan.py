@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.experiment import Experiment, build
-from lm.hardware import Chip, wire
+from lm.hardware import Chip, interconnect
 from lm.models.transformer_config import global_layers
 from lm.tools.planning.collectives import Collective, collectives
 from lm.tools.planning.hlo import Module, parse
@@ -242,7 +242,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
 
 def _traffic(module: Module, mesh: Mesh, topology: Topology, n_steps: int) -> tuple[Traffic, ...]:
     def seconds(collective: Collective) -> tuple[str, float | None]:
-        crossed = wire(topology.chip, collective.route.devices, topology.sides)
+        crossed = interconnect(topology.chip, collective.route.devices, topology.sides)
         if crossed.bandwidth is None or topology.chip.peak_flops is None:
             return crossed.network, None
         return crossed.network, collective.sent / crossed.spread / crossed.bandwidth / n_steps

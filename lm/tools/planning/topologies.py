@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -18,8 +18,7 @@ import jax
 
 from lm.config import nearest
 from lm.errors import UserError
-from lm.hardware import CHIPS, Chip
-from lm.tools.planning.gpu_targets import target_config
+from lm.hardware import CHIPS, COMMON_TARGET, GPU_TARGETS, LIBTPU_NAMES, TOPOLOGY_OPTIONS, Chip
 
 # Without these libtpu asks the network which machine this is, and a second process finds a lock.
 TPU_VARIABLES = {
@@ -91,13 +90,11 @@ def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
         )
     for variable, value in TPU_VARIABLES.items():
         os.environ.setdefault(variable, value)
-    options: dict[str, Any] = {"num_slices": n_slices}
-    if kind == "v4":
-        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    options: dict[str, Any] = {"num_slices": n_slices, **TOPOLOGY_OPTIONS.get(kind, {})}
     if prod(sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    known_as = "tpu7x" if kind == "7x" else kind
-    return _described(name, "tpu", f"{known_as}:{'x'.join(map(str, sides))}", options)
+    described = f"{LIBTPU_NAMES.get(kind, kind)}:{'x'.join(map(str, sides))}"
+    return _described(name, "tpu", described, options)
 
 
 def _gpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int) -> Sequence[Any]:
@@ -110,6 +107,20 @@ def _gpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
     shape = "x".join(map(str, (n_slices, *sides)))
     options = {"topology": shape, "target_config": target_config(kind)}
     return _described(name, "cuda", kind, options)
+
+
+def target_config(kind: str) -> str:
+    """Return a GPU as a GpuTargetConfigProto in text form."""
+    own = asdict(GPU_TARGETS[kind])
+    description, major = own.pop("description"), own.pop("major")
+    fields = COMMON_TARGET | own | {"device_memory_size": CHIPS[kind].memory}
+    device = "\n".join(f"  {field}: {value}" for field, value in fields.items())
+    return (
+        f"gpu_device_info {{\n{device}\n  cuda_compute_capability {{ major: {major} }}\n}}\n"
+        'platform_name: "CUDA"\n'
+        "dnn_version_info { major: 9 minor: 10 }\n"
+        f'device_description_str: "{description}"\n'
+    )
 
 
 def _described(name: str, platform: str, described: str, options: dict[str, Any]) -> Sequence[Any]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from lm.errors import UserError
-from lm.hardware import CHIPS, build_untraced
+from lm.hardware import CHIPS, interconnect
 from lm.tools.planning import topologies
-from lm.tools.planning.gpu_targets import target_config
-from lm.tools.planning.topologies import topology
+from lm.tools.planning.topologies import target_config, topology
 
 
 @pytest.mark.parametrize(
@@ -65,18 +64,18 @@ def torus(*coords):
     ],
 )
 def test_a_group_sends_along_every_dimension_that_it_spans(kind, sides, group, links):
-    found = build_untraced(CHIPS[kind], torus(*group), sides)
+    found = interconnect(CHIPS[kind], torus(*group), sides)
     assert (found.network, found.bandwidth) == ("ici", links * CHIPS[kind].link)
 
 
 def test_slices_and_hosts_are_joined_by_the_slow_network():
     chips = [Device("tpu", (i, 0, 0), s) for s in range(2) for i in range(4)]
-    found = build_untraced(CHIPS["v5e"], chips, (4, 4))
+    found = interconnect(CHIPS["v5e"], chips, (4, 4))
     # Each of the four chips of a slice carries a quarter of what crosses.
     assert (found.network, found.bandwidth, found.spread) == ("dcn", 3.125e9, 4)
     gpus = [Device("gpu", process_index=i // 8) for i in range(16)]
-    assert build_untraced(CHIPS["h100"], gpus[:8], (2, 8)).bandwidth == 450e9
-    assert build_untraced(CHIPS["h100"], gpus, (2, 8)).bandwidth == 50e9
+    assert interconnect(CHIPS["h100"], gpus[:8], (2, 8)).bandwidth == 450e9
+    assert interconnect(CHIPS["h100"], gpus, (2, 8)).bandwidth == 50e9
 
 
 def test_targets_describe_the_gpus_of_the_table():
