@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import pytest
 
 from lm.errors import UserError
@@ -25,6 +26,7 @@ from lm.tools.planning.topologies import target_config, topology
     ],
 )
 def test_a_name_that_is_no_topology_is_an_error_that_says_what_is(name, slices, message):
+    jax.devices()  # from now on the number of CPU devices is fixed
     with pytest.raises(UserError, match=message):
         topology(name, slices)
 
