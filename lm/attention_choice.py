@@ -50,7 +50,7 @@ def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> Atten
             if not problem:
                 return AttentionChoice(kernel, way, _why(named, kernel, platform, problems))
             problems.append(f"{kernel} cannot be used with {problem}")
-    raise UserError(f"config.model.attention={problems[-1]}: use auto, or change that")
+    raise UserError(f"--config.model.attention={problems[-1]}: use auto, or change that")
 
 
 def _why(named: str, kernel: str, platform: str, problems: list[str]) -> str:
@@ -67,36 +67,36 @@ def _problems(
     model, context = config.model, sizes["context"]
     if model.family not in TRANSFORMERS:
         if kernel != "xla":
-            yield f"config.model.family={model.family}"
+            yield f"--config.model.family={model.family}"
         return
     ring = across == "ring"
     if PLATFORM_OF.get(kernel, platform) != platform:
         yield f"{platform} devices"
     if context > 1 and kernel in ("tiled", "blockwise", "cudnn"):
-        yield f"config.parallel.mesh.context={context}"
+        yield f"--config.parallel.mesh.context={context}"
     if ring and kernel != "xla":
-        yield "config.parallel.context_attention=ring"
+        yield "--config.parallel.context_attention=ring"
     if kernel == "tiled" and (problem := tiled_attention_problem(config)):
         yield problem
     if kernel in ("blockwise", "cudnn", "splash") or ring:
         if model.attention_dropout:
-            yield _ring_or(ring, f"config.model.attention_dropout={model.attention_dropout}")
+            yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
         if model.positions == "relative":
-            yield _ring_or(ring, "config.model.positions=relative")
+            yield _ring_or(ring, "--config.model.positions=relative")
         if model.window and (kernel == "blockwise" or ring):
-            yield _ring_or(ring, f"config.model.window={model.window}")
+            yield _ring_or(ring, f"--config.model.window={model.window}")
         if model.attention_softcap and (kernel != "splash" or ring):
-            yield _ring_or(ring, f"config.model.attention_softcap={model.attention_softcap}")
+            yield _ring_or(ring, f"--config.model.attention_softcap={model.attention_softcap}")
     if (kernel in ("blockwise", "splash") or ring) and config.objective.name == "prefix":
-        yield _ring_or(ring, "config.objective.name=prefix")
+        yield _ring_or(ring, "--config.objective.name=prefix")
     if kernel == "cudnn":
         if model.dtype != "bfloat16":
-            yield f"config.model.dtype={model.dtype}"
+            yield f"--config.model.dtype={model.dtype}"
         if model.head_dim % 8 or model.head_dim > CUDNN_WIDEST_HEAD:
-            yield f"config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
+            yield f"--config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
     for name, length in _lengths(config).items():
         if ring and length % (2 * context):
-            yield f"config.parallel.context_attention=ring and {name} ({length} tokens)"
+            yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
         if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
             yield f"{name}: {length} tokens, not a multiple of {parts}"
         if kernel == "blockwise" and not n_tiles(length):
@@ -108,28 +108,28 @@ def check_lengths(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     context, tensor = sizes["context"], sizes["tensor"]
     if context > 1 and config.model.family not in TRANSFORMERS:
         raise UserError(
-            f"config.parallel.mesh.context={context} needs attention: "
-            f"config.model.family={config.model.family} has none over the sequence"
+            f"--config.parallel.mesh.context={context} needs attention: "
+            f"--config.model.family={config.model.family} has none over the sequence"
         )
     # Causal attention deals out two parts to every device.
-    parts = {"2 × parallel.mesh.context": 2 * context if context > 1 else 1}
+    parts = {"2 × --config.parallel.mesh.context": 2 * context if context > 1 else 1}
     if config.parallel.sequence:
-        parts["parallel.mesh.context × parallel.mesh.tensor"] = context * tensor
+        parts["--config.parallel.mesh.context × --config.parallel.mesh.tensor"] = context * tensor
     names = ["sequence_length"]
     names += ["target_length"] if config.objective.name == "seq2seq" else []
     for name in names:
         for what, n in parts.items():
             if config.data[name] % n:
                 raise UserError(
-                    f"config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
+                    f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
                 )
 
 
 def _lengths(config: ConfigDict) -> dict[str, int]:
     """The lengths of the sequences that attention sees, by what they are."""
-    lengths = {"config.data.sequence_length": config.data.sequence_length}
+    lengths = {"--config.data.sequence_length": config.data.sequence_length}
     if config.objective.name == "seq2seq":
-        lengths["config.data.target_length"] = config.data.target_length
+        lengths["--config.data.target_length"] = config.data.target_length
     if config.objective.name == "span_corruption":
         (length,), _ = make_objective(config).shapes["inputs"]
         lengths["targets of span corruption"] = length
@@ -137,4 +137,4 @@ def _lengths(config: ConfigDict) -> dict[str, int]:
 
 
 def _ring_or(ring: bool, problem: str) -> str:
-    return f"config.parallel.context_attention=ring and {problem}" if ring else problem
+    return f"--config.parallel.context_attention=ring and {problem}" if ring else problem

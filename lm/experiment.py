@@ -282,13 +282,13 @@ def resolve_parallelism(
     attention = choose(config, platform, sizes)
     if config.model.n_heads % sizes["tensor"]:
         raise UserError(
-            f"config.model.n_heads={config.model.n_heads} is not divisible by "
-            f"config.parallel.mesh.tensor={sizes['tensor']}"
+            f"--config.model.n_heads={config.model.n_heads} is not divisible by "
+            f"--config.parallel.mesh.tensor={sizes['tensor']}"
         )
     if sizes["expert"] > 1 and not config.model.n_experts:
         raise UserError(
-            f"config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
-            "(config.model.n_experts=0); use data or fsdp"
+            f"--config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(--config.model.n_experts=0); use data or fsdp"
         )
     return pipeline, attention
 

@@ -38,8 +38,8 @@ def choice(platform, values=None, **sizes):
         ("tpu", {}, {}, "splash", "the one for tpu"),
         ("gpu", {}, {}, "cudnn", "the one for gpu"),
         ("cuda", {}, {}, "cudnn", "the one for gpu"),
-        ("cpu", T5, {}, "xla", "tiled cannot be used with config.model.family=encoder_decoder"),
-        ("tpu", T5, {}, "xla", "splash cannot be used with config.model.positions=relative"),
+        ("cpu", T5, {}, "xla", "tiled cannot be used with --config.model.family=encoder_decoder"),
+        ("tpu", T5, {}, "xla", "splash cannot be used with --config.model.positions=relative"),
         (
             "gpu",
             {"model.dtype": "float32"},
@@ -51,8 +51,20 @@ def choice(platform, values=None, **sizes):
         ("tpu", {"data.sequence_length": 1000}, {}, "xla", "1000 tokens, not a multiple of 128"),
         ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
         ("tpu", GEMMA, {}, "splash", "the one for tpu"),
-        ("cpu", GEMMA, {}, "xla", "tiled cannot be used with config.model.attention_softcap=50.0"),
-        ("gpu", GEMMA, {}, "xla", "cudnn cannot be used with config.model.attention_softcap=50.0"),
+        (
+            "cpu",
+            GEMMA,
+            {},
+            "xla",
+            "tiled cannot be used with --config.model.attention_softcap=50.0",
+        ),
+        (
+            "gpu",
+            GEMMA,
+            {},
+            "xla",
+            "cudnn cannot be used with --config.model.attention_softcap=50.0",
+        ),
         ("gpu", {"model.window": 128}, {}, "cudnn", "the one for gpu"),
     ],
 )
@@ -120,7 +132,7 @@ def built(**overrides):
         (
             {"data__sequence_length": 36, "parallel__mesh__tensor": 8, "model__n_heads": 8}
             | {"parallel__sequence": True},
-            r"36 is not divisible by 8 \(parallel.mesh.context × parallel.mesh.tensor\)",
+            r"36 is not divisible by 8 \(--config.parallel.mesh.context × --config.parallel.mesh.t",
         ),
         ({"model__family": "lstm", "parallel__mesh__context": 8}, "context=8 needs attention"),
     ],
@@ -132,6 +144,6 @@ def test_a_length_that_the_mesh_cannot_cut_is_an_error(overrides, message):
 
 def test_the_start_of_training_says_which_kernel_runs_and_why():
     said = describe(built(parallel__mesh__context=4))
-    assert "attention kernel xla (tiled cannot be used with config.parallel" in said
+    assert "attention kernel xla (tiled cannot be used with --config.parallel" in said
     assert "ring over 4 parts of the sequence" in said
     assert "attention kernel tiled (the one for cpu)" in describe(built())

@@ -56,9 +56,12 @@ def error_of(capsys, *words: object) -> str:
 WRONG_CONFIGS = {
     "unknown key": (
         ["--config.train.stesp=3"],
-        r"unknown config key train.stesp; did you mean train.steps",
+        r"unknown key --config.train.stesp; did you mean --config.train.steps",
     ),
-    "key of another section": (["--config.model.batch_size=3"], "did you mean data.batch_size"),
+    "key of another section": (
+        ["--config.model.batch_size=3"],
+        "did you mean --config.data.batch_size",
+    ),
     "section": (["--config.model=3"], "is a section"),
     "wrong type": (["--config.train.steps=many"], "expected an integer"),
     "wrong choice": (["--config.model.norm=layer"], "did you mean layernorm"),
@@ -71,11 +74,11 @@ WRONG_CONFIGS = {
         ["--config.parallel.mesh.data=-1", "--config.parallel.mesh.fsdp=-1"],
         "at most one",
     ),
-    "heads": (["--config.model.n_heads=3"], "is not divisible by config.model.n_heads=3"),
+    "heads": (["--config.model.n_heads=3"], "is not divisible by --config.model.n_heads=3"),
     "key/value heads": (["--config.model.n_kv_heads=3"], "n_kv_heads"),
     "microbatches": (
         ["--config.train.microbatches=3"],
-        "not divisible by config.train.microbatches",
+        "not divisible by --config.train.microbatches",
     ),
     "missing file": (["--config.data.source=text:nowhere.txt"], "nowhere.txt"),
     "unknown source": (["--config.data.source=web:x"], "stdlib, text"),
@@ -90,9 +93,9 @@ WRONG_CONFIGS = {
             "--config.model.family=encoder",
             "--config.objective.name=masked",
         ],
-        "tokenizer's 257 and 1 of config.objective.name=masked",
+        "tokenizer's 257 and 1 of --config.objective.name=masked",
     ),
-    "family": (["--config.model.family=lstm", "--config.objective.name=prefix"], "needs config"),
+    "family": (["--config.model.family=lstm", "--config.objective.name=prefix"], "needs --config"),
     "no documents": (["--config.data.source=tsv:x.tsv"], "tsv:x.tsv"),
     "weights": (["--config.data.weights=1,2"], "2 numbers for 1"),
     "coordinator alone": (["--coordinator", "localhost:1"], "go together"),
@@ -112,7 +115,7 @@ def test_a_wrong_configuration_is_one_line(capsys, experiment, tmp_path, case):
     ("words", "expected"),
     [
         (["--config.model.n_heads=4", "--config.parallel.mesh.tensor=8"], "parallel.mesh.tensor=8"),
-        (["--config.parallel.mesh.data=8"], "config.data.batch_size=4 is not divisible by 8"),
+        (["--config.parallel.mesh.data=8"], "--config.data.batch_size=4 is not divisible by 8"),
         (["--config.parallel.mesh.data=3"], "does not divide 8 devices"),
         (
             [
@@ -232,8 +235,8 @@ def test_a_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
 def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
     train = ["train", "--config", experiment, "--workdir", trained]
     line = error_of(capsys, *train, "--config.model.n_layers=3", "--config.optimizer.name=lion")
-    assert "model.n_layers: 2 → 3" in line
-    assert "optimizer.name: adamw → lion" in line
+    assert "--config.model.n_layers: 2 → 3" in line
+    assert "--config.optimizer.name: adamw → lion" in line
 
     line = error_of(capsys, "generate", "--workdir", trained, "--prompt", "x" * 50)
     assert "prompt 1 has 51 tokens; the context holds 8" in line

@@ -31,5 +31,8 @@ def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[
         cost["tokens"], cost["flops"] = training_cost(experiment)
         cost["batch_tokens"] = config.data.batch_size * tokens_per_row(experiment)
     else:
-        note = f"the vocabulary is fitted to the corpus (data.tokenizer={config.data.tokenizer})"
+        note = (
+            "the vocabulary is fitted to the corpus "
+            f"(--config.data.tokenizer={config.data.tokenizer})"
+        )
     return {"config": spec, "paper": config.paper, **counts, **cost, "note": note}

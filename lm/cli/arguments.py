@@ -216,7 +216,7 @@ def _scaling_options(sub: Parser) -> None:
 
 
 def _tokenizer_train_options(sub: Parser) -> None:
-    sub.add_argument("--source", required=True, help="as config.data.source")
+    sub.add_argument("--source", required=True, help="as --config.data.source")
     sub.add_argument("--vocab_size", type=_at_least(2), required=True, metavar="N")
     sub.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
     sub.add_argument("--output", required=True, metavar="FILE.model")

@@ -73,7 +73,7 @@ def parse_value(path: str, text: str) -> Any:
             return int(text.replace("_", ""))
         return key.type(text)
     except (ValueError, KeyError):
-        raise UserError(f"config.{path}={text}: expected {_type_name(key)}") from None
+        raise UserError(f"--config.{path}={text}: expected {_type_name(key)}") from None
 
 
 def set_value(config: ConfigDict, path: str, value: Any) -> None:
@@ -86,7 +86,7 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     try:
         node[name] = value
     except TypeError:  # a run.json of another version may hold another type
-        raise UserError(f"config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
+        raise UserError(f"--config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -139,17 +139,17 @@ def validate(config: ConfigDict) -> None:
         _key(path)
     for path, key in SCHEMA.items():
         if path not in values:
-            raise UserError(f"config.{path} is missing; start from lm.config.default()")
+            raise UserError(f"--config.{path} is missing; start from lm.config.default()")
         _check_value(path, key, values[path])
     for message in broken_rules(config):
         raise UserError(message)
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
-    """The keys, free ones aside, on which two configurations disagree, as `key: old → new`."""
+    """Return the keys, except free ones, that differ, as `--config.KEY: old → new`."""
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
-        f"{path}: {before.get(path, '(none)')} → {after.get(path, '(none)')}"
+        f"--config.{path}: {before.get(path, '(none)')} → {after.get(path, '(none)')}"
         for path in sorted({*before, *after})
         if not (path in SCHEMA and SCHEMA[path].free)
         and _plain(before.get(path)) != _plain(after.get(path))
@@ -163,9 +163,13 @@ def _plain(value: Any) -> Any:
 def _key(path: str) -> Key:
     if path not in SCHEMA:
         if SCHEMA.is_section(path):
-            raise UserError(f"config.{path} is a section, not a key")
-        raise UserError(f"unknown config key {path}{nearest(path, SCHEMA)}")
+            raise UserError(f"--config.{path} is a section, not a key")
+        raise UserError(f"unknown key --config.{path}{_nearest_key(path)}")
     return SCHEMA[path]
+
+
+def _nearest_key(path: str) -> str:
+    return nearest(path, SCHEMA).replace("did you mean ", "did you mean --config.")
 
 
 def _type_name(key: Key) -> str:
@@ -176,7 +180,7 @@ def _type_name(key: Key) -> str:
 
 
 def _check_value(path: str, key: Key, value: Any) -> None:
-    shown = f"config.{path}={value}"
+    shown = f"--config.{path}={value}"
     if key.type is float:
         right_type = isinstance(value, int | float) and not isinstance(value, bool)
     elif key.type is int:

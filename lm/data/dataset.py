@@ -81,7 +81,7 @@ def open_split(
     else:
         opened = _validation(data, records)
     if not opened:
-        raise UserError(f"the configuration has no {split} data; set config.data.{split}_source")
+        raise UserError(f"the configuration has no {split} data; set --config.data.{split}_source")
     return tuple(_store(source, tokenizer, data, progress) for source in opened)
 
 

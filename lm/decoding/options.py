@@ -26,8 +26,8 @@ def controls_of(config: ConfigDict, tokenizer: Tokenizer) -> Controls:
     decode = config.decode
     if decode.min_length > decode.max_length:
         raise UserError(
-            f"config.decode.min_length={decode.min_length} is above "
-            f"config.decode.max_length={decode.max_length}"
+            f"--config.decode.min_length={decode.min_length} is above "
+            f"--config.decode.max_length={decode.max_length}"
         )
     # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
     has_targets = "encoder_decoder" in config.model.family

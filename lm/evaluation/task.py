@@ -61,7 +61,7 @@ def check_task(config: ConfigDict) -> None:
     """Raise UserError if the objective is none of records, or a metric is unknown."""
     name = config.objective.name
     if name not in TASKS:
-        raise UserError(f"config.objective.name={name} has no task: lm eval without --task")
+        raise UserError(f"--config.objective.name={name} has no task: lm eval without --task")
     check_metrics(asked_metrics(config))
 
 

@@ -21,7 +21,7 @@ def run_vectors(params: Any, tokenizer: Tokenizer) -> WordVectors:
     if not isinstance(tokenizer, WordTokenizer):
         raise UserError(
             f"the run's tokenizer is {tokenizer.kind}: only a model of whole words "
-            "(config.data.tokenizer=words) has word vectors"
+            "(--config.data.tokenizer=words) has word vectors"
         )
     table_VD = np.asarray(params["tokens"]["embedding"])
     return WordVectors(tokenizer.words, table_VD[: len(tokenizer.words)])

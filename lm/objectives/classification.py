@@ -36,7 +36,7 @@ class Classification:
     def __post_init__(self) -> None:
         if self.length < 5:
             raise UserError(
-                f"config.data.sequence_length={self.length} leaves no room for two texts between "
+                f"--config.data.sequence_length={self.length} leaves no room for two texts between "
                 "[cls] and [sep]: use at least 5"
             )
 

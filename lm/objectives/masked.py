@@ -56,7 +56,7 @@ class Masked:
     def __post_init__(self) -> None:
         if self.window_length < 2:
             raise UserError(
-                f"config.data.sequence_length={self.length} leaves no room for text between "
+                f"--config.data.sequence_length={self.length} leaves no room for text between "
                 "[CLS] and [SEP]: use at least 5"
             )
 

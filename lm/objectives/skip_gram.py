@@ -46,7 +46,7 @@ class SkipGram:
     def __post_init__(self) -> None:
         if self.tokenizer is not None and not self._counts.any():
             raise UserError(
-                "config.objective.name=skip_gram needs to know how frequent words are: use "
+                "--config.objective.name=skip_gram needs to know how frequent words are: use "
                 "--config.data.tokenizer=words, or a list of words with their counts"
             )
 

@@ -46,7 +46,7 @@ def raw_length(source_length: int, density: float, mean_span: float) -> tuple[in
     n_raw = max(source_length - 1, 2)
     if lengths(n_raw)[0] > source_length:
         raise UserError(
-            f"config.data.sequence_length={source_length} is too short for span corruption: "
+            f"--config.data.sequence_length={source_length} is too short for span corruption: "
             "use at least 3"
         )
     while lengths(n_raw + 1)[0] <= source_length:
@@ -168,8 +168,8 @@ class SpanCorruption:
         if len(known) < n_spans:
             raise UserError(
                 f"the {tokenizer.kind} vocabulary has <extra_id_0> but not all of the {n_spans} "
-                "that span corruption needs: use a smaller config.data.sequence_length or a "
-                "larger config.objective.mean_span"
+                "that span corruption needs: use a smaller --config.data.sequence_length or a "
+                "larger --config.objective.mean_span"
             )
         return np.asarray(known, np.int32)
 

@@ -64,7 +64,7 @@ class SpanQa:
     def __post_init__(self) -> None:
         if self.length < 5:
             raise UserError(
-                f"config.data.sequence_length={self.length} leaves no room for question and "
+                f"--config.data.sequence_length={self.length} leaves no room for question and "
                 "context: use at least 5"
             )
 

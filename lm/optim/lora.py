@@ -35,10 +35,10 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     for pattern in compile_patterns("lora.targets", options.targets):
         found = {path: box for path, box in kernels.items() if pattern.search(path)}
         if not found:
-            raise UserError(f"config.lora.targets: {pattern.pattern!r} matches no kernel")
+            raise UserError(f"--config.lora.targets: {pattern.pattern!r} matches no kernel")
         targets |= found
     if not targets:
-        raise UserError("config.lora.targets is empty: name kernels, such as attention/query")
+        raise UserError("--config.lora.targets is empty: name kernels, such as attention/query")
     adapters = {}
     for key, (path, box) in zip(
         jax.random.split(rng, len(targets)), sorted(targets.items()), strict=True

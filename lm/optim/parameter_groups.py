@@ -48,7 +48,7 @@ def compile_patterns(key: str, text: str) -> list[re.Pattern]:
         try:
             found.append(re.compile(part))
         except re.error as error:
-            raise UserError(f"config.{key}: {part!r} is no regular expression: {error}") from None
+            raise UserError(f"--config.{key}: {part!r} is no regular expression: {error}") from None
     return found
 
 
@@ -68,7 +68,7 @@ class TrainableMask:
         """
         groups = self.groups(params)
         if not any(group.any() for group in groups.values()):
-            raise UserError("config.optimizer.freeze leaves no parameter to train")
+            raise UserError("--config.optimizer.freeze leaves no parameter to train")
         trained: dict[str, Any] = {}
         frozen: dict[str, Any] = {}
         for path, leaf in flat(params).items():
@@ -112,7 +112,7 @@ def matching(
         hits = {path: _hits(pattern, path, leaf) for path, leaf in leaves.items()}
         if strict and not any(group.any() for group in hits.values()):
             raise UserError(
-                f"config.{key}: {pattern.pattern!r} matches no parameter; `lm params` lists them"
+                f"--config.{key}: {pattern.pattern!r} matches no parameter; `lm params` lists them"
             )
         groups = {path: groups[path] | group for path, group in hits.items()}
     return groups

@@ -20,7 +20,7 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
         return Schedule(1, 1, 1)
     if model.family not in TRANSFORMERS:
         raise UserError(
-            f"config.parallel.mesh.stage={stages} needs config.model.family "
+            f"--config.parallel.mesh.stage={stages} needs --config.model.family "
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
     every = model.experts_every if model.n_experts else 1
@@ -29,15 +29,16 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
     for name in stacks:
         if model[name] % groups:
             raise UserError(
-                f"config.model.{name}={model[name]} is not divisible by {groups} "
-                f"({stages} parallel.mesh.stage × {options.repeats} parallel.pipeline.repeats"
-                + (f" × {every} model.experts_every)" if every > 1 else ")")
+                f"--config.model.{name}={model[name]} is not divisible by {groups} "
+                f"({stages} --config.parallel.mesh.stage × "
+                f"{options.repeats} --config.parallel.pipeline.repeats"
+                + (f" × {every} --config.model.experts_every)" if every > 1 else ")")
             )
     microbatches = options.microbatches or stages
     if microbatches % stages:
         raise UserError(
-            f"config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
-            f"config.parallel.mesh.stage={stages}"
+            f"--config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
+            f"--config.parallel.mesh.stage={stages}"
         )
     return Schedule(stages, microbatches, options.repeats)
 
@@ -49,10 +50,12 @@ def check_batches(config: ConfigDict, sizes: Mapping[str, int], schedule: Schedu
     for name, accumulated in (("data", config.train.microbatches), ("eval", 1)):
         parts = shards * accumulated * in_pipeline
         factors = [f"{shards} data-parallel devices"]
-        factors += [f"{accumulated} train.microbatches"] if accumulated > 1 else []
-        factors += [f"{in_pipeline} parallel.pipeline.microbatches"] if in_pipeline > 1 else []
+        factors += [f"{accumulated} --config.train.microbatches"] if accumulated > 1 else []
+        factors += (
+            [f"{in_pipeline} --config.parallel.pipeline.microbatches"] if in_pipeline > 1 else []
+        )
         if config[name].batch_size % parts:
             raise UserError(
-                f"config.{name}.batch_size={config[name].batch_size} is not divisible by {parts} "
+                f"--config.{name}.batch_size={config[name].batch_size} is not divisible by {parts} "
                 f"({' × '.join(factors)})"
             )

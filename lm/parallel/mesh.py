@@ -29,7 +29,7 @@ def axis_sizes(preset: str, sizes: Mapping[str, int], n_devices: int) -> dict[st
     if prod(resolved.values()) != n_devices:
         shown = ", ".join(f"{axis}={size}" for axis, size in asked.items() if size != 1)
         raise UserError(
-            f"config.parallel.mesh ({shown or 'one device'}) does not divide {n_devices} devices"
+            f"--config.parallel.mesh ({shown or 'one device'}) does not divide {n_devices} devices"
         )
     return resolved
 
@@ -56,7 +56,7 @@ def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Dev
     islands = by_slice if is_tpu or len(by_slice) > 1 else by_host
     if is_tpu and len(islands) != n:
         raise UserError(
-            f"config.parallel.mesh.slice={n}, but the devices are {len(islands)} TPU slice(s): "
+            f"--config.parallel.mesh.slice={n}, but the devices are {len(islands)} TPU slice(s): "
             f"set it to {len(islands)}"
         )
     if len(islands) == 1:
@@ -64,7 +64,7 @@ def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Dev
     sizes = {len(island) for island in islands}
     if n > 1 and (len(islands) % n or len(sizes) > 1):
         raise UserError(
-            f"config.parallel.mesh.slice={n} does not divide {len(islands)} hosts or slices of "
+            f"--config.parallel.mesh.slice={n} does not divide {len(islands)} hosts or slices of "
             f"{' or '.join(map(str, sorted(sizes)))} devices"
         )
     in_order = [device for island in islands for device in island]

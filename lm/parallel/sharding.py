@@ -130,8 +130,8 @@ def _fit(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | No
     if name in MAY_STAY_WHOLE:
         return None
     raise UserError(
-        f"config.{CONFIG_KEYS.get(name, name)}={size} is not divisible by "
-        f"{n} ({', '.join(f'parallel.mesh.{axis}' for axis in axes)})"
+        f"--config.{CONFIG_KEYS.get(name, name)}={size} is not divisible by "
+        f"{n} ({', '.join(f'--config.parallel.mesh.{axis}' for axis in axes)})"
     )
 
 

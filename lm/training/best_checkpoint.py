@@ -38,7 +38,7 @@ class BestCheckpoint:
             return
         if self._name not in figures:
             known = ", ".join(figures)
-            raise UserError(f"config.eval.best={self._name} is none of the figures: {known}")
+            raise UserError(f"--config.eval.best={self._name} is none of the figures: {known}")
         value = self._sign * figures[self._name]
         # Orbax saves nothing at a step up to its newest; a restart repeats such steps.
         is_new = step > (self._checkpoints.latest_step or 0)

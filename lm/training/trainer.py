@@ -39,14 +39,14 @@ def train(config: ConfigDict, workdir: Path) -> bool:
         n_extra_ids = make_objective(config, dataset.tokenizer).n_extra_ids
         if dataset.tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
             raise UserError(
-                f"config.model.vocab_size={config.model.vocab_size} is smaller than the "
+                f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
                 f"tokenizer's {dataset.tokenizer.vocab_size} and {n_extra_ids} of "
-                f"config.objective.name={config.objective.name}"
+                f"--config.objective.name={config.objective.name}"
             )
         if config.eval.best and not dataset.validation:
             raise UserError(
-                f"config.eval.best={config.eval.best} needs validation data: set "
-                "config.data.validation_source or config.data.validation_fraction"
+                f"--config.eval.best={config.eval.best} needs validation data: set "
+                "--config.data.validation_source or --config.data.validation_fraction"
             )
         metadata = workdirs.prepare(workdir, config, dataset, write=is_lead())
         report(describe(experiment))

@@ -73,7 +73,8 @@ def _with_vectors(
     width = vectors.vectors.shape[1]
     if width != config.model.d_model:
         raise UserError(
-            f"{config.init.vectors} has vectors of {width} numbers: set config.model.d_model to it"
+            f"{config.init.vectors} has vectors of {width} numbers: "
+            f"set --config.model.d_model={width}"
         )
     words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
     rows, std = config.model.vocab_size, config.model.init_std
@@ -108,16 +109,16 @@ def map_parameters(
     problems = [
         f"{len(paths)} {what}: {', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}"
         for what, paths in (
-            ("of this model are not there (allow it by config.init.fresh)", missing),
-            ("have another shape there (leave them out by config.init.fresh)", unlike),
-            ("there have no place here (allow it by config.init.leave)", unused),
+            ("of this model are not there (allow it by --config.init.fresh)", missing),
+            ("have another shape there (leave them out by --config.init.fresh)", unlike),
+            ("there have no place here (allow it by --config.init.leave)", unused),
         )
         if paths
     ]
     if problems:
         raise UserError(
-            f"parameters of config.init.from={options['from']}: {'; '.join(problems)}; "
-            "config.init.rename maps names"
+            f"parameters of --config.init.from={options['from']}: {'; '.join(problems)}; "
+            "--config.init.rename maps names"
         )
     return ParamMapping(loaded, [path for path in params if path not in loaded], left)
 
@@ -132,18 +133,18 @@ def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
     for rule in filter(None, (part.strip() for part in text.split(","))):
         pattern, arrow, replacement = rule.partition("=>")
         if not arrow:
-            raise UserError(f"config.init.rename: {rule!r} is not PATTERN=>NAME")
+            raise UserError(f"--config.init.rename: {rule!r} is not PATTERN=>NAME")
         try:
             after = {name: re.sub(pattern, replacement, path) for name, path in new.items()}
         except re.error as error:
-            raise UserError(f"config.init.rename: {rule!r}: {error}") from None
+            raise UserError(f"--config.init.rename: {rule!r}: {error}") from None
         if after == new:
-            raise UserError(f"config.init.rename: {rule!r} changes no name")
+            raise UserError(f"--config.init.rename: {rule!r} changes no name")
         new = after
     names = {path: name for name, path in new.items()}
     if len(names) < len(new):
         twice = next(path for name, path in new.items() if names[path] != name)
-        raise UserError(f"config.init.rename gives two parameters the name {twice}")
+        raise UserError(f"--config.init.rename gives two parameters the name {twice}")
     return names
 
 
@@ -156,8 +157,8 @@ def _check_tokenizer(
     # An imported model may have come without one.
     if tables and theirs and theirs != digest:
         raise UserError(
-            f"the tokenizer is not that of config.init.from={experiment.config.init['from']}, so "
-            f"{', '.join(tables)} would mix up tokens: use its tokenizer, or config.init.fresh"
+            f"the tokenizer is not that of --config.init.from={experiment.config.init['from']}, so "
+            f"{', '.join(tables)} would mix up tokens: use its tokenizer, or --config.init.fresh"
         )
 
 

@@ -40,7 +40,7 @@ def watchdog(seconds: float, end: Callable[[int], None] = os._exit) -> Iterator[
             if silent > seconds:
                 print(
                     f"error: nothing happened for {seconds:g} s since {last}: a peer or a device "
-                    "does not answer (config.train.stall_seconds); saved checkpoints are intact, "
+                    "does not answer (--config.train.stall_seconds); saved checkpoints are intact, "
                     "the same command continues",
                     file=sys.stderr,
                     flush=True,

@@ -151,42 +151,42 @@ def test_overrides_win_over_the_file(experiment):
 )
 def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
     message = error_of(configs.load, experiment, {wrong: "1"})
-    assert f"unknown config key {wrong}" in message
+    assert f"unknown key --config.{wrong}" in message
     if right is None:
         assert "did you mean" not in message
     else:
-        assert f"did you mean {right}?" in message
+        assert f"did you mean --config.{right}?" in message
 
 
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("model", "gpt", "config.model is a section, not a key"),
-        ("parallel.mesh", "2", "config.parallel.mesh is a section, not a key"),
-        ("train.steps", "2.5", "config.train.steps=2.5: expected an integer"),
-        ("train.steps", "", "config.train.steps=: expected an integer"),
+        ("model", "gpt", "--config.model is a section, not a key"),
+        ("parallel.mesh", "2", "--config.parallel.mesh is a section, not a key"),
+        ("train.steps", "2.5", "--config.train.steps=2.5: expected an integer"),
+        ("train.steps", "", "--config.train.steps=: expected an integer"),
         ("optimizer.learning_rate", "fast", "expected a number"),
         ("optimizer.learning_rate", "nan", "expected a finite number"),
         ("optimizer.learning_rate", "inf", "expected a finite number"),
-        ("optimizer.learning_rate", "-1", "config.optimizer.learning_rate=-1.0 is below 0"),
-        ("model.bias", "maybe", "config.model.bias=maybe: expected true or false"),
-        ("data.weights", "1,x", "config.data.weights=1,x: expected numbers separated by commas"),
+        ("optimizer.learning_rate", "-1", "--config.optimizer.learning_rate=-1.0 is below 0"),
+        ("model.bias", "maybe", "--config.model.bias=maybe: expected true or false"),
+        ("data.weights", "1,x", "--config.data.weights=1,x: expected numbers separated by commas"),
         ("model.norm", "rms", "expected one of layernorm, rmsnorm"),
         ("model.norm", "rmsnrom", "did you mean rmsnorm?"),
-        ("seed", "-1", "config.seed=-1 is below 0"),
-        ("seed", "4294967296", "config.seed=4294967296 is above 2147483647"),
-        ("model.dropout", "1", "config.model.dropout=1.0 is above 0.99"),
-        ("parallel.pipeline.repeats", "0", "config.parallel.pipeline.repeats=0 is below 1"),
-        ("objective.mask_rate", "0", "config.objective.mask_rate=0.0 is below 0.001"),
-        ("objective.noise_density", "1", "config.objective.noise_density=1.0 is above 0.9"),
+        ("seed", "-1", "--config.seed=-1 is below 0"),
+        ("seed", "4294967296", "--config.seed=4294967296 is above 2147483647"),
+        ("model.dropout", "1", "--config.model.dropout=1.0 is above 0.99"),
+        ("parallel.pipeline.repeats", "0", "--config.parallel.pipeline.repeats=0 is below 1"),
+        ("objective.mask_rate", "0", "--config.objective.mask_rate=0.0 is below 0.001"),
+        ("objective.noise_density", "1", "--config.objective.noise_density=1.0 is above 0.9"),
         ("objective.name", "mlm", "expected one of causal, prefix, masked"),
         ("model.family", "encoder-decoder", "did you mean encoder_decoder?"),
-        ("optimizer.layer_decay", "1.5", "config.optimizer.layer_decay=1.5 is above 1"),
-        ("lora.rank", "-1", "config.lora.rank=-1 is below 0"),
-        ("decode.beam_size", "0", "config.decode.beam_size=0 is below 1"),
-        ("decode.repetition_penalty", "0", "config.decode.repetition_penalty=0.0 is below 0.01"),
-        ("init.average", "0", "config.init.average=0 is below 1"),
-        ("init", "run", "config.init is a section, not a key"),
+        ("optimizer.layer_decay", "1.5", "--config.optimizer.layer_decay=1.5 is above 1"),
+        ("lora.rank", "-1", "--config.lora.rank=-1 is below 0"),
+        ("decode.beam_size", "0", "--config.decode.beam_size=0 is below 1"),
+        ("decode.repetition_penalty", "0", "--config.decode.repetition_penalty=0.0 is below 0.01"),
+        ("init.average", "0", "--config.init.average=0 is below 1"),
+        ("init", "run", "--config.init is a section, not a key"),
     ],
 )
 def test_a_wrong_value_is_one_message(experiment, path, text, expected):
@@ -212,12 +212,12 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
         (
             "from lm.config import default\ndef get_config():\n    c = default()\n"
             "    c.model.n_layer = 2\n    return c\n",
-            r"unknown config key model\.n_layer; did you mean model\.n_layers\?",
+            r"unknown key --config\.model\.n_layer; did you mean --config\.model\.n_layers\?",
         ),
         (
             "from lm.config import default\ndef get_config():\n    c = default()\n"
             "    del c.model.n_layers\n    return c\n",
-            r"config\.model\.n_layers is missing",
+            r"--config\.model\.n_layers is missing",
         ),
         (
             "from lm.config import choose\ndef get_config():\n"
@@ -251,7 +251,10 @@ def test_differences_name_what_changes_the_run():
     new.optimizer.learning_rate = 0.5
     new.model.norm = "rmsnorm"
     found = configs.differences(old, new)
-    assert found == ["model.norm: layernorm → rmsnorm", "optimizer.learning_rate: 0.001 → 0.5"]
+    assert found == [
+        "--config.model.norm: layernorm → rmsnorm",
+        "--config.optimizer.learning_rate: 0.001 → 0.5",
+    ]
 
 
 def test_differences_leave_out_free_keys():
@@ -275,7 +278,10 @@ def test_differences_of_a_saved_configuration():
     """JSON turns tuples into lists, and another version of the code has other keys."""
     saved = {"data": {"weights": [1.0, 2.0]}, "gone": 3}
     now = ConfigDict({"data": {"weights": (1.0, 2.0)}, "fresh": 4})
-    assert configs.differences(saved, now) == ["fresh: (none) → 4", "gone: 3 → (none)"]
+    assert configs.differences(saved, now) == [
+        "--config.fresh: (none) → 4",
+        "--config.gone: 3 → (none)",
+    ]
 
 
 # --- nothing but UserError

@@ -34,7 +34,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
                 validate(config)
             else:
                 message = error_of(config)
-                assert f"objective.name={objective} needs config.model.family" in message
+                assert f"objective.name={objective} needs --config.model.family" in message
                 assert all(other in message for other in families)
 
 
@@ -43,55 +43,67 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
     [
         (
             {"schedule.name": "inverse", "schedule.final_ratio": "0"},
-            "config.schedule.name=inverse never reaches 0",
+            "--config.schedule.name=inverse never reaches 0",
         ),
-        ({"model.d_model": "17"}, "config.model.d_model=17 is not divisible by config.model.n_he"),
-        ({"model.n_heads": "4", "model.n_kv_heads": "3"}, "not divisible by config.model.n_kv_hea"),
+        (
+            {"model.d_model": "17"},
+            "--config.model.d_model=17 is not divisible by --config.model.n_he",
+        ),
+        (
+            {"model.n_heads": "4", "model.n_kv_heads": "3"},
+            "not divisible by --config.model.n_kv_hea",
+        ),
         ({"model.positions": "rotary", "model.head_dim": "3"}, "needs an even head dimension"),
         ({"model.positions": "rotary", "model.d_model": "6"}, "needs an even head dimension"),
         (
             {"model.positions": "sinusoidal", "model.d_model": "15", "model.n_heads": "5"},
-            "needs an even config.model.d_model",
+            "needs an even --config.model.d_model",
         ),
-        ({"model.max_length": "7"}, "config.data.sequence_length=8 is longer than config.model.ma"),
+        (
+            {"model.max_length": "7"},
+            "--config.data.sequence_length=8 is longer than --config.model.ma",
+        ),
         (
             {"model.max_length": "8", "data.target_length": "9"},
-            "config.data.target_length=9 is longer than config.model.max_length=8",
+            "--config.data.target_length=9 is longer than --config.model.max_length=8",
         ),
-        ({"model.family": "encoder"}, "config.objective.name=causal needs config.model.family"),
-        ({"model.init": "uniform"}, "config.model.init=uniform is not for config.model.family=dec"),
+        ({"model.family": "encoder"}, "--config.objective.name=causal needs --config.model.family"),
+        (
+            {"model.init": "uniform"},
+            "--config.model.init=uniform is not for --config.model.family=dec",
+        ),
         (
             {"model.family": "lstm", "model.init": "uniform", "model.init_truncated": "true"},
-            "config.model.init=uniform has nothing to cut: config.model.init_truncated",
+            "--config.model.init=uniform has nothing to cut: --config.model.init_truncated",
         ),
         (
             {"model.family": "lstm", "model.pooling": "mean"},
-            "config.model.pooling=mean is not for config.model.family=lstm",
+            "--config.model.pooling=mean is not for --config.model.family=lstm",
         ),
         (
             {"model.positions": "relative", "model.relative_max_distance": "16"},
-            "relative_max_distance=16 must be above half of config.model.relative_buckets=32",
+            "relative_max_distance=16 must be above half of --config.model.relative_buckets=32",
         ),
-        ({"model.carry": "true"}, "config.model.carry needs config.data.order=contiguous and"),
+        ({"model.carry": "true"}, "--config.model.carry needs --config.data.order=contiguous and"),
         (
             {"model.carry": "true", "data.order": "contiguous"},
-            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+            "--config.model.carry needs --config.data.order=contiguous",
         ),
         (
             {"model.carry": "true", "model.family": "lstm"},
-            "config.model.carry needs config.data.order=contiguous and config.model.family=lstm",
+            "--config.model.carry needs --config.data.order=contiguous",
         ),
         (
             {"data.order": "contiguous", "data.source": "stdlib,text:x"},
-            "config.data.order=contiguous reads a single source",
+            "--config.data.order=contiguous reads a single source",
         ),
         (
             {"data.order": "contiguous", "objective.name": "prefix"},
-            "config.data.order=contiguous needs config.objective.name=causal",
+            "--config.data.order=contiguous needs --config.objective.name=causal",
         ),
         (
             {"model.bidirectional": "true", "model.family": "lstm"},
-            "config.model.bidirectional lets a causal model see what it predicts",
+            "--config.model.bidirectional lets a causal model see what it predicts",
         ),
         (
             {
@@ -100,55 +112,58 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
                 "objective.name": "seq2seq",
                 "model.d_hidden": "5",
             },
-            "config.model.bidirectional needs an even config.model.d_hidden",
+            "--config.model.bidirectional needs an even --config.model.d_hidden",
         ),
         (
             {"model.attention": "tiled", "objective.name": "prefix"},
-            "config.model.attention=tiled cannot be used with config.model.family=decoder and conf",
+            "--config.model.attention=tiled cannot be used with --config.model.family=decoder and ",
         ),
         (
             {"model.attention": "tiled", "objective.name": "masked", "model.family": "encoder"},
-            "config.model.attention=tiled cannot be used with config.model.family=encoder",
+            "--config.model.attention=tiled cannot be used with --config.model.family=encoder",
         ),
         (
             {"model.attention": "tiled", "model.attention_dropout": "0.1"},
-            "tiled cannot be used with config.model.attention_dropout=0.1: use auto or xla",
+            "tiled cannot be used with --config.model.attention_dropout=0.1: use auto or xla",
         ),
         (
             {"model.attention": "tiled", "model.positions": "relative"},
-            "tiled cannot be used with config.model.positions=relative",
+            "tiled cannot be used with --config.model.positions=relative",
         ),
         (
             {"model.attention": "tiled", "model.attention_scale": "1"},
-            "tiled cannot be used with config.model.attention_scale=1.0",
+            "tiled cannot be used with --config.model.attention_scale=1.0",
         ),
         (
             {"model.window": "8", "model.family": "encoder", "objective.name": "masked"},
-            "config.model.window=8 is not for config.model.family=encoder",
+            "--config.model.window=8 is not for --config.model.family=encoder",
         ),
-        ({"model.global_every": "2"}, "config.model.global_every=2 needs config.model.window"),
+        ({"model.global_every": "2"}, "--config.model.global_every=2 needs --config.model.window"),
         (
             {"init.from": "run", "init.vectors": "glove.txt"},
-            "config.init.from and config.init.vectors exclude each other",
+            "--config.init.from and --config.init.vectors exclude each other",
         ),
         (
             {"model.n_experts": "1"},
-            "config.model.experts_per_token=2 is above config.model.n_experts=1",
+            "--config.model.experts_per_token=2 is above --config.model.n_experts=1",
         ),
         (
             {"model.n_experts": "4", "model.experts_every": "3"},
-            "config.model.n_layers=2 is not divisible by config.model.experts_every=3",
+            "--config.model.n_layers=2 is not divisible by --config.model.experts_every=3",
         ),
         (
             {"model.n_experts": "4", "model.activation_dropout": "0.1"},
-            "config.model.activation_dropout is not for config.model.n_experts",
+            "--config.model.activation_dropout is not for --config.model.n_experts",
         ),
         (
             {"model.n_experts": "4", "model.family": "lstm"},
-            "config.model.n_experts is not for config.model.family=lstm",
+            "--config.model.n_experts is not for --config.model.family=lstm",
         ),
-        ({"train.microbatches": "3"}, "config.data.batch_size=8 is not divisible by config.train."),
-        ({"data.weights": "1,2"}, "config.data.weights has 2 numbers for 1 corpora"),
+        (
+            {"train.microbatches": "3"},
+            "--config.data.batch_size=8 is not divisible by --config.train.",
+        ),
+        ({"data.weights": "1,2"}, "--config.data.weights has 2 numbers for 1 corpora"),
         ({"data.weights": "0"}, "every weight must be above 0"),
         ({"data.weights": "nan"}, "every weight must be above 0"),
         ({"parallel.mesh.fsdp": "-1"}, "at most one of them is -1"),

@@ -97,7 +97,7 @@ def test_a_tokenizer_is_fitted_to_the_texts_of_records(records):
 def test_a_split_that_is_not_named_is_said(records):
     data, tokenizer = records(), open_tokenizer(records())
     for split in ("validation", "test"):
-        with pytest.raises(UserError, match=f"no {split} data; set config.data.{split}_source"):
+        with pytest.raises(UserError, match=f"no {split} data; set --config.data.{split}_source"):
             open_split(data, split, tokenizer, records=True)
     data = records(test_source="tsv:b.tsv")
     (store,) = open_split(data, "test", tokenizer, records=True)

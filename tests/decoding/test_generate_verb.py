@@ -70,4 +70,6 @@ def test_misuse_is_one_line(run, tmp_path):
     assert "does not go with --prompt" in run(*files, "--prompt", "x")
     assert "--n_best needs --json" in run(*files, "--n_best", 2)
     assert "--n_best 2 needs --config.decode.beam_size=2" in run("--json", "--n_best", 2)
-    assert "min_length=5 is above config.decode.max_length=4" in run("--config.decode.min_length=5")
+    assert "min_length=5 is above --config.decode.max_length=4" in run(
+        "--config.decode.min_length=5"
+    )

@@ -171,7 +171,7 @@ def test_a_model_learns_to_reverse(write, train, lm, tmp_path, family):
     assert [f"{row['source']}\t{row['target']}" for row in found] == lines[:40]
 
     error = lm("eval", "--task")
-    assert error == "the configuration has no validation data; set config.data.validation_source"
+    assert error == "the configuration has no validation data; set --config.data.validation_source"
     write("test.tsv", ["a b"])
     (tmp_path / "test.tsv").write_text("a b\n")
     error = lm("eval", "--task", "--split", "test", "--config.data.columns=source=0")
@@ -233,6 +233,6 @@ def test_a_run_without_a_task_is_said(write, train, lm):
         }
     )
     error = lm("eval", "--task")
-    assert error == "config.objective.name=causal has no task: lm eval without --task"
+    assert error == "--config.objective.name=causal has no task: lm eval without --task"
     error = lm("eval", "--split", "test")
-    assert error == "the configuration has no test data; set config.data.test_source"
+    assert error == "the configuration has no test data; set --config.data.test_source"

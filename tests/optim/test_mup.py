@@ -133,9 +133,9 @@ def test_activations_keep_their_scale_over_widths_and_grow_in_the_plain_model():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer.name": "sgd"}, "needs config.optimizer.name adamw or muon, not sgd"),
-        ({"model.family": "lstm"}, "mup_base_width is not for config.model.family=lstm"),
-        ({"model.mup_base_width": "0"}, "mup_base_head_dim=8 needs config.model.mup_base_width"),
+        ({"optimizer.name": "sgd"}, "needs --config.optimizer.name adamw or muon, not sgd"),
+        ({"model.family": "lstm"}, "mup_base_width is not for --config.model.family=lstm"),
+        ({"model.mup_base_width": "0"}, "mup_base_head_dim=8 needs --config.model.mup_base_width"),
     ],
 )
 def test_what_it_is_not_for_is_refused(values, message):

@@ -144,11 +144,11 @@ def _ending(end, shapes=SHAPES):
 @pytest.mark.parametrize(
     ("trainable", "words"),
     [
-        (TrainableMask("head,tokenz"), "config.optimizer.freeze: 'tokenz' matches no parameter"),
-        (TrainableMask("layers/3/"), "config.optimizer.freeze: 'layers/3/' matches no parameter"),
-        (TrainableMask("head,(tokens"), r"config.optimizer.freeze: '\(tokens' is no regular"),
+        (TrainableMask("head,tokenz"), "--config.optimizer.freeze: 'tokenz' matches no parameter"),
+        (TrainableMask("layers/3/"), "--config.optimizer.freeze: 'layers/3/' matches no parameter"),
+        (TrainableMask("head,(tokens"), r"--config.optimizer.freeze: '\(tokens' is no regular"),
         (TrainableMask("."), "leaves no parameter to train"),
-        (TrainableMask("", "headd"), "config.lora.train: 'headd' matches no parameter"),
+        (TrainableMask("", "headd"), "--config.lora.train: 'headd' matches no parameter"),
     ],
 )
 def test_what_is_refused(trainable, words):

@@ -164,7 +164,9 @@ def test_experts_on_every_device_need_no_exchange(build_on):
 
 
 def test_meshes_that_do_not_fit_are_errors(build_on):
-    with pytest.raises(UserError, match=r"config.model.n_experts=4 is not divisible by 8 .*expert"):
+    with pytest.raises(
+        UserError, match=r"--config.model.n_experts=4 is not divisible by 8 .*expert"
+    ):
         build_on("mixtral", {"expert": 8})
     with pytest.raises(UserError, match=r"batch_size=12 is not divisible by 8 \(8 data-parallel"):
         build_on("mixtral", {"data": 2, "expert": 4}, **{"data.batch_size": 12})

@@ -204,5 +204,5 @@ def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, override
 
 
 def test_only_transformers_have_stages(experiment_on):
-    with pytest.raises(UserError, match=r"stage=2 needs config.model.family decoder or encoder"):
+    with pytest.raises(UserError, match=r"stage=2 needs --config.model.family decoder or encoder"):
         experiment_on("causal lstm", {"stage": 2}, {})

@@ -81,7 +81,7 @@ def test_without_a_figure_nothing_is_kept(offer):
 
 
 def test_an_unknown_figure_names_those_there_are(offer):
-    with pytest.raises(UserError, match=r"config.eval.best=acuracy is none .*: loss, accuracy"):
+    with pytest.raises(UserError, match=r"--config.eval.best=acuracy is none .*: loss, accuracy"):
         offer("-acuracy", {2: {"loss": 1.0, "accuracy": 0.0}})
 
 
@@ -97,10 +97,10 @@ def test_there_must_be_something_to_compare(tiny_config, tmp_path):
     config = tiny_config(
         eval__best="-loss", data__validation_source="", data__validation_fraction=0.0
     )
-    with pytest.raises(UserError, match=r"config.eval.best=-loss needs validation data"):
+    with pytest.raises(UserError, match=r"--config.eval.best=-loss needs validation data"):
         train(config, tmp_path / "run")
     for key in ("max_batches", "final_batches"):
-        with pytest.raises(UserError, match=rf"config.eval.{key}=2 must be 0"):
+        with pytest.raises(UserError, match=rf"--config.eval.{key}=2 must be 0"):
             train(tiny_config(eval__best="-loss", **{f"eval__{key}": 2}), tmp_path / "run")
 
 

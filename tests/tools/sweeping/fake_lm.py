@@ -29,7 +29,7 @@ kept = [s for s in metrics.read_text().splitlines(True) if s.endswith("\n")] if 
 kept = [line for line in kept if json.loads(line)["step"] <= first]
 metrics.write_text("".join(kept))
 if seed == 15:
-    print("error: config.seed=15: an unlucky number", file=sys.stderr)
+    print("error: --config.seed=15: an unlucky number", file=sys.stderr)
     sys.exit(2)
 
 

@@ -83,7 +83,7 @@ def test_failures_are_retried_and_then_reported_with_their_last_line(sweep_file,
     assert states["15"] == {("failed", 1)}  # a user's error would only be repeated
     printed = capfd.readouterr().err
     assert "ValueError: it broke" in printed
-    assert "error: config.seed=15: an unlucky number" in printed
+    assert "error: --config.seed=15: an unlucky number" in printed
 
 
 SWEEP_PROGRAM = """
@@ -165,7 +165,7 @@ def test_rungs_are_below_the_last_step():
         (
             "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
             f"    return Sweep('{EXPERIMENT}', {{'a': {{'model.dmodel': 3}}}})",
-            "run a: unknown config key model.dmodel",
+            "run a: unknown key --config.model.dmodel",
         ),
         (
             "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
