@@ -16,8 +16,8 @@ import jax
 from lm.config import default, set_value
 from lm.data.dataset import open_dataset
 from lm.experiment import build
+from lm.tools.reports.coordinate_check import WATCHED, activation_scales
 from lm.tools.reports.plotting import INK, save_png, shades, subplots
-from lm.tools.scaling.coordinates import WATCHED, activation_scales
 
 BASE, HEADS, RATE = 64, 4, 1e-2
 MODEL = {

@@ -25,8 +25,8 @@ def report(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
     """Fit a scaling law to runs: its optimum and forecast for a budget, with intervals."""
-    from lm.tools.scaling.run_table import read_csv, read_workdir
-    from lm.tools.scaling.study import enough_tokens, study, text
+    from lm.tools.reports.scaling_runs import read_csv, read_workdir
+    from lm.tools.reports.scaling_study import enough_tokens, study, text
 
     only_cpu(overrides)
     if bool(args.workdir) == bool(args.runs):

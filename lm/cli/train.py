@@ -22,8 +22,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def launch(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run a command as several processes on this host, and start them again when one dies."""
-    from lm.tools.launch.supervise import Policy
-    from lm.tools.launch.supervised_launch import launch
+    from lm.tools.launching.supervise import Policy, launch
 
     if overrides:
         raise UserError("lm launch: --config.… goes after --, with the command")
@@ -33,9 +32,9 @@ def launch(args: argparse.Namespace, overrides: Overrides) -> int:
 def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
     from lm.sweeps.sweep import Search, load
-    from lm.tools.sweeping.launchers import make
-    from lm.tools.sweeping.run_sweep import dry_run, locked, run_sweep
-    from lm.tools.sweeping.trials import Trials, run_search
+    from lm.tools.launching.launchers import make
+    from lm.tools.launching.run_sweep import dry_run, locked, run_sweep
+    from lm.tools.launching.trials import Trials, run_search
 
     folder, words = locate(args.workdir), tuple(args.command or ())
     if not isinstance(folder, Path):

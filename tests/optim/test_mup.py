@@ -11,7 +11,7 @@ from lm.config import default, load, set_value
 from lm.errors import UserError
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
-from lm.tools.scaling.coordinates import activation_scales
+from lm.tools.reports.coordinate_check import activation_scales
 
 TINY = {
     "model.n_layers": 2,

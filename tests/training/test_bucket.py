@@ -13,7 +13,7 @@ from emulated_bucket import emulated_bucket
 
 from lm.cli import main
 from lm.storage import copies, locate, open_folder, origin, push
-from lm.tools.launch.supervised_launch import newest_checkpoint
+from lm.tools.launching.supervise import newest_checkpoint
 
 
 def free_port() -> int:

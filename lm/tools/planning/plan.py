@@ -22,8 +22,13 @@ from lm.hardware import Chip, interconnect
 from lm.models.transformer_config import global_layers
 from lm.tools.planning.collectives import Collective, collectives
 from lm.tools.planning.hlo import Module, parse
-from lm.tools.planning.largest_arrays import largest_arrays
-from lm.tools.planning.program import OutOfMemory, Program, batch_shapes, compile_step
+from lm.tools.planning.program import (
+    OutOfMemory,
+    Program,
+    batch_shapes,
+    compile_step,
+    largest_arrays,
+)
 from lm.tools.planning.topologies import Topology
 from lm.tools.planning.work import attention_kernel, flops, memory_traffic
 

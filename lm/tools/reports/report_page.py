@@ -11,12 +11,11 @@ import numpy as np
 from lm import config as configs
 from lm.tools.reports import html
 from lm.tools.reports import run_plots as figures
+from lm.tools.reports.curves import incidents
+from lm.tools.reports.formatting import duration, short, shown
 from lm.tools.reports.html import Cell
-from lm.tools.reports.incidents import incidents
-from lm.tools.reports.numbers import duration, short, shown
 from lm.tools.reports.plotting import colors, save_png, svg
-from lm.tools.reports.run_records import Run, find_runs
-from lm.tools.reports.sweep_plots import best, final_metric, swept_keys
+from lm.tools.reports.run_records import Run, best, final_metric, find_runs, swept_keys
 
 SAMPLES = 6  # predictions shown of each split
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.tools.reports.downsampling import downsample, smooth
-from lm.tools.reports.numbers import shown
+from lm.tools.reports.curves import downsample, smooth
+from lm.tools.reports.formatting import shown
 from lm.tools.reports.plotting import (
     COLORS,
     WIDTH,
@@ -19,8 +19,7 @@ from lm.tools.reports.plotting import (
     time_axis,
     value_axis,
 )
-from lm.tools.reports.run_records import TRAIN_LOSS, VALIDATION_LOSS, Run
-from lm.tools.reports.sweep_plots import final_metric, lines_of
+from lm.tools.reports.run_records import TRAIN_LOSS, VALIDATION_LOSS, Run, final_metric, lines_of
 from lm.training.clock import PARTS
 
 Figures = dict[str, Any]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lm import config as configs
+from lm.accounting.flops import model_flops_per_token, tokens_per_row
+from lm.accounting.parameter_counts import count_parameters
 from lm.errors import UserError
-from lm.runs.workdir import RUN_FILE
-from lm.tools.reports.run_sizes import Size, size_of
+from lm.experiment import build
+from lm.runs.workdir import RUN_FILE, load_config
 
 VALIDATION_LOSS = "eval/validation/loss"
 TRAIN_LOSS = "loss"
@@ -148,3 +151,76 @@ def _evaluated(folder: Path, file: str) -> list[tuple[str, Path]]:
 def _head(file: Path, count: int) -> list[dict]:
     with file.open() as lines:
         return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+
+
+# The sizes do not depend on the mesh or kernel, which this machine may not have.
+SINGLE_DEVICE = {
+    "parallel.preset": "custom",
+    "model.attention": "xla",
+    **{
+        f"parallel.mesh.{axis}": "1"
+        for axis in ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+    },
+}
+
+
+class Size(NamedTuple):
+    """Parameters in all and without embeddings; tokens and model FLOPs of a step."""
+
+    parameters: int
+    non_embedding: int
+    tokens_per_step: int
+    flops_per_step: float
+
+
+def size_of(workdir: Path) -> Size:
+    """The size of the run in `workdir`, from its configuration alone; nothing is computed."""
+    experiment = build(load_config(workdir, SINGLE_DEVICE), jax.devices()[:1])
+    counts = count_parameters(experiment)
+    tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
+    flops = tokens * model_flops_per_token(experiment)
+    heads = counts["heads"]
+    return Size(counts["total"] + heads, counts["non_embedding"] + heads, tokens, flops)
+
+
+def swept_keys(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The keys that differ between runs; those that always change together are one group."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        values = [repr(run.config.get(key)) for run in runs]
+        pattern = tuple(values.index(value) for value in values)
+        if any(pattern):
+            groups.setdefault(pattern, []).append(key)
+    return [tuple(keys) for keys in groups.values()]
+
+
+def final_metric(runs: Sequence[Run]) -> str:
+    """What runs are compared by: validation loss if any has one, else the training loss."""
+    evaluated = any(VALIDATION_LOSS in run.curves for run in runs)
+    return VALIDATION_LOSS if evaluated else TRAIN_LOSS
+
+
+def best(runs: Sequence[Run]) -> Run | None:
+    """The run with the lowest final metric."""
+    metric = final_metric(runs)
+    scored = [(value, i) for i, run in enumerate(runs) if (value := run.final(metric)) is not None]
+    return runs[min(scored)[1]] if scored else None
+
+
+def lines_of(
+    runs: Sequence[Run], key: str, others: Sequence[str]
+) -> dict[tuple[Any, ...], list[Run]]:
+    """The runs that agree in all of `others`, by these values, each list in the order of `key`."""
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: _order(run.config.get(key))):
+        found.setdefault(tuple(_hashable(run.config.get(o)) for o in others), []).append(run)
+    return dict(sorted(found.items(), key=lambda item: [_order(value) for value in item[0]]))
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    return (not number, value if number else 0.0, str(value))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lm.tools.scaling.isoflop import bootstrap_exponents, power_law, profiles
-from lm.tools.scaling.run_table import Runs
+from lm.tools.reports.isoflop import bootstrap_exponents, power_law, profiles
+from lm.tools.reports.scaling_runs import Runs
 
 BUDGETS = (1e18, 3e18, 1e19)
 

@@ -11,9 +11,9 @@ from test_sweep import EXPERIMENT, FAKE, starts, table
 from lm.cli import main
 from lm.errors import UserError
 from lm.sweeps.sweep import load
-from lm.tools.sweeping.launchers import Local
-from lm.tools.sweeping.run_sweep import locked
-from lm.tools.sweeping.trials import Trials, run_search
+from lm.tools.launching.launchers import Local
+from lm.tools.launching.run_sweep import locked
+from lm.tools.launching.trials import Trials, run_search
 
 SEARCH = """
 from lm.sweeps.sweep import Search
@@ -47,7 +47,7 @@ def run(file: str | Path, folder: Path) -> int:
 PROGRAM = """
 import sys; sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_search import run
+from test_adaptive import run
 sys.exit(run({file!r}, Path({folder!r})))
 """
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from lm.errors import UserError
 from lm.sweeps.sweep import Run, Search, Sweep, make_runs, prepare
-from lm.tools.sweeping.launchers import Launcher
-from lm.tools.sweeping.progress import value_at
-from lm.tools.sweeping.run_sweep import conclude
-from lm.tools.sweeping.scheduler import DONE, Entry, Scheduler
-from lm.tools.sweeping.table import Table
+from lm.tools.launching.launchers import Launcher
+from lm.tools.launching.run_status import value_at
+from lm.tools.launching.run_sweep import conclude
+from lm.tools.launching.scheduler import DONE, Entry, Scheduler
+from lm.tools.launching.sweep_table import Table
 from lm.training.preemption import stop_requests
 
 

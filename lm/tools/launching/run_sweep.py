@@ -13,9 +13,9 @@ from pathlib import Path
 
 from lm.errors import UserError
 from lm.sweeps import sweep as sweeps
-from lm.tools.sweeping.launchers import Launcher
-from lm.tools.sweeping.scheduler import FAILED, Entry, Scheduler, run_halving
-from lm.tools.sweeping.table import Table, write_results
+from lm.tools.launching.launchers import Launcher
+from lm.tools.launching.scheduler import FAILED, Entry, Scheduler, run_halving
+from lm.tools.launching.sweep_table import Table, write_results
 from lm.training.preemption import EXIT_CODE, stop_requests
 
 LOCK_SECONDS = 10.0  # what a sweep that was killed had started is gone by then

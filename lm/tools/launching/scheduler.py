@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lm.storage import write_atomically
 from lm.sweeps.sweep import Halving, Run
-from lm.tools.launch.supervised_launch import newest_checkpoint
-from lm.tools.sweeping.launchers import KILL_SECONDS, Job, Launcher
-from lm.tools.sweeping.progress import last_words, value_at
+from lm.tools.launching.launchers import KILL_SECONDS, Job, Launcher
+from lm.tools.launching.run_status import last_words, value_at
+from lm.tools.launching.supervise import newest_checkpoint
 from lm.training.preemption import EXIT_CODE as RESUMABLE
 from lm.training.preemption import StopRequest
 

@@ -7,8 +7,8 @@ import pytest
 from runs import write_run
 
 from lm.cli import main
-from lm.tools.scaling.law import Law
-from lm.tools.scaling.run_table import read_workdir
+from lm.tools.reports.scaling_law import Law
+from lm.tools.reports.scaling_runs import read_workdir
 
 TRUTH = Law(E=1.5, A=300.0, B=900.0, alpha=0.35, beta=0.33)
 

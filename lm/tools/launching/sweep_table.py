@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from lm.storage import write_atomically
-from lm.tools.sweeping.progress import last_values
-from lm.tools.sweeping.scheduler import DONE, DROPPED, FAILED, RUNNING, Entry
+from lm.tools.launching.run_status import last_values
+from lm.tools.launching.scheduler import DONE, DROPPED, FAILED, RUNNING, Entry
 
 VALIDATION = "eval/validation/"
 

@@ -1,19 +1,85 @@
-"""Processes that live and die together."""
+"""`python -m lm.tools.launching.processes PARENT COMMAND …`: a command that dies with its parent.
+
+A launcher that is killed outright cannot stop what it started, and an orphan would go on writing
+into a folder that the next start believes its own. Linux kills the child instead; elsewhere this
+only runs the command. The parent must start it from its main thread, whose death is what counts.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
-from lm.tools.launch.parent_death import die_with_parent
-from lm.tools.launch.prefixed_output import TaggedOutput
 from lm.training.preemption import EXIT_CODE as RESUMABLE
 from lm.training.preemption import StopRequest
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def die_with_parent(command: Sequence[str]) -> list[str]:
+    """The command that runs `command` as a child that dies with the calling process."""
+    return [sys.executable, "-m", __name__, str(os.getpid()), *command]
+
+
+def main(parent: int, command: Sequence[str]) -> None:
+    """Replace this process by `command`, unless `parent` has died already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+    try:
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        sys.exit(f"error: cannot start {command[0]}: {error.strerror}")
+
+
+ERROR = re.compile(r"error:|([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception)\b")
+_write = threading.Lock()  # lines of several processes stay whole
+
+
+class TaggedOutput:
+    """Copies a pipe to a stream, every line with a tag, in a thread of its own.
+
+    A carriage return ends a line too, so that progress bars show.
+    """
+
+    def __init__(self, pipe: IO[bytes], stream: BinaryIO, tag: str):
+        self._pipe, self._stream, self._tag = pipe, stream, tag.encode()
+        self._last = self._error = ""
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        part = b""
+        while chunk := self._pipe.read1(65536):  # type: ignore[attr-defined]
+            *lines, part = re.split(rb"[\r\n]+", part + chunk)
+            self._pass_on(lines)
+        self._pass_on([part])
+
+    def _pass_on(self, lines: list[bytes]) -> None:
+        lines = [line for line in lines if line.strip()]
+        for line in lines:
+            self._last = line.decode(errors="replace").strip()
+            if ERROR.match(self._last):
+                self._error = self._last
+        if lines:
+            with _write:
+                self._stream.write(b"".join(self._tag + line + b"\n" for line in lines))
+                self._stream.flush()
+
+    def last_words(self) -> str:
+        """The last line that reports an error, else the last line; after the process has ended."""
+        self._thread.join(timeout=2)  # a grandchild may keep the pipe open
+        return (self._error or self._last)[:300]
+
 
 POLL_SECONDS = 0.02
 KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL, for those whose peer has died
@@ -115,3 +181,7 @@ def _end(members: Sequence[Member], seconds: float) -> None:
         except subprocess.TimeoutExpired:
             member.process.kill()  # stopped processes too
             member.process.wait()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -16,10 +16,10 @@ import pytest
 from lm.cli import main
 from lm.sweeps.sets import grid, named
 from lm.sweeps.sweep import Halving, Sweep, load
-from lm.tools.launch import supervised_launch as launch
-from lm.tools.sweeping import launchers
-from lm.tools.sweeping.launchers import Local, Slurm, SlurmJob, Tpu, share
-from lm.tools.sweeping.run_sweep import locked, run_sweep
+from lm.tools.launching import launchers
+from lm.tools.launching.launchers import Local, Slurm, SlurmJob, Tpu, share
+from lm.tools.launching.run_sweep import locked, run_sweep
+from lm.tools.launching.supervise import gpu_share
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_lm.py")))
 EXPERIMENT = "experiments/stdlib.py:tiny"
@@ -183,7 +183,7 @@ def test_a_wrong_sweep_file_is_one_line(tmp_path, capsys, body, expected):
 
 def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):
     from lm.errors import UserError
-    from lm.tools.sweeping import run_sweep as command
+    from lm.tools.launching import run_sweep as command
 
     monkeypatch.setattr(command, "LOCK_SECONDS", 0.0)
     run(sweep_file, tmp_path / "s", parallel=6)
@@ -213,7 +213,7 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     assert [share(range(8), i, 4) for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [share([0, 1], i, 3) for i in range(3)] == [[0], [1], [0]]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.gpu_share(3, 4, 8) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    assert gpu_share(3, 4, 8) == {"CUDA_VISIBLE_DEVICES": "6,7"}
 
 
 SCONTROL = """#!/bin/sh

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.tools.scaling.run_table import Runs
+from lm.tools.reports.scaling_runs import Runs
 
 SAME_BUDGET = 0.1  # FLOPs within so much of the middle's, as a logarithm, are one budget
 FEWEST_SIZES = 4

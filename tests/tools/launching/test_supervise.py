@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from lm.tools.launch.process_group import Outcome
-from lm.tools.launch.supervise import Policy, supervise
+from lm.tools.launching.processes import Outcome
+from lm.tools.launching.supervise import Policy, supervise
 
 QUICK = Policy(restarts=3, backoff=0.0)
 

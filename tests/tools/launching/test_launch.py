@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lm.cli import main
-from lm.tools.launch.supervised_launch import commands, gpu_share, newest_checkpoint
+from lm.tools.launching.supervise import commands, gpu_share, newest_checkpoint
 
 TRAIN = ["train", "--config", "x.py", "--workdir", "w", "--config.seed=1"]
 

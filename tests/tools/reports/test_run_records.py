@@ -7,11 +7,9 @@ import pytest
 from runs import write_run
 
 from lm.errors import UserError
-from lm.tools.reports.downsampling import POINTS, downsample, smooth, spikes
-from lm.tools.reports.incidents import incidents
+from lm.tools.reports.curves import POINTS, downsample, incidents, smooth, spikes
 from lm.tools.reports.run_plots import positions
-from lm.tools.reports.run_records import find_runs, read_run
-from lm.tools.reports.sweep_plots import lines_of, swept_keys
+from lm.tools.reports.run_records import find_runs, lines_of, read_run, swept_keys
 
 
 def test_positions_on_every_axis(tmp_path):

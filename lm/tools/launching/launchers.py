@@ -15,8 +15,8 @@ from typing import Protocol
 
 from lm.errors import UserError
 from lm.sweeps.sweep import Run
-from lm.tools.launch.parent_death import die_with_parent
-from lm.tools.launch.supervised_launch import gpu_share
+from lm.tools.launching.processes import die_with_parent
+from lm.tools.launching.supervise import gpu_share
 
 REPOSITORY = Path(__file__).parents[3]
 KILL_SECONDS = 60.0  # a run that is asked to stop saves its state first

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from lm.errors import UserError
-from lm.tools.scaling.run_table import Runs
+from lm.tools.reports.scaling_runs import Runs
 
 HUBER_DELTA = 1e-3
 

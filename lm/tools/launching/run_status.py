@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.tools.launch.prefixed_output import ERROR
+from lm.tools.launching.processes import ERROR
 
 TAIL = 65536
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.tools.launch import process_group as group
-from lm.tools.launch.process_group import run_group
+from lm.tools.launching import processes
+from lm.tools.launching.processes import run_group
 
 
 def python(program: str) -> list[str]:
@@ -56,14 +56,14 @@ def test_a_killed_process_is_named_by_its_signal(stop):
 
 
 def test_a_process_that_ignores_sigterm_or_is_stopped_is_killed(stop, monkeypatch):
-    monkeypatch.setattr(group, "KILL_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.3)
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {SLEEP}"
     stopped = "import os; os.kill(os.getpid(), 19)"
     assert run(stop, deaf, stopped, "import time; time.sleep(.5); 1/0").code == 1
 
 
 def test_a_process_that_never_leaves_is_a_failure(stop, monkeypatch):
-    monkeypatch.setattr(group, "LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.3)
     outcome = run(stop, "pass", SLEEP)
     assert outcome == (1, "process 1 still runs 0.3 s after process 0")
 
@@ -88,7 +88,7 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(tmp_path):
     note = tmp_path / "pid"
     stays = f"import os; open({str(note)!r}, 'w').write(str(os.getpid())); {SLEEP}"
     launcher = (
-        "import sys, subprocess, time; from lm.tools.launch.parent_death import die_with_parent;"
+        "import sys, subprocess, time; from lm.tools.launching.processes import die_with_parent;"
         f"subprocess.Popen(die_with_parent([sys.executable, '-c', {stays!r}])); time.sleep(60)"
     )
     process = subprocess.Popen(python(launcher))
