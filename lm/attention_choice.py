@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from lm.config.rules import TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
-from lm.kernels.blockwise_attention import n_tiles
+from lm.kernels.blockwise_attention import count_tiles
 from lm.kernels.splash_attention import LANES
 from lm.objectives.registry import make_objective
 
@@ -99,7 +99,7 @@ def _problems(
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
         if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
             yield f"{name}: {length} tokens, not a multiple of {parts}"
-        if kernel == "blockwise" and not n_tiles(length):
+        if kernel == "blockwise" and not count_tiles(length):
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
 
 

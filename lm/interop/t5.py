@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lm.interop.family import Family, Values, choose, word_for
 from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
-from lm.kernels.activations import GATED
+from lm.kernels.dense import GATED
 from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {

@@ -1,14 +1,14 @@
-"""The recurrence of an LSTM layer, given the part of its gates that needs no recurrence.
+"""The recurrence of an LSTM layer, given the input part of its gates.
 
     i, f, o = σ(·), g = tanh(·) of gates_t + h_{t-1} U
     c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)            (Zaremba et al. 2014, §3.1)
 
-The loop over time holds one product, with U forwards and with its transpose backwards. JAX's own
-backward pass would also add up the gradient of U in every turn; here it is a product after the
-loop, which makes a training step on a CPU 1.3 to 3 times as fast.
+Each iteration over time has one product, with U in the forward pass and its transpose in the
+backward pass. JAX's own backward pass would accumulate the gradient of U in every iteration; here
+it is one product after the loop, which makes a training step on a CPU 1.3 to 3 times as fast.
 
 Shape letters: B batch, L length, H hidden units, G = 4 H gates, in the order i, f, g, o. Inside,
-time comes first: the loop reads and writes contiguous memory.
+time is the first axis, so that the loop reads and writes contiguous memory.
 """
 
 from __future__ import annotations
@@ -22,41 +22,54 @@ import jax.numpy as jnp
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class State(NamedTuple):
-    """What an LSTM remembers, float32: [B, H], or after every token, [B, L, H]."""
+class LstmState(NamedTuple):
+    """LSTM state, float32: [B, H], or after every token [B, L, H]."""
 
     hidden: jax.Array
     cell: jax.Array
 
 
-ZERO: Any = State(0.0, 0.0)  # type: ignore[arg-type]
+ZERO_STATE: Any = LstmState(0.0, 0.0)  # type: ignore[arg-type]
 
 
-class Starts(NamedTuple):
-    """Where sequences start; the state that their first tokens meet, [B, L, H], or zero."""
+class SegmentStarts(NamedTuple):
+    """Segment starts, and the initial state of each segment.
 
-    here_BL: jax.Array
-    states: State | None = None
+    Attributes:
+        is_start_BL: true at the first token of a segment.
+        states: initial states [B, L, H], read at the starts; None for zeros.
+    """
+
+    is_start_BL: jax.Array
+    states: LstmState | None = None
 
 
-def lstm(
+def lstm_scan(
     gates_BLG: jax.Array,
     kernel_HG: jax.Array,
-    before: State,
-    starts: Starts | None = None,
+    initial_state: LstmState,
+    starts: SegmentStarts | None = None,
     *,
     reverse: bool = False,
     dtype: jnp.dtype,
-) -> State:
-    """The states [B, L, H] after every token; the first token meets the state `before`.
+) -> LstmState:
+    """Run the recurrence over a batch of sequences.
 
-    `reverse` reads from the last token to the first. The factors of products are rounded to
-    `dtype`; the rest is float32.
+    Args:
+        gates_BLG: input part of the gates before their activations.
+        kernel_HG: recurrent kernel U.
+        initial_state: state [B, H] before the first token.
+        starts: segment starts at which the state is reset, or None.
+        reverse: run from the last token to the first.
+        dtype: compute dtype that the operands of products are rounded to; the rest is float32.
+
+    Returns:
+        The states [B, L, H] after every token.
     """
     if starts is not None:
-        starts = Starts(starts.here_BL[..., None], starts.states)
+        starts = SegmentStarts(starts.is_start_BL[..., None], starts.states)
     gates, starts = jax.tree.map(lambda x: x.swapaxes(0, 1), (gates_BLG, starts))
-    states = _recurrence(gates, kernel_HG, before, starts, reverse, dtype)
+    states = _recurrence(gates, kernel_HG, initial_state, starts, reverse, dtype)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), states)
 
 
@@ -64,44 +77,46 @@ def lstm(
 def _recurrence(
     gates_LBG: jax.Array,
     kernel_HG: jax.Array,
-    before: State,
-    starts: Starts | None,
+    initial_state: LstmState,
+    starts: SegmentStarts | None,
     reverse: bool,
     dtype: jnp.dtype,
-) -> State:
-    return _forward(gates_LBG, kernel_HG, before, starts, reverse, dtype)[0]
+) -> LstmState:
+    return _forward(gates_LBG, kernel_HG, initial_state, starts, reverse, dtype)[0]
 
 
 def _forward(
     gates_LBG: jax.Array,
     kernel_HG: jax.Array,
-    before: State,
-    starts: Starts | None,
+    initial_state: LstmState,
+    starts: SegmentStarts | None,
     reverse: bool,
     dtype: jnp.dtype,
-) -> tuple[State, Any]:
+) -> tuple[LstmState, Any]:
     kernel = kernel_HG.astype(dtype)
 
-    def step(state: State, inputs: tuple) -> tuple[State, tuple]:
+    def step(state: LstmState, inputs: tuple) -> tuple[LstmState, tuple]:
         gates_BG, starts = inputs
-        h, c = _met(state, starts)
+        h, c = _reset_at_starts(state, starts)
         i, f, g, o = jnp.split(gates_BG + _einsum("bh,hg->bg", h.astype(dtype), kernel), 4, axis=-1)
         i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
         c = f * c + i * g
-        state = State(o * jnp.tanh(c), c)
+        state = LstmState(o * jnp.tanh(c), c)
         return state, (state, jnp.concatenate([i, f, g, o], axis=-1))
 
-    _, (states, active_LBG) = jax.lax.scan(step, before, (gates_LBG, starts), reverse=reverse)
-    return states, (kernel, before, starts, states, active_LBG)
+    _, (states, active_LBG) = jax.lax.scan(
+        step, initial_state, (gates_LBG, starts), reverse=reverse
+    )
+    return states, (kernel, initial_state, starts, states, active_LBG)
 
 
-def _backward(reverse: bool, dtype: jnp.dtype, saved: Any, d_states: State) -> tuple:
-    kernel, before, starts, states, active_LBG = saved
-    met = _met(_shifted(before, states, reverse), starts)
+def _backward(reverse: bool, dtype: jnp.dtype, residuals: Any, d_states: LstmState) -> tuple:
+    kernel, initial_state, starts, states, active_LBG = residuals
+    previous = _reset_at_starts(_previous_states(initial_state, states, reverse), starts)
 
-    def step(later: State, inputs: tuple) -> tuple[State, tuple]:
-        """From the gradient of a token's state to that of its gates and of the state it met."""
-        d_state, active_BG, cell, met_cell, starts = inputs
+    def step(later: LstmState, inputs: tuple) -> tuple[LstmState, tuple]:
+        """Return the gradients of a token's previous state and of its gates."""
+        d_state, active_BG, cell, previous_cell, starts = inputs
         i, f, g, o = jnp.split(active_BG, 4, axis=-1)
         tanh = jnp.tanh(cell)
         dh = d_state.hidden + later.hidden
@@ -109,48 +124,48 @@ def _backward(reverse: bool, dtype: jnp.dtype, saved: Any, d_states: State) -> t
         d_gates_BG = jnp.concatenate(
             [
                 dc * g * i * (1 - i),
-                dc * met_cell * f * (1 - f),
+                dc * previous_cell * f * (1 - f),
                 dc * i * (1 - g * g),
                 dh * tanh * o * (1 - o),
             ],
             axis=-1,
         )
-        d_met = State(_einsum("bg,hg->bh", d_gates_BG.astype(dtype), kernel), dc * f)
+        d_previous = LstmState(_einsum("bg,hg->bh", d_gates_BG.astype(dtype), kernel), dc * f)
         if starts is None:
-            return d_met, (d_gates_BG, None)
-        # Where a sequence starts, the gradient goes to what it starts with, not further back.
-        d_start = starts.states and _where(starts.here_BL, d_met, ZERO)
-        return _where(starts.here_BL, ZERO, d_met), (d_gates_BG, d_start)
+            return d_previous, (d_gates_BG, None)
+        # At a segment start the gradient goes to the initial state, not to the previous token.
+        d_start = starts.states and _where(starts.is_start_BL, d_previous, ZERO_STATE)
+        return _where(starts.is_start_BL, ZERO_STATE, d_previous), (d_gates_BG, d_start)
 
     d_before, (d_gates_LBG, d_starts) = jax.lax.scan(
         step,
-        jax.tree.map(jnp.zeros_like, before),
-        (d_states, active_LBG, states.cell, met.cell, starts),
+        jax.tree.map(jnp.zeros_like, initial_state),
+        (d_states, active_LBG, states.cell, previous.cell, starts),
         reverse=not reverse,
     )
-    d_kernel_HG = _einsum("lbh,lbg->hg", met.hidden.astype(dtype), d_gates_LBG.astype(dtype))
-    return d_gates_LBG, d_kernel_HG, d_before, starts and Starts(None, d_starts)  # type: ignore
+    d_kernel_HG = _einsum("lbh,lbg->hg", previous.hidden.astype(dtype), d_gates_LBG.astype(dtype))
+    return d_gates_LBG, d_kernel_HG, d_before, starts and SegmentStarts(None, d_starts)  # type: ignore
 
 
 _recurrence.defvjp(_forward, _backward)
 
 
-def _met(state: State, starts: Starts | None) -> State:
-    """What tokens meet that follow `state`, where they do not start a sequence."""
+def _reset_at_starts(state: LstmState, starts: SegmentStarts | None) -> LstmState:
+    """Return the previous state, reset at segment starts."""
     if starts is None:
         return state
-    return _where(starts.here_BL, starts.states or ZERO, state)
+    return _where(starts.is_start_BL, starts.states or ZERO_STATE, state)
 
 
-def _where(here: jax.Array, one: Any, other: Any) -> State:
-    return jax.tree.map(partial(jnp.where, here), one, other)
+def _where(condition: jax.Array, one: Any, other: Any) -> LstmState:
+    return jax.tree.map(partial(jnp.where, condition), one, other)
 
 
-def _shifted(before: State, states: State, reverse: bool) -> State:
-    """The state before every token, [L, B, H]."""
+def _previous_states(initial_state: LstmState, states: LstmState, reverse: bool) -> LstmState:
+    """Return the state before every token, [L, B, H]."""
 
     def shift(first: jax.Array, after: jax.Array) -> jax.Array:
         parts = [after[1:], first[None]] if reverse else [first[None], after[:-1]]
         return jnp.concatenate(parts)
 
-    return jax.tree.map(shift, before, states)
+    return jax.tree.map(shift, initial_state, states)

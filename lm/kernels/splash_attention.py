@@ -1,6 +1,6 @@
-"""Splash attention: the Pallas kernel for TPUs that comes with JAX, over any mesh.
+"""Splash attention: the Pallas kernel for TPUs that ships with JAX, on any mesh.
 
-Tiles of scores that are masked everywhere are skipped, so causal work is half of full work.
+It skips tiles of scores that are masked throughout, so causal attention costs half.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.zigzag import places
+from lm.kernels.ring_attention import zigzag_order
 
-LANES = 128  # lengths are multiples of it
+LANES = 128  # lengths must be multiples of a TPU's lanes
 LARGEST_BLOCK = 512
 
 
-def make_kernel(
+def make_splash_kernel(
     n_heads: int,
     length: int,
     n_keys: int,
@@ -30,11 +30,22 @@ def make_kernel(
     query_shards: int = 1,
     interpret: bool = False,
 ) -> Any:
-    """The kernel for whole arrays of these sizes, to be cut into shards of heads and queries.
+    """Build the kernel for global arrays of these sizes, sharded over heads and queries.
 
-    A causal query sees the last `window` keys, 0: all; scores stay below `softcap`, 0: anywhere.
-    With several shards of queries, causal ones come in zig-zag order; keys are always whole.
-    `interpret` runs it slowly on any platform, for tests.
+    Args:
+        n_heads: query heads H.
+        length: queries L.
+        n_keys: keys S, which every shard of queries has whole.
+        causal: mask keys after the query. With several shards of queries, these come in zig-zag
+            order.
+        window: a causal query attends to the last `window` keys; 0 for all.
+        softcap: bound of the scores; 0 for none.
+        head_shards: devices that the heads are sharded over.
+        query_shards: devices that the queries are sharded over.
+        interpret: run on any platform, slowly, for tests.
+
+    Returns:
+        The kernel, a pytree for `splash_attention`.
     """
     splash = _splash()
     mask: Any = splash.FullMask((length, n_keys))
@@ -43,7 +54,7 @@ def make_kernel(
         if window:
             mask = splash.LocalMask((length, n_keys), (window - 1, 0), 0)
         if query_shards > 1:
-            mask.q_sequence = places(length, query_shards).astype("int32")
+            mask.q_sequence = zigzag_order(length, query_shards).astype("int32")
     block_q, block_kv = _block(length // query_shards), _block(n_keys)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * n_heads),
@@ -70,7 +81,19 @@ def splash_attention(
     segments_BL: jax.Array | None,
     key_segments_BS: jax.Array | None,
 ) -> jax.Array:
-    """Attention [B, L, H, K] of scaled queries, by a shard of the kernel from `make_kernel`."""
+    """Compute attention with a device's shard of the kernel from `make_splash_kernel`.
+
+    Args:
+        kernel: the shard of the kernel.
+        q_BLHK: scaled queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        segments_BL: segments that attention stays within, or None.
+        key_segments_BS: segments of the keys; None for those of the queries.
+
+    Returns:
+        The output [B, L, H, K].
+    """
     segments = None
     if segments_BL is not None:
         keys_BS = segments_BL if key_segments_BS is None else key_segments_BS
@@ -80,14 +103,14 @@ def splash_attention(
 
 
 def _splash() -> Any:
-    # Half a second of every start, if not only those that need it paid for it.
+    # Imported on use: the import takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     return splash
 
 
 def _block(length: int) -> int:
-    """The largest power of two times 128 that divides a length, up to the best size."""
+    """Return the largest block, a power of two times 128, that divides a length."""
     block = LARGEST_BLOCK
     while length % block:
         block //= 2

@@ -13,9 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import ACTIVATIONS, GATED
-from lm.kernels.bias import add_bias
-from lm.kernels.matmul import matmul
+from lm.kernels.dense import ACTIVATIONS, GATED, add_bias, matmul
 from lm.models.init_config import InitConfig, Initializer
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel.embedding_lookup import look_up

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.dense import ACTIVATIONS, GATED
 from lm.models import routing
 from lm.models.init_config import Initializer
 from lm.models.layers import named

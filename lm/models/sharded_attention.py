@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
-from lm.kernels.ring_attention import ring_attention
-from lm.kernels.splash_attention import make_kernel, splash_attention
-from lm.kernels.zigzag import from_zigzag, to_zigzag
+from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
+from lm.kernels.splash_attention import make_splash_kernel, splash_attention
 from lm.parallel import sharding as rules
 
 QUERIES = ("batch", "length", "heads", "head_dim")
@@ -150,7 +149,7 @@ def _splash(
         raise ValueError('attention kernel "splash" has no prefixes')
     causal, axis = visibility.causal, rules.LENGTH_AXIS
     zigzag = causal and rules.shards("length") > 1
-    kernel = make_kernel(
+    kernel = make_splash_kernel(
         q_BLHK.shape[2],
         q_BLHK.shape[1],
         k_BSGK.shape[1],

@@ -124,7 +124,7 @@ class SpanQa:
         start = cross_entropy(scores_BL2[..., 0], batch["start"])
         end = cross_entropy(scores_BL2[..., 1], batch["end"])
         loss_B = (start.loss_BL + end.loss_BL) / 2
-        right_B = start.right_BL * end.right_BL
+        right_B = start.correct_BL * end.correct_BL
         metrics = {"accuracy": (right_B * weight_B).sum()}
         return LossSums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
 

@@ -34,8 +34,8 @@ def token_loss(
         loss=(losses.loss_BL * weights_BT).sum(),
         weight=weights_BT.sum(),
         metrics={
-            "nll": (losses.nats_BL * weights_BT).sum(),
-            "accuracy": (losses.right_BL * weights_BT).sum(),
+            "nll": (losses.nll_BL * weights_BT).sum(),
+            "accuracy": (losses.correct_BL * weights_BT).sum(),
         },
     )
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.kernels.grouped_matmul import move, ragged_matmul
-from lm.kernels.matmul import matmul
+from lm.kernels.dense import matmul
+from lm.kernels.grouped_matmul import grouped_matmul, permute_rows
 from lm.parallel.pipeline import is_pipelined
 from lm.parallel.sharding import ACTIVATIONS, PARAMETERS, Rules, current_mesh, divided
 
@@ -160,7 +160,7 @@ def _in_queues(
     place_BLK = (routes.experts_BLK * B + row_B11) * C + routes.places_BLK
     place_TK = jnp.where(routes.experts_BLK < E, place_BLK, E * B * C).reshape(B * L, K)
     choice_S = _inverse(place_TK, E * B * C)
-    x_SD = move(x_BLD.reshape(B * L, D), choice_S // K, place_TK)
+    x_SD = permute_rows(x_BLD.reshape(B * L, D), choice_S // K, place_TK)
     x_EBCD = x_SD.reshape(E, B, C, D)
     if length_parts:  # each device has filled in some of a row's places: it keeps a part of all
         x_EBCD = lax.psum_scatter(x_EBCD, length_parts, scatter_dimension=2, tiled=True)
@@ -192,7 +192,7 @@ def _sorted(feed_forward: Callable, n_here: int, x_BLD: jax.Array, routes: Route
     S = T * min(K, E)  # a token's experts are different ones
     choice_S = jnp.where(jnp.arange(S) < sizes_E.sum(), order[:S], T * K)
     place_TK = jnp.where(expert_TK < E, _inverse(order, T * K).reshape(T, K), S)
-    x_SD = move(x_BLD.reshape(T, D), choice_S // K, place_TK)
+    x_SD = permute_rows(x_BLD.reshape(T, D), choice_S // K, place_TK)
     y_SD = feed_forward(x_SD, partial(_ragged, sizes_E))
     y_BLD = _sum_of_choices(y_SD, place_TK, choice_S, routes).reshape(B, L, D)
     if shared:
@@ -215,7 +215,7 @@ def _sum_of_choices(
     y_SD: jax.Array, place_TK: jax.Array, choice_S: jax.Array, routes: Routes
 ) -> jax.Array:
     T, K = place_TK.shape
-    y_TKD = move(y_SD, place_TK.reshape(-1), choice_S[:, None]).reshape(T, K, -1)
+    y_TKD = permute_rows(y_SD, place_TK.reshape(-1), choice_S[:, None]).reshape(T, K, -1)
     return (y_TKD * routes.weights_BLK.reshape(T, K, 1)).sum(1)
 
 
@@ -227,9 +227,9 @@ def _batched(x_ETD: jax.Array, kernel_EDF: jax.Array, bias_EF: jax.Array | None)
 def _ragged(
     sizes_E: jax.Array, x_SD: jax.Array, kernel_EDF: jax.Array, bias_EF: jax.Array | None
 ) -> jax.Array:
-    y_SF = ragged_matmul(x_SD, kernel_EDF, sizes_E, x_SD.dtype)
+    y_SF = grouped_matmul(x_SD, kernel_EDF, sizes_E, x_SD.dtype)
     if bias_EF is not None:
         # The bias as a product too: its gradient is a sum over groups.
         ones = jnp.ones_like(x_SD, shape=(len(x_SD), 1))
-        y_SF += ragged_matmul(ones, bias_EF[:, None], sizes_E, jnp.float32)
+        y_SF += grouped_matmul(ones, bias_EF[:, None], sizes_E, jnp.float32)
     return y_SF.astype(x_SD.dtype)

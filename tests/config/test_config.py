@@ -12,7 +12,7 @@ from lm.config.registries import OBJECTIVES, REGISTRIES, families_of
 from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
-from lm.kernels.activations import ACTIVATIONS
+from lm.kernels.dense import ACTIVATIONS
 
 SMALL = """
 from lm.config import default

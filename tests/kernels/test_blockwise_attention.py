@@ -68,15 +68,15 @@ def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
 def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
     q, k, v, _ = make_inputs(8, 8)
     nowhere = AttentionMask(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
-    attend = partial(attention, visibility=nowhere, kernel="blockwise")
+    attend = partial(attention, mask=nowhere, kernel="blockwise")
     out, back = jax.vjp(attend, q, k, v)
     assert np.isfinite(out).all()
     assert all((grad == 0).all() for grad in back(out))
 
 
 def test_tiles_are_equal_and_neither_long_nor_tiny():
-    assert [blockwise.n_tiles(n) for n in (1, 512, 513, 1024, 2048, 3000)] == [1, 1, 3, 2, 4, 6]
-    assert blockwise.n_tiles(1021) == 0  # a prime
+    assert [blockwise.count_tiles(n) for n in (1, 512, 513, 1024, 2048, 3000)] == [1, 1, 3, 2, 4, 6]
+    assert blockwise.count_tiles(1021) == 0  # a prime
 
 
 def test_fused_kernels_refuse_what_they_cannot_do():

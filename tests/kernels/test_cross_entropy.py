@@ -27,7 +27,7 @@ def test_equals_log_softmax(example, shift):
     logits = np.float32(logits + shift)
     expected = -picked(scipy.special.log_softmax(np.float64(logits), axis=-1), targets)
     losses = cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    for found in (losses.loss_BL, losses.nats_BL):
+    for found in (losses.loss_BL, losses.nll_BL):
         np.testing.assert_allclose(found, expected, atol=2e-4 if shift else 2e-6)
 
 
@@ -44,7 +44,7 @@ def test_smoothing_and_z_loss_by_hand():
     }.items():
         losses = cross_entropy(logits, targets, *options)
         assert float(losses.loss_BL[0, 0]) == pytest.approx(expected, rel=1e-6)
-        assert float(losses.nats_BL[0, 0]) == pytest.approx(np.log(2), rel=1e-6)
+        assert float(losses.nll_BL[0, 0]) == pytest.approx(np.log(2), rel=1e-6)
 
 
 def plain(logits, targets, label_smoothing, z_loss):
@@ -84,7 +84,7 @@ def test_gradient_is_softmax_minus_one_hot(example):
 def test_right_is_where_the_target_is_the_largest(example):
     logits, targets = example
     targets[0] = logits[0].argmax(-1)
-    right = cross_entropy(jnp.asarray(logits), jnp.asarray(targets)).right_BL
+    right = cross_entropy(jnp.asarray(logits), jnp.asarray(targets)).correct_BL
     np.testing.assert_array_equal(right, logits.argmax(-1) == targets)
     assert right.dtype == jnp.float32
     assert not right[1].all()
@@ -95,7 +95,7 @@ def test_only_the_loss_has_a_gradient(example):
 
     def reported(x):
         losses = cross_entropy(x, targets, 0.1, 0.1)
-        return losses.nats_BL.sum() + losses.right_BL.sum()
+        return losses.nll_BL.sum() + losses.correct_BL.sum()
 
     assert not jax.grad(reported)(logits).any()
 
@@ -112,7 +112,7 @@ def test_impossible_targets_are_finite_in_value_and_gradient():
 def test_bfloat16_logits_are_summed_in_float32(example):
     logits, targets = example
     rounded = jnp.asarray(logits, jnp.bfloat16)
-    nats = cross_entropy(rounded, jnp.asarray(targets)).nats_BL
+    nats = cross_entropy(rounded, jnp.asarray(targets)).nll_BL
     assert nats.dtype == jnp.float32
     exact = -picked(scipy.special.log_softmax(np.asarray(rounded, np.float64), axis=-1), targets)
     np.testing.assert_allclose(nats, exact, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.kernels.lstm_scan import Starts, State, lstm
+from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
 
 B, L, H = 2, 6, 3
 HERE = np.zeros((B, L), bool)
@@ -23,11 +23,13 @@ def draw(seed):
 
 
 def run(a, starts, reverse):
-    entering = State(a["start_hidden"], a["start_cell"]) if starts == "given" else None
-    where = Starts(jnp.asarray(HERE), entering) if starts else None
+    entering = LstmState(a["start_hidden"], a["start_cell"]) if starts == "given" else None
+    where = SegmentStarts(jnp.asarray(HERE), entering) if starts else None
     a = jax.tree.map(jnp.float32, a)
-    before = State(a["hidden"], a["cell"])
-    return lstm(a["gates"], a["kernel"], before, where, reverse=reverse, dtype=jnp.dtype("float32"))
+    before = LstmState(a["hidden"], a["cell"])
+    return lstm_scan(
+        a["gates"], a["kernel"], before, where, reverse=reverse, dtype=jnp.dtype("float32")
+    )
 
 
 def loop(a, starts, reverse):
@@ -45,7 +47,7 @@ def loop(a, starts, reverse):
             c = f * c + i * np.tanh(g)
             h = o * np.tanh(c)
             hidden[b, t], cell[b, t] = h, c
-    return State(hidden, cell)
+    return LstmState(hidden, cell)
 
 
 CASES = pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_states_are_those_of_the_equations(starts, reverse):
 
 @CASES
 def test_gradients_are_the_slopes_of_the_equations(starts, reverse):
-    a, weights = draw(0), State(*np.random.default_rng(1).normal(size=(2, B, L, H)))
+    a, weights = draw(0), LstmState(*np.random.default_rng(1).normal(size=(2, B, L, H)))
 
     def total(states):
         return sum((w * x).sum() for w, x in zip(weights, states, strict=True))
@@ -86,9 +88,9 @@ def test_products_are_of_the_compute_type():
     a = draw(0)
 
     def states(gates, kernel, before):
-        return lstm(gates, kernel, before, dtype=jnp.dtype("bfloat16"))
+        return lstm_scan(gates, kernel, before, dtype=jnp.dtype("bfloat16"))
 
-    inputs = jax.tree.map(jnp.float32, (a["gates"], a["kernel"], State(a["hidden"], a["cell"])))
+    inputs = jax.tree.map(jnp.float32, (a["gates"], a["kernel"], LstmState(a["hidden"], a["cell"])))
     slope = jax.jit(jax.grad(lambda *inputs: states(*inputs).hidden.sum(), (0, 1, 2)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(slope(*inputs)))
     products = [line for line in slope.lower(*inputs).as_text().splitlines() if "dot_gen" in line]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.splash_attention import make_kernel
+from lm.kernels.splash_attention import make_splash_kernel
 from lm.models import sharded_attention
 from lm.parallel import sharding as rules
 from lm.parallel.mesh import axis_sizes, make_mesh
@@ -31,7 +31,9 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
 
     With a window, for a local layer and for a global one.
     """
-    monkeypatch.setattr(sharded_attention, "make_kernel", partial(make_kernel, interpret=True))
+    monkeypatch.setattr(
+        sharded_attention, "make_splash_kernel", partial(make_splash_kernel, interpret=True)
+    )
     rng = np.random.default_rng(0)
     # The mesh divides the four query heads, not always the two key/value heads.
     q, k, v, g = (

@@ -50,7 +50,9 @@ def test_every_token_after_a_prefix_is_predicted_from_what_does_not_show_it(feat
     for seed in range(20):
         found = features(seed, isolate)
         segments, prefix = (jnp.asarray(found[name])[None] for name in ("segment_ids", "prefix"))
-        sees = np.asarray(AttentionMask(True, segments, prefix_BS=prefix).mask(LENGTH, LENGTH))[0]
+        sees = np.asarray(
+            AttentionMask(True, segments, prefix_BS=prefix).materialize(LENGTH, LENGTH)
+        )[0]
         predicted = set()
         for at in np.flatnonzero(found["weights"]):
             assert not sees[at, at + 1]

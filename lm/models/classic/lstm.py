@@ -12,8 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.bias import add_bias
-from lm.kernels.lstm_scan import Starts, State, lstm
+from lm.kernels.dense import add_bias
+from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
 from lm.models.init_config import InitConfig
 from lm.models.layers import init_linear
 from lm.parallel.sharding import constrain
@@ -55,9 +55,9 @@ class LstmCache:
     segment_B: jax.Array
     source: Source | None = None
 
-    def of_layer(self, index: int) -> State:
+    def of_layer(self, index: int) -> LstmState:
         """A layer's state, [B, H] each."""
-        return State(self.state_BN2H[:, index, 0], self.state_BN2H[:, index, 1])
+        return LstmState(self.state_BN2H[:, index, 0], self.state_BN2H[:, index, 1])
 
     def take(self, rows: jax.Array) -> LstmCache:
         """The memory whose row i is this one's row `rows[i]`: what a beam search goes on with."""
@@ -77,11 +77,13 @@ class Layer(nn.Module):
     reverse: bool = False
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, before: State | None, starts: Starts | None) -> State:
+    def __call__(
+        self, x_BLD: jax.Array, before: LstmState | None, starts: SegmentStarts | None
+    ) -> LstmState:
         """The states [B, L, H] after every token, the first of which follows `before`, or zero."""
         c, H = self.config, self.n_hidden
         if before is None:
-            before = State(*jnp.zeros((2, len(x_BLD), H)))
+            before = LstmState(*jnp.zeros((2, len(x_BLD), H)))
         names = ("gates", "hidden")
         inputs = init_linear(
             c, self.n_in, (4, H), (self.name_in, *names), bias_init=forget_bias_init, name="input"
@@ -90,7 +92,7 @@ class Layer(nn.Module):
         gates_BLG = inputs(x_BLD).reshape(*x_BLD.shape[:2], 4 * H)
         gates_BLG = add_bias(gates_BLG, recurrent.bias.reshape(4 * H))
         kernel_HG = recurrent.kernel.reshape(H, 4 * H)
-        return lstm(gates_BLG, kernel_HG, before, starts, reverse=self.reverse, dtype=c.dtype)
+        return lstm_scan(gates_BLG, kernel_HG, before, starts, reverse=self.reverse, dtype=c.dtype)
 
 
 def forget_bias_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
@@ -114,8 +116,8 @@ class Stack(nn.Module):
         x_BLD: jax.Array,
         segments_BL: jax.Array | None = None,
         before: LstmCache | None = None,
-        entering: list[State] | None = None,
-    ) -> tuple[jax.Array, list[State]]:
+        entering: list[LstmState] | None = None,
+    ) -> tuple[jax.Array, list[LstmState]]:
         """The outputs [B, L, H], and every layer's states after every token.
 
         The first token follows `before`. Where another segment starts, the state does too: from
@@ -135,9 +137,15 @@ class Stack(nn.Module):
                 name = f"layer_{i}_reverse" if reverse else f"layer_{i}"
                 layer = Layer(c, x_BLD.shape[-1], n_hidden, name_in, reverse, name=name)
                 state = before.of_layer(i) if before else None
-                starts = Starts(here[reverse], entering[i] if entering else None) if here else None
+                starts = (
+                    SegmentStarts(here[reverse], entering[i] if entering else None)
+                    if here
+                    else None
+                )
                 directions.append(layer(x_BLD, state, starts))
-            states.append(State(*(jnp.concatenate(xs, -1) for xs in zip(*directions, strict=True))))
+            states.append(
+                LstmState(*(jnp.concatenate(xs, -1) for xs in zip(*directions, strict=True)))
+            )
             x_BLD = constrain(states[-1].hidden.astype(c.dtype), "batch", "length", "hidden")
         return x_BLD, states
 
@@ -152,6 +160,6 @@ def segment_starts(
     return segments_BL != jnp.column_stack([previous_B, segments_BL[:, :-1]])
 
 
-def last(states: list[State]) -> jax.Array:
+def last(states: list[LstmState]) -> jax.Array:
     """The state after the last token of all layers, [B, N, 2, H]."""
     return jnp.stack([jnp.stack([x[:, -1] for x in state], axis=1) for state in states], axis=1)

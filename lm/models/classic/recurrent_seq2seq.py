@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask, attention
-from lm.kernels.lstm_scan import State
+from lm.kernels.lstm_scan import LstmState
 from lm.models.classic.lstm import LstmCache, Source, Stack, last, segment_starts
 from lm.models.classic.recurrent import Recurrent
 from lm.models.layers import init_linear
@@ -57,7 +57,9 @@ class LstmEncoderDecoder(Recurrent):
         x_BLH, _ = self.decoder(self.tokens(targets_BL), target_segments_BL, entering=entering)
         return self._attend(x_BLH, target_segments_BL, source)
 
-    def encode(self, source_BS: jax.Array, segments_BS: jax.Array) -> tuple[Source, list[State]]:
+    def encode(
+        self, source_BS: jax.Array, segments_BS: jax.Array
+    ) -> tuple[Source, list[LstmState]]:
         """The encoder's outputs, and the states [B, S, H] of its layers after every token."""
         encoded_BSH, states = self.encoder(self.tokens(source_BS), segments_BS)
         return Source(encoded_BSH, segments_BS), states
@@ -83,8 +85,8 @@ class LstmEncoderDecoder(Recurrent):
         return self.logits(self._attend(x_BLH, segment_ids_BL, cache.source)), after
 
     def _final(
-        self, states: list[State], source_segments_BS: jax.Array, target_segments_BL: jax.Array
-    ) -> list[State]:
+        self, states: list[LstmState], source_segments_BS: jax.Array, target_segments_BL: jax.Array
+    ) -> list[LstmState]:
         """The state [B, L, H] in which the encoder left the segment of each target."""
         # Units that read forwards have read a segment at its last token, the others at its first.
         firsts_BS = segment_starts(source_segments_BS)
@@ -98,7 +100,7 @@ class LstmEncoderDecoder(Recurrent):
             exact = partial(jnp.einsum, "bls,bsh->blh", precision="highest")
             return jnp.concatenate([*map(exact, where_BLS, parts)], axis=-1)
 
-        return [State(*map(pick, state)) for state in states]
+        return [LstmState(*map(pick, state)) for state in states]
 
     def _attend(self, x_BLH: jax.Array, segments_BL: jax.Array, source: Source) -> jax.Array:
         keys_BS1H = source.encoded_BSH[:, :, None]

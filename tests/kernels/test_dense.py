@@ -1,11 +1,11 @@
-"""The product and both its gradients, against numpy in float64."""
+"""The product, the bias and their gradients, against numpy in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.matmul import matmul
+from lm.kernels.dense import add_bias, matmul
 
 T, D, F = 6, 5, 7
 DTYPES = {jnp.float32: 1e-6, jnp.bfloat16: 2e-2}
@@ -78,3 +78,13 @@ def test_no_product_has_an_operand_in_float32(transposed):
         operands_, result = line.rsplit(" : ", 1)[1].split("->")
         assert "xf32" not in operands_, line
         assert "xf32" in result, line
+
+
+def test_a_bias_is_added_and_its_gradient_is_summed_over_rows():
+    rng = np.random.default_rng(0)
+    x, weights = np.float32(rng.normal(size=(2, 2, 3, 4)))
+    bias = np.float32(rng.normal(size=4))
+    np.testing.assert_array_equal(add_bias(x, bias), x + bias)
+    of_x, of_bias = jax.grad(lambda x, b: (add_bias(x, b) * weights).sum(), (0, 1))(x, bias)
+    np.testing.assert_array_equal(of_x, weights)
+    np.testing.assert_allclose(of_bias, weights.sum((0, 1)), rtol=1e-6)
