@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from lm import config as configs
@@ -22,33 +23,40 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def launch(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run a command as several processes on this host, and start them again when one dies."""
-    from lm.tools.launching.supervise import Policy, launch
+    from lm.tools.launching.supervise import RestartPolicy, launch
 
     if overrides:
         raise UserError("lm launch: --config.… goes after --, with the command")
-    return launch(args.command, args.processes, args.gpus, Policy(args.restarts, args.backoff))
+    policy = RestartPolicy(args.restarts, args.backoff)
+    return launch(args.command, args.processes, args.gpus, policy)
 
 
 def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run."""
-    from lm.sweeps.sweep import Search, load
-    from lm.tools.launching.launchers import make
+    from lm.sweeps.sweep import Search, load_sweep
+    from lm.tools.launching.launchers import make_launcher
     from lm.tools.launching.run_sweep import dry_run, locked, run_sweep
     from lm.tools.launching.trials import Trials, run_search
 
     folder, words = locate(args.workdir), tuple(args.command or ())
     if not isinstance(folder, Path):
         raise UserError("lm sweep: --workdir is a folder of this machine, or one that it mounts")
-    loaded, runs = load(args.config, folder, overrides, words)
+    loaded, runs = load_sweep(args.config, folder, overrides, words)
     parallel = args.parallel or (max(1, len(runs)) if args.launcher == "slurm" else 1)
-    options = args.launcher, parallel, args.gpus, args.launcher_options
+    launcher_of = partial(
+        make_launcher,
+        args.launcher,
+        parallel=parallel,
+        n_gpus=args.gpus,
+        options=args.launcher_options,
+    )
     if args.dry_run:
         if isinstance(loaded, Search):
             runs = Trials(loaded, folder, overrides, words, stored=False).ask(parallel)
-        dry_run(runs, make(*options, keep_open=()), parallel)
+        dry_run(runs, launcher_of(), parallel)
         return 0
     with locked(folder) as lock:
-        launcher = make(*options, keep_open=(lock,))
+        launcher = launcher_of(keep_open=(lock,))
         if isinstance(loaded, Search):
             trials = Trials(loaded, folder, overrides, words)
             return run_search(trials, launcher, parallel, args.retries)

@@ -1,0 +1,1 @@
+"""What sweep files import: `sweep` (Sweep, Halving, Search) and `sets` (sets of overrides)."""

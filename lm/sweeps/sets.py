@@ -1,6 +1,6 @@
-"""Sets of overrides, `{key: value}`, for the runs of a sweep.
+"""Sets of overrides, `{key: value}`, one a run of a sweep.
 
-Lists of sets are added with `+` and multiplied with `product`; `named` gives each its name.
+Lists of sets are joined with `+` and multiplied with `product`; `named` makes their names.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ Distribution = Callable[[random.Random], Any]
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
-    """Every combination of the values of the keys."""
+    """Return every combination of the values of the keys."""
     return [
-        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+        dict(zip(values, combination, strict=True))
+        for combination in itertools.product(*values.values())
     ]
 
 
 def zipped(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
-    """The first values of all keys, the second ones, and so on; all equally many."""
+    """Return one set of the first values of all keys, one of the second values, and so on.
+
+    Raises:
+        UserError: The keys have different numbers of values.
+    """
     lengths = {key: len(of_key) for key, of_key in values.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"zipped: keys have different numbers of values: {lengths}")
-    return [dict(zip(values, chosen, strict=True)) for chosen in zip(*values.values(), strict=True)]
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 def product(*lists: Sequence[Overrides]) -> list[Overrides]:
-    """Every set of the first list with every one of the second, and so on; later keys win."""
+    """Return every union of a set of each list; a later list wins where keys are the same."""
     return [
         {key: value for part in parts for key, value in part.items()}
         for parts in itertools.product(*lists)
@@ -41,30 +46,37 @@ def product(*lists: Sequence[Overrides]) -> list[Overrides]:
 
 
 def sampled(distributions: Mapping[str, Distribution], n: int, seed: int) -> list[Overrides]:
-    """`n` random sets; each key has its own generator, so that a new key changes no other."""
+    """Return `n` random sets.
+
+    Each key has a generator of its own, so that a new key does not change the other values.
+    """
     generators = {key: random.Random(f"{seed}/{key}") for key in distributions}
     return [{key: draw(generators[key]) for key, draw in distributions.items()} for _ in range(n)]
 
 
 def uniform(low: float, high: float) -> Distribution:
-    """Every number from `low` to `high` equally likely; four digits of it."""
-    return lambda generator: _short(generator.uniform(low, high))
+    """Draw uniformly from `low` to `high`, rounded to four digits."""
+    return lambda generator: _rounded(generator.uniform(low, high))
 
 
 def log_uniform(low: float, high: float) -> Distribution:
-    """Every order of magnitude from `low` to `high` equally likely; four digits of it."""
+    """Draw log-uniformly from `low` to `high`, rounded to four digits."""
     if not 0 < low <= high:
         raise UserError(f"log_uniform({low}, {high}): needs 0 < low ≤ high")
-    return lambda generator: _short(math.exp(generator.uniform(math.log(low), math.log(high))))
+    return lambda generator: _rounded(math.exp(generator.uniform(math.log(low), math.log(high))))
 
 
 def choice(*values: Any) -> Distribution:
-    """One of the values."""
+    """Draw one of the values."""
     return lambda generator: generator.choice(values)
 
 
 def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
-    """Sets by names made of the keys on which they differ, as `d_model=64,learning_rate=0.01`."""
+    """Return sets by names made of the keys in which they differ: `d_model=64,learning_rate=0.01`.
+
+    Raises:
+        UserError: Two different sets would have the same name.
+    """
     keys = sorted({key for overrides in sets for key in overrides})
     varied = [key for key in keys if len({str(o.get(key)) for o in sets}) > 1] or keys
     tails = [key.rpartition(".")[2] for key in varied]
@@ -74,7 +86,9 @@ def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
     }
     runs: dict[str, Overrides] = {}
     for overrides in sets:
-        parts = [f"{short[key]}={_plain(overrides[key])}" for key in varied if key in overrides]
+        parts = [
+            f"{short[key]}={_folder_name(overrides[key])}" for key in varied if key in overrides
+        ]
         name = ",".join(parts) or "run"
         if runs.get(name, overrides) != overrides:
             raise UserError(f"two runs of the sweep would be called {name}: name them yourself")
@@ -82,11 +96,11 @@ def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
     return runs
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _plain(value: Any) -> str:
-    """A value as part of a folder's name."""
+def _folder_name(value: Any) -> str:
+    """Format a value as part of a folder's name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in "._-+" else "_" for c in text)

@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one experiment, and the file that says which.
+"""Sweeps: many runs of one experiment, declared in a file with a function `get_sweep`.
 
 from lm.sweeps.sets import grid, named
 from lm.sweeps.sweep import Sweep
@@ -23,11 +23,17 @@ from lm.storage import write_atomically
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving (Jamieson & Talwalkar 2016): only the better runs go on.
+    """Successive halving (Jamieson & Talwalkar 2016): only the better runs continue.
 
     All runs go to step `first`, the best 1/`factor` of them to `factor` times as many steps, and
-    so on to the end. `metric` is of metrics.jsonl; of "loss" the mean over the last tenth counts,
-    of others the last value. The lowest is best, or with `highest` the highest.
+    so on to the end.
+
+    Attributes:
+        first: Step of the first comparison.
+        factor: Ratio of runs, and of steps, from one comparison to the next.
+        metric: Metric of metrics.jsonl; of "loss" the mean over the last tenth of the steps
+            counts, of others the last value.
+        highest: Whether the highest value is best instead of the lowest.
     """
 
     first: int
@@ -36,7 +42,7 @@ class Halving:
     highest: bool = False
 
     def rungs(self, steps: int) -> list[int]:
-        """The steps at which runs are compared, all below `steps`."""
+        """Return the steps at which runs are compared, all below `steps`."""
         found, step = [], self.first
         while step < steps:
             found.append(step)
@@ -46,7 +52,13 @@ class Halving:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs of an experiment FILE.py[:VARIANT], each a name and its overrides."""
+    """Runs of one experiment.
+
+    Attributes:
+        config: Experiment, FILE.py[:VARIANT].
+        runs: Overrides of each run by its name, which is the name of its folder.
+        halving: Successive halving; None brings every run to its end.
+    """
 
     config: str
     runs: Mapping[str, Mapping[str, Any]]
@@ -55,10 +67,16 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Search:
-    """So many runs of an experiment, each with overrides chosen after the results of earlier ones.
+    """Adaptive search by Optuna: overrides are chosen from the results of earlier runs.
 
-    `suggest` makes overrides of an Optuna trial, as `trial.suggest_float("lr", 1e-4, 1, log=True)`
-    gives them. `metric` is of metrics.jsonl, its value at the end counts as in `Halving`.
+    Attributes:
+        config: Experiment, FILE.py[:VARIANT].
+        suggest: Overrides from an `optuna.Trial`, whose methods, such as
+            `trial.suggest_float("lr", 1e-4, 1, log=True)`, propose values.
+        trials: Number of runs.
+        metric: Metric of metrics.jsonl, taken at the end as in `Halving`.
+        highest: Whether the metric is maximized instead of minimized.
+        seed: Seed of the proposals.
     """
 
     config: str
@@ -71,7 +89,16 @@ class Search:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep; `folder` is the sweep's, `options` are more words of `lm train`."""
+    """Run of a sweep.
+
+    Attributes:
+        name: Name of the run.
+        config: Experiment, FILE.py[:VARIANT].
+        overrides: Overrides of configuration keys.
+        steps: Training steps.
+        folder: Folder of the sweep.
+        options: Further words of the `lm train` command.
+    """
 
     name: str
     config: str
@@ -82,15 +109,16 @@ class Run:
 
     @property
     def workdir(self) -> Path:
+        """Folder of the run."""
         return self.folder / "runs" / self.name
 
     @property
     def log(self) -> Path:
-        """What its processes printed, over all starts."""
+        """Output of its processes, of all starts."""
         return self.folder / "logs" / f"{self.name}.log"
 
     def words(self, stop_at: int = 0) -> list[str]:
-        """The words of its `lm` command; with `stop_at` it stops there, resumable."""
+        """Return the words of its `lm` command; `stop_at` is a step to stop at, resumable."""
         stop = {"train.stop_at": str(stop_at)} if stop_at else {}
         return [
             "train",
@@ -101,13 +129,22 @@ class Run:
         ]
 
 
-def load(
+def load_sweep(
     spec: str, folder: Path, overrides: Mapping[str, str], options: Sequence[str] = ()
 ) -> tuple[Sweep | Search, list[Run]]:
-    """The sweep of `FILE.py[:VARIANT]` and its runs, each configuration validated; of a search,
-    whose runs are not known yet, none.
+    """Load a sweep file and validate the configuration of every run.
 
-    `overrides` and `options` go to every run; the run's own overrides win.
+    Args:
+        spec: FILE.py[:VARIANT] of the sweep.
+        folder: Folder of the sweep.
+        overrides: Overrides of every run; a run's own overrides win.
+        options: Further words of every `lm train` command.
+
+    Returns:
+        The sweep and its runs. A search has no runs yet.
+
+    Raises:
+        UserError: The file declares no sweep, or a configuration is invalid.
     """
     file, _, variant = spec.partition(":")
     sweep = call_file(Path(file), "get_sweep", variant)
@@ -125,7 +162,7 @@ def load(
 def make_runs(
     sweep: Sweep, folder: Path, common: Mapping[str, str], options: tuple[str, ...]
 ) -> Iterator[Run]:
-    """The runs of a sweep in its folder, each configuration validated."""
+    """Build the runs of a sweep; validate the configuration of each."""
     for name, own in sweep.runs.items():
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"run {name!r}: a run's name is the name of its folder")
@@ -141,8 +178,12 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def prepare(runs: list[Run], folder: Path) -> None:
-    """Write sweep.json (experiment and overrides of every run), or check it against an earlier."""
+def record_runs(runs: Sequence[Run], folder: Path) -> None:
+    """Add experiment and overrides of every run to sweep.json of the sweep's folder.
+
+    Raises:
+        UserError: A run of the same name was started with other overrides.
+    """
     file = folder / "sweep.json"
     now = {run.name: {"config": run.config, "overrides": dict(run.overrides)} for run in runs}
     before = json.loads(file.read_text())["runs"] if file.exists() else {}

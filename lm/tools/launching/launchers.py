@@ -1,4 +1,4 @@
-"""Where the runs of a sweep run: this machine, SLURM, or each on a TPU slice of its own."""
+"""Launchers of a sweep's runs: this machine, SLURM, or one TPU slice a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,39 +19,39 @@ from lm.tools.launching.processes import die_with_parent
 from lm.tools.launching.supervise import gpu_share
 
 REPOSITORY = Path(__file__).parents[3]
-KILL_SECONDS = 60.0  # a run that is asked to stop saves its state first
+SAVE_SECONDS = 60.0  # a run that is asked to stop saves its state first
 
 
 class Job(Protocol):
-    """A run that was started."""
+    """Run that has been started."""
 
     @property
     def note(self) -> str:
-        """What a later sweep needs to find it again; empty if it dies with this one."""
+        """Identifier by which a later sweep finds the job; "" if it dies with this sweep."""
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Return the exit code; None while the job runs."""
 
     def stop(self) -> None:
-        """Ask it to save its state and end, if it would not go on without the sweep."""
+        """Ask the job to save its state and exit, unless it outlives the sweep."""
 
 
 class Launcher(Protocol):
-    """Starts runs; `slot` (0 … parallel - 1) is free while it is given to one."""
+    """Starts runs. Each of those that run at a time has a `slot`, 0 … parallel - 1, of its own."""
 
     def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
-        """The exact command that `start` runs."""
+        """Return the exact command that `start` runs."""
 
     def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
-        """Start a run as `lm WORDS…`, its output appended to its log."""
+        """Start a run as `lm WORDS…`; append its output to its log."""
 
     def find(self, note: str) -> Job | None:
-        """The job of an earlier sweep, if it can still be asked."""
+        """Return the job of an earlier sweep, if its state can still be queried."""
 
 
 @dataclass
 class Process:
-    """A job that is a child of the sweep."""
+    """Job that is a child process of the sweep."""
 
     process: subprocess.Popen
     note: str = ""
@@ -65,25 +65,32 @@ class Process:
 
 @dataclass(frozen=True)
 class Local:
-    """So many runs at a time on this machine, each with its share of the cores and GPUs."""
+    """Launcher on this machine; each run has an equal share of the cores and GPUs.
+
+    Attributes:
+        parallel: Most runs at a time.
+        n_gpus: GPUs that are split among them; 0 leaves their choice to JAX.
+        lm: Command of `lm`.
+        keep_open: File descriptors that the runs inherit.
+    """
 
     parallel: int
-    gpus: int = 0
+    n_gpus: int = 0
     lm: tuple[str, ...] = (sys.executable, "-m", "lm")
-    keep_open: tuple[int, ...] = ()  # file descriptors that its children hold
+    keep_open: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gpus % self.parallel:
-            raise UserError(f"--gpus {self.gpus} is not divisible by --parallel {self.parallel}")
+        if self.n_gpus % self.parallel:
+            raise UserError(f"--gpus {self.n_gpus} is not divisible by --parallel {self.parallel}")
 
     def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
         pinned = shutil.which("taskset") and hasattr(os, "sched_getaffinity")
-        cores = share(sorted(os.sched_getaffinity(0)), slot, self.parallel) if pinned else []
+        cores = core_share(sorted(os.sched_getaffinity(0)), slot, self.parallel) if pinned else []
         pin = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         return [*pin, *self.lm, *words]
 
     def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
-        environment = os.environ | gpu_share(slot, self.parallel, self.gpus)
+        environment = os.environ | gpu_share(slot, self.parallel, self.n_gpus)
         command = self.command(run, words, slot)
         return _child(command, run, environment, self.keep_open)
 
@@ -93,7 +100,12 @@ class Local:
 
 @dataclass(frozen=True)
 class Tpu:
-    """Each run on a slice of its own: tpu/train.sh creates it, trains and deletes it."""
+    """Launcher of one TPU slice a run: tpu/train.sh creates it, trains and deletes it.
+
+    Attributes:
+        options: Options of tpu/train.sh.
+        keep_open: File descriptors that the scripts inherit.
+    """
 
     options: tuple[str, ...]
     keep_open: tuple[int, ...] = ()
@@ -112,9 +124,13 @@ class Tpu:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Each run a batch job of scripts/train.sbatch; jobs outlive the sweep, and are found again."""
+    """Launcher of one batch job a run; jobs outlive the sweep and are found again.
 
-    options: tuple[str, ...] = field(default=())
+    Attributes:
+        options: Options of sbatch, which submits scripts/train.sbatch.
+    """
+
+    options: tuple[str, ...] = ()
 
     def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
         name, log = f"--job-name={run.name}", f"--output={run.log}"
@@ -133,7 +149,11 @@ class Slurm:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A batch job, known by its number."""
+    """Batch job.
+
+    Attributes:
+        note: Number of the job.
+    """
 
     note: str
 
@@ -141,7 +161,7 @@ class SlurmJob:
         words = ["scontrol", "show", "job", "--oneliner", self.note]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode and "Invalid job id" not in done.stderr:
-            return None  # the controller is busy or away: ask again
+            return None  # the controller is busy or down: ask again
         shown = dict(re.findall(r"(JobState|ExitCode)=(\S+)", done.stdout))
         match shown.get("JobState"):
             case "COMPLETED":
@@ -154,24 +174,31 @@ class SlurmJob:
         return None
 
     def stop(self) -> None:
-        """It goes on: the next start of the sweep finds it."""
+        """Do nothing: the next start of the sweep finds the job."""
 
 
-LAUNCHERS = ("local", "slurm", "tpu")
+def make_launcher(
+    kind: str, *, parallel: int, n_gpus: int, options: str, keep_open: tuple[int, ...] = ()
+) -> Launcher:
+    """Build a launcher by its name.
 
-
-def make(kind: str, parallel: int, gpus: int, options: str, keep_open: tuple[int, ...]) -> Launcher:
-    """The launcher of that name; `options` are for the script or sbatch that it calls."""
+    Args:
+        kind: "local", "slurm" or "tpu".
+        parallel: Most runs at a time.
+        n_gpus: GPUs of this machine, split among the runs.
+        options: Options of sbatch or of tpu/train.sh.
+        keep_open: File descriptors that child processes inherit.
+    """
     words = tuple(shlex.split(options))
     if kind == "local":
         if words:
             raise UserError("--launcher_options is for --launcher slurm or tpu")
-        return Local(parallel, gpus, keep_open=keep_open)
+        return Local(parallel, n_gpus, keep_open=keep_open)
     return Slurm(words) if kind == "slurm" else Tpu(words, keep_open)
 
 
-def share(cores: Sequence[int], slot: int, parallel: int) -> list[int]:
-    """The cores of a slot: an equal part of them, or one shared if there are too few."""
+def core_share(cores: Sequence[int], slot: int, parallel: int) -> list[int]:
+    """Return the cores of a slot: an equal part, or one core shared if there are too few."""
     each = len(cores) // parallel
     return list(cores[slot * each : (slot + 1) * each]) or [cores[slot % len(cores)]]
 

@@ -1,8 +1,10 @@
-"""`python -m lm.tools.launching.processes PARENT COMMAND …`: a command that dies with its parent.
+"""Groups of child processes that end together, with tagged output; children die with their parent.
 
-A launcher that is killed outright cannot stop what it started, and an orphan would go on writing
-into a folder that the next start believes its own. Linux kills the child instead; elsewhere this
-only runs the command. The parent must start it from its main thread, whose death is what counts.
+`python -m lm.tools.launching.processes PARENT COMMAND …` replaces itself by a command that Linux
+kills as soon as the process PARENT dies. A launcher that is killed by SIGKILL cannot stop its
+children, and an orphan would go on writing into a folder that the next start takes for its own.
+Other systems only run the command. The parent has to start it from its main thread: the death of
+the starting thread counts.
 """
 
 from __future__ import annotations
@@ -21,16 +23,22 @@ from typing import IO, BinaryIO, NamedTuple
 from lm.training.preemption import EXIT_CODE as RESUMABLE
 from lm.training.preemption import StopRequest
 
+USER_ERROR = 2  # exit code of a UserError, which a restart would only repeat
+POLL_SECONDS = 0.02
+KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL once another process of the group has failed
+LEAVE_SECONDS = 300.0  # from the first exit to the last: a process may still be saving
 PR_SET_PDEATHSIG = 1  # prctl(2)
+ERROR_LINE = re.compile(r"error:|([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception)\b")
+_write_lock = threading.Lock()  # keeps the lines of several processes whole
 
 
 def die_with_parent(command: Sequence[str]) -> list[str]:
-    """The command that runs `command` as a child that dies with the calling process."""
+    """Return the command that runs `command` as a child that dies with the calling process."""
     return [sys.executable, "-m", __name__, str(os.getpid()), *command]
 
 
-def main(parent: int, command: Sequence[str]) -> None:
-    """Replace this process by `command`, unless `parent` has died already."""
+def exec_bound_to_parent(parent: int, command: Sequence[str]) -> None:
+    """Replace this process by `command`; exit with 1 if the process `parent` has died already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -41,12 +49,8 @@ def main(parent: int, command: Sequence[str]) -> None:
         sys.exit(f"error: cannot start {command[0]}: {error.strerror}")
 
 
-ERROR = re.compile(r"error:|([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception)\b")
-_write = threading.Lock()  # lines of several processes stay whole
-
-
 class TaggedOutput:
-    """Copies a pipe to a stream, every line with a tag, in a thread of its own.
+    """Thread that copies a pipe to a stream, a tag before every line.
 
     A carriage return ends a line too, so that progress bars show.
     """
@@ -58,78 +62,78 @@ class TaggedOutput:
         self._thread.start()
 
     def _copy(self) -> None:
-        part = b""
+        rest = b""
         while chunk := self._pipe.read1(65536):  # type: ignore[attr-defined]
-            *lines, part = re.split(rb"[\r\n]+", part + chunk)
-            self._pass_on(lines)
-        self._pass_on([part])
+            *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
+            self._write(lines)
+        self._write([rest])
 
-    def _pass_on(self, lines: list[bytes]) -> None:
+    def _write(self, lines: list[bytes]) -> None:
         lines = [line for line in lines if line.strip()]
         for line in lines:
             self._last = line.decode(errors="replace").strip()
-            if ERROR.match(self._last):
+            if ERROR_LINE.match(self._last):
                 self._error = self._last
         if lines:
-            with _write:
+            with _write_lock:
                 self._stream.write(b"".join(self._tag + line + b"\n" for line in lines))
                 self._stream.flush()
 
-    def last_words(self) -> str:
-        """The last line that reports an error, else the last line; after the process has ended."""
+    def last_error(self) -> str:
+        """Wait for the end of the output; return its last error line, or else its last line."""
         self._thread.join(timeout=2)  # a grandchild may keep the pipe open
         return (self._error or self._last)[:300]
 
 
-POLL_SECONDS = 0.02
-KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL, for those whose peer has died
-LEAVE_SECONDS = 300.0  # the last process may end so much later than the first (it may be saving)
-
-
-class Outcome(NamedTuple):
-    """How a group ended: 0, 75 or the exit code of the first that failed, and why in one line."""
+class ExitStatus(NamedTuple):
+    """Exit code of a group (0, 75, or that of the first failure) and the cause in one line."""
 
     code: int
     cause: str
 
 
-class Member(NamedTuple):
-    """One process of a group and what it prints."""
+class Child(NamedTuple):
+    """Process of a group and its output."""
 
     process: subprocess.Popen
     stdout: TaggedOutput
     stderr: TaggedOutput
 
     def cause(self, name: str) -> str:
-        """In one line how the process ended."""
+        """Describe in one line how the process ended."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        words = self.stderr.last_words() or self.stdout.last_words()
-        return f"{name} {how}" + (f" ({words})" if words else "")
+        message = self.stderr.last_error() or self.stdout.last_error()
+        return f"{name} {how}" + (f" ({message})" if message else "")
 
 
 def run_group(
     commands: Sequence[Sequence[str]],
     environments: Sequence[Mapping[str, str]],
     stop: StopRequest,
-) -> Outcome:
-    """Run one process a command until all have ended; when one fails, end the others.
+) -> ExitStatus:
+    """Run one process a command until all have exited; end the others when one fails.
 
-    Their output is passed on with `[number]` before every line. `stop` is passed on as SIGTERM.
+    Output is passed on with `[index]` before every line.
+
+    Args:
+        commands: Command of each process.
+        environments: Variables of each process, added to those of this one.
+        stop: Request to stop, passed on as SIGTERM.
     """
-    members: list[Member] = []
+    children: list[Child] = []
     try:
         for i, (command, environment) in enumerate(zip(commands, environments, strict=True)):
-            members.append(_start(command, os.environ | environment, f"[{i}] "))
-        return _wait(members, stop)
+            children.append(_start(command, os.environ | environment, f"[{i}] "))
+        return _wait(children, stop)
     finally:
-        _end(members, KILL_SECONDS)
-        for member in members:  # all of it is passed on before what follows is said
-            member.stdout.last_words()
-            member.stderr.last_words()
+        _end(children, KILL_SECONDS)
+        for child in children:  # flush the output before the caller prints more
+            child.stdout.last_error()
+            child.stderr.last_error()
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], tag: str) -> Member:
+def _start(command: Sequence[str], environment: Mapping[str, str], tag: str) -> Child:
     process = subprocess.Popen(
         die_with_parent(command),
         env={**environment, "PYTHONUNBUFFERED": "1"},
@@ -139,49 +143,49 @@ def _start(command: Sequence[str], environment: Mapping[str, str], tag: str) -> 
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    return Member(
+    return Child(
         process,
         TaggedOutput(process.stdout, sys.stdout.buffer, tag),
         TaggedOutput(process.stderr, sys.stderr.buffer, tag),
     )
 
 
-def _wait(members: Sequence[Member], stop: StopRequest) -> Outcome:
+def _wait(children: Sequence[Child], stop: StopRequest) -> ExitStatus:
     passed_on = False
-    first_left: float | None = None
+    first_exit: float | None = None
     while True:
-        codes = [member.process.poll() for member in members]
-        ended = {i: code for i, code in enumerate(codes) if code is not None}
-        for i, code in ended.items():
+        codes = [child.process.poll() for child in children]
+        exited = {i: code for i, code in enumerate(codes) if code is not None}
+        for i, code in exited.items():
             if code not in (0, RESUMABLE):
-                return Outcome(code, members[i].cause(f"process {i}"))
-        if len(ended) == len(codes):
-            return Outcome(max(ended.values()), "")
-        if ended:
-            first_left = first_left or time.monotonic()
-            if time.monotonic() - first_left > LEAVE_SECONDS:
-                late, gone = codes.index(None), min(ended)
-                return Outcome(
-                    1, f"process {late} still runs {LEAVE_SECONDS:g} s after process {gone}"
+                return ExitStatus(code, children[i].cause(f"process {i}"))
+        if len(exited) == len(codes):
+            return ExitStatus(max(exited.values()), "")
+        if exited:
+            first_exit = first_exit or time.monotonic()
+            if time.monotonic() - first_exit > LEAVE_SECONDS:
+                late, first = codes.index(None), min(exited)
+                return ExitStatus(
+                    1, f"process {late} still runs {LEAVE_SECONDS:g} s after process {first}"
                 )
         if stop and not passed_on:
             passed_on = True
-            for member in members:
-                member.process.terminate()
+            for child in children:
+                child.process.terminate()
         time.sleep(POLL_SECONDS)
 
 
-def _end(members: Sequence[Member], seconds: float) -> None:
-    for member in members:
-        member.process.terminate()  # of a process that has ended: nothing
-    until = time.monotonic() + seconds
-    for member in members:
+def _end(children: Sequence[Child], seconds: float) -> None:
+    for child in children:
+        child.process.terminate()  # does nothing to a process that has exited
+    deadline = time.monotonic() + seconds
+    for child in children:
         try:
-            member.process.wait(max(0.0, until - time.monotonic()))
+            child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            member.process.kill()  # stopped processes too
-            member.process.wait()
+            child.process.kill()  # ends a process stopped by SIGSTOP too
+            child.process.wait()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    exec_bound_to_parent(int(sys.argv[1]), sys.argv[2:])

@@ -1,65 +1,42 @@
-"""Bringing the runs of a sweep to their ends, so many at a time, whatever happens to them."""
+"""Scheduler of a sweep: starts runs, a number of them at a time, and retries those that fail."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from lm.storage import write_atomically
-from lm.sweeps.sweep import Halving, Run
-from lm.tools.launching.launchers import KILL_SECONDS, Job, Launcher
-from lm.tools.launching.run_status import last_words, value_at
-from lm.tools.launching.supervise import newest_checkpoint
+from lm.sweeps.sweep import Halving
+from lm.tools.launching.launchers import SAVE_SECONDS, Launcher
+from lm.tools.launching.processes import USER_ERROR
+from lm.tools.launching.run_status import (
+    DONE,
+    DROPPED,
+    FAILED,
+    RUNNING,
+    WAITING,
+    RunStatus,
+    last_error,
+    value_at,
+)
 from lm.training.preemption import EXIT_CODE as RESUMABLE
 from lm.training.preemption import StopRequest
-
-USER_ERROR = 2  # would only be repeated
-WAITING, RUNNING, DONE, FAILED, DROPPED = "waiting", "running", "done", "failed", "dropped"
-
-
-@dataclass
-class Entry:
-    """A run and what has become of it; what must survive the sweep is in its status file."""
-
-    run: Run
-    state: str = WAITING
-    reason: str = ""  # of a failure, or of being dropped
-    failures: int = 0
-    job: Job | None = None
-    slot: int = -1
-    started_step: int = field(default=0)
-
-    @property
-    def file(self) -> Path:
-        return self.run.folder / "status" / f"{self.run.name}.json"
-
-    def set(self, state: str, reason: str = "") -> None:
-        self.state, self.reason = state, reason
-        note = self.job.note if self.job else ""
-        write_atomically(
-            self.file, json.dumps({"state": state, "reason": reason, "job": note}, indent=1)
-        )
-
-    def as_it_was(self) -> Entry:
-        """With the state that an earlier start of the sweep left."""
-        before = json.loads(self.file.read_text())
-        self.state, self.reason = before["state"], before["reason"]
-        return self
-
-    @property
-    def step(self) -> int:
-        """That of the newest checkpoint."""
-        return newest_checkpoint(self.run.workdir) or 0
 
 
 @dataclass
 class Scheduler:
-    """Starts, watches and starts again; `show` is called after every look at the runs."""
+    """Starts and watches runs.
+
+    Attributes:
+        launcher: Starts a run on this machine or elsewhere.
+        parallel: Most runs at a time.
+        retries: Restarts of a run that fails.
+        stop: Request to stop.
+        show: Called after every poll of the runs.
+        poll_seconds: Pause between polls.
+    """
 
     launcher: Launcher
     parallel: int
@@ -68,21 +45,20 @@ class Scheduler:
     show: Callable[[], None]
     poll_seconds: float = 0.5
 
-    def find(self, entries: Iterable[Entry]) -> None:
-        """Read what earlier starts of the sweep left: finished runs, jobs that still run."""
-        for entry in entries:
-            if entry.file.exists():
-                before = json.loads(entry.file.read_text())
-                entry.job = self.launcher.find(before["job"])
-                if before["state"] == DONE:
-                    entry.state = DONE
-                elif entry.job:
-                    entry.state = RUNNING
+    def find(self, statuses: Iterable[RunStatus]) -> None:
+        """Recover from earlier starts of the sweep: finished runs, and jobs that still run."""
+        for status in statuses:
+            if saved := status.saved():
+                status.job = self.launcher.find(saved["job"])
+                if saved["state"] == DONE:
+                    status.state = DONE
+                elif status.job:
+                    status.state = RUNNING
 
-    def run_all(self, entries: Sequence[Entry], until: int = 0) -> bool:
-        """Bring runs to their ends, or to a checkpoint at step `until`; false if asked to stop."""
-        running = [entry for entry in entries if entry.state == RUNNING]
-        waiting = deque(e for e in entries if e.state == WAITING and not (0 < until <= e.step))
+    def run_all(self, statuses: Sequence[RunStatus], until: int = 0) -> bool:
+        """Bring runs to their end, or to a checkpoint at step `until`; False if asked to stop."""
+        running = [status for status in statuses if status.state == RUNNING]
+        waiting = deque(s for s in statuses if s.state == WAITING and not (0 < until <= s.step))
         slots = list(range(self.parallel))[::-1]
         while running or waiting:
             if self.stop:
@@ -90,84 +66,86 @@ class Scheduler:
                 return False
             while waiting and slots and len(running) < self.parallel:
                 running.append(self._start(waiting.popleft(), slots.pop(), until))
-            for entry in list(running):
-                assert entry.job is not None
-                if (code := entry.job.poll()) is not None:
-                    running.remove(entry)
-                    slots.extend([entry.slot] if entry.slot >= 0 else [])
-                    self._ended(entry, code, until)
-                    if entry.state == WAITING and not 0 < until <= entry.step:
-                        waiting.append(entry)
+            for status in list(running):
+                assert status.job is not None
+                if (code := status.job.poll()) is not None:
+                    running.remove(status)
+                    slots.extend([status.slot] if status.slot >= 0 else [])
+                    self._exited(status, code)
+                    if status.state == WAITING and not 0 < until <= status.step:
+                        waiting.append(status)
             self.show()
             time.sleep(self.poll_seconds)
         return True
 
-    def _start(self, entry: Entry, slot: int, until: int) -> Entry:
-        entry.slot, entry.started_step = slot, entry.step
-        entry.job = self.launcher.start(entry.run, entry.run.words(until), slot)
-        entry.set(RUNNING)
-        return entry
+    def _start(self, status: RunStatus, slot: int, until: int) -> RunStatus:
+        status.slot, status.started_step = slot, status.step
+        status.job = self.launcher.start(status.run, status.run.words(until), slot)
+        status.set(RUNNING)
+        return status
 
-    def _ended(self, entry: Entry, code: int, until: int) -> None:
-        entry.job = None
+    def _exited(self, status: RunStatus, code: int) -> None:
+        status.job = None
         if code == 0:
-            entry.set(DONE)
+            status.set(DONE)
             return
-        if code == RESUMABLE and entry.step > entry.started_step:
-            entry.set(WAITING)  # it was preempted, or is where it was to stop
+        if code == RESUMABLE and status.step > status.started_step:
+            status.set(WAITING)  # preempted, or stopped at the step that it was given
             return
-        entry.failures += 1
-        reason = last_words(entry.run.log)
-        final = code == USER_ERROR or entry.failures > self.retries
-        entry.set(FAILED if final else WAITING, reason)
+        status.failures += 1
+        final = code == USER_ERROR or status.failures > self.retries
+        status.set(FAILED if final else WAITING, last_error(status.run.log))
 
-    def _stop(self, running: Sequence[Entry]) -> None:
-        for entry in running:
-            assert entry.job is not None
-            entry.job.stop()
-        until = time.monotonic() + KILL_SECONDS
-        for entry in running:
-            assert entry.job is not None
-            while not entry.job.note and entry.job.poll() is None and time.monotonic() < until:
+    def _stop(self, running: Sequence[RunStatus]) -> None:
+        for status in running:
+            assert status.job is not None
+            status.job.stop()
+        deadline = time.monotonic() + SAVE_SECONDS
+        for status in running:
+            assert status.job is not None
+            while not status.job.note and status.job.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            if not entry.job.note:
-                code = entry.job.poll()
-                entry.job = None
-                entry.set(DONE if code == 0 else WAITING)
+            if not status.job.note:
+                code = status.job.poll()
+                status.job = None
+                status.set(DONE if code == 0 else WAITING)
 
 
-def run_halving(scheduler: Scheduler, entries: Sequence[Entry], halving: Halving) -> bool:
-    """Successive halving over the runs; false if asked to stop.
+def run_halving(scheduler: Scheduler, statuses: Sequence[RunStatus], halving: Halving) -> bool:
+    """Run successive halving; False if asked to stop.
 
-    Compares values at equal steps, so a sweep that was cut and started again drops the same runs.
+    Values are compared at equal steps, so a sweep that was interrupted drops the same runs.
     """
-    alive = list(entries)
-    for rung in halving.rungs(min(entry.run.steps for entry in entries)):
+    alive = list(statuses)
+    for rung in halving.rungs(min(status.run.steps for status in statuses)):
         if not scheduler.run_all(alive, rung):
             return False
         alive, dropped = keep_best(alive, halving, rung)
-        for entry, reason in dropped:
-            entry.set(DROPPED, reason)
+        for status, reason in dropped:
+            status.set(DROPPED, reason)
     return scheduler.run_all(alive)
 
 
 def keep_best(
-    entries: Sequence[Entry], halving: Halving, rung: int
-) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """The runs that go on from a rung, and the others with the reason; failed ones are neither."""
-    sign = -1 if halving.highest else 1
-    alive = [entry for entry in entries if entry.state != FAILED]
-    values = {e.run.name: value_at(e.run.workdir, halving.metric, rung) for e in alive}
+    statuses: Sequence[RunStatus], halving: Halving, rung: int
+) -> tuple[list[RunStatus], list[tuple[RunStatus, str]]]:
+    """Split runs at a rung into those that continue and those that are dropped, with the reason.
 
-    def rank(entry: Entry) -> tuple[float, str]:
-        value = values[entry.run.name]
-        return (math.inf if value is None else sign * value, entry.run.name)
+    Failed runs are in neither list.
+    """
+    sign = -1 if halving.highest else 1
+    alive = [status for status in statuses if status.state != FAILED]
+    values = {s.run.name: value_at(s.run.workdir, halving.metric, rung) for s in alive}
+
+    def rank(status: RunStatus) -> tuple[float, str]:
+        value = values[status.run.name]
+        return (math.inf if value is None else sign * value, status.run.name)
 
     ranked = sorted(alive, key=rank)
     n = math.ceil(len(ranked) / halving.factor)
-    kept = {entry.run.name for entry in ranked[:n]}
+    kept = {status.run.name for status in ranked[:n]}
     dropped = [
-        (e, f"step {rung}: {halving.metric} {values[e.run.name]} is not among the best {n}")
-        for e in ranked[n:]
+        (s, f"step {rung}: {halving.metric} {values[s.run.name]} is not among the best {n}")
+        for s in ranked[n:]
     ]
-    return [entry for entry in alive if entry.run.name in kept], dropped
+    return [status for status in alive if status.run.name in kept], dropped

@@ -1,4 +1,4 @@
-"""Starting a group of processes again and again, until it is done or there is no hope."""
+"""`lm launch --processes N -- train …`: one run as several processes of this host, restarted."""
 
 from __future__ import annotations
 
@@ -13,81 +13,96 @@ from typing import Any
 
 from lm.errors import UserError
 from lm.storage import AnyPath, is_whole, locate
-from lm.tools.launching.processes import Outcome, run_group
+from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
 from lm.training.preemption import EXIT_CODE as RESUMABLE
 from lm.training.preemption import StopRequest, stop_requests
 
-USER_ERROR = 2  # would only be repeated
 LONGEST_PAUSE = 60.0
+MULTI_PROCESS_VERBS = ("train", "eval", "generate", "merge")
+SET_BY_LAUNCH = ("--coordinator", "--num_processes", "--process_id")
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How often to start again: `restarts` in a row without progress, pauses that double.
+class RestartPolicy:
+    """Restarts in a row without progress, with exponential backoff.
 
-    `backoff` is the first pause in seconds.
+    Attributes:
+        restarts: Largest number of restarts in a row.
+        backoff: First pause in seconds; each further one is twice as long, up to a minute.
     """
 
     restarts: int = 10
     backoff: float = 1.0
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row (from 1)."""
+        """Return the seconds to wait after so many failures in a row (from 1)."""
         return min(self.backoff * 2.0 ** (failures - 1), LONGEST_PAUSE)
 
 
 def supervise(
-    attempt: Callable[[], Outcome],
-    policy: Policy,
+    attempt: Callable[[], ExitStatus],
+    policy: RestartPolicy,
     progress: Callable[[], Any],
     report: Callable[[str], None],
     stop: StopRequest,
 ) -> int:
-    """Run `attempt` until it ends well, is asked to stop or fails too often; the exit code.
+    """Repeat `attempt` until it succeeds, is asked to stop, or fails too often.
 
-    0, 2 and 75 pass through. Anything else is started again; when `progress` returns something
-    new (a later checkpoint), the count of failures begins anew. `report` gets a line an incident.
+    Args:
+        attempt: Runs the processes once.
+        policy: Number of restarts and pauses between them.
+        progress: State of the run, such as its newest checkpoint; failures are counted from 0
+            again once it has changed.
+        report: Called with one line for each incident.
+        stop: Request to stop.
+
+    Returns:
+        The exit code. 0, 2 and 75 of an attempt are passed through; 1 after too many failures.
     """
     failures = 0
     while True:
         before = progress()
-        outcome = attempt()
-        if outcome.code in (0, RESUMABLE, USER_ERROR):
-            if outcome.code == USER_ERROR:
-                report(f"error: {outcome.cause}; not started again")
-            return outcome.code
+        status = attempt()
+        if status.code in (0, RESUMABLE, USER_ERROR):
+            if status.code == USER_ERROR:
+                report(f"error: {status.cause}; not started again")
+            return status.code
         if stop:
-            report(f"asked to stop: {outcome.cause}; the same command continues")
+            report(f"asked to stop: {status.cause}; the same command continues")
             return RESUMABLE
         failures = 1 if progress() != before else failures + 1
         if failures > policy.restarts:
-            report(f"error: gave up after {policy.restarts} restarts in a row: {outcome.cause}")
+            report(f"error: gave up after {policy.restarts} restarts in a row: {status.cause}")
             return 1
         pause = policy.pause(failures)
-        report(f"{outcome.cause}; restart {failures} of {policy.restarts} in {pause:g} s")
-        until = time.monotonic() + pause
-        while time.monotonic() < until:
+        report(f"{status.cause}; restart {failures} of {policy.restarts} in {pause:g} s")
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline:
             if stop:
                 return RESUMABLE
             time.sleep(0.02)
 
 
-VERBS = ("train", "eval", "generate", "merge")  # those that several processes can run together
-OURS = ("--coordinator", "--num_processes", "--process_id")
+def launch(words: Sequence[str], n_processes: int, n_gpus: int, policy: RestartPolicy) -> int:
+    """Run `lm WORDS…` as several processes until it is done.
 
+    Incidents are also appended to WORKDIR/incidents.jsonl.
 
-def launch(words: Sequence[str], processes: int, gpus: int, policy: Policy) -> int:
-    """Run `lm WORDS…` as so many processes until it is done; the exit code.
+    Args:
+        words: Verb and options.
+        n_processes: Number of processes.
+        n_gpus: GPUs of this host, split evenly among the processes; 0 leaves their choice to JAX.
+        policy: Number of restarts and pauses between them.
 
-    `gpus` of this host are split evenly among them; 0 leaves their choice to JAX. Incidents are
-    also written to WORKDIR/incidents.jsonl.
+    Returns:
+        The exit code.
     """
-    check(words, processes, gpus)
+    check_command(words, n_processes, n_gpus)
     workdir = _workdir(words)
 
-    def attempt() -> Outcome:
-        environments = [gpu_share(i, processes, gpus) for i in range(processes)]
-        return run_group(commands(words, processes, free_port()), environments, stop)
+    def attempt() -> ExitStatus:
+        environments = [gpu_share(i, n_processes, n_gpus) for i in range(n_processes)]
+        return run_group(process_commands(words, n_processes, free_port()), environments, stop)
 
     def report(message: str) -> None:
         print(f"launch: {message}", file=sys.stderr, flush=True)
@@ -95,56 +110,57 @@ def launch(words: Sequence[str], processes: int, gpus: int, policy: Policy) -> i
             file = workdir / "incidents.jsonl"
             before = file.read_text() if file.exists() else ""
             line = json.dumps({"time": time.time(), "incident": message})
-            file.write_text(f"{before}{line}\n")  # nothing can be appended in a bucket
+            file.write_text(f"{before}{line}\n")  # objects of a bucket cannot be appended to
 
     with stop_requests() as stop:
         return supervise(attempt, policy, lambda: newest_checkpoint(workdir), report, stop)
 
 
-def check(words: Sequence[str], processes: int, gpus: int) -> None:
-    """Raise UserError if there is nothing, or nothing sensible, to launch."""
-    if not words or words[0] not in VERBS:
+def check_command(words: Sequence[str], n_processes: int, n_gpus: int) -> None:
+    """Raise UserError unless several processes can run the command together."""
+    if not words or words[0] not in MULTI_PROCESS_VERBS:
+        *verbs, last = MULTI_PROCESS_VERBS
         raise UserError(
-            f"lm launch: after -- comes {', '.join(VERBS[:-1])} or {VERBS[-1]} with its options, "
+            f"lm launch: after -- comes {', '.join(verbs)} or {last} with its options, "
             "as in: lm launch --processes 2 -- train --config FILE.py --workdir DIR"
         )
     for word in words:
-        if word.partition("=")[0] in OURS:
+        if word.partition("=")[0] in SET_BY_LAUNCH:
             raise UserError(f"lm launch sets {word.partition('=')[0]} itself: leave it out")
-    if gpus % processes:
-        raise UserError(f"--gpus {gpus} is not divisible by --processes {processes}")
+    if n_gpus % n_processes:
+        raise UserError(f"--gpus {n_gpus} is not divisible by --processes {n_processes}")
 
 
-def commands(words: Sequence[str], processes: int, port: int) -> list[list[str]]:
-    """The command of every process; process 0 listens on `port`."""
+def process_commands(words: Sequence[str], n_processes: int, port: int) -> list[list[str]]:
+    """Return the command of every process; process 0 listens on `port`."""
     command = [sys.executable, "-m", "lm", *words]
-    if processes == 1:
+    if n_processes == 1:
         return [command]
-    together = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(processes)]
-    return [[*command, *together, "--process_id", str(i)] for i in range(processes)]
+    shared = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(n_processes)]
+    return [[*command, *shared, "--process_id", str(i)] for i in range(n_processes)]
 
 
-def gpu_share(process: int, processes: int, gpus: int) -> dict[str, str]:
-    """The variables that show a process its own GPUs."""
-    if not gpus:
+def gpu_share(process: int, n_processes: int, n_gpus: int) -> dict[str, str]:
+    """Return the environment that shows a process its own GPUs; empty if `n_gpus` is 0."""
+    if not n_gpus:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
-    if len(names) < gpus:
-        raise UserError(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={visible} names {len(names)}")
-    each = gpus // processes
+    names = visible.split(",") if visible else [str(i) for i in range(n_gpus)]
+    if len(names) < n_gpus:
+        raise UserError(f"--gpus {n_gpus}: CUDA_VISIBLE_DEVICES={visible} names {len(names)}")
+    each = n_gpus // n_processes
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[process * each : (process + 1) * each])}
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Return a TCP port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def newest_checkpoint(workdir: AnyPath | None) -> int | None:
-    """The step of the newest whole checkpoint, if there is one."""
+    """Return the step of the newest complete checkpoint, or None."""
     if workdir is None:
         return None
     numbered = (f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())

@@ -1,4 +1,4 @@
-"""A sweep for the eye: a live table of its runs, and results.csv."""
+"""Table of a sweep: live on a terminal, one line a change elsewhere, and results.csv at its end."""
 
 from __future__ import annotations
 
@@ -9,98 +9,122 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
 from lm.storage import write_atomically
-from lm.tools.launching.run_status import last_values
-from lm.tools.launching.scheduler import DONE, DROPPED, FAILED, RUNNING, Entry
+from lm.tools.formatting import duration, plain_text, text_table
+from lm.tools.launching.run_status import (
+    DONE,
+    DROPPED,
+    FAILED,
+    RUNNING,
+    WAITING,
+    RunStatus,
+    last_values,
+)
 
 VALIDATION = "eval/validation/"
+LIVE_ORDER = (RUNNING, FAILED, WAITING, DONE, DROPPED)  # a short terminal shows the first rows
 
 
-class Table:
-    """Redraws itself on a terminal; elsewhere says each change of a run, once."""
+class SweepTable:
+    """Runs of a sweep: redrawn on a terminal; elsewhere each change of a run's state is printed.
 
-    def __init__(self, entries: Sequence[Entry], stream: TextIO | None = None, period: float = 1.0):
-        self._entries, self._stream, self._period = entries, stream or sys.stderr, period
-        self._began, self._fraction = time.monotonic(), self._done_fraction()
-        self._drawn_at, self._height = -period, 0
-        self._said = {entry.run.name: entry.state for entry in entries}
+    Used as a context manager: the live table vanishes at the end.
+    """
 
-    def show(self) -> None:
-        """Draw, or say what changed since the last call."""
-        if not self._stream.isatty():
-            for entry in self._entries:
-                if entry.state != self._said[entry.run.name]:
-                    self._said[entry.run.name] = entry.state
-                    print(_line(entry, len(entry.run.name)), file=self._stream, flush=True)
-        elif time.monotonic() - self._drawn_at >= self._period:
-            self._drawn_at = time.monotonic()
-            up = f"\x1b[{self._height}F" if self._height else ""
-            lines = self.lines()
-            self._height = len(lines)
-            self._stream.write(up + "".join(f"{line}\x1b[K\n" for line in lines))
-            self._stream.flush()
+    def __init__(self, statuses: Sequence[RunStatus], file: TextIO | None = None):
+        self._statuses, self._file = statuses, file or sys.stderr
+        self._start, self._start_fraction = time.monotonic(), self._done_fraction()
+        self._printed = {status.run.name: status.state for status in statuses}
+        console = Console(file=self._file)
+        self._is_terminal = console.is_terminal
+        self._live = Live(
+            console=console, get_renderable=self._live_view, refresh_per_second=1, transient=True
+        )
 
-    def lines(self) -> list[str]:
-        """The whole table, a run a line, and a line of totals."""
-        width = max(len(entry.run.name) for entry in self._entries)
-        counts = Counter(entry.state for entry in self._entries)
-        total = ", ".join(f"{n} {state}" for state, n in counts.items())
-        return [*(_line(entry, width) for entry in self._entries), total + self._eta()]
+    def __enter__(self) -> SweepTable:
+        if self._is_terminal:
+            self._live.start()
+        return self
 
-    def _eta(self) -> str:
-        """From the steps done since the sweep was started, dropped runs counted as done."""
-        fraction, seconds = self._done_fraction(), time.monotonic() - self._began
-        if fraction >= 1 or fraction - self._fraction <= 0:
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def show_changes(self) -> None:
+        """Print the runs whose state has changed since the last call, if not on a terminal."""
+        for status in self._statuses if not self._is_terminal else ():
+            if status.state != self._printed[status.run.name]:
+                self._printed[status.run.name] = status.state
+                line = "  ".join(filter(None, _cells(status)))
+                print(line, file=self._file, flush=True)
+
+    def __str__(self) -> str:
+        """The whole table, one run a line, and a line of totals."""
+        return f"{plain_text(text_table(map(_cells, self._statuses)))}\n{self._totals()}"
+
+    def _live_view(self) -> RenderableType:
+        ordered = sorted(self._statuses, key=lambda status: LIVE_ORDER.index(status.state))
+        return Group(Text(self._totals()), text_table(map(_cells, ordered)))
+
+    def _totals(self) -> str:
+        counts = Counter(status.state for status in self._statuses)
+        return ", ".join(f"{n} {state}" for state, n in counts.items()) + self._time_left()
+
+    def _time_left(self) -> str:
+        """Estimate from the steps done since the start of the sweep; dropped runs are done."""
+        fraction, seconds = self._done_fraction(), time.monotonic() - self._start
+        if fraction >= 1 or fraction <= self._start_fraction:
             return ""
-        left = (1 - fraction) / (fraction - self._fraction) * seconds
-        return f"; about {_duration(left)} left"
+        left = (1 - fraction) / (fraction - self._start_fraction) * seconds
+        return f"; about {duration(left)} left"
 
     def _done_fraction(self) -> float:
-        def of(entry: Entry) -> float:
-            ended = entry.state in (DONE, FAILED, DROPPED)
-            return 1.0 if ended else last_values(entry.run.workdir).get("step", 0) / entry.run.steps
+        def fraction(status: RunStatus) -> float:
+            if status.state in (DONE, FAILED, DROPPED):
+                return 1.0
+            return last_values(status.run.workdir).get("step", 0) / status.run.steps
 
-        return sum(map(of, self._entries)) / len(self._entries)
-
-
-def _line(entry: Entry, width: int) -> str:
-    values = last_values(entry.run.workdir)
-    parts = [f"{entry.run.name:{width}}  {entry.state:7}"]
-    if "step" in values:
-        parts.append(f"{values['step']}/{entry.run.steps}")
-    if values.get("loss") is not None:
-        parts.append(f"loss {values['loss']:.4f}")
-    if values.get(f"{VALIDATION}loss") is not None:
-        parts.append(f"validation {values[f'{VALIDATION}loss']:.4f}")
-    if entry.state == RUNNING and values.get("seconds_per_step"):
-        left = (entry.run.steps - values["step"]) * values["seconds_per_step"]
-        parts.append(f"{_duration(left)} left")
-    if entry.reason:
-        parts.append(entry.reason[:120])
-    return "  ".join(parts)
+        return sum(map(fraction, self._statuses)) / len(self._statuses)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _cells(status: RunStatus) -> tuple[str, ...]:
+    """Name, state, steps, loss, validation loss, time left and reason; "" for what is unknown."""
+    values = last_values(status.run.workdir)
+    step, speed = values.get("step"), values.get("seconds_per_step")
+    left = None
+    if status.state == RUNNING and speed:
+        left = (status.run.steps - values["step"]) * speed
+    return (
+        status.run.name,
+        status.state,
+        "" if step is None else f"{step}/{status.run.steps}",
+        _labelled("loss", values.get("loss")),
+        _labelled("validation", values.get(f"{VALIDATION}loss")),
+        "" if left is None else f"{duration(left)} left",
+        status.reason[:120],
+    )
 
 
-def write_results(entries: Sequence[Entry], file: Path) -> None:
-    """Name, state, overrides, step, loss and validation figures of every run, as CSV.
+def _labelled(name: str, value: float | None) -> str:
+    return "" if value is None else f"{name} {value:.4f}"
 
-    It holds no times: two sweeps of the same runs give the same file.
+
+def write_results(statuses: Sequence[RunStatus], file: Path) -> None:
+    """Write a CSV row a run: name, state, overrides, step, loss and validation metrics.
+
+    There are no times in it: two sweeps of the same runs give the same file.
     """
-    rows = []
-    for entry in entries:
-        values = last_values(entry.run.workdir)
-        figures = {k: v for k, v in values.items() if k == "loss" or k.startswith(VALIDATION)}
-        step = {"step": values.get("step", 0)}
-        rows.append(
-            {"run": entry.run.name, "state": entry.state, **entry.run.overrides, **step, **figures}
-        )
+    rows: list[dict[str, Any]] = []
+    for status in statuses:
+        values = last_values(status.run.workdir)
+        metrics = {k: v for k, v in values.items() if k == "loss" or k.startswith(VALIDATION)}
+        row = {"run": status.run.name, "state": status.state, **status.run.overrides}
+        rows.append({**row, "step": values.get("step", 0), **metrics})
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -1,8 +1,8 @@
-"""Adaptive search: each batch of runs is chosen by Optuna after the results of the earlier ones.
+"""Adaptive search of a sweep: Optuna proposes each batch of runs from the results of earlier ones.
 
-What was asked and told is in study.db of the sweep's folder, which Optuna's dashboard reads too.
-What is asked depends on the seed and the results alone, so a search that was cut and started again
-asks the same.
+The trials are stored in study.db of the sweep's folder, which Optuna's dashboard reads too.
+Proposals depend only on the seed and the results, so a search that was interrupted proposes the
+same runs when it is started again.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from lm.sweeps.sweep import Run, Search, Sweep, make_runs, prepare
+from lm.sweeps.sweep import Run, Search, Sweep, make_runs, record_runs
 from lm.tools.launching.launchers import Launcher
-from lm.tools.launching.run_status import value_at
+from lm.tools.launching.run_status import DONE, RunStatus, value_at
 from lm.tools.launching.run_sweep import conclude
-from lm.tools.launching.scheduler import DONE, Entry, Scheduler
-from lm.tools.launching.sweep_table import Table
+from lm.tools.launching.scheduler import Scheduler
+from lm.tools.launching.sweep_table import SweepTable
 from lm.training.preemption import stop_requests
 
 
 class Trials:
-    """The trials of a search in its folder, as runs; `stored` on disk, or for this process only."""
+    """Optuna's trials of a search, as runs.
+
+    Args:
+        search: The search.
+        folder: Folder of the sweep.
+        overrides: Overrides of every run.
+        options: Further words of every `lm train` command.
+        stored: Keep the trials in `folder`/study.db, or else in memory.
+    """
 
     def __init__(
         self,
@@ -34,7 +42,7 @@ class Trials:
         stored: bool = True,
     ):
         self.search, self.folder = search, folder
-        self._common, self._options = overrides, options
+        self._overrides, self._options = overrides, options
         self._optuna = _import_optuna()
         self._study = self._optuna.create_study(
             storage=f"sqlite:///{folder.resolve()}/study.db" if stored else None,
@@ -44,7 +52,7 @@ class Trials:
         )
 
     def ask(self, count: int) -> list[Run]:
-        """The runs of up to so many trials without a result: those asked before, and new ones."""
+        """Return at most `count` runs without a result: those proposed before, then new ones."""
         states = self._optuna.trial.TrialState
         found = self._study.get_trials(deepcopy=False)
         open_trials = [
@@ -62,14 +70,14 @@ class Trials:
         return runs
 
     def tell(self, run: Run, value: float | None) -> None:
-        """The metric of a run that ended; None, or not finite, if it failed."""
+        """Store the metric of a run that has ended; None or a non-finite value is a failure."""
         state = self._optuna.trial.TrialState
         failed = value is None or not math.isfinite(value)
         number = int(run.name.rpartition("-")[2])
         self._study.tell(number, None if failed else value, state.FAIL if failed else None)
 
     def ended(self) -> list[Run]:
-        """The runs of the trials that have a result."""
+        """Return the runs of the trials that have a result."""
         fixed = self._optuna.trial.FixedTrial
         return [
             self._run(trial.number, self.search.suggest(fixed(trial.params, trial.number)))
@@ -81,31 +89,40 @@ class Trials:
         return self._optuna.samplers.TPESampler(seed=self.search.seed + number)
 
     def _run(self, number: int, overrides: Mapping[str, Any]) -> Run:
-        one = Sweep(self.search.config, {f"trial-{number:03}": overrides})
-        (run,) = make_runs(one, self.folder, self._common, self._options)
+        sweep = Sweep(self.search.config, {f"trial-{number:03}": overrides})
+        (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
         return run
 
 
 def run_search(
     trials: Trials, launcher: Launcher, parallel: int, retries: int, poll_seconds: float = 0.5
 ) -> int:
-    """Ask for as many runs as run at a time, bring them to their ends, tell, and so on.
+    """Run the trials in batches of `parallel`, or continue them.
 
-    0, 75 if asked to stop, 1 if a run failed for good.
+    Args:
+        trials: The trials of the search.
+        launcher: Starts the runs.
+        parallel: Most runs at a time.
+        retries: Restarts of a run that fails.
+        poll_seconds: Pause between polls of the runs.
+
+    Returns:
+        The exit code: 0, 75 if asked to stop, 1 if a run failed for good.
     """
     search, finished = trials.search, True
-    ended = [Entry(run).as_it_was() for run in trials.ended()]
+    ended = [RunStatus.read(run) for run in trials.ended()]
     with stop_requests() as stop:
         while finished and (runs := trials.ask(parallel)):
-            prepare(runs, trials.folder)
-            batch = [Entry(run) for run in runs]
-            table = Table([*ended, *batch])
-            scheduler = Scheduler(launcher, parallel, retries, stop, table.show, poll_seconds)
-            scheduler.find(batch)
-            finished = scheduler.run_all(batch)
-            for entry in batch if finished else ():
-                value = value_at(entry.run.workdir, search.metric, entry.run.steps)
-                trials.tell(entry.run, value if entry.state == DONE else None)
+            record_runs(runs, trials.folder)
+            batch = [RunStatus(run) for run in runs]
+            with SweepTable([*ended, *batch]) as table:
+                show = table.show_changes
+                scheduler = Scheduler(launcher, parallel, retries, stop, show, poll_seconds)
+                scheduler.find(batch)
+                finished = scheduler.run_all(batch)
+            for status in batch if finished else ():
+                value = value_at(status.run.workdir, search.metric, status.run.steps)
+                trials.tell(status.run, value if status.state == DONE else None)
             ended += batch
     return conclude(ended, trials.folder, finished)
 

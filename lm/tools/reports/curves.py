@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
-from lm.tools.reports.formatting import duration
+from lm.tools.formatting import duration
 from lm.tools.reports.run_records import TRAIN_LOSS, Run
 
 POINTS = 400  # more than these a figure cannot show

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from lm.tools.reports.formatting import shown
+from lm.tools.formatting import shown
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

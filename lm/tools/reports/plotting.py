@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm.errors import UserError
-from lm.tools.reports.formatting import short
+from lm.tools.formatting import short
 
 INK, FAINT = "#1f2430", "#d9dde5"
 COLORS = (

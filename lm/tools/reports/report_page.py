@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lm import config as configs
+from lm.tools.formatting import duration, short, shown
 from lm.tools.reports import html
 from lm.tools.reports import run_plots as figures
 from lm.tools.reports.curves import incidents
-from lm.tools.reports.formatting import duration, short, shown
 from lm.tools.reports.html import Cell
 from lm.tools.reports.plotting import colors, save_png, svg
 from lm.tools.reports.run_records import Run, best, final_metric, find_runs, swept_keys

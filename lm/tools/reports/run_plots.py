@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.tools.formatting import shown
 from lm.tools.reports.curves import downsample, smooth
-from lm.tools.reports.formatting import shown
 from lm.tools.reports.plotting import (
     COLORS,
     WIDTH,

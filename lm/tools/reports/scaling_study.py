@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.tools.formatting import short
 from lm.tools.reports import isoflop
-from lm.tools.reports.formatting import short
 from lm.tools.reports.isoflop import PowerLaw, Profile
 from lm.tools.reports.plotting import INK, colors, count_axis, legend, save_png, shades, subplots
 from lm.tools.reports.scaling_law import Law, bootstrap, fit, interval

@@ -10,7 +10,7 @@ from test_sweep import EXPERIMENT, FAKE, starts, table
 
 from lm.cli import main
 from lm.errors import UserError
-from lm.sweeps.sweep import load
+from lm.sweeps.sweep import load_sweep
 from lm.tools.launching.launchers import Local
 from lm.tools.launching.run_sweep import locked
 from lm.tools.launching.trials import Trials, run_search
@@ -36,7 +36,7 @@ def search_file(tmp_path) -> Path:
 
 
 def run(file: str | Path, folder: Path) -> int:
-    search, runs = load(str(file), folder, {"train.steps": "10"})
+    search, runs = load_sweep(str(file), folder, {"train.steps": "10"})
     assert runs == []
     with locked(folder) as lock:
         trials = Trials(search, folder, {"train.steps": "10"}, ())
@@ -92,6 +92,6 @@ def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
     file = tmp_path / "search.py"
     file.write_text(SEARCH.format(experiment=EXPERIMENT))
     monkeypatch.setitem(sys.modules, "optuna", None)
-    search, _ = load(str(file), tmp_path / "s", {})
+    search, _ = load_sweep(str(file), tmp_path / "s", {})
     with pytest.raises(UserError, match=r"pip install 'lm\[sweep\]'"):
         Trials(search, tmp_path / "s", {}, ())

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 from lm.cli import main
-from lm.tools.launching.supervise import commands, gpu_share, newest_checkpoint
+from lm.tools.launching.supervise import gpu_share, newest_checkpoint, process_commands
 
 TRAIN = ["train", "--config", "x.py", "--workdir", "w", "--config.seed=1"]
 
 
 def test_each_process_is_told_its_place():
-    made = commands(TRAIN, 3, 1234)
+    made = process_commands(TRAIN, 3, 1234)
     assert [words[-1] for words in made] == ["0", "1", "2"]
     for words in made:
         assert words[2:9] == ["lm", *TRAIN]
         assert words[9:13] == ["--coordinator", "127.0.0.1:1234", "--num_processes", "3"]
-    assert commands(TRAIN, 1, 1234)[0][2:] == ["lm", *TRAIN]
+    assert process_commands(TRAIN, 1, 1234)[0][2:] == ["lm", *TRAIN]
 
 
 def test_gpus_are_split_evenly(monkeypatch):

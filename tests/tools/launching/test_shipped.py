@@ -10,7 +10,7 @@ import pytest
 from lm import config as configs
 from lm.accounting.parameter_counts import count_parameters
 from lm.experiment import build
-from lm.sweeps.sweep import load
+from lm.sweeps.sweep import load_sweep
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "sweeps"
 RUNS = {
@@ -30,7 +30,7 @@ def test_every_shipped_sweep_is_known():
 @pytest.mark.parametrize("name", RUNS)
 def test_every_shipped_sweep_loads(name, tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
-    _, runs = load(str(FOLDER / (name if ".py" in name else f"{name}.py")), tmp_path, {})
+    _, runs = load_sweep(str(FOLDER / (name if ".py" in name else f"{name}.py")), tmp_path, {})
     assert len(runs) == RUNS[name]
     assert len({run.name for run in runs}) == len(runs)
 
@@ -38,7 +38,7 @@ def test_every_shipped_sweep_loads(name, tmp_path, monkeypatch):
 def test_isoflop_runs_cost_their_budget(tmp_path, monkeypatch):
     """6 N D with N as `lm scaling` counts it, all parameters."""
     monkeypatch.chdir(FOLDER.parents[1])
-    _, runs = load(str(FOLDER / "isoflop.py"), tmp_path, {})
+    _, runs = load_sweep(str(FOLDER / "isoflop.py"), tmp_path, {})
     parameters, at_budget = {}, {}
     for run in runs:
         config = configs.load(run.config, {**run.overrides, "parallel.mesh.data": "1"})

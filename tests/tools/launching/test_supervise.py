@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from lm.tools.launching.processes import Outcome
-from lm.tools.launching.supervise import Policy, supervise
+from lm.tools.launching.processes import ExitStatus
+from lm.tools.launching.supervise import RestartPolicy, supervise
 
-QUICK = Policy(restarts=3, backoff=0.0)
+QUICK = RestartPolicy(restarts=3, backoff=0.0)
 
 
 class Attempts:
@@ -18,10 +18,10 @@ class Attempts:
     def __init__(self, *codes: int):
         self.codes, self.made = list(codes), 0
 
-    def __call__(self) -> Outcome:
+    def __call__(self) -> ExitStatus:
         code = self.codes[min(self.made, len(self.codes) - 1)]
         self.made += 1
-        return Outcome(code, f"process 0 exited with {code}")
+        return ExitStatus(code, f"process 0 exited with {code}")
 
 
 def test_it_starts_again_until_done(stop):
@@ -51,18 +51,21 @@ def test_a_new_checkpoint_starts_the_count_again(stop):
 
 
 def test_pauses_double_up_to_a_minute():
-    pauses = [Policy(backoff=1.0).pause(n) for n in range(1, 9)]
+    pauses = [RestartPolicy(backoff=1.0).pause(n) for n in range(1, 9)]
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 def test_a_request_to_stop_ends_a_pause_and_forgives_a_crash(stop):
-    def asks() -> Outcome:
+    def asks() -> ExitStatus:
         stop(15, None)
-        return Outcome(-15, "process 0 was killed by SIGTERM")
+        return ExitStatus(-15, "process 0 was killed by SIGTERM")
 
-    assert supervise(asks, Policy(), lambda: None, print, stop) == 75
+    assert supervise(asks, RestartPolicy(), lambda: None, print, stop) == 75
 
     attempts = Attempts(1)
     stop._asked = False
-    assert supervise(attempts, Policy(3, 60.0), lambda: None, lambda _: stop(15, None), stop) == 75
+    assert (
+        supervise(attempts, RestartPolicy(3, 60.0), lambda: None, lambda _: stop(15, None), stop)
+        == 75
+    )
     assert attempts.made == 1

@@ -15,9 +15,9 @@ import pytest
 
 from lm.cli import main
 from lm.sweeps.sets import grid, named
-from lm.sweeps.sweep import Halving, Sweep, load
+from lm.sweeps.sweep import Halving, Sweep, load_sweep
 from lm.tools.launching import launchers
-from lm.tools.launching.launchers import Local, Slurm, SlurmJob, Tpu, share
+from lm.tools.launching.launchers import Local, Slurm, SlurmJob, Tpu, core_share
 from lm.tools.launching.run_sweep import locked, run_sweep
 from lm.tools.launching.supervise import gpu_share
 
@@ -42,7 +42,7 @@ def sweep_file(tmp_path) -> Path:
 
 
 def run(file: str | Path, folder: Path, parallel: int = 3, retries: int = 2, **steps) -> int:
-    sweep, runs = load(str(file), folder, {"train.steps": "20"} | steps)
+    sweep, runs = load_sweep(str(file), folder, {"train.steps": "20"} | steps)
     with locked(folder) as lock:
         launcher = Local(parallel, lm=FAKE, keep_open=(lock,))
         return run_sweep(sweep, runs, folder, launcher, parallel, retries, poll_seconds=0.02)
@@ -210,8 +210,8 @@ def test_dry_run_prints_every_run_and_its_command(sweep_file, tmp_path, capsys):
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
-    assert [share(range(8), i, 4) for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [share([0, 1], i, 3) for i in range(3)] == [[0], [1], [0]]
+    assert [core_share(range(8), i, 4) for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [core_share([0, 1], i, 3) for i in range(3)] == [[0], [1], [0]]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_share(3, 4, 8) == {"CUDA_VISIBLE_DEVICES": "6,7"}
 
@@ -271,7 +271,7 @@ def test_a_sweep_finds_its_slurm_jobs_again(sweep_file, tmp_path, monkeypatch):
 
 
 def run_slurm(file: str | Path, folder: Path) -> int:
-    sweep, runs = load(str(file), folder, {})
+    sweep, runs = load_sweep(str(file), folder, {})
     with locked(folder):
         return run_sweep(sweep, runs, folder, Slurm(), len(runs), 0, poll_seconds=0.05)
 

@@ -1,0 +1,64 @@
+"""The table of a sweep: plain text in a pipe, redrawn on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from lm.sweeps.sweep import Run
+from lm.tools.launching.run_status import DONE, FAILED, RUNNING, WAITING, RunStatus
+from lm.tools.launching.sweep_table import SweepTable
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def statuses(tmp_path) -> list[RunStatus]:
+    """Three runs: one done, one at a tenth, one that has not started."""
+    runs = [Run(name, "x.py", {}, 100, tmp_path, ()) for name in ("a[b]", "bb", "c")]
+    for run, step in zip(runs, (100, 10), strict=False):
+        run.workdir.mkdir(parents=True)
+        row = {"step": step, "loss": 2.5, "seconds_per_step": 1.0, "eval/validation/loss": 3.0}
+        (run.workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return [
+        RunStatus(run, state) for run, state in zip(runs, (DONE, RUNNING, WAITING), strict=True)
+    ]
+
+
+def test_columns_are_as_wide_as_their_cells(statuses):
+    statuses[2].state, statuses[2].reason = FAILED, "error: [red]no such file[/red]"
+    lines = str(SweepTable(statuses)).splitlines()
+    assert lines[0] == "a[b]  done     100/100  loss 2.5000  validation 3.0000"
+    assert lines[1] == "bb    running  10/100   loss 2.5000  validation 3.0000  1 min 30 s left"
+    assert lines[2].startswith("c     failed ")
+    assert lines[2].endswith("error: [red]no such file[/red]")
+    assert lines[3] == "1 done, 1 running, 1 failed"
+
+
+def test_in_a_pipe_each_change_is_one_line(statuses):
+    file = io.StringIO()
+    with SweepTable(statuses, file) as table:
+        table.show_changes()
+        assert not file.getvalue()
+        statuses[1].state = DONE
+        table.show_changes()
+        table.show_changes()
+    assert file.getvalue() == "bb  done  10/100  loss 2.5000  validation 3.0000\n"
+
+
+def test_on_a_terminal_running_runs_come_first_and_the_table_vanishes(statuses, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    file = Terminal()
+    with SweepTable(statuses, file) as table:
+        statuses[0].state = FAILED
+        table.show_changes()
+    drawn = file.getvalue()
+    assert drawn.index("bb") < drawn.index("a[b]")
+    assert "1 failed, 1 running, 1 waiting" in drawn
+    assert drawn.endswith("\x1b[2K")  # the last line was erased
