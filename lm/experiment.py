@@ -18,7 +18,7 @@ from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from lm.attention_choice import AttentionChoice, check_lengths, choose
-from lm.config import validate
+from lm.config import validate, without_unused_options
 from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
 from lm.data.tokenizers.choice import Tokenizer
@@ -44,8 +44,8 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
     What `choose` chooses for the devices stays "auto": a run may go on, or be evaluated, on others.
     `platform` is the devices' ("cpu", "tpu", "gpu"). May open the tokenizer to learn its size.
     """
-    config = config.copy_and_resolve_references()
     validate(config)
+    config = without_unused_options(config)
     model, data = config.model, config.data
     if not model.vocab_size:
         tokenizer = open_tokenizer(data, reads_records(config))

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lm.config.experiment_file import call_file
+from lm.config.experiment_file import call_file, import_plugins
 from lm.config.registry import Key
 from lm.config.rules import broken_rules
 from lm.config.schema import SCHEMA
@@ -108,11 +108,13 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 def read_run_file(file: AnyPath) -> ConfigDict:
     """The configuration in a run.json."""
     try:
-        values = json.loads(file.read_text())["config"]
+        run = json.loads(file.read_text())
+        values = run["config"]
     except FileNotFoundError:
         raise UserError(f"no file {file}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    import_plugins(run.get("plugins", ()), values)
     config = default()
     for path, value in flatten(values):
         set_value(config, path, tuple(value) if isinstance(value, list) else value)
@@ -138,11 +140,29 @@ def validate(config: ConfigDict) -> None:
     for path in values:
         _key(path)
     for path, key in SCHEMA.items():
-        if path not in values:
+        if path in values:
+            _check_value(path, key, values[path])
+        elif path not in SCHEMA.unused_options(config):
             raise UserError(f"--config.{path} is missing; start from lm.config.default()")
-        _check_value(path, key, values[path])
     for message in broken_rules(config):
         raise UserError(message)
+
+
+def without_unused_options(config: ConfigDict) -> ConfigDict:
+    """Return a copy without the options of plug-ins that are not used and have their defaults.
+
+    So a run of a process that has imported a plug-in for another run does not depend on it.
+    """
+    config = config.copy_and_resolve_references()
+    values = dict(flatten(config))
+    for path, key in SCHEMA.unused_options(config).items():
+        if path in values and values[path] == key.default:
+            *sections, name = path.split(".")
+            node = config
+            for section in sections:
+                node = node[section]
+            del node[name]
+    return config
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:

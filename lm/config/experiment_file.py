@@ -1,65 +1,205 @@
-"""Experiment files: Python files with `get_config(variant)` and the names of their VARIANTS."""
+"""Python files of the user: experiment files and the plug-ins that they import.
+
+An experiment file has a `get_config(variant)` and perhaps VARIANTS, the names of its variants. A
+plug-in is a file that registers classes (`lm/config/registry.py`). A run remembers the plug-ins
+that its configuration imports, and whoever reads its configuration imports them again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
 import re
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
+from lm.config.registries import REGISTRIES
+from lm.config.registry import Registry
 from lm.errors import UserError
 
-T = TypeVar("T")
+_FOLDERS: list[Path] = []  # those that importable() has put on sys.path
 
 
 def call_file(file: Path, function: str, variant: str) -> Any:
-    """What a function of a Python file returns, called with the variant if there is one."""
+    """Execute a Python file and return what one of its functions returns.
 
-    def call(module: ModuleType) -> Any:
+    Args:
+        file: path of the file.
+        function: name of the function.
+        variant: argument of the function; "" for none.
+
+    Raises:
+        UserError: the file or the function does not exist, or fails.
+    """
+    with _errors_of(file):
+        module = _execute(file)
         if not hasattr(module, function):
             raise UserError(f"{file} has no {function}(variant)")
         called = getattr(module, function)
         return called(variant) if variant else called()
 
-    return _with_module(file, call)
-
 
 def variants_in(folder: Path) -> list[str]:
-    """`FILE.py:VARIANT` of every variant of every experiment file in a folder, in order.
+    """Return `FILE.py:VARIANT` of every variant of every experiment file in a folder, in order.
 
-    A file without VARIANTS is one experiment, `FILE.py`. UserError if there is no such file.
+    A file without VARIANTS is one experiment, `FILE.py`; a file without get_config is none.
+
+    Raises:
+        UserError: the folder holds no experiment file, or one that fails.
     """
-    files = sorted(folder.glob("*.py"))
-    if not files:
+    specs = []
+    for file in sorted(folder.glob("*.py")):
+        with _errors_of(file):
+            module = _execute(file)
+        if hasattr(module, "get_config"):
+            variants = getattr(module, "VARIANTS", ("",))
+            specs += [f"{file}:{variant}" if variant else str(file) for variant in variants]
+    if not specs:
         raise UserError(f"no experiment files (*.py) in {folder}")
-    return [
-        f"{file}:{variant}" if variant else str(file)
-        for file in files
-        for variant in _with_module(file, lambda module: getattr(module, "VARIANTS", ("",)))
-    ]
+    return specs
 
 
-def _with_module(file: Path, use: Callable[[ModuleType], T]) -> T:
-    """`use` of the executed file; what fails in it is an error that says where."""
+# --- plug-ins
+
+
+def registered_plugins() -> list[dict[str, Any]]:
+    """Return the plug-ins that this process has imported, for a run to remember.
+
+    Returns:
+        One dictionary for each file: "file" (absolute path), "module" (name it was imported by) and
+        "registers" (names by kind).
+    """
+    plugins: dict[str, dict[str, Any]] = {}
+    for registry in REGISTRIES:
+        for name, entry in registry.entries.items():
+            if entry.plugin:
+                file = str(Path(entry.plugin).resolve())
+                new = {"file": file, "module": entry.module, "registers": {}}
+                names = plugins.setdefault(file, new)["registers"]
+                names.setdefault(registry.kind, []).append(name)
+    return list(plugins.values())
+
+
+def plugin_metadata() -> dict[str, Any]:
+    """Return what run.json remembers of plug-ins; nothing where there are none."""
+    plugins = registered_plugins()
+    return {"plugins": plugins} if plugins else {}
+
+
+def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+    """Import the plug-ins of a run again, unless they are imported already.
+
+    Args:
+        plugins: as `registered_plugins` returns.
+        config: the run's configuration. A plug-in that it does not use may be missing.
+
+    Raises:
+        UserError: a file does not exist or fails, or does not register a name any more.
+    """
+    for plugin in plugins:
+        file = Path(plugin["file"])
+        names = [
+            (registry, name)
+            for registry in REGISTRIES
+            for name in plugin["registers"].get(registry.kind, ())
+        ]
+        if all(_is_from(file, registry, name) for registry, name in names):
+            continue
+        used = [(registry, name) for registry, name in names if registry.is_used(name, config)]
+        if not file.is_file():
+            if not used:
+                continue
+            registry, name = used[0]
+            raise UserError(
+                f"the run uses the {registry.kind} {name!r} of {file}, which does not exist: "
+                "restore the file"
+            )
+        with _errors_of(file):
+            _import(file, plugin["module"])
+        for registry, name in used:
+            if name not in registry:
+                raise UserError(f"{file} does not register the {registry.kind} {name!r} any more")
+
+
+def _is_from(file: Path, registry: Registry, name: str) -> bool:
+    entry = registry.entries.get(name)
+    return entry is not None and entry.plugin != "" and Path(entry.plugin).resolve() == file
+
+
+def _import(file: Path, module: str) -> None:
+    """Import a file under the module's name that it was imported by, if that still leads there."""
+    path = file.parent if file.name == "__init__.py" else file.with_suffix("")
+    parts = module.split(".")
+    if list(path.parts[-len(parts) :]) != parts:
+        _execute(file)
+        return
+    importable(path.parents[len(parts) - 1])
+    found = importlib.import_module(module)
+    if Path(found.__file__ or "").resolve() != file:
+        _execute(file)
+
+
+def importable(folder: Path) -> None:
+    """Let `import` find the modules of a folder, after those that are installed.
+
+    The folder of an experiment file stays importable, because plug-ins may import later, and so
+    may processes that tokenize. Modules of the same name from the folder of another experiment
+    file are forgotten.
+    """
+    folder = folder.resolve()
+    for other in _FOLDERS:
+        if other != folder:
+            for name, module in list(sys.modules.items()):
+                top = name.partition(".")[0]
+                is_here = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
+                if is_here and top != "lm" and _lies_in(module, other, top):
+                    del sys.modules[name]
+    if folder in _FOLDERS:
+        _FOLDERS.remove(folder)
+        sys.path.remove(str(folder))
+    at = min((sys.path.index(str(f)) for f in _FOLDERS), default=len(sys.path))
+    sys.path.insert(at, str(folder))
+    _FOLDERS.insert(0, folder)
+    importlib.invalidate_caches()
+
+
+def _lies_in(module: ModuleType, folder: Path, top: str) -> bool:
+    file = Path(getattr(module, "__file__", None) or "").resolve()
+    return file == folder / f"{top}.py" or folder / top in file.parents
+
+
+def _execute(file: Path) -> ModuleType:
+    """Execute a Python file as a module of a name of its own."""
     if not file.is_file():
         raise UserError(f"no experiment file {file}")
-    spec = importlib.util.spec_from_file_location(
-        f"experiment_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}", file
-    )
+    importable(file.parent)
+    digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+    name = f"experiment_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look modules up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Turn what fails in the user's code into a UserError that says where."""
     try:
-        spec.loader.exec_module(module)
-        return use(module)
+        yield
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except Exception as error:  # the experiment file is the user's code: say where it failed
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
-        ]
+        message = str(error)
+        raise UserError(message if str(file) in message else f"{file}: {message}") from None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
         where = f"{file}:{lines[-1]}" if lines else str(file)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error

@@ -16,10 +16,10 @@ SOURCES = Registry(
     ("data.source", "data.validation_source", "data.test_source"),
     "data",
     {
-        "stdlib": Entry("lm.data.text.stdlib_corpus:StandardLibrary"),
-        "text": Entry("lm.data.text.sources:_open_text"),
-        "jsonl": Entry("lm.data.text.sources:_open_jsonl"),
-        "tfds": Entry("lm.data.text.sources:_open_tfds"),
+        "stdlib": Entry("lm.data.text.sources:open_stdlib"),
+        "text": Entry("lm.data.text.sources:open_text"),
+        "jsonl": Entry("lm.data.text.sources:open_jsonl"),
+        "tfds": Entry("lm.data.text.sources:open_tfds_split"),
     },
     is_choice=False,
 )

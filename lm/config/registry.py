@@ -158,7 +158,7 @@ class Registry(Mapping[str, Any]):
             if old is not None and old.plugin != plugin:
                 owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
                 raise UserError(
-                    f"there is a {self.kind} {name!r} already, {owner}; choose another name"
+                    f"{self.kind} {name!r} exists already, {owner}; choose another name"
                 )
             entry = Entry(
                 target,
@@ -195,7 +195,7 @@ class Registry(Mapping[str, Any]):
         own = old.keys_added() if old else {}
         for path in entry.keys_added():
             if path not in own and (path in SCHEMA or SCHEMA.is_section(path)):
-                raise UserError(f"{shown}: there is a --config.{path} already; rename the field")
+                raise UserError(f"{shown}: --config.{path} exists already; rename the field")
 
     def __getitem__(self, name: str) -> Any:
         """Return the class or function; UserError for an unknown name."""
@@ -222,15 +222,9 @@ class Registry(Mapping[str, Any]):
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown {self.kind} {name!r}{hint} (known: {', '.join(self.entries)})"
 
-    def names_in(self, config: Any) -> set[str]:
-        """Return the names of this registry that a configuration uses."""
-        found = set()
-        for key in self.keys_of_names:
-            value = config
-            for part in key.split("."):
-                value = value[part]
-            found |= {part.partition(":")[0].strip() for part in value.split(",")}
-        return found & self.entries.keys()
+    def is_used(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether a configuration uses a name of this registry."""
+        return any(name in _names(config, key) for key in self.keys_of_names)
 
     def keys_added(self) -> dict[str, Key]:
         """Return the configuration keys that all entries declare, by dotted path."""
@@ -238,3 +232,11 @@ class Registry(Mapping[str, Any]):
         for entry in self.entries.values():
             found |= entry.keys_added()
         return found
+
+
+def _names(config: Mapping[str, Any], key: str) -> list[str]:
+    """Return the names in a list of NAME or NAME:ARGUMENT, separated by commas."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, {})
+    return [part.partition(":")[0].strip() for part in str(value).split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lm.config.model_keys import MODEL_KEYS
 from lm.config.registries import REGISTRIES
@@ -43,6 +44,16 @@ class Schema(Mapping[str, Key]):
     def is_section(self, path: str) -> bool:
         """Return whether keys lie below `path`."""
         return any(known.startswith(f"{path}.") for known in self)
+
+    def unused_options(self, config: Mapping[str, Any]) -> dict[str, Key]:
+        """Return the options of plug-ins that a configuration does not use."""
+        return {
+            path: key
+            for registry in REGISTRIES
+            for name, entry in registry.entries.items()
+            if entry.plugin and not registry.is_used(name, config)
+            for path, key in entry.keys_added().items()
+        }
 
 
 def _all_keys() -> dict[str, Key]:

@@ -20,6 +20,7 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
+from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop import tensor_mapping as mapping
 from lm.interop.family import Family
@@ -28,7 +29,6 @@ from lm.interop.model_parameters import Parameter, parameters
 from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import Made, write_folder
 from lm.interop.tensor_mapping import TensorMapping
-from lm.models.families import FAMILIES as MODELS
 from lm.models.transformer_config import TransformerConfig
 from lm.optim.parameter_groups import flat
 
@@ -98,7 +98,7 @@ def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, fro
     modules = {path.partition("/")[0] for path in leaves}
     candidates = []
     for family in FAMILIES.values():
-        if not isinstance(model, MODELS[family.model][0]):  # type: ignore[arg-type]
+        if not isinstance(model, MODELS[family.model]):
             continue
         heads = frozenset(
             name for name, head in family.heads.items() if modules & set(head.modules)

@@ -14,6 +14,7 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
+from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop import llama2c
 from lm.interop import tensor_mapping as mapping
@@ -23,7 +24,6 @@ from lm.interop.model_types import FAMILIES
 from lm.interop.sharded_load import place
 from lm.interop.tensor_files import Stored, read_folder
 from lm.interop.tensor_mapping import TensorMapping
-from lm.models.families import FAMILIES as MODELS
 from lm.models.transformer_config import TransformerConfig
 from lm.optim.parameter_groups import nested
 
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> nn.Module:
-        return MODELS[self.family.model][0](self.config)
+        return MODELS[self.family.model](self.config)
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,36 +11,36 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lm.models.classic.lstm import RecurrentConfig
-from lm.models.classic.nplm import Nplm, NplmConfig
-from lm.models.classic.recurrent import Lstm
-from lm.models.classic.recurrent_seq2seq import LstmEncoderDecoder
-from lm.models.classic.word2vec import SkipGram, SkipGramConfig
-from lm.models.decoder import Decoder
-from lm.models.encoder import Encoder
-from lm.models.encoder_decoder import EncoderDecoder
-from lm.models.transformer_config import TransformerConfig
-
-FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
-    "decoder": (Decoder, TransformerConfig),
-    "encoder": (Encoder, TransformerConfig),
-    "encoder_decoder": (EncoderDecoder, TransformerConfig),
-    "lstm": (Lstm, RecurrentConfig),
-    "lstm_encoder_decoder": (LstmEncoderDecoder, RecurrentConfig),
-    "nplm": (Nplm, NplmConfig),
-    "skip_gram": (SkipGram, SkipGramConfig),
-}
+from lm.config.registries import MODELS
 
 
 def make_model(config: ConfigDict, attention: str, context_attention: str) -> nn.Module:
-    """The model that a resolved configuration describes, with the chosen attention."""
-    model, kind = FAMILIES[config.model.family]
+    """Return the model that a resolved configuration describes.
+
+    Args:
+        config: resolved configuration.
+        attention: attention kernel.
+        context_attention: "ring" or "gather" where sequences are in parts, else "".
+    """
+    family = MODELS[config.model.family]
     chosen = {"attention": attention, "context_attention": context_attention}
-    return model(model_config(config, kind, chosen))
+    return family(model_config(config, config_class(family), chosen))
+
+
+def config_class(family: type) -> type:
+    """Return the dataclass that a model family is configured by: the type of its field `config`."""
+    owner = next(c for c in family.__mro__ if "config" in vars(c).get("__annotations__", {}))
+    return inspect.get_annotations(owner, eval_str=True)["config"]
 
 
 def model_config(config: ConfigDict, kind: type, chosen: Mapping[str, Any]) -> Any:
-    """The fields of `kind`, by their names, from a resolved configuration and what was chosen."""
+    """Return the configuration of a model family.
+
+    Args:
+        config: resolved configuration.
+        kind: dataclass whose fields are filled by their names.
+        chosen: values that are not keys of the configuration.
+    """
     values = dict(config.model) | {
         "dtype": jnp.dtype(config.model.dtype),
         "remat": config.train.remat,

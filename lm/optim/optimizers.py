@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from lm.config.registries import OPTIMIZERS
 from lm.optim.parameter_groups import EVERYTHING, TrainableMask, by_path, update_scales
 
 Tree = Any
@@ -166,15 +167,6 @@ def _dimensions(kernels: Tree) -> Tree:
         )
 
     return by_path(kernels, matrix)
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "adamw": adamw,
-    "adafactor": adafactor,
-    "sgd": sgd,
-    "lion": lion,
-    "muon": muon,
-}
 
 
 def make_optimizer(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from lm.config.registries import SCHEDULES
+
 
 def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
     return optax.constant_schedule(peak)
@@ -46,17 +48,6 @@ def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedul
     stable = max(end - start - down, 0)
     fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))
     return optax.join_schedules([optax.constant_schedule(peak), fall], [stable])
-
-
-SCHEDULES = {
-    "constant": constant,
-    "cosine": cosine,
-    "linear": linear,
-    "inverse": inverse,
-    "inverse_sqrt": inverse_sqrt,
-    "step": step,
-    "wsd": wsd,
-}
 
 
 def make_schedule(peak: float, options: ConfigDict, train_steps: int) -> optax.Schedule:

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm import config as configs
+from lm.config.experiment_file import plugin_metadata
 from lm.data.dataset import Dataset
 from lm.data.tokenizers.choice import Tokenizer, load_saved
 from lm.errors import UserError
@@ -27,7 +28,11 @@ def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) ->
 
     Only the process with `write` creates files.
     """
-    metadata = {"config": json.loads(config.to_json()), "fingerprint": dataset.fingerprint}
+    metadata = {
+        "config": json.loads(config.to_json()),
+        "fingerprint": dataset.fingerprint,
+        **plugin_metadata(),
+    }
     before = _read(workdir)
     if before is not None:
         _check_same(workdir, before, metadata)

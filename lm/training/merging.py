@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lm.config.experiment_file import plugin_metadata
 from lm.errors import UserError
 from lm.experiment import build
 from lm.parallel.hosts import is_lead
@@ -40,6 +41,7 @@ def merge_run(
     metadata = {
         "config": json.loads(config.to_json()),
         "fingerprint": saved_checkpoints(workdir, report)[0].metadata["fingerprint"],
+        **plugin_metadata(),
     }
     if is_lead():
         shutil.copytree(workdir / "tokenizer", to / "tokenizer")

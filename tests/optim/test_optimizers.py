@@ -7,7 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config import default
-from lm.optim.optimizers import OPTIMIZERS, make_optimizer
+from lm.config.registries import OPTIMIZERS
+from lm.optim.optimizers import make_optimizer
 
 DECAY = 0.1
 SHAPES = {

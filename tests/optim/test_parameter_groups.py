@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from lm.config import default
+from lm.config.registries import OPTIMIZERS
 from lm.errors import UserError
-from lm.optim.optimizers import OPTIMIZERS, make_optimizer
+from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import TrainableMask, flat, nested, update_scales
 
 SHAPES = {

@@ -3,7 +3,8 @@ from math import cos, pi
 import pytest
 
 from lm.config import default
-from lm.optim.schedules import SCHEDULES, make_schedule
+from lm.config.registries import SCHEDULES
+from lm.optim.schedules import make_schedule
 
 PEAK, W, T = 3e-3, 20, 120  # warm-up and train steps
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
+from lm.config.registries import SOURCES
 from lm.data.files import find_files
 from lm.data.text.corpus import Corpus
 from lm.data.text.held_out import HeldOut
@@ -49,14 +49,15 @@ def has_validation(spec: str, data: Any) -> bool:
 
 
 def _check_kind(spec: str) -> None:
-    if spec.partition(":")[0] not in _KINDS or spec.startswith("stdlib:"):
-        known = "stdlib, text:PATH, jsonl:PATH, tfds:NAME"
+    if spec.partition(":")[0] not in SOURCES or spec.startswith("stdlib:"):
+        own = (name for name, entry in SOURCES.entries.items() if entry.plugin)
+        known = ", ".join(("stdlib", "text:PATH", "jsonl:PATH", "tfds:NAME", *own))
         raise UserError(f"unknown data source {spec!r} (known: {known})")
 
 
 def _open(spec: str, data: Any, split: str) -> Corpus:
     kind, _, argument = spec.partition(":")
-    corpus = _KINDS[kind](argument, data, split)
+    corpus = SOURCES[kind](argument, data, split)
     if next(corpus.chunks(), None) is None:
         raise UserError(f"{spec} holds no text")
     return corpus
@@ -69,26 +70,26 @@ def _has_own_validation(spec: str, data: Any) -> bool:
     return kind == "stdlib"
 
 
-def _open_text(pattern: str, data: Any, split: str) -> Corpus:
+def open_stdlib(argument: str, data: Any, split: str) -> Corpus:
+    """Open the source code of Python's standard library."""
+    return StandardLibrary(split)
+
+
+def open_text(pattern: str, data: Any, split: str) -> Corpus:
+    """Open text files."""
     return TextFiles(f"text:{pattern}", find_files(pattern, data), data.documents)
 
 
-def _open_jsonl(pattern: str, data: Any, split: str) -> Corpus:
+def open_jsonl(pattern: str, data: Any, split: str) -> Corpus:
+    """Open files of JSON lines."""
     return JsonLines(f"jsonl:{pattern}", find_files(pattern, data), data.field)
 
 
-def _open_tfds(name: str, data: Any, split: str) -> Corpus:
+def open_tfds_split(name: str, data: Any, split: str) -> Corpus:
+    """Open a split of a TFDS data set."""
     name_of_split = data.validation_split if split == "validation" else data.split
     return open_tfds(name, name_of_split, data.field, _tfds_directory(data))
 
 
 def _tfds_directory(data: Any) -> str | None:
     return data.directory or os.environ.get("TFDS_DATA_DIR")
-
-
-_KINDS: dict[str, Callable[[str, Any, str], Corpus]] = {
-    "stdlib": lambda argument, data, split: StandardLibrary(split),
-    "text": _open_text,
-    "jsonl": _open_jsonl,
-    "tfds": _open_tfds,
-}

@@ -22,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
+from lm.config.experiment_file import import_plugins, registered_plugins
 from lm.config.rules import TRANSFORMERS
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
@@ -222,7 +223,8 @@ def _compile(
         # The processes inherit it: that a candidate does not fit is no warning here.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     given = dict(flatten(config))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    plugins = registered_plugins(), config.to_dict()
+    with ProcessPoolExecutor(workers, get_context("spawn"), import_plugins, plugins) as pool:
         running: deque[tuple[Candidate, Future[Plan]]] = deque()
         for i in track(range(limit), total=limit):
             for _ in range(min(workers - len(running), limit - i - len(running))):
