@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.cli.arguments import Overrides
-from lm.cli.open_run import load_run
+from lm.cli.open_run import open_run
 from lm.cli.printing import print_result
 from lm.errors import UserError
 from lm.storage import open_folder, origin
@@ -29,7 +29,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
     if args.output and not args.task:
         raise UserError("--output is where --task writes its report: give both")
-    experiment, params, step = load_run(args, overrides)
+    experiment, params, step = open_run(args, overrides)
     if args.task:
         check_task(experiment.config)
     tokenizer, data = load_tokenizer(open_folder(args.workdir)), experiment.config.data
@@ -70,7 +70,7 @@ def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
     if bool(args.workdir) == bool(args.vectors):
         raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
     if args.workdir:
-        _, parameters, _ = load_run(args, overrides)
+        _, parameters, _ = open_run(args, overrides)
         found = run_vectors(parameters, load_tokenizer(open_folder(args.workdir)))
     else:
         found = load_vectors(args.vectors)

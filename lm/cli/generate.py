@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from lm.cli.arguments import Overrides
-from lm.cli.open_run import load_run
+from lm.cli.open_run import open_run
 from lm.cli.printing import print_continuations, print_records
 from lm.errors import UserError
 from lm.storage import open_folder
@@ -26,7 +26,7 @@ def generate(args: argparse.Namespace, overrides: Overrides) -> int:
     _check_generate(args)
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
-    experiment, params, step = load_run(args, overrides, any_batch=True)
+    experiment, params, step = open_run(args, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
     if not hasattr(model, "decode"):
         raise UserError(f"a model of the family {config.model.family} writes no text")

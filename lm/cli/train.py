@@ -15,10 +15,10 @@ from lm.storage import locate, open_folder
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
     """Train a model, or continue the run in --workdir."""
     config = configs.load(args.config, overrides)
-    from lm.training.preemption import EXIT_CODE
+    from lm.training.monitor import RESUMABLE
     from lm.training.trainer import train
 
-    return 0 if train(config, open_folder(args.workdir)) else EXIT_CODE
+    return 0 if train(config, open_folder(args.workdir)) else RESUMABLE
 
 
 def launch(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -65,29 +65,31 @@ def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def merge(args: argparse.Namespace, overrides: Overrides) -> int:
     """Write a run's parameters as a run of their own: low-rank updates merged, or an average."""
-    from lm.training.merging import merge_run
-    from lm.training.trainer import report
+    from lm.parallel.hosts import print_on_lead
+    from lm.runs.merged_run import merge_run
 
-    merge_run(open_folder(args.workdir), open_folder(args.to), args.average, overrides, report)
+    merge_run(
+        open_folder(args.workdir), open_folder(args.to), args.average, overrides, print_on_lead
+    )
     return 0
 
 
 def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
     """Make a run of a Hugging Face model folder, or of a .bin file of llama2.c."""
     from lm.interop.import_export import import_run
-    from lm.training.trainer import report
+    from lm.parallel.hosts import print_on_lead
 
-    import_run(Path(args.source), open_folder(args.workdir), overrides, report)
+    import_run(Path(args.source), open_folder(args.workdir), overrides, print_on_lead)
     return 0
 
 
 def export(args: argparse.Namespace, overrides: Overrides) -> int:
     """Write a run as a folder that Hugging Face's transformers loads, tokenizer included."""
     from lm.interop.import_export import export_run
-    from lm.training.trainer import report
+    from lm.parallel.hosts import print_on_lead
 
     if overrides:
         raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
     folders = open_folder(args.workdir), open_folder(args.to)
-    export_run(*folders, args.average, args.best, args.dtype, report)
+    export_run(*folders, args.average, args.best, args.dtype, print_on_lead)
     return 0

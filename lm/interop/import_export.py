@@ -28,18 +28,16 @@ from lm.objectives.special_tokens import special_tokens
 from lm.optim.parameter_groups import nested
 from lm.parallel.hosts import is_lead
 from lm.parallel.mesh import axis_sizes, make_mesh
-from lm.runs.checkpoints import Checkpoints
-from lm.runs.saved_params import Report, mean_params, saved_checkpoints
-from lm.runs.workdir import RUN_FILE, load_config, load_tokenizer
+from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
+from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config, load_tokenizer
 from lm.storage import origin, write_atomically
 from lm.train_step import TrainState
-from lm.training.best_checkpoint import FOLDER
-from lm.training.merging import MERGED_OVERRIDES
 
 _LONGEST = 1024  # tokens of an example, unless data.sequence_length says otherwise
 
 
-def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], report: Report) -> None:
+def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: Log) -> None:
     """Write the model at `source` to `workdir` as the checkpoint of step 0 of a run.
 
     UserError if `workdir` holds something already, or for what `source` lacks.
@@ -70,7 +68,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], report
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
     checkpoints.save(0, TrainState(jnp.zeros((), jnp.int32), params, {}, {}))
     checkpoints.close()
-    report(_describe(found, tokenizer, workdir))
+    log(_describe(found, tokenizer, workdir))
 
 
 def run_config(found: Checkpoint) -> ConfigDict:
@@ -96,9 +94,7 @@ def run_config(found: Checkpoint) -> ConfigDict:
     return config
 
 
-def export_run(
-    workdir: Path, to: Path, average: int, best: bool, dtype: str, report: Report
-) -> None:
+def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log) -> None:
     """Write the run in `workdir` to the folder `to` as a model that `transformers` loads.
 
     Its newest parameters, or the mean of the last `average` checkpoints, or with `best` those that
@@ -107,10 +103,10 @@ def export_run(
     """
     _check_empty(to)
     config = resolve(load_config(workdir, MERGED_OVERRIDES), "cpu")
-    checkpoints = saved_checkpoints(workdir / FOLDER if best else workdir, report)
+    checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
-    params, steps = mean_params(checkpoints, average, shardings, report)
+    params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     about: dict[str, Any] = {}
     if tokenizer:
@@ -121,8 +117,8 @@ def export_run(
         about["label2id"] = {name: i for i, name in enumerate(names)}
     name = save(make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about)
     if tokenizer and not write_tokenizer(tokenizer, to):
-        report(f"a {tokenizer.kind} tokenizer has no equivalent there and was left out")
-    report(f"{to}: {name} of step {', '.join(map(str, steps))}, in {dtype}")
+        log(f"a {tokenizer.kind} tokenizer has no equivalent there and was left out")
+    log(f"{to}: {name} of step {', '.join(map(str, steps))}, in {dtype}")
 
 
 def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -66,6 +66,12 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
+def print_on_lead(message: str) -> None:
+    """Print a line on stderr, on the lead process only."""
+    if is_lead():
+        print(message, file=sys.stderr, flush=True)
+
+
 def leave(code: int) -> None:
     """End a failed process of several at once.
 

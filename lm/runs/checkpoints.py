@@ -1,8 +1,8 @@
-"""Checkpoints of a run: Orbax, asynchronous, atomic, verified when they are read.
+"""Checkpoints of a run: written by Orbax asynchronously and atomically, verified when read.
 
-Each holds the training state and a metadata file with the step, the run's configuration, the
-digests of its tokenizer and data, and a checksum of every array. The checksums do not depend on
-the mesh, so that silent damage is noticed on any.
+A checkpoint holds the training state and a metadata file: step, configuration of the run, digests
+of its tokenizer and data, and a checksum of every array. The checksums do not depend on the mesh,
+so that silent corruption is detected on any.
 """
 
 from __future__ import annotations
@@ -26,11 +26,22 @@ from lm.parallel.hosts import is_lead
 from lm.storage import AnyPath, origin
 from lm.train_step import TrainState
 
+BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
+
+Log = Callable[[str], None]
+
 
 class Checkpoints:
-    """The checkpoints under one folder; `options` is the configuration's section "checkpoint"."""
+    """Checkpoint manager of one folder."""
 
     def __init__(self, folder: Path, options: ConfigDict, metadata: dict[str, Any]):
+        """Open the folder.
+
+        Args:
+            folder: folder that holds a checkpoint per step.
+            options: section "checkpoint" of the configuration.
+            metadata: metadata of the run, written into every checkpoint.
+        """
         self._folder = origin(folder)
         self._metadata = metadata
         self._manager = ocp.CheckpointManager(
@@ -46,10 +57,11 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
+        """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
     def latest_metadata(self) -> dict[str, Any] | None:
-        """The metadata file of the newest checkpoint, if there is one."""
+        """Return the metadata of the newest checkpoint, None if there is none."""
         if (step := self.latest_step) is None:
             return None
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
@@ -61,9 +73,15 @@ class Checkpoints:
             ) from error
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
-        """Copy the state to the host and start writing it; waits for an earlier save to end.
+        """Copy the state to the host and start writing it, after any earlier save has finished.
 
-        `notes` go into the metadata file.
+        Args:
+            step: number of updates so far.
+            state: training state.
+            notes: further entries of the metadata file.
+
+        Raises:
+            UserError: the disk is full.
         """
         metadata = {
             **self._metadata,
@@ -82,7 +100,7 @@ class Checkpoints:
             )
 
     def _check_space(self, needed: int) -> None:
-        """Fail before writing what cannot fit, rather than half-way; a bucket has no end."""
+        """Raise UserError before writing a checkpoint that cannot fit; buckets have no limit."""
         if not isinstance(self._folder, Path):
             return
         free = shutil.disk_usage(self._folder).free
@@ -94,16 +112,22 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if anything did."""
+        """Raise the error of a save in the background, if there was one."""
         with _disk_errors(self._folder):
             self._manager.check_for_errors()
 
-    def restore(
-        self, shapes: TrainState, sharding: TrainState, report: Callable[[str], None]
-    ) -> TrainState | None:
-        """The newest undamaged state, laid out as `sharding` says; None if there is none.
+    def restore(self, shapes: TrainState, sharding: TrainState, log: Log) -> TrainState | None:
+        """Restore the newest undamaged state.
 
-        A damaged checkpoint is reported, moved out of the way and kept for inspection.
+        A damaged checkpoint is reported and moved to the folder "damaged" for inspection.
+
+        Args:
+            shapes: shapes and dtypes of the state.
+            sharding: sharding of every array.
+            log: receives a line for every damaged checkpoint.
+
+        Returns:
+            The state, None if there is none.
         """
         target = jax.tree.map(
             lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
@@ -114,7 +138,7 @@ class Checkpoints:
             state, problem = self._read(step, target)
             if on_all_hosts(problem is None):
                 return state
-            report(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
+            log(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
             self._set_aside(step)
         return None
 
@@ -142,20 +166,20 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk."""
+        """Wait until all saves are on the disk."""
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait until what was saved is on the disk; nothing can be saved any more."""
+        """Wait until all saves are on the disk and close the manager."""
         self.wait()
         self._manager.close()
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The bits of every array, by its path, added up modulo 2^32.
+    """Return a checksum of every array: the sum of its bits modulo 2^32, by path.
 
-    An order-free sum, so exact on any mesh.
+    The sum does not depend on the order, so it is exact on any mesh.
     """
     sums = jax.device_get(_sums(tree))
     return {
@@ -173,12 +197,12 @@ def _sums(tree: Any) -> list[jax.Array]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short enough to be part of a line."""
+    """Return an error's type and the start of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def on_all_hosts(value: bool) -> bool:
-    """Whether `value` is true on every host."""
+    """Return whether `value` is true on every host."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).all())
@@ -186,7 +210,7 @@ def on_all_hosts(value: bool) -> bool:
 
 @contextlib.contextmanager
 def _disk_errors(folder: AnyPath) -> Iterator[None]:
-    """Turn a full disk into one line; a checkpoint that was not finished is not kept."""
+    """Convert the errors of a full disk to UserError; an unfinished checkpoint is not kept."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Reading the parameters of a run's checkpoints, and nothing else of them; a run is never changed.
+"""Parameters of saved runs: read from checkpoints, verified, sharded, merged and averaged.
 
-What is read is checked against its checksums, laid out on any mesh, merged where the run adapted
-kernels (`optim/lora.py`), and averaged over checkpoints. Parameters are dicts by path.
+Reading verifies the checksums, shards the parameters over any mesh, merges LoRA updates
+(`lm/optim/lora.py`) and averages checkpoints; a run is never changed. Parameters are dicts by path.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,18 +17,28 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.errors import UserError
+from lm.experiment import Experiment, build
 from lm.optim.lora import merge
 from lm.optim.parameter_groups import LORA, flat, nested
-from lm.runs.checkpoints import checksums, on_all_hosts, one_line
+from lm.parallel.mesh import AXES
+from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
+from lm.runs.workdir import MERGED_OVERRIDES, load_config
 from lm.storage import AnyPath, is_whole, origin
+from lm.train_step import Params
 
-Report = Callable[[str], None]
-Params = dict[str, jax.Array]
+FlatParams = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One checkpoint: its metadata, and the shape of every parameter of the model in it."""
+class SavedCheckpoint:
+    """Checkpoint on disk.
+
+    Attributes:
+        folder: folder of the checkpoint.
+        metadata: its metadata file (lm/runs/checkpoints.py).
+        shapes: shape and dtype of every parameter of the model, by path.
+        adapters: those of the LoRA updates.
+    """
 
     folder: AnyPath
     metadata: Mapping[str, Any]
@@ -36,13 +47,86 @@ class Saved:
 
     @property
     def step(self) -> int:
+        """Number of updates before it was saved."""
         return self.metadata["step"]
 
 
-def saved_checkpoints(source: AnyPath, report: Report) -> list[Saved]:
-    """The readable checkpoints, newest first, of a run's folder, or up to one checkpoint's folder.
+def load_run(
+    workdir: Path,
+    overrides: Mapping[str, str],
+    log: Log,
+    *,
+    average: int = 1,
+    best: bool = False,
+    any_batch: bool = False,
+) -> tuple[Experiment, Params, int]:
+    """Load a run on all devices, replicated unless the overrides name a mesh.
 
-    UserError if there is none; `report` is told of damaged ones.
+    Args:
+        workdir: local folder of the run.
+        overrides: configuration keys for this process, by dotted path.
+        log: receives the lines for the user.
+        average: number of newest checkpoints whose parameters are averaged.
+        best: read the checkpoint that `--config.eval.best` kept.
+        any_batch: set the batch sizes to one example a device (for decoding).
+
+    Returns:
+        The experiment, the parameters (LoRA updates merged) and their step.
+    """
+    changed = MERGED_OVERRIDES | {f"parallel.mesh.{axis}": "1" for axis in AXES}
+    changed |= {"parallel.preset": "custom", "parallel.mesh.data": "-1"}
+    if any_batch:
+        one_a_device = str(len(jax.devices()))
+        changed |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
+        changed |= {"train.microbatches": "1"}
+    experiment = build(load_config(workdir, changed | dict(overrides)), jax.devices())
+    params, step = restore_params(experiment, workdir, log, average, best)
+    return experiment, params, step
+
+
+def restore_params(
+    experiment: Experiment, workdir: Path, log: Log, average: int = 1, best: bool = False
+) -> tuple[Params, int]:
+    """Restore the parameters of a run, sharded as `experiment` shards them.
+
+    Args:
+        experiment: experiment without LoRA: updates are merged into the kernels.
+        workdir: local folder of the run.
+        log: receives the lines for the user.
+        average: number of newest checkpoints whose parameters are averaged.
+        best: read the checkpoint that `--config.eval.best` kept.
+
+    Returns:
+        The nested parameters and the step of the newest checkpoint read.
+
+    Raises:
+        UserError: the experiment's model has other parameters than the run's.
+    """
+    shapes = flat(experiment.state_shapes.params)
+    checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
+    found = checkpoints[0].shapes
+    for path in sorted({*shapes, *found}):
+        if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
+            raise UserError(
+                f"{path} is not as in the run in {origin(workdir)}: "
+                "leave its model configuration alone"
+            )
+    shardings = flat(experiment.state_sharding.params)
+    params, steps = mean_params(checkpoints, average, shardings, log)
+    if average > 1:
+        log(f"mean of the checkpoints of steps {', '.join(map(str, steps))}")
+    return nested(params), steps[0]
+
+
+def saved_checkpoints(source: AnyPath, log: Log) -> list[SavedCheckpoint]:
+    """Return the readable checkpoints, newest first.
+
+    Args:
+        source: folder of a run, or of one checkpoint: then that one and older ones.
+        log: receives a line for every damaged checkpoint.
+
+    Raises:
+        UserError: there is none.
     """
     found = []
     for folder in _folders(origin(source)):
@@ -50,28 +134,38 @@ def saved_checkpoints(source: AnyPath, report: Report) -> list[Saved]:
         if on_all_hosts(saved is not None):
             found.append(saved)
         else:
-            report(f"{folder} is damaged ({problem or 'on another host'}); left out")
+            log(f"{folder} is damaged ({problem or 'on another host'}); left out")
     if not found:
         raise UserError(f"no checkpoint in {source}")
     return found
 
 
 def mean_params(
-    checkpoints: Sequence[Saved],
+    checkpoints: Sequence[SavedCheckpoint],
     n: int,
     shardings: Mapping[str, NamedSharding],
-    report: Report,
-) -> tuple[Params, list[int]]:
-    """The named parameters, averaged over the newest `n` undamaged checkpoints; their steps.
+    log: Log,
+) -> tuple[FlatParams, list[int]]:
+    """Average parameters over the newest undamaged checkpoints, in float32 (Vaswani 2017, §6.1).
 
-    The mean is in float32 (Vaswani et al. 2017, section 6.1). UserError if there are fewer.
+    Args:
+        checkpoints: newest first.
+        n: number of checkpoints to average.
+        shardings: where each parameter goes, by path; parameters not named are not read.
+        log: receives a line for every damaged checkpoint.
+
+    Returns:
+        The parameters by path, and the steps of the checkpoints read.
+
+    Raises:
+        UserError: fewer than `n` undamaged checkpoints.
     """
-    total: Params = {}
+    total: FlatParams = {}
     steps: list[int] = []
     for saved in checkpoints:
         params, problem = _attempt(partial(_read, saved, shardings))
         if not on_all_hosts(params is not None):
-            report(f"{saved.folder} is damaged ({problem or 'on another host'}); left out")
+            log(f"{saved.folder} is damaged ({problem or 'on another host'}); left out")
             continue
         assert params is not None
         total = _add(total, params) if total else params
@@ -85,7 +179,7 @@ def mean_params(
 
 
 def _folders(source: AnyPath) -> list[AnyPath]:
-    """Of checkpoints, newest first."""
+    """Return the folders of checkpoints, newest first."""
     run = source / "checkpoints"
     parent, newest = (run, None) if run.is_dir() else (source.parent, source.name)
     if not source.is_dir() or (newest and not newest.isdigit()):
@@ -97,7 +191,7 @@ def _folders(source: AnyPath) -> list[AnyPath]:
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What it returns, or None and what went wrong."""
+    """Return the result and None, or None and the error as one line."""
     try:
         return function(), None
     except Exception as error:  # a damaged file can raise anything
@@ -112,7 +206,7 @@ def _reader() -> ocp.Checkpointer:
     )
 
 
-def _open(folder: AnyPath) -> Saved:
+def _open(folder: AnyPath) -> SavedCheckpoint:
     with _reader() as reader:
         tree = reader.metadata(folder).item_metadata["state"]["params"]
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
@@ -122,10 +216,10 @@ def _open(folder: AnyPath) -> Saved:
     }
     adapters = {path: leaf for path, leaf in leaves.items() if path.startswith(f"{LORA}/")}
     shapes = {path: leaf for path, leaf in leaves.items() if path not in adapters}
-    return Saved(folder, metadata, shapes, adapters)
+    return SavedCheckpoint(folder, metadata, shapes, adapters)
 
 
-def _read(saved: Saved, shardings: Mapping[str, NamedSharding]) -> Params:
+def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> FlatParams:
     target = {
         path: jax.ShapeDtypeStruct(
             saved.shapes[path].shape, saved.shapes[path].dtype, sharding=sharding
@@ -156,10 +250,10 @@ def _read(saved: Saved, shardings: Mapping[str, NamedSharding]) -> Params:
 
 
 @jax.jit
-def _add(total: Params, params: Params) -> Params:
+def _add(total: FlatParams, params: FlatParams) -> FlatParams:
     return jax.tree.map(jax.numpy.add, total, params)
 
 
 @jax.jit
-def _divide(total: Params, n: int) -> Params:
+def _divide(total: FlatParams, n: int) -> FlatParams:
     return jax.tree.map(lambda x: x / n, total)

@@ -1,7 +1,7 @@
-"""The folder of a run: what it is (run.json, tokenizer/) and what it did (checkpoints, metrics).
+"""Workdir of a run: run.json, tokenizer/, checkpoints/ and metrics.jsonl.
 
-`run.json` holds the resolved configuration and the digests of tokenizer and data. A second start
-with another configuration or other data is an error that says what differs.
+`run.json` holds the resolved configuration and the digests of tokenizer and data. Starting a run
+again with another configuration or other data is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -22,11 +22,26 @@ from lm.storage import origin, push, write_atomically
 
 RUN_FILE = "run.json"
 
+# Overrides that turn the configuration of a LoRA run into that of the merged model.
+MERGED_OVERRIDES = {"lora.rank": "0", "optimizer.freeze": "", "init.from": ""}
 
-def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) -> dict[str, Any]:
-    """Check `workdir` against this configuration and data, or set it up; the run's metadata.
 
-    Only the process with `write` creates files.
+def prepare_workdir(
+    workdir: Path, config: ConfigDict, dataset: Dataset, write: bool
+) -> dict[str, Any]:
+    """Create the workdir of a new run, or check an existing one against configuration and data.
+
+    Args:
+        workdir: local folder of the run.
+        config: resolved configuration.
+        dataset: tokenizer and data.
+        write: whether this process creates files (the lead process does).
+
+    Returns:
+        The metadata of the run.
+
+    Raises:
+        UserError: the workdir holds another run, or cannot be written.
     """
     metadata = {
         "config": json.loads(config.to_json()),
@@ -48,7 +63,7 @@ def prepare(workdir: Path, config: ConfigDict, dataset: Dataset, write: bool) ->
 
 
 def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
-    """The configuration of a run, with overrides applied."""
+    """Return the configuration of a run with overrides, `{path: text}`, applied."""
     if not (workdir / RUN_FILE).is_file():
         raise UserError(f"no run in {origin(workdir)}: it has no {RUN_FILE}")
     config = configs.read_run_file(workdir / RUN_FILE)
@@ -59,14 +74,14 @@ def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
-    """The tokenizer that the run was trained with."""
+    """Return the tokenizer that the run was trained with."""
     tokenizer = load_saved(workdir / "tokenizer")
     check_tokenizer(workdir, tokenizer)
     return tokenizer
 
 
 def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError if a tokenizer is not the run's."""
+    """Raise UserError if the run was trained with another tokenizer."""
     metadata = _read(workdir)
     assert metadata is not None
     if tokenizer.digest != metadata["fingerprint"]["tokenizer"]:

@@ -1,4 +1,4 @@
-"""Keeping the checkpoint that is best by a validation figure, in a run's folder "best"."""
+"""Checkpoint with the best validation figure, kept in a run's folder "best"."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
-from lm.runs.checkpoints import Checkpoints
+from lm.runs.checkpoints import BEST_FOLDER, Checkpoints
 from lm.train_step import TrainState
-
-FOLDER = "best"
 
 
 class BestCheckpoint:
-    """The best state so far by `figure`: such as "accuracy", or "-loss" where less is better.
-
-    Without a figure nothing is kept. After a restart the search goes on from what is kept.
-    """
+    """Best state so far by a validation figure; restarts continue the comparison."""
 
     def __init__(self, workdir: Path, figure: str, options: ConfigDict, metadata: dict[str, Any]):
+        """Open the folder "best" of a run.
+
+        Args:
+            workdir: folder of the run.
+            figure: name of the figure, such as "accuracy"; "-loss" where lower is better.
+            options: section "checkpoint" of the configuration.
+            metadata: metadata of the run, written into the checkpoint.
+        """
         self._name = figure.removeprefix("-")
         self._sign = -1.0 if figure.startswith("-") else 1.0
-        self._value = -float("inf")
-        self._checkpoints: Checkpoints | None = None
-        if figure:
-            options = ConfigDict({**options, "keep_last": 1, "keep_every_steps": 0})
-            self._checkpoints = Checkpoints(workdir / FOLDER / "checkpoints", options, metadata)
-            kept = self._checkpoints.latest_metadata()
-            self._value = self._sign * kept[self._name] if kept else self._value
+        options = ConfigDict({**options, "keep_last": 1, "keep_every_steps": 0})
+        self._checkpoints = Checkpoints(workdir / BEST_FOLDER / "checkpoints", options, metadata)
+        kept = self._checkpoints.latest_metadata()
+        self._value = self._sign * kept[self._name] if kept else -float("inf")
 
     def offer(self, step: int, state: TrainState, figures: Mapping[str, float]) -> None:
-        """Keep the state if its figure beats that of the one that is kept."""
-        if self._checkpoints is None:
-            return
+        """Keep the state if its figure is better than the kept one.
+
+        Raises:
+            UserError: the evaluation has no figure of that name.
+        """
         if self._name not in figures:
             known = ", ".join(figures)
             raise UserError(f"--config.eval.best={self._name} is none of the figures: {known}")
@@ -49,6 +51,5 @@ class BestCheckpoint:
             self._checkpoints.wait()
 
     def close(self) -> None:
-        """Wait until what was kept is on the disk."""
-        if self._checkpoints is not None:
-            self._checkpoints.close()
+        """Wait until the kept checkpoint is on the disk."""
+        self._checkpoints.close()

@@ -16,13 +16,14 @@ from lm.storage import push
 
 
 class MetricsFile:
-    """One JSON object a line, each with its step; continues a file after a restart.
+    """metrics.jsonl: one JSON object a line, each with its step.
 
-    Lines after `first_step` (written by a process that died before its next checkpoint) and a
-    half-written last line are dropped, so that every step is there exactly once.
+    Opening it drops the lines after `first_step`, which a process wrote that died before its next
+    checkpoint, and a half-written last line: every step is there exactly once.
     """
 
     def __init__(self, file: Path, first_step: int):
+        """Open `file` to continue after `first_step`."""
         kept = [line for line in _complete_lines(file) if json.loads(line)["step"] <= first_step]
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text("".join(kept))
@@ -30,19 +31,21 @@ class MetricsFile:
         self._stream = file.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a line; values that are not finite become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._stream.write(json.dumps({"step": step, **finite}) + "\n")
 
     def flush(self) -> None:
-        """What was written survives this process being killed."""
+        """Hand the lines to the operating system: they survive the death of this process."""
         self._stream.flush()
 
     def sync(self) -> None:
-        """What was written survives the machine losing power."""
+        """Write the lines to the disk: they survive a power failure."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
 
 
@@ -52,9 +55,15 @@ def _complete_lines(file: Path) -> list[str]:
 
 
 class MetricsWriter:
-    """Sends the metrics of a step everywhere they go."""
+    """Writer of metrics to the file, TensorBoard and the progress bar of the lead process."""
 
-    def __init__(self, workdir: Path, first_step: int, last_step: int, tensorboard: bool):
+    def __init__(
+        self, workdir: Path, first_step: int, last_step: int, tensorboard: bool, silent: bool
+    ):
+        """Open the files in `workdir`; a `silent` writer (not the lead process) discards all."""
+        self._silent = silent
+        if silent:
+            return
         self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
         self._events = None
         if tensorboard:
@@ -69,7 +78,9 @@ class MetricsWriter:
         )
 
     def step(self, step: int, values: Mapping[str, float], written: bool) -> None:
-        """The metrics of a training step; only a `written` step goes to the files."""
+        """Show the metrics of a training step; write them to the files if `written`."""
+        if self._silent:
+            return
         if written:
             self.write(step, values)
         self._bar.update(step - self._bar.n)
@@ -80,53 +91,39 @@ class MetricsWriter:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of a step, of training or of an evaluation."""
+        """Write metrics of a step, of training or of an evaluation, to the files."""
+        if self._silent:
+            return
         self._file.write(step, values)
         if self._events is not None:
             for name, value in values.items():
                 tag = name if "/" in name else f"train/{name}"
                 self._events.add_scalar(tag, value, step)
 
-    def say(self, message: str) -> None:
-        """A line on stderr that does not break the progress bar."""
-        self._bar.write(message, file=sys.stderr)
+    def print_line(self, message: str) -> None:
+        """Print a line on stderr without breaking the progress bar."""
+        if not self._silent:
+            self._bar.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        self._file.flush()
+        """Flush metrics.jsonl."""
+        if not self._silent:
+            self._file.flush()
 
     def sync(self) -> None:
+        """Write everything to the disk, and to the bucket of the run if it is in one."""
+        if self._silent:
+            return
         self._file.sync()
         if self._events is not None:
             self._events.flush()
         push()
 
     def close(self) -> None:
+        """Close the files and the progress bar."""
+        if self._silent:
+            return
         self._bar.close()
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-
-class SilentWriter(MetricsWriter):
-    """The writer of the processes that do not write."""
-
-    def __init__(self) -> None:
-        pass
-
-    def step(self, step: int, values: Mapping[str, float], written: bool) -> None:
-        pass
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

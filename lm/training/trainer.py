@@ -1,8 +1,7 @@
-"""`lm train`: from a configuration and a folder to a trained model."""
+"""Training of a run: from a configuration and a workdir to a trained model."""
 
 from __future__ import annotations
 
-import sys
 from math import prod
 from pathlib import Path
 
@@ -13,25 +12,30 @@ from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
 from lm.objectives.registry import make_objective
-from lm.optim.parameter_groups import flat, nested
-from lm.parallel import sharding as rules
-from lm.parallel.hosts import is_lead
-from lm.runs import workdir as workdirs
+from lm.parallel import sharding
+from lm.parallel.hosts import is_lead, print_on_lead
 from lm.runs.checkpoints import Checkpoints
-from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.runs.workdir import prepare_workdir
 from lm.storage import origin
-from lm.train_step import Params
-from lm.training.best_checkpoint import FOLDER, BestCheckpoint
-from lm.training.clock import Clock
-from lm.training.loop import Loop
-from lm.training.metrics import MetricsWriter, SilentWriter
-from lm.training.preemption import stop_requests
-from lm.training.warm_start import initial_state
-from lm.training.watchdog import watchdog
+from lm.train_step import TrainState
+from lm.training.loop import Loop, Outputs
+from lm.training.metrics import MetricsWriter
+from lm.training.monitor import Clock, stop_requests, watchdog
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
-    """Train, or continue, the run in `workdir`; false if it was asked to stop and can continue."""
+    """Train the run in `workdir`, or continue it.
+
+    Args:
+        config: configuration, resolved or not.
+        workdir: local folder of the run; created if it is not there.
+
+    Returns:
+        Whether the last step was reached; False if the run was asked to stop and can continue.
+
+    Raises:
+        UserError: configuration, data and workdir do not go together.
+    """
     with stop_requests() as stop:
         experiment = build(config, jax.devices())
         config = experiment.config
@@ -48,71 +52,58 @@ def train(config: ConfigDict, workdir: Path) -> bool:
                 f"--config.eval.best={config.eval.best} needs validation data: set "
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
-        metadata = workdirs.prepare(workdir, config, dataset, write=is_lead())
-        report(describe(experiment))
+        metadata = prepare_workdir(workdir, config, dataset, write=is_lead())
+        print_on_lead(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
-        state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, report)
+        state = checkpoints.restore(
+            experiment.state_shapes, experiment.state_sharding, print_on_lead
+        )
         if state is None:
-            state = initial_state(experiment, dataset.tokenizer, report)
+            state = _first_state(experiment, dataset.tokenizer)
         first_step = int(jax.device_get(state.step))
         if first_step:
-            report(f"continuing from step {first_step}")
+            print_on_lead(f"continuing from step {first_step}")
         clock = Clock(workdir / "clock.json", first_step)
-        writer = (
-            MetricsWriter(workdir, first_step, config.train.steps, config.log.tensorboard)
-            if is_lead()
-            else SilentWriter()
+        writer = MetricsWriter(
+            workdir, first_step, config.train.steps, config.log.tensorboard, silent=not is_lead()
         )
-        best = BestCheckpoint(workdir, config.eval.best, config.checkpoint, metadata)
+        best = None
+        if config.eval.best:
+            from lm.training.best_checkpoint import BestCheckpoint
+
+            best = BestCheckpoint(workdir, config.eval.best, config.checkpoint, metadata)
         try:
-            with watchdog(config.train.stall_seconds) as beat:
-                parts = checkpoints, best, writer, clock, beat
-                loop = Loop(experiment, dataset, state, first_step, *parts)
+            with watchdog(config.train.stall_seconds) as heartbeat:
+                outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
+                loop = Loop(experiment, dataset, state, first_step, outputs)
                 finished = loop.run(stop)
                 with clock.part("checkpoint"):
                     checkpoints.close()
-                    best.close()
+                    if best is not None:
+                        best.close()
         finally:
             writer.close()
         if is_lead():
             clock.save(loop.step)
-            _summarise(loop, clock, finished, workdir)
+            _print_summary(loop, clock, finished, workdir)
         return finished
 
 
-def restore_params(
-    experiment: Experiment, workdir: Path, average: int = 1, best: bool = False
-) -> tuple[Params, int]:
-    """The newest parameters of a run, laid out for `experiment`, and their step.
+def _first_state(experiment: Experiment, tokenizer: object) -> TrainState:
+    init = experiment.config.init
+    if not init["from"] and not init.vectors:
+        return experiment.init_state()
+    from lm.training.warm_start import initial_state
 
-    With `best` those that config.eval.best chose instead; with `average` the mean of the last so
-    many checkpoints. Low-rank updates are merged, so
-    `experiment` has none.
-    """
-    shapes = flat(experiment.state_shapes.params)
-    checkpoints = saved_checkpoints(workdir / FOLDER if best else workdir, report)
-    found = checkpoints[0].shapes
-    for path in sorted({*shapes, *found}):
-        if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
-            raise UserError(
-                f"{path} is not as in the run in {origin(workdir)}: "
-                "leave its model configuration alone"
-            )
-    shardings = flat(experiment.state_sharding.params)
-    params, steps = mean_params(checkpoints, average, shardings, report)
-    if average > 1:
-        report(f"mean of the checkpoints of steps {', '.join(map(str, steps))}")
-    return nested(params), steps[0]
-
-
-def report(message: str) -> None:
-    """A line on stderr, from the lead process."""
-    if is_lead():
-        print(message, file=sys.stderr, flush=True)
+    return initial_state(experiment, tokenizer, print_on_lead)  # type: ignore[arg-type]
 
 
 def describe(experiment: Experiment) -> str:
-    """What is about to run: size, devices, mesh, kernels, and what the mesh could not shard."""
+    """Return the lines printed before training.
+
+    They name model size, devices, mesh, dtype and attention kernel, the pipeline's schedule, and
+    the parameter dimensions that stay replicated because the mesh does not divide them.
+    """
     config, mesh = experiment.config, experiment.mesh
     shapes = jax.tree.leaves_with_path(experiment.state_shapes.params)
     n_params = sum(leaf.size for _, leaf in shapes)
@@ -129,7 +120,7 @@ def describe(experiment: Experiment) -> str:
             f"{schedule.microbatches} microbatches: idle {schedule.bubble:.1%} of the time"
         )
     for (path, leaf), names in zip(shapes, jax.tree.leaves(experiment.param_names), strict=True):
-        for name in rules.replicated_axes(mesh, names, leaf.shape):
+        for name in sharding.replicated_axes(mesh, names, leaf.shape):
             lines.append(
                 f"{'/'.join(str(part.key) for part in path)} {leaf.shape}: the mesh does not "
                 f"divide its {name!r} dimension, which stays whole on every device"
@@ -138,21 +129,21 @@ def describe(experiment: Experiment) -> str:
 
 
 def _attention(experiment: Experiment) -> str:
-    """Which attention kernel runs, and why that one."""
     attention = experiment.attention
-    parts = experiment.mesh.shape[rules.LENGTH_AXIS]
-    across = f", {attention.across} over {parts} parts of the sequence" if parts > 1 else ""
+    n_shards = experiment.mesh.shape[sharding.LENGTH_AXIS]
+    across = f", {attention.across} over {n_shards} parts of the sequence" if n_shards > 1 else ""
     return f"attention kernel {attention.kernel} ({attention.why}){across}"
 
 
-def _summarise(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:
+def _print_summary(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:
     summary = clock.summary(loop.step)
     seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
     split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
-    report(f"time: {split}; goodput {summary['goodput']:.0%} over {summary['starts']} start(s)")
+    starts = summary["starts"]
+    print_on_lead(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
     if not finished:
-        report(f"asked to stop: state saved at step {loop.step}; the same command continues")
+        print_on_lead(f"asked to stop: state saved at step {loop.step}; the same command continues")
         return
-    report(f"finished {loop.step} steps; run is in {origin(workdir)}")
+    print_on_lead(f"finished {loop.step} steps; run is in {origin(workdir)}")
     for name, value in loop.last_evaluation.items():
         print(f"validation {name.replace('_', ' ')}: {value:.6g}")

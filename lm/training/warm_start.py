@@ -17,7 +17,8 @@ from lm.data.word_vectors import initial_table, load_vectors, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.optim.parameter_groups import LORA, flat, matching, nested
-from lm.runs.saved_params import Report, Saved, mean_params, saved_checkpoints
+from lm.runs.checkpoints import Log
+from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
 from lm.storage import locate
 from lm.train_step import TrainState
 
@@ -33,21 +34,21 @@ class ParamMapping:
     left: Sequence[str]
 
 
-def initial_state(experiment: Experiment, tokenizer: Tokenizer, report: Report) -> TrainState:
+def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
     """The state before the first step, with the parameters of `config.init.from` where it is set,
     or with the table of tokens that `config.init.vectors` gives.
 
-    `report` is told what was loaded, what is fresh and what was left. UserError for parameters
+    `log` is told what was loaded, what is fresh and what was left. UserError for parameters
     that do not correspond and are not named in the configuration, and for a table of tokens that
     was trained with another tokenizer.
     """
     state = experiment.init_state()
     options = experiment.config.init
     if options.vectors:
-        return _with_vectors(experiment, state, tokenizer, report)
+        return _with_vectors(experiment, state, tokenizer, log)
     if not options["from"]:
         return state
-    checkpoints = saved_checkpoints(locate(options["from"]), report)
+    checkpoints = saved_checkpoints(locate(options["from"]), log)
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
     plan = map_parameters(options, params, checkpoints[0].shapes)
     _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
@@ -57,15 +58,15 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, report: Report) 
         checkpoints,
         options.average,
         {name: shardings[path] for path, name in plan.loaded.items()},
-        report,
+        log,
     )
     loaded = {path: found[name] for path, name in plan.loaded.items()}
-    report(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
+    log(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
     return replace(state, params=nested(params | loaded))
 
 
 def _with_vectors(
-    experiment: Experiment, state: TrainState, tokenizer: Tokenizer, report: Report
+    experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
 ) -> TrainState:
     """The state with the vectors of a GloVe file in the table of tokens, the rest as it was."""
     config = experiment.config
@@ -79,7 +80,7 @@ def _with_vectors(
     words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
     rows, std = config.model.vocab_size, config.model.init_std
     table, n_found = initial_table(vectors, words, rows, std, config.seed)
-    report(f"{config.init.vectors}: vectors for {n_found} of {len(words)} words")
+    log(f"{config.init.vectors}: vectors for {n_found} of {len(words)} words")
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
     params[TOKENS] = jax.device_put(table, shardings[TOKENS])
     return replace(state, params=nested(params))
@@ -149,7 +150,7 @@ def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_tokenizer(
-    experiment: Experiment, plan: ParamMapping, source: Saved, digest: str
+    experiment: Experiment, plan: ParamMapping, source: SavedCheckpoint, digest: str
 ) -> None:
     theirs = source.metadata["fingerprint"]["tokenizer"]
     axes = flat(experiment.param_names)

@@ -16,9 +16,8 @@ from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
 from lm.optim.parameter_groups import flat
-from lm.runs.saved_params import saved_checkpoints
+from lm.runs.saved_params import restore_params, saved_checkpoints
 from lm.runs.workdir import load_config
-from lm.training.trainer import restore_params
 
 ALPHABET = "".join(map(chr, range(32, 127)))
 END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows
@@ -133,7 +132,7 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
     arrays = to_device(
         experiment.evaluation_batches(tokenizer, stores), [0], experiment.batch_sharding
     )
-    params, _ = restore_params(experiment, trained)
+    params, _ = restore_params(experiment, trained, pytest.fail)
     carry = experiment.init_carry(config.eval.batch_size)
     _, sums = experiment.eval_steps(params, carry, arrays)
 

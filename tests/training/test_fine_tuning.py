@@ -13,10 +13,11 @@ from commands import losses, saved_state
 from lm.errors import UserError
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
-from lm.runs.workdir import load_config
+from lm.runs.merged_run import merge_run
+from lm.runs.saved_params import restore_params
+from lm.runs.workdir import MERGED_OVERRIDES, load_config
 from lm.training import trainer as training
-from lm.training.merging import MERGED_OVERRIDES, merge_run
-from lm.training.trainer import restore_params, train
+from lm.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 LORA = {"lora__rank": 2, "lora__targets": "attention/(query|out)", "optimizer__learning_rate": 0.05}
@@ -63,7 +64,7 @@ def assert_same(left, right, paths):
 def plain(run: Path, average: int = 1):
     """An experiment without adapters, and the parameters that a run left for it."""
     experiment = build(load_config(run, MERGED_OVERRIDES), jax.devices())
-    return experiment, restore_params(experiment, run, average)[0]
+    return experiment, restore_params(experiment, run, pytest.fail, average)[0]
 
 
 def test_frozen_parameters_keep_every_bit(tune, source, tmp_path):
@@ -154,7 +155,7 @@ def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
 def test_another_model_cannot_take_the_parameters(source):
     experiment = build(load_config(source, {"model.d_ff": "48"}), jax.devices())
     with pytest.raises(UserError, match="feed_forward/in/bias is not as in the run"):
-        restore_params(experiment, source)
+        restore_params(experiment, source, pytest.fail)
 
 
 def test_a_run_that_would_train_nothing_or_names_what_is_not_there(tune, tmp_path):

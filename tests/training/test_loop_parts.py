@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from lm.cli import main
 from lm.config import default
-from lm.training.clock import Clock
-from lm.training.dispatches import dispatches
+from lm.training.loop import dispatches
 from lm.training.metrics import MetricsFile
-from lm.training.preemption import stop_requests
+from lm.training.monitor import Clock, stop_requests
 
 periods = st.integers(0, 12)
 

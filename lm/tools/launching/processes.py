@@ -20,8 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, BinaryIO, NamedTuple
 
-from lm.training.preemption import EXIT_CODE as RESUMABLE
-from lm.training.preemption import StopRequest
+from lm.training.monitor import RESUMABLE, StopRequest
 
 USER_ERROR = 2  # exit code of a UserError, which a restart would only repeat
 POLL_SECONDS = 0.02

@@ -17,7 +17,7 @@ from lm.tools.launching.launchers import Launcher
 from lm.tools.launching.run_status import FAILED, RunStatus
 from lm.tools.launching.scheduler import Scheduler, run_halving
 from lm.tools.launching.sweep_table import SweepTable, write_results
-from lm.training.preemption import EXIT_CODE, stop_requests
+from lm.training.monitor import RESUMABLE, stop_requests
 
 LOCK_SECONDS = 10.0  # the runs of a sweep that was killed have died by then
 
@@ -63,7 +63,7 @@ def conclude(statuses: Sequence[RunStatus], folder: Path, finished: bool) -> int
     print(SweepTable(statuses), file=sys.stderr)
     if not finished:
         print("asked to stop: the same command continues", file=sys.stderr)
-        return EXIT_CODE
+        return RESUMABLE
     print(f"results are in {folder / 'results.csv'}", file=sys.stderr)
     return 1 if any(status.state == FAILED for status in statuses) else 0
 

@@ -21,8 +21,7 @@ from lm.tools.launching.run_status import (
     last_error,
     value_at,
 )
-from lm.training.preemption import EXIT_CODE as RESUMABLE
-from lm.training.preemption import StopRequest
+from lm.training.monitor import RESUMABLE, StopRequest
 
 
 @dataclass

@@ -14,8 +14,7 @@ from typing import Any
 from lm.errors import UserError
 from lm.storage import AnyPath, is_whole, locate
 from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
-from lm.training.preemption import EXIT_CODE as RESUMABLE
-from lm.training.preemption import StopRequest, stop_requests
+from lm.training.monitor import RESUMABLE, StopRequest, stop_requests
 
 LONGEST_PAUSE = 60.0
 MULTI_PROCESS_VERBS = ("train", "eval", "generate", "merge")

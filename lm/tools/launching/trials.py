@@ -19,7 +19,7 @@ from lm.tools.launching.run_status import DONE, RunStatus, value_at
 from lm.tools.launching.run_sweep import conclude
 from lm.tools.launching.scheduler import Scheduler
 from lm.tools.launching.sweep_table import SweepTable
-from lm.training.preemption import stop_requests
+from lm.training.monitor import stop_requests
 
 
 class Trials:

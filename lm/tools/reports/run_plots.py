@@ -20,7 +20,7 @@ from lm.tools.reports.plotting import (
     value_axis,
 )
 from lm.tools.reports.run_records import TRAIN_LOSS, VALIDATION_LOSS, Run, final_metric, lines_of
-from lm.training.clock import PARTS
+from lm.training.monitor import CLOCK_PARTS
 
 Figures = dict[str, Any]
 AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "time in steps"}
@@ -169,7 +169,7 @@ def time_split(runs: Sequence[Run]) -> Figures:
     figure, axes = subplots(figsize=(WIDTH, min(height, 12)))
     left = np.zeros(len(timed))
     names = [run.name if len(run.name) <= 28 else f"…{run.name[-27:]}" for run in timed]
-    order = ("step", *(part for part in PARTS if part != "step"))
+    order = ("step", *(part for part in CLOCK_PARTS if part != "step"))
     for part, color in zip(order, COLORS, strict=False):
         seconds = np.array([run.clock["seconds"].get(part, 0.0) for run in timed])
         share = 100 * seconds / [run.total_seconds for run in timed]

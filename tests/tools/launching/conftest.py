@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm.training.preemption import StopRequest
+from lm.training.monitor import StopRequest
 
 
 @pytest.fixture

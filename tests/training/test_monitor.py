@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lm.training.watchdog import watchdog
+from lm.training.monitor import watchdog
 
 
 def test_silence_ends_the_process_and_says_since_when(capsys):

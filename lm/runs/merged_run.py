@@ -1,4 +1,4 @@
-"""`lm merge`: a run of its own from another's adapted or averaged parameters."""
+"""Merged run: a run of its own from another's parameters, LoRA updates merged or averaged."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from lm.config.experiment_file import plugin_metadata
 from lm.errors import UserError
 from lm.experiment import build
 from lm.parallel.hosts import is_lead
-from lm.runs.checkpoints import Checkpoints
-from lm.runs.saved_params import Report, saved_checkpoints
-from lm.runs.workdir import RUN_FILE, load_config
+from lm.runs.checkpoints import Checkpoints, Log
+from lm.runs.saved_params import restore_params, saved_checkpoints
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config
 from lm.storage import write_atomically
-from lm.training.trainer import restore_params
-
-# What makes of an adapted run's configuration that of the merged model.
-MERGED_OVERRIDES = {"lora.rank": "0", "optimizer.freeze": "", "init.from": ""}
 
 
-def merge_run(
-    workdir: Path, to: Path, average: int, overrides: dict[str, str], report: Report
-) -> int:
-    """Write the run in `workdir` to the folder `to` with low-rank updates merged into the kernels,
-    averaged over its last `average` checkpoints; its step.
+def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], log: Log) -> int:
+    """Write the run in `workdir` to the folder `to` with its LoRA updates merged into the kernels.
 
-    `overrides` (of the mesh) hold for this process only. UserError if `to` holds a run already.
+    Args:
+        workdir: folder of the run.
+        to: empty folder of the new run.
+        average: number of newest checkpoints whose parameters are averaged.
+        overrides: configuration of this process (its mesh); not written.
+        log: receives the lines for the user.
+
+    Returns:
+        The step of the newest checkpoint read.
+
+    Raises:
+        UserError: `to` is not empty.
     """
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to} is not empty; name another folder")
     config = load_config(workdir, MERGED_OVERRIDES)
     experiment = build(load_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
-    params, step = restore_params(experiment, workdir, average)
+    params, step = restore_params(experiment, workdir, log, average)
     state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32), params=params)
     metadata = {
         "config": json.loads(config.to_json()),
-        "fingerprint": saved_checkpoints(workdir, report)[0].metadata["fingerprint"],
+        "fingerprint": saved_checkpoints(workdir, log)[0].metadata["fingerprint"],
         **plugin_metadata(),
     }
     if is_lead():
