@@ -1,7 +1,7 @@
-"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019), bare and with heads of their classes.
+"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019), bare or with the heads of their classes.
 
-Both have the same stack. RoBERTa counts positions from after its padding id, keeps its output
-layer in `lm_head`, and pools inside its classifier.
+Both have the same stack. RoBERTa counts positions from its padding id + 1, has its output layer in
+`lm_head`, and pools inside its classifier.
 """
 
 from __future__ import annotations
@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lm.interop.family import Family, Head, Values, choose, require_equal, word_for
-from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
+from lm.interop.family import Family, Head, Values, hf_word, lm_word, require_equal
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
 from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
@@ -26,18 +32,18 @@ _LAYERS = "stack/layers"
 def _base(name: str) -> list[TensorMapping]:
     embeddings, layer = f"{name}.embeddings", f"{name}.encoder.layer.{{}}"
     return [
-        same(f"{embeddings}.word_embeddings.weight", "tokens/embedding"),
-        same(f"{embeddings}.position_embeddings.weight", "positions/embedding"),
-        same(f"{embeddings}.token_type_embeddings.weight", "types/embedding"),
-        *norm(f"{embeddings}.LayerNorm", "embedding_norm"),
-        *linear(f"{layer}.attention.self.query", f"{_LAYERS}/attention/query", "D", "H K"),
-        *linear(f"{layer}.attention.self.key", f"{_LAYERS}/attention/key", "D", "H K"),
-        *linear(f"{layer}.attention.self.value", f"{_LAYERS}/attention/value", "D", "H K"),
-        *linear(f"{layer}.attention.output.dense", f"{_LAYERS}/attention/out", "H K", "D"),
-        *norm(f"{layer}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
-        *linear(f"{layer}.intermediate.dense", f"{_LAYERS}/feed_forward/in"),
-        *linear(f"{layer}.output.dense", f"{_LAYERS}/feed_forward/out"),
-        *norm(f"{layer}.output.LayerNorm", f"{_LAYERS}/feed_forward_norm"),
+        same_layout(f"{embeddings}.word_embeddings.weight", "tokens/embedding"),
+        same_layout(f"{embeddings}.position_embeddings.weight", "positions/embedding"),
+        same_layout(f"{embeddings}.token_type_embeddings.weight", "types/embedding"),
+        *norm_mappings(f"{embeddings}.LayerNorm", "embedding_norm"),
+        *linear_mappings(f"{layer}.attention.self.query", f"{_LAYERS}/attention/query", "D", "H K"),
+        *linear_mappings(f"{layer}.attention.self.key", f"{_LAYERS}/attention/key", "D", "H K"),
+        *linear_mappings(f"{layer}.attention.self.value", f"{_LAYERS}/attention/value", "D", "H K"),
+        *linear_mappings(f"{layer}.attention.output.dense", f"{_LAYERS}/attention/out", "H K", "D"),
+        *norm_mappings(f"{layer}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
+        *linear_mappings(f"{layer}.intermediate.dense", f"{_LAYERS}/feed_forward/in"),
+        *linear_mappings(f"{layer}.output.dense", f"{_LAYERS}/feed_forward/out"),
+        *norm_mappings(f"{layer}.output.LayerNorm", f"{_LAYERS}/feed_forward_norm"),
     ]
 
 
@@ -58,15 +64,15 @@ _FIXED = {
 }
 
 
-def _read(theirs: Values) -> Values:
+def _read(hf: Values) -> Values:
     require_equal(
-        theirs, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False
+        hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False
     )
     return {
-        "norm_eps": theirs.get("layer_norm_eps", 1e-12),
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "dropout": theirs.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": theirs.get("attention_probs_dropout_prob", 0.1),
+        "norm_eps": hf.get("layer_norm_eps", 1e-12),
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "dropout": hf.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": hf.get("attention_probs_dropout_prob", 0.1),
     }
 
 
@@ -79,28 +85,28 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
-def _read_bert(theirs: Values) -> Values:
-    return _read(theirs) | {
-        "max_length": theirs.get("max_position_embeddings", 512),
-        "activation": choose(theirs, "hidden_act", ACTIVATIONS, "gelu"),
+def _read_bert(hf: Values) -> Values:
+    return _read(hf) | {
+        "max_length": hf.get("max_position_embeddings", 512),
+        "activation": lm_word(hf, "hidden_act", ACTIVATIONS, "gelu"),
     }
 
 
 def _write_bert(config: TransformerConfig) -> Values:
     return _write(config) | {
         "max_position_embeddings": config.max_length,
-        "hidden_act": word_for(config.activation, ACTIVATIONS, "activation"),
+        "hidden_act": hf_word(config.activation, ACTIVATIONS, "activation"),
     }
 
 
-def _read_roberta(theirs: Values) -> Values:
+def _read_roberta(hf: Values) -> Values:
     # The output layer's activation is always this one.
-    choose(theirs, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
-    offset = 1 + theirs.get("pad_token_id", 1)
-    return _read(theirs) | {
+    lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
+    offset = 1 + hf.get("pad_token_id", 1)
+    return _read(hf) | {
         "activation": "gelu_erf",
         "position_offset": offset,
-        "max_length": theirs.get("max_position_embeddings", 512) - offset,
+        "max_length": hf.get("max_position_embeddings", 512) - offset,
     }
 
 
@@ -130,13 +136,28 @@ def _family(
     heads: Mapping[str, Head] = MappingProxyType({}),
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> Family:
-    """The arguments from `masked` on are names of theirs: of the layer that predicts masked tokens,
-    whose output matrix is there if it is not the table, and of the other heads' layers."""
+    """Build the family.
+
+    Args:
+        name: `model_type`.
+        title: prefix of the class names.
+        read: fields of TransformerConfig from config.json.
+        write: values of config.json from a TransformerConfig.
+        masked: tensor prefix of the masked-language-model head; its `decoder.weight` is stored
+            where the embeddings are untied.
+        dense: tensor prefix of that head's dense layer.
+        dense_norm: tensor prefix of that head's norm.
+        pooler: tensor prefix of the pooler.
+        classifier: tensor prefix of the classifier.
+        classes: further classes by heads.
+        heads: further heads.
+        renamed: patterns of old tensor names, and their replacements.
+    """
     output_layer = (
-        *linear(dense, "transform"),
-        *norm(dense_norm, "transform_norm"),
-        same(f"{masked}.bias", "logit_bias/bias"),
-        output(f"{masked}.decoder.weight"),
+        *linear_mappings(dense, "transform"),
+        *norm_mappings(dense_norm, "transform_norm"),
+        same_layout(f"{masked}.bias", "logit_bias/bias"),
+        output_mapping(f"{masked}.decoder.weight"),
     )
     return Family(
         model_type=name,
@@ -152,9 +173,9 @@ def _family(
         base=lambda _: _base(name),
         heads={
             _LM: Head(("transform", "transform_norm", "logit_bias", "head"), output_layer),
-            _POOLER: Head(("pooler",), tuple(linear(pooler, "pooler"))),
-            _CLASSES: Head(("classifier",), tuple(linear(classifier, "classifier"))),
-            _SPANS: Head(("span_head",), tuple(linear("qa_outputs", "span_head"))),
+            _POOLER: Head(("pooler",), tuple(linear_mappings(pooler, "pooler"))),
+            _CLASSES: Head(("classifier",), tuple(linear_mappings(classifier, "classifier"))),
+            _SPANS: Head(("span_head",), tuple(linear_mappings("qa_outputs", "span_head"))),
             **heads,
         },
         keys=KEYS,
@@ -183,7 +204,11 @@ BERT = _family(
         frozenset({_LM, _POOLER, _NEXT}): "BertForPreTraining",
         frozenset({_POOLER}): "BertModel",
     },
-    heads={_NEXT: Head(("sentence_head",), tuple(linear("cls.seq_relationship", "sentence_head")))},
+    heads={
+        _NEXT: Head(
+            ("sentence_head",), tuple(linear_mappings("cls.seq_relationship", "sentence_head"))
+        )
+    },
     renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
 )
 

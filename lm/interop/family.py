@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models is: its configuration and its tensors in terms of ours."""
+"""Model family of Hugging Face: its configuration and tensors in terms of this library's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm.models.transformer_config import TransformerConfig
 
 Values = dict[str, Any]
 
-# Fields of TransformerConfig that are no part of what a trained model computes.
+# Fields of TransformerConfig that do not change what a trained model computes.
 EXECUTION = ("attention", "context_attention", "remat", "scan_unroll", "loss_chunk")
 TRAINING = (
     "dropout",
@@ -32,31 +32,43 @@ TRAINING = (
 
 
 class UnsupportedConfig(UserError):
-    """What one side has and the other cannot say."""
+    """Setting that the other side's configuration cannot express."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a class of theirs has on top of the stack: rows that are all there or all absent.
+    """Head of a Hugging Face class: its tensors are all present or all absent.
 
-    `modules` are those of ours that it consists of.
+    Attributes:
+        modules: modules of the model in `lm.models` that the head consists of.
+        mappings: rows of the tensor table.
     """
 
     modules: tuple[str, ...]
-    rows: tuple[TensorMapping, ...]
+    mappings: tuple[TensorMapping, ...]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`.
+    """Mapping of one `model_type`.
 
-    classes: their class by the heads that a model has. prefix: what their bare model has not
-    before its names. base, heads: the table of tensors. keys: their configuration's names of our
-    values. fixed: our values that are always so. read, write: what of the configuration is more
-    than a name, from theirs to ours and back. output: the tensor of the output projection, which
-    a file may hold though it repeats `table`. copies: others that repeat one. ignored: patterns of
-    tensors that are no weights. renamed: patterns of old names. in_file: values that the tensors
-    of a file say, not the configuration.
+    Attributes:
+        model_type: value of that key in config.json.
+        model: `--config.model.family` of the models.
+        classes: Hugging Face class by the heads that a model has.
+        prefix: prefix of tensor names that the bare model (`…Model`) lacks.
+        base: returns the tensor table of the stack.
+        keys: keys of config.json that correspond to a field of TransformerConfig.
+        fixed: fields of TransformerConfig with one value in this family.
+        read: returns the fields that take more than a renaming, from config.json.
+        write: returns the keys that take more than a renaming, from a TransformerConfig.
+        output: tensor of the output projection; a file may hold it although it equals `table`.
+        table: tensor of the token embeddings.
+        heads: heads by name.
+        copies: further tensors that repeat another one.
+        ignored: patterns of tensors that are not weights.
+        renamed: patterns of old tensor names, and their replacements.
+        in_file: fields that the tensors of a file determine, not config.json.
     """
 
     model_type: str
@@ -76,10 +88,14 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_file: Sequence[str] = ()
 
-    def config(self, theirs: Values) -> TransformerConfig:
-        """Our configuration of theirs; UserError for what it cannot say."""
-        found = {ours: require(theirs, name) for name, ours in self.keys.items()}
-        found = dict(self.fixed) | found | self.read(theirs)
+    def read_config(self, hf: Values) -> TransformerConfig:
+        """Convert config.json to a TransformerConfig.
+
+        Raises:
+            UserError: a key is missing, or its value is not supported.
+        """
+        found = {field: require(hf, name) for name, field in self.keys.items()}
+        found = dict(self.fixed) | found | self.read(hf)
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
         if not found.get("head_dim"):
@@ -88,36 +104,46 @@ class Family:
             found["head_dim"] = width // heads
         return TransformerConfig(**found)
 
-    def differences(self, config: TransformerConfig) -> list[str]:
-        """What of a configuration does not come back from theirs, as "key=value"."""
+    def lost_fields(self, config: TransformerConfig) -> list[str]:
+        """Return the fields lost in a Hugging Face round trip, as "model.key=value"."""
         try:
-            back = self.config(self.theirs(config))
+            round_trip = self.read_config(self.write_config(config))
         except UnsupportedConfig as error:
             return [str(error)]
-        ours, again = comparable_config(config, self.model), comparable_config(back, self.model)
+        before = comparable_config(config, self.model)
+        after = comparable_config(round_trip, self.model)
         return [
             f"model.{name}={getattr(config, name, value)}"
-            for name, value in ours.items()
-            if name not in self.in_file and again.get(name) != value
+            for name, value in before.items()
+            if name not in self.in_file and after.get(name) != value
         ]
 
-    def rows(self, config: TransformerConfig, paths: Collection[str]) -> list[TensorMapping]:
-        """The lines of the table that a model with these parameters has: all of them are there."""
-        of_heads = (row for head in self.heads.values() for row in head.rows)
-        rows = [row for row in [*self.base(config), *of_heads] if row.paths[0] in paths]
-        left = sorted({*paths} - {path for row in rows for path in row.paths})
+    def mappings(self, config: TransformerConfig, paths: Collection[str]) -> list[TensorMapping]:
+        """Return the rows of the tensor table for a model with these parameters.
+
+        Raises:
+            UnsupportedConfig: a parameter is in no row.
+        """
+        of_heads = (mapping for head in self.heads.values() for mapping in head.mappings)
+        found = [m for m in [*self.base(config), *of_heads] if m.paths[0] in paths]
+        left = sorted({*paths} - {path for mapping in found for path in mapping.paths})
         if left:
             raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {left[0]}")
-        return rows
+        return found
 
-    def theirs(self, config: TransformerConfig) -> Values:
-        """Their configuration of ours, without the class."""
-        values = {name: getattr(config, ours) for name, ours in self.keys.items()}
+    def write_config(self, config: TransformerConfig) -> Values:
+        """Convert a TransformerConfig to the values of config.json, `architectures` aside."""
+        values = {name: getattr(config, field) for name, field in self.keys.items()}
         return {"model_type": self.model_type} | values | self.write(config)
 
 
 def comparable_config(config: TransformerConfig, model: str) -> Values:
-    """The values that determine what a model computes, and nothing that has no effect."""
+    """Return the values that determine what a model computes, leaving out those without effect.
+
+    Args:
+        config: configuration of the model.
+        model: `--config.model.family`.
+    """
     c = config
     values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
     values |= {"attention_output_bias": c.attention_output_bias, "attention_scale": c.score_scale}
@@ -151,27 +177,31 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     return {name: value for name, value in values.items() if name not in unused}
 
 
-# --- reading their configuration
+# --- values of config.json
 
 
-def require(theirs: Values, name: str) -> Any:
-    """A value that config.json must have."""
-    if theirs.get(name) is None:
+def require(hf: Values, name: str) -> Any:
+    """Return a value that config.json must have; UserError if it is missing or null."""
+    if hf.get(name) is None:
         raise UserError(f"config.json has no {name}")
-    return theirs[name]
+    return hf[name]
 
 
-def require_equal(theirs: Values, **expected: Any) -> None:
-    """Refuse settings that our models don't have; absent ones and null are their defaults."""
+def require_equal(hf: Values, **expected: Any) -> None:
+    """Raise UnsupportedConfig for other values than the expected; missing and null pass."""
     for name, value in expected.items():
-        found = theirs.get(name)
+        found = hf.get(name)
         if found is not None and found != value:
             raise UnsupportedConfig(f"config.json: {name}={found} is not supported, only {value}")
 
 
-def choose(theirs: Values, name: str, table: Mapping[str, str], default: str) -> str:
-    """Our word for their value of a key."""
-    found = theirs.get(name) or default
+def lm_word(hf: Values, name: str, table: Mapping[str, str], default: str) -> str:
+    """Translate the value of a key of config.json; missing stands for `default`.
+
+    Raises:
+        UnsupportedConfig: the value is not in the table.
+    """
+    found = hf.get(name) or default
     if found not in table:
         raise UnsupportedConfig(
             f"config.json: {name}={found} is not supported, only {', '.join(table)}"
@@ -179,9 +209,13 @@ def choose(theirs: Values, name: str, table: Mapping[str, str], default: str) ->
     return table[found]
 
 
-def word_for(value: str, table: Mapping[str, str], key: str) -> str:
-    """Their first word for our value of model.`key`."""
-    for theirs, ours in table.items():
-        if ours == value:
-            return theirs
+def hf_word(value: str, table: Mapping[str, str], key: str) -> str:
+    """Translate a value of `--config.model.KEY` to the first word of Hugging Face for it.
+
+    Raises:
+        UnsupportedConfig: the table has no such value.
+    """
+    for word, translation in table.items():
+        if translation == value:
+            return word
     raise UnsupportedConfig(f"model.{key}={value}")

@@ -1,10 +1,12 @@
-"""GPT-2 (Radford et al. 2019): `GPT2LMHeadModel`. Its linear layers are [in, out], and queries,
-keys and values are one."""
+"""GPT-2 (Radford et al. 2019): `GPT2LMHeadModel`.
+
+Its linear layers are [in, out]; one tensor holds the query, key and value projections.
+"""
 
 from __future__ import annotations
 
-from lm.interop.family import Family, Values, choose, require_equal, word_for
-from lm.interop.tensor_mapping import TensorMapping, norm, output, same
+from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
+from lm.interop.tensor_mapping import TensorMapping, norm_mappings, output_mapping, same_layout
 from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
@@ -22,23 +24,23 @@ def _paths(leaf: str) -> tuple[str, ...]:
     return tuple(f"{path}/{leaf}" for path in _QUERY_KEY_VALUE)
 
 
-def _read(theirs: Values) -> Values:
-    require_equal(theirs, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+def _read(hf: Values) -> Values:
+    require_equal(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
-        "d_ff": theirs.get("n_inner") or 4 * theirs["n_embd"],
-        "activation": choose(theirs, "activation_function", ACTIVATIONS, "gelu_new"),
-        "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "attention_scale": 0.0 if theirs.get("scale_attn_weights", True) else 1.0,
-        "dropout": theirs.get("resid_pdrop", 0.1),
-        "attention_dropout": theirs.get("attn_pdrop", 0.1),
+        "d_ff": hf.get("n_inner") or 4 * hf["n_embd"],
+        "activation": lm_word(hf, "activation_function", ACTIVATIONS, "gelu_new"),
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "attention_scale": 0.0 if hf.get("scale_attn_weights", True) else 1.0,
+        "dropout": hf.get("resid_pdrop", 0.1),
+        "attention_dropout": hf.get("attn_pdrop", 0.1),
     }
 
 
 def _write(config: TransformerConfig) -> Values:
     return {
         "n_inner": config.d_ff,
-        "activation_function": word_for(config.activation, ACTIVATIONS, "activation"),
+        "activation_function": hf_word(config.activation, ACTIVATIONS, "activation"),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "scale_attn_weights": config.score_scale != 1,
@@ -54,9 +56,9 @@ GPT2 = Family(
     classes={frozenset(): "GPT2LMHeadModel"},
     prefix="transformer.",
     base=lambda _: [
-        same("transformer.wte.weight", "tokens/embedding"),
-        same("transformer.wpe.weight", "positions/embedding"),
-        *norm("transformer.h.{}.ln_1", "stack/layers/attention_norm"),
+        same_layout("transformer.wte.weight", "tokens/embedding"),
+        same_layout("transformer.wpe.weight", "positions/embedding"),
+        *norm_mappings("transformer.h.{}.ln_1", "stack/layers/attention_norm"),
         TensorMapping(
             "transformer.h.{}.attn.c_attn.weight", _paths("kernel"), "D (P H K)", "D H K"
         ),
@@ -64,14 +66,14 @@ GPT2 = Family(
         TensorMapping(
             "transformer.h.{}.attn.c_proj.weight", (f"{_ATTENTION}/out/kernel",), "(H K) D", "H K D"
         ),
-        same("transformer.h.{}.attn.c_proj.bias", f"{_ATTENTION}/out/bias"),
-        *norm("transformer.h.{}.ln_2", "stack/layers/feed_forward_norm"),
-        same("transformer.h.{}.mlp.c_fc.weight", f"{_FEED_FORWARD}/in/kernel"),
-        same("transformer.h.{}.mlp.c_fc.bias", f"{_FEED_FORWARD}/in/bias"),
-        same("transformer.h.{}.mlp.c_proj.weight", f"{_FEED_FORWARD}/out/kernel"),
-        same("transformer.h.{}.mlp.c_proj.bias", f"{_FEED_FORWARD}/out/bias"),
-        *norm("transformer.ln_f", "stack/final_norm"),
-        output("lm_head.weight"),
+        same_layout("transformer.h.{}.attn.c_proj.bias", f"{_ATTENTION}/out/bias"),
+        *norm_mappings("transformer.h.{}.ln_2", "stack/layers/feed_forward_norm"),
+        same_layout("transformer.h.{}.mlp.c_fc.weight", f"{_FEED_FORWARD}/in/kernel"),
+        same_layout("transformer.h.{}.mlp.c_fc.bias", f"{_FEED_FORWARD}/in/bias"),
+        same_layout("transformer.h.{}.mlp.c_proj.weight", f"{_FEED_FORWARD}/out/kernel"),
+        same_layout("transformer.h.{}.mlp.c_proj.bias", f"{_FEED_FORWARD}/out/bias"),
+        *norm_mappings("transformer.ln_f", "stack/final_norm"),
+        output_mapping("lm_head.weight"),
     ],
     keys={
         "n_layer": "n_layers",

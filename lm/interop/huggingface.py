@@ -1,4 +1,4 @@
-"""Models of Hugging Face's `transformers`: from their folders to our models and back.
+"""Hugging Face `transformers`: model folders loaded as models of this library, and written.
 
     model, params = load("folder")  # config.json and safetensors
     logits_BLV = model.apply({"params": params}, tokens_BL)
@@ -22,24 +22,31 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop import tensor_mapping as mapping
 from lm.interop.family import Family
-from lm.interop.model_folder import Params, open_checkpoint
-from lm.interop.model_parameters import Parameter, parameters
+from lm.interop.model_folder import Params, open_model_folder
+from lm.interop.model_parameters import ParameterSpec, parameter_specs
 from lm.interop.model_types import FAMILIES
-from lm.interop.tensor_files import Made, write_folder
-from lm.interop.tensor_mapping import TensorMapping
+from lm.interop.tensor_files import PendingTensor, write_tensors
+from lm.interop.tensor_mapping import Shape, TensorMapping, hf_shape, make_tensor, tensor_names
 from lm.models.transformer_config import TransformerConfig
 from lm.optim.parameter_groups import flat
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> tuple[nn.Module, Params]:
-    """The model and parameters in a folder of `transformers`, or in a .bin file of llama2.c.
+    """Load a model from a folder of `transformers` or a .bin file of llama2.c.
 
-    Parameters are float32 and lie as in training on `mesh`, or on the first device. UserError for
-    what is unknown, missing, too much, of the wrong shape or truncated.
+    Args:
+        path: the folder or file.
+        mesh: shards the parameters as in training; None puts them on the first device.
+
+    Returns:
+        The Flax module and its float32 parameters.
+
+    Raises:
+        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected, of
+            another shape or truncated.
     """
-    found = open_checkpoint(Path(path))
+    found = open_model_folder(Path(path))
     return found.model, found.params(mesh)
 
 
@@ -51,50 +58,64 @@ def save(
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a folder that `transformers` loads; the name of its class.
+    """Write a model as a folder that `transformers` loads.
 
-    `dtype` is float32, bfloat16 or float16; `about` goes into config.json. UserError if no
-    architecture of theirs computes what the model does.
+    Args:
+        model: Flax module.
+        params: its parameters.
+        path: folder, created if it is not there.
+        dtype: float32, bfloat16 or float16.
+        about: further values of config.json.
+
+    Returns:
+        The name of the `transformers` class.
+
+    Raises:
+        UserError: no architecture of `transformers` computes what the model does.
     """
     leaves = flat(nn.meta.unbox(params))
     config: TransformerConfig = model.config  # type: ignore[attr-defined]
     family, heads = _family_of(model, leaves)
-    shapes = parameters(family, model, heads)
+    shapes = parameter_specs(family, model, heads)
     _check_parameters(leaves, shapes)
-    name = family.classes[heads]
-    bare = family.prefix if name.lower() == f"{family.model_type}model" else ""
-    made = [
-        Made(
-            theirs.removeprefix(bare),
-            mapping.their_shape(row, shapes[row.paths[0]].shape),
-            partial(_written, row, number, shapes[row.paths[0]].shape, leaves),
+    class_name = family.classes[heads]
+    bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
+    tensors = [
+        PendingTensor(
+            name.removeprefix(bare),
+            hf_shape(mapping, shapes[mapping.paths[0]].shape),
+            partial(_make_tensor, mapping, number, shapes[mapping.paths[0]].shape, leaves),
         )
-        for row in family.rows(config, shapes)
-        for number, theirs in enumerate(mapping.names(row, shapes[row.paths[0]].shape))
+        for mapping in family.mappings(config, shapes)
+        for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
     ]
     if not config.tie_embeddings and family.heads:
-        originals = {tensor.name: tensor for tensor in made}
-        made += [
+        originals = {tensor.name: tensor for tensor in tensors}
+        tensors += [
             replace(originals[of], name=copy)
             for copy, of in family.copies.items()
             if of in originals
         ]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_folder(folder, made, dtype)
-    values = family.theirs(config) | {"architectures": [name], "dtype": dtype, **(about or {})}
+    write_tensors(folder, tensors, dtype)
+    values = family.write_config(config) | {
+        "architectures": [class_name],
+        "dtype": dtype,
+        **(about or {}),
+    }
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return name
+    return class_name
 
 
-def _written(
-    row: TensorMapping, number: int, shape: mapping.Shape, leaves: Mapping[str, Any]
+def _make_tensor(
+    mapping: TensorMapping, number: int, shape: Shape, leaves: Mapping[str, Any]
 ) -> np.ndarray:
-    return mapping.write(row, number, shape, [leaves[path] for path in row.paths])
+    return make_tensor(mapping, number, shape, [leaves[path] for path in mapping.paths])
 
 
 def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, frozenset[str]]:
-    """The family that computes what a model does, and which heads it has."""
+    """Return the family that computes what a model does, and the model's heads."""
     modules = {path.partition("/")[0] for path in leaves}
     candidates = []
     for family in FAMILIES.values():
@@ -103,7 +124,7 @@ def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, fro
         heads = frozenset(
             name for name, head in family.heads.items() if modules & set(head.modules)
         )
-        problems = family.differences(model.config)
+        problems = family.lost_fields(model.config)
         if heads not in family.classes:
             problems.append(f"no class with {' and '.join(sorted(heads))}")
         candidates.append((problems, family, heads))
@@ -118,7 +139,7 @@ def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, fro
     return family, heads
 
 
-def _check_parameters(leaves: Mapping[str, Any], shapes: Mapping[str, Parameter]) -> None:
+def _check_parameters(leaves: Mapping[str, Any], shapes: Mapping[str, ParameterSpec]) -> None:
     for path in sorted({*leaves, *shapes}):
         if path not in shapes:
             raise UserError(f"the parameter {path} has no place in the exported model")

@@ -1,4 +1,4 @@
-"""`lm import` and `lm export`: a run from a Hugging Face folder, and such a folder from a run."""
+"""Import and export of runs: a run from a Hugging Face folder, and a folder from a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm.data.tokenizers.choice import Tokenizer, choose_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
 from lm.interop.huggingface import save
-from lm.interop.model_folder import Checkpoint, open_checkpoint
+from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from lm.models.families import make_model
 from lm.objectives.registry import label_names
@@ -38,12 +38,19 @@ _LONGEST = 1024  # tokens of an example, unless data.sequence_length says otherw
 
 
 def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: Log) -> None:
-    """Write the model at `source` to `workdir` as the checkpoint of step 0 of a run.
+    """Write a model folder as a run with one checkpoint, of step 0.
 
-    UserError if `workdir` holds something already, or for what `source` lacks.
+    Args:
+        source: folder of `transformers`, or a .bin file of llama2.c.
+        workdir: folder of the new run, empty or not there.
+        overrides: configuration keys of the run, `{path: text}`.
+        log: receives the lines for the user.
+
+    Raises:
+        UserError: `workdir` is not empty, or `source` cannot be read.
     """
     _check_empty(workdir)
-    found = open_checkpoint(source)
+    found = open_model_folder(source)
     config = run_config(found)
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
@@ -71,8 +78,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     log(_describe(found, tokenizer, workdir))
 
 
-def run_config(found: Checkpoint) -> ConfigDict:
-    """The configuration of a run that this model could have come from."""
+def run_config(found: ModelFolder) -> ConfigDict:
+    """Return the configuration of a run that could have trained this model."""
     config = configs.default()
     config.model.family = found.family.model
     for name, value in asdict(found.config).items():
@@ -95,11 +102,21 @@ def run_config(found: Checkpoint) -> ConfigDict:
 
 
 def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log) -> None:
-    """Write the run in `workdir` to the folder `to` as a model that `transformers` loads.
+    """Write a run as a folder that `transformers` loads, tokenizer included.
 
-    Its newest parameters, or the mean of the last `average` checkpoints, or with `best` those that
-    config.eval.best chose; low-rank updates are merged. UserError if `to` holds something already,
-    or no architecture of theirs computes what the model does.
+    LoRA updates are merged into the kernels.
+
+    Args:
+        workdir: folder of the run.
+        to: folder, empty or not there.
+        average: number of newest checkpoints whose parameters are averaged.
+        best: export the checkpoint that `--config.eval.best` kept.
+        dtype: float32, bfloat16 or float16.
+        log: receives the lines for the user.
+
+    Raises:
+        UserError: `to` is not empty, or no architecture of `transformers` computes what the model
+            does.
     """
     _check_empty(to)
     config = resolve(load_config(workdir, MERGED_OVERRIDES), "cpu")
@@ -115,10 +132,12 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         names = label_names(config.data.labels)
         about["id2label"] = {str(i): name for i, name in enumerate(names)}
         about["label2id"] = {name: i for i, name in enumerate(names)}
-    name = save(make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about)
+    class_name = save(
+        make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about
+    )
     if tokenizer and not write_tokenizer(tokenizer, to):
         log(f"a {tokenizer.kind} tokenizer has no equivalent there and was left out")
-    log(f"{to}: {name} of step {', '.join(map(str, steps))}, in {dtype}")
+    log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {dtype}")
 
 
 def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     if config.model.family == "encoder_decoder":
         ids["decoder_start"] = special.bos
     if config.model.position_offset:
-        del ids["pad"]  # theirs counts positions from it
+        del ids["pad"]  # RobertaModel counts positions from it
     return {f"{role}_token_id": i for role, i in ids.items() if i is not None and i < known}
 
 
@@ -137,7 +156,7 @@ def _check_empty(folder: Path) -> None:
         raise UserError(f"{folder} is not an empty folder; name another")
 
 
-def _describe(found: Checkpoint, tokenizer: Tokenizer | None, workdir: Path) -> str:
+def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) -> str:
     n = sum(prod(parameter.shape) for parameter in found.parameters.values())
     run = origin(workdir)
     lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]

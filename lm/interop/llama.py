@@ -1,19 +1,25 @@
-"""Llama (Touvron et al. 2023) and its relatives: one table of tensors.
+"""Llama (Touvron et al. 2023) and the families that share its tensor table.
 
-Mistral (Jiang et al. 2023) has a window, Mixtral (Jiang et al. 2024) experts with tensors of their
-own, Qwen2 (Yang et al. 2024) biases, Qwen3 (Yang et al. 2025) normalised queries and keys. Heads
-are rotated in halves on both sides, so projections need no permutation.
+Mistral (Jiang et al. 2023) adds sliding-window attention, Mixtral (Jiang et al. 2024) experts,
+Qwen2 (Yang et al. 2024) query, key and value biases, Qwen3 (Yang et al. 2025) QK-norm. RoPE rotates
+halves of a head on both sides, so that projections need no permutation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lm.interop.family import Family, UnsupportedConfig, Values, choose, require, require_equal
-from lm.interop.layer_windows import GLOBAL, LOCAL, read_windows, types_of
-from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
-from lm.models.transformer_config import TransformerConfig
+from lm.interop.family import Family, UnsupportedConfig, Values, lm_word, require, require_equal
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
+from lm.models.transformer_config import TransformerConfig, global_layers
 
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 _MLP, _EXPERTS = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe"
 _NORMS = {
@@ -21,18 +27,18 @@ _NORMS = {
     "post_attention_layernorm": "feed_forward_norm",
 }
 _DENSE = [
-    *linear(f"{_MLP}.gate_proj", f"{_FEED_FORWARD}/gate"),
-    *linear(f"{_MLP}.up_proj", f"{_FEED_FORWARD}/in"),
-    *linear(f"{_MLP}.down_proj", f"{_FEED_FORWARD}/out"),
+    *linear_mappings(f"{_MLP}.gate_proj", f"{_FEED_FORWARD}/gate"),
+    *linear_mappings(f"{_MLP}.up_proj", f"{_FEED_FORWARD}/in"),
+    *linear_mappings(f"{_MLP}.down_proj", f"{_FEED_FORWARD}/out"),
 ]
 _OF_EXPERTS = [
-    *linear(f"{_EXPERTS}.gate", f"{_FEED_FORWARD}/router"),
-    *linear(f"{_EXPERTS}.experts.{{}}.w1", f"{_FEED_FORWARD}/experts/gate"),
-    *linear(f"{_EXPERTS}.experts.{{}}.w3", f"{_FEED_FORWARD}/experts/in"),
-    *linear(f"{_EXPERTS}.experts.{{}}.w2", f"{_FEED_FORWARD}/experts/out"),
+    *linear_mappings(f"{_EXPERTS}.gate", f"{_FEED_FORWARD}/router"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w1", f"{_FEED_FORWARD}/experts/gate"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w3", f"{_FEED_FORWARD}/experts/in"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w2", f"{_FEED_FORWARD}/experts/out"),
 ]
 
-_LLAMA3 = {  # their names of what stretches the wavelengths
+_LLAMA3 = {  # keys of `rope_parameters` by field
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_frequency",
     "high_freq_factor": "rope_high_frequency",
@@ -41,27 +47,54 @@ _LLAMA3 = {  # their names of what stretches the wavelengths
 _SCALINGS = {"default": {}, "linear": {"factor": "rope_factor"}, "llama3": _LLAMA3}
 
 
-def read_rope(theirs: Values, theta: float = 10_000.0) -> Values:
-    """Theta and the scaling: `rope_parameters`, or `rope_theta` and `rope_scaling` of old."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+def layer_types(n_layers: int, window: int, global_every: int) -> list[str]:
+    """Return `layer_types` of config.json."""
+    is_global_N = global_layers(n_layers, window, global_every)
+    return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
+
+
+def config_layer_types(config: TransformerConfig) -> list[str]:
+    """Return `layer_types` of config.json for a TransformerConfig."""
+    return layer_types(config.n_layers, config.window, config.global_every)
+
+
+def read_windows(hf: Values, types: Sequence[str]) -> Values:
+    """Return `window` and `global_every` for layers of these types.
+
+    Raises:
+        UnsupportedConfig: the types are not every n-th global and the others local.
+    """
+    if LOCAL not in types:
+        window = every = 0
+    else:
+        window = require(hf, "sliding_window")
+        every = types.index(GLOBAL) + 1 if GLOBAL in types else 0
+    if list(types) != layer_types(require(hf, "num_hidden_layers"), window, every):
+        raise UnsupportedConfig("config.json: layer_types are not local ones and each n-th global")
+    return {"window": window, "global_every": every}
+
+
+def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
+    """Read RoPE theta and scaling: `rope_parameters`, or the older `rope_theta`, `rope_scaling`."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _SCALINGS:
         raise UnsupportedConfig(
             f"config.json: rope_type={kind} is not supported, only {', '.join(_SCALINGS)}"
         )
-    require_equal(theirs | rope, partial_rotary_factor=1.0)
-    theta = rope.get("rope_theta") or theirs.get("rope_theta") or theta
+    require_equal(hf | rope, partial_rotary_factor=1.0)
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
     found = {"rope_theta": float(theta), "rope_scaling": "none" if kind == "default" else kind}
-    for name, ours in _SCALINGS[kind].items():
+    for name, field in _SCALINGS[kind].items():
         value = require(rope, name)
-        found[ours] = int(value) if ours == "rope_original_length" else float(value)
+        found[field] = int(value) if field == "rope_original_length" else float(value)
     return found
 
 
 def write_rope(config: TransformerConfig) -> Values:
-    """`rope_parameters`, with `rope_theta` and `rope_scaling` for transformers before 5."""
+    """Write `rope_parameters`, and `rope_theta` and `rope_scaling` for transformers before 5."""
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
-    scaling = {name: getattr(config, ours) for name, ours in _SCALINGS[kind].items()}
+    scaling = {name: getattr(config, field) for name, field in _SCALINGS[kind].items()}
     parameters = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling
     old = {"rope_type": kind} | scaling if scaling else None
     return {
@@ -71,17 +104,18 @@ def write_rope(config: TransformerConfig) -> Values:
     }
 
 
-def common(theirs: Values) -> Values:
-    """What the configurations of all these families say in the same words."""
+def read_common(hf: Values) -> Values:
+    """Read the settings that all these families share."""
     return {
-        "n_kv_heads": theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-        "head_dim": theirs.get("head_dim") or 0,
-        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "attention_dropout": theirs.get("attention_dropout", 0.0),
+        "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": hf.get("head_dim") or 0,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "attention_dropout": hf.get("attention_dropout", 0.0),
     }
 
 
 def write_common(config: TransformerConfig) -> Values:
+    """Write the settings that all these families share."""
     return {
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
@@ -91,20 +125,20 @@ def write_common(config: TransformerConfig) -> Values:
     }
 
 
-def _read(theirs: Values, theta: float = 10_000.0) -> Values:
-    choose(theirs, "hidden_act", {"silu": "swiglu"}, "silu")
-    tied = theirs.get("tie_word_embeddings", False)
-    return common(theirs) | read_rope(theirs, theta) | {"tie_embeddings": tied}
+def _read(hf: Values, theta: float = 10_000.0) -> Values:
+    lm_word(hf, "hidden_act", {"silu": "swiglu"}, "silu")
+    tied = hf.get("tie_word_embeddings", False)
+    return read_common(hf) | read_rope(hf, theta) | {"tie_embeddings": tied}
 
 
 def _write(config: TransformerConfig) -> Values:
     return write_common(config) | write_rope(config) | {"hidden_act": "silu"}
 
 
-def _read_llama(theirs: Values) -> Values:
-    return _read(theirs) | {
-        "bias": theirs.get("mlp_bias", False),
-        "attention_bias": "all" if theirs.get("attention_bias") else "none",
+def _read_llama(hf: Values) -> Values:
+    return _read(hf) | {
+        "bias": hf.get("mlp_bias", False),
+        "attention_bias": "all" if hf.get("attention_bias") else "none",
     }
 
 
@@ -113,37 +147,37 @@ def _write_llama(config: TransformerConfig) -> Values:
     return _write(config) | biases
 
 
-def _one_window(theirs: Values, otherwise: int | None) -> Values:
-    """That of all layers; an absent key is not null."""
-    return {"window": theirs.get("sliding_window", otherwise) or 0}
+def _one_window(hf: Values, otherwise: int | None) -> Values:
+    """Read the window of all layers; `otherwise` stands for a missing key, null for no window."""
+    return {"window": hf.get("sliding_window", otherwise) or 0}
 
 
 def _write_window(config: TransformerConfig) -> Values:
-    if GLOBAL in types_of(config) and config.window:
+    if GLOBAL in config_layer_types(config) and config.window:
         raise UnsupportedConfig(f"model.global_every={config.global_every}")
     return {"sliding_window": config.window or None}
 
 
-def _read_mistral(theirs: Values) -> Values:
-    return _read(theirs) | _one_window(theirs, 4096)
+def _read_mistral(hf: Values) -> Values:
+    return _read(hf) | _one_window(hf, 4096)
 
 
 def _write_mistral(config: TransformerConfig) -> Values:
     return _write(config) | _write_window(config)
 
 
-def _read_mixtral(theirs: Values) -> Values:
-    if theirs.get("num_experts_per_tok", 2) < 2:
+def _read_mixtral(hf: Values) -> Values:
+    if hf.get("num_experts_per_tok", 2) < 2:
         raise UnsupportedConfig("config.json: num_experts_per_tok=1 is weighted by 1 there")
     return (
-        _read(theirs, 1e6)
-        | _one_window(theirs, None)
+        _read(hf, 1e6)
+        | _one_window(hf, None)
         | {
-            "n_experts": theirs.get("num_local_experts", 8),
-            "experts_per_token": theirs.get("num_experts_per_tok", 2),
-            "balance_loss": theirs.get("router_aux_loss_coef", 0.001),
-            "router_jitter": theirs.get("router_jitter_noise", 0.0),
-            "norm_eps": theirs.get("rms_norm_eps", 1e-5),
+            "n_experts": hf.get("num_local_experts", 8),
+            "experts_per_token": hf.get("num_experts_per_tok", 2),
+            "balance_loss": hf.get("router_aux_loss_coef", 0.001),
+            "router_jitter": hf.get("router_jitter_noise", 0.0),
+            "norm_eps": hf.get("rms_norm_eps", 1e-5),
         }
     )
 
@@ -157,12 +191,12 @@ def _write_mixtral(config: TransformerConfig) -> Values:
     }
 
 
-def _windows(theirs: Values) -> Values:
-    """Of Qwen: every layer after the first few, if any."""
-    n_layers, first = require(theirs, "num_hidden_layers"), theirs.get("max_window_layers", 28)
-    used = theirs.get("use_sliding_window", False)
+def _windows(hf: Values) -> Values:
+    """Read Qwen's windows: those of all layers from `max_window_layers` on."""
+    n_layers, first = require(hf, "num_hidden_layers"), hf.get("max_window_layers", 28)
+    used = hf.get("use_sliding_window", False)
     types = [LOCAL if used and i >= first else GLOBAL for i in range(n_layers)]
-    return read_windows(theirs, theirs.get("layer_types") or types)
+    return read_windows(hf, hf.get("layer_types") or types)
 
 
 def _write_windows(config: TransformerConfig) -> Values:
@@ -170,23 +204,23 @@ def _write_windows(config: TransformerConfig) -> Values:
         "use_sliding_window": bool(config.window),
         "sliding_window": config.window or None,
         "max_window_layers": 0 if config.window else config.n_layers,
-        "layer_types": types_of(config),
+        "layer_types": config_layer_types(config),
     }
 
 
-def _read_qwen2(theirs: Values) -> Values:
-    return _read(theirs) | _windows(theirs)
+def _read_qwen2(hf: Values) -> Values:
+    return _read(hf) | _windows(hf)
 
 
 def _write_qwen2(config: TransformerConfig) -> Values:
     return _write(config) | _write_windows(config)
 
 
-def _read_qwen3(theirs: Values) -> Values:
-    # Their default, unlike the other families', is no part of d_model.
-    theirs = theirs | {"head_dim": theirs.get("head_dim") or 128}
-    biases = "all" if theirs.get("attention_bias") else "none"
-    return _read(theirs) | _windows(theirs) | {"attention_bias": biases}
+def _read_qwen3(hf: Values) -> Values:
+    # Qwen3Config's default does not follow from d_model.
+    hf = hf | {"head_dim": hf.get("head_dim") or 128}
+    biases = "all" if hf.get("attention_bias") else "none"
+    return _read(hf) | _windows(hf) | {"attention_bias": biases}
 
 
 def _write_qwen3(config: TransformerConfig) -> Values:
@@ -203,7 +237,17 @@ def decoder(
     feed_forward: Sequence[TensorMapping] = _DENSE,
     **fixed: object,
 ) -> Family:
-    """A family with Llama's table, `norms` of its layers and a `feed_forward` aside."""
+    """Build a family with Llama's tensor table.
+
+    Args:
+        model_type: value in config.json.
+        name: prefix of the class name.
+        read: fields of TransformerConfig from config.json.
+        write: values of config.json from a TransformerConfig.
+        norms: norm of a block by tensor name.
+        feed_forward: table of the feed-forward sublayer.
+        **fixed: further fields with one value in this family.
+    """
     always = {
         "norm": "rmsnorm",
         "positions": "rotary",
@@ -211,7 +255,10 @@ def decoder(
         "bias": False,
         "norm_bias": False,
     }
-    of_norms = [norm(f"model.layers.{{}}.{n}", f"stack/layers/{ours}") for n, ours in norms.items()]
+    of_norms = [
+        norm_mappings(f"model.layers.{{}}.{n}", f"stack/layers/{module}")
+        for n, module in norms.items()
+    ]
     attention = "model.layers.{}.self_attn"
     return Family(
         model_type=model_type,
@@ -219,17 +266,17 @@ def decoder(
         classes={frozenset(): f"{name}ForCausalLM"},
         prefix="model.",
         base=lambda _: [
-            same("model.embed_tokens.weight", "tokens/embedding"),
-            *linear(f"{attention}.q_proj", f"{_ATTENTION}/query", "D", "H K"),
-            *linear(f"{attention}.k_proj", f"{_ATTENTION}/key", "D", "G K"),
-            *linear(f"{attention}.v_proj", f"{_ATTENTION}/value", "D", "G K"),
-            *linear(f"{attention}.o_proj", f"{_ATTENTION}/out", "H K", "D"),
-            *norm(f"{attention}.q_norm", f"{_ATTENTION}/query_norm"),
-            *norm(f"{attention}.k_norm", f"{_ATTENTION}/key_norm"),
+            same_layout("model.embed_tokens.weight", "tokens/embedding"),
+            *linear_mappings(f"{attention}.q_proj", f"{_ATTENTION}/query", "D", "H K"),
+            *linear_mappings(f"{attention}.k_proj", f"{_ATTENTION}/key", "D", "G K"),
+            *linear_mappings(f"{attention}.v_proj", f"{_ATTENTION}/value", "D", "G K"),
+            *linear_mappings(f"{attention}.o_proj", f"{_ATTENTION}/out", "H K", "D"),
+            *norm_mappings(f"{attention}.q_norm", f"{_ATTENTION}/query_norm"),
+            *norm_mappings(f"{attention}.k_norm", f"{_ATTENTION}/key_norm"),
             *(row for rows in of_norms for row in rows),
             *feed_forward,
-            *norm("model.norm", "stack/final_norm"),
-            output("lm_head.weight"),
+            *norm_mappings("model.norm", "stack/final_norm"),
+            output_mapping("lm_head.weight"),
         ],
         keys={
             "num_hidden_layers": "n_layers",

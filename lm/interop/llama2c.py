@@ -1,7 +1,7 @@
-"""The .bin files of llama2.c (Karpathy 2023), of its first version: a Llama in float32.
+"""llama2.c .bin files (Karpathy 2023) of the first version: a Llama in float32.
 
-Seven integers, then the tensors, those of all layers one after another. It rotates the pairs
-(2i, 2i+1) of a head, so the rows of queries and keys are permuted into halves.
+The file holds seven integers, then the tensors, those of all layers one after another. Its RoPE
+rotates the pairs (2i, 2i+1) of a head: the rows of queries and keys are permuted into halves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.interop.llama import LLAMA
-from lm.interop.tensor_files import Stored
-from lm.interop.tensor_mapping import TensorMapping, output, same
+from lm.interop.tensor_files import StoredTensor
+from lm.interop.tensor_mapping import TensorMapping, output_mapping, same_layout
 from lm.models.transformer_config import TransformerConfig
 
 _HEADER = 7 * 4
@@ -25,41 +25,46 @@ _NEWER = 0x616B3432  # the first number of files of later versions
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 
 
-def _rows(_: TransformerConfig) -> Sequence[TensorMapping]:
+def _mappings(_: TransformerConfig) -> Sequence[TensorMapping]:
     rotated = "(H J 2) D", "D H (2 J)"
     return [
-        same("tok_embeddings", "tokens/embedding"),
-        same("layers.{}.attention_norm", "stack/layers/attention_norm/scale"),
+        same_layout("tok_embeddings", "tokens/embedding"),
+        same_layout("layers.{}.attention_norm", "stack/layers/attention_norm/scale"),
         TensorMapping("layers.{}.wq", (f"{_ATTENTION}/query/kernel",), *rotated),
         TensorMapping("layers.{}.wk", (f"{_ATTENTION}/key/kernel",), *rotated),
         TensorMapping("layers.{}.wv", (f"{_ATTENTION}/value/kernel",), "(G K) D", "D G K"),
         TensorMapping("layers.{}.wo", (f"{_ATTENTION}/out/kernel",), "D (H K)", "H K D"),
-        same("layers.{}.ffn_norm", "stack/layers/feed_forward_norm/scale"),
+        same_layout("layers.{}.ffn_norm", "stack/layers/feed_forward_norm/scale"),
         TensorMapping("layers.{}.w1", (f"{_FEED_FORWARD}/gate/kernel",), "F D", "D F"),
         TensorMapping("layers.{}.w2", (f"{_FEED_FORWARD}/out/kernel",), "D F", "F D"),
         TensorMapping("layers.{}.w3", (f"{_FEED_FORWARD}/in/kernel",), "F D", "D F"),
-        same("norm", "stack/final_norm/scale"),
-        output("output"),
+        same_layout("norm", "stack/final_norm/scale"),
+        output_mapping("output"),
     ]
 
 
-FAMILY = replace(LLAMA, model_type="llama2.c", base=_rows)
+FAMILY = replace(LLAMA, model_type="llama2.c", base=_mappings)
 
 
 @dataclass(frozen=True)
-class _Floats(Stored):
-    """A tensor of float32 numbers from a byte of the file on."""
+class _Floats(StoredTensor):
+    """Float32 tensor that starts at byte `offset` of the file."""
 
     offset: int
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read the rows start … stop - 1 in float32."""
         row = prod(self.shape[1:])
         count, offset = (stop - start) * row, self.offset + 4 * start * row
         return np.fromfile(self.file, "<f4", count, offset=offset).reshape(-1, *self.shape[1:])
 
 
-def read(file: Path) -> tuple[TransformerConfig, dict[str, Stored]]:
-    """The configuration and the tensors of a file; UserError if it is another kind or truncated."""
+def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+    """Return the configuration and the tensors of a file.
+
+    Raises:
+        UserError: the file is of another version or kind, or truncated.
+    """
     size = file.stat().st_size
     numbers = np.fromfile(file, "<i4", count=7)
     if len(numbers) < 7 or numbers[0] == _NEWER or min(*numbers[:5], numbers[6]) < 1:
@@ -85,7 +90,7 @@ def read(file: Path) -> tuple[TransformerConfig, dict[str, Stored]]:
         shapes |= {f"layers.{i}.{name}": shape for i in range(n_layers)}
     shapes |= {"norm": (dim,), "cosines": (length, head_dim // 2), "sines": (length, head_dim // 2)}
     shapes |= {} if tied else {"output": (vocab, dim)}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     offset = _HEADER
     for name, shape in shapes.items():
         stored[name] = _Floats(name, file, shape, offset)

@@ -1,4 +1,4 @@
-"""A model folder, opened and checked: which family, which configuration, which tensors."""
+"""Model folder of Hugging Face `transformers`, or a .bin file of llama2.c: opened and verified."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from jax.sharding import Mesh
 from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop import llama2c
-from lm.interop import tensor_mapping as mapping
 from lm.interop.family import Family, Values
-from lm.interop.model_parameters import Parameter, parameters
+from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs
 from lm.interop.model_types import FAMILIES
-from lm.interop.sharded_load import place
-from lm.interop.tensor_files import Stored, read_folder
-from lm.interop.tensor_mapping import TensorMapping
+from lm.interop.tensor_files import StoredTensor, read_tensors
+from lm.interop.tensor_mapping import (
+    BLOCK_BYTES,
+    TensorMapping,
+    hf_shape,
+    read_parameter,
+    tensor_names,
+)
 from lm.models.transformer_config import TransformerConfig
 from lm.optim.parameter_groups import nested
 
@@ -31,50 +35,58 @@ Params = Any
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a folder holds, checked to be whole; no tensor has been read yet.
+class ModelFolder:
+    """Verified model folder, of which no tensor has been read yet.
 
-    about: config.json. heads: names of what it has on top of the stack.
+    Attributes:
+        family: family of its `model_type`.
+        config: configuration of the model.
+        heads: names of its heads.
+        stored: tensors by the names of the family's table.
+        about: values of config.json.
     """
 
     family: Family
     config: TransformerConfig
     heads: frozenset[str]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     about: Values
 
     @cached_property
     def model(self) -> nn.Module:
+        """Flax module."""
         return MODELS[self.family.model](self.config)
 
     @cached_property
-    def parameters(self) -> dict[str, Parameter]:
-        return parameters(self.family, self.model, self.heads)
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Shape and logical axes of every parameter, by path."""
+        return parameter_specs(self.family, self.model, self.heads)
 
     @cached_property
-    def rows(self) -> list[TensorMapping]:
-        return self.family.rows(self.config, self.parameters)
+    def mappings(self) -> list[TensorMapping]:
+        """Rows of the tensor table."""
+        return self.family.mappings(self.config, self.parameters)
 
     def params(self, mesh: Mesh | None = None) -> Params:
-        """The parameters, read one tensor at a time straight to where they lie."""
+        """Read the parameters, one tensor at a time, straight into their shards."""
         return nested(
             {
-                path: place(
+                path: load_sharded(
                     (shape := self.parameters[path].shape),
                     self.parameters[path].sharding(mesh),
-                    mapping.read(row, part, shape, self.stored.__getitem__),
+                    read_parameter(mapping, part, shape, self.stored.__getitem__),
                 )
-                for row in self.rows
-                for part, path in enumerate(row.paths)
+                for mapping in self.mappings
+                for part, path in enumerate(mapping.paths)
             }
         )
 
     def check(self, where: Path) -> None:
-        """UserError for a tensor that is missing, too much, or of another shape."""
+        """Raise UserError for a tensor that is missing, unexpected or of another shape."""
         expected = {
-            name: mapping.their_shape(row, self.parameters[row.paths[0]].shape)
-            for row in self.rows
-            for name in mapping.names(row, self.parameters[row.paths[0]].shape)
+            name: hf_shape(mapping, self.parameters[mapping.paths[0]].shape)
+            for mapping in self.mappings
+            for name in tensor_names(mapping, self.parameters[mapping.paths[0]].shape)
         }
         missing = [name for name in expected if name not in self.stored]
         surplus = [name for name in self.stored if name not in expected]
@@ -93,11 +105,16 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """What is in a folder of `transformers` or a .bin file of llama2.c, checked to be whole."""
+def open_model_folder(path: Path) -> ModelFolder:
+    """Open and verify a folder of `transformers` or a .bin file of llama2.c.
+
+    Raises:
+        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected, of
+            another shape or truncated.
+    """
     if path.is_file():
-        config, stored = llama2c.read(path)
-        found = Checkpoint(llama2c.FAMILY, config, frozenset(), stored, {})
+        config, stored = llama2c.read_bin(path)
+        found = ModelFolder(llama2c.FAMILY, config, frozenset(), stored, {})
         found.check(path)
         return found
     about = _read_config(path)
@@ -110,13 +127,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: quantised weights are not supported; save the model without")
     family = FAMILIES[kind]
     try:
-        config = family.config(about)
+        config = family.read_config(about)
     except (UserError, KeyError, TypeError, ValueError) as error:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: {what}") from error
-    stored = _normalised(family, read_folder(path))
+    stored = _by_table_name(family, read_tensors(path))
     heads = frozenset(
-        name for name, head in family.heads.items() if any(row.name in stored for row in head.rows)
+        name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
     )
     if "classifier.weight" in stored or "classifier.out_proj.weight" in stored:
         output = stored.get("classifier.weight") or stored["classifier.out_proj.weight"]
@@ -126,7 +143,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_unscaled(path, config)
     config = replace(config, tie_embeddings=tied)
     stored = _without_copies(path, family, tied, stored)
-    found = Checkpoint(family, config, heads, stored, about)
+    found = ModelFolder(family, config, heads, stored, about)
     found.check(path)
     return found
 
@@ -143,10 +160,10 @@ def _read_config(folder: Path) -> Values:
     return about
 
 
-def _normalised(family: Family, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Tensors by the names of the table: those of a bare model have no prefix, old ones others."""
+def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Rename tensors of bare models and of old versions to the names of the table."""
     bare = not any(name.startswith(family.prefix) for name in stored)
-    of_heads = {row.name for head in family.heads.values() for row in head.rows}
+    of_heads = {m.name for head in family.heads.values() for m in head.mappings}
     found = {}
     for name, tensor in stored.items():
         for pattern, new in family.renamed.items():
@@ -158,14 +175,14 @@ def _normalised(family: Family, stored: Mapping[str, Stored]) -> dict[str, Store
     return found
 
 
-def _repeats(stored: Mapping[str, Stored], copy: str, original: str) -> bool:
-    """Whether a tensor is absent or the same as another; read block by block."""
+def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bool:
+    """Return whether a tensor is absent or equal to another; read block by block."""
     if copy not in stored or original not in stored:
         return True
     a, b = stored[copy], stored[original]
     if a.shape != b.shape:
         return False
-    step = max(1, mapping.BLOCK_BYTES // (4 * max(1, int(np.prod(a.shape[1:])))))
+    step = max(1, BLOCK_BYTES // (4 * max(1, int(np.prod(a.shape[1:])))))
     return all(
         np.array_equal(a.rows(start, stop), b.rows(start, stop))
         for start in range(0, a.shape[0], step)
@@ -174,11 +191,11 @@ def _repeats(stored: Mapping[str, Stored], copy: str, original: str) -> bool:
 
 
 def _without_copies(
-    path: Path, family: Family, tied: bool, stored: Mapping[str, Stored]
-) -> dict[str, Stored]:
-    """The tensors without those that repeat others.
+    path: Path, family: Family, tied: bool, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Drop the tensors that repeat others.
 
-    Of an encoder with an untied output layer the copy of the bias is the one that is used.
+    In an encoder with an untied output layer the copy of the bias is the one in use.
     """
     found = dict(stored)
     if tied:

@@ -1,63 +1,112 @@
-"""Which parameters a model has: shape and logical axes of each, before there are any."""
+"""Parameters of an imported model: shapes, logical axes, and sharded loading."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lm.interop.family import Family
-from lm.interop.tensor_mapping import Shape
+from lm.interop.tensor_mapping import Block, Shape
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.optim.parameter_groups import flat
 from lm.parallel.sharding import parameter_sharding
 
-OF_TASKS = ("pooler", "sentence_head", "classifier", "span_head")  # no model needs them
+TASK_HEADS = ("pooler", "sentence_head", "classifier", "span_head")  # optional modules
+_ALIGNMENT = 64  # bytes: alignment at which JAX uses a NumPy array on a CPU without a copy
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """Its shape, and the logical names of its axes."""
+class ParameterSpec:
+    """Shape and logical axes of a parameter."""
 
     shape: Shape
     axes: tuple[str, ...]
 
     def sharding(self, mesh: Mesh | None) -> Sharding:
-        """On a mesh by the rules of training; without one, on the first device."""
+        """Return the sharding of training on a mesh; without one, the first device."""
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
         return parameter_sharding(mesh, self.axes, self.shape)
 
 
-def parameters(family: Family, model: nn.Module, heads: frozenset[str]) -> dict[str, Parameter]:
-    """By path, those of the stack and of the named heads."""
-    shapes = flat(jax.eval_shape(lambda: _initialise(model))["params"])
+def parameter_specs(
+    family: Family, model: nn.Module, heads: frozenset[str]
+) -> dict[str, ParameterSpec]:
+    """Return the parameters of the stack and of the named heads, by path."""
+    shapes = flat(jax.eval_shape(lambda: _initialize(model))["params"])
     of_head = {m: name for name, head in family.heads.items() for m in head.modules}
     found = {}
     for path, leaf in shapes.items():
         module = path.partition("/")[0]
-        if of_head[module] in heads if module in of_head else module not in OF_TASKS:
-            found[path] = Parameter(leaf.value.shape, tuple(leaf.names))
+        if of_head[module] in heads if module in of_head else module not in TASK_HEADS:
+            found[path] = ParameterSpec(leaf.value.shape, tuple(leaf.names))
     return found
 
 
-def _initialise(model: nn.Module) -> Any:
+def _initialize(model: nn.Module) -> Any:
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     key = jax.random.key(0)
     if isinstance(model, EncoderDecoder):
         return model.init(key, tokens_BL, tokens_BL)
     if isinstance(model, Encoder):
-        return model.init(key, tokens_BL, method=_all_heads)
+        return model.init(key, tokens_BL, method=_call_all_heads)
     return model.init(key, tokens_BL)
 
 
-def _all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
+def _call_all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
     x_BLD = model.hidden(tokens_BL)
     x_BD = model.pooled(x_BLD, jnp.ones_like(tokens_BL))
     of_tokens = [model.logits(x_BLD), model.spans(x_BLD)]
     return [*of_tokens, model.next_sentence(x_BD), model.classify(x_BD)]
+
+
+def load_sharded(shape: Shape, sharding: Sharding, blocks: Iterable[Block]) -> jax.Array:
+    """Assemble a sharded float32 array from blocks, without a whole copy on the host.
+
+    Args:
+        shape: global shape.
+        sharding: where the shards go.
+        blocks: start indices and values; each block is read once and copied to the local shards
+            that it overlaps.
+    """
+    bounds_of = {
+        device: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+        if index is not None
+    }
+    shards = {bounds: _aligned_empty(bounds) for bounds in set(bounds_of.values())}
+    for starts, values in blocks:
+        for bounds, shard in shards.items():
+            _copy_overlap(starts, values, bounds, shard)
+    arrays = [jax.device_put(shards[bounds], device) for device, bounds in bounds_of.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _aligned_empty(bounds: Iterable[tuple[int, int]]) -> np.ndarray:
+    shape = [stop - start for start, stop in bounds]
+    n_bytes = 4 * prod(shape)
+    buffer = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[first : first + n_bytes].view(np.float32).reshape(shape)
+
+
+def _copy_overlap(
+    starts: Shape, values: np.ndarray, bounds: tuple[tuple[int, int], ...], shard: np.ndarray
+) -> None:
+    target, source = [], []
+    for begin, size, (low, high) in zip(starts, values.shape, bounds, strict=True):
+        first, last = max(begin, low), min(begin + size, high)
+        if first >= last:
+            return
+        target.append(slice(first - low, last - low))
+        source.append(slice(first - begin, last - begin))
+    shard[tuple(target)] = values[tuple(source)]

@@ -1,4 +1,4 @@
-"""The families that are read and written, by their `model_type`."""
+"""Table of the model families that are imported and exported, by `model_type`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,20 @@
 """T5 (Raffel et al. 2020) and T5 1.1 (Shazeer 2020): `T5ForConditionalGeneration`.
 
-All layers of a stack share the relative positions, which their first layer keeps. Of 1.1 their
-configuration says only `tie_word_embeddings: false`, which since transformers 5 means that logits
-are not scaled; whether the output matrix is the table, the file says.
+All layers of a stack share the relative position bias, stored in the first layer. T5 1.1 differs
+in config.json by `tie_word_embeddings: false` only, which since transformers 5 means unscaled
+logits; whether the embeddings are tied follows from the tensors of the file.
 """
 
 from __future__ import annotations
 
-from lm.interop.family import Family, Values, choose, word_for
-from lm.interop.tensor_mapping import TensorMapping, linear, norm, output, same
+from lm.interop.family import Family, Values, hf_word, lm_word
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
 from lm.kernels.dense import GATED
 from lm.models.transformer_config import TransformerConfig
 
@@ -23,43 +29,43 @@ ACTIVATIONS = {
 
 def _attention(name: str, path: str) -> list[TensorMapping]:
     return [
-        *linear(f"{name}.q", f"{path}/query", "D", "H K"),
-        *linear(f"{name}.k", f"{path}/key", "D", "H K"),
-        *linear(f"{name}.v", f"{path}/value", "D", "H K"),
-        *linear(f"{name}.o", f"{path}/out", "H K", "D"),
+        *linear_mappings(f"{name}.q", f"{path}/query", "D", "H K"),
+        *linear_mappings(f"{name}.k", f"{path}/key", "D", "H K"),
+        *linear_mappings(f"{name}.v", f"{path}/value", "D", "H K"),
+        *linear_mappings(f"{name}.o", f"{path}/out", "H K", "D"),
     ]
 
 
 def _stack(stack: str, feed_forward: int, gated: bool) -> list[TensorMapping]:
-    """The rows of "encoder" or "decoder", whose sublayers are numbered."""
+    """Map the tensors of "encoder" or "decoder", whose sublayers are numbered."""
     path, block = f"{stack}/layers", f"{stack}.block.{{}}.layer"
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     dense = f"{block}.{feed_forward}.DenseReluDense"
     return [
         *_attention(f"{block}.0.SelfAttention", f"{path}/attention"),
-        same(first, f"{stack}/relative_bias/embedding"),
-        *norm(f"{block}.0.layer_norm", f"{path}/attention_norm"),
-        *linear(f"{dense}.wi_0", f"{path}/feed_forward/gate"),
-        *linear(f"{dense}.wi_1" if gated else f"{dense}.wi", f"{path}/feed_forward/in"),
-        *linear(f"{dense}.wo", f"{path}/feed_forward/out"),
-        *norm(f"{block}.{feed_forward}.layer_norm", f"{path}/feed_forward_norm"),
-        *norm(f"{stack}.final_layer_norm", f"{stack}/final_norm"),
+        same_layout(first, f"{stack}/relative_bias/embedding"),
+        *norm_mappings(f"{block}.0.layer_norm", f"{path}/attention_norm"),
+        *linear_mappings(f"{dense}.wi_0", f"{path}/feed_forward/gate"),
+        *linear_mappings(f"{dense}.wi_1" if gated else f"{dense}.wi", f"{path}/feed_forward/in"),
+        *linear_mappings(f"{dense}.wo", f"{path}/feed_forward/out"),
+        *norm_mappings(f"{block}.{feed_forward}.layer_norm", f"{path}/feed_forward_norm"),
+        *norm_mappings(f"{stack}.final_layer_norm", f"{stack}/final_norm"),
     ]
 
 
-def _read(theirs: Values) -> Values:
-    scaled = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
+def _read(hf: Values) -> Values:
+    scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     return {
-        "n_decoder_layers": theirs.get("num_decoder_layers") or theirs["num_layers"],
-        "relative_buckets": theirs.get("relative_attention_num_buckets", 32),
-        "relative_max_distance": theirs.get("relative_attention_max_distance", 128),
-        "norm_eps": theirs.get("layer_norm_epsilon", 1e-6),
-        "activation": choose(theirs, "feed_forward_proj", ACTIVATIONS, "relu"),
+        "n_decoder_layers": hf.get("num_decoder_layers") or hf["num_layers"],
+        "relative_buckets": hf.get("relative_attention_num_buckets", 32),
+        "relative_max_distance": hf.get("relative_attention_max_distance", 128),
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-6),
+        "activation": lm_word(hf, "feed_forward_proj", ACTIVATIONS, "relu"),
         "tie_embeddings": True,
         "scale_logits": scaled,
-        "dropout": theirs.get("dropout_rate", 0.1),
-        "attention_dropout": theirs.get("dropout_rate", 0.1),
-        "activation_dropout": theirs.get("dropout_rate", 0.1),
+        "dropout": hf.get("dropout_rate", 0.1),
+        "attention_dropout": hf.get("dropout_rate", 0.1),
+        "activation_dropout": hf.get("dropout_rate", 0.1),
     }
 
 
@@ -70,7 +76,7 @@ def _write(config: TransformerConfig) -> Values:
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_max_distance,
         "layer_norm_epsilon": config.norm_eps,
-        "feed_forward_proj": word_for(config.activation, ACTIVATIONS, "activation"),
+        "feed_forward_proj": hf_word(config.activation, ACTIVATIONS, "activation"),
         "tie_word_embeddings": scaled,
         "dropout_rate": config.dropout,
         "is_encoder_decoder": True,
@@ -80,12 +86,12 @@ def _write(config: TransformerConfig) -> Values:
 def _base(config: TransformerConfig) -> list[TensorMapping]:
     gated, cross = config.activation in GATED, "decoder.block.{}.layer.1"
     return [
-        same("shared.weight", "tokens/embedding"),
+        same_layout("shared.weight", "tokens/embedding"),
         *_stack("encoder", 1, gated),
         *_stack("decoder", 2, gated),
         *_attention(f"{cross}.EncDecAttention", "decoder/layers/cross_attention"),
-        *norm(f"{cross}.layer_norm", "decoder/layers/cross_attention_norm"),
-        output("lm_head.weight"),
+        *norm_mappings(f"{cross}.layer_norm", "decoder/layers/cross_attention_norm"),
+        output_mapping("lm_head.weight"),
     ]
 
 
@@ -121,7 +127,7 @@ T5 = Family(
         "decoder.embed_tokens.weight": "shared.weight",
     },
     in_file=["tie_embeddings"],
-    # A table that the released files of 1.0 hold and no model reads.
+    # The released files of 1.0 hold this table, which no model reads.
     ignored=[
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ],

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read by rows and written file by file."""
+"""Safetensors files: read by rows, written shard by shard."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ LARGEST_FILE = 2_000_000_000  # bytes; the tensors of a file are in memory while
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor in a file."""
+class StoredTensor:
+    """Tensor in a file, read on demand."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start … stop - 1 in float32."""
+        """Read the rows start … stop - 1 in float32."""
         # Opened each time: what was read of a mapped file stays in memory until it is closed.
-        with _opened(self.file) as tensors:
+        with _open_file(self.file) as tensors:
             values = tensors.get_slice(self.name)[start:stop]
         return values.astype(np.float32, copy=False)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_file(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="np") as tensors:
             yield tensors
@@ -52,66 +52,73 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is truncated or no safetensors file: {error}") from error
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model folder, by name; its files are one or, with an index, several.
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model folder by name, from one file or, with an index, several.
 
-    UserError for what is missing, damaged or truncated.
+    Raises:
+        UserError: a file or tensor is missing, damaged or truncated.
     """
     if (folder / INDEX).is_file():
         return _read_parts(folder)
     if (folder / SINGLE).is_file():
-        return read_file(folder / SINGLE)
+        return read_tensor_file(folder / SINGLE)
     pickled = next((f.name for f in sorted(folder.glob("pytorch_model*.bin"))), None)
     why = f": {pickled} is a pickle, which can run code; save it as safetensors" if pickled else ""
     raise UserError(f"{folder} has no {SINGLE}{why}")
 
 
-def _read_parts(folder: Path) -> dict[str, Stored]:
+def _read_parts(folder: Path) -> dict[str, StoredTensor]:
     try:
         parts = dict(json.loads((folder / INDEX).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error})") from error
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for part in sorted(set(parts.values())):
         if Path(part).name != part or not (folder / part).is_file():
             raise UserError(f"{folder} lacks the file {part} that {INDEX} names")
-        found |= read_file(folder / part)
+        found |= read_tensor_file(folder / part)
     for name, part in parts.items():
         if name not in found:
             raise UserError(f"{folder / part} lacks the tensor {name} that {INDEX} names")
     return found
 
 
-def read_file(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file."""
+def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one safetensors file by name."""
     found = {}
-    with _opened(file) as tensors:
+    with _open_file(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  it is no mapping
             about = tensors.get_slice(name)
             if about.get_dtype() not in KNOWN:
                 raise UserError(
                     f"{file}: {name} has the type {about.get_dtype()}; known are {', '.join(KNOWN)}"
                 )
-            found[name] = Stored(name, file, tuple(about.get_shape()))
+            found[name] = StoredTensor(name, file, tuple(about.get_shape()))
     return found
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor to be written; `values()` makes it, and is called when its turn comes."""
+class PendingTensor:
+    """Tensor to be written; `values()` computes it when its file is written."""
 
     name: str
     shape: tuple[int, ...]
     values: Callable[[], np.ndarray]
 
 
-def write_folder(
-    folder: Path, tensors: Sequence[Made], dtype: str, largest: int = LARGEST_FILE
+def write_tensors(
+    folder: Path, tensors: Sequence[PendingTensor], dtype: str, largest: int = LARGEST_FILE
 ) -> None:
-    """Write tensors file by file, of at most `largest` bytes where one holds more than one tensor;
-    `dtype` is one of `FLOATS`."""
+    """Write tensors to one file or, with an index, several.
+
+    Args:
+        folder: existing folder.
+        tensors: tensors in any order.
+        dtype: one of `FLOATS`.
+        largest: bytes of a file, unless a single tensor is larger.
+    """
     kind = FLOATS[dtype]
-    parts: list[list[Made]] = [[]]
+    parts: list[list[PendingTensor]] = [[]]
     room = largest
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         n_bytes = prod(tensor.shape) * kind.itemsize
@@ -132,6 +139,6 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(file: Path, tensors: Sequence[Made], kind: np.dtype) -> None:
+def _write_file(file: Path, tensors: Sequence[PendingTensor], kind: np.dtype) -> None:
     values = {tensor.name: np.asarray(tensor.values(), kind, order="C") for tensor in tensors}
     save_file(values, file, metadata={"format": "pt"})

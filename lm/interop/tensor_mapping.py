@@ -1,10 +1,10 @@
-"""How a tensor of theirs and parameters of ours correspond: a line of a table, and both ways of it.
+"""Tensor mapping: a table row that maps a Hugging Face tensor to parameters, in both directions.
 
-A form writes an array's dimensions as letters: "(H K) D" is a matrix whose rows are heads times
-head dimensions. Both forms of a row have the same letters, so that reshaping and transposing
-follow. A number is a dimension of that size; P counts parameters that share a tensor of theirs.
-Their names have "{}" for the number of a layer, and of an expert in it; ours are stacked on as many
-first dimensions.
+A layout writes the dimensions of an array as letters: "(H K) D" is a matrix whose rows are heads
+times head dimensions. Both layouts of a row have the same letters, from which reshape and transpose
+follow. A number is a dimension of that size; P counts the parameters that are stored in one
+tensor. Tensor names have "{}" for the number of a layer, and of an expert within it; parameters
+are stacked on as many leading axes.
 """
 
 from __future__ import annotations
@@ -15,39 +15,43 @@ from math import prod
 
 import numpy as np
 
-from lm.interop.tensor_files import Stored
+from lm.interop.tensor_files import StoredTensor
 
 Shape = tuple[int, ...]
-Block = tuple[Shape, np.ndarray]  # where it starts in our parameter, and its values
+Block = tuple[Shape, np.ndarray]  # start indices in the parameter, and values
 
 BLOCK_BYTES = 16_000_000  # read at once
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Their tensor `name`, in the form `theirs`, holds our `paths`, each in the form `ours`.
+    """Mapping of one Hugging Face tensor to parameters.
 
-    Without forms both are the same array.
+    Attributes:
+        name: name of the tensor; "{}" stands for the layer, a second one for the expert.
+        paths: parameters that the tensor holds.
+        hf_layout: layout of the tensor; "" where it equals the parameter's.
+        lm_layout: layout of each parameter, without the stacked leading axes.
     """
 
     name: str
     paths: tuple[str, ...]
-    theirs: str = ""
-    ours: str = ""
+    hf_layout: str = ""
+    lm_layout: str = ""
 
     @property
-    def depth(self) -> int:
-        """How many first dimensions of ours are numbers in their names."""
+    def n_stacked_axes(self) -> int:
+        """Number of leading axes that are unstacked into per-layer tensor names."""
         return self.name.count("{}")
 
 
-def same(name: str, path: str) -> TensorMapping:
-    """A tensor that both have alike."""
+def same_layout(name: str, path: str) -> TensorMapping:
+    """Map a tensor whose layout equals the parameter's."""
     return TensorMapping(name, (path,))
 
 
-def linear(name: str, path: str, n_in: str = "I", n_out: str = "O") -> list[TensorMapping]:
-    """PyTorch's linear layer, [out, in], and its bias; ours is [in, out]."""
+def linear_mappings(name: str, path: str, n_in: str = "I", n_out: str = "O") -> list[TensorMapping]:
+    """Map a PyTorch linear layer, [out, in], and its bias to a kernel [in, out]."""
     return [
         TensorMapping(
             f"{name}.weight", (f"{path}/kernel",), f"({n_out}) ({n_in})", f"{n_in} {n_out}"
@@ -56,23 +60,25 @@ def linear(name: str, path: str, n_in: str = "I", n_out: str = "O") -> list[Tens
     ]
 
 
-def norm(name: str, path: str) -> list[TensorMapping]:
-    """A normalisation's scale and, if it has one, its bias."""
-    return [same(f"{name}.weight", f"{path}/scale"), same(f"{name}.bias", f"{path}/bias")]
+def norm_mappings(name: str, path: str) -> list[TensorMapping]:
+    """Map the scale and, if it has one, the bias of a normalization layer."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    return [same_layout(weight, f"{path}/scale"), same_layout(bias, f"{path}/bias")]
 
 
-def output(name: str) -> TensorMapping:
-    """The output projection, where it is not the table of tokens."""
+def output_mapping(name: str) -> TensorMapping:
+    """Map the output projection of untied embeddings."""
     return TensorMapping(name, ("head/kernel",), "V D", "D V")
 
 
-# --- forms
+# --- layouts
 
 
-def _axes(form: str) -> list[list[str]]:
+def _axes(layout: str) -> list[list[str]]:
+    """Parse a layout into the letters of each axis."""
     axes: list[list[str]] = []
     inside = False
-    for word in form.replace("(", " ( ").replace(")", " ) ").split():
+    for word in layout.replace("(", " ( ").replace(")", " ) ").split():
         if word in "()":
             inside = word == "("
             axes += [[]] if inside else []
@@ -84,35 +90,36 @@ def _axes(form: str) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class Forms:
-    """A row with the sizes of its letters, which the shape of our parameter gives."""
+class _Layouts:
+    """Both layouts of a mapping, with the size of each letter."""
 
-    theirs: list[list[str]]
-    ours: list[list[str]]
+    hf: list[list[str]]
+    lm: list[list[str]]
     sizes: dict[str, int]
 
     @classmethod
-    def of(cls, row: TensorMapping, shape: Shape) -> Forms:
-        """`shape` is that of a single layer."""
+    def of(cls, mapping: TensorMapping, shape: Shape) -> _Layouts:
+        """Infer the sizes from the shape of the parameter of a single layer."""
         letters = [[chr(ord("a") + i)] for i in range(len(shape))]
-        theirs, ours = (_axes(form) if form else letters for form in (row.theirs, row.ours))
-        sizes = {"P": len(row.paths)}
-        for axis, size in zip(ours, shape, strict=True):
+        layouts = mapping.hf_layout, mapping.lm_layout
+        hf, lm = (_axes(layout) if layout else letters for layout in layouts)
+        sizes = {"P": len(mapping.paths)}
+        for axis, size in zip(lm, shape, strict=True):
             sizes |= {letter: int(letter) for letter in axis if letter.isdigit()}
             known = prod(sizes[letter] for letter in axis if letter.isdigit())
             sizes |= {letter: size // known for letter in axis if not letter.isdigit()}
-        return cls(theirs, ours, sizes)
+        return cls(hf, lm, sizes)
 
     def size(self, letters: Sequence[str]) -> int:
         return prod(self.sizes[letter] for letter in letters)
 
     @property
-    def their_shape(self) -> Shape:
-        return tuple(self.size(axis) for axis in self.theirs)
+    def hf_shape(self) -> Shape:
+        return tuple(self.size(axis) for axis in self.hf)
 
-    def read(self, stored: Stored, part: int) -> Iterator[Block]:
-        """Parameter number `part` of the row's, in blocks of about `BLOCK_BYTES`."""
-        (first, *rest), *others = self.theirs
+    def read(self, stored: StoredTensor, part: int) -> Iterator[Block]:
+        """Yield parameter number `part` of the tensor in blocks of about `BLOCK_BYTES`."""
+        (first, *rest), *others = self.hf
         start, inner = 0, self.size(rest)
         if first == "P":
             start = part * inner
@@ -128,45 +135,61 @@ class Forms:
             x = x.reshape([sizes[letter] for letter in letters])
             if "P" in letters:
                 x = x.take(part, letters.index("P"))
-            places = [letter for letter in letters if letter != "P"]
-            order = [letter for axis in self.ours for letter in axis]
-            x = x.transpose([places.index(letter) for letter in order])
-            x = x.reshape([prod(sizes[letter] for letter in axis) for axis in self.ours])
-            starts = [begin * self.size(axis[1:]) * (first in axis) for axis in self.ours]
+            remaining = [letter for letter in letters if letter != "P"]
+            order = [letter for axis in self.lm for letter in axis]
+            x = x.transpose([remaining.index(letter) for letter in order])
+            x = x.reshape([prod(sizes[letter] for letter in axis) for axis in self.lm])
+            starts = [begin * self.size(axis[1:]) * (first in axis) for axis in self.lm]
             yield tuple(starts), x
 
-    def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Their tensor of our parameters."""
-        order = [letter for axis in self.ours for letter in axis]
-        wide = [part.reshape([self.sizes[letter] for letter in order]) for part in parts]
-        letters = [letter for axis in self.theirs for letter in axis]
-        x = np.stack(wide) if "P" in letters else wide[0]
+    def write(self, params: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the tensor that holds these parameters."""
+        order = [letter for axis in self.lm for letter in axis]
+        split = [param.reshape([self.sizes[letter] for letter in order]) for param in params]
+        letters = [letter for axis in self.hf for letter in axis]
+        x = np.stack(split) if "P" in letters else split[0]
         order = ["P", *order] if "P" in letters else order
-        return x.transpose([order.index(letter) for letter in letters]).reshape(self.their_shape)
+        return x.transpose([order.index(letter) for letter in letters]).reshape(self.hf_shape)
 
 
-def names(row: TensorMapping, shape: Shape) -> list[str]:
-    """The names of a row's tensors, one a layer, or one an expert of a layer."""
-    return [row.name.format(*numbers) for numbers in np.ndindex(*shape[: row.depth])]
+def tensor_names(mapping: TensorMapping, shape: Shape) -> list[str]:
+    """Return the names of a mapping's tensors: one a layer, or one an expert of a layer.
+
+    Args:
+        mapping: row of the table.
+        shape: shape of the parameter, stacked axes included.
+    """
+    return [mapping.name.format(*i) for i in np.ndindex(*shape[: mapping.n_stacked_axes])]
 
 
-def their_shape(row: TensorMapping, shape: Shape) -> Shape:
-    """The shape of each of a row's tensors; `shape` is that of our parameter."""
-    return Forms.of(row, shape[row.depth :]).their_shape
+def hf_shape(mapping: TensorMapping, shape: Shape) -> Shape:
+    """Return the shape of each of a mapping's tensors; `shape` is the parameter's."""
+    return _Layouts.of(mapping, shape[mapping.n_stacked_axes :]).hf_shape
 
 
-def read(
-    row: TensorMapping, part: int, shape: Shape, find: Callable[[str], Stored]
+def read_parameter(
+    mapping: TensorMapping, part: int, shape: Shape, find: Callable[[str], StoredTensor]
 ) -> Iterator[Block]:
-    """Our parameter number `part` of a row, block by block, layer by layer."""
-    forms = Forms.of(row, shape[row.depth :])
-    for numbers in np.ndindex(*shape[: row.depth]):
-        for starts, x in forms.read(find(row.name.format(*numbers)), part):
-            yield (*numbers, *starts), x.reshape([1] * row.depth + list(x.shape))
+    """Yield a parameter block by block, layer by layer.
+
+    Args:
+        mapping: row of the table.
+        part: index of the parameter in `mapping.paths`.
+        shape: shape of the parameter, stacked axes included.
+        find: returns the stored tensor of a name.
+    """
+    n = mapping.n_stacked_axes
+    layouts = _Layouts.of(mapping, shape[n:])
+    for numbers in np.ndindex(*shape[:n]):
+        for starts, x in layouts.read(find(mapping.name.format(*numbers)), part):
+            yield (*numbers, *starts), x.reshape([1] * n + list(x.shape))
 
 
-def write(row: TensorMapping, number: int, shape: Shape, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Tensor `number` in `names` of a row, of the row's parameters as wholes."""
-    forms = Forms.of(row, shape[row.depth :])
-    at = tuple(int(i) for i in np.unravel_index(number, shape[: row.depth])) if row.depth else ()
-    return forms.write([np.asarray(part[at] if at else part) for part in parts])
+def make_tensor(
+    mapping: TensorMapping, number: int, shape: Shape, params: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Make tensor `number` of `tensor_names` from the mapping's whole parameters."""
+    n = mapping.n_stacked_axes
+    layouts = _Layouts.of(mapping, shape[n:])
+    at = tuple(int(i) for i in np.unravel_index(number, shape[:n])) if n else ()
+    return layouts.write([np.asarray(param[at] if at else param) for param in params])

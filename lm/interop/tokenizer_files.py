@@ -1,7 +1,7 @@
-"""Tokenizers of model folders: those that come with a model, and ours written for `transformers`.
+"""Tokenizer files of model folders: read on import, written as tokenizer.json on export.
 
-What is written is one tokenizer.json. From SentencePiece it differs on a literal "▁", which there
-is a space.
+A SentencePiece model exported as tokenizer.json differs from the original on a literal "▁", which
+becomes a space.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lm.errors import UserError
 
 DELIMITER = "<|endoftext|>"
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-_ROLES = {  # their key: names under which a vocabulary may have it
+_ROLES = {  # key of tokenizer_config.json: names under which a vocabulary may have the token
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", DELIMITER),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", DELIMITER),
     "pad_token": ("[PAD]", "<pad>"),
@@ -31,7 +31,7 @@ _ROLES = {  # their key: names under which a vocabulary may have it
 
 
 def read_tokenizer(source: Path) -> Tokenizer | None:
-    """The tokenizer of a model folder, or beside a file; None if there is none that we read."""
+    """Return the tokenizer of a model folder, or beside a .bin file; None if there is none."""
     if source.is_file():
         models = sorted(source.parent.glob("*.model"))
         return _checked(SentencePieceTokenizer, models[0]) if len(models) == 1 else None
@@ -58,7 +58,7 @@ def _checked(kind: Callable[[bytes], Tokenizer], file: Path) -> Tokenizer:
 
 
 def _word_pieces(source: Path) -> Callable[[bytes], Tokenizer]:
-    """BERT's vocab.txt, with the settings of tokenizer_config.json."""
+    """Return the constructor of a WordPiece tokenizer with the settings of tokenizer_config.json."""
     settings: dict[str, Any] = {}
     if (source / "tokenizer_config.json").is_file():
         settings = json.loads((source / "tokenizer_config.json").read_text())
@@ -79,7 +79,7 @@ def _word_pieces(source: Path) -> Callable[[bytes], Tokenizer]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
-    """Write tokenizer.json and tokenizer_config.json; false if there is no equivalent."""
+    """Write tokenizer.json and tokenizer_config.json; return False if there is no equivalent."""
     definition = _definition(tokenizer)
     if definition is None:
         return False
@@ -135,7 +135,7 @@ def _byte_level(vocabulary: dict[str, int], merges: list) -> bytes:
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's character for every byte: itself if printable in Latin-1, else from U+0100 on."""
+    """Return GPT-2's character for every byte: Latin-1 if printable, else from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]
@@ -155,8 +155,8 @@ def _characters(tokenizer: CharTokenizer) -> bytes:
 
 # --- SentencePiece
 
-_UNIGRAM, _BPE = 1, 2  # of its TrainerSpec.ModelType
-_CONTROL, _USER_DEFINED = 3, 4  # of its SentencePiece.Type
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_CONTROL, _USER_DEFINED = 3, 4  # SentencePiece.Type
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
@@ -208,7 +208,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
 
 
 def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs that join to a piece, the best-scored piece first, as BPE has applied them."""
+    """Recover the merges of a BPE model: pairs that join to a piece, best score first."""
     found = []
     for piece, score in scores.items():
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]

@@ -1,0 +1,4 @@
+"""Training of a run: the loop, warm starts, metrics, and the monitoring of the process.
+
+Read `trainer` (from a configuration to a finished run), then `loop`. Public: `trainer.train`.
+"""

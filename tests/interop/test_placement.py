@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.interop.sharded_load import place
+from lm.interop.model_parameters import load_sharded
 
 SHAPE = (3, 8, 4)
 
@@ -30,7 +30,7 @@ def test_every_shard_holds_its_part(spec):
     x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    placed = place(SHAPE, sharding, blocks(x))
+    placed = load_sharded(SHAPE, sharding, blocks(x))
     assert placed.sharding == sharding
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), x[shard.index])
@@ -39,7 +39,7 @@ def test_every_shard_holds_its_part(spec):
 def test_what_was_placed_can_be_donated():
     x = np.ones((64, 64), np.float32)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
-    placed = place(x.shape, one, [((0, 0), x)])
+    placed = load_sharded(x.shape, one, [((0, 0), x)])
     doubled = jax.jit(lambda y: y * 2, donate_argnums=0)(placed)
     np.testing.assert_array_equal(np.asarray(doubled), 2 * x)
     np.testing.assert_array_equal(x, np.ones_like(x))
@@ -48,13 +48,13 @@ def test_what_was_placed_can_be_donated():
 MEASURE = """
 import sys
 from pathlib import Path
-from lm.interop.model_folder import open_checkpoint
+from lm.interop.model_folder import open_model_folder
 
 def high_water():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-found = open_checkpoint(Path(sys.argv[1]))
+found = open_model_folder(Path(sys.argv[1]))
 found.parameters
 before = high_water()
 params = found.params()

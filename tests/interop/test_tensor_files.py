@@ -8,7 +8,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from lm.errors import UserError
-from lm.interop.tensor_files import INDEX, SINGLE, Made, read_folder, write_folder
+from lm.interop.tensor_files import INDEX, SINGLE, PendingTensor, read_tensors, write_tensors
 
 ARRAYS = {
     name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -17,14 +17,14 @@ ARRAYS = {
 
 
 def write(folder, dtype="float32", **options):
-    made = [Made(name, x.shape, lambda x=x: x) for name, x in ARRAYS.items()]
-    write_folder(folder, made, dtype, **options)
+    made = [PendingTensor(name, x.shape, lambda x=x: x) for name, x in ARRAYS.items()]
+    write_tensors(folder, made, dtype, **options)
     return folder
 
 
 def test_arrays_of_any_layout_are_written_as_they_are(tmp_path):
     turned = np.asfortranarray(ARRAYS["b.weight"])
-    write_folder(tmp_path, [Made("x", turned.shape, lambda: turned)], "bfloat16")
+    write_tensors(tmp_path, [PendingTensor("x", turned.shape, lambda: turned)], "bfloat16")
     found = safetensors.load_file(tmp_path / SINGLE)["x"]
     np.testing.assert_array_equal(found, ARRAYS["b.weight"].astype(ml_dtypes.bfloat16))
 
@@ -33,7 +33,7 @@ def test_rows_of_every_kind_of_number_are_read_as_float32(tmp_path):
     kinds = {"f4": np.float32, "f2": np.float16, "bf": ml_dtypes.bfloat16}
     arrays = {name: ARRAYS["c"].astype(kind) for name, kind in kinds.items()}
     safetensors.save_file(arrays, tmp_path / SINGLE)
-    stored = read_folder(tmp_path)
+    stored = read_tensors(tmp_path)
     for name, x in arrays.items():
         assert stored[name].shape == x.shape
         np.testing.assert_array_equal(stored[name].rows(1, 2), x[1:2].astype(np.float32))
@@ -49,7 +49,7 @@ def test_parts_are_no_larger_than_asked_and_are_read_as_one(tmp_path):
         assert sorted(safetensors.load_file(part)) == sorted(
             name for name, file in index["weight_map"].items() if file == part.name
         )
-    stored = read_folder(tmp_path)
+    stored = read_tensors(tmp_path)
     for name, x in ARRAYS.items():
         if x.ndim:
             np.testing.assert_array_equal(stored[name].rows(0, len(x)), x)
@@ -85,14 +85,14 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, damage):
     spoil, expected = DAMAGES[damage]
     spoil(write(tmp_path) / SINGLE)
     with pytest.raises(UserError, match=expected) as caught:
-        read_folder(tmp_path)
+        read_tensors(tmp_path)
     assert str(tmp_path / SINGLE) in str(caught.value)
 
 
 def test_pickles_are_never_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(UserError, match=r"no model.safetensors: pytorch_model.bin is a pickle"):
-        read_folder(tmp_path)
+        read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model-00009.safetensors", "../model.safetensors"])
@@ -101,4 +101,4 @@ def test_an_index_names_only_files_beside_it(tmp_path, name):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match=f"lacks the file {name}"):
-        read_folder(tmp_path / "part")
+        read_tensors(tmp_path / "part")
