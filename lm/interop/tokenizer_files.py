@@ -58,7 +58,7 @@ def _checked(kind: Callable[[bytes], Tokenizer], file: Path) -> Tokenizer:
 
 
 def _word_pieces(source: Path) -> Callable[[bytes], Tokenizer]:
-    """Return the constructor of a WordPiece tokenizer with the settings of tokenizer_config.json."""
+    """Return the constructor of a WordPiece tokenizer, set by tokenizer_config.json."""
     settings: dict[str, Any] = {}
     if (source / "tokenizer_config.json").is_file():
         settings = json.loads((source / "tokenizer_config.json").read_text())
