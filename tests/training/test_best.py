@@ -76,10 +76,6 @@ def test_steps_that_a_restart_repeats_change_nothing(offer):
     assert kept(offer("accuracy", repeated | {6: {"accuracy": 0.61}})) == (6, 6.0)
 
 
-def test_without_a_figure_nothing_is_kept(offer):
-    assert not (offer("", {2: {"loss": 1.0}}) / "best").exists()
-
-
 def test_an_unknown_figure_names_those_there_are(offer):
     with pytest.raises(UserError, match=r"--config.eval.best=acuracy is none .*: loss, accuracy"):
         offer("-acuracy", {2: {"loss": 1.0, "accuracy": 0.0}})
@@ -142,6 +138,7 @@ def test_a_run_that_kept_no_best_is_said(tiny_config, tmp_path, monkeypatch, cap
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: devices)
     assert train(tiny_config(data__sequence_length=16, train__steps=1), tmp_path)
+    assert not (tmp_path / "best").exists()
     assert main(["eval", "--workdir", str(tmp_path), "--best"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"error: no checkpoint in {tmp_path}/best"
