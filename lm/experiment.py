@@ -28,10 +28,15 @@ from lm.objectives.registry import OF_RECORDS, label_names, make_objective
 from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import TrainableMask
 from lm.optim.schedules import make_schedule
-from lm.parallel import sharding as rules
 from lm.parallel.divisibility import check_batches, pipeline_schedule
-from lm.parallel.mesh import axis_sizes, make_mesh
-from lm.parallel.pipeline import Schedule, pipelined
+from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
+from lm.parallel.sharding import (
+    ROW_AXES,
+    batch_sharding,
+    optimizer_state_sharding,
+    parameter_sharding,
+    use_mesh,
+)
 from lm.parallel.xla_flags import compiler_options
 from lm.train_step import Carry, Steps, TrainState
 
@@ -72,7 +77,7 @@ class Experiment:
 
     config: ConfigDict
     mesh: Mesh
-    pipeline: Schedule
+    pipeline: PipelineSchedule
     model: nn.Module
     steps: Steps
     attention: AttentionChoice
@@ -116,7 +121,7 @@ class Experiment:
         """
         shapes = self.state_shapes
         of_params = jax.tree.map(
-            lambda shape, names: rules.parameter_sharding(self.mesh, names, shape.shape),
+            lambda shape, names: parameter_sharding(self.mesh, names, shape.shape),
             shapes.params,
             self.param_names,
         )
@@ -131,7 +136,7 @@ class Experiment:
             for start in range(len(path)):
                 if path[start:] in by_path:
                     shape, sharding = by_path[path[start:]]
-                    return rules.optimizer_state_sharding(sharding, shape, leaf.shape)
+                    return optimizer_state_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
@@ -146,7 +151,7 @@ class Experiment:
     @cached_property
     def carry_sharding(self) -> Tree:
         """Rows of what passes from batch to batch lie where the rows of the batch lie."""
-        rows = NamedSharding(self.mesh, PartitionSpec(rules.ROW_AXES))
+        rows = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
         return jax.tree.map(lambda _: rows, self.state_shapes.carry)
 
     @cached_property
@@ -157,7 +162,7 @@ class Experiment:
     def batch_sharding(self) -> dict[str, NamedSharding]:
         """Of the [steps, B, …] arrays that `train_steps` and `eval_steps` take, by name."""
         shapes = {name: shape.shape for name, shape in self.batch_shapes.items()}
-        return rules.batch_sharding(self.mesh, shapes)
+        return batch_sharding(self.mesh, shapes)
 
     # --- compiled functions
 
@@ -230,8 +235,7 @@ class Experiment:
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
-            placement = rules.activations_on(self.mesh, self.config.parallel.sequence)
-            with placement, pipelined(self.pipeline, self.mesh):
+            with use_mesh(self.mesh, self.config.parallel.sequence, self.pipeline):
                 return function(*args)
 
         return on_mesh
@@ -271,7 +275,7 @@ def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experim
 
 def resolve_parallelism(
     config: ConfigDict, platform: str, sizes: Mapping[str, int]
-) -> tuple[Schedule, AttentionChoice]:
+) -> tuple[PipelineSchedule, AttentionChoice]:
     """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
 
     UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.

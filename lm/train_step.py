@@ -20,7 +20,7 @@ from lm.objectives.auxiliary_losses import with_reports
 from lm.objectives.objective import Batch, LossSums, Objective
 from lm.optim.lora import add_lora, merge
 from lm.optim.parameter_groups import TrainableMask
-from lm.parallel.per_row_rng import by_row, of_rows
+from lm.parallel.per_row_rng import per_row_key, select_rows
 
 Params = Any
 Carry = Any
@@ -75,7 +75,7 @@ class Steps:
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. Where loss or gradient is not finite, only the step counter advances."""
-        rng = by_row(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.trainable.split(state.params)
         grads, sums, carry = self._gradients(trained, frozen, state.carry, batch, rng)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -155,7 +155,7 @@ class Steps:
 
         def add(total: Any, part: tuple[tuple[Carry, Batch], jax.Array]) -> tuple[Any, Carry]:
             (carry, batch), index = part
-            sums, carry = of_part(carry, batch, of_rows(rng, index, n))
+            sums, carry = of_part(carry, batch, select_rows(rng, index, n))
             return jax.tree.map(jnp.add, total, sums), carry
 
         first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)

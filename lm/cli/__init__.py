@@ -43,12 +43,12 @@ def _set_up_jax(args: argparse.Namespace) -> None:
     # Orbax logs the traceback of what it raises; the error itself comes to us.
     logging.set_verbosity(logging.FATAL)
     if chip := getattr(args, "xla_flags", None):
-        from lm.parallel.xla_flags import apply
+        from lm.parallel.xla_flags import set_xla_flags
 
-        apply(chip)
+        set_xla_flags(chip)
     devices = getattr(args, "cpu_devices", None)
     if args.function not in (show_config, train_tokenizer):  # these do without JAX
-        from lm.parallel.platform import use_cpu_without_accelerators
+        from lm.parallel.hosts import use_cpu_without_accelerators
 
         use_cpu_without_accelerators()
     if devices is not None:
@@ -59,9 +59,11 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     if hasattr(args, "coordinator"):
-        from lm.parallel.hosts import initialize
+        from lm.parallel.hosts import initialize_distributed
 
-        initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds)
+        initialize_distributed(
+            args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds
+        )
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         code = 1
     if code in (1, 2):
-        from lm.parallel.hosts import leave
+        from lm.parallel.hosts import exit_at_once
 
-        leave(code)
+        exit_at_once(code)
     return code

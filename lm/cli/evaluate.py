@@ -49,12 +49,12 @@ def _evaluate_task(
     args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
 ) -> int:
     from lm.evaluation.task import evaluate_task, write_report
-    from lm.parallel.hosts import is_lead
+    from lm.parallel.hosts import is_primary_host
 
     report, rows = evaluate_task(experiment, params, *of)
     report = {"step": step, "split": args.split, **report}
     folder = Path(args.output or open_folder(args.workdir) / "eval" / f"{args.split}-{step}")
-    if is_lead():
+    if is_primary_host():
         write_report(folder, report, rows)
         print_result(report, args.json)
         print(f"report and predictions are in {origin(folder)}", file=sys.stderr)

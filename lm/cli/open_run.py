@@ -14,12 +14,12 @@ def open_run(
     args: argparse.Namespace, overrides: Overrides, any_batch: bool = False
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name; see `load_run`."""
-    from lm.parallel.hosts import print_on_lead
+    from lm.parallel.hosts import print_on_primary_host
     from lm.runs.saved_params import load_run
 
     workdir = open_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
-    return load_run(workdir, overrides, print_on_lead, **options)
+    return load_run(workdir, overrides, print_on_primary_host, **options)
 
 
 def only_cpu(overrides: Overrides) -> None:

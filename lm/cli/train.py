@@ -65,11 +65,15 @@ def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def merge(args: argparse.Namespace, overrides: Overrides) -> int:
     """Write a run's parameters as a run of their own: low-rank updates merged, or an average."""
-    from lm.parallel.hosts import print_on_lead
+    from lm.parallel.hosts import print_on_primary_host
     from lm.runs.merged_run import merge_run
 
     merge_run(
-        open_folder(args.workdir), open_folder(args.to), args.average, overrides, print_on_lead
+        open_folder(args.workdir),
+        open_folder(args.to),
+        args.average,
+        overrides,
+        print_on_primary_host,
     )
     return 0
 
@@ -77,19 +81,19 @@ def merge(args: argparse.Namespace, overrides: Overrides) -> int:
 def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
     """Make a run of a Hugging Face model folder, or of a .bin file of llama2.c."""
     from lm.interop.import_export import import_run
-    from lm.parallel.hosts import print_on_lead
+    from lm.parallel.hosts import print_on_primary_host
 
-    import_run(Path(args.source), open_folder(args.workdir), overrides, print_on_lead)
+    import_run(Path(args.source), open_folder(args.workdir), overrides, print_on_primary_host)
     return 0
 
 
 def export(args: argparse.Namespace, overrides: Overrides) -> int:
     """Write a run as a folder that Hugging Face's transformers loads, tokenizer included."""
     from lm.interop.import_export import export_run
-    from lm.parallel.hosts import print_on_lead
+    from lm.parallel.hosts import print_on_primary_host
 
     if overrides:
         raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
     folders = open_folder(args.workdir), open_folder(args.to)
-    export_run(*folders, args.average, args.best, args.dtype, print_on_lead)
+    export_run(*folders, args.average, args.best, args.dtype, print_on_primary_host)
     return 0

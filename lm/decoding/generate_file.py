@@ -16,7 +16,7 @@ from lm.decoding.output_file import continue_file, one_line, read_inputs
 from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
 from lm.experiment import Experiment
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 from lm.train_step import Params
 
 
@@ -46,7 +46,7 @@ def write_file(
             initial=start,
             desc="generating",
             file=sys.stderr,
-            disable=not is_lead(),
+            disable=not is_primary_host(),
         )
         with bar:
             found = write(experiment, params, tokenizer, inputs, sampling, seed, start, bar.update)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from lm.data.files import read_lines
 from lm.data.records.record_files import Row, read_jsonl
 from lm.errors import UserError
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 
 
 def read_inputs(file: Path, role: str, columns: str) -> list[str]:
@@ -63,10 +63,10 @@ def continue_file(
     A last line that is not whole is dropped. UserError if what is there was made of other inputs,
     or not by the same `made_by` (values of JSON).
     """
-    n_there = _prepare(output, inputs, made_by) if is_lead() else 0
+    n_there = _prepare(output, inputs, made_by) if is_primary_host() else 0
     n_there = int(multihost_utils.broadcast_one_to_all(np.int32(n_there)))
     lines = lines_from(n_there)
-    if not is_lead():
+    if not is_primary_host():
         for _ in lines:  # the other processes only compute
             pass
         return

@@ -26,7 +26,7 @@ from lm.models.families import make_model
 from lm.objectives.registry import label_names
 from lm.objectives.special_tokens import special_tokens
 from lm.optim.parameter_groups import nested
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import mean_params, saved_checkpoints
@@ -67,7 +67,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
         "config": json.loads(config.to_json()),
         "fingerprint": {"tokenizer": tokenizer.digest if tokenizer else ""},
     }
-    if is_lead():
+    if is_primary_host():
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer:
             tokenizer.save(workdir / "tokenizer")

@@ -1,7 +1,7 @@
 """The parts of a Transformer that hold parameters: linear maps, norms, embeddings, feed-forward.
 
 Shape letters: B batch, L query length, D model, F feed-forward, V vocabulary.
-Parameters are float32 and carry the logical axis names of `parallel/rules.py`.
+Parameters are float32 and carry the logical axis names of `parallel/sharding.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from lm.kernels.dense import ACTIVATIONS, GATED, add_bias, matmul
 from lm.models.init_config import InitConfig, Initializer
 from lm.models.transformer_config import TransformerConfig
-from lm.parallel.embedding_lookup import look_up
-from lm.parallel.sharding import constrain, shards
+from lm.parallel.sharding import constrain, count_shards, embedding_lookup
 
 
 def named(init: Initializer, names: tuple[str, ...]) -> Any:
@@ -31,7 +30,7 @@ def tokens_of(leading: tuple[int, ...]) -> tuple[int, ...]:
     Flat is what the backward pass multiplies fastest. A length that is cut over the mesh stays a
     dimension of its own: joined with the rows it would have to be gathered first.
     """
-    cut = len(leading) == 2 and shards("residual_length") > 1
+    cut = len(leading) == 2 and count_shards("residual_length") > 1
     return leading if cut else (prod(leading),)
 
 
@@ -154,7 +153,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        return look_up(self.embedding.astype(self.dtype), (self.row_name, "embed"), ids_BL)
+        return embedding_lookup(self.embedding.astype(self.dtype), (self.row_name, "embed"), ids_BL)
 
     def first(self, length: int) -> jax.Array:
         """Rows 0 … length - 1, as a slice: its gradient is no scatter."""

@@ -16,7 +16,7 @@ from lm.models.init_config import Initializer
 from lm.models.layers import named
 from lm.models.sown import add_loss, report
 from lm.models.transformer_config import TransformerConfig
-from lm.parallel.experts import Parameters, Product, Routes, mixture
+from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.parallel.sharding import constrain
 
 
@@ -62,7 +62,7 @@ class MixtureOfExperts(nn.Module):
         served_BL1 = is_served_BLK.mean(-1, keepdims=True, dtype=jnp.float32)
         report(self, "dropped", routing.mean(1 - served_BL1, is_token_BL)[:, 0])
 
-        routes = Routes(experts_BLK, places_BLK, weights_BLK)
+        routes = Routing(experts_BLK, places_BLK, weights_BLK)
         return Experts(c, name="experts")(x_BLD, routes, room)
 
 
@@ -96,7 +96,7 @@ class Experts(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, routes: Routes, capacity: int) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, routes: Routing, capacity: int) -> jax.Array:
         c = self.config
         parameters: dict[str, jax.Array] = {}
         names: dict[str, tuple[str, ...]] = {}
@@ -111,10 +111,10 @@ class Experts(nn.Module):
                 parameters[f"{name}/{kind}"] = value
                 names[f"{name}/{kind}"] = names_of_axes
         x_BLD = x_BLD.astype(c.dtype)
-        y_BLD = mixture(self._feed_forward, parameters, names, x_BLD, routes, capacity)
+        y_BLD = mixture_of_experts(self._feed_forward, parameters, names, x_BLD, routes, capacity)
         return y_BLD.astype(c.dtype)
 
-    def _feed_forward(self, p: Parameters, x: jax.Array, product: Product) -> jax.Array:
+    def _feed_forward(self, p: ExpertParams, x: jax.Array, product: ExpertMatmul) -> jax.Array:
         def linear(name: str, x: jax.Array) -> jax.Array:
             return product(x, p[f"{name}/kernel"], p.get(f"{name}/bias"))
 

@@ -21,7 +21,7 @@ from jax import lax
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
 from lm.kernels.splash_attention import make_splash_kernel, splash_attention
-from lm.parallel import sharding as rules
+from lm.parallel import sharding
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "heads", "head_dim")
@@ -47,13 +47,13 @@ def attend(
     and "xla" does what kernels for a device do in training.
     """
     by_compiler = kernel in ("xla", "tiled")
-    cut = rules.shards("length") > 1
+    cut = sharding.count_shards("length") > 1
     own = visibility.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
     ring = cut and across == "ring" and own
-    if not rules.on_mesh() or (by_compiler and not ring):
+    if sharding.current_mesh() is None or (by_compiler and not ring):
         if cut:
             names = ("batch", "keys", "kv_heads", "head_dim")
-            k_BSGK, v_BSGK = (rules.constrain(x, *names) for x in (k_BSGK, v_BSGK))
+            k_BSGK, v_BSGK = (sharding.constrain(x, *names) for x in (k_BSGK, v_BSGK))
         return attention(
             q_BLHK,
             k_BSGK,
@@ -80,7 +80,7 @@ def attend(
 
 def _for_every_shard(x_BSGK: jax.Array) -> jax.Array:
     """Key/value heads repeated until the mesh divides them as it divides the query heads."""
-    G, shards = x_BSGK.shape[2], rules.shards("heads")
+    G, shards = x_BSGK.shape[2], sharding.count_shards("heads")
     return jnp.repeat(x_BSGK, lcm(G, shards) // G, axis=2)
 
 
@@ -96,10 +96,11 @@ def _by_rows_and_heads(
         return attention(q, k, v, seen, kernel=kernel, scale=scale)
 
     # The arrays of a visibility are [B, length]; the offset is a number.
-    by_rows, whole = rules.sharding("batch", "keys").spec, rules.sharding().spec
+    by_rows = sharding.activation_sharding("batch", "keys").spec
+    whole = sharding.activation_sharding().spec
     rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, visibility)
     arguments = (q_BLHK, k_BSGK, v_BSGK, visibility)
-    return rules.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
+    return sharding.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
 
 
 def _ring(
@@ -107,13 +108,13 @@ def _ring(
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         causal = visibility.causal
-        return ring_attention(q, k, v, segments, causal=causal, axis=rules.LENGTH_AXIS)
+        return ring_attention(q, k, v, segments, causal=causal, axis=sharding.LENGTH_AXIS)
 
     if visibility.prefix_BS is not None or visibility.window:
         raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     arguments = (q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
-    return rules.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+    return sharding.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
 def _splash_of_layer(
@@ -147,8 +148,8 @@ def _splash(
 ) -> jax.Array:
     if visibility.prefix_BS is not None:
         raise ValueError('attention kernel "splash" has no prefixes')
-    causal, axis = visibility.causal, rules.LENGTH_AXIS
-    zigzag = causal and rules.shards("length") > 1
+    causal, axis = visibility.causal, sharding.LENGTH_AXIS
+    zigzag = causal and sharding.count_shards("length") > 1
     kernel = make_splash_kernel(
         q_BLHK.shape[2],
         q_BLHK.shape[1],
@@ -156,8 +157,8 @@ def _splash(
         causal=causal,
         window=visibility.window,
         softcap=softcap,
-        head_shards=rules.shards("heads"),
-        query_shards=rules.shards("length"),
+        head_shards=sharding.count_shards("heads"),
+        query_shards=sharding.count_shards("length"),
     )
 
     def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, kernel: Any) -> jax.Array:
@@ -171,6 +172,6 @@ def _splash(
     if key_segments_BS is None:
         key_segments_BS = segments_BL
     arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
-    of_kernel = kernel.manual_sharding_spec(rules.sharding("heads", "length"))
+    of_kernel = kernel.manual_sharding_spec(sharding.activation_sharding("heads", "length"))
     rows, keys = ("batch", "length"), ("batch", "keys")
-    return rules.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+    return sharding.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))

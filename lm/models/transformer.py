@@ -25,8 +25,8 @@ from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, layer_angles
 from lm.models.sown import COLLECTIONS
 from lm.models.transformer_config import TransformerConfig
-from lm.parallel.pipeline import is_pipelined, run_pipeline
-from lm.parallel.sharding import constrain
+from lm.parallel.pipeline import run_pipeline
+from lm.parallel.sharding import constrain, current_pipeline
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 REMAT_POLICIES = {
@@ -211,7 +211,7 @@ class Stack(nn.Module):
             around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
 
         layers = LayerInputs(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
-        if cache is None and is_pipelined():
+        if cache is None and current_pipeline():
             x_BLD = self._pipeline(x_BLD, around, layers)
         elif cache is None:
             (x_BLD, _), _ = self._scan((x_BLD, None), around, layers)
@@ -238,7 +238,7 @@ class Stack(nn.Module):
         c, L = self.config, x_BLD.shape[1]
         around = StackInputs(visibility)
         if c.positions == "rotary":
-            if cache is None and is_pipelined():  # what goes beside the rows has as many
+            if cache is None and current_pipeline():  # what goes beside the rows has as many
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
             angles_BLK, local_BLK = layer_angles(c, positions_BL)
             around = replace(around, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.kernels.cross_entropy import TokenLosses, cross_entropy
 from lm.objectives.objective import LossSums
-from lm.parallel.sharding import constrain, shards
+from lm.parallel.sharding import constrain, count_shards
 
 
 def token_loss(
@@ -54,7 +54,7 @@ def _losses(
         return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
 
     B, T = targets_BT.shape
-    C = shards("length") if T % shards("length") == 0 else 1
+    C = count_shards("length") if T % count_shards("length") == 0 else 1
     n = parts(T // C, -(-model.config.loss_chunk // C))
     if n == 1:
         return of_part(model, x_BTD, targets_BT)

@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 from lm.config.rules import TRANSFORMERS
 from lm.errors import UserError
-from lm.parallel.pipeline import Schedule
+from lm.parallel.mesh import PipelineSchedule
 from lm.parallel.sharding import BATCH_AXES
 
 
-def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
+def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> PipelineSchedule:
     """The schedule of the pipeline on a mesh of these `sizes`: without stages one of one part."""
     model, options, stages = config.model, config.parallel.pipeline, sizes["stage"]
     if stages == 1:
-        return Schedule(1, 1, 1)
+        return PipelineSchedule(1, 1, 1)
     if model.family not in TRANSFORMERS:
         raise UserError(
             f"--config.parallel.mesh.stage={stages} needs --config.model.family "
@@ -40,10 +40,10 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> Schedule:
             f"--config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
             f"--config.parallel.mesh.stage={stages}"
         )
-    return Schedule(stages, microbatches, options.repeats)
+    return PipelineSchedule(stages, microbatches, options.repeats)
 
 
-def check_batches(config: ConfigDict, sizes: Mapping[str, int], schedule: Schedule) -> None:
+def check_batches(config: ConfigDict, sizes: Mapping[str, int], schedule: PipelineSchedule) -> None:
     """Raise UserError unless training and validation batches divide into equal parts."""
     shards = prod(sizes[axis] for axis in BATCH_AXES)
     in_pipeline = schedule.microbatches

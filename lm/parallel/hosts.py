@@ -1,4 +1,4 @@
-"""Several processes: joining them, and agreeing on what to do next without stopping the step."""
+"""Processes of a run: platform, joining the others, and agreeing with them without a pause."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 
+_GOOGLE = "0x1ae0"  # PCI vendor id of TPUs
 
-def initialize(
+
+def use_cpu_without_accelerators() -> None:
+    """Select the CPU platform where libtpu is installed but there is neither TPU nor GPU.
+
+    JAX would select it too, after libtpu's long search and warnings.
+    """
+    looks_for_tpu = not os.environ.get("JAX_PLATFORMS") and find_spec("libtpu")
+    if looks_for_tpu and not has_tpu() and not Path("/dev/nvidiactl").exists():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def has_tpu() -> bool:
+    """Return whether a TPU is on this machine's PCI bus."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+
+
+def initialize_distributed(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Join the processes of a run; with no addresses, only where a cluster announces itself.
+    """Join the processes of a run; must precede any other use of JAX.
 
-    SLURM, TPU pods, GKE and Open MPI are found by `jax.distributed`. Must come before any
-    other use of JAX. When a process is silent for `heartbeat_seconds`, JAX ends the others.
+    Without arguments it joins only where the environment announces a cluster: SLURM, TPU pods, GKE
+    and Open MPI are detected by `jax.distributed`.
+
+    Args:
+        coordinator: HOST:PORT of process 0.
+        num_processes: number of processes.
+        process_id: index of this process.
+        heartbeat_seconds: silence of a process after which JAX ends the others.
+
+    Raises:
+        UserError: some of the first three are missing, or the index is out of range.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -38,12 +66,12 @@ def initialize(
             process_id,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    elif _cluster_announced():
+    elif _in_cluster():
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
 
 
-def _cluster_announced() -> bool:
-    """Whether the environment says that this process is one of several."""
+def _in_cluster() -> bool:
+    """Return whether the environment announces that this process is one of several."""
     environment = os.environ
     several_tasks = any(
         int(environment.get(name) or 1) > 1
@@ -61,21 +89,21 @@ def _cluster_announced() -> bool:
     )
 
 
-def is_lead() -> bool:
-    """Whether this process writes what is written once (metrics, progress, reports)."""
+def is_primary_host() -> bool:
+    """Return whether this process writes the files of the run (metrics, progress, reports)."""
     return jax.process_index() == 0
 
 
-def print_on_lead(message: str) -> None:
-    """Print a line on stderr, on the lead process only."""
-    if is_lead():
+def print_on_primary_host(message: str) -> None:
+    """Print a line on stderr, on the primary host only."""
+    if is_primary_host():
         print(message, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> None:
-    """End a failed process of several at once.
+def exit_at_once(code: int) -> None:
+    """End a failed process of several without JAX's shutdown barrier.
 
-    The orderly end waits for the other processes, and they would wait for this one's step.
+    The barrier waits for the other processes, which wait for a step of this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
@@ -84,13 +112,14 @@ def leave(code: int) -> None:
 
 
 class CrossHostMax:
-    """The largest number that any process proposes, known to all of them one step later.
+    """Maximum over processes of an integer, known to all of them one step later.
 
-    `propose` starts a tiny collective and `decided` waits for it; called around a step's
-    dispatch it costs no pause. With one process it is the number itself.
+    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
+    it costs no pause. With one process the result is the number itself.
     """
 
     def __init__(self, devices: Sequence[jax.Device]):
+        """Prepare the collective over all devices of the run."""
         self._several = jax.process_count() > 1
         if self._several:
             mesh = Mesh(np.asarray(devices), ("device",))
@@ -98,14 +127,14 @@ class CrossHostMax:
             self._shape = (len(devices),)
             self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def propose(self, value: int) -> int | jax.Array:
-        """This process's number; what comes back is for `decided`."""
+    def start(self, value: int) -> int | jax.Array:
+        """Dispatch the maximum of this process's number; return the handle for `result`."""
         if not self._several:
             return value
         local = np.full((1,), value, np.int32)
         return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
 
     @staticmethod
-    def decided(proposal: int | jax.Array) -> int:
-        """The largest number that any process proposed in the same call."""
-        return int(jax.device_get(proposal)) if isinstance(proposal, jax.Array) else proposal
+    def result(handle: int | jax.Array) -> int:
+        """Return the maximum over all processes of the same call of `start`."""
+        return int(jax.device_get(handle)) if isinstance(handle, jax.Array) else handle

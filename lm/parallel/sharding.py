@@ -1,7 +1,10 @@
-"""Which mesh axes shard which logical axis: one table for parameters, one for activations.
+"""Sharding rules: the mesh axes that shard each logical axis of parameters and activations.
 
-Models name the axes of their arrays ("embed", "heads", …) and know no mesh. A name without a
-rule is an error, never silent replication.
+Models name the axes of their arrays ("embed", "heads", …) and know no mesh. A name without a rule
+is an error, never silent replication. While a step is traced inside `use_mesh`, `constrain` and
+the functions after it read the mesh from the context.
+
+Shape letters: B batch, L length, V vocabulary, D model.
 """
 
 from __future__ import annotations
@@ -10,13 +13,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
+from lm.parallel.mesh import PipelineSchedule
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -42,7 +49,7 @@ PARAMETERS: Rules = {
 }
 
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
-# Outside the stack of layers, pipeline stages divide the batch too.
+# Outside the stack of layers, pipeline stages shard the batch too.
 ROW_AXES = ("stage", *BATCH_AXES)
 LENGTH_AXIS = "context"
 ACTIVATIONS: Rules = {
@@ -63,13 +70,13 @@ ACTIVATIONS: Rules = {
     "router": (),
 }
 
-# Sequence parallelism: norms, dropout and sums between the products of tensor parallelism share
-# its devices too (Korthikanti et al. 2022, §4.2.2).
-SEQUENCE: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
+# Sequence parallelism: norms, dropout and residual sums are sharded over the devices of tensor
+# parallelism too (Korthikanti et al. 2022, §4.2.2).
+SEQUENCE_PARALLEL: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 
-# A vocabulary is whatever the tokenizer gives, and key/value heads are few: where the mesh does
-# not divide them the dimension stays whole, and `replicated_axes` reports it.
-MAY_STAY_WHOLE = ("vocab", "kv_heads")
+# The size of a vocabulary is arbitrary and key/value heads are few: where the mesh does not divide
+# them, the dimension is replicated, and `replicated_axes` reports it.
+MAY_REPLICATE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
 CONFIG_KEYS = {
@@ -82,52 +89,71 @@ CONFIG_KEYS = {
 
 
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-    """The sharding of a parameter whose dimensions have these logical `names` and sizes."""
-    return NamedSharding(
-        mesh, PartitionSpec(*(_fit(mesh.shape, n, s) for n, s in zip(names, shape, strict=True)))
-    )
+    """Return the sharding of a parameter from the logical `names` of its axes and its shape.
+
+    Raises:
+        KeyError: a name has no rule.
+        UserError: a dimension is not divisible by the mesh axes that shard it.
+    """
+    axes = (_parameter_axes(mesh.shape, n, size) for n, size in zip(names, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def parts(sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]) -> int:
-    """Into how many parts axes of these sizes cut a parameter; UserError if they cannot."""
-    axes = (_fit(sizes, name, size) or () for name, size in zip(names, shape, strict=True))
+def count_parameter_shards(
+    sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]
+) -> int:
+    """Return the number of shards of a parameter on a mesh with these axis sizes.
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes that shard it.
+    """
+    axes = (_parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
     return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
 
 
 def optimizer_state_sharding(
-    parameter: NamedSharding, shape: Sequence[int], statistic: Sequence[int]
+    parameter: NamedSharding, shape: Sequence[int], state_shape: Sequence[int]
 ) -> NamedSharding:
-    """Where a statistic of an optimizer lies whose parameter has this sharding and shape.
+    """Return the sharding of an optimizer-state array.
 
-    Its dimensions are those of the parameter, some of them left out or summed to 1 (factored
-    statistics), and lie as they do; what has other dimensions is on every device.
+    Its dimensions are those of the parameter, some of them left out or reduced to 1 (factored
+    second moments), and are sharded alike. An array with other dimensions is replicated.
+
+    Args:
+        parameter: sharding of the parameter.
+        shape: shape of the parameter.
+        state_shape: shape of the optimizer-state array.
+
+    Returns:
+        The sharding, on the mesh of the parameter.
     """
-    axes, place = [], 0
-    for size in statistic:
-        while size > 1 and place < len(shape) and shape[place] != size:
-            place += 1
-        if place == len(shape):
+    axes, dimension = [], 0
+    for size in state_shape:
+        while size > 1 and dimension < len(shape) and shape[dimension] != size:
+            dimension += 1
+        if dimension == len(shape):
             return NamedSharding(parameter.mesh, PartitionSpec())
-        axes.append(parameter.spec[place] if size > 1 else None)
-        place += size > 1
+        axes.append(parameter.spec[dimension] if size > 1 else None)
+        dimension += size > 1
     return NamedSharding(parameter.mesh, PartitionSpec(*axes))
 
 
 def replicated_axes(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
-    """The logical axes of a parameter that the mesh should shard but cannot divide."""
+    """Return the logical axes of a parameter that have a rule but that the mesh cannot divide."""
     return [
         name
         for name, size in zip(names, shape, strict=True)
-        if _rule(PARAMETERS, name) and _fit(mesh.shape, name, size) is None
+        if _rule(PARAMETERS, name) and _parameter_axes(mesh.shape, name, size) is None
     ]
 
 
-def _fit(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
+def _parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
+    """Return the mesh axes that shard a parameter's dimension, or None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)
     if size % n == 0:
         return axes or None
-    if name in MAY_STAY_WHOLE:
+    if name in MAY_REPLICATE:
         return None
     raise UserError(
         f"--config.{CONFIG_KEYS.get(name, name)}={size} is not divisible by "
@@ -142,10 +168,14 @@ def _rule(rules: Rules, name: str) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
-    """The shardings of the [steps, B, …] arrays of batches with these [B, …] shapes, by name.
+    """Return the shardings of the [steps, B, …] arrays of batches, by name.
 
-    The dimension after the rows lies over `context` where it divides it: it is a length, or of
-    arrays whose place makes no difference, such as the masked positions of a row.
+    The dimension after the rows is sharded over `context` where that divides it: it is a length,
+    or positions whose order makes no difference, such as the masked positions of a row.
+
+    Args:
+        mesh: mesh of the step.
+        shapes: shapes [B, …] of the arrays by name.
     """
 
     def spec(shape: Sequence[int]) -> PartitionSpec:
@@ -155,92 +185,182 @@ def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     return {name: NamedSharding(mesh, spec(shape)) for name, shape in shapes.items()}
 
 
+# --- the mesh of the step that is being traced
+
+
 @dataclass(frozen=True)
 class ShardingContext:
-    """The mesh of a step and the rules for its activations."""
+    """Mesh of a step, sharding rules of its activations, and schedule of its pipeline if any."""
 
     mesh: Mesh
     rules: Rules
+    pipeline: PipelineSchedule | None
 
     def spec(self, names: Sequence[str]) -> PartitionSpec:
+        """Return the PartitionSpec of an activation from the logical names of its axes."""
         return PartitionSpec(*(_rule(self.rules, name) or None for name in names))
 
-    def shards(self, name: str) -> int:
-        return prod(self.mesh.shape[axis] for axis in _rule(self.rules, name))
 
-
-_placement: ContextVar[ShardingContext | None] = ContextVar("placement", default=None)
+_context: ContextVar[ShardingContext | None] = ContextVar("sharding", default=None)
 
 
 @contextlib.contextmanager
-def activations_on(mesh: Mesh, sequence: bool = False) -> Iterator[None]:
-    """While a step is traced inside this context, `constrain` shards over `mesh`.
+def use_mesh(
+    mesh: Mesh, sequence: bool = False, pipeline: PipelineSchedule | None = None
+) -> Iterator[None]:
+    """Trace the code inside for a mesh.
 
-    With `sequence` the rules are those of sequence parallelism.
+    Args:
+        mesh: mesh that `constrain` shards activations over.
+        sequence: apply the rules of sequence parallelism.
+        pipeline: schedule that stacks of layers run by if it has more than one stage.
     """
-    token = _placement.set(ShardingContext(mesh, ACTIVATIONS | (SEQUENCE if sequence else {})))
+    rules = ACTIVATIONS | (SEQUENCE_PARALLEL if sequence else {})
+    pipeline = pipeline if pipeline and pipeline.stages > 1 else None
+    token = _context.set(ShardingContext(mesh, rules, pipeline))
     try:
         yield
     finally:
-        _placement.reset(token)
-
-
-def on_mesh() -> bool:
-    """Whether a step for a mesh is being traced; decoding runs on none."""
-    return current_mesh() is not None
-
-
-def shards(name: str) -> int:
-    """Into how many parts the mesh cuts this dimension of activations; no mesh, one."""
-    placement = _placement.get()
-    return placement.shards(name) if placement else 1
-
-
-def sharding(*names: str) -> NamedSharding:
-    """Where an activation with these dimensions lies. Needs a mesh."""
-    placement = _placement.get()
-    assert placement is not None
-    return NamedSharding(placement.mesh, placement.spec(names))
+        _context.reset(token)
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh of the step that is being traced."""
-    placement = _placement.get()
-    return placement.mesh if placement else None
+    """Return the mesh of the step that is being traced; None in decoding, which has none."""
+    context = _context.get()
+    return context.mesh if context else None
 
 
-def divided(rules: Rules, name: str) -> tuple[str, ...]:
-    """The axes of the current mesh over which a logical axis is divided, () without a mesh."""
+def current_pipeline() -> PipelineSchedule | None:
+    """Return the pipeline schedule of the step that is being traced; None for one stage."""
+    context = _context.get()
+    return context.pipeline if context else None
+
+
+def count_shards(name: str) -> int:
+    """Return the number of shards of a logical axis of activations; 1 without a mesh."""
+    context = _context.get()
+    return prod(context.mesh.shape[a] for a in _rule(context.rules, name)) if context else 1
+
+
+def activation_sharding(*names: str) -> NamedSharding:
+    """Return the sharding of an activation with these logical axes, inside `use_mesh`."""
+    context = _context.get()
+    assert context is not None
+    return NamedSharding(context.mesh, context.spec(names))
+
+
+def sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:
+    """Return the current mesh's axes of more than one device that shard a logical axis."""
     axes, mesh = _rule(rules, name), current_mesh()
     return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """`x` with its dimensions sharded as the activation table says; no mesh, no change."""
+    """Constrain the sharding of an activation to the rules of its axes; no mesh, no change."""
     for name in names:
         _rule(ACTIVATIONS, name)
-    if not on_mesh():
+    if current_mesh() is None:
         return x
-    return jax.lax.with_sharding_constraint(x, sharding(*names))
+    return lax.with_sharding_constraint(x, activation_sharding(*names))
 
 
 def shard_mapped(
     function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
 ) -> jax.Array:
-    """`function` of `arguments`, run by every device on its own parts of them.
+    """Apply a function under `jax.shard_map`, inside `use_mesh`.
 
-    `names` are those of each argument's dimensions, or else a tree of PartitionSpecs; the result
-    has those of the first argument. For kernels that the compiler cannot partition, and those
-    that send parts from device to device themselves. Needs a mesh.
+    For kernels that the compiler cannot partition, and for those with collectives of their own.
+
+    Args:
+        function: called by every device on its own shards of the arguments.
+        arguments: pytrees of arrays.
+        names: for each argument the logical names of its axes, or a tree of PartitionSpecs.
+
+    Returns:
+        The result of the function, sharded like the first argument.
     """
-    placement = _placement.get()
-    assert placement is not None
-    specs = [placement.spec(n) if isinstance(n, tuple) else n for n in names]
-    # The check of what varies over which axis knows neither custom gradients nor Pallas.
+    context = _context.get()
+    assert context is not None
+    specs = [context.spec(n) if isinstance(n, tuple) else n for n in names]
+    # The check of varying axes (check_vma) supports neither custom gradients nor Pallas.
     return jax.shard_map(
         function,
-        mesh=placement.mesh,
+        mesh=context.mesh,
         in_specs=tuple(specs),
         out_specs=specs[0],
         check_vma=False,
     )(*arguments)
+
+
+# --- embedding lookup
+
+
+def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Array) -> jax.Array:
+    """Look up embeddings in a sharded table, with reduce-scattered gradients.
+
+    The compiler by itself would all-reduce the gradient of the whole table. Here each device
+    all-gathers the width of its rows and looks up its tokens among them; the backward pass
+    reduce-scatters the gradient to the shards of the width.
+
+    Args:
+        table_VD: embedding table.
+        names: logical names of the table's axes.
+        ids_BL: token ids; ids of other ranks are looked up without communication.
+
+    Returns:
+        The embeddings [B, L, D].
+    """
+    mesh = current_mesh()
+    if mesh is None or ids_BL.ndim != 2:
+        return jnp.take(table_VD, ids_BL, axis=0)
+    table = parameter_sharding(mesh, names, table_VD.shape).spec
+    row_axes, width_axes = (_axes_of_several(mesh, axes) for axes in table)
+    if not row_axes and not width_axes:
+        return jnp.take(table_VD, ids_BL, axis=0)
+
+    def on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+        table_VD = _gather_width(table_VD, width_axes)
+        if not row_axes:
+            return jnp.take(table_VD, ids_BL, axis=0)
+        ids_BL -= lax.axis_index(row_axes) * len(table_VD)
+        is_local_BL = (ids_BL >= 0) & (ids_BL < len(table_VD))
+        rows_BLD = jnp.take(table_VD, jnp.where(is_local_BL, ids_BL, 0), axis=0)
+        return lax.psum(jnp.where(is_local_BL[..., None], rows_BLD, 0), row_axes)
+
+    id_axes = [
+        axes if size % prod(mesh.shape[axis] for axis in axes) == 0 else None
+        for axes, size in zip((ROW_AXES, (LENGTH_AXIS,)), ids_BL.shape, strict=True)
+    ]
+    # The check of varying axes (check_vma) does not know that all devices gathered the same.
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(table, PartitionSpec(*id_axes)),
+        out_specs=PartitionSpec(*id_axes, None),
+        check_vma=False,
+    )(table_VD, ids_BL)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_width(shard_VD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(shard_VD, axes, axis=1, tiled=True) if axes else shard_VD
+
+
+def _gather_width_forward(shard_VD: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return _gather_width(shard_VD, axes), None
+
+
+def _gather_width_backward(axes: tuple[str, ...], _: None, g_VD: jax.Array) -> tuple[jax.Array]:
+    if not axes:
+        return (g_VD,)
+    # A TPU reduce-scatters the outer dimension; of the inner one it would all-reduce and slice.
+    return (lax.psum_scatter(g_VD.T, axes, scatter_dimension=0, tiled=True).T,)
+
+
+_gather_width.defvjp(_gather_width_forward, _gather_width_backward)
+
+
+def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """Return those of a dimension's mesh axes that have more than one device."""
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in named if mesh.shape[axis] > 1)

@@ -1,9 +1,9 @@
-"""Options of XLA's compiler: one table of flag, value, chips, reason, and when it is set.
+"""XLA compiler flags: one table of flag, value, chips and reason.
 
-Those in `compiled_in` are part of every training step for these chips, run or planned; the others
-`--xla_flags CHIP` sets for a process before JAX starts. The compilers abort on a flag that they do
-not know, and a test asks those installed. Sources: the JAX documentation's GPU performance tips
-and MaxText's library of XLA flags.
+Flags with `compiled_in` chips are compiler options of every training step for these chips, run or
+planned; the others are set for a process before JAX starts, by `--xla_flags CHIP`. The compilers
+abort on unknown flags, so a test asks those installed. Sources: the JAX documentation's GPU
+performance tips and MaxText's library of XLA flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ if TYPE_CHECKING:  # the flags have to be set before JAX is there
 
 
 class Flag(NamedTuple):
-    """A flag of XLA, its value, the chips it is for, why, and those where it is never left out."""
+    """XLA flag.
+
+    Attributes:
+        name: name without dashes.
+        value: value to set.
+        chips: chips that it is for.
+        reason: effect on a training step.
+        compiled_in: chips for which it is always a compiler option of the step.
+    """
 
     name: str
     value: bool | int
@@ -27,38 +35,38 @@ class Flag(NamedTuple):
     compiled_in: tuple[str, ...] = ()
 
 
-FLAGS = (
+XLA_FLAGS = (
     Flag(
         "xla_tpu_enable_latency_hiding_scheduler",
         True,
         TPUS,
-        "orders instructions so that transfers run behind computation",
+        "schedules transfers to overlap with computation",
     ),
     Flag(
         "xla_enable_async_all_gather",
         True,
         TPUS,
-        "FSDP's all-gathers of parameters start early and end late",
+        "FSDP's all-gathers of parameters overlap with computation",
         compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_prefer_async_allgather_to_allreduce",
         True,
         TORI,
-        "a torus would gather by all-reduces, which keep every parameter for the backward pass",
+        "a torus would all-gather by all-reduces, which keep every parameter for the backward pass",
         compiled_in=TORI,
     ),
     Flag(
         "xla_enable_async_collective_permute",
         True,
         TPUS,
-        "ring attention and pipelines send to the neighbour while they compute",
+        "ring attention and pipelines send while they compute",
     ),
     Flag(
         "xla_tpu_enable_async_collective_fusion",
         True,
         TPUS,
-        "a collective is fused with the computation that hides it",
+        "fuses a collective with the computation that hides it",
         compiled_in=TORI,
     ),
     Flag(
@@ -79,14 +87,14 @@ FLAGS = (
         "xla_tpu_overlap_compute_collective_tc",
         True,
         TPUS,
-        "the tensor core computes while it moves data",
+        "the tensor core computes while it transfers data",
         compiled_in=TORI,
     ),
     Flag(
         "xla_tpu_enable_data_parallel_all_reduce_opt",
         True,
         TPUS,
-        "gradients are reduced across slices behind the backward pass",
+        "gradients are reduced across slices during the backward pass",
     ),
     Flag(
         "xla_tpu_data_parallel_opt_different_sized_ops",
@@ -98,25 +106,25 @@ FLAGS = (
         "xla_tpu_scoped_vmem_limit_kib",
         98304,
         ("v6e",),
-        "its 128 MiB of VMEM hold larger tiles than the default leaves room for",
+        "larger tiles fit into its 128 MiB of VMEM than by default",
     ),
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler",
         True,
         GPUS,
-        "orders instructions so that NCCL runs behind computation",
+        "schedules NCCL calls to overlap with computation",
     ),
     Flag(
         "xla_gpu_enable_pipelined_all_gather",
         True,
         GPUS,
-        "the next layer's parameters are gathered during this one's work",
+        "the next layer's parameters are gathered during this layer's computation",
     ),
     Flag(
         "xla_gpu_enable_pipelined_reduce_scatter",
         True,
         GPUS,
-        "a layer's gradients are reduced during the next one's work",
+        "a layer's gradients are reduced during the next layer's computation",
     ),
     Flag(
         "xla_gpu_enable_pipelined_all_reduce",
@@ -128,7 +136,7 @@ FLAGS = (
         "xla_gpu_enable_while_loop_double_buffering",
         True,
         GPUS,
-        "the scan over layers must not copy what the pipelined collectives write",
+        "the scan over layers need not copy the results of pipelined collectives",
     ),
     Flag(
         "xla_gpu_triton_gemm_any",
@@ -140,22 +148,22 @@ FLAGS = (
 
 
 def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
-    """What `jax.jit` passes to the compiler of a training step for a device of this kind."""
+    """Return the `compiler_options` of `jax.jit` for a training step on a device; None for none."""
     chip = chip_name(device.device_kind)
-    return {flag.name: flag.value for flag in FLAGS if chip in flag.compiled_in} or None
+    return {flag.name: flag.value for flag in XLA_FLAGS if chip in flag.compiled_in} or None
 
 
-def variable(chip: str) -> str:
-    """The environment variable that the compiler of a chip reads."""
+def flags_variable(chip: str) -> str:
+    """Return the environment variable that the compiler of a chip reads flags from."""
     return "LIBTPU_INIT_ARGS" if chip in TPUS else "XLA_FLAGS"
 
 
-def flags(chip: str) -> list[str]:
-    """The flags of a chip as its compiler reads them."""
-    return [f"--{f.name}={str(f.value).lower()}" for f in FLAGS if chip in f.chips]
+def chip_flags(chip: str) -> list[str]:
+    """Return the flags of a chip as command-line words."""
+    return [f"--{f.name}={str(f.value).lower()}" for f in XLA_FLAGS if chip in f.chips]
 
 
-def apply(chip: str) -> None:
-    """Set the flags of a chip for this process; before JAX starts. What is set already wins."""
-    name = variable(chip)
-    os.environ[name] = " ".join([*flags(chip), os.environ.get(name, "")]).strip()
+def set_xla_flags(chip: str) -> None:
+    """Set the flags of a chip for this process, before JAX starts; flags set already win."""
+    name = flags_variable(chip)
+    os.environ[name] = " ".join([*chip_flags(chip), os.environ.get(name, "")]).strip()

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 from lm.storage import AnyPath, origin
 from lm.train_step import TrainState
 
@@ -155,7 +155,7 @@ class Checkpoints:
         return restored["state"], None
 
     def _set_aside(self, step: int) -> None:
-        if is_lead():
+        if is_primary_host():
             aside = self._folder.parent / "damaged"
             aside.mkdir(exist_ok=True)
             (aside / ".keep").touch()  # in a bucket an empty folder is none

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lm.config.experiment_file import plugin_metadata
 from lm.errors import UserError
 from lm.experiment import build
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 from lm.runs.checkpoints import Checkpoints, Log
 from lm.runs.saved_params import restore_params, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config
@@ -47,7 +47,7 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
         "fingerprint": saved_checkpoints(workdir, log)[0].metadata["fingerprint"],
         **plugin_metadata(),
     }
-    if is_lead():
+    if is_primary_host():
         shutil.copytree(workdir / "tokenizer", to / "tokenizer")
         write_atomically(to / RUN_FILE, json.dumps(metadata, indent=1))
     checkpoints = Checkpoints(to / "checkpoints", config.checkpoint, metadata)

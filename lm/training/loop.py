@@ -138,7 +138,7 @@ class Loop:
     def _request_action(self, stop: StopRequest) -> Any:
         period = self.config.checkpoint.every_seconds
         overdue = period and time.monotonic() - self._saved_at > period
-        return self._action_max.propose(STOP if stop else SAVE if overdue else CONTINUE)
+        return self._action_max.start(STOP if stop else SAVE if overdue else CONTINUE)
 
     def _program(self, batch: Any, n_steps: int) -> Any:
         """Return the compiled program for this number of steps."""
@@ -160,7 +160,7 @@ class Loop:
             done = self._in_flight.popleft()
             with self._clock.part("step"):
                 metrics = jax.device_get(done.metrics)
-                action = max(action, self._action_max.decided(done.action))
+                action = max(action, self._action_max.result(done.action))
             self._outputs.heartbeat(f"step {done.steps.stop}")
             now = time.monotonic()
             speed = self._speed(len(done.steps), now - self._read_at)

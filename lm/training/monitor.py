@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from lm.parallel.hosts import is_lead
+from lm.parallel.hosts import is_primary_host
 from lm.storage import write_atomically
 
 RESUMABLE = 75  # exit code EX_TEMPFAIL: the same command, started again, continues the run
@@ -148,5 +148,5 @@ class Clock:
 
     def save(self, step: int) -> None:
         """Write the summary for the next start; only the lead process writes."""
-        if is_lead():
+        if is_primary_host():
             write_atomically(self._file, json.dumps(self.summary(step), indent=1))

@@ -13,7 +13,7 @@ from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
 from lm.objectives.registry import make_objective
 from lm.parallel import sharding
-from lm.parallel.hosts import is_lead, print_on_lead
+from lm.parallel.hosts import is_primary_host, print_on_primary_host
 from lm.runs.checkpoints import Checkpoints
 from lm.runs.workdir import prepare_workdir
 from lm.storage import origin
@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     with stop_requests() as stop:
         experiment = build(config, jax.devices())
         config = experiment.config
-        dataset = open_dataset(config.data, reads_records(config), progress=is_lead())
+        dataset = open_dataset(config.data, reads_records(config), progress=is_primary_host())
         n_extra_ids = make_objective(config, dataset.tokenizer).n_extra_ids
         if dataset.tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
             raise UserError(
@@ -52,20 +52,24 @@ def train(config: ConfigDict, workdir: Path) -> bool:
                 f"--config.eval.best={config.eval.best} needs validation data: set "
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
-        metadata = prepare_workdir(workdir, config, dataset, write=is_lead())
-        print_on_lead(describe(experiment))
+        metadata = prepare_workdir(workdir, config, dataset, write=is_primary_host())
+        print_on_primary_host(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state = checkpoints.restore(
-            experiment.state_shapes, experiment.state_sharding, print_on_lead
+            experiment.state_shapes, experiment.state_sharding, print_on_primary_host
         )
         if state is None:
             state = _first_state(experiment, dataset.tokenizer)
         first_step = int(jax.device_get(state.step))
         if first_step:
-            print_on_lead(f"continuing from step {first_step}")
+            print_on_primary_host(f"continuing from step {first_step}")
         clock = Clock(workdir / "clock.json", first_step)
         writer = MetricsWriter(
-            workdir, first_step, config.train.steps, config.log.tensorboard, silent=not is_lead()
+            workdir,
+            first_step,
+            config.train.steps,
+            config.log.tensorboard,
+            silent=not is_primary_host(),
         )
         best = None
         if config.eval.best:
@@ -83,7 +87,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
                         best.close()
         finally:
             writer.close()
-        if is_lead():
+        if is_primary_host():
             clock.save(loop.step)
             _print_summary(loop, clock, finished, workdir)
         return finished
@@ -95,7 +99,7 @@ def _first_state(experiment: Experiment, tokenizer: object) -> TrainState:
         return experiment.init_state()
     from lm.training.warm_start import initial_state
 
-    return initial_state(experiment, tokenizer, print_on_lead)  # type: ignore[arg-type]
+    return initial_state(experiment, tokenizer, print_on_primary_host)  # type: ignore[arg-type]
 
 
 def describe(experiment: Experiment) -> str:
@@ -140,10 +144,12 @@ def _print_summary(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> N
     seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
     split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
     starts = summary["starts"]
-    print_on_lead(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
+    print_on_primary_host(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
     if not finished:
-        print_on_lead(f"asked to stop: state saved at step {loop.step}; the same command continues")
+        print_on_primary_host(
+            f"asked to stop: state saved at step {loop.step}; the same command continues"
+        )
         return
-    print_on_lead(f"finished {loop.step} steps; run is in {origin(workdir)}")
+    print_on_primary_host(f"finished {loop.step} steps; run is in {origin(workdir)}")
     for name, value in loop.last_evaluation.items():
         print(f"validation {name.replace('_', ' ')}: {value:.6g}")

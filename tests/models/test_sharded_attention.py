@@ -12,7 +12,7 @@ import pytest
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.splash_attention import make_splash_kernel
 from lm.models import sharded_attention
-from lm.parallel import sharding as rules
+from lm.parallel import sharding
 from lm.parallel.mesh import axis_sizes, make_mesh
 
 LENGTH = 512
@@ -49,7 +49,7 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
 
     def on_mesh(*qkv, is_global):
         n = int(np.prod([*mesh.values()]))
-        with rules.activations_on(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
+        with sharding.use_mesh(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
             return attend(*qkv, is_global, kernel)
 
     @jax.jit

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.parallel import sharding as rules
-from lm.parallel.embedding_lookup import look_up
+from lm.parallel import sharding
 from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.sharding import embedding_lookup
 
 MESHES = {
     "fsdp=8": {"fsdp": 8},
@@ -21,7 +21,7 @@ MESHES = {
 
 def gradient(table_VD, ids_BL, weights_BLD):
     def loss(table_VD):
-        return (look_up(table_VD, ("vocab", "embed"), ids_BL) * weights_BLD).sum()
+        return (embedding_lookup(table_VD, ("vocab", "embed"), ids_BL) * weights_BLD).sum()
 
     return jax.value_and_grad(loss)(table_VD)
 
@@ -37,10 +37,10 @@ def test_values_and_gradient_are_those_of_one_device(mesh, rows):
     expected = jax.jit(gradient)(table, ids, weights)
 
     on_mesh = make_mesh(axis_sizes("custom", {"data": 1, **MESHES[mesh]}, 8), jax.devices())
-    lies = rules.parameter_sharding(on_mesh, ("vocab", "embed"), table.shape)
+    lies = sharding.parameter_sharding(on_mesh, ("vocab", "embed"), table.shape)
 
     def placed(*args):
-        with rules.activations_on(on_mesh):
+        with sharding.use_mesh(on_mesh):
             return gradient(*args)
 
     step = jax.jit(placed, out_shardings=(None, lies)).lower(

@@ -15,7 +15,7 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.optim.parameter_groups import flat
-from lm.parallel import sharding as rules
+from lm.parallel import sharding
 from lm.parallel.mesh import AXES, axis_sizes
 
 MESHES = {
@@ -177,8 +177,8 @@ def test_golden_shardings_of_every_parameter(make_kind):
         experiment = build(config, jax.devices())
         shapes = flat(experiment.state_shapes.params)
         lines.append(f"# {kind}")
-        for path, sharding in sorted(flat(experiment.state_sharding.params).items()):
-            axes = [str(axis or "-") for axis in sharding.spec]
+        for path, placed in sorted(flat(experiment.state_sharding.params).items()):
+            axes = [str(axis or "-") for axis in placed.spec]
             lines.append(f"{path} {'×'.join(map(str, shapes[path].shape))}: {' '.join(axes)}")
     golden = Path(__file__).with_name("golden_shardings.txt")
     assert "\n".join(lines) + "\n" == golden.read_text()
@@ -195,9 +195,9 @@ def test_axis_sizes():
 def test_a_name_without_a_rule_is_an_error():
     mesh = experiment_on({}).mesh
     with pytest.raises(KeyError, match="no sharding rule for logical axis 'widht'"):
-        rules.parameter_sharding(mesh, ("widht",), (4,))
+        sharding.parameter_sharding(mesh, ("widht",), (4,))
     with pytest.raises(KeyError, match="widht"):
-        rules.constrain(np.zeros((4,)), "widht")
+        sharding.constrain(np.zeros((4,)), "widht")
 
 
 def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
@@ -208,5 +208,5 @@ def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
     with pytest.raises(UserError, match=r"--config.data.batch_size=6 is not divisible by 8"):
         experiment_on({"data": 8}, data__batch_size=6)
     experiment = experiment_on({"tensor": 4})
-    assert rules.replicated_axes(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
-    assert rules.replicated_axes(experiment.mesh, ("vocab", "embed"), (64, 32)) == []
+    assert sharding.replicated_axes(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
+    assert sharding.replicated_axes(experiment.mesh, ("vocab", "embed"), (64, 32)) == []

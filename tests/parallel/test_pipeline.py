@@ -14,10 +14,10 @@ from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build, reads_records
-from lm.parallel.circular_layout import exchange
-from lm.parallel.mesh import AXES
-from lm.parallel.per_row_rng import by_row, of_rows
-from lm.parallel.pipeline import Schedule, pipelined, run_pipeline
+from lm.parallel.mesh import AXES, PipelineSchedule
+from lm.parallel.per_row_rng import per_row_key, select_rows
+from lm.parallel.pipeline import exchange_rounds, run_pipeline
+from lm.parallel.sharding import use_mesh
 
 # What each stage does in each iteration: microbatch and, after it, repeat; "--" is idle.
 TABLES = {
@@ -33,7 +33,7 @@ TABLES = {
 
 @pytest.mark.parametrize("sizes", TABLES)
 def test_schedule(sizes):
-    schedule = Schedule(*sizes)
+    schedule = PipelineSchedule(*sizes)
     rows = [line.split() for line in TABLES[sizes].splitlines()]
     assert schedule.iterations == len(rows[0])
     assert schedule.bubble == rows[0].count("--") / len(rows[0])
@@ -46,7 +46,7 @@ def test_schedule(sizes):
 def test_every_group_of_layers_is_sent_once_and_each_stage_receives_one_a_round():
     for S in range(1, 9):
         for R in range(1, 7):
-            rounds = exchange(S, R)
+            rounds = exchange_rounds(S, R)
             assert sorted(group for groups in rounds for group in groups) == [*range(S * R)]
             for groups in rounds:
                 assert [group // R for group in groups] == [*range(S)]
@@ -58,11 +58,11 @@ def test_a_part_of_a_batch_draws_what_its_rows_draw():
         one, two = jax.random.split(jax.random.fold_in(key, 5))
         return jnp.stack([jax.random.normal(one, shape), jax.random.uniform(two, shape)], axis=1)
 
-    key = by_row(jax.random.key(3))
+    key = per_row_key(jax.random.key(3))
     whole = draw(key, (24, 5))
     assert len(np.unique(whole)) == whole.size
-    np.testing.assert_array_equal(draw(of_rows(key, 1, 2), (12, 5)), whole[1::2])
-    part = of_rows(of_rows(key, 1, 2), 6, 3)
+    np.testing.assert_array_equal(draw(select_rows(key, 1, 2), (12, 5)), whole[1::2])
+    part = select_rows(select_rows(key, 1, 2), 6, 3)
     np.testing.assert_array_equal(draw(part, (2, 5)), whole[1::2][6::3])
 
 
@@ -77,7 +77,7 @@ def test_every_row_passes_every_layer_in_order_with_what_goes_beside_it(sizes):
     N, B, D = S * R * K, 48, 8 // S
     shape = [S if axis == "stage" else D if axis == "data" else 1 for axis in AXES]
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    keys_N = jax.random.split(by_row(jax.random.key(0)), N)
+    keys_N = jax.random.split(per_row_key(jax.random.key(0)), N)
     x_B, beside_B, common = np.arange(B), 7 * np.arange(B) + 1, jnp.array([2])
 
     def layer(number, key, x_B, beside_B, common):
@@ -87,7 +87,7 @@ def test_every_row_passes_every_layer_in_order_with_what_goes_beside_it(sizes):
 
     @jax.jit
     def run(params_N, x_B, beside_B):
-        with pipelined(Schedule(S, M, R), mesh):
+        with use_mesh(mesh, pipeline=PipelineSchedule(S, M, R)):
             return run_pipeline(layer, params_N, keys_N, x_B, beside_B, common, 1)
 
     expected_B, expected_N = x_B, []
@@ -195,7 +195,7 @@ def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experim
         ({"stage": 4}, {"microbatches": 6}, {}, r"microbatches=6 is not a multiple of .*stage=4"),
         ({"stage": 2, "data": 2}, {"microbatches": 8}, {}, r"data.batch_size=8 .* by 16 "),
         ({"stage": 2}, {}, {"eval.batch_size": 3}, r"eval.batch_size=3 is not divisible by 2 "),
-        ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 model.experts_every"),
+        ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 --config.model.experts_every"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, overrides, message):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lm.hardware import CHIPS, GPUS, TORI, TPUS
-from lm.parallel.xla_flags import FLAGS, apply, compiler_options, flags
+from lm.parallel.xla_flags import XLA_FLAGS, chip_flags, compiler_options, set_xla_flags
 
 ON_A_TPU = """
 import jax
@@ -29,14 +29,14 @@ def start_jax(program: str, **variables: str) -> subprocess.CompletedProcess:
 
 def test_gpu_flags_are_known():
     """XLA parses the flags of every platform at its start, and aborts on one that it lacks."""
-    done = start_jax("import jax; jax.devices()", XLA_FLAGS=" ".join(flags("h100")))
+    done = start_jax("import jax; jax.devices()", XLA_FLAGS=" ".join(chip_flags("h100")))
     assert done.returncode == 0, done.stderr
     assert start_jax("import jax; jax.devices()", XLA_FLAGS="--xla_gpu_no_such=1").returncode != 0
 
 
 @pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
 def test_tpu_flags_are_known():
-    every = sorted({flag for chip in TPUS for flag in flags(chip)})
+    every = sorted({flag for chip in TPUS for flag in chip_flags(chip)})
     done = start_jax(ON_A_TPU, LIBTPU_INIT_ARGS=" ".join(every))
     assert done.returncode == 0, done.stderr
     assert "Unknown" not in done.stderr
@@ -51,21 +51,23 @@ def test_what_is_compiled_into_every_step_is_among_the_flags_of_its_chip():
             options = compiler_options(SimpleNamespace(device_kind=kind))
             assert options
             compiled_in = {f"--{name}={str(value).lower()}" for name, value in options.items()}
-            assert compiled_in <= {*flags(chip)}
+            assert compiled_in <= {*chip_flags(chip)}
     assert compiler_options(SimpleNamespace(device_kind="TPU v5 lite")) is None
-    assert {chip for flag in FLAGS for chip in flag.compiled_in} == {*TORI}
+    assert {chip for flag in XLA_FLAGS for chip in flag.compiled_in} == {*TORI}
 
 
 def test_every_flag_has_a_chip_and_a_reason():
-    assert all(set(flag.chips) <= {*TPUS, *GPUS} and flag.chips and flag.reason for flag in FLAGS)
-    assert len({flag.name for flag in FLAGS}) == len(FLAGS)
-    assert all(flags(chip) for chip in TPUS + GPUS)
+    assert all(
+        set(flag.chips) <= {*TPUS, *GPUS} and flag.chips and flag.reason for flag in XLA_FLAGS
+    )
+    assert len({flag.name for flag in XLA_FLAGS}) == len(XLA_FLAGS)
+    assert all(chip_flags(chip) for chip in TPUS + GPUS)
 
 
 def test_what_the_user_set_comes_last_and_so_wins(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_triton_gemm_any=false")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
-    apply(GPUS[0])
+    set_xla_flags(GPUS[0])
     assert os.environ["XLA_FLAGS"].endswith("--xla_gpu_triton_gemm_any=false")
-    apply("v6e")
+    set_xla_flags("v6e")
     assert "--xla_tpu_scoped_vmem_limit_kib=98304" in os.environ["LIBTPU_INIT_ARGS"].split()

@@ -20,8 +20,8 @@ from lm.config.rules import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
 from lm.optim.parameter_groups import flat
-from lm.parallel.pipeline import Schedule
-from lm.parallel.sharding import parts
+from lm.parallel.mesh import PipelineSchedule
+from lm.parallel.sharding import count_parameter_shards
 
 # FLOPs of a step over those of a step that recomputes nothing; what waits in the host's memory has
 # to come back in time, and is ranked as if it took this much longer.
@@ -57,7 +57,7 @@ class CostModel:
     experiment: Experiment
     chip: Chip
 
-    def estimate(self, sizes: Sizes, schedule: Schedule, settings: Settings) -> Estimate:
+    def estimate(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> Estimate:
         """UserError where a parameter does not divide among the devices."""
         parameters = self._parameters(sizes)
         state = int(parameters * (2 + self._optimizer_share))
@@ -88,7 +88,10 @@ class CostModel:
         return held / sum(size for _, _, size in self._leaves)
 
     def _parameters(self, sizes: Sizes) -> int:
-        return sum(size // parts(sizes, names, shape) for names, shape, size in self._leaves)
+        return sum(
+            size // count_parameter_shards(sizes, names, shape)
+            for names, shape, size in self._leaves
+        )
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
         """Bytes that the layers keep for the backward pass, at least and likely; of models that are
@@ -118,7 +121,7 @@ class CostModel:
 
     # --- time
 
-    def _compute(self, sizes: Sizes, schedule: Schedule, settings: Settings) -> float:
+    def _compute(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         flops = self._flops / prod(sizes.values())
         return RECOMPUTED[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
 
