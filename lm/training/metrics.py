@@ -58,9 +58,25 @@ class MetricsWriter:
     """Writer of metrics to the file, TensorBoard and the progress bar of the lead process."""
 
     def __init__(
-        self, workdir: Path, first_step: int, last_step: int, tensorboard: bool, silent: bool
+        self,
+        workdir: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        tensorboard: bool,
+        progress: bool,
+        silent: bool,
     ):
-        """Open the files in `workdir`; a `silent` writer (not the lead process) discards all."""
+        """Open the files of a run.
+
+        Args:
+            workdir: folder of the run.
+            first_step: step after which the run continues.
+            last_step: last step of the run, for the progress bar.
+            tensorboard: write TensorBoard events too.
+            progress: show a progress bar on stderr.
+            silent: discard everything (all processes but the lead).
+        """
         self._silent = silent
         if silent:
             return
@@ -73,6 +89,7 @@ class MetricsWriter:
             initial=first_step,
             unit="step",
             file=sys.stderr,
+            disable=not progress,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
@@ -102,7 +119,7 @@ class MetricsWriter:
 
     def print_line(self, message: str) -> None:
         """Print a line on stderr without breaking the progress bar."""
-        if not self._silent:
+        if not self._silent and not self._bar.disable:
             self._bar.write(message, file=sys.stderr)
 
     def flush(self) -> None:

