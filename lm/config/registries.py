@@ -11,15 +11,24 @@ from lm.config.registry import Entry, Registry, option
 
 # --- data
 
+_DOCUMENTS, _RECORDS = ("documents",), ("records",)
+_RECORD_FILES = "lm.data.records.record_sources:read_records"
+
 SOURCES = Registry(
     "data source",
     ("data.source", "data.validation_source", "data.test_source"),
     "data",
     {
-        "stdlib": Entry("lm.data.text.sources:open_stdlib"),
-        "text": Entry("lm.data.text.sources:open_text"),
-        "jsonl": Entry("lm.data.text.sources:open_jsonl"),
-        "tfds": Entry("lm.data.text.sources:open_tfds_split"),
+        "stdlib": Entry("lm.data.text.sources:open_stdlib", forms=("stdlib",), holds=_DOCUMENTS),
+        "text": Entry("lm.data.text.sources:open_text", forms=("text:PATH",), holds=_DOCUMENTS),
+        "jsonl": Entry("lm.data.text.sources:open_jsonl", forms=("jsonl:PATH",)),
+        "tfds": Entry(
+            "lm.data.text.sources:open_tfds_split", forms=("tfds:NAME",), holds=_DOCUMENTS
+        ),
+        "tsv": Entry(_RECORD_FILES, forms=("tsv:PATH",), holds=_RECORDS),
+        "csv": Entry(_RECORD_FILES, forms=("csv:PATH",), holds=_RECORDS),
+        "parallel": Entry(_RECORD_FILES, forms=("parallel:PATH|PATH",), holds=_RECORDS),
+        "squad": Entry(_RECORD_FILES, forms=("squad:PATH",), holds=_RECORDS),
     },
     is_choice=False,
 )
@@ -29,12 +38,18 @@ TOKENIZERS = Registry(
     ("data.tokenizer",),
     "data",
     {
-        "byte": Entry("lm.data.tokenizers.characters:ByteTokenizer"),
-        "char": Entry("lm.data.tokenizers.characters:CharTokenizer"),
-        "words": Entry("lm.data.tokenizers.words:WordTokenizer"),
-        "sentencepiece": Entry("lm.data.tokenizers.sentencepiece:SentencePieceTokenizer"),
-        "tokenizers": Entry("lm.data.tokenizers.hf:HuggingFaceTokenizer"),
-        "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer"),
+        "byte": Entry("lm.data.tokenizers.characters:ByteTokenizer", forms=("byte",)),
+        "char": Entry("lm.data.tokenizers.characters:CharTokenizer", forms=("char",)),
+        "words": Entry("lm.data.tokenizers.words:WordTokenizer", forms=("words", "words:FILE")),
+        "sentencepiece": Entry(
+            "lm.data.tokenizers.sentencepiece:SentencePieceTokenizer",
+            forms=("sentencepiece", "sentencepiece:FILE.model"),
+        ),
+        "tokenizers": Entry(
+            "lm.data.tokenizers.hf:HuggingFaceTokenizer", forms=("tokenizers:FILE.json",)
+        ),
+        "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer", forms=("gpt2:DIR",)),
+        "run": Entry("lm.data.tokenizers.choice:load_saved", forms=("run:WORKDIR",)),
     },
     is_choice=False,
 )

@@ -90,6 +90,8 @@ class Entry:
         families: of an objective: model families that it trains.
         columns: of an objective: record columns that it needs; () if it learns from documents.
         objectives: of a model family: further objectives that train it.
+        forms: of a data source or tokenizer: NAME or NAME:ARGUMENT; (): both are allowed.
+        holds: of a data source: "documents", "records" or both.
     """
 
     target: Any
@@ -100,6 +102,8 @@ class Entry:
     families: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ("documents", "records")
 
     def keys_added(self) -> dict[str, Key]:
         """Return the configuration keys that the entry declares, by dotted path."""

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import families_of
+from lm.config.registries import METRICS, OBJECTIVES, SOURCES, TOKENIZERS, families_of
+from lm.config.registry import Entry, Registry
+from lm.errors import UserError
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 
 
 def broken_rules(config: ConfigDict) -> Iterator[str]:
-    """What is wrong between the keys of a configuration whose every key is right by itself."""
-    yield from _model_rules(config)
-    yield from _mup_rules(config)
-    yield from _data_rules(config)
+    """Yield what is wrong between the keys of a configuration, each of which is valid by itself."""
+    for rules in RULES:
+        yield from rules(config)
+
+
+def _family_rules(config: ConfigDict) -> Iterator[str]:
     families = families_of(config.objective.name)
     if config.model.family not in families:
         yield (
             f"--config.objective.name={config.objective.name} needs --config.model.family "
             f"{' or '.join(families)}, not {config.model.family}"
         )
+
+
+def _training_rules(config: ConfigDict) -> Iterator[str]:
     for name in ("max_batches", "final_batches"):
         if config.eval.best and config.eval[name]:
             yield (
                 f"--config.eval.best={config.eval.best} compares whole evaluations: "
                 f"--config.eval.{name}={config.eval[name]} must be 0"
             )
+    for name in listed(config.eval.metrics):
+        if name not in METRICS:
+            yield f"--config.eval.metrics={config.eval.metrics}: {METRICS.unknown(name)}"
     if config.init.vectors and config.init["from"]:
         yield "--config.init.from and --config.init.vectors exclude each other"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:
@@ -38,6 +49,70 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "--config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"
+
+
+def _decoding_rules(config: ConfigDict) -> Iterator[str]:
+    data, decode = config.data, config.decode
+    longest = decode.max_length or data.target_length or data.sequence_length
+    if decode.min_length > longest:
+        yield (
+            f"--config.decode.min_length={decode.min_length} is above "
+            f"--config.decode.max_length={longest}"
+        )
+
+
+def _pattern_rules(config: ConfigDict) -> Iterator[str]:
+    for key in ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave"):
+        section, _, name = key.partition(".")
+        try:
+            compile_patterns(key, config[section][name])
+        except UserError as error:
+            yield str(error)
+    try:
+        rename_rules(config.init.rename)
+    except UserError as error:
+        yield str(error)
+    if config.lora.rank and not listed(config.lora.targets):
+        yield "--config.lora.targets is empty: name kernels, such as attention/query"
+
+
+def compile_patterns(key: str, text: str) -> list[re.Pattern]:
+    """Return the regular expressions in a list separated by commas.
+
+    Raises:
+        UserError: one is not a regular expression; the message names `key`.
+    """
+    found = []
+    for part in listed(text):
+        try:
+            found.append(re.compile(part))
+        except re.error as error:
+            raise UserError(f"--config.{key}: {part!r} is no regular expression: {error}") from None
+    return found
+
+
+def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
+    """Return patterns and replacements of `--config.init.rename`.
+
+    Raises:
+        UserError: a rule is not PATTERN=>NAME.
+    """
+    found = []
+    for rule in listed(text):
+        pattern, arrow, replacement = rule.partition("=>")
+        if not arrow:
+            raise UserError(f"--config.init.rename: {rule!r} is not PATTERN=>NAME")
+        try:
+            found.append((re.compile(pattern), replacement))
+            found[-1][0].sub(replacement, "")
+        except re.error as error:
+            raise UserError(f"--config.init.rename: {rule!r}: {error}") from None
+    return found
+
+
+def listed(text: str) -> list[str]:
+    """Return the parts of a list separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _model_rules(config: ConfigDict) -> Iterator[str]:
@@ -173,6 +248,47 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
         yield f"--config.data.weights={data.weights}: every weight must be above 0"
 
 
+def _source_rules(config: ConfigDict) -> Iterator[str]:
+    for key in ("source", "validation_source", "test_source"):
+        for spec in listed(config.data[key]):
+            if problem := _spec_problem(SOURCES, spec):
+                yield f"--config.data.{key}: {problem}"
+    if problem := _spec_problem(TOKENIZERS, config.data.tokenizer):
+        yield f"--config.data.tokenizer: {problem}"
+
+
+def _spec_problem(registry: Registry, spec: str) -> str:
+    """Return what is wrong with NAME or NAME:ARGUMENT, or ""."""
+    name, _, argument = spec.partition(":")
+    entry = registry.entries.get(name)
+    if entry and (not entry.forms or any(bool(argument) == (":" in f) for f in entry.forms)):
+        return ""
+    return f"unknown {registry.kind} {spec!r} (known: {_forms(registry.entries)})"
+
+
+def _forms(entries: Mapping[str, Entry]) -> str:
+    return ", ".join(form for name, entry in entries.items() for form in entry.forms or (name,))
+
+
+def data_problems(config: ConfigDict) -> Iterator[str]:
+    """Yield what is wrong with the sources of a configuration that is going to read them.
+
+    These are no rules of the configuration: a model can be planned or exported without its data.
+    """
+    needed = "records" if OBJECTIVES.entries[config.objective.name].columns else "documents"
+    if not listed(config.data.source):
+        yield "--config.data.source is empty: name a source, such as stdlib"
+    fitting = {name: entry for name, entry in SOURCES.entries.items() if needed in entry.holds}
+    for key in ("source", "validation_source"):
+        for spec in listed(config.data[key]):
+            if spec.partition(":")[0] not in fitting:
+                yield (
+                    f"--config.data.{key}: {spec} holds no {needed}, which "
+                    f"--config.objective.name={config.objective.name} reads "
+                    f"(known: {_forms(fitting)})"
+                )
+
+
 def tiled_attention_problem(config: ConfigDict) -> str:
     """Why the "tiled" attention kernel cannot serve a configuration; empty if it can."""
     model, objective = config.model, config.objective.name
@@ -186,3 +302,15 @@ def tiled_attention_problem(config: ConfigDict) -> str:
         if model[name]:
             return f"--config.model.{name}={model[name]}"
     return ""
+
+
+RULES = (
+    _model_rules,
+    _mup_rules,
+    _data_rules,
+    _source_rules,
+    _family_rules,
+    _training_rules,
+    _pattern_rules,
+    _decoding_rules,
+)

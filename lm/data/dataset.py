@@ -44,12 +44,6 @@ def open_dataset(data: Any, records: bool = False, progress: bool = False) -> Da
     training = _opened(data.source, data, "train", records)
     tokenizer = choose_tokenizer(data, _corpora(training))
     validation = _validation(data, records)
-    weights = tuple(data.weights)
-    if weights and (len(weights) != len(training) or min(weights) <= 0):
-        raise UserError(
-            f"--config.data.weights={weights} must hold one positive number for each of the "
-            f"{len(training)} sources"
-        )
     fingerprint = {"tokenizer": tokenizer.digest}
     for split, opened in (("train", training), ("validation", validation)):
         fingerprint |= {f"{split} {source.name}": source.digest for source in opened}
@@ -59,7 +53,7 @@ def open_dataset(data: Any, records: bool = False, progress: bool = False) -> Da
     )
     if _holds_out_records(data, records):
         train, held_out = zip(*(_divide(store, data) for store in train), strict=True)
-    return Dataset(tokenizer, train, held_out, weights, fingerprint)
+    return Dataset(tokenizer, train, held_out, tuple(data.weights), fingerprint)
 
 
 def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
@@ -115,8 +109,6 @@ def _divide(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
 
 def _opened(text: str, data: Any, split: str, records: bool) -> tuple[Corpus | Records, ...]:
     specs = sources(text)
-    if not specs:
-        raise UserError("--config.data.source is empty: name a source, such as stdlib")
     if records:
         return tuple(read_records(spec, data) for spec in specs)
     return tuple(open_corpus(spec, data, split) for spec in specs)

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.beam import Search
 from lm.decoding.controls import Controls
-from lm.errors import UserError
 from lm.objectives.special_tokens import special_tokens
 
 
@@ -19,16 +18,8 @@ def search_of(config: ConfigDict, tokenizer: Tokenizer) -> Search:
 
 
 def controls_of(config: ConfigDict, tokenizer: Tokenizer) -> Controls:
-    """The end token, and what a configuration forbids and discourages.
-
-    UserError where it asks for a shortest length above the longest.
-    """
+    """Return the end token, and what a configuration forbids and discourages."""
     decode = config.decode
-    if decode.min_length > decode.max_length:
-        raise UserError(
-            f"--config.decode.min_length={decode.min_length} is above "
-            f"--config.decode.max_length={decode.max_length}"
-        )
     # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
     has_targets = "encoder_decoder" in config.model.family
     end_id = special_tokens(tokenizer).eos if has_targets else tokenizer.eos_id

@@ -37,8 +37,6 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
         if not found:
             raise UserError(f"--config.lora.targets: {pattern.pattern!r} matches no kernel")
         targets |= found
-    if not targets:
-        raise UserError("--config.lora.targets is empty: name kernels, such as attention/query")
     adapters = {}
     for key, (path, box) in zip(
         jax.random.split(rng, len(targets)), sorted(targets.items()), strict=True

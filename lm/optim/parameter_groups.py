@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lm.config.rules import compile_patterns
 from lm.errors import UserError
 
 Tree = Any
@@ -39,17 +40,6 @@ def by_path(params: Tree, function: Callable[[list[str], Any], Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function([str(part.key) for part in path], leaf), params
     )
-
-
-def compile_patterns(key: str, text: str) -> list[re.Pattern]:
-    """The comma-separated regular expressions of the configuration's `key`."""
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            found.append(re.compile(part))
-        except re.error as error:
-            raise UserError(f"--config.{key}: {part!r} is no regular expression: {error}") from None
-    return found
 
 
 @dataclass(frozen=True)

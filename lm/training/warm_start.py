@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from lm.config.rules import rename_rules
 from lm.data.files import find_file
 from lm.data.tokenizers.choice import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
@@ -131,16 +131,12 @@ def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
 def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
     """New name → name in the source."""
     new = {name: name for name in source}
-    for rule in filter(None, (part.strip() for part in text.split(","))):
-        pattern, arrow, replacement = rule.partition("=>")
-        if not arrow:
-            raise UserError(f"--config.init.rename: {rule!r} is not PATTERN=>NAME")
-        try:
-            after = {name: re.sub(pattern, replacement, path) for name, path in new.items()}
-        except re.error as error:
-            raise UserError(f"--config.init.rename: {rule!r}: {error}") from None
+    for pattern, replacement in rename_rules(text):
+        after = {name: pattern.sub(replacement, path) for name, path in new.items()}
         if after == new:
-            raise UserError(f"--config.init.rename: {rule!r} changes no name")
+            raise UserError(
+                f"--config.init.rename: {f'{pattern.pattern}=>{replacement}'!r} changes no name"
+            )
         new = after
     names = {path: name for name, path in new.items()}
     if len(names) < len(new):

@@ -102,16 +102,3 @@ def test_a_split_that_is_not_named_is_said(records):
     data = records(test_source="tsv:b.tsv")
     (store,) = open_split(data, "test", tokenizer, records=True)
     assert rows(store) == ["x", "y", "z"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"source": " , "}, "data.source is empty"),
-        ({"source": "stdlib,stdlib", "weights": (1.0,)}, "each of the 2 sources"),
-        ({"weights": (0.0,)}, "one positive number"),
-    ],
-)
-def test_what_is_wrong_with_the_section_is_said(make_data, changes, words):
-    with pytest.raises(UserError, match=words):
-        open_dataset(make_data(**changes))
