@@ -1,8 +1,9 @@
 """Storage: local folders, runs in a bucket (gs://BUCKET/PATH), and atomic files.
 
 Checkpoints of a run in a bucket are written there directly. Its small files (configuration,
-tokenizer, metrics, reports) are kept in a temporary local copy, one a process: `open_folder`
-downloads it and `push` uploads what changed since, so that all other code sees local folders.
+tokenizer, metrics, reports) are kept in a temporary local copy, one a process: `open_run_folder`
+downloads it and `upload_changes` uploads what changed since, so that all other code sees local
+folders.
 """
 
 from __future__ import annotations
@@ -32,74 +33,84 @@ _NOT_COPIED = {"checkpoints", "damaged", "tensorboard"}
 
 
 @dataclass
-class _Copy:
-    """`sent` holds the size and time of change of every file, as they were when last sent."""
+class _LocalCopy:
+    """Local copy of a run in a bucket.
+
+    Attributes:
+        address: folder in the bucket.
+        folder: the copy.
+        uploaded: size and modification time of every file when it was last uploaded.
+    """
 
     address: epath.Path
     folder: Path
-    sent: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    uploaded: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
 
-_copies: dict[str, _Copy] = {}  # by address
+_copies: dict[str, _LocalCopy] = {}  # by address
 
 
-def locate(place: str) -> AnyPath:
-    """Where a folder is, of this machine or gs://…; UserError for other addresses."""
+def resolve_path(place: str) -> AnyPath:
+    """Return the path of a local folder or of gs://BUCKET/PATH.
+
+    Raises:
+        UserError: the address has another scheme, or gcsfs is not installed.
+    """
     if "://" not in place:
         return Path(place)
     if not place.startswith(_SCHEME):
-        raise UserError(f"{place}: a folder, or a bucket's gs://BUCKET/PATH")
+        raise UserError(f"{place}: expected a local folder or gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{place} needs gcsfs: pip install 'lm[gcs]'")
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns wherever it has few rights
-    # What other processes wrote must be seen.
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about every missing permission
+    # Files that other processes wrote must be visible.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(place.rstrip("/"))
 
 
-def open_folder(place: str) -> Path:
-    """A folder of this machine; of gs://… this process's copy, without its checkpoints."""
-    address = locate(place)
+def open_run_folder(place: str) -> Path:
+    """Return the local folder, or the local copy of gs://…, which has no checkpoints."""
+    address = resolve_path(place)
     if isinstance(address, Path):
         return address
     if str(address) not in _copies:
-        copy = _Copy(address, Path(tempfile.mkdtemp(prefix="lm-")) / address.name)
+        copy = _LocalCopy(address, Path(tempfile.mkdtemp(prefix="lm-")) / address.name)
         copy.folder.mkdir()
-        with _refusals(address):
-            _fetch(address, copy.folder)
-        copy.sent = _state(copy.folder)
+        with _storage_errors(address):
+            _download(address, copy.folder)
+        copy.uploaded = _file_states(copy.folder)
         _copies[str(address)] = copy
     return _copies[str(address)].folder
 
 
-def push() -> None:
-    """Send what changed in the open copies to their buckets."""
+def upload_changes() -> None:
+    """Upload the files of the local copies that changed since the last upload."""
     for copy in _copies.values():
-        now = _state(copy.folder)
+        now = _file_states(copy.folder)
         for file, state in now.items():
-            if copy.sent.get(file) != state:
+            if copy.uploaded.get(file) != state:
                 content = (copy.folder / file).read_bytes()
-                with _refusals(copy.address):
+                with _storage_errors(copy.address):
                     (copy.address / file).write_bytes(content)
-        copy.sent = now
+        copy.uploaded = now
 
 
 @contextmanager
-def copies() -> Iterator[None]:
-    """At its end what changed is sent, unless something was raised, and the copies are removed."""
+def local_copies() -> Iterator[None]:
+    """Upload changes at the end, unless an exception was raised, and remove the local copies."""
     try:
         yield
-        push()
+        upload_changes()
     finally:
         for copy in _copies.values():
             shutil.rmtree(copy.folder.parent, ignore_errors=True)
         _copies.clear()
 
 
-def origin(path: AnyPath) -> AnyPath:
-    """Where a path really is, from the root: that inside a copy belongs to a bucket."""
+def storage_path(path: AnyPath) -> AnyPath:
+    """Return where a path is stored: absolute, or in the bucket if it lies in a local copy."""
     if isinstance(path, Path):
         path = path.absolute()
         for copy in _copies.values():
@@ -108,14 +119,17 @@ def origin(path: AnyPath) -> AnyPath:
     return path
 
 
-def is_whole(checkpoint: AnyPath) -> bool:
-    """Whether a checkpoint is finished: here its folder is renamed then, in a bucket marked."""
+def is_committed(checkpoint: AnyPath) -> bool:
+    """Return whether a checkpoint is complete.
+
+    Orbax renames a local folder when it is; in a bucket it writes a marker file.
+    """
     return isinstance(checkpoint, Path) or (checkpoint / "commit_success.txt").exists()
 
 
 @contextmanager
-def _refusals(address: epath.Path) -> Iterator[None]:
-    """Turn what would be refused again into one line: no such bucket, no right to use it."""
+def _storage_errors(address: epath.Path) -> Iterator[None]:
+    """Convert non-retriable storage errors to UserError: no such bucket, no permission."""
     from gcsfs.retry import HttpError, is_retriable
 
     try:
@@ -127,7 +141,8 @@ def _refusals(address: epath.Path) -> Iterator[None]:
         raise UserError(f"{address}: {type(error).__name__}: {problem}") from error
 
 
-def _fetch(source: epath.Path, target: Path) -> None:
+def _download(source: epath.Path, target: Path) -> None:
+    """Copy a folder of a bucket, without what is written there directly."""
     if not source.is_dir():
         return
     for path in source.iterdir():
@@ -135,18 +150,19 @@ def _fetch(source: epath.Path, target: Path) -> None:
             continue
         if path.is_dir():
             (target / path.name).mkdir()
-            _fetch(path, target / path.name)
+            _download(path, target / path.name)
         else:
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def _state(folder: Path) -> dict[Path, tuple[int, int]]:
+def _file_states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return size and modification time of every file, by relative path."""
     files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path.relative_to(folder): (s.st_size, s.st_mtime_ns) for path, s in files.items()}
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace `file` by `text`; a reader, or a crash, sees the old or the new, never a part."""
+    """Replace a file; readers and crashes see the old or the new text, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w") as stream:
         stream.write(text)
@@ -158,38 +174,49 @@ def write_atomically(file: Path, text: str) -> None:
 T = TypeVar("T")
 
 
-class Damaged(Exception):
-    """A finished folder does not hold what it should."""
+class DamagedFolder(Exception):
+    """A finished folder does not have its expected content."""
 
 
 def cache_directory(data: Any) -> Path:
-    """`data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm."""
+    """Return the cache folder: `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm."""
     chosen = data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm"
     return Path(chosen).expanduser()
 
 
 def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
-    """Returns `read(folder)`, after `build` has filled the folder if that is needed.
+    """Read a folder of the cache, building it first if it does not exist.
 
     One process builds, in a sibling folder that is renamed at the end, while others wait for its
-    lock. What a killed build left is removed, and a folder that `read` finds `Damaged` rebuilt;
-    both are said on stderr. UserError if the disk is full or the place not writable.
+    lock. The remains of a killed build are removed, and a damaged folder is rebuilt, with a
+    message on stderr.
+
+    Args:
+        folder: the folder.
+        read: returns its content; raises DamagedFolder if it is not as expected.
+        build: fills an empty folder.
+
+    Returns:
+        The result of `read`.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
     """
     try:
         if folder.exists():
             return read(folder)
-    except Damaged:
-        pass  # looked at again under the lock
+    except DamagedFolder:
+        pass  # read again under the lock
     with _disk_errors(folder), _lock(folder):
         if folder.exists():
             try:
                 return read(folder)
-            except Damaged as damage:
-                _say(f"{folder} is damaged ({damage}): building it again")
+            except DamagedFolder as damage:
+                _warn(f"{folder} is damaged ({damage}): building it again")
                 shutil.rmtree(folder)
         partial = folder.with_name(folder.name + ".partial")
         if partial.exists():
-            _say(f"a build of {folder} was interrupted: building it again")
+            _warn(f"a build of {folder} was interrupted: building it again")
             shutil.rmtree(partial)
         partial.mkdir()
         try:
@@ -204,7 +231,7 @@ def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
+    """Write a file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -213,6 +240,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which other processes wait for."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(folder.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -221,6 +249,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
+    """Convert errors of a full or read-only disk to UserError."""
     advice = "set LM_CACHE_DIR or --config.data.cache_directory to another disk"
     try:
         yield
@@ -233,6 +262,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _flush(folder: Path) -> None:
+    """Wait until the entries of a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -240,5 +270,5 @@ def _flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _say(message: str) -> None:
+def _warn(message: str) -> None:
     print(message, file=sys.stderr)

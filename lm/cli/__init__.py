@@ -16,7 +16,7 @@ from lm.cli.generate import generate
 from lm.cli.report import report, scaling
 from lm.cli.train import export, import_model, launch, merge, sweep, train
 from lm.errors import UserError
-from lm.storage import copies
+from lm.storage import local_copies
 
 VERBS = {
     "train": train,
@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
         _set_up_jax(args)
-        with copies():
+        with local_copies():
             return args.function(args, overrides)
     except UserError as error:
         message = str(error)

@@ -12,7 +12,7 @@ from lm.cli.arguments import Overrides
 from lm.cli.open_run import open_run
 from lm.cli.printing import print_result
 from lm.errors import UserError
-from lm.storage import open_folder, origin
+from lm.storage import open_run_folder, storage_path
 
 
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -32,7 +32,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
     experiment, params, step = open_run(args, overrides)
     if args.task:
         check_task(experiment.config)
-    tokenizer, data = load_tokenizer(open_folder(args.workdir)), experiment.config.data
+    tokenizer, data = load_tokenizer(open_run_folder(args.workdir)), experiment.config.data
     records = reads_records(experiment.config)
     stores = open_split(data, args.split, tokenizer, records, progress=True)
     if args.task:
@@ -53,11 +53,11 @@ def _evaluate_task(
 
     report, rows = evaluate_task(experiment, params, *of)
     report = {"step": step, "split": args.split, **report}
-    folder = Path(args.output or open_folder(args.workdir) / "eval" / f"{args.split}-{step}")
+    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{args.split}-{step}")
     if is_primary_host():
         write_report(folder, report, rows)
         print_result(report, args.json)
-        print(f"report and predictions are in {origin(folder)}", file=sys.stderr)
+        print(f"report and predictions are in {storage_path(folder)}", file=sys.stderr)
     return 0
 
 
@@ -71,7 +71,7 @@ def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
     if args.workdir:
         _, parameters, _ = open_run(args, overrides)
-        found = run_vectors(parameters, load_tokenizer(open_folder(args.workdir)))
+        found = run_vectors(parameters, load_tokenizer(open_run_folder(args.workdir)))
     else:
         found = load_vectors(args.vectors)
     if args.output:

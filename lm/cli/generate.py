@@ -11,7 +11,7 @@ from lm.cli.arguments import Overrides
 from lm.cli.open_run import open_run
 from lm.cli.printing import print_continuations, print_records
 from lm.errors import UserError
-from lm.storage import open_folder
+from lm.storage import open_run_folder
 
 
 def generate(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -32,7 +32,7 @@ def generate(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"a model of the family {config.model.family} writes no text")
     if args.n_best > config.decode.beam_size:
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
-    tokenizer = load_tokenizer(open_folder(args.workdir))
+    tokenizer = load_tokenizer(open_run_folder(args.workdir))
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.input:

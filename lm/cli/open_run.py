@@ -7,7 +7,7 @@ from typing import Any
 
 from lm.cli.arguments import Overrides
 from lm.errors import UserError
-from lm.storage import open_folder
+from lm.storage import open_run_folder
 
 
 def open_run(
@@ -17,7 +17,7 @@ def open_run(
     from lm.parallel.hosts import print_on_primary_host
     from lm.runs.saved_params import load_run
 
-    workdir = open_folder(args.workdir)
+    workdir = open_run_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
     return load_run(workdir, overrides, print_on_primary_host, **options)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lm.cli.arguments import Overrides
 from lm.cli.open_run import only_cpu
 from lm.errors import UserError
-from lm.storage import open_folder, origin
+from lm.storage import open_run_folder, storage_path
 
 
 def report(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -18,8 +18,8 @@ def report(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.tools.reports.report_page import write_report
 
     only_cpu(overrides)
-    workdir = open_folder(args.workdir)
-    print(origin(write_report(workdir, Path(args.output or workdir / "report"))))
+    workdir = open_run_folder(args.workdir)
+    print(storage_path(write_report(workdir, Path(args.output or workdir / "report"))))
     return 0
 
 
@@ -35,8 +35,8 @@ def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.runs:
         all_runs, folder = read_csv(Path(args.runs)), args.output
     else:
-        all_runs, left_out = read_workdir(open_folder(args.workdir))
-        folder = args.output or open_folder(args.workdir) / "scaling"
+        all_runs, left_out = read_workdir(open_run_folder(args.workdir))
+        folder = args.output or open_run_folder(args.workdir) / "scaling"
     runs = enough_tokens(all_runs, args.min_tokens_per_parameter)
     if len(runs) < len(all_runs):
         few = f"{len(all_runs) - len(runs)} runs of fewer than {args.min_tokens_per_parameter}"
@@ -47,5 +47,5 @@ def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
     found = study(runs, args.budget, args.resamples, args.seed, output)
     print(json.dumps(found) if args.json else text(found))
     if output:
-        print(f"pictures are in {origin(output)}", file=sys.stderr)
+        print(f"pictures are in {storage_path(output)}", file=sys.stderr)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from lm import config as configs
 from lm.cli.arguments import Overrides
 from lm.errors import UserError
-from lm.storage import locate, open_folder
+from lm.storage import open_run_folder, resolve_path
 
 
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -18,7 +18,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.training.monitor import RESUMABLE
     from lm.training.trainer import train
 
-    return 0 if train(config, open_folder(args.workdir)) else RESUMABLE
+    return 0 if train(config, open_run_folder(args.workdir)) else RESUMABLE
 
 
 def launch(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -38,7 +38,7 @@ def sweep(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.tools.launching.run_sweep import dry_run, locked, run_sweep
     from lm.tools.launching.trials import Trials, run_search
 
-    folder, words = locate(args.workdir), tuple(args.command or ())
+    folder, words = resolve_path(args.workdir), tuple(args.command or ())
     if not isinstance(folder, Path):
         raise UserError("lm sweep: --workdir is a folder of this machine, or one that it mounts")
     loaded, runs = load_sweep(args.config, folder, overrides, words)
@@ -69,8 +69,8 @@ def merge(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.runs.merged_run import merge_run
 
     merge_run(
-        open_folder(args.workdir),
-        open_folder(args.to),
+        open_run_folder(args.workdir),
+        open_run_folder(args.to),
         args.average,
         overrides,
         print_on_primary_host,
@@ -83,7 +83,7 @@ def import_model(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.interop.import_export import import_run
     from lm.parallel.hosts import print_on_primary_host
 
-    import_run(Path(args.source), open_folder(args.workdir), overrides, print_on_primary_host)
+    import_run(Path(args.source), open_run_folder(args.workdir), overrides, print_on_primary_host)
     return 0
 
 
@@ -94,6 +94,6 @@ def export(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if overrides:
         raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
-    folders = open_folder(args.workdir), open_folder(args.to)
+    folders = open_run_folder(args.workdir), open_run_folder(args.to)
     export_run(*folders, args.average, args.best, args.dtype, print_on_primary_host)
     return 0

@@ -23,7 +23,7 @@ from lm.config.registry import Key
 from lm.config.rules import broken_rules
 from lm.config.schema import SCHEMA
 from lm.errors import UserError
-from lm.storage import AnyPath, locate
+from lm.storage import AnyPath, resolve_path
 
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
@@ -94,7 +94,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     `{path: text}` overrides applied."""
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
-        config = read_run_file(locate(spec))
+        config = read_run_file(resolve_path(spec))
     else:
         config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):

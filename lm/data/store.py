@@ -15,7 +15,7 @@ from lm.data.text.corpus import Corpus
 from lm.data.tokenization import tokenize
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.storage import Damaged, open_or_build, write_durably
+from lm.storage import DamagedFolder, open_or_build, write_durably
 
 _FORMAT = 3
 
@@ -135,7 +135,7 @@ def _open(folder: Path) -> TokenStore:
         tokens = map_array(folder / "tokens.bin", manifest.dtype, manifest.n_tokens)
         offsets = map_array(folder / "offsets.bin", "int64", manifest.n_documents + 1)
     except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return TokenStore(folder, manifest, tokens, offsets)
 
 
@@ -143,6 +143,6 @@ def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
     """A file of `length` numbers as an array, memory-mapped; Damaged if it has another size."""
     expected = length * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
-        raise Damaged(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
+        raise DamagedFolder(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
     # As a plain array: slicing a np.memmap costs several times as much.
     return np.memmap(path, dtype, mode="r").view(np.ndarray)

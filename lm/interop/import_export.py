@@ -31,7 +31,7 @@ from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import mean_params, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config, load_tokenizer
-from lm.storage import origin, write_atomically
+from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 
 _LONGEST = 1024  # tokens of an example, unless data.sequence_length says otherwise
@@ -59,7 +59,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     else:
         tokenizer = read_tokenizer(source)
         if tokenizer is not None:
-            config.data.tokenizer = f"run:{origin(workdir)}"
+            config.data.tokenizer = f"run:{storage_path(workdir)}"
     configs.validate(config)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(jax.devices()))
     params = found.params(make_mesh(sizes, jax.devices()))
@@ -158,7 +158,7 @@ def _check_empty(folder: Path) -> None:
 
 def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) -> str:
     n = sum(prod(parameter.shape) for parameter in found.parameters.values())
-    run = origin(workdir)
+    run = storage_path(workdir)
     lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]
     rows = found.config.vocab_size
     if tokenizer is None:

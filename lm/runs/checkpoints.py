@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from lm.errors import UserError
 from lm.parallel.hosts import is_primary_host
-from lm.storage import AnyPath, origin
+from lm.storage import AnyPath, storage_path
 from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
@@ -42,7 +42,7 @@ class Checkpoints:
             options: section "checkpoint" of the configuration.
             metadata: metadata of the run, written into every checkpoint.
         """
-        self._folder = origin(folder)
+        self._folder = storage_path(folder)
         self._metadata = metadata
         self._manager = ocp.CheckpointManager(
             self._folder,

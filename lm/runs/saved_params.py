@@ -23,7 +23,7 @@ from lm.optim.parameter_groups import LORA, flat, nested
 from lm.parallel.mesh import AXES
 from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
 from lm.runs.workdir import MERGED_OVERRIDES, load_config
-from lm.storage import AnyPath, is_whole, origin
+from lm.storage import AnyPath, is_committed, storage_path
 from lm.train_step import Params
 
 FlatParams = dict[str, jax.Array]
@@ -108,7 +108,7 @@ def restore_params(
     for path in sorted({*shapes, *found}):
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(
-                f"{path} is not as in the run in {origin(workdir)}: "
+                f"{path} is not as in the run in {storage_path(workdir)}: "
                 "leave its model configuration alone"
             )
     shardings = flat(experiment.state_sharding.params)
@@ -129,7 +129,7 @@ def saved_checkpoints(source: AnyPath, log: Log) -> list[SavedCheckpoint]:
         UserError: there is none.
     """
     found = []
-    for folder in _folders(origin(source)):
+    for folder in _folders(storage_path(source)):
         saved, problem = _attempt(partial(_open, folder))
         if on_all_hosts(saved is not None):
             found.append(saved)
@@ -185,7 +185,7 @@ def _folders(source: AnyPath) -> list[AnyPath]:
     if not source.is_dir() or (newest and not newest.isdigit()):
         return []
     numbered = (folder for folder in parent.iterdir() if folder.name.isdigit())
-    steps = (int(folder.name) for folder in numbered if is_whole(folder))
+    steps = (int(folder.name) for folder in numbered if is_committed(folder))
     kept = (step for step in steps if newest is None or step <= int(newest))
     return [parent / str(step) for step in sorted(kept, reverse=True)]
 

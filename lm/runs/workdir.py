@@ -18,7 +18,7 @@ from lm.config.experiment_file import plugin_metadata
 from lm.data.dataset import Dataset
 from lm.data.tokenizers.choice import Tokenizer, load_saved
 from lm.errors import UserError
-from lm.storage import origin, push, write_atomically
+from lm.storage import storage_path, upload_changes, write_atomically
 
 RUN_FILE = "run.json"
 
@@ -56,7 +56,7 @@ def prepare_workdir(
             workdir.mkdir(parents=True, exist_ok=True)
             dataset.tokenizer.save(workdir / "tokenizer")
             write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
-            push()
+            upload_changes()
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
     return metadata
@@ -65,7 +65,7 @@ def prepare_workdir(
 def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
     """Return the configuration of a run with overrides, `{path: text}`, applied."""
     if not (workdir / RUN_FILE).is_file():
-        raise UserError(f"no run in {origin(workdir)}: it has no {RUN_FILE}")
+        raise UserError(f"no run in {storage_path(workdir)}: it has no {RUN_FILE}")
     config = configs.read_run_file(workdir / RUN_FILE)
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
@@ -85,7 +85,7 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     metadata = _read(workdir)
     assert metadata is not None
     if tokenizer.digest != metadata["fingerprint"]["tokenizer"]:
-        raise UserError(f"the run in {origin(workdir)} was trained with another tokenizer")
+        raise UserError(f"the run in {storage_path(workdir)} was trained with another tokenizer")
 
 
 def _read(workdir: Path) -> dict[str, Any] | None:
@@ -94,20 +94,20 @@ def _read(workdir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
-        raise UserError(f"{origin(workdir / RUN_FILE)} is damaged: {error}") from None
+        raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged: {error}") from None
 
 
 def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     different = configs.differences(before["config"], now["config"])
     if different:
         raise UserError(
-            f"{origin(workdir)} holds a run of another configuration ({'; '.join(different)}); "
-            "use another --workdir"
+            f"{storage_path(workdir)} holds a run of another configuration "
+            f"({'; '.join(different)}); use another --workdir"
         )
     old, new = before["fingerprint"], now["fingerprint"]
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"changed since the run in {origin(workdir)} was started: {', '.join(changed)}; "
+            f"changed since the run in {storage_path(workdir)} was started: {', '.join(changed)}; "
             "restore the data, or use another --workdir"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lm.storage import push
+from lm.storage import upload_changes
 
 
 class MetricsFile:
@@ -134,7 +134,7 @@ class MetricsWriter:
         self._file.sync()
         if self._events is not None:
             self._events.flush()
-        push()
+        upload_changes()
 
     def close(self) -> None:
         """Close the files and the progress bar."""

@@ -17,7 +17,7 @@ from lm.parallel import sharding
 from lm.parallel.hosts import is_primary_host, print_on_primary_host
 from lm.runs.checkpoints import Checkpoints, Log
 from lm.runs.workdir import prepare_workdir
-from lm.storage import origin
+from lm.storage import storage_path
 from lm.train_step import TrainState
 from lm.training.loop import Loop, Outputs
 from lm.training.metrics import MetricsWriter
@@ -157,4 +157,4 @@ def _summarize(loop: Loop, clock: Clock, finished: bool, workdir: Path, log: Log
     if not finished:
         log(f"asked to stop: state saved at step {loop.step}; the same command continues")
         return
-    log(f"finished {loop.step} steps; run is in {origin(workdir)}")
+    log(f"finished {loop.step} steps; run is in {storage_path(workdir)}")

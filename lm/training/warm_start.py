@@ -19,7 +19,7 @@ from lm.experiment import Experiment
 from lm.optim.parameter_groups import LORA, flat, matching, nested
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
-from lm.storage import locate
+from lm.storage import resolve_path
 from lm.train_step import TrainState
 
 TOKENS = "tokens/embedding"  # the table of tokens of every family
@@ -48,7 +48,7 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
         return _with_vectors(experiment, state, tokenizer, log)
     if not options["from"]:
         return state
-    checkpoints = saved_checkpoints(locate(options["from"]), log)
+    checkpoints = saved_checkpoints(resolve_path(options["from"]), log)
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
     plan = map_parameters(options, params, checkpoints[0].shapes)
     _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)

@@ -12,7 +12,7 @@ from commands import arguments, evaluations, finish, losses, start
 from emulated_bucket import emulated_bucket
 
 from lm.cli import main
-from lm.storage import copies, locate, open_folder, origin, push
+from lm.storage import local_copies, open_run_folder, resolve_path, storage_path, upload_changes
 from lm.tools.launching.supervise import newest_checkpoint
 
 
@@ -48,14 +48,14 @@ def killed(bucket, experiment_file) -> str:
 
 def checkpoints(place: str) -> list[int]:
     """The steps of the whole checkpoints."""
-    files = locate(place).glob("checkpoints/*/commit_success.txt")
+    files = resolve_path(place).glob("checkpoints/*/commit_success.txt")
     return sorted(int(file.parent.name) for file in files if file.parent.name.isdigit())
 
 
 def test_a_killed_run_continues_from_the_bucket_and_changes_no_bit(killed, undisturbed):
-    assert losses(locate(killed)) == losses(undisturbed)
-    assert evaluations(locate(killed)) == evaluations(undisturbed)
-    names = {path.name for path in locate(killed).iterdir()}
+    assert losses(resolve_path(killed)) == losses(undisturbed)
+    assert evaluations(resolve_path(killed)) == evaluations(undisturbed)
+    names = {path.name for path in resolve_path(killed).iterdir()}
     assert {"run.json", "clock.json", "tokenizer", "checkpoints", "best"} <= names
 
 
@@ -68,7 +68,7 @@ def test_verbs_read_from_the_bucket_and_write_there(killed, undisturbed, one_dev
         assert printed[0] == printed[1]
     assert main(["report", f"--workdir={killed}"]) == 0
     assert f"{killed}/report/index.html" in capsys.readouterr().out
-    assert locate(f"{killed}/report/index.html").exists()
+    assert resolve_path(f"{killed}/report/index.html").exists()
     assert main(["merge", f"--workdir={killed}", f"--to={killed}-mean", "--average=2"]) == 0
     assert main(["eval", f"--workdir={killed}-mean"]) == 0
     assert main(["eval", "--best", f"--workdir={killed}"]) == 0
@@ -78,10 +78,10 @@ def test_a_run_starts_from_one_in_the_bucket(killed, experiment_file, tmp_path, 
     changes = {"init__from": killed, "data__tokenizer": f"run:{killed}", "train__steps": 2}
     assert main(arguments(experiment_file, tmp_path / "run", **changes)) == 0
     first = losses(tmp_path / "run")[1]
-    assert first < losses(locate(killed))[1] - 0.5
+    assert first < losses(resolve_path(killed))[1] - 0.5
     words = ["train", f"--config={killed}/run.json", f"--workdir={killed}-again"]
     assert main([*words, "--config.train.steps=2"]) == 0
-    assert losses(locate(f"{killed}-again"))[1] == losses(locate(killed))[1]
+    assert losses(resolve_path(f"{killed}-again"))[1] == losses(resolve_path(killed))[1]
 
 
 def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(
@@ -89,17 +89,17 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(
 ):
     place = f"{bucket}/damaged/run"
     assert main(arguments(experiment_file, place, train__stop_at=14)) == 75
-    (parts,) = locate(f"{place}/checkpoints/14/state").glob("ocdbt.process_0/d")
+    (parts,) = resolve_path(f"{place}/checkpoints/14/state").glob("ocdbt.process_0/d")
     largest = max(parts.iterdir(), key=lambda file: file.stat().length)
     largest.write_bytes(largest.read_bytes()[:100])
     assert main(arguments(experiment_file, place, train__stop_at=16)) == 75
     said = capsys.readouterr().err
     assert "checkpoint 14 is damaged" in said
     assert "continuing from step 12" in said
-    assert locate(f"{place}/damaged/14").is_dir()
+    assert resolve_path(f"{place}/damaged/14").is_dir()
     assert checkpoints(place)[-2:] == [12, 16]
-    locate(f"{place}/checkpoints/16/commit_success.txt").unlink()  # as of a save that was cut
-    assert newest_checkpoint(locate(place)) == 12
+    resolve_path(f"{place}/checkpoints/16/commit_success.txt").unlink()  # as of a save that was cut
+    assert newest_checkpoint(resolve_path(place)) == 12
     assert main(["eval", f"--workdir={place}", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["step"] == 12
@@ -112,34 +112,34 @@ def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed
     launch = ["launch", "--processes", "2", "--", *words, "--cpu_devices", "2"]
     finish(start(launch), code=75)
     assert checkpoints(place) == [6, 12]
-    expected, found = losses(undisturbed), losses(locate(place))
+    expected, found = losses(undisturbed), losses(resolve_path(place))
     assert found == pytest.approx({step: expected[step] for step in range(1, 13)}, rel=1e-5)
 
 
 def test_what_changed_is_sent_once(bucket):
-    folder = open_folder(f"{bucket}/copy")
-    assert open_folder(f"{bucket}/copy/") == folder
+    folder = open_run_folder(f"{bucket}/copy")
+    assert open_run_folder(f"{bucket}/copy/") == folder
     (folder / "a").write_text("1")
     (folder / "eval").mkdir()
     (folder / "eval" / "b").write_text("2")
-    push()
-    assert locate(f"{bucket}/copy/eval/b").read_text() == "2"
-    assert origin(folder / "eval") == locate(f"{bucket}/copy/eval")
-    locate(f"{bucket}/copy/a").write_text("of another process")
+    upload_changes()
+    assert resolve_path(f"{bucket}/copy/eval/b").read_text() == "2"
+    assert storage_path(folder / "eval") == resolve_path(f"{bucket}/copy/eval")
+    resolve_path(f"{bucket}/copy/a").write_text("of another process")
     (folder / "eval" / "b").write_text("two")
-    push()
-    assert locate(f"{bucket}/copy/a").read_text() == "of another process"
-    assert locate(f"{bucket}/copy/eval/b").read_text() == "two"
-    with copies():
+    upload_changes()
+    assert resolve_path(f"{bucket}/copy/a").read_text() == "of another process"
+    assert resolve_path(f"{bucket}/copy/eval/b").read_text() == "two"
+    with local_copies():
         (folder / "c").write_text("3")
     assert not folder.exists()
-    assert locate(f"{bucket}/copy/c").read_text() == "3"
+    assert resolve_path(f"{bucket}/copy/c").read_text() == "3"
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3://runs/x", "a folder, or a bucket's gs://BUCKET/PATH"),
+        ("s3://runs/x", "expected a local folder or gs://BUCKET/PATH"),
         ("gs://no-such-bucket/x", "gs://no-such-bucket/x: FileNotFoundError"),
     ],
 )

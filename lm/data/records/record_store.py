@@ -21,7 +21,7 @@ from lm.data.records.record_sources import TEXT_ROLES, Fields, Records
 from lm.data.store import map_array
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.storage import Damaged, open_or_build, write_durably
+from lm.storage import DamagedFolder, open_or_build, write_durably
 
 _FORMAT = 1
 
@@ -206,5 +206,5 @@ def _open(folder: Path) -> RecordStore:
             arrays[f"{name}.offsets"] = offsets
             arrays[name] = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]))
     except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))

@@ -16,7 +16,7 @@ from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sente
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
-from lm.storage import Damaged, cache_directory, open_folder, open_or_build
+from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder
 
 __all__ = ["FITTED", "Tokenizer", "choose_tokenizer", "load_saved", "train_sentencepiece"]
 
@@ -45,7 +45,7 @@ def load_saved(directory: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; UserError if there is none or it was changed."""
     try:
         return _read(Path(directory))
-    except Damaged as damage:
+    except DamagedFolder as damage:
         raise UserError(f"no intact tokenizer in {directory} ({damage})") from damage
 
 
@@ -62,7 +62,7 @@ def choose_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
         case _, False if kind in FITTED:
             return _fitted(kind, data, tuple(training))
         case "run", True:
-            return load_saved(open_folder(path) / "tokenizer")
+            return load_saved(open_run_folder(path) / "tokenizer")
         case "words", True:
             return _word_list(path, data)
         case "sentencepiece", True:
@@ -124,7 +124,7 @@ def _read(folder: Path) -> Tokenizer:
         files = {name: (folder / name).read_bytes() for name in about["files"]}
         tokenizer = _KINDS[about["kind"]].from_files(files)
     except (OSError, ValueError, KeyError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     if tokenizer.digest != about["digest"]:
-        raise Damaged("its files are not those that were saved")
+        raise DamagedFolder("its files are not those that were saved")
     return tokenizer

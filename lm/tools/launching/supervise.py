@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError
-from lm.storage import AnyPath, is_whole, locate
+from lm.storage import AnyPath, is_committed, resolve_path
 from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
 from lm.training.monitor import RESUMABLE, StopRequest, stop_requests
 
@@ -163,12 +163,12 @@ def newest_checkpoint(workdir: AnyPath | None) -> int | None:
     if workdir is None:
         return None
     numbered = (f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())
-    return max((int(f.name) for f in numbered if is_whole(f)), default=None)
+    return max((int(f.name) for f in numbered if is_committed(f)), default=None)
 
 
 def _workdir(words: Sequence[str]) -> AnyPath | None:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--workdir":
-            return locate(value if equals else following)
+            return resolve_path(value if equals else following)
     return None
