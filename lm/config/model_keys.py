@@ -15,6 +15,13 @@ MODEL_KEYS: dict[str, Key] = {
     "model.d_ff": Key(0, "Width of the feed-forward layer; 0: 4 d_model.", low=0),
     "model.vocab_size": Key(0, "Rows of the token table; 0: the tokenizer's size.", low=0),
     "model.max_length": Key(0, "Longest context; 0: data.sequence_length.", low=0),
+    "model.residual": Key(
+        "sum",
+        "How a block's output h joins the residual stream H: H + h, or concat(H, h W), which makes "
+        "each block wider than the one before it by concat_width.",
+        choices=("sum", "concat"),
+    ),
+    "model.concat_width": Key(32, "Columns g of W [d_model, g] of model.residual=concat.", low=1),
     "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=0.0, high=1.0),
     "model.norm_placement": Key(
@@ -87,6 +94,9 @@ MODEL_KEYS: dict[str, Key] = {
     "model.experts_per_token": Key(2, "Experts that a token uses: 1 Switch, 2 Mixtral.", low=1),
     "model.experts_every": Key(
         1, "Every so many layers the last one has experts; the others are plain.", low=1
+    ),
+    "model.dense_layers": Key(
+        0, "Layers before the first one with experts, all of them plain (DeepSeek).", low=0
     ),
     "model.expert_capacity": Key(
         0.0,

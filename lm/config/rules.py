@@ -163,6 +163,12 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             "--config.model.n_decoder_layers must be --config.model.n_layers for "
             "lstm_encoder_decoder: each layer starts from the state of its encoder layer"
         )
+    if model.residual == "concat" and not transformer:
+        yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
+    if model.residual == "concat" and model.norm_placement == "post":
+        yield "--config.model.residual=concat needs --config.model.norm_placement=pre or both"
+    if model.dense_layers and not model.n_experts:
+        yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
     yield from _window_rules(config)
     problem = tiled_attention_problem(config)
     if model.attention == "tiled" and problem:
@@ -190,9 +196,17 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.n_experts={model.n_experts}"
         )
     for name in ("n_layers", "n_decoder_layers"):
-        if model[name] % model.experts_every:
+        if not model[name]:
+            continue
+        if model.dense_layers >= model[name]:
             yield (
-                f"--config.model.{name}={model[name]} is not divisible by "
+                f"--config.model.dense_layers={model.dense_layers} leaves no layer with experts: "
+                f"--config.model.{name}={model[name]}"
+            )
+        elif (model[name] - model.dense_layers) % model.experts_every:
+            less = " less --config.model.dense_layers" if model.dense_layers else ""
+            yield (
+                f"--config.model.{name}={model[name]}{less} is not divisible by "
                 f"--config.model.experts_every={model.experts_every}"
             )
     if model.activation_dropout:

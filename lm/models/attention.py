@@ -1,46 +1,116 @@
-"""Multi-head attention with grouped key/value heads: to the own sequence, or to an encoder's.
+"""Token mixers: multi-head attention with grouped key/value heads, and the interface of others.
 
-Shape letters: B batch, L queries, S keys, D model, H heads, G key/value heads, K head dim.
+Shape letters: B batch, L query length, S key length, D model, W width of the input, H heads,
+G key/value heads, K head dim, N layers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask, Dropout
-from lm.models.cache import KeyValue, write
+from lm.models.cache import CrossKeyValue, write
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel.sharding import constrain
 
+KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [N, B, S, G, K]
 
-class Attention(nn.Module):
-    """Queries of x, keys and values of x or of a source."""
+
+@flax.struct.dataclass
+class MixerInputs:
+    """Inputs of a token mixer beside the tokens.
+
+    Attributes:
+        mask: visible keys. `segments_BL` are the segment ids of the tokens, 0 for padding; `offset`
+            is the cache slot of the first; the mask knows the window of the layer.
+        angles_BLK: RoPE angles of the tokens.
+        bias_HLS: position bias of the scores.
+    """
+
+    mask: AttentionMask
+    angles_BLK: jax.Array | None = None
+    bias_HLS: jax.Array | None = None
+
+
+class TokenMixer(nn.Module):
+    """Interface of the sublayer that moves information between tokens; it brings its own cache.
+
+    `MIXERS` has them by name, and `LayerType.mixer` chooses one for each layer. Cached decoding,
+    of any number of tokens at a time, must give what the full sequence gives.
+
+    Attributes:
+        config: configuration of the stack.
+        deterministic: True turns dropout off.
+        width: width W of the input; the output is `config.d_model` wide.
+    """
 
     config: TransformerConfig
     deterministic: bool
-    kernel: str
+    width: int
+
+    @classmethod
+    def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
+        """Return an empty cache: any pytree of arrays [n_layers, batch, …]."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """Mix tokens.
+
+        Args:
+            x_BLW: normalized tokens.
+            inputs: mask, RoPE angles and position bias.
+            cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write`
+                writes the entries of one layer without a copy of the others.
+            layer: index of this layer in the cache.
+
+        Returns:
+            Output [B, L, D], and the cache with these tokens.
+        """
+        raise NotImplementedError
+
+
+class DotProductAttention(nn.Module):
+    """Projections of multi-head attention (Vaswani et al. 2017, §3.2), and their use.
+
+    Attributes:
+        config: configuration of the stack.
+        deterministic: True turns dropout off.
+        width: width of the input of queries.
+        source_width: width of the input of keys and values; 0: `width`.
+    """
+
+    config: TransformerConfig
+    deterministic: bool
+    width: int
+    source_width: int = 0
 
     def setup(self) -> None:
         c = self.config
+        source_width = self.source_width or self.width
         # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
         unscaled = c.init == "fan_in" and c.attention_scale == 1
-        query_std = c.std(c.d_model, c.n_heads * c.head_dim) * (
+        query_std = c.std(self.width, c.n_heads * c.head_dim) * (
             c.base_head_dim**-0.5 if unscaled else 1.0
         )
-        key_std = c.std(c.d_model, c.n_kv_heads * c.head_dim)
+        key_std = c.std(source_width, c.n_kv_heads * c.head_dim)
 
-        def heads(n: int, axis: str, std: float) -> Linear:
+        def heads(width: int, n: int, axis: str, std: float) -> Linear:
             init, names = c.kernel_init(std), ("embed", axis, "head_dim")
-            return Linear((c.d_model,), (n, c.head_dim), names, c.query_bias, init, c.dtype)
+            return Linear((width,), (n, c.head_dim), names, c.query_bias, init, c.dtype)
 
-        self.query = heads(c.n_heads, "heads", query_std)
-        self.key = heads(c.n_kv_heads, "kv_heads", key_std)
-        self.value = heads(c.n_kv_heads, "kv_heads", key_std)
+        self.query = heads(self.width, c.n_heads, "heads", query_std)
+        self.key = heads(source_width, c.n_kv_heads, "kv_heads", key_std)
+        self.value = heads(source_width, c.n_kv_heads, "kv_heads", key_std)
         self.out = Linear(
             (c.n_heads, c.head_dim),
             (c.d_model,),
@@ -52,57 +122,30 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.query_norm, self.key_norm = make_norm(c), make_norm(c)
 
-    def queries(self, x_BLD: jax.Array) -> jax.Array:
-        """[B, L, H, K], normalised over each head if the model does that (Henry et al. 2020)."""
-        q_BLHK = self.query(x_BLD)
+    def queries(self, x_BLW: jax.Array) -> jax.Array:
+        """Return queries [B, L, H, K], normalized per head with `qk_norm` (Henry et al. 2020)."""
+        q_BLHK = self.query(x_BLW)
         if self.config.qk_norm:
             q_BLHK = self.query_norm(q_BLHK)
         q_BLHK *= jnp.asarray(self.config.query_multiplier, q_BLHK.dtype)
         return constrain(q_BLHK, "batch", "length", "heads", "head_dim")
 
-    def keys_values(self, source_BSD: jax.Array) -> KeyValue:
-        """What the queries attend to, [B, S, G, K] each."""
+    def keys_values(self, source_BSW: jax.Array) -> KeyValue:
+        """Return keys and values, [B, S, G, K] each."""
         names = ("batch", "length", "kv_heads", "head_dim")
-        k_BSGK = self.key(source_BSD)
+        k_BSGK = self.key(source_BSW)
         if self.config.qk_norm:
             k_BSGK = self.key_norm(k_BSGK)
-        return constrain(k_BSGK, *names), constrain(self.value(source_BSD), *names)
-
-    def to_itself(
-        self,
-        x_BLD: jax.Array,
-        visibility: AttentionMask,
-        angles_BLK: jax.Array | None,
-        bias_HLS: jax.Array | None,
-        all_layers: KeyValue | None,
-        layer: jax.Array | None,
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Self-attention [B, L, D]; when decoding, of layer number `layer` to its tokens so far,
-        and the keys and values of all layers with it."""
-        q_BLHK = self.queries(x_BLD)
-        keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLD)
-        if angles_BLK is not None:
-            q_BLHK = rotate(q_BLHK, angles_BLK)
-            keys_values = rotate(k_BSGK, angles_BLK), v_BSGK
-        if all_layers is not None:
-            assert layer is not None
-            all_layers, keys_values = write(all_layers, layer, visibility.offset, keys_values)
-        return self._attend(q_BLHK, keys_values, visibility, bias_HLS), all_layers
-
-    def to_source(
-        self, x_BLD: jax.Array, keys_values: KeyValue, visibility: AttentionMask
-    ) -> jax.Array:
-        """Cross-attention [B, L, D] to what `keys_values` made of an encoder's output."""
-        q_BLHK = self.queries(x_BLD)
-        return self._attend(q_BLHK, keys_values, visibility, None)
+        return constrain(k_BSGK, *names), constrain(self.value(source_BSW), *names)
 
     def _attend(
         self,
         q_BLHK: jax.Array,
         keys_values: KeyValue,
-        visibility: AttentionMask,
-        bias_HLS: jax.Array | None,
+        mask: AttentionMask,
+        bias_HLS: jax.Array | None = None,
     ) -> jax.Array:
+        """Return the projected output of the heads, [B, L, D]."""
         c = self.config
         dropout = None
         if c.attention_dropout and not self.deterministic:
@@ -110,8 +153,8 @@ class Attention(nn.Module):
         o_BLHK = attend(
             q_BLHK,
             *keys_values,
-            visibility,
-            kernel=self.kernel,
+            mask,
+            kernel=c.attention,
             across=c.context_attention,
             scale=c.score_scale,
             softcap=c.attention_softcap,
@@ -119,3 +162,42 @@ class Attention(nn.Module):
             dropout=dropout,
         )
         return self.out(o_BLHK)
+
+
+class Attention(DotProductAttention, TokenMixer):
+    """Self-attention; its cache holds keys and values of all tokens so far."""
+
+    @classmethod
+    def init_cache(
+        cls, config: TransformerConfig, n_layers: int, batch: int, length: int
+    ) -> KeyValue:
+        """Return empty keys and values, [N, B, S, G, K] each."""
+        shape = (n_layers, batch, length, config.n_kv_heads, config.head_dim)
+        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+    def __call__(
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """Attend to the tokens themselves and those in the cache."""
+        q_BLHK = self.queries(x_BLW)
+        keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
+        if inputs.angles_BLK is not None:
+            q_BLHK = rotate(q_BLHK, inputs.angles_BLK)
+            keys_values = rotate(k_BSGK, inputs.angles_BLK), v_BSGK
+        if cache is not None:
+            assert layer is not None
+            cache, keys_values = write(cache, layer, keys_values, inputs.mask.offset)
+        return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), cache
+
+
+class CrossAttention(DotProductAttention):
+    """Attention to an encoder's output, whose keys and values are computed once."""
+
+    def __call__(
+        self, x_BLW: jax.Array, keys_values: CrossKeyValue, mask: AttentionMask
+    ) -> jax.Array:
+        """Attend to what `keys_values` computed from the source, [B, L, D]."""
+        return self._attend(self.queries(x_BLW), keys_values, mask)
+
+
+MIXERS: dict[str, type[TokenMixer]] = {"attention": Attention}

@@ -1,107 +1,101 @@
-"""The key/value cache of incremental decoding, an explicit value that the model takes and returns.
+"""Decoding cache of a Transformer, an explicit value that the model takes and returns.
 
 Shape letters: N layers, B batch, S cache length, T source length, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-KeyValue = tuple[jax.Array, jax.Array]
+Tree = TypeVar("Tree")
+CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; of several layers [N, B, T, G, K]
 
 
 @flax.struct.dataclass
-class Source:
-    """What cross-attention sees: every layer's keys and values of an encoded source."""
+class CrossCache:
+    """Keys and values of an encoded source, of all layers, and its segment ids."""
 
-    keys_NBTGK: jax.Array
-    values_NBTGK: jax.Array
-    segment_ids_BT: jax.Array
+    keys_values: CrossKeyValue
+    segment_ids_BS: jax.Array
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far; `index` of them are filled in every row.
+    """Caches of all token mixers of a stack.
 
-    `segment_ids_BS` is 0 where a slot is padding or not yet written: no query sees it.
+    Attributes:
+        mixers: by name of the mixer a pytree of its own making, whose leaves are [N, B, …], N being
+            the number of layers with this mixer (`TokenMixer.init_cache`).
+        segment_ids_BS: segment ids of the cached tokens; 0 where a slot is padding or not yet
+            written, which no query sees.
+        index: number of slots that are written, in every row.
+        source: keys and values of cross-attention.
     """
 
-    keys_NBSGK: jax.Array
-    values_NBSGK: jax.Array
+    mixers: dict[str, Any]
     segment_ids_BS: jax.Array
     index: jax.Array
-    source: Source | None = None
+    source: CrossCache | None = None
 
-    @property
-    def own(self) -> KeyValue:
-        """Keys and values of the tokens so far, of all layers."""
-        return self.keys_NBSGK, self.values_NBSGK
-
-    @property
-    def of_source(self) -> KeyValue | None:
-        """Keys and values of the source, of all layers."""
-        source = self.source
-        return None if source is None else (source.keys_NBTGK, source.values_NBTGK)
-
-    def after(
+    def advance(
         self,
-        own: KeyValue,
+        mixers: dict[str, Any],
         length: int,
-        of_source: KeyValue | None,
-        source_segments_BT: jax.Array | None,
+        source: CrossKeyValue | None,
+        source_segments_BS: jax.Array | None,
     ) -> Cache:
-        """The cache after `length` more tokens, and the source if the layers have just read it."""
-        source = self.source
-        if of_source is not None:
-            assert source_segments_BT is not None
-            source = Source(*of_source, source_segments_BT)
-        return Cache(*own, self.segment_ids_BS, self.index + length, source)
+        """Return the cache after `length` more tokens, with the source if it was just encoded."""
+        cross = self.source
+        if source is not None:
+            assert source_segments_BS is not None
+            cross = CrossCache(source, source_segments_BS)
+        return Cache(mixers, self.segment_ids_BS, self.index + length, cross)
 
     def take(self, rows: jax.Array) -> Cache:
-        """The cache whose row i is this one's row `rows[i]`: what a beam search goes on with."""
-        return jax.tree.map(
-            # Batch is the first axis of segment ids, and the second after the layers.
-            lambda x: x if x.ndim == 0 else jnp.take(x, rows, axis=int(x.ndim == 5)),
-            self,
+        """Return the cache whose row i is row `rows[i]` of this one, as beam search needs."""
+
+        def take(axis: int, tree: Tree) -> Tree:
+            return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), tree)
+
+        source = self.source
+        if source is not None:
+            source = CrossCache(take(1, source.keys_values), take(0, source.segment_ids_BS))
+        return Cache(take(1, self.mixers), take(0, self.segment_ids_BS), self.index, source)
+
+    def with_segments(self, segment_ids_BL: jax.Array) -> Cache:
+        """Return the cache with the segment ids of the tokens that are about to be written."""
+        written = lax.dynamic_update_slice(
+            self.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, self.index)
         )
-
-
-def empty_cache(
-    n_layers: int, batch: int, length: int, n_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> Cache:
-    """A cache with room for `length` tokens a row."""
-    shape = (n_layers, batch, length, n_kv_heads, head_dim)
-    return Cache(
-        keys_NBSGK=jnp.zeros(shape, dtype),
-        values_NBSGK=jnp.zeros(shape, dtype),
-        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-    )
+        return self.replace(segment_ids_BS=written)  # type: ignore[attr-defined,no-any-return]
 
 
 def write(
-    all_layers: KeyValue, layer: jax.Array, start: jax.Array | int, new: KeyValue
-) -> tuple[KeyValue, KeyValue]:
-    """All layers' keys and values with the `new` ones [B, L, G, K] of a layer from slot `start` on,
-    and that layer's alone [B, S, G, K].
+    cache: Tree, layer: jax.Array | int, new: Tree, start: jax.Array | int | None = None
+) -> tuple[Tree, Tree]:
+    """Write the new cache entries of one layer, in place where the compiler can.
 
-    The layers hand all of them on: written in place, where a slice for each layer would be copied.
+    All layers pass the whole cache on: a slice for each layer would be copied.
+
+    Args:
+        cache: pytree of arrays [N, B, …].
+        layer: number of the layer.
+        new: the same pytree of arrays [B, L, …]; without `start` [B, …].
+        start: slot that the L new entries begin at; None: all of a layer is written.
+
+    Returns:
+        The cache, and the entries of the layer alone, [B, …].
     """
 
-    def written(all_NBSGK: jax.Array, new_BLGK: jax.Array) -> jax.Array:
-        new_1BLGK = new_BLGK[None].astype(all_NBSGK.dtype)
-        return lax.dynamic_update_slice(all_NBSGK, new_1BLGK, (layer, 0, start, 0, 0))
+    def write_leaf(cache_NB: jax.Array, new_B: jax.Array) -> jax.Array:
+        at = (layer, 0) if start is None else (layer, 0, start)
+        zeros = (0,) * (cache_NB.ndim - len(at))
+        return lax.dynamic_update_slice(cache_NB, new_B[None].astype(cache_NB.dtype), (*at, *zeros))
 
-    keys, values = map(written, all_layers, new)
-    return (keys, values), (keys[layer], values[layer])
-
-
-def write_segments(cache: Cache, segment_ids_BL: jax.Array) -> Cache:
-    """The cache with the segments of the tokens that are about to be written."""
-    written = lax.dynamic_update_slice(
-        cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.index)
-    )
-    return cache.replace(segment_ids_BS=written)  # type: ignore[attr-defined]
+    cache = jax.tree.map(write_leaf, cache, new)
+    return cache, jax.tree.map(lambda x: x[layer], cache)

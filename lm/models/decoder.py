@@ -1,4 +1,4 @@
-"""The decoder-only language model: embeddings, a causal stack, logits.
+"""Decoder-only language model: embeddings, a causal stack, logits.
 
 Shape letters: B batch, L length, D model, V vocabulary.
 """
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.base import Model
-from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.transformer import Stack
+from lm.models.cache import Cache
+from lm.models.transformer import Stack, init_cache
 
 
 class Decoder(Model):
-    """Next-token logits of a batch of token sequences."""
+    """Decoder-only Transformer."""
 
     def setup(self) -> None:
         super().setup()
@@ -28,11 +28,7 @@ class Decoder(Model):
         segment_ids_BL: jax.Array | None = None,
         prefix_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, L, V] in float32.
-
-        Positions default to 0 … L-1, segments to one a row; tokens see their own segment only,
-        and of what comes after them only a prefix.
-        """
+        """Return the logits [B, L, V] of the next tokens, float32; arguments as for `hidden`."""
         return self.logits(
             self.hidden(tokens_BL, positions_BL, segment_ids_BL, prefix_BL=prefix_BL)
         )
@@ -45,10 +41,18 @@ class Decoder(Model):
         types_BL: jax.Array | None = None,
         prefix_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """What the logits are made of, [B, L, D]."""
+        """Return the hidden states that the logits are computed from, [B, L, D].
+
+        Args:
+            tokens_BL: token ids.
+            positions_BL: positions; default 0 … L-1.
+            segment_ids_BL: segments, which do not see each other; default one a row.
+            types_BL: token types.
+            prefix_BL: true for tokens that earlier ones of their segment see too.
+        """
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
-        visibility = AttentionMask(True, segment_ids_BL, prefix_BS=prefix_BL)
-        return self.stack(x_BLD, positions_BL, visibility)[0]
+        mask = AttentionMask(True, segment_ids_BL, prefix_BS=prefix_BL)
+        return self.stack(x_BLD, positions_BL, mask)[0]
 
     def decode(
         self,
@@ -58,23 +62,22 @@ class Decoder(Model):
         cache: Cache,
         prefix_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them.
+        """Return the logits [B, L, V] of tokens after those in the cache, and the cache with them.
 
-        `prefix_BL` marks tokens that see one another whatever their order; the first call only.
+        `prefix_BL`, in the first call only, marks tokens that earlier ones see too.
         """
-        cache = write_segments(cache, segment_ids_BL)
+        cache = cache.with_segments(segment_ids_BL)
         if prefix_BL is not None:
             room = cache.segment_ids_BS.shape[1] - prefix_BL.shape[1]
             prefix_BL = jnp.pad(prefix_BL, ((0, 0), (0, room)))
-        visibility = AttentionMask(
+        mask = AttentionMask(
             True, segment_ids_BL, cache.segment_ids_BS, cache.index, prefix_BS=prefix_BL
         )
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
-        x_BLD, after = self.stack(x_BLD, positions_BL, visibility, cache)
+        x_BLD, after = self.stack(x_BLD, positions_BL, mask, cache)
         assert after is not None
         return self.logits(x_BLD), after
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `batch` rows of up to `length` tokens."""
-        c = self.config
-        return empty_cache(c.n_layers, batch, length, c.n_kv_heads, c.head_dim, c.dtype)
+        """Return a cache for `batch` rows of up to `length` tokens."""
+        return init_cache(self.config, self.config.n_layers, batch, length)

@@ -1,4 +1,4 @@
-"""The encoder: every token sees every other; what it predicts are masked tokens.
+"""Encoder: every token sees every other one of its segment; masked tokens are predicted.
 
 Shape letters: B batch, L length, P predictions, D model, V vocabulary.
 """
@@ -16,7 +16,7 @@ from lm.models.transformer import Stack
 
 
 class Encoder(Model):
-    """BERT (Devlin 2018) and its relatives."""
+    """Encoder-only Transformer: BERT (Devlin et al. 2018) and its relatives."""
 
     def setup(self) -> None:
         super().setup()
@@ -33,7 +33,7 @@ class Encoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, L, V] of every token, float32."""
+        """Return the logits [B, L, V] of every token, float32."""
         return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL, types_BL))
 
     def hidden(
@@ -43,17 +43,17 @@ class Encoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """The encoded tokens, [B, L, D]; tokens see their own segment."""
+        """Return the encoded tokens, [B, L, D]; tokens see their own segment."""
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
         return self.stack(x_BLD, positions_BL, AttentionMask(False, segment_ids_BL))[0]
 
     def logits(self, x_BPD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, P, V]: a layer, its norm, the output matrix and a bias."""
+        """Return logits [B, P, V]: a dense layer, its norm, the output matrix and a bias."""
         c = self.config
         act = ACTIVATIONS["gelu_tanh" if c.activation in GATED else c.activation]
         x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
         return self.logit_bias(super().logits(x_BPD))
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """tanh of a layer over the first token, [B, D]."""
+        """Return the pooled first token, tanh of a dense layer, [B, D]."""
         return jnp.tanh(self.pooler(x_BLD[:, 0]))

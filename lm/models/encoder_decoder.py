@@ -1,4 +1,4 @@
-"""The encoder–decoder: an encoder reads the source, a causal decoder writes the target.
+"""Encoder-decoder: an encoder reads the source, a causal decoder predicts the target.
 
 Shape letters: B batch, S source length, L target length, D model, V vocabulary.
 """
@@ -12,12 +12,15 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.base import Model
-from lm.models.cache import Cache, empty_cache, write_segments
-from lm.models.transformer import Stack
+from lm.models.cache import Cache
+from lm.models.transformer import Stack, init_cache
 
 
 class EncoderDecoder(Model):
-    """The Transformer (Vaswani 2017), T5 (Raffel 2020) and their relatives; one token table."""
+    """The Transformer (Vaswani et al. 2017), T5 (Raffel et al. 2020) and their relatives.
+
+    Source and target share the token embeddings.
+    """
 
     def setup(self) -> None:
         super().setup()
@@ -27,13 +30,11 @@ class EncoderDecoder(Model):
 
     @property
     def n_decoder_layers(self) -> int:
+        """Number of decoder layers."""
         return self.config.n_decoder_layers or self.config.n_layers
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """Logits [B, L, V] of the token after each target token, float32.
-
-        The inputs are those of `decoder_hidden`.
-        """
+        """Return the logits [B, L, V] of the next targets, float32, as `decoder_hidden` reads."""
         return self.logits(self.decoder_hidden(*inputs))
 
     def decoder_hidden(
@@ -45,10 +46,17 @@ class EncoderDecoder(Model):
         source_positions_BS: jax.Array | None = None,
         target_positions_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """What the logits are made of, [B, L, D].
+        """Return the hidden states that the logits are computed from, [B, L, D].
 
-        A target sees the sources and the earlier targets of its own segment; 0 is padding. Without
-        segments all is one.
+        A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
+
+        Args:
+            source_BS: source token ids.
+            targets_BL: target token ids.
+            source_segments_BS: segments of the source; default one a row.
+            target_segments_BL: segments of the target; default one a row.
+            source_positions_BS: positions; default 0 … S-1.
+            target_positions_BL: positions; default 0 … L-1.
         """
         if source_segments_BS is None:
             source_segments_BS = jnp.ones_like(source_BS)
@@ -72,10 +80,9 @@ class EncoderDecoder(Model):
         source_segments_BS: jax.Array,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """The encoded source, [B, S, D]."""
+        """Return the encoded source, [B, S, D]."""
         x_BSD, positions_BS = self.embed(source_BS, positions_BS)
-        visibility = AttentionMask(False, source_segments_BS)
-        return self.encoder(x_BSD, positions_BS, visibility)[0]
+        return self.encoder(x_BSD, positions_BS, AttentionMask(False, source_segments_BS))[0]
 
     def hidden(
         self,
@@ -84,29 +91,24 @@ class EncoderDecoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """For classification: the text goes into encoder and decoder (Lewis 2020, §3.1)."""
+        """Return hidden states for classification; encoder and decoder read the text (BART)."""
         segments_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
         encoded_BLD = self.encode(tokens_BL, segments_BL, positions_BL)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
-        seen = AttentionMask(True, segments_BL)
-        return self.decoder(x_BLD, positions_BL, seen, None, encoded_BLD, segments_BL)[0]
+        mask = AttentionMask(True, segments_BL)
+        return self.decoder(x_BLD, positions_BL, mask, None, encoded_BLD, segments_BL)[0]
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
-        """A cache for targets of up to `length` tokens that has read the source."""
-        c = self.config
-        empty = empty_cache(
-            self.n_decoder_layers, len(source_BS), length, c.n_kv_heads, c.head_dim, c.dtype
-        )
-        # The layers read the source while a token passes through them, which is then forgotten.
+        """Return a cache for targets of up to `length` tokens that holds the encoded source."""
+        empty = init_cache(self.config, self.n_decoder_layers, len(source_BS), length)
+        # The layers read the source while a token passes through them, which is then dropped.
         ones = jnp.ones((len(source_BS), 1), jnp.int32)
         x_BLD, positions_BL = self.embed(ones, ones)
-        visibility = AttentionMask(True, ones, empty.segment_ids_BS)
+        mask = AttentionMask(True, ones, empty.segment_ids_BS)
         encoded_BSD = self.encode(source_BS, source_segments_BS)
-        _, cache = self.decoder(
-            x_BLD, positions_BL, visibility, empty, encoded_BSD, source_segments_BS
-        )
+        _, cache = self.decoder(x_BLD, positions_BL, mask, empty, encoded_BSD, source_segments_BS)
         assert cache is not None
-        return replace(cache, index=empty.index)
+        return replace(empty, source=cache.source)
 
     def decode(
         self,
@@ -115,10 +117,10 @@ class EncoderDecoder(Model):
         segment_ids_BL: jax.Array,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them."""
-        cache = write_segments(cache, segment_ids_BL)
-        visibility = AttentionMask(True, segment_ids_BL, cache.segment_ids_BS, cache.index)
+        """Return logits [B, L, V] of tokens after those in the cache, and the cache with them."""
+        cache = cache.with_segments(segment_ids_BL)
+        mask = AttentionMask(True, segment_ids_BL, cache.segment_ids_BS, cache.index)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
-        x_BLD, after = self.decoder(x_BLD, positions_BL, visibility, cache)
+        x_BLD, after = self.decoder(x_BLD, positions_BL, mask, cache)
         assert after is not None
         return self.logits(x_BLD), after

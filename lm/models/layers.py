@@ -174,11 +174,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        c = self.config
+        c, width = self.config, x_BLD.shape[-1]
 
         def wide(name: str) -> jax.Array:
-            init, names = c.kernel_init(c.std(c.d_model, c.d_ff)), ("embed", "mlp")
-            linear = Linear((c.d_model,), (c.d_ff,), names, c.bias, init, c.dtype, name=name)
+            init, names = c.kernel_init(c.std(width, c.d_ff)), ("embed", "mlp")
+            linear = Linear((width,), (c.d_ff,), names, c.bias, init, c.dtype, name=name)
             return constrain(linear(x_BLD), "batch", "length", "mlp")
 
         act = ACTIVATIONS[c.activation]

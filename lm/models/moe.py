@@ -75,9 +75,9 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
-        init = c.kernel_init(c.output_std(c.n_experts))
+        init = c.kernel_init(c.output_std(c.n_experts, x_BLD.shape[-1]))
         # Small enough to be whole on every device: gathering it would cost more than it saves.
-        shape, names = (c.d_model, c.n_experts), ("router_inputs", "router")
+        shape, names = (x_BLD.shape[-1], c.n_experts), ("router_inputs", "router")
         kernel_DE = self.param("kernel", named(init, names), shape, jnp.float32)
         x_BLD = x_BLD.astype(jnp.float32) / c.width_ratio
         if self.jitter:
@@ -104,7 +104,7 @@ class Experts(nn.Module):
         for name in (*wide, "out"):
             inner = name != "out"
             axes = ("experts", "embed", "mlp") if inner else ("experts", "mlp", "embed")
-            shape = (c.d_model, c.d_ff) if inner else (c.d_ff, c.d_model)
+            shape = (x_BLD.shape[-1], c.d_ff) if inner else (c.d_ff, c.d_model)
             init = c.kernel_init(c.std(*shape) if inner else c.residual_std(*shape))
             made = ExpertLinear((c.n_experts, *shape), axes, c.bias, init, name=name)()
             for kind, (value, names_of_axes) in made.items():

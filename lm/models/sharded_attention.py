@@ -31,7 +31,7 @@ def attend(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: AttentionMask,
+    mask: AttentionMask,
     *,
     kernel: str,
     across: str,
@@ -48,7 +48,7 @@ def attend(
     """
     by_compiler = kernel in ("xla", "tiled")
     cut = sharding.count_shards("length") > 1
-    own = visibility.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
+    own = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
     ring = cut and across == "ring" and own
     if sharding.current_mesh() is None or (by_compiler and not ring):
         if cut:
@@ -58,7 +58,7 @@ def attend(
             q_BLHK,
             k_BSGK,
             v_BSGK,
-            visibility,
+            mask,
             kernel=kernel if by_compiler else "xla",
             scale=scale,
             softcap=softcap,
@@ -68,7 +68,7 @@ def attend(
     if not (bias_HLS is None and dropout is None):
         raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
-    inputs = (q_BLHK, k_BSGK, v_BSGK, visibility)
+    inputs = (q_BLHK, k_BSGK, v_BSGK, mask)
     if kernel == "splash" and not ring:
         return _splash_of_layer(*inputs, scale, softcap)
     if softcap:
@@ -88,32 +88,32 @@ def _by_rows_and_heads(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: AttentionMask,
+    mask: AttentionMask,
     kernel: str,
     scale: float,
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, seen: AttentionMask) -> jax.Array:
         return attention(q, k, v, seen, kernel=kernel, scale=scale)
 
-    # The arrays of a visibility are [B, length]; the offset is a number.
+    # The arrays of a mask are [B, length]; the offset is a number.
     by_rows = sharding.activation_sharding("batch", "keys").spec
     whole = sharding.activation_sharding().spec
-    rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, visibility)
-    arguments = (q_BLHK, k_BSGK, v_BSGK, visibility)
+    rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, mask)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, mask)
     return sharding.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
 
 
 def _ring(
-    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: AttentionMask, scale: float
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, scale: float
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        causal = visibility.causal
+        causal = mask.causal
         return ring_attention(q, k, v, segments, causal=causal, axis=sharding.LENGTH_AXIS)
 
-    if visibility.prefix_BS is not None or visibility.window:
+    if mask.prefix_BS is not None or mask.window:
         raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
-    arguments = (q_BLHK, k_BSGK, v_BSGK, visibility.segments_BL)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
     return sharding.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
@@ -121,7 +121,7 @@ def _splash_of_layer(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: AttentionMask,
+    mask: AttentionMask,
     scale: float,
     softcap: float,
 ) -> jax.Array:
@@ -129,33 +129,33 @@ def _splash_of_layer(
     and the number that says which layers are global picks one of two."""
 
     def with_window(window: int) -> Callable[..., jax.Array]:
-        seen = replace(visibility, window=window, is_global=None)
+        seen = replace(mask, window=window, is_global=None)
         return lambda q, k, v: _splash(q, k, v, seen, scale, softcap)
 
-    here = with_window(visibility.window)
-    if visibility.is_global is None:
+    here = with_window(mask.window)
+    if mask.is_global is None:
         return here(q_BLHK, k_BSGK, v_BSGK)
-    return lax.cond(visibility.is_global, with_window(0), here, q_BLHK, k_BSGK, v_BSGK)
+    return lax.cond(mask.is_global, with_window(0), here, q_BLHK, k_BSGK, v_BSGK)
 
 
 def _splash(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visibility: AttentionMask,
+    mask: AttentionMask,
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    if visibility.prefix_BS is not None:
+    if mask.prefix_BS is not None:
         raise ValueError('attention kernel "splash" has no prefixes')
-    causal, axis = visibility.causal, sharding.LENGTH_AXIS
+    causal, axis = mask.causal, sharding.LENGTH_AXIS
     zigzag = causal and sharding.count_shards("length") > 1
     kernel = make_splash_kernel(
         q_BLHK.shape[2],
         q_BLHK.shape[1],
         k_BSGK.shape[1],
         causal=causal,
-        window=visibility.window,
+        window=mask.window,
         softcap=softcap,
         head_shards=sharding.count_shards("heads"),
         query_shards=sharding.count_shards("length"),
@@ -168,7 +168,7 @@ def _splash(
         return from_zigzag(out, axis) if zigzag else out
 
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
-    segments_BL, key_segments_BS = visibility.segments_BL, visibility.key_segments_BS
+    segments_BL, key_segments_BS = mask.segments_BL, mask.key_segments_BS
     if key_segments_BS is None:
         key_segments_BS = segments_BL
     arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)

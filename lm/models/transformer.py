@@ -1,6 +1,7 @@
-"""The one Transformer: a block, and a stack of blocks scanned over their stacked parameters.
+"""Transformer blocks, and a stack of them scanned over stacked parameters.
 
-Shape letters: B batch, L length, S source length, D model, N layers, G key/value heads, K head dim.
+Shape letters: B batch, L query length, S source length, D model, W width of a block's input,
+N layers, H heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import Attention
-from lm.models.cache import Cache, KeyValue
-from lm.models.layers import FeedForward, make_norm
+from lm.models.attention import MIXERS, CrossAttention, MixerInputs
+from lm.models.cache import Cache, CrossKeyValue
+from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, layer_angles
 from lm.models.sown import COLLECTIONS
-from lm.models.transformer_config import TransformerConfig
+from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.parallel.pipeline import run_pipeline
 from lm.parallel.sharding import constrain, current_pipeline
 
@@ -41,86 +42,99 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class StackInputs:
-    """What all blocks of a stack have in common.
+    """Inputs that all blocks of a stack share.
 
-    Local layers rotate by angles of their own if there are any. A stack with cross-attention has
-    `source_visibility`, and either the encoder's output or, in later steps of decoding, nothing:
-    then each layer has keys and values of it.
+    Attributes:
+        mask: mask of self-attention, without windows.
+        angles_BLK: RoPE angles.
+        local_angles_BLK: RoPE angles of local layers, where they differ.
+        bias_HLS: relative position bias.
+        encoded_BSD: encoder output; None in later steps of decoding, which read cached keys.
+        source_mask: mask of cross-attention; None in a stack without it.
     """
 
-    visibility: AttentionMask
+    mask: AttentionMask
     angles_BLK: jax.Array | None = None
     local_angles_BLK: jax.Array | None = None
     bias_HLS: jax.Array | None = None
     encoded_BSD: jax.Array | None = None
-    source_visibility: AttentionMask | None = None
+    source_mask: AttentionMask | None = None
 
 
 @flax.struct.dataclass
 class LayerInputs:
-    """What a layer has of its own beside parameters; of several layers, their arrays stacked.
+    """Per-layer inputs; for several layers, arrays stacked on a first axis.
 
-    Its number, where keys and values are cached; whether it is global, where some have a window;
-    and its keys and values of the source, cached.
+    Attributes:
+        cache_index: index of the layer in the cache of its token mixer.
+        is_global: true if the layer ignores the window, where some layers do.
+        source: cached cross-attention keys and values.
     """
 
-    number: jax.Array | None = None
+    cache_index: jax.Array | None = None
     is_global: jax.Array | None = None
-    source: KeyValue | None = None
+    source: CrossKeyValue | None = None
 
 
-# What goes from layer to layer: [B, L, D], and the cached keys and values of all layers.
-ScanCarry = tuple[jax.Array, KeyValue | None]
+# Residual stream [B, L, W], and the caches of all layers by token mixer.
+ScanCarry = tuple[jax.Array, dict[str, Any] | None]
+# Carry after some layers, and their cross-attention keys and values if they were just computed.
+BlockOutput = tuple[ScanCarry, CrossKeyValue | None]
 
 
 class Block(nn.Module):
-    """x + sublayer(norm(x)) for each sublayer; "post": norm(x + sublayer(x)); "both":
-    x + post_norm(sublayer(norm(x))).
+    """Transformer block: self-attention, cross-attention if there is a source, feed-forward.
 
-    The sublayers: self-attention, cross-attention where there is a source, feed-forward, of experts
-    if the block is `sparse`. When decoding it gives its keys and values of a source just read.
+    Each sublayer computes, by `norm_placement`, "pre": x + sublayer(norm(x)); "post":
+    norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))).
+
+    With `residual="concat"` concatenation replaces the sum. Block l, counted from 0, reads H^l
+    [B, L, D + l g]; its first sublayer reads H^l and each later one concat(H^l, u), u being the sum
+    of the sublayer outputs before it; h^l [B, L, D] is the sum of all. The block returns
+    H^{l+1} = concat(H^l, h^l W^{l+1}) with W^{l+1} [D, g]; H^0 are the embeddings.
     """
 
     config: TransformerConfig
     deterministic: bool
-    kernel: str
-    sparse: bool
+    layer_type: LayerType
 
     @nn.compact
-    def __call__(
-        self, carried: ScanCarry, around: StackInputs, layer: LayerInputs
-    ) -> tuple[ScanCarry, KeyValue | None]:
-        c = self.config
-        x_BLD, own = carried
+    def __call__(self, carry: ScanCarry, inputs: StackInputs, layer: LayerInputs) -> BlockOutput:
+        c, kind = self.config, self.layer_type
+        x_BLW, caches = carry
         source = layer.source
-        x_BLD = checkpoint_name(x_BLD, "block_input")
+        x_BLW = checkpoint_name(x_BLW, "block_input")
 
-        def self_attention(y_BLD: jax.Array) -> jax.Array:
-            nonlocal own
-            attend = Attention(c, self.deterministic, self.kernel, name="attention")
-            seen = replace(around.visibility, window=c.window, is_global=layer.is_global)
-            angles_BLK = around.angles_BLK
-            if around.local_angles_BLK is not None:
+        def self_attention(y_BLW: jax.Array) -> jax.Array:
+            nonlocal caches
+            mixer = MIXERS[kind.mixer](c, self.deterministic, y_BLW.shape[-1], name="attention")
+            mask = replace(inputs.mask, window=c.window, is_global=layer.is_global)
+            angles_BLK = inputs.angles_BLK
+            if inputs.local_angles_BLK is not None:
                 assert angles_BLK is not None
                 assert layer.is_global is not None
-                angles_BLK = jnp.where(layer.is_global, angles_BLK, around.local_angles_BLK)
-            y_BLD, own = attend.to_itself(
-                y_BLD, seen, angles_BLK, around.bias_HLS, own, layer.number
-            )
+                angles_BLK = jnp.where(layer.is_global, angles_BLK, inputs.local_angles_BLK)
+            mixer_inputs = MixerInputs(mask, angles_BLK, inputs.bias_HLS)
+            if caches is None:
+                return mixer(y_BLW, mixer_inputs, None, None)[0]
+            y_BLD, cache = mixer(y_BLW, mixer_inputs, caches[kind.mixer], layer.cache_index)
+            caches = caches | {kind.mixer: cache}
             return y_BLD
 
-        def cross_attention(y_BLD: jax.Array) -> jax.Array:
+        def cross_attention(y_BLW: jax.Array) -> jax.Array:
             nonlocal source
-            attend = Attention(c, self.deterministic, self.kernel, name="cross_attention")
-            if around.encoded_BSD is not None:
-                source = attend.keys_values(around.encoded_BSD)
+            attend = CrossAttention(
+                c, self.deterministic, y_BLW.shape[-1], c.d_model, name="cross_attention"
+            )
+            if inputs.encoded_BSD is not None:
+                source = attend.keys_values(inputs.encoded_BSD)
             assert source is not None
-            assert around.source_visibility is not None
-            return attend.to_source(y_BLD, source, around.source_visibility)
+            assert inputs.source_mask is not None
+            return attend(y_BLW, source, inputs.source_mask)
 
         feed_forward: Callable[[jax.Array], jax.Array]
-        if self.sparse:
-            segments_BL = around.visibility.segments_BL
+        if kind.feed_forward == "experts":
+            segments_BL = inputs.mask.segments_BL
             is_token_BL = None if segments_BL is None else segments_BL != 0
             experts = MixtureOfExperts(c, self.deterministic, name="feed_forward")
             feed_forward = partial(experts, is_token_BL=is_token_BL)
@@ -131,56 +145,97 @@ class Block(nn.Module):
             "cross_attention": cross_attention,
             "feed_forward": feed_forward,
         }
-        if around.source_visibility is None:
+        if inputs.source_mask is None:
             del sublayers["cross_attention"]
+        block_input_BLW, output_BLD = x_BLW, None  # of residual="concat": H^l, and the sum u
         for name, sublayer in sublayers.items():
             norm = make_norm(c, f"{name}_norm")
-            y_BLD = sublayer(x_BLD if c.norm_placement == "post" else norm(x_BLD))
+            y_BLD = sublayer(x_BLW if c.norm_placement == "post" else norm(x_BLW))
             if c.norm_placement == "both":
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
-            x_BLD = constrain(x_BLD + y_BLD, "batch", "residual_length", "embed")
-            x_BLD = norm(x_BLD) if c.norm_placement == "post" else x_BLD
-        just_read = own is not None and around.encoded_BSD is not None
-        return (x_BLD, own), source if just_read else None
+            if c.residual == "concat":
+                output_BLD = y_BLD if output_BLD is None else output_BLD + y_BLD
+                y_BLD = output_BLD
+                if name == "feed_forward":
+                    y_BLD = project(c, y_BLD, c.concat_width, "concat")
+                x_BLW = jnp.concatenate([block_input_BLW, y_BLD], axis=-1)
+                x_BLW = constrain(x_BLW, "batch", "residual_length", "embed")
+            else:
+                x_BLW = constrain(x_BLW + y_BLD, "batch", "residual_length", "embed")
+            x_BLW = norm(x_BLW) if c.norm_placement == "post" else x_BLW
+        is_prefill = caches is not None and inputs.encoded_BSD is not None
+        return (x_BLW, caches), source if is_prefill else None
 
 
-class Pattern(nn.Module):
-    """The blocks that repeat: `experts_every` of them, of which the last has experts if `sparse`.
+def project(config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str) -> jax.Array:
+    """Apply a linear map without bias to the residual stream of `residual="concat"`."""
+    c, width = config, x_BLW.shape[-1]
+    init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
+    return Linear((width,), (n_out,), axes, False, init, c.dtype, name=name)(x_BLW)
 
-    A model whose blocks are all alike has no such names in the paths of its parameters. The names
-    tell which layers of the stack are in a parameter's first axis (`optim/parameter_groups.py`).
+
+class BlockPeriod(nn.Module):
+    """Blocks of different types that repeat together, named "{i}_of_{n}".
+
+    A model whose layers are all alike has no such names in its parameter paths. They tell which
+    layers of the stack a parameter's first axis holds (`lm/optim/parameter_groups.py`).
     """
 
     config: TransformerConfig
     deterministic: bool
-    kernel: str
-    sparse: bool
+    layer_types: tuple[LayerType, ...]
 
     @nn.compact
-    def __call__(
-        self, carried: ScanCarry, around: StackInputs, layers: LayerInputs
-    ) -> tuple[ScanCarry, KeyValue | None]:
-        c, n = self.config, self.config.pattern
-        block, sources = with_remat(Block, c.remat), []
-        for i in range(n):
-            sparse = self.sparse and i == n - 1
-            run = block(c, self.deterministic, self.kernel, sparse, name=f"{i}_of_{n}")
-            layer = jax.tree.map(lambda part, i=i: part[i], layers)
-            carried, source = run(carried, around, layer)
+    def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
+        n, sources = len(self.layer_types), []
+        block = with_remat(Block, self.config.remat)
+        for i, layer_type in enumerate(self.layer_types):
+            run = block(self.config, self.deterministic, layer_type, name=f"{i}_of_{n}")
+            carry, source = run(carry, inputs, _layer(layers, i))
             sources.append(source)
-        return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
 
 
-def with_remat(block: type[nn.Module], remat: str) -> Any:
-    """`block` whose backward pass recomputes what the policy says."""
+class UnrolledBlocks(nn.Module):
+    """Blocks of any parameter shapes, named by their number in the stack."""
+
+    config: TransformerConfig
+    deterministic: bool
+    segment: Segment
+
+    @nn.compact
+    def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
+        sources = []
+        # Without a loop around it XLA would merge the recomputation with the first computation.
+        block = with_remat(Block, self.config.remat, prevent_cse=True)
+        for i, layer_type in enumerate(self.segment.period):
+            name = str(self.segment.first + i)
+            run = block(self.config, self.deterministic, layer_type, name=name)
+            carry, source = run(carry, inputs, _layer(layers, i))
+            sources.append(source)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
+
+
+def _layer(layers: LayerInputs, i: int) -> LayerInputs:
+    """Return the inputs of layer `i` of several."""
+    return jax.tree.map(lambda x: x[i], layers)
+
+
+def with_remat(block: type[nn.Module], remat: str, prevent_cse: bool = False) -> Any:
+    """Return `block` rematerialized in the backward pass by the policy named `remat`."""
     if remat == "none":
         return block
-    return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
 
 
 class Stack(nn.Module):
-    """`n_layers` blocks; their parameters are stacked on a first axis "layers"."""
+    """Stack of `n_layers` blocks, run as the segments of its layer types.
+
+    The parameters of a scanned segment are stacked on a first axis "layers". A stack of
+    `residual="concat"` ends with a projection "output" of H^N [B, L, D + N g], normalized, to
+    [B, L, D], so that output layers are those of other stacks, tied embeddings included.
+    """
 
     config: TransformerConfig
     n_layers: int
@@ -192,142 +247,191 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        visibility: AttentionMask,
+        mask: AttentionMask,
         cache: Cache | None = None,
         encoded_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """The stack's output, normalised unless its blocks are "post", and the cache after it.
+        """Run the blocks.
 
-        With an encoder's output, or a cache that holds its keys and values, blocks attend to it;
-        `source_segments_BS` are its segments.
+        Args:
+            x_BLD: embedded tokens.
+            positions_BL: their positions.
+            mask: mask of self-attention, without windows.
+            cache: cache of the tokens before these, when decoding.
+            encoded_BSD: encoder output, which the blocks attend to; a cache that holds its keys
+                and values stands for it.
+            source_segments_BS: segment ids of `encoded_BSD`.
+
+        Returns:
+            Output [B, L, D], normalized unless `norm_placement` is "post", and the cache with
+            these tokens.
         """
         c = self.config
         if cache is not None and encoded_BSD is None and cache.source is not None:
-            source_segments_BS = cache.source.segment_ids_BT
-        around = self._surroundings(x_BLD, positions_BL, visibility, cache)
+            source_segments_BS = cache.source.segment_ids_BS
+        inputs = self._inputs(x_BLD, positions_BL, mask, cache)
         if source_segments_BS is not None:
-            seen = AttentionMask(False, visibility.segments_BL, source_segments_BS)
-            around = replace(around, encoded_BSD=encoded_BSD, source_visibility=seen)
+            source_mask = AttentionMask(False, mask.segments_BL, source_segments_BS)
+            inputs = replace(inputs, encoded_BSD=encoded_BSD, source_mask=source_mask)
 
+        layer_types = c.layer_types(self.n_layers)
         layers = LayerInputs(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
         if cache is None and current_pipeline():
-            x_BLD = self._pipeline(x_BLD, around, layers)
+            (segment,) = segments(layer_types)
+            x_BLD = self._pipeline(segment, x_BLD, inputs, layers)
         elif cache is None:
-            (x_BLD, _), _ = self._scan((x_BLD, None), around, layers)
+            (x_BLD, _), _ = self._run((x_BLD, None), inputs, layers)
         else:
-            number_N = jnp.arange(self.n_layers)
-            layers = replace(layers, number=number_N, source=cache.of_source)
-            (x_BLD, own), source = self._scan((x_BLD, cache.own), around, layers)
-            assert own is not None
-            cache = cache.after(own, x_BLD.shape[1], source, source_segments_BS)
+            index_N = jnp.asarray(cache_indices(layer_types))
+            source = None if cache.source is None else cache.source.keys_values
+            layers = replace(layers, cache_index=index_N, source=source)
+            (x_BLD, mixers), source = self._run((x_BLD, cache.mixers), inputs, layers)
+            assert mixers is not None
+            cache = cache.advance(mixers, x_BLD.shape[1], source, source_segments_BS)
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
+        if c.residual == "concat":
+            x_BLD = project(c, x_BLD, c.d_model, "output")
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache
 
-    def _surroundings(
+    def _inputs(
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        visibility: AttentionMask,
+        mask: AttentionMask,
         cache: Cache | None,
     ) -> StackInputs:
-        """What self-attention sees, turns by and adds."""
+        """Build the attention mask, RoPE angles and position bias."""
         c, L = self.config, x_BLD.shape[1]
-        around = StackInputs(visibility)
+        inputs = StackInputs(mask)
         if c.positions == "rotary":
-            if cache is None and current_pipeline():  # what goes beside the rows has as many
+            if cache is None and current_pipeline():  # one row of positions for each row
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
             angles_BLK, local_BLK = layer_angles(c, positions_BL)
-            around = replace(around, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
+            inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
         if c.positions == "relative":
-            n_keys = L if cache is None else cache.keys_NBSGK.shape[2]
+            n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
             bias = RelativeBias(c, not self.causal, name="relative_bias")
-            around = replace(around, bias_HLS=bias(L, n_keys, visibility.offset))
-        return around
+            inputs = replace(inputs, bias_HLS=bias(L, n_keys, mask.offset))
+        return inputs
 
-    @property
-    def _layer(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
-        """What is repeated, a block or the pattern of several, and its fields."""
+    def _run(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
+        """Run all segments."""
+        parts = segments(self.config.layer_types(self.n_layers))
+        if len(parts) == 1:
+            return self._run_segment(parts[0], carry, inputs, layers)
+        sources = []
+        for segment in parts:
+            first, last = segment.first, segment.first + segment.n_layers
+            own = jax.tree.map(lambda x, first=first, last=last: x[first:last], layers)
+            carry, source = self._run_segment(segment, carry, inputs, own)
+            sources.append(source)
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *sources)
+
+    def _run_segment(
+        self, segment: Segment, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs
+    ) -> BlockOutput:
+        """Run one segment, as a scan over its stacked parameters if it is scannable."""
         c = self.config
-        layer = with_remat(Block, c.remat) if c.pattern == 1 else Pattern
-        return layer, (c, self.deterministic, c.attention, c.n_experts > 0)
-
-    @property
-    def _n_scan_steps(self) -> int:
-        """How often it is repeated."""
-        return self.n_layers // self.config.pattern
-
-    def _by_scan_step(self, layers: LayerInputs) -> LayerInputs:
-        """Arrays [n_layers, …] as what is repeated takes them."""
-        n = self.config.pattern
-        if n == 1:
-            return layers
-        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), layers)
-
-    def _scan(
-        self, carried: ScanCarry, around: StackInputs, layers: LayerInputs
-    ) -> tuple[ScanCarry, KeyValue | None]:
-        """The layers one after the other, as a loop over their parameters; and their keys and
-        values of a source just read."""
-        c = self.config
-        layer, settings = self._layer
+        if not segment.is_scanned:
+            blocks = UnrolledBlocks(c, self.deterministic, segment, name=segment.name)
+            return blocks(carry, inputs, layers)
+        layer, fields = self._scanned(segment)
+        n = len(segment.period)
         run = nn.scan(
             layer,
             variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
-            length=self._n_scan_steps,
-            unroll=max(1, (c.scan_unroll or self.n_layers) // c.pattern),
+            length=segment.n_repeats,
+            unroll=max(1, (c.scan_unroll or segment.n_layers) // n),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces a layer twice, and would give it the dropout of a second call.
             check_constancy_invariants=self.is_initializing(),
-        )(*settings, name="layers")
-        carried, source = run(carried, around, self._by_scan_step(layers))
-        if c.pattern > 1:
+        )(*fields, name=segment.name)
+        carry, source = run(carry, inputs, _by_scan_step(segment, layers))
+        if n > 1:
             source = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), source)
-        return carried, source
+        return carry, source
 
-    def _pipeline(self, x_BLD: jax.Array, around: StackInputs, layers: LayerInputs) -> jax.Array:
-        """What `_scan` gives, by the pipeline of the mesh."""
-        layer, settings = self._layer
-        block = layer(*settings, parent=None)
-        bias_HLS, around = around.bias_HLS, replace(around, bias_HLS=None)
-        by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, around)
+    def _scanned(self, segment: Segment) -> tuple[type[nn.Module], tuple[Any, ...]]:
+        """Return the module that a scan repeats, a block or a period of several, and its fields."""
+        c = self.config
+        if len(segment.period) == 1:
+            return with_remat(Block, c.remat), (c, self.deterministic, segment.period[0])
+        return BlockPeriod, (c, self.deterministic, segment.period)
+
+    def _pipeline(
+        self, segment: Segment, x_BLD: jax.Array, inputs: StackInputs, layers: LayerInputs
+    ) -> jax.Array:
+        """Run a segment as the pipeline of the mesh; the result is that of `_run_segment`."""
+        layer, fields = self._scanned(segment)
+        block = layer(*fields, parent=None)
+        bias_HLS, inputs = inputs.bias_HLS, replace(inputs, bias_HLS=None)
+        by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, inputs)
 
         assert self.scope is not None
         collections = self.scope.mutable or []
         # The keys that nn.scan gives: those of the layers are split before the path is folded in.
         rng = keys_N = None
         if not self.deterministic:
-            rng = LazyRng.create(self.scope.rngs["dropout"], "layers")
-            keys_N = jax.random.split(rng.rng, self._n_scan_steps)
+            rng = LazyRng.create(self.scope.rngs["dropout"], segment.name)
+            keys_N = jax.random.split(rng.rng, segment.n_repeats)
 
         def run_layer(
-            of_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
+            per_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
         ) -> tuple[jax.Array, Any]:
-            params, own = of_layer
-            here = jax.tree.map(
+            params, layer_inputs = per_layer
+            own_inputs = jax.tree.map(
                 lambda row, leaf: leaf if row is None else row,
                 by_row,
-                around,
+                inputs,
                 is_leaf=lambda leaf: leaf is None,
             )
-            here = replace(here, bias_HLS=bias_HLS)
+            own_inputs = replace(own_inputs, bias_HLS=bias_HLS)
             rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
-            inputs = ((x_BLD, None), here, own)
-            output: Any = block.apply({"params": params}, *inputs, rngs=rngs, mutable=collections)
-            ((x_BLD, _), _), reported = output
-            return x_BLD, reported
+            arguments = ((x_BLD, None), own_inputs, layer_inputs)
+            output: Any = block.apply(
+                {"params": params}, *arguments, rngs=rngs, mutable=collections
+            )
+            ((x_BLD, _), _), sown = output
+            return x_BLD, sown
 
-        of_layers = (self.variables["params"]["layers"], self._by_scan_step(layers))
-        c = self.config
-        unroll = c.scan_unroll and max(1, c.scan_unroll // c.pattern)
-        x_BLD, reported = run_pipeline(
-            run_layer, of_layers, keys_N, x_BLD, by_row, bias_HLS, unroll
-        )
-        for collection, values in reported.items():
-            self.put_variable(collection, "layers", values)
+        params = self.variables["params"][segment.name]
+        per_layer = (params, _by_scan_step(segment, layers))
+        scan_unroll = self.config.scan_unroll
+        unroll = scan_unroll and max(1, scan_unroll // len(segment.period))
+        x_BLD, sown = run_pipeline(run_layer, per_layer, keys_N, x_BLD, by_row, bias_HLS, unroll)
+        for collection, values in sown.items():
+            self.put_variable(collection, segment.name, values)
         return x_BLD
+
+
+def _by_scan_step(segment: Segment, layers: LayerInputs) -> LayerInputs:
+    """Reshape arrays [n_layers, …] to [scan steps, layers of a period, …]."""
+    n = len(segment.period)
+    if n == 1:
+        return layers
+    return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), layers)
+
+
+def cache_indices(layer_types: tuple[LayerType, ...]) -> list[int]:
+    """Return the index of each layer among those with the same token mixer."""
+    mixers = [t.mixer for t in layer_types]
+    return [mixers[:i].count(mixer) for i, mixer in enumerate(mixers)]
+
+
+def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int) -> Cache:
+    """Return an empty cache for `batch` rows of up to `length` tokens."""
+    mixers = [t.mixer for t in config.layer_types(n_layers)]
+    return Cache(
+        mixers={
+            name: MIXERS[name].init_cache(config, mixers.count(name), batch, length)
+            for name in sorted(set(mixers))
+        },
+        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+    )

@@ -1,8 +1,12 @@
-"""What a Transformer is: a value, not a class. GPT-2, Llama, BERT and T5 are values of it."""
+"""Configuration of a Transformer stack, and the types of its layers.
+
+A Transformer is a value, not a class: GPT-2, Llama, BERT and T5 are values of `TransformerConfig`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -10,14 +14,76 @@ from lm.models.init_config import InitConfig
 
 
 def global_layers(n_layers: int, window: int, global_every: int) -> np.ndarray:
-    """Which layers see beyond a window, [N] bool: each `global_every`-th, or all where is none."""
+    """Return the layers that see beyond a window, [N] bool: every `global_every`-th, or all."""
     numbers = np.arange(1, n_layers + 1)
     return numbers % (global_every or n_layers + 1) == 0 if window else numbers > 0
 
 
 @dataclass(frozen=True)
+class LayerType:
+    """Kind of one layer of a stack.
+
+    Attributes:
+        feed_forward: "dense" or "experts".
+        mixer: name of the token mixer (`lm/models/attention.py`).
+        is_local: attends within the window. Layers that differ in this alone share one scan, which
+            receives it as an array.
+        scannable: has the parameter shapes of its neighbours; other layers are unrolled.
+        group: layers of different groups never share a scan.
+    """
+
+    feed_forward: str = "dense"
+    mixer: str = "attention"
+    is_local: bool = False
+    scannable: bool = True
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive layers of a stack that run as one scan over a repeating period, or unrolled.
+
+    Attributes:
+        name: module name, "layers" if the segment is the whole stack, else "layers_{first}".
+        first: number of its first layer.
+        period: types of the layers that repeat; unrolled, of all layers.
+        n_repeats: how many times the period repeats.
+    """
+
+    name: str
+    first: int
+    period: tuple[LayerType, ...]
+    n_repeats: int
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.period) * self.n_repeats
+
+    @property
+    def is_scanned(self) -> bool:
+        """True if the layers run as a scan, False if they are unrolled."""
+        return self.period[0].scannable
+
+
+def segments(types: tuple[LayerType, ...]) -> tuple[Segment, ...]:
+    """Group the layers of a stack into segments, each with the shortest period that repeats."""
+    found: list[Segment] = []
+    first = 0
+    for (scannable, _), run in groupby(types, key=lambda t: (t.scannable, t.scannable and t.group)):
+        run_types = tuple(replace(t, is_local=False) for t in run)
+        n = len(run_types)
+        sizes = (k for k in range(1, n + 1) if n % k == 0 and run_types == run_types[:k] * (n // k))
+        size = next(sizes) if scannable else n
+        name = "layers" if n == len(types) else f"layers_{first}"
+        found.append(Segment(name, first, run_types[:size], n // size))
+        first += n
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class TransformerConfig(InitConfig):
-    """A stack of Transformer blocks; the meaning of each field is in `lm/config/`."""
+    """Transformer stack; the meaning of each field is in `lm/config/model_keys.py`."""
 
     n_layers: int
     d_model: int
@@ -28,6 +94,9 @@ class TransformerConfig(InitConfig):
     vocab_size: int
     max_length: int
     n_decoder_layers: int = 0
+    dense_layers: int = 0
+    residual: str = "sum"
+    concat_width: int = 32
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
@@ -80,59 +149,76 @@ class TransformerConfig(InitConfig):
     scan_unroll: int = 1
     loss_chunk: int = 0
 
-    @property
-    def pattern(self) -> int:
-        """How many blocks there are before they repeat."""
-        return self.experts_every if self.n_experts else 1
+    def layer_types(self, n_layers: int) -> tuple[LayerType, ...]:
+        """Return the type of each layer of a stack of `n_layers`."""
+        is_global_N = global_layers(n_layers, self.window, self.global_every)
+        types = []
+        for i in range(n_layers):
+            after = i - self.dense_layers  # number among the layers after the dense prefix
+            sparse = self.n_experts > 0 and after >= 0 and (after + 1) % self.experts_every == 0
+            types.append(
+                LayerType(
+                    feed_forward="experts" if sparse else "dense",
+                    is_local=not is_global_N[i],
+                    scannable=self.residual == "sum",
+                    group=int(after >= 0),
+                )
+            )
+        return tuple(types)
 
     @property
     def score_scale(self) -> float:
-        """What products of queries and keys are multiplied by."""
+        """Scale of the attention scores."""
         return self.attention_scale or self.head_dim**-0.5
 
     def is_global(self, n_layers: int) -> np.ndarray | None:
-        """`global_layers` of a stack of so many; None: all are alike."""
+        """Return `global_layers` of a stack of `n_layers`, or None if all layers are alike."""
         mixed = self.window and self.global_every
         return global_layers(n_layers, self.window, self.global_every) if mixed else None
 
     @property
     def query_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have biases."""
+        """True if the query, key and value projections have biases."""
         return self.bias if self.attention_bias == "same" else self.attention_bias != "none"
 
     @property
     def attention_output_bias(self) -> bool:
-        """Whether the projection of what the heads found has one."""
+        """True if the output projection of attention has a bias."""
         return self.bias if self.attention_bias == "same" else self.attention_bias == "all"
 
     @property
     def width_ratio(self) -> float:
-        """d_model over that of muP's base model; 1 in the standard parametrisation."""
+        """d_model over that of the muP base model; 1 in the standard parametrization."""
         return self.d_model / (self.mup_base_width or self.d_model)
 
     @property
     def base_head_dim(self) -> int:
-        """head_dim of muP's base model, or the own."""
+        """head_dim of the muP base model, or of this model without muP."""
         return self.mup_base_head_dim or self.head_dim
 
     @property
     def query_multiplier(self) -> float:
-        """What makes of the usual scale of attention scores muP's, which falls as 1/head_dim."""
+        """muP multiplier of the query scale, so that scores fall as 1/head_dim."""
         ratio = self.base_head_dim / self.head_dim
         return ratio if self.attention_scale else ratio**0.5
 
     def std(self, n_in: int, n_out: int) -> float:
-        """Deviation of a fresh kernel whose `n_in` inputs and `n_out` outputs grow with the width:
-        in muP as 1/sqrt(inputs), from that of the base model (Yang et al. 2022, Table 8)."""
+        """Return the initial standard deviation of a hidden kernel [n_in, n_out].
+
+        In muP it falls as 1/sqrt(inputs) from that of the base model (Yang et al. 2022, Table 8).
+        """
         m = self.width_ratio
         return self.stddev(n_in / m, n_out / m) / m**0.5
 
-    def output_std(self, n_out: int) -> float:
-        """The same from the residual stream to a number of scores that does not grow: in muP as in
-        the base model, the scores being divided by `width_ratio` (Table 8)."""
-        return self.stddev(self.d_model / self.width_ratio, n_out)
+    def output_std(self, n_out: int, n_in: int = 0) -> float:
+        """Return the initial standard deviation of an output kernel [n_in or d_model, n_out].
+
+        In muP it is that of the base model, and the scores are divided by `width_ratio` (Table 8).
+        """
+        return self.stddev((n_in or self.d_model) / self.width_ratio, n_out)
 
     def residual_std(self, n_in: int, n_out: int) -> float:
-        """The same for projections that write to the residual stream (GPT-2 §2.3)."""
-        shrink = (2 * self.n_layers) ** 0.5 if self.scale_residual_init else 1.0
+        """Return `std`, scaled down for kernels that write to a residual sum (GPT-2 §2.3)."""
+        is_scaled = self.scale_residual_init and self.residual == "sum"
+        shrink = (2 * self.n_layers) ** 0.5 if is_scaled else 1.0
         return self.std(n_in, n_out) / shrink

@@ -15,7 +15,14 @@ import optax
 from ml_collections import ConfigDict
 
 from lm.config.registries import OPTIMIZERS
-from lm.optim.parameter_groups import EVERYTHING, TrainableMask, by_path, update_scales
+from lm.optim.parameter_groups import (
+    EVERYTHING,
+    TrainableMask,
+    by_path,
+    is_of_layer,
+    is_stacked,
+    update_scales,
+)
 
 Tree = Any
 
@@ -87,7 +94,7 @@ def adafactor(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
         optax.partition(
             {"stacked": stacked, "single": each},
             lambda params: by_path(
-                params, lambda names, _: "stacked" if "layers" in names else "single"
+                params, lambda names, _: "stacked" if is_stacked("/".join(names)) else "single"
             ),
         ),
         # optax.adafactor already points downhill: turn round for the shared tail.
@@ -151,7 +158,7 @@ def _is_hidden(names: list[str]) -> bool:
 
 
 def _is_block_kernel(names: list[str]) -> bool:
-    return names[-1] == "kernel" and "layers" in names
+    return names[-1] == "kernel" and is_of_layer("/".join(names))
 
 
 def _dimensions(kernels: Tree) -> Tree:
@@ -159,7 +166,7 @@ def _dimensions(kernels: Tree) -> Tree:
     experts [layers, experts, inputs, outputs] are matrices each."""
 
     def matrix(names: list[str], leaf: Any) -> optax.contrib.MuonDimensionNumbers:
-        first = 2 if "experts" in names else 1  # after layers, and experts
+        first = is_stacked("/".join(names)) + ("experts" in names)  # after layers, and experts
         # Only attention's output projection [layers, heads, head_dim, embed] has two inputs.
         n_inputs = 2 if names[-2:] == ["out", "kernel"] and leaf.ndim - first == 3 else 1
         return optax.contrib.MuonDimensionNumbers(

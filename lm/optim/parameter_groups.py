@@ -2,7 +2,8 @@
 
 A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
 for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel". Where
-not all layers are alike, "stack/layers/1_of_2/…" has every second one: 1, 3, ….
+not all layers are alike, "stack/layers/1_of_2/…" has every second one: 1, 3, …; the layers of
+"stack/layers_3/…" begin with number 3; and "stack/layers/0/…" may be a layer that is not stacked.
 Shape letters: N layers; groups are numpy arrays, [N] for stacked layers and [] for others.
 """
 
@@ -97,7 +98,7 @@ def matching(
 
     UserError, if `strict`, for a pattern that is found in none.
     """
-    groups = {path: np.zeros(_layers(path, leaf).shape, bool) for path, leaf in leaves.items()}
+    groups = {path: np.zeros(_shape(_layers(path, leaf)), bool) for path, leaf in leaves.items()}
     for pattern in compile_patterns(key, text):
         hits = {path: _hits(pattern, path, leaf) for path, leaf in leaves.items()}
         if strict and not any(group.any() for group in hits.values()):
@@ -120,13 +121,13 @@ def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) ->
     numbers = {path: _layers(path, leaf) for path, leaf in leaves.items()}
     depths: dict[str, int] = {}  # by stack
     for path, layers in numbers.items():
-        if layers.ndim:
-            depths[_stack(path)] = max(depths.get(_stack(path), 0), layers[-1] + 1)
+        if layers is not None:
+            depths[_stack(path)] = max(depths.get(_stack(path), 0), layers.max() + 1)
     depth = max(depths.values(), default=0)
 
     def scale(path: str, leaf: Any) -> np.ndarray:
-        if numbers[path].ndim:
-            below = depths[_stack(path)] - numbers[path]
+        if (layers := numbers[path]) is not None:
+            below = depths[_stack(path)] - layers
         elif any(part.startswith("embedding") for part in path.split("/")):
             below = np.asarray(depth + 1)
         else:
@@ -136,17 +137,34 @@ def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) ->
     return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
 
 
-# "layers/", and for layers that are not all alike which of how many that repeat.
-_LAYERS = re.compile(r"(?<![^/])layers/(?:(\d+)_of_(\d+)/)?")
+# "layers/" or "layers_{first}/"; then "{i}_of_{n}/", or the number of a layer that is not stacked.
+_LAYERS = re.compile(r"(?<![^/])layers(?:_(\d+))?/(?:(\d+)_of_(\d+)/|(\d+)/)?")
 
 
-def _layers(path: str, leaf: Any) -> np.ndarray:
-    """The numbers of the layers that the parameter's first axis has; [] outside a stack."""
+def is_stacked(path: str) -> bool:
+    """Return whether the first axis of a parameter is layers."""
+    found = _LAYERS.search(path)
+    return found is not None and found[4] is None
+
+
+def is_of_layer(path: str) -> bool:
+    """Return whether a parameter belongs to a layer of a stack."""
+    return _LAYERS.search(path) is not None
+
+
+def _layers(path: str, leaf: Any) -> np.ndarray | None:
+    """Return the layer numbers of a parameter: [N] if stacked, [] if not, None outside a stack."""
     found = _LAYERS.search(path)
     if not found:
-        return np.zeros((), int)
-    first, step = int(found[1] or 0), int(found[2] or 1)
+        return None
+    if found[4]:
+        return np.asarray(int(found[4]))
+    first, step = int(found[1] or 0) + int(found[2] or 0), int(found[3] or 1)
     return first + step * np.arange(leaf.shape[0])
+
+
+def _shape(layers: np.ndarray | None) -> tuple[int, ...]:
+    return () if layers is None else layers.shape
 
 
 def _stack(path: str) -> str:
@@ -155,8 +173,8 @@ def _stack(path: str) -> str:
 
 def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
     layers = _layers(path, leaf)
-    if pattern.search(path) or not layers.ndim:
-        return np.full(layers.shape, bool(pattern.search(path)))
+    if pattern.search(path) or layers is None or not layers.ndim:
+        return np.full(_shape(layers), bool(pattern.search(path)))
     names = (_LAYERS.sub(f"layers/{i}/", path, count=1) for i in layers)
     return np.array([bool(pattern.search(name)) for name in names])
 

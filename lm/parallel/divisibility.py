@@ -23,6 +23,12 @@ def pipeline_schedule(config: ConfigDict, sizes: Mapping[str, int]) -> PipelineS
             f"--config.parallel.mesh.stage={stages} needs --config.model.family "
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
+    for name, plain in (("residual", "sum"), ("dense_layers", 0)):
+        if model[name] != plain:
+            raise UserError(
+                f"--config.parallel.mesh.stage={stages} needs layers of one shape, not "
+                f"--config.model.{name}={model[name]}"
+            )
     every = model.experts_every if model.n_experts else 1
     groups = stages * options.repeats * every
     stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]

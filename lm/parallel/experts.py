@@ -190,13 +190,13 @@ def _with_capacity(
     if shared:
         x_EBCD = lax.all_to_all(x_EBCD, shared, split_axis=0, concat_axis=1, tiled=True)
     y_ETD = feed_forward(x_EBCD.reshape(n_local, -1, D), _batched_linear)
-    y_EBCD = y_ETD.reshape(x_EBCD.shape)
+    y_EBCD = y_ETD.reshape(*x_EBCD.shape[:3], -1)  # the output may have another width
     if shared:
         y_EBCD = lax.all_to_all(y_EBCD, shared, split_axis=1, concat_axis=0, tiled=True)
     if length_parts:
         y_EBCD = lax.all_gather(y_EBCD, length_parts, axis=2, tiled=True)
-    y_TD = _combine_choices(y_EBCD.reshape(E * B * C, D), slot_TK, choice_S, routing)
-    return y_TD.reshape(B, L, D)
+    y_TD = _combine_choices(y_EBCD.reshape(E * B * C, -1), slot_TK, choice_S, routing)
+    return y_TD.reshape(B, L, -1)
 
 
 def _dropless(
@@ -219,7 +219,7 @@ def _dropless(
     slot_TK = jnp.where(expert_TK < E, _inverse(order, T * K).reshape(T, K), S)
     x_SD = permute_rows(x_BLD.reshape(T, D), choice_S // K, slot_TK)
     y_SD = feed_forward(x_SD, partial(_grouped_linear, sizes_E))
-    y_BLD = _combine_choices(y_SD, slot_TK, choice_S, routing).reshape(B, L, D)
+    y_BLD = _combine_choices(y_SD, slot_TK, choice_S, routing).reshape(B, L, -1)
     if shared:
         y_BLD = lax.psum_scatter(y_BLD, shared, scatter_dimension=0, tiled=True)
     return y_BLD

@@ -30,6 +30,7 @@ Rules = dict[str, tuple[str, ...]]
 PARAMETERS: Rules = {
     "layers": ("stage",),
     "embed": ("fsdp",),
+    "residual": (),  # the outputs of a kernel from residual stream to residual stream
     "vocab": ("tensor",),
     "positions": (),
     "types": (),
