@@ -22,6 +22,7 @@ MODEL_KEYS: dict[str, Key] = {
         choices=("sum", "concat"),
     ),
     "model.concat_width": Key(32, "Columns g of W [d_model, g] of model.residual=concat.", low=1),
+    "model.mixer": Key("attention", "Token mixer of a Transformer block."),
     "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=0.0, high=1.0),
     "model.norm_placement": Key(

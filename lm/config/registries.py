@@ -72,6 +72,14 @@ MODELS = Registry(
 )
 
 
+MIXERS = Registry(
+    "token mixer",
+    ("model.mixer",),
+    "model",
+    {"attention": Entry("lm.models.attention:Attention")},
+)
+
+
 @dataclass(frozen=True)
 class MaskedOptions:
     """Options of masked language modeling (Devlin et al. 2018)."""
@@ -269,4 +277,4 @@ METRICS = Registry(
     is_choice=False,
 )
 
-REGISTRIES = (SOURCES, TOKENIZERS, MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)
+REGISTRIES = (SOURCES, TOKENIZERS, MODELS, MIXERS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)

@@ -43,11 +43,13 @@ class MixerInputs:
 class TokenMixer(nn.Module):
     """Interface of the sublayer that moves information between tokens; it brings its own cache.
 
-    `MIXERS` has them by name, and `LayerType.mixer` chooses one for each layer. Cached decoding,
-    of any number of tokens at a time, must give what the full sequence gives.
+    The registry `MIXERS` (`lm/config/registries.py`) has them by name; `LayerType.mixer` picks one
+    for each layer. Cached decoding, of any number of tokens at a time, must give what the full
+    sequence gives.
 
     Attributes:
-        config: configuration of the stack.
+        config: configuration of the stack; `config.mixer_options` are the options registered with
+            the mixer.
         deterministic: True turns dropout off.
         width: width W of the input; the output is `config.d_model` wide.
     """
@@ -198,6 +200,3 @@ class CrossAttention(DotProductAttention):
     ) -> jax.Array:
         """Attend to what `keys_values` computed from the source, [B, L, D]."""
         return self._attend(self.queries(x_BLW), keys_values, mask)
-
-
-MIXERS: dict[str, type[TokenMixer]] = {"attention": Attention}

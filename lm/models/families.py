@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lm.config.registries import MODELS
+from lm.config.registries import MIXERS, MODELS
 
 
 def make_model(config: ConfigDict, attention: str, context_attention: str) -> nn.Module:
@@ -46,6 +46,15 @@ def model_config(config: ConfigDict, kind: type, chosen: Mapping[str, Any]) -> A
         "remat": config.train.remat,
         "scan_unroll": config.train.scan_unroll,
         "loss_chunk": config.train.loss_chunk,
+        "mixer_options": mixer_options(config),
         **chosen,
     }
     return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def mixer_options(config: ConfigDict) -> Any:
+    """Return the options that the token mixer was registered with, filled in, or None."""
+    options = MIXERS.entries[config.model.mixer].options
+    if options is None:
+        return None
+    return options(**{field.name: config.model[field.name] for field in fields(options)})

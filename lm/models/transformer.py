@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.config.registries import MIXERS
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import MIXERS, CrossAttention, MixerInputs
+from lm.models.attention import CrossAttention, MixerInputs
 from lm.models.cache import Cache, CrossKeyValue
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.moe import MixtureOfExperts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,8 @@ class TransformerConfig(InitConfig):
     vocab_size: int
     max_length: int
     n_decoder_layers: int = 0
+    mixer: str = "attention"
+    mixer_options: Any = None
     dense_layers: int = 0
     residual: str = "sum"
     concat_width: int = 32
@@ -159,6 +162,7 @@ class TransformerConfig(InitConfig):
             types.append(
                 LayerType(
                     feed_forward="experts" if sparse else "dense",
+                    mixer=self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual == "sum",
                     group=int(after >= 0),
