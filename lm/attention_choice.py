@@ -103,28 +103,6 @@ def _problems(
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
 
 
-def check_lengths(config: ConfigDict, sizes: Mapping[str, int]) -> None:
-    """Raise UserError for lengths that the mesh cannot cut into equal parts."""
-    context, tensor = sizes["context"], sizes["tensor"]
-    if context > 1 and config.model.family not in TRANSFORMERS:
-        raise UserError(
-            f"--config.parallel.mesh.context={context} needs attention: "
-            f"--config.model.family={config.model.family} has none over the sequence"
-        )
-    # Causal attention deals out two parts to every device.
-    parts = {"2 × --config.parallel.mesh.context": 2 * context if context > 1 else 1}
-    if config.parallel.sequence:
-        parts["--config.parallel.mesh.context × --config.parallel.mesh.tensor"] = context * tensor
-    names = ["sequence_length"]
-    names += ["target_length"] if config.objective.name == "seq2seq" else []
-    for name in names:
-        for what, n in parts.items():
-            if config.data[name] % n:
-                raise UserError(
-                    f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
-                )
-
-
 def _lengths(config: ConfigDict) -> dict[str, int]:
     """The lengths of the sequences that attention sees, by what they are."""
     lengths = {"--config.data.sequence_length": config.data.sequence_length}

@@ -17,18 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.attention_choice import AttentionChoice, check_lengths, choose
-from lm.config import validate, without_unused_options
+from lm.attention_choice import AttentionChoice, choose
+from lm.config import fill_defaults, validate
 from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
 from lm.data.tokenizers.choice import Tokenizer
-from lm.errors import UserError
 from lm.models.families import make_model
-from lm.objectives.registry import OF_RECORDS, label_names, make_objective
+from lm.objectives.registry import OF_RECORDS, make_objective
 from lm.optim.optimizers import make_optimizer
 from lm.optim.parameter_groups import TrainableMask
 from lm.optim.schedules import make_schedule
-from lm.parallel.divisibility import check_batches, pipeline_schedule
 from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
 from lm.parallel.sharding import (
     ROW_AXES,
@@ -39,34 +37,24 @@ from lm.parallel.sharding import (
 )
 from lm.parallel.xla_flags import compiler_options
 from lm.train_step import Carry, Steps, TrainState
+from lm.validation import check_on_mesh
 
 Tree = Any
 
 
 def resolve(config: ConfigDict, platform: str) -> ConfigDict:
-    """A copy of the configuration with every 0 and "auto" that stands for a default filled in.
+    """Return a copy with all defaults filled in (`fill_defaults`), the size of the vocabulary too.
 
-    What `choose` chooses for the devices stays "auto": a run may go on, or be evaluated, on others.
-    `platform` is the devices' ("cpu", "tpu", "gpu"). May open the tokenizer to learn its size.
+    Args:
+        config: configuration.
+        platform: "cpu", "tpu" or "gpu".
     """
     validate(config)
-    config = without_unused_options(config)
-    model, data = config.model, config.data
-    if not model.vocab_size:
-        tokenizer = open_tokenizer(data, reads_records(config))
-        model.vocab_size = tokenizer.vocab_size + make_objective(config, tokenizer).n_extra_ids
-    model.n_kv_heads = model.n_kv_heads or model.n_heads
-    model.head_dim = model.head_dim or model.d_model // model.n_heads
-    model.d_ff = model.d_ff or 4 * model.d_model
-    model.max_length = model.max_length or max(data.sequence_length, data.target_length)
-    model.n_decoder_layers = model.n_decoder_layers or model.n_layers
-    model.d_hidden = model.d_hidden or model.d_model
-    model.n_classes = model.n_classes or max(1, len(label_names(data.labels)))
-    data.target_length = data.target_length or data.sequence_length
-    config.eval.batch_size = config.eval.batch_size or data.batch_size
-    config.decode.max_length = config.decode.max_length or data.target_length
-    if model.dtype == "auto":
-        model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    config = fill_defaults(config, platform)
+    if not config.model.vocab_size:
+        tokenizer = open_tokenizer(config.data, reads_records(config))
+        n_extra_ids = make_objective(config, tokenizer).n_extra_ids
+        config.model.vocab_size = tokenizer.vocab_size + n_extra_ids
     validate(config)
     return config
 
@@ -253,9 +241,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
 
 def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """`build` without tracing anything: what counts parameters needs no optimizer state."""
-    config = resolve(config, devices[0].platform)
+    platform = devices[0].platform
+    validate(config)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    pipeline, attention = resolve_parallelism(config, devices[0].platform, sizes)
+    filled = fill_defaults(config, platform)
+    pipeline, attention = resolve_parallelism(filled, platform, sizes)
+    config = resolve(config, platform)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
@@ -276,25 +267,21 @@ def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experim
 def resolve_parallelism(
     config: ConfigDict, platform: str, sizes: Mapping[str, int]
 ) -> tuple[PipelineSchedule, AttentionChoice]:
-    """The pipeline and the attention of a resolved configuration on a mesh of these sizes.
+    """Return the pipeline and the attention of a configuration on a mesh.
 
-    UserError where batches, lengths, layers, heads or experts do not divide, or no kernel can run.
+    Args:
+        config: valid configuration with its defaults filled in.
+        platform: "cpu", "tpu" or "gpu".
+        sizes: sizes of all mesh axes.
+
+    Raises:
+        UserError: the configuration cannot run on the mesh.
     """
-    pipeline = pipeline_schedule(config, sizes)
-    check_batches(config, sizes, pipeline)
-    check_lengths(config, sizes)
-    attention = choose(config, platform, sizes)
-    if config.model.n_heads % sizes["tensor"]:
-        raise UserError(
-            f"--config.model.n_heads={config.model.n_heads} is not divisible by "
-            f"--config.parallel.mesh.tensor={sizes['tensor']}"
-        )
-    if sizes["expert"] > 1 and not config.model.n_experts:
-        raise UserError(
-            f"--config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
-            "(--config.model.n_experts=0); use data or fsdp"
-        )
-    return pipeline, attention
+    check_on_mesh(config, platform, sizes)
+    schedule, stages, options = PipelineSchedule(1, 1, 1), sizes["stage"], config.parallel.pipeline
+    if stages > 1:
+        schedule = PipelineSchedule(stages, options.microbatches or stages, options.repeats)
+    return schedule, choose(config, platform, sizes)
 
 
 def reads_records(config: ConfigDict) -> bool:

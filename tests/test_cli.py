@@ -114,7 +114,10 @@ def test_a_wrong_configuration_is_one_line(capsys, experiment, tmp_path, case):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--config.model.n_heads=4", "--config.parallel.mesh.tensor=8"], "parallel.mesh.tensor=8"),
+        (
+            ["--config.model.n_heads=4", "--config.parallel.mesh.tensor=8"],
+            "8 (--config.parallel.mesh.tensor)",
+        ),
         (["--config.parallel.mesh.data=8"], "--config.data.batch_size=4 is not divisible by 8"),
         (["--config.parallel.mesh.data=3"], "does not divide 8 devices"),
         (

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from lm.config.experiment_file import call_file, import_plugins
 from lm.config.registry import Key
-from lm.config.rules import broken_rules
+from lm.config.rules import broken_rules, listed
 from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.storage import AnyPath, resolve_path
@@ -162,6 +162,33 @@ def without_unused_options(config: ConfigDict) -> ConfigDict:
             for section in sections:
                 node = node[section]
             del node[name]
+    return config
+
+
+def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
+    """Return a copy in which every 0 and "auto" that stands for a default is filled in.
+
+    The size of the vocabulary, which may need the tokenizer, stays 0; the attention kernel stays
+    "auto", because a run may go on, or be evaluated, on other devices.
+
+    Args:
+        config: valid configuration.
+        platform: "cpu", "tpu" or "gpu".
+    """
+    config = without_unused_options(config)
+    model, data = config.model, config.data
+    model.n_kv_heads = model.n_kv_heads or model.n_heads
+    model.head_dim = model.head_dim or model.d_model // model.n_heads
+    model.d_ff = model.d_ff or 4 * model.d_model
+    model.max_length = model.max_length or max(data.sequence_length, data.target_length)
+    model.n_decoder_layers = model.n_decoder_layers or model.n_layers
+    model.d_hidden = model.d_hidden or model.d_model
+    model.n_classes = model.n_classes or max(1, len(listed(data.labels)))
+    data.target_length = data.target_length or data.sequence_length
+    config.eval.batch_size = config.eval.batch_size or data.batch_size
+    config.decode.max_length = config.decode.max_length or data.target_length
+    if model.dtype == "auto":
+        model.dtype = "float32" if platform == "cpu" else "bfloat16"
     return config
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from lm.config.registries import METRICS, OBJECTIVES, SOURCES, TOKENIZERS, families_of
-from lm.config.registry import Entry, Registry
+from lm.config.registry import Registry
 from lm.errors import UserError
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
@@ -265,42 +265,44 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
 def _source_rules(config: ConfigDict) -> Iterator[str]:
     for key in ("source", "validation_source", "test_source"):
         for spec in listed(config.data[key]):
-            if problem := _spec_problem(SOURCES, spec):
+            if problem := spec_problem(SOURCES, spec):
                 yield f"--config.data.{key}: {problem}"
-    if problem := _spec_problem(TOKENIZERS, config.data.tokenizer):
+    if problem := spec_problem(TOKENIZERS, config.data.tokenizer):
         yield f"--config.data.tokenizer: {problem}"
-
-
-def _spec_problem(registry: Registry, spec: str) -> str:
-    """Return what is wrong with NAME or NAME:ARGUMENT, or ""."""
-    name, _, argument = spec.partition(":")
-    entry = registry.entries.get(name)
-    if entry and (not entry.forms or any(bool(argument) == (":" in f) for f in entry.forms)):
-        return ""
-    return f"unknown {registry.kind} {spec!r} (known: {_forms(registry.entries)})"
-
-
-def _forms(entries: Mapping[str, Entry]) -> str:
-    return ", ".join(form for name, entry in entries.items() for form in entry.forms or (name,))
 
 
 def data_problems(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong with the sources of a configuration that is going to read them.
 
-    These are no rules of the configuration: a model can be planned or exported without its data.
+    These are no rules of every configuration: a model can be planned or exported without data.
     """
     needed = "records" if OBJECTIVES.entries[config.objective.name].columns else "documents"
     if not listed(config.data.source):
         yield "--config.data.source is empty: name a source, such as stdlib"
-    fitting = {name: entry for name, entry in SOURCES.entries.items() if needed in entry.holds}
     for key in ("source", "validation_source"):
         for spec in listed(config.data[key]):
-            if spec.partition(":")[0] not in fitting:
+            if problem := spec_problem(SOURCES, spec, needed):
                 yield (
-                    f"--config.data.{key}: {spec} holds no {needed}, which "
-                    f"--config.objective.name={config.objective.name} reads "
-                    f"(known: {_forms(fitting)})"
+                    f"--config.data.{key}: {problem}, which "
+                    f"--config.objective.name={config.objective.name} reads"
                 )
+
+
+def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
+    """Return what is wrong with NAME or NAME:ARGUMENT, or "".
+
+    Args:
+        registry: SOURCES or TOKENIZERS.
+        spec: value of a key, or part of it.
+        needed: "documents" or "records" if a source has to hold them.
+    """
+    name, _, argument = spec.partition(":")
+    fitting = {n: e for n, e in registry.entries.items() if not needed or needed in e.holds}
+    known = ", ".join(form for n, entry in fitting.items() for form in entry.forms or (n,))
+    entry = registry.entries.get(name)
+    if not entry or (entry.forms and all(bool(argument) != (":" in f) for f in entry.forms)):
+        return f"unknown {registry.kind} {spec!r} (known: {known})"
+    return "" if name in fitting else f"{spec} holds no {needed} (known: {known})"
 
 
 def tiled_attention_problem(config: ConfigDict) -> str:

@@ -22,6 +22,7 @@ from lm.train_step import TrainState
 from lm.training.loop import Loop, Outputs
 from lm.training.metrics import MetricsWriter
 from lm.training.monitor import Clock, stop_requests, watchdog
+from lm.validation import check
 
 
 def train(
@@ -42,6 +43,7 @@ def train(
         UserError: configuration, data and workdir do not go together.
     """
     with stop_requests() as stop:
+        check(config, jax.devices()[0].platform, len(jax.devices()))
         experiment = build(config, jax.devices())
         config = experiment.config
         dataset = open_dataset(

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lm.config.registries import SOURCES
+from lm.config.rules import spec_problem
 from lm.data.files import find_files
 from lm.data.text.corpus import Corpus
 from lm.data.text.held_out import HeldOut
@@ -49,10 +50,8 @@ def has_validation(spec: str, data: Any) -> bool:
 
 
 def _check_kind(spec: str) -> None:
-    if spec.partition(":")[0] not in SOURCES or spec.startswith("stdlib:"):
-        own = (name for name, entry in SOURCES.entries.items() if entry.plugin)
-        known = ", ".join(("stdlib", "text:PATH", "jsonl:PATH", "tfds:NAME", *own))
-        raise UserError(f"unknown data source {spec!r} (known: {known})")
+    if problem := spec_problem(SOURCES, spec, "documents"):
+        raise UserError(problem)
 
 
 def _open(spec: str, data: Any, split: str) -> Corpus:

@@ -1,0 +1,148 @@
+"""Validation of a configuration by one call, before data or devices are touched.
+
+The rules between keys alone are in `lm/config/rules.py`; those here need the sizes of the mesh, the
+platform, or the classes that the configuration names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from ml_collections import ConfigDict
+
+from lm.attention_choice import choose
+from lm.config import fill_defaults, validate
+from lm.config.registries import MODELS
+from lm.config.rules import TRANSFORMERS, data_problems
+from lm.errors import UserError
+from lm.objectives.registry import make_objective
+from lm.parallel.mesh import axis_sizes
+from lm.parallel.sharding import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
+
+
+def check(config: ConfigDict, platform: str, n_devices: int) -> None:
+    """Find everything that is wrong with a configuration before it trains.
+
+    Args:
+        config: configuration, resolved or not.
+        platform: "cpu", "tpu" or "gpu".
+        n_devices: number of devices of the mesh.
+
+    Raises:
+        UserError: the first problem of: keys, rules between keys, data, mesh, objective, attention.
+    """
+    validate(config)
+    for problem in data_problems(config):
+        raise UserError(problem)
+    sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, n_devices)
+    check_on_mesh(fill_defaults(config, platform), platform, sizes)
+
+
+def check_on_mesh(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> None:
+    """Raise UserError unless a configuration can run on a mesh.
+
+    Args:
+        config: valid configuration with its defaults filled in (`fill_defaults`).
+        platform: "cpu", "tpu" or "gpu".
+        sizes: sizes of all mesh axes.
+    """
+    for rules in MESH_RULES:
+        for problem in rules(config, sizes):
+            raise UserError(problem)
+    make_objective(config)  # raises where its sequences are too short
+    choose(config, platform, sizes)
+
+
+def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    model, options, stages = config.model, config.parallel.pipeline, sizes["stage"]
+    if stages == 1:
+        return
+    if model.family not in TRANSFORMERS:
+        yield (
+            f"--config.parallel.mesh.stage={stages} needs --config.model.family "
+            f"{' or '.join(TRANSFORMERS)}, not {model.family}"
+        )
+    for name, plain in (("residual", "sum"), ("dense_layers", 0)):
+        if model[name] != plain:
+            yield (
+                f"--config.parallel.mesh.stage={stages} needs layers of one shape, not "
+                f"--config.model.{name}={model[name]}"
+            )
+    every = model.experts_every if model.n_experts else 1
+    groups = stages * options.repeats * every
+    stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]
+    for name in stacks:
+        if model[name] % groups:
+            yield (
+                f"--config.model.{name}={model[name]} is not divisible by {groups} "
+                f"({stages} --config.parallel.mesh.stage × "
+                f"{options.repeats} --config.parallel.pipeline.repeats"
+                + (f" × {every} --config.model.experts_every)" if every > 1 else ")")
+            )
+    microbatches = options.microbatches or stages
+    if microbatches % stages:
+        yield (
+            f"--config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
+            f"--config.parallel.mesh.stage={stages}"
+        )
+
+
+def _batch_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    shards, stages = prod(sizes[axis] for axis in BATCH_AXES), sizes["stage"]
+    in_pipeline = (config.parallel.pipeline.microbatches or stages) if stages > 1 else 1
+    for name, accumulated in (("data", config.train.microbatches), ("eval", 1)):
+        divisor = shards * accumulated * in_pipeline
+        factors = [f"{shards} data-parallel devices"]
+        factors += [f"{accumulated} --config.train.microbatches"] if accumulated > 1 else []
+        factors += (
+            [f"{in_pipeline} --config.parallel.pipeline.microbatches"] if in_pipeline > 1 else []
+        )
+        if config[name].batch_size % divisor:
+            yield (
+                f"--config.{name}.batch_size={config[name].batch_size} is not divisible by "
+                f"{divisor} ({' × '.join(factors)})"
+            )
+
+
+def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    context, tensor = sizes["context"], sizes["tensor"]
+    if context > 1 and config.model.family not in TRANSFORMERS:
+        yield (
+            f"--config.parallel.mesh.context={context} needs attention: "
+            f"--config.model.family={config.model.family} has none over the sequence"
+        )
+    # The ring gives every device two chunks of the sequence, so that causal work is even.
+    divisors = {"2 × --config.parallel.mesh.context": 2 * context if context > 1 else 1}
+    if config.parallel.sequence:
+        product = "--config.parallel.mesh.context × --config.parallel.mesh.tensor"
+        divisors[product] = context * tensor
+    names = ["sequence_length"]
+    names += ["target_length"] if config.objective.name == "seq2seq" else []
+    for name in names:
+        for what, n in divisors.items():
+            if config.data[name] % n:
+                yield f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
+
+
+def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield the dimensions of parameters that the mesh does not divide."""
+    names = [] if MODELS.entries[config.model.family].plugin else ["embed"]
+    if config.model.family in TRANSFORMERS:
+        names += ["heads", "mlp"]
+    if config.model.n_experts:
+        names += ["experts"]
+    elif sizes["expert"] > 1:
+        yield (
+            f"--config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(--config.model.n_experts=0); use data or fsdp"
+        )
+    for name in names:
+        section, _, key = CONFIG_KEYS[name].partition(".")
+        try:
+            count_parameter_shards(sizes, (name,), (config[section][key],))
+        except UserError as error:
+            yield str(error)
+
+
+MESH_RULES = (_stage_rules, _batch_rules, _length_rules, _parameter_rules)
