@@ -1,4 +1,4 @@
-"""Coordinate check: how large activations are in the first steps, over the width of a model.
+"""Coordinate check of muP: size of activations in the first steps, over the width of a model.
 
 In muP they neither grow nor vanish with the width; in the standard parametrisation they grow
 (Yang et al. 2022, arXiv 2203.03466, §8.1 and appendix D.1).
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
 
-# Whose outputs are looked at: the end of a path of modules, and their method that gives them.
+# Outputs that are measured: end of a module path, and the method that returns them.
 WATCHED = {
     "attention": "attention/out/__call__",
     "feed-forward": "feed_forward/__call__",
@@ -26,7 +26,13 @@ Scales = dict[str, list[float]]
 
 
 def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps: int) -> Scales:
-    """The mean |x| of each of `WATCHED` in a decoder after 0, 1, … `steps` updates on one batch."""
+    """Return mean |x| of each output of `WATCHED` in a decoder after 0, 1, … `steps` updates.
+
+    Args:
+        config: Configuration of the decoder.
+        batch: Arrays of one batch, on which all updates are made.
+        steps: Number of updates.
+    """
     experiment = build(config, jax.devices()[:1])
     state = experiment.init_state()
     batches = {name: jnp.asarray(values)[None] for name, values in batch.items()}
@@ -35,7 +41,7 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
         return _name("/".join((*module.path, method))) != ""
 
     @jax.jit
-    def look(params: dict, tokens_BL: jax.Array) -> dict[str, jax.Array]:
+    def measure(params: dict, tokens_BL: jax.Array) -> dict[str, jax.Array]:
         _, seen = experiment.model.apply(
             {"params": params}, tokens_BL, capture_intermediates=watched, mutable="intermediates"
         )
@@ -44,7 +50,7 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
 
     scales: Scales = {name: [] for name in WATCHED}
     for step in range(steps + 1):
-        for name, scale in look(state.params, batches["inputs"][0]).items():
+        for name, scale in measure(state.params, batches["inputs"][0]).items():
             scales[name].append(float(scale))
         if step < steps:
             state, _ = experiment.train_steps(state, batches)
@@ -52,5 +58,5 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
 
 
 def _name(path: str) -> str:
-    """The entry of `WATCHED` that a path belongs to, or nothing."""
+    """Return the key of `WATCHED` that a path belongs to, or ""."""
     return next((name for name, end in WATCHED.items() if f"/{path}".endswith(f"/{end}")), "")

@@ -1,4 +1,4 @@
-"""Noisy curves made readable: an average, fewer points, and the steps at which a loss jumped."""
+"""Analysis of noisy curves: smoothing, downsampling, spikes, and the incidents of a run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
 from lm.tools.formatting import duration
-from lm.tools.reports.run_records import TRAIN_LOSS, Run
+from lm.tools.reports.run_records import TRAIN_LOSS, RunRecord
 
-POINTS = 400  # more than these a figure cannot show
-SPIKE = 12.0  # so many times the usual deviation above what came before a loss is a spike
+POINTS = 400  # as many as a figure can show
+SPIKE = 12.0  # height of a spike above the preceding losses, in median deviations
+STALL = 10.0  # duration of a stall, in median steps
 
 
 def smooth(values: np.ndarray, part: float = 0.01) -> np.ndarray:
-    """Average of both sides, with weights that halve every `part` of the curve: it does not lag
-    behind a loss that falls.
+    """Average over both sides, so that it does not lag behind a falling loss; NaN is ignored.
 
-    NaN counts for nothing.
+    Args:
+        values: Curve, [points].
+        part: Half-life of the weights, as a part of the curve.
     """
     keep = 0.5 ** (1 / max(1.0, part * len(values)))
     valid = np.isfinite(values)
@@ -31,12 +33,12 @@ def smooth(values: np.ndarray, part: float = 0.01) -> np.ndarray:
 
 
 def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most some 400 points of a curve, with the lowest and the highest of every stretch."""
+    """Keep about 400 points of a curve: both ends, and minimum and maximum of each interval."""
     if len(x) <= POINTS:
         return x, y
     chosen = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(len(x)), POINTS // 2):
-        finite = stretch[np.isfinite(y[stretch])]
+    for interval in np.array_split(np.arange(len(x)), POINTS // 2):
+        finite = interval[np.isfinite(y[interval])]
         if len(finite):
             chosen |= {finite[np.argmin(y[finite])], finite[np.argmax(y[finite])]}
     kept = np.array(sorted(chosen))
@@ -44,7 +46,7 @@ def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spikes(values: np.ndarray) -> np.ndarray:
-    """Positions at which a loss lies far above what came before, and by a tenth at least."""
+    """Return the indices at which a loss is far, and at least a tenth, above the preceding ones."""
     if not np.isfinite(values).any():
         return np.array([], int)
     values = np.nan_to_num(values, nan=np.nanmedian(values))
@@ -55,11 +57,8 @@ def spikes(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(values - before > np.maximum(SPIKE * usual, 0.1 * np.abs(before)))
 
 
-STALL = 10.0  # a step of so many times the median's seconds is a stall
-
-
-def incidents(run: Run) -> list[str]:
-    """One line each, the gravest first; none if all went well."""
+def incidents(run: RunRecord) -> list[str]:
+    """Describe restarts, lost steps, loss spikes and stalls, one line each, the gravest first."""
     found = [run.problem] if run.problem else []
     if TRAIN_LOSS not in run.curves:
         return [*found, "no training step was written"]
@@ -78,14 +77,14 @@ def incidents(run: Run) -> list[str]:
     return found + _stalls(run)
 
 
-def _restarts(run: Run) -> list[str]:
+def _restarts(run: RunRecord) -> list[str]:
     starts = run.clock.get("starts", 1)
     again = run.clock.get("steps_computed", 0) - run.last_step
     lines = [f"restarted: {starts} starts"] if starts > 1 else []
     return lines + ([f"{again:,} steps computed again after a restart"] if again > 0 else [])
 
 
-def _stalls(run: Run) -> list[str]:
+def _stalls(run: RunRecord) -> list[str]:
     if "seconds_per_step" not in run.curves:
         return []
     curve = run.curves["seconds_per_step"]
@@ -98,7 +97,7 @@ def _stalls(run: Run) -> list[str]:
 
 
 def _steps(steps: np.ndarray) -> str:
-    """Steps in words: the first few, with how many there are."""
+    """Format the first few steps and the number of all."""
     few = ", ".join(f"{step:,}" for step in steps[:5])
     more = f" … ({len(steps)} in all)" if len(steps) > 5 else ""
     return f"step{'s' if len(steps) > 1 else ''} {few}{more}"

@@ -1,4 +1,4 @@
-"""IsoFLOP profiles: at one compute budget a parabola of loss over log N, and its minimum.
+"""IsoFLOP profiles: for each compute budget the minimum of a parabola of loss over log N.
 
 Hoffmann et al. 2022 (arXiv 2203.15556), approach 2.
 """
@@ -12,33 +12,35 @@ import numpy as np
 
 from lm.tools.reports.scaling_runs import Runs
 
-SAME_BUDGET = 0.1  # FLOPs within so much of the middle's, as a logarithm, are one budget
+SAME_BUDGET = 0.1  # largest difference of log FLOPs within one budget
 FEWEST_SIZES = 4
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The runs of one budget, and their parabola in log N, highest power first."""
+    """Runs of one budget and their parabola in log N (coefficients as of `np.polyfit`)."""
 
     runs: Runs
     parabola: np.ndarray
 
     @property
     def flop(self) -> float:
+        """Budget: geometric mean of the runs' FLOPs."""
         return float(np.exp(np.log(self.runs.flop).mean()))
 
     @property
     def n(self) -> float:
-        """The size of least loss."""
+        """Number of parameters at the minimum."""
         return float(np.exp(-self.parabola[1] / (2 * self.parabola[0])))
 
     @property
     def loss(self) -> float:
+        """Loss at the minimum."""
         return float(np.polyval(self.parabola, np.log(self.n)))
 
     @property
     def has_minimum(self) -> bool:
-        """Whether the parabola opens upwards and its minimum lies between the sizes that ran."""
+        """Whether the parabola is convex and its minimum is within the sizes of the runs."""
         return bool(self.parabola[0] > 0 and self.runs.n.min() <= self.n <= self.runs.n.max())
 
 
@@ -49,13 +51,14 @@ class PowerLaw(NamedTuple):
     exponent: float
 
     def n(self, flop: float) -> float:
+        """Return the optimal number of parameters of a budget."""
         return self.factor * flop**self.exponent
 
 
 def profiles(runs: Runs) -> list[Profile]:
-    """A profile of each budget at which at least four sizes ran, by budget.
+    """Return a profile of each budget with at least four sizes, in the order of budgets.
 
-    Budgets are found by density: the FLOPs with the most runs near them first.
+    Budgets are found by density: the FLOPs with the most runs nearby come first.
     """
     left, found = runs, []
     while len(left):
@@ -73,7 +76,7 @@ def _profile(runs: Runs) -> Profile:
 
 
 def power_law(found: list[Profile]) -> PowerLaw | None:
-    """The line through the minima in log-log; None with fewer than two budgets that have one."""
+    """Fit a line through the minima in log-log; None for fewer than two minima."""
     minima = [profile for profile in found if profile.has_minimum]
     if len(minima) < 2:
         return None
@@ -83,7 +86,7 @@ def power_law(found: list[Profile]) -> PowerLaw | None:
 
 
 def bootstrap_exponents(found: list[Profile], resamples: int, seed: int) -> list[float]:
-    """Exponents of the power law, the runs of each budget drawn anew with replacement."""
+    """Return exponents of the power law, with the runs of each budget resampled."""
     random = np.random.default_rng(seed)
     exponents = []
     for _ in range(resamples):

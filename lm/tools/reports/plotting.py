@@ -1,6 +1,6 @@
-"""The look of every figure, and figures as SVG text and PNG files.
+"""Style of all figures, and their output as SVG and PNG.
 
-Figures are small with large letters, so that they stay readable on a telephone.
+Figures are small and their letters large, so that they stay readable on a phone.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ STYLE = {
 
 
 def colors(count: int) -> list[str]:
-    """A colour for each of so many runs: ten that differ well, or else steps of one scale."""
+    """Return `count` colors: up to ten distinct ones, or else steps of one scale."""
     return list(COLORS[:count]) if count <= len(COLORS) else shades(count)
 
 
 def shades(count: int) -> list[str]:
-    """So many steps of one scale, for what has an order."""
+    """Return `count` steps of one scale, for ordered values."""
     matplotlib = _matplotlib()
     scale = matplotlib.colormaps["viridis"]
     return [matplotlib.colors.to_hex(scale(0.92 * i / max(1, count - 1))) for i in range(count)]
@@ -65,7 +65,11 @@ def subplots(
     sharey: bool | str = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """A figure in the house style and its axes; UserError without matplotlib."""
+    """Create a figure in this style and its axes, as `Figure.subplots` does.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     matplotlib = _matplotlib()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(**options)
@@ -73,7 +77,7 @@ def subplots(
 
 
 def legend(axes: Any, entries: int, outside: bool = False) -> None:
-    """A legend where it hides least, or beside; none for one entry or, inside, for many."""
+    """Add a legend inside the axes for 2 to 8 entries, or outside for more if `outside`."""
     if outside and entries > 8:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     elif 1 < entries <= 8:
@@ -81,21 +85,21 @@ def legend(axes: Any, entries: int, outside: bool = False) -> None:
 
 
 def value_axis(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis for positive values far apart; ticks at the values if these are few."""
+    """Make an axis logarithmic if its positive values span a factor of 5; few values get ticks."""
     matplotlib = _matplotlib()
     low, high = min(values), max(values)
     if low > 0 and high / low >= 5:
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     marks = np.unique(values)
-    places = axis.get_transform().transform(marks)
-    if 1 < len(marks) <= 6 and np.diff(places).min() > 0.08 * np.ptp(places):
+    positions = axis.get_transform().transform(marks)
+    if 1 < len(marks) <= 6 and np.diff(positions).min() > 0.08 * np.ptp(positions):
         axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def count_axis(axis: Any) -> None:
-    """A logarithmic axis of large numbers, with ticks at 1, 2 and 5 times the powers of ten."""
+    """Make an axis of large numbers logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
     ticker = _matplotlib().ticker
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
@@ -104,7 +108,7 @@ def count_axis(axis: Any) -> None:
 
 
 def time_axis(axis: Any) -> None:
-    """Ticks of an axis of seconds, in the unit that suits its length."""
+    """Set the ticks of an axis of seconds, in seconds, minutes or hours by its length."""
     ticker = _matplotlib().ticker
     longest = axis.get_view_interval()[1]
     unit, name = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
@@ -114,18 +118,26 @@ def time_axis(axis: Any) -> None:
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value / unit:g} {name}"))
 
 
-def svg(figure: Any) -> str:
-    """The figure as an <svg> element that takes its width from the page."""
+class SvgText(str):
+    """SVG element; Jinja does not escape it."""
+
+    def __html__(self) -> str:
+        return self
+
+
+def svg(figure: Any) -> SvgText:
+    """Return the figure as an <svg> element that takes its width from the page."""
     stream = io.StringIO()
     with _matplotlib().rc_context(STYLE):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+    return SvgText(re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest)
 
 
 def save_png(figure: Any, file: Path) -> None:
+    """Write the figure as a PNG file."""
     with _matplotlib().rc_context(STYLE):
         figure.savefig(file, dpi=160)
 

@@ -1,4 +1,4 @@
-"""The figures of a report, by file name."""
+"""Figures of a report."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from lm.tools.reports.plotting import (
     time_axis,
     value_axis,
 )
-from lm.tools.reports.run_records import TRAIN_LOSS, VALIDATION_LOSS, Run, final_metric, lines_of
+from lm.tools.reports.run_records import (
+    TRAIN_LOSS,
+    VALIDATION_LOSS,
+    RunRecord,
+    final_metric,
+    group_runs,
+)
 from lm.training.monitor import CLOCK_PARTS
 
-Figures = dict[str, Any]
-AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "time in steps"}
-# What a training step writes besides its loss, and what to call it.
+Figures = dict[str, Any]  # by file name
+X_AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "time in steps"}
+# Metrics of a training step beside its loss, with the labels of their axes.
 HEALTH = {
     "accuracy": "accuracy in training",
     "nll": "loss without regularisers",
@@ -35,8 +41,8 @@ HEALTH = {
 }
 
 
-def positions(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
-    """Where steps lie on one of AXES; None for what the run does not tell."""
+def positions(run: RunRecord, axis: str, steps: np.ndarray) -> np.ndarray | None:
+    """Return the coordinates of steps on one of X_AXES; None if the run does not record them."""
     if axis == "step":
         return steps
     if axis == "time":
@@ -49,14 +55,17 @@ def positions(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
     return steps * float(run.size.tokens_per_step if axis == "tokens" else run.size.flops_per_step)
 
 
-def loss_curves(runs: Sequence[Run]) -> Figures:
-    """Training loss (raw and smoothed) and validation loss, over those of AXES that a run tells."""
+def loss_curves(runs: Sequence[RunRecord]) -> Figures:
+    """Plot training loss (raw and smoothed) and validation loss over each recorded axis."""
     first = np.zeros(1)
-    told = [axis for axis in AXES if any(positions(run, axis, first) is not None for run in runs)]
-    return {axis: _loss_curve(runs, axis) for axis in told}
+    return {
+        axis: _loss_curve(runs, axis)
+        for axis in X_AXES
+        if any(positions(run, axis, first) is not None for run in runs)
+    }
 
 
-def _loss_curve(runs: Sequence[Run], axis: str) -> Any:
+def _loss_curve(runs: Sequence[RunRecord], axis: str) -> Any:
     figure, axes = subplots()
     levels: list[float] = []
     for run, color in zip(runs, colors(len(runs)), strict=True):
@@ -75,7 +84,7 @@ def _loss_curve(runs: Sequence[Run], axis: str) -> Any:
                 axes.plot(*downsample(x, curve.values), color=color, alpha=0.22, linewidth=0.8)
             axes.plot(*downsample(x, smoothed), color=color, label=run.name)
             levels += smoothed[len(smoothed) // 50 :].tolist()
-    axes.set(xlabel=AXES[axis], ylabel="loss, nats")
+    axes.set(xlabel=X_AXES[axis], ylabel="loss, nats")
     if axis == "time":
         time_axis(axes.xaxis)
     _focus(axes, levels)
@@ -84,15 +93,15 @@ def _loss_curve(runs: Sequence[Run], axis: str) -> Any:
 
 
 def _focus(axes: Any, levels: Sequence[float]) -> None:
-    """Leave the first steep steps, and jumps, out of the picture."""
+    """Limit the y axis to `levels`, which are without the first steep steps and spikes."""
     finite = np.array([level for level in levels if np.isfinite(level)])
     if len(finite) and np.ptp(finite) > 0:
         margin = 0.06 * np.ptp(finite)
         axes.set_ylim(finite.min() - margin, finite.max() + margin)
 
 
-def metric_curves(runs: Sequence[Run]) -> Figures:
-    """Every other evaluation metric, and how training went, over the steps."""
+def metric_curves(runs: Sequence[RunRecord]) -> Figures:
+    """Plot every other evaluation metric, and those of HEALTH, over the steps."""
     evaluations = dict.fromkeys(name for run in runs for name in run.evaluations)
     names = {
         name: name.removeprefix("eval/").replace("/", " ").replace("_", " ")
@@ -106,7 +115,7 @@ def metric_curves(runs: Sequence[Run]) -> Figures:
     }
 
 
-def _metric_curve(runs: Sequence[Run], name: str, title: str) -> Any:
+def _metric_curve(runs: Sequence[RunRecord], name: str, title: str) -> Any:
     figure, axes = subplots()
     for run, color in zip(runs, colors(len(runs)), strict=True):
         curve = run.curves.get(name)
@@ -126,8 +135,8 @@ def _metric_curve(runs: Sequence[Run], name: str, title: str) -> Any:
     return figure
 
 
-def final_by_key(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> Figures:
-    """The final metric over each swept key; lines join runs that differ in nothing else."""
+def final_by_key(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) -> Figures:
+    """Plot the final metric over each swept key; lines join runs that differ in nothing else."""
     metric = final_metric(runs)
     scored = [run for run in runs if run.final(metric) is not None]
     values = {group[0]: {shown(run.config.get(group[0])) for run in scored} for group in groups}
@@ -138,17 +147,17 @@ def final_by_key(runs: Sequence[Run], groups: Sequence[tuple[str, ...]]) -> Figu
     }
 
 
-def _final_by(runs: Sequence[Run], metric: str, key: str, others: Sequence[str]) -> Any:
+def _final_by(runs: Sequence[RunRecord], metric: str, key: str, others: Sequence[str]) -> Any:
     figure, axes = subplots()
-    found = lines_of(runs, key, others)
+    found = group_runs(runs, key, others)
     values: list[Any] = [run.config.get(key) for run in runs]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     names = sorted({shown(value) for value in values})
     labelled = len(others) == 1
-    for (others_are, line), color in zip(found.items(), shades(len(found)), strict=True):
+    for (shared_values, line), color in zip(found.items(), shades(len(found)), strict=True):
         at = [run.config.get(key) for run in line]
         x = at if numeric else [names.index(shown(value)) for value in at]
-        label = f"{others[0].rsplit('.', 1)[-1]} {shown(others_are[0])}" if labelled else None
+        label = f"{others[0].rsplit('.', 1)[-1]} {shown(shared_values[0])}" if labelled else None
         y = [run.final(metric) for run in line]
         axes.plot(x, y, "o-", markersize=7, color=color if others else COLORS[0], label=label)
     if numeric:
@@ -160,11 +169,11 @@ def _final_by(runs: Sequence[Run], metric: str, key: str, others: Sequence[str])
     return figure
 
 
-def time_split(runs: Sequence[Run]) -> Figures:
-    """Where the time of each run went, in percent."""
+def time_split(runs: Sequence[RunRecord]) -> Any:
+    """Plot the parts of the loop in each run's time, in percent; None without any clock."""
     timed = [run for run in runs if run.total_seconds]
     if not timed:
-        return {}
+        return None
     height = 1.6 + 0.34 * len(timed)
     figure, axes = subplots(figsize=(WIDTH, min(height, 12)))
     left = np.zeros(len(timed))
@@ -188,4 +197,4 @@ def time_split(runs: Sequence[Run]) -> Figures:
         columnspacing=1,
         handlelength=1,
     )
-    return {"time": figure}
+    return figure

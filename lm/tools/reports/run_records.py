@@ -1,4 +1,4 @@
-"""What the folder of a run says of it: configuration, metrics by step, clock, size, samples."""
+"""Records of runs: configuration, curves, clock, size and samples, read from their folders."""
 
 from __future__ import annotations
 
@@ -22,58 +22,110 @@ VALIDATION_LOSS = "eval/validation/loss"
 TRAIN_LOSS = "loss"
 
 
+# Sizes do not depend on the mesh or the kernel, which this machine may not have.
+SINGLE_DEVICE = {
+    "parallel.preset": "custom",
+    "model.attention": "xla",
+    **{
+        f"parallel.mesh.{axis}": "1"
+        for axis in ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+    },
+}
+
+
+class RunSize(NamedTuple):
+    """Size of a run.
+
+    Attributes:
+        parameters: All parameters.
+        non_embedding: Parameters without embeddings.
+        tokens_per_step: Tokens of a training step.
+        flops_per_step: Model FLOPs of a training step.
+    """
+
+    parameters: int
+    non_embedding: int
+    tokens_per_step: int
+    flops_per_step: float
+
+
+def size_of(workdir: Path) -> RunSize:
+    """Return the size of the run in `workdir`, from its configuration alone."""
+    experiment = build(load_config(workdir, SINGLE_DEVICE), jax.devices()[:1])
+    counts = count_parameters(experiment)
+    tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
+    flops = tokens * model_flops_per_token(experiment)
+    heads = counts["heads"]
+    return RunSize(counts["total"] + heads, counts["non_embedding"] + heads, tokens, flops)
+
+
 @dataclass(frozen=True)
 class Curve:
-    """A metric over the steps at which it was written; not finite is NaN."""
+    """Metric over the steps at which it was written, both [points]; a non-finite value is NaN."""
 
     steps: np.ndarray
     values: np.ndarray
 
-    @property
-    def last(self) -> float:
-        return float(self.values[-1])
-
 
 @dataclass(frozen=True)
-class Run:
-    """One run. `size` is None where its configuration cannot be built; `problem` says why."""
+class RunRecord:
+    """Run, as its folder records it.
+
+    Attributes:
+        name: Name of the folder, below the folder of all runs.
+        config: Configuration by flat keys.
+        curves: Metrics by name.
+        clock: Seconds by part of the loop, number of starts, goodput; empty without a clock.
+        size: Size of the run; None if its configuration cannot be built any more.
+        problem: Reason why it cannot be built.
+        samples: First predictions by evaluated split.
+        scores: Results of `lm eval --task` by evaluated split.
+    """
 
     name: str
     config: Mapping[str, Any]
     curves: Mapping[str, Curve]
     clock: Mapping[str, Any] = field(default_factory=dict)
-    size: Size | None = None
+    size: RunSize | None = None
     problem: str = ""
     samples: Mapping[str, list[dict]] = field(default_factory=dict)
     scores: Mapping[str, dict] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
+        """Last training step that was written; 0 if there is none."""
         return int(self.curves[TRAIN_LOSS].steps[-1]) if TRAIN_LOSS in self.curves else 0
 
     @property
     def finished(self) -> bool:
+        """Whether the run reached `train.steps`."""
         return self.last_step >= self.config["train.steps"]
 
     @property
     def tokens(self) -> int | None:
+        """Tokens up to the last step; None if the size is unknown."""
         return self.last_step * self.size.tokens_per_step if self.size else None
 
     @property
     def flops(self) -> float | None:
+        """Model FLOPs up to the last step; None if the size is unknown."""
         return self.last_step * self.size.flops_per_step if self.size else None
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of all parts of all starts; 0 where there is no clock."""
+        """Seconds of all parts of the loop over all starts; 0 without a clock."""
         return sum(self.clock.get("seconds", {}).values())
 
     @property
     def evaluations(self) -> list[str]:
+        """Names of the metrics of evaluations."""
         return [name for name in self.curves if name.startswith("eval/")]
 
     def final(self, metric: str) -> float | None:
-        """The last value of a metric; of the noisy training loss, the mean of its last 5 %."""
+        """Return the last value of a metric; of the noisy training loss the mean of its last 5 %.
+
+        None if there is no value or it is not finite.
+        """
         curve = self.curves.get(metric)
         if curve is None:
             return None
@@ -82,27 +134,32 @@ class Run:
         return value if np.isfinite(value) else None
 
     def seconds(self) -> np.ndarray:
-        """Seconds spent in steps until each training step that was written."""
+        """Return the seconds spent in steps up to each step of `seconds_per_step`, [points]."""
         curve = self.curves["seconds_per_step"]
         return np.cumsum(np.nan_to_num(curve.values) * np.diff(curve.steps, prepend=0))
 
 
-def find_runs(workdir: Path, samples: int = 0) -> list[Run]:
-    """The run in `workdir`, or those in its subfolders, in the order of their names.
+def find_runs(workdir: Path, n_samples: int = 0) -> list[RunRecord]:
+    """Read the run in `workdir`, or those in its subfolders, in the order of their names.
 
-    With `samples`, also that many predictions of each evaluated split. UserError if there is none.
+    Args:
+        workdir: Folder of a run, or of runs.
+        n_samples: Predictions that are read of each evaluated split.
+
+    Raises:
+        UserError: There is no run.
     """
     if (workdir / RUN_FILE).exists():
-        return [read_run(workdir, workdir.resolve().name, samples)]
+        return [read_run(workdir, workdir.resolve().name, n_samples)]
     files = sorted([*workdir.glob(f"*/{RUN_FILE}"), *workdir.glob(f"*/*/{RUN_FILE}")])
     if not files:
         raise UserError(f"no run in {workdir}: neither it nor its subfolders have a {RUN_FILE}")
     folders = [file.parent for file in files]
-    return [read_run(folder, str(folder.relative_to(workdir)), samples) for folder in folders]
+    return [read_run(folder, str(folder.relative_to(workdir)), n_samples) for folder in folders]
 
 
-def read_run(folder: Path, name: str, samples: int = 0) -> Run:
-    """Read one run's folder; what it lacks is left empty."""
+def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
+    """Read the folder of a run; what it does not have is left empty."""
     try:
         config = dict(configs.flatten(json.loads((folder / RUN_FILE).read_text())["config"]))
     except (json.JSONDecodeError, KeyError) as error:
@@ -113,20 +170,24 @@ def read_run(folder: Path, name: str, samples: int = 0) -> Run:
         size = size_of(folder)
     except UserError as error:
         problem = str(error)
-    return Run(
+    return RunRecord(
         name=name,
         config=config,
         curves=read_curves(folder / "metrics.jsonl"),
         clock=json.loads(clock.read_text()) if clock.exists() else {},
         size=size,
         problem=problem,
-        samples={name: _head(f, samples) for name, f in _evaluated(folder, "predictions.jsonl")},
+        samples={name: _head(f, n_samples) for name, f in _evaluated(folder, "predictions.jsonl")},
         scores={name: json.loads(f.read_text()) for name, f in _evaluated(folder, "report.json")},
     )
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Every metric of a metrics.jsonl; a half-written last line is no line."""
+    """Read every metric of a metrics.jsonl; a last line without an end is ignored.
+
+    Raises:
+        UserError: A line is damaged.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     for number, line in enumerate(lines, 1):
@@ -144,7 +205,7 @@ def read_curves(file: Path) -> dict[str, Curve]:
 
 
 def _evaluated(folder: Path, file: str) -> list[tuple[str, Path]]:
-    """What `lm eval --task` wrote, by the name of the split and step."""
+    """Return the files that `lm eval --task` wrote, by SPLIT-STEP."""
     return [(found.parent.name, found) for found in sorted(folder.glob(f"eval/*/{file}"))]
 
 
@@ -153,38 +214,8 @@ def _head(file: Path, count: int) -> list[dict]:
         return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
 
 
-# The sizes do not depend on the mesh or kernel, which this machine may not have.
-SINGLE_DEVICE = {
-    "parallel.preset": "custom",
-    "model.attention": "xla",
-    **{
-        f"parallel.mesh.{axis}": "1"
-        for axis in ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
-    },
-}
-
-
-class Size(NamedTuple):
-    """Parameters in all and without embeddings; tokens and model FLOPs of a step."""
-
-    parameters: int
-    non_embedding: int
-    tokens_per_step: int
-    flops_per_step: float
-
-
-def size_of(workdir: Path) -> Size:
-    """The size of the run in `workdir`, from its configuration alone; nothing is computed."""
-    experiment = build(load_config(workdir, SINGLE_DEVICE), jax.devices()[:1])
-    counts = count_parameters(experiment)
-    tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
-    flops = tokens * model_flops_per_token(experiment)
-    heads = counts["heads"]
-    return Size(counts["total"] + heads, counts["non_embedding"] + heads, tokens, flops)
-
-
-def swept_keys(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """The keys that differ between runs; those that always change together are one group."""
+def swept_keys(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """Return the keys in which runs differ; those that always change together are one group."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.config):
         values = [repr(run.config.get(key)) for run in runs]
@@ -194,24 +225,24 @@ def swept_keys(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return [tuple(keys) for keys in groups.values()]
 
 
-def final_metric(runs: Sequence[Run]) -> str:
-    """What runs are compared by: validation loss if any has one, else the training loss."""
+def final_metric(runs: Sequence[RunRecord]) -> str:
+    """Return the metric to compare runs by: validation loss if any has one, else training loss."""
     evaluated = any(VALIDATION_LOSS in run.curves for run in runs)
     return VALIDATION_LOSS if evaluated else TRAIN_LOSS
 
 
-def best(runs: Sequence[Run]) -> Run | None:
-    """The run with the lowest final metric."""
+def best_run(runs: Sequence[RunRecord]) -> RunRecord | None:
+    """Return the run with the lowest final metric; None if no run has one."""
     metric = final_metric(runs)
     scored = [(value, i) for i, run in enumerate(runs) if (value := run.final(metric)) is not None]
     return runs[min(scored)[1]] if scored else None
 
 
-def lines_of(
-    runs: Sequence[Run], key: str, others: Sequence[str]
-) -> dict[tuple[Any, ...], list[Run]]:
-    """The runs that agree in all of `others`, by these values, each list in the order of `key`."""
-    found: dict[tuple[Any, ...], list[Run]] = {}
+def group_runs(
+    runs: Sequence[RunRecord], key: str, others: Sequence[str]
+) -> dict[tuple[Any, ...], list[RunRecord]]:
+    """Group runs by their values of `others`; each group is in the order of `key`."""
+    found: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in sorted(runs, key=lambda run: _order(run.config.get(key))):
         found.setdefault(tuple(_hashable(run.config.get(o)) for o in others), []).append(run)
     return dict(sorted(found.items(), key=lambda item: [_order(value) for value in item[0]]))

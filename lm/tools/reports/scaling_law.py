@@ -1,8 +1,8 @@
-"""The parametric law L(N, D) = E + A/N^α + B/D^β: its fit, its optimum, its intervals.
+"""Parametric scaling law L(N, D) = E + A/N^α + B/D^β: fit, optimum and bootstrap.
 
 Hoffmann et al. 2022 (arXiv 2203.15556), approach 3: Huber loss of the log-losses by L-BFGS from
-many starts; optimum by their eq. 4. Intervals by bootstrap over runs, as Besiroglu et al. 2024
-(arXiv 2404.10102) do.
+many starts; optimum by their eq. 4. Bootstrap over runs as in Besiroglu et al. 2024
+(arXiv 2404.10102).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HUBER_DELTA = 1e-3
 
 
 class Law(NamedTuple):
-    """Loss in nats a token of N parameters and D tokens."""
+    """Coefficients of the law of the loss in nats a token."""
 
     E: float
     A: float
@@ -32,26 +32,27 @@ class Law(NamedTuple):
     beta: float
 
     def loss(self, n: ArrayLike, d: ArrayLike) -> np.ndarray:
+        """Return the loss of `n` parameters and `d` tokens."""
         n, d = np.asarray(n, float), np.asarray(d, float)
         return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
 
     @property
     def exponent(self) -> float:
-        """a of N_opt ∝ C^a; D_opt ∝ C^(1-a)."""
+        """Exponent a of N_opt ∝ C^a; D_opt ∝ C^(1-a)."""
         return self.beta / (self.alpha + self.beta)
 
     def optimum(self, flop: float) -> tuple[float, float]:
-        """The N and D of least loss with 6·N·D = `flop` (Hoffmann et al., eq. 4)."""
+        """Return the N and D of least loss with 6·N·D = `flop` (Hoffmann et al., eq. 4)."""
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         n = ratio * (flop / 6) ** self.exponent
         return n, flop / (6 * n)
 
 
 class _Problem:
-    """The objective over (a, b, e, α, β), the terms being e^(a-αu), e^(b-βv) and e^e.
+    """Objective over (a, b, e, α, β); the terms of the loss are e^(a-αu), e^(b-βv) and e^e.
 
-    u and v are log N and log D less their means: a and b then hardly depend on α and β, which
-    makes the descent short. The minimum is that of the uncentred problem.
+    u and v are log N and log D, centered: a and b then hardly depend on α and β, and L-BFGS needs
+    few iterations. The minimum is that of the uncentered problem.
     """
 
     def __init__(self, runs: Runs):
@@ -61,7 +62,7 @@ class _Problem:
         self.log_loss = np.log(runs.loss)
 
     def objective(self, p: np.ndarray) -> tuple[float, np.ndarray]:
-        """Sum of Huber losses in units of δ², and its gradient."""
+        """Return the sum of Huber losses in units of δ², and its gradient."""
         a, b, e, alpha, beta = p
         terms = np.stack([a - alpha * self.u, b - beta * self.v, np.full_like(self.u, e)])
         total = logsumexp(terms, axis=0)
@@ -74,7 +75,7 @@ class _Problem:
         return float(value), np.array(gradient)
 
     def starts(self) -> list[np.ndarray]:
-        """E from 0.3 to 0.95 of the least loss, the rest split three ways, four slopes each."""
+        """Return starts: 3 values of E below the least loss, 3 splits of the rest, 4 × 4 slopes."""
         least, mean = np.exp(self.log_loss.min()), np.exp(self.log_loss.mean())
         slopes = 0.1, 0.3, 0.6, 1.0
         grid = itertools.product((0.3, 0.7, 0.95), (0.2, 0.5, 0.8), slopes, slopes)
@@ -85,6 +86,7 @@ class _Problem:
         ]
 
     def solve(self, starts: Iterable[np.ndarray]) -> Law:
+        """Return the best minimum that L-BFGS finds from the starts."""
         options = {"maxiter": 2000, "ftol": 1e-13, "gtol": 1e-7}
         ends = (
             minimize(self.objective, start, jac=True, method="L-BFGS-B", options=options)
@@ -96,16 +98,18 @@ class _Problem:
             return Law(*map(float, (np.exp(e), np.exp(a), np.exp(b), alpha, beta)))
 
     def at(self, law: Law) -> np.ndarray:
-        """The parameters of a law."""
+        """Return the variables (a, b, e, α, β) of a law."""
         a = np.log(law.A) - law.alpha * self.middle[0]
         b = np.log(law.B) - law.beta * self.middle[1]
         return np.array([a, b, np.log(law.E), law.alpha, law.beta])
 
 
-def fit(runs: Runs) -> Law:
-    """The law that fits the runs best.
+def fit_law(runs: Runs) -> Law:
+    """Fit a law to runs.
 
-    UserError for fewer than 6 runs or fewer than 3 sizes or numbers of tokens: five unknowns.
+    Raises:
+        UserError: There are fewer than 6 runs, 3 sizes or 3 numbers of tokens for the five
+            unknowns, or the fit is not finite and positive.
     """
     if len(runs) < 6 or len(np.unique(runs.n)) < 3 or len(np.unique(runs.d)) < 3:
         raise UserError(
@@ -121,7 +125,7 @@ def fit(runs: Runs) -> Law:
 
 
 def bootstrap(runs: Runs, law: Law, resamples: int, seed: int) -> list[Law]:
-    """Laws of runs drawn with replacement, each found by descent from `law`."""
+    """Fit laws to resampled runs, each by descent from `law`."""
     random = np.random.default_rng(seed)
     laws = []
     for _ in range(resamples):
@@ -131,6 +135,6 @@ def bootstrap(runs: Runs, law: Law, resamples: int, seed: int) -> list[Law]:
 
 
 def interval(values: ArrayLike) -> tuple[float, float]:
-    """The middle 95 %."""
+    """Return the central 95 % interval."""
     low, high = np.quantile(np.asarray(values), (0.025, 0.975))
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""The runs that a scaling law is fitted to: sizes, tokens, losses.
+"""Runs that a scaling law is fitted to: sizes, tokens and losses.
 
-N is all parameters, embeddings too, and training costs C = 6·N·D FLOPs, as in Hoffmann et al. 2022
-(arXiv 2203.15556).
+N counts all parameters, embeddings included, and training costs C = 6·N·D FLOPs, as in
+Hoffmann et al. 2022 (arXiv 2203.15556).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ COLUMNS = "Model Size", "Training FLOP", "loss"
 
 @dataclass(frozen=True)
 class Runs:
-    """Parameters `n`, training tokens `d` and final loss (nats a token) of each run, [runs]."""
+    """Arrays over runs, [runs].
+
+    Attributes:
+        n: Parameters.
+        d: Training tokens.
+        loss: Final loss, nats a token.
+    """
 
     n: np.ndarray
     d: np.ndarray
@@ -32,16 +38,21 @@ class Runs:
         return len(self.n)
 
     def __getitem__(self, chosen: np.ndarray) -> Runs:
-        """The runs of a mask or of indices."""
+        """Select runs by a mask or by indices."""
         return Runs(self.n[chosen], self.d[chosen], self.loss[chosen])
 
     @property
     def flop(self) -> np.ndarray:
+        """Training FLOPs, 6·N·D."""
         return 6 * self.n * self.d
 
 
-def read_csv(file: Path) -> Runs:
-    """The runs of a table with the columns `Model Size`, `Training FLOP` and `loss`."""
+def runs_of_table(file: Path) -> Runs:
+    """Read a CSV table with the columns `Model Size`, `Training FLOP` and `loss`.
+
+    Raises:
+        UserError: A column is missing, or a cell is not a positive number.
+    """
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
@@ -66,10 +77,13 @@ def _row(file: Path, line: int, row: Mapping[str, str]) -> list[float]:
     return values
 
 
-def read_workdir(workdir: Path) -> tuple[Runs, list[str]]:
-    """The finished runs of a sweep, and a line on each run that is left out.
+def runs_of_folder(workdir: Path) -> tuple[Runs, list[str]]:
+    """Read the finished runs of a sweep.
 
     The loss is that of the last evaluation or, if no run was evaluated, of the end of training.
+
+    Returns:
+        The runs, and one line on each run that is left out.
     """
     found = find_runs(workdir)
     evaluated = any(VALIDATION_LOSS in run.curves for run in found)

@@ -1,4 +1,4 @@
-"""What `lm scaling` does: the law of a set of runs, optima and forecasts, as a report."""
+"""`lm scaling`: scaling laws of a set of runs, optima and forecasts of budgets, and plots."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from lm.tools.formatting import short
 from lm.tools.reports import isoflop
 from lm.tools.reports.isoflop import PowerLaw, Profile
 from lm.tools.reports.plotting import INK, colors, count_axis, legend, save_png, shades, subplots
-from lm.tools.reports.scaling_law import Law, bootstrap, fit, interval
+from lm.tools.reports.scaling_law import Law, bootstrap, fit_law, interval
 from lm.tools.reports.scaling_runs import Runs
 
 
 def enough_tokens(runs: Runs, least: float) -> Runs:
-    """The runs of at least so many tokens a parameter; the others hardly left initialisation."""
+    """Select the runs of at least `least` tokens a parameter; others hardly left their start."""
     return runs[runs.d / runs.n >= least]
 
 
 def study(
     runs: Runs, budgets: list[float], resamples: int, seed: int, output: Path | None
 ) -> dict[str, Any]:
-    """E, A, B, alpha, beta with 95 % `intervals`, `isoflop` minima, and `budgets`' optima.
+    """Fit both kinds of scaling law and forecast the best run of each budget.
 
-    With `output`, PNGs in that folder too.
+    Args:
+        runs: Runs to fit.
+        budgets: FLOPs of the runs to forecast.
+        resamples: Bootstrap resamples for the intervals.
+        seed: Seed of the resamples.
+        output: Folder for PNGs; None for none.
+
+    Returns:
+        What `lm scaling --json` prints: E, A, B, alpha, beta with 95 % `intervals`, minima of
+        `isoflop` profiles, and optima of `budgets`.
     """
-    law = fit(runs)
+    law = fit_law(runs)
     laws = bootstrap(runs, law, resamples, seed)
     found = isoflop.profiles(runs)
     power = isoflop.power_law(found)
@@ -70,9 +79,16 @@ def forecast(
     flop: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The compute-optimal `n` and `d` of a budget and the `loss` of a run of them, with intervals.
+    """Return the compute-optimal `n` and `d` of a budget and the `loss` of such a run.
 
-    The loss's interval holds the uncertainty of the law and the scatter of single runs about it.
+    Args:
+        runs: Runs that the law was fitted to.
+        law: The fitted law.
+        laws: Bootstrap resamples of the law, for the intervals.
+        power: Power law of the IsoFLOP minima, if there is one.
+        flop: The budget.
+        seed: Seed of the scatter. The interval of the loss covers the uncertainty of the law and
+            the scatter of single runs about it.
     """
     n, d = law.optimum(flop)
     optima = np.array([one.optimum(flop) for one in laws])
@@ -94,8 +110,8 @@ def _minimum(profile: isoflop.Profile) -> dict[str, float]:
     return {"n": profile.n, "d": profile.flop / (6 * profile.n), "loss": profile.loss}
 
 
-def text(report: dict[str, Any]) -> str:
-    """The report for a reader."""
+def study_text(report: dict[str, Any]) -> str:
+    """Format the result of `study` as lines of text."""
     lines = [f"L(N, D) = E + A/N^alpha + B/D^beta of {report['runs']} runs; 95 % intervals"]
     for name in Law._fields:
         low, high = report["intervals"][name]
@@ -127,7 +143,7 @@ def _columns(laws: list[Law]) -> dict[str, list[float]]:
 
 
 def isoflop_profiles(found: list[Profile]) -> Any:
-    """Loss over model size at each budget, with parabolas and their minima."""
+    """Plot loss over model size at each budget, with parabolas and their minima."""
     figure, axes = subplots()
     for profile, color in zip(found, shades(len(found)), strict=True):
         n, loss = profile.runs.n, profile.runs.loss
@@ -144,7 +160,7 @@ def isoflop_profiles(found: list[Profile]) -> Any:
 
 
 def fitted_losses(runs: Runs, law: Law) -> Any:
-    """The fitted loss of each run against its loss."""
+    """Plot the fitted loss of each run over its loss."""
     figure, axes = subplots()
     flop = np.log10(runs.flop)
     ends = [runs.loss.min(), runs.loss.max()]
@@ -158,7 +174,7 @@ def fitted_losses(runs: Runs, law: Law) -> Any:
 def optimal_sizes(
     runs: Runs, law: Law, found: list[Profile], power: PowerLaw | None, budgets: list[float]
 ) -> Any:
-    """Compute-optimal N over FLOPs, by the law and by the minima of the parabolas."""
+    """Plot compute-optimal N over FLOPs, by the law and by the minima of the parabolas."""
     figure, axes = subplots()
     ends = [runs.flop.min(), max([runs.flop.max(), *budgets])]
     flop = np.geomspace(ends[0], ends[1], 50)

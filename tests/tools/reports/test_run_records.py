@@ -9,7 +9,7 @@ from runs import write_run
 from lm.errors import UserError
 from lm.tools.reports.curves import POINTS, downsample, incidents, smooth, spikes
 from lm.tools.reports.run_plots import positions
-from lm.tools.reports.run_records import find_runs, lines_of, read_run, swept_keys
+from lm.tools.reports.run_records import find_runs, group_runs, read_run, swept_keys
 
 
 def test_positions_on_every_axis(tmp_path):
@@ -72,7 +72,7 @@ def test_swept_keys_and_lines(tmp_path):
     groups = swept_keys(runs)
     assert [group[0] for group in groups] == ["model.d_model", "optimizer.learning_rate"]
     assert "model.d_ff" in groups[0]  # follows from the width
-    found = lines_of(runs, "optimizer.learning_rate", ["model.d_model"])
+    found = group_runs(runs, "optimizer.learning_rate", ["model.d_model"])
     names = {key: [run.name for run in line] for key, line in found.items()}
     assert names == {(16,): ["16-0.01", "16-0.1"], (32,): ["32-0.01", "32-0.1"]}
 

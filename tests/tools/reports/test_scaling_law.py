@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from lm.errors import UserError
-from lm.tools.reports.scaling_law import Law, _Problem, bootstrap, fit
+from lm.tools.reports.scaling_law import Law, _Problem, bootstrap, fit_law
 from lm.tools.reports.scaling_runs import Runs
 from lm.tools.reports.scaling_study import forecast
 
@@ -22,14 +22,14 @@ def grid(law: Law = TRUTH, scatter: float = 0.0, seed: int = 0) -> Runs:
     "law", [TRUTH, Law(0.9, 12.0, 40.0, 0.21, 0.15)], ids=["chinchilla", "flat"]
 )
 def test_a_law_without_scatter_is_found(law):
-    np.testing.assert_allclose(fit(grid(law)), law, rtol=1e-3)
+    np.testing.assert_allclose(fit_law(grid(law)), law, rtol=1e-3)
 
 
 def test_runs_far_off_the_law_hardly_move_it():
     runs = grid()
     loss = runs.loss.copy()
     loss[::9] *= 1.5
-    found = fit(Runs(runs.n, runs.d, loss))
+    found = fit_law(Runs(runs.n, runs.d, loss))
     assert found.alpha == pytest.approx(TRUTH.alpha, abs=0.01)
     assert found.beta == pytest.approx(TRUTH.beta, abs=0.01)
 
@@ -98,4 +98,4 @@ def test_the_interval_of_a_forecast_holds_the_scatter_of_single_runs():
 
 def test_too_few_runs_are_refused():
     with pytest.raises(UserError, match="five unknowns"):
-        fit(grid()[np.arange(5)])
+        fit_law(grid()[np.arange(5)])

@@ -8,7 +8,7 @@ from runs import write_run
 
 from lm.cli import main
 from lm.tools.reports.scaling_law import Law
-from lm.tools.reports.scaling_runs import read_workdir
+from lm.tools.reports.scaling_runs import runs_of_folder
 
 TRUTH = Law(E=1.5, A=300.0, B=900.0, alpha=0.35, beta=0.33)
 
@@ -62,7 +62,7 @@ def test_a_bad_table_is_one_line(tmp_path, capsys, text, message):
 def test_runs_of_a_folder_are_points_and_unfinished_ones_are_not(tmp_path):
     write_run(tmp_path / "a", {"model.d_model": 8}, losses=[3.0, 2.5], validation=2.25)
     write_run(tmp_path / "b", {"train.steps": 9}, losses=[3.0, 2.0], validation=2.0)
-    runs, left_out = read_workdir(tmp_path)
+    runs, left_out = runs_of_folder(tmp_path)
     assert runs.loss.tolist() == [2.25]
     assert runs.d.tolist() == [2 * 4 * 8]  # steps × rows × tokens
     width, vocabulary, rows = 8, 64, 8
