@@ -68,7 +68,7 @@ def plan(args: argparse.Namespace, overrides: Overrides) -> int:
     import jax
 
     from lm.tools.planning.plan import make_plan
-    from lm.tools.planning.plan_report import report
+    from lm.tools.planning.plan_report import plan_text
     from lm.tools.planning.topologies import topology
 
     # What is planned for is described; the compilers need no device of this machine.
@@ -77,20 +77,22 @@ def plan(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.search:
         return _search(args, config)
     made = make_plan(config, topology(args.topology, args.slices), args.slices)
-    print(json.dumps(made.as_json()) if args.json else report(made))
+    print(json.dumps(made.as_json()) if args.json else plan_text(made))
     return 0
 
 
 def _search(args: argparse.Namespace, config: Any) -> int:
     from tqdm import tqdm
 
-    from lm.tools.planning.mesh_search import command_line, search
-    from lm.tools.planning.plan_report import search_report
+    from lm.tools.planning.mesh_search import command_line, search_meshes
+    from lm.tools.planning.plan_report import search_text
 
     track = partial(tqdm, desc="compiling", file=sys.stderr)
     workers = args.workers or os.cpu_count() or 1
-    found = search(config, args.topology, args.slices, args.limit, workers, track)
-    print(json.dumps(found.as_json()) if args.json else search_report(found))
+    found = search_meshes(
+        config, args.topology, args.slices, limit=args.limit, n_workers=workers, track=track
+    )
+    print(json.dumps(found.as_json()) if args.json else search_text(found))
     if args.output and found.ranked:
         Path(args.output).write_text(command_line(found.ranked[0][0]) + "\n")
     return 0

@@ -1,8 +1,8 @@
-"""The communication compiled into a program: what travels, over which axes of the mesh, how far.
+"""Collectives of a compiled program: their bytes, mesh axes and devices.
 
-`bytes` of a collective is the whole array that takes part on one device: what an all-gather
-results in, what a reduce-scatter or all-reduce starts from. `sent` is what a device sends of it
-with the best known algorithm on a ring, (n-1)/n of the array, twice that for an all-reduce.
+`bytes` of a collective counts the whole array that takes part on one device: the result of an
+all-gather, the operand of a reduce-scatter or all-reduce. `sent` are the bytes that a device sends
+with the best algorithm on a ring: (n-1)/n of the array, twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Route:
-    """The mesh axes that a collective runs over, as "data,fsdp", and the devices of a group."""
+    """Mesh axes of a collective, as "data,fsdp", and the devices of one of its groups."""
 
     axis: str
     devices: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of a program that are alike; bytes are a device's, over all of them."""
+    """Collectives of one kind and route; `bytes` and `sent` are sums over all `count`, a device."""
 
     kind: str
     route: Route
@@ -50,7 +50,7 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
-    """What the program communicates, largest first; a loop's by its trip count."""
+    """List the collectives of a program, largest first; in a loop they count by its trip count."""
     found: dict[tuple[str, Route, bool], list[float]] = defaultdict(lambda: [0, 0, 0])
     for around, instruction, times in module.executions():
         for inside, part in module.inside(around, instruction):
@@ -61,9 +61,9 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
             if len(route.devices) < 2:
                 continue
             size = _size(inside, part)
-            share = _share(kind, len(route.devices))
+            sent_fraction = _sent_fraction(kind, len(route.devices))
             totals = found[kind, route, _is_asynchronous(around, inside, instruction, part)]
-            for i, value in enumerate((1, size, size * share)):
+            for i, value in enumerate((1, size, size * sent_fraction)):
                 totals[i] += times * value
     listed = [
         Collective(*key, round(count), round(size), sent)
@@ -73,15 +73,15 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
 
 
 def _kind(inside: Computation, instruction: Instruction) -> str:
-    """The kind of a collective where it starts; empty for anything else."""
+    """Return the kind of the collective that starts here; "" for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return ""
     parts = inside.instructions.values()
-    # A TPU's matrix products carry the steps of a collective that started elsewhere.
+    # Matrix products of a TPU contain steps of a collective that starts elsewhere.
     if "chain_id=" in instruction.attributes and not _starts_here(inside):
         return ""
-    # A TPU's reduce-scatter is a fusion of an all-reduce and a slice.
+    # A reduce-scatter of a TPU is a fusion of an all-reduce and a slice.
     if kind == "all-reduce" and any("slice" in part.opcode for part in parts):
         named = "scatter" in inside.name or "reduce_scatter" in inside.name
         return "reduce-scatter" if named else kind
@@ -101,7 +101,7 @@ def _is_asynchronous(
 
 
 def _size(inside: Computation, instruction: Instruction) -> int:
-    """Bytes of the whole array, in any memory."""
+    """Return the bytes of the whole array, in any memory space."""
     operands = [s for o in inside.operands(instruction) for s in o.shapes]
     if instruction.opcode in ("all-gather", "all-gather-start", "collective-broadcast"):
         n = len(operands) if instruction.opcode.endswith("-start") else 0
@@ -113,7 +113,7 @@ def _bytes(shapes: Sequence[Shape]) -> int:
     return sum(shape.bytes for shape in shapes)
 
 
-def _share(kind: str, n: int) -> float:
+def _sent_fraction(kind: str, n: int) -> float:
     if kind in ("collective-permute", "collective-broadcast"):
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
@@ -147,11 +147,11 @@ def _devices(group: Sequence[int], mesh: Mesh) -> tuple[Any, ...]:
 
 
 def replica_groups(attributes: str, n_devices: int) -> np.ndarray:
-    """The groups of an instruction, [groups, devices of a group], in any of XLA's notations.
+    """Parse the groups of an instruction, [groups, devices of a group], in any XLA notation.
 
-    {{0,1},{2,3}} lists them, [2,2]<=[2,2]T(1,0) reshapes and transposes 0 … n-1, and
-    mesh['a'=2,'b'=2] {'b'} names axes of a mesh of XLA's own, of which 'a':(2)4 is the part of
-    size 4 that comes after one of size 2.
+    {{0,1},{2,3}} lists the groups. [2,2]<=[2,2]T(1,0) reshapes and transposes 0 … n-1.
+    mesh['a'=2,'b'=2] {'b'} names axes of a mesh of XLA's own; 'a':(2)4 is the part of axis 'a' of
+    size 4 that follows a part of size 2.
     """
     text = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)", attributes, re.S)
     given = text.group(1) if text else "{}"
@@ -174,7 +174,7 @@ def _groups_of_mesh(text: str) -> np.ndarray:
     shape: list[int] = []
     within: list[int] = []
     for name, size in sizes.items():
-        # The axis as (before, part, after), of which only the part is in a group.
+        # The axis is split into (before, part, after); a group runs over the part.
         part = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", chosen)
         before, width = (
             (1, 1) if not part else (int(part.group(1) or 1), int(part.group(2) or size))
@@ -187,7 +187,7 @@ def _groups_of_mesh(text: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """0 … n-1 in the order of [4,2]T(1,0): reshaped, transposed."""
+    """Return 0 … n-1 reshaped and transposed, as [4,2]T(1,0) says."""
     shape, _, transposed = text.partition("T")
     grid = np.arange(int(np.prod(_ints(shape)))).reshape(_ints(shape))
     return grid.transpose(_ints(transposed)).flatten() if transposed else grid.flatten()

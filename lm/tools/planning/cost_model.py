@@ -1,8 +1,8 @@
-"""What a mesh must cost, by arithmetic alone: which candidates of a search are worth compiling.
+"""Analytical cost model of a mesh, which decides what candidates of a search are compiled.
 
-`least` memory is a bound: state, gradients and what the backward pass must keep. `likely` and
-`seconds` only rank. Volumes of communication follow Korthikanti et al. 2022 (§4) and Rajbhandari et
-al. 2020 (§7); what is sent is taken to overlap with what is computed.
+`least` memory is a lower bound: state, gradients and the activations that the backward pass needs.
+`likely` memory and `seconds` only rank. Communication volumes follow Korthikanti et al. 2022 (§4)
+and Rajbhandari et al. 2020 (§7); communication is assumed to overlap with computation.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lm.optim.parameter_groups import flat
 from lm.parallel.mesh import PipelineSchedule
 from lm.parallel.sharding import count_parameter_shards
 
-# FLOPs of a step over those of a step that recomputes nothing; what waits in the host's memory has
-# to come back in time, and is ranked as if it took this much longer.
-RECOMPUTED = {"none": 1.0, "dots": 1.05, "offload_dots": 1.15, "full": 4 / 3, "offload": 1.4}
-# Where nothing is published: any chip has about this many FLOPs for a byte sent.
-FLOPS_A_BYTE = 4000.0
+# FLOPs of a step relative to a step without remat; the transfers of offloading are ranked as if
+# they were so many more FLOPs.
+REMAT_COST = {"none": 1.0, "dots": 1.05, "offload_dots": 1.15, "full": 4 / 3, "offload": 1.4}
+# Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
+FLOPS_PER_BYTE = 4000.0
 
 Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a candidate sets beside the mesh."""
+    """Settings of a candidate beside the mesh: `sequence` is sequence parallelism."""
 
     remat: str
     microbatches: int
@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a device that are needed at least, that are likely needed, and seconds a step."""
+    """Estimate of a candidate: least and likely bytes of a device, seconds a step."""
 
     least: int
     likely: int
@@ -52,13 +52,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The figures of one resolved experiment, to be divided by any mesh."""
+    """Cost model of one experiment, built for a single device, on any mesh of a chip."""
 
     experiment: Experiment
     chip: Chip
 
     def estimate(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> Estimate:
-        """UserError where a parameter does not divide among the devices."""
+        """Estimate memory and time.
+
+        Args:
+            sizes: Sizes of the mesh axes.
+            schedule: Pipeline schedule.
+            settings: Settings beside the mesh.
+
+        Raises:
+            UserError: A parameter is not divisible among the devices.
+        """
         parameters = self._parameters(sizes)
         state = int(parameters * (2 + self._optimizer_share))
         kept, likely = self._activations(sizes, settings)
@@ -72,7 +81,7 @@ class CostModel:
 
     @cached_property
     def _leaves(self) -> list[tuple[tuple[str, ...], tuple[int, ...], int]]:
-        """Names, shape and bytes of every parameter."""
+        """Logical axes, shape and bytes of every parameter."""
         names = flat(self.experiment.param_names)
         shapes = flat(self.experiment.state_shapes.params)
         return [
@@ -82,7 +91,7 @@ class CostModel:
 
     @cached_property
     def _optimizer_share(self) -> float:
-        """Bytes of optimizer state over those of the parameters."""
+        """Ratio of the bytes of the optimizer state to those of the parameters."""
         state = jax.tree.leaves(self.experiment.state_shapes.opt_state)
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
         return held / sum(size for _, _, size in self._leaves)
@@ -94,8 +103,10 @@ class CostModel:
         )
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
-        """Bytes that the layers keep for the backward pass, at least and likely; of models that are
-        no Transformers only their scores are known."""
+        """Return least and likely bytes of activations kept for the backward pass.
+
+        Of models other than Transformers only the logits are known.
+        """
         model = self.experiment.config.model
         if model.family not in TRANSFORMERS:
             return 0, int(self._logits(sizes, settings))
@@ -112,7 +123,7 @@ class CostModel:
         return int(tokens * least), int(tokens * likely + self._logits(sizes, settings))
 
     def _logits(self, sizes: Sizes, settings: Settings) -> float:
-        """Scores and their gradient, float32."""
+        """Return the bytes of the logits and their gradient, float32."""
         config = self.experiment.config
         length = config.data.sequence_length
         shown = min(config.train.loss_chunk or length, length) / length
@@ -123,28 +134,28 @@ class CostModel:
 
     def _compute(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         flops = self._flops / prod(sizes.values())
-        return RECOMPUTED[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
+        return REMAT_COST[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
 
     def _network(self, sizes: Sizes, settings: Settings) -> float:
-        """Of the longest way: what the layers send, and what shards and copies of parameters do."""
+        """Return the seconds of communication: layers, parameter shards and gradients."""
         model, item = self.experiment.config.model, self._item
         tokens = self._tokens(sizes) * item
         layers = model.n_layers / sizes["stage"]
         held = {**sizes, "fsdp": 1}
         gathered = self._parameters(held) / 4 * item
         sent = 0.0
-        if sizes["fsdp"] > 1:  # gathered forward and backward, scattered once
+        if sizes["fsdp"] > 1:  # two all-gathers of parameters, one reduce-scatter of gradients
             sent += 3 * settings.microbatches * gathered
         copies = sizes["data"] * sizes["slice"] * (1 if sizes["expert"] == 1 else sizes["expert"])
         if copies > 1:
             sent += 2 * self._parameters(sizes)
-        if sizes["tensor"] > 1:  # two sums forward, two backward, two repeated
+        if sizes["tensor"] > 1:  # two all-reduces forward, two backward, two when recomputed
             sums = 4 + 2 * (settings.remat in ("full", "offload"))
             sent += 2 * sums * tokens * model.d_model * layers
-        if sizes["context"] > 1:  # keys and values once round, forward, and with gradients backward
+        if sizes["context"] > 1:  # keys and values around the ring; with gradients when backward
             pairs = 2 * model.n_kv_heads * model.head_dim / sizes["tensor"]
             sent += 3 * tokens * pairs * (sizes["context"] - 1) * layers
-        if sizes["expert"] > 1:  # there and back, forward and backward
+        if sizes["expert"] > 1:  # two all-to-alls forward, two backward
             sent += 4 * tokens * model.d_model * model.experts_per_token * layers
         if sizes["stage"] > 1:
             sent += 2 * tokens * model.d_model
@@ -152,19 +163,19 @@ class CostModel:
 
     @cached_property
     def _flops(self) -> float:
-        """Of the model in a step, on all devices."""
+        """Model FLOPs of a step on all devices."""
         tokens = self.experiment.config.data.batch_size * tokens_per_row(self.experiment)
         return model_flops_per_token(self.experiment) * tokens
 
     @property
     def _flops_a_second(self) -> float:
-        return self.chip.peak_flops or FLOPS_A_BYTE
+        return self.chip.peak_flops or FLOPS_PER_BYTE
 
     @property
     def _bytes_a_second(self) -> float:
         return self.chip.link if self.chip.peak_flops else 1.0
 
-    # --- what both need
+    # --- memory and time
 
     @property
     def _item(self) -> int:
@@ -182,9 +193,14 @@ class CostModel:
 
 
 def kept_width(model: Any, remat: str, tensor: int) -> float:
-    """Numbers a token that the backward pass keeps of a layer on the device, at least.
+    """Return the least number of activations a token that a device keeps of a layer.
 
-    The layer's input, and unless products are repeated their results, divided by `tensor`.
+    The input of the layer and, unless they are recomputed, the results of its matrix products.
+
+    Args:
+        model: Model section of the configuration.
+        remat: Rematerialization.
+        tensor: Size of the tensor axis, which divides the results.
     """
     if remat == "offload":
         return 0

@@ -1,6 +1,6 @@
-"""A compiled program as data: the instructions of XLA's text, and how often each of them runs.
+"""Parser of XLA's HLO text: computations, instructions, and how often each instruction runs.
 
-XLA's own cost analysis counts the body of a loop once; `executions` counts it by its trip count.
+XLA's cost analysis counts the body of a loop once; `Module.executions` by the loop's trip count.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FREE = (
 
 
 class UnknownTripCount(ValueError):
-    """A loop whose number of turns is nowhere in the text."""
+    """The text does not tell the trip count of a loop."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An array of a result; `space` is its memory space, 0 the device's main memory."""
+    """Array of a result; `space` is its memory space, 0 for the device's main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -40,6 +40,7 @@ class Shape:
 
     @cached_property
     def bytes(self) -> int:
+        """Size in bytes."""
         digits = re.search(r"\d+", self.dtype)
         bits = ITEM_BITS.get(self.dtype) or int(digits.group() if digits else 0)
         return prod(self.dims) * bits // 8
@@ -47,7 +48,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shapes opcode(operands), attributes`; tuples are flat lists of shapes."""
+    """Line `name = shapes opcode(operands), attributes`; a tuple is a flat list of shapes."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -59,48 +60,52 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """Where in the model it comes from."""
+        """Name of the operation in the model that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     def called(self, key: str) -> list[str]:
-        """The computations named by an attribute such as calls, body or condition."""
+        """Return the computations named by an attribute such as calls, body or condition."""
         found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found.group(1)) if found else []
 
     @cached_property
     def branches(self) -> list[str]:
-        """Of a conditional: its computations, a predicate's false one first."""
+        """Computations of a conditional; that of a false predicate comes first."""
         of_predicate = self.called("false_computation") + self.called("true_computation")
         return self.called("branch_computations") or of_predicate
 
     @cached_property
     def target(self) -> str:
-        """Of a custom call: what it calls."""
+        """Target of a custom call."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
 
 @dataclass
 class Computation:
-    """A list of instructions in the order of the schedule."""
+    """Instructions by name, in the order of the schedule."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @cached_property
     def root(self) -> Instruction:
+        """Instruction whose result is that of the computation."""
         return next(i for i in self.instructions.values() if i.is_root)
 
     @cached_property
     def parameters(self) -> list[Instruction]:
+        """Parameters in the order of their numbers."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.arguments))
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
+        """Return the instructions whose results an instruction reads."""
         return [self.instructions[name] for name in instruction.operands]
 
     def users(self, name: str) -> list[Instruction]:
+        """Return the instructions that read the result of `name`."""
         return self._users.get(name, [])
 
     @cached_property
@@ -114,10 +119,13 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """All computations of a program by name, and the name of the one that starts it.
+    """Program.
 
-    `taken` is the part of the runs of a conditional that take its second branch, a predicate's
-    true one.
+    Attributes:
+        computations: Computations by name.
+        entry: Name of the computation that is run.
+        taken: Fraction of the runs of a conditional that take its second branch, that of a true
+            predicate.
     """
 
     computations: dict[str, Computation]
@@ -125,7 +133,7 @@ class Module:
     taken: float = 0.5
 
     def executions(self) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Every instruction that runs by itself, not inside a fusion, and how often it runs."""
+        """Yield every instruction outside of fusions with its computation and number of runs."""
         yield from self._executions(self.entry, 1.0)
 
     def _executions(
@@ -134,8 +142,8 @@ class Module:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
-                turns = times * self.trip_count(computation, instruction)
-                yield from self._executions(instruction.called("body")[0], turns)
+                iterations = times * self.trip_count(computation, instruction)
+                yield from self._executions(instruction.called("body")[0], iterations)
             elif instruction.opcode == "call":
                 yield from self._executions(instruction.called("to_apply")[0], times)
             elif instruction.opcode == "async-start":
@@ -148,14 +156,14 @@ class Module:
                 yield computation, instruction, times
 
     def fused(self, instruction: Instruction) -> Computation | None:
-        """The computation inside a fusion."""
+        """Return the computation of a fusion; None for other instructions."""
         called = instruction.called("calls") if instruction.opcode == "fusion" else []
         return self.computations[called[0]] if called else None
 
     def inside(
         self, computation: Computation, instruction: Instruction
     ) -> Iterator[tuple[Computation, Instruction]]:
-        """An instruction with the computation that it is in, or those inside of a fusion."""
+        """Yield an instruction with its computation, or those inside if it is a fusion."""
         fused = self.fused(instruction)
         if fused is None:
             yield computation, instruction
@@ -164,9 +172,12 @@ class Module:
             yield from self.inside(fused, part)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """How often the body of a `while` runs: as XLA says, or from where its counter is compared.
+        """Return the trip count of a `while`: XLA's, or from the comparison of its counter.
 
-        Loops count up from 0, JAX's by 1, and by more where XLA has written a body several times.
+        Counters start at 0 and grow by 1, or by more where XLA has unrolled the body.
+
+        Raises:
+            UnknownTripCount: The condition compares with no constant, or with several.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -182,7 +193,7 @@ class Module:
         return -(-limits[0] // self._step(condition, self.computations[loop.called("body")[0]]))
 
     def _step(self, condition: Computation, body: Computation) -> int:
-        """What a loop adds to its counter, the number in its state that the condition reads."""
+        """Return the increment of the counter, the state's element that the condition reads."""
         read = [
             re.search(r"index=(\d+)", operand.attributes)
             for operand in condition.operands(condition.root)
@@ -197,14 +208,14 @@ class Module:
         return added[0] if len(added) == 1 else 1
 
     def _numbers(self, computation: Computation, instruction: Instruction) -> Iterator[int]:
-        """The whole numbers that an instruction is, or that are inside of a fusion."""
+        """Yield the integer constants that an instruction is, or that are inside a fusion."""
         for _, part in self.inside(computation, instruction):
             if part.opcode == "constant" and re.fullmatch(r"\d+", part.arguments):
                 yield int(part.arguments)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a type, a tuple's one after the other."""
+    """Parse a type; a tuple gives a flat list of arrays."""
     shapes = []
     for dtype, dims, layout in SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
@@ -213,8 +224,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def parse(text: str, taken: float = 0.5) -> Module:
-    """The module that `compiled.as_text()` shows."""
+def parse_hlo(text: str, taken: float = 0.5) -> Module:
+    """Parse the text of `compiled.as_text()`; `taken` as in `Module`."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(""), ""
     for line in text.splitlines():
@@ -245,7 +256,7 @@ def _instruction(line: str, found: re.Match) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`."""
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1

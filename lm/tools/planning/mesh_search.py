@@ -1,9 +1,9 @@
-"""The best mesh, rematerialisation and number of microbatches for a topology.
+"""`lm plan --search`: best mesh, rematerialization and number of microbatches for a topology.
 
-Candidates that cannot fit by arithmetic are never compiled: their state, gradients and kept
-activations alone are more than a device has. The rest are ranked by what they should cost, the
-first of them compiled in processes of their own, and ranked again by their bound on the time of a
-step. What turns out too large sends those behind that likely need as much.
+Candidates whose least memory by the cost model exceeds that of a device are never compiled. The
+others are ranked by the model; the first of them are compiled, each in a process of its own, and
+ranked again by the bound on the time of a step. A candidate that turns out too large demotes those
+that likely need as much memory.
 """
 
 from __future__ import annotations
@@ -33,27 +33,36 @@ from lm.tools.planning.topologies import Topology, topology
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
 MICROBATCHES = (1, 2, 4, 8)
-# Of a pipeline, times its stages: more leave less of it idle, and make smaller products.
-IN_PIPELINE = (1, 4)
+# Microbatches a pipeline stage: more of them shrink the bubble, and the matrix products.
+MICROBATCHES_PER_STAGE = (1, 4)
 
 Overrides = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Overrides of a configuration, and what arithmetic says of them."""
+    """Overrides of a configuration and their estimate."""
 
     overrides: Overrides
     estimate: Estimate
 
     @property
     def remat(self) -> str:
+        """Rematerialization."""
         return self.overrides["train.remat"]
 
 
 @dataclass(frozen=True)
-class Search:
-    """What was found: plans that fit, fastest first, and how many candidates fell out where."""
+class SearchResult:
+    """Result of a search.
+
+    Attributes:
+        ranked: Overrides and plans that fit, fastest first.
+        considered: Number of candidates.
+        too_large: Candidates that do not fit, by the cost model or compiled.
+        not_compiled: Candidates beyond the limit.
+        failed: Overrides and error of candidates that do not compile.
+    """
 
     ranked: tuple[tuple[Overrides, Plan], ...]
     considered: int
@@ -62,6 +71,7 @@ class Search:
     failed: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
+        """Return what `lm plan --search --json` prints."""
         return {
             "considered": self.considered,
             "too_large": self.too_large,
@@ -72,27 +82,41 @@ class Search:
         }
 
 
-def search(
+def search_meshes(
     config: ConfigDict,
     name: str,
-    n_slices: int,
+    n_slices: int = 1,
+    *,
     limit: int,
-    workers: int,
+    n_workers: int,
     track: Callable[..., Any],
-) -> Search:
-    """Plan the `limit` most promising candidates on the topology `name`; `track` shows progress."""
-    place = topology(name, n_slices)
-    considered = list(candidates(config, place, n_slices))
+) -> SearchResult:
+    """Plan the most promising candidates on a topology.
+
+    Args:
+        config: Configuration, whose mesh, remat and microbatches are replaced.
+        name: Name of the topology.
+        n_slices: Slices of the topology.
+        limit: Most candidates that are compiled.
+        n_workers: Compiling processes.
+        track: Wraps the iterable of candidates to show progress, as `tqdm` does.
+
+    Raises:
+        UserError: No mesh suits the configuration.
+    """
+    target = topology(name, n_slices)
+    considered = list(candidates(config, target, n_slices))
     if not considered:
-        raise UserError(f"no mesh of {len(place.devices)} devices suits this configuration")
-    capacity = place.chip.memory or 0
+        raise UserError(f"no mesh of {len(target.devices)} devices suits this configuration")
+    capacity = target.chip.memory or 0
     possible = [c for c in considered if c.estimate.least <= capacity]
     possible.sort(key=lambda c: (c.estimate.likely > capacity, c.estimate.seconds))
-    compiled = list(_compile(config, name, n_slices, Queue(possible), limit, workers, track))
+    pool = _Pool(config, name, n_slices, n_workers)
+    compiled = list(pool.compile(CandidateQueue(possible), limit, track))
     plans = [(c.overrides, plan) for c, plan in compiled if isinstance(plan, Plan)]
     fitting = [(overrides, plan) for overrides, plan in plans if plan.fits]
     fitting.sort(key=_order)
-    return Search(
+    return SearchResult(
         ranked=tuple(fitting),
         considered=len(considered),
         too_large=len(considered) - len(possible) + len(plans) - len(fitting),
@@ -105,16 +129,19 @@ def search(
     )
 
 
-class Queue:
-    """Candidates in their order, but behind all others those that likely need as much memory as one
-    of the same rematerialisation that was compiled and did not fit."""
+class CandidateQueue:
+    """Queue that demotes candidates likely to run out of memory.
+
+    Those are the candidates that likely need as much memory as one of the same rematerialization
+    that was compiled and did not fit.
+    """
 
     def __init__(self, candidates: Iterable[Candidate]):
         self.waiting = list(candidates)
         self._too_large: dict[str, float] = {}
 
     def take(self) -> Candidate:
-        """The next one, which waits no longer."""
+        """Remove and return the next candidate."""
         chosen = min(
             self.waiting,
             key=lambda c: c.estimate.likely >= self._too_large.get(c.remat, inf),
@@ -123,37 +150,40 @@ class Queue:
         return chosen
 
     def did_not_fit(self, candidate: Candidate) -> None:
+        """Demote the candidates that likely need as much memory as this one."""
         known = self._too_large.get(candidate.remat, inf)
         self._too_large[candidate.remat] = min(known, candidate.estimate.likely)
 
 
 def _order(found: tuple[Overrides, Plan]) -> tuple[float, float]:
-    """By time; where that is not known, by memory."""
+    """Order by the bound on the time; without one, by memory."""
     _, plan = found
     return (plan.time.bound if plan.time else 0.0, plan.memory.total)
 
 
-def candidates(config: ConfigDict, place: Topology, n_slices: int) -> Iterator[Candidate]:
-    """Every mesh that suits the model, with every remat, number of microbatches, and, beside tensor
-    parallelism, whole or cut sequences between the sublayers."""
-    alone = {f"parallel.mesh.{axis}": 1 for axis in AXES}
+def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[Candidate]:
+    """Yield every mesh that suits the model, with every remat and number of microbatches.
+
+    With tensor parallelism, sequence parallelism is tried both ways.
+    """
+    single = {f"parallel.mesh.{axis}": 1 for axis in AXES}
     simplest = {"parallel.preset": "custom", "train.microbatches": 1, "parallel.sequence": False}
-    experiment = build(overridden(config, simplest | alone), place.devices[:1])
-    arithmetic, trial = CostModel(experiment, place.chip), experiment.config
-    platform = place.devices[0].platform
+    experiment = build(overridden(config, simplest | single), target.devices[:1])
+    cost_model, trial = CostModel(experiment, target.chip), experiment.config
+    platform = target.devices[0].platform
     remats = [r for r in REMAT if platform != "cpu" or "offload" not in r]
-    for found in meshes(experiment, len(place.devices) // n_slices):
+    for found in meshes(experiment, len(target.devices) // n_slices):
         sizes = {"slice": n_slices, **found}
         on_mesh = {f"parallel.mesh.{axis}": sizes[axis] for axis in AXES}
         choices = itertools.product(
-            MICROBATCHES, (False, True)[: sizes["tensor"]], IN_PIPELINE[: sizes["stage"]]
+            MICROBATCHES, (False, True)[: sizes["tensor"]], MICROBATCHES_PER_STAGE[: sizes["stage"]]
         )
-        for microbatches, sequence, waiting in choices:
+        for microbatches, sequence, per_stage in choices:
             overrides = {
                 "parallel.preset": "custom",
                 **on_mesh,
                 "parallel.sequence": sequence,
-                "parallel.pipeline.microbatches": waiting * sizes["stage"] * (sizes["stage"] > 1),
+                "parallel.pipeline.microbatches": per_stage * sizes["stage"] * (sizes["stage"] > 1),
                 "train.microbatches": microbatches,
             }
             for path, value in overrides.items():
@@ -162,15 +192,17 @@ def candidates(config: ConfigDict, place: Topology, n_slices: int) -> Iterator[C
                 schedule, _ = resolve_parallelism(trial, platform, sizes)
                 for remat in remats:
                     settings = Settings(remat, microbatches, sequence)
-                    estimate = arithmetic.estimate(sizes, schedule, settings)
+                    estimate = cost_model.estimate(sizes, schedule, settings)
                     yield Candidate({**overrides, "train.remat": remat}, estimate)
             except UserError:
                 continue
 
 
 def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
-    """Ways to write the devices of a slice as a product of the axes that the model has a use for:
-    stages divide its layers, contexts its sequences, experts its experts."""
+    """Yield the factorizations of a slice's devices into mesh axes that divide the model.
+
+    Stages divide the layers, contexts the sequence, experts the experts.
+    """
     model, data = experiment.config.model, experiment.config.data
     attends = model.family in TRANSFORMERS
     dividing = {
@@ -193,7 +225,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a configuration with some values set by their paths."""
+    """Return a copy of a configuration with some values replaced, by their keys."""
     config = config.copy_and_resolve_references()
     for path, value in overrides.items():
         set_value(config, path, value)
@@ -201,47 +233,51 @@ def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def command_line(overrides: Mapping[str, Any]) -> str:
-    """The overrides as `lm train` takes them."""
+    """Return overrides as options of `lm train`."""
     return " ".join(f"--config.{path}={value}" for path, value in overrides.items())
 
 
-def _compile(
-    config: ConfigDict,
-    name: str,
-    n_slices: int,
-    queue: Queue,
-    limit: int,
-    workers: int,
-    track: Callable[..., Any],
-) -> Iterator[tuple[Candidate, Plan | str]]:
-    """At most `limit` candidates, as many at a time as there are workers, each with its plan or one
-    line that says why it could not be compiled."""
-    limit = min(limit, len(queue.waiting))
-    if not limit:
-        return
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own choice
-        # The processes inherit it: that a candidate does not fit is no warning here.
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    given = dict(flatten(config))
-    plugins = registered_plugins(), config.to_dict()
-    with ProcessPoolExecutor(workers, get_context("spawn"), import_plugins, plugins) as pool:
-        running: deque[tuple[Candidate, Future[Plan]]] = deque()
-        for i in track(range(limit), total=limit):
-            for _ in range(min(workers - len(running), limit - i - len(running))):
-                candidate = queue.take()
-                values = {**given, **candidate.overrides}
-                running.append((candidate, pool.submit(_plan, values, name, n_slices)))
-            candidate, future = running.popleft()
-            try:
-                plan = future.result()
-                if not plan.fits:
-                    queue.did_not_fit(candidate)
-                yield candidate, plan
-            except (UserError, RuntimeError, NotImplementedError) as error:
-                yield candidate, " ".join(str(error).split())[:200]
+@dataclass(frozen=True)
+class _Pool:
+    """Processes that compile candidates of a configuration for a topology."""
+
+    config: ConfigDict
+    topology: str
+    n_slices: int
+    n_workers: int
+
+    def compile(
+        self, queue: CandidateQueue, limit: int, track: Callable[..., Any]
+    ) -> Iterator[tuple[Candidate, Plan | str]]:
+        """Compile at most `limit` candidates; yield each with its plan, or an error in one line."""
+        limit = min(limit, len(queue.waiting))
+        if not limit:
+            return
+        if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's default
+            # The processes inherit it: a candidate that does not fit is no warning here.
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+        given = dict(flatten(self.config))
+        plugins = registered_plugins(), self.config.to_dict()
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(self.n_workers, spawn, import_plugins, plugins) as pool:
+            running: deque[tuple[Candidate, Future[Plan]]] = deque()
+            for i in track(range(limit), total=limit):
+                for _ in range(min(self.n_workers - len(running), limit - i - len(running))):
+                    candidate = queue.take()
+                    values = {**given, **candidate.overrides}
+                    future = pool.submit(_plan, values, self.topology, self.n_slices)
+                    running.append((candidate, future))
+                candidate, future = running.popleft()
+                try:
+                    plan = future.result()
+                    if not plan.fits:
+                        queue.did_not_fit(candidate)
+                    yield candidate, plan
+                except (UserError, RuntimeError, NotImplementedError) as error:
+                    yield candidate, " ".join(str(error).split())[:200]
 
 
 def _plan(values: Mapping[str, Any], name: str, n_slices: int) -> Plan:
-    """Run in a process of its own."""
+    """Plan a candidate in a process of its own."""
     jax.config.update("jax_platforms", "cpu")
     return make_plan(overridden(default(), values), topology(name, n_slices), n_slices)

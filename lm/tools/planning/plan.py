@@ -1,9 +1,9 @@
-"""A plan: what one training step needs and does on one device, and how long it must take.
+"""Plan of a training step: memory, FLOPs and traffic of one device, and a lower bound on the time.
 
-The bound on the time of a step is the longest of three terms, each alone at its full rate: matrix
-products at the chip's peak, main-memory traffic at its bandwidth, communication at that of the
-links it crosses (slices' and hosts' network beside, not after, the chips' own). Nothing real is
-faster; `mfu` at the bound is the FLOPs of `lm/accounting/flops.py` over the peak.
+The bound is the longest of three terms, each at its full rate: matrix products at the chip's peak,
+main-memory traffic at the memory's bandwidth, communication at the bandwidth of the links that it
+crosses; the network between slices or hosts is used at the same time as that inside them. `mfu` at
+the bound counts the FLOPs of `lm/accounting/flops.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lm.experiment import Experiment, build
 from lm.hardware import Chip, interconnect
 from lm.models.transformer_config import global_layers
 from lm.tools.planning.collectives import Collective, collectives
-from lm.tools.planning.hlo import Module, parse
+from lm.tools.planning.hlo import Module, parse_hlo
 from lm.tools.planning.program import (
     OutOfMemory,
     Program,
@@ -33,14 +33,25 @@ from lm.tools.planning.topologies import Topology
 from lm.tools.planning.work import attention_kernel, flops, memory_traffic
 
 Tree = Any
-PARTS = ("arguments", "temporaries", "outputs", "code")
+MEMORY_PARTS = ("arguments", "temporaries", "outputs", "code")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device. Arguments are parameters, optimizer state and batch; the gradients and
-    activations are among the temporaries; `host` bytes, offloaded, are not of the total. What the
-    compiler does not say is None."""
+    """Bytes on a device; None where the compiler does not tell.
+
+    Attributes:
+        parameters: Parameters.
+        optimizer: Optimizer state.
+        gradients: Gradients, if they are kept whole; they are among the temporaries.
+        arguments: Arguments of the step: parameters, optimizer state and batch.
+        temporaries: Temporaries, activations among them.
+        outputs: Outputs that do not reuse the memory of donated arguments.
+        code: Program.
+        host: Bytes offloaded to the host, which are not part of the total.
+        total: Sum of arguments, temporaries, outputs and code.
+        capacity: Memory of the device.
+    """
 
     parameters: int
     optimizer: int
@@ -56,7 +67,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives that are alike; `bytes` is a device's a step, `seconds` None if not known."""
+    """Collectives of one kind and route.
+
+    Attributes:
+        kind: Kind, as "all-gather".
+        axis: Mesh axes, as "data,fsdp".
+        network: "ici" inside a slice or host, "dcn" between them.
+        count: Number of collectives a step.
+        bytes: Bytes a step of all of them, a device.
+        asynchronous: Whether they overlap with computation.
+        seconds: Time of all of them; None if the bandwidth is unknown.
+    """
 
     kind: str
     axis: str
@@ -69,7 +90,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds a step; None where the chip's figures are not known (CPUs)."""
+    """Terms of the bound and the bound itself, seconds a step."""
 
     compute: float
     memory: float
@@ -79,9 +100,27 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a step on a topology; of one that does not fit, its memory.
+    """Plan of a step on a topology; if it does not compile for lack of memory, only its memory.
 
-    `tokens` are those of a step, of sources and targets.
+    Attributes:
+        config: Keys of SHOWN with their resolved values.
+        topology: Name of the topology.
+        n_slices: Number of slices.
+        n_devices: Number of devices.
+        mesh: Sizes of the mesh axes above 1.
+        parameters: Number of parameters.
+        fits: Whether the step fits into the device's memory.
+        memory: Memory of a device.
+        model_flops: Model FLOPs of a device and step.
+        compiled_flops: FLOPs of the compiled program, likewise.
+        memory_traffic: Bytes read from and written to main memory, likewise.
+        collectives: Communication, largest first.
+        time: Bound on the time; None where the chip's rates are unknown (CPUs).
+        tokens: Tokens of a step on all devices, of sources and targets.
+        peak_flops: FLOP/s of the chip.
+        attention_kernel: Kernel that the program calls.
+        largest: Bytes and description of the largest arrays.
+        compile_seconds: Time to lower and compile.
     """
 
     config: dict[str, Any]
@@ -105,22 +144,25 @@ class Plan:
 
     @property
     def bottleneck(self) -> str | None:
+        """Longest term of the bound."""
         terms = asdict(self.time) if self.time else {}
         terms.pop("bound", None)
         return max(terms, key=lambda name: terms[name]) if terms else None
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Tokens a second of all devices, at the bound."""
         return self.tokens / self.time.bound if self.time else None
 
     @property
     def mfu(self) -> float | None:
+        """Model FLOPs utilization at the bound."""
         if not self.time or not self.peak_flops:
             return None
         return self.model_flops / self.time.bound / self.peak_flops
 
     def as_json(self) -> dict[str, Any]:
-        """The report as data: bytes, FLOPs and seconds of a device and a step."""
+        """Return what `lm plan --json` prints: bytes, FLOPs and seconds of a device and a step."""
         return {
             "topology": self.topology,
             "slices": self.n_slices,
@@ -156,14 +198,23 @@ SHOWN = (
 
 
 def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan:
-    """Compile the training step of a configuration for a topology and read off what it does."""
+    """Compile the training step of a configuration for a topology and analyze the program.
+
+    Args:
+        config: Configuration.
+        topology: Devices to compile for.
+        n_slices: Slices of the topology.
+
+    Raises:
+        UserError: The configuration does not suit the devices.
+    """
     experiment = build(config, topology.devices)
     config, chip = experiment.config, topology.chip
     compiled = compile_step(experiment)
-    # The one conditional of a step chooses between attention with and without a window.
+    # The only conditional of a step chooses between attention with and without a window.
     m = config.model
     taken = global_layers(m.n_layers, m.window, m.global_every).mean()
-    module = parse(compiled.text, taken) if isinstance(compiled, Program) else None
+    module = parse_hlo(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
     tokens = config.data.batch_size * tokens_per_row(experiment)
@@ -193,7 +244,7 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
 
 
 def on_device(shapes: Tree, shardings: Tree) -> Tree:
-    """The shapes of one device's parts of arrays that lie by `shardings`."""
+    """Return the shapes of one device's shards of arrays."""
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(s.shape), s.dtype),
         shapes,
@@ -202,12 +253,12 @@ def on_device(shapes: Tree, shardings: Tree) -> Tree:
 
 
 def bytes_of(shapes: Tree) -> int:
-    """Bytes of a tree of shapes."""
+    """Return the bytes of a tree of shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def state_memory(experiment: Experiment) -> tuple[int, int, int, int]:
-    """Bytes on a device of parameters, optimizer state, gradients, and all arguments of a step."""
+    """Return bytes on a device: parameters, optimizer state, gradients, arguments of a step."""
     state = on_device(experiment.state_shapes, experiment.state_sharding)
     gradients = experiment.steps.trainable.split(state.params)[0]
     batch = batch_shapes(experiment)
@@ -238,7 +289,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
     parts = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.code)
     return Memory(
         **of_state,
-        **dict(zip(PARTS, parts, strict=True)),
+        **dict(zip(MEMORY_PARTS, parts, strict=True)),
         host=compiled.host,
         total=sum(parts),
         capacity=chip.memory or 0,

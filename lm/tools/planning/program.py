@@ -1,6 +1,6 @@
-"""The training step compiled for described devices: the very function that `lm train` runs.
+"""Training step of `lm train`, compiled for described devices.
 
-Nothing is allocated: the state and the batch are shapes.
+Nothing is allocated: state and batch are shapes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler made: XLA's text, and bytes on each device.
+    """Compiled program: its text, and bytes on each device.
 
-    `outputs` are those that do not lie in the memory of the donated state.
+    Attributes:
+        text: HLO text.
+        arguments: Arguments.
+        outputs: Outputs outside of the memory of the donated state.
+        temporaries: Temporaries.
+        code: Machine code.
+        host: Temporaries and arguments in the host's memory.
+        seconds: Time to lower and compile.
     """
 
     text: str
@@ -38,8 +45,15 @@ class Program:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What the compiler says of a program that does not fit: bytes, 0 where it does not say, and
-    the largest arrays."""
+    """Sizes of a program that does not fit, from the compiler's message; 0 where it tells none.
+
+    Attributes:
+        total: Bytes that the program needs.
+        temporaries: Bytes of its temporaries.
+        capacity: Bytes that the device has.
+        largest: Bytes and description of the largest arrays.
+        seconds: Time until the compiler failed.
+    """
 
     total: int
     temporaries: int
@@ -49,7 +63,7 @@ class OutOfMemory:
 
 
 def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the [steps, B, …] arrays of one dispatch."""
+    """Return the shapes of the batches of one dispatch, [steps, B, …]."""
     n_steps = experiment.config.train.steps_per_dispatch
     return {
         name: jax.ShapeDtypeStruct((n_steps, *shape.shape), shape.dtype)
@@ -58,17 +72,17 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def lower(experiment: Experiment) -> Lowered:
-    """One dispatch of training, lowered for the experiment's devices."""
+    """Lower one dispatch of training for the devices of the experiment."""
     return experiment.train_steps.lower(experiment.state_shapes, batch_shapes(experiment))
 
 
 def compile_step(experiment: Experiment) -> Program | OutOfMemory:
-    """Compile the step; running out of memory is an answer, not an error."""
+    """Compile the step; a program that does not fit is a result, not an error."""
     start = time.monotonic()
     lowered = lower(experiment)
     try:
         with warnings.catch_warnings():
-            # A cached program cannot be loaded for devices that are not there.
+            # A cached program cannot be loaded for devices that do not exist here.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -89,7 +103,7 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
 
 
 def read_out_of_memory(message: str, seconds: float) -> OutOfMemory:
-    """The figures in the compiler's message, which comes in two forms."""
+    """Parse the compiler's message, which has two forms."""
     used = re.search(rf"Used {SIZE} of {SIZE} hbm", message)
     total, capacity = (_bytes(*used.group(1, 2)), _bytes(*used.group(3, 4))) if used else (0, 0)
     only = re.search(rf"HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)", message)
@@ -108,9 +122,9 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def largest_arrays(module: Module, n: int = 6) -> tuple[tuple[int, str], ...]:
-    """Bytes and description of the `n` largest temporary arrays, each shape and place once.
+    """Return bytes and description of the `n` largest arrays of a device.
 
-    What an instruction makes counts, not what it only passes on; shapes are a device's own.
+    Results of instructions that allocate count; each pair of shape and operation is listed once.
     """
     found: dict[str, int] = {}
     for _, instruction, _ in module.executions():
@@ -118,20 +132,20 @@ def largest_arrays(module: Module, n: int = 6) -> tuple[tuple[int, str], ...]:
             continue
         for shape in instruction.shapes:
             if shape.space == 0 and shape.bytes:
-                found.setdefault(f"{_written(shape)} {_place(instruction)}", shape.bytes)
+                found.setdefault(f"{_shape_text(shape)} {_operation(instruction)}", shape.bytes)
     ranked = sorted(found.items(), key=lambda item: -item[1])
     return tuple((size, name) for name, size in ranked[:n])
 
 
-def _written(shape: Shape) -> str:
+def _shape_text(shape: Shape) -> str:
     return f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
 
 
-def _place(instruction: Instruction) -> str:
-    """The name of the operation in the model without JAX's own levels."""
-    levels = [
-        level
-        for level in instruction.op_name.split("/")
-        if not re.fullmatch(r"jit\(.*\)|while|body|closed_call|checkpoint", level)
+def _operation(instruction: Instruction) -> str:
+    """Return the name of the operation in the model, without the scopes of JAX."""
+    scopes = [
+        scope
+        for scope in instruction.op_name.split("/")
+        if not re.fullmatch(r"jit\(.*\)|while|body|closed_call|checkpoint", scope)
     ]
-    return "/".join(levels) or instruction.name
+    return "/".join(scopes) or instruction.name

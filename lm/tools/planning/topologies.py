@@ -1,4 +1,4 @@
-"""Devices that are described and not there: TPU slices, GPU hosts, simulated CPU devices.
+"""Topologies to compile for without the hardware: TPU slices, GPU hosts, simulated CPU devices.
 
 `v5p:4x4x4` is a torus of chips, `h100:2x8` two hosts of eight GPUs, `cpu:8` eight CPU devices.
 """
@@ -20,7 +20,7 @@ from lm.config import nearest
 from lm.errors import UserError
 from lm.hardware import CHIPS, COMMON_TARGET, GPU_TARGETS, LIBTPU_NAMES, TOPOLOGY_OPTIONS, Chip
 
-# Without these libtpu asks the network which machine this is, and a second process finds a lock.
+# Without these libtpu queries the metadata server, and a second process is locked out.
 TPU_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -35,7 +35,7 @@ EXAMPLES = "v5p:4x4x4, v5e:16x16, h100:1x8, cpu:8"
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to plan for. `sides` are a TPU slice's, in chips."""
+    """Devices to compile for; `sides` are those of a TPU slice, in chips."""
 
     name: str
     chip: Chip
@@ -44,7 +44,11 @@ class Topology:
 
 
 def topology(name: str, n_slices: int = 1) -> Topology:
-    """The devices of `KIND:SHAPE`, times the slices of TPUs or groups of GPU hosts."""
+    """Describe the devices of `KIND:SHAPE`, in `n_slices` TPU slices or groups of GPU hosts.
+
+    Raises:
+        UserError: The name is wrong, or the compiler for the chip is not installed.
+    """
     kind, _, shape = name.lower().partition(":")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise UserError(f"--topology {name}: write KIND:SHAPE, such as {EXAMPLES}")
@@ -66,7 +70,7 @@ def topology(name: str, n_slices: int = 1) -> Topology:
 def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:
     if n_slices > 1 or len(sides) > 1:
         raise UserError(f"--topology {name}: CPU devices are simulated as cpu:8, without --slices")
-    with contextlib.suppress(RuntimeError):  # a backend that runs already has what it has
+    with contextlib.suppress(RuntimeError):  # a backend that is initialized keeps its number
         jax.config.update("jax_num_cpu_devices", sides[0])
     devices = jax.devices("cpu")
     if len(devices) < sides[0]:

@@ -1,8 +1,9 @@
-"""What a compiled program does on one device: FLOPs of matrix products and kernels, memory traffic.
+"""FLOPs and main-memory traffic of a compiled program on one device.
 
-FLOPs count 2 for a multiplication and its addition; element-wise work is not counted, so that the
-figure compares with the model's. Traffic is what instructions read and write in main memory when
-each array is read once by whoever needs it; of slices and updates in place only their part.
+FLOPs are those of matrix products and kernels, 2 for a multiplication and its addition;
+element-wise operations are left out, so that the number compares with the model's FLOPs. Traffic
+counts an array once for each instruction that reads or writes it; for slices and in-place updates
+only the part that is touched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NOTHING_MOVES = (*FREE, "copy-done", "opt-barrier", "add-dependency", "replica-i
 
 
 def flops(module: Module) -> float:
-    """FLOPs of the whole program."""
+    """Return the FLOPs of the whole program."""
     return sum(
         times * _flops(computation, part)
         for around, instruction, times in module.executions()
@@ -27,7 +28,7 @@ def flops(module: Module) -> float:
 
 
 def memory_traffic(module: Module) -> float:
-    """Bytes read from and written to the device's main memory by the whole program."""
+    """Return the bytes that the whole program reads from and writes to main memory."""
     return sum(
         times * _traffic(module, computation, instruction)
         for computation, instruction, times in module.executions()
@@ -51,10 +52,10 @@ def _dot(computation: Computation, dot: Instruction) -> int:
 
 
 def _convolution(computation: Computation, convolution: Instruction) -> int:
-    """Also products of matrices, which are what TPUs make of them.
+    """Return the FLOPs of a convolution; on TPUs matrix products are convolutions too.
 
-    A batch of products is there a convolution over a dimension of the batch whose window meets
-    only one element: the pairs that meet are counted, not the window.
+    A batched product is a convolution over a batch dimension in which the window meets one element
+    only. So the pairs of input and kernel elements that meet are counted, not the window.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels
@@ -72,7 +73,7 @@ def _convolution(computation: Computation, convolution: Instruction) -> int:
 
 
 def _window(attributes: str) -> list[tuple[int, int, int, int]]:
-    """Stride, padding before, dilation of the input and of the kernel, along each dimension."""
+    """Parse stride, low padding, input dilation and kernel dilation of each dimension."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     given = dict(part.split("=") for part in found.group(1).split()) if found else {}
     n = len(given.get("size", "").split("x")) if given else 0
@@ -98,14 +99,16 @@ def _window(attributes: str) -> list[tuple[int, int, int, int]]:
 def _meeting(
     n_input: int, n_kernel: int, n_out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """Pairs of output position and kernel position that fall on an element of the input."""
+    """Count the pairs of output and kernel position that fall on an element of the input."""
     span = (n_input - 1) * dilate + 1
-    places = (o * stride + k * kernel_dilate - pad for o in range(n_out) for k in range(n_kernel))
-    return sum(0 <= place < span and place % dilate == 0 for place in places)
+    positions = (
+        o * stride + k * kernel_dilate - pad for o in range(n_out) for k in range(n_kernel)
+    )
+    return sum(0 <= position < span and position % dilate == 0 for position in positions)
 
 
 def _kernel(computation: Computation, call: Instruction) -> int:
-    """FLOPs of kernels that XLA only calls."""
+    """Return the FLOPs of a custom call: cuBLAS, a stated cost estimate, or attention."""
     if call.target.startswith("__cublas"):
         return _matrix_library(computation, call)
     stated = re.search(r'"?cost_estimate"?:\s*\{[^}]*"?flops"?:\s*"?(\d+)', call.attributes)
@@ -124,22 +127,23 @@ def _matrix_library(computation: Computation, call: Instruction) -> int:
 
 
 def is_attention(call: Instruction) -> bool:
-    """Whether a custom call is a fused attention kernel."""
+    """Return whether a custom call is a fused attention kernel."""
     return bool(re.search(r"fmha|splash|flash|attention", call.target + call.name))
 
 
 def _attention(computation: Computation, call: Instruction) -> int:
-    """Attention by the shapes of queries and keys, [B, H, L, K] or [B, L, H, K]; of one row
-    without B.
+    """Return the FLOPs of a fused attention kernel.
 
-    Forward two products; backward the scores again and four gradients; splash computes the scores
-    and the gradient of the weights in both of its backward kernels (dq: 3 products, dkv: 4).
+    Queries and keys are [B, H, L, K] or [B, L, H, K]; without B for a single row. The forward pass
+    has two products, the backward pass five: the scores again and four gradients. Splash computes
+    the scores and the gradient of the weights in both of its backward kernels (dq: 3 products,
+    dkv: 4).
     """
     name = call.target + call.name
     operands = [operand.shapes[0] for operand in computation.operands(call)]
     first = next(i for i, shape in enumerate(operands) if "f" in shape.dtype)
     queries, keys = operands[first].dims, operands[first + 1].dims
-    # Of these two dimensions the longer one is the sequence, in every model worth planning.
+    # The longer one of these dimensions is the sequence, in every model worth planning.
     sequence = -2 if queries[-2] >= queries[-3] else -3
     length, n_keys = queries[sequence], keys[sequence]
     products = 2
@@ -159,12 +163,12 @@ def _attention(computation: Computation, call: Instruction) -> int:
 
 
 def _splash_pairs(name: str, operands: list[Shape], length: int, n_keys: int) -> int:
-    """Pairs of query and key of a splash kernel: all of them, if it is not told the places of the
-    queries, beside the segments of queries and keys.
+    """Return the number of query-key pairs that a splash kernel computes.
 
-    The first operand lists tiles, [heads, blocks of queries, blocks of keys], of which the dkv
-    kernel shrinks the queries' dimension and the others the keys', to the most that a block has.
-    Of a causal mask the half counts that is needed, of a narrower one the tiles.
+    All pairs count if the kernel gets no positions of queries beside the segments of queries and
+    keys. Otherwise the first operand lists tiles, [heads, blocks of queries, blocks of keys]; the
+    dkv kernel shrinks the dimension of queries, the others that of keys, to the largest number of
+    tiles of a block. Of a causal mask half of the pairs count, of a narrower mask the tiles.
     """
     wholes = sum(shape.dtype == "s32" for shape in operands)
     if wholes == (2 if "segmented" in name else 0):
@@ -206,7 +210,7 @@ def _fusion_traffic(module: Module, computation: Computation, fusion: Instructio
 
 
 def _passed_through(fusion: Instruction) -> set[int]:
-    """Operands that a step of an asynchronous collective only hands on."""
+    """Return the operands that a step of an asynchronous collective only passes through."""
     if "async" not in fusion.name and "async_collective" not in fusion.attributes:
         return set()
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}\s*,?\s*calls", fusion.attributes)
@@ -214,7 +218,7 @@ def _passed_through(fusion: Instruction) -> set[int]:
 
 
 def _read(inside: Computation, parameter: Instruction) -> int:
-    """Bytes that a fusion reads of a parameter: all, or the slices that it takes of it."""
+    """Return the bytes that a fusion reads of a parameter: all, or the slices that it takes."""
     total = 0
     for user in inside.users(parameter.name):
         if user.opcode in ("dynamic-slice", "slice", "gather"):
@@ -230,7 +234,7 @@ def _read(inside: Computation, parameter: Instruction) -> int:
 
 
 def _written(inside: Computation, root: Instruction, results: tuple[Shape, ...]) -> int:
-    """Bytes that a fusion writes: its results, of an update in place only the update."""
+    """Return the bytes that a fusion writes: its results, or the update of an in-place update."""
     while root.opcode == "bitcast":
         root = inside.operands(root)[0]
     if root.opcode == "tuple" and len(root.operands) == len(results):
@@ -251,7 +255,7 @@ def _numbers(text: str, pattern: str) -> tuple[int, ...]:
 
 
 def attention_kernel(module: Module) -> str:
-    """The fused attention that the program calls: "splash", "cudnn" or "flash"; else "xla"."""
+    """Return the attention kernel of a program: "splash", "cudnn" or "flash", else "xla"."""
     for _, call, _ in module.executions():
         if call.opcode == "custom-call" and is_attention(call):
             name = call.target + call.name

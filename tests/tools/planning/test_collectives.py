@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lm.tools.planning.collectives import collectives, replica_groups
-from lm.tools.planning.hlo import parse
+from lm.tools.planning.hlo import parse_hlo
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_kind_axis_bytes_and_count_in_a_loop(kind, mesh):
         return jax.lax.fori_loop(0, 3, lambda i, x: x + communicate(x * x, "tensor").sum(), x)
 
     shape = jax.ShapeDtypeStruct((32, 8), jnp.float32)
-    module = parse(jax.jit(three_times).lower(shape).compile().as_text())
+    module = parse_hlo(jax.jit(three_times).lower(shape).compile().as_text())
     (found,) = collectives(module, mesh)
     assert (found.kind, found.route.axis, found.count) == (kind, "tensor", 3)
     assert found.bytes == 3 * size
@@ -78,6 +78,6 @@ def test_axes_are_named_together_when_a_group_spans_both(mesh):
         lambda x: jax.lax.psum(x, both), mesh=mesh, in_specs=P(both), out_specs=P()
     )
     text = jax.jit(summed).lower(jax.ShapeDtypeStruct((32, 8), jnp.float32)).compile().as_text()
-    (found,) = collectives(parse(text), mesh)
+    (found,) = collectives(parse_hlo(text), mesh)
     assert found.route.axis == "data,tensor"
     assert len(found.route.devices) == 8

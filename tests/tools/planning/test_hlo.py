@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm.tools.planning.hlo import Shape, UnknownTripCount, parse, parse_shapes
+from lm.tools.planning.hlo import Shape, UnknownTripCount, parse_hlo, parse_shapes
 
 LOOP = """
 HloModule jit_f, is_scheduled=true
@@ -54,7 +54,7 @@ def test_shapes_of_nested_tuples_with_layouts_memory_spaces_and_comments():
     [("12", 1, "", 12), ("12", 2, "", 6), ("12", 1, KNOWN, 7), ("{...}", 1, KNOWN, 7)],
 )
 def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, step, known, turns):
-    module = parse(LOOP.format(limit=limit, step=step, known=known))
+    module = parse_hlo(LOOP.format(limit=limit, step=step, known=known))
     times = {i.name: n for _, i, n in module.executions()}
     assert times["y"] == turns
     assert times["result"] == 1
@@ -62,7 +62,7 @@ def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, step, known, 
 
 def test_a_loop_without_a_trip_count_is_an_error():
     with pytest.raises(UnknownTripCount, match="loop in main"):
-        list(parse(LOOP.format(limit="{...}", step=1, known="")).executions())
+        list(parse_hlo(LOOP.format(limit="{...}", step=1, known="")).executions())
 
 
 BRANCHES = """
@@ -92,13 +92,13 @@ ENTRY %main (which: {type}[], x: f32[8]) -> f32[8] {{
     ],
 )
 def test_branches_run_as_often_as_they_are_taken(kind, branches):
-    module = parse(BRANCHES.format(type=kind, branches=branches), taken=0.25)
+    module = parse_hlo(BRANCHES.format(type=kind, branches=branches), taken=0.25)
     times = {i.name: n for _, i, n in module.executions()}
     assert (times["less"], times["more"]) == (0.75, 0.25)
 
 
 def test_names_operands_and_places():
-    module = parse(LOOP.format(limit="12", step=1, known=""))
+    module = parse_hlo(LOOP.format(limit="12", step=1, known=""))
     body = module.computations["body"]
     y = body.instructions["y"]
     assert (y.opcode, y.operands, y.op_name) == ("negate", ("x",), "jit(f)/while/body/neg")

@@ -11,7 +11,7 @@ import pytest
 from lm.cli import main
 from lm.tools.planning import plan as planning
 from lm.tools.planning.plan import make_plan
-from lm.tools.planning.plan_report import report
+from lm.tools.planning.plan_report import plan_text
 from lm.tools.planning.program import OutOfMemory
 from lm.tools.planning.topologies import topology
 
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_an_answer_with_numbers(tiny_config, monkeypatch):
     assert not plan.fits
     assert plan.memory.total == 20 * 10**9
     assert plan.as_json()["flops"]["compiled"] is None
-    text = report(plan)
+    text = plan_text(plan)
     assert "DOES NOT FIT, 4.000 GB too much" in text
     assert "f32[2,3] attention" in text
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_an_answer_with_numbers(tiny_config, monkeypatch):
 def test_the_report_shows_memory_work_communication_and_time(tiny_config):
     plan = make_plan(tiny_config(parallel__preset="fsdp"), topology("cpu:8"))
     timed = replace(plan, time=planning.Time(1e-3, 2e-3, 3e-3, 3e-3), peak_flops=1e12)
-    text = report(timed)
+    text = plan_text(timed)
     for part in ("8 devices (fsdp=8)", "fits, ", "optimizer state", "all-gather", "(network)"):
         assert part in text
     n = sum(leaf.size for leaf in jax.tree.leaves(plan_params(tiny_config)))

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.tools.planning.hlo import parse
+from lm.tools.planning.hlo import parse_hlo
 from lm.tools.planning.work import flops, memory_traffic
 
 
 def module_of(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return parse(jax.jit(function).lower(*arguments).compile().as_text())
+    return parse_hlo(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def scanned(x, weights):
@@ -52,7 +52,7 @@ ENTRY %main (m: s8[{tiles}], q: bf16[{shape}], k: bf16[{shape}], s: s32[64]) -> 
 
 
 def kernel_flops(shape, name, operands, tiles="1,1,1", target="tpu_custom_call", config=""):
-    return flops(parse(KERNEL.format(**locals())))
+    return flops(parse_hlo(KERNEL.format(**locals())))
 
 
 @pytest.mark.parametrize(("way", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
@@ -120,7 +120,7 @@ ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> f32[{out}] {{
 )
 def test_convolutions_count_the_pairs_that_meet(lhs, rhs, out, window, labels, expected):
     text = CONVOLUTION.format(lhs=lhs, rhs=rhs, out=out, window=window, labels=labels)
-    assert flops(parse(text)) == expected
+    assert flops(parse_hlo(text)) == expected
 
 
 TRAFFIC = """
@@ -149,4 +149,4 @@ ENTRY %main (x: f32[10,100], i: s32[], y: f32[100]) -> f32[10,100] {
 def test_a_fusion_moves_the_slice_that_it_reads_and_the_update_that_it_writes():
     """The copy reads 400 bytes into near memory; the fusion reads and writes a row of 400 and
     reads the index of 4."""
-    assert memory_traffic(parse(TRAFFIC)) == 400 + 400 + 4 + 400
+    assert memory_traffic(parse_hlo(TRAFFIC)) == 400 + 400 + 4 + 400

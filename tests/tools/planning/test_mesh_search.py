@@ -14,12 +14,12 @@ from lm.tools.planning import mesh_search as searching
 from lm.tools.planning.cost_model import CostModel, Estimate, Settings
 from lm.tools.planning.mesh_search import (
     Candidate,
-    Queue,
+    CandidateQueue,
     candidates,
     command_line,
     meshes,
     overridden,
-    search,
+    search_meshes,
 )
 from lm.tools.planning.plan import state_memory
 from lm.tools.planning.topologies import topology
@@ -102,7 +102,9 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
             return future
 
     monkeypatch.setattr(searching, "ProcessPoolExecutor", Here)
-    found = search(tiny_config(), "cpu:8", 1, 2, 1, lambda items, total: items)
+    found = search_meshes(
+        tiny_config(), "cpu:8", limit=2, n_workers=1, track=lambda items, total: items
+    )
     assert len(found.ranked) == 2
     assert found.considered == found.not_compiled + 2
     memory = [plan.memory.total for _, plan in found.ranked]
@@ -128,7 +130,7 @@ def test_what_needs_as_much_as_one_that_did_not_fit_waits():
         return Candidate(overrides, Estimate(0, likely, 0.0))
 
     whole = [candidate("a", "none", 8), candidate("b", "none", 9), candidate("c", "none", 4)]
-    queue = Queue([*whole, candidate("d", "full", 9)])
+    queue = CandidateQueue([*whole, candidate("d", "full", 9)])
     first = queue.take()
     queue.did_not_fit(first)
     order = [first, *(queue.take() for _ in range(3))]
@@ -146,6 +148,8 @@ def test_what_cannot_fit_is_not_compiled(tiny_config, monkeypatch):
         lambda *_: type(small)(small.name, tiny, small.sides, small.devices),
     )
     monkeypatch.setattr(searching, "ProcessPoolExecutor", None)
-    found = search(tiny_config(), "cpu:8", 1, 2, 1, lambda items, total: items)
+    found = search_meshes(
+        tiny_config(), "cpu:8", limit=2, n_workers=1, track=lambda items, total: items
+    )
     assert found.too_large == found.considered > 0
     assert not found.ranked
