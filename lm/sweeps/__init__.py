@@ -1,1 +1,1 @@
-"""What sweep files import: `sweep` (Sweep, Halving, Search) and `sets` (sets of overrides)."""
+"""Types for sweep files: `sweep` (Sweep, Halving, Search) and `sets` (sets of overrides)."""

@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple
 
-from lm.training.monitor import RESUMABLE, StopRequest
+if TYPE_CHECKING:
+    from lm.training.monitor import StopRequest
 
 USER_ERROR = 2  # exit code of a UserError, which a restart would only repeat
 POLL_SECONDS = 0.02
@@ -150,6 +151,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str], tag: str) -> 
 
 
 def _wait(children: Sequence[Child], stop: StopRequest) -> ExitStatus:
+    from lm.training.monitor import RESUMABLE  # imports JAX, which `exec_bound_to_parent` spares
+
     passed_on = False
     first_exit: float | None = None
     while True:

@@ -64,7 +64,7 @@ class SweepTable:
                 print(line, file=self._file, flush=True)
 
     def __str__(self) -> str:
-        """The whole table, one run a line, and a line of totals."""
+        """Return the whole table, one run a line, and a line of totals."""
         return f"{plain_text(text_table(map(_cells, self._statuses)))}\n{self._totals()}"
 
     def _live_view(self) -> RenderableType:

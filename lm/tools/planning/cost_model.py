@@ -187,7 +187,7 @@ class CostModel:
         return data.batch_size * data.sequence_length
 
     def _tokens(self, sizes: Sizes) -> float:
-        """Tokens that pass through a layer on one device."""
+        """Return the number of tokens that pass through a layer on one device."""
         axes = ("slice", "data", "fsdp", "expert", "context")
         return self._all_tokens / prod(sizes[axis] for axis in axes)
 

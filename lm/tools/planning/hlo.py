@@ -27,7 +27,7 @@ FREE = (
 
 
 class UnknownTripCount(ValueError):
-    """The text does not tell the trip count of a loop."""
+    """Trip count of a loop that the text does not tell."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What finished runs show: `lm report` (a page and figures) and `lm scaling` (scaling laws).
+"""Analysis of runs: `lm report` (a page and figures) and `lm scaling` (scaling laws).
 
 Read `run_records` (runs read from their folders), `curves` (smoothing, spikes, incidents),
 `plotting` (style of all figures), `run_plots` and `report_page` with its template `page.html`; then

@@ -40,7 +40,7 @@ class Profile:
 
     @property
     def has_minimum(self) -> bool:
-        """Whether the parabola is convex and its minimum is within the sizes of the runs."""
+        """True if the parabola is convex and its minimum is within the sizes of the runs."""
         return bool(self.parabola[0] > 0 and self.runs.n.min() <= self.n <= self.runs.n.max())
 
 

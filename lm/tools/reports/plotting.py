@@ -65,7 +65,14 @@ def subplots(
     sharey: bool | str = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Create a figure in this style and its axes, as `Figure.subplots` does.
+    """Create a figure in this style and its axes, as `matplotlib.pyplot.subplots` does.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        sharex: Whether all x axes are one.
+        sharey: Whether all y axes are one; "row" or "col" for those of a row or column.
+        options: Options of the figure.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -98,7 +98,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run reached `train.steps`."""
+        """True if the run reached `train.steps`."""
         return self.last_step >= self.config["train.steps"]
 
     @property

@@ -174,7 +174,15 @@ def fitted_losses(runs: Runs, law: Law) -> Any:
 def optimal_sizes(
     runs: Runs, law: Law, found: list[Profile], power: PowerLaw | None, budgets: list[float]
 ) -> Any:
-    """Plot compute-optimal N over FLOPs, by the law and by the minima of the parabolas."""
+    """Plot compute-optimal N over FLOPs, by the law and by the minima of the parabolas.
+
+    Args:
+        runs: Runs that were fitted.
+        law: Parametric law.
+        found: IsoFLOP profiles.
+        power: Power law of their minima, if there is one.
+        budgets: FLOPs whose optima are marked.
+    """
     figure, axes = subplots()
     ends = [runs.flop.min(), max([runs.flop.max(), *budgets])]
     flop = np.geomspace(ends[0], ends[1], 50)

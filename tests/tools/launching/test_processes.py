@@ -107,3 +107,8 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(tmp_path):
             return
         time.sleep(0.01)
     pytest.fail("the child lives on")
+
+
+def test_the_wrapper_of_every_child_does_not_import_jax():
+    program = "import sys, lm.tools.launching.processes; sys.exit('jax' in sys.modules)"
+    assert subprocess.run(python(program)).returncode == 0
