@@ -1,16 +1,17 @@
-"""Speed of the training step and of the loop round it, on this machine.
+"""Benchmark of the training step, the training loop and decoding on this machine.
 
     python scripts/bench.py [--json] [--sizes 10m 124m] [--dtypes float32 bfloat16]
                             [--nanodo CHECKOUT]
 
-For each size and type: milliseconds and tokens a second of the compiled step, and what fraction
-it reaches of the rate of a plain matrix product on this machine (model FLOPs, causal attention
-counted once). Then a short real run at the 10M size: the share of time spent waiting for data, and
-the pause of a checkpoint against one minute; and a step of decoding with GPT-2 124M, eight rows of
-900 tokens in the cache.
-With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed in
-turn with ours at the same shapes. Figures are medians; the sides alternate, so the ratio holds on
-a noisy machine.
+For each size and dtype: milliseconds and tokens a second of the compiled step, and the fraction of
+the FLOP/s of a plain matrix product on this machine that it reaches (model FLOPs, causal attention
+counted once). Then a short training run at the 10M size: the fraction of time spent waiting for
+data, and the pause of a checkpoint relative to one minute; and a step of decoding with GPT-2 124M,
+eight rows with 900 tokens in the cache.
+
+With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed at
+the same shapes. Figures are medians; both steps alternate, so that their ratio holds on a noisy
+machine.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SIZES = {  # layers, d_model, heads, vocabulary, length, batch
 
 
 def bench_config(size: str, dtype: str):
-    """A GPT-2 style model of the size."""
+    """Return the configuration of a GPT-2 style model."""
     n_layers, d_model, n_heads, vocab, length, batch = SIZES[size]
     config = default()
     model, data = config.model, config.data
@@ -56,7 +57,7 @@ def bench_config(size: str, dtype: str):
 
 
 def our_step(experiment: Experiment) -> Callable[[], None]:
-    """A function that runs one step and waits for it."""
+    """Return a function that runs one training step and waits for it."""
     state = experiment.init_state()
     config = experiment.config
     shape = (1, config.data.batch_size, config.data.sequence_length)
@@ -74,7 +75,7 @@ def our_step(experiment: Experiment) -> Callable[[], None]:
 
 
 def nanodo_step(checkout: str, size: str, dtype: str) -> Callable[[], None]:
-    """The same for nanodo's model and AdamW."""
+    """Return a function that runs one step of nanodo's model with AdamW."""
     sys.path.insert(0, checkout)
     import optax
     from nanodo import model as nanodo
@@ -119,7 +120,7 @@ def nanodo_step(checkout: str, size: str, dtype: str) -> Callable[[], None]:
 
 
 def median_seconds(runs: list[Callable[[], None]], seconds: float = 15.0) -> list[float]:
-    """The median time of each function; they are called in turn, for `seconds` in all."""
+    """Return the median time of each function; they are called in turn for `seconds` in all."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
@@ -133,13 +134,14 @@ def median_seconds(runs: list[Callable[[], None]], seconds: float = 15.0) -> lis
 
 
 def matmul_rate(dtype: str, n: int = 2048) -> float:
-    """FLOP/s of an n × n × n product with float32 results."""
+    """Return the FLOP/s of an n × n × n matrix product with float32 results."""
     x = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     return 2 * n**3 / median_seconds([lambda: jax.block_until_ready(product(x))], 2.0)[0]
 
 
 def bench_step(size: str, dtype: str, rate: float, nanodo: str | None) -> dict:
+    """Time the training step; `rate` is the FLOP/s of a matrix product of the dtype."""
     experiment = build(bench_config(size, dtype), jax.devices()[:1])
     runs = [our_step(experiment)]
     if nanodo:
@@ -161,12 +163,12 @@ def bench_step(size: str, dtype: str, rate: float, nanodo: str | None) -> dict:
 
 
 def shown(row: dict) -> str:
-    """A row for a person."""
+    """Format a row as one line."""
     return ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else str(v) for k, v in row.items())
 
 
 def bench_loop(steps: int = 60) -> dict:
-    """Data wait and checkpoint pause of a real run, at the 10M size in float32."""
+    """Measure data wait and checkpoint pause of a run of the 10M size in float32."""
     from lm.training.trainer import train
 
     config = bench_config("10m", "float32")
@@ -188,8 +190,7 @@ def bench_loop(steps: int = 60) -> dict:
 
 
 def bench_decode(rows: int = 8, cached: int = 900, steps: int = 20) -> dict:
-    """Greedy decoding with GPT-2 124M, float32: milliseconds from one token of all rows to the
-    next."""
+    """Measure greedy decoding with GPT-2 124M in float32: milliseconds a token of all rows."""
     config = bench_config("124m", "float32")
     config.data.sequence_length = 1024
     experiment = build(config, jax.devices()[:1])

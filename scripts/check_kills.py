@@ -1,11 +1,11 @@
-"""Kill -9 at random moments, with real training runs: what is left must be as if nothing had been.
+"""Send SIGKILL to training runs at random moments; their results must not change.
 
-    python scripts/check_kills.py sweep [--kills 6]     # the sweep and single runs of twelve
-    python scripts/check_kills.py launch [--kills 10]   # one of four processes of one run
+    python scripts/check_kills.py sweep [--kills 6]     # a sweep of twelve runs, and some runs
+    python scripts/check_kills.py launch [--kills 10]   # one of the four processes of a run
 
-Both train a model of a few thousand parameters first undisturbed, then killed, and compare: the
-sweep's results table and every run's losses, or the losses of every step. Options: --workdir (a
-new folder is made in it), --seed of the moments, --steps of a run. Exit code 1 if they differ.
+Both train a model of a few thousand parameters, first undisturbed and then killed, and compare the
+sweep's results table and every run's losses, or the losses of every step. Options: --workdir (in
+which a new folder is made), --seed of the moments, --steps of a run. Exit code 1 if they differ.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def get_sweep():
 
 
 def losses(run):
-    """{step: loss} of a run; a step that was written twice is an error."""
+    """Return {step: loss} of a run; assert that no step was written twice."""
     lines = (run / "metrics.jsonl").read_text().splitlines(True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     pairs = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -51,7 +51,7 @@ def losses(run):
 
 
 def training_processes(folder):
-    """Ids of the processes that train in a folder, by their command lines."""
+    """Return the ids of the processes that train in a folder, by their command lines."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -68,17 +68,19 @@ def training_processes(folder):
 
 
 def start(*words):
+    """Start `lm WORDS…` without its output."""
     log = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-m", "lm", *map(str, words)], stdout=log, stderr=log)
 
 
 def finish(process):
+    """Wait for a process; assert that it succeeds."""
     code = process.wait()
     assert code == 0, f"exit code {code}"
 
 
 def check_sweep(folder, experiment, args, chance):
-    """The sweep is killed, and some of its runs with it or before it, and started again."""
+    """Kill the sweep, and some of its runs with it or before it, and start it again."""
     file = folder / "sweep.py"
     file.write_text(SWEEP.format(experiment=experiment))
     words = ["sweep", "--config", file, "--parallel", args.parallel, "--workdir"]
@@ -109,7 +111,7 @@ def check_sweep(folder, experiment, args, chance):
 
 
 def check_launch(folder, experiment, args, chance):
-    """One process of the run is killed so many times, each time after some more steps."""
+    """Kill one process of the run several times, each time after some more steps."""
     train = ["train", "--config", experiment, "--cpu_devices", "1", "--workdir"]
     words = ["launch", "--processes", args.processes, "--backoff", "0.1", "--", *train]
     finish(start(*words, folder / "calm"))

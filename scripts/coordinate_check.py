@@ -1,11 +1,11 @@
-"""muP's coordinate check as a picture: activations over the width after a few steps.
+"""Plot muP's coordinate check: activations over the width after a few steps.
 
     python scripts/coordinate_check.py --output experiments/results/mup/coordinates.png
                                        [--widths 64 128 256 512 1024] [--steps 4]
 
-A decoder of two layers on bytes of the standard library, Adam at one rate, in the standard
-parametrisation (above) and in muP from width 64 (below): where lines stay level, what is right at
-one width is right at the others (Yang et al. 2022, appendix D.1).
+A decoder of two layers on bytes of the standard library, Adam with one learning rate, in the
+standard parametrization (above) and in muP with base width 64 (below). Where the lines stay level,
+the learning rate transfers between widths (Yang et al. 2022, appendix D.1).
 """
 
 import argparse
@@ -43,14 +43,14 @@ def config_of(width, mup):
 
 
 def first_batch():
-    """The first training batch; it is the same at every width."""
+    """Return the first training batch, which is the same at every width."""
     experiment = build(config_of(BASE, False), jax.devices()[:1])
     dataset = open_dataset(experiment.config.data, False)
     return experiment.train_batches(dataset).rows(0, range(experiment.config.data.batch_size))
 
 
 def draw(measured, widths, steps):
-    """Rows: the two parametrisations; columns: what is watched; a line a step."""
+    """Plot the parametrizations in rows and the outputs in columns, one line a step."""
     figure, axes = subplots(2, len(WATCHED), figsize=(9.5, 5.6), sharex=True, sharey="col")
     for row, (name, by_width) in zip(axes, measured.items(), strict=True):
         for ax, what in zip(row, WATCHED, strict=True):

@@ -1,9 +1,9 @@
-"""Loss over learning rate, a line a width, the standard parametrisation beside muP.
+"""Plot loss over learning rate, one line a width: standard parametrization and muP.
 
     python scripts/learning_rate_width.py --workdir runs/rate_width --output FILE.png
 
 The workdir holds the two sweeps of experiments/sweeps/learning_rate_width.py, as `standard` and
-`mup`; runs that are not there are left out. Prints the best rate of each width.
+`mup`; missing runs are left out. Prints the best rate of each width.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from pathlib import Path
 from lm.tools.reports.plotting import save_png, shades, subplots, value_axis
 from lm.tools.reports.run_records import VALIDATION_LOSS, find_runs
 
-NAMES = {"standard": "standard parametrisation", "mup": "muP, base width 64"}
+NAMES = {"standard": "standard parametrization", "mup": "muP, base width 64"}
 
 
 def best_losses(folder):
-    """{width: {learning rate: validation loss}} of the finished runs of a sweep."""
+    """Return {width: {learning rate: validation loss}} of the finished runs of a sweep."""
     found = {}
     for run in find_runs(folder):
         loss = run.final(VALIDATION_LOSS)

@@ -1,9 +1,9 @@
-"""Write experiments/PAPERS.md: every experiment of a published model, its size, cost and figure.
+"""Write experiments/PAPERS.md: size, cost and expected result of every published model.
 
     lm params --all --json | python scripts/papers.py > experiments/PAPERS.md
 
-Sizes and costs are computed from the configurations; the paper's own number and the expected figure
-are those of the table in each experiment file's docstring.
+Sizes and costs are computed from the configurations. The paper's own number and the expected
+result are those of the table in the docstring of each experiment file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from lm.tools.formatting import short
 
 HEADER = """# Published models
 
@@ -42,7 +44,7 @@ COLUMNS = (
 
 
 def record(file: Path) -> dict[str, dict[str, str]]:
-    """The rows of the table in a file's docstring, by variant and column."""
+    """Parse the table in a file's docstring: rows by variant, cells by column."""
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -53,7 +55,7 @@ def record(file: Path) -> dict[str, dict[str, str]]:
 
 
 def page(sizes: Iterable[Mapping[str, Any]]) -> str:
-    """PAPERS.md of what `lm params --all --json` prints."""
+    """Return PAPERS.md for the output of `lm params --all --json`."""
     names, rules = zip(*COLUMNS, strict=True)
     rows = [names, rules]
     for size in sizes:
@@ -77,14 +79,8 @@ def page(sizes: Iterable[Mapping[str, Any]]) -> str:
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def short(n: float) -> str:
-    """Three digits and a unit: 10.3B."""
-    unit, size = next(pair for pair in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if n >= pair[1])
-    return f"{n / size:.3g}{unit}"
-
-
 def scientific(n: float) -> str:
-    """Two digits and a power of ten: 5.2e18."""
+    """Format with two digits and a power of ten: 5.2e18."""
     return f"{n:.1e}".replace("e+", "e")
 
 

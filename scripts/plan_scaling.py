@@ -1,12 +1,12 @@
-"""Plan one model from 8 to 4,096 chips at a fixed batch a chip; writes experiments/results/plans/.
+"""Plan one model from 8 to 4,096 chips with a fixed batch a chip; write experiments/results/plans/.
 
     python scripts/plan_scaling.py
 
-With parameters sharded over all chips (FSDP) theory says: parameters and optimizer state fall as
-1/n; activations and gathered weights stay, and so do the bytes of a gather or of the gradients'
-sum, of which a chip sends (n - 1)/n (Rajbhandari et al. 2020, §7). The last line says whether that
-is what the compiler made. A size that was planned before is not planned again. Needs the extras
-"tpu" and "report".
+With parameters sharded over all chips (FSDP), parameters and optimizer state should fall as 1/n;
+activations and gathered weights should stay constant, and so should the bytes of an all-gather or a
+reduction of the gradients, of which a chip sends (n - 1)/n (Rajbhandari et al. 2020, §7). The last
+line says whether the compiled programs agree. A size that was planned before is not planned again.
+Needs the extras "tpu" and "report".
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ MODEL = {
     "parallel.preset": "fsdp",
 }
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
-ROWS = 4096  # of a matrix, cut over the chips
+ROWS = 4096  # of a matrix, sharded over the chips
 TILE = 8  # rows of a tile of float32
-CLOSE = 0.01  # by how much arguments may differ from what theory says
-FLAT = 0.1  # from 64 chips on, by how much of the largest what should be flat may vary
+CLOSE = 0.01  # largest relative error of the arguments
+FLAT = 0.1  # largest relative variation of what should be constant, from 64 chips on
 
 
 def plan(chips: int) -> dict[str, Any]:
-    """What a chip holds and sends, in bytes."""
+    """Return the bytes that a chip holds and sends."""
     kept = FOLDER / "scaling.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
     for entry in map(json.loads, lines):
@@ -70,14 +70,14 @@ def plan(chips: int) -> dict[str, Any]:
 
 
 def spread(values: list[int]) -> float:
-    """The largest difference over the largest value."""
+    """Return the largest difference relative to the largest value."""
     return (max(values) - min(values)) / max(max(values), 1)
 
 
 def verdict(plans: list[dict[str, Any]]) -> str:
-    """What theory says, held against the plans; AssertionError names what is not so."""
+    """Compare the plans with theory; an AssertionError names a disagreement."""
     first, second, *later = plans
-    # Arguments are sharded / n + whole (norms, the batch): two plans tell both parts.
+    # Arguments are sharded / n + replicated (norms, the batch): two plans determine both parts.
     share, less = 1 / first["chips"], 1 / second["chips"]
     sharded = (first["arguments"] - second["arguments"]) / (share - less)
     whole = first["arguments"] - sharded * share
@@ -85,7 +85,7 @@ def verdict(plans: list[dict[str, Any]]) -> str:
         expected = sharded / plan["chips"] + whole
         error = plan["arguments"] / expected - 1
         assert abs(error) < CLOSE, f"{plan['chips']} chips: arguments are {error:+.0%} of 1/n's"
-    # Below a tile of rows a shard likely costs its padding: said, and not held against theory.
+    # A shard of fewer rows than a tile is padded: reported, but not compared with theory.
     tiled = [p["temporaries"] for p in plans[1:] if ROWS / p["chips"] >= TILE]
     flat = {
         "temporaries": tiled,
@@ -96,7 +96,7 @@ def verdict(plans: list[dict[str, Any]]) -> str:
     shown = ", ".join(f"{name} within {spread(values):.1%}" for name, values in flat.items())
     last = plans[-1]
     return (
-        f"as theory says: {sharded / 1e9:.3f} GB of parameters and moments over n chips, "
+        f"as in theory: {sharded / 1e9:.3f} GB of parameters and moments over n chips, "
         f"{whole / 1e6:.2f} MB on each; from {second['chips']} chips on {shown}; temporaries at "
         f"{last['chips']:,}, where a shard has {ROWS // last['chips']} row: "
         f"{last['temporaries'] / tiled[-1] - 1:+.0%}"

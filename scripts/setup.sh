@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv with this checkout and the extras given ("test", "tpu", "cuda12", …) installed.
+# Create .venv and install this checkout with the given extras ("test", "tpu", "cuda12", …).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"

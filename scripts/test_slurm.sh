@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train under a real SLURM on this machine: a job of two processes is signalled, queued again and
-# resumed, with the losses of a run that nothing happened to. Debian or Ubuntu, as root.
+# Train under a real SLURM on this machine: a job of two processes is signaled, requeued and resumed;
+# its losses equal those of an undisturbed job. Debian or Ubuntu, as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "error: installs and starts SLURM: run it as root" >&2 && exit 2; }
@@ -25,7 +25,7 @@ finish() {
 }
 trap finish EXIT
 
-# --- a cluster of one machine, in a folder of its own
+# --- a cluster of this machine alone, in a temporary folder
 dd if=/dev/urandom of="$folder/munge.key" bs=1024 count=1 status=none
 chmod 600 "$folder/munge.key"
 chmod 755 "$folder"
@@ -60,7 +60,7 @@ for _ in $(seq 60); do
 done
 sinfo
 
-# --- the same job twice; the second is signalled half-way
+# --- the same job twice; the second is signaled in the middle
 submit() { # NAME: its job number
     sbatch --parsable --overcommit --ntasks-per-node 2 --output "$folder/$1.log" \
         scripts/train.sbatch train --config experiments/stdlib.py:tiny --workdir "$folder/$1" \

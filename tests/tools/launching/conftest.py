@@ -1,4 +1,4 @@
-"""What the tests of supervision share."""
+"""Fixtures of the tests of launching."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from lm.training.monitor import StopRequest
 
 @pytest.fixture
 def stop() -> StopRequest:
-    """Nothing has asked to stop yet."""
+    """Return a request to stop that has not been made."""
     return StopRequest()

@@ -1,4 +1,4 @@
-"""A stand-in for `lm train`: writes metrics and checkpoints as it does, and learns nothing.
+"""Stand-in for `lm train` that writes metrics and checkpoints without training.
 
 Honours train.steps, train.stop_at, SIGTERM and checkpoints. `seed` 13 always crashes, 14 crashes
 at its first start, 15 is a user's error. Each start is noted in WORKDIR/starts.

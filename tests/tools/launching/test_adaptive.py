@@ -1,4 +1,4 @@
-"""Adaptive search with a stand-in for training: what is asked follows from seed and results."""
+"""Adaptive search with a stand-in for training: proposals depend on seed and results only."""
 
 import subprocess
 import sys

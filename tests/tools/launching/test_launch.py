@@ -1,4 +1,4 @@
-"""`lm launch`: what it starts; and a real run whose processes are killed or freeze."""
+"""`lm launch`: its commands, and a training run whose processes are killed or freeze."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_wrong_command_is_one_line(capsys, words, expected):
 
 @pytest.fixture
 def sums(tmp_path) -> list[str]:
-    """The words of a tiny run of 40 steps in `tmp_path`/NAME."""
+    """Return the words of a tiny run of 40 steps, without the value of --workdir."""
     (tmp_path / "sums.txt").write_text("".join(f"{i} + 7 = {i + 7}\n" for i in range(1500)))
     small = {
         "data.source": f"text:{tmp_path}/sums.txt",
@@ -102,7 +102,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def processes_of(workdir: Path) -> list[int]:
-    """The ids of the training processes of a run, by their command lines."""
+    """Return the ids of the training processes of a run, by their command lines."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Processes that live and die together, with programs of a line in place of training."""
+"""Process groups, with one-line programs in place of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm.tools.launching.processes import run_group
 
 
 def python(program: str) -> list[str]:
-    """The command that runs a program."""
+    """Return the command that runs a program."""
     return [sys.executable, "-c", program]
 
 

@@ -1,4 +1,4 @@
-"""The override sets of a sweep, and their names."""
+"""Sets of overrides, and the names of their runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweeps that are shipped: every run's configuration is valid, IsoFLOP's budgets are met."""
+"""Shipped sweeps: configurations are valid, and the IsoFLOP sweep meets its budgets."""
 
 from __future__ import annotations
 

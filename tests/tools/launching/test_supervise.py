@@ -1,4 +1,4 @@
-"""When a run is started again, and when not."""
+"""Restarts of a run, and their limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUICK = RestartPolicy(restarts=3, backoff=0.0)
 
 
 class Attempts:
-    """Attempts that end as told; the last ending repeats."""
+    """Attempts with given exit codes; the last one repeats."""
 
     def __init__(self, *codes: int):
         self.codes, self.made = list(codes), 0

@@ -1,4 +1,4 @@
-"""`lm sweep` with a stand-in for training: whatever is killed, every run is finished, once."""
+"""`lm sweep` with a stand-in for training: whatever is killed, every run finishes once."""
 
 from __future__ import annotations
 

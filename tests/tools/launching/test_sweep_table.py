@@ -1,4 +1,4 @@
-"""The table of a sweep: plain text in a pipe, redrawn on a terminal."""
+"""Table of a sweep: plain text in a pipe, redrawn on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def statuses(tmp_path) -> list[RunStatus]:
-    """Three runs: one done, one at a tenth, one that has not started."""
+    """Return three runs: one done, one at a tenth of its steps, one that has not started."""
     runs = [Run(name, "x.py", {}, 100, tmp_path, ()) for name in ("a[b]", "bb", "c")]
     for run, step in zip(runs, (100, 10), strict=False):
         run.workdir.mkdir(parents=True)

@@ -1,10 +1,10 @@
-"""Where an array lies, in words."""
+"""Shardings as text."""
 
 from jax.sharding import NamedSharding
 
 
 def axes_of(sharding: NamedSharding) -> str:
-    """The mesh axes of more than one device that divide each dimension, as "- fsdp tensor"."""
+    """Return the mesh axes above 1 that shard each dimension, as "- fsdp tensor"."""
     sizes = sharding.mesh.shape
     dimensions = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
     return " ".join(

@@ -1,4 +1,4 @@
-"""Communication read from compiled programs: kinds, mesh axes, bytes, counts."""
+"""Collectives of compiled programs: kinds, mesh axes, bytes, counts."""
 
 from __future__ import annotations
 

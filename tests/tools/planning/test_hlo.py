@@ -1,4 +1,4 @@
-"""Reading XLA's text: shapes, loops and how often they run."""
+"""Parser of HLO text: shapes, loops and trip counts."""
 
 from __future__ import annotations
 

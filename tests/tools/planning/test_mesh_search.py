@@ -1,4 +1,4 @@
-"""Searching the best mesh: what is tried, what is discarded before compiling, what is written."""
+"""Search of the best mesh: candidates, those discarded before compiling, and the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's command line and its report."""
+"""`lm plan`: its JSON, its text and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is planned is what is trained: the same program, and the memory that it really takes."""
+"""The planned program is that of training, and its memory is what training takes."""
 
 from __future__ import annotations
 

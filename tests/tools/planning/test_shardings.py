@@ -1,4 +1,4 @@
-"""How the parameters of every experiment lie over a mesh that cuts them both ways.
+"""Golden shardings of every experiment's parameters on a mesh of both parameter axes.
 
 `golden/shardings.txt` lists, of the first variant of each file in `experiments/`, the axes of the
 mesh that divide each dimension of each parameter; the first dimension of a stack is its layers.
@@ -31,7 +31,7 @@ CHANGES = {
 
 
 def firsts() -> list[str]:
-    """FILE.py:VARIANT of each file's first variant."""
+    """Return FILE.py:VARIANT of each file's first variant."""
     by_file: dict[str, str] = {}
     for spec in variants_in(EXPERIMENTS):
         by_file.setdefault(Path(spec).name.partition(":")[0], str(spec))
@@ -39,7 +39,7 @@ def firsts() -> list[str]:
 
 
 def described(spec: str) -> str:
-    """A line for each parameter: its shape and the axes, "-" where none divides it."""
+    """Return a line for each parameter: shape and mesh axes, "-" for an unsharded dimension."""
     config = load(spec)
     for path, value in CHANGES.items():
         set_value(config, path, value)

@@ -1,4 +1,4 @@
-"""Plans for TPUs by the real TPU compiler: what is communicated, where parameters lie.
+"""Plans for TPUs by the real TPU compiler: collectives and shardings.
 
 `golden/NAME.json` holds the sharding of every parameter and the collectives of an experiment, made
 tiny, on a small slice; a difference names what changed. After a change that is meant:

@@ -1,4 +1,4 @@
-"""FLOPs and memory traffic of programs whose figures are known."""
+"""FLOPs and memory traffic of programs with known values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets are told apart, and the minima of exact parabolas are found."""
+"""IsoFLOP profiles: budgets are separated, minima of exact parabolas are found."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page: whole in itself, escaped, and in a browser without errors at both widths."""
+"""Report page: self-contained, escaped, and without errors in a browser at both widths."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is read from the folder of a run, and what its figures are drawn from."""
+"""Records of runs, and the analysis of their curves."""
 
 import json
 
@@ -91,7 +91,7 @@ def test_smoothing_is_an_average_of_both_sides_that_ignores_nan():
     np.testing.assert_allclose(smooth(values), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_thinning_keeps_ends_and_extremes():
+def test_downsampling_keeps_ends_and_extremes():
     y = np.random.default_rng(0).normal(size=10_000)
     y[[1234, 8765]] = 50, -50
     kept_x, kept_y = downsample(np.arange(10_000), y)

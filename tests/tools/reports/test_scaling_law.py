@@ -1,4 +1,4 @@
-"""The fit finds known laws, its gradient is right, and its intervals hold the truth."""
+"""Fit of known laws, its gradient, and the coverage of its intervals."""
 
 import numpy as np
 import pytest
