@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.models.sown import COLLECTIONS
+from lm.models.variables import COLLECTIONS
 from lm.objectives.auxiliary_losses import with_reports
 from lm.objectives.objective import Batch, LossSums, Objective
 from lm.optim.lora import add_lora, merge

@@ -10,8 +10,8 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.interop.tensor_mapping import TensorMapping
-from lm.models.init_config import InitConfig
 from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import InitConfig
 
 Values = dict[str, Any]
 

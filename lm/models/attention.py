@@ -6,6 +6,7 @@ G key/value heads, K head dim, N layers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
 from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role, Stream
 from lm.parallel.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [N, B, S, G, K]
@@ -89,12 +91,14 @@ class DotProductAttention(nn.Module):
         deterministic: True turns dropout off.
         width: width of the input of queries.
         source_width: width of the input of keys and values; 0: `width`.
+        source_stream: token stream of that input; None: that of the queries.
     """
 
     config: TransformerConfig
     deterministic: bool
     width: int
     source_width: int = 0
+    source_stream: Stream | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -106,17 +110,21 @@ class DotProductAttention(nn.Module):
         )
         key_std = c.std(source_width, c.n_kv_heads * c.head_dim)
 
-        def heads(width: int, n: int, axis: str, std: float) -> Linear:
-            init, names = c.kernel_init(std), ("embed", axis, "head_dim")
-            return Linear((width,), (n, c.head_dim), names, c.query_bias, init, c.dtype)
+        role = Role(Kind.MATRIX, c.stream)
+        source_role = replace(role, stream=self.source_stream or c.stream)
 
-        self.query = heads(self.width, c.n_heads, "heads", query_std)
-        self.key = heads(source_width, c.n_kv_heads, "kv_heads", key_std)
-        self.value = heads(source_width, c.n_kv_heads, "kv_heads", key_std)
+        def heads(width: int, n: int, axis: str, std: float, role: Role) -> Linear:
+            init, names = c.kernel_init(std), ("embed", axis, "head_dim")
+            return Linear((width,), (n, c.head_dim), names, role, c.query_bias, init, c.dtype)
+
+        self.query = heads(self.width, c.n_heads, "heads", query_std, role)
+        self.key = heads(source_width, c.n_kv_heads, "kv_heads", key_std, source_role)
+        self.value = heads(source_width, c.n_kv_heads, "kv_heads", key_std, source_role)
         self.out = Linear(
             (c.n_heads, c.head_dim),
             (c.d_model,),
             ("heads", "head_dim", "embed"),
+            role,
             c.attention_output_bias,
             c.kernel_init(c.residual_std(c.n_heads * c.head_dim, c.d_model)),
             c.dtype,

@@ -16,6 +16,7 @@ from lm.kernels.dense import softcap
 from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.positions import sinusoidal
 from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role
 from lm.parallel.sharding import constrain
 
 
@@ -27,27 +28,32 @@ class Model(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        table = Role(Kind.EMBEDDING, c.stream, "input")
+        tokens = Role(Kind.EMBEDDING, "predicted", "input", tied=c.tie_embeddings)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
         if c.positions == "learned":
             rows = c.max_length + c.position_offset
-            self.positions = Embedding(rows, c.d_model, "positions", c.table_init, c.dtype)
+            self.positions = Embedding(rows, c.d_model, "positions", table, c.table_init, c.dtype)
         if c.token_types:
-            self.types = Embedding(c.token_types, c.d_model, "types", c.table_init, c.dtype)
+            self.types = Embedding(c.token_types, c.d_model, "types", table, c.table_init, c.dtype)
         if c.embedding_norm:
-            self.embedding_norm = make_norm(c)
+            self.embedding_norm = make_norm(c, part="input")
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
         if not c.tie_embeddings:
-            self.head = self._linear(c.vocab_size, "vocab", bias=False)
-        self.pooler = self._linear(c.d_model, "pooled")
-        self.sentence_head = self._linear(2, "classes")
-        self.classifier = self._linear(c.n_classes, "classes")
-        self.span_head = self._linear(2, "classes")
+            head = Role(Kind.HEAD, "predicted", "output")
+            self.head = self._linear(c.vocab_size, "vocab", head, bias=False)
+        self.pooler = self._linear(c.d_model, "pooled", Role(Kind.MATRIX, "text", "task"))
+        pretraining = Role(Kind.HEAD, "text", "pretraining")
+        self.sentence_head = self._linear(2, "classes", pretraining)
+        self.classifier = self._linear(c.n_classes, "classes", Role(Kind.HEAD, "text", "task"))
+        self.span_head = self._linear(2, "classes", Role(Kind.HEAD, c.stream, "task"))
 
-    def _linear(self, n_out: int, name: str, bias: bool = True) -> Linear:
+    def _linear(self, n_out: int, name: str, role: Role, bias: bool = True) -> Linear:
         c = self.config
         std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
         init, names = c.kernel_init(std), ("embed", name)
-        return Linear((c.d_model,), (n_out,), names, bias, init, c.dtype, out_dtype=jnp.float32)
+        shapes = (c.d_model,), (n_out,)
+        return Linear(*shapes, names, role, bias, init, c.dtype, out_dtype=jnp.float32)
 
     def embed(
         self,

@@ -13,6 +13,7 @@ from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.base import Model
 from lm.models.layers import Bias, make_norm
 from lm.models.transformer import Stack
+from lm.models.variables import Kind, Role
 
 
 class Encoder(Model):
@@ -22,9 +23,10 @@ class Encoder(Model):
         super().setup()
         c = self.config
         self.stack = Stack(c, c.n_layers, self.deterministic, causal=False)
-        self.transform = self._linear(c.d_model, "pooled")
-        self.transform_norm = make_norm(c)
-        self.logit_bias = Bias(c.vocab_size)
+        transform = Role(Kind.MATRIX, "predicted", "pretraining")
+        self.transform = self._linear(c.d_model, "pooled", transform)
+        self.transform_norm = make_norm(c, part="pretraining")
+        self.logit_bias = Bias(c.vocab_size, Role(Kind.BIAS, c.stream, "pretraining"))
 
     def __call__(
         self,

@@ -25,7 +25,8 @@ class EncoderDecoder(Model):
     def setup(self) -> None:
         super().setup()
         c = self.config
-        self.encoder = Stack(c, c.n_layers, self.deterministic, causal=False)
+        of_source = replace(c, stream="source")
+        self.encoder = Stack(of_source, c.n_layers, self.deterministic, causal=False)
         self.decoder = Stack(c, self.n_decoder_layers, self.deterministic, causal=True)
 
     @property

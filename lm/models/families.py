@@ -47,6 +47,7 @@ def model_config(config: ConfigDict, kind: type, chosen: Mapping[str, Any]) -> A
         "scan_unroll": config.train.scan_unroll,
         "loss_chunk": config.train.loss_chunk,
         "mixer_options": mixer_options(config),
+        "stream": "target",
         **chosen,
     }
     return kind(**{field.name: values[field.name] for field in fields(kind)})

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 
 from lm.kernels.dense import ACTIVATIONS, GATED
 from lm.models import routing
-from lm.models.init_config import Initializer
-from lm.models.layers import named
-from lm.models.sown import add_loss, report
 from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Initializer, Kind, Role, add_loss, param, report
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.parallel.sharding import constrain
 
@@ -78,7 +76,8 @@ class Router(nn.Module):
         init = c.kernel_init(c.output_std(c.n_experts, x_BLD.shape[-1]))
         # Small enough to be whole on every device: gathering it would cost more than it saves.
         shape, names = (x_BLD.shape[-1], c.n_experts), ("router_inputs", "router")
-        kernel_DE = self.param("kernel", named(init, names), shape, jnp.float32)
+        role = Role(Kind.ROUTER, c.stream, inputs=1)
+        kernel_DE = param(self, "kernel", init, shape, names, role)
         x_BLD = x_BLD.astype(jnp.float32) / c.width_ratio
         if self.jitter:
             low, high = 1 - self.jitter, 1 + self.jitter
@@ -100,13 +99,14 @@ class Experts(nn.Module):
         c = self.config
         parameters: dict[str, jax.Array] = {}
         names: dict[str, tuple[str, ...]] = {}
+        role = Role(Kind.MATRIX, c.stream, expert=True, inputs=1)
         wide = ("gate", "in") if c.activation in GATED else ("in",)
         for name in (*wide, "out"):
             inner = name != "out"
             axes = ("experts", "embed", "mlp") if inner else ("experts", "mlp", "embed")
             shape = (x_BLD.shape[-1], c.d_ff) if inner else (c.d_ff, c.d_model)
             init = c.kernel_init(c.std(*shape) if inner else c.residual_std(*shape))
-            made = ExpertLinear((c.n_experts, *shape), axes, c.bias, init, name=name)()
+            made = ExpertLinear((c.n_experts, *shape), axes, role, c.bias, init, name=name)()
             for kind, (value, names_of_axes) in made.items():
                 parameters[f"{name}/{kind}"] = value
                 names[f"{name}/{kind}"] = names_of_axes
@@ -129,6 +129,7 @@ class ExpertLinear(nn.Module):
 
     shape: tuple[int, int, int]
     names: tuple[str, str, str]
+    role: Role
     use_bias: bool
     kernel_init: Initializer
 
@@ -137,9 +138,9 @@ class ExpertLinear(nn.Module):
         zeros = nn.initializers.zeros
         E, _, F = self.shape
         outer, _, inner = self.names
-        kernel = self.param("kernel", named(self.kernel_init, self.names), self.shape, jnp.float32)
+        kernel = param(self, "kernel", self.kernel_init, self.shape, self.names, self.role)
         made: dict[str, tuple[jax.Array, tuple[str, ...]]] = {"kernel": (kernel, self.names)}
         if self.use_bias:
-            bias = self.param("bias", named(zeros, (outer, inner)), (E, F), jnp.float32)
+            bias = param(self, "bias", zeros, (E, F), (outer, inner), self.role.bias())
             made["bias"] = bias, (outer, inner)
         return made

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.layers import named
 from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role, param
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:
@@ -120,8 +120,9 @@ class RelativeBias(nn.Module):
     def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
         """[H, L, S] float32; query i stands at key place `offset` + i."""
         c = self.config
-        init = named(c.kernel_init(c.output_std(c.n_heads)), ("positions", "heads"))
-        table = self.param("embedding", init, (c.relative_buckets, c.n_heads), jnp.float32)
+        role = Role(Kind.POSITION_BIAS, c.stream, "input", inputs=1)
+        init, shape = c.kernel_init(c.output_std(c.n_heads)), (c.relative_buckets, c.n_heads)
+        table = param(self, "embedding", init, shape, ("positions", "heads"), role)
         distances_LS = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
         buckets_LS = relative_buckets(
             distances_LS, self.bidirectional, c.relative_buckets, c.relative_max_distance

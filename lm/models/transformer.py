@@ -25,8 +25,8 @@ from lm.models.cache import Cache, CrossKeyValue
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, layer_angles
-from lm.models.sown import COLLECTIONS
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
+from lm.models.variables import COLLECTIONS, Kind, Role
 from lm.parallel.pipeline import run_pipeline
 from lm.parallel.sharding import constrain, current_pipeline
 
@@ -124,8 +124,9 @@ class Block(nn.Module):
 
         def cross_attention(y_BLW: jax.Array) -> jax.Array:
             nonlocal source
+            widths = y_BLW.shape[-1], c.d_model
             attend = CrossAttention(
-                c, self.deterministic, y_BLW.shape[-1], c.d_model, name="cross_attention"
+                c, self.deterministic, *widths, "source", name="cross_attention"
             )
             if inputs.encoded_BSD is not None:
                 source = attend.keys_values(inputs.encoded_BSD)
@@ -173,7 +174,8 @@ def project(config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str) 
     """Apply a linear map without bias to the residual stream of `residual="concat"`."""
     c, width = config, x_BLW.shape[-1]
     init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
-    return Linear((width,), (n_out,), axes, False, init, c.dtype, name=name)(x_BLW)
+    role = Role(Kind.MATRIX, c.stream)
+    return Linear((width,), (n_out,), axes, role, False, init, c.dtype, name=name)(x_BLW)
 
 
 class BlockPeriod(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.models.init_config import InitConfig
+from lm.models.variables import InitConfig
 
 
 def global_layers(n_layers: int, window: int, global_every: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.models.sown import LOSSES, METRICS
+from lm.models.variables import LOSSES, METRICS
 from lm.objectives.objective import Batch, LossSums
 
 

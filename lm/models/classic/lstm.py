@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from lm.kernels.dense import add_bias
 from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
-from lm.models.init_config import InitConfig
 from lm.models.layers import init_linear
+from lm.models.variables import InitConfig, Kind, Role
 from lm.parallel.sharding import constrain
 
 
@@ -85,10 +85,17 @@ class Layer(nn.Module):
         if before is None:
             before = LstmState(*jnp.zeros((2, len(x_BLD), H)))
         names = ("gates", "hidden")
+        role = Role(Kind.MATRIX, c.stream, "classic")
         inputs = init_linear(
-            c, self.n_in, (4, H), (self.name_in, *names), bias_init=forget_bias_init, name="input"
+            c,
+            self.n_in,
+            (4, H),
+            (self.name_in, *names),
+            role,
+            bias_init=forget_bias_init,
+            name="input",
         )
-        recurrent = init_linear(c, H, (4, H), ("hidden", *names), name="recurrent")
+        recurrent = init_linear(c, H, (4, H), ("hidden", *names), role, name="recurrent")
         gates_BLG = inputs(x_BLD).reshape(*x_BLD.shape[:2], 4 * H)
         gates_BLG = add_bias(gates_BLG, recurrent.bias.reshape(4 * H))
         kernel_HG = recurrent.kernel.reshape(H, 4 * H)

@@ -12,8 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.models.init_config import InitConfig
 from lm.models.layers import Embedding, init_linear
+from lm.models.variables import InitConfig, Kind, Role
 from lm.parallel.sharding import constrain
 
 
@@ -55,10 +55,15 @@ class Nplm(nn.Module):
     def setup(self) -> None:
         c = self.config
         n_inputs = c.context * c.d_model
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
-        self.hidden_layer = init_linear(c, n_inputs, (c.d_hidden,), ("embed", "hidden"))
-        self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"))
-        self.direct = init_linear(c, n_inputs, (c.vocab_size,), ("embed", "vocab"), use_bias=False)
+        tokens = Role(Kind.EMBEDDING, c.stream, "input")
+        hidden = Role(Kind.MATRIX, c.stream, "classic")
+        # Most of the model, so it is counted with the layers.
+        scores = Role(Kind.HEAD, "predicted", "classic")
+        V, n_hidden = (c.vocab_size,), (c.d_hidden,)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
+        self.hidden_layer = init_linear(c, n_inputs, n_hidden, ("embed", "hidden"), hidden)
+        self.head = init_linear(c, c.d_hidden, V, ("hidden", "vocab"), scores)
+        self.direct = init_linear(c, n_inputs, V, ("embed", "vocab"), scores, use_bias=False)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
 
     def __call__(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.models.classic.lstm import LstmCache, RecurrentConfig, Stack, last
 from lm.models.layers import Bias, Embedding, init_linear
+from lm.models.variables import Kind, Role
 from lm.parallel.sharding import constrain
 
 
@@ -25,13 +26,16 @@ class Recurrent(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        tokens = Role(Kind.EMBEDDING, "predicted", "input", tied=c.tie_embeddings)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        hidden = Role(Kind.MATRIX, c.stream, "classic")
+        head = Role(Kind.HEAD, "predicted", "output")
         self.projection = init_linear(
-            c, c.d_hidden, (c.d_model,), ("hidden", "embed"), use_bias=False
+            c, c.d_hidden, (c.d_model,), ("hidden", "embed"), hidden, use_bias=False
         )
-        self.bias = Bias(c.vocab_size, c.bias_init())
-        self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"))
+        self.bias = Bias(c.vocab_size, Role(Kind.BIAS, c.stream, "classic"), c.bias_init())
+        self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"), head)
 
     def logits(self, x_BLH: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V], float32."""
@@ -53,7 +57,8 @@ class Lstm(Recurrent):
         c = self.config
         self.stack = Stack(c, self.deterministic, c.bidirectional)
         self.carried = Carried((c.n_layers, 2, c.d_hidden))
-        self.classifier = init_linear(c, c.d_hidden, (c.n_classes,), ("hidden", "classes"))
+        role = Role(Kind.HEAD, "text", "task")
+        self.classifier = init_linear(c, c.d_hidden, (c.n_classes,), ("hidden", "classes"), role)
 
     def __call__(
         self,

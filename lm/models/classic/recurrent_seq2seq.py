@@ -5,6 +5,7 @@ Shape letters: B batch, S source length, L target length, H hidden units, N laye
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from lm.kernels.lstm_scan import LstmState
 from lm.models.classic.lstm import LstmCache, Source, Stack, last, segment_starts
 from lm.models.classic.recurrent import Recurrent
 from lm.models.layers import init_linear
+from lm.models.variables import Kind, Role
 
 
 class LstmEncoderDecoder(Recurrent):
@@ -28,9 +30,10 @@ class LstmEncoderDecoder(Recurrent):
     def setup(self) -> None:
         super().setup()
         c = self.config
-        self.encoder = Stack(c, self.deterministic, c.bidirectional)
+        self.encoder = Stack(replace(c, stream="source"), self.deterministic, c.bidirectional)
         self.decoder = Stack(c, self.deterministic)
-        self.attended = init_linear(c, 2 * c.d_hidden, (c.d_hidden,), ("hidden", "hidden"))
+        role, n_hidden = Role(Kind.MATRIX, c.stream, "classic"), (c.d_hidden,)
+        self.attended = init_linear(c, 2 * c.d_hidden, n_hidden, ("hidden", "hidden"), role)
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Logits [B, L, V] of the token after each target token, float32.

@@ -7,14 +7,14 @@ Shape letters: B batch, L centres, S contexts, D model, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.init_config import InitConfig
 from lm.models.layers import Embedding
+from lm.models.variables import InitConfig, Kind, Role
 from lm.parallel.sharding import constrain
 
 
@@ -34,9 +34,11 @@ class SkipGram(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", c.table_init, c.dtype)
+        role = Role(Kind.EMBEDDING, c.stream, "input")
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", role, c.table_init, c.dtype)
         # From 0, as in word2vec's code: at first every pair is as likely as not.
-        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", nn.initializers.zeros, c.dtype)
+        zeros, role = nn.initializers.zeros, replace(role, part="output")
+        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", role, zeros, c.dtype)
 
     def __call__(self, centres_BL: jax.Array, contexts_BS: jax.Array) -> jax.Array:
         """The product of every centre's vector with every context's, [B, L, S] float32."""

@@ -1,0 +1,224 @@
+"""Variables of a model: parameters with roles, model state, and values that layers report.
+
+A module creates a parameter by `param`, which takes the logical names of its axes (sharded by
+`lm/parallel/sharding.py`) and its role. Whoever treats parameters differently (weight decay, muP,
+Muon, low-rank adaptation, layer-wise decay, parameter counts, FLOPs) reads the role, never the
+path. Model state (`model_state`) is neither trained nor carried from row to row: the router bias
+of DeepSeek-V3, running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from lm.errors import UserError
+
+Initializer = Callable[..., jax.Array]
+Stream = Literal["source", "target", "predicted", "text"]
+Part = Literal["input", "layers", "classic", "output", "pretraining", "task"]
+
+
+# --- roles
+
+
+class Kind(StrEnum):
+    """Kind of a parameter, by what it computes."""
+
+    MATRIX = "matrix"  # between features: in muP both sides grow with the width
+    HEAD = "head"  # from features to a fixed number of scores (vocabulary, classes)
+    ROUTER = "router"  # from features to scores of experts
+    EMBEDDING = "embedding"  # look-up table of tokens, positions or token types
+    POSITION_BIAS = "position bias"  # table of attention biases by distance (T5)
+    NORM = "norm"  # scale of a normalization
+    BIAS = "bias"
+    LOW_RANK = "low rank"  # factor A or B of low-rank adaptation
+
+
+# Parameters that a linear map multiplies by.
+KERNELS = frozenset({Kind.MATRIX, Kind.HEAD, Kind.ROUTER})
+
+
+@dataclass(frozen=True)
+class Role:
+    """Role of a parameter: everything that is known of it beside its shape and its axes.
+
+    Attributes:
+        kind: what it computes.
+        stream: tokens of an example that pass through it: those of the "source" or the "target",
+            the "predicted" ones, or one vector for the whole "text".
+        part: part of the model that it belongs to: "input" (embeddings and what normalizes them),
+            "layers", "classic" (layers of models that are no stacks of blocks: AdamW under Muon),
+            "output" (an output layer that is counted with the embeddings; Kaplan et al. 2020,
+            §2.1), "pretraining" (heads that published counts of BERT leave out), or "task"
+            (classifiers and their pooler).
+        expert: it belongs to one of several experts, of which a token uses a few.
+        tied: an embedding that is also the output matrix.
+        inputs: number of axes that are summed over when it is applied.
+        outputs: number of axes of the result. Leading axes beyond these two are stacked: layers,
+            experts.
+    """
+
+    kind: Kind
+    stream: Stream = "target"
+    part: Part = "layers"
+    expert: bool = False
+    tied: bool = False
+    inputs: int = 0
+    outputs: int = 1
+
+    def bias(self) -> Role:
+        """Return the role of the bias that is added to the result."""
+        return replace(self, kind=Kind.BIAS, inputs=0)
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """Role and logical axis names of one parameter."""
+
+    role: Role
+    axes: tuple[str, ...]
+
+    @property
+    def n_stacked(self) -> int:
+        """Number of leading axes that stack parameters: layers, experts."""
+        return len(self.axes) - self.role.inputs - self.role.outputs
+
+
+class Param(nn.Partitioned):
+    """Box of a parameter: its value, logical axis names and role."""
+
+    role: Role | None = flax.struct.field(default=None, pytree_node=False)
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    role: Role,
+) -> jax.Array:
+    """Create a float32 parameter of a module.
+
+    Args:
+        module: module that owns it.
+        name: name of the parameter in the module.
+        init: initializer, called with key, shape and dtype.
+        shape: shape without stacked layers.
+        axes: logical name of each axis; `lm/parallel/sharding.py` has the known ones.
+        role: role of the parameter.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: `role` is no Role, or shape, axes and role do not go together.
+    """
+    path = "/".join((*module.path, name))
+    if not isinstance(role, Role):
+        raise ValueError(f"parameter {path} has no role: pass a Role, not {role!r}")
+    if len(axes) != len(shape) or len(shape) < role.inputs + role.outputs:
+        raise ValueError(f"parameter {path}: shape {shape}, axes {axes} and {role} do not match")
+    boxed: Any = lambda key: Param(init(key, shape, jnp.float32), axes, role=role)  # noqa: E731
+    return module.param(name, boxed)
+
+
+def param_infos(boxed: Any) -> dict[str, ParamInfo]:
+    """Return role and axes of every parameter, by path.
+
+    Args:
+        boxed: nested dict of boxed parameters, as `nn.Module.init` returns it.
+
+    Raises:
+        UserError: a parameter was not created by `param`.
+    """
+    infos = {}
+    for path, box in flatten_dict(boxed, sep="/").items():
+        if not isinstance(box, Param) or box.role is None:
+            raise UserError(
+                f"parameter {path} has no role: create it by lm.models.variables.param, "
+                "with its axes and its role"
+            )
+        infos[path] = ParamInfo(box.role, tuple(map(str, box.names)))
+    return infos
+
+
+# --- initialization
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Initialization, dtype and token stream of a model; `lm/config/` describes the fields.
+
+    `stream` is the one that the parameters serve; an encoder of an encoder–decoder serves "source".
+    """
+
+    init: str = "normal"
+    init_std: float = 0.02
+    init_scale: float = 1.0
+    init_truncated: bool = False
+    dtype: jnp.dtype = jnp.float32
+    stream: Stream = "target"
+
+    def stddev(self, n_in: float, n_out: float) -> float:
+        """Return the standard deviation of a fresh kernel; with init "uniform", its bound."""
+        by_kind = {
+            "normal": self.init_std,
+            "uniform": self.init_std,
+            "fan_in": (self.init_scale / n_in) ** 0.5,
+            "xavier": (2 / (n_in + n_out)) ** 0.5,
+        }
+        return by_kind[self.init]
+
+    def kernel_init(self, stddev: float) -> Initializer:
+        """Return the initializer of a kernel or table.
+
+        A truncated one cuts at two standard deviations, which leaves 0.88 of the deviation (as in
+        the code of Devlin et al. 2018 and Fedus et al. 2021, §2.4).
+        """
+        if self.init == "uniform":
+            return symmetric_uniform(stddev)
+        draw = nn.initializers.truncated_normal if self.init_truncated else nn.initializers.normal
+        return draw(stddev)
+
+    @property
+    def table_init(self) -> Initializer:
+        """Initializer of an embedding."""
+        return self.kernel_init(self.init_std)
+
+    def bias_init(self, start: Initializer = nn.initializers.zeros) -> Initializer:
+        """Return the initializer of a bias: `start`, unless init is "uniform"."""
+        return symmetric_uniform(self.init_std) if self.init == "uniform" else start
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """Return the initializer that draws uniformly from ± bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# --- values that layers report
+
+LOSSES, METRICS = "losses", "metrics"
+# Collections of one number a row, which the training step reads and adds up
+# (`lm/objectives/auxiliary_losses.py`); where nobody collects them, as in decoding, they are not
+# computed.
+COLLECTIONS = (LOSSES, METRICS)
+
+
+def add_loss(module: nn.Module, name: str, loss_B: jax.Array) -> None:
+    """Add to the loss of each row; the values of several layers add up."""
+    module.sow(LOSSES, name, loss_B)
+
+
+def report(module: nn.Module, name: str, value_B: jax.Array) -> None:
+    """Report a metric of each row; it is averaged over layers."""
+    module.sow(METRICS, name, value_B)
