@@ -23,8 +23,9 @@ from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
 from lm.data.tokenizers.choice import Tokenizer
 from lm.models.families import make_model
+from lm.models.variables import ParamInfo
 from lm.objectives.registry import OF_RECORDS, make_objective
-from lm.optim.optimizers import make_optimizer
+from lm.optim.optimizers import ParamTable, make_optimizer
 from lm.optim.parameter_groups import TrainableMask
 from lm.optim.schedules import make_schedule
 from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
@@ -75,30 +76,26 @@ class Experiment:
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape of each array of a global batch, [B, …]."""
-        return self._batch(self.config.data.batch_size)
-
-    def _batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-            for name, (shape, dtype) in self.steps.objective.shapes.items()
-        }
-
-    @cached_property
-    def _boxed_params(self) -> Tree:
-        return jax.eval_shape(self.steps.init, self.batch_shapes)[0]
+        return self.steps.batch_shapes(self.config.data.batch_size)
 
     @cached_property
     def param_shapes(self) -> Tree:
-        """The shape of every parameter."""
-        return nn.meta.unbox(self._boxed_params)
+        """Shape of every parameter."""
+        return nn.meta.unbox(self.steps.boxed_shapes[0])
 
     @cached_property
     def param_names(self) -> Tree:
-        """The logical axis names of every parameter."""
-        return nn.get_partition_spec(self._boxed_params)
+        """Logical axis names of every parameter, as a PartitionSpec of names."""
+        return nn.get_partition_spec(self.steps.boxed_shapes[0])
+
+    @property
+    def param_infos(self) -> Mapping[str, ParamInfo]:
+        """Role and logical axes of every parameter, by path."""
+        return self.steps.param_infos
 
     @cached_property
     def state_shapes(self) -> TrainState:
+        """Shapes of the training state."""
         return jax.eval_shape(self.steps.init_state, self.batch_shapes)
 
     @cached_property
@@ -164,7 +161,7 @@ class Experiment:
 
     def init_carry(self, batch_size: int) -> Carry:
         """What the first batch of this size finds beside the parameters."""
-        shapes = jax.eval_shape(self.steps.init, self._batch(batch_size))[1]
+        shapes = jax.eval_shape(self.steps.init, self.steps.batch_shapes(batch_size))[1]
         return jax.jit(lambda: _zeros(nn.meta.unbox(shapes)), out_shardings=self.carry_sharding)()
 
     @cached_property
@@ -253,11 +250,17 @@ def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experim
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
         objective=make_objective(config),
-        optimizer=make_optimizer(config.optimizer, schedule, trainable, width_ratio),
+        make_optimizer=lambda infos: make_optimizer(
+            config.optimizer,
+            schedule,
+            ParamTable(infos, config.optimizer.decay, width_ratio),
+            trainable,
+        ),
         trainable=trainable,
         lora=config.lora,
         schedule=schedule,
         seed=config.seed,
+        batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
     )
     mesh = make_mesh(sizes, devices)

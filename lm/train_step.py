@@ -1,11 +1,13 @@
-"""The training and evaluation steps: pure functions of state and batch, for any model.
+"""Training and evaluation steps: pure functions of state and batch, for any model.
 
 Shape letters: S steps of one dispatch, B batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +17,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.models.variables import COLLECTIONS
+from lm.models.variables import COLLECTIONS, ParamInfo, param_infos
 from lm.objectives.auxiliary_losses import with_reports
 from lm.objectives.objective import Batch, LossSums, Objective
-from lm.optim.lora import add_lora, merge
-from lm.optim.parameter_groups import TrainableMask
+from lm.optim.parameter_groups import LORA, TrainableMask
 from lm.parallel.per_row_rng import per_row_key, select_rows
 
 Params = Any
@@ -29,10 +30,14 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step reads and writes; `step` counts the updates so far.
+    """State of training: everything that a training step reads and writes.
 
-    `carry` are arrays [B, …] that pass from one batch to the next beside the parameters, such as
-    the state of a recurrent model; {} for most models.
+    Attributes:
+        step: number of updates so far.
+        params: the parameters, and those of low-rank adaptation under "lora".
+        opt_state: state of the optimizer.
+        carry: arrays [B, …] that pass from one batch to the next, such as the state of a recurrent
+            model; {} for most models.
     """
 
     step: jax.Array
@@ -43,38 +48,80 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Steps:
-    """The pure functions of one experiment; `lora` is the configuration's section."""
+    """Pure functions of one experiment.
+
+    Attributes:
+        model: the model, without dropout.
+        objective: what it learns.
+        make_optimizer: builds the optimizer from role and axes of every parameter, by path.
+        trainable: parameters that train.
+        lora: the configuration's section "lora".
+        schedule: learning rate of a step.
+        seed: seed of initialization and dropout.
+        batch_size: rows of a training batch.
+        microbatches: parts of a batch whose gradients are added up.
+    """
 
     model: nn.Module
     objective: Objective
-    optimizer: optax.GradientTransformation
+    make_optimizer: Callable[[Mapping[str, ParamInfo]], optax.GradientTransformation]
     trainable: TrainableMask
     lora: ConfigDict
     schedule: optax.Schedule
     seed: int
+    batch_size: int
     microbatches: int
 
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shape [B, …] of each array of a batch of so many rows."""
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+            for name, (shape, dtype) in self.objective.shapes.items()
+        }
+
+    @cached_property
+    def boxed_shapes(self) -> tuple[Params, Carry]:
+        """Shapes of what `init` returns for a training batch."""
+        return jax.eval_shape(self.init, self.batch_shapes(self.batch_size))
+
+    @cached_property
+    def param_infos(self) -> dict[str, ParamInfo]:
+        """Role and logical axes of every parameter, by path; UserError for one without a role."""
+        return param_infos(self.boxed_shapes[0])
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Transformation of the gradients of the parameters that train."""
+        return self.make_optimizer(self.param_infos)
+
     def init(self, batch: Batch) -> tuple[Params, Carry]:
-        """What the loss of such a batch touches: fresh parameters, boxed with the logical names of
-        their axes, and the carry before the first batch."""
+        """Initialize the variables that the loss of a batch uses.
+
+        Returns:
+            Parameters, boxed with their axes and roles, and the carry before the first batch.
+        """
         rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
         variables = nn.init(self.objective.loss, self.model)(rng, batch)
-        params = add_lora(variables.pop("params"), self.lora, jax.random.fold_in(rng, 1))
+        params = variables.pop("params")
+        if self.lora.rank:
+            from lm.optim.lora import add_lora
+
+            params = add_lora(params, self.lora, jax.random.fold_in(rng, 1))
         carry = {name: value for name, value in variables.items() if name not in COLLECTIONS}
         return params, jax.tree.map(jnp.zeros_like, carry)
 
     def init_state(self, batch: Batch) -> TrainState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         params, carry = nn.meta.unbox(self.init(batch))
         opt_state = self.optimizer.init(self.trainable.split(params)[0])
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry)
 
     def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-        """One update for each batch of [S, B, …] arrays; metrics are [S]."""
+        """Update once for each batch of [S, B, …] arrays; metrics are [S]."""
         return jax.lax.scan(self.train_step, state, batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update. Where loss or gradient is not finite, only the step counter advances."""
+        """Update once. Where loss or gradient is not finite, only the step counter advances."""
         rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.trainable.split(state.params)
         grads, sums, carry = self._gradients(trained, frozen, state.carry, batch, rng)
@@ -102,8 +149,8 @@ class Steps:
         return TrainState(state.step + 1, params, opt_state, carry), metrics
 
     def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
-        """The objective's sums, [S], over each batch of [S, B, …] arrays, without dropout."""
-        params = merge(params, self.lora.alpha)
+        """Return the objective's sums, [S], over each of the batches [S, B, …], without dropout."""
+        params = self._merged(params)
 
         def step(carry: Carry, batch: Batch) -> tuple[Carry, LossSums]:
             sums, carry = self._loss(params, carry, batch, None)
@@ -112,26 +159,34 @@ class Steps:
         return jax.lax.scan(step, carry, batches)
 
     def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
-        """What the objective's `predict` says of each row of [S, B, …] arrays, [S, B, …]."""
+        """Return the objective's predictions [S, B, …] for each row of the batches [S, B, …]."""
         predict = nn.apply(self.objective.predict, self.model)  # type: ignore[attr-defined]
         return jax.lax.map(lambda batch: predict({"params": params}, batch), batches)
 
     def _loss(
         self, params: Params, carry: Carry, batch: Batch, rng: jax.Array | None
     ) -> tuple[LossSums, Carry]:
-        """The objective's sums of a batch, with dropout if there is an `rng`, and the carry."""
+        """Return the objective's sums of a batch, with dropout if there is an `rng`, and carry."""
         model = self.model.clone(deterministic=rng is None)
         loss = nn.apply(self.objective.loss, model, mutable=[*carry, *COLLECTIONS])
         rngs = None if rng is None else {"dropout": rng}
-        variables = {"params": merge(params, self.lora.alpha), **carry}
+        variables = {"params": self._merged(params), **carry}
         sums, after = loss(variables, batch, rngs=rngs)
         reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
         return with_reports(sums, reported, batch), after
 
+    def _merged(self, params: Params) -> Params:
+        """Return the parameters of the model, low-rank updates added."""
+        if LORA not in params:
+            return params
+        from lm.optim.lora import merge
+
+        return merge(params, self.lora.alpha)
+
     def _gradients(
         self, trained: Params, frozen: Params, carry: Carry, batch: Batch, rng: jax.Array
     ) -> tuple[Params, LossSums, Carry]:
-        """Gradient of the summed loss by `trained`, and the sums, added up over microbatches."""
+        """Return the gradient of the summed loss, and the sums, added up over microbatches."""
 
         def of_part(
             carry: Carry, part: Batch, rng: jax.Array

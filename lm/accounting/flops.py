@@ -13,20 +13,11 @@ for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 
 from __future__ import annotations
 
-import re
-
 from lm.accounting.parameter_counts import is_embedding, used_share
 from lm.experiment import Experiment
 from lm.models.transformer_config import global_layers
+from lm.models.variables import KERNELS
 from lm.optim.parameter_groups import flat
-
-# What passes through a kernel, by the first pattern that its path starts with.
-PASSING = {
-    r"(head|transform|tokens)/": "predicted",
-    r"(pooler|sentence_head|classifier)/": "text",
-    r"encoder/|.*cross_attention/(key|value)/": "source",
-    r"": "target",
-}
 
 
 def model_flops_per_token(experiment: Experiment) -> float:
@@ -37,11 +28,10 @@ def model_flops_per_token(experiment: Experiment) -> float:
         return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
     tokens = _tokens(experiment)
     multiplied = 0.0
-    params = flat(experiment.param_shapes)
-    output = "head/kernel" if "head/kernel" in params else "tokens/embedding"
-    for name, leaf in params.items():
-        if name.endswith("/kernel") or name == output:
-            multiplied += leaf.size * used_share(experiment, name) * tokens[_passing(name)]
+    for path, leaf in flat(experiment.param_shapes).items():
+        role = experiment.param_infos[path].role
+        if role.kind in KERNELS or role.tied:
+            multiplied += leaf.size * used_share(experiment, path) * tokens[role.stream]
     return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
 
 
@@ -54,16 +44,12 @@ def training_cost(experiment: Experiment) -> tuple[int, float]:
     """
     config, tokens = experiment.config, _tokens(experiment)
     per_row = sum(
-        leaf.size * used_share(experiment, path) * tokens[_passing(path)]
+        leaf.size * used_share(experiment, path) * tokens[experiment.param_infos[path].role.stream]
         for path, leaf in flat(experiment.param_shapes).items()
         if not is_embedding(experiment, path)
     )
     rows = config.train.steps * config.data.batch_size
     return rows * tokens_per_row(experiment), 6.0 * rows * per_row
-
-
-def _passing(path: str) -> str:
-    return next(kind for start, kind in PASSING.items() if re.match(start, path))
 
 
 def tokens_per_row(experiment: Experiment) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from lm.experiment import Experiment
+from lm.models.variables import Kind
 from lm.optim.parameter_groups import flat
-
-EMBEDDINGS = re.compile(r"(tokens|contexts|positions|types)/embedding")
-BERT_HEADS = re.compile(r"(transform|transform_norm|logit_bias|sentence_head)/")
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:
@@ -20,7 +17,7 @@ def count_parameters(experiment: Experiment) -> dict[str, Any]:
     positions stay, and so does the output layer of an NPLM, which is most of it. BERT is, as
     published, its encoder and pooler: the heads of its two objectives are counted apart.
     """
-    shapes, names = flat(experiment.param_shapes), flat(experiment.param_names)
+    shapes, infos = flat(experiment.param_shapes), experiment.param_infos
     every = {path: leaf.size for path, leaf in shapes.items()}
     sizes = {path: n for path, n in every.items() if not is_head(experiment, path)}
     return {
@@ -28,22 +25,24 @@ def count_parameters(experiment: Experiment) -> dict[str, Any]:
         "active": round(sum(n * used_share(experiment, path) for path, n in sizes.items())),
         "non_embedding": sum(n for path, n in sizes.items() if not is_embedding(experiment, path)),
         "heads": sum(every.values()) - sum(sizes.values()),
-        "tensors": {path: (leaf.shape, tuple(names[path])) for path, leaf in shapes.items()},
+        "tensors": {path: (leaf.shape, infos[path].axes) for path, leaf in shapes.items()},
     }
 
 
 def is_head(experiment: Experiment, path: str) -> bool:
-    """Whether a parameter is of the objectives that BERT is pretrained by, not of BERT."""
-    return experiment.config.objective.next_sentence and bool(BERT_HEADS.match(path))
+    """Return whether a parameter belongs to BERT's pretraining objectives, not to BERT."""
+    is_bert = experiment.config.objective.next_sentence
+    return is_bert and experiment.param_infos[path].role.part == "pretraining"
 
 
 def is_embedding(experiment: Experiment, path: str) -> bool:
-    """Whether a parameter is of a look-up table or of an untied output layer (not of an NPLM)."""
-    is_output = path.startswith("head/") and experiment.config.model.family != "nplm"
-    return is_output or bool(EMBEDDINGS.match(path))
+    """Return whether a parameter belongs to an embedding or to an untied output layer."""
+    role = experiment.param_infos[path].role
+    return role.kind == Kind.EMBEDDING or role.part == "output"
 
 
 def used_share(experiment: Experiment, path: str) -> float:
-    """The part of a parameter that one token uses."""
+    """Return the part of a parameter that one token uses."""
     model = experiment.config.model
-    return model.experts_per_token / model.n_experts if "/experts/" in path else 1.0
+    is_expert = experiment.param_infos[path].role.expert
+    return model.experts_per_token / model.n_experts if is_expert else 1.0

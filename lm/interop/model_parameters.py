@@ -17,10 +17,10 @@ from lm.interop.family import Family
 from lm.interop.tensor_mapping import Block, Shape
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.variables import param_infos
 from lm.optim.parameter_groups import flat
 from lm.parallel.sharding import parameter_sharding
 
-TASK_HEADS = ("pooler", "sentence_head", "classifier", "span_head")  # optional modules
 _ALIGNMENT = 64  # bytes: alignment at which JAX uses a NumPy array on a CPU without a copy
 
 
@@ -42,13 +42,15 @@ def parameter_specs(
     family: Family, model: nn.Module, heads: frozenset[str]
 ) -> dict[str, ParameterSpec]:
     """Return the parameters of the stack and of the named heads, by path."""
-    shapes = flat(jax.eval_shape(lambda: _initialize(model))["params"])
+    boxed = jax.eval_shape(lambda: _initialize(model))["params"]
+    infos = param_infos(boxed)
     of_head = {m: name for name, head in family.heads.items() for m in head.modules}
     found = {}
-    for path, leaf in shapes.items():
+    for path, leaf in flat(nn.meta.unbox(boxed)).items():
         module = path.partition("/")[0]
-        if of_head[module] in heads if module in of_head else module not in TASK_HEADS:
-            found[path] = ParameterSpec(leaf.value.shape, tuple(leaf.names))
+        is_optional = infos[path].role.part in ("task", "pretraining")
+        if of_head[module] in heads if module in of_head else not is_optional:
+            found[path] = ParameterSpec(leaf.shape, infos[path].axes)
     return found
 
 

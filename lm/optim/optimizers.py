@@ -1,12 +1,14 @@
-"""Optimizers by name, each from its own section of the configuration.
+"""Optimizers, chosen by `optimizer.name`, each with options in a section of its own.
 
-Which parameters decay, which are matrices to Muon, and which are stacks of layers follows from
-their paths ("stack/layers/attention/query/kernel").
+An optimizer is a function of the schedule, the configuration's section "optimizer" and a
+`ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
+muP scales, which arrays are matrices to Muon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,47 +17,90 @@ import optax
 from ml_collections import ConfigDict
 
 from lm.config.registries import OPTIMIZERS
-from lm.optim.parameter_groups import (
-    EVERYTHING,
-    TrainableMask,
-    by_path,
-    is_of_layer,
-    is_stacked,
-    update_scales,
-)
+from lm.models.variables import KERNELS, Kind, ParamInfo
+from lm.optim.parameter_groups import EVERYTHING, TrainableMask, update_scales
 
 Tree = Any
 
+# Kinds of parameters that decay, by `optimizer.decay`.
+DECAYING = {
+    "matrices": KERNELS | {Kind.EMBEDDING, Kind.POSITION_BIAS, Kind.LOW_RANK},
+    "kernels": KERNELS | {Kind.LOW_RANK},
+    "all": frozenset(Kind),
+}
 
-def decay_mask(what: str) -> Callable[[Tree], Tree]:
-    """Which parameters decay; never biases and norms unless `what` is "all"."""
-    decaying = {
-        "matrices": ("kernel", "embedding", "a", "b"),  # a and b of low-rank adaptation
-        "kernels": ("kernel", "a", "b"),
-        "all": ("kernel", "embedding", "a", "b", "bias", "scale"),
-    }[what]
-    return lambda params: by_path(params, lambda names, _: names[-1] in decaying)
+
+@dataclass(frozen=True)
+class ParamTable:
+    """Roles of a model's parameters, and how they are to be treated.
+
+    Attributes:
+        infos: role and axes of every parameter, by path.
+        decay: `optimizer.decay`, a key of `DECAYING`.
+        width_ratio: width over that of muP's base model.
+    """
+
+    infos: Mapping[str, ParamInfo]
+    decay: str = "matrices"
+    width_ratio: float = 1.0
+
+    def map(self, function: Callable[[ParamInfo, Any], Any], tree: Tree) -> Tree:
+        """Return `function(info, leaf)` for every leaf of a tree of (some of the) parameters."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: function(self.infos["/".join(key.key for key in path)], leaf), tree
+        )
+
+    def decay_mask(self, params: Tree) -> Tree:
+        """Return True for parameters that decay; the mask of `optax.add_decayed_weights`."""
+        return self.map(lambda info, _: info.role.kind in DECAYING[self.decay], params)
+
+
+def make_optimizer(
+    options: ConfigDict,
+    schedule: optax.Schedule,
+    table: ParamTable,
+    trainable: TrainableMask = EVERYTHING,
+) -> optax.GradientTransformation:
+    """Build the named optimizer, after clipping by the global norm.
+
+    Args:
+        options: the configuration's section "optimizer".
+        schedule: learning rate of a step.
+        table: roles of the parameters.
+        trainable: parameters that train; frozen layers stay as they are.
+
+    Returns:
+        A transformation of the gradients of the parameters that train. Layer-wise decay scales the
+        whole update, decoupled weight decay included.
+    """
+    optimizer = OPTIMIZERS[options.name](schedule, options, table)
+    if options.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+    if options.layer_decay != 1 or trainable != EVERYTHING:
+        scale = _scale_by_layer(options.layer_decay, trainable, table.infos)
+        optimizer = optax.chain(optimizer, scale)
+    return optimizer
 
 
 def adamw(
-    schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0
-) -> Any:
-    """AdamW (Loshchilov and Hutter 2019); decay is multiplied by the learning rate.
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build AdamW (Loshchilov and Hutter 2019); decay is multiplied by the learning rate.
 
-    muP's rate of hidden kernels is 1/`width_ratio` of it (Yang et al. 2022, Table 8), their decay
-    that of all.
+    Under muP the learning rate of hidden matrices is divided by the width ratio (Yang et al. 2022,
+    Table 8), their decay is not.
     """
     o = options.adamw
     adam = optax.scale_by_adam if o.bias_correction else uncorrected_adam
     return optax.chain(
-        over_width(adam(o.b1, o.b2, o.eps), width_ratio),
-        optax.add_decayed_weights(options.weight_decay, mask),
+        scale_by_width(adam(o.b1, o.b2, o.eps), table),
+        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
 
 
 def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam whose moments stay small in the first steps (Devlin et al. 2018, released code)."""
+    """Build Adam without bias correction (Devlin et al. 2018, released code)."""
 
     def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
@@ -66,65 +111,77 @@ def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransfor
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def over_width(
-    direction: optax.GradientTransformation, width_ratio: float
+def scale_by_width(
+    optimizer: optax.GradientTransformation, table: ParamTable
 ) -> optax.GradientTransformation:
-    """The directions of hidden kernels, those to a fixed number of scores being none, divided."""
+    """Scale hidden-matrix updates of `optimizer` by 1/width ratio, which is muP's rule for Adam."""
 
     def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        found, state = direction.update(grads, state, params)
-        return by_path(found, lambda names, x: x / width_ratio if _is_hidden(names) else x), state
+        updates, state = optimizer.update(grads, state, params)
+        ratio = table.width_ratio
+        scaled = table.map(lambda i, x: x / ratio if i.role.kind == Kind.MATRIX else x, updates)
+        return scaled, state
 
-    return optax.GradientTransformation(direction.init, update)
+    return optax.GradientTransformation(optimizer.init, update)
 
 
-def adafactor(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """Adafactor without momentum (Shazeer and Stern 2018), each layer's parameter by itself; decay
-    as in AdamW."""
+def adafactor(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build Adafactor without momentum (Shazeer and Stern 2018), with decoupled weight decay.
+
+    Every layer of a scanned stack is a parameter of its own.
+    """
     o = options.adafactor
-    each = optax.adafactor(
+    one = optax.adafactor(
         learning_rate=None,
         min_dim_size_to_factor=o.min_dim,
         decay_rate=o.decay_rate,
         multiply_by_parameter_scale=o.parameter_scale,
         clipping_threshold=o.clip_threshold,
     )
-    stacked = optax.GradientTransformation(_each_layer(each.init), _each_layer(each.update))
+    stacked = optax.GradientTransformation(_vmap_layers(one.init), _vmap_layers(one.update))
     return optax.chain(
         optax.partition(
-            {"stacked": stacked, "single": each},
-            lambda params: by_path(
-                params, lambda names, _: "stacked" if is_stacked("/".join(names)) else "single"
+            {"stacked": stacked, "single": one},
+            lambda params: table.map(
+                lambda info, _: "stacked" if info.axes[:1] == ("layers",) else "single", params
             ),
         ),
         # optax.adafactor already points downhill: turn round for the shared tail.
         optax.scale(-1.0),
-        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def sgd(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """Stochastic gradient descent with momentum; decay is decoupled."""
+def sgd(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build stochastic gradient descent with momentum and decoupled weight decay."""
     return optax.chain(
         optax.trace(options.sgd.momentum, options.sgd.nesterov),
-        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def lion(schedule: optax.Schedule, options: ConfigDict, mask: Any) -> Any:
-    """Lion (Chen et al. 2023)."""
-    o = options.lion
-    return optax.lion(schedule, o.b1, o.b2, weight_decay=options.weight_decay, mask=mask)
+def lion(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build Lion (Chen et al. 2023)."""
+    o, decay = options.lion, options.weight_decay
+    return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
 
 
-def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: float = 1.0) -> Any:
-    """Muon (Jordan 2024) for the kernels of the blocks; AdamW, with its own section's options and
-    `adam_ratio` of the learning rate, for everything else.
+def muon(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build Muon (Jordan 2024) for the matrices of the layers, and AdamW for everything else.
 
-    The norm of its updates does not depend on the width, which is what muP asks of them; the
-    other kernels follow `width_ratio` as in AdamW.
+    AdamW has the options of its own section and `adam_ratio` of the learning rate. The norm of
+    Muon's updates does not depend on the width, as muP asks; other hidden matrices follow the width
+    ratio as in `adamw`.
     """
     o = options.muon
     matrices = optax.contrib.muon(
@@ -132,75 +189,42 @@ def muon(schedule: optax.Schedule, options: ConfigDict, mask: Any, width_ratio: 
         ns_steps=o.ns_steps,
         beta=o.beta,
         weight_decay=options.weight_decay,
-        weight_decay_mask=mask,
-        muon_weight_dimension_numbers=_dimensions,
+        weight_decay_mask=table.decay_mask,
+        muon_weight_dimension_numbers=lambda params: table.map(_muon_dimensions, params),
     )
-    others = adamw(lambda t: o.adam_ratio * schedule(t), options, mask, width_ratio)
+    others = adamw(lambda t: o.adam_ratio * schedule(t), options, table)
     return optax.partition(
         {"matrix": matrices, "other": others},
-        lambda params: by_path(
-            params, lambda names, _: "matrix" if _is_block_kernel(names) else "other"
+        lambda params: table.map(
+            lambda info, _: "matrix" if is_muon_matrix(info) else "other", params
         ),
     )
 
 
-def _each_layer(function: Callable) -> Callable:
-    """`function` of each layer of stacked parameters; of a model without layers, of nothing."""
+def is_muon_matrix(info: ParamInfo) -> bool:
+    """Return whether Muon orthogonalizes the updates of a parameter."""
+    return info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
+
+
+def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
+    """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
+    first = info.n_stacked
+    middle = first + info.role.inputs
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
+    )
+
+
+def _vmap_layers(function: Callable) -> Callable:
+    """Return `function` mapped over stacked layers; an empty tree is passed as it is."""
     return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
 
 
-SCORES = {"head", "router", "classifier", "sentence_head", "span_head"}
-
-
-def _is_hidden(names: list[str]) -> bool:
-    """Whether both sides of a parameter grow with the width of the model."""
-    return names[-1] == "kernel" and not SCORES & set(names)
-
-
-def _is_block_kernel(names: list[str]) -> bool:
-    return names[-1] == "kernel" and is_of_layer("/".join(names))
-
-
-def _dimensions(kernels: Tree) -> Tree:
-    """How each stacked kernel [layers, inputs…, outputs…] is a matrix, layers apart; those of
-    experts [layers, experts, inputs, outputs] are matrices each."""
-
-    def matrix(names: list[str], leaf: Any) -> optax.contrib.MuonDimensionNumbers:
-        first = is_stacked("/".join(names)) + ("experts" in names)  # after layers, and experts
-        # Only attention's output projection [layers, heads, head_dim, embed] has two inputs.
-        n_inputs = 2 if names[-2:] == ["out", "kernel"] and leaf.ndim - first == 3 else 1
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(first, first + n_inputs)), tuple(range(first + n_inputs, leaf.ndim))
-        )
-
-    return by_path(kernels, matrix)
-
-
-def make_optimizer(
-    options: ConfigDict,
-    schedule: optax.Schedule,
-    trainable: TrainableMask = EVERYTHING,
-    width_ratio: float = 1.0,
+def _scale_by_layer(
+    layer_decay: float, trainable: TrainableMask, infos: Mapping[str, ParamInfo]
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the named optimizer with decoupled weight decay.
-
-    It is given the parameters that train. Layer-wise decay scales the whole update, weight decay
-    included; frozen layers stay as they are. `options` is the configuration's section "optimizer".
-    A `width_ratio` over muP's base model other than 1 is for adamw and muon.
-    """
-    make = OPTIMIZERS[options.name]
-    muP = {} if width_ratio == 1 else {"width_ratio": width_ratio}
-    optimizer = make(schedule, options, decay_mask(options.decay), **muP)
-    if options.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    if options.layer_decay != 1 or trainable != EVERYTHING:
-        optimizer = optax.chain(optimizer, _scale_by_layer(options.layer_decay, trainable))
-    return optimizer
-
-
-def _scale_by_layer(layer_decay: float, trainable: TrainableMask) -> optax.GradientTransformation:
     return optax.stateless(
         lambda updates, params: jax.tree.map(
-            jnp.multiply, updates, update_scales(layer_decay, trainable, params)
+            jnp.multiply, updates, update_scales(layer_decay, trainable, params, infos)
         )
     )

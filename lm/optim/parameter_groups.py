@@ -10,7 +10,7 @@ Shape letters: N layers; groups are numpy arrays, [N] for stacked layers and [] 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config.rules import compile_patterns
 from lm.errors import UserError
+from lm.models.variables import Kind, ParamInfo
 
 Tree = Any
 LORA = "lora"  # where the parameters of low-rank adaptation are
@@ -36,11 +37,6 @@ def nested(params: Mapping[str, Any]) -> Tree:
     return unflatten_dict(dict(params), sep="/")
 
 
-def by_path(params: Tree, function: Callable[[list[str], Any], Any]) -> Tree:
-    """`function(path, leaf)` of every parameter."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function([str(part.key) for part in path], leaf), params
-    )
 
 
 @dataclass(frozen=True)
@@ -109,12 +105,23 @@ def matching(
     return groups
 
 
-def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) -> Tree:
-    """What to multiply the update of each parameter by, broadcastable to its shape.
+def update_scales(
+    layer_decay: float, trainable: TrainableMask, params: Tree, infos: Mapping[str, ParamInfo]
+) -> Tree:
+    """Return the factor of each parameter's update under layer-wise decay and freezing.
 
-    decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings, 1 for what comes
-    after the layers (BEiT, Bao et al. 2021, in its code; the idea is ELECTRA's); 0 for frozen
-    layers. `params` are those that train; embeddings lie below the deepest of their stacks.
+    It is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings and what
+    normalizes them, 1 for what comes after the layers (BEiT, Bao et al. 2021, in its code; the idea
+    is ELECTRA's), and 0 for frozen layers. Embeddings lie below the deepest of their stacks.
+
+    Args:
+        layer_decay: the decay, in (0, 1].
+        trainable: parameters that train.
+        params: those parameters.
+        infos: roles of all parameters, by path.
+
+    Returns:
+        A tree like `params` of arrays that broadcast to their shapes.
     """
     leaves = flat(params)
     groups = trainable.groups(params, strict=False)
@@ -128,7 +135,7 @@ def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) ->
     def scale(path: str, leaf: Any) -> np.ndarray:
         if (layers := numbers[path]) is not None:
             below = depths[_stack(path)] - layers
-        elif any(part.startswith("embedding") for part in path.split("/")):
+        elif infos[path].role.kind == Kind.EMBEDDING or infos[path].role.part == "input":
             below = np.asarray(depth + 1)
         else:
             below = np.asarray(0)
@@ -139,17 +146,6 @@ def update_scales(layer_decay: float, trainable: TrainableMask, params: Tree) ->
 
 # "layers/" or "layers_{first}/"; then "{i}_of_{n}/", or the number of a layer that is not stacked.
 _LAYERS = re.compile(r"(?<![^/])layers(?:_(\d+))?/(?:(\d+)_of_(\d+)/|(\d+)/)?")
-
-
-def is_stacked(path: str) -> bool:
-    """Return whether the first axis of a parameter is layers."""
-    found = _LAYERS.search(path)
-    return found is not None and found[4] is None
-
-
-def is_of_layer(path: str) -> bool:
-    """Return whether a parameter belongs to a layer of a stack."""
-    return _LAYERS.search(path) is not None
 
 
 def _layers(path: str, leaf: Any) -> np.ndarray | None:

@@ -1,7 +1,8 @@
-"""Learning-rate schedules by name. Step t counts from 0: the first update uses schedule(0).
+"""Learning-rate schedules, chosen by `schedule.name`: warm-up, steps at the peak, then a decay.
 
-The functions here give what follows the warm-up and the steps at the peak; their t counts from
-there, and `start` is that step.
+A decay is a function of the peak rate, the configuration's section "schedule", the step `start` at
+which the decay starts and the step `end` at which it ends. Its result is a function of the steps
+since `start`. Step t counts from 0: the first update uses schedule(0).
 """
 
 from __future__ import annotations
@@ -14,36 +15,42 @@ from lm.config.registries import SCHEDULES
 
 
 def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return the peak rate for ever."""
     return optax.constant_schedule(peak)
 
 
 def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return cosine decay to `final_ratio` of the peak (Loshchilov and Hutter 2017)."""
     return optax.cosine_decay_schedule(peak, max(end - start, 1), alpha=options.final_ratio)
 
 
 def linear(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return linear decay to `final_ratio` of the peak."""
     return optax.linear_schedule(peak, peak * options.final_ratio, max(end - start, 1))
 
 
 def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """peak · √(start / t): with peak = (d_model · start)^-0.5 the formula of Vaswani 2017, eq. 3,
-    and with peak = start^-0.5 and no warm-up that of T5 (Raffel 2020, §3.1.2)."""
+    """Return peak · √(start / t), t counted from the first step.
+
+    With peak = (d_model · start)^-0.5 it is the formula of Vaswani et al. 2017, eq. 3, and with
+    peak = start^-0.5 and no warm-up that of T5 (Raffel et al. 2020, §3.1.2).
+    """
     return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
 
 
 def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """peak / (1 + c t), where c makes it end at `final_ratio` (Bengio et al. 2003, §3.1)."""
+    """Return peak / (1 + c t) with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
     rate = (1 / options.final_ratio - 1) / max(end - start, 1)
     return lambda t: peak / (1 + rate * t)
 
 
 def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Times `step_factor` after every `step_every` steps."""
+    """Return a staircase: multiplied by `step_factor` after every `step_every` steps."""
     return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
 
 
 def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
+    """Return warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
     down = round(end * options.wsd_decay_fraction)
     stable = max(end - start - down, 0)
     fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))
@@ -51,10 +58,15 @@ def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedul
 
 
 def make_schedule(peak: float, options: ConfigDict, train_steps: int) -> optax.Schedule:
-    """The learning rate of step t: linear warm-up to `peak`, steps there, then the named decay.
+    """Build the learning-rate schedule: linear warm-up, steps at the peak, then the named decay.
 
     During the warm-up of w steps the rate is peak · (t + 1) / w, so that no update is lost on a
-    rate of 0; `options` is the configuration's section "schedule".
+    rate of 0.
+
+    Args:
+        peak: largest learning rate, `optimizer.learning_rate`.
+        options: the configuration's section "schedule".
+        train_steps: number of updates; the end of the decay, unless `decay_steps` is set.
     """
     w = options.warmup_steps
     start = w + options.hold_steps

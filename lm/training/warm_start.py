@@ -16,13 +16,12 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import initial_table, load_vectors, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.variables import Kind, ParamInfo
 from lm.optim.parameter_groups import LORA, flat, matching, nested
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
 from lm.storage import resolve_path
 from lm.train_step import TrainState
-
-TOKENS = "tokens/embedding"  # the table of tokens of every family
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,21 @@ def _with_vectors(
     table, n_found = initial_table(vectors, words, rows, std, config.seed)
     log(f"{config.init.vectors}: vectors for {n_found} of {len(words)} words")
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
-    params[TOKENS] = jax.device_put(table, shardings[TOKENS])
+    path = token_table(experiment.param_infos)
+    params[path] = jax.device_put(table, shardings[path])
     return replace(state, params=nested(params))
+
+
+def token_table(infos: Mapping[str, ParamInfo]) -> str:
+    """Return the path of the embedding of the input tokens."""
+    (path,) = (
+        path
+        for path, info in infos.items()
+        if info.role.kind == Kind.EMBEDDING
+        and info.role.part == "input"
+        and info.axes[-2:] == ("vocab", "embed")
+    )
+    return path
 
 
 def map_parameters(
@@ -149,8 +161,8 @@ def _check_tokenizer(
     experiment: Experiment, plan: ParamMapping, source: SavedCheckpoint, digest: str
 ) -> None:
     theirs = source.metadata["fingerprint"]["tokenizer"]
-    axes = flat(experiment.param_names)
-    tables = [path for path in plan.loaded if "vocab" in axes[path]]
+    infos = experiment.param_infos
+    tables = [path for path in plan.loaded if "vocab" in infos[path].axes]
     # An imported model may have come without one.
     if tables and theirs and theirs != digest:
         raise UserError(

@@ -7,6 +7,7 @@ import pytest
 
 from lm.config import default
 from lm.errors import UserError
+from lm.models.variables import Kind, Param, Role
 from lm.optim.lora import add_lora, merge
 from lm.optim.parameter_groups import flat, nested
 
@@ -33,13 +34,21 @@ KERNELS = {
 RANK = 2
 
 
+def boxed(value, names, n_inputs):
+    n_stacked = sum(name in ("layers", "experts") for name in names)
+    kind = Kind.HEAD if "vocab" in names else Kind.MATRIX
+    n_outputs = len(names) - n_stacked - n_inputs
+    return Param(value, names, role=Role(kind, inputs=n_inputs, outputs=n_outputs))
+
+
 def base():
     rng = np.random.default_rng(0)
     boxes = {
-        path: nn.Partitioned(np.float32(rng.normal(size=shape)), names)
-        for path, (shape, names, _) in KERNELS.items()
+        path: boxed(np.float32(rng.normal(size=shape)), names, n_inputs)
+        for path, (shape, names, n_inputs) in KERNELS.items()
     }
-    bias = nn.Partitioned(np.ones((3, 2, 4), np.float32), ("layers", "heads", "head_dim"))
+    names = ("layers", "heads", "head_dim")
+    bias = Param(np.ones((3, 2, 4), np.float32), names, role=Role(Kind.BIAS, outputs=2))
     return nested(boxes | {"stack/layers/attention/query/bias": bias})
 
 
@@ -101,8 +110,8 @@ def test_shapes_and_names_follow_the_kernel():
 def test_every_expert_is_adapted_by_itself():
     names = ("layers", "experts", "embed", "mlp")
     kernel = np.float32(np.random.default_rng(0).normal(size=(3, 4, 8, 12)))
-    boxed = nested({"stack/layers/experts/in/kernel": nn.Partitioned(kernel, names)})
-    params = add_lora(boxed, options_of(), jax.random.key(1))
+    params = nested({"stack/layers/experts/in/kernel": boxed(kernel, names, 1)})
+    params = add_lora(params, options_of(), jax.random.key(1))
     a, b = (flat(params["lora"])[f"stack/layers/experts/in/kernel/{x}"] for x in "ab")
     assert (a.value.shape, a.names) == ((3, 4, 8, RANK), (*names[:3], "lora_rank"))
     assert (b.value.shape, b.names) == ((3, 4, RANK, 12), ("layers", "experts", "lora_rank", "mlp"))
@@ -126,7 +135,7 @@ def test_the_first_factor_is_drawn_as_in_the_authors_code():
     assert (a[0] != a[1]).all()
 
 
-def test_targets_choose_the_kernels_and_rank_0_none():
+def test_targets_choose_the_kernels():
     targets = "attention/(query|value)/kernel, ^head"
     found = {path.rpartition("/")[0] for path in flat(adapted(targets)["lora"])}
     assert found == {
@@ -134,8 +143,6 @@ def test_targets_choose_the_kernels_and_rank_0_none():
         "stack/layers/attention/value/kernel",
         "head/kernel",
     }
-    assert "lora" not in adapted(rank=0)
-    assert default().lora.rank == 0
 
 
 @pytest.mark.parametrize(

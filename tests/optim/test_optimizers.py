@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config import default
 from lm.config.registries import OPTIMIZERS
-from lm.optim.optimizers import make_optimizer
+from lm.models.variables import Kind, ParamInfo, Role
+from lm.optim.optimizers import ParamTable, make_optimizer
 
 DECAY = 0.1
 SHAPES = {
@@ -27,6 +28,36 @@ SHAPES = {
         },
     },
 }
+
+
+KERNEL = Role(Kind.MATRIX, inputs=1)
+INFOS = {
+    "tokens/embedding": ParamInfo(Role(Kind.EMBEDDING, part="input", inputs=1), ("vocab", "embed")),
+    "head/kernel": ParamInfo(Role(Kind.HEAD, part="output", inputs=1), ("embed", "vocab")),
+    "lora/head/kernel/a": ParamInfo(Role(Kind.LOW_RANK, inputs=1), ("embed", "lora_rank")),
+    "lora/head/kernel/b": ParamInfo(Role(Kind.LOW_RANK, inputs=1), ("lora_rank", "vocab")),
+    "stack/final_norm/scale": ParamInfo(Role(Kind.NORM), ("norm",)),
+    "stack/layers/attention/query/kernel": ParamInfo(
+        Role(Kind.MATRIX, inputs=1, outputs=2), ("layers", "embed", "heads", "head_dim")
+    ),
+    "stack/layers/attention/query/bias": ParamInfo(
+        Role(Kind.BIAS, outputs=2), ("layers", "heads", "head_dim")
+    ),
+    "stack/layers/attention/out/kernel": ParamInfo(
+        Role(Kind.MATRIX, inputs=2), ("layers", "heads", "head_dim", "embed")
+    ),
+    "stack/layers/attention_norm/scale": ParamInfo(Role(Kind.NORM), ("layers", "norm")),
+    "stack/layers/attention_norm/bias": ParamInfo(Role(Kind.BIAS), ("layers", "norm")),
+    "stack/layers/feed_forward/in/kernel": ParamInfo(KERNEL, ("layers", "embed", "mlp")),
+    "stack/layers/feed_forward/experts/out/kernel": ParamInfo(
+        KERNEL, ("layers", "experts", "mlp", "embed")
+    ),
+    "kernel": ParamInfo(KERNEL, ("embed", "mlp")),
+}
+
+
+def optimizer_of(options, schedule):
+    return make_optimizer(options, schedule, ParamTable(INFOS, options.decay))
 
 
 def draw(seed, scale=1.0):
@@ -64,7 +95,7 @@ def options_of(name, **changes):
 def run(options, gradients, schedule=schedule):
     """Parameters, by name, after a step for each gradient tree."""
     params = draw(0)
-    optimizer = make_optimizer(options, schedule)
+    optimizer = optimizer_of(options, schedule)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     for grads in gradients:
@@ -183,7 +214,7 @@ def test_adafactor_treats_every_layer_apart():
     params, grads = draw(0), draw(1)
     kernel = params["stack"]["layers"]["feed_forward"]["in"]["kernel"]
     kernel[1] *= 10
-    optimizer = make_optimizer(options, schedule)
+    optimizer = optimizer_of(options, schedule)
 
     def update(params, grads):
         return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
@@ -240,7 +271,7 @@ def test_muon_orthogonalises_every_expert():
     path = ("stack", "layers", "feed_forward", "experts", "out", "kernel")
     before, gradient = (np.float32(rng.normal(size=(2, 3, 12, 8))) for _ in range(2))
     params, grads = (unflatten_dict({path: x}) for x in (before, gradient))
-    optimizer = make_optimizer(options_of("muon", weight_decay=0.0), lambda t: 1.0)
+    optimizer = optimizer_of(options_of("muon", weight_decay=0.0), lambda t: 1.0)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     update = flatten_dict(updates)[path]
     for layer in range(2):

@@ -9,7 +9,8 @@ import pytest
 from lm.config import default
 from lm.config.registries import OPTIMIZERS
 from lm.errors import UserError
-from lm.optim.optimizers import make_optimizer
+from lm.models.variables import Kind, ParamInfo, Role
+from lm.optim.optimizers import ParamTable, make_optimizer
 from lm.optim.parameter_groups import TrainableMask, flat, nested, update_scales
 
 SHAPES = {
@@ -24,6 +25,29 @@ SHAPES = {
 ADAPTERS = {
     "lora/stack/layers/attention/query/kernel/a": (3, 4, 2),
     "lora/stack/layers/attention/query/kernel/b": (3, 2, 2, 2),
+}
+
+
+INFOS = {
+    "tokens/embedding": ParamInfo(Role(Kind.EMBEDDING, part="input", inputs=1), ("vocab", "embed")),
+    "embedding_norm/scale": ParamInfo(Role(Kind.NORM, part="input"), ("norm",)),
+    "stack/layers/attention/query/kernel": ParamInfo(
+        Role(Kind.MATRIX, inputs=1, outputs=2), ("layers", "embed", "heads", "head_dim")
+    ),
+    "stack/layers/attention/query/bias": ParamInfo(
+        Role(Kind.BIAS, outputs=2), ("layers", "heads", "head_dim")
+    ),
+    "stack/layers/feed_forward/in/kernel": ParamInfo(
+        Role(Kind.MATRIX, inputs=1), ("layers", "embed", "mlp")
+    ),
+    "stack/final_norm/scale": ParamInfo(Role(Kind.NORM), ("norm",)),
+    "head/kernel": ParamInfo(Role(Kind.HEAD, part="output", inputs=1), ("embed", "vocab")),
+    "lora/stack/layers/attention/query/kernel/a": ParamInfo(
+        Role(Kind.LOW_RANK, inputs=1), ("layers", "embed", "lora_rank")
+    ),
+    "lora/stack/layers/attention/query/kernel/b": ParamInfo(
+        Role(Kind.LOW_RANK, inputs=1, outputs=2), ("layers", "lora_rank", "heads", "head_dim")
+    ),
 }
 
 
@@ -62,7 +86,9 @@ def options_of(name="adamw", **changes):
 
 
 def optimizer_of(options, trainable):
-    return make_optimizer(options, lambda t: options.learning_rate, trainable)
+    return make_optimizer(
+        options, lambda t: options.learning_rate, ParamTable(INFOS, options.decay), trainable
+    )
 
 
 FROZEN = {  # pattern → of each path, what is frozen: True or the layers
@@ -160,7 +186,7 @@ def test_what_is_refused(trainable, words):
 def test_layers_learn_at_the_rates_of_beit():
     """Its get_num_layer_for_vit: embeddings 0, block i i + 1, the rest n + 1; scale
     decay^(n + 1 - that). Worked for n = 3 and 0.5."""
-    found = flat(update_scales(0.5, TrainableMask(), draw()))
+    found = flat(update_scales(0.5, TrainableMask(), draw(), INFOS))
     expected = {path: [0.125, 0.25, 0.5] for path in SHAPES} | {
         "tokens/embedding": 0.0625,
         "embedding_norm/scale": 0.0625,
@@ -178,7 +204,8 @@ def test_layers_that_alternate_keep_their_numbers():
         for kind in ("0_of_2", "1_of_2")
     }
     params = draw(shapes=shapes)
-    scales = flat(update_scales(0.5, TrainableMask(), params))
+    infos = dict.fromkeys(shapes, INFOS["stack/layers/feed_forward/in/kernel"])
+    scales = flat(update_scales(0.5, TrainableMask(), params, infos))
     for path, scale in scales.items():
         expected = [1 / 16, 1 / 4] if "0_of_2" in path else [1 / 8, 1 / 2]
         assert np.squeeze(scale).tolist() == expected, path
@@ -201,6 +228,6 @@ def test_layer_decay_scales_whole_updates(name):
             TrainableMask(), optimizer_of(options, TrainableMask()), params, steps=1
         )
         moved[decay] = {path: after[path] - leaf for path, leaf in flat(params).items()}
-    scales = flat(update_scales(0.5, TrainableMask(), params))
+    scales = flat(update_scales(0.5, TrainableMask(), params, INFOS))
     for path, update in moved[1.0].items():
         np.testing.assert_allclose(moved[0.5][path], update * scales[path], atol=1e-6, err_msg=path)

@@ -5,7 +5,7 @@ import pytest
 from experiment_files import load
 
 from lm.experiment import build_untraced
-from lm.optim.optimizers import decay_mask
+from lm.optim.optimizers import ParamTable
 from lm.optim.parameter_groups import flat
 
 # --- first and second moment's decay, epsilon, weight decay, clipping; dropout
@@ -82,7 +82,8 @@ DECAYING = {
 
 def decaying(config):
     experiment = build_untraced(config, jax.devices()[:1])
-    mask = flat(decay_mask(config.optimizer.decay)(experiment.param_shapes))
+    table = ParamTable(experiment.param_infos, config.optimizer.decay)
+    mask = flat(table.decay_mask(experiment.param_shapes))
     return {path for path, decays in mask.items() if decays}
 
 

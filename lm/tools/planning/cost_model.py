@@ -82,10 +82,10 @@ class CostModel:
     @cached_property
     def _leaves(self) -> list[tuple[tuple[str, ...], tuple[int, ...], int]]:
         """Logical axes, shape and bytes of every parameter."""
-        names = flat(self.experiment.param_names)
+        infos = self.experiment.param_infos
         shapes = flat(self.experiment.state_shapes.params)
         return [
-            (tuple(names[path]), leaf.shape, leaf.size * leaf.dtype.itemsize)
+            (infos[path].axes, leaf.shape, leaf.size * leaf.dtype.itemsize)
             for path, leaf in shapes.items()
         ]
 
