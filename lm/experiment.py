@@ -22,11 +22,12 @@ from lm.config import fill_defaults, validate
 from lm.data.batches import Batches, contiguous, in_order, shuffled
 from lm.data.dataset import Dataset, Store, open_tokenizer
 from lm.data.tokenizers.choice import Tokenizer
+from lm.errors import UserError
 from lm.models.families import make_model
-from lm.models.variables import ParamInfo
+from lm.models.variables import ParamInfo, state_axes
 from lm.objectives.registry import OF_RECORDS, make_objective
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask
+from lm.optim.parameter_groups import TrainableMask, flat, nested
 from lm.optim.schedules import make_schedule
 from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
 from lm.parallel.sharding import (
@@ -124,12 +125,23 @@ class Experiment:
                     return optimizer_state_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
+        axes = state_axes(self.steps.boxed_shapes[2])
+        if axes and self.pipeline.stages > 1:
+            raise UserError(
+                f"--config.parallel.mesh.stage={self.pipeline.stages}: a pipeline cannot update "
+                f"model state ({', '.join(axes)}); use another axis"
+            )
+        of_model_state = {
+            path: parameter_sharding(self.mesh, axes[path], leaf.shape)
+            for path, leaf in flat(shapes.model_state).items()
+        }
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
         placed: Any = {
             "step": self.replicated,
             "params": of_params,
             "opt_state": of_optimizer,
             "carry": self.carry_sharding,
+            "model_state": nested(of_model_state),
         }
         return replace(shapes, **placed)
 
@@ -180,7 +192,11 @@ class Experiment:
         """`Steps.eval_steps`, sharded."""
         return jax.jit(
             self._on_mesh(self.steps.eval_steps),
-            in_shardings=(self.state_sharding.params, self.carry_sharding, self.batch_sharding),
+            in_shardings=(
+                self.state_sharding.inference_params,
+                self.carry_sharding,
+                self.batch_sharding,
+            ),
             out_shardings=(self.carry_sharding, self.replicated),
         )
 
@@ -189,7 +205,7 @@ class Experiment:
         """`Steps.predict_steps`, sharded."""
         return jax.jit(
             self._on_mesh(self.steps.predict_steps),
-            in_shardings=(self.state_sharding.params, self.batch_sharding),
+            in_shardings=(self.state_sharding.inference_params, self.batch_sharding),
             out_shardings=self.replicated,
         )
 

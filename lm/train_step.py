@@ -6,9 +6,9 @@ Shape letters: S steps of one dispatch, B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.models.variables import COLLECTIONS, ParamInfo, param_infos
+from lm.models.variables import (
+    COLLECTIONS,
+    MODEL_STATE,
+    ParamInfo,
+    as_variables,
+    param_infos,
+    with_state,
+)
 from lm.objectives.auxiliary_losses import with_reports
 from lm.objectives.objective import Batch, LossSums, Objective
 from lm.optim.parameter_groups import LORA, TrainableMask
@@ -25,6 +32,7 @@ from lm.parallel.per_row_rng import per_row_key, select_rows
 
 Params = Any
 Carry = Any
+ModelState = Any
 Metrics = dict[str, jax.Array]
 
 
@@ -38,12 +46,31 @@ class TrainState:
         opt_state: state of the optimizer.
         carry: arrays [B, …] that pass from one batch to the next, such as the state of a recurrent
             model; {} for most models.
+        model_state: variables of `lm.models.variables.model_state`; {} for most models.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     carry: Carry
+    model_state: ModelState = field(default_factory=dict)
+
+    @property
+    def inference_params(self) -> Params:
+        """Parameters and model state as evaluation and decoding take them."""
+        return with_state(self.params, self.model_state)
+
+    def with_inference_params(self, params: Params) -> TrainState:
+        """Return the state with these parameters and their model state."""
+        variables = as_variables(params)
+        return replace(self, params=variables["params"], model_state=variables.get(MODEL_STATE, {}))
+
+
+class Between(NamedTuple):
+    """Variables that pass from one batch to the next: those of rows, and those of the model."""
+
+    carry: Carry
+    model_state: ModelState
 
 
 @dataclass(frozen=True)
@@ -80,7 +107,7 @@ class Steps:
         }
 
     @cached_property
-    def boxed_shapes(self) -> tuple[Params, Carry]:
+    def boxed_shapes(self) -> tuple[Params, Carry, ModelState]:
         """Shapes of what `init` returns for a training batch."""
         return jax.eval_shape(self.init, self.batch_shapes(self.batch_size))
 
@@ -94,27 +121,29 @@ class Steps:
         """Transformation of the gradients of the parameters that train."""
         return self.make_optimizer(self.param_infos)
 
-    def init(self, batch: Batch) -> tuple[Params, Carry]:
+    def init(self, batch: Batch) -> tuple[Params, Carry, ModelState]:
         """Initialize the variables that the loss of a batch uses.
 
         Returns:
-            Parameters, boxed with their axes and roles, and the carry before the first batch.
+            Parameters, boxed with their axes and roles; the carry before the first batch; model
+            state, boxed with its axes.
         """
         rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
-        variables = nn.init(self.objective.loss, self.model)(rng, batch)
+        variables: Any = nn.init(self.objective.loss, self.model)(rng, batch)
         params = variables.pop("params")
         if self.lora.rank:
             from lm.optim.lora import add_lora
 
             params = add_lora(params, self.lora, jax.random.fold_in(rng, 1))
+        model_state = variables.pop(MODEL_STATE, {})
         carry = {name: value for name, value in variables.items() if name not in COLLECTIONS}
-        return params, jax.tree.map(jnp.zeros_like, carry)
+        return params, jax.tree.map(jnp.zeros_like, carry), model_state
 
     def init_state(self, batch: Batch) -> TrainState:
         """Return the state before the first step."""
-        params, carry = nn.meta.unbox(self.init(batch))
+        params, carry, model_state = nn.meta.unbox(self.init(batch))
         opt_state = self.optimizer.init(self.trainable.split(params)[0])
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, model_state)
 
     def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         """Update once for each batch of [S, B, …] arrays; metrics are [S]."""
@@ -124,7 +153,8 @@ class Steps:
         """Update once. Where loss or gradient is not finite, only the step counter advances."""
         rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.trainable.split(state.params)
-        grads, sums, carry = self._gradients(trained, frozen, state.carry, batch, rng)
+        before = Between(state.carry, state.model_state)
+        grads, sums, after = self._gradients(trained, frozen, before, batch, rng)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
@@ -132,10 +162,10 @@ class Steps:
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         updated = optax.apply_updates(trained, updates)
-        updated, opt_state, carry = jax.tree.map(
+        updated, opt_state, after = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (updated, opt_state, carry),
-            (trained, state.opt_state, state.carry),
+            (updated, opt_state, after),
+            (trained, state.opt_state, before),
         )
         params = self.trainable.join(updated, frozen)
         metrics = {
@@ -146,34 +176,42 @@ class Steps:
             "target_tokens": sums.weight,
             "skipped": 1 - finite.astype(jnp.int32),
         }
-        return TrainState(state.step + 1, params, opt_state, carry), metrics
+        return TrainState(state.step + 1, params, opt_state, *after), metrics
 
     def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
         """Return the objective's sums, [S], over each of the batches [S, B, …], without dropout."""
         params = self._merged(params)
+        variables = as_variables(params)
+        params, model_state = variables["params"], variables.get(MODEL_STATE, {})
 
         def step(carry: Carry, batch: Batch) -> tuple[Carry, LossSums]:
-            sums, carry = self._loss(params, carry, batch, None)
-            return carry, sums
+            sums, after = self._loss(params, Between(carry, model_state), batch, None)
+            return after.carry, sums
 
         return jax.lax.scan(step, carry, batches)
 
     def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
         """Return the objective's predictions [S, B, …] for each row of the batches [S, B, …]."""
         predict = nn.apply(self.objective.predict, self.model)  # type: ignore[attr-defined]
-        return jax.lax.map(lambda batch: predict({"params": params}, batch), batches)
+        return jax.lax.map(lambda batch: predict(as_variables(params), batch), batches)
 
     def _loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: jax.Array | None
-    ) -> tuple[LossSums, Carry]:
-        """Return the objective's sums of a batch, with dropout if there is an `rng`, and carry."""
+        self, params: Params, before: Between, batch: Batch, rng: jax.Array | None
+    ) -> tuple[LossSums, Between]:
+        """Return the objective's sums of a batch, and what passes on to the next one.
+
+        With an `rng` it is a training step: dropout is on and model state is updated.
+        """
         model = self.model.clone(deterministic=rng is None)
-        loss = nn.apply(self.objective.loss, model, mutable=[*carry, *COLLECTIONS])
+        updated = (MODEL_STATE,) if before.model_state and rng is not None else ()
+        mutable = [*before.carry, *COLLECTIONS, *updated]
+        loss = nn.apply(self.objective.loss, model, mutable=mutable)
         rngs = None if rng is None else {"dropout": rng}
-        variables = {"params": self._merged(params), **carry}
-        sums, after = loss(variables, batch, rngs=rngs)
+        variables = as_variables(with_state(self._merged(params), before.model_state))
+        sums, after = loss({**variables, **before.carry}, batch, rngs=rngs)
         reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
-        return with_reports(sums, reported, batch), after
+        model_state = after.pop(MODEL_STATE, before.model_state)
+        return with_reports(sums, reported, batch), Between(after, model_state)
 
     def _merged(self, params: Params) -> Params:
         """Return the parameters of the model, low-rank updates added."""
@@ -184,16 +222,20 @@ class Steps:
         return merge(params, self.lora.alpha)
 
     def _gradients(
-        self, trained: Params, frozen: Params, carry: Carry, batch: Batch, rng: jax.Array
-    ) -> tuple[Params, LossSums, Carry]:
-        """Return the gradient of the summed loss, and the sums, added up over microbatches."""
+        self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array
+    ) -> tuple[Params, LossSums, Between]:
+        """Return the gradient of the summed loss, and the sums, added up over microbatches.
+
+        Carried rows go to the microbatch of their row of the batch; model state passes from
+        each microbatch to the next.
+        """
 
         def of_part(
-            carry: Carry, part: Batch, rng: jax.Array
-        ) -> tuple[tuple[Params, LossSums], Carry]:
-            def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Carry]]:
+            before: Between, part: Batch, rng: jax.Array
+        ) -> tuple[tuple[Params, LossSums], Between]:
+            def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Between]]:
                 params = self.trainable.join(trained, frozen)
-                sums, after = self._loss(params, carry, part, rng)
+                sums, after = self._loss(params, before, part, rng)
                 return sums.loss, (sums, after)
 
             grads, (sums, after) = jax.grad(loss, has_aux=True)(trained)
@@ -201,21 +243,26 @@ class Steps:
 
         n = self.microbatches
         if n == 1:
-            (grads, sums), carry = of_part(carry, batch, rng)
-            return grads, sums, carry
+            (grads, sums), after = of_part(before, batch, rng)
+            return grads, sums, after
         # Row r goes to microbatch r mod n: each device keeps its rows, whatever the mesh.
         parts = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), (carry, batch)
+            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1),
+            (before.carry, batch),
         )
 
-        def add(total: Any, part: tuple[tuple[Carry, Batch], jax.Array]) -> tuple[Any, Carry]:
-            (carry, batch), index = part
-            sums, carry = of_part(carry, batch, select_rows(rng, index, n))
-            return jax.tree.map(jnp.add, total, sums), carry
+        def add(
+            so_far: tuple[Any, ModelState], part: tuple[tuple[Carry, Batch], jax.Array]
+        ) -> tuple[tuple[Any, ModelState], Carry]:
+            (total, model_state), ((carry, batch), index) = so_far, part
+            sums, after = of_part(Between(carry, model_state), batch, select_rows(rng, index, n))
+            return (jax.tree.map(jnp.add, total, sums), after.model_state), after.carry
 
         first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)
-        shapes, _ = jax.eval_shape(of_part, first_carry, first_batch, rng)
+        first = Between(first_carry, before.model_state)
+        shapes, _ = jax.eval_shape(of_part, first, first_batch, rng)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, sums), carries = jax.lax.scan(add, zeros, (parts, jnp.arange(n)))
+        start = (zeros, before.model_state)
+        ((grads, sums), model_state), carries = jax.lax.scan(add, start, (parts, jnp.arange(n)))
         carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
-        return grads, sums, carry
+        return grads, sums, Between(carry, model_state)

@@ -31,6 +31,7 @@ from lm.decoding.prompts import (
 from lm.decoding.sampling import Sampling
 from lm.decoding.sampling_loop import generate
 from lm.experiment import Experiment
+from lm.models.variables import as_variables
 from lm.objectives.special_tokens import special_tokens
 from lm.parallel.sharding import BATCH_AXES
 from lm.train_step import Params
@@ -200,7 +201,7 @@ def _search(
     """What `beam_search` gives, on every device."""
 
     def call(*inputs: Any, method: str) -> Any:
-        return model.apply({"params": params}, *inputs, method=method)
+        return model.apply(as_variables(params), *inputs, method=method)
 
     def decode(tokens_R1: jax.Array, at_R1: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return call(tokens_R1, at_R1, jnp.ones_like(tokens_R1), cache, method="decode")

@@ -18,6 +18,7 @@ from lm.decoding.beam import Cache
 from lm.decoding.controls import UNSET, Controls
 from lm.decoding.prompts import Tokens, check_prompts, context_of, few_widths, pad
 from lm.decoding.sampling import Sampling, choose_tokens
+from lm.models.variables import as_variables
 from lm.train_step import Params
 
 
@@ -87,7 +88,7 @@ def _next_tokens(
     tokens_BL, positions_BL, segments_BL, prefix_BL = inputs
     prefix = () if prefix_BL is None else (prefix_BL,)
     outputs: Any = model.apply(
-        {"params": params}, tokens_BL, positions_BL, segments_BL, cache, *prefix, method="decode"
+        as_variables(params), tokens_BL, positions_BL, segments_BL, cache, *prefix, method="decode"
     )
     logits_BLV, cache = outputs
     logits_BV = controls.adjusted(logits_BLV[:, -1].astype(jnp.float32), written_BT)

@@ -26,7 +26,7 @@ from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.moe import MixtureOfExperts
 from lm.models.positions import RelativeBias, layer_angles
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
-from lm.models.variables import COLLECTIONS, Kind, Role
+from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
 from lm.parallel.pipeline import run_pipeline
 from lm.parallel.sharding import constrain, current_pipeline
 
@@ -170,11 +170,13 @@ class Block(nn.Module):
         return (x_BLW, caches), source if is_prefill else None
 
 
-def project(config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str) -> jax.Array:
+def project(
+    config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str, part: Part = "layers"
+) -> jax.Array:
     """Apply a linear map without bias to the residual stream of `residual="concat"`."""
     c, width = config, x_BLW.shape[-1]
     init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
-    role = Role(Kind.MATRIX, c.stream)
+    role = Role(Kind.MATRIX, c.stream, part)
     return Linear((width,), (n_out,), axes, role, False, init, c.dtype, name=name)(x_BLW)
 
 
@@ -295,7 +297,7 @@ class Stack(nn.Module):
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         if c.residual == "concat":
-            x_BLD = project(c, x_BLD, c.d_model, "output")
+            x_BLD = project(c, x_BLD, c.d_model, "output", part="body")
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache
@@ -346,7 +348,7 @@ class Stack(nn.Module):
         n = len(segment.period)
         run = nn.scan(
             layer,
-            variable_axes=dict.fromkeys(("params", "intermediates", *COLLECTIONS), 0),  # type: ignore[arg-type]
+            variable_axes=dict.fromkeys(("params", "intermediates", MODEL_STATE, *COLLECTIONS), 0),  # type: ignore[arg-type]
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
             length=segment.n_repeats,

@@ -24,7 +24,7 @@ from lm.errors import UserError
 
 Initializer = Callable[..., jax.Array]
 Stream = Literal["source", "target", "predicted", "text"]
-Part = Literal["input", "layers", "classic", "output", "pretraining", "task"]
+Part = Literal["input", "layers", "body", "output", "pretraining", "task"]
 
 
 # --- roles
@@ -56,7 +56,8 @@ class Role:
         stream: tokens of an example that pass through it: those of the "source" or the "target",
             the "predicted" ones, or one vector for the whole "text".
         part: part of the model that it belongs to: "input" (embeddings and what normalizes them),
-            "layers", "classic" (layers of models that are no stacks of blocks: AdamW under Muon),
+            "layers" (blocks of a stack, and its norm), "body" (matrices outside of blocks: AdamW
+            under Muon),
             "output" (an output layer that is counted with the embeddings; Kaplan et al. 2020,
             §2.1), "pretraining" (heads that published counts of BERT leave out), or "task"
             (classifiers and their pooler).
@@ -150,6 +151,96 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
             )
         infos[path] = ParamInfo(box.role, tuple(map(str, box.names)))
     return infos
+
+
+# --- model state
+
+MODEL_STATE = "model_state"
+
+
+class StateVariable:
+    """Variable of the collection "model_state", of one module."""
+
+    def __init__(self, module: nn.Module, variable: nn.Variable):
+        """Wrap a variable of a module."""
+        self._module, self._variable = module, variable
+
+    @property
+    def value(self) -> jax.Array:
+        """Current value."""
+        return self._variable.value
+
+    def update(self, value: jax.Array) -> None:
+        """Set the value that the next training step starts from.
+
+        It has no effect where the model is initialized, evaluated or decoded with. In training,
+        microbatches follow one another: each starts from the value that the one before it left. So
+        the result does not depend on the mesh, as long as `value` is computed from whole arrays of
+        the (micro)batch, as everything outside `shard_map` is.
+        """
+        module = self._module
+        if module.is_mutable_collection(MODEL_STATE) and not module.is_initializing():
+            self._variable.value = jax.lax.stop_gradient(value)
+
+
+def model_state(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: Any = jnp.float32,
+) -> StateVariable:
+    """Create a variable that is neither trained nor carried from row to row.
+
+    It is sharded by its axes, saved in checkpoints, and used unchanged in evaluation and decoding.
+
+    Args:
+        module: module that owns it.
+        name: name of the variable in the module.
+        init: function of shape and dtype, such as `jnp.zeros`.
+        shape: shape without stacked layers.
+        axes: logical name of each axis, as of a parameter.
+        dtype: dtype of the values.
+    """
+    if len(axes) != len(shape):
+        path = "/".join((*module.path, name))
+        raise ValueError(f"model state {path}: shape {shape} and axes {axes} do not match")
+    boxed: Any = lambda: nn.Partitioned(init(shape, dtype), axes)  # noqa: E731
+    return StateVariable(module, module.variable(MODEL_STATE, name, boxed))
+
+
+def state_axes(boxed: Any) -> dict[str, tuple[str, ...]]:
+    """Return the logical axes of every variable of model state, by path.
+
+    Raises:
+        UserError: a variable was not created by `model_state`.
+    """
+    axes = {}
+    for path, box in flatten_dict(boxed, sep="/").items():
+        if not isinstance(box, nn.Partitioned):
+            raise UserError(
+                f"model state {path} has no axes: create it by lm.models.variables.model_state"
+            )
+        axes[path] = tuple(map(str, box.names))
+    return axes
+
+
+def with_state(params: Any, state: Any) -> Any:
+    """Return parameters and model state as one tree, the state under "model_state"."""
+    return {**params, MODEL_STATE: state} if state else params
+
+
+def as_variables(params: Any) -> dict[str, Any]:
+    """Return the variables for `Module.apply`, of parameters that may have model state with them.
+
+    Args:
+        params: tree of `with_state`, which evaluation and decoding are given.
+    """
+    if MODEL_STATE not in params:
+        return {"params": params}
+    rest = {name: leaf for name, leaf in params.items() if name != MODEL_STATE}
+    return {"params": rest, MODEL_STATE: params[MODEL_STATE]}
 
 
 # --- initialization

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.cross_entropy import TokenLosses, cross_entropy
+from lm.models.variables import MODEL_STATE
 from lm.objectives.objective import LossSums
 from lm.parallel.sharding import constrain, count_shards
 
@@ -64,7 +65,7 @@ def _losses(
 
     columns = nn.scan(
         nn.remat(step, prevent_cse=False),
-        variable_broadcast="params",
+        variable_broadcast=("params", MODEL_STATE),
         split_rngs={"params": False, "dropout": True},
     )
 

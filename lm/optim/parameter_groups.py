@@ -37,8 +37,6 @@ def nested(params: Mapping[str, Any]) -> Tree:
     return unflatten_dict(dict(params), sep="/")
 
 
-
-
 @dataclass(frozen=True)
 class TrainableMask:
     """All parameters but those that `freeze` matches; where there are low-rank parameters, only

@@ -95,7 +95,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                    state=ocp.args.StandardSave(_as_saved(state)),
+                    metadata=ocp.args.JsonSave(metadata),
                 ),
             )
 
@@ -129,10 +130,12 @@ class Checkpoints:
         Returns:
             The state, None if there is none.
         """
-        target = jax.tree.map(
-            lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
-            shapes,
-            sharding,
+        target = _as_saved(
+            jax.tree.map(
+                lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
+                shapes,
+                sharding,
+            )
         )
         while (step := self._manager.latest_step()) is not None:
             state, problem = self._read(step, target)
@@ -142,7 +145,7 @@ class Checkpoints:
             self._set_aside(step)
         return None
 
-    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+    def _read(self, step: int, target: dict[str, Any]) -> tuple[TrainState | None, str | None]:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
         )
@@ -152,7 +155,7 @@ class Checkpoints:
             return None, one_line(error)
         if checksums(restored["state"]) != restored["metadata"]["checksums"]:
             return None, "its arrays do not match their checksums"
-        return restored["state"], None
+        return TrainState(**restored["state"]), None
 
     def _set_aside(self, step: int) -> None:
         if is_primary_host():
@@ -174,6 +177,14 @@ class Checkpoints:
         """Wait until all saves are on the disk and close the manager."""
         self.wait()
         self._manager.close()
+
+
+def _as_saved(state: TrainState) -> dict[str, Any]:
+    """Return the state as it is saved: without model state, where the model has none."""
+    saved = dict(vars(state))
+    if not state.model_state:
+        del saved["model_state"]
+    return saved
 
 
 def checksums(tree: Any) -> dict[str, int]:

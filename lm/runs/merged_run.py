@@ -41,7 +41,8 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     config = load_config(workdir, MERGED_OVERRIDES)
     experiment = build(load_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
     params, step = restore_params(experiment, workdir, log, average)
-    state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32), params=params)
+    state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
+    state = state.with_inference_params(params)
     metadata = {
         "config": json.loads(config.to_json()),
         "fingerprint": saved_checkpoints(workdir, log)[0].metadata["fingerprint"],

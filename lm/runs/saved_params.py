@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 from lm.experiment import Experiment, build
+from lm.models.variables import MODEL_STATE, as_variables, with_state
 from lm.optim.lora import merge
 from lm.optim.parameter_groups import LORA, flat, nested
 from lm.parallel.mesh import AXES
@@ -102,7 +103,7 @@ def restore_params(
     Raises:
         UserError: the experiment's model has other parameters than the run's.
     """
-    shapes = flat(experiment.state_shapes.params)
+    shapes = flat(experiment.state_shapes.inference_params)
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     found = checkpoints[0].shapes
     for path in sorted({*shapes, *found}):
@@ -111,7 +112,7 @@ def restore_params(
                 f"{path} is not as in the run in {storage_path(workdir)}: "
                 "leave its model configuration alone"
             )
-    shardings = flat(experiment.state_sharding.params)
+    shardings = flat(experiment.state_sharding.inference_params)
     params, steps = mean_params(checkpoints, average, shardings, log)
     if average > 1:
         log(f"mean of the checkpoints of steps {', '.join(map(str, steps))}")
@@ -148,10 +149,13 @@ def mean_params(
 ) -> tuple[FlatParams, list[int]]:
     """Average parameters over the newest undamaged checkpoints, in float32 (Vaswani 2017, §6.1).
 
+    Model state is that of the newest.
+
     Args:
         checkpoints: newest first.
         n: number of checkpoints to average.
-        shardings: where each parameter goes, by path; parameters not named are not read.
+        shardings: where each parameter goes, by path; parameters not named are not read. Paths of
+            model state start with "model_state/".
         log: receives a line for every damaged checkpoint.
 
     Returns:
@@ -161,6 +165,7 @@ def mean_params(
         UserError: fewer than `n` undamaged checkpoints.
     """
     total: FlatParams = {}
+    newest_state: FlatParams = {}
     steps: list[int] = []
     for saved in checkpoints:
         params, problem = _attempt(partial(_read, saved, shardings))
@@ -168,10 +173,13 @@ def mean_params(
             log(f"{saved.folder} is damaged ({problem or 'on another host'}); left out")
             continue
         assert params is not None
+        state = {path: x for path, x in params.items() if path.startswith(f"{MODEL_STATE}/")}
+        newest_state = newest_state if steps else state
+        params = {path: x for path, x in params.items() if path not in state}
         total = _add(total, params) if total else params
         steps.append(saved.step)
         if len(steps) == n:
-            return (_divide(total, n) if n > 1 else total), steps
+            return (_divide(total, n) if n > 1 else total) | newest_state, steps
     raise UserError(
         f"an average of {n} checkpoints needs as many: {checkpoints[0].folder.parent} has "
         f"{len(steps)}; train with --config.checkpoint.keep_last={n} or more"
@@ -208,7 +216,8 @@ def _reader() -> ocp.Checkpointer:
 
 def _open(folder: AnyPath) -> SavedCheckpoint:
     with _reader() as reader:
-        tree = reader.metadata(folder).item_metadata["state"]["params"]
+        state = reader.metadata(folder).item_metadata["state"]
+        tree = with_state(state["params"], state.get(MODEL_STATE))
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         metadata = reader.restore(folder, args=args)["metadata"]
     leaves = {
@@ -231,7 +240,7 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
         if kernel in shardings:
             everywhere = NamedSharding(shardings[kernel].mesh, PartitionSpec())
             target[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-    item = {"params": nested(target)}
+    item = as_variables(nested(target))
     args = ocp.args.PyTreeRestore(
         item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -242,11 +251,12 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
     recorded = saved.metadata["checksums"]
     if any(recorded[path] != value for path, value in checksums(restored).items()):
         raise ValueError("its arrays do not match their checksums")
+    params = with_state(restored["params"], restored.get(MODEL_STATE))
     if len(target) == len(shardings):
-        return flat(restored["params"])
+        return flat(params)
     alpha = saved.metadata["config"]["lora"]["alpha"]
     merged = jax.jit(lambda params: flat(merge(params, alpha)), out_shardings=dict(shardings))
-    return merged(restored["params"])
+    return merged(params)
 
 
 @jax.jit

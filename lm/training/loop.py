@@ -204,7 +204,7 @@ class Loop:
         with self._clock.part("eval"):
             result = evaluate(
                 self.experiment,
-                self.state.params,
+                self.state.inference_params,
                 self._validation,
                 self._dataset.validation,
                 max_batches,

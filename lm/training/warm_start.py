@@ -48,7 +48,8 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
     if not options["from"]:
         return state
     checkpoints = saved_checkpoints(resolve_path(options["from"]), log)
-    params, shardings = flat(state.params), flat(experiment.state_sharding.params)
+    params = flat(state.inference_params)
+    shardings = flat(experiment.state_sharding.inference_params)
     plan = map_parameters(options, params, checkpoints[0].shapes)
     _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
     for path in plan.loaded:
@@ -61,7 +62,7 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
     )
     loaded = {path: found[name] for path, name in plan.loaded.items()}
     log(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
-    return replace(state, params=nested(params | loaded))
+    return state.with_inference_params(nested(params | loaded))
 
 
 def _with_vectors(
@@ -162,7 +163,7 @@ def _check_tokenizer(
 ) -> None:
     theirs = source.metadata["fingerprint"]["tokenizer"]
     infos = experiment.param_infos
-    tables = [path for path in plan.loaded if "vocab" in infos[path].axes]
+    tables = [path for path in plan.loaded if path in infos and "vocab" in infos[path].axes]
     # An imported model may have come without one.
     if tables and theirs and theirs != digest:
         raise UserError(

@@ -50,7 +50,7 @@ def experiment_of(family, objective, tied=True, **changes):
 def forward_products(experiment):
     """FLOPs of all matrix products in the loss of one example."""
     steps = experiment.steps
-    params, carry = jax.eval_shape(steps.init, experiment.batch_shapes)
+    params, carry, _ = jax.eval_shape(steps.init, experiment.batch_shapes)
     loss = nn.apply(steps.objective.loss, steps.model, mutable=list(carry))
     program = jax.make_jaxpr(lambda p, batch: loss({"params": p, **carry}, batch))
     return _products(program(nn.meta.unbox(params), experiment.batch_shapes).jaxpr)

@@ -103,7 +103,7 @@ def test_roles_of_an_lstm_encoder_decoder(make_kind):
         if path.startswith(("encoder/", "decoder/")):
             assert kind == (MATRIX if path.endswith("kernel") else BIAS)
             assert stream == ("source" if path.startswith("encoder") else "target")
-            assert part == "classic"
+            assert part == "body"
 
 
 # --- a model with names of its own

@@ -10,7 +10,9 @@ from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build, reads_records
 from lm.optim.parameter_groups import flat
-from lm.training.warm_start import TOKENS, initial_state
+from lm.training.warm_start import initial_state
+
+TOKENS = "tokens/embedding"
 
 VECTORS = """good 1 2 3 4 5 6 7 8
 bad -1 -2 -3 -4 -5 -6 -7 -8

@@ -85,7 +85,7 @@ class Layer(nn.Module):
         if before is None:
             before = LstmState(*jnp.zeros((2, len(x_BLD), H)))
         names = ("gates", "hidden")
-        role = Role(Kind.MATRIX, c.stream, "classic")
+        role = Role(Kind.MATRIX, c.stream, "body")
         inputs = init_linear(
             c,
             self.n_in,

@@ -56,9 +56,9 @@ class Nplm(nn.Module):
         c = self.config
         n_inputs = c.context * c.d_model
         tokens = Role(Kind.EMBEDDING, c.stream, "input")
-        hidden = Role(Kind.MATRIX, c.stream, "classic")
+        hidden = Role(Kind.MATRIX, c.stream, "body")
         # Most of the model, so it is counted with the layers.
-        scores = Role(Kind.HEAD, "predicted", "classic")
+        scores = Role(Kind.HEAD, "predicted", "body")
         V, n_hidden = (c.vocab_size,), (c.d_hidden,)
         self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
         self.hidden_layer = init_linear(c, n_inputs, n_hidden, ("embed", "hidden"), hidden)

@@ -29,12 +29,12 @@ class Recurrent(nn.Module):
         tokens = Role(Kind.EMBEDDING, "predicted", "input", tied=c.tie_embeddings)
         self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
-        hidden = Role(Kind.MATRIX, c.stream, "classic")
+        hidden = Role(Kind.MATRIX, c.stream, "body")
         head = Role(Kind.HEAD, "predicted", "output")
         self.projection = init_linear(
             c, c.d_hidden, (c.d_model,), ("hidden", "embed"), hidden, use_bias=False
         )
-        self.bias = Bias(c.vocab_size, Role(Kind.BIAS, c.stream, "classic"), c.bias_init())
+        self.bias = Bias(c.vocab_size, Role(Kind.BIAS, c.stream, "body"), c.bias_init())
         self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"), head)
 
     def logits(self, x_BLH: jax.Array) -> jax.Array:

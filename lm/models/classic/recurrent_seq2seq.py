@@ -32,7 +32,7 @@ class LstmEncoderDecoder(Recurrent):
         c = self.config
         self.encoder = Stack(replace(c, stream="source"), self.deterministic, c.bidirectional)
         self.decoder = Stack(c, self.deterministic)
-        role, n_hidden = Role(Kind.MATRIX, c.stream, "classic"), (c.d_hidden,)
+        role, n_hidden = Role(Kind.MATRIX, c.stream, "body"), (c.d_hidden,)
         self.attended = init_linear(c, 2 * c.d_hidden, n_hidden, ("hidden", "hidden"), role)
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
