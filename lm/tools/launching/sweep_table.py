@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -41,8 +41,9 @@ class SweepTable:
         self._statuses, self._file = statuses, file or sys.stderr
         self._start, self._start_fraction = time.monotonic(), self._done_fraction()
         self._printed = {status.run.name: status.state for status in statuses}
-        console = Console(file=self._file)
-        self._is_terminal = console.is_terminal
+        # Not by rich's guess: in a pipe, FORCE_COLOR does not turn lines into a live table.
+        console = Console(file=self._file, force_terminal=self._file.isatty())
+        self._is_terminal = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(
             console=console, get_renderable=self._live_view, refresh_per_second=1, transient=True
         )
@@ -67,9 +68,10 @@ class SweepTable:
         """Return the whole table, one run a line, and a line of totals."""
         return f"{plain_text(text_table(map(_cells, self._statuses)))}\n{self._totals()}"
 
-    def _live_view(self) -> RenderableType:
+    def _live_view(self) -> Text:
         ordered = sorted(self._statuses, key=lambda status: LIVE_ORDER.index(status.state))
-        return Group(Text(self._totals()), text_table(map(_cells, ordered)))
+        table = plain_text(text_table(map(_cells, ordered)))
+        return Text(f"{self._totals()}\n{table}", no_wrap=True, overflow="ellipsis")
 
     def _totals(self) -> str:
         counts = Counter(status.state for status in self._statuses)

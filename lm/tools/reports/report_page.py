@@ -34,7 +34,7 @@ def write_page(workdir: Path, output: Path) -> Path:
     Raises:
         UserError: There is no run in `workdir`, or the extra "report" is not installed.
     """
-    runs = find_runs(workdir, N_SAMPLES)
+    template, runs = _template(), find_runs(workdir, N_SAMPLES)
     groups = swept_keys(runs)
     several = len(runs) > 1
     loss = run_plots.loss_curves(runs)
@@ -45,7 +45,7 @@ def write_page(workdir: Path, output: Path) -> Path:
     for name, figure in (by_name | ({"time": time} if time else {})).items():
         save_png(figure, output / f"{name}.png")
     keys = [key for group in groups for key in group]
-    text = _template().render(
+    text = template.render(
         title=workdir.resolve().name,
         lead=_lead(runs),
         several=several,

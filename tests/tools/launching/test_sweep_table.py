@@ -40,8 +40,11 @@ def test_columns_are_as_wide_as_their_cells(statuses):
     assert lines[3] == "1 done, 1 running, 1 failed"
 
 
-def test_in_a_pipe_each_change_is_one_line(statuses):
-    file = io.StringIO()
+@pytest.mark.parametrize(("file", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
+def test_in_a_pipe_or_on_a_dumb_terminal_each_change_is_one_line(statuses, monkeypatch, file, term):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = file()
     with SweepTable(statuses, file) as table:
         table.show_changes()
         assert not file.getvalue()
@@ -53,7 +56,7 @@ def test_in_a_pipe_each_change_is_one_line(statuses):
 
 def test_on_a_terminal_running_runs_come_first_and_the_table_vanishes(statuses, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "40")
     file = Terminal()
     with SweepTable(statuses, file) as table:
         statuses[0].state = FAILED
@@ -61,4 +64,5 @@ def test_on_a_terminal_running_runs_come_first_and_the_table_vanishes(statuses, 
     drawn = file.getvalue()
     assert drawn.index("bb") < drawn.index("a[b]")
     assert "1 failed, 1 running, 1 waiting" in drawn
+    assert "bb    running  10/100   loss 2.5000  va…\n" in drawn  # a narrow one cuts its lines
     assert drawn.endswith("\x1b[2K")  # the last line was erased
