@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from lm.attention_choice import AttentionChoice, choose
 from lm.config import fill_defaults, validate
-from lm.data.batches import Batches, contiguous, in_order, shuffled
+from lm.data.batches import Batches, all_in_order, contiguous_rows, shuffle_and_mix
 from lm.data.dataset import Dataset, Store, open_tokenizer
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.models.families import make_model
 from lm.models.variables import ParamInfo, state_axes
@@ -216,10 +216,10 @@ class Experiment:
         objective = make_objective(config, dataset.tokenizer)
         parts = [objective.examples(store, training=True) for store in dataset.train]
         if config.data.order == "contiguous":
-            examples = contiguous(parts, config.data.batch_size, endless=True)
+            examples = contiguous_rows(parts, config.data.batch_size, endless=True)
         else:
             shares = dataset.weights or [store.n_tokens for store in dataset.train]
-            examples = shuffled(parts, shares, config.seed)
+            examples = shuffle_and_mix(parts, shares, config.seed)
         return Batches(examples, objective.features, config.data.batch_size, config.seed)
 
     def evaluation_batches(self, tokenizer: Tokenizer, stores: Sequence[Store]) -> Batches:
@@ -229,9 +229,9 @@ class Experiment:
         parts = [objective.examples(store, training=False) for store in stores]
         batch_size = config.eval.batch_size
         if config.data.order == "contiguous":
-            examples = contiguous(parts, batch_size, endless=False)
+            examples = contiguous_rows(parts, batch_size, endless=False)
         else:
-            examples = in_order(parts)
+            examples = all_in_order(parts)
         return Batches(examples, objective.features, batch_size, config.seed)
 
     def _on_mesh(self, function: Callable) -> Callable:

@@ -10,7 +10,7 @@ import jax
 from lm import config as configs
 from lm.accounting.flops import tokens_per_row, training_cost
 from lm.accounting.parameter_counts import count_parameters
-from lm.data.tokenizers.choice import FITTED
+from lm.data.tokenizers.tokenizer import is_fitted
 from lm.experiment import build_untraced
 
 
@@ -24,7 +24,7 @@ def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[
     counts = dict.fromkeys(("total", "active", "non_embedding", "heads"))
     cost = dict.fromkeys(("batch_tokens", "tokens", "flops"))
     note = ""
-    if config.model.vocab_size or config.data.tokenizer not in FITTED:
+    if config.model.vocab_size or not is_fitted(config.data.tokenizer):
         experiment = build_untraced(config, jax.devices()[:1])
         counts |= count_parameters(experiment)
         del counts["tensors"]

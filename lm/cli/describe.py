@@ -118,7 +118,8 @@ def show_config(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def train_tokenizer(args: argparse.Namespace, overrides: Overrides) -> int:
     """Train a SentencePiece model on a corpus and write it to a file."""
-    from lm.data.text.sources import open_corpus, sources
+    from lm.config.rules import listed
+    from lm.data.sources import open_corpus
     from lm.data.tokenizers.sentencepiece import train_sentencepiece
 
     config = configs.default()
@@ -127,9 +128,9 @@ def train_tokenizer(args: argparse.Namespace, overrides: Overrides) -> int:
         configs.set_value(config, path, configs.parse_value(path, text))
     configs.validate(config)
     texts = (
-        piece.text
-        for spec in sources(config.data.source)
-        for piece in open_corpus(spec, config.data, "train").chunks()
+        chunk.text
+        for spec in listed(config.data.source)
+        for chunk in open_corpus(spec, config.data, "train").chunks()
     )
     model = train_sentencepiece(texts, args.vocab_size, args.model_type)
     output = Path(args.output)

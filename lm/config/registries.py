@@ -12,23 +12,29 @@ from lm.config.registry import Entry, Registry, option
 # --- data
 
 _DOCUMENTS, _RECORDS = ("documents",), ("records",)
-_RECORD_FILES = "lm.data.records.record_sources:read_records"
+_RECORD_FILES = "lm.data.records.record_files"
 
 SOURCES = Registry(
     "data source",
     ("data.source", "data.validation_source", "data.test_source"),
     "data",
     {
-        "stdlib": Entry("lm.data.text.sources:open_stdlib", forms=("stdlib",), holds=_DOCUMENTS),
-        "text": Entry("lm.data.text.sources:open_text", forms=("text:PATH",), holds=_DOCUMENTS),
-        "jsonl": Entry("lm.data.text.sources:open_jsonl", forms=("jsonl:PATH",)),
-        "tfds": Entry(
-            "lm.data.text.sources:open_tfds_split", forms=("tfds:NAME",), holds=_DOCUMENTS
+        "stdlib": Entry(
+            "lm.data.text.stdlib_corpus:StandardLibrary", forms=("stdlib",), holds=_DOCUMENTS
         ),
-        "tsv": Entry(_RECORD_FILES, forms=("tsv:PATH",), holds=_RECORDS),
-        "csv": Entry(_RECORD_FILES, forms=("csv:PATH",), holds=_RECORDS),
-        "parallel": Entry(_RECORD_FILES, forms=("parallel:PATH|PATH",), holds=_RECORDS),
-        "squad": Entry(_RECORD_FILES, forms=("squad:PATH",), holds=_RECORDS),
+        "text": Entry("lm.data.text.text_files:TextFiles", forms=("text:PATH",), holds=_DOCUMENTS),
+        "jsonl": Entry("lm.data.text.text_files:JsonLines", forms=("jsonl:PATH",)),
+        "tfds": Entry(
+            "lm.data.text.tfds_corpus:TfdsCorpus", forms=("tfds:NAME",), holds=_DOCUMENTS
+        ),
+        "tsv": Entry(f"{_RECORD_FILES}:TsvFiles", forms=("tsv:PATH",), holds=_RECORDS),
+        "csv": Entry(f"{_RECORD_FILES}:CsvFiles", forms=("csv:PATH",), holds=_RECORDS),
+        "parallel": Entry(
+            f"{_RECORD_FILES}:ParallelFiles",
+            forms=("parallel:SOURCE_PATH|TARGET_PATH",),
+            holds=_RECORDS,
+        ),
+        "squad": Entry(f"{_RECORD_FILES}:SquadFiles", forms=("squad:PATH",), holds=_RECORDS),
     },
     is_choice=False,
 )
@@ -49,7 +55,7 @@ TOKENIZERS = Registry(
             "lm.data.tokenizers.hf:HuggingFaceTokenizer", forms=("tokenizers:FILE.json",)
         ),
         "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer", forms=("gpt2:DIR",)),
-        "run": Entry("lm.data.tokenizers.choice:load_saved", forms=("run:WORKDIR",)),
+        "run": Entry("lm.data.tokenizers.tokenizer:SavedTokenizer", forms=("run:WORKDIR",)),
     },
     is_choice=False,
 )

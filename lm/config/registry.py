@@ -172,6 +172,8 @@ class Registry(Mapping[str, Any]):
                 module,
                 families=tuple(getattr(target, "families", ())),
                 columns=tuple(getattr(target, "columns", ())),
+                forms=tuple(getattr(target, "forms", ())),
+                holds=tuple(getattr(target, "holds", ("documents", "records"))),
                 objectives=objectives,
             )
             self._check_options(name, entry)

@@ -15,21 +15,28 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.data.contiguous import Contiguous
 from lm.errors import UserError
 
 Example = Mapping[str, Any]
-Examples = Sequence[Example]  # of which only the length and single items are asked
+Examples = Sequence[Example]  # only len() and [index] are used
 Arrays = dict[str, np.ndarray]
 Features = Callable[[Example, np.random.Generator], Mapping[str, np.ndarray]]
 
 _LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
 
 
-def shuffled(parts: Sequence[Examples], shares: Sequence[float], seed: int) -> grain.MapDataset:
-    """Endless examples, each part shuffled anew every epoch, mixed by `shares`, one a part.
+def shuffle_and_mix(
+    parts: Sequence[Examples], shares: Sequence[float], seed: int
+) -> grain.MapDataset:
+    """Mix endless examples of several parts, each shuffled anew every epoch.
 
-    Grain keeps the shares to about 1 %. UserError if a part is too long to shuffle.
+    Args:
+        parts: examples of each source.
+        shares: weight of each part, which Grain keeps to about 1 %.
+        seed: seed of the orders.
+
+    Raises:
+        UserError: a part is too long to shuffle.
     """
     streams = []
     for index, part in enumerate(parts):
@@ -45,23 +52,66 @@ def shuffled(parts: Sequence[Examples], shares: Sequence[float], seed: int) -> g
     return grain.MapDataset.mix(streams, [float(share) for share in shares])
 
 
-def contiguous(parts: Sequence[Examples], batch_size: int, endless: bool) -> grain.MapDataset:
-    """Examples such that row r of a batch goes on where row r of the batch before ended."""
+def contiguous_rows(parts: Sequence[Examples], batch_size: int, endless: bool) -> grain.MapDataset:
+    """Order examples so that row r of a batch continues row r of the batch before.
+
+    Args:
+        parts: examples of the only source.
+        batch_size: rows of a batch.
+        endless: repeat, and drop the last examples so that all rows are equally long.
+    """
     (part,) = parts
-    reordered: Any = Contiguous(part, batch_size, drop_remainder=endless)
+    reordered: Any = ContiguousRows(part, batch_size, drop_remainder=endless)
     examples = _Source(reordered)
     return examples.repeat() if endless else examples
 
 
-def in_order(parts: Sequence[Examples]) -> grain.MapDataset:
-    """All examples of all parts, once."""
+@dataclass(frozen=True, eq=False)
+class ContiguousRows:
+    """Examples reordered so that each row of the batches reads a stretch of its own in order.
+
+    Row r of batch t is example r·m + t of m batches (Zaremba et al. 2014, §3). "fresh" of an
+    example is 1 at the start of its row, where carried state is reset.
+
+    Attributes:
+        examples: examples in their own order.
+        batch_size: rows of a batch.
+        drop_remainder: leave out the last examples, so that all stretches are full; otherwise the
+            last row ends in zeros.
+    """
+
+    examples: Sequence[Mapping[str, Any]]
+    batch_size: int
+    drop_remainder: bool
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of one pass."""
+        n = len(self.examples)
+        return max(n // self.batch_size, 1) if self.drop_remainder else -(-n // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.n_batches * self.batch_size
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        batch, row = divmod(index, self.batch_size)
+        index = row * self.n_batches + batch
+        if index < len(self.examples):
+            example = self.examples[index]
+        else:
+            example = {name: np.zeros_like(x) for name, x in self.examples[0].items()}
+        return {**example, "fresh": np.int32(batch == 0)}
+
+
+def all_in_order(parts: Sequence[Examples]) -> grain.MapDataset:
+    """Concatenate the examples of all parts, once."""
     return grain.MapDataset.concatenate([_Source(part) for part in parts])
 
 
 class _Source(grain.MapDataset):
-    """Examples as the start of a Grain pipeline.
+    """Start of a Grain pipeline.
 
-    grain.MapDataset.source would do, but its monitoring takes longer than reading a window.
+    As grain.MapDataset.source, whose monitoring takes longer than reading a window.
     """
 
     def __init__(self, parent: Examples):
@@ -79,10 +129,14 @@ class _Source(grain.MapDataset):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches of `batch_size` examples, in the order of `examples`.
+    """Batches of examples.
 
-    features: turns an example into arrays of fixed shape; its generator depends only on `seed`
-    and on the example's place in the order.
+    Attributes:
+        examples: examples in their order.
+        features: function from an example to arrays of fixed shape; its random generator depends
+            only on `seed` and the index of the example in the order.
+        batch_size: rows of a batch, over all devices.
+        seed: seed of the random generators.
     """
 
     examples: grain.MapDataset
@@ -94,9 +148,14 @@ class Batches:
         return -(-len(self.examples) // self.batch_size)
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Arrays:
-        """Rows of the batch of a step: arrays [len(rows), ...], a pure function of its arguments.
+        """Return rows of the batch of a step, a pure function of its arguments.
 
-        Rows beyond the last example are zeros.
+        Args:
+            step: index of the batch.
+            rows: indices of the rows.
+
+        Returns:
+            Arrays [len(rows), …] by name; rows beyond the last example are zeros.
         """
         indices = [step * self.batch_size + int(row) for row in rows]
         found = [self._row(index) for index in indices]
@@ -105,7 +164,7 @@ class Batches:
     def _row(self, index: int) -> Mapping[str, np.ndarray]:
         if index >= len(self.examples):
             return self._empty_row
-        # A counter-based generator: its key alone gives the row a stream of its own.
+        # A counter-based generator, whose key alone gives the row a stream of its own.
         generator = np.random.Generator(np.random.Philox(key=(self.seed << 64) + index))
         return self.features(self.examples[index], generator)
 
@@ -115,8 +174,8 @@ class Batches:
 
 
 @lru_cache
-def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The rows of [steps, batch] arrays that this process's devices hold: sorted, each once."""
+def addressable_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Return the rows of [steps, B] arrays that this process's devices hold, sorted, each once."""
     held = np.zeros(batch_size, bool)
     indices: Any = sharding.addressable_devices_indices_map((1, batch_size)).values()
     for _, part in indices:
@@ -127,14 +186,19 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 def to_device(
     batches: Batches, steps: Sequence[int], shardings: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
-    """The batches of some steps as global arrays [steps, batch, ...].
+    """Place the batches of some steps on the devices; each process builds only its own rows.
 
-    `shardings` are those of the arrays by name, all alike in their rows; each process builds only
-    its own rows.
+    Args:
+        batches: batches of all steps.
+        steps: steps to build.
+        shardings: shardings of the arrays by name, all with the same sharding of their rows.
+
+    Returns:
+        Global arrays [steps, B, …] by name.
     """
     one = next(iter(shardings.values()))
     by_rows = NamedSharding(one.mesh, PartitionSpec(*one.spec[:2]))
-    rows = host_rows(by_rows, batches.batch_size)
+    rows = addressable_rows(by_rows, batches.batch_size)
     parts = [batches.rows(step, rows) for step in steps]
 
     def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -147,7 +211,7 @@ def to_device(
         return jax.make_array_from_callback(shape, sharding, part)
 
     arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    with jax.transfer_guard("allow"):  # the one transfer that is meant
+    with jax.transfer_guard("allow"):  # the only intended transfer
         return {name: place(array, shardings[name]) for name, array in arrays.items()}
 
 
@@ -157,9 +221,15 @@ def prefetch(
     shardings: Mapping[str, NamedSharding],
     depth: int = 2,
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """`to_device` of each sequence of steps; a thread prepares `depth` of them ahead.
+    """Yield `to_device` of each sequence of steps, prepared ahead by a thread.
 
     Errors of the thread are raised here; closing the generator stops the thread.
+
+    Args:
+        batches: batches of all steps.
+        dispatches: sequences of steps.
+        shardings: as for `to_device`.
+        depth: sequences prepared ahead.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="lm-batches")
     waiting = iter(dispatches)

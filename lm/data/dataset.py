@@ -1,31 +1,37 @@
-"""From the config's `data` section to tokenizer and stores, of documents or of records."""
+"""Tokenizer and stores of a configuration's `data` section, of documents or of records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from lm.data.records.record_sources import Records, read_records, text_corpus
-from lm.data.records.record_store import RecordStore, build_record_store
-from lm.data.store import TokenStore, build_store
-from lm.data.text.corpus import Corpus
-from lm.data.text.sources import has_validation, open_corpus, sources
-from lm.data.tokenizers.choice import FITTED, Tokenizer, choose_tokenizer
+from lm.config.rules import listed
+from lm.data.sources import Corpus, find_source, has_validation, open_corpus
+from lm.data.store import TokenStore, build_token_store
+from lm.data.tokenizers.tokenizer import Tokenizer, is_fitted, make_tokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory
 
-Store = TokenStore | RecordStore
+if TYPE_CHECKING:  # imported only where a task is trained
+    from lm.data.records.record_store import RecordStore
+    from lm.data.records.records import Records
+
+Store: TypeAlias = "TokenStore | RecordStore"
+Source: TypeAlias = "Corpus | Records"
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Everything that batches are made of.
+    """Tokenizer and stores that batches are made of.
 
-    train, validation: stores of documents, or of a task's records.
-    weights: one share a training store, or () for shares by number of tokens.
-    fingerprint: digests of the tokenizer and of each source, to tell what changed on resume.
+    Attributes:
+        tokenizer: tokenizer of the stores.
+        train: training stores, of documents or of a task's records.
+        validation: validation stores; () if the configuration names no validation text.
+        weights: mixture weight of each training store; () for weights by number of tokens.
+        fingerprint: digests of the tokenizer and of each source, compared when a run continues.
     """
 
     tokenizer: Tokenizer
@@ -36,64 +42,101 @@ class Dataset:
 
 
 def open_dataset(data: Any, records: bool = False, progress: bool = False) -> Dataset:
-    """Opens tokenizer and stores of a `data` section, building what the cache does not hold.
+    """Open tokenizer and stores, building what the cache does not hold.
 
-    The sources hold documents, or with `records` a task's records. `validation` is empty if the
-    section names no validation text. UserError for everything the section can get wrong.
+    Args:
+        data: section `data` of the configuration.
+        records: the sources hold a task's records rather than documents.
+        progress: show progress bars on stderr.
+
+    Raises:
+        UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
-    training = _opened(data.source, data, "train", records)
-    tokenizer = choose_tokenizer(data, _corpora(training))
-    validation = _validation(data, records)
+    training = _open_sources(data.source, data, "train", records)
+    tokenizer = make_tokenizer(data, _corpora(training, records))
+    validation = _open_validation(data, records)
     fingerprint = {"tokenizer": tokenizer.digest}
-    for split, opened in (("train", training), ("validation", validation)):
-        fingerprint |= {f"{split} {source.name}": source.digest for source in opened}
+    for split, sources in (("train", training), ("validation", validation)):
+        fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
     train, held_out = (
-        tuple(_store(source, tokenizer, data, progress) for source in opened)
-        for opened in (training, validation)
+        tuple(_build_store(source, tokenizer, data, records, progress) for source in sources)
+        for sources in (training, validation)
     )
     if _holds_out_records(data, records):
-        train, held_out = zip(*(_divide(store, data) for store in train), strict=True)
+        train, held_out = zip(*(_split_records(store, data) for store in train), strict=True)
     return Dataset(tokenizer, train, held_out, tuple(data.weights), fingerprint)
 
 
 def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
-    """The tokenizer of a `data` section; opens the training text only if it must be fitted."""
-    training = _opened(data.source, data, "train", records) if data.tokenizer in FITTED else ()
-    return choose_tokenizer(data, _corpora(training))
+    """Open the tokenizer alone, and the training text only if it is fitted to that.
+
+    Arguments are those of `open_dataset`.
+    """
+    sources: tuple[Source, ...] = ()
+    if is_fitted(data.tokenizer):
+        sources = _open_sources(data.source, data, "train", records)
+    return make_tokenizer(data, _corpora(sources, records))
 
 
 def open_split(
     data: Any, split: str, tokenizer: Tokenizer, records: bool, progress: bool = False
 ) -> tuple[Store, ...]:
-    """The stores of the "validation" or "test" split under a tokenizer."""
+    """Open the stores of one split.
+
+    Args:
+        data: section `data` of the configuration.
+        split: "validation" or "test".
+        tokenizer: tokenizer of the stores.
+        records: the sources hold a task's records rather than documents.
+        progress: show progress bars on stderr.
+
+    Raises:
+        UserError: the configuration has no such split, or its source is missing or damaged.
+    """
     if split == "validation" and _holds_out_records(data, records):
-        training = _opened(data.source, data, "train", records)
-        stores = (_store(source, tokenizer, data, progress) for source in training)
-        return tuple(_divide(store, data)[1] for store in stores)
+        training = _open_sources(data.source, data, "train", records)
+        stores = (_build_store(source, tokenizer, data, records, progress) for source in training)
+        return tuple(_split_records(store, data)[1] for store in stores)
     if split == "test":
-        opened = _opened(data.test_source, data, "validation", records) if data.test_source else ()
+        sources = _open_sources(data.test_source, data, "validation", records)
     else:
-        opened = _validation(data, records)
-    if not opened:
+        sources = _open_validation(data, records)
+    if not sources:
         raise UserError(f"the configuration has no {split} data; set --config.data.{split}_source")
-    return tuple(_store(source, tokenizer, data, progress) for source in opened)
+    return tuple(_build_store(source, tokenizer, data, records, progress) for source in sources)
 
 
-def _validation(data: Any, records: bool) -> tuple[Corpus | Records, ...]:
-    if data.validation_source:
-        return _opened(data.validation_source, data, "validation", records)
+def _open_sources(specs: str, data: Any, split: str, records: bool) -> tuple[Source, ...]:
     if records:
-        return ()
-    specs = (spec for spec in sources(data.source) if has_validation(spec, data))
-    return tuple(open_corpus(spec, data, "validation") for spec in specs)
+        from lm.data.records.records import open_records
+
+        return tuple(open_records(spec, data, split) for spec in listed(specs))
+    return tuple(open_corpus(spec, data, split) for spec in listed(specs))
+
+
+def _open_validation(data: Any, records: bool) -> tuple[Source, ...]:
+    if data.validation_source:
+        return _open_sources(data.validation_source, data, "validation", records)
+    has_split = _has_validation_records if records else has_validation
+    specs = [spec for spec in listed(data.source) if has_split(spec, data)]
+    return _open_sources(",".join(specs), data, "validation", records)
+
+
+def _has_validation_records(spec: str, data: Any) -> bool:
+    """Return whether a source of records has a validation split of its own."""
+    cls, argument = find_source(spec, "records")
+    return cls.has_validation_split(argument, data)
 
 
 def _holds_out_records(data: Any, records: bool) -> bool:
-    return records and bool(data.validation_fraction) and not data.validation_source
+    """Return whether the validation records are taken out of the training stores."""
+    if not records or not data.validation_fraction or data.validation_source:
+        return False
+    return not any(_has_validation_records(spec, data) for spec in listed(data.source))
 
 
-def _divide(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
-    """All but a fixed random `data.validation_fraction` of a store's records, and that rest.
+def _split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
+    """Split a store into training records and a random `data.validation_fraction`.
 
     Random, because the files of tasks are often sorted, by class or by difficulty.
     """
@@ -104,25 +147,24 @@ def _divide(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
             f"{store.manifest.source} leaves a split empty: it has {len(store)} records"
         )
     order = np.random.default_rng(0).permutation(len(store))
-    return store.part(np.sort(order[:border])), store.part(np.sort(order[border:]))
+    return store.select(np.sort(order[:border])), store.select(np.sort(order[border:]))
 
 
-def _opened(text: str, data: Any, split: str, records: bool) -> tuple[Corpus | Records, ...]:
-    specs = sources(text)
-    if records:
-        return tuple(read_records(spec, data) for spec in specs)
-    return tuple(open_corpus(spec, data, split) for spec in specs)
+def _corpora(sources: tuple[Any, ...], records: bool) -> tuple[Corpus, ...]:
+    """Return the corpora that a tokenizer is fitted to."""
+    if not records:
+        return sources
+    from lm.data.records.records import RecordTexts
+
+    return tuple(RecordTexts(source) for source in sources)
 
 
-def _corpora(opened: tuple[Corpus | Records, ...]) -> tuple[Corpus, ...]:
-    """What tokenizers are fitted on."""
-    return tuple(
-        text_corpus(source) if isinstance(source, Records) else source for source in opened
-    )
-
-
-def _store(source: Corpus | Records, tokenizer: Tokenizer, data: Any, progress: bool) -> Store:
+def _build_store(
+    source: Any, tokenizer: Tokenizer, data: Any, records: bool, progress: bool
+) -> Store:
     cache = cache_directory(data)
-    if isinstance(source, Records):
+    if records:
+        from lm.data.records.record_store import build_record_store
+
         return build_record_store(source, tokenizer, cache, progress)
-    return build_store(source, tokenizer, cache, data.workers, progress)
+    return build_token_store(source, tokenizer, cache, data.workers, progress)

@@ -1,4 +1,4 @@
-"""Finding and reading the user's files: plain or .gz, always UTF-8."""
+"""The user's files: finding, reading (plain or .gz, always UTF-8) and hashing them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ _CHUNK = 2**20
 
 
 def data_directory(data: Any) -> Path:
-    """The folder that relative paths start from: `data.directory`, LM_DATA_DIR, or here."""
+    """Return the folder that relative paths start from: `data.directory`, LM_DATA_DIR, or ."""
     return Path(data.directory or os.environ.get("LM_DATA_DIR") or ".").expanduser()
 
 
 def find_file(path: str, data: Any) -> Path:
-    """The file or folder at `path`, relative to the data directory; UserError if there is none."""
+    """Return the file or folder at a path relative to the data directory.
+
+    Raises:
+        UserError: it does not exist.
+    """
     found = data_directory(data) / Path(path).expanduser()
     if not found.exists():
         raise _missing(path, data)
@@ -31,7 +35,11 @@ def find_file(path: str, data: Any) -> Path:
 
 
 def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
-    """The files that a path or glob names, sorted; UserError if there is none."""
+    """Return the files that a path or glob names, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
     place = data_directory(data) / Path(pattern).expanduser()
     if place.is_file():
         return (place,)
@@ -45,15 +53,16 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
 def _missing(path: str, data: Any) -> UserError:
     if not path:
         return UserError("the path after ':' is empty: name a file, such as text:input.txt")
-    where = "" if Path(path).is_absolute() else f" in {data_directory(data).absolute()}"
+    folder = "" if Path(path).is_absolute() else f" in {data_directory(data).absolute()}"
     advice = "set LM_DATA_DIR or --config.data.directory to the folder that holds it"
-    return UserError(f"no file matches {path!r}{where}: {advice}")
+    return UserError(f"no file matches {path!r}{folder}: {advice}")
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yields the text of a UTF-8 file in chunks, newlines untouched.
+    """Yield the text of a file in chunks, newlines untouched.
 
-    Raises UserError with the byte offset where the (decompressed) file is not UTF-8.
+    Raises:
+        UserError: the (decompressed) file is not UTF-8 at a byte, which the message names.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
@@ -75,7 +84,7 @@ def _decode(
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:
-    """Yields the (decompressed) bytes of a file in chunks; UserError if it cannot be read."""
+    """Yield the (decompressed) bytes of a file in chunks; UserError if it cannot be read."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
@@ -87,7 +96,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""Yields the lines of a UTF-8 file without their "\n" or "\r\n"."""
+    r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"."""
     rest = ""
     for chunk in read_text(path):
         *lines, rest = (rest + chunk).split("\n")
@@ -97,7 +106,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def hash_files(files: Iterable[Path], *settings: str) -> str:
-    """sha256 of the settings and of each file's name and bytes, in order."""
+    """Return the sha256 of the settings and of each file's name and bytes, in order."""
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
         with open(path, "rb") as file:

@@ -17,14 +17,20 @@ Example = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """A sequence of windows that start every `stride` tokens.
+class TokenWindows:
+    """Sequence of windows that start every `stride` tokens.
 
-    An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (the documents of the
+    An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (documents of the
     window, counted from 1; 0 for padding beyond the end) and "positions" (from the start of the
-    document's part in the window). Without `isolate` a window is a single segment. "weights",
-    float32 [length], is 1 where the next token is a target: of the same document, or the
-    delimiter that ends it by starting another.
+    document's part in the window). "weights", float32 [length], is 1 where the next token is a
+    target: of the same document, or the delimiter that ends it by starting another.
+
+    Attributes:
+        store: token store.
+        length: targets of a window.
+        stride: tokens from the start of one window to the next.
+        isolate: documents are segments of their own; otherwise a window is a single segment.
+        drop_remainder: leave out the last window if it is not full; otherwise pad it.
     """
 
     store: TokenStore
@@ -72,6 +78,7 @@ class Windows:
         return segment_ids, positions
 
     def _documents(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return segment ids and positions of tokens [start, end) of the store."""
         offsets = self.store.offsets
         first = offsets.searchsorted(start, side="right")
         last = offsets.searchsorted(end, side="left")
@@ -89,15 +96,18 @@ class Windows:
         )
 
 
-def windows(
+def token_windows(
     store: TokenStore, length: int, stride: int, isolate: bool, drop_remainder: bool
-) -> Windows:
-    """The windows of a store: for training full ones (`drop_remainder`), for evaluation all.
+) -> TokenWindows:
+    """Return the windows of a store: full ones for training (`drop_remainder`), all for evaluation.
 
-    With stride = length every token but the store's first is a target exactly once; without
-    `drop_remainder` the last window is padded. UserError if the store has too few tokens for one.
+    Arguments are the attributes of `TokenWindows`. With stride = length every token but the store's
+    first is a target exactly once.
+
+    Raises:
+        UserError: the store has too few tokens for one window.
     """
-    examples = Windows(store, length, stride, isolate, drop_remainder)
+    examples = TokenWindows(store, length, stride, isolate, drop_remainder)
     if not len(examples):
         n_tokens = len(store.tokens)
         raise UserError(

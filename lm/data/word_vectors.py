@@ -22,9 +22,11 @@ from lm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """The words of a file in its order, mostly the most frequent first, and a vector for each.
+    """Words of a file in its order, usually by descending frequency, and their vectors.
 
-    vectors: float32 [N, D].
+    Attributes:
+        words: N words.
+        vectors: float32 [N, D].
     """
 
     words: tuple[str, ...]
@@ -32,19 +34,20 @@ class WordVectors:
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        # backwards, so that of a word that is there twice the first vector counts
+        # reversed, so that the first vector of a word that occurs twice counts
         return {self.words[i]: i for i in reversed(range(len(self.words)))}
 
     def row(self, word: str) -> int | None:
-        """The row of `word`, or else of its lower-cased form; None if there is neither."""
+        """Return the row of a word, or of its lower-cased form; None if there is neither."""
         row = self._rows.get(word)
         return self._rows.get(word.lower()) if row is None else row
 
 
 def load_vectors(path: str | Path) -> WordVectors:
-    """Reads GloVe's text format, or word2vec's, whose first line is "N D".
+    """Read GloVe's text format, or word2vec's, whose first line is "N D".
 
-    Raises UserError with file and line for a row that is not a word and D finite numbers.
+    Raises:
+        UserError: a line is not a word and D finite numbers.
     """
     path = Path(path)
     lines = read_lines(path)
@@ -76,7 +79,7 @@ def load_vectors(path: str | Path) -> WordVectors:
 
 
 def save_vectors(vectors: WordVectors, path: str | Path) -> None:
-    """Writes GloVe's text format, digits enough for `load_vectors` to give the same float32."""
+    """Write GloVe's text format, with enough digits for `load_vectors` to give the same float32."""
     for number, word in enumerate(vectors.words, start=1):
         if not word or " " in word or "\n" in word:
             raise UserError(f"word {number}, {word!r}, cannot be written: it must have no space")
@@ -88,16 +91,24 @@ def save_vectors(vectors: WordVectors, path: str | Path) -> None:
 
 
 def vocabulary_words(tokenizer: Tokenizer) -> list[str]:
-    """What each id stands for, without white space: the words to look up for `initial_table`."""
+    """Return the text of each id without white space: the words for `pretrained_embeddings`."""
     return [tokenizer.decode([i]).strip() for i in range(tokenizer.vocab_size)]
 
 
-def initial_table(
+def pretrained_embeddings(
     vectors: WordVectors, words: Sequence[str], rows: int, std: float, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Initial embeddings float32 [V, D] with V = `rows`, and how many words had a vector.
+    """Return an initial embedding table from word vectors.
 
-    Row i is the vector of words[i]; a row without one is normal with deviation `std`.
+    Args:
+        vectors: word vectors.
+        words: word of each row.
+        rows: rows V of the table.
+        std: standard deviation of the normal distribution of rows without a vector.
+        seed: seed of these rows.
+
+    Returns:
+        The table, float32 [V, D], and the number of words that have a vector.
     """
     shape = rows, vectors.vectors.shape[1]
     table_VD = np.random.default_rng(seed).normal(0.0, std, shape).astype(np.float32)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.generation import record, write
 from lm.decoding.output_file import continue_file, one_line, read_inputs
 from lm.decoding.prompts import is_encoder_decoder

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.batch import decode_records, sample_records
 from lm.decoding.options import controls_of, search_of
 from lm.decoding.prompts import is_encoder_decoder

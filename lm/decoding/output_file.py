@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm.data.files import read_lines
-from lm.data.records.record_files import Row, read_jsonl
+from lm.data.records.record_files import Row, read_jsonl_rows
 from lm.errors import UserError
 from lm.parallel.hosts import is_primary_host
 
@@ -33,7 +33,7 @@ def read_inputs(file: Path, role: str, columns: str) -> list[str]:
         return list(read_lines(file))
     pairs = (column.partition("=") for column in columns.split(","))
     field = {of.strip(): name.strip() for of, _, name in pairs}.get(role, role)
-    return [_text(row, field) for row in read_jsonl((file,), header=False)]
+    return [_text(row, field) for row in read_jsonl_rows(file)]
 
 
 def _text(row: Row, field: str) -> str:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lm.data.batches import prefetch
 from lm.data.records.record_store import Record, RecordStore
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.batch import transduce
 from lm.decoding.generation import text_after
 from lm.decoding.options import search_of

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.config.schema import SCHEMA
-from lm.data.tokenizers.choice import Tokenizer, choose_tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
 from lm.interop.huggingface import save
@@ -55,7 +55,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
     if "data.tokenizer" in overrides:
-        tokenizer: Tokenizer | None = choose_tokenizer(config.data, [])
+        tokenizer: Tokenizer | None = make_tokenizer(config.data, [])
     else:
         tokenizer = read_tokenizer(source)
         if tokenizer is not None:

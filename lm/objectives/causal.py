@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lm.data.store import TokenStore
-from lm.data.windows import Windows, windows
+from lm.data.windows import TokenWindows, token_windows
 from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.token_loss import token_loss
 
@@ -43,10 +43,10 @@ class Causal:
     def n_extra_ids(self) -> int:
         return 0
 
-    def examples(self, store: TokenStore, training: bool) -> Windows:
+    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
         """Windows of L + 1 tokens."""
         stride = (self.stride or self.length) if training else self.length
-        return windows(store, self.length, stride, self.isolate_documents, training)
+        return token_windows(store, self.length, stride, self.isolate_documents, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """From a window of L + 1 tokens: inputs, targets, weights, segments and positions [L]."""

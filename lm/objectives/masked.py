@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data.store import TokenStore
-from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.data.tokenizers.word_starts import word_starts
-from lm.data.windows import Windows, windows
+from lm.data.tokenizers.tokenizer import Tokenizer, word_starts
+from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
 from lm.objectives.objective import Batch, Example, LossSums
@@ -88,7 +87,7 @@ class Masked:
         """Windows of `window_length` tokens; with next_sentence, "others" are all of them."""
         n = self.window_length
         stride = self.stride if training and self.stride else n
-        found = windows(store, n - 1, stride, self.isolate_documents, training)
+        found = token_windows(store, n - 1, stride, self.isolate_documents, training)
         return _WithOthers(found) if self.next_sentence else found  # type: ignore[return-value]
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
@@ -251,7 +250,7 @@ class Masked:
 class _WithOthers:
     """Windows, each of which can reach the others."""
 
-    windows: Windows
+    windows: TokenWindows
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.records.record_packing import Packs, pack
+from lm.data.records.record_packing import Packs, pack_records
 from lm.data.records.record_store import Record, RecordStore
 from lm.objectives.columns import require_columns
 from lm.objectives.objective import Batch, Example, LossSums
@@ -64,7 +64,7 @@ class Seq2Seq:
         limits = (self.source_length, self.target_length)
         if not self.pack:
             lengths[:] = limits
-        return Rows(store, pack(lengths, limits, self.seed))  # type: ignore[return-value]
+        return Rows(store, pack_records(lengths, limits, self.seed))  # type: ignore[return-value]
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """A row: sources and inputs, each with segments from 1 and positions, and targets."""

@@ -17,7 +17,7 @@ import numpy as np
 from lm.data.store import TokenStore
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
-from lm.data.windows import Windows, windows
+from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
 from lm.objectives.objective import Batch, Example, LossSums
 
@@ -60,10 +60,10 @@ class SkipGram:
 
     # --- features
 
-    def examples(self, store: TokenStore, training: bool) -> Windows:
+    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
         """Windows of `length` tokens."""
         stride = self.stride if training and self.stride else self.length
-        return windows(store, self.length - 1, stride, False, training)
+        return token_windows(store, self.length - 1, stride, False, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Four arrays [L]: the `words` that are kept; the `lines` that they are in, 0 for padding;

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm.data.store import TokenStore
 from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.data.windows import Windows, windows
+from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
 from lm.objectives.objective import Batch, Example, LossSums
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
@@ -119,11 +119,11 @@ class SpanCorruption:
             "weights": (target, "float32"),
         }
 
-    def examples(self, store: TokenStore, training: bool) -> Windows:
+    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
         """Windows that fill the sources."""
         n = self._lengths[0]
         stride = self.stride if training and self.stride else n
-        return windows(store, n - 1, stride, False, training)
+        return token_windows(store, n - 1, stride, False, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Source and its segment [S]; inputs, targets, their segment and weights [T]."""

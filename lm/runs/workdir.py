@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.experiment_file import plugin_metadata
 from lm.data.dataset import Dataset
-from lm.data.tokenizers.choice import Tokenizer, load_saved
+from lm.data.tokenizers.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.storage import storage_path, upload_changes, write_atomically
 
@@ -75,7 +75,7 @@ def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
     """Return the tokenizer that the run was trained with."""
-    tokenizer = load_saved(workdir / "tokenizer")
+    tokenizer = load_saved_tokenizer(workdir / "tokenizer")
     check_tokenizer(workdir, tokenizer)
     return tokenizer
 

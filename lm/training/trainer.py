@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lm.data.dataset import open_dataset
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
 from lm.objectives.registry import make_objective

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from lm.config.rules import rename_rules
 from lm.data.files import find_file
-from lm.data.tokenizers.choice import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
-from lm.data.word_vectors import initial_table, load_vectors, vocabulary_words
+from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Kind, ParamInfo
@@ -79,7 +79,7 @@ def _with_vectors(
         )
     words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
     rows, std = config.model.vocab_size, config.model.init_std
-    table, n_found = initial_table(vectors, words, rows, std, config.seed)
+    table, n_found = pretrained_embeddings(vectors, words, rows, std, config.seed)
     log(f"{config.init.vectors}: vectors for {n_found} of {len(words)} words")
     params, shardings = flat(state.params), flat(experiment.state_sharding.params)
     path = token_table(experiment.param_infos)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from lm.config.registries import MODELS, SOURCES
 from lm.config.registry import option
-from lm.data.text.corpus import Chunk
+from lm.data.sources import Chunk, DocumentSource
 from lm.models.classic.nplm import Nplm, NplmConfig
 
 
@@ -49,14 +49,12 @@ class CountingOptions:
     count_to: int = option(500, "Last number of the text.", low=1)
 
 
-@dataclass(frozen=True)
-class Counting:
+@SOURCES.register("counting", options=CountingOptions)
+class Counting(DocumentSource):
     """The numbers from 1, a document each hundred."""
 
-    count_to: int
-
-    name = "counting"
-    size = None
+    def __init__(self, argument, data, split):
+        self.name, self.count_to = "counting", data.count_to
 
     @property
     def digest(self):
@@ -65,11 +63,6 @@ class Counting:
     def chunks(self):
         for start in range(1, self.count_to, 100):
             yield Chunk(" ".join(map(str, range(start, start + 100))), True, True)
-
-
-@SOURCES.register("counting", options=CountingOptions)
-def counting(argument, data, split):
-    return Counting(data.count_to)
 '''
 
 CONFIG = """

@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lm
-from lm.data.batches import Batches, host_rows, in_order, prefetch, shuffled, to_device
+from lm.data.batches import (
+    Batches,
+    addressable_rows,
+    all_in_order,
+    prefetch,
+    shuffle_and_mix,
+    to_device,
+)
 from lm.errors import UserError
 
 
@@ -38,7 +45,7 @@ def noisy(example, generator):
 
 @pytest.fixture
 def batches():
-    return Batches(shuffled([Numbers(62)], (1,), seed=1), noisy, batch_size=8, seed=5)
+    return Batches(shuffle_and_mix([Numbers(62)], (1,), seed=1), noisy, batch_size=8, seed=5)
 
 
 @pytest.fixture
@@ -65,9 +72,9 @@ def test_a_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(batches):
-    again = Batches(shuffled([Numbers(62)], (1,), 1), noisy, 8, seed=5)
+    again = Batches(shuffle_and_mix([Numbers(62)], (1,), 1), noisy, 8, seed=5)
     equal(again.rows(3, range(8)), batches.rows(3, range(8)))
-    other_order = shuffled([Numbers(62)], (1,), 2)
+    other_order = shuffle_and_mix([Numbers(62)], (1,), 2)
     assert firsts(other_order, 0, 20) != firsts(batches.examples, 0, 20)
     other_noise = Batches(batches.examples, noisy, 8, seed=6)
     assert (other_noise.rows(3, [0])["noise"] != batches.rows(3, [0])["noise"]).all()
@@ -86,7 +93,7 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(batches):
     ("shares", "share"), [((4000, 1000), 0.8), ((1.0, 3.0), 0.25), ((0.7, 0.3), 0.7)]
 )
 def test_mixtures_keep_their_proportions(shares, share):
-    examples = shuffled([Numbers(250), Numbers(60, first=10_000)], shares, 0)
+    examples = shuffle_and_mix([Numbers(250), Numbers(60, first=10_000)], shares, 0)
     drawn = np.asarray(firsts(examples, 0, 2000))
     assert np.mean(drawn < 10_000) == pytest.approx(share, abs=0.01)
     head = np.asarray(firsts(examples, 0, 40))
@@ -94,7 +101,7 @@ def test_mixtures_keep_their_proportions(shares, share):
 
 
 def test_evaluation_goes_through_all_parts_in_order_and_ends_with_zeros():
-    examples = in_order([Numbers(3), Numbers(2, first=100)])
+    examples = all_in_order([Numbers(3), Numbers(2, first=100)])
     evaluation = Batches(examples, noisy, batch_size=4, seed=0)
     assert len(evaluation) == 2
     assert evaluation.rows(0, range(4))["first"].tolist() == [0, 16, 32, 100]
@@ -112,7 +119,7 @@ def test_examples_may_come_from_any_grain_dataset():
 
 def test_too_many_examples_to_shuffle_are_said():
     with pytest.raises(UserError, match=r"more than 2\*\*32: use a larger --config.data.stride"):
-        shuffled([Numbers(2**32 + 1, stride=1)], (1,), 0)
+        shuffle_and_mix([Numbers(2**32 + 1, stride=1)], (1,), 0)
 
 
 def all_of(sharding):
@@ -121,7 +128,7 @@ def all_of(sharding):
 
 
 def test_steps_on_a_device_are_stacked(batches, sharding):
-    assert host_rows(sharding, 8).tolist() == list(range(8))
+    assert addressable_rows(sharding, 8).tolist() == list(range(8))
     placed = to_device(batches, [3, 5], all_of(sharding))
     assert placed["tokens"].shape == (2, 8, 17)
     assert placed["first"].shape == (2, 8)
@@ -195,7 +202,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 
 import grain
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from lm.data.batches import Batches, host_rows, prefetch
+from lm.data.batches import Batches, addressable_rows, prefetch
 
 built = []
 
@@ -224,7 +231,7 @@ for shape, spec, n_rows in [
 ]:
     mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, spec)
-    rows = host_rows(sharding, 8)
+    rows = addressable_rows(sharding, 8)
     assert len(rows) == n_rows, rows
     built.clear()
     shardings = dict.fromkeys(("tokens", "label"), sharding)

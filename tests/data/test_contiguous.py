@@ -4,8 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.batches import Batches, contiguous
-from lm.data.contiguous import Contiguous
+from lm.data.batches import Batches, ContiguousRows, contiguous_rows
 
 
 class Windows:
@@ -25,7 +24,7 @@ class Windows:
 
 def grid(n, batch_size, drop_remainder):
     """The numbers of the windows and the marks of fresh rows, [batches, rows] each."""
-    examples = Contiguous(Windows(n), batch_size, drop_remainder)
+    examples = ContiguousRows(Windows(n), batch_size, drop_remainder)
     found = [examples[i] for i in range(len(examples))]
     shape = (examples.n_batches, batch_size)
     return (
@@ -74,7 +73,7 @@ def test_seven_windows_in_three_rows():
 
 
 def test_padding_has_the_shapes_and_types_of_a_window_and_no_weight():
-    examples = Contiguous(Windows(1), 2, drop_remainder=False)
+    examples = ContiguousRows(Windows(1), 2, drop_remainder=False)
     window, padding = examples[0], examples[1]
     for name, values in window.items():
         assert padding[name].shape == values.shape
@@ -83,7 +82,7 @@ def test_padding_has_the_shapes_and_types_of_a_window_and_no_weight():
 
 
 def test_training_starts_again_after_the_last_batch():
-    examples = contiguous([Windows(7)], 3, endless=True)
+    examples = contiguous_rows([Windows(7)], 3, endless=True)
     batches = Batches(examples, lambda example, _: example, 3, seed=0)
     found = [batches.rows(step, range(3)) for step in range(5)]
     assert [batch["tokens"][:, 0].tolist() for batch in found[:3]] == [
@@ -97,5 +96,5 @@ def test_training_starts_again_after_the_last_batch():
 
 
 def test_evaluation_ends():
-    examples = contiguous([Windows(7)], 3, endless=False)
+    examples = contiguous_rows([Windows(7)], 3, endless=False)
     assert len(Batches(examples, lambda example, _: example, 3, seed=0)) == 3

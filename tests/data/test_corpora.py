@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lm.data.text.sources import open_corpus
+from lm.data.sources import open_corpus
 from lm.errors import UserError
 
 
@@ -124,7 +124,7 @@ def test_the_digest_is_that_of_the_content(make_data, tmp_path):
     [
         (None, "text:a.txt", ["a.txt", "LM_DATA_DIR", "--config.data.directory"]),
         (None, "jsonl:*.jsonl", ["*.jsonl", "LM_DATA_DIR"]),
-        (None, "text:", ["empty"]),
+        (None, "text:", ["unknown data source 'text:'", "text:PATH"]),
         (b"", "text:a", ["text:a holds no text"]),
         (b"\n \n", "jsonl:a", ["jsonl:a holds no text"]),
         (b"ab\xff", "text:a", ["/a: not UTF-8 at byte 2"]),

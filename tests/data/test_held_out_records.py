@@ -54,7 +54,7 @@ def test_a_part_is_a_store_of_its_records(data, rows):
             assert len(store[i].tokens["text"]) == number + 1
         assert store.lengths("text").tolist() == [number + 1 for number in numbers]
         assert store.n_tokens == sum(numbers) + n
-        part = store.part(np.array([2, 0]))
+        part = store.select(np.array([2, 0]))
         assert texts(part) == [rows[numbers[2]], rows[numbers[0]]]
         assert part.lengths("text").tolist() == [numbers[2] + 1, numbers[0] + 1]
         for index in (-1, n):

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.records.offsets import locate
+from lm.data.records.record_store import tokenize_with_offsets
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.words import WordTokenizer
@@ -15,7 +15,7 @@ from lm.data.tokenizers.words import WordTokenizer
 
 def words_of(text):
     """The words that the tokens of a text stand for, each once."""
-    located = locate(text, ByteTokenizer().encode)
+    located = tokenize_with_offsets(text, ByteTokenizer().encode)
     borders = dict.fromkeys(zip(located.starts.tolist(), located.ends.tolist(), strict=True))
     return [text[start:end] for start, end in borders]
 
@@ -37,14 +37,14 @@ def test_words_are_runs_of_letters_and_single_marks(text, words):
 @given(st.text("ab1 \n,.()é黑の\u0301½_", max_size=30))
 def test_every_word_character_is_covered_once_and_in_order(text):
     assert "".join(words_of(text)) == "".join(text.split())
-    located = locate(text, ByteTokenizer().encode)
+    located = tokenize_with_offsets(text, ByteTokenizer().encode)
     assert located.tokens.dtype == located.starts.dtype == np.int32
     one_space = re.sub(r"\s+", " ", text.rstrip())
     assert ByteTokenizer().decode(located.tokens) == one_space
 
 
 def test_every_token_has_the_characters_of_its_word():
-    located = locate("ab, c", ByteTokenizer().encode)
+    located = tokenize_with_offsets("ab, c", ByteTokenizer().encode)
     assert bytes(located.tokens.tolist()) == b"ab, c"
     assert located.starts.tolist() == [0, 0, 2, 4, 4]
     assert located.ends.tolist() == [2, 2, 3, 5, 5]
@@ -62,11 +62,11 @@ def test_vocabularies_that_mark_word_starts_do_not_mark_punctuation():
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     text = "ab, (b), ab"
     assert reference.encode(",") != [reference.piece_to_id(",")]  # alone it would have a mark
-    tokens = locate(text, SentencePieceTokenizer(model.getvalue()).encode).tokens
+    tokens = tokenize_with_offsets(text, SentencePieceTokenizer(model.getvalue()).encode).tokens
     assert tokens.tolist() == reference.encode(text)
 
 
 def test_a_word_that_is_unknown_with_its_neighbour_stands_alone():
     tokenizer = WordTokenizer.fit(["no , yes"])
-    found = locate("no, zebra yes", tokenizer.encode)
+    found = tokenize_with_offsets("no, zebra yes", tokenizer.encode)
     assert tokenizer.decode(found.tokens) == "no , <unk> yes"

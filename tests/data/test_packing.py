@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.store import Manifest, TokenStore
-from lm.data.windows import windows
+from lm.data.windows import token_windows
 from lm.errors import UserError
 
 
@@ -25,7 +25,7 @@ stores = st.builds(store_of, st.lists(st.integers(1, 12), min_size=1), st.boolea
 
 @given(stores, st.integers(1, 30), st.booleans())
 def test_evaluation_makes_every_token_but_the_first_a_target_once(store, length, isolate):
-    examples = windows(store, length, length, isolate, drop_remainder=False)
+    examples = token_windows(store, length, length, isolate, drop_remainder=False)
     targets = []
     for i in range(len(examples)):
         example = examples[i]
@@ -44,7 +44,7 @@ def test_evaluation_makes_every_token_but_the_first_a_target_once(store, length,
 def test_segments_are_the_documents_and_positions_start_with_them(store, length, drop_remainder):
     places = store.tokens
     document = np.searchsorted(store.offsets, places, side="right")
-    examples = windows(store, length, length, True, drop_remainder=False)
+    examples = token_windows(store, length, length, True, drop_remainder=False)
     for i in range(len(examples)):
         example = examples[i]
         real = example["segment_ids"] > 0
@@ -55,15 +55,15 @@ def test_segments_are_the_documents_and_positions_start_with_them(store, length,
 
 
 def test_a_shared_delimiter_starts_a_segment_of_its_own_at_the_end():
-    example = windows(store_of([3, 2], final_delimiter=True), 6, 6, True, False)[0]
+    example = token_windows(store_of([3, 2], final_delimiter=True), 6, 6, True, False)[0]
     assert example["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 0]
     assert example["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0]
 
 
 def test_targets_are_of_the_same_document():
-    example = windows(store_of([3, 2]), 6, 6, True, False)[0]
+    example = token_windows(store_of([3, 2]), 6, 6, True, False)[0]
     assert example["weights"].tolist() == [1, 1, 0, 1, 0, 0]
-    example = windows(store_of([3, 2]), 6, 6, False, False)[0]
+    example = token_windows(store_of([3, 2]), 6, 6, False, False)[0]
     assert example["weights"].tolist() == [1, 1, 1, 1, 0, 0]
 
 
@@ -71,12 +71,12 @@ def test_a_shared_delimiter_is_the_target_that_ends_a_document():
     offsets = np.array([0, 3, 5])
     tokens = np.array([9, 1, 2, 9, 3, 9], np.uint16)
     manifest = Manifest(2, "memory", "", "", "uint16", 6, 2, 0, 0, 0, delimiter=9)
-    example = windows(TokenStore(Path(), manifest, tokens, offsets), 7, 7, True, False)[0]
+    example = token_windows(TokenStore(Path(), manifest, tokens, offsets), 7, 7, True, False)[0]
     assert example["weights"].tolist() == [1, 1, 1, 1, 1, 0, 0]
 
 
 def test_without_isolation_a_window_is_one_segment():
-    example = windows(store_of([3, 2]), 3, 1, False, True)[1]
+    example = token_windows(store_of([3, 2]), 3, 1, False, True)[1]
     assert example["tokens"].tolist() == [1, 2, 3, 4]
     assert example["segment_ids"].tolist() == [1, 1, 1, 1]
     assert example["positions"].tolist() == [0, 1, 2, 3]
@@ -87,15 +87,15 @@ def test_training_windows_are_full_and_start_at_every_stride(store, length, stri
     starts = range(0, len(store.tokens) - length, stride)
     if not starts:
         with pytest.raises(UserError, match=r"memory has \d+ tokens.*sequence_length"):
-            windows(store, length, stride, True, True)
+            token_windows(store, length, stride, True, True)
         return
-    examples = windows(store, length, stride, True, True)
+    examples = token_windows(store, length, stride, True, True)
     found = [examples[i]["tokens"].tolist() for i in range(len(examples))]
     assert found == [list(range(start, start + length + 1)) for start in starts]
 
 
 def test_indices_outside_are_refused():
-    examples = windows(store_of([10]), 4, 4, True, True)
+    examples = token_windows(store_of([10]), 4, 4, True, True)
     for index in (-1, len(examples)):
         with pytest.raises(IndexError):
             examples[index]
@@ -103,4 +103,4 @@ def test_indices_outside_are_refused():
 
 def test_a_single_token_is_too_few_to_evaluate():
     with pytest.raises(UserError, match="too few"):
-        windows(store_of([1]), 4, 4, True, False)
+        token_windows(store_of([1]), 4, 4, True, False)

@@ -1,9 +1,10 @@
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from lm.data.records.record_files import FORMATS
+from lm.config.registries import SOURCES
 from lm.errors import UserError
 
 
@@ -13,7 +14,8 @@ def rows(tmp_path, kind, *contents, header=True):
     for name, content in zip("ab", contents, strict=False):
         paths.append(tmp_path / name)
         paths[-1].write_bytes(content if isinstance(content, bytes) else content.encode())
-    found = FORMATS[kind](tuple(paths), header)
+    data = SimpleNamespace(directory="", header=header, field="text")
+    found = SOURCES[kind]("|".join(map(str, paths)), data, "train").rows()
     return [(row.where.removeprefix(f"{tmp_path}/"), row.problem or row.values) for row in found]
 
 

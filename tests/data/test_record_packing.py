@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lm.data.records.record_packing import pack
+from lm.data.records.record_packing import pack_records
 
 
 @st.composite
@@ -19,7 +19,7 @@ def problems(draw):
 @given(problems())
 def test_every_record_is_in_one_pack_and_limits_are_kept(problem):
     lengths, limits, seed = problem
-    packs = pack(lengths, limits, seed)
+    packs = pack_records(lengths, limits, seed)
     members = [packs[i] for i in range(len(packs))]
     assert sorted(np.concatenate([np.zeros(0, int), *members]).tolist()) == list(
         range(len(lengths))
@@ -27,19 +27,22 @@ def test_every_record_is_in_one_pack_and_limits_are_kept(problem):
     for member in members:
         assert len(member)
         assert len(member) == 1 or (lengths[member].sum(0) <= limits).all()
-    again = pack(lengths, limits, seed)
+    again = pack_records(lengths, limits, seed)
     np.testing.assert_array_equal(packs.indices, again.indices)
     np.testing.assert_array_equal(packs.offsets, again.offsets)
 
 
 def test_the_order_comes_from_the_seed():
     lengths = np.ones((50, 1), int)
-    assert pack(lengths, [5], 0).indices.tolist() != pack(lengths, [5], 1).indices.tolist()
+    assert (
+        pack_records(lengths, [5], 0).indices.tolist()
+        != pack_records(lengths, [5], 1).indices.tolist()
+    )
 
 
 def test_a_record_that_is_too_long_is_alone():
     lengths = np.asarray([[9, 0], [0, 0], [0, 1], [1, 9]])
-    packs = pack(lengths, [8, 8], 0)
+    packs = pack_records(lengths, [8, 8], 0)
     assert sorted(sorted(packs[i].tolist()) for i in range(len(packs))) == [[0], [1, 2], [3]]
     with pytest.raises(IndexError):
         packs[3]
@@ -56,13 +59,13 @@ def test_records_go_to_the_first_pack_with_room():
             expected.append([index])
         else:
             pack_of.append(index)
-    packs = pack(lengths, [100], 7)
+    packs = pack_records(lengths, [100], 7)
     assert [packs[i].tolist() for i in range(len(packs))] == expected
 
 
 def test_packs_are_nearly_full_and_say_so():
     lengths = np.random.default_rng(0).integers(5, 30, (5_000, 2))
-    packs = pack(lengths, [256, 256], 0)
+    packs = pack_records(lengths, [256, 256], 0)
     fill = packs.fill(lengths, [256, 256])
     assert fill.tolist() == (lengths.sum(0) / (len(packs) * 256)).tolist()
     assert fill.min() > 0.93
@@ -71,11 +74,11 @@ def test_packs_are_nearly_full_and_say_so():
 def test_records_that_fill_one_limit_do_not_hold_packs_open():
     """Half of the records are too long on one side; the others still fill their packs."""
     lengths = np.asarray([[20, 1], [4, 4]] * 2_000)
-    packs = pack(lengths, [16, 16], 0)
+    packs = pack_records(lengths, [16, 16], 0)
     assert len(packs) == 2_000 + 500
 
 
 @pytest.mark.parametrize(("limits", "expected"), [([4], [0.75]), ([10], [0.7])])
 def test_fill_counts_what_is_cut_off_as_unused(limits, expected):
     lengths = np.asarray([[5], [2]])
-    assert pack(lengths, limits, 0).fill(lengths, limits).tolist() == expected
+    assert pack_records(lengths, limits, 0).fill(lengths, limits).tolist() == expected

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.records.record_sources import read_records
 from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
@@ -16,7 +16,7 @@ def pairs(make_data, tmp_path):
     sources, targets = ["one two", "drei 漢", "x"], ["eins", "three", "ypsilon  "]
     (tmp_path / "a").write_text("\n".join(sources))
     (tmp_path / "b").write_text("\n".join(targets))
-    records = read_records("parallel:a|b", make_data())
+    records = open_records("parallel:a|b", make_data())
     return records, sources, targets
 
 
@@ -59,7 +59,7 @@ def test_a_finished_store_is_opened_again_and_a_damaged_one_rebuilt(pairs, tmp_p
 
 def test_skipped_rows_are_counted_and_said_at_every_start(make_data, tmp_path, capsys):
     (tmp_path / "a").write_text("text\nx\n \ny\tz\nw\n")
-    records = read_records("tsv:a", make_data(bad_rows="skip"))
+    records = open_records("tsv:a", make_data(bad_rows="skip"))
     for _ in range(2):
         store = build_record_store(records, ByteTokenizer(), tmp_path)
         assert (len(store), store.manifest.n_skipped) == (2, 2)
@@ -77,7 +77,7 @@ def test_tokens_of_a_context_know_their_characters(make_data, tmp_path):
     question = {"id": "1", "question": "Who, Ada?", "answers": [{"text": "Ada", "answer_start": 8}]}
     paragraph = {"context": "It was  Ada, née Ähm.", "qas": [question, question | {"id": "2"}]}
     (tmp_path / "a").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
-    records = read_records("squad:a", make_data())
+    records = open_records("squad:a", make_data())
     store = build_record_store(records, WordTokenizer.fit(["It was Ada , née . Who,"]), tmp_path)
     for index, name in enumerate(["1", "2"]):
         record = store[index]
@@ -98,4 +98,4 @@ def test_a_vocabulary_without_any_token_for_a_role_is_said(make_data, tmp_path):
 
     (tmp_path / "a").write_text("text\nx\n")
     with pytest.raises(UserError, match="no token for any text"):
-        build_record_store(read_records("tsv:a", make_data()), Nothing(), tmp_path)
+        build_record_store(open_records("tsv:a", make_data()), Nothing(), tmp_path)

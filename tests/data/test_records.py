@@ -3,8 +3,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from lm.data.records.record_sources import read_records, text_corpus
-from lm.data.tokenizers.choice import choose_tokenizer
+from lm.data.records.records import RecordTexts, open_records
+from lm.data.tokenizers.tokenizer import make_tokenizer
 from lm.errors import UserError
 
 ROWS = "sentence\tlabel\tid\ngood film \t1\t7\nbad\t 0 \t8\n"
@@ -19,12 +19,12 @@ def write(tmp_path):
 
 
 def read(data, spec):
-    return [record for record, _ in read_records(spec, data)]
+    return [record for record, _ in open_records(spec, data)]
 
 
-def test_columns_become_roles(make_data, write, tmp_path):
+def test_columns_are_renamed(make_data, write, tmp_path):
     write(ROWS)
-    records = read_records("tsv:a", make_data(columns="text=sentence, label = label", labels="0,1"))
+    records = open_records("tsv:a", make_data(columns="text=sentence, label = label", labels="0,1"))
     assert list(records) == [
         ({"text": "good film ", "label": "1"}, f"{tmp_path}/a:2"),
         ({"text": "bad", "label": "0"}, f"{tmp_path}/a:3"),
@@ -32,7 +32,7 @@ def test_columns_become_roles(make_data, write, tmp_path):
     assert list(records) == list(records)
 
 
-def test_columns_named_as_roles_need_no_setting(make_data, write):
+def test_columns_of_the_right_name_need_no_setting(make_data, write):
     write(ROWS.replace("sentence", "text"))
     assert read(make_data(labels="0,1"), "tsv:a")[1] == {"text": "bad", "label": "0", "id": "8"}
     write("where is c0\t( loc:t c0 )\n")
@@ -108,7 +108,7 @@ def test_a_bad_row_is_an_error_or_skipped_and_reported(
     assert problem in str(error.value)
     assert "bad_rows=skip" in str(error.value)
     reported = []
-    records = read_records(spec, make_data(labels="0,1", bad_rows="skip")).read(reported.append)
+    records = open_records(spec, make_data(labels="0,1", bad_rows="skip")).read(reported.append)
     with pytest.raises(UserError, match="holds no usable record") if not n_good else nullcontext():
         assert len(list(records)) == n_good
     assert len(reported) == 1
@@ -118,7 +118,7 @@ def test_a_bad_row_is_an_error_or_skipped_and_reported(
 @pytest.mark.parametrize("label", ["x", "nan", "inf", "1,5"])
 def test_without_names_a_label_is_a_number(make_data, write, label):
     write(f"text\tlabel\nx\t-2.5e-1\ny\t{label}\n")
-    records = iter(read_records("tsv:a", make_data()))
+    records = iter(open_records("tsv:a", make_data()))
     assert next(records)[0]["label"] == "-2.5e-1"
     with pytest.raises(UserError, match=r"a:3: label .* is not a number"):
         next(records)
@@ -136,9 +136,9 @@ def test_without_names_a_label_is_a_number(make_data, write, label):
             ["a:2: no column 'sentences' (there are: sentence, label, id)"],
         ),
         ("tsv:a", "text=0", ["no column '0'"]),
-        ("tsv:a", "sentence=text", ["unknown role 'sentence'", "question, context, label, id"]),
-        ("tsv:a", "text", ["ROLE=COLUMN"]),
-        ("tsv:a", "text=label,text=sentence", ["each role once"]),
+        ("tsv:a", "sentence=text", ["unknown name 'sentence'", "question, context, label, id"]),
+        ("tsv:a", "text", ["NAME=COLUMN"]),
+        ("tsv:a", "text=label,text=sentence", ["each name once"]),
     ],
 )
 @pytest.mark.parametrize("policy", ["error", "skip"])
@@ -161,7 +161,7 @@ def test_the_digest_is_that_of_files_and_settings(make_data, write):
     write(ROWS)
 
     def digest(spec="tsv:a", **changes):
-        return read_records(spec, make_data(**changes)).digest
+        return open_records(spec, make_data(**changes)).digest
 
     write(ROWS, "b")
     variants = [
@@ -184,8 +184,8 @@ def test_a_tokenizer_is_fitted_on_all_texts(make_data, write):
     write("ab ab\nba\n", "en")
     write("äb\nö\n", "de")
     data = make_data(tokenizer="words")
-    corpus = text_corpus(read_records("parallel:en|de", data))
-    assert [piece.text for piece in corpus.chunks()] == ["ab ab", "äb", "ba", "ö"]
-    assert all(piece.first and piece.last for piece in corpus.chunks())
-    assert choose_tokenizer(data, [corpus]).words[2:] == ("ab", "ba", "äb", "ö")
-    assert choose_tokenizer(make_data(tokenizer="char"), [corpus]).alphabet == " abäö"
+    corpus = RecordTexts(open_records("parallel:en|de", data))
+    assert [chunk.text for chunk in corpus.chunks()] == ["ab ab", "äb", "ba", "ö"]
+    assert all(chunk.first and chunk.last for chunk in corpus.chunks())
+    assert make_tokenizer(data, [corpus]).words[2:] == ("ab", "ba", "äb", "ö")
+    assert make_tokenizer(make_data(tokenizer="char"), [corpus]).alphabet == " abäö"

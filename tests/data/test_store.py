@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lm.data.store
-from lm.data import tokenization
-from lm.data.store import build_store
-from lm.data.text.corpus import Chunk, cut_document
+from lm.data.sources import Chunk, cut_document
+from lm.data.store import build_token_store
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from lm.errors import UserError
@@ -76,12 +75,12 @@ DOCUMENTS = tuple(f"Dokument {i}\n" + "größer\n" * (17 * i % 900) for i in ran
 def test_a_store_holds_the_tokens_of_direct_tokenisation(
     tmp_path, monkeypatch, with_bos_and_eos, workers
 ):
-    monkeypatch.setattr("lm.data.text.corpus.CHUNK", 900)  # several pieces a document
-    monkeypatch.setattr(tokenization, "CHUNK", 5000)  # several pieces a block
-    monkeypatch.setattr(tokenization, "_SMALL", 100)  # worker processes at once
+    monkeypatch.setattr("lm.data.sources.CHUNK", 900)  # several pieces a document
+    monkeypatch.setattr(lm.data.store, "CHUNK", 5000)  # several pieces a block
+    monkeypatch.setattr(lm.data.store, "_SMALL", 100)  # worker processes at once
     kinds = [ByteTokenizer(), CharTokenizer.fit(DOCUMENTS)]
     for tokenizer in kinds if workers < 3 else [with_bos_and_eos]:
-        store = build_store(Texts(DOCUMENTS), tokenizer, tmp_path, workers)
+        store = build_token_store(Texts(DOCUMENTS), tokenizer, tmp_path, workers)
         tokens, offsets = expected_tokens(DOCUMENTS, tokenizer)
         assert store.tokens.tolist() == tokens
         assert store.offsets.tolist() == offsets
@@ -96,7 +95,9 @@ def test_a_store_holds_the_tokens_of_direct_tokenisation(
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text("aé \n", min_size=1), min_size=1))
 def test_any_documents_are_stored(tmp_path_factory, documents):
-    store = build_store(Texts(tuple(documents)), ByteTokenizer(), tmp_path_factory.mktemp("c"), 1)
+    store = build_token_store(
+        Texts(tuple(documents)), ByteTokenizer(), tmp_path_factory.mktemp("c"), 1
+    )
     tokens, offsets = expected_tokens(documents, ByteTokenizer())
     assert store.tokens.tolist() == tokens
     assert store.offsets.tolist() == offsets
@@ -104,7 +105,7 @@ def test_any_documents_are_stored(tmp_path_factory, documents):
 
 def test_large_vocabularies_take_32_bits(tmp_path):
     tokenizer = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 70_000))))
-    store = build_store(Texts((tokenizer.alphabet[-3:],)), tokenizer, tmp_path)
+    store = build_token_store(Texts((tokenizer.alphabet[-3:],)), tokenizer, tmp_path)
     assert store.tokens.dtype == np.uint32
     assert store.tokens.tolist() == [69_997, 69_998, 69_999]
 
@@ -112,9 +113,9 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 def test_a_finished_store_is_not_built_again(tmp_path):
     texts = Texts(("one", "two"), log=tmp_path / "log")
     for _ in range(3):
-        build_store(texts, ByteTokenizer(), tmp_path)
+        build_token_store(texts, ByteTokenizer(), tmp_path)
     assert (tmp_path / "log").read_text() == "read\n"
-    build_store(texts, CharTokenizer.fit(texts.documents), tmp_path)
+    build_token_store(texts, CharTokenizer.fit(texts.documents), tmp_path)
     assert (tmp_path / "log").read_text() == "read\n" * 2
 
 
@@ -130,17 +131,19 @@ def in_processes(function, arguments):
 
 def test_several_processes_build_a_store_once(tmp_path):
     texts = Texts(DOCUMENTS, log=tmp_path / "log", seconds=1.0)
-    exit_codes = in_processes(build_store, [(texts, ByteTokenizer(), tmp_path, 1)] * 3)
+    exit_codes = in_processes(build_token_store, [(texts, ByteTokenizer(), tmp_path, 1)] * 3)
     assert exit_codes == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "read\n"
 
 
 def test_a_build_that_was_killed_is_noticed_and_done_again(tmp_path, capfd):
     dying = Texts(DOCUMENTS, killed_after=30)
-    assert in_processes(build_store, [(dying, ByteTokenizer(), tmp_path, 1)]) == [-signal.SIGKILL]
+    assert in_processes(build_token_store, [(dying, ByteTokenizer(), tmp_path, 1)]) == [
+        -signal.SIGKILL
+    ]
     (left_over,) = (tmp_path / "stores").glob("*.partial")
     assert not (left_over / "manifest.json").exists()
-    store = build_store(Texts(DOCUMENTS), ByteTokenizer(), tmp_path)
+    store = build_token_store(Texts(DOCUMENTS), ByteTokenizer(), tmp_path)
     assert store.tokens.tolist() == expected_tokens(DOCUMENTS, ByteTokenizer())[0]
     assert "was interrupted: building it again" in capfd.readouterr().err
     assert not left_over.exists()
@@ -150,12 +153,12 @@ def test_a_build_that_was_killed_is_noticed_and_done_again(tmp_path, capfd):
 @pytest.mark.parametrize("damage", ["cut", "short", "gone"])
 def test_a_damaged_store_is_noticed_and_built_again(tmp_path, capfd, name, damage):
     texts = Texts(("one", "two"))
-    path = build_store(texts, ByteTokenizer(), tmp_path).directory / name
+    path = build_token_store(texts, ByteTokenizer(), tmp_path).directory / name
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: -8 if damage == "short" else -1])
-    store = build_store(texts, ByteTokenizer(), tmp_path)
+    store = build_token_store(texts, ByteTokenizer(), tmp_path)
     assert store.tokens.tolist() == expected_tokens(texts.documents, ByteTokenizer())[0]
     assert "is damaged" in capfd.readouterr().err
 
@@ -172,14 +175,14 @@ def test_a_disk_that_cannot_be_written_is_said_and_leaves_nothing(
 
     monkeypatch.setattr(lm.data.store, "write_durably", fail)
     with pytest.raises(UserError, match=f"{words}.*--config.data.cache_directory"):
-        build_store(Texts(("one",)), ByteTokenizer(), tmp_path)
+        build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path)
     assert [path.suffix for path in (tmp_path / "stores").iterdir()] == [".lock"]
 
 
 def test_errors_of_worker_processes_reach_the_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "_SMALL", 1)
+    monkeypatch.setattr(lm.data.store, "_SMALL", 1)
     with pytest.raises(UserError, match="U\\+007A"):
-        build_store(Texts(("a" * 100, "z")), CharTokenizer("a"), tmp_path, 2)
+        build_token_store(Texts(("a" * 100, "z")), CharTokenizer("a"), tmp_path, 2)
 
 
 class KillsItsProcess(ByteTokenizer):
@@ -188,9 +191,9 @@ class KillsItsProcess(ByteTokenizer):
 
 
 def test_a_killed_worker_process_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "_SMALL", 1)
+    monkeypatch.setattr(lm.data.store, "_SMALL", 1)
     with pytest.raises(UserError, match=r"was killed.*workers"):
-        build_store(Texts(("a" * 100,)), KillsItsProcess(), tmp_path, 2)
+        build_token_store(Texts(("a" * 100,)), KillsItsProcess(), tmp_path, 2)
 
 
 def test_documents_without_tokens_are_none(tmp_path):
@@ -198,17 +201,17 @@ def test_documents_without_tokens_are_none(tmp_path):
         def encode(self, text):
             return super().encode(text.replace(" ", ""))
 
-    store = build_store(Texts(("ab", "  ", "b")), Letters("ab"), tmp_path, 1)
+    store = build_token_store(Texts(("ab", "  ", "b")), Letters("ab"), tmp_path, 1)
     assert store.offsets.tolist() == [0, 2, 3]
     with pytest.raises(UserError, match="texts holds no tokens"):
-        build_store(Texts((" ",)), Letters("ab"), tmp_path, 1)
+        build_token_store(Texts((" ",)), Letters("ab"), tmp_path, 1)
 
 
 def test_progress_is_shown_on_stderr(tmp_path, capfd):
-    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "a", progress=True)
-    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "b", progress=False)
+    build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "a", progress=True)
+    build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "b", progress=False)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.count("tokenising texts") >= 1
-    build_store(Texts(("one",)), ByteTokenizer(), tmp_path / "c", progress=False)
+    assert captured.err.count("tokenizing texts") >= 1
+    build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "c", progress=False)
     assert capfd.readouterr().err == ""

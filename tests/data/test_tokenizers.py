@@ -10,12 +10,12 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import lm.data.tokenizers.choice
+import lm.data.tokenizers.sentencepiece
 from lm.data.dataset import open_tokenizer
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
-from lm.data.tokenizers.choice import load_saved, train_sentencepiece
 from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
-from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
@@ -48,7 +48,7 @@ def word_json() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def chunks():
+def pieces():
     return SentencePieceTokenizer(train_sentencepiece(TRAINING, 600))
 
 
@@ -209,7 +209,10 @@ def test_copies_are_the_same_tokenizer(all_kinds, tmp_path):
     for tokenizer in all_kinds:
         expected = tokenizer.encode("hello world")
         tokenizer.save(tmp_path / tokenizer.kind)
-        for copy in (pickle.loads(pickle.dumps(tokenizer)), load_saved(tmp_path / tokenizer.kind)):
+        for copy in (
+            pickle.loads(pickle.dumps(tokenizer)),
+            load_saved_tokenizer(tmp_path / tokenizer.kind),
+        ):
             np.testing.assert_array_equal(copy.encode("hello world"), expected)
             assert copy.digest == tokenizer.digest
             assert (copy.bos_id, copy.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
@@ -219,11 +222,11 @@ def test_copies_are_the_same_tokenizer(all_kinds, tmp_path):
 
 def test_a_changed_or_missing_copy_is_refused(tmp_path):
     with pytest.raises(UserError, match="no intact tokenizer"):
-        load_saved(tmp_path / "none")
+        load_saved_tokenizer(tmp_path / "none")
     CharTokenizer("abc").save(tmp_path)
     (tmp_path / "alphabet.json").write_text('"abd"')
     with pytest.raises(UserError, match="not those that were saved"):
-        load_saved(tmp_path)
+        load_saved_tokenizer(tmp_path)
 
 
 def test_a_config_names_each_kind(make_data, tmp_path, all_kinds):
@@ -249,7 +252,7 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
         trained.append(vocab_size)
         return train_sentencepiece(texts, vocab_size)
 
-    monkeypatch.setattr(lm.data.tokenizers.choice, "train_sentencepiece", train)
+    monkeypatch.setattr(lm.data.tokenizers.sentencepiece, "train_sentencepiece", train)
     again = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))
     assert again.digest == first.digest
     assert trained == []

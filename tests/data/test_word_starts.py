@@ -7,7 +7,7 @@ import sentencepiece
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizers.word_starts import word_starts
+from lm.data.tokenizers.tokenizer import word_starts
 from lm.data.tokenizers.words import WordTokenizer
 
 
@@ -38,7 +38,7 @@ def test_every_kind_of_vocabulary_says_where_words_start():
     tokenizer = SentencePieceTokenizer(model.getvalue())
     ids = tokenizer.encode("abc bc")
     assert word_starts(tokenizer)[ids].sum() == 2
-    assert word_starts(tokenizer).sum() == sum(p.startswith("▁") for p in tokenizer.chunks())
+    assert word_starts(tokenizer).sum() == sum(p.startswith("▁") for p in tokenizer.pieces())
 
     assert np.flatnonzero(word_starts(ByteTokenizer())).tolist() == [9, 10, 13, 32]
     assert word_starts(CharTokenizer("\n ab")).tolist() == [True, True, False, False]

@@ -6,8 +6,8 @@ import pytest
 from lm.data.tokenizers.characters import CharTokenizer
 from lm.data.word_vectors import (
     WordVectors,
-    initial_table,
     load_vectors,
+    pretrained_embeddings,
     save_vectors,
     vocabulary_words,
 )
@@ -89,7 +89,7 @@ def test_words_are_found_as_written_or_else_lower_cased_and_the_first_of_two():
 def test_the_initial_table_copies_found_words_and_draws_the_others():
     vectors = WordVectors(("cat", "dog"), np.float32([[1, 2], [3, 4]]))
     words = ["", "Dog", *map(str, range(2000)), "cat"]
-    table, found = initial_table(vectors, words, rows=2010, std=0.1, seed=3)
+    table, found = pretrained_embeddings(vectors, words, rows=2010, std=0.1, seed=3)
     assert table.shape == (2010, 2)
     assert table.dtype == np.float32
     assert found == 2
@@ -98,8 +98,8 @@ def test_the_initial_table_copies_found_words_and_draws_the_others():
     assert len(np.unique(others)) == others.size
     assert others.std() == pytest.approx(0.1, rel=0.05)
     assert abs(others.mean()) < 0.01
-    np.testing.assert_array_equal(initial_table(vectors, words, 2010, 0.1, 3)[0], table)
-    assert (initial_table(vectors, words, 2010, 0.1, 4)[0] != table).any()
+    np.testing.assert_array_equal(pretrained_embeddings(vectors, words, 2010, 0.1, 3)[0], table)
+    assert (pretrained_embeddings(vectors, words, 2010, 0.1, 4)[0] != table).any()
 
 
 def test_the_words_of_a_tokenizer():

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.dataset import open_tokenizer
-from lm.data.store import build_store
-from lm.data.text.sources import open_corpus
+from lm.data.sources import open_corpus
+from lm.data.store import build_token_store
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
@@ -67,7 +67,7 @@ def test_a_text_file_has_one_eos_a_line_and_no_more(make_data, tmp_path):
         ("line", [2, 3, 2, 0, 4, 1, 5, 0]),
     ):
         corpus = open_corpus("text:wiki.txt", make_data(documents=documents), "train")
-        assert build_store(corpus, tokenizer, tmp_path).tokens.tolist() == expected
+        assert build_token_store(corpus, tokenizer, tmp_path).tokens.tolist() == expected
 
 
 def test_the_config_limits_a_fitted_vocabulary(make_data, tmp_path):

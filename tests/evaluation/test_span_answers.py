@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lm.config import default
-from lm.data.records.record_sources import read_records
 from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
 from lm.data.tokenizers.words import WordTokenizer
 from lm.evaluation.span_answers import best_span, span_answers
 from lm.objectives.span_qa import SpanQa
@@ -60,7 +60,7 @@ def qa(tmp_path):
         for context in contexts
     ]
     (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    records = read_records(f"squad:{tmp_path}/squad.json", default().data)
+    records = open_records(f"squad:{tmp_path}/squad.json", default().data)
     store = build_record_store(records, WordTokenizer.fit(contexts), tmp_path)
     objective = SpanQa(9, 3, SPECIAL)
     windows = objective.examples(store, training=False)

@@ -11,7 +11,7 @@ from lm.cli import main
 from lm.data.batches import to_device
 from lm.data.dataset import open_split
 from lm.data.tokenizers.characters import CharTokenizer
-from lm.data.tokenizers.choice import load_saved
+from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
@@ -84,7 +84,7 @@ def test_an_imported_decoder_generates_what_theirs_does(
     options = ["--max_new_tokens", 12, "--json"]
     options += [f"--config.decode.beam_size={beams}"] if beams > 1 else ["--greedy"]
     made = json.loads(lm(capsys, "generate", "--workdir", workdir, *prompts, *options))
-    tokenizer = load_saved(workdir / "tokenizer")
+    tokenizer = load_saved_tokenizer(workdir / "tokenizer")
     for prompt, ours in zip(PROMPTS, made, strict=True):
         ids = written(model, tokenizer.encode(prompt).tolist(), 12, num_beams=beams)
         assert prompt + ours["text"] == tokenizer.decode(ids)
@@ -101,7 +101,7 @@ def test_an_imported_encoder_decoder_generates_what_theirs_does(
     made = json.loads(
         lm(capsys, "generate", "--workdir", workdir, "--prompt", PROMPTS[0], *options)
     )
-    tokenizer = load_saved(workdir / "tokenizer")
+    tokenizer = load_saved_tokenizer(workdir / "tokenizer")
     ids = [*tokenizer.encode(PROMPTS[0]).tolist(), END]
     inputs = {"end": END, "decoder_start_token_id": END, "num_beams": beams, "length_penalty": 0.0}
     assert made[0]["text"] == tokenizer.decode(written(model, ids, 8, **inputs))
@@ -127,7 +127,7 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
 
     experiment = build_experiment(load_config(trained, {}), jax.devices())
     assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
-    tokenizer, config = load_saved(trained / "tokenizer"), experiment.config
+    tokenizer, config = load_saved_tokenizer(trained / "tokenizer"), experiment.config
     stores = open_split(config.data, "validation", tokenizer, False)
     arrays = to_device(
         experiment.evaluation_batches(tokenizer, stores), [0], experiment.batch_sharding

@@ -6,8 +6,8 @@ import pytest
 import scipy.special
 
 from lm.config import default
-from lm.data.records.record_sources import read_records
 from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
 from lm.models.encoder import Encoder
@@ -29,7 +29,7 @@ def make_store(tmp_path):
         data = default().data
         data.labels = ",".join(labels)
         (tmp_path / "a.tsv").write_text("".join(f"{line}\n" for line in lines))
-        records = read_records(f"tsv:{tmp_path}/a.tsv", data)
+        records = open_records(f"tsv:{tmp_path}/a.tsv", data)
         return build_record_store(records, ByteTokenizer(), tmp_path / "cache")
 
     return make

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lm.config import default
-from lm.data.records.record_sources import read_records
 from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
 from lm.models.classic.lstm import RecurrentConfig
@@ -32,7 +32,7 @@ def make_store(tmp_path):
     def make(pairs):
         for side in (0, 1):
             (tmp_path / str(side)).write_text("".join(f"{pair[side]}\n" for pair in pairs))
-        records = read_records(f"parallel:{tmp_path}/0|{tmp_path}/1", default().data)
+        records = open_records(f"parallel:{tmp_path}/0|{tmp_path}/1", default().data)
         return build_record_store(records, ByteTokenizer(), tmp_path / "cache")
 
     return make
@@ -188,7 +188,7 @@ def test_features_are_of_the_stated_shapes(make_store):
 
 def test_records_without_a_target_are_said(tmp_path):
     (tmp_path / "a.tsv").write_text("source\tx\nb\ty\n")
-    records = read_records(f"tsv:{tmp_path}/a.tsv", default().data)
+    records = open_records(f"tsv:{tmp_path}/a.tsv", default().data)
     store = build_record_store(records, ByteTokenizer(), tmp_path)
     with pytest.raises(UserError, match=r"a record has no target \(it has source\).*data\.columns"):
         Seq2Seq(9, 9, SPECIAL).examples(store, training=True)

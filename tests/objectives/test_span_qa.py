@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 
 from lm.config import default
-from lm.data.records.record_sources import read_records
 from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
@@ -40,7 +40,7 @@ def make_store(tmp_path):
             for number, (question, context, text, at) in enumerate(asked)
         ]
         (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
-        records = read_records(f"squad:{tmp_path}/squad.json", default().data)
+        records = open_records(f"squad:{tmp_path}/squad.json", default().data)
         words = (f"{question} {context}" for question, context, *_ in asked)
         return build_record_store(records, tokenizer or WordTokenizer.fit(words), tmp_path)
 
@@ -234,7 +234,7 @@ def test_features_are_of_the_stated_shapes(make_store):
 
 def test_what_cannot_be_is_said(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "x", "context": "y"}\n')
-    records = read_records(f"jsonl:{tmp_path}/a.jsonl", default().data)
+    records = open_records(f"jsonl:{tmp_path}/a.jsonl", default().data)
     store = build_record_store(records, ByteTokenizer(), tmp_path)
     with pytest.raises(UserError, match=r"a\.jsonl has no answers: span_qa reads squad:FILE"):
         SpanQa(12, 8, SPECIAL).examples(store, training=True)

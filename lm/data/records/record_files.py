@@ -1,47 +1,116 @@
-"""The rows of task files: TSV, CSV, JSON lines, line-aligned files, SQuAD's JSON.
+"""Sources of records in files: TSV, CSV, line-aligned files, SQuAD's JSON; rows of JSON lines.
 
-Every format gives rows as names and values, and a bad row as the problem with it, so that one
-policy can treat the bad rows of all formats.
+Every format yields rows as names and values, and a bad row with its problem, so that one policy
+applies to the bad rows of all formats.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
-from lm.data.files import read_bytes
+from lm.data.files import find_files, hash_files, read_bytes
+from lm.data.sources import RecordSource, Row
 from lm.errors import UserError
 
 
-class Row(NamedTuple):
-    """A row's values by column name; or, if `problem` says something, what is wrong with it."""
+class RowFiles(RecordSource):
+    """Files of rows, plain or .gz; PATH may be a glob.
 
-    where: str  # FILE:LINE
-    values: dict[str, Any]
-    problem: str = ""
+    Attributes:
+        files: the files that are read side by side: two of parallel text, else one.
+        header: whether the first line of a table names its columns.
+    """
+
+    kind: ClassVar[str]  # the name in the registry, part of the digest
+    files: tuple[tuple[Path, ...], ...]
+
+    def __init__(self, argument: str, data: Any, split: str):
+        self.name, self.header = f"{self.kind}:{argument}", data.header
+        self.files = tuple((path,) for path in find_files(argument, data))
+
+    @property
+    def digest(self) -> str:
+        return self.digest_with("")
+
+    def digest_with(self, settings: str) -> str:
+        return hash_files(chain.from_iterable(self.files), "records", self.kind, settings)
 
 
-def read_tsv(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
-    """Rows between tabs as GLUE has them: a quote is a character like any other."""
-    (path,) = paths
-    lines = ((number, line.split("\t")) for number, line in _numbered(path) if line.strip("\r"))
-    stripped = ((number, [*cells[:-1], cells[-1].removesuffix("\r")]) for number, cells in lines)
-    yield from _table(path, stripped, header)
+class _Tables(RowFiles):
+    def rows(self) -> Iterator[Row]:
+        for (path,) in self.files:
+            yield from _table(path, self._read(path), self.header)
+
+    @staticmethod
+    @abstractmethod
+    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+        """Yield line number and cells, or the problem with a line."""
 
 
-def read_csv(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
-    """Rows of comma-separated values, quoted where they hold commas, quotes or newlines."""
-    (path,) = paths
-    yield from _table(path, _parse_csv(path), header)
+class TsvFiles(_Tables):
+    """Tab-separated values as GLUE has them: a quote is a character like any other."""
+
+    kind = "tsv"
+
+    @staticmethod
+    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+        for number, line in _numbered(path):
+            if line.strip("\r"):
+                *cells, last = line.split("\t")
+                yield number, [*cells, last.removesuffix("\r")]
+
+
+class CsvFiles(_Tables):
+    """Comma-separated values, quoted where they hold commas, quotes or newlines."""
+
+    kind = "csv"
+
+    @staticmethod
+    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+        return _parse_csv(path)
+
+
+class ParallelFiles(RowFiles):
+    """Line-aligned files: line n of the first is "source" and of the second "target" of row n."""
+
+    kind = "parallel"
+
+    def __init__(self, argument: str, data: Any, split: str):
+        self.name, patterns = f"parallel:{argument}", argument.split("|")
+        if len(patterns) != 2:
+            raise UserError(f"{self.name!r} must name two paths: parallel:SOURCE_PATH|TARGET_PATH")
+        sources, targets = (find_files(pattern, data) for pattern in patterns)
+        if len(sources) != len(targets):
+            raise UserError(
+                f"{self.name}: {len(sources)} source files but {len(targets)} target files"
+            )
+        self.files = tuple(zip(sources, targets, strict=True))
+
+    def rows(self) -> Iterator[Row]:
+        for first, second in self.files:
+            yield from _parallel_rows(first, second)
+
+
+class SquadFiles(RowFiles):
+    """Files in the format of SQuAD 1.1 or 2.0: questions, each with its context."""
+
+    kind = "squad"
+    has_answers = True
+
+    def rows(self) -> Iterator[Row]:
+        for (path,) in self.files:
+            yield from _squad_rows(path)
 
 
 def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     lines = (f"{line}\n" for _, line in _numbered(path))
-    reader = csv.reader(lines, strict=True)  # else a quote left open swallows the rest of the file
+    reader = csv.reader(lines, strict=True)  # or an open quote swallows the rest of the file
     while True:
         number = reader.line_num + 1
         try:
@@ -56,7 +125,7 @@ def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _table(path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool) -> Iterator[Row]:
-    """Names the cells by the header line, or "0", "1", … by their place in the line."""
+    """Yield rows with the names of the header line, or "0", "1", … by position."""
     names: list[str] = []
     if header:
         _, first = next(rows, (1, ""))
@@ -79,9 +148,8 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool
             yield Row(where, {}, f"{len(cells)} columns instead of {len(names)}")
 
 
-def read_jsonl(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
-    """One JSON object a line."""
-    (path,) = paths
+def read_jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file with one JSON object a line."""
     for number, line in _numbered(path):
         if line.strip():
             yield _object(f"{path}:{number}", line)
@@ -97,9 +165,7 @@ def _object(where: str, line: str) -> Row:
     return Row(where, values)
 
 
-def read_parallel(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
-    """Line n of the first file is the "source" and of the second the "target" of row n."""
-    first, second = paths
+def _parallel_rows(first: Path, second: Path) -> Iterator[Row]:
     for source, target in zip_longest(_numbered(first), _numbered(second)):
         if source and target:
             values = {"source": source[1].rstrip("\r"), "target": target[1].rstrip("\r")}
@@ -109,9 +175,7 @@ def read_parallel(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
             yield Row(f"{longer}:{line[0]}", {}, f"no line of {shorter} goes with it")
 
 
-def read_squad(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
-    """The questions of a file in the format of SQuAD 1.1 or 2.0, each with its context."""
-    (path,) = paths
+def _squad_rows(path: Path) -> Iterator[Row]:
     try:
         articles = json.loads(b"".join(read_bytes(path)))["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
@@ -136,17 +200,8 @@ def read_squad(paths: tuple[Path, ...], header: bool) -> Iterator[Row]:
             yield Row(where, {**values, "answers": answers, "is_impossible": impossible})
 
 
-FORMATS: dict[str, Callable[[tuple[Path, ...], bool], Iterator[Row]]] = {
-    "tsv": read_tsv,
-    "csv": read_csv,
-    "jsonl": read_jsonl,
-    "parallel": read_parallel,
-    "squad": read_squad,
-}
-
-
 def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    r"""The lines, counted from 1, without their "\n".
+    r"""Yield the lines without their "\n", and their numbers from 1.
 
     Bytes that are not UTF-8 become lone surrogates, so that only their own row is bad.
     """

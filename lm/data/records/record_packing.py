@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_OPEN = 64  # packs that a record may still go to; more fill rows hardly better, but take longer
+_OPEN = 64  # packs that a record may be added to; more would hardly fill rows better
 
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """A partition of records into packs: pack i holds indices[offsets[i]:offsets[i + 1]].
+    """Partition of records into packs: pack i holds indices[offsets[i]:offsets[i + 1]].
 
-    indices: [n_records] int64. offsets: [n_packs + 1] int64.
+    Attributes:
+        indices: [n_records] int64.
+        offsets: [n_packs + 1] int64.
     """
 
     indices: np.ndarray
@@ -29,23 +31,30 @@ class Packs:
         return self.indices[self.offsets[index] : self.offsets[index + 1]]
 
     def fill(self, lengths: np.ndarray, limits: Sequence[int]) -> np.ndarray:
-        """The part of each limit that the packs use on average, float64 [k]."""
+        """Return the fraction of each limit that the packs use on average, float64 [k]."""
         used = np.minimum(lengths, limits).sum(0)
         return used / (len(self) * np.asarray(limits))
 
 
-def pack(lengths: np.ndarray, limits: Sequence[int], seed: int) -> Packs:
-    """Packs records so that no sum of lengths in a pack exceeds its limit, by seeded first-fit.
+def pack_records(lengths: np.ndarray, limits: Sequence[int], seed: int) -> Packs:
+    """Pack records by first-fit in a random order, so that no sum of lengths exceeds its limit.
 
-    lengths: [n, k], such as tokens of source and target; limits: [k]. A record that alone exceeds
-    a limit has a pack of its own. The records come in an order drawn from `seed`; each goes to the
-    first of the 64 open packs that has room, or opens one in place of the fullest.
+    A record goes to the first of the 64 open packs that has room, or opens one in place of the
+    fullest. A record that alone exceeds a limit has a pack of its own.
+
+    Args:
+        lengths: [n, k], such as tokens of source and target.
+        limits: [k].
+        seed: seed of the order.
+
+    Returns:
+        The packs.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
     scale = 1 / np.asarray(limits)[:, None]
-    room = np.full((len(limits), _OPEN), -1, np.int64)  # of no pack: not even an empty record fits
+    room = np.full((len(limits), _OPEN), -1, np.int64)  # no pack yet: not even an empty record fits
     packs_open = np.zeros(_OPEN, np.int64)
-    pack_of = np.empty(len(lengths), np.int64)  # by place in `order`
+    pack_of = np.empty(len(lengths), np.int64)  # by position in `order`
     n_packs = 0
     for place, needed in enumerate(np.asarray(lengths)[order]):
         fits = (room >= needed[:, None]).all(0)

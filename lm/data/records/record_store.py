@@ -1,23 +1,24 @@
-"""The record store: the records of a task tokenised once, on disk, read by random access."""
+"""Record store: the records of a task, tokenized once and memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from lm.data.records.offsets import locate
-from lm.data.records.record_sources import TEXT_ROLES, Fields, Records
+from lm.data.records.records import TEXT_COLUMNS, Fields, Records
 from lm.data.store import map_array
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -25,13 +26,28 @@ from lm.storage import DamagedFolder, open_or_build, write_durably
 
 _FORMAT = 1
 
+# Scripts without spaces between words: every character is a word, as in BERT's vocabulary.
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Accents and vowel signs belong to the letter before them, but re does not count them as \w.
+_MARKS = "".join(chr(i) for i in range(0x10000) if unicodedata.category(chr(i))[0] == "M")
+_WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])[\w{_MARKS}])+|[^\w\s{_MARKS}]")
+
 
 @dataclass(frozen=True)
 class RecordManifest:
-    """What a record store was made of, and its sizes.
+    """Origin and sizes of a record store.
 
-    n_tokens and n_bytes (of UTF-8 text) are by role; `first_skipped` says what was wrong with the
-    first of the `n_skipped` bad rows.
+    Attributes:
+        format: version of the store's layout.
+        source: name of the source.
+        source_digest: digest of the records.
+        tokenizer_digest: digest of the tokenizer.
+        dtype: dtype of the tokens.
+        n_rows: records.
+        n_skipped: bad rows that were skipped.
+        first_skipped: problem with the first of them.
+        n_tokens: tokens by column.
+        n_bytes: bytes of UTF-8 text by column.
     """
 
     format: int
@@ -48,10 +64,14 @@ class RecordManifest:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One record: `raw` as it was read, and the tokens of its texts by role, without bos and eos.
+    """One record.
 
-    tokens: int32 [n] each. starts, ends: int32 [n], the characters raw["context"][start:end] that
-    each token of the context stands for; None without a context.
+    Attributes:
+        raw: the record as it was read.
+        tokens: tokens of its texts by column, int32 [n] each, without bos and eos.
+        starts: int32 [n]: token i of the context is raw["context"][starts[i]:ends[i]]; None
+            without a context.
+        ends: see `starts`.
     """
 
     raw: Fields
@@ -62,16 +82,23 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class RecordStore:
-    """The records of a source, memory-mapped: those whose places in it are `rows`, int64 [n]."""
+    """Records of a source, or some of them, memory-mapped.
+
+    Attributes:
+        directory: folder of the store.
+        manifest: origin and sizes of the whole store.
+        arrays: contents of the files by name.
+        rows: indices of the records, int64 [n].
+    """
 
     directory: Path
     manifest: RecordManifest
-    arrays: dict[str, np.ndarray]  # by name of the file
+    arrays: dict[str, np.ndarray]
     rows: np.ndarray
 
-    def part(self, which: np.ndarray) -> RecordStore:
-        """The store of some of its records."""
-        return replace(self, rows=self.rows[which])
+    def select(self, indices: np.ndarray) -> RecordStore:
+        """Return the store of the records at these indices."""
+        return replace(self, rows=self.rows[indices])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,24 +107,24 @@ class RecordStore:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = self.rows[index]
-        roles = self.manifest.n_tokens
-        tokens = {role: self._row(role, index).astype(np.int32) for role in roles}
+        columns = self.manifest.n_tokens
+        tokens = {column: self._row(column, index).astype(np.int32) for column in columns}
         raw = json.loads(self._row("raw", index).tobytes())
-        if "context" not in roles:
+        if "context" not in columns:
             return Record(raw, tokens, None, None)
         return Record(raw, tokens, self._row("starts", index), self._row("ends", index))
 
     @property
     def n_tokens(self) -> int:
-        """Of all texts together."""
-        return sum(int(self.lengths(role).sum()) for role in self.manifest.n_tokens)
+        """Number of tokens of all texts."""
+        return sum(int(self.lengths(column).sum()) for column in self.manifest.n_tokens)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
-    def lengths(self, role: str) -> np.ndarray:
-        """Number of tokens of each record's text of a role, int64 [n_rows]."""
-        return np.diff(self.arrays[f"{role}.offsets"])[self.rows]
+    def lengths(self, column: str) -> np.ndarray:
+        """Return the number of tokens of each record's text in a column, int64 [n]."""
+        return np.diff(self.arrays[f"{column}.offsets"])[self.rows]
 
     def _row(self, name: str, index: int) -> np.ndarray:
         start, end = self.arrays[f"{name}.offsets"][index : index + 2]
@@ -107,10 +134,21 @@ class RecordStore:
 def build_record_store(
     records: Records, tokenizer: Tokenizer, cache_directory: str | Path, progress: bool = False
 ) -> RecordStore:
-    """Opens the store of records under a tokenizer, tokenising them first if it is not there.
+    """Open the store of records, tokenizing them first if the cache does not hold it.
 
-    The progress bar and the number of rows skipped go to stderr. UserError for rows that are bad
-    or cannot be encoded, and for a full disk.
+    The progress bar and the number of rows skipped go to stderr.
+
+    Args:
+        records: records of a source.
+        tokenizer: tokenizer of their texts.
+        cache_directory: folder of the cache.
+        progress: show a progress bar.
+
+    Returns:
+        The store.
+
+    Raises:
+        UserError: rows are bad or cannot be encoded, or the disk is full.
     """
     recipe = json.dumps([_FORMAT, tokenizer.digest, records.digest])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
@@ -129,29 +167,29 @@ def build_record_store(
 def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     encode = lru_cache(2**16)(tokenizer.encode)  # contexts repeat, and so do their words
-    locate_again = lru_cache(16)(lambda text: locate(text, encode))
+    tokenize_context = lru_cache(16)(lambda text: tokenize_with_offsets(text, encode))
     n_bytes: Counter[str] = Counter()
     skipped: list[str] = []
     rows = records.read(skipped.append)
     writers = _Writers(folder)
-    for record, where in tqdm(rows, f"tokenising {records.name}", disable=not progress):
-        for role in (role for role in TEXT_ROLES if role in record):
+    for record, where in tqdm(rows, f"tokenizing {records.name}", disable=not progress):
+        for column in (column for column in TEXT_COLUMNS if column in record):
             try:
-                if role == "context":
-                    tokens, starts, ends = locate_again(record[role])
+                if column == "context":
+                    tokens, starts, ends = tokenize_context(record[column])
                     writers.append("starts", starts)
                     writers.append("ends", ends)
                 else:
-                    tokens = tokenizer.encode(record[role])
+                    tokens = tokenizer.encode(record[column])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
-            writers.append(role, tokens.astype(dtype))
-            n_bytes[role] += len(record[role].encode())
+            writers.append(column, tokens.astype(dtype))
+            n_bytes[column] += len(record[column].encode())
         writers.append("raw", np.frombuffer(json.dumps(record).encode(), np.uint8))
     writers.close()
-    n_tokens = {role: writers.size(role) for role in n_bytes}
-    for role in (role for role, size in n_tokens.items() if not size):
-        raise UserError(f"{records.name}: the vocabulary has no token for any {role}")
+    n_tokens = {column: writers.size(column) for column in n_bytes}
+    for column in (column for column, size in n_tokens.items() if not size):
+        raise UserError(f"{records.name}: the vocabulary has no token for any {column}")
     manifest = RecordManifest(
         format=_FORMAT,
         source=records.name,
@@ -168,7 +206,7 @@ def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool)
 
 
 class _Writers:
-    """Ragged arrays being written: NAME.bin holds the rows, NAME.offsets.bin where they start."""
+    """Writer of ragged arrays: NAME.bin holds the rows, NAME.offsets.bin their offsets."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -208,3 +246,46 @@ def _open(folder: Path) -> RecordStore:
     except (OSError, ValueError, TypeError) as error:
         raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))
+
+
+class TokenOffsets(NamedTuple):
+    """Tokens and their offsets: token i is text[starts[i]:ends[i]]; int32 [n] each."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize_with_offsets(text: str, encode: Callable[[str], np.ndarray]) -> TokenOffsets:
+    """Tokenize a text word by word, under any tokenizer; tokens have the offsets of their word.
+
+    A word is a run of letters and digits, a single Chinese or Japanese character, or a single
+    punctuation mark. Whitespace between two words counts as one space.
+    """
+    parts: list[np.ndarray] = []
+    starts, ends = [], []
+    before, previous = "", 0
+    for word in _WORD.finditer(text):
+        gap = " " if word.start() > previous else ""
+        parts.append(_encode_after(before, gap + word.group(), encode))
+        before, previous = word.group()[-1], word.end()
+        starts.append(word.start())
+        ends.append(previous)
+    sizes = [len(part) for part in parts]
+    return TokenOffsets(
+        np.concatenate([np.zeros(0, np.int32), *parts]),
+        np.repeat(np.asarray(starts, np.int32), sizes),
+        np.repeat(np.asarray(ends, np.int32), sizes),
+    )
+
+
+def _encode_after(before: str, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Return the tokens that `text` adds to those of the character before it.
+
+    So a vocabulary that marks the start of words (T5's, ALBERT's) does not mark every comma. A text
+    that merges with that character, or becomes one unknown word with it, is encoded alone.
+    """
+    head, whole = encode(before), encode(before + text)
+    if len(whole) > len(head) and (whole[: len(head)] == head).all():
+        return whole[len(head) :]
+    return encode(text)

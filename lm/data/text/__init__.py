@@ -1,0 +1,1 @@
+"""Sources of documents: the standard library, text and JSON files, TensorFlow Datasets."""

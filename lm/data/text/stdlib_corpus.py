@@ -1,4 +1,4 @@
-"""The corpus on every machine: the source code of the running Python's standard library."""
+"""Source `stdlib`: the source code of the running Python's standard library, on every machine."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from lm.data.text.corpus import Chunk, cut_document
+from lm.data.sources import Chunk, DocumentSource, cut_document
 
 VALIDATION_FRACTION = 0.05
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-@dataclass(frozen=True)
-class StandardLibrary:
-    """Every module of the standard library but its tests, a document each.
+class StandardLibrary(DocumentSource):
+    """Modules of the standard library but its tests, a document each.
 
-    `split` "validation" holds the 5 % of the files that the hash of their path picks; "train" holds
-    the others.
+    Split "validation" holds the 5 % of the files that the hash of their path selects.
     """
 
-    split: str
-
     name = "stdlib"
+
+    def __init__(self, argument: str, data: Any, split: str):
+        self.split = split
+
+    @classmethod
+    def has_validation_split(cls, argument: str, data: Any) -> bool:
+        return True
 
     @cached_property
     def _modules(self) -> tuple[str, ...]:
@@ -49,7 +52,7 @@ class StandardLibrary:
         return total.hexdigest()
 
     @cached_property
-    def size(self) -> int | None:
+    def size(self) -> int | None:  # type: ignore[override]
         root = Path(sysconfig.get_path("stdlib"))
         return sum((root / name).stat().st_size for name in self._modules)
 
@@ -65,4 +68,5 @@ class StandardLibrary:
 
 
 def _is_validation(name: str) -> bool:
+    """Return whether a module is in the validation split."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < VALIDATION_FRACTION * 2**32

@@ -1,32 +1,35 @@
-"""Corpora of the user's own files: plain text, and JSON lines."""
+"""Sources `text` and `jsonl`: the user's own files of text and of JSON lines."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
-from lm.data.files import hash_files, read_lines, read_text
-from lm.data.text.corpus import Chunk, cut_document
+from lm.data.files import find_files, hash_files, read_lines, read_text
+from lm.data.records.record_files import RowFiles, read_jsonl_rows
+from lm.data.sources import Chunk, DocumentSource, Row, cut_document
 from lm.errors import UserError
 
 
-@dataclass(frozen=True)
-class TextFiles:
-    """Text files; a document is a whole file, or ("line") each line that is not blank."""
+class TextFiles(DocumentSource):
+    """Text files, plain or .gz.
 
-    name: str
-    files: tuple[Path, ...]
-    documents: str
+    A document is a whole file (`data.documents` "file") or each line that is not blank ("line").
+    """
+
+    def __init__(self, argument: str, data: Any, split: str):
+        self.name = f"text:{argument}"
+        self.files = find_files(argument, data)
+        self.documents = data.documents
 
     @cached_property
     def digest(self) -> str:
         return hash_files(self.files, "text", self.documents)
 
     @property
-    def size(self) -> int | None:
+    def size(self) -> int | None:  # type: ignore[override]
         if any(path.suffix == ".gz" for path in self.files):
             return None
         return sum(path.stat().st_size for path in self.files)
@@ -41,27 +44,32 @@ class TextFiles:
                         yield from cut_document([line])
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """Files with one JSON object a line, whose `field` is the document."""
+class JsonLines(DocumentSource, RowFiles):
+    """Files with one JSON object a line: a document in `data.field`, or a record."""
 
-    name: str
-    files: tuple[Path, ...]
-    field: str
+    same_columns = False
+    kind = "jsonl"
 
-    size = None
+    def __init__(self, argument: str, data: Any, split: str):
+        RowFiles.__init__(self, argument, data, split)
+        self.field = data.field
 
     @cached_property
     def digest(self) -> str:
-        return hash_files(self.files, "jsonl", self.field)
+        return hash_files((path for (path,) in self.files), "jsonl", self.field)
+
+    def rows(self) -> Iterator[Row]:
+        for (path,) in self.files:
+            yield from read_jsonl_rows(path)
 
     def chunks(self) -> Iterator[Chunk]:
-        for path in self.files:
+        for (path,) in self.files:
             for number, line in enumerate(read_lines(path), start=1):
                 if line.strip():
                     yield from cut_document([self._text(line, f"{path}:{number}")])
 
     def _text(self, line: str, where: str) -> str:
+        """Return the document of a line at FILE:LINE."""
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -81,5 +89,5 @@ class JsonLines:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    r"""JSON can escape half a surrogate pair ("\ud83d"), which is no text; U+FFFD replaces it."""
+    r"""Replace half surrogate pairs, which JSON can escape ("\ud83d"), by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,35 +1,62 @@
-"""Corpora from TensorFlow Datasets, read by random access and without TensorFlow."""
+"""Source `tfds`: TensorFlow Datasets, read by random access and without TensorFlow."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lm.data.text.corpus import Chunk, cut_document
+from lm.data.sources import Chunk, DocumentSource, cut_document
 from lm.errors import UserError
 
 
-@dataclass(frozen=True)
-class TfdsCorpus:
-    """A split of a prepared TFDS data set; the string in `text_field` is the document."""
+class TfdsCorpus(DocumentSource):
+    """Split of a data set that was prepared with file_format="array_record".
 
-    name: str
-    split: str
-    text_field: str
-    builder: Any = field(repr=False)
-    source: Any = field(repr=False)
+    The string in `data.field` is the document. `data.directory` is the TFDS data_dir; empty leaves
+    it to TFDS (TFDS_DATA_DIR).
+    """
 
-    size = None
+    def __init__(self, argument: str, data: Any, split: str):
+        """Open a split.
+
+        Raises:
+            UserError: the data set is unknown or not prepared, the split does not exist, or the
+                field does not exist or is not text.
+        """
+        self.name, self.text_field = f"tfds:{argument}", data.field
+        self.split = data.validation_split if split == "validation" else data.split
+        self.builder = _builder(argument, _directory(data))
+        features = self.builder.info.features
+        if features is not None and self.text_field not in features:
+            raise UserError(
+                f"{self.name}: no field {self.text_field!r} (there are: "
+                f"{', '.join(sorted(features))}): set --config.data.field"
+            )
+        if features is not None and features[self.text_field].np_dtype not in (str, object):
+            raise UserError(
+                f"{self.name}: field {self.text_field!r} is not text: set --config.data.field"
+            )
+        splits = sorted(self.builder.info.splits)
+        if splits and self.split not in splits:
+            raise UserError(
+                f"{self.name}: no split {self.split!r} (there are: {', '.join(splits)})"
+            )
+        self.source = _open_split(self.builder, argument, self.split)
+
+    @classmethod
+    def has_validation_split(cls, argument: str, data: Any) -> bool:
+        """Return whether the prepared data set has the split `data.validation_split`."""
+        return data.validation_split in _builder(argument, _directory(data)).info.splits
 
     @cached_property
     def digest(self) -> str:
         info = self.builder.info
         split = info.splits.get(self.split)
-        known = {
+        identity = {
             "name": info.full_name,
             "config": self.builder.builder_config and self.builder.builder_config.name,
             "split": self.split,
@@ -39,7 +66,9 @@ class TfdsCorpus:
             "bytes": split and split.num_bytes,
             "download": info.download_size,
         }
-        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(identity, sort_keys=True, default=str).encode()
+        ).hexdigest()
 
     def chunks(self) -> Iterator[Chunk]:
         for index in range(len(self.source)):
@@ -47,30 +76,8 @@ class TfdsCorpus:
             yield from cut_document([text.decode() if isinstance(text, bytes) else str(text)])
 
 
-def open_tfds(name: str, split: str, text_field: str, directory: str | None) -> TfdsCorpus:
-    """Opens a split of a data set that was prepared with file_format="array_record".
-
-    `directory` is the TFDS data_dir; None leaves it to TFDS (TFDS_DATA_DIR). Raises UserError for
-    an unknown name, unprepared data, an unknown split, and a field that is not there or not text.
-    """
-    builder = _builder(name, directory)
-    features = builder.info.features
-    if features is not None and text_field not in features:
-        raise UserError(
-            f"tfds:{name}: no field {text_field!r} (there are: {', '.join(sorted(features))}): "
-            "set --config.data.field"
-        )
-    if features is not None and features[text_field].np_dtype not in (str, object):
-        raise UserError(f"tfds:{name}: field {text_field!r} is not text: set --config.data.field")
-    splits = sorted(builder.info.splits)
-    if splits and split not in splits:
-        raise UserError(f"tfds:{name}: no split {split!r} (there are: {', '.join(splits)})")
-    return TfdsCorpus(f"tfds:{name}", split, text_field, builder, _source(builder, name, split))
-
-
-def has_split(name: str, split: str, directory: str | None) -> bool:
-    """Whether the prepared data set has the split."""
-    return split in _builder(name, directory).info.splits
+def _directory(data: Any) -> str | None:
+    return data.directory or os.environ.get("TFDS_DATA_DIR")
 
 
 def _builder(name: str, directory: str | None) -> Any:
@@ -83,12 +90,12 @@ def _builder(name: str, directory: str | None) -> Any:
         raise UserError(f"tfds:{name}: no such data set ({reason})") from error
 
 
-def _source(builder: Any, name: str, split: str) -> Any:
+def _open_split(builder: Any, name: str, split: str) -> Any:
     try:
         return builder.as_data_source(split=split)
     except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
         prepare = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         raise UserError(
             f"tfds:{name}: not prepared as array_record in {builder.data_dir}: run {prepare}, "
-            "or set TFDS_DATA_DIR or --config.data.directory to where it lies"
+            "or set TFDS_DATA_DIR or --config.data.directory to its folder"
         ) from error

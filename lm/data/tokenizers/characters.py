@@ -1,4 +1,4 @@
-"""Tokenizers without a learnt vocabulary of pieces: bytes, and the characters of a text."""
+"""Tokenizers `byte` and `char`: bytes, and the characters of a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm.errors import UserError
 
 @dataclass(frozen=True)
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and the id 256 that delimits documents."""
+    """Tokenizer of UTF-8 bytes; id 256 delimits documents."""
 
     kind: ClassVar[str] = "byte"
     vocab_size: ClassVar[int] = 257
@@ -39,14 +39,15 @@ class ByteTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """The characters of an alphabet in sorted order; no special ids."""
+    """Tokenizer of the characters of an alphabet, in sorted order; no special ids."""
 
     alphabet: str
     kind: ClassVar[str] = "char"
+    is_fitted: ClassVar[bool] = True
 
     @classmethod
-    def fit(cls, texts: Iterable[str]) -> Self:
-        """The tokenizer of all characters that occur in `texts`."""
+    def fit(cls, texts: Iterable[str]) -> Self:  # type: ignore[override]
+        """Return the tokenizer of all characters that occur in `texts`."""
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)

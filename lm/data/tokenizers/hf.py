@@ -1,4 +1,4 @@
-"""Vocabularies of the optional `tokenizers` package: its JSON files, and GPT-2's two files."""
+"""Tokenizers `tokenizers` and `gpt2`: JSON files of the `tokenizers` package, GPT-2's two files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
@@ -28,7 +29,7 @@ def _package() -> Any:
 
 
 class _HuggingFace(Tokenizer):
-    """What the two kinds share: everything but how `_tokenizer` comes from their files."""
+    """Base of both kinds, which differ in how `_tokenizer` is made from their files."""
 
     @property
     @abstractmethod
@@ -59,16 +60,20 @@ class _HuggingFace(Tokenizer):
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
 
-    def chunks(self) -> list[str]:
+    def pieces(self) -> list[str]:
         return [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
 
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer(_HuggingFace):
-    """A tokenizer.json file."""
+    """Tokenizer of a tokenizer.json file."""
 
     definition: bytes = field(repr=False)
     kind: ClassVar[str] = "tokenizers"
+
+    @classmethod
+    def from_argument(cls, argument: str, data: Any) -> Self:
+        return cls(find_file(argument, data).read_bytes())
 
     def __reduce__(self) -> tuple:
         return type(self), (self.definition,)
@@ -95,11 +100,16 @@ class HuggingFaceTokenizer(_HuggingFace):
 
 @dataclass(frozen=True)
 class Gpt2Tokenizer(_HuggingFace):
-    """GPT-2's byte-level BPE: the contents of encoder.json and vocab.bpe."""
+    """GPT-2's byte-level BPE (Radford 2019, §2.2): contents of encoder.json and vocab.bpe."""
 
     encoder: bytes = field(repr=False)
     merges: bytes = field(repr=False)
     kind: ClassVar[str] = "gpt2"
+
+    @classmethod
+    def from_argument(cls, argument: str, data: Any) -> Self:
+        names = ("encoder.json", "vocab.bpe")
+        return cls(*(find_file(f"{argument}/{name}", data).read_bytes() for name in names))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.encoder, self.merges)

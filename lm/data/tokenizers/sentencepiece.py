@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies, and training one that loses nothing of the text."""
+"""Tokenizer `sentencepiece`: its models, and training one that is lossless."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import sentencepiece
 
+from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
@@ -26,10 +27,23 @@ _MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # to train in seco
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; `model` is its serialized proto."""
+    """SentencePiece model (Kudo and Richardson 2018); `model` is its serialized proto."""
 
     model: bytes = field(repr=False)
     kind: ClassVar[str] = "sentencepiece"
+    is_fitted: ClassVar[bool] = True
+
+    @classmethod
+    def from_argument(cls, argument: str, data: Any) -> Self:
+        return cls(find_file(argument, data).read_bytes())
+
+    @classmethod
+    def fit_settings(cls, data: Any) -> dict[str, Any]:
+        return {"vocab_size": data.tokenizer_vocab_size}
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], vocab_size: int) -> Self:  # type: ignore[override]
+        return cls(train_sentencepiece(texts, vocab_size))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.model,)
@@ -43,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _space_mark_ids(self) -> list[int] | None:
-        """The bytes of a literal space mark, if the model otherwise keeps a text as it is."""
+        """Byte ids of a literal space mark; None if the model does not keep texts as they are."""
         processor = self._processor
         ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         probe = " a  b "
@@ -52,8 +66,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _ends_before_space(self) -> bool:
-        """Whether no piece goes on with a space, so that texts can be cut before one."""
-        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.chunks())
+        """Whether no piece has a space inside, so that texts can be cut before spaces."""
+        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.pieces())
 
     @property
     def vocab_size(self) -> int:
@@ -89,7 +103,7 @@ class SentencePieceTokenizer(Tokenizer):
         found = self._processor.piece_to_id(name)
         return found if self._processor.id_to_piece(found) == name else None
 
-    def chunks(self) -> list[str]:
+    def pieces(self) -> list[str]:
         return self._processor.id_to_piece(list(range(self.vocab_size)))
 
     def files(self) -> dict[str, bytes]:
@@ -115,12 +129,23 @@ def _present(special_id: int) -> int | None:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, model_type: str = "bpe", seed: int = 0
 ) -> bytes:
-    """Trains a SentencePiece model ("bpe" or "unigram") and returns its serialized proto.
+    """Train a SentencePiece model.
 
-    It keeps every character of a text: identity normalisation, no dummy prefix, all whitespace,
-    and bytes for rare characters. The same texts give the same model; of much text a seeded sample
-    is used: 20 million characters, for unigram 4 million. UserError if `vocab_size` does not fit
-    the text.
+    The model is lossless: identity normalization, no dummy prefix, all whitespace, and bytes for
+    rare characters. The same texts give the same model. Of much text a seeded sample is used: 20
+    million characters, for unigram 4 million.
+
+    Args:
+        texts: training text.
+        vocab_size: number of pieces.
+        model_type: "bpe" or "unigram".
+        seed: seed of the sample.
+
+    Returns:
+        The serialized proto of the model.
+
+    Raises:
+        UserError: `vocab_size` does not fit the text.
     """
     model = io.BytesIO()
     try:
@@ -149,9 +174,10 @@ def train_sentencepiece(
 
 
 def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
-    """A uniform sample of the stretches of all texts, at most `most` characters, in their order.
+    """Draw a uniform sample of the stretches of all texts, in their order.
 
-    Every stretch draws a number, and those with the largest numbers leave.
+    Every stretch draws a random number, and those with the largest are dropped until at most `most`
+    characters are left.
     """
     rng = random.Random(seed)
     kept: list[tuple[float, int, str]] = []

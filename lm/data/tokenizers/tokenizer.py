@@ -1,65 +1,111 @@
-"""What every tokenizer can do."""
+"""Tokenizer: the interface, saving and loading, and opening the tokenizer of a configuration.
+
+`--config.data.tokenizer` is NAME or NAME:ARGUMENT. NAME is a class of the registry TOKENIZERS that
+derives from `Tokenizer`. NAME:ARGUMENT opens a file (`from_argument`); NAME alone is fitted to the
+training text (`is_fitted`, `fit`), or needs neither.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from lm.config.registries import TOKENIZERS
+from lm.config.rules import spec_problem
+from lm.data.sources import Corpus
+from lm.errors import UserError
+from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder
+
 
 class Tokenizer(ABC):
-    """Text to token ids and back; an immutable value that its `files` fully describe.
+    """Mapping between text and token ids; an immutable value that its `files` fully describe.
 
     Worker processes receive it pickled.
+
+    Attributes:
+        kind: name in the registry, which a saved tokenizer is opened by.
+        is_fitted: whether NAME alone is fitted to the training text.
+        forms: how a configuration writes the tokenizer, such as ("words", "words:FILE"), for
+            messages and validation; () for any. Plug-ins only: the registry has those of the
+            library.
     """
 
     kind: ClassVar[str]
+    is_fitted: ClassVar[bool] = False
+    forms: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_argument(cls, argument: str, data: Any) -> Tokenizer:
+        """Open the tokenizer that NAME:ARGUMENT names.
+
+        Args:
+            argument: text after "NAME:", such as a path for `files.find_file`.
+            data: section `data` of the configuration.
+
+        Raises:
+            UserError: there is no such tokenizer, or it is damaged.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def fit_settings(cls, data: Any) -> dict[str, Any]:
+        """Return the keyword arguments of `fit` from section `data` of the configuration.
+
+        They are part of the digest that a fitted tokenizer is cached under.
+        """
+        return {}
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], **settings: Any) -> Self:
+        """Return the tokenizer that is fitted to texts."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of ids, specials included."""
+        """Number of ids, special tokens included."""
 
     @property
     def bos_id(self) -> int | None:
-        """The id that starts a document; None if the vocabulary has none."""
+        """Id that starts a document; None if the vocabulary has none."""
         return None
 
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a document; where it equals `bos_id` it delimits documents."""
+        """Id that ends a document; if it equals `bos_id`, it delimits documents."""
         return None
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32 [n], without bos and eos; text never encodes to special ids."""
+        """Return the ids of a text, int32 [n], without bos and eos; never special ids."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bos and eos vanish where the reference implementation drops them."""
+        """Return the text, without bos and eos where the reference implementation drops them."""
 
     def token_id(self, name: str) -> int | None:
-        """The id of a vocabulary entry such as "[MASK]", or None if there is none."""
+        """Return the id of a vocabulary entry such as "[MASK]", or None if there is none."""
         return None
 
-    def chunks(self) -> list[str]:
-        """What each id is written as, with the marks of its kind of vocabulary (##, ▁, Ġ)."""
+    def pieces(self) -> list[str]:
+        """Return the vocabulary entries by id, with the marks of their kind (##, ▁, Ġ)."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Names and contents of the files that describe this tokenizer."""
+        """Return names and contents of the files that describe the tokenizer."""
 
     @classmethod
     @abstractmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        """The tokenizer that `files()` described."""
+        """Return the tokenizer that `files()` described."""
 
     @cached_property
     def digest(self) -> str:
@@ -70,7 +116,7 @@ class Tokenizer(ABC):
         return total.hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Writes a self-contained copy; `tokenizers.load_saved` reads it back."""
+        """Write a self-contained copy, which `load_saved_tokenizer` reads."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = self.files()
@@ -78,3 +124,104 @@ class Tokenizer(ABC):
             (directory / name).write_bytes(content)
         about = {"kind": self.kind, "files": sorted(files), "digest": self.digest}
         (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+class SavedTokenizer:
+    """Tokenizer `run:WORKDIR`: the one that is saved in a run."""
+
+    is_fitted = False
+
+    @staticmethod
+    def from_argument(argument: str, data: Any) -> Tokenizer:
+        """Open the tokenizer of the run in a folder or bucket."""
+        return load_saved_tokenizer(open_run_folder(argument) / "tokenizer")
+
+
+def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load a tokenizer that `Tokenizer.save` wrote.
+
+    Raises:
+        UserError: there is none, or its files were changed.
+    """
+    try:
+        return _read(Path(directory))
+    except DamagedFolder as damage:
+        raise UserError(f"no intact tokenizer in {directory} ({damage})") from damage
+
+
+def is_fitted(spec: str) -> bool:
+    """Return whether `--config.data.tokenizer` is to be fitted to the training text."""
+    return spec in TOKENIZERS and TOKENIZERS[spec].is_fitted
+
+
+def make_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
+    """Open or fit the tokenizer that `data.tokenizer` names.
+
+    A fitted tokenizer is cached under the digest of its settings and of the training text.
+
+    Args:
+        data: section `data` of the configuration.
+        training: training text.
+
+    Raises:
+        UserError: the name is unknown, or a file is missing or damaged.
+    """
+    if problem := spec_problem(TOKENIZERS, data.tokenizer):
+        raise UserError(problem)
+    name, _, argument = data.tokenizer.partition(":")
+    cls = TOKENIZERS[name]
+    if not argument:
+        return _fitted(cls, data, tuple(training)) if cls.is_fitted else cls()
+    try:
+        tokenizer = cls.from_argument(argument, data)
+        tokenizer.vocab_size  # noqa: B018  # reads the file, so that the error names it
+    except UserError as error:
+        raise UserError(f"{data.tokenizer}: {error}") from error
+    return tokenizer
+
+
+def _fitted(cls: type[Tokenizer], data: Any, training: tuple[Corpus, ...]) -> Tokenizer:
+    settings = cls.fit_settings(data)
+    recipe = ["v2", cls.kind, settings, *(corpus.digest for corpus in training)]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+
+    def build(folder: Path) -> None:
+        cls.fit(_texts(training), **settings).save(folder)
+
+    return open_or_build(cache_directory(data) / "tokenizers" / key, _read, build)
+
+
+def _texts(corpora: Iterable[Corpus]) -> Iterator[str]:
+    return (chunk.text for corpus in corpora for chunk in corpus.chunks())
+
+
+def _read(folder: Path) -> Tokenizer:
+    try:
+        about = json.loads((folder / "about.json").read_bytes())
+        files = {name: (folder / name).read_bytes() for name in about["files"]}
+        tokenizer = TOKENIZERS[about["kind"]].from_files(files)
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedFolder(f"{type(error).__name__}: {error}") from error
+    if tokenizer.digest != about["digest"]:
+        raise DamagedFolder("its files are not those that were saved")
+    return tokenizer
+
+
+_SPACES = (" ", "▁", "Ġ")  # as they are, in SentencePiece, in GPT-2
+_OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
+
+
+def word_starts(tokenizer: Tokenizer) -> np.ndarray:
+    """Return which ids start a word, bool [vocab_size].
+
+    Those that WordPiece does not mark with "##"; those that begin with a space if any does, as in
+    SentencePiece, byte-level BPE, bytes and characters; otherwise all.
+    """
+    pieces = tokenizer.pieces()
+    goes_on = np.array([piece.startswith("##") for piece in pieces])
+    after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
+    if goes_on.sum() > after_space.sum():
+        return ~goes_on
+    if not after_space.any():
+        return ~after_space
+    return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]

@@ -1,4 +1,4 @@
-"""A vocabulary of whole words, as word-level language models and classic classifiers have it."""
+"""Tokenizer `words`: whole words, as in word-level language models and classic classifiers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 
@@ -21,32 +22,52 @@ _ENTRY = re.compile(r"\s*(\S+)(?:\s+([0-9]+))?\s*")
 
 @dataclass(frozen=True)
 class WordTokenizer(Tokenizer):
-    """Words between whitespace; `<eos>` is the end of a line, `<unk>` every other word.
+    """Tokenizer of words between whitespace; `<eos>` ends a line, `<unk>` is any other word.
 
-    There is no bos: as a document's last newline is its eos, a text file gives the published
-    numbers of tokens (WikiText-2: 2,088,628). A sequence that needs a start takes eos for it.
+    There is no bos: the last newline of a document is its eos, so that a text file gives the
+    published number of tokens (WikiText-2: 2,088,628). A sequence that needs a start takes eos.
 
-    words: entries in order of their ids, `<eos>` and `<unk>` among them.
-    counts: how often each id occurs in the text that the words were fitted to; all 0 if unknown.
+    Attributes:
+        words: entries by id, `<eos>` and `<unk>` among them.
+        counts: occurrences of each id in the text that the words were fitted to; 0 if unknown.
+        lowercase: lower-case the text.
     """
 
     words: tuple[str, ...] = field(repr=False)
     counts: tuple[int, ...] = field(repr=False)
     lowercase: bool = False
     kind: ClassVar[str] = "words"
+    is_fitted: ClassVar[bool] = True
 
     @classmethod
-    def fit(
+    def from_argument(cls, argument: str, data: Any) -> Self:
+        return cls.from_list(find_file(argument, data).read_bytes(), data.lowercase)
+
+    @classmethod
+    def fit_settings(cls, data: Any) -> dict[str, Any]:
+        return {
+            "vocab_size": data.tokenizer_vocab_size,
+            "min_count": data.tokenizer_min_count,
+            "lowercase": data.lowercase,
+        }
+
+    @classmethod
+    def fit(  # type: ignore[override]
         cls,
         texts: Iterable[str],
         vocab_size: int | None = None,
         min_count: int = 1,
         lowercase: bool = False,
     ) -> Self:
-        """The most frequent words of `texts` that occur at least `min_count` times.
+        """Return the tokenizer of the most frequent words of `texts`.
 
-        Ids: `<eos>`, `<unk>`, then by falling frequency, equally frequent words alphabetically.
-        vocab_size: most ids, both specials included; None for no limit.
+        Ids are `<eos>`, `<unk>`, then words by descending frequency, ties alphabetically.
+
+        Args:
+            texts: training text.
+            vocab_size: maximum number of ids, both special ones included; None for no limit.
+            min_count: occurrences below which a word is unknown.
+            lowercase: lower-case the text.
         """
         found: Counter[str] = Counter()
         n_lines = 0
@@ -55,7 +76,7 @@ class WordTokenizer(Tokenizer):
             found.update(text.split())
             n_lines += text.count("\n")
         n_words = found.total()
-        del found[EOS], found[UNKNOWN]  # no words of their own, whether or not the text has them
+        del found[EOS], found[UNKNOWN]  # special tokens, even where the text has them
         frequent = sorted((-count, word) for word, count in found.items() if count >= min_count)
         kept = frequent if vocab_size is None else frequent[: max(vocab_size - 2, 0)]
         n_unknown = n_words + sum(count for count, _ in kept)
@@ -67,10 +88,15 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_list(cls, content: bytes, lowercase: bool = False) -> Self:
-        """The words of a UTF-8 list: one a line in order of ids, perhaps with its count.
+        """Return the tokenizer of a list of words.
 
-        `<eos>` and `<unk>` come first where the list lacks them. UserError for a line that is
-        neither "word" nor "word count", and for a word that is there twice.
+        Args:
+            content: UTF-8 text with one "word" or "word count" a line, in order of ids. `<eos>` and
+                `<unk>` come first where the list does not have them.
+            lowercase: lower-case the text.
+
+        Raises:
+            UserError: a line is neither "word" nor "word count", or a word occurs twice.
         """
         counts: dict[str, int] = {}
         try:
@@ -98,7 +124,7 @@ class WordTokenizer(Tokenizer):
 
     @cached_property
     def unknown_id(self) -> int:
-        """The id of every word that is not in the vocabulary."""
+        """Id of words that are not in the vocabulary."""
         return self.words.index(UNKNOWN)
 
     @cached_property
@@ -106,7 +132,7 @@ class WordTokenizer(Tokenizer):
         return {word: i for i, word in enumerate(self.words) if word != EOS}
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32 [n]; unlike in other kinds, a newline is the eos."""
+        """Return the ids of a text, int32 [n]; unlike in other kinds, a newline is the eos."""
         ids, unknown = self._ids, self.unknown_id
         found: list[int] = []
         for line in (text.lower() if self.lowercase else text).split("\n"):
@@ -121,7 +147,7 @@ class WordTokenizer(Tokenizer):
     def token_id(self, name: str) -> int | None:
         return self.eos_id if name == EOS else self._ids.get(name)
 
-    def chunks(self) -> list[str]:
+    def pieces(self) -> list[str]:
         return list(self.words)
 
     def files(self) -> dict[str, bytes]:

@@ -2,13 +2,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.text import corpus as pieces
-from lm.data.text.corpus import cut_document
+from lm.data import sources
+from lm.data.sources import cut_document
 
 
 def _small_pieces(patch):
-    patch.setattr(pieces, "CHUNK", 8)
-    patch.setattr(pieces, "LONGEST_CHUNK", 32)
+    patch.setattr(sources, "CHUNK", 8)
+    patch.setattr(sources, "LONGEST_CHUNK", 32)
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""Records of a task, such as a sentence and its label, from the user's files."""
+"""Records of a task, such as a sentence and its label: rows of a source, checked and renamed."""
 
 from __future__ import annotations
 
@@ -8,59 +8,64 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from lm.data.files import find_files, hash_files
-from lm.data.records.record_files import FORMATS, Row
-from lm.data.text.corpus import Chunk, Corpus, cut_document
+from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
 
-TEXT_ROLES = ("text", "text2", "source", "target", "question", "context")
-ROLES = (*TEXT_ROLES, "label", "id")
+TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context")
+RECORD_COLUMNS = (*TEXT_COLUMNS, "label", "id")
 
 Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of one source, in the order of its files; iterating reads the files.
+    """Records of one source, in the order of its rows; iterating reads the source.
 
-    An item is the record, a dict of role to str, and where it stands, FILE:LINE. A SQuAD record
-    has id, question, context, answers (a list of {"text", "start"}) and is_impossible.
+    An item is the record, its values by `RECORD_COLUMNS`, and where it stands, FILE:LINE. A record
+    of span QA has id, question, context, answers (a list of {"text", "start"}) and is_impossible.
 
-    files: those read side by side together: two for parallel text, else one.
-    columns: column names by role; empty if the columns are named as the roles.
-    labels: names of the classes; empty if a label is a number.
+    Attributes:
+        source: source of the rows.
+        columns: (record column, column of the source) pairs; () if they have the same names.
+        header: whether tables name their columns, part of the digest.
+        labels: names of the classes; () if a label is a number.
+        skip: skip bad rows, which are errors otherwise.
     """
 
-    name: str
-    kind: str
-    files: tuple[tuple[Path, ...], ...]
+    source: RecordSource
     columns: tuple[tuple[str, str], ...]
     header: bool
     labels: tuple[str, ...]
     skip: bool
 
+    @property
+    def name(self) -> str:
+        return self.source.name
+
     @cached_property
     def digest(self) -> str:
-        """sha256 of the files and of all settings that the records depend on."""
+        """sha256 of the source and of all settings that the records depend on."""
         settings = (self.columns, self.header, self.labels, self.skip)
-        return hash_files(chain.from_iterable(self.files), "records", self.kind, repr(settings))
+        return self.source.digest_with(repr(settings))
 
     def __iter__(self) -> Iterator[tuple[Fields, str]]:
         return self.read(lambda message: None)
 
     def read(self, report: Callable[[str], object]) -> Iterator[tuple[Fields, str]]:
-        """Yields records and their places; `report` is told of every bad row that is skipped.
+        """Yield records and where they stand.
 
-        UserError for a bad row that is not to be skipped, and if there is no record at all.
+        Args:
+            report: called with a message for every bad row that is skipped.
+
+        Raises:
+            UserError: a row is bad and not to be skipped, or there is no record at all.
         """
         columns, empty = dict(self.columns), True
-        for row in chain.from_iterable(FORMATS[self.kind](f, self.header) for f in self.files):
+        for row in self.source.rows():
             if not row.problem:
-                columns = columns or _columns_named_as_roles(row)
+                columns = columns or _columns_of_same_name(row)
             try:
                 record = self._record(row, columns)
             except _BadRow as bad:
@@ -76,23 +81,24 @@ class Records:
             raise UserError(f"{self.name} holds no usable record")
 
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
+        """Return the record of a row; raise _BadRow if there is none."""
         if row.problem:
             raise _BadRow(row.problem)
-        if self.kind == "squad":
-            return _checked_squad(row.values)
+        if self.source.has_answers:
+            return _check_answers(row.values)
         record = {}
-        for role, column in columns.items():
+        for name, column in columns.items():
             if column not in row.values:
                 problem = f"no column {column!r} (there are: {', '.join(row.values) or 'none'})"
-                if self.kind == "jsonl":
+                if not self.source.same_columns:
                     raise _BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")
-            record[role] = _checked(role, column, row.values[column])
+            record[name] = _check_value(name, column, row.values[column])
         if "label" in record:
-            record["label"] = self._checked_label(record["label"])
+            record["label"] = self._check_label(record["label"])
         return record
 
-    def _checked_label(self, text: str) -> str:
+    def _check_label(self, text: str) -> str:
         label = text.strip()
         if self.labels and label not in self.labels:
             known = ", ".join(self.labels)
@@ -103,58 +109,59 @@ class Records:
 
 
 class _BadRow(Exception):
-    """What is wrong with a row."""
+    """Problem with a row."""
 
 
-def read_records(spec: str, data: Any) -> Records:
-    """Opens a source of records: tsv:, csv:, jsonl: or squad:PATH, or parallel:SOURCE|TARGET.
+def open_records(spec: str, data: Any, split: str = "train") -> Records:
+    """Open a source of records, such as tsv:PATH.
 
-    Paths may be globs. UserError for an unknown kind of source, columns that name no role, and
-    files that are not there; what is in the files is checked as they are read.
+    The content is checked as it is read.
+
+    Args:
+        spec: NAME or NAME:ARGUMENT.
+        data: section `data` of the configuration.
+        split: "train" or "validation", for a source with a validation split of its own.
+
+    Raises:
+        UserError: the source is unknown or missing, or `data.columns` is wrong.
     """
-    kind, _, path = spec.partition(":")
-    if kind not in FORMATS:
-        known = "tsv:PATH, csv:PATH, jsonl:PATH, parallel:SOURCE_PATH|TARGET_PATH, squad:PATH"
-        raise UserError(f"{spec!r} is no source of records (known: {known})")
-    patterns = path.split("|") if kind == "parallel" else [path]
-    if kind == "parallel" and len(patterns) != 2:
-        raise UserError(f"{spec!r} must name two paths: parallel:SOURCE_PATH|TARGET_PATH")
-    found = [find_files(pattern, data) for pattern in patterns]
-    if len({len(files) for files in found}) > 1:
-        raise UserError(f"{spec}: {len(found[0])} source files but {len(found[1])} target files")
+    cls, argument = find_source(spec, "records")
+    source = cls(argument, data, split)
     labels = tuple(name for part in data.labels.split(",") if (name := part.strip()))
-    files = tuple(zip(*found, strict=True))
-    return Records(
-        spec, kind, files, _columns(data.columns), data.header, labels, data.bad_rows == "skip"
-    )
+    columns = _parse_columns(data.columns)
+    return Records(source, columns, data.header, labels, data.bad_rows == "skip")
 
 
-def _columns(text: str) -> tuple[tuple[str, str], ...]:
+def _parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+    """Parse "text=sentence,label=gold" into (record column, column of the source) pairs."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    columns = {role.strip(): column.strip() for role, _, column in pairs}
+    columns = {name.strip(): column.strip() for name, _, column in pairs}
     if len(columns) < len(pairs) or not all(columns.values()):
-        raise UserError(f"--config.data.columns={text}: write ROLE=COLUMN, each role once")
-    unknown = [role for role in columns if role not in ROLES]
+        raise UserError(f"--config.data.columns={text}: write NAME=COLUMN, each name once")
+    unknown = [name for name in columns if name not in RECORD_COLUMNS]
     if unknown:
+        known = ", ".join(RECORD_COLUMNS)
         raise UserError(
-            f"--config.data.columns={text}: unknown role {unknown[0]!r} (known: {', '.join(ROLES)})"
+            f"--config.data.columns={text}: unknown name {unknown[0]!r} (known: {known})"
         )
     return tuple(columns.items())
 
 
-def _columns_named_as_roles(row: Row) -> dict[str, str]:
-    found = {role: role for role in ROLES if role in row.values}
+def _columns_of_same_name(row: Row) -> dict[str, str]:
+    """Map the columns of the source that are named like record columns."""
+    found = {name: name for name in RECORD_COLUMNS if name in row.values}
     if not found:
         there = ", ".join(row.values) or "none"
         raise UserError(
-            f"{row.where}: no column is named as a role (there are: {there}): set "
+            f"{row.where}: no column has a known name (there are: {there}): set "
             f"--config.data.columns, such as text={next(iter(row.values), 'NAME')}"
         )
     return found
 
 
-def _checked(role: str, column: str, value: Any) -> str:
-    if role in ("label", "id") and isinstance(value, int | float):
+def _check_value(name: str, column: str, value: Any) -> str:
+    """Return a value as text; raise _BadRow if it is none."""
+    if name in ("label", "id") and isinstance(value, int | float):
         value = json.dumps(value)
     if not isinstance(value, str):
         raise _BadRow(f"{column!r} is of type {type(value).__name__}, not a string")
@@ -167,8 +174,10 @@ def _checked(role: str, column: str, value: Any) -> str:
     return value
 
 
-def _checked_squad(values: Fields) -> Fields:
-    texts = {role: _checked(role, role, values[role]) for role in ("id", "question", "context")}
+def _check_answers(values: Fields) -> Fields:
+    """Return a record of span QA; raise _BadRow if an answer is not in the context."""
+    columns = ("id", "question", "context")
+    texts = {name: _check_value(name, name, values[name]) for name in columns}
     context = texts["context"]
     for answer in values["answers"]:
         text, start = answer["text"], answer["start"]
@@ -189,7 +198,9 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _TextCorpus:
+class RecordTexts:
+    """Corpus of the texts of records, each a document, to fit a tokenizer on."""
+
     records: Records
 
     size = None
@@ -204,11 +215,6 @@ class _TextCorpus:
 
     def chunks(self) -> Iterator[Chunk]:
         for record, _ in self.records:
-            for role in TEXT_ROLES:
-                if role in record:
-                    yield from cut_document([record[role]])
-
-
-def text_corpus(records: Records) -> Corpus:
-    """The texts of all records, each a document, to fit a tokenizer on."""
-    return _TextCorpus(records)
+            for name in TEXT_COLUMNS:
+                if name in record:
+                    yield from cut_document([record[name]])

@@ -1,0 +1,308 @@
+"""Sources of text: the interface that a source implements, and opening the sources of a config.
+
+`--config.data.source` is a list of NAME or NAME:ARGUMENT. NAME is a class of the registry SOURCES
+that derives from `DocumentSource` (documents to pretrain on), from `RecordSource` (records of a
+task), or from both. A class of your own, in a file that your experiment file imports:
+
+    @SOURCES.register("parquet")
+    class Parquet(DocumentSource):
+        forms = ("parquet:PATH",)
+
+        def __init__(self, argument, data, split):
+            self.name, self.column = f"parquet:{argument}", data.field
+            self.files = find_files(argument, data)
+
+        @cached_property
+        def digest(self):
+            return hash_files(self.files, "parquet", self.column)
+
+        def chunks(self):
+            for path in self.files:
+                for text in read_column(path, self.column):
+                    yield from cut_document([text])
+
+Sources are read in the main process only; worker processes get chunks of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from lm.config.registries import SOURCES
+from lm.config.rules import spec_problem
+from lm.errors import UserError
+
+CHUNK = 2**20  # characters
+LONGEST_CHUNK = 4 * CHUNK
+
+# Tokenizers never merge across one newline between two words, so cutting there leaves the tokens
+# as they are. A document without such a place within LONGEST_CHUNK is cut at any newline.
+_BEST_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+class Chunk(NamedTuple):
+    """Stretch of a document; `first` and `last` mark the document's ends."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order, in chunks, so that a huge file streams in bounded memory."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages and manifests, as in the configuration."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that determines the documents: contents, order and settings."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of text for the progress bar; None if unknown."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the documents in order; none is empty. See `cut_document`."""
+
+
+class Row(NamedTuple):
+    """Row of a file of records.
+
+    Attributes:
+        where: place for messages, FILE:LINE.
+        values: values by name of the column.
+        problem: what is wrong with the row; "" if nothing is.
+    """
+
+    where: str
+    values: dict[str, Any]
+    problem: str = ""
+
+
+class _Source(ABC):
+    """Base of both kinds of sources.
+
+    Attributes:
+        forms: how a configuration writes the source, such as ("parquet:PATH",), for messages and
+            validation; () for any. Plug-ins only: the registry has those of the library.
+        holds: "documents", "records" or both, set for each class.
+        name: source as the configuration names it, for messages and manifests; set by `__init__`.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = ()
+    holds: ClassVar[tuple[str, ...]] = ()
+    name: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        methods = {"documents": "chunks", "records": "rows"}
+        cls.holds = tuple(kind for kind, method in methods.items() if hasattr(cls, method))
+
+    @abstractmethod
+    def __init__(self, argument: str, data: Any, split: str):
+        """Open a source.
+
+        Args:
+            argument: text after "NAME:".
+            data: section `data` of the configuration, with the options of the source.
+            split: "train" or "validation". A source without a validation split of its own is
+                opened as "train" and divided afterwards.
+
+        Raises:
+            UserError: the source does not exist.
+        """
+
+    @classmethod
+    def has_validation_split(cls, argument: str, data: Any) -> bool:
+        """Return whether the source has a validation split of its own."""
+        return False
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of all that determines the content, such as `files.hash_files` returns."""
+
+
+class DocumentSource(_Source):
+    """Source of documents, a `Corpus`."""
+
+    size: int | None = None
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the documents in a fixed order: `yield from cut_document([text])` for each."""
+
+
+class RecordSource(_Source):
+    """Source of records: rows of columns, which `records.Records` checks and renames."""
+
+    same_columns: ClassVar[bool] = True  # all rows have the same columns, unlike in JSON lines
+    has_answers: ClassVar[bool] = False  # rows are whole records of span QA, as in SQuAD
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in a fixed order, those with a problem too."""
+
+    def digest_with(self, settings: str) -> str:
+        """Return the sha256 of the content and of the settings that records depend on."""
+        return hashlib.sha256(repr((self.digest, settings)).encode()).hexdigest()
+
+
+def find_source(spec: str, kind: str) -> tuple[type[Any], str]:
+    """Find the class that a source names.
+
+    Args:
+        spec: NAME or NAME:ARGUMENT.
+        kind: "documents" or "records".
+
+    Returns:
+        The class, a DocumentSource or RecordSource, and the argument.
+
+    Raises:
+        UserError: there is no such source, or it does not hold the kind.
+    """
+    if problem := spec_problem(SOURCES, spec, kind):
+        raise UserError(problem)
+    name, _, argument = spec.partition(":")
+    cls = SOURCES[name]
+    if not (isinstance(cls, type) and issubclass(cls, _Source)):
+        raise UserError(f"data source {name!r}: derive {cls} from DocumentSource or RecordSource")
+    return cls, argument
+
+
+def has_validation(spec: str, data: Any) -> bool:
+    """Return whether `open_corpus(spec, data, "validation")` has documents to validate on."""
+    cls, argument = find_source(spec, "documents")
+    return bool(data.validation_fraction) or cls.has_validation_split(argument, data)
+
+
+def open_corpus(spec: str, data: Any, split: str) -> Corpus:
+    """Open a split of one source of documents.
+
+    A source without a validation split of its own gives `data.validation_fraction` of it to
+    "validation" and the rest to "train". With a `data.validation_source` nothing is held out, and
+    such a source is whole under either name.
+
+    Args:
+        spec: NAME or NAME:ARGUMENT.
+        data: section `data` of the configuration.
+        split: "train" or "validation".
+
+    Raises:
+        UserError: the source is unknown, missing or empty, or has no such split.
+    """
+    cls, argument = find_source(spec, "documents")
+    has_own = cls.has_validation_split(argument, data)
+    hold_out = bool(data.validation_fraction) and not data.validation_source
+    if split == "validation" and not (data.validation_source or hold_out or has_own):
+        raise UserError(
+            f"{spec} has no validation split: set --config.data.validation_source "
+            "or --config.data.validation_fraction"
+        )
+    hold_out = hold_out and not has_own
+    corpus: Corpus = cls(argument, data, "train" if hold_out else split)
+    if next(corpus.chunks(), None) is None:
+        raise UserError(f"{spec} holds no text")
+    return HeldOut(corpus, data.validation_fraction, split) if hold_out else corpus
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One side of a corpus that is divided into "train" and "validation".
+
+    A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
+    does. Of several documents, as many are in "train", and the others are a fixed random choice:
+    corpora are often sorted, by source or by date.
+    """
+
+    corpus: Corpus
+    fraction: float
+    split: str
+
+    size = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.corpus.name} ({self.split})"
+
+    @cached_property
+    def digest(self) -> str:
+        parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        n_documents, n_characters = self._counts
+        total = n_characters if n_documents == 1 else n_documents
+        border = int(total * (1 - self.fraction))
+        if not 0 < border < total:
+            unit = "characters" if n_documents == 1 else "documents"
+            raise UserError(
+                f"--config.data.validation_fraction={self.fraction} of {self.corpus.name} leaves "
+                f"a split empty: it has {total} {unit}"
+            )
+        if n_documents == 1:
+            yield from cut_document(self._characters(border))
+        else:
+            chosen = np.random.default_rng(0).choice(total, total - border, replace=False)
+            yield from self._documents(frozenset(chosen.tolist()))
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        n_documents = n_characters = 0
+        for chunk in self.corpus.chunks():
+            n_documents += chunk.first
+            n_characters += len(chunk.text)
+        return n_documents, n_characters
+
+    def _characters(self, border: int) -> Iterator[str]:
+        """Yield the text of the only document on this split's side of the border."""
+        start = 0
+        for chunk in self.corpus.chunks():
+            cut = max(border - start, 0)
+            yield chunk.text[:cut] if self.split == "train" else chunk.text[cut:]
+            start += len(chunk.text)
+
+    def _documents(self, held_out: frozenset[int]) -> Iterator[Chunk]:
+        """Yield the documents of this split."""
+        index = -1
+        for chunk in self.corpus.chunks():
+            index += chunk.first
+            if (index in held_out) == (self.split == "validation"):
+                yield chunk
+
+
+def cut_document(parts: Iterable[str]) -> Iterator[Chunk]:
+    """Cut one document into chunks of about 2**20 characters.
+
+    The cuts depend on the text alone, not on how it is divided into `parts`. An empty document
+    yields nothing.
+    """
+    rest, first = "", True
+    for part in parts:
+        rest += part
+        while cut := _next_cut(rest):
+            yield Chunk(rest[:cut], first, last=False)
+            rest, first = rest[cut:], False
+    if rest:
+        yield Chunk(rest, first, last=True)
+
+
+def _next_cut(text: str) -> int:
+    """Return where to cut, or 0 if more text is needed; text always remains after the cut."""
+    best = _BEST_CUT.search(text, CHUNK, LONGEST_CHUNK)
+    if best:
+        return best.end()
+    if len(text) <= LONGEST_CHUNK:
+        return 0
+    newline = text.rfind("\n", CHUNK, LONGEST_CHUNK)
+    return newline + 1 if newline >= 0 else LONGEST_CHUNK
