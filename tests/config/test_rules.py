@@ -67,6 +67,31 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             {"model.max_length": "8", "data.target_length": "9"},
             "--config.data.target_length=9 is longer than --config.model.max_length=8",
         ),
+        (
+            {"model.residual": "concat", "model.norm_placement": "post"},
+            "concat needs --config.model.",
+        ),
+        (
+            {"model.residual": "concat", "model.family": "lstm"},
+            "concat is not for --config.model.fam",
+        ),
+        (
+            {"model.dense_layers": "1"},
+            "--config.model.dense_layers=1 needs --config.model.n_experts",
+        ),
+        (
+            {"model.dense_layers": "4", "model.n_layers": "4", "model.n_experts": "4"},
+            "--config.model.dense_layers=4 leaves no layer with experts: --config.model.n_layers=4",
+        ),
+        (
+            {
+                "model.n_layers": "4",
+                "model.dense_layers": "1",
+                "model.n_experts": "4",
+                "model.experts_every": "2",
+            },
+            "--config.model.n_layers=4 less --config.model.dense_layers is not divisible by",
+        ),
         ({"model.family": "encoder"}, "--config.objective.name=causal needs --config.model.family"),
         (
             {"model.init": "uniform"},

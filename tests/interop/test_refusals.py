@@ -111,6 +111,7 @@ SIZES = {
         ({"activation": "swiglu"}, "model.activation=swiglu"),
         ({"head_dim": 6}, "model.head_dim=6"),
         ({"pooling": "mean"}, "model.pooling=mean"),
+        ({"residual": "concat"}, "model.residual=concat"),
     ],
 )
 def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):

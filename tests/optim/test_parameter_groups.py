@@ -196,6 +196,43 @@ def test_layers_learn_at_the_rates_of_beit():
     assert {path: np.squeeze(scale).tolist() for path, scale in found.items()} == expected
 
 
+def test_layers_of_several_segments_keep_their_numbers():
+    """Two scanned layers and four in a period of two after them; three that are not stacked."""
+    shapes = {
+        "decoder/layers_0/attention/kernel": (2, 4, 4),
+        "decoder/layers_2/0_of_2/attention/kernel": (2, 4, 4),
+        "decoder/layers_2/1_of_2/attention/kernel": (2, 4, 4),
+        **{f"encoder/layers/{i}/attention/kernel": (4, 4) for i in range(3)},
+    }
+    params = draw(shapes=shapes)
+    groups = TrainableMask(freeze="layers/2/").groups(params)
+    frozen = {path: (~group).tolist() for path, group in groups.items()}
+    assert frozen == {
+        "decoder/layers_0/attention/kernel": [False, False],
+        "decoder/layers_2/0_of_2/attention/kernel": [True, False],
+        "decoder/layers_2/1_of_2/attention/kernel": [False, False],
+        "encoder/layers/0/attention/kernel": False,
+        "encoder/layers/1/attention/kernel": False,
+        "encoder/layers/2/attention/kernel": True,
+    }
+    infos = {
+        path: ParamInfo(
+            Role(Kind.MATRIX, inputs=1), ("layers",) * (len(shape) - 2) + ("embed",) * 2
+        )
+        for path, shape in shapes.items()
+    }
+    scales = flat(update_scales(0.5, TrainableMask(), params, infos))
+    depths = {path: np.ravel(-np.log2(scale)).tolist() for path, scale in scales.items()}
+    assert depths == {
+        "decoder/layers_0/attention/kernel": [6, 5],
+        "decoder/layers_2/0_of_2/attention/kernel": [4, 2],
+        "decoder/layers_2/1_of_2/attention/kernel": [3, 1],
+        "encoder/layers/0/attention/kernel": [3],
+        "encoder/layers/1/attention/kernel": [2],
+        "encoder/layers/2/attention/kernel": [1],
+    }
+
+
 def test_layers_that_alternate_keep_their_numbers():
     """Two stacks of four layers, the odd ones of which are of another kind."""
     shapes = {

@@ -191,6 +191,7 @@ def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experim
     ("mesh", "options", "overrides", "message"),
     [
         ({"stage": 2}, {}, {"model.n_layers": 3}, r"model.n_layers=3 is not divisible by 2 "),
+        ({"stage": 2}, {}, {"model.residual": "concat"}, r"stage=2 .*model.residual=concat"),
         ({"stage": 2}, {"repeats": 3}, {}, r"model.n_layers=4 is not divisible by 6 .*repeats"),
         ({"stage": 4}, {"microbatches": 6}, {}, r"microbatches=6 is not a multiple of .*stage=4"),
         ({"stage": 2, "data": 2}, {"microbatches": 8}, {}, r"data.batch_size=8 .* by 16 "),

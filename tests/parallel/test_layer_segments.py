@@ -1,0 +1,44 @@
+"""Stacks that are not one scan, on meshes: blocks of growing width, a dense prefix."""
+
+import jax
+import numpy as np
+import pytest
+from test_meshes import batches, experiment_on, losses
+
+STACKS = {
+    "concat": {"model__residual": "concat", "model__concat_width": 8},
+    "dense prefix": {"model__n_layers": 3, "model__n_experts": 4, "model__dense_layers": 1},
+}
+MESHES = {
+    "fsdp=2,tensor=2": {"fsdp": 2, "tensor": 2},
+    "data=2,context=2": {"data": 2, "context": 2},
+}
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def stack(request):
+    overrides = STACKS[request.param]
+    return overrides, losses(experiment_on({}, **overrides), 5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_equal_those_of_one_device(stack, mesh):
+    overrides, expected = stack
+    found = losses(experiment_on(MESHES[mesh], **overrides), 5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_muon_orthogonalises_layers_that_are_not_stacked():
+    """A kernel [inputs, heads, head_dim] is a matrix of its first axis by the others."""
+    changes = {**STACKS["concat"], "optimizer__name": "muon", "optimizer__weight_decay": 0.0}
+    experiment = experiment_on({}, **changes)
+    state = experiment.init_state()
+    before = jax.device_get(state.params)
+    state, _ = experiment.train_steps(state, batches(experiment, 1))
+    for i in range(2):
+        kernels = (tree["stack"]["layers"][str(i)]["attention"]["query"]["kernel"]
+                   for tree in (jax.device_get(state.params), before))  # fmt: skip
+        after, start = kernels
+        values = np.linalg.svd((after - start).reshape(len(start), -1), compute_uv=False)
+        # LayerNorm leaves one direction of the inputs without a gradient.
+        assert values[-3] > 0.5 * values[0]
