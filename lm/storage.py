@@ -175,7 +175,7 @@ T = TypeVar("T")
 
 
 class DamagedFolder(Exception):
-    """A finished folder does not have its expected content."""
+    """Error of a finished folder that does not have its expected content."""
 
 
 def cache_directory(data: Any) -> Path:

@@ -1,4 +1,4 @@
-"""The user's files: finding, reading (plain or .gz, always UTF-8) and hashing them."""
+"""Files of the user: finding, reading (plain or .gz, always UTF-8) and hashing them."""
 
 from __future__ import annotations
 

@@ -101,8 +101,14 @@ def token_windows(
 ) -> TokenWindows:
     """Return the windows of a store: full ones for training (`drop_remainder`), all for evaluation.
 
-    Arguments are the attributes of `TokenWindows`. With stride = length every token but the store's
-    first is a target exactly once.
+    With stride = length every token but the store's first is a target exactly once.
+
+    Args:
+        store: token store.
+        length: targets of a window.
+        stride: tokens from the start of one window to the next.
+        isolate: documents are segments of their own; otherwise a window is a single segment.
+        drop_remainder: leave out the last window if it is not full; otherwise pad it.
 
     Raises:
         UserError: the store has too few tokens for one window.

@@ -210,9 +210,18 @@ def attend_tile_backward(
     pair: tuple[Any, Any],
     diagonal: bool,
 ) -> tuple[jax.Array, Keys]:
-    """Add the gradients of one pair of tiles to the stacked gradients of queries and keys.
+    """Accumulate the gradients of one pair of tiles.
 
-    Arguments are those of `attend_tile`, with the residuals of all query tiles.
+    Args:
+        grads: gradients of all queries and keys, stacked.
+        queries: query tiles, stacked.
+        residuals: residuals of all query tiles, stacked.
+        keys: key tiles, stacked.
+        pair: index of the query tile and of the key tile.
+        diagonal: whether query i attends to keys 0 … i of the tile only.
+
+    Returns:
+        `grads` with those of the pair added.
     """
     a, b = pair
     here, tile, of = _at(queries, a), _at(keys, b), _at(residuals, a)

@@ -1,4 +1,4 @@
-"""The pieces of a dense layer: product, bias and activation, with backward passes of their own.
+"""Dense layers: product, bias and activation, with backward passes of their own.
 
 Shape letters: T tokens, D inputs, F outputs; other leading dimensions may come before T.
 """

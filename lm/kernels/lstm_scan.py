@@ -1,4 +1,4 @@
-"""The recurrence of an LSTM layer, given the input part of its gates.
+"""Recurrence of an LSTM layer, given the input part of its gates.
 
     i, f, o = σ(·), g = tanh(·) of gates_t + h_{t-1} U
     c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)            (Zaremba et al. 2014, §3.1)

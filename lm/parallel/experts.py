@@ -158,7 +158,7 @@ def _mark_varying(x: jax.Array, own: set[str]) -> jax.Array:
 
 
 def _local_params(parameter: jax.Array, names: Sequence[str]) -> jax.Array:
-    """All-gather the FSDP shards of the local experts."""
+    """Gather the FSDP shards of the local experts."""
     for dimension, name in enumerate(names):
         if name == "embed" and sharded_axes(PARAMETERS, name):
             axes = sharded_axes(PARAMETERS, name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
+from plugins import forget_plugins
 
 from lm import config as configs
 from lm.cli import main
 from lm.config import experiment_file
-from lm.config.registries import OBJECTIVES, OPTIMIZERS, REGISTRIES, SOURCES
+from lm.config.registries import OBJECTIVES, OPTIMIZERS, SOURCES
 from lm.config.registry import option
 from lm.config.schema import SCHEMA
 from lm.errors import UserError
@@ -79,18 +79,6 @@ def get_config():
     config.train.steps, config.log.tensorboard = 2, False
     return config
 """
-
-
-def forget_plugins():
-    """Bring registries, modules and path into the state of a fresh process."""
-    for registry in REGISTRIES:
-        registry.entries = {n: e for n, e in registry.entries.items() if not e.plugin}
-        registry.version += 1
-    for folder in experiment_file._FOLDERS:
-        sys.path.remove(str(folder))
-    experiment_file._FOLDERS.clear()
-    for name in [name for name in sys.modules if name.startswith(("my_plugin", "experiment_"))]:
-        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

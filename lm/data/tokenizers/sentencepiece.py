@@ -66,7 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _ends_before_space(self) -> bool:
-        """Whether no piece has a space inside, so that texts can be cut before spaces."""
+        """True if no piece has a space inside, so that texts can be cut before spaces."""
         return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.pieces())
 
     @property
