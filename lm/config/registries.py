@@ -71,9 +71,9 @@ MODELS = Registry(
         "encoder": Entry("lm.models.encoder:Encoder"),
         "encoder_decoder": Entry("lm.models.encoder_decoder:EncoderDecoder"),
         "lstm": Entry("lm.models.classic.recurrent:Lstm"),
-        "lstm_encoder_decoder": Entry("lm.models.classic.recurrent_seq2seq:LstmEncoderDecoder"),
+        "lstm_encoder_decoder": Entry("lm.models.classic.recurrent:LstmEncoderDecoder"),
         "nplm": Entry("lm.models.classic.nplm:Nplm"),
-        "skip_gram": Entry("lm.models.classic.word2vec:SkipGram"),
+        "skip_gram": Entry("lm.models.classic.word2vec:SkipGramModel"),
     },
 )
 

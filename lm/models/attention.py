@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask, Dropout
-from lm.models.cache import CrossKeyValue, write
+from lm.models.cache import CrossKeyValue, write_layer
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
 from lm.models.sharded_attention import attend
@@ -73,7 +73,7 @@ class TokenMixer(nn.Module):
         Args:
             x_BLW: normalized tokens.
             inputs: mask, RoPE angles and position bias.
-            cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write`
+            cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write_layer`
                 writes the entries of one layer without a copy of the others.
             layer: index of this layer in the cache.
 
@@ -196,7 +196,7 @@ class Attention(DotProductAttention, TokenMixer):
             keys_values = rotate(k_BSGK, inputs.angles_BLK), v_BSGK
         if cache is not None:
             assert layer is not None
-            cache, keys_values = write(cache, layer, keys_values, inputs.mask.offset)
+            cache, keys_values = write_layer(cache, layer, keys_values, inputs.mask.offset)
         return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), cache
 
 

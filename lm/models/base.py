@@ -1,7 +1,7 @@
-"""What every Transformer family has: embeddings, an output layer, and heads for tasks.
+"""Base class of the Transformer families: embeddings, an output layer, and task heads.
 
-A part that an objective's loss never calls has no parameters: a model is pretrained without a
-classifier, and fine-tuned without the layer that predicts next sentences.
+A head that an objective's loss never calls has no parameters: a model is pretrained without a
+classifier, and fine-tuned without the next-sentence head.
 
 Shape letters: B batch, L length, D model, V vocabulary, C classes.
 """
@@ -21,7 +21,12 @@ from lm.parallel.sharding import constrain
 
 
 class Model(nn.Module):
-    """`deterministic` turns dropout off; `clone(deterministic=False)` is the model that trains."""
+    """Embeddings, output layer and task heads.
+
+    Attributes:
+        config: configuration.
+        deterministic: True turns dropout off; `clone(deterministic=False)` is the model to train.
+    """
 
     config: TransformerConfig
     deterministic: bool = True
@@ -61,7 +66,7 @@ class Model(nn.Module):
         positions_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Embedded tokens [B, L, D], and their positions, 0 … L-1 unless given."""
+        """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given."""
         c = self.config
         x_BLD = self.tokens(tokens_BL)
         if c.scale_embeddings:
@@ -86,9 +91,9 @@ class Model(nn.Module):
         return x_BLD, positions_BL
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, L, V], float32."""
+        """Return the logits of the vocabulary [B, L, V], float32."""
         c = self.config
-        x_BLD = self._over_width(x_BLD)
+        x_BLD = self._scale_output(x_BLD)
         if c.tie_embeddings:
             scale = (c.d_model / c.width_ratio) ** -0.5 if c.scale_logits else 1.0
             logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
@@ -98,41 +103,43 @@ class Model(nn.Module):
         return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 
     def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The vector [B, D] that stands for a text: the family's `summary`, or the mean of its
-        tokens (Reimers and Gurevych 2019, §3)."""
+        """Return the embedding [B, D] of a text.
+
+        It is the family's `summary`, or the mean of the tokens (Reimers and Gurevych 2019, §3).
+        """
         if self.config.pooling == "mean":
             return mean_of_row(x_BLD, segment_ids_BL)
         return self.summary(x_BLD, segment_ids_BL)
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The last token's vector [B, D] (Radford 2018, §3.2)."""
+        """Return the hidden state of the last token, [B, D] (Radford et al. 2018, §3.2)."""
         return last_of_row(x_BLD, segment_ids_BL)
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
-        """Scores of the classes [B, C], float32, of what `pooled` gives."""
-        return self.classifier(self._over_width(self.dropout(x_BD)))
+        """Return class logits [B, C], float32, of the result of `pooled`."""
+        return self.classifier(self._scale_output(self.dropout(x_BD)))
 
     def next_sentence(self, x_BD: jax.Array) -> jax.Array:
-        """Scores [B, 2] for "B follows A" and "B does not follow A" (Devlin 2018, §3.1)."""
-        return self.sentence_head(self._over_width(x_BD))
+        """Return logits [B, 2] of "B follows A" and "B does not" (Devlin et al. 2018, §3.1)."""
+        return self.sentence_head(self._scale_output(x_BD))
 
     def spans(self, x_BLD: jax.Array) -> jax.Array:
-        """Scores [B, L, 2] of every token to start and to end an answer (Devlin 2018, §4.2)."""
-        return self.span_head(self._over_width(self.dropout(x_BLD)))
+        """Return start and end logits of answers, [B, L, 2] (Devlin et al. 2018, §4.2)."""
+        return self.span_head(self._scale_output(self.dropout(x_BLD)))
 
-    def _over_width(self, x_BLD: jax.Array) -> jax.Array:
-        """What scores are made of: muP's output multiplier (Yang et al. 2022, Table 8)."""
+    def _scale_output(self, x_BLD: jax.Array) -> jax.Array:
+        """Apply the output multiplier of muP (Yang et al. 2022, Table 8)."""
         return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
 
 
 def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """The mean [B, D] of the vectors that are no padding, float32."""
+    """Return the mean [B, D] of the vectors that are not padding, float32."""
     is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
     sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
     return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
 
 
 def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """The vector [B, D] of the last token that is no padding."""
+    """Return the vector [B, D] of the last token that is not padding."""
     last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
     return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

@@ -75,7 +75,7 @@ class Cache:
         return self.replace(segment_ids_BS=written)  # type: ignore[attr-defined,no-any-return]
 
 
-def write(
+def write_layer(
     cache: Tree, layer: jax.Array | int, new: Tree, start: jax.Array | int | None = None
 ) -> tuple[Tree, Tree]:
     """Write the new cache entries of one layer, in place where the compiler can.

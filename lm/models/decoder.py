@@ -64,7 +64,12 @@ class Decoder(Model):
     ) -> tuple[jax.Array, Cache]:
         """Return the logits [B, L, V] of tokens after those in the cache, and the cache with them.
 
-        `prefix_BL`, in the first call only, marks tokens that earlier ones see too.
+        Args:
+            tokens_BL: token ids.
+            positions_BL: their positions.
+            segment_ids_BL: their segments; 0 is padding.
+            cache: cache of the tokens before them.
+            prefix_BL: true for tokens that earlier ones see too; in the first call only.
         """
         cache = cache.with_segments(segment_ids_BL)
         if prefix_BL is not None:

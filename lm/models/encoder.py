@@ -50,7 +50,7 @@ class Encoder(Model):
         return self.stack(x_BLD, positions_BL, AttentionMask(False, segment_ids_BL))[0]
 
     def logits(self, x_BPD: jax.Array) -> jax.Array:
-        """Return logits [B, P, V]: a dense layer, its norm, the output matrix and a bias."""
+        """Return logits [B, P, V]: dense layer, norm, output matrix and bias."""
         c = self.config
         act = ACTIVATIONS["gelu_tanh" if c.activation in GATED else c.activation]
         x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))

@@ -17,7 +17,7 @@ from lm.models.transformer import Stack, init_cache
 
 
 class EncoderDecoder(Model):
-    """The Transformer (Vaswani et al. 2017), T5 (Raffel et al. 2020) and their relatives.
+    """Encoder-decoder Transformer: Vaswani et al. 2017, T5 (Raffel et al. 2020) and others.
 
     Source and target share the token embeddings.
     """

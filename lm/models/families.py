@@ -1,4 +1,4 @@
-"""Models by family."""
+"""Building the model of a configuration, by its family."""
 
 from __future__ import annotations
 

@@ -76,7 +76,18 @@ def init_linear(
     bias_init: Initializer = nn.initializers.zeros,
     name: str | None = None,
 ) -> Linear:
-    """Build a linear map of vectors to float32, initialized as the model's configuration says."""
+    """Build a linear map of vectors to float32, initialized as the model's configuration says.
+
+    Args:
+        config: initialization and compute dtype.
+        n_in: width of the input.
+        out_shape: shape of the output.
+        names: logical axes of the kernel [n_in, *out_shape].
+        role: role of the kernel.
+        use_bias: add a bias.
+        bias_init: initializer of the bias, unless all initialization is uniform.
+        name: module name.
+    """
     c = config
     return Linear(
         (n_in,),

@@ -1,17 +1,21 @@
-"""A feed-forward layer of experts, of which each token uses a few.
+"""Mixture-of-experts feed-forward layer.
 
 Switch (Fedus et al. 2021), Mixtral (Jiang et al. 2024) and ST-MoE's z-loss (Zoph et al. 2022).
+Tokens that share capacity and balance statistics are those of a row, as in Mesh TensorFlow, so that
+neither the mesh nor the number of microbatches changes a result.
+
 Shape letters: B batch, L length, D model, F feed-forward, E experts, K choices of a token.
 """
 
 from __future__ import annotations
+
+from math import ceil
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.dense import ACTIVATIONS, GATED
-from lm.models import routing
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Role, add_loss, param, report
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
@@ -19,12 +23,12 @@ from lm.parallel.sharding import constrain
 
 
 class MixtureOfExperts(nn.Module):
-    """Σ weight · FeedForward_expert(x) over the experts that the router chooses for a token.
+    """Sum of weight · FeedForward_expert(x) over the experts that the router chooses for a token.
 
-    In training an expert with a capacity takes the first tokens of a row and those after them get
-    0; otherwise nothing is dropped, so that decoding equals the full forward pass. Reports, of each
-    row: the balance and z-losses, the part of the choices that were dropped, and the busiest
-    expert's load over the even share.
+    In training an expert with a capacity takes the first tokens of a row, and later ones get 0;
+    otherwise nothing is dropped, so that decoding equals the full forward pass. It reports, for
+    each row, the balance and z-losses, the share of dropped choices, and the load of the busiest
+    expert over the even share.
     """
 
     config: TransformerConfig
@@ -32,40 +36,40 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, is_token_BL: jax.Array | None = None) -> jax.Array:
-        """[B, L, D]; what is no token (padding) is sent to no expert."""
+        """Return [B, L, D]; padding, where `is_token_BL` is false, is sent to no expert."""
         c = self.config
         if is_token_BL is None:
             is_token_BL = jnp.ones(x_BLD.shape[:2], bool)
         jitter = 0.0 if self.deterministic else c.router_jitter
         logits_BLE = Router(c, jitter, name="router")(x_BLD)
-        experts_BLK, weights_BLK = routing.choose(logits_BLE, c.experts_per_token)
-        load_BE = routing.load(experts_BLK, is_token_BL, c.n_experts)
+        experts_BLK, weights_BLK = choose_experts(logits_BLE, c.experts_per_token)
+        load_BE = expert_load(experts_BLK, is_token_BL, c.n_experts)
 
-        room = 0
+        capacity = 0
         if not self.deterministic and c.expert_capacity:
-            room = routing.capacity(
+            capacity = expert_capacity(
                 c.expert_capacity, x_BLD.shape[1], c.experts_per_token, c.n_experts
             )
         experts_BLK = jnp.where(is_token_BL[..., None], experts_BLK, c.n_experts)
-        places_BLK = routing.places(experts_BLK, c.n_experts) if room else experts_BLK
-        is_served_BLK = places_BLK < (room or c.n_experts)
+        positions_BLK = queue_positions(experts_BLK, c.n_experts) if capacity else experts_BLK
+        is_served_BLK = positions_BLK < (capacity or c.n_experts)
         experts_BLK = jnp.where(is_served_BLK, experts_BLK, c.n_experts)
 
-        balance_B = routing.balance_loss(logits_BLE, load_BE, is_token_BL)
-        z_B = routing.z_loss(logits_BLE, is_token_BL)
+        balance_B = balance_loss(logits_BLE, load_BE, is_token_BL)
+        z_B = router_z_loss(logits_BLE, is_token_BL)
         add_loss(self, "auxiliary", c.balance_loss * balance_B + c.router_z_loss * z_B)
         report(self, "balance_loss", balance_B)
         report(self, "router_z_loss", z_B)
         report(self, "busiest_expert", load_BE.max(-1) * c.n_experts)
         served_BL1 = is_served_BLK.mean(-1, keepdims=True, dtype=jnp.float32)
-        report(self, "dropped", routing.mean(1 - served_BL1, is_token_BL)[:, 0])
+        report(self, "dropped", masked_mean(1 - served_BL1, is_token_BL)[:, 0])
 
-        routes = Routing(experts_BLK, places_BLK, weights_BLK)
-        return Experts(c, name="experts")(x_BLD, routes, room)
+        routes = Routing(experts_BLK, positions_BLK, weights_BLK)
+        return Experts(c, name="experts")(x_BLD, routes, capacity)
 
 
 class Router(nn.Module):
-    """Scores of the experts, [B, L, E], in float32 throughout (Switch, §2.4)."""
+    """Router: logits of the experts, [B, L, E], in float32 throughout (Switch, §2.4)."""
 
     config: TransformerConfig
     jitter: float
@@ -90,7 +94,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Feed-forward layers side by side; kernels are [E, inputs, outputs]."""
+    """Feed-forward layers of all experts; kernels are [E, inputs, outputs]."""
 
     config: TransformerConfig
 
@@ -125,7 +129,7 @@ class Experts(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """The parameters of a linear map for each expert, with the names of their axes."""
+    """Parameters of a linear map for each expert, with the names of their axes."""
 
     shape: tuple[int, int, int]
     names: tuple[str, str, str]
@@ -144,3 +148,73 @@ class ExpertLinear(nn.Module):
             bias = param(self, "bias", zeros, (E, F), (outer, inner), self.role.bias())
             made["bias"] = bias, (outer, inner)
         return made
+
+
+# --- routing: functions of the router's logits
+
+
+def choose_experts(logits_BLE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Return the k most probable experts of each token, and their weights, [B, L, K] each.
+
+    One expert is weighted by its probability (Switch, Fedus et al. 2021, eq. 2); several by the
+    softmax over their own logits (Mixtral, Jiang et al. 2024, §2.1).
+    """
+    experts, picked = [], []
+    left_BLE = logits_BLE
+    for _ in range(k):  # `top_k` would gather the logits of all devices
+        experts.append(left_BLE.argmax(-1))
+        is_chosen_BLE = jax.nn.one_hot(experts[-1], logits_BLE.shape[-1], dtype=bool)
+        picked.append(jnp.where(is_chosen_BLE, logits_BLE, 0).sum(-1))
+        left_BLE = jnp.where(is_chosen_BLE, -jnp.inf, left_BLE)
+    picked_BLK = jnp.stack(picked, -1)
+    weights_BLK = jax.nn.softmax(picked_BLK)
+    if k == 1:
+        weights_BLK = jnp.exp(picked_BLK - jax.nn.logsumexp(logits_BLE, -1, keepdims=True))
+    return jnp.stack(experts, -1), weights_BLK
+
+
+def expert_capacity(factor: float, length: int, k: int, n_experts: int) -> int:
+    """Return the number of tokens of a row that an expert takes.
+
+    It is `factor` times the even share (Switch, eq. 3), at most `length`.
+    """
+    return min(length, ceil(factor * k * length / n_experts))
+
+
+def queue_positions(experts_BLK: jax.Array, n_experts: int) -> jax.Array:
+    """Return the position of each choice in the queue of its expert, per row, [B, L, K] int32.
+
+    First choices come before second ones (GShard, Lepikhin et al. 2020, algorithm 1), tokens in
+    their order. An expert id of `n_experts` stands for none.
+    """
+    B, L, K = experts_BLK.shape
+    one_hot = jax.nn.one_hot(experts_BLK.swapaxes(1, 2), n_experts, dtype=jnp.int32)
+    before = (one_hot.reshape(B, K * L, -1).cumsum(1)).reshape(one_hot.shape) - one_hot
+    return (before * one_hot).sum(-1).swapaxes(1, 2)
+
+
+def expert_load(experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int) -> jax.Array:
+    """Return the share of a row's choices that goes to each expert, before drops, [B, E]."""
+    one_hot = jax.nn.one_hot(experts_BLK, n_experts).sum(2) / experts_BLK.shape[-1]
+    return masked_mean(one_hot, is_token_BL)
+
+
+def balance_loss(logits_BLE: jax.Array, load_BE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
+    """Return the load-balancing loss E Σ f_i P_i of each row, [B] (Switch, eq. 4 to 6).
+
+    f_i is the load and P_i the mean probability, which alone has a gradient; an even load gives 1.
+    """
+    share_BE = masked_mean(jax.nn.softmax(logits_BLE), is_token_BL)
+    return logits_BLE.shape[-1] * (load_BE * share_BE).sum(-1)
+
+
+def router_z_loss(logits_BLE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
+    """Return the mean squared log-partition of each row, [B] (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return masked_mean(jax.nn.logsumexp(logits_BLE, -1, keepdims=True) ** 2, is_token_BL)[:, 0]
+
+
+def masked_mean(x_BLE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
+    """Return the mean over the tokens of each row, [B, E]; 0 for a row without tokens."""
+    mask_BL = is_token_BL.astype(jnp.float32)
+    total_BE = (x_BLE * mask_BL[..., None]).sum(1)
+    return total_BE / jnp.maximum(mask_BL.sum(1), 1)[:, None]

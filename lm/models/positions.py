@@ -17,7 +17,10 @@ from lm.models.variables import Kind, Role, param
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:
-    """[B, L, D]: PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos (Vaswani 2017 §3.5)."""
+    """Return sinusoidal position vectors [B, L, D] (Vaswani et al. 2017, §3.5).
+
+    PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(pos / 10000^(2i/D)).
+    """
     frequencies = 10_000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
     angles = positions_BL[..., None] * frequencies
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
@@ -29,7 +32,14 @@ def rotary_angles(
     theta: float,
     scale: Callable[[jax.Array], jax.Array] = lambda frequencies: frequencies,
 ) -> jax.Array:
-    """Rotation angles [B, L, K/2] of each position (Su et al. 2021, eq. 15)."""
+    """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
+
+    Args:
+        positions_BL: positions.
+        head_dim: K.
+        theta: base of the wavelengths.
+        scale: maps the frequencies [K/2] to those of a longer context.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
     return positions_BL[..., None] * scale(frequencies)
 
@@ -37,33 +47,32 @@ def rotary_angles(
 def layer_angles(
     config: TransformerConfig, positions_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The rotation angles [B, L, K/2] of the layers, and those of local ones where both occur.
+    """Return the RoPE angles [B, L, K/2], and those of local layers where they differ.
 
-    Local layers differ if they have a theta of their own, which is never stretched: no distance
-    inside a window is new to them.
+    Local layers with a theta of their own are never scaled to a longer context: their distances
+    stay inside the window.
     """
     c = config
-    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, scaled(c))
+    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, rope_scaling(c))
     if not (c.window and c.rope_theta_local):
         return angles, None
     local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
     return (angles, local) if c.global_every else (local, None)
 
 
-def scaled(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
-    """What a longer context makes of the rotary frequencies.
+def rope_scaling(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the function that scales RoPE frequencies to a longer context.
 
-    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those that turn fewer
-    than `rope_low_frequency` times in the original context, keeps those that turn more than
-    `rope_high_frequency` times, and goes linearly from one to the other in between (Llama 3.1's
-    released code).
+    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those with fewer than
+    `rope_low_frequency` periods in the original context, keeps those with more than
+    `rope_high_frequency`, and interpolates linearly in between (Llama 3.1's released code).
     """
     c = config
 
     def llama3(frequencies: jax.Array) -> jax.Array:
-        turns = c.rope_original_length * frequencies / (2 * math.pi)
+        n_periods = c.rope_original_length * frequencies / (2 * math.pi)
         low, high = c.rope_low_frequency, c.rope_high_frequency
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        kept = jnp.clip((n_periods - low) / (high - low), 0, 1)
         return frequencies * (kept + (1 - kept) / c.rope_factor)
 
     kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,7 +84,7 @@ def scaled(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
 
 
 def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
-    """`x` with the pairs (k, k + K/2) of every head rotated by the angles (Llama's layout)."""
+    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout)."""
     cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
     sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
     a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
@@ -88,10 +97,16 @@ def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
 def relative_buckets(
     distances: jax.Array, bidirectional: bool, n_buckets: int, max_distance: int
 ) -> jax.Array:
-    """The bucket of each distance, key position − query position (Raffel et al. 2020, §2.1).
+    """Return the bucket of each distance, key position − query position (Raffel et al. 2020, §2.1).
 
-    Half of the buckets are single distances, the other half grow as the logarithm up to
-    `max_distance`; bidirectional, keys after the query have a half of all buckets to themselves.
+    Half of the buckets are single distances, the other half grow logarithmically up to
+    `max_distance`.
+
+    Args:
+        distances: integers of any shape.
+        bidirectional: keys after the query have half of the buckets; otherwise they share bucket 0.
+        n_buckets: number of buckets.
+        max_distance: distance from which all share the last bucket.
     """
     first: jax.Array | int = 0
     if bidirectional:
@@ -107,10 +122,10 @@ def relative_buckets(
 
 
 class RelativeBias(nn.Module):
-    """What the distance between query and key adds to the scores of each head.
+    """Bias of the attention scores by the distance between query and key, for each head (T5).
 
-    Distances are those of places in the row: inside a packed document they equal those of
-    positions, and across documents nothing is seen.
+    Distances are between slots of the row: within a packed document they equal those between
+    positions, and other documents are masked.
     """
 
     config: TransformerConfig
@@ -118,7 +133,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
-        """[H, L, S] float32; query i stands at key place `offset` + i."""
+        """Return the bias [H, L, S], float32; query i is at key slot `offset` + i."""
         c = self.config
         role = Role(Kind.POSITION_BIAS, c.stream, "input", inputs=1)
         init, shape = c.kernel_init(c.output_std(c.n_heads)), (c.relative_buckets, c.n_heads)

@@ -1,8 +1,8 @@
-"""Attention on the mesh of a step: which part of queries and keys each device works on.
+"""Attention on a mesh.
 
-The compiler partitions the "xla" and "tiled" kernels by itself; others run on a device's own
-rows and heads. Where the length is cut over `context`, keys and values are gathered, or go round
-in a ring.
+The compiler partitions the "xla" and "tiled" kernels; others run on the rows and heads of a device
+(`shard_map`). Where the length is sharded over `context`, keys and values are gathered, or passed
+on in a ring.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -40,11 +40,28 @@ def attend(
     bias_HLS: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Attention [B, L, H, K]; what a kernel cannot do is a ValueError.
+    """Compute attention, each device on its part of queries and keys.
 
-    `across` says what crosses devices where the length is cut: "ring" or "gather", keys that are
-    not the queries' own are gathered in any case. Off a mesh, in decoding, rows have any width
-    and "xla" does what kernels for a device do in training.
+    Off a mesh, as in decoding, "xla" replaces the kernels that need one.
+
+    Args:
+        q_BLHK: queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        mask: visible keys.
+        kernel: attention kernel.
+        across: "ring" or "gather" where the length is sharded; keys of another sequence are
+            gathered in any case.
+        scale: factor of the scores.
+        softcap: soft-cap of the scores; 0: none.
+        bias_HLS: position bias of the scores.
+        dropout: dropout of the attention weights.
+
+    Returns:
+        [B, L, H, K].
+
+    Raises:
+        ValueError: the kernel does not support what is asked.
     """
     by_compiler = kernel in ("xla", "tiled")
     cut = sharding.count_shards("length") > 1
@@ -70,7 +87,7 @@ def attend(
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
     inputs = (q_BLHK, k_BSGK, v_BSGK, mask)
     if kernel == "splash" and not ring:
-        return _splash_of_layer(*inputs, scale, softcap)
+        return _splash_layer(*inputs, scale, softcap)
     if softcap:
         raise ValueError(f'attention "{across if ring else kernel}" has no soft-cap')
     if ring:
@@ -92,8 +109,8 @@ def _by_rows_and_heads(
     kernel: str,
     scale: float,
 ) -> jax.Array:
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, seen: AttentionMask) -> jax.Array:
-        return attention(q, k, v, seen, kernel=kernel, scale=scale)
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, own_mask: AttentionMask) -> jax.Array:
+        return attention(q, k, v, own_mask, kernel=kernel, scale=scale)
 
     # The arrays of a mask are [B, length]; the offset is a number.
     by_rows = sharding.activation_sharding("batch", "keys").spec
@@ -117,7 +134,7 @@ def _ring(
     return sharding.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
-def _splash_of_layer(
+def _splash_layer(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
@@ -125,12 +142,15 @@ def _splash_of_layer(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """The kernel's tiles are chosen at compile time: a layer with a window has a kernel of its own,
-    and the number that says which layers are global picks one of two."""
+    """Run the splash kernel of a local or a global layer.
+
+    Its tiles are chosen at compile time, so a layer with a window needs another kernel, and
+    `mask.is_global` selects one of the two.
+    """
 
     def with_window(window: int) -> Callable[..., jax.Array]:
-        seen = replace(mask, window=window, is_global=None)
-        return lambda q, k, v: _splash(q, k, v, seen, scale, softcap)
+        own_mask = replace(mask, window=window, is_global=None)
+        return lambda q, k, v: _splash(q, k, v, own_mask, scale, softcap)
 
     here = with_window(mask.window)
     if mask.is_global is None:

@@ -173,7 +173,15 @@ class Block(nn.Module):
 def project(
     config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str, part: Part = "layers"
 ) -> jax.Array:
-    """Apply a linear map without bias to the residual stream of `residual="concat"`."""
+    """Apply a linear map without bias to the residual stream of `residual="concat"`.
+
+    Args:
+        config: configuration of the stack.
+        x_BLW: input of any width.
+        n_out: width of the output.
+        name: module name.
+        part: part of the model that the kernel belongs to.
+    """
     c, width = config, x_BLW.shape[-1]
     init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
     role = Role(Kind.MATRIX, c.stream, part)

@@ -13,7 +13,7 @@ from lm.config.registries import MIXERS
 from lm.config.registry import option
 from lm.config.schema import SCHEMA
 from lm.models.attention import TokenMixer
-from lm.models.cache import write
+from lm.models.cache import write_layer
 from lm.models.decoder import Decoder
 from lm.models.sharded_attention import attend
 from lm.models.transformer_config import LayerType, TransformerConfig
@@ -44,7 +44,7 @@ class LatentAttention(TokenMixer):
         heads = functools.partial(nn.DenseGeneral, (c.n_heads, c.head_dim))
         latent_BSR = nn.Dense(c.mixer_options.latent_rank, name="down")(x_BLW)
         if cache is not None:
-            cache, latent_BSR = write(cache, layer, latent_BSR, inputs.mask.offset)
+            cache, latent_BSR = write_layer(cache, layer, latent_BSR, inputs.mask.offset)
         k_BSHK, v_BSHK = heads(name="key")(latent_BSR), heads(name="value")(latent_BSR)
         o_BLHK = attend(
             heads(name="query")(x_BLW), k_BSHK, v_BSHK, inputs.mask,
@@ -74,7 +74,7 @@ class LinearAttention(TokenMixer):
         states_BLHKK = jnp.cumsum(jnp.einsum("blhk,blhv->blhkv", k_BLHK, v_BLHK), axis=1)
         if cache is not None:
             states_BLHKK += cache[layer][:, None]
-            cache, _ = write(cache, layer, states_BLHKK[:, -1])
+            cache, _ = write_layer(cache, layer, states_BLHKK[:, -1])
         o_BLHK = jnp.einsum("blhk,blhkv->blhv", q_BLHK, states_BLHKK)
         return nn.DenseGeneral(c.d_model, axis=(-2, -1), name="out")(o_BLHK), cache
 

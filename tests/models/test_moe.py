@@ -10,7 +10,7 @@ import pytest
 from moe_reference import mixture
 from transformer_reference import draw, float64
 
-from lm.models import routing
+from lm.models import moe
 from lm.models.decoder import Decoder
 from lm.models.moe import MixtureOfExperts
 from lm.models.transformer_config import TransformerConfig
@@ -91,16 +91,16 @@ def test_gradients_are_the_slopes_of_the_reference(style, capacity):
 def test_a_full_expert_takes_the_first_tokens_of_the_row():
     """Switch, figure 3: tokens that come to a full expert pass it by."""
     experts = np.array([[[0], [1], [0], [0], [2], [0], [1]], [[2], [2], [2], [2], [2], [2], [0]]])
-    places = routing.places(experts, 3)[..., 0]
+    places = moe.queue_positions(experts, 3)[..., 0]
     assert places.tolist() == [[0, 0, 1, 2, 0, 3, 1], [0, 1, 2, 3, 4, 5, 0]]
-    assert routing.capacity(1.0, 7, 1, 3) == 3  # 7/3, rounded up
-    assert routing.capacity(1.5, 6, 1, 3) == 3  # figure 3
-    assert routing.capacity(2.0, 6, 2, 2) == 6  # a token comes to an expert once
+    assert moe.expert_capacity(1.0, 7, 1, 3) == 3  # 7/3, rounded up
+    assert moe.expert_capacity(1.5, 6, 1, 3) == 3  # figure 3
+    assert moe.expert_capacity(2.0, 6, 2, 2) == 6  # a token comes to an expert once
 
 
 def test_first_choices_come_before_second_ones():
     experts = np.array([[[0, 1], [1, 0], [0, 1]]])
-    assert routing.places(experts, 2).tolist() == [[[0, 1], [0, 2], [1, 2]]]
+    assert moe.queue_positions(experts, 2).tolist() == [[[0, 1], [0, 2], [1, 2]]]
 
 
 def test_dropless_is_the_mixture_of_the_chosen_experts():
@@ -153,20 +153,20 @@ def test_balance_loss_by_hand():
     p = np.array([[0.75, 0.5 + 1e-6, 0.25], [0.75, 0.75, 0.75]])
     logits = np.log(np.stack([p, 1 - p], -1))
     tokens = np.ones((2, 3), bool)
-    experts, weights = routing.choose(logits, 1)
+    experts, weights = moe.choose_experts(logits, 1)
     np.testing.assert_allclose(weights[..., 0], np.maximum(p, 1 - p), rtol=1e-5)
-    load = routing.load(experts, tokens, 2)
+    load = moe.expert_load(experts, tokens, 2)
     np.testing.assert_allclose(load, [[2 / 3, 1 / 3], [1, 0]], rtol=1e-6)
-    np.testing.assert_allclose(routing.balance_loss(logits, load, tokens), [1, 1.5], rtol=1e-5)
+    np.testing.assert_allclose(moe.balance_loss(logits, load, tokens), [1, 1.5], rtol=1e-5)
     # Only the mean probabilities have a gradient: E f_i dP_i.
-    slope = jax.grad(lambda z: routing.balance_loss(z, load, tokens).sum())(logits)
+    slope = jax.grad(lambda z: moe.balance_loss(z, load, tokens).sum())(logits)
     softmax_slope = (p * (1 - p))[1, 0]
     np.testing.assert_allclose(slope[1, 0], 2 / 3 * softmax_slope * np.array([1, -1]), rtol=1e-5)
 
 
 def test_both_choices_count_in_the_load():
     experts = np.array([[[0, 1], [0, 2]]])
-    load = routing.load(experts, np.ones((1, 2), bool), 4)
+    load = moe.expert_load(experts, np.ones((1, 2), bool), 4)
     np.testing.assert_allclose(load, [[0.5, 0.25, 0.25, 0]])
 
 
@@ -174,7 +174,7 @@ def test_z_loss_by_hand():
     """ST-MoE, eq. 5: logits (0, 0) and (ln 3, 0) have log-partitions ln 2 and ln 4."""
     logits = np.array([[[0.0, 0.0], [np.log(3), 0.0]]])
     expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
-    found = routing.z_loss(logits, np.ones((1, 2), bool))
+    found = moe.router_z_loss(logits, np.ones((1, 2), bool))
     np.testing.assert_allclose(found, [expected], rtol=1e-6)
 
 

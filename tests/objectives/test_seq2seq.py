@@ -12,7 +12,7 @@ from lm.data.records.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
 from lm.models.classic.lstm import RecurrentConfig
-from lm.models.classic.recurrent_seq2seq import LstmEncoderDecoder
+from lm.models.classic.recurrent import LstmEncoderDecoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer_config import TransformerConfig
 from lm.objectives.seq2seq import Seq2Seq

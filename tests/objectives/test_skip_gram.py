@@ -18,8 +18,8 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.vectors_report import run_vectors
 from lm.experiment import build
-from lm.models.classic.word2vec import SkipGram as Model
 from lm.models.classic.word2vec import SkipGramConfig
+from lm.models.classic.word2vec import SkipGramModel as Model
 from lm.objectives.skip_gram import SkipGram
 
 A, B, C, D, EOS, UNKNOWN = range(6)

@@ -1,4 +1,4 @@
-"""A stack of LSTM layers (Hochreiter and Schmidhuber 1997) as Zaremba et al. 2014 regularise it.
+"""LSTM layers (Hochreiter and Schmidhuber 1997), regularized as in Zaremba et al. 2014.
 
 Shape letters: B batch, L length, D inputs, H hidden units, N layers, G = 4 H gates.
 """
@@ -21,7 +21,7 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class RecurrentConfig(InitConfig):
-    """A recurrent model; the meaning of each field is in `lm/config/`."""
+    """Recurrent model; the meaning of each field is in `lm/config/model_keys.py`."""
 
     n_layers: int
     d_model: int
@@ -39,8 +39,8 @@ class RecurrentConfig(InitConfig):
 
 
 @flax.struct.dataclass
-class Source:
-    """What a decoder attends to: an encoder's outputs."""
+class EncodedSource:
+    """Encoder outputs that a decoder attends to, and their segment ids."""
 
     encoded_BSH: jax.Array
     segment_ids_BS: jax.Array
@@ -48,26 +48,28 @@ class Source:
 
 @flax.struct.dataclass
 class LstmCache:
-    """What a recurrent model has of the tokens so far: hidden and cell of every layer, and the
-    segment that they are of. Rows are the first axis everywhere."""
+    """State of all layers after the tokens so far, and the segment that it belongs to.
+
+    The batch is the first axis of every array.
+    """
 
     state_BN2H: jax.Array
     segment_B: jax.Array
-    source: Source | None = None
+    source: EncodedSource | None = None
 
-    def of_layer(self, index: int) -> LstmState:
-        """A layer's state, [B, H] each."""
+    def layer(self, index: int) -> LstmState:
+        """Return the state of one layer, [B, H] each."""
         return LstmState(self.state_BN2H[:, index, 0], self.state_BN2H[:, index, 1])
 
     def take(self, rows: jax.Array) -> LstmCache:
-        """The memory whose row i is this one's row `rows[i]`: what a beam search goes on with."""
+        """Return the cache whose row i is row `rows[i]` of this one, as beam search needs."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
 
-class Layer(nn.Module):
-    """One layer in one direction, with the two biases of Zaremba's code.
+class LstmLayer(nn.Module):
+    """LSTM layer in one direction, with the two biases of Zaremba's code.
 
-    Unless everything starts uniform, the forget gate's bias starts at 1 (Jozefowicz et al. 2015).
+    Unless all initialization is uniform, the forget bias is 1 at first (Jozefowicz et al. 2015).
     """
 
     config: RecurrentConfig
@@ -80,7 +82,7 @@ class Layer(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, before: LstmState | None, starts: SegmentStarts | None
     ) -> LstmState:
-        """The states [B, L, H] after every token, the first of which follows `before`, or zero."""
+        """Return the states [B, L, H] after every token; the first follows `before`, or 0."""
         c, H = self.config, self.n_hidden
         if before is None:
             before = LstmState(*jnp.zeros((2, len(x_BLD), H)))
@@ -103,19 +105,22 @@ class Layer(nn.Module):
 
 
 def forget_bias_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """Biases [4, H]: 1 for the forget gate."""
+    """Initialize biases [4, H]: 1 for the forget gate, 0 for the others."""
     return jnp.zeros(shape, dtype).at[1].set(1)
 
 
-class Stack(nn.Module):
-    """`n_layers` layers, dropout on the input of each, none on what goes from token to token.
+class LstmStack(nn.Module):
+    """Stack of `n_layers` layers, with dropout on the inputs of each but not on its recurrence.
 
-    `both_ways`, half of the units of each layer read from the end.
+    Attributes:
+        config: configuration.
+        deterministic: True turns dropout off.
+        bidirectional: half of the units of each layer read from the end.
     """
 
     config: RecurrentConfig
     deterministic: bool
-    both_ways: bool = False
+    bidirectional: bool = False
 
     @nn.compact
     def __call__(
@@ -125,28 +130,34 @@ class Stack(nn.Module):
         before: LstmCache | None = None,
         entering: list[LstmState] | None = None,
     ) -> tuple[jax.Array, list[LstmState]]:
-        """The outputs [B, L, H], and every layer's states after every token.
+        """Return the outputs [B, L, H], and the states of every layer after every token.
 
-        The first token follows `before`. Where another segment starts, the state does too: from
-        zero, or from what is `entering` each layer [B, L, H].
+        Args:
+            x_BLD: inputs.
+            segments_BL: segments; the state is reset where another one starts.
+            before: state before the first token; default 0.
+            entering: for each layer the state [B, L, H] that a segment starts from; default 0.
         """
-        c, here = self.config, None
+        c, all_starts = self.config, None
         if segments_BL is not None:
             previous_B = None if before is None else before.segment_B
             forwards = segment_starts(segments_BL, previous_B)
-            here = (forwards, segment_starts(segments_BL, reverse=True))
+            all_starts = (forwards, segment_starts(segments_BL, reverse=True))
         states = []
         for i in range(c.n_layers):
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
             directions = []
-            for reverse in (False, True)[: 1 + self.both_ways]:
-                n_hidden, name_in = c.d_hidden // (1 + self.both_ways), "hidden" if i else "embed"
+            for reverse in (False, True)[: 1 + self.bidirectional]:
+                n_hidden, name_in = (
+                    c.d_hidden // (1 + self.bidirectional),
+                    "hidden" if i else "embed",
+                )
                 name = f"layer_{i}_reverse" if reverse else f"layer_{i}"
-                layer = Layer(c, x_BLD.shape[-1], n_hidden, name_in, reverse, name=name)
-                state = before.of_layer(i) if before else None
+                layer = LstmLayer(c, x_BLD.shape[-1], n_hidden, name_in, reverse, name=name)
+                state = before.layer(i) if before else None
                 starts = (
-                    SegmentStarts(here[reverse], entering[i] if entering else None)
-                    if here
+                    SegmentStarts(all_starts[reverse], entering[i] if entering else None)
+                    if all_starts
                     else None
                 )
                 directions.append(layer(x_BLD, state, starts))
@@ -160,13 +171,16 @@ class Stack(nn.Module):
 def segment_starts(
     segments_BL: jax.Array, previous_B: jax.Array | None = None, reverse: bool = False
 ) -> jax.Array:
-    """Whether each token is the first of its segment as one reads; `previous_B` came before."""
+    """Return true for the first token of each segment, in the direction of reading, [B, L].
+
+    `previous_B` are the segments before the first token.
+    """
     if reverse:
         return segment_starts(segments_BL[:, ::-1], previous_B)[:, ::-1]
     previous_B = segments_BL[:, 0] - 1 if previous_B is None else previous_B
     return segments_BL != jnp.column_stack([previous_B, segments_BL[:, :-1]])
 
 
-def last(states: list[LstmState]) -> jax.Array:
-    """The state after the last token of all layers, [B, N, 2, H]."""
+def last_states(states: list[LstmState]) -> jax.Array:
+    """Return the state of all layers after the last token, [B, N, 2, H]."""
     return jnp.stack([jnp.stack([x[:, -1] for x in state], axis=1) for state in states], axis=1)

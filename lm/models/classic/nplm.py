@@ -1,4 +1,4 @@
-"""The neural probabilistic language model of Bengio et al. 2003: a window of words, one layer.
+"""Neural probabilistic language model (Bengio et al. 2003): a window of words, one layer.
 
 Shape letters: B batch, L length, W words of context, D embedding, H hidden units, V vocabulary.
 """
@@ -19,7 +19,7 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class NplmConfig(InitConfig):
-    """An NPLM; the meaning of each field is in `lm/config/`."""
+    """Neural probabilistic language model; the fields are in `lm/config/model_keys.py`."""
 
     d_model: int
     d_hidden: int
@@ -32,21 +32,21 @@ class NplmConfig(InitConfig):
 
 @flax.struct.dataclass
 class Window:
-    """The last W - 1 tokens of every row and their segments, 0 where there was none."""
+    """Last W - 1 tokens of every row and their segments, 0 where there was none."""
 
     tokens_BW: jax.Array
     segments_BW: jax.Array
 
     def take(self, rows: jax.Array) -> Window:
-        """The window whose row i is this one's row `rows[i]`: what a beam search goes on with."""
+        """Return the window whose row i is row `rows[i]` of this one, as beam search needs."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
 
 class Nplm(nn.Module):
-    """y = b + W x + U tanh(d + H x) (§2, eq. 1) of the embeddings x of the last words.
+    """Neural probabilistic language model: y = b + W x + U tanh(d + H x) (§2, eq. 1).
 
-    W, the direct connections, is there with config.direct only. Words before the start of the text
-    are zero.
+    x are the embeddings of the last words, 0 before the start of the text. The direct connections
+    W exist with `config.direct` only.
     """
 
     config: NplmConfig
@@ -72,7 +72,7 @@ class Nplm(nn.Module):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, L, V], float32; a token sees itself and W - 1 before it in its segment."""
+        """Return logits [B, L, V], float32, from a token and W - 1 before it in its segment."""
         return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL))
 
     def hidden(
@@ -81,12 +81,12 @@ class Nplm(nn.Module):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """The vectors of the words that a token sees, one after the other, [B, L, W·D]."""
+        """Return the concatenated embeddings of the context words, [B, L, W·D]."""
         segment_ids_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
-        return self._look(tokens_BL, segment_ids_BL, self.empty_cache(*tokens_BL.shape))[0]
+        return self._context(tokens_BL, segment_ids_BL, self.empty_cache(*tokens_BL.shape))[0]
 
     def logits(self, x_BLE: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, L, V], float32."""
+        """Return the logits of the vocabulary [B, L, V], float32."""
         logits_BLV = self.head(self.dropout(jnp.tanh(self.hidden_layer(x_BLE))))
         if self.config.direct:
             logits_BLV += self.direct(x_BLE)
@@ -99,11 +99,11 @@ class Nplm(nn.Module):
         segment_ids_BL: jax.Array,
         cache: Window,
     ) -> tuple[jax.Array, Window]:
-        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them."""
-        x_BLE, cache = self._look(tokens_BL, segment_ids_BL, cache)
+        """Return logits [B, L, V] of tokens after those in the cache, and the cache with them."""
+        x_BLE, cache = self._context(tokens_BL, segment_ids_BL, cache)
         return self.logits(x_BLE), cache
 
-    def _look(
+    def _context(
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, cache: Window
     ) -> tuple[jax.Array, Window]:
         c, L = self.config, tokens_BL.shape[1]
@@ -118,6 +118,6 @@ class Nplm(nn.Module):
         return x_BLE, Window(tokens[:, L:], segments[:, L:])
 
     def empty_cache(self, batch: int, length: int) -> Window:
-        """The window before the first token; any `length` fits in it."""
+        """Return the window before the first token; it has room for any `length`."""
         shape = (batch, self.config.context - 1)
         return Window(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))

@@ -1,24 +1,37 @@
-"""The LSTM as a language model and as a classifier.
+"""LSTM models: language model and classifier, and encoder-decoder with attention.
 
-Shape letters: B batch, L length, D embedding, H hidden units, N layers, V vocabulary, C classes.
+Shape letters: B batch, L length, S source length, D embedding, H hidden units, N layers,
+V vocabulary, C classes.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.classic.lstm import LstmCache, RecurrentConfig, Stack, last
+from lm.kernels.dot_product_attention import AttentionMask, attention
+from lm.kernels.lstm_scan import LstmState
+from lm.models.classic.lstm import (
+    EncodedSource,
+    LstmCache,
+    LstmStack,
+    RecurrentConfig,
+    last_states,
+    segment_starts,
+)
 from lm.models.layers import Bias, Embedding, init_linear
 from lm.models.variables import Kind, Role
 from lm.parallel.sharding import constrain
 
 
 class Recurrent(nn.Module):
-    """What recurrent models have in common: a token table and an output layer.
+    """Base class of the recurrent models: token embeddings and an output layer.
 
-    Where they share their matrix, hidden units of another number than d_model are projected first.
+    With tied embeddings, hidden states of another width than d_model are projected first.
     """
 
     config: RecurrentConfig
@@ -38,7 +51,7 @@ class Recurrent(nn.Module):
         self.head = init_linear(c, c.d_hidden, (c.vocab_size,), ("hidden", "vocab"), head)
 
     def logits(self, x_BLH: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, L, V], float32."""
+        """Return the logits of the vocabulary [B, L, V], float32."""
         c = self.config
         x_BLH = self.dropout(x_BLH)
         if c.tie_embeddings:
@@ -50,13 +63,13 @@ class Recurrent(nn.Module):
 
 
 class Lstm(Recurrent):
-    """Next-token logits (Zaremba et al. 2014), or classes of texts."""
+    """LSTM language model (Zaremba et al. 2014), or text classifier."""
 
     def setup(self) -> None:
         super().setup()
         c = self.config
-        self.stack = Stack(c, self.deterministic, c.bidirectional)
-        self.carried = Carried((c.n_layers, 2, c.d_hidden))
+        self.stack = LstmStack(c, self.deterministic, c.bidirectional)
+        self.carried = CarriedState((c.n_layers, 2, c.d_hidden))
         role = Role(Kind.HEAD, "text", "task")
         self.classifier = init_linear(c, c.d_hidden, (c.n_classes,), ("hidden", "classes"), role)
 
@@ -67,7 +80,7 @@ class Lstm(Recurrent):
         segment_ids_BL: jax.Array | None = None,
         fresh_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, L, V], float32; a token sees those before it in its segment."""
+        """Return the logits [B, L, V] of the next tokens, float32; arguments as for `hidden`."""
         return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL, fresh_B=fresh_B))
 
     def hidden(
@@ -78,10 +91,17 @@ class Lstm(Recurrent):
         types_BL: jax.Array | None = None,
         fresh_B: jax.Array | None = None,
     ) -> jax.Array:
-        """The last layer's outputs, [B, L, H]; positions and types are of no use to it.
+        """Return the outputs of the last layer, [B, L, H].
 
-        With config.carry the first tokens go on from the end of the batch before, in its
-        collection "carry", except in rows that are `fresh`.
+        With `config.carry` the first tokens continue from the end of the previous batch, which is
+        in the collection "carry".
+
+        Args:
+            tokens_BL: token ids.
+            positions_BL: ignored.
+            segment_ids_BL: segments; default one a row.
+            types_BL: ignored.
+            fresh_B: 1 for rows that start from state 0 instead.
         """
         if not self.config.carry:
             return self.stack(self.tokens(tokens_BL), segment_ids_BL)[0]
@@ -89,18 +109,18 @@ class Lstm(Recurrent):
         fresh_B = jnp.zeros(len(tokens_BL)) if fresh_B is None else fresh_B
         state_BN2H = jnp.where(fresh_B[:, None, None, None] == 1, 0.0, carried.value)
         segment_ids_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
-        memory = LstmCache(state_BN2H, segment_ids_BL[:, 0])
-        x_BLH, states = self.stack(self.tokens(tokens_BL), segment_ids_BL, memory)
-        carried.value = last(states)
+        cache = LstmCache(state_BN2H, segment_ids_BL[:, 0])
+        x_BLH, states = self.stack(self.tokens(tokens_BL), segment_ids_BL, cache)
+        carried.value = last_states(states)
         return x_BLH
 
     def pooled(self, x_BLH: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """The vector [B, H] of a text: each unit's maximum over it (Conneau 2017, §3.2.2)."""
+        """Return the embedding [B, H] of a text, maxima over its tokens (Conneau 2017, §3.2.2)."""
         # No unit is below -1, so padding never counts.
         return jnp.where(segment_ids_BL[..., None] != 0, x_BLH, -1).max(axis=1)
 
     def classify(self, x_BH: jax.Array) -> jax.Array:
-        """Scores of the classes [B, C], float32, of what `pooled` gives."""
+        """Return class logits [B, C], float32, of the result of `pooled`."""
         return self.classifier(self.dropout(x_BH))
 
     def decode(
@@ -110,22 +130,124 @@ class Lstm(Recurrent):
         segment_ids_BL: jax.Array,
         cache: LstmCache,
     ) -> tuple[jax.Array, LstmCache]:
-        """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them."""
+        """Return logits [B, L, V] of tokens after those in the cache, and the cache with them."""
         x_BLH, states = self.stack(self.tokens(tokens_BL), segment_ids_BL, cache)
-        return self.logits(x_BLH), LstmCache(last(states), segment_ids_BL[:, -1])
+        return self.logits(x_BLH), LstmCache(last_states(states), segment_ids_BL[:, -1])
 
     def empty_cache(self, batch: int, length: int) -> LstmCache:
-        """The state before the first token; any `length` fits in it."""
+        """Return the state before the first token; it has room for any `length`."""
         c = self.config
         shape = (batch, c.n_layers, 2, c.d_hidden)
         return LstmCache(jnp.zeros(shape, jnp.float32), jnp.zeros(batch, jnp.int32))
 
 
-class Carried(nn.Module):
-    """The state [B, N, 2, H] that the last batch left."""
+class CarriedState(nn.Module):
+    """State [B, N, 2, H] at the end of the previous batch."""
 
     shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self, batch: int) -> nn.Variable:
         return self.variable("carry", "state", jnp.zeros, (batch, *self.shape), jnp.float32)
+
+
+class LstmEncoderDecoder(Recurrent):
+    """LSTM encoder-decoder with attention (Luong et al. 2015, simplified by Dong and Lapata 2016).
+
+    Each layer of the decoder starts from the final state of that layer of the encoder. The
+    decoder's outputs h attend to the encoder's by dot products, and logits are computed from
+    tanh(W [h; context]). The context is no input of the next step, so that in training attention
+    is computed for all steps at once. With `config.bidirectional` the encoder reads both ways.
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        c = self.config
+        self.encoder = LstmStack(replace(c, stream="source"), self.deterministic, c.bidirectional)
+        self.decoder = LstmStack(c, self.deterministic)
+        role, n_hidden = Role(Kind.MATRIX, c.stream, "body"), (c.d_hidden,)
+        self.attended = init_linear(c, 2 * c.d_hidden, n_hidden, ("hidden", "hidden"), role)
+
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Return the logits [B, L, V] of the next targets, float32, as `decoder_hidden` reads."""
+        return self.logits(self.decoder_hidden(*inputs))
+
+    def decoder_hidden(
+        self,
+        source_BS: jax.Array,
+        targets_BL: jax.Array,
+        source_segments_BS: jax.Array,
+        target_segments_BL: jax.Array,
+        source_positions_BS: jax.Array | None = None,
+        target_positions_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the hidden states that the logits are computed from, [B, L, H].
+
+        A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
+
+        Args:
+            source_BS: source token ids.
+            targets_BL: target token ids.
+            source_segments_BS: segments of the source.
+            target_segments_BL: segments of the target.
+            source_positions_BS: ignored.
+            target_positions_BL: ignored.
+        """
+        source, states = self.encode(source_BS, source_segments_BS)
+        entering = self._final(states, source_segments_BS, target_segments_BL)
+        x_BLH, _ = self.decoder(self.tokens(targets_BL), target_segments_BL, entering=entering)
+        return self._attend(x_BLH, target_segments_BL, source)
+
+    def encode(
+        self, source_BS: jax.Array, segments_BS: jax.Array
+    ) -> tuple[EncodedSource, list[LstmState]]:
+        """Return the encoder's outputs, and the states [B, S, H] of its layers at every token."""
+        encoded_BSH, states = self.encoder(self.tokens(source_BS), segments_BS)
+        return EncodedSource(encoded_BSH, segments_BS), states
+
+    def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> LstmCache:
+        """Return a cache for targets of any `length` that holds the source, which is segment 1."""
+        source, states = self.encode(source_BS, source_segments_BS)
+        ones_B1 = jnp.ones((len(source_BS), 1), jnp.int32)
+        state_BN2H = last_states(self._final(states, source_segments_BS, ones_B1))
+        return LstmCache(state_BN2H, ones_B1[:, 0], source)
+
+    def decode(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: LstmCache,
+    ) -> tuple[jax.Array, LstmCache]:
+        """Return logits [B, L, V] of tokens after those in the cache, and the cache with them."""
+        assert cache.source is not None
+        x_BLH, states = self.decoder(self.tokens(tokens_BL), segment_ids_BL, cache)
+        after = LstmCache(last_states(states), segment_ids_BL[:, -1], cache.source)
+        return self.logits(self._attend(x_BLH, segment_ids_BL, cache.source)), after
+
+    def _final(
+        self, states: list[LstmState], source_segments_BS: jax.Array, target_segments_BL: jax.Array
+    ) -> list[LstmState]:
+        """Return the final state [B, L, H] of the encoder in the segment of each target."""
+        # Units that read forwards have read a segment at its last token, the others at its first.
+        firsts_BS = segment_starts(source_segments_BS)
+        lasts_BS = segment_starts(source_segments_BS, reverse=True)
+        same_BLS = target_segments_BL[:, :, None] == source_segments_BS[:, None]
+        where_BLS = [same_BLS & lasts_BS[:, None], same_BLS & firsts_BS[:, None]]
+
+        def pick(x_BSH: jax.Array) -> jax.Array:
+            # Products with indicators: the gradient of a look-up would be a scatter.
+            parts = jnp.split(x_BSH, 1 + self.config.bidirectional, axis=-1)
+            exact = partial(jnp.einsum, "bls,bsh->blh", precision="highest")
+            return jnp.concatenate([*map(exact, where_BLS, parts)], axis=-1)
+
+        return [LstmState(*map(pick, state)) for state in states]
+
+    def _attend(self, x_BLH: jax.Array, segments_BL: jax.Array, source: EncodedSource) -> jax.Array:
+        keys_BS1H = source.encoded_BSH[:, :, None]
+        mask = AttentionMask(False, segments_BL, source.segment_ids_BS)
+        context_BL1H = attention(
+            x_BLH[:, :, None], keys_BS1H, keys_BS1H, mask, kernel="xla", scale=1.0
+        )
+        both_BLH = jnp.concatenate([x_BLH, context_BL1H[:, :, 0]], axis=-1)
+        return jnp.tanh(self.attended(both_BLH))

@@ -1,6 +1,6 @@
-"""The skip-gram model: two vectors a word, one as the centre of a window and one in its context.
+"""Skip-gram model (Mikolov et al. 2013a, 2013b): two vectors a word, as centre and as context.
 
-Mikolov et al. 2013a and 2013b; after training the centres' table is the word vectors.
+After training the word vectors are the table of the centres.
 
 Shape letters: B batch, L centres, S contexts, D model, V vocabulary.
 """
@@ -20,14 +20,14 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class SkipGramConfig(InitConfig):
-    """The fields that `lm/config/` describes, of those that this model has."""
+    """Skip-gram model; the meaning of each field is in `lm/config/model_keys.py`."""
 
     vocab_size: int
     d_model: int
 
 
-class SkipGram(nn.Module):
-    """How well words go together; nothing depends on `deterministic`."""
+class SkipGramModel(nn.Module):
+    """Skip-gram model; nothing depends on `deterministic`."""
 
     config: SkipGramConfig
     deterministic: bool = True
@@ -41,7 +41,7 @@ class SkipGram(nn.Module):
         self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", role, zeros, c.dtype)
 
     def __call__(self, centres_BL: jax.Array, contexts_BS: jax.Array) -> jax.Array:
-        """The product of every centre's vector with every context's, [B, L, S] float32."""
+        """Return the dot products of all centres with all contexts, [B, L, S] float32."""
         centres_BLD = constrain(self.tokens(centres_BL), "batch", "length", "embed")
         contexts_BSD = constrain(self.contexts(contexts_BS), "batch", "length", "embed")
         return jnp.einsum(

@@ -9,7 +9,7 @@ from recurrent_reference import draw, init_linear, stack
 from scipy.special import softmax
 
 from lm.models.classic.lstm import RecurrentConfig
-from lm.models.classic.recurrent_seq2seq import LstmEncoderDecoder
+from lm.models.classic.recurrent import LstmEncoderDecoder
 
 V, D, H = 22, 5, 6
 RNG = np.random.default_rng(0)
