@@ -1,4 +1,4 @@
-"""`build(config, devices)`: the one place that wires model, objective, optimizer and mesh.
+"""Experiment: the one place that wires model, objective, optimizer and mesh, by `build`.
 
 Training, planning, evaluation, decoding and export all start here.
 """
@@ -63,7 +63,7 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One resolved configuration on one mesh: its functions, and where their arrays lie."""
+    """Resolved configuration on a mesh: compiled functions, and shapes and shardings of arrays."""
 
     config: ConfigDict
     mesh: Mesh
@@ -84,11 +84,6 @@ class Experiment:
         """Shape of every parameter."""
         return nn.meta.unbox(self.steps.boxed_shapes[0])
 
-    @cached_property
-    def param_names(self) -> Tree:
-        """Logical axis names of every parameter, as a PartitionSpec of names."""
-        return nn.get_partition_spec(self.steps.boxed_shapes[0])
-
     @property
     def param_infos(self) -> Mapping[str, ParamInfo]:
         """Role and logical axes of every parameter, by path."""
@@ -97,20 +92,27 @@ class Experiment:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes of the training state."""
-        return jax.eval_shape(self.steps.init_state, self.batch_shapes)
+        params, carry, model_state = nn.meta.unbox(self.steps.boxed_shapes)
+        opt_state = jax.eval_shape(self.steps.init_optimizer, params)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        return TrainState(step, params, opt_state, carry, model_state)
 
     @cached_property
     def state_sharding(self) -> Tree:
-        """A TrainState of shardings.
+        """Shardings of the training state, as a TrainState.
 
-        Optimizer state lies like its parameter, counters are on every device.
+        Optimizer state is sharded like its parameter; counters are replicated.
         """
         shapes = self.state_shapes
-        of_params = jax.tree.map(
-            lambda shape, names: parameter_sharding(self.mesh, names, shape.shape),
-            shapes.params,
-            self.param_names,
-        )
+
+        def by_axes(tree: Tree, axes: Mapping[str, tuple[str, ...]]) -> Tree:
+            leaves = flat(tree).items()
+            return nested(
+                {path: parameter_sharding(self.mesh, axes[path], x.shape) for path, x in leaves}
+            )
+
+        axes = {path: info.axes for path, info in self.param_infos.items()}
+        of_params = by_axes(shapes.params, axes)
         by_path = {
             path: (shape.shape, sharding)
             for (path, shape), sharding in zip(
@@ -131,17 +133,13 @@ class Experiment:
                 f"--config.parallel.mesh.stage={self.pipeline.stages}: a pipeline cannot update "
                 f"model state ({', '.join(axes)}); use another axis"
             )
-        of_model_state = {
-            path: parameter_sharding(self.mesh, axes[path], leaf.shape)
-            for path, leaf in flat(shapes.model_state).items()
-        }
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
         placed: Any = {
             "step": self.replicated,
             "params": of_params,
             "opt_state": of_optimizer,
             "carry": self.carry_sharding,
-            "model_state": nested(of_model_state),
+            "model_state": by_axes(shapes.model_state, axes),
         }
         return replace(shapes, **placed)
 
@@ -157,7 +155,7 @@ class Experiment:
 
     @cached_property
     def batch_sharding(self) -> dict[str, NamedSharding]:
-        """Of the [steps, B, …] arrays that `train_steps` and `eval_steps` take, by name."""
+        """Shardings of the [steps, B, …] arrays of `train_steps` and `eval_steps`, by name."""
         shapes = {name: shape.shape for name, shape in self.batch_shapes.items()}
         return batch_sharding(self.mesh, shapes)
 
@@ -165,14 +163,14 @@ class Experiment:
 
     @cached_property
     def init_state(self) -> Callable[[], TrainState]:
-        """The state before the first step, created where it will lie."""
+        """Jitted function that returns the state before the first step, sharded."""
         return jax.jit(
             lambda: self.steps.init_state(_zeros(self.batch_shapes)),
             out_shardings=self.state_sharding,
         )
 
     def init_carry(self, batch_size: int) -> Carry:
-        """What the first batch of this size finds beside the parameters."""
+        """Return the carry before the first batch of so many rows."""
         shapes = jax.eval_shape(self.steps.init, self.steps.batch_shapes(batch_size))[1]
         return jax.jit(lambda: _zeros(nn.meta.unbox(shapes)), out_shardings=self.carry_sharding)()
 
@@ -223,7 +221,7 @@ class Experiment:
         return Batches(examples, objective.features, config.data.batch_size, config.seed)
 
     def evaluation_batches(self, tokenizer: Tokenizer, stores: Sequence[Store]) -> Batches:
-        """Everything in the stores, once."""
+        """Return batches of all examples of the stores, once, in order."""
         config = self.config
         objective = make_objective(config, tokenizer)
         parts = [objective.examples(store, training=False) for store in stores]
@@ -243,9 +241,14 @@ class Experiment:
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
-    """The experiment that `config` describes on `devices`; nothing is computed yet.
+    """Build the experiment that a configuration describes; nothing is computed yet.
 
-    A mesh that does not fit fails here, not in mid-run.
+    Args:
+        config: configuration, resolved or not.
+        devices: devices of the mesh.
+
+    Raises:
+        UserError: the configuration is wrong, or does not fit the mesh.
     """
     experiment = build_untraced(config, devices)
     experiment.state_sharding  # noqa: B018
@@ -253,7 +256,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
 
 
 def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
-    """`build` without tracing anything: what counts parameters needs no optimizer state."""
+    """Build an experiment without tracing the model, for callers that need no optimizer state."""
     platform = devices[0].platform
     validate(config)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
@@ -304,7 +307,7 @@ def resolve_parallelism(
 
 
 def reads_records(config: ConfigDict) -> bool:
-    """Whether the objective learns from the records of a task rather than from documents."""
+    """Return whether the objective learns from records of a task rather than from documents."""
     return config.objective.name in OF_RECORDS
 
 

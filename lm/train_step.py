@@ -142,8 +142,12 @@ class Steps:
     def init_state(self, batch: Batch) -> TrainState:
         """Return the state before the first step."""
         params, carry, model_state = nn.meta.unbox(self.init(batch))
-        opt_state = self.optimizer.init(self.trainable.split(params)[0])
+        opt_state = self.init_optimizer(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, model_state)
+
+    def init_optimizer(self, params: Params) -> optax.OptState:
+        """Return the state of the optimizer before the first step."""
+        return self.optimizer.init(self.trainable.split(params)[0])
 
     def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         """Update once for each batch of [S, B, …] arrays; metrics are [S]."""
@@ -217,9 +221,9 @@ class Steps:
         """Return the parameters of the model, low-rank updates added."""
         if LORA not in params:
             return params
-        from lm.optim.lora import merge
+        from lm.optim.lora import merge_lora
 
-        return merge(params, self.lora.alpha)
+        return merge_lora(params, self.lora.alpha)
 
     def _gradients(
         self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array

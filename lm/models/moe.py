@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lm.kernels.dense import ACTIVATIONS, GATED
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Initializer, Kind, Role, add_loss, param, report
+from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, param
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.parallel.sharding import constrain
 
@@ -58,11 +58,11 @@ class MixtureOfExperts(nn.Module):
         balance_B = balance_loss(logits_BLE, load_BE, is_token_BL)
         z_B = router_z_loss(logits_BLE, is_token_BL)
         add_loss(self, "auxiliary", c.balance_loss * balance_B + c.router_z_loss * z_B)
-        report(self, "balance_loss", balance_B)
-        report(self, "router_z_loss", z_B)
-        report(self, "busiest_expert", load_BE.max(-1) * c.n_experts)
+        add_metric(self, "balance_loss", balance_B)
+        add_metric(self, "router_z_loss", z_B)
+        add_metric(self, "busiest_expert", load_BE.max(-1) * c.n_experts)
         served_BL1 = is_served_BLK.mean(-1, keepdims=True, dtype=jnp.float32)
-        report(self, "dropped", masked_mean(1 - served_BL1, is_token_BL)[:, 0])
+        add_metric(self, "dropped", masked_mean(1 - served_BL1, is_token_BL)[:, 0])
 
         routes = Routing(experts_BLK, positions_BLK, weights_BLK)
         return Experts(c, name="experts")(x_BLD, routes, capacity)

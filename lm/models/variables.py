@@ -310,6 +310,6 @@ def add_loss(module: nn.Module, name: str, loss_B: jax.Array) -> None:
     module.sow(LOSSES, name, loss_B)
 
 
-def report(module: nn.Module, name: str, value_B: jax.Array) -> None:
+def add_metric(module: nn.Module, name: str, value_B: jax.Array) -> None:
     """Report a metric of each row; it is averaged over layers."""
     module.sow(METRICS, name, value_B)

@@ -58,7 +58,7 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     return {**params, LORA: nested(adapters)}
 
 
-def merge(params: Tree, alpha: float) -> Tree:
+def merge_lora(params: Tree, alpha: float) -> Tree:
     """Return the parameters of the model alone, adapted kernels merged in float32."""
     base = flat({name: leaf for name, leaf in params.items() if name != LORA})
     adapters = flat(params[LORA])

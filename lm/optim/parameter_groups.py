@@ -1,4 +1,4 @@
-"""Which parameters train, and how fast: patterns of paths, freezing, layer-wise decay.
+"""Parameter groups: patterns of paths, freezing, layer-wise decay.
 
 A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
 for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel". Where
@@ -28,28 +28,35 @@ LORA = "lora"  # where the parameters of low-rank adaptation are
 
 
 def flat(params: Tree) -> dict[str, Any]:
-    """Nested parameters by their paths."""
+    """Flatten nested parameters to a dict by path."""
     return flatten_dict(params, sep="/")
 
 
 def nested(params: Mapping[str, Any]) -> Tree:
-    """`flat` undone."""
+    """Nest a dict by path, which undoes `flat`."""
     return unflatten_dict(dict(params), sep="/")
 
 
 @dataclass(frozen=True)
 class TrainableMask:
-    """All parameters but those that `freeze` matches; where there are low-rank parameters, only
-    they and those that `with_lora` matches."""
+    """Parameters that train, named by patterns of paths.
+
+    Attributes:
+        freeze: patterns of parameters that do not train.
+        with_lora: patterns of parameters that train beside low-rank factors, where there are any;
+            otherwise all that are not frozen train.
+    """
 
     freeze: str = ""
     with_lora: str = ""
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
-        """The parameters that train and those that are frozen, as nested dicts.
+        """Split parameters into those that train and those that are frozen, as nested dicts.
 
-        A stack of which some layers are frozen is among those that train. UserError for a pattern
-        that matches nothing, or if nothing trains.
+        A stack of which some layers are frozen is among those that train.
+
+        Raises:
+            UserError: a pattern matches nothing, or nothing trains.
         """
         groups = self.groups(params)
         if not any(group.any() for group in groups.values()):
@@ -61,7 +68,7 @@ class TrainableMask:
         return nested(trained), nested(frozen)
 
     def join(self, trained: Tree, frozen: Tree) -> Tree:
-        """`split` undone; no gradient flows into frozen layers."""
+        """Join what `split` returned; no gradient flows into frozen layers."""
         params = flat(trained) | flat(frozen)
         for path, group in self.groups(nested(params)).items():
             if group.any() and not group.all():
@@ -70,7 +77,12 @@ class TrainableMask:
         return nested(params)
 
     def groups(self, params: Tree, strict: bool = True) -> dict[str, np.ndarray]:
-        """Whether each parameter, or each layer of it, trains; `strict` as in `matching`."""
+        """Return for each parameter, or each layer of it, whether it trains.
+
+        Args:
+            params: nested parameters.
+            strict: as in `matching`.
+        """
         leaves = flat(params)
         frozen = matching("optimizer.freeze", self.freeze, leaves, strict)
         if LORA not in params:
@@ -88,9 +100,16 @@ EVERYTHING = TrainableMask()
 def matching(
     key: str, text: str, leaves: Mapping[str, Any], strict: bool = True
 ) -> dict[str, np.ndarray]:
-    """Whether one of the comma-separated patterns of config.`key` is found in each path.
+    """Return for each parameter, or each layer of it, whether a pattern is found in its path.
 
-    UserError, if `strict`, for a pattern that is found in none.
+    Args:
+        key: configuration key of the patterns, for messages.
+        text: regular expressions, separated by commas.
+        leaves: parameters by path.
+        strict: a pattern that is found in no path is an error.
+
+    Raises:
+        UserError: see `strict`.
     """
     groups = {path: np.zeros(_shape(_layers(path, leaf)), bool) for path, leaf in leaves.items()}
     for pattern in compile_patterns(key, text):
@@ -174,5 +193,5 @@ def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
 
 
 def _along(group: np.ndarray, leaf: Any) -> np.ndarray:
-    """`group` with its axis, if it has one, as the first of `leaf`."""
+    """Reshape a group [N] or [] so that it broadcasts along the first axis of a parameter."""
     return group.reshape(*group.shape, *(1,) * (leaf.ndim - group.ndim))

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import MODEL_STATE, as_variables, with_state
-from lm.optim.lora import merge
+from lm.optim.lora import merge_lora
 from lm.optim.parameter_groups import LORA, flat, nested
 from lm.parallel.mesh import AXES
 from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
@@ -255,7 +255,7 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
     if len(target) == len(shardings):
         return flat(params)
     alpha = saved.metadata["config"]["lora"]["alpha"]
-    merged = jax.jit(lambda params: flat(merge(params, alpha)), out_shardings=dict(shardings))
+    merged = jax.jit(lambda params: flat(merge_lora(params, alpha)), out_shardings=dict(shardings))
     return merged(params)
 
 

@@ -13,6 +13,7 @@ from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, reads_records
 from lm.objectives.registry import make_objective
+from lm.optim.parameter_groups import flat
 from lm.parallel import sharding
 from lm.parallel.hosts import is_primary_host, print_on_primary_host
 from lm.runs.checkpoints import Checkpoints, Log
@@ -120,8 +121,8 @@ def describe(experiment: Experiment) -> str:
     the parameter dimensions that stay replicated because the mesh does not divide them.
     """
     config, mesh = experiment.config, experiment.mesh
-    shapes = jax.tree.leaves_with_path(experiment.state_shapes.params)
-    n_params = sum(leaf.size for _, leaf in shapes)
+    shapes = flat(experiment.param_shapes)
+    n_params = sum(leaf.size for leaf in shapes.values())
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     devices = mesh.devices.flatten()
     lines = [
@@ -134,11 +135,11 @@ def describe(experiment: Experiment) -> str:
             f"pipeline of {schedule.stages} stages × {schedule.repeats} repeat(s), "
             f"{schedule.microbatches} microbatches: idle {schedule.bubble:.1%} of the time"
         )
-    for (path, leaf), names in zip(shapes, jax.tree.leaves(experiment.param_names), strict=True):
-        for name in sharding.replicated_axes(mesh, names, leaf.shape):
+    for path, leaf in sorted(shapes.items()):
+        for axis in sharding.replicated_axes(mesh, experiment.param_infos[path].axes, leaf.shape):
             lines.append(
-                f"{'/'.join(str(part.key) for part in path)} {leaf.shape}: the mesh does not "
-                f"divide its {name!r} dimension, which stays whole on every device"
+                f"{path} {leaf.shape}: the mesh does not divide its {axis!r} dimension, which "
+                "stays whole on every device"
             )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Starting from the parameters of another run: which go where, what stays fresh, what is left."""
+"""Warm start: a state that begins with the parameters of another run, or with word vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ from lm.train_step import TrainState
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """`loaded`: parameter → its name in the source; `fresh` parameters; names that are `left`."""
+    """Mapping from the parameters of a source run to those of this one.
+
+    Attributes:
+        loaded: name in the source of each parameter that is loaded.
+        fresh: parameters that stay freshly initialized.
+        left: names in the source that are not used.
+    """
 
     loaded: Mapping[str, str]
     fresh: Sequence[str]
@@ -34,12 +40,16 @@ class ParamMapping:
 
 
 def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
-    """The state before the first step, with the parameters of `config.init.from` where it is set,
-    or with the table of tokens that `config.init.vectors` gives.
+    """Return the state before the first step, with parameters of `init.from` or `init.vectors`.
 
-    `log` is told what was loaded, what is fresh and what was left. UserError for parameters
-    that do not correspond and are not named in the configuration, and for a table of tokens that
-    was trained with another tokenizer.
+    Args:
+        experiment: the experiment.
+        tokenizer: its tokenizer.
+        log: called with what was loaded, what is fresh and what was left.
+
+    Raises:
+        UserError: parameters do not correspond and are not named in the configuration, or a token
+            table was trained with another tokenizer.
     """
     state = experiment.init_state()
     options = experiment.config.init
@@ -68,7 +78,7 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
 def _with_vectors(
     experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
 ) -> TrainState:
-    """The state with the vectors of a GloVe file in the table of tokens, the rest as it was."""
+    """Return the state with the token embedding taken from the vectors of a GloVe file."""
     config = experiment.config
     vectors = load_vectors(find_file(config.init.vectors, config.data))
     width = vectors.vectors.shape[1]
@@ -102,9 +112,15 @@ def token_table(infos: Mapping[str, ParamInfo]) -> str:
 def map_parameters(
     options: ConfigDict, params: Mapping[str, Any], source: Mapping[str, Any]
 ) -> ParamMapping:
-    """Which of the `source`'s parameters become which of `params`; values have a `shape`.
+    """Match parameters of a source run with those of this one.
 
-    `options` is the configuration's section "init". UserError for what does not correspond.
+    Args:
+        options: the configuration's section "init".
+        params: arrays or shapes of this run by path, model state included.
+        source: those of the source.
+
+    Raises:
+        UserError: a name or shape does not correspond, and the options do not allow it.
     """
     base = {path: leaf for path, leaf in params.items() if not path.startswith(f"{LORA}/")}
     stays_fresh = _named("init.fresh", options.fresh, base)
@@ -142,7 +158,7 @@ def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
 
 
 def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
-    """New name → name in the source."""
+    """Return the name in the source of each renamed parameter."""
     new = {name: name for name in source}
     for pattern, replacement in rename_rules(text):
         after = {name: pattern.sub(replacement, path) for name, path in new.items()}

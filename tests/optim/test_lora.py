@@ -8,7 +8,7 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.models.variables import Kind, Param, Role
-from lm.optim.lora import add_lora, merge
+from lm.optim.lora import add_lora, merge_lora
 from lm.optim.parameter_groups import flat, nested
 
 # path → (shape, logical names, number of input dimensions)
@@ -64,7 +64,7 @@ def adapted(targets="kernel", rank=RANK):
 
 def test_a_fresh_adaptation_changes_nothing():
     params = nn.meta.unbox(adapted())
-    merged = flat(merge(params, 16.0))
+    merged = flat(merge_lora(params, 16.0))
     assert merged.keys() == flat(base()).keys()
     for path, leaf in flat(nn.meta.unbox(base())).items():
         np.testing.assert_array_equal(merged[path], leaf, err_msg=path)
@@ -76,7 +76,7 @@ def test_merging_is_the_definition_for_every_layer():
     params |= {  # b is zero when it is fresh
         path: np.float32(rng.normal(size=x.shape)) for path, x in params.items() if "lora/" in path
     }
-    merged = flat(jax.jit(merge)(nested(params), 6.0))
+    merged = flat(jax.jit(merge_lora)(nested(params), 6.0))
     for path, (shape, names, n_inputs) in KERNELS.items():
         layers = range(3) if "layers" in names else [()]
         outputs = int(np.prod(shape[n_inputs + ("layers" in names) :]))
@@ -117,7 +117,7 @@ def test_every_expert_is_adapted_by_itself():
     assert (b.value.shape, b.names) == ((3, 4, RANK, 12), ("layers", "experts", "lora_rank", "mlp"))
     plain = nn.meta.unbox(params)
     b = plain["lora"]["stack"]["layers"]["experts"]["in"]["kernel"]["b"] = np.ones_like(b.value)
-    merged = flat(merge(plain, 16.0))["stack/layers/experts/in/kernel"]
+    merged = flat(merge_lora(plain, 16.0))["stack/layers/experts/in/kernel"]
     expected = kernel + 16 / RANK * np.einsum("nedr,nerf->nedf", a.value, b)
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
 
