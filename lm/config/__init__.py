@@ -193,8 +193,13 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
-    """Return the keys, except free ones, that differ, as `--config.KEY: old → new`."""
+    """Return the keys, except free ones, that differ, as `--config.KEY: old → new`.
+
+    A key that came after `old` was saved has its default there, so that old runs continue.
+    """
     before, after = dict(flatten(old)), dict(flatten(new))
+    added = after.keys() & SCHEMA.keys() - before.keys()
+    before |= {path: SCHEMA[path].default for path in added}
     return [
         f"--config.{path}: {before.get(path, '(none)')} → {after.get(path, '(none)')}"
         for path in sorted({*before, *after})

@@ -284,6 +284,13 @@ def test_differences_of_a_saved_configuration():
     ]
 
 
+def test_a_key_that_is_newer_than_a_saved_configuration_had_its_default():
+    saved, now = configs.default().to_dict(), configs.default()
+    del saved["model"]["norm"], saved["model"]["d_model"]
+    now.model.d_model = 8
+    assert configs.differences(saved, now) == ["--config.model.d_model: 128 → 8"]
+
+
 # --- nothing but UserError
 
 
