@@ -10,31 +10,27 @@ import traceback
 from collections.abc import Sequence
 
 from lm.cli.arguments import parse
-from lm.cli.describe import params, plan, show_config, train_tokenizer
-from lm.cli.evaluate import evaluate, vectors
-from lm.cli.generate import generate
-from lm.cli.report import report, scaling
-from lm.cli.train import export, import_model, launch, merge, sweep, train
 from lm.errors import UserError
-from lm.storage import local_copies
 
+# What `lm --help` says of each verb; lm/cli/VERB_command.py is imported when it is used.
 VERBS = {
-    "train": train,
-    "launch": launch,
-    "sweep": sweep,
-    "eval": evaluate,
-    "generate": generate,
-    "merge": merge,
-    "import": import_model,
-    "export": export,
-    "params": params,
-    "plan": plan,
-    "config": show_config,
-    "tokenizer train": train_tokenizer,
-    "vectors": vectors,
-    "report": report,
-    "scaling": scaling,
+    "train": "Train a model, or continue the run in --workdir.",
+    "launch": "Run a command as several processes on this host; restart them when one dies.",
+    "sweep": "Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run.",
+    "eval": "Evaluate a run on a whole split: loss and perplexity, or with --task its scores.",
+    "generate": "Continue prompts, or make targets of sources, with a trained model.",
+    "merge": "Write parameters as a run of their own: LoRA updates merged, or an average.",
+    "import": "Make a run of a Hugging Face model folder, or of a .bin file of llama2.c.",
+    "export": "Write a run as a folder that Hugging Face's transformers loads, tokenizer included.",
+    "params": "Count the parameters of a configuration, or of every experiment in a folder.",
+    "plan": "Compile a configuration's training step for described devices: memory, work, time.",
+    "config": "Print a resolved configuration, or with --keys what every key means.",
+    "tokenizer train": "Train a SentencePiece model on a corpus and write it to a file.",
+    "vectors": "Write the word vectors of a run or file; score them by similarity and analogies.",
+    "report": "Write a page and pictures of a run, or of all runs in a folder.",
+    "scaling": "Fit a scaling law to runs: its optimum and forecast for a budget, with intervals.",
 }
+WITHOUT_JAX = ("config", "tokenizer")
 
 
 def _set_up_jax(args: argparse.Namespace) -> None:
@@ -47,7 +43,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 
         set_xla_flags(chip)
     devices = getattr(args, "cpu_devices", None)
-    if args.function not in (show_config, train_tokenizer):  # these do without JAX
+    if args.verb not in WITHOUT_JAX:
         from lm.parallel.hosts import use_cpu_without_accelerators
 
         use_cpu_without_accelerators()
@@ -70,8 +66,10 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
         _set_up_jax(args)
+        from lm.storage import local_copies
+
         with local_copies():
-            return args.function(args, overrides)
+            return args.module.run(args, overrides)
     except UserError as error:
         message = str(error)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Verbs that ask what a run is worth: eval, and vectors for those of words."""
+"""`lm eval`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import Overrides
-from lm.cli.open_run import open_run
-from lm.cli.printing import print_result
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    json_argument,
+    open_run,
+    print_result,
+    process_arguments,
+    weights_arguments,
+)
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
 
-def evaluate(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Loss and perplexity of a run on a whole split or, with --task, its scores and predictions."""
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--task", action="store_true", help="scores and predictions of a task")
+    parser.add_argument("--output", metavar="DIR", help="for --task; WORKDIR/eval/SPLIT-STEP")
+    weights_arguments(parser)
+    json_argument(parser)
+    process_arguments(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
     from tqdm import tqdm
 
     from lm.data.dataset import open_split
@@ -58,24 +75,4 @@ def _evaluate_task(
         write_report(folder, report, rows)
         print_result(report, args.json)
         print(f"report and predictions are in {storage_path(folder)}", file=sys.stderr)
-    return 0
-
-
-def vectors(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Write the word vectors of a run or file, and score them by similarity and analogies."""
-    from lm.data.word_vectors import load_vectors, save_vectors
-    from lm.evaluation.vectors_report import run_vectors, scores
-    from lm.runs.workdir import load_tokenizer
-
-    if bool(args.workdir) == bool(args.vectors):
-        raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
-    if args.workdir:
-        _, parameters, _ = open_run(args, overrides)
-        found = run_vectors(parameters, load_tokenizer(open_run_folder(args.workdir)))
-    else:
-        found = load_vectors(args.vectors)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        save_vectors(found, args.output)
-    print_result(scores(found, args.similarity, args.analogies), args.json)
     return 0

@@ -1,4 +1,4 @@
-"""Verbs about runs that are done: report, scaling."""
+"""`lm scaling`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,45 @@ import json
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import Overrides
-from lm.cli.open_run import only_cpu
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    json_argument,
+    only_cpu,
+    positive,
+)
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
 
-def report(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Write a page and pictures of a run, or of all runs in a folder."""
-    from lm.tools.reports.report_page import write_page
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", metavar="DIR", help="a folder of finished runs")
+    parser.add_argument("--runs", metavar="FILE.csv", help="Model Size, Training FLOP, loss")
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        action="append",
+        default=[],
+        metavar="FLOPS",
+        help="forecast the best run of so many FLOPs; may be given several times",
+    )
+    parser.add_argument("--output", metavar="DIR", help="for PNGs; WORKDIR/scaling, or none")
+    parser.add_argument(
+        "--min_tokens_per_parameter",
+        type=at_least(0.0),
+        default=0.45,
+        metavar="X",
+        help="leave out runs of fewer: they hardly left their initial loss",
+    )
+    parser.add_argument("--resamples", type=at_least(20), default=1000, metavar="N")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    json_argument(parser)
 
-    only_cpu(overrides)
-    workdir = open_run_folder(args.workdir)
-    print(storage_path(write_page(workdir, Path(args.output or workdir / "report"))))
-    return 0
 
-
-def scaling(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Fit a scaling law to runs: its optimum and forecast for a budget, with intervals."""
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
     from lm.tools.reports.scaling_runs import runs_of_folder, runs_of_table
     from lm.tools.reports.scaling_study import enough_tokens, study, study_text
 

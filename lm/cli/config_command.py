@@ -1,0 +1,41 @@
+"""`lm config`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from lm import config as configs
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    config_argument,
+    json_argument,
+)
+from lm.config.schema import SCHEMA
+from lm.errors import UserError
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    config_argument(parser, required=False)
+    parser.add_argument("--keys", action="store_true", help="list every key with its meaning")
+    json_argument(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    if args.keys:
+        for path, key in SCHEMA.items():
+            choices = f" [{', '.join(key.choices)}]" if key.choices else ""
+            print(f"{path} = {key.default!r}\n    {key.help}{choices}")
+        return 0
+    if not args.config:
+        raise UserError("lm config: give --config FILE.py[:VARIANT], or --keys")
+    config = configs.load(args.config, overrides)
+    if args.json:
+        print(json.dumps(dict(configs.flatten(config))))
+    else:
+        for path, value in configs.flatten(config):
+            print(f"{path} = {value!r}")
+    return 0

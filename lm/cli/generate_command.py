@@ -1,0 +1,124 @@
+"""`lm generate`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    json_argument,
+    open_run,
+    probability,
+    process_arguments,
+    weights_arguments,
+)
+from lm.errors import UserError
+from lm.storage import open_run_folder
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times"
+    )
+    parser.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
+    parser.add_argument("--output", metavar="FILE", help="a line an input, or .jsonl; continued")
+    parser.add_argument("--n_best", type=at_least(1), default=1, metavar="N", help="in JSON only")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=at_least(1),
+        metavar="N",
+        help="same as --config.decode.max_length",
+    )
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
+    parser.add_argument("--greedy", action="store_true", help="temperature 0")
+    parser.add_argument("--top_k", type=at_least(0), default=0, metavar="K")
+    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    weights_arguments(parser)
+    json_argument(parser)
+    process_arguments(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.decoding.generate_file import write_file
+    from lm.decoding.generation import continuations, record, write
+    from lm.decoding.prompts import is_encoder_decoder
+    from lm.decoding.sampling import Sampling
+    from lm.runs.checkpoints import checksums
+    from lm.runs.workdir import load_tokenizer
+
+    _check_generate(args)
+    if args.max_new_tokens is not None:
+        overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
+    experiment, params, step = open_run(args, overrides, any_batch=True)
+    config, model = experiment.config, experiment.model
+    if not hasattr(model, "decode"):
+        raise UserError(f"a model of the family {config.model.family} writes no text")
+    if args.n_best > config.decode.beam_size:
+        raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
+    tokenizer = load_tokenizer(open_run_folder(args.workdir))
+    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    searches = is_encoder_decoder(model) or config.decode.beam_size > 1
+    if args.input:
+        sampled = None if searches or args.greedy else sampling
+        made_by = {"step": step, "weights": _digest(checksums(params))}
+        files = Path(args.input), Path(args.output)
+        write_file(experiment, params, tokenizer, *files, sampled, args.seed, args.n_best, made_by)
+        return 0
+    prompts = args.prompt or [""]
+    if searches:
+        found = write(experiment, params, tokenizer, prompts, None, args.seed)
+        role = "source" if is_encoder_decoder(model) else "prompt"
+        records = [record(role, p, w, args.n_best) for p, w in zip(prompts, found, strict=True)]
+        _print_records(records, args.json)
+    else:
+        steps = continuations(experiment, params, tokenizer, prompts, sampling, args.seed)
+        _print_continuations(prompts, steps, args.json)
+    return 0
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    if bool(args.input) != bool(args.output):
+        raise UserError("--input and --output go together")
+    if args.input and (args.prompt or args.json):
+        raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
+    if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
+        raise UserError("--n_best needs --json, or --output FILE.jsonl")
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _print_records(records: list[dict], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(records))
+        return
+    for made in records:
+        print(made.get("prompt", "") + made["text"])
+
+
+def _print_continuations(prompts: Sequence[str], steps: Iterable[list[str]], as_json: bool) -> None:
+    """One prompt streams as it grows; several are printed whole, one after the other."""
+    streams = len(prompts) == 1 and not as_json
+    texts = [""] * len(prompts)
+    for number, parts in enumerate(steps):
+        texts = [text + part for text, part in zip(texts, parts, strict=True)]
+        if streams:
+            print(parts[0] if number else prompts[0] + parts[0], end="", flush=True)
+    if streams:
+        print()
+    elif as_json:
+        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]))
+    else:
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            print(f"--- {number}\n{prompt}{text}")

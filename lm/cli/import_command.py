@@ -1,0 +1,31 @@
+"""`lm import`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    process_arguments,
+)
+from lm.storage import open_run_folder
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR", help="or a .bin file"
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    process_arguments(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.interop.import_export import import_run
+    from lm.parallel.hosts import print_on_primary_host
+
+    import_run(Path(args.source), open_run_folder(args.workdir), overrides, print_on_primary_host)
+    return 0

@@ -1,0 +1,37 @@
+"""`lm merge`."""
+
+from __future__ import annotations
+
+import argparse
+
+from lm.cli.arguments import (
+    AVERAGE,
+    Overrides,
+    Parser,
+    at_least,
+    process_arguments,
+)
+from lm.storage import open_run_folder
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--to", required=True, metavar="DIR")
+    parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
+    process_arguments(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.parallel.hosts import print_on_primary_host
+    from lm.runs.merged_run import merge_run
+
+    merge_run(
+        open_run_folder(args.workdir),
+        open_run_folder(args.to),
+        args.average,
+        overrides,
+        print_on_primary_host,
+    )
+    return 0

@@ -1,0 +1,73 @@
+"""`lm plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm import config as configs
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    config_argument,
+    json_argument,
+    xla_flags_argument,
+)
+
+TOPOLOGY = "v5p:4x4x4, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
+LIMIT = "--search: most candidates that are compiled"
+WORKERS = "--search: compiling processes; 0: one a core"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    config_argument(parser)
+    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=TOPOLOGY)
+    parser.add_argument("--slices", type=at_least(1), default=1, metavar="N", help="of that shape")
+    parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
+    parser.add_argument("--limit", type=at_least(1), default=24, metavar="N", help=LIMIT)
+    parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help=WORKERS)
+    parser.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
+    xla_flags_argument(parser)
+    json_argument(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    import jax
+
+    from lm.tools.planning.plan import make_plan
+    from lm.tools.planning.plan_report import plan_text
+    from lm.tools.planning.topologies import topology
+
+    # What is planned for is described; the compilers need no device of this machine.
+    jax.config.update("jax_platforms", "cpu")
+    config = configs.load(args.config, overrides)
+    if args.search:
+        return _search(args, config)
+    made = make_plan(config, topology(args.topology, args.slices), args.slices)
+    print(json.dumps(made.as_json()) if args.json else plan_text(made))
+    return 0
+
+
+def _search(args: argparse.Namespace, config: Any) -> int:
+    from tqdm import tqdm
+
+    from lm.tools.planning.mesh_search import command_line, search_meshes
+    from lm.tools.planning.plan_report import search_text
+
+    track = partial(tqdm, desc="compiling", file=sys.stderr)
+    workers = args.workers or os.cpu_count() or 1
+    found = search_meshes(
+        config, args.topology, args.slices, limit=args.limit, n_workers=workers, track=track
+    )
+    print(json.dumps(found.as_json()) if args.json else search_text(found))
+    if args.output and found.ranked:
+        Path(args.output).write_text(command_line(found.ranked[0][0]) + "\n")
+    return 0

@@ -1,0 +1,64 @@
+"""`lm sweep`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+)
+from lm.errors import UserError
+from lm.storage import resolve_path
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
+    parser.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--launcher", choices=("local", "slurm", "tpu"), default="local")
+    parser.add_argument("--launcher_options", default="", metavar="TEXT", help="of sbatch or tpu/")
+    parser.add_argument(
+        "--parallel", type=at_least(1), metavar="N", help="runs at a time: 1; all under slurm"
+    )
+    parser.add_argument("--gpus", type=at_least(0), default=0, metavar="G", help="split among them")
+    parser.add_argument(
+        "--retries", type=at_least(0), default=2, metavar="N", help="of a run that fails"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print every run and its command")
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.sweeps.sweep import Search, load_sweep
+    from lm.tools.launching.launchers import make_launcher
+    from lm.tools.launching.run_sweep import dry_run, locked, run_sweep
+    from lm.tools.launching.trials import Trials, run_search
+
+    folder, words = resolve_path(args.workdir), tuple(args.command or ())
+    if not isinstance(folder, Path):
+        raise UserError("lm sweep: --workdir is a folder of this machine, or one that it mounts")
+    loaded, runs = load_sweep(args.config, folder, overrides, words)
+    parallel = args.parallel or (max(1, len(runs)) if args.launcher == "slurm" else 1)
+    launcher_of = partial(
+        make_launcher,
+        args.launcher,
+        parallel=parallel,
+        n_gpus=args.gpus,
+        options=args.launcher_options,
+    )
+    if args.dry_run:
+        if isinstance(loaded, Search):
+            runs = Trials(loaded, folder, overrides, words, stored=False).ask(parallel)
+        dry_run(runs, launcher_of(), parallel)
+        return 0
+    with locked(folder) as lock:
+        launcher = launcher_of(keep_open=(lock,))
+        if isinstance(loaded, Search):
+            trials = Trials(loaded, folder, overrides, words)
+            return run_search(trials, launcher, parallel, args.retries)
+        return run_sweep(loaded, runs, folder, launcher, parallel, args.retries)

@@ -1,0 +1,45 @@
+"""`lm tokenizer train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm import config as configs
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--source", required=True, help="as --config.data.source")
+    parser.add_argument("--vocab_size", type=at_least(2), required=True, metavar="N")
+    parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("--output", required=True, metavar="FILE.model")
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.config.rules import listed
+    from lm.data.sources import open_corpus
+    from lm.data.tokenizers.sentencepiece import train_sentencepiece
+
+    config = configs.default()
+    config.data.source = args.source
+    for path, text in overrides.items():
+        configs.set_value(config, path, configs.parse_value(path, text))
+    configs.validate(config)
+    texts = (
+        chunk.text
+        for spec in listed(config.data.source)
+        for chunk in open_corpus(spec, config.data, "train").chunks()
+    )
+    model = train_sentencepiece(texts, args.vocab_size, args.model_type)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(model)
+    print(f"{output}: {args.vocab_size} pieces; use --config.data.tokenizer=sentencepiece:{output}")
+    return 0

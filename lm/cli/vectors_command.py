@@ -1,0 +1,50 @@
+"""`lm vectors`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    json_argument,
+    open_run,
+    print_result,
+    weights_arguments,
+)
+from lm.errors import UserError
+from lm.storage import open_run_folder
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", metavar="DIR", help="a run with the words tokenizer")
+    parser.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
+    parser.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
+    parser.add_argument(
+        "--similarity", action="append", default=[], metavar="FILE", help="word, word, score a line"
+    )
+    parser.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
+    weights_arguments(parser)
+    json_argument(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.data.word_vectors import load_vectors, save_vectors
+    from lm.evaluation.vectors_report import run_vectors, scores
+    from lm.runs.workdir import load_tokenizer
+
+    if bool(args.workdir) == bool(args.vectors):
+        raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
+    if args.workdir:
+        _, parameters, _ = open_run(args, overrides)
+        found = run_vectors(parameters, load_tokenizer(open_run_folder(args.workdir)))
+    else:
+        found = load_vectors(args.vectors)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        save_vectors(found, args.output)
+    print_result(scores(found, args.similarity, args.analogies), args.json)
+    return 0
