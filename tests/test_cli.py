@@ -278,6 +278,34 @@ def test_params_prints_one_json_object(capsys):
     assert json.loads(capsys.readouterr().out)["total"] == 124_439_808
 
 
+def test_params_shows_where_each_parameter_lies(capsys, experiment):
+    words = ["params", "--config", str(experiment), "--config.model.n_layers=4"]
+    words += ["--config.parallel.mesh.stage=2", "--config.parallel.mesh.tensor=2"]
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["mesh"] == {"stage": 2, "tensor": 2}
+    rows = {row["name"]: row for row in printed["parameters"]}
+    assert sorted(rows) == sorted(printed["tensors"])
+    query = rows["stack/layers/attention/query/kernel"]
+    assert query["shape"] == [4, 16, 2, 8]
+    assert query["axes"] == ["layers", "embed", "heads", "head_dim"]
+    assert query["spec"] == ["stage", "fsdp", "tensor", None]
+    assert query["role"] == "matrix"
+    assert query["bytes"] == 4 * 4 * 16 * 2 * 8 // 4
+    assert printed["bytes_per_device"] == sum(row["bytes"] for row in rows.values())
+    assert printed["bytes_per_device"] < 4 * printed["total"]
+
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "(stage, fsdp, tensor, None)" in text
+    assert "bytes on each of 4 devices (stage=2, tensor=2)" in text
+    line = error_of(capsys, *words, "--topology", "cpu:6")
+    assert "does not divide 6 devices" in line
+    assert "--topology goes with --config" in error_of(
+        capsys, "params", "--all", "--topology", "cpu:4"
+    )
+
+
 def test_tokenizer_train_writes_a_model_that_trains(capsys, experiment, tmp_path, one_device):
     model = tmp_path / "out" / "small.model"
     source = f"text:{tmp_path}/text.txt"

@@ -1,21 +1,26 @@
-"""Counting parameters, by the definitions that papers use."""
+"""Parameter counts by the definitions that papers use, and where parameters lie on a mesh."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from lm.experiment import Experiment
-from lm.models.variables import Kind
+from lm.models.variables import Kind, Role
 from lm.optim.parameter_groups import flat
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:
-    """`total`, `active`, `non_embedding`, `heads`, and `tensors`: shape and axis names of each.
+    """Count the parameters of a model, by the definitions that papers use.
 
-    Active are those that a token uses: not all experts. Non-embedding leaves out the tables of
-    tokens, positions and token types, and an untied output layer; norms, biases and relative
-    positions stay, and so does the output layer of an NPLM, which is most of it. BERT is, as
-    published, its encoder and pooler: the heads of its two objectives are counted apart.
+    Returns:
+        "total": all but "heads". BERT is, as published, its encoder and pooler.
+        "active": those that a token uses, so not all experts.
+        "non_embedding": without the tables of tokens, positions and token types and without an
+            untied output layer. Norms, biases and relative positions stay, and so does the output
+            layer of an NPLM, which is most of it.
+        "heads": heads of BERT's two pretraining objectives.
+        "tensors": shape and logical axes of each parameter, by path.
     """
     shapes, infos = flat(experiment.param_shapes), experiment.param_infos
     every = {path: leaf.size for path, leaf in shapes.items()}
@@ -27,6 +32,34 @@ def count_parameters(experiment: Experiment) -> dict[str, Any]:
         "heads": sum(every.values()) - sum(sizes.values()),
         "tensors": {path: (leaf.shape, infos[path].axes) for path, leaf in shapes.items()},
     }
+
+
+def parameter_table(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return every parameter, with where it lies on the experiment's mesh.
+
+    Returns:
+        For each parameter: "name", "shape", "axes" (logical names), "role", "spec" (of its
+        PartitionSpec, for each axis the mesh axes that shard it or None) and "bytes" on one device.
+    """
+    shapes, infos = flat(experiment.param_shapes), experiment.param_infos
+    shardings = flat(experiment.state_sharding.params)
+    return [
+        {
+            "name": path,
+            "shape": leaf.shape,
+            "axes": infos[path].axes,
+            "role": _role_text(infos[path].role),
+            "spec": tuple(shardings[path].spec),
+            "bytes": prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        }
+        for path, leaf in shapes.items()
+    ]
+
+
+def _role_text(role: Role) -> str:
+    notes = ["tied"] * role.tied + ["expert"] * role.expert
+    notes += [role.stream] if role.stream != "target" else []
+    return str(role.kind) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def is_head(experiment: Experiment, path: str) -> bool:

@@ -123,6 +123,17 @@ def xla_flags_argument(parser: Parser) -> None:
     parser.add_argument("--xla_flags", choices=TPUS + GPUS, help="compiler flags for this chip")
 
 
+def topology_arguments(parser: Parser, required: bool = True) -> None:
+    """Add --topology and --slices."""
+    examples = "v5p:4x4x4, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
+    parser.add_argument(
+        "--topology", required=required, metavar="KIND:SHAPE", help=f"devices: {examples}"
+    )
+    parser.add_argument(
+        "--slices", type=at_least(1), default=1, metavar="N", help="slices of that shape"
+    )
+
+
 def weights_arguments(parser: Parser) -> None:
     """Add the options that choose the weights of a run."""
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)

@@ -17,10 +17,10 @@ from lm.cli.arguments import (
     at_least,
     config_argument,
     json_argument,
+    topology_arguments,
     xla_flags_argument,
 )
 
-TOPOLOGY = "v5p:4x4x4, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
 LIMIT = "--search: most candidates that are compiled"
 WORKERS = "--search: compiling processes; 0: one a core"
 
@@ -28,8 +28,7 @@ WORKERS = "--search: compiling processes; 0: one a core"
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     config_argument(parser)
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=TOPOLOGY)
-    parser.add_argument("--slices", type=at_least(1), default=1, metavar="N", help="of that shape")
+    topology_arguments(parser)
     parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
     parser.add_argument("--limit", type=at_least(1), default=24, metavar="N", help=LIMIT)
     parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help=WORKERS)
