@@ -1,5 +1,7 @@
-"""Which attention kernel runs: the named one, or the best for the platform, or an error that says
-why not. There is no silent slow path: whatever is chosen is said, with the reason."""
+"""Choice of the attention kernel: the configured one, the platform's, or an error with the reason.
+
+No slow kernel is chosen silently: the trainer reports the choice and why.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,12 @@ CUDNN_WIDEST_HEAD = 128
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """A kernel, how it sees keys of other parts of the sequence, and why these.
+    """Attention kernel, and how it reaches the keys of other parts of the sequence.
 
-    `across` is "ring" or "gather", and empty where sequences are whole.
+    Attributes:
+        kernel: name of the kernel.
+        across: "ring" or "gather"; "" where sequences are whole.
+        why: reason, for the user.
     """
 
     kernel: str
@@ -33,10 +38,18 @@ class AttentionChoice:
 
 
 def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> AttentionChoice:
-    """The choice for a resolved configuration on devices of a platform, "cpu", "tpu" or "gpu".
+    """Choose the attention kernel.
 
-    `sizes` are those of the mesh. "auto" takes the platform's kernel if that can run, else "xla",
-    and a ring if the kernel can run in one. UserError if nothing that the keys allow can run.
+    "auto" takes the platform's own kernel if that can run, else "xla"; and ring attention if the
+    kernel supports it.
+
+    Args:
+        config: valid configuration with its defaults filled in.
+        platform: "cpu", "tpu" or "gpu".
+        sizes: sizes of all mesh axes.
+
+    Raises:
+        UserError: no kernel that the configuration allows can run.
     """
     platform = CALLED.get(platform, platform)
     named, across = config.model.attention, config.parallel.context_attention
@@ -63,7 +76,7 @@ def _why(named: str, kernel: str, platform: str, problems: list[str]) -> str:
 def _problems(
     kernel: str, across: str, config: ConfigDict, platform: str, sizes: Mapping[str, int]
 ) -> Iterator[str]:
-    """What keeps a kernel from running: settings, as the end of "cannot be used with"."""
+    """Yield the settings that keep a kernel from running, as the end of "cannot be used with"."""
     model, context = config.model, sizes["context"]
     if model.family not in TRANSFORMERS:
         if kernel != "xla":

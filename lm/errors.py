@@ -1,8 +1,8 @@
-"""The one exception for what a user can cause: shown as a single line, never as a traceback."""
+"""Exception for mistakes of the user."""
 
 
 class UserError(Exception):
-    """A mistake the user can correct; the message says what, where and what to do.
+    """Mistake that the user can correct; the message says what, where and what to do.
 
     The command line prints it on one line and exits with code 2.
     """

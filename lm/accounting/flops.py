@@ -1,27 +1,29 @@
-"""Model FLOPs by one stated convention.
+"""Model FLOPs of a training step, by one convention.
 
-FLOPs of a training step on one example (forward and backward, nothing recomputed), all tokens of
-its rows counted, padding too:
-6 × (each kernel's size × the tokens that pass through it), the output matrix being one even where
-it is the token table, and embedding look-ups nothing; of experts
-those count that a token uses, dropped or not;
-+ 12 × layers × heads × head_dim × (pairs of query and key), the two attention products, where
-causal attention has the half of the pairs that is needed (the dense convention counts masked
-scores as work), with a window those inside it, and encoders and cross-attention have all of them;
-for skip-gram 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
+Counted are the forward and the backward pass over one example, padding included, nothing
+recomputed. The sum has two terms:
+
+    6 × size × tokens, for every kernel and the tokens that pass through it. A tied token table
+    counts once, as output matrix; embedding look-ups count nothing; of experts those count that a
+    token uses, dropped or not.
+
+    12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention. Causal
+    attention counts the unmasked half of the pairs (the dense convention counts all), a window the
+    pairs inside it, encoders and cross-attention all pairs.
+
+Skip-gram: 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 """
 
 from __future__ import annotations
 
-from lm.accounting.parameter_counts import is_embedding, used_share
 from lm.experiment import Experiment
 from lm.models.transformer_config import global_layers
-from lm.models.variables import KERNELS
+from lm.models.variables import KERNELS, Kind
 from lm.optim.parameter_groups import flat
 
 
 def model_flops_per_token(experiment: Experiment) -> float:
-    """FLOPs of one training step by the convention above, divided by `tokens_per_row`."""
+    """Return the FLOPs of a training step on one example, divided by `tokens_per_row`."""
     m = experiment.config.model
     if m.family == "skip_gram":
         o = experiment.config.objective
@@ -36,11 +38,11 @@ def model_flops_per_token(experiment: Experiment) -> float:
 
 
 def training_cost(experiment: Experiment) -> tuple[int, float]:
-    """Tokens of a whole training run, D, and 6 N D: what papers estimate a run's FLOPs by.
+    """Return the tokens D of a whole training run, and its FLOPs estimated as 6 N D.
 
     N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
-    uses, each times the tokens that pass through it: those of the source do not pass through a
-    decoder. Attention's products and the output matrix are left out.
+    uses, each times the tokens that pass through it: source tokens do not pass through a decoder.
+    The products of attention and the output matrix are left out.
     """
     config, tokens = experiment.config, _tokens(experiment)
     per_row = sum(
@@ -53,14 +55,14 @@ def training_cost(experiment: Experiment) -> tuple[int, float]:
 
 
 def tokens_per_row(experiment: Experiment) -> int:
-    """Tokens of an example: those of a source and its target, or of the one sequence."""
+    """Return the tokens of an example: of source and target, or of the one sequence."""
     tokens = _tokens(experiment)
     has_target = "source" in experiment.steps.objective.shapes
     return tokens["source"] + (tokens["target"] if has_target else 0)
 
 
 def _tokens(experiment: Experiment) -> dict[str, int]:
-    """How many source, target and predicted tokens and texts an example has."""
+    """Return the numbers of source, target and predicted tokens, and of texts, of an example."""
     length = experiment.config.data.sequence_length
     sizes = {
         name: shape[0] for name, (shape, _) in experiment.steps.objective.shapes.items() if shape
@@ -74,7 +76,7 @@ def _tokens(experiment: Experiment) -> dict[str, int]:
 
 
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
-    """Multiplications of one of the two attention products, forward."""
+    """Return the multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     width = m.n_heads * m.head_dim
     causal, both_ways, cross = target**2 / 2, source**2, source * target
@@ -87,3 +89,16 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,
     }.get(m.family, 0)
+
+
+def is_embedding(experiment: Experiment, path: str) -> bool:
+    """Return whether a parameter belongs to an embedding or to an untied output layer."""
+    role = experiment.param_infos[path].role
+    return role.kind == Kind.EMBEDDING or role.part == "output"
+
+
+def used_share(experiment: Experiment, path: str) -> float:
+    """Return the part of a parameter that one token uses."""
+    model = experiment.config.model
+    is_expert = experiment.param_infos[path].role.expert
+    return model.experts_per_token / model.n_experts if is_expert else 1.0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from lm.experiment import Experiment
-from lm.models.variables import Kind, Role
+import jax
+
+from lm import config as configs
+from lm.accounting.flops import is_embedding, tokens_per_row, training_cost, used_share
+from lm.data.tokenizers.tokenizer import is_fitted
+from lm.experiment import Experiment, build_untraced
+from lm.models.variables import Role
 from lm.optim.parameter_groups import flat
 
 
@@ -68,14 +74,31 @@ def is_head(experiment: Experiment, path: str) -> bool:
     return is_bert and experiment.param_infos[path].role.part == "pretraining"
 
 
-def is_embedding(experiment: Experiment, path: str) -> bool:
-    """Return whether a parameter belongs to an embedding or to an untied output layer."""
-    role = experiment.param_infos[path].role
-    return role.kind == Kind.EMBEDDING or role.part == "output"
+def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return parameter counts and training cost of an experiment, without reading its data.
 
+    Args:
+        spec: `FILE.py[:VARIANT]`.
+        overrides: text of configuration keys, by dotted path.
 
-def used_share(experiment: Experiment, path: str) -> float:
-    """Return the part of a parameter that one token uses."""
-    model = experiment.config.model
-    is_expert = experiment.param_infos[path].role.expert
-    return model.experts_per_token / model.n_experts if is_expert else 1.0
+    Returns:
+        "config", "paper", the figures of `count_parameters`, "batch_tokens", "tokens" and "flops"
+        (`training_cost`), and "note". Where the vocabulary is that of a tokenizer fitted to the
+        corpus, the figures are None and the note says why.
+    """
+    config = configs.load(spec, overrides)
+    counts = dict.fromkeys(("total", "active", "non_embedding", "heads"))
+    cost = dict.fromkeys(("batch_tokens", "tokens", "flops"))
+    note = ""
+    if config.model.vocab_size or not is_fitted(config.data.tokenizer):
+        experiment = build_untraced(config, jax.devices()[:1])
+        counts |= count_parameters(experiment)
+        del counts["tensors"]
+        cost["tokens"], cost["flops"] = training_cost(experiment)
+        cost["batch_tokens"] = config.data.batch_size * tokens_per_row(experiment)
+    else:
+        note = (
+            "the vocabulary is fitted to the corpus "
+            f"(--config.data.tokenizer={config.data.tokenizer})"
+        )
+    return {"config": spec, "paper": config.paper, **counts, **cost, "note": note}

@@ -100,7 +100,7 @@ def _spec_text(spec: Sequence[Any]) -> str:
 def _params_of_all(args: argparse.Namespace, overrides: Overrides) -> int:
     from tqdm import tqdm
 
-    from lm.accounting.variant_sizes import variant_size
+    from lm.accounting.parameter_counts import variant_size
     from lm.config.experiment_file import variants_in
 
     specs = tqdm(variants_in(Path(args.all)), desc="counting", file=sys.stderr, disable=None)

@@ -29,7 +29,7 @@ LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
 def default() -> ConfigDict:
-    """The configuration with every key at its default."""
+    """Return the configuration with every key at its default."""
     config = ConfigDict()
     for path, key in SCHEMA.items():
         *sections, name = path.split(".")
@@ -43,7 +43,7 @@ def default() -> ConfigDict:
 
 
 def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted path, value) of a configuration."""
+    """Yield every (dotted path, value) of a configuration."""
     for name, value in config.items():
         path = f"{prefix}{name}"
         if isinstance(value, ConfigDict | Mapping):
@@ -53,7 +53,7 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known name nearest to an unknown one, if one is near."""
+    """Return the end of an error message: the known name nearest to an unknown one, or ""."""
     known = list(known)
     tail = name.rsplit(".", 1)[-1]
     close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
@@ -62,7 +62,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def parse_value(path: str, text: str) -> Any:
-    """The value of `--config.PATH=TEXT`, by the type of the key."""
+    """Return the value of `--config.PATH=TEXT`, converted to the type of the key."""
     key = _key(path)
     try:
         if key.type is bool:
@@ -90,8 +90,15 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The validated configuration of `FILE.py[:VARIANT]`, or of a run's run.json, with
-    `{path: text}` overrides applied."""
+    """Return a validated configuration.
+
+    Args:
+        spec: `FILE.py[:VARIANT]`, or a run's run.json.
+        overrides: text of the keys that change, by dotted path.
+
+    Raises:
+        UserError: the file does not exist or fails, or the configuration is wrong.
+    """
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
         config = read_run_file(resolve_path(spec))
@@ -106,7 +113,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read_run_file(file: AnyPath) -> ConfigDict:
-    """The configuration in a run.json."""
+    """Return the configuration in a run.json; imports the plug-ins of the run."""
     try:
         run = json.loads(file.read_text())
         values = run["config"]
@@ -122,14 +129,24 @@ def read_run_file(file: AnyPath) -> ConfigDict:
 
 
 def choose(variants: Mapping[str, Any], variant: str) -> Any:
-    """The entry of an experiment's table of variants; an unknown one lists those there are."""
+    """Return an entry of an experiment's table of variants.
+
+    Raises:
+        UserError: there is no such variant; the message lists those there are.
+    """
     if variant not in variants:
         raise UserError(f"unknown variant {variant!r}; there are {', '.join(variants)}")
     return variants[variant]
 
 
 def fill(config: ConfigDict, columns: str, row: Iterable[Any]) -> None:
-    """Set the keys that `columns` names, separated by spaces, to the values of a table's row."""
+    """Set keys to the values of a table's row.
+
+    Args:
+        config: configuration to change.
+        columns: dotted paths, separated by spaces.
+        row: one value a path.
+    """
     for path, value in zip(columns.split(), row, strict=True):
         set_value(config, path, value)
 

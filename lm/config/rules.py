@@ -1,4 +1,4 @@
-"""The rules between configuration keys: which values go together."""
+"""Rules between configuration keys: values that exclude or need each other."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
 
 
 def tiled_attention_problem(config: ConfigDict) -> str:
-    """Why the "tiled" attention kernel cannot serve a configuration; empty if it can."""
+    """Return the setting that keeps the "tiled" attention kernel from running, or ""."""
     model, objective = config.model, config.objective.name
     if model.family != "decoder" or objective == "prefix":
         return f"--config.model.family={model.family} and --config.objective.name={objective}"
