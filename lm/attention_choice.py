@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from lm.config.registries import OBJECTIVES
 from lm.config.rules import TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import count_tiles
 from lm.kernels.splash_attention import LANES
-from lm.objectives.registry import make_objective
 
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
@@ -100,31 +100,20 @@ def _problems(
             yield _ring_or(ring, f"--config.model.window={model.window}")
         if model.attention_softcap and (kernel != "splash" or ring):
             yield _ring_or(ring, f"--config.model.attention_softcap={model.attention_softcap}")
-    if (kernel in ("blockwise", "splash") or ring) and config.objective.name == "prefix":
-        yield _ring_or(ring, "--config.objective.name=prefix")
+    if (kernel in ("blockwise", "splash") or ring) and OBJECTIVES[config.objective.name].has_prefix:
+        yield _ring_or(ring, f"--config.objective.name={config.objective.name}")
     if kernel == "cudnn":
         if model.dtype != "bfloat16":
             yield f"--config.model.dtype={model.dtype}"
         if model.head_dim % 8 or model.head_dim > CUDNN_WIDEST_HEAD:
             yield f"--config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
-    for name, length in _lengths(config).items():
+    for name, length in OBJECTIVES[config.objective.name].attention_lengths(config).items():
         if ring and length % (2 * context):
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
         if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
             yield f"{name}: {length} tokens, not a multiple of {parts}"
         if kernel == "blockwise" and not count_tiles(length):
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
-
-
-def _lengths(config: ConfigDict) -> dict[str, int]:
-    """The lengths of the sequences that attention sees, by what they are."""
-    lengths = {"--config.data.sequence_length": config.data.sequence_length}
-    if config.objective.name == "seq2seq":
-        lengths["--config.data.target_length"] = config.data.target_length
-    if config.objective.name == "span_corruption":
-        (length,), _ = make_objective(config).shapes["inputs"]
-        lengths["targets of span corruption"] = length
-    return lengths
 
 
 def _ring_or(ring: bool, problem: str) -> str:

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 
 from lm.attention_choice import AttentionChoice, choose
 from lm.config import fill_defaults, validate
-from lm.data.batches import Batches, all_in_order, contiguous_rows, shuffle_and_mix
-from lm.data.dataset import Dataset, Store, open_tokenizer
+from lm.config.registries import OBJECTIVES
+from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
+from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.models.families import make_model
 from lm.models.variables import ParamInfo, state_axes
-from lm.objectives.registry import OF_RECORDS, make_objective
+from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer
 from lm.optim.parameter_groups import TrainableMask, flat, nested
 from lm.optim.schedules import make_schedule
@@ -51,19 +52,34 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
         config: configuration.
         platform: "cpu", "tpu" or "gpu".
     """
+    return _resolve(config, platform, None)[0]
+
+
+def _resolve(
+    config: ConfigDict, platform: str, tokenizer: Tokenizer | None
+) -> tuple[ConfigDict, Objective, Tokenizer | None]:
+    """Return the resolved configuration, its objective, and the tokenizer if there is one.
+
+    The tokenizer is opened if it is not given and the size of the vocabulary depends on it.
+    """
     validate(config)
     config = fill_defaults(config, platform)
-    if not config.model.vocab_size:
+    if not config.model.vocab_size and tokenizer is None:
         tokenizer = open_tokenizer(config.data, reads_records(config))
-        n_extra_ids = make_objective(config, tokenizer).n_extra_ids
-        config.model.vocab_size = tokenizer.vocab_size + n_extra_ids
+    objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
+    if not config.model.vocab_size and tokenizer is not None:
+        config.model.vocab_size = tokenizer.vocab_size + objective.n_extra_ids
     validate(config)
-    return config
+    return config, objective, tokenizer
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Resolved configuration on a mesh: compiled functions, and shapes and shardings of arrays."""
+    """Resolved configuration on a mesh: compiled functions, and shapes and shardings of arrays.
+
+    `tokenizer` is None if it was neither given nor needed for the size of the vocabulary; batches
+    need it.
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -71,6 +87,11 @@ class Experiment:
     model: nn.Module
     steps: Steps
     attention: AttentionChoice
+    tokenizer: Tokenizer | None
+
+    @property
+    def objective(self) -> Objective:
+        return self.steps.objective
 
     # --- shapes and shardings
 
@@ -210,27 +231,32 @@ class Experiment:
     # --- data
 
     def train_batches(self, dataset: Dataset) -> Batches:
-        config = self.config
-        objective = make_objective(config, dataset.tokenizer)
-        parts = [objective.examples(store, training=True) for store in dataset.train]
+        config, features = self.config, self._features
+        parts: Sequence[Any] = [self.objective.examples(s, training=True) for s in dataset.train]
         if config.data.order == "contiguous":
             examples = contiguous_rows(parts, config.data.batch_size, endless=True)
         else:
             shares = dataset.weights or [store.n_tokens for store in dataset.train]
             examples = shuffle_and_mix(parts, shares, config.seed)
-        return Batches(examples, objective.features, config.data.batch_size, config.seed)
+        return Batches(examples, features, config.data.batch_size, config.seed)
 
-    def evaluation_batches(self, tokenizer: Tokenizer, stores: Sequence[Store]) -> Batches:
+    def evaluation_batches(self, stores: Sequence[Store]) -> Batches:
         """Return batches of all examples of the stores, once, in order."""
-        config = self.config
-        objective = make_objective(config, tokenizer)
-        parts = [objective.examples(store, training=False) for store in stores]
+        config, features = self.config, self._features
+        parts: Sequence[Any] = [self.objective.examples(s, training=False) for s in stores]
         batch_size = config.eval.batch_size
         if config.data.order == "contiguous":
             examples = contiguous_rows(parts, batch_size, endless=False)
         else:
             examples = all_in_order(parts)
-        return Batches(examples, objective.features, batch_size, config.seed)
+        return Batches(examples, features, batch_size, config.seed)
+
+    @property
+    def _features(self) -> MakeFeatures:
+        """Function from an example to its features."""
+        if self.tokenizer is None:
+            raise ValueError("batches need a tokenizer: build(config, devices, tokenizer)")
+        return self.objective.features
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:
@@ -240,35 +266,67 @@ class Experiment:
         return on_mesh
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+def build(
+    config: ConfigDict, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
+) -> Experiment:
     """Build the experiment that a configuration describes; nothing is computed yet.
 
     Args:
         config: configuration, resolved or not.
         devices: devices of the mesh.
+        tokenizer: tokenizer of the data; batches and decoding need it.
 
     Raises:
         UserError: the configuration is wrong, or does not fit the mesh.
     """
-    experiment = build_untraced(config, devices)
+    experiment = build_untraced(config, devices, tokenizer)
     experiment.state_sharding  # noqa: B018
     return experiment
 
 
-def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+def build_with_data(
+    config: ConfigDict, devices: Sequence[jax.Device], progress: bool = False
+) -> tuple[Experiment, Dataset]:
+    """Open the tokenizer, build the experiment with it, and open the data.
+
+    Args:
+        config: configuration.
+        devices: devices of the mesh.
+        progress: show on stderr how far the tokenization of new data is.
+
+    Raises:
+        UserError: the configuration, the mesh or the data do not fit.
+    """
+    validate(config)
+    records = reads_records(config)
+    tokenizer = open_tokenizer(config.data, records)
+    experiment = build(config, devices, tokenizer)
+    config, n_extra_ids = experiment.config, experiment.objective.n_extra_ids
+    if tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
+        raise UserError(
+            f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"tokenizer's {tokenizer.vocab_size} and {n_extra_ids} of "
+            f"--config.objective.name={config.objective.name}"
+        )
+    return experiment, open_dataset(config.data, records, progress, tokenizer)
+
+
+def build_untraced(
+    config: ConfigDict, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
+) -> Experiment:
     """Build an experiment without tracing the model, for callers that need no optimizer state."""
     platform = devices[0].platform
     validate(config)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
     filled = fill_defaults(config, platform)
     pipeline, attention = resolve_parallelism(filled, platform, sizes)
-    config = resolve(config, platform)
+    config, objective, tokenizer = _resolve(config, platform, tokenizer)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
-        objective=make_objective(config),
+        objective=objective,
         make_optimizer=lambda infos: make_optimizer(
             config.optimizer,
             schedule,
@@ -283,7 +341,7 @@ def build_untraced(config: ConfigDict, devices: Sequence[jax.Device]) -> Experim
         microbatches=config.train.microbatches,
     )
     mesh = make_mesh(sizes, devices)
-    return Experiment(config, mesh, pipeline, steps.model, steps, attention)
+    return Experiment(config, mesh, pipeline, steps.model, steps, attention, tokenizer)
 
 
 def resolve_parallelism(
@@ -308,7 +366,7 @@ def resolve_parallelism(
 
 def reads_records(config: ConfigDict) -> bool:
     """Return whether the objective learns from records of a task rather than from documents."""
-    return config.objective.name in OF_RECORDS
+    return bool(OBJECTIVES.entries[config.objective.name].columns)
 
 
 def _zeros(shapes: Tree) -> Tree:

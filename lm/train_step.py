@@ -25,7 +25,7 @@ from lm.models.variables import (
     param_infos,
     with_state,
 )
-from lm.objectives.auxiliary_losses import with_reports
+from lm.objectives.losses import add_sown
 from lm.objectives.objective import Batch, LossSums, Objective
 from lm.optim.parameter_groups import LORA, TrainableMask
 from lm.parallel.per_row_rng import per_row_key, select_rows
@@ -196,7 +196,7 @@ class Steps:
 
     def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
         """Return the objective's predictions [S, B, …] for each row of the batches [S, B, …]."""
-        predict = nn.apply(self.objective.predict, self.model)  # type: ignore[attr-defined]
+        predict = nn.apply(self.objective.predict, self.model)
         return jax.lax.map(lambda batch: predict(as_variables(params), batch), batches)
 
     def _loss(
@@ -215,7 +215,7 @@ class Steps:
         sums, after = loss({**variables, **before.carry}, batch, rngs=rngs)
         reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
         model_state = after.pop(MODEL_STATE, before.model_state)
-        return with_reports(sums, reported, batch), Between(after, model_state)
+        return add_sown(sums, reported, batch), Between(after, model_state)
 
     def _merged(self, params: Params) -> Params:
         """Return the parameters of the model, low-rank updates added."""

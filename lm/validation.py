@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 
 from lm.attention_choice import choose
 from lm.config import fill_defaults, validate
-from lm.config.registries import MODELS
+from lm.config.registries import MODELS, OBJECTIVES
 from lm.config.rules import TRANSFORMERS, data_problems
 from lm.errors import UserError
-from lm.objectives.registry import make_objective
 from lm.parallel.mesh import axis_sizes
 from lm.parallel.sharding import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
 
@@ -50,7 +49,8 @@ def check_on_mesh(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -
     for rules in MESH_RULES:
         for problem in rules(config, sizes):
             raise UserError(problem)
-    make_objective(config)  # raises where its sequences are too short
+    # Raises where its sequences are too short.
+    OBJECTIVES[config.objective.name].from_config(config, None)
     choose(config, platform, sizes)
 
 
@@ -117,9 +117,7 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
     if config.parallel.sequence:
         product = "--config.parallel.mesh.context × --config.parallel.mesh.tensor"
         divisors[product] = context * tensor
-    names = ["sequence_length"]
-    names += ["target_length"] if config.objective.name == "seq2seq" else []
-    for name in names:
+    for name in OBJECTIVES[config.objective.name].length_keys:
         for what, n in divisors.items():
             if config.data[name] % n:
                 yield f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"

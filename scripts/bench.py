@@ -32,8 +32,7 @@ import numpy as np
 from lm.accounting.flops import model_flops_per_token
 from lm.config import default
 from lm.decoding.controls import Controls
-from lm.decoding.sampling import Sampling
-from lm.decoding.sampling_loop import generate
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment, build
 
 SIZES = {  # layers, d_model, heads, vocabulary, length, batch
@@ -196,7 +195,7 @@ def bench_decode(rows: int = 8, cached: int = 900, steps: int = 20) -> dict:
     experiment = build(config, jax.devices()[:1])
     params = experiment.init_state().params
     prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, cached)).tolist()
-    found = generate(experiment.model, params, prompts, steps, Sampling(0.0), 0, Controls())
+    found = sample_steps(experiment.model, params, prompts, steps, Sampling(0.0), 0, Controls())
     times = [time.perf_counter() for _ in found]
     return {"decoded_rows": rows, "decode_ms": 1e3 * float(np.median(np.diff(times[1:])))}
 

@@ -24,8 +24,7 @@ import scipy.stats
 
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.decoding.controls import Controls
-from lm.decoding.sampling import Sampling
-from lm.decoding.sampling_loop import generate
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import read_tokenizer
 
@@ -47,7 +46,8 @@ def stories() -> bool:
     logits = np.asarray(apply(np.array([expected["prompt_tokens"]]))[0, -1])
     off = np.abs(logits - np.array(expected["prompt_logits_last_position"])).max()
     greedy = expected["greedy_tokens_from_bos"]
-    steps = generate(model, params, [[1]], len(greedy) - 1, Sampling(0.0), 0, Controls(end_id=2))
+    options = Sampling(0.0), 0, Controls(end_id=2)
+    steps = sample_steps(model, params, [[1]], len(greedy) - 1, *options)
     found = [1, *(int(step[0]) for step in steps)]
     text = tokenizer.decode(found)
     print(f"greedy text equal: {text == expected['greedy_text']}, logits off by {off:.1e}")

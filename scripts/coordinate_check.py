@@ -14,8 +14,7 @@ from pathlib import Path
 import jax
 
 from lm.config import default, set_value
-from lm.data.dataset import open_dataset
-from lm.experiment import build
+from lm.experiment import build_with_data
 from lm.tools.reports.coordinate_check import WATCHED, activation_scales
 from lm.tools.reports.plotting import INK, save_png, shades, subplots
 
@@ -44,8 +43,7 @@ def config_of(width, mup):
 
 def first_batch():
     """Return the first training batch, which is the same at every width."""
-    experiment = build(config_of(BASE, False), jax.devices()[:1])
-    dataset = open_dataset(experiment.config.data, False)
+    experiment, dataset = build_with_data(config_of(BASE, False), jax.devices()[:1])
     return experiment.train_batches(dataset).rows(0, range(experiment.config.data.batch_size))
 
 

@@ -57,20 +57,18 @@ def training_cost(experiment: Experiment) -> tuple[int, float]:
 def tokens_per_row(experiment: Experiment) -> int:
     """Return the tokens of an example: of source and target, or of the one sequence."""
     tokens = _tokens(experiment)
-    has_target = "source" in experiment.steps.objective.shapes
+    has_target = "source" in experiment.objective.shapes
     return tokens["source"] + (tokens["target"] if has_target else 0)
 
 
 def _tokens(experiment: Experiment) -> dict[str, int]:
     """Return the numbers of source, target and predicted tokens, and of texts, of an example."""
     length = experiment.config.data.sequence_length
-    sizes = {
-        name: shape[0] for name, (shape, _) in experiment.steps.objective.shapes.items() if shape
-    }
+    sizes = {name: shape[0] for name, (shape, _) in experiment.objective.shapes.items() if shape}
     return {
         "source": length,
         "target": sizes["inputs"] if "source" in sizes else length,
-        "predicted": sizes.get("masked_targets", sizes.get("targets", 0)),
+        "predicted": sizes.get("targets", 0),
         "text": 1,
     }
 

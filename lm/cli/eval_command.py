@@ -37,10 +37,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from tqdm import tqdm
 
     from lm.data.dataset import open_split
-    from lm.evaluation.loss import evaluate
+    from lm.evaluation.loss import evaluate_loss
     from lm.evaluation.task import check_task
     from lm.experiment import reads_records
-    from lm.runs.workdir import load_tokenizer
 
     if "data.tokenizer" in overrides:
         raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
@@ -48,15 +47,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("--output is where --task writes its report: give both")
     experiment, params, step = open_run(args, overrides)
     if args.task:
-        check_task(experiment.config)
-    tokenizer, data = load_tokenizer(open_run_folder(args.workdir)), experiment.config.data
-    records = reads_records(experiment.config)
-    stores = open_split(data, args.split, tokenizer, records, progress=True)
+        check_task(experiment)
+    config, tokenizer = experiment.config, experiment.tokenizer
+    stores = open_split(config.data, args.split, tokenizer, reads_records(config), progress=True)
     if args.task:
-        return _evaluate_task(args, experiment, params, step, tokenizer, stores)
-    batches = experiment.evaluation_batches(tokenizer, stores)
+        return _evaluate_task(args, experiment, params, step, stores)
+    batches = experiment.evaluation_batches(stores)
     track = partial(tqdm, desc="evaluating", file=sys.stderr)
-    result = evaluate(experiment, params, batches, stores, track=track)
+    result = evaluate_loss(experiment, params, batches, stores, track=track)
     report = {"step": step, **{f"eval/{args.split}/{k}": v for k, v in result.items()}}
     print_result(report, args.json)
     return 0
@@ -65,14 +63,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 def _evaluate_task(
     args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
 ) -> int:
-    from lm.evaluation.task import evaluate_task, write_report
+    from lm.evaluation.task import evaluate_task, write_task_report
     from lm.parallel.hosts import is_primary_host
 
     report, rows = evaluate_task(experiment, params, *of)
     report = {"step": step, "split": args.split, **report}
     folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{args.split}-{step}")
     if is_primary_host():
-        write_report(folder, report, rows)
+        write_task_report(folder, report, rows)
         print_result(report, args.json)
         print(f"report and predictions are in {storage_path(folder)}", file=sys.stderr)
     return 0

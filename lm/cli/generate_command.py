@@ -19,7 +19,6 @@ from lm.cli.arguments import (
     weights_arguments,
 )
 from lm.errors import UserError
-from lm.storage import open_run_folder
 
 
 def add_arguments(parser: Parser) -> None:
@@ -49,12 +48,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.decoding.generate_file import write_file
-    from lm.decoding.generation import continuations, record, write
+    from lm.decoding.generate_file import generate_file
+    from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.prompts import is_encoder_decoder
     from lm.decoding.sampling import Sampling
     from lm.runs.checkpoints import checksums
-    from lm.runs.workdir import load_tokenizer
 
     _check_generate(args)
     if args.max_new_tokens is not None:
@@ -65,23 +63,28 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"a model of the family {config.model.family} writes no text")
     if args.n_best > config.decode.beam_size:
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
-    tokenizer = load_tokenizer(open_run_folder(args.workdir))
+    tokenizer = experiment.tokenizer
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.input:
         sampled = None if searches or args.greedy else sampling
         made_by = {"step": step, "weights": _digest(checksums(params))}
         files = Path(args.input), Path(args.output)
-        write_file(experiment, params, tokenizer, *files, sampled, args.seed, args.n_best, made_by)
+        generate_file(
+            experiment, params, tokenizer, *files, sampled, args.seed, args.n_best, made_by
+        )
         return 0
     prompts = args.prompt or [""]
     if searches:
-        found = write(experiment, params, tokenizer, prompts, None, args.seed)
+        found = generate_texts(experiment, params, tokenizer, prompts, None, args.seed)
         role = "source" if is_encoder_decoder(model) else "prompt"
-        records = [record(role, p, w, args.n_best) for p, w in zip(prompts, found, strict=True)]
+        records = [
+            generation_record(role, prompt, generations, args.n_best)
+            for prompt, generations in zip(prompts, found, strict=True)
+        ]
         _print_records(records, args.json)
     else:
-        steps = continuations(experiment, params, tokenizer, prompts, sampling, args.seed)
+        steps = stream_continuations(experiment, params, tokenizer, prompts, sampling, args.seed)
         _print_continuations(prompts, steps, args.json)
     return 0
 

@@ -14,7 +14,6 @@ from lm.cli.arguments import (
     weights_arguments,
 )
 from lm.errors import UserError
-from lm.storage import open_run_folder
 
 
 def add_arguments(parser: Parser) -> None:
@@ -33,18 +32,17 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.word_vectors import load_vectors, save_vectors
-    from lm.evaluation.vectors_report import run_vectors, scores
-    from lm.runs.workdir import load_tokenizer
+    from lm.evaluation.word_scores import score_word_vectors, trained_word_vectors
 
     if bool(args.workdir) == bool(args.vectors):
         raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
     if args.workdir:
-        _, parameters, _ = open_run(args, overrides)
-        found = run_vectors(parameters, load_tokenizer(open_run_folder(args.workdir)))
+        experiment, parameters, _ = open_run(args, overrides)
+        found = trained_word_vectors(parameters, experiment.tokenizer)
     else:
         found = load_vectors(args.vectors)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_vectors(found, args.output)
-    print_result(scores(found, args.similarity, args.analogies), args.json)
+    print_result(score_word_vectors(found, args.similarity, args.analogies), args.json)
     return 0

@@ -121,31 +121,35 @@ OBJECTIVES = Registry(
     ("objective.name",),
     "objective",
     {
-        "causal": Entry("lm.objectives.registry:_causal", families=("decoder", "lstm", "nplm")),
-        "prefix": Entry("lm.objectives.registry:_prefix", families=("decoder",)),
-        "masked": Entry("lm.objectives.registry:_masked", MaskedOptions, families=("encoder",)),
+        "causal": Entry(
+            "lm.objectives.causal:Causal",
+            families=("decoder", "lstm", "nplm"),
+            predicts_every_token=True,
+        ),
+        "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),
+        "masked": Entry("lm.objectives.masked:Masked", MaskedOptions, families=("encoder",)),
         "span_corruption": Entry(
-            "lm.objectives.registry:_span_corruption",
+            "lm.objectives.span_corruption:SpanCorruption",
             SpanCorruptionOptions,
             families=("encoder_decoder",),
         ),
         "seq2seq": Entry(
-            "lm.objectives.registry:_seq2seq",
+            "lm.objectives.seq2seq:Seq2Seq",
             families=("encoder_decoder", "lstm_encoder_decoder"),
             columns=("source", "target"),
         ),
         "classification": Entry(
-            "lm.objectives.registry:_classification",
+            "lm.objectives.classification:Classification",
             families=("decoder", "encoder", "encoder_decoder", "lstm"),
             columns=("text", "label"),
         ),
         "span_qa": Entry(
-            "lm.objectives.registry:_span_qa",
+            "lm.objectives.span_qa:SpanQa",
             families=("encoder",),
             columns=("question", "context", "answers"),
         ),
         "skip_gram": Entry(
-            "lm.objectives.registry:_skip_gram", SkipGramOptions, families=("skip_gram",)
+            "lm.objectives.skip_gram:NegativeSampling", SkipGramOptions, families=("skip_gram",)
         ),
     },
 )
@@ -259,26 +263,26 @@ SCHEDULES = Registry(
 
 # --- evaluation
 
-_SCORES = "lm.evaluation.metrics"
+_TEXTS, _LABELS = "lm.evaluation.text_scores", "lm.evaluation.label_scores"
 
 METRICS = Registry(
     "metric",
     ("eval.metrics",),
     "eval",
     {
-        "bleu": Entry(f"{_SCORES}.generation_scores:bleu"),
-        "bleu_tok": Entry(f"{_SCORES}.generation_scores:bleu_tok"),
-        "chrf": Entry(f"{_SCORES}.generation_scores:chrf"),
-        "rouge": Entry(f"{_SCORES}.generation_scores:rouge"),
-        "rouge_stemmed": Entry(f"{_SCORES}.generation_scores:rouge_stemmed"),
-        "accuracy": Entry(f"{_SCORES}.label_scores:accuracy"),
-        "f1": Entry(f"{_SCORES}.label_scores:f1"),
-        "macro_f1": Entry(f"{_SCORES}.label_scores:macro_f1"),
-        "matthews": Entry(f"{_SCORES}.label_scores:matthews"),
-        "pearson": Entry(f"{_SCORES}.label_scores:pearson"),
-        "spearman": Entry(f"{_SCORES}.label_scores:spearman"),
-        "exact_match": Entry(f"{_SCORES}.answer_scores:exact_match"),
-        "squad": Entry(f"{_SCORES}.answer_scores:squad"),
+        "bleu": Entry(f"{_TEXTS}:bleu"),
+        "bleu_tok": Entry(f"{_TEXTS}:bleu_tok"),
+        "chrf": Entry(f"{_TEXTS}:chrf"),
+        "rouge": Entry(f"{_TEXTS}:rouge"),
+        "rouge_stemmed": Entry(f"{_TEXTS}:rouge_stemmed"),
+        "accuracy": Entry(f"{_LABELS}:accuracy"),
+        "f1": Entry(f"{_LABELS}:f1"),
+        "macro_f1": Entry(f"{_LABELS}:macro_f1"),
+        "matthews": Entry(f"{_LABELS}:matthews"),
+        "pearson": Entry(f"{_LABELS}:pearson"),
+        "spearman": Entry(f"{_LABELS}:spearman"),
+        "exact_match": Entry(f"{_TEXTS}:exact_match"),
+        "squad": Entry(f"{_TEXTS}:squad"),
     },
     is_choice=False,
 )

@@ -89,6 +89,8 @@ class Entry:
         module: module that registered the entry, "" for those of the library.
         families: of an objective: model families that it trains.
         columns: of an objective: record columns that it needs; () if it learns from documents.
+        has_prefix: of an objective: the decoder attends to a prefix in both directions.
+        predicts_every_token: of an objective: every token of the text is a target once.
         objectives: of a model family: further objectives that train it.
         forms: of a data source or tokenizer: NAME or NAME:ARGUMENT; (): both are allowed.
         holds: of a data source: "documents", "records" or both.
@@ -101,6 +103,8 @@ class Entry:
     module: str = ""
     families: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    has_prefix: bool = False
+    predicts_every_token: bool = False
     objectives: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     holds: tuple[str, ...] = ("documents", "records")
@@ -174,6 +178,8 @@ class Registry(Mapping[str, Any]):
                 columns=tuple(getattr(target, "columns", ())),
                 forms=tuple(getattr(target, "forms", ())),
                 holds=tuple(getattr(target, "holds", ("documents", "records"))),
+                has_prefix=getattr(target, "has_prefix", False),
+                predicts_every_token=getattr(target, "predicts_every_token", False),
                 objectives=objectives,
             )
             self._check_options(name, entry)

@@ -152,7 +152,8 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.pooling=mean is not for --config.model.family={model.family}"
     if model.init == "uniform" and model.init_truncated:
         yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
-    if model.bidirectional and model.family == "lstm" and config.objective.name == "causal":
+    objective = OBJECTIVES.entries[config.objective.name]
+    if model.bidirectional and model.family == "lstm" and objective.predicts_every_token:
         yield "--config.model.bidirectional lets a causal model see what it predicts"
     if model.bidirectional and (model.d_hidden or model.d_model) % 2:
         yield "--config.model.bidirectional needs an even --config.model.d_hidden"
@@ -238,7 +239,8 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
             "--config.model.carry needs --config.data.order=contiguous and "
             "--config.model.family=lstm"
         )
-    if data.order == "contiguous" and config.objective.name != "causal":
+    objective = OBJECTIVES.entries[config.objective.name]
+    if data.order == "contiguous" and not objective.predicts_every_token:
         yield "--config.data.order=contiguous needs --config.objective.name=causal"
     if data.order == "contiguous" and len(data.source.split(",")) > 1:
         yield "--config.data.order=contiguous reads a single source"
@@ -308,7 +310,7 @@ def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
 def tiled_attention_problem(config: ConfigDict) -> str:
     """Return the setting that keeps the "tiled" attention kernel from running, or ""."""
     model, objective = config.model, config.objective.name
-    if model.family != "decoder" or objective == "prefix":
+    if model.family != "decoder" or OBJECTIVES.entries[objective].has_prefix:
         return f"--config.model.family={model.family} and --config.objective.name={objective}"
     if model.attention_dropout:
         return f"--config.model.attention_dropout={model.attention_dropout}"

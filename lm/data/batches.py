@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grain
 import jax
@@ -18,9 +18,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.errors import UserError
 
 Example = Mapping[str, Any]
-Examples = Sequence[Example]  # only len() and [index] are used
 Arrays = dict[str, np.ndarray]
-Features = Callable[[Example, np.random.Generator], Mapping[str, np.ndarray]]
+MakeFeatures = Callable[[Any, np.random.Generator], Arrays]
+ExampleT_co = TypeVar("ExampleT_co", covariant=True)
+
+
+class Examples(Protocol[ExampleT_co]):
+    """Examples of a store, by random access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> ExampleT_co: ...
+
 
 _LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
 
@@ -61,7 +70,8 @@ def contiguous_rows(parts: Sequence[Examples], batch_size: int, endless: bool) -
         endless: repeat, and drop the last examples so that all rows are equally long.
     """
     (part,) = parts
-    reordered: Any = ContiguousRows(part, batch_size, drop_remainder=endless)
+    sequence: Any = part
+    reordered: Any = ContiguousRows(sequence, batch_size, drop_remainder=endless)
     examples = _Source(reordered)
     return examples.repeat() if endless else examples
 
@@ -140,7 +150,7 @@ class Batches:
     """
 
     examples: grain.MapDataset
-    features: Features
+    features: MakeFeatures
     batch_size: int
     seed: int
 

@@ -41,19 +41,25 @@ class Dataset:
     fingerprint: dict[str, str]
 
 
-def open_dataset(data: Any, records: bool = False, progress: bool = False) -> Dataset:
+def open_dataset(
+    data: Any,
+    records: bool = False,
+    progress: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Dataset:
     """Open tokenizer and stores, building what the cache does not hold.
 
     Args:
         data: section `data` of the configuration.
         records: the sources hold a task's records rather than documents.
         progress: show progress bars on stderr.
+        tokenizer: tokenizer of the section, if it was opened already.
 
     Raises:
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
     training = _open_sources(data.source, data, "train", records)
-    tokenizer = make_tokenizer(data, _corpora(training, records))
+    tokenizer = tokenizer or make_tokenizer(data, _corpora(training, records))
     validation = _open_validation(data, records)
     fingerprint = {"tokenizer": tokenizer.digest}
     for split, sources in (("train", training), ("validation", validation)):

@@ -10,10 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
+from lm.data.batches import Arrays
 from lm.data.store import TokenStore
 from lm.errors import UserError
-
-Example = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class TokenWindows:
             return max((n_targets - self.length) // self.stride + 1, 0)
         return max(-(-n_targets // self.stride), 0)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Arrays:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         size = self.length + 1

@@ -1,0 +1,6 @@
+"""Decoding: from prompts or sources to new tokens and texts, with a trained model.
+
+Read `prompts.py` (inputs), `controls.py` (constraints), then `sampling.py` and `beam.py`, the two
+ways to choose tokens, `batch.py` (many inputs on a mesh), `generation.py` (text to text) and
+`generate_file.py` (files). Public: `generate_texts`, `stream_continuations`, `generate_file`.
+"""

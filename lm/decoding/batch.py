@@ -1,6 +1,7 @@
-"""Whole test sets: inputs of like length are decoded together, and outputs come in order.
+"""Decoding of many inputs: in batches of similar length, with the outputs in the inputs' order.
 
-Shape letters: B inputs, L source or prompt length, K beam, T most new tokens, V vocabulary.
+Shape letters: B inputs, L source or prompt length, R rows, K beam, T most new tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.decoding.beam import Cache, Search, beam_search
+from lm.decoding.beam import BeamOptions, DecodingCache, beam_search
 from lm.decoding.controls import UNSET, Controls
 from lm.decoding.prompts import (
-    Tokens,
+    TokenIds,
     check_prompts,
-    context_of,
-    few_widths,
+    context_length,
     is_encoder_decoder,
-    pad,
+    pad_ids,
+    padded_length,
 )
-from lm.decoding.sampling import Sampling
-from lm.decoding.sampling_loop import generate
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
 from lm.models.variables import as_variables
 from lm.objectives.special_tokens import special_tokens
@@ -37,79 +37,92 @@ from lm.parallel.sharding import BATCH_AXES
 from lm.train_step import Params
 
 Progress = Callable[[int], Any]
-_BATCHES_SORTED = 16  # together by length: more save padding, fewer are lost in a crash
+_BATCHES_SORTED = 16  # sorted by length together: more save padding, fewer are lost in a crash
 
 
 @dataclass(frozen=True)
-class Output:
-    """Token ids without the end token, and the score that hypotheses are compared by.
-
-    A sampled output has no score.
-    """
+class Hypothesis:
+    """Output of one input: token ids without the end token, and a score unless it was sampled."""
 
     tokens: list[int]
     score: float | None
 
 
-def transduce(
+def decode_best(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
-    sources: Sequence[Tokens],
-    search: Search,
+    inputs: Sequence[TokenIds],
+    options: BeamOptions,
 ) -> list[list[int]]:
-    """The best output of each source (that ends with eos) or prompt, as token ids."""
-    found = decode_records(experiment, params, tokenizer, sources, search)
-    return [outputs[0].tokens if outputs else [] for outputs in found]
+    """Return the best hypothesis of each input as token ids; see `search_batches`."""
+    found = search_batches(experiment, params, tokenizer, inputs, options)
+    return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
 
-def decode_records(
+def search_batches(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
-    inputs: Sequence[Tokens],
-    search: Search,
+    inputs: Sequence[TokenIds],
+    options: BeamOptions,
     start: int = 0,
     progress: Progress = lambda n: None,
-) -> Iterator[list[Output]]:
-    """The hypotheses of each input from number `start` on, best first, in the order of the inputs.
+) -> Iterator[list[Hypothesis]]:
+    """Yield the hypotheses of each input by beam search, best first, in the inputs' order.
 
-    Inputs are what the encoder reads (eos included) or, for other models, prompts. `progress` is
-    told how many more inputs are done.
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: tokenizer of the data.
+        inputs: token ids of sources (eos included) or, without an encoder, of prompts.
+        options: beam size, lengths and controls.
+        start: index of the first input whose hypotheses are yielded.
+        progress: called with the number of inputs of each finished batch.
     """
     model, batch_size = experiment.model, experiment.config.decode.batch_size
-    context = context_of(model)
+    context = context_length(model)
     if not is_encoder_decoder(model):
         check_prompts(inputs, context)
-    search = replace(search, max_length=min(search.max_length, context or search.max_length))
+    options = replace(options, max_length=min(options.max_length, context or options.max_length))
     bos, n_rows = special_tokens(tokenizer).bos, min(batch_size, len(inputs))
 
-    def decode(numbers: Sequence[int]) -> list[list[Output]]:
+    def decode(numbers: Sequence[int]) -> list[list[Hypothesis]]:
         batch = [inputs[i] for i in numbers]
-        return _search_batch(experiment, params, bos, search, batch, n_rows)
+        return _search_batch(experiment, params, bos, options, batch, n_rows)
 
     return _in_order(inputs, batch_size, decode, start, progress)
 
 
-def sample_records(
+def sample_batches(
     experiment: Experiment,
     params: Params,
-    prompts: Sequence[Tokens],
+    prompts: Sequence[TokenIds],
     sampling: Sampling,
     seed: int,
     controls: Controls,
     start: int = 0,
     progress: Progress = lambda n: None,
-) -> Iterator[list[Output]]:
-    """A sampled continuation of each prompt from number `start` on, in order.
+) -> Iterator[list[Hypothesis]]:
+    """Yield a sampled continuation of each prompt, in order.
 
-    It depends on the prompt, its number and the seed.
+    It depends on the prompt, its index and the seed, not on the batches.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        prompts: token ids of each prompt.
+        sampling: options.
+        seed: seed of all samples.
+        controls: constraints on the new tokens.
+        start: index of the first prompt whose continuation is yielded.
+        progress: called with the number of prompts of each finished batch.
     """
     config = experiment.config
-    check_prompts(prompts, context_of(experiment.model))
+    check_prompts(prompts, context_length(experiment.model))
 
-    def sample(numbers: Sequence[int]) -> list[list[Output]]:
-        steps = generate(
+    def sample(numbers: Sequence[int]) -> list[list[Hypothesis]]:
+        steps = sample_steps(
             experiment.model,
             params,
             [prompts[i] for i in numbers],
@@ -117,29 +130,29 @@ def sample_records(
             sampling,
             seed,
             controls,
-            is_prefix=config.objective.name == "prefix",
+            has_prefix=experiment.objective.has_prefix,
             numbers=numbers,
         )
         rows = np.stack([np.full(len(numbers), UNSET), *steps], axis=1)
-        return [[Output(row[row != UNSET].tolist(), None)] for row in rows]
+        return [[Hypothesis(row[row != UNSET].tolist(), None)] for row in rows]
 
     return _in_order(prompts, config.decode.batch_size, sample, start, progress)
 
 
 def _in_order(
-    inputs: Sequence[Tokens],
+    inputs: Sequence[TokenIds],
     batch_size: int,
-    decode: Callable[[Sequence[int]], list[list[Output]]],
+    decode: Callable[[Sequence[int]], list[list[Hypothesis]]],
     start: int,
     progress: Progress,
-) -> Iterator[list[Output]]:
-    """What `decode` makes of the numbers of inputs, batch by batch, from number `start` on."""
+) -> Iterator[list[Hypothesis]]:
+    """Yield the outputs of `decode`, called with the indices of a batch of inputs at a time."""
     window = batch_size * _BATCHES_SORTED
-    # Windows lie where they always do, so that a second start decodes the same batches.
+    # Windows do not depend on `start`, so that a second start decodes the same batches.
     for first in range(start - start % window, len(inputs), window):
         end = min(first + window, len(inputs))
         longest_first = sorted(range(first, end), key=lambda i: len(inputs[i]), reverse=True)
-        done: dict[int, list[Output]] = {}
+        done: dict[int, list[Hypothesis]] = {}
         for at in range(0, len(longest_first), batch_size):
             numbers = longest_first[at : at + batch_size]
             if n_new := sum(i >= start for i in numbers):
@@ -152,30 +165,31 @@ def _search_batch(
     experiment: Experiment,
     params: Params,
     bos: int,
-    search: Search,
-    inputs: Sequence[Tokens],
+    options: BeamOptions,
+    inputs: Sequence[TokenIds],
     n_rows: int,
-) -> list[list[Output]]:
-    """The hypotheses of each input; the batch is filled up to `n_rows` and to the mesh."""
+) -> list[list[Hypothesis]]:
+    """Return the hypotheses of each input; rows are padded to `n_rows` and to the mesh."""
     model, mesh = experiment.model, experiment.mesh
     shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
     n_rows = -(-n_rows // shards) * shards
     filled = [*inputs, *[inputs[-1]] * (n_rows - len(inputs))]
-    width = few_widths(max(map(len, filled)))
+    width = padded_length(max(map(len, filled)))
     if is_encoder_decoder(model):
-        arrays = pad(filled, min(width, context_of(model) or width), left=False)
+        arrays = pad_ids(filled, min(width, context_length(model) or width), left=False)
     else:
-        arrays = pad(filled, width, left=True)
+        arrays = pad_ids(filled, width, left=True)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     tokens_BL, segments_BL = (
         jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in arrays
     )
-    is_prefix = experiment.config.objective.name == "prefix"
-    found = _search(model, search, mesh, is_prefix, bos, params, tokens_BL, segments_BL)
+    has_prefix = experiment.objective.has_prefix
+    found = _search(model, options, mesh, has_prefix, bos, params, tokens_BL, segments_BL)
+    end_id = options.controls.end_id
     hypotheses = zip(*map(np.asarray, jax.device_get(found)), strict=True)
     return [
         [
-            Output(_without_end(tokens[:length].tolist(), search.controls.end_id), float(score))
+            Hypothesis(_without_end(tokens[:length].tolist(), end_id), float(score))
             for tokens, score, length in zip(*row, strict=True)
             if length
         ]
@@ -190,38 +204,40 @@ def _without_end(tokens: list[int], end_id: int | None) -> list[int]:
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _search(
     model: nn.Module,
-    search: Search,
+    options: BeamOptions,
     mesh: Mesh,
-    is_prefix: bool,
+    has_prefix: bool,
     bos: int,
     params: Params,
     tokens_BL: jax.Array,
     segments_BL: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `beam_search` gives, on every device."""
+    """Run `beam_search` on inputs [B, L]; the result is replicated on every device."""
 
     def call(*inputs: Any, method: str) -> Any:
         return model.apply(as_variables(params), *inputs, method=method)
 
-    def decode(tokens_R1: jax.Array, at_R1: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        return call(tokens_R1, at_R1, jnp.ones_like(tokens_R1), cache, method="decode")
+    def decode(
+        tokens_R1: jax.Array, positions_R1: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
+        return call(tokens_R1, positions_R1, jnp.ones_like(tokens_R1), cache, method="decode")
 
     B, L = tokens_BL.shape
     lengths_B = segments_BL.sum(-1)
-    room = context_of(model) or search.max_length + L
+    room = context_length(model) or options.max_length + L
     if is_encoder_decoder(model):
-        cache = call(tokens_BL, segments_BL, search.max_length, method="start")
+        cache = call(tokens_BL, segments_BL, options.max_length, method="start")
         first_B1 = jnp.full((B, 1), bos)
         logits_BLV, cache = decode(first_B1, jnp.zeros_like(first_B1), cache)
         lengths_B, limits_B = jnp.ones_like(lengths_B), jnp.full((B,), room)
     else:
         positions_BL = jnp.maximum(jnp.arange(L) - (L - lengths_B)[:, None], 0)
-        cache = call(B, L + search.max_length, method="empty_cache")
-        prefix = (segments_BL,) if is_prefix else ()
+        cache = call(B, L + options.max_length, method="empty_cache")
+        prefix = (segments_BL,) if has_prefix else ()
         logits_BLV, cache = call(
             tokens_BL, positions_BL, segments_BL, cache, *prefix, method="decode"
         )
         limits_B = room - lengths_B
-    found = beam_search(decode, cache, logits_BLV[:, -1], lengths_B, limits_B, search)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(found, (everywhere,) * 3)
+    found = beam_search(decode, cache, logits_BLV[:, -1], lengths_B, limits_B, options)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(found, (replicated,) * 3)

@@ -1,47 +1,71 @@
-"""Beam search with length penalty and n-best: the whole search is one compiled loop.
+"""Beam search with length penalty and n-best, as one compiled loop.
 
-A step extends every running hypothesis by every token and keeps the K best results of all. Those
-that end among them are finished; the others run on (Sutskever 2014, section 3.2, except that
-places of finished ones are used again). So a beam of 1 is greedy decoding.
+A step extends every running hypothesis by every token and keeps the K best. Those of them that
+end are finished, the others run on (Sutskever et al. 2014, section 3.2, except that a finished
+hypothesis frees its place in the beam). So a beam of 1 is greedy decoding.
 
-Shape letters: B inputs, K beam, T most new tokens, V vocabulary.
+Shape letters: B inputs, K beam, R = B·K rows, T most new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from lm.decoding.controls import NEG_INF, UNSET, Controls
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.decoding.controls import UNSET, Controls
 
-Cache = Any  # of the model: its `take(rows)` gives the cache of those rows
+
+class DecodingCache(Protocol):
+    """Cache of any model that decodes token by token."""
+
+    def take(self, rows: jax.Array) -> Self:
+        """Return the cache of these rows."""
+        ...
+
+
 # (tokens [R, 1], positions [R, 1], cache) → (logits [R, 1, V], cache)
-Decode = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+DecodeStep = Callable[[jax.Array, jax.Array, DecodingCache], tuple[jax.Array, DecodingCache]]
 
 
 @dataclass(frozen=True)
-class Search:
-    """How to search: hypotheses of at most `max_length` tokens, the end counted, are compared by
-    log-probability / ((5 + length) / 6)^length_penalty (Wu et al. 2016, eq. 14)."""
+class BeamOptions:
+    """Options of beam search.
+
+    Attributes:
+        beam_size: hypotheses an input, K.
+        max_length: most tokens of a hypothesis, the end token included, T.
+        length_penalty: hypotheses are compared by log-probability / ((5 + length) / 6)^this (Wu
+            et al. 2016, eq. 14).
+        controls: constraints on the new tokens.
+    """
 
     beam_size: int
     max_length: int
     length_penalty: float = 0.0
     controls: Controls = field(default_factory=Controls)
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> BeamOptions:
+        """Return the options of a resolved configuration."""
+        decode = config.decode
+        controls = Controls.from_config(config, tokenizer)
+        return cls(decode.beam_size, decode.max_length, decode.length_penalty, controls)
+
     def norm(self, length: jax.Array | int) -> jax.Array:
-        """What log-probabilities of hypotheses of a length are divided by."""
+        """Return the divisor of the log-probabilities of hypotheses of a length."""
         return ((5.0 + jnp.asarray(length)) / 6.0) ** self.length_penalty
 
 
 @flax.struct.dataclass
 class _Hypotheses:
-    """K an input, best first; scores are -inf where there is none."""
+    """Top-K hypotheses per input, best first; scores are -inf where there is none."""
 
     tokens_BKT: jax.Array
     scores_BK: jax.Array
@@ -50,9 +74,13 @@ class _Hypotheses:
 
 @flax.struct.dataclass
 class _State:
-    """After `step` tokens: running hypotheses scored by log-probability, finished ones normed.
+    """State of the search after `step` tokens.
 
-    `rows` are the running hypotheses' parents among the rows of the cache.
+    Attributes:
+        step: number of tokens so far, int32 scalar.
+        running: hypotheses that go on; scores are log-probabilities.
+        finished: hypotheses that ended; scores are divided by `BeamOptions.norm`.
+        rows: cache row of each running hypothesis's parent, int32 [R].
     """
 
     step: jax.Array
@@ -62,61 +90,71 @@ class _State:
 
 
 def beam_search(
-    decode: Decode,
-    cache: Cache,
+    decode: DecodeStep,
+    cache: DecodingCache,
     logits_BV: jax.Array,
     positions_B: jax.Array,
     limits_B: jax.Array,
-    search: Search,
+    options: BeamOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The K best hypotheses of each input: tokens [B, K, T], scores [B, K], lengths [B, K].
+    """Return the K best hypotheses of each input: tokens [B, K, T], scores and lengths [B, K].
 
-    The cache has a row an input and has read it; `logits_BV` are of each first token, which will
-    stand at `positions_B`. A hypothesis ends with the end token, which it keeps, or unended at
-    `limits_B` or `max_length` tokens, whichever is less: its score is that of having come so far.
-    Where there are fewer than K, scores are -inf and lengths 0.
+    A hypothesis ends with the end token, which it keeps, or without one after `limits_B` or
+    `max_length` tokens, whichever is less. Where there are fewer than K, scores are -inf and
+    lengths 0.
+
+    Args:
+        decode: one step of the model.
+        cache: cache that holds the inputs, one row each.
+        logits_BV: logits of the first new token.
+        positions_B: position of the first new token.
+        limits_B: most new tokens of each input.
+        options: beam size, lengths and controls.
     """
-    B, K = len(logits_BV), search.beam_size
-    limits_B = jnp.minimum(limits_B, search.max_length)
+    B, K = len(logits_BV), options.beam_size
+    limits_B = jnp.minimum(limits_B, options.max_length)
     cache = cache.take(jnp.repeat(jnp.arange(B), K))
     empty = _Hypotheses(
-        jnp.full((B, K, search.max_length), UNSET, jnp.int32),
-        jnp.full((B, K), NEG_INF, jnp.float32),
+        jnp.full((B, K, options.max_length), UNSET, jnp.int32),
+        jnp.full((B, K), -jnp.inf, jnp.float32),
         jnp.zeros((B, K), jnp.int32),
     )
     one = empty.replace(scores_BK=empty.scores_BK.at[:, 0].set(0))  # type: ignore[attr-defined]
     start = _State(jnp.zeros((), jnp.int32), one, empty, jnp.arange(B * K))
-    state = _advance(start, jnp.repeat(logits_BV, K, axis=0), limits_B, search)
+    state = _advance(start, jnp.repeat(logits_BV, K, axis=0), limits_B, options)
 
-    def goes_on(carry: tuple[_State, Cache]) -> jax.Array:
+    def can_improve(carry: tuple[_State, DecodingCache]) -> jax.Array:
         state, _ = carry
-        # Log-probabilities only fall, and no norm is larger than that of the longest.
-        bound_B = state.running.scores_BK.max(-1) / search.norm(limits_B)
+        # Log-probabilities only fall, and the longest hypothesis has the largest norm.
+        bound_B = state.running.scores_BK.max(-1) / options.norm(limits_B)
         return (bound_B > state.finished.scores_BK.min(-1)).any()
 
-    def body(carry: tuple[_State, Cache]) -> tuple[_State, Cache]:
+    def body(carry: tuple[_State, DecodingCache]) -> tuple[_State, DecodingCache]:
         state, cache = carry
         last_R1 = jnp.take(state.running.tokens_BKT, state.step - 1, axis=2).reshape(-1, 1)
-        # Where all hypotheses have ended the next position may be none the model knows.
-        at_B = positions_B + jnp.minimum(state.step, limits_B) - 1
-        at_R1 = jnp.repeat(at_B, K)[:, None]
-        logits_R1V, cache = decode(jnp.maximum(last_R1, 0), at_R1, _reorder(cache, state.rows))
-        return _advance(state, logits_R1V[:, 0], limits_B, search), cache
+        # Where all hypotheses have ended, the next position may be beyond the model's context.
+        position_B = positions_B + jnp.minimum(state.step, limits_B) - 1
+        position_R1 = jnp.repeat(position_B, K)[:, None]
+        reordered = _reorder(cache, state.rows)
+        logits_R1V, cache = decode(jnp.maximum(last_R1, 0), position_R1, reordered)
+        return _advance(state, logits_R1V[:, 0], limits_B, options), cache
 
-    state, _ = jax.lax.while_loop(goes_on, body, (state, cache))
+    state, _ = jax.lax.while_loop(can_improve, body, (state, cache))
     found = state.finished
     return found.tokens_BKT, found.scores_BK, found.lengths_BK
 
 
-def _advance(state: _State, logits_RV: jax.Array, limits_B: jax.Array, search: Search) -> _State:
-    """Every running hypothesis one token longer, or finished, or dropped."""
+def _advance(
+    state: _State, logits_RV: jax.Array, limits_B: jax.Array, options: BeamOptions
+) -> _State:
+    """Extend every running hypothesis by one token, finish it, or drop it."""
     (B, K), V = state.running.scores_BK.shape, logits_RV.shape[-1]
-    controls, written_RT = search.controls, state.running.tokens_BKT.reshape(B * K, -1)
-    logits_RV = controls.adjusted(logits_RV.astype(jnp.float32), written_RT)
-    scores_RV = controls.allowed(jax.nn.log_softmax(logits_RV), written_RT, state.step)
+    controls, written_RT = options.controls, state.running.tokens_BKT.reshape(B * K, -1)
+    logits_RV = controls.penalized(logits_RV.astype(jnp.float32), written_RT)
+    scores_RV = controls.masked(jax.nn.log_softmax(logits_RV), written_RT, state.step)
     scores_BKV = state.running.scores_BK[:, :, None] + scores_RV.reshape(B, K, V)
-    scores_BK, chosen_BK = jax.lax.top_k(scores_BKV.reshape(B, K * V), K)
-    parents_BK, tokens_BK = chosen_BK // V, chosen_BK % V
+    scores_BK, best_BK = jax.lax.top_k(scores_BKV.reshape(B, K * V), K)
+    parents_BK, tokens_BK = best_BK // V, best_BK % V
 
     length = state.step + 1
     tokens_BKT = jnp.take_along_axis(state.running.tokens_BKT, parents_BK[:, :, None], axis=1)
@@ -125,28 +163,31 @@ def _advance(state: _State, logits_RV: jax.Array, limits_B: jax.Array, search: S
     if controls.end_id is not None:
         ends_BK |= tokens_BK == controls.end_id
     running = _Hypotheses(
-        tokens_BKT, jnp.where(ends_BK, NEG_INF, scores_BK), jnp.full((B, K), length)
+        tokens_BKT, jnp.where(ends_BK, -jnp.inf, scores_BK), jnp.full((B, K), length)
     )
-    ended_BK = jnp.where(ends_BK, scores_BK / search.norm(length), NEG_INF)
+    ended_BK = jnp.where(ends_BK, scores_BK / options.norm(length), -jnp.inf)
     ended = running.replace(scores_BK=ended_BK)  # type: ignore[attr-defined]
     rows = (jnp.arange(B)[:, None] * K + parents_BK).reshape(-1)
     return _State(length, running, _best(state.finished, ended), rows)
 
 
 def _best(old: _Hypotheses, new: _Hypotheses) -> _Hypotheses:
-    """The K best of both, sorted; of equals the old."""
+    """Return the K best of both, sorted; of equal ones the old."""
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), old, new)
     scores_BK, best_BK = jax.lax.top_k(both.scores_BK, old.scores_BK.shape[1])
     lengths_BK = jnp.take_along_axis(both.lengths_BK, best_BK, axis=1)
     return _Hypotheses(
         jnp.take_along_axis(both.tokens_BKT, best_BK[:, :, None], axis=1),
         scores_BK,
-        jnp.where(scores_BK == NEG_INF, 0, lengths_BK),
+        jnp.where(scores_BK == -jnp.inf, 0, lengths_BK),
     )
 
 
-def _reorder(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of each row's parent; a source is the same for all hypotheses of an input."""
+def _reorder(cache: DecodingCache, rows: jax.Array) -> DecodingCache:
+    """Return the cache of each row's parent.
+
+    The encoded source is the same for all hypotheses of an input, so it stays in place.
+    """
     taken = cache.take(rows)
     source = getattr(cache, "source", None)
-    return taken if source is None else taken.replace(source=source)
+    return taken if source is None else taken.replace(source=source)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What decoding forbids or discourages, whichever way it chooses tokens.
+"""Controls of decoding: what a continuation must not contain, by beam search and by sampling alike.
 
 Shape letters: B rows, T most new tokens, V vocabulary, W banned sequences, P longest of their
 prefixes.
@@ -11,16 +11,24 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-NEG_INF = -jnp.inf
-UNSET = -1  # in a buffer of new tokens, where none is written yet
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.objectives.special_tokens import special_tokens
+
+UNSET = -1  # in a buffer of new tokens: not written yet
 
 
 @dataclass(frozen=True)
 class Controls:
-    """repetition_penalty 1, no banned sequences and min_length 0 change nothing.
+    """Constraints on new tokens; the defaults change nothing.
 
-    `min_length` tokens come before the end may. `banned` are sequences of token ids.
+    Attributes:
+        end_id: token that ends a row; None for none.
+        repetition_penalty: divisor of the logits of tokens that were written; above 1 repeats get
+            less likely.
+        banned: sequences of token ids that are never written.
+        min_length: tokens before the end token is allowed.
     """
 
     end_id: int | None = None
@@ -28,40 +36,71 @@ class Controls:
     banned: tuple[tuple[int, ...], ...] = ()
     min_length: int = 0
 
-    def adjusted(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:
-        """The logits after the penalty for repeating what is written; nothing is ruled out."""
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> Controls:
+        """Return the controls of a resolved configuration."""
+        decode = config.decode
+        # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
+        has_targets = "encoder_decoder" in config.model.family
+        end_id = special_tokens(tokenizer).eos if has_targets else tokenizer.eos_id
+        words = [word for word in map(str.strip, decode.banned.split(",")) if word]
+        banned = banned_sequences(tokenizer, words)
+        return cls(end_id, decode.repetition_penalty, banned, decode.min_length)
+
+    def penalized(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:
+        """Return the logits after the repetition penalty."""
         if self.repetition_penalty == 1:
             return logits_BV
-        return penalise_repeats(logits_BV, written_BT, self.repetition_penalty)
+        return penalize_repeats(logits_BV, written_BT, self.repetition_penalty)
 
-    def allowed(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
-        """The scores with -inf for tokens that may not follow the `n` that are written."""
+    def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
+        """Return the scores with -inf at tokens that must not follow the `n` written ones."""
         if self.banned:
             forbidden_BV = ends_of_banned(written_BT, n, self.banned, scores_BV.shape[-1])
-            scores_BV = jnp.where(forbidden_BV, NEG_INF, scores_BV)
+            scores_BV = jnp.where(forbidden_BV, -jnp.inf, scores_BV)
         if self.min_length and self.end_id is not None:
-            end_B = jnp.where(n < self.min_length, NEG_INF, scores_BV[:, self.end_id])
+            end_B = jnp.where(n < self.min_length, -jnp.inf, scores_BV[:, self.end_id])
             scores_BV = scores_BV.at[:, self.end_id].set(end_B)
         return scores_BV
 
 
-def penalise_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float) -> jax.Array:
-    """Logits of written tokens divided by the penalty where positive, else multiplied by it.
+def banned_sequences(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of words, at the start of a text and after a space.
 
-    Keskar et al. 2019, section 4.1, which divides only: a negative logit would become likelier.
+    A vocabulary of subwords may spell a word in other ways too, which are not banned. A word that
+    is not in a vocabulary of words cannot be written anyway.
+    """
+    unknown = tokenizer.token_id("<unk>")
+    encoded = (
+        tuple(tokenizer.encode(text).tolist()) for word in words for text in (word, f" {word}")
+    )
+    return tuple(dict.fromkeys(ids for ids in encoded if ids and unknown not in ids))
+
+
+def penalize_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float) -> jax.Array:
+    """Divide the logits of written tokens by the penalty where positive, else multiply by it.
+
+    Keskar et al. 2019, section 4.1, which always divides: a negative logit would become likelier.
     """
     rows_B1 = jnp.arange(len(logits_BV))[:, None]
-    # Out of bounds, so dropped; a negative index would count from the end.
+    # Out of bounds, hence dropped; a negative index would count from the end.
     tokens_BT = jnp.where(written_BT == UNSET, logits_BV.shape[-1], written_BT)
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BT].set(True, mode="drop")
-    penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, penalised_BV, logits_BV)
+    penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
 def ends_of_banned(
     written_BT: jax.Array, n: jax.Array, banned: tuple[tuple[int, ...], ...], vocab_size: int
 ) -> jax.Array:
-    """The tokens [B, V] that would complete a banned sequence begun by the last written ones."""
+    """Return the tokens [B, V] that would complete a banned sequence.
+
+    Args:
+        written_BT: new tokens so far, then `UNSET`.
+        n: number of new tokens so far, scalar.
+        banned: sequences of token ids.
+        vocab_size: V.
+    """
     longest = max(map(len, banned)) - 1
     prefixes_WP = np.full((len(banned), longest), UNSET, np.int32)
     for row, sequence in zip(prefixes_WP, banned, strict=True):

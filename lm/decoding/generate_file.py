@@ -1,26 +1,36 @@
-"""`lm generate --input FILE --output FILE`: what a model writes for every line of a file."""
+"""Generation for every line of a file (`lm generate --input FILE --output FILE`).
+
+A second start of the same command continues the output. Beside OUTPUT lies OUTPUT.json: the
+command and inputs that it was made from. Lines are written in order and whole, so that the lines
+in the file say how far it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from lm.data.files import read_lines
+from lm.data.records.record_files import Row, read_jsonl_rows
 from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.decoding.generation import record, write
-from lm.decoding.output_file import continue_file, one_line, read_inputs
+from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
+from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.parallel.hosts import is_primary_host
 from lm.train_step import Params
 
 
-def write_file(
+def generate_file(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
@@ -31,10 +41,18 @@ def write_file(
     n_best: int,
     weights: Mapping[str, Any],
 ) -> None:
-    """Write a line for each input, a JSON object if `output` is .jsonl, or the lines that lack.
+    """Write one line for each input, or those that are missing; a progress bar goes to stderr.
 
-    By search or, with `sampling`, one sample an input. `weights` says which parameters these are:
-    an output is only continued with the same. The progress bar goes to stderr.
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: tokenizer of the data.
+        input: text file, or .jsonl with a field "source" or "prompt"; both may be .gz.
+        output: file to write, of JSON objects if it is .jsonl, else of text.
+        sampling: options of one sample an input; None: beam search.
+        seed: seed of the samples.
+        n_best: hypotheses in a JSON object.
+        weights: identity of the parameters; an output is continued only with the same.
     """
     role = "source" if is_encoder_decoder(experiment.model) else "prompt"
     inputs = read_inputs(input, role, experiment.config.data.columns)
@@ -49,12 +67,131 @@ def write_file(
             disable=not is_primary_host(),
         )
         with bar:
-            found = write(experiment, params, tokenizer, inputs, sampling, seed, start, bar.update)
-            for text, written in zip(inputs[start:], found, strict=True):
-                made = record(role, text, written, n_best)
-                yield json.dumps(made, ensure_ascii=False) if as_json else one_line(made["text"])
+            arguments = inputs, sampling, seed, start, bar.update
+            found = generate_texts(experiment, params, tokenizer, *arguments)
+            for text, generations in zip(inputs[start:], found, strict=True):
+                made = generation_record(role, text, generations, n_best)
+                yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
 
-    # The batch size changes nothing that is written.
-    how = {name: value for name, value in experiment.config.decode.items() if name != "batch_size"}
-    drawn = {} if sampling is None else {**vars(sampling), "seed": seed}
-    continue_file(output, inputs, {**weights, **how, **drawn, "n_best": n_best}, lines_from)
+    # The batch size does not change the output.
+    options = experiment.config.decode.items()
+    decode = {name: value for name, value in options if name != "batch_size"}
+    sampled = {} if sampling is None else {**vars(sampling), "seed": seed}
+    continue_file(output, inputs, {**weights, **decode, **sampled, "n_best": n_best}, lines_from)
+
+
+def read_inputs(file: Path, role: str, columns: str) -> list[str]:
+    """Return the lines of a text file, or a field of each object of a .jsonl file.
+
+    Args:
+        file: file, which may be packed (.gz).
+        role: "source" or "prompt".
+        columns: value of `data.columns`, which may name the field of the role; otherwise the
+            field is called like the role.
+
+    Raises:
+        UserError: the file cannot be read, or an object has no such text.
+    """
+    if not file.is_file():
+        raise UserError(f"no file {file}")
+    if not file.name.removesuffix(".gz").endswith(".jsonl"):
+        return list(read_lines(file))
+    pairs = (column.partition("=") for column in columns.split(","))
+    field = {of.strip(): name.strip() for of, _, name in pairs}.get(role, role)
+    return [_text(row, field) for row in read_jsonl_rows((file,), header=False)]
+
+
+def _text(row: Row, field: str) -> str:
+    text = row.values.get(field)
+    if row.problem or not isinstance(text, str):
+        raise UserError(f"{row.where}: {row.problem or f'no text in a field {field!r}'}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{row.where}: {field!r} is not UTF-8") from error
+    return text
+
+
+def join_lines(text: str) -> str:
+    """Return the text with a space for each newline."""
+    return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ")
+
+
+def continue_file(
+    output: Path,
+    inputs: Sequence[str],
+    made_by: Mapping[str, Any],
+    lines_from: Callable[[int], Iterable[str]],
+) -> None:
+    """Append the missing lines to a file; a last line that is not whole is dropped first.
+
+    Args:
+        output: file to write.
+        inputs: all inputs, one a line.
+        made_by: settings that the lines depend on, JSON values.
+        lines_from: returns the lines from an index on.
+
+    Raises:
+        UserError: the file was made from other inputs or with other settings.
+    """
+    n_done = _prepare(output, inputs, made_by) if is_primary_host() else 0
+    n_done = int(multihost_utils.broadcast_one_to_all(np.int32(n_done)))
+    lines = lines_from(n_done)
+    if not is_primary_host():
+        for _ in lines:  # the other processes only compute
+            pass
+        return
+    with output.open("a", encoding="utf-8", newline="\n") as stream:
+        for line in lines:
+            stream.write(line + "\n")
+            stream.flush()
+
+
+def _prepare(output: Path, inputs: Sequence[str], made_by: Mapping[str, Any]) -> int:
+    """Cut the output after its last whole line and return the number of lines."""
+    about_file = output.with_name(f"{output.name}.json")
+    try:
+        written = output.read_bytes() if output.exists() else b""
+        if written:
+            _check_same(output, about_file, inputs, made_by)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        about = {"inputs": _about(inputs), "made_by": made_by}
+        temporary = about_file.with_name(f".{about_file.name}.tmp")
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False))
+        temporary.replace(about_file)
+        whole = written[: written.rfind(b"\n") + 1]
+        with output.open("ab") as stream:
+            stream.truncate(len(whole))
+    except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
+        raise UserError(f"cannot write to --output {output}: {error.strerror}") from None
+    return whole.count(b"\n")
+
+
+def _check_same(
+    output: Path, about_file: Path, inputs: Sequence[str], made_by: Mapping[str, Any]
+) -> None:
+    elsewhere = f"delete {output} and {about_file.name}, or choose another --output"
+    if not about_file.exists():
+        raise UserError(f"{output} is there, but {about_file.name} is not: {elsewhere}")
+    try:
+        before = json.loads(about_file.read_text())
+        changed = "; ".join(_differences(before["made_by"], made_by))
+        # What came to the end of the inputs since then changes nothing before.
+        same_inputs = before["inputs"] == _about(inputs[: before["inputs"]["lines"]])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{about_file} is damaged ({type(error).__name__}): {elsewhere}") from error
+    if changed:
+        raise UserError(f"{output} was made by another command ({changed}): {elsewhere}")
+    if not same_inputs:
+        raise UserError(f"{output} was made of other inputs: {elsewhere}")
+
+
+def _about(inputs: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(list(inputs)).encode()).hexdigest()
+    return {"lines": len(inputs), "digest": digest}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield f"{name}: {before.get(name)} → {now.get(name)}"

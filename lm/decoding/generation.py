@@ -1,44 +1,32 @@
-"""From texts to the texts that a model makes of them: continuations of prompts, or targets."""
+"""Generation from text to text: continuations of prompts, or targets of sources."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.decoding.batch import decode_records, sample_records
-from lm.decoding.options import controls_of, search_of
-from lm.decoding.prompts import is_encoder_decoder
-from lm.decoding.sampling import Sampling
-from lm.decoding.sampling_loop import generate
+from lm.decoding.batch import sample_batches, search_batches
+from lm.decoding.beam import BeamOptions
+from lm.decoding.controls import Controls
+from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
-from lm.objectives.special_tokens import special_tokens
 from lm.train_step import Params
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A text, and the score that hypotheses are compared by; None if it was sampled."""
+    """Generated text, and its score; None if it was sampled."""
 
     text: str
     score: float | None
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A document's beginning: the start token, where there is one, and the text."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return start + [int(token) for token in tokenizer.encode(text)]
-
-
-def source_ids(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
-    """What an encoder reads: the text, cut to `length` tokens with the end token."""
-    return [*tokenizer.encode(text)[: length - 1].tolist(), special_tokens(tokenizer).eos]
-
-
-def write(
+def generate_texts(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
@@ -48,40 +36,58 @@ def write(
     start: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> Iterator[list[Generation]]:
-    """What is written for each text from number `start` on, best first, in order.
+    """Yield the texts generated for each input, best first, in the inputs' order.
 
-    Sources get targets, prompts continuations (without the prompt): by search or, with `sampling`,
-    one sample. `progress` is told how many more are done.
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: tokenizer of the data.
+        texts: sources, or prompts, which are not repeated in the output.
+        sampling: options of one sample an input; None: beam search.
+        seed: seed of the samples.
+        start: index of the first input whose texts are yielded.
+        progress: called with the number of inputs of each finished batch.
     """
-    config, model = experiment.config, experiment.model
-    of_source = is_encoder_decoder(model)
-    if of_source:
+    config = experiment.config
+    has_source = is_encoder_decoder(experiment.model)
+    if has_source:
         ids = [source_ids(tokenizer, text, config.data.sequence_length) for text in texts]
     else:
         ids = [prompt_ids(tokenizer, text) for text in texts]
     if sampling is None:
-        search = search_of(config, tokenizer)
-        found = decode_records(experiment, params, tokenizer, ids, search, start, progress)
+        options = BeamOptions.from_config(config, tokenizer)
+        found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
     else:
-        controls = controls_of(config, tokenizer)
-        found = sample_records(experiment, params, ids, sampling, seed, controls, start, progress)
-    for prompt, outputs in zip(ids[start:], found, strict=True):
-        before = [] if of_source else prompt
-        yield [Generation(text_after(tokenizer, before, o.tokens), o.score) for o in outputs]
+        controls = Controls.from_config(config, tokenizer)
+        found = sample_batches(experiment, params, ids, sampling, seed, controls, start, progress)
+    for prompt, hypotheses in zip(ids[start:], found, strict=True):
+        before = [] if has_source else prompt
+        yield [Generation(text_after(tokenizer, before, h.tokens), h.score) for h in hypotheses]
 
 
-def record(role: str, text: str, written: Sequence[Generation], n_best: int) -> dict[str, Any]:
-    """What was written for a text, as an object of JSON; `role` says what the text is."""
-    best = {name: getattr(written[0], name) if written else None for name in ("text", "score")}
-    found: dict[str, Any] = {role: text, **best, "text": best["text"] or ""}
-    if best["score"] is None:
-        del found["score"]
+def generation_record(
+    role: str, text: str, generations: Sequence[Generation], n_best: int
+) -> dict[str, Any]:
+    """Return the generations of a text as a JSON object.
+
+    Args:
+        role: name of the text: "source" or "prompt".
+        text: input.
+        generations: generated texts, best first.
+        n_best: number of them to list under "hypotheses"; 1: no list.
+    """
+    if not generations:
+        found: dict[str, Any] = {role: text, "text": ""}
+    elif generations[0].score is None:
+        found = {role: text, "text": generations[0].text}
+    else:
+        found = {role: text, **asdict(generations[0])}
     if n_best > 1:
-        found["hypotheses"] = [{"text": w.text, "score": w.score} for w in written[:n_best]]
+        found["hypotheses"] = [asdict(generation) for generation in generations[:n_best]]
     return found
 
 
-def continuations(
+def stream_continuations(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
@@ -89,22 +95,22 @@ def continuations(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[list[str]]:
-    """The new text of every prompt after each step; joined, a row's parts are its continuation.
+    """Yield the new text of every prompt after each step; joined they are its continuation.
 
     A character whose bytes are not complete yet is held back.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in ids]
     shown = [""] * len(ids)
-    steps = generate(
+    steps = sample_steps(
         experiment.model,
         params,
         ids,
         experiment.config.decode.max_length,
         sampling,
         seed,
-        controls_of(experiment.config, tokenizer),
-        is_prefix=experiment.config.objective.name == "prefix",
+        Controls.from_config(experiment.config, tokenizer),
+        has_prefix=experiment.objective.has_prefix,
     )
     for tokens in steps:
         parts = []
@@ -118,9 +124,10 @@ def continuations(
 
 
 def text_after(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """What `new` adds to the prompt's text; decoded with it, as spaces depend on what is before.
+    """Return the text that new tokens add to a prompt.
 
-    Ids that the tokenizer lacks (a padded vocabulary has some) are no text.
+    They are decoded together with it, because a space may depend on the token before. Ids beyond
+    the tokenizer's (of a padded vocabulary) are skipped.
     """
     known = [token for token in new if token < tokenizer.vocab_size]
     return tokenizer.decode([*prompt, *known]).rstrip("\ufffd")[len(tokenizer.decode(prompt)) :]

@@ -1,4 +1,7 @@
-"""Prompts and sources as arrays: what a model's context holds, and padding to few shapes."""
+"""Inputs of decoding: texts to token ids, the room in a model's context, and padding.
+
+Shape letters: B batch, L length.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,38 @@ from collections.abc import Sequence
 import flax.linen as nn
 import numpy as np
 
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.objectives.special_tokens import special_tokens
 
-Tokens = Sequence[int] | np.ndarray
+TokenIds = Sequence[int] | np.ndarray
 _SHORTEST = 16
 
 
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the start token, where there is one, and the text: the beginning of a document."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return start + [int(token) for token in tokenizer.encode(text)]
+
+
+def source_ids(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
+    """Return the text and the end token, cut to `length` tokens: the input of an encoder."""
+    return [*tokenizer.encode(text)[: length - 1].tolist(), special_tokens(tokenizer).eos]
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model encodes a source, rather than continuing a prompt."""
+    """Return whether the model encodes a source, rather than continuing a prompt."""
     return hasattr(model, "start")
 
 
-def context_of(model: nn.Module) -> int | None:
-    """How many tokens the model has positions for; None: as many as there are."""
+def context_length(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model has positions for; None: any number."""
     config = model.config  # type: ignore[attr-defined]
     return config.max_length if getattr(config, "positions", "none") == "learned" else None
 
 
-def check_prompts(prompts: Sequence[Tokens], context: int | None) -> None:
-    """Raise UserError for a prompt that cannot be continued."""
+def check_prompts(prompts: Sequence[TokenIds], context: int | None) -> None:
+    """Raise UserError for a prompt that cannot be continued in a context of so many tokens."""
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(
@@ -38,17 +54,23 @@ def check_prompts(prompts: Sequence[Tokens], context: int | None) -> None:
             )
 
 
-def few_widths(longest: int) -> int:
-    """The next power of two: so that many lengths are compiled for few."""
+def padded_length(longest: int) -> int:
+    """Return the next power of two, at least 16, so that few programs serve many lengths."""
     return max(_SHORTEST, 1 << (longest - 1).bit_length())
 
 
-def pad(rows: Sequence[Tokens], width: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [B, width], int32; padding, on the left or on the right, is 0."""
+def pad_ids(rows: Sequence[TokenIds], width: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and segment ids, int32 [B, width].
+
+    Args:
+        rows: token ids of each row.
+        width: length to pad to.
+        left: pad on the left rather than on the right, with 0.
+    """
     tokens_BL = np.zeros((len(rows), width), np.int32)
     segments_BL = np.zeros_like(tokens_BL)
     for i, row in enumerate(rows):
-        there = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens_BL[i, there] = row
-        segments_BL[i, there] = 1
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens_BL[i, columns] = row
+        segments_BL[i, columns] = 1
     return tokens_BL, segments_BL

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy of a model over a whole split."""
+"""Loss, perplexity and accuracy over a whole split."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from lm.data.store import TokenStore
 from lm.experiment import Experiment
 from lm.train_step import Params
 
-# What these predict are no tokens.
-NO_PERPLEXITY = ("classification", "span_qa", "skip_gram")
 
-
-def evaluate(
+def evaluate_loss(
     experiment: Experiment,
     params: Params,
     batches: Batches,
@@ -26,16 +23,25 @@ def evaluate(
     max_batches: int = 0,
     track: Callable[..., Iterable] = lambda batches, total: batches,
 ) -> dict[str, float]:
-    """Loss (nats a target), perplexity, accuracy and number of targets over all batches.
+    """Return the mean loss and metrics over batches, without dropout.
 
-    With `max_batches` over the first so many; `track(iterator, total=n)` may show progress.
-    `stores` are what the batches were made of: over a whole split of documents also the
-    perplexity of a word (of those between spaces) and bits a byte, all nats / (ln 2 · bytes),
-    document ends included.
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        batches: batches to evaluate, made of `stores`.
+        stores: stores of the split.
+        max_batches: evaluate only the first batches; 0: all.
+        track: called with the batches and `total`; returns them, and may show progress.
+
+    Returns:
+        "loss" in nats a target, "targets", the metrics of the objective, and "perplexity" where
+        the objective has one. For every token of whole documents also "word_perplexity" (words
+        are what spaces separate) and "bits_per_byte", nats / (ln 2 · bytes), document ends
+        included.
     """
     n = min(len(batches), max_batches or len(batches))
-    together = experiment.config.train.steps_per_dispatch
-    dispatches = [range(i, min(i + together, n)) for i in range(0, n, together)]
+    size = experiment.config.train.steps_per_dispatch
+    dispatches = [range(i, min(i + size, n)) for i in range(0, n, size)]
     totals: dict[str, float] = {}
     carry = experiment.init_carry(batches.batch_size)
     arrays = prefetch(batches, dispatches, experiment.batch_sharding)
@@ -48,15 +54,15 @@ def evaluate(
     result = {name: total / max(targets, 1.0) for name, total in totals.items()}
     result["targets"] = targets
     nats = result.pop("nll", result["loss"]) * targets
-    if experiment.config.objective.name not in NO_PERPLEXITY:
+    if experiment.objective.has_perplexity:
         result["perplexity"] = perplexity(nats, targets)
     manifests = [store.manifest for store in stores if isinstance(store, TokenStore)]
-    if n == len(batches) and manifests and experiment.config.objective.name == "causal":
+    if n == len(batches) and manifests and experiment.objective.predicts_every_token:
         result["word_perplexity"] = perplexity(nats, sum(m.n_words for m in manifests))
         result["bits_per_byte"] = nats / (math.log(2) * sum(m.n_bytes for m in manifests))
     return result
 
 
 def perplexity(nats: float, n: float) -> float:
-    """exp(nats / n)."""
+    """Return exp(nats / n), limited to a finite number."""
     return math.exp(min(nats / max(n, 1.0), 700.0))

@@ -1,77 +1,71 @@
-"""`lm eval --task`: what a model makes of every record of a split, and its scores."""
+"""Tasks (`lm eval --task`): answer every record of a split and score the answers by metrics."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lm.config.rules import listed
 from lm.data.batches import prefetch
-from lm.data.records.record_store import Record, RecordStore
-from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.decoding.batch import transduce
+from lm.data.records.record_store import RecordStore
+from lm.decoding.batch import decode_best
+from lm.decoding.beam import BeamOptions
 from lm.decoding.generation import text_after
-from lm.decoding.options import search_of
 from lm.errors import UserError
-from lm.evaluation.metrics.scorers import check_metrics, measure
-from lm.evaluation.span_answers import span_answers
+from lm.evaluation.scores import score_predictions
 from lm.experiment import Experiment
-from lm.objectives.columns import require_columns
-from lm.objectives.registry import make_objective
+from lm.objectives.objective import Answer
 from lm.train_step import Params
 
-
-@dataclass(frozen=True)
-class Answers:
-    """What was predicted for each record, what is right, and the metrics that are usual."""
-
-    predictions: Sequence[Any]
-    references: Sequence[Any]
-    metrics: tuple[str, ...]
+Task = Callable[[Experiment, Params, Sequence[RecordStore]], list[Answer]]
 
 
 def evaluate_task(
-    experiment: Experiment, params: Params, tokenizer: Tokenizer, stores: Sequence[RecordStore]
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The scores by config.eval.metrics, and every record with its "prediction".
+    """Answer and score all records.
 
-    A score that is not defined (a correlation with a constant) is None.
+    Args:
+        experiment: experiment, built with its tokenizer.
+        params: trained parameters.
+        stores: stores of records.
+
+    Returns:
+        The scores by `eval.metrics`, or else by the objective's metrics, and "n"; a score that is
+        not defined (a correlation with a constant) is None. And every record with its
+        "prediction".
     """
+    objective = experiment.objective
+    for store in stores:
+        objective.require_columns(store)
     records = list(chain.from_iterable(stores))
-    answer = TASKS[experiment.config.objective.name]
-    answers = answer(experiment, params, tokenizer, stores, records)
-    names = asked_metrics(experiment.config) or answers.metrics
-    found = measure(names, answers.predictions, answers.references)
-    scores = {name: None if score != score else score for name, score in found.items()}
+    predictions = TASKS[objective.task](experiment, params, stores)
+    references = [objective.reference(record) for record in records]
+    names = listed(experiment.config.eval.metrics) or objective.metrics
+    measured = score_predictions(names, predictions, references)
+    scores = {name: None if score != score else score for name, score in measured.items()}
     rows = [
         {**record.raw, "prediction": prediction}
-        for record, prediction in zip(records, answers.predictions, strict=True)
+        for record, prediction in zip(records, predictions, strict=True)
     ]
     return {"n": len(records), **scores}, rows
 
 
-def check_task(config: ConfigDict) -> None:
-    """Raise UserError if the objective is none of records, or a metric is unknown."""
-    name = config.objective.name
-    if name not in TASKS:
+def check_task(experiment: Experiment) -> None:
+    """Raise UserError if the objective has no task."""
+    if not experiment.objective.task:
+        name = experiment.config.objective.name
         raise UserError(f"--config.objective.name={name} has no task: lm eval without --task")
-    check_metrics(asked_metrics(config))
 
 
-def asked_metrics(config: ConfigDict) -> tuple[str, ...]:
-    """The metrics that config.eval.metrics names, if it names any."""
-    return tuple(filter(None, map(str.strip, config.eval.metrics.split(","))))
-
-
-def write_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """`report.json` and `predictions.jsonl` in a folder."""
+def write_task_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write `report.json` and `predictions.jsonl` to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, text in (
@@ -81,77 +75,33 @@ def write_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, 
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _transduce(
-    experiment: Experiment,
-    params: Params,
-    tokenizer: Tokenizer,
-    stores: Sequence[RecordStore],
-    records: Sequence[Record],
-) -> Answers:
-    objective: Any = make_objective(experiment.config, tokenizer)
-    for store in stores:
-        require_columns(store, "source", "target")
-    sources = [objective.source(record) for record in records]
-    search = search_of(experiment.config, tokenizer)
-    outputs = transduce(experiment, params, tokenizer, sources, search)
-    texts = [text_after(tokenizer, [], ids) for ids in outputs]
-    return Answers(texts, [record.raw["target"] for record in records], ("bleu", "exact_match"))
+def _generate(
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore]
+) -> list[Answer]:
+    """Decode the answers from the sources of the records."""
+    tokenizer = experiment.tokenizer
+    assert tokenizer is not None
+    sources = [experiment.objective.source(record) for record in chain.from_iterable(stores)]
+    options = BeamOptions.from_config(experiment.config, tokenizer)
+    outputs = decode_best(experiment, params, tokenizer, sources, options)
+    return [text_after(tokenizer, [], ids) for ids in outputs]
 
 
-def _classify(
-    experiment: Experiment,
-    params: Params,
-    tokenizer: Tokenizer,
-    stores: Sequence[RecordStore],
-    records: Sequence[Record],
-) -> Answers:
-    scores = predict(experiment, params, tokenizer, stores)
-    labels = [record.raw["label"] for record in records]
-    names = make_objective(experiment.config, tokenizer).labels  # type: ignore[attr-defined]
-    if names:
-        chosen = [names[i] for i in scores.argmax(-1)]
-        return Answers(chosen, labels, ("accuracy",))
-    numbers = [float(score) for score in scores[:, 0]]
-    return Answers(numbers, [float(label) for label in labels], ("pearson", "spearman"))
+def _predict(experiment: Experiment, params: Params, stores: Sequence[RecordStore]) -> list[Answer]:
+    """Read the answers from the outputs of the objective's `predict`."""
+    return experiment.objective.answers(stores, predict(experiment, params, stores))
 
 
-def _find_spans(
-    experiment: Experiment,
-    params: Params,
-    tokenizer: Tokenizer,
-    stores: Sequence[RecordStore],
-    records: Sequence[Record],
-) -> Answers:
-    objective: Any = make_objective(experiment.config, tokenizer)
-    scores_NL2 = predict(experiment, params, tokenizer, stores)
-    may_lack = any(record.raw["is_impossible"] for record in records)
-    texts: list[str] = []
-    for store in stores:
-        windows = objective.examples(store, training=False)
-        of_store_NL2, scores_NL2 = np.split(scores_NL2, [len(windows)])
-        texts += span_answers(objective, windows, of_store_NL2, may_lack)
-    references = [[answer["text"] for answer in record.raw["answers"]] for record in records]
-    return Answers(texts, references, ("squad",))
-
-
-def predict(
-    experiment: Experiment,
-    params: Params,
-    tokenizer: Tokenizer,
-    stores: Sequence[RecordStore],
-) -> np.ndarray:
-    """What the objective's `predict` says of every example of the stores, [examples, …]."""
-    batches = experiment.evaluation_batches(tokenizer, stores)
+def predict(experiment: Experiment, params: Params, stores: Sequence[RecordStore]) -> np.ndarray:
+    """Return the outputs of the objective's `predict` for every example, [examples, …]."""
+    batches = experiment.evaluation_batches(stores)
     dispatches = [range(i, i + 1) for i in range(len(batches))]
-    found = [
+    outputs = [
         jax.device_get(experiment.predict_steps(params, batch))[0]
         for batch in prefetch(batches, dispatches, experiment.batch_sharding)
     ]
-    return np.concatenate(found)[: len(batches.examples)]
+    return np.concatenate(outputs)[: len(batches.examples)]
 
 
-TASKS: dict[str, Callable[..., Answers]] = {
-    "seq2seq": _transduce,
-    "classification": _classify,
-    "span_qa": _find_spans,
-}
+# Values of `Objective.task`.
+TASKS: dict[str, Task] = {"generate": _generate, "predict": _predict}

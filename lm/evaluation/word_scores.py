@@ -1,7 +1,9 @@
-"""Scores of word vectors: word similarity and analogies.
+"""Word vectors of a run, and their scores: word similarity and analogies (`lm vectors`).
 
-Words are looked up as written, or else lower-cased; pairs and questions with an unknown word are
-left out and counted. Shape suffixes: V words, D numbers a word, Q questions.
+Words are looked up as written, or else in lower case; pairs and questions with an unknown word are
+left out and counted.
+
+Shape letters: V words, D dimensions, Q questions.
 """
 
 from __future__ import annotations
@@ -9,20 +11,74 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lm.data.files import read_lines
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
-from lm.evaluation.metrics.label_scores import spearman
+from lm.evaluation.label_scores import spearman
 
-Pair = tuple[str, str, float]
-Question = tuple[str, str, str, str]
+WordPair = tuple[str, str, float]
+Analogy = tuple[str, str, str, str]
 
 
-def read_similarities(path: str | Path) -> list[Pair]:
-    """Two words and a human score a line, divided by white space (Faruqui and Dyer's files)."""
+def trained_word_vectors(params: Any, tokenizer: Tokenizer) -> WordVectors:
+    """Return the rows of a run's token embedding by word; UserError if tokens are not words."""
+    if not isinstance(tokenizer, WordTokenizer):
+        raise UserError(
+            f"the run's tokenizer is {tokenizer.kind}: only a model of whole words "
+            "(--config.data.tokenizer=words) has word vectors"
+        )
+    table_VD = np.asarray(params["tokens"]["embedding"])
+    return WordVectors(tokenizer.words, table_VD[: len(tokenizer.words)])
+
+
+def score_word_vectors(
+    vectors: WordVectors, similarities: Sequence[str], questions: str | None = None
+) -> dict[str, float]:
+    """Return the scores of `word_similarity` for each file and of `analogies` for each section.
+
+    Args:
+        vectors: word vectors.
+        similarities: files of word pairs.
+        questions: file of analogies, or None.
+
+    Returns:
+        Scores under "FILE/spearman", "analogies/SECTION/accuracy" and so on; sections without a
+        known question are left out.
+
+    Raises:
+        UserError: too few words of a file are known for a score.
+    """
+    n_words, d = vectors.vectors.shape
+    report: dict[str, float] = {"words": n_words, "dimensions": d}
+    for path in similarities:
+        result = word_similarity(vectors, read_similarities(path))
+        if math.isnan(result["spearman"]):
+            raise UserError(
+                f"{path}: {result['found']} of {result['pairs']} pairs have vectors, "
+                "too few for a correlation"
+            )
+        report |= {f"{Path(path).stem}/{name}": value for name, value in result.items()}
+    if questions is not None:
+        sections = analogies(vectors, read_analogies(questions))
+        if not sections["total"]["found"]:
+            raise UserError(f"{questions}: no question has vectors for all its words")
+        report |= {
+            f"analogies/{section}/{name}": value
+            for section, result in sections.items()
+            if result["found"]
+            for name, value in result.items()
+        }
+    return report
+
+
+def read_similarities(path: str | Path) -> list[WordPair]:
+    """Read two words and a human score a line, as in the files of Faruqui and Dyer (2014)."""
     pairs = []
     for number, line in enumerate(read_lines(Path(path)), start=1):
         try:
@@ -33,10 +89,10 @@ def read_similarities(path: str | Path) -> list[Pair]:
     return pairs
 
 
-def word_similarity(vectors: WordVectors, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Spearman's correlation of cosine and human score, over the `found` of all `pairs`.
+def word_similarity(vectors: WordVectors, pairs: Sequence[WordPair]) -> dict[str, float]:
+    """Return Spearman's correlation of cosine and human score, and the numbers of pairs.
 
-    It is nan where fewer than two pairs are found.
+    It is over the pairs whose words are known ("found"), and nan if fewer than two are.
     """
     unit_VD = _unit(vectors.vectors)
     rows = [(vectors.row(first), vectors.row(second), score) for first, second, score in pairs]
@@ -47,9 +103,9 @@ def word_similarity(vectors: WordVectors, pairs: Sequence[Pair]) -> dict[str, fl
     return {"spearman": correlation, "found": len(found), "pairs": len(pairs)}
 
 
-def read_analogies(path: str | Path) -> dict[str, list[Question]]:
-    """The sections of word2vec's questions-words.txt: a line ": NAME", then four words a line."""
-    sections: dict[str, list[Question]] = {}
+def read_analogies(path: str | Path) -> dict[str, list[Analogy]]:
+    """Read the sections of word2vec's questions-words.txt: ": NAME", then four words a line."""
+    sections: dict[str, list[Analogy]] = {}
     name = None
     for number, line in enumerate(read_lines(Path(path)), start=1):
         words = line.split()
@@ -66,13 +122,16 @@ def read_analogies(path: str | Path) -> dict[str, list[Question]]:
 
 
 def analogies(
-    vectors: WordVectors, sections: Mapping[str, Sequence[Question]]
+    vectors: WordVectors, sections: Mapping[str, Sequence[Analogy]]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy in percent of "a is to b as c is to d" by 3CosAdd, over the questions `found`.
+    """Return the accuracy in percent of "a is to b as c is to d" by 3CosAdd.
 
     The answer is the word nearest to b − a + c (unit vectors) that is none of the three; all
-    words of `vectors` are candidates (word2vec's own script takes the 30,000 most frequent). By
-    section, and for all "syntactic" (those named gram…), "semantic" and "total" questions.
+    words of `vectors` are candidates (word2vec's own script takes the 30,000 most frequent).
+
+    Returns:
+        Accuracy over the questions whose words are known ("found") and the numbers of questions,
+        by section, and for all "syntactic" (sections named gram…), "semantic" and "total" ones.
     """
     unit_VD = _unit(vectors.vectors)
     counts: dict[str, np.ndarray] = {}  # right, found, questions
@@ -95,7 +154,7 @@ def analogies(
 
 
 def _answers(unit_VD: np.ndarray, abc_Q3: np.ndarray) -> np.ndarray:
-    """The rows [Q] that 3CosAdd answers to questions of three rows each."""
+    """Return the rows [Q] that 3CosAdd answers to questions of three rows each."""
     together = max(1, 2**24 // len(unit_VD))  # 64 MiB of scores at a time
     answers = [np.zeros(0, int)]
     for start in range(0, len(abc_Q3), together):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as configs
+from lm.config.registries import OBJECTIVES
 from lm.config.schema import SCHEMA
 from lm.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from lm.errors import UserError
@@ -23,7 +24,6 @@ from lm.interop.huggingface import save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from lm.models.families import make_model
-from lm.objectives.registry import label_names
 from lm.objectives.special_tokens import special_tokens
 from lm.optim.parameter_groups import nested
 from lm.parallel.hosts import is_primary_host
@@ -95,7 +95,8 @@ def run_config(found: ModelFolder) -> ConfigDict:
             config.objective.name = "span_qa"
         if "classes" in found.heads:
             config.objective.name = "classification"
-            names = [labels.get(str(i), f"LABEL_{i}") for i in range(found.config.n_classes)]
+            n = found.config.n_classes  # 1: regression
+            names = [labels.get(str(i), f"LABEL_{i}") for i in range(n)] if n > 1 else []
             config.data.labels = ",".join(name.replace(",", " ") for name in names)
     config.data.sequence_length = min(found.config.max_length, _LONGEST)
     return config
@@ -128,10 +129,12 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     about: dict[str, Any] = {}
     if tokenizer:
         about |= _special_ids(config, tokenizer)
-    if config.objective.name == "classification":
-        names = label_names(config.data.labels)
+    if "classifier" in nested(params):
+        labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
+        names = labels or tuple(f"LABEL_{i}" for i in range(config.model.n_classes))
         about["id2label"] = {str(i): name for i, name in enumerate(names)}
         about["label2id"] = {name: i for i, name in enumerate(names)}
+        about |= {} if labels else {"problem_type": "regression"}
     class_name = save(
         make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about
     )

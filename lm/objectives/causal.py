@@ -1,69 +1,87 @@
-"""Causal language modelling: every token predicts the next one of its document.
+"""Causal language modelling: predict every token of a document from those before it.
 
-Shape letters: B batch, L length.
+Shape letters: B batch, L length, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.windows import TokenWindows, token_windows
-from lm.objectives.objective import Batch, Example, LossSums
-from lm.objectives.token_loss import token_loss
+from lm.objectives.losses import token_loss
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 
 
 @dataclass(frozen=True)
-class Causal:
-    """With `isolate_documents`, attention, positions and targets stay within a document.
+class Causal(Objective[TokenStore, Example]):
+    """Next-token prediction in windows of a text.
 
-    With `carry` the model goes on from its state after the batch before.
+    Attributes:
+        length: tokens of a window, L.
+        stride: tokens from the start of one training window to the next; 0: `length`.
+        isolate_documents: attention, positions and targets stay within a document.
+        carry: the model continues from its state after the previous batch.
+        label_smoothing: share of a target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-partition function.
     """
 
+    families: ClassVar = ("decoder", "lstm", "nplm")
+    predicts_every_token: ClassVar = True
+
     length: int
-    stride: int
-    isolate_documents: bool
+    _: KW_ONLY
+    stride: int = 0
+    isolate_documents: bool = True
     carry: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Causal:
+        return cls(
+            config.data.sequence_length,
+            stride=config.data.stride,
+            isolate_documents=config.data.isolate_documents,
+            carry=config.model.carry,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
+        )
+
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    def shapes(self) -> Shapes:
         names = ["inputs", "targets"]
         names += ["segment_ids", "positions"] if self.isolate_documents else []
         shapes = dict.fromkeys(names, ((self.length,), "int32"))
         fresh = {"fresh": ((), "int32")} if self.carry else {}
         return {**shapes, **fresh, "weights": ((self.length,), "float32")}
 
-    @property
-    def n_extra_ids(self) -> int:
-        return 0
-
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Windows of L + 1 tokens."""
-        stride = (self.stride or self.length) if training else self.length
+        """Return the windows of L + 1 tokens."""
+        stride = self.stride if training and self.stride else self.length
         return token_windows(store, self.length, stride, self.isolate_documents, training)
 
-    def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """From a window of L + 1 tokens: inputs, targets, weights, segments and positions [L]."""
-        tokens, segments = example["tokens"], example["segment_ids"]
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return inputs, targets and weights [L], and segment_ids, positions, fresh if used."""
         features = {
-            "inputs": tokens[:-1],
-            "targets": tokens[1:],
+            "inputs": example["tokens"][:-1],
+            "targets": example["tokens"][1:],
             "weights": example["weights"],
         }
         if self.isolate_documents:
-            features |= {"segment_ids": segments[:-1], "positions": example["positions"][:-1]}
+            features |= {name: example[name][:-1] for name in ("segment_ids", "positions")}
         if self.carry:
             features["fresh"] = np.asarray(example.get("fresh", 0), np.int32)
         return features
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of every target, and how many were predicted right."""
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of every next token."""
         carried = {"fresh_B": batch["fresh"]} if self.carry else {}
         x_BLD = model.hidden(
             batch["inputs"], batch.get("positions"), batch.get("segment_ids"), **carried

@@ -1,33 +1,54 @@
-"""Classification of a text or of a pair of texts; without classes, regression of a number.
+"""Classification of a text or a pair of texts; without classes, regression of a number.
 
-Shape letters: B batch, L length, C classes.
+Shape letters: B batch, L length, D model, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.config.rules import listed
+from lm.data.batches import Arrays
 from lm.data.records.record_store import Record, RecordStore
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.columns import require_columns
-from lm.objectives.objective import Batch, LossSums
-from lm.objectives.special_tokens import SpecialTokens
+from lm.objectives.objective import (
+    Answer,
+    Batch,
+    BoundModel,
+    LossSums,
+    Objective,
+    Reference,
+    Shapes,
+)
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 
 @dataclass(frozen=True)
-class Classification:
-    """[cls] text [sep], or [cls] text [sep] text2 [sep] (Devlin 2018, §4.1).
+class Classification(Objective[RecordStore, Record]):
+    """Class of "[CLS] text [SEP]" or "[CLS] text [SEP] text2 [SEP]" (Devlin et al. 2018, §4.1).
 
-    `labels` are the classes' names; without any, the label is a number and the loss its squared
-    error. A pair that is too long loses tokens at the end of its longer text.
+    A pair that is too long loses tokens at the end of its longer text.
+
+    Attributes:
+        length: tokens of a row, L.
+        labels: names of the classes, in the order of their scores; () for regression, whose loss
+            is the squared error.
+        special: special token ids.
     """
+
+    families: ClassVar = ("decoder", "encoder", "encoder_decoder", "lstm")
+    columns: ClassVar = ("text", "label")
+    task: ClassVar = "predict"
+    has_perplexity: ClassVar = False
 
     length: int
     labels: tuple[str, ...]
@@ -36,17 +57,22 @@ class Classification:
     def __post_init__(self) -> None:
         if self.length < 5:
             raise UserError(
-                f"--config.data.sequence_length={self.length} leaves no room for two texts between "
-                "[cls] and [sep]: use at least 5"
+                f"--config.data.sequence_length={self.length} leaves no room for two texts "
+                "between [CLS] and [SEP]: use at least 5"
             )
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Classification:
+        data = config.data
+        return cls(data.sequence_length, tuple(listed(data.labels)), special_tokens(tokenizer))
+
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
-        rows = dict.fromkeys(("tokens", "segment_ids", "types"), ((self.length,), "int32"))
+    def shapes(self) -> Shapes:
+        names = ("inputs", "segment_ids", "token_types")
         return {
-            **rows,
+            **dict.fromkeys(names, ((self.length,), "int32")),
             "label": ((), "int32" if self.labels else "float32"),
-            "weight": ((), "float32"),
+            "weights": ((), "float32"),
         }
 
     @property
@@ -54,28 +80,29 @@ class Classification:
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
-        require_columns(store, "text", "label")
+        """Return the records themselves."""
+        self.require_columns(store)
         return store
 
-    def features(self, example: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Tokens [L], segments (1; padding 0), types (0 and 1), the label, and a weight of 1."""
-        tokens, types = self.tokens(example)
-        row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
-        row["tokens"][: len(tokens)] = tokens
-        row["segment_ids"][: len(tokens)] = 1
-        row["types"][: len(tokens)] = types
+    def features(self, example: Record, rng: np.random.Generator) -> Arrays:
+        """Return inputs, segment_ids (1; padding 0) and token_types (0, 1) [L]; label; weight 1."""
+        tokens, types = self.row(example)
+        features = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
+        features["inputs"][: len(tokens)] = tokens
+        features["segment_ids"][: len(tokens)] = 1
+        features["token_types"][: len(tokens)] = types
         label = example.raw["label"]
-        row["label"][...] = self.labels.index(label) if self.labels else float(label)
-        row["weight"][...] = 1
-        return row
+        features["label"][...] = self.labels.index(label) if self.labels else float(label)
+        features["weights"][...] = 1
+        return features
 
-    def tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and types of a record, no longer than `length`."""
+    def row(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens and token types of a record, at most `length` of them."""
         cls, sep = self.special.cls, self.special.sep
         first = record.tokens["text"]
         if "text2" in record.tokens:
             second, room = record.tokens["text2"], self.length - 3
-            # What is left when the longer one has lost token after token, of equals the second.
+            # Lengths after cutting the longer text token by token; of equals, the second text.
             limits = max(room - len(second), (room + 1) // 2), max(room - len(first), room // 2)
             texts = [first[: limits[0]], second[: limits[1]]]
         else:
@@ -85,20 +112,40 @@ class Classification:
         types = [np.full(len(part), i) for i, part in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(types)
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of the right class and accuracy, or squared error."""
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of the class and its accuracy, or the squared error."""
         scores_BC = self.predict(model, batch)
-        label_B, weight_B = batch["label"], batch["weight"]
+        label_B, weights_B = batch["label"], batch["weights"]
         if self.labels:
-            loss_B, _, right_B = cross_entropy(scores_BC, label_B)
-            metrics = {"accuracy": (right_B * weight_B).sum()}
+            loss_B, _, correct_B = cross_entropy(scores_BC, label_B)
+            metrics = {"accuracy": (correct_B * weights_B).sum()}
         else:
             loss_B = jnp.square(scores_BC[:, 0] - label_B)
             metrics = {}
-        return LossSums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
+        return LossSums((loss_B * weights_B).sum(), weights_B.sum(), metrics)
 
-    def predict(self, model: Any, batch: Batch) -> jax.Array:
-        """Scores of the classes, or the number in a single column, [B, C] float32."""
+    def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
+        """Return the scores [B, C] of the classes, or the number in one column, float32."""
         segments_BL = batch["segment_ids"]
-        x_BLD = model.hidden(batch["tokens"], None, segments_BL, batch["types"])
+        x_BLD = model.hidden(batch["inputs"], None, segments_BL, batch["token_types"])
         return model.classify(model.pooled(x_BLD, segments_BL))
+
+    # --- task
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy",) if self.labels else ("pearson", "spearman")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.labels
+
+    def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
+        """Return the name of the best class, or the number, of each record."""
+        if self.labels:
+            return [self.labels[i] for i in outputs.argmax(-1)]
+        return [float(score) for score in outputs[:, 0]]
+
+    def reference(self, record: Record) -> Reference:
+        label = record.raw["label"]
+        return label if self.labels else float(label)

@@ -1,50 +1,64 @@
-"""Masked language modelling: a token hidden in its text is predicted from both sides of it.
+"""Masked language modelling: predict masked tokens from both sides.
 
-BERT (Devlin 2018, section 3.1) with masks drawn anew for every example (RoBERTa, Liu 2019,
-section 4.1), and optionally BERT's prediction whether one text follows another.
+BERT (Devlin et al. 2018, section 3.1) with masks drawn anew for every example (RoBERTa, Liu et
+al. 2019, section 4.1), and optionally BERT's prediction whether one text follows another.
 
 Shape letters: B batch, L length, P predictions, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
+from numpy.typing import DTypeLike
 
+from lm.data.batches import Arrays, Example, Examples
 from lm.data.store import TokenStore
 from lm.data.tokenizers.tokenizer import Tokenizer, word_starts
 from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.objective import Batch, Example, LossSums
+from lm.objectives.losses import token_loss
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
-from lm.objectives.token_loss import token_loss
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Masked:
-    """Rows of `length` tokens, "[CLS] window [SEP]", of which `mask_rate` are predicted.
+class Masked(Objective[TokenStore, Example]):
+    """Masked-token prediction in rows "[CLS] window [SEP]".
 
-    Of n tokens that are not special exactly round(mask_rate n) are chosen, at least one (BERT's
+    Of n tokens that are not special exactly round(mask_rate n) are predicted, at least one (BERT's
     rule): 80 % become [MASK], 10 % a random token, 10 % stay. With `whole_word` they are all the
-    tokens of randomly chosen words; a word that the number leaves no room for is passed over.
+    tokens of randomly chosen words; a word that does not fit into that number is skipped.
 
     With `next_sentence` rows are "[CLS] A [SEP] B [SEP]". The longest segment of the window (its
-    longest document, if they are isolated) is cut in two at random; for half of the rows B comes
-    from a random window of the store instead, as long as what it replaces. BERT cuts between
-    sentences; a token store doesn't know where they are.
+    longest document, if they are isolated) is cut in two at random; for half of the rows B is
+    replaced by as many tokens from a random window of the store. BERT cuts between sentences; a
+    token store does not know where they are.
+
+    Attributes:
+        tokenizer: tokenizer of the data, or None.
+        length: tokens of a row, L.
+        stride: tokens from the start of one training window to the next; 0: the window's length.
+        isolate_documents: attention and positions stay within a document.
+        mask_rate: share of the tokens that are predicted.
+        whole_word: mask all tokens of a word together.
+        next_sentence: also predict whether B follows A.
+        label_smoothing: share of a target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-partition function.
     """
+
+    families: ClassVar = ("encoder",)
 
     tokenizer: Tokenizer | None
     length: int
-    stride: int = 0  # 0: windows adjoin
+    _: KW_ONLY
+    stride: int = 0
     isolate_documents: bool = True
     mask_rate: float = 0.15
     whole_word: bool = False
@@ -59,39 +73,52 @@ class Masked:
                 "[CLS] and [SEP]: use at least 5"
             )
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Masked:
+        return cls(
+            tokenizer,
+            config.data.sequence_length,
+            stride=config.data.stride,
+            isolate_documents=config.data.isolate_documents,
+            mask_rate=config.objective.mask_rate,
+            whole_word=config.objective.whole_word,
+            next_sentence=config.objective.next_sentence,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
+        )
+
     @property
     def window_length(self) -> int:
-        """Tokens of a window: what a row has room for."""
+        """Tokens of a window: a row without its special tokens."""
         return self.length - (3 if self.next_sentence else 2)
 
     @property
     def n_extra_ids(self) -> int:
-        """Ids that the model needs beyond the tokenizer's."""
         return self._special.n_extra_ids(self._special.cls, self._special.sep, self._special.mask)
 
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
-        """P, the predictions of a full row, is static: the output layer computes no more."""
-        row, masked = (self.length,), (self._number(self.window_length),)
+    def shapes(self) -> Shapes:
+        """Shapes; P, the predictions of a full row, is static: logits of no other columns."""
+        row, masked = (self.length,), (self._n_masked(self.window_length),)
         shapes = {
             **dict.fromkeys(("inputs", "segment_ids", "positions"), (row, "int32")),
-            **dict.fromkeys(("masked_positions", "masked_targets"), (masked, "int32")),
-            "masked_weights": (masked, "float32"),
+            **dict.fromkeys(("masked_positions", "targets"), (masked, "int32")),
+            "weights": (masked, "float32"),
         }
-        of_pairs = {"token_types": (row, "int32"), "is_next": ((), "int32")}
-        return shapes | of_pairs if self.next_sentence else shapes
+        pair_shapes = {"token_types": (row, "int32"), "is_next": ((), "int32")}
+        return shapes | pair_shapes if self.next_sentence else shapes
 
     # --- features
 
-    def examples(self, store: TokenStore, training: bool) -> Sequence[Example]:
-        """Windows of `window_length` tokens; with next_sentence, "others" are all of them."""
+    def examples(self, store: TokenStore, training: bool) -> Examples[Example]:
+        """Return the windows of `window_length` tokens; with next_sentence, "others" is all."""
         n = self.window_length
         stride = self.stride if training and self.stride else n
         found = token_windows(store, n - 1, stride, self.isolate_documents, training)
-        return _WithOthers(found) if self.next_sentence else found  # type: ignore[return-value]
+        return _WithOthers(found) if self.next_sentence else found
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Inputs, segment_ids and positions [L]; masked_{positions,targets,weights} [P].
+        """Return inputs, segment_ids, positions [L] and masked_positions, targets, weights [P].
 
         With next_sentence, token_types [L] and is_next [] too.
         """
@@ -102,7 +129,7 @@ class Masked:
         return row | {"is_next": np.asarray(is_next, np.int32)}
 
     def _single(self, example: Example) -> Arrays:
-        """[CLS] joins the first segment of the window, [SEP] the last."""
+        """Return the row of one text: [CLS] joins its first segment, [SEP] its last."""
         n = np.count_nonzero(example["segment_ids"])
         tokens, segments, positions = (
             example[name][:n] for name in ("tokens", "segment_ids", "positions")
@@ -117,7 +144,7 @@ class Masked:
     def _texts(
         self, example: Example, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A, B, and whether B follows A."""
+        """Return A, B and whether B follows A."""
         text = self._longest(example)
         cut = rng.integers(1, len(text)) if len(text) > 1 else len(text)
         first, second = text[:cut], text[cut:]
@@ -131,13 +158,14 @@ class Masked:
         return first, second, is_next
 
     def _longest(self, example: Example) -> np.ndarray:
-        """The ordinary tokens of a window's longest segment."""
+        """Return the tokens of a window's longest segment that are not special."""
         segments = example["segment_ids"]
         longest = 1 + np.bincount(segments)[1:].argmax()
         text = example["tokens"][segments == longest]
         return text[self._is_ordinary[text]]
 
     def _pair(self, first: np.ndarray, second: np.ndarray) -> Arrays:
+        """Return the row of two texts, in one segment."""
         cls, sep = [self._special.cls], [self._special.sep]
         inputs = np.concatenate([cls, first, sep, second, sep])
         n = len(inputs)
@@ -149,32 +177,32 @@ class Masked:
         }
 
     def _masked(self, row: Arrays, rng: np.random.Generator) -> Arrays:
-        """The row filled up, with masks, and what they hide."""
-        features = {name: _filled(values, self.length, np.int32) for name, values in row.items()}
+        """Return the padded row with masks, and the tokens that they replace."""
+        features = {name: _padded(values, self.length, np.int32) for name, values in row.items()}
         inputs = features["inputs"]
-        at = self._choose(inputs, features["segment_ids"], rng)
+        at = self._masked_positions(inputs, features["segment_ids"], rng)
         targets = inputs[at]
         draw = rng.random(len(at))
         random_tokens = rng.choice(self._ordinary_ids, len(at))
         inputs[at] = np.where(
             draw < 0.8, self._special.mask, np.where(draw < 0.9, random_tokens, targets)
         )
-        n = self._number(self.window_length)
+        n = self._n_masked(self.window_length)
         return features | {
-            "masked_positions": _filled(at, n, np.int32),
-            "masked_targets": _filled(targets, n, np.int32),
-            "masked_weights": _filled(np.ones(len(at)), n, np.float32),
+            "masked_positions": _padded(at, n, np.int32),
+            "targets": _padded(targets, n, np.int32),
+            "weights": _padded(np.ones(len(at)), n, np.float32),
         }
 
-    def _choose(
+    def _masked_positions(
         self, inputs: np.ndarray, segment_ids: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        """Positions of the tokens to predict, in order."""
+        """Return the positions of the tokens to predict, in order."""
         ordinary = self._is_ordinary[inputs] & (segment_ids > 0)
         at = np.flatnonzero(ordinary)
         if not len(at):
             return at
-        room = self._number(len(at))
+        room = self._n_masked(len(at))
         if not self.whole_word:
             return np.sort(rng.choice(at, room, replace=False, shuffle=False))
         begins = self._word_starts[inputs]
@@ -190,7 +218,7 @@ class Masked:
                     break
         return at[np.repeat(chosen, sizes)]
 
-    def _number(self, n_tokens: int) -> int:
+    def _n_masked(self, n_tokens: int) -> int:
         return max(1, round(self.mask_rate * n_tokens))
 
     @cached_property
@@ -211,44 +239,37 @@ class Masked:
     @cached_property
     def _word_starts(self) -> np.ndarray:
         assert self.tokenizer is not None
-        return _filled(word_starts(self.tokenizer), len(self._is_ordinary), np.bool_)
+        return _padded(word_starts(self.tokenizer), len(self._is_ordinary), np.bool_)
 
     # --- loss
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of the masked tokens; with next_sentence, plus those of each row's two classes.
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of the masked tokens plus, with next_sentence, of `is_next`.
 
-        The paper adds the two means. A row's class weighs as much as its masked tokens, so where
-        rows are equally full this is that sum, and sums over any parts of a batch still add up.
+        The paper adds the two means. Here a row's `is_next` has the weight of its masked tokens:
+        the same where rows are equally full, and sums over parts of a batch still add up.
         """
         segment_ids_BL = batch["segment_ids"]
         x_BLD = model.hidden(
             batch["inputs"], batch["positions"], segment_ids_BL, batch.get("token_types")
         )
         x_BPD = jnp.take_along_axis(x_BLD, batch["masked_positions"][..., None], axis=1)
-        weights_BP = batch["masked_weights"]
-        sums = token_loss(
-            model,
-            x_BPD,
-            batch["masked_targets"],
-            weights_BP,
-            self.label_smoothing,
-            self.z_loss,
-        )
+        targets_BP, weights_BP = batch["targets"], batch["weights"]
+        sums = token_loss(model, x_BPD, targets_BP, weights_BP, self.label_smoothing, self.z_loss)
         if not self.next_sentence:
             return sums
         scores_B2 = model.next_sentence(model.pooled(x_BLD, segment_ids_BL))
         classes_B = 1 - batch["is_next"]  # the order of BERT's published weights
         weights_B = weights_BP.sum(-1)
-        loss_B, _, right_B = cross_entropy(scores_B2, classes_B)
-        nats, accuracy = (loss_B * weights_B).sum(), (right_B * weights_B).sum()
-        of_pairs = {"next_sentence_nll": nats, "next_sentence_accuracy": accuracy}
-        return LossSums(sums.loss + nats, sums.weight, sums.metrics | of_pairs)
+        loss_B, _, correct_B = cross_entropy(scores_B2, classes_B)
+        nats, accuracy = (loss_B * weights_B).sum(), (correct_B * weights_B).sum()
+        pair_metrics = {"next_sentence_nll": nats, "next_sentence_accuracy": accuracy}
+        return LossSums(sums.loss + nats, sums.weight, sums.metrics | pair_metrics)
 
 
 @dataclass(frozen=True, eq=False)
 class _WithOthers:
-    """Windows, each of which can reach the others."""
+    """Windows, each with a reference to all of them."""
 
     windows: TokenWindows
 
@@ -259,8 +280,8 @@ class _WithOthers:
         return {**self.windows[index], "others": self.windows}
 
 
-def _filled(values: np.ndarray, length: int, dtype: Any) -> np.ndarray:
-    """The values, then zeros, [length]."""
-    filled = np.zeros(length, dtype)
-    filled[: len(values)] = values
-    return filled
+def _padded(values: np.ndarray, length: int, dtype: DTypeLike) -> np.ndarray:
+    """Return the values followed by zeros, [length]."""
+    padded = np.zeros(length, dtype)
+    padded[: len(values)] = values
+    return padded

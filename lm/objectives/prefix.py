@@ -1,55 +1,69 @@
-"""Prefix language modelling: a document's start is read both ways, its rest is predicted.
+"""Prefix language modelling: read the start of a document in both directions, predict its rest.
 
-Raffel 2020, section 3.2.1 and figure 3; Dong 2019 (UniLM) calls it sequence-to-sequence masks.
+Raffel et al. 2020, section 3.2.1 and figure 3; Dong et al. 2019 (UniLM) call its attention
+sequence-to-sequence masks.
 
-Shape letters: B batch, L length, V vocabulary.
+Shape letters: B batch, L length, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.windows import TokenWindows, token_windows
-from lm.objectives.objective import Batch, Example, LossSums
-from lm.objectives.token_loss import token_loss
+from lm.objectives.losses import token_loss
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """Each document of a window is cut at random, or the window if documents are not isolated.
+class Prefix(Objective[TokenStore, Example]):
+    """Next-token prediction after a random prefix of each document of a window.
 
-    The prefix of n input tokens is 1 … n of them, all lengths equally likely. The first target is
-    the token after the prefix.
+    Without `isolate_documents` the window as a whole has one prefix. The prefix of n input tokens
+    is 1 … n of them, all lengths equally likely. The first target is the token after the prefix.
+    The attributes are those of `Causal`.
     """
 
+    families: ClassVar = ("decoder",)
+    has_prefix: ClassVar = True
+
     length: int
-    stride: int = 0  # 0: windows adjoin
+    _: KW_ONLY
+    stride: int = 0
     isolate_documents: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
-    @property
-    def n_extra_ids(self) -> int:
-        return 0
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Prefix:
+        return cls(
+            config.data.sequence_length,
+            stride=config.data.stride,
+            isolate_documents=config.data.isolate_documents,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
+        )
 
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    def shapes(self) -> Shapes:
         names = ("inputs", "targets", "segment_ids", "positions", "prefix")
         row = (self.length,)
         return {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Windows of L + 1 tokens."""
+        """Return the windows of L + 1 tokens."""
         stride = self.stride if training and self.stride else self.length
         return token_windows(store, self.length, stride, self.isolate_documents, training)
 
-    def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Inputs, targets, weights, segments, positions [L]; prefix is 1 for tokens of prefixes."""
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return arrays [L]; "prefix" is 1 for the tokens of prefixes, else 0."""
         tokens = example["tokens"]
         segments, positions = example["segment_ids"][:-1], example["positions"][:-1]
         sizes = np.bincount(segments)
@@ -64,8 +78,8 @@ class Prefix:
             "prefix": (positions < prefixes).astype(np.int32),
         }
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of every target after a prefix, and how many were predicted right."""
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of every token after a prefix."""
         x_BLD = model.hidden(
             batch["inputs"], batch["positions"], batch["segment_ids"], prefix_BL=batch["prefix"]
         )

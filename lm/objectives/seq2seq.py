@@ -1,27 +1,31 @@
-"""Sequence to sequence: a target text given a source text, several pairs to a row.
+"""Sequence to sequence: predict a target text from a source text, several pairs to a row.
 
-Shape letters: B batch, S source length, T target length.
+Shape letters: B batch, S source length, T target length, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.data.batches import Arrays, Example
 from lm.data.records.record_packing import Packs, pack_records
 from lm.data.records.record_store import Record, RecordStore
-from lm.objectives.columns import require_columns
-from lm.objectives.objective import Batch, Example, LossSums
-from lm.objectives.special_tokens import SpecialTokens
-from lm.objectives.token_loss import token_loss
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.objectives.losses import token_loss
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Reference, Shapes
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
+
+SOURCE_FEATURES = ("source", "source_segments", "source_positions")
+TARGET_FEATURES = ("inputs", "targets", "target_segments", "target_positions")
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """The pairs of a store, as many to a row as `packs` says."""
+class PackedRecords:
+    """Records of a store, several to a row as `packs` has them."""
 
     store: RecordStore
     packs: Packs
@@ -34,22 +38,50 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Seq2Seq:
-    """Targets are predicted token by token and end with eos; attention stays within a pair."""
+class Seq2Seq(Objective[RecordStore, Example]):
+    """Next-token prediction of targets, which end with eos; attention stays within a pair.
+
+    Attributes:
+        source_length: tokens of a row of sources, S.
+        target_length: tokens of a row of targets, T.
+        special: special token ids.
+        pack: put several pairs into a row.
+        label_smoothing: share of a target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-partition function.
+        seed: seed of the order in which pairs are packed.
+    """
+
+    families: ClassVar = ("encoder_decoder", "lstm_encoder_decoder")
+    columns: ClassVar = ("source", "target")
+    task: ClassVar = "generate"
+    length_keys: ClassVar = ("sequence_length", "target_length")
 
     source_length: int
     target_length: int
     special: SpecialTokens
+    _: KW_ONLY
     pack: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     seed: int = 0
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Seq2Seq:
+        return cls(
+            config.data.sequence_length,
+            config.data.target_length,
+            special_tokens(tokenizer),
+            pack=config.data.pack,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
+            seed=config.seed,
+        )
+
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    def shapes(self) -> Shapes:
         return {
-            **dict.fromkeys(SOURCE, ((self.source_length,), "int32")),
-            **dict.fromkeys(TARGET, ((self.target_length,), "int32")),
+            **dict.fromkeys(SOURCE_FEATURES, ((self.source_length,), "int32")),
+            **dict.fromkeys(TARGET_FEATURES, ((self.target_length,), "int32")),
             "weights": ((self.target_length,), "float32"),
         }
 
@@ -57,28 +89,28 @@ class Seq2Seq:
     def n_extra_ids(self) -> int:
         return self.special.n_extra_ids(self.special.bos, self.special.eos)
 
-    def examples(self, store: RecordStore, training: bool) -> Sequence[Example]:
-        """Rows of pairs that together fit; a pair too long for a row is cut to it."""
-        require_columns(store, "source", "target")
+    def examples(self, store: RecordStore, training: bool) -> PackedRecords:
+        """Return rows of pairs that together fit; a pair that is too long is cut to one row."""
+        self.require_columns(store)
         lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + 1
         limits = (self.source_length, self.target_length)
         if not self.pack:
             lengths[:] = limits
-        return Rows(store, pack_records(lengths, limits, self.seed))  # type: ignore[return-value]
+        return PackedRecords(store, pack_records(lengths, limits, self.seed))
 
-    def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """A row: sources and inputs, each with segments from 1 and positions, and targets."""
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return source [S] and inputs, targets, weights [T] with their segments and positions.
+
+        Segments count the pairs of the row from 1; padding is 0.
+        """
         row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
-        at_source = at_target = 0
+        source_end = target_end = 0
         for segment, record in enumerate(example["records"], start=1):
             source, inputs, targets = self.pair(record)
-            here = slice(at_source, at_source := at_source + len(source))
-            there = slice(at_target, at_target := at_target + len(targets))
-            row["source"][here], row["inputs"][there], row["targets"][there] = (
-                source,
-                inputs,
-                targets,
-            )
+            here = slice(source_end, source_end := source_end + len(source))
+            there = slice(target_end, target_end := target_end + len(targets))
+            row["source"][here] = source
+            row["inputs"][there], row["targets"][there] = inputs, targets
             row["source_segments"][here] = row["target_segments"][there] = segment
             row["source_positions"][here] = np.arange(len(source))
             row["target_positions"][there] = np.arange(len(targets))
@@ -86,17 +118,17 @@ class Seq2Seq:
         return row
 
     def pair(self, record: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, decoder inputs and targets of one record."""
+        """Return source, decoder inputs and targets of a record."""
         source = self.source(record)
         target = np.append(record.tokens["target"][: self.target_length - 1], self.special.eos)
         return source, np.append(self.special.bos, target[:-1]), target
 
     def source(self, record: Record) -> np.ndarray:
-        """What the encoder reads: the source and eos."""
+        """Return the tokens of the encoder: the source, then eos."""
         return np.append(record.tokens["source"][: self.source_length - 1], self.special.eos)
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of every target, with label smoothing if asked for, and accuracy."""
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of every target token, eos included."""
         x_BTD = model.decoder_hidden(
             batch["source"],
             batch["inputs"],
@@ -108,6 +140,11 @@ class Seq2Seq:
         targets, weights = batch["targets"], batch["weights"]
         return token_loss(model, x_BTD, targets, weights, self.label_smoothing, self.z_loss)
 
+    # --- task
 
-SOURCE = ("source", "source_segments", "source_positions")
-TARGET = ("inputs", "targets", "target_segments", "target_positions")
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("bleu", "exact_match")
+
+    def reference(self, record: Record) -> Reference:
+        return record.raw["target"]

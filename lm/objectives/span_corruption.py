@@ -1,42 +1,57 @@
-"""Span corruption: an encoder reads a text with holes, a decoder writes what was in them.
+"""Span corruption: predict the spans that were removed from the encoder's text.
 
-T5 (Raffel 2020, section 3.1.4 and figure 2), with the lengths of its code (`random_spans_helper`,
-`random_spans_noise_mask` of t5/data/preprocessors.py).
+T5 (Raffel et al. 2020, section 3.1.4 and figure 2), with the lengths of its code
+(`random_spans_helper`, `random_spans_noise_mask` of t5/data/preprocessors.py).
 
-Shape letters: B batch, S source length, T target length, V vocabulary.
+Shape letters: B batch, S source length, T target length, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
-from lm.objectives.objective import Batch, Example, LossSums
+from lm.objectives.losses import token_loss
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
-from lm.objectives.token_loss import token_loss
 
 _T5_SENTINELS = 100
 
 
 def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """(tokens, spans) that are removed from `length` tokens, at least 2; at least one of each."""
+    """Return how many tokens, in how many spans, are removed; at least one of each.
+
+    Args:
+        length: tokens of the text, at least 2.
+        density: share of the tokens that is removed.
+        mean_span: mean tokens of a span.
+    """
     n_noise = min(max(round(length * density), 1), length - 1)
     n_spans = max(round(n_noise / mean_span), 1)
     return n_noise, min(n_spans, length - n_noise)
 
 
-def raw_length(source_length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """(tokens of text, tokens of targets) for sources of at most `source_length`, eos included.
+def text_and_target_length(source_length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """Return the longest text whose source fits, and the length of its targets, in tokens.
 
-    The most text that fits: 568 and 114 for a source of 512, density 0.15 and mean span 3.
+    For a source of 512, density 0.15 and mean span 3: 568 and 114.
+
+    Args:
+        source_length: tokens of the source, eos included.
+        density: share of the tokens that is removed.
+        mean_span: mean tokens of a span.
+
+    Raises:
+        UserError: the source is too short for any text.
     """
 
     def lengths(n_raw: int) -> tuple[int, int]:
@@ -57,61 +72,92 @@ def raw_length(source_length: int, density: float, mean_span: float) -> tuple[in
 def noise_mask(
     length: int, density: float, mean_span: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which tokens are noise, bool [length]: text and noise take turns, text first, noise last.
+    """Return a random mask [length] of the tokens to remove.
 
-    All such masks of `noise_counts` are equally likely.
+    Spans of text and of noise alternate, text first, noise last. All such masks with the counts of
+    `noise_counts` are equally likely.
     """
     whole = max(length, 2)
     n_noise, n_spans = noise_counts(whole, density, mean_span)
-    text, noise = (_ends(n, n_spans, rng) for n in (whole - n_noise, n_noise))
-    turns = np.zeros(whole, bool)
-    turns[text + np.append(0, noise[:-1])] = True
-    turns[(text + noise)[:-1]] = True
-    return np.logical_xor.accumulate(turns)[:length]
+    text, noise = (_span_ends(n, n_spans, rng) for n in (whole - n_noise, n_noise))
+    changes = np.zeros(whole, bool)
+    changes[text + np.append(0, noise[:-1])] = True
+    changes[(text + noise)[:-1]] = True
+    return np.logical_xor.accumulate(changes)[:length]
 
 
-def _ends(total: int, n_parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Where the parts of a random partition of `total` things into non-empty parts end."""
-    cuts = rng.choice(total - 1, n_parts - 1, replace=False, shuffle=False) + 1
+def _span_ends(total: int, n_spans: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the ends of the spans of a random partition of `total` tokens, none empty."""
+    cuts = rng.choice(total - 1, n_spans - 1, replace=False, shuffle=False) + 1
     return np.sort(np.append(cuts, total))
 
 
 def replace_spans(tokens: np.ndarray, is_hidden: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """The tokens with one sentinel, the next of `sentinels`, for each run of hidden ones."""
-    goes_on = np.zeros_like(is_hidden)
-    goes_on[1:] = is_hidden[1:] & is_hidden[:-1]
-    starts = is_hidden & ~goes_on
-    return np.where(starts, sentinels[starts.cumsum() - 1], tokens)[~goes_on]
+    """Return the tokens with the next one of `sentinels` in place of each run of hidden tokens."""
+    continues = np.zeros_like(is_hidden)
+    continues[1:] = is_hidden[1:] & is_hidden[:-1]
+    starts = is_hidden & ~continues
+    return np.where(starts, sentinels[starts.cumsum() - 1], tokens)[~continues]
 
 
 @dataclass(frozen=True, eq=False)
-class SpanCorruption:
-    """Sources of up to `length` tokens: the text with a sentinel for every span of noise.
+class SpanCorruption(Objective[TokenStore, Example]):
+    """Prediction of removed spans from the text with a sentinel in place of each.
 
-    Targets are the spans, each after its sentinel. Both end with eos. As in T5, a window is one
-    text whatever documents it holds, and the decoder starts with pad where there is no bos.
+    Targets are the spans, each after its sentinel. Sources and targets end with eos. As in T5, a
+    window is one text whatever documents it holds, and the decoder starts with pad where there is
+    no bos.
+
+    Attributes:
+        tokenizer: tokenizer of the data, or None.
+        length: tokens of a source, S.
+        stride: tokens from the start of one training window to the next; 0: the window's length.
+        noise_density: share of the tokens that is removed.
+        mean_span: mean tokens of a removed span.
+        label_smoothing: share of a target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-partition function.
     """
+
+    families: ClassVar = ("encoder_decoder",)
 
     tokenizer: Tokenizer | None
     length: int
-    stride: int = 0  # 0: windows adjoin
+    _: KW_ONLY
+    stride: int = 0
     noise_density: float = 0.15
     mean_span: float = 3.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> SpanCorruption:
+        return cls(
+            tokenizer,
+            config.data.sequence_length,
+            stride=config.data.stride,
+            noise_density=config.objective.noise_density,
+            mean_span=config.objective.mean_span,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
+        )
+
+    @classmethod
+    def attention_lengths(cls, config: ConfigDict) -> dict[str, int]:
+        (length,), _ = cls.from_config(config, None).shapes["targets"]
+        return super().attention_lengths(config) | {"targets of span corruption": length}
+
     @cached_property
     def _lengths(self) -> tuple[int, int]:
-        return raw_length(self.length, self.noise_density, self.mean_span)
+        """Tokens of the text and of the targets, T."""
+        return text_and_target_length(self.length, self.noise_density, self.mean_span)
 
     @property
     def n_extra_ids(self) -> int:
-        """Ids that the model needs beyond the tokenizer's."""
         special = self._special
         return special.n_extra_ids(special.bos, special.eos, *self._sentinels.tolist())
 
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    def shapes(self) -> Shapes:
         source, target = (self.length,), (self._lengths[1],)
         return {
             **dict.fromkeys(("source", "source_segments"), (source, "int32")),
@@ -120,13 +166,13 @@ class SpanCorruption:
         }
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Windows that fill the sources."""
+        """Return windows of as many tokens as fill a source."""
         n = self._lengths[0]
         stride = self.stride if training and self.stride else n
         return token_windows(store, n - 1, stride, False, training)
 
-    def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Source and its segment [S]; inputs, targets, their segment and weights [T]."""
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return source and source_segments [S]; inputs, targets and theirs, weights [T]."""
         tokens = example["tokens"][: np.count_nonzero(example["segment_ids"])]
         is_noise = noise_mask(len(tokens), self.noise_density, self.mean_span, rng)
         eos = self._special.eos
@@ -151,10 +197,10 @@ class SpanCorruption:
 
     @cached_property
     def _sentinels(self) -> np.ndarray:
-        """The ids of <extra_id_0>, <extra_id_1>, …, as many as there may be spans.
+        """Ids of <extra_id_0>, <extra_id_1>, …, as many as there may be spans.
 
-        Where the vocabulary has none they follow it, T5's hundred or what is needed, the last
-        first: so that T5's own ids come out.
+        If the vocabulary has none they are the ids after it, at least T5's hundred, in descending
+        order: the ids that T5 itself uses.
         """
         n_spans = noise_counts(self._lengths[0], self.noise_density, self.mean_span)[1]
         tokenizer, special = self.tokenizer, self._special
@@ -168,13 +214,13 @@ class SpanCorruption:
         if len(known) < n_spans:
             raise UserError(
                 f"the {tokenizer.kind} vocabulary has <extra_id_0> but not all of the {n_spans} "
-                "that span corruption needs: use a smaller --config.data.sequence_length or a "
-                "larger --config.objective.mean_span"
+                "that span corruption needs: use a smaller --config.data.sequence_length "
+                "or a larger --config.objective.mean_span"
             )
         return np.asarray(known, np.int32)
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Nats of every target, eos and sentinels included, and how many were predicted right."""
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of every target token, eos and sentinels included."""
         x_BTD = model.decoder_hidden(
             batch["source"], batch["inputs"], batch["source_segments"], batch["target_segments"]
         )

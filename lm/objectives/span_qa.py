@@ -1,61 +1,87 @@
-"""Extractive question answering: where in a context the answer to a question starts and ends.
+"""Extractive question answering: predict where in a context the answer starts and ends.
 
-Devlin 2018, sections 4.2 and 4.3; a context too long for a row is read in overlapping windows.
+Devlin et al. 2018, sections 4.2 and 4.3; a context too long for a row is read in overlapping
+windows.
 
-Shape letters: B batch, L length, D model.
+Shape letters: B batch, L length, D model, N windows, W longest answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm.data.batches import Arrays, Example
 from lm.data.records.record_store import Record, RecordStore
+from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.objective import Batch, Example, LossSums
-from lm.objectives.special_tokens import SpecialTokens
+from lm.objectives.objective import (
+    Answer,
+    Batch,
+    BoundModel,
+    LossSums,
+    Objective,
+    Reference,
+    Shapes,
+)
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
-MAX_QUESTION = 64  # tokens, as in BERT
+MAX_QUESTION_TOKENS = 64  # as in BERT
+MAX_ANSWER_TOKENS = 30  # as in BERT
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """The windows on the contexts of a store's records, in order.
+class ContextWindows:
+    """Windows of the contexts of a store's records, in order.
 
-    Those of record i are numbers offsets[i] … offsets[i + 1] - 1, and steps[i] tokens lie between
-    the starts of two of them.
+    Attributes:
+        store: records.
+        offsets: number of the first window of each record, and then of all windows; int [n + 1].
+        strides: tokens from the start of one window of a record to the next; int [n].
     """
 
     store: RecordStore
     offsets: np.ndarray
-    steps: np.ndarray
+    strides: np.ndarray
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """A record, and the number of the context's token with which the window starts."""
+        """Return a record, and the index of the context's token with which the window starts."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         record = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        start = (index - self.offsets[record]) * self.steps[record]
+        start = (index - self.offsets[record]) * self.strides[record]
         return {"record": self.store[record], "start": int(start)}
 
 
 @dataclass(frozen=True)
-class SpanQa:
-    """[cls] question [sep] window of the context [sep].
+class SpanQa(Objective[RecordStore, Example]):
+    """Start and end of the answer in rows "[CLS] question [SEP] window of the context [SEP]".
 
     A window starts every `doc_stride` tokens until one reaches the end of the context. Where it
-    does not hold the whole answer, or there is none, the answer starts and ends at [cls].
-    Questions end after 64 tokens, or where they would fill half of a row.
+    does not hold the whole answer, or there is none, the answer starts and ends at [CLS].
+    Questions are cut after 64 tokens, or where they would fill half of a row.
+
+    Attributes:
+        length: tokens of a row, L.
+        doc_stride: tokens from the start of one window to the next.
+        special: special token ids.
     """
+
+    families: ClassVar = ("encoder",)
+    columns: ClassVar = ("question", "context", "answers")
+    task: ClassVar = "predict"
+    has_perplexity: ClassVar = False
 
     length: int
     doc_stride: int
@@ -68,80 +94,157 @@ class SpanQa:
                 "context: use at least 5"
             )
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> SpanQa:
+        data = config.data
+        return cls(data.sequence_length, data.doc_stride, special_tokens(tokenizer))
+
     @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    def shapes(self) -> Shapes:
+        names = ("inputs", "segment_ids", "token_types")
         return {
-            **dict.fromkeys(("tokens", "segment_ids", "types"), ((self.length,), "int32")),
+            **dict.fromkeys(names, ((self.length,), "int32")),
             **dict.fromkeys(("start", "end"), ((), "int32")),
-            "weight": ((), "float32"),
+            "weights": ((), "float32"),
         }
 
     @property
     def n_extra_ids(self) -> int:
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
-    def examples(self, store: RecordStore, training: bool) -> Windows:
-        """Every window of every record."""
-        if "answers" not in store[0].raw:
-            raise UserError(f"{store.manifest.source} has no answers: span_qa reads squad:FILE")
+    def examples(self, store: RecordStore, training: bool) -> ContextWindows:
+        """Return every window of every record."""
+        self.require_columns(store)
         questions = np.minimum(store.lengths("question"), self._longest_question)
         room = self.length - 3 - questions
-        steps = np.minimum(self.doc_stride, room)
+        strides = np.minimum(self.doc_stride, room)
         beyond = np.maximum(store.lengths("context") - room, 0)
-        return Windows(store, np.cumsum(np.append(0, 1 - (-beyond // steps))), steps)
+        return ContextWindows(store, np.cumsum(np.append(0, 1 - (-beyond // strides))), strides)
 
     @property
     def _longest_question(self) -> int:
-        return min(MAX_QUESTION, (self.length - 3) // 2)
+        return min(MAX_QUESTION_TOKENS, (self.length - 3) // 2)
 
-    def features(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Tokens [L], segments (1; padding 0), types (1 from the context on), and the columns of
-        the answer's first and last token."""
-        record, shift = example["record"], self.shift(example)
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return inputs, segment_ids (1; padding 0), token_types (1 from the context on) [L].
+
+        "start" and "end" are the columns of the answer's first and last token; "weights" is 1.
+        """
+        record, shift = example["record"], self._shift(example)
         question = record.tokens["question"][: self._longest_question]
         n_context = self.length - len(question) - 3
         context = record.tokens["context"][example["start"] :][:n_context]
         cls, sep = [self.special.cls], [self.special.sep]
         tokens = np.concatenate([cls, question, sep, context, sep])
         row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
-        row["tokens"][: len(tokens)] = tokens
+        row["inputs"][: len(tokens)] = tokens
         row["segment_ids"][: len(tokens)] = 1
-        row["types"][len(question) + 2 : len(tokens)] = 1
+        row["token_types"][len(question) + 2 : len(tokens)] = 1
         start, end = (token + shift for token in answer_tokens(record))
         if len(question) + 2 <= start <= end < len(tokens) - 1:
             row["start"][...], row["end"][...] = start, end
-        row["weight"][...] = 1
+        row["weights"][...] = 1
         return row
 
-    def shift(self, example: Example) -> int:
-        """The column of a window's token, less its number in the context."""
+    def _shift(self, example: Example) -> int:
+        """Return the column of a token in its window, minus its index in the context."""
         n_question = min(len(example["record"].tokens["question"]), self._longest_question)
         return n_question + 2 - example["start"]
 
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Mean nats of start and end; accuracy is of both together."""
-        scores_BL2, weight_B = self.predict(model, batch), batch["weight"]
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the mean cross-entropy of start and end; accuracy is of both together."""
+        scores_BL2, weights_B = self.predict(model, batch), batch["weights"]
         start = cross_entropy(scores_BL2[..., 0], batch["start"])
         end = cross_entropy(scores_BL2[..., 1], batch["end"])
         loss_B = (start.loss_BL + end.loss_BL) / 2
-        right_B = start.correct_BL * end.correct_BL
-        metrics = {"accuracy": (right_B * weight_B).sum()}
-        return LossSums((loss_B * weight_B).sum(), weight_B.sum(), metrics)
+        correct_B = start.correct_BL * end.correct_BL
+        metrics = {"accuracy": (correct_B * weights_B).sum()}
+        return LossSums((loss_B * weights_B).sum(), weights_B.sum(), metrics)
 
-    def predict(self, model: Any, batch: Batch) -> jax.Array:
-        """Scores [B, L, 2] of starts and ends, float32: -inf but for [cls] and the context."""
-        segments_BL, types_BL = batch["segment_ids"], batch["types"]
-        x_BLD = model.hidden(batch["tokens"], None, segments_BL, types_BL)
-        # Of what has type 1 the last token, [sep], is no context: only padding follows it.
+    def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
+        """Return scores [B, L, 2] of starts and ends: -inf except at [CLS] and the context."""
+        segments_BL, types_BL = batch["segment_ids"], batch["token_types"]
+        x_BLD = model.hidden(batch["inputs"], None, segments_BL, types_BL)
+        # The last token of type 1, [SEP], is not of the context: only padding follows it.
         next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
         open_BL = (types_BL * next_BL).at[:, 0].set(1)
         return jnp.where(open_BL[..., None] == 1, model.spans(x_BLD), -jnp.inf)
 
+    # --- task
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("squad",)
+
+    def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
+        """Return the best span over all windows of each record, as text.
+
+        If any question of the stores has no answer, one whose [CLS] scores higher than its best
+        span in every window gets the answer "".
+        """
+        may_lack = any(record.raw["is_impossible"] for store in stores for record in store)
+        texts: list[Answer] = []
+        for store in stores:
+            windows = self.examples(store, training=False)
+            scores_NL2, outputs = np.split(outputs, [len(windows)])
+            texts += self._texts(windows, scores_NL2, may_lack)
+        return texts
+
+    def _texts(self, windows: ContextWindows, scores_NL2: np.ndarray, may_lack: bool) -> list[str]:
+        """Return the answers to the questions of one store."""
+        spans = [best_span(scores_L2) for scores_L2 in scores_NL2]
+        no_answer_N = scores_NL2[:, 0].sum(-1)
+        texts = []
+        for first, stop in pairwise(windows.offsets):
+            best = max(range(first, stop), key=lambda number: spans[number].score)
+            threshold = no_answer_N[first:stop].min() if may_lack else -np.inf
+            found = spans[best].score >= threshold and spans[best].score > -np.inf
+            texts.append(self._text(windows[best], spans[best]) if found else "")
+        return texts
+
+    def _text(self, window: Example, span: Span) -> str:
+        """Return the context's characters between two columns of a window."""
+        record, shift = window["record"], self._shift(window)
+        start, end = record.starts[span.start - shift], record.ends[span.end - shift]
+        return record.raw["context"][start:end]
+
+    def reference(self, record: Record) -> Reference:
+        return [answer["text"] for answer in record.raw["answers"]]
+
+    def require_columns(self, store: RecordStore) -> None:
+        if "answers" not in store[0].raw:
+            raise UserError(f"{store.manifest.source} has no answers: span_qa reads squad:FILE")
+
+
+class Span(NamedTuple):
+    """Answer of one window: score, and columns of its first and last token.
+
+    The score is -inf where the window has no context.
+    """
+
+    score: float
+    start: int
+    end: int
+
+
+def best_span(scores_L2: np.ndarray) -> Span:
+    """Return the span of at most `MAX_ANSWER_TOKENS` that scores best, [CLS] aside.
+
+    A span's score is the sum of the scores of its start and end.
+    """
+    starts_L, ends_L = scores_L2[1:].T
+    padded = np.pad(ends_L, (0, MAX_ANSWER_TOKENS - 1), constant_values=-np.inf)
+    ends_LW = np.lib.stride_tricks.sliding_window_view(padded, MAX_ANSWER_TOKENS)
+    sums_LW = starts_L[:, None] + ends_LW
+    start, extent = np.unravel_index(sums_LW.argmax(), sums_LW.shape)
+    return Span(float(sums_LW[start, extent]), int(start) + 1, int(start + extent) + 1)
+
 
 def answer_tokens(record: Record) -> tuple[int, int]:
-    """The first and the last token of the context with a character of the first answer.
+    """Return the indices of the context's first and last token of the first answer.
 
-    The last one is before the first if there is no answer, or no token has any of it.
+    They are the tokens that share a character with it. The last index is smaller than the first
+    if there is no answer, or no such token.
     """
     if record.raw["is_impossible"]:
         return 0, -1

@@ -1,6 +1,6 @@
-"""The ids that objectives put around, between and in place of a text's tokens.
+"""Special token ids: those that objectives put around, between and in place of a text's tokens.
 
-What a vocabulary lacks gets an id of its own beyond the tokenizer's, which only the model knows.
+What a vocabulary lacks gets an id beyond the tokenizer's, which only the model knows.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from lm.data.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids by what they are for; several may be one id, as BERT's bos is its [CLS].
+    """Special token ids by purpose; several may be the same id, as BERT's bos is its [CLS].
 
-    pad: fills rows up; bos: starts a decoder's input; eos: ends a text; cls, sep: start and
-    separate an encoder's texts; mask: hides a token; vocab_size: of the tokenizer.
+    Attributes:
+        pad: fills rows up.
+        bos: starts a decoder's input.
+        eos: ends a text.
+        cls: starts an encoder's input.
+        sep: ends each text of an encoder's input.
+        mask: replaces a masked token.
+        vocab_size: number of ids of the tokenizer.
     """
 
     pad: int
@@ -28,40 +34,41 @@ class SpecialTokens:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """All special ids."""
         return (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask)
 
     def n_extra_ids(self, *used: int) -> int:
-        """How many ids beyond the tokenizer's a model needs to have all that are `used`."""
+        """Return the number of ids beyond the tokenizer's up to the largest of `used`."""
         return max(0, max(used) + 1 - self.vocab_size)
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
-    """The special ids of a tokenizer; all are 0 where there is none and only shapes matter.
+    """Return the special ids of a tokenizer; all 0 without one, where only shapes matter.
 
-    Ids are found under their usual names. What has none falls back: pad to eos, bos to pad (T5),
-    cls to bos, sep to eos. Where no id is known to end a text, the first beyond the vocabulary
-    delimits texts; where no mask is known, the next one masks.
+    Ids are found under their usual names. One that has none falls back: pad to eos, bos to pad
+    (T5), cls to bos, sep to eos. A vocabulary without any end of text gets the first id beyond
+    it for that; one without a mask the next.
     """
     if tokenizer is None:
         return SpecialTokens(0, 0, 0, 0, 0, 0, vocab_size=1)
 
-    def named(*names: str, otherwise: int) -> int:
-        return _first(*map(tokenizer.token_id, names), otherwise=otherwise)
+    def named(*names: str, default: int) -> int:
+        return _first(*map(tokenizer.token_id, names), default=default)
 
     free = tokenizer.vocab_size
-    eos = _first(tokenizer.eos_id, tokenizer.bos_id, tokenizer.token_id("[SEP]"), otherwise=free)
-    pad = named("[PAD]", "<pad>", otherwise=eos)
-    bos = _first(tokenizer.bos_id, otherwise=pad)
+    eos = _first(tokenizer.eos_id, tokenizer.bos_id, tokenizer.token_id("[SEP]"), default=free)
+    pad = named("[PAD]", "<pad>", default=eos)
+    bos = _first(tokenizer.bos_id, default=pad)
     return SpecialTokens(
         pad=pad,
         bos=bos,
         eos=eos,
-        cls=named("[CLS]", "<cls>", otherwise=bos),
-        sep=named("[SEP]", "<sep>", otherwise=eos),
-        mask=named("[MASK]", "<mask>", otherwise=max(free, eos + 1)),
+        cls=named("[CLS]", "<cls>", default=bos),
+        sep=named("[SEP]", "<sep>", default=eos),
+        mask=named("[MASK]", "<mask>", default=max(free, eos + 1)),
         vocab_size=free,
     )
 
 
-def _first(*ids: int | None, otherwise: int) -> int:
-    return next((i for i in ids if i is not None), otherwise)
+def _first(*ids: int | None, default: int) -> int:
+    return next((i for i in ids if i is not None), default)

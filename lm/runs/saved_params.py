@@ -23,7 +23,7 @@ from lm.optim.lora import merge_lora
 from lm.optim.parameter_groups import LORA, flat, nested
 from lm.parallel.mesh import AXES
 from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
-from lm.runs.workdir import MERGED_OVERRIDES, load_config
+from lm.runs.workdir import MERGED_OVERRIDES, load_config, load_tokenizer
 from lm.storage import AnyPath, is_committed, storage_path
 from lm.train_step import Params
 
@@ -72,7 +72,8 @@ def load_run(
         any_batch: set the batch sizes to one example a device (for decoding).
 
     Returns:
-        The experiment, the parameters (LoRA updates merged) and their step.
+        The experiment, with the run's tokenizer if it has one; the parameters, with LoRA updates
+        merged; and their step.
     """
     changed = MERGED_OVERRIDES | {f"parallel.mesh.{axis}": "1" for axis in AXES}
     changed |= {"parallel.preset": "custom", "parallel.mesh.data": "-1"}
@@ -80,7 +81,9 @@ def load_run(
         one_a_device = str(len(jax.devices()))
         changed |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
         changed |= {"train.microbatches": "1"}
-    experiment = build(load_config(workdir, changed | dict(overrides)), jax.devices())
+    config = load_config(workdir, changed | dict(overrides))
+    tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
+    experiment = build(config, jax.devices(), tokenizer)
     params, step = restore_params(experiment, workdir, log, average, best)
     return experiment, params, step
 

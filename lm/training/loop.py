@@ -16,7 +16,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
 from lm.errors import UserError
-from lm.evaluation.loss import evaluate
+from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment
 from lm.hardware import peak_flops
 from lm.parallel.hosts import CrossHostMax
@@ -75,9 +75,7 @@ class Loop:
         self._dataset = dataset
         self._outputs, self._clock = outputs, outputs.clock
         self._validation = (
-            experiment.evaluation_batches(dataset.tokenizer, dataset.validation)
-            if dataset.validation
-            else None
+            experiment.evaluation_batches(dataset.validation) if dataset.validation else None
         )
         devices = experiment.mesh.devices.flatten()
         self._action_max = CrossHostMax(devices.tolist())
@@ -202,7 +200,7 @@ class Loop:
         if self._validation is None:
             return
         with self._clock.part("eval"):
-            result = evaluate(
+            result = evaluate_loss(
                 self.experiment,
                 self.state.inference_params,
                 self._validation,

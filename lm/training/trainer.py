@@ -8,11 +8,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lm.data.dataset import open_dataset
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.experiment import Experiment, build, reads_records
-from lm.objectives.registry import make_objective
+from lm.experiment import Experiment, build_with_data
 from lm.optim.parameter_groups import flat
 from lm.parallel import sharding
 from lm.parallel.hosts import is_primary_host, print_on_primary_host
@@ -45,18 +43,10 @@ def train(
     """
     with stop_requests() as stop:
         check(config, jax.devices()[0].platform, len(jax.devices()))
-        experiment = build(config, jax.devices())
-        config = experiment.config
-        dataset = open_dataset(
-            config.data, reads_records(config), progress=progress and is_primary_host()
+        experiment, dataset = build_with_data(
+            config, jax.devices(), progress=progress and is_primary_host()
         )
-        n_extra_ids = make_objective(config, dataset.tokenizer).n_extra_ids
-        if dataset.tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
-            raise UserError(
-                f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
-                f"tokenizer's {dataset.tokenizer.vocab_size} and {n_extra_ids} of "
-                f"--config.objective.name={config.objective.name}"
-            )
+        config = experiment.config
         if config.eval.best and not dataset.validation:
             raise UserError(
                 f"--config.eval.best={config.eval.best} needs validation data: set "

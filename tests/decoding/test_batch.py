@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from lm.decoding import batch
-from lm.decoding.batch import decode_records, sample_records, transduce
-from lm.decoding.beam import Search
+from lm.decoding.batch import decode_best, sample_batches, search_batches
+from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
-from lm.decoding.options import search_of
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 
@@ -30,9 +29,9 @@ def made(request, make_experiment, monkeypatch):
 
 def test_outputs_come_in_the_order_of_inputs(made):
     experiment, params, tokenizer = made
-    search = Search(2, 6, 0.6, Controls())
-    one_by_one = [transduce(experiment, params, tokenizer, [x], search)[0] for x in INPUTS]
-    assert transduce(experiment, params, tokenizer, INPUTS, search) == one_by_one
+    search = BeamOptions(2, 6, 0.6, Controls())
+    one_by_one = [decode_best(experiment, params, tokenizer, [x], search)[0] for x in INPUTS]
+    assert decode_best(experiment, params, tokenizer, INPUTS, search) == one_by_one
     assert len(set(map(tuple, one_by_one))) > 3
 
 
@@ -40,15 +39,15 @@ def test_layers_that_lie_on_several_stages_decode_alike(make_experiment):
     experiment, params, tokenizer = make_experiment("encoder_decoder")
     staged, *_ = make_experiment("encoder_decoder", 2, parallel__mesh__stage=2)
     placed = jax.device_put(params, staged.state_sharding.params)
-    search = Search(2, 6, 0.6, Controls())
-    expected = transduce(experiment, params, tokenizer, INPUTS, search)
-    assert transduce(staged, placed, tokenizer, INPUTS, search) == expected
+    search = BeamOptions(2, 6, 0.6, Controls())
+    expected = decode_best(experiment, params, tokenizer, INPUTS, search)
+    assert decode_best(staged, placed, tokenizer, INPUTS, search) == expected
 
 
 def test_a_later_start_goes_on_with_the_same_batches(made, monkeypatch):
     """In other batches rounding could decide otherwise between almost equal hypotheses."""
     experiment, params, tokenizer = made
-    search, batches, counts = search_of(experiment.config, tokenizer), [], []
+    search, batches, counts = BeamOptions.from_config(experiment.config, tokenizer), [], []
     search_batch = batch._search_batch
 
     def recorded(*args):
@@ -56,12 +55,12 @@ def test_a_later_start_goes_on_with_the_same_batches(made, monkeypatch):
         return search_batch(*args)
 
     monkeypatch.setattr(batch, "_search_batch", recorded)
-    whole = list(decode_records(experiment, params, tokenizer, INPUTS, search))
+    whole = list(search_batches(experiment, params, tokenizer, INPUTS, search))
     all_batches = set(batches)
     for start in (1, 4, 6, 9):
         batches.clear()
         counts.clear()
-        rest = decode_records(experiment, params, tokenizer, INPUTS, search, start, counts.append)
+        rest = search_batches(experiment, params, tokenizer, INPUTS, search, start, counts.append)
         assert list(rest) == whole[start:]
         assert set(batches) <= all_batches
         assert sum(counts) == len(INPUTS) - start
@@ -72,28 +71,29 @@ def test_devices_share_the_inputs(make_experiment):
         found = []
         for n_devices in (1, 8):
             made = make_experiment(family, n_devices=n_devices, decode__beam_size=3)
-            found.append(transduce(*made, INPUTS, search_of(made[0].config, made[2])))
+            options = BeamOptions.from_config(made[0].config, made[2])
+            found.append(decode_best(*made, INPUTS, options))
         assert found[0] == found[1]
 
 
 def test_a_prompt_and_what_follows_fit_the_context(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder")
-    search = Search(2, 100, 0.0, Controls())
-    found = transduce(experiment, params, tokenizer, INPUTS, search)
+    search = BeamOptions(2, 100, 0.0, Controls())
+    found = decode_best(experiment, params, tokenizer, INPUTS, search)
     assert [len(x) + len(y) for x, y in zip(INPUTS, found, strict=True)] == [12] * len(INPUTS)
     with pytest.raises(UserError, match="prompt 2 has 12 tokens"):
-        transduce(experiment, params, tokenizer, [[1], [3] * 12], search)
+        decode_best(experiment, params, tokenizer, [[1], [3] * 12], search)
 
 
 def test_positions_that_are_not_learned_have_no_end(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder", model__positions="rotary")
-    search = Search(2, 20, 0.0, Controls())
-    assert len(transduce(experiment, params, tokenizer, [[1] * 13], search)[0]) == 20
+    search = BeamOptions(2, 20, 0.0, Controls())
+    assert len(decode_best(experiment, params, tokenizer, [[1] * 13], search)[0]) == 20
 
 
 def test_the_whole_prompt_is_a_prefix(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder", objective__name="prefix")
-    found = transduce(experiment, params, tokenizer, INPUTS, Search(1, 2, 0.0, Controls()))
+    found = decode_best(experiment, params, tokenizer, INPUTS, BeamOptions(1, 2, 0.0, Controls()))
     apply = jax.jit(experiment.model.apply)
     for prompt, output in zip(INPUTS, found, strict=True):
         for n in range(2):
@@ -106,7 +106,7 @@ def test_the_whole_prompt_is_a_prefix(make_experiment):
 
 def sampled(made, prompts, start=0, **options):
     experiment, params, _ = made
-    found = sample_records(experiment, params, prompts, Sampling(), 3, Controls(**options), start)
+    found = sample_batches(experiment, params, prompts, Sampling(), 3, Controls(**options), start)
     return texts(found)
 
 

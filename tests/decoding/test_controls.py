@@ -3,9 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.decoding.beam import Search, beam_search
-from lm.decoding.controls import UNSET, Controls, ends_of_banned, penalise_repeats
-from lm.decoding.options import banned_sequences, controls_of
+from lm.decoding.beam import BeamOptions, beam_search
+from lm.decoding.controls import (
+    UNSET,
+    Controls,
+    banned_sequences,
+    ends_of_banned,
+    penalize_repeats,
+)
 
 WRITTEN = jnp.array([[1, 3, UNSET], [2, 2, UNSET], [UNSET] * 3])
 
@@ -13,12 +18,12 @@ WRITTEN = jnp.array([[1, 3, UNSET], [2, 2, UNSET], [UNSET] * 3])
 def test_repeats_are_divided_if_positive_and_multiplied_if_negative():
     logits = jnp.tile(jnp.array([0.5, -1.0, 2.0, 3.0]), (3, 1))
     expected = [[0.5, -2.0, 2.0, 1.5], [0.5, -1.0, 1.0, 3.0], [0.5, -1.0, 2.0, 3.0]]
-    np.testing.assert_allclose(penalise_repeats(logits, WRITTEN, 2.0), expected)
+    np.testing.assert_allclose(penalize_repeats(logits, WRITTEN, 2.0), expected)
 
 
 def test_minus_infinity_stays():
     logits = jnp.array([[-jnp.inf, 1.0, 0.0, -jnp.inf]])
-    found = penalise_repeats(logits, jnp.array([[0, 2, UNSET]]), 1.5)
+    found = penalize_repeats(logits, jnp.array([[0, 2, UNSET]]), 1.5)
     np.testing.assert_array_equal(found, logits)
 
 
@@ -44,14 +49,14 @@ def test_the_end_waits_for_the_shortest_length():
     controls = Controls(end_id=3, min_length=2)
     scores = jnp.zeros((3, 4))
     for n, end in ((0, -np.inf), (1, -np.inf), (2, 0), (3, 0)):
-        found = np.asarray(controls.allowed(scores, WRITTEN, jnp.array(n)))
+        found = np.asarray(controls.masked(scores, WRITTEN, jnp.array(n)))
         np.testing.assert_array_equal(found[:, 3], end)
         np.testing.assert_array_equal(found[:, :3], 0)
 
 
 def test_without_an_end_there_is_no_shortest_length():
     scores = jnp.zeros((3, 4))
-    found = Controls(min_length=9).allowed(scores, WRITTEN, jnp.array(0))
+    found = Controls(min_length=9).masked(scores, WRITTEN, jnp.array(0))
     np.testing.assert_array_equal(found, scores)
 
 
@@ -75,7 +80,7 @@ def searched(probabilities, controls, longest):
 
     one = jnp.ones(1, int)
     found = beam_search(
-        decode, Nothing(), logits, one, one * 99, Search(20, longest, 0.0, controls)
+        decode, Nothing(), logits, one, one * 99, BeamOptions(20, longest, 0.0, controls)
     )
     tokens, scores, lengths = (np.asarray(x)[0, 0] for x in found)
     return tokens[:lengths].tolist(), float(scores)
@@ -125,4 +130,4 @@ def test_controls_of_a_configuration(make_experiment):
     )
     tokenizer.encode = lambda text: np.array([ord(letter) for letter in text])
     expected = Controls(2, 1.5, ((97, 98), (32, 97, 98), (99,), (32, 99)), 2)
-    assert controls_of(experiment.config, tokenizer) == expected
+    assert Controls.from_config(experiment.config, tokenizer) == expected

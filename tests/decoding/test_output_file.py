@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lm.decoding.output_file import continue_file, one_line, read_inputs
+from lm.decoding.generate_file import continue_file, join_lines, read_inputs
 from lm.errors import UserError
 
 INPUTS = ["a", "b", "", "d"]
@@ -117,4 +117,4 @@ def test_bad_inputs_are_reported_with_their_place(tmp_path, line, message):
 
 
 def test_an_output_is_one_line():
-    assert one_line("a\nb\r\nc\rd\u2028") == "a b c d\u2028"
+    assert join_lines("a\nb\r\nc\rd\u2028") == "a b c d\u2028"

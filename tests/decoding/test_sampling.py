@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from lm.decoding.sampling import Sampling, choose_tokens
+from lm.decoding.sampling import Sampling, sample_tokens
 
 # Probabilities 0.4, 0.3, 0.15, 0.1, 0.05 of tokens 3, 0, 4, 1, 2.
 PROBABILITIES = np.array([0.3, 0.1, 0.05, 0.4, 0.15])
@@ -17,7 +17,7 @@ N = 4000
 
 @functools.partial(jax.jit, static_argnums=1)
 def choose(logits, sampling, key):
-    return choose_tokens(logits, sampling, jax.random.split(key, len(logits)))
+    return sample_tokens(logits, sampling, jax.random.split(key, len(logits)))
 
 
 def draw(sampling):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.data.dataset import open_dataset
-from lm.evaluation.loss import evaluate
-from lm.experiment import build
+from lm.evaluation.loss import evaluate_loss
+from lm.experiment import build_with_data
 
 
 @pytest.fixture
@@ -19,11 +18,10 @@ def make_evaluation(make_kind):
 
     def make(kind, max_batches=0, **changes):
         config = make_kind(kind, model__init_std=0.3, data__validation_fraction=0.3, **changes)
-        experiment = build(config, jax.devices()[:1])
-        dataset = open_dataset(experiment.config.data)
+        experiment, dataset = build_with_data(config, jax.devices()[:1])
         params = experiment.init_state().params
-        batches = experiment.evaluation_batches(dataset.tokenizer, dataset.validation)
-        found = evaluate(experiment, params, batches, dataset.validation, max_batches)
+        batches = experiment.evaluation_batches(dataset.validation)
+        found = evaluate_loss(experiment, params, batches, dataset.validation, max_batches)
         return experiment, params, batches, dataset.validation, found
 
     return make

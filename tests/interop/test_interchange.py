@@ -125,13 +125,12 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
     lm(capsys, "train", "--config", first / "run.json", "--workdir", trained, *data, *mesh, *words)
     lm(capsys, "export", "--workdir", trained, "--to", tmp_path / "out")
 
-    experiment = build_experiment(load_config(trained, {}), jax.devices())
+    tokenizer = load_saved_tokenizer(trained / "tokenizer")
+    experiment = build_experiment(load_config(trained, {}), jax.devices(), tokenizer)
     assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
-    tokenizer, config = load_saved_tokenizer(trained / "tokenizer"), experiment.config
+    config = experiment.config
     stores = open_split(config.data, "validation", tokenizer, False)
-    arrays = to_device(
-        experiment.evaluation_batches(tokenizer, stores), [0], experiment.batch_sharding
-    )
+    arrays = to_device(experiment.evaluation_batches(stores), [0], experiment.batch_sharding)
     params, _ = restore_params(experiment, trained, pytest.fail)
     carry = experiment.init_carry(config.eval.batch_size)
     _, sums = experiment.eval_steps(params, carry, arrays)
@@ -205,6 +204,30 @@ def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+
+
+def test_a_regression_goes_out_and_comes_back(folder, tmp_path, capsys, one_device):
+    source, _ = folder("BertModel", BERT)
+    workdir = import_run(capsys, source, tmp_path / "run")
+    (tmp_path / "scores.tsv").write_text("text\tlabel\n" + "a b\t0.5\nb c\t-1\n" * 8)
+    tuned, out = tmp_path / "tuned", tmp_path / "out"
+    words = [
+        "--config.objective.name=classification",
+        f"--config.init.from={workdir}",
+        "--config.init.fresh=classifier",
+        f"--config.data.source=tsv:{tmp_path}/scores.tsv",
+        "--config.data.sequence_length=32",
+        "--config.data.workers=1",
+        "--config.train.steps=1",
+        "--config.log.tensorboard=False",
+    ]
+    lm(capsys, "train", "--config", workdir / "run.json", "--workdir", tuned, *words)
+    lm(capsys, "export", "--workdir", tuned, "--to", out)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    assert (theirs.config.num_labels, theirs.config.problem_type) == (1, "regression")
+    again = import_run(capsys, out, tmp_path / "again")
+    config = json.loads((again / "run.json").read_text())["config"]
+    assert (config["objective"]["name"], config["data"]["labels"]) == ("classification", "")
 
 
 def test_without_a_tokenizer_a_model_is_imported_but_not_used_with_another(

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from lm.data.batches import to_device
-from lm.data.dataset import open_dataset
-from lm.experiment import build
+from lm.experiment import build_with_data
 
 GEMMA = {
     "model__n_layers": 4,
@@ -34,9 +33,10 @@ def test_losses_and_gradients_equal_those_of_one_device(make_kind):
     for mesh, options in (({}, {}), (MESH, {"parallel__pipeline__repeats": 2})):
         config = make_kind("causal decoder", **GEMMA, **options)
         config.parallel.mesh.update({"data": 1, **mesh})
-        experiment = build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+        n_devices = int(np.prod([*mesh.values()], dtype=int))
+        experiment, dataset = build_with_data(config, jax.devices()[:n_devices])
         assert experiment.attention.kernel == "xla"
-        batches = experiment.train_batches(open_dataset(experiment.config.data, False))
+        batches = experiment.train_batches(dataset)
         arrays = to_device(batches, range(2), experiment.batch_sharding)
         state, metrics = experiment.train_steps(experiment.init_state(), arrays)
         trained += [(np.asarray(metrics["loss"]), jax.device_get(state.params))]

@@ -18,7 +18,7 @@ EXAMPLE = {
 
 
 def features(isolate=True, carry=False, **example):
-    objective = Causal(11, 0, isolate, carry)
+    objective = Causal(11, isolate_documents=isolate, carry=carry)
     return objective.features(EXAMPLE | example, np.random.default_rng(0))
 
 
@@ -36,7 +36,7 @@ def test_no_target_lies_in_the_next_document(make_store, delimiter):
     documents = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
     if delimiter is not None:
         documents = [[delimiter, *document] for document in documents]
-    objective = Causal(16, 0, True)
+    objective = Causal(16)
     examples = objective.examples(make_store(documents, delimiter), training=False)
     found = objective.features(examples[0], np.random.default_rng(0))
     pairs = [
@@ -59,7 +59,7 @@ def test_without_isolation_the_model_gets_neither_segments_nor_positions():
 @pytest.mark.parametrize("carry", [True, False])
 def test_features_are_of_the_stated_shapes(isolate, carry):
     found = features(isolate, carry)
-    stated = Causal(11, 0, isolate, carry).shapes
+    stated = Causal(11, isolate_documents=isolate, carry=carry).shapes
     assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == stated
 
 
@@ -73,7 +73,7 @@ def test_a_fresh_row_is_told_to_models_that_carry_their_state():
 def test_stride_sets_where_training_windows_start_and_adjoining_ones_are_evaluated(
     make_store, stride, starts
 ):
-    store, objective = make_store([np.arange(39)]), Causal(11, stride, True)
+    store, objective = make_store([np.arange(39)]), Causal(11, stride=stride)
     examples = objective.examples(store, training=True)
     assert [examples[i]["tokens"][0] for i in range(len(examples))] == starts
     examples = objective.examples(store, training=False)
@@ -89,7 +89,7 @@ def test_loss_is_the_sum_of_the_nats_of_weighted_targets(make_scorer, isolate, c
     found = features(isolate, carry)
     batch = {name: jnp.stack([values, np.flip(values)]) for name, values in found.items()}
     model = make_scorer(logits)
-    sums = Causal(11, 0, isolate, carry).loss(model, batch)
+    sums = Causal(11, isolate_documents=isolate, carry=carry).loss(model, batch)
     (((inputs, positions, segments), named),) = model.calls
     assert named == ({"fresh_B": batch["fresh"]} if carry else {})
     assert inputs is batch["inputs"]

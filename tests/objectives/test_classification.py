@@ -48,11 +48,11 @@ def test_a_text_stands_between_cls_and_sep(make_store):
     store = make_store("label\ttext", "good\tabc", "so so\tabcdefgh")
     row, cut = rows(Classification(8, LABELS, SPECIAL), store)
     a, b, c, d, e, f = map(ord, "abcdef")
-    assert row["tokens"].tolist() == [CLS, a, b, c, SEP, 0, 0, 0]
+    assert row["inputs"].tolist() == [CLS, a, b, c, SEP, 0, 0, 0]
     assert row["segment_ids"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
-    assert not row["types"].any()
-    assert (row["label"], row["weight"]) == (2, 1)
-    assert cut["tokens"].tolist() == [CLS, a, b, c, d, e, f, SEP]
+    assert not row["token_types"].any()
+    assert (row["label"], row["weights"]) == (2, 1)
+    assert cut["inputs"].tolist() == [CLS, a, b, c, d, e, f, SEP]
     assert cut["label"] == 1
 
 
@@ -60,8 +60,8 @@ def test_a_pair_has_two_types(make_store):
     store = make_store("label\ttext\ttext2", "bad\tab\txyz")
     (row,) = rows(Classification(10, LABELS, SPECIAL), store)
     a, b, x, y, z = map(ord, "abxyz")
-    assert row["tokens"].tolist() == [CLS, a, b, SEP, x, y, z, SEP, 0, 0]
-    assert row["types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert row["inputs"].tolist() == [CLS, a, b, SEP, x, y, z, SEP, 0, 0]
+    assert row["token_types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert row["segment_ids"].tolist() == [1] * 8 + [0] * 2
 
 
@@ -88,8 +88,8 @@ def test_a_pair_too_long_is_cut_as_by_bert(make_store, length):
         texts = record.tokens["text"].tolist(), record.tokens["text2"].tolist()
         first, second = truncate_seq_pair(*texts, length - 3)
         expected = [CLS, *first, SEP, *second, SEP]
-        assert row["tokens"][row["segment_ids"] == 1].tolist() == expected
-        assert row["types"].sum() == len(second) + 1
+        assert row["inputs"][row["segment_ids"] == 1].tolist() == expected
+        assert row["token_types"].sum() == len(second) + 1
 
 
 class Model:
@@ -116,11 +116,11 @@ class Model:
 def test_loss_is_nats_of_the_right_class(make_store):
     store = make_store("label\ttext", "good\ta", "bad\tb", "so so\tc")
     batch = stacked(rows(Classification(8, LABELS, SPECIAL), store))
-    batch["weight"][1] = 0  # as in a row that fills a batch up
+    batch["weights"][1] = 0  # as in a row that fills a batch up
     scores_BC = np.array([[0.5, 1, 2], [3, 1, 0], [2, 0.3, 0.1]], np.float32)
     model = Model(jnp.asarray(scores_BC))
     sums = Classification(8, LABELS, SPECIAL).loss(model, batch)
-    assert model.given == (batch["tokens"], batch["segment_ids"], batch["types"])
+    assert model.given == (batch["inputs"], batch["segment_ids"], batch["token_types"])
     chances = scipy.special.log_softmax(scores_BC, axis=-1)
     assert float(sums.loss) == pytest.approx(-chances[0, 2] - chances[2, 1], rel=1e-5)
     assert float(sums.weight) == 2
@@ -133,7 +133,7 @@ def test_without_labels_a_number_is_learnt(make_store):
     batch = stacked(rows(objective, store))
     assert batch["label"].tolist() == [2.5, -1, 4]
     assert batch["label"].dtype == np.float32
-    batch["weight"][2] = 0
+    batch["weights"][2] = 0
     sums = objective.loss(Model(jnp.asarray([[2.0], [1.0], [0.0]])), batch)
     assert float(sums.loss) == pytest.approx(0.5**2 + 2**2)
     assert float(sums.weight) == 2

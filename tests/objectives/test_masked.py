@@ -48,8 +48,8 @@ def many(objective, example, n):
 def unmasked(found):
     """The inputs with every masked token put back."""
     inputs = found["inputs"].copy()
-    real = found["masked_weights"] == 1
-    inputs[found["masked_positions"][real]] = found["masked_targets"][real]
+    real = found["weights"] == 1
+    inputs[found["masked_positions"][real]] = found["targets"][real]
     return inputs
 
 
@@ -70,10 +70,10 @@ def test_fifteen_percent_are_chosen_and_of_them_80_10_10():
     random_tokens = set()
     for found in rows:
         at = found["masked_positions"]
-        assert len(set(at)) == found["masked_weights"].sum() == 19  # 0.15 · 126 = 18.9
+        assert len(set(at)) == found["weights"].sum() == 19  # 0.15 · 126 = 18.9
         np.testing.assert_array_equal(unmasked(found), original)
         chosen.update(at.tolist())
-        for now, before in zip(found["inputs"][at], found["masked_targets"], strict=True):
+        for now, before in zip(found["inputs"][at], found["targets"], strict=True):
             kind = "mask" if now == MASK else "same" if now == before else "random"
             random_tokens |= {int(now)} if kind == "random" else set()
             outcomes[kind] += 1
@@ -92,17 +92,17 @@ def test_padding_and_special_tokens_are_never_chosen():
     example = window(np.repeat([1, 2, 0], [20, 10, 32]))
     example["tokens"][[3, 19, 20]] = 256
     for found in many(Masked(ByteTokenizer(), 64, mask_rate=0.5), example, 50):
-        n = int(found["masked_weights"].sum())
+        n = int(found["weights"].sum())
         assert n == round(0.5 * 27)
-        assert found["masked_weights"].tolist() == [1] * n + [0] * (31 - n)
+        assert found["weights"].tolist() == [1] * n + [0] * (31 - n)
         assert set(found["masked_positions"][:n]) <= set(range(1, 31)) - {4, 20, 21}
         assert not found["masked_positions"][n:].any()
-        assert 256 not in found["masked_targets"]
+        assert 256 not in found["targets"]
 
 
 def test_at_least_one_token_is_chosen():
     for found in many(Masked(ByteTokenizer(), 64), window([1, 1] + [0] * 60), 20):
-        assert found["masked_weights"].sum() == 1
+        assert found["weights"].sum() == 1
 
 
 def test_random_tokens_are_no_special_ones():
@@ -126,7 +126,7 @@ def test_the_tokens_of_a_word_are_chosen_together():
     spans = {tuple(span.tolist()) for span in spans}
     seen = set()
     for found in many(Masked(bert_pieces(), len(tokens) + 2, whole_word=True), example, 200):
-        at = set(found["masked_positions"][found["masked_weights"] == 1].tolist())
+        at = set(found["masked_positions"][found["weights"] == 1].tolist())
         whole = {span for span in spans if at >= set(span)}
         assert at == {i for span in whole for i in span}
         assert len(at) == round(0.15 * (len(tokens) - 2))
@@ -281,7 +281,7 @@ def means(rows):
         if "token_types" in found:
             x_LD += 0.1 * found["token_types"][:, None]
         for at, target, weight in zip(
-            found["masked_positions"], found["masked_targets"], found["masked_weights"], strict=True
+            found["masked_positions"], found["targets"], found["weights"], strict=True
         ):
             if weight:
                 masked.append(-scipy.special.log_softmax(x_LD[at] @ encoder.out)[target])

@@ -66,7 +66,7 @@ def test_pairs_lie_one_after_the_other(make_store):
 
 def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
     for pack in (True, False):
-        (row,) = rows(Seq2Seq(4, 3, SPECIAL, pack), make_store([("abcdef", "uvwx")]))
+        (row,) = rows(Seq2Seq(4, 3, SPECIAL, pack=pack), make_store([("abcdef", "uvwx")]))
         assert row["source"].tolist() == [*map(ord, "abc"), EOS]
         assert row["inputs"].tolist() == [BOS, *map(ord, "uv")]
         assert row["targets"].tolist() == [*map(ord, "uv"), EOS]
@@ -75,7 +75,7 @@ def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
 @pytest.mark.parametrize(("pack", "n_rows"), [(True, 3), (False, 6)])
 def test_every_pair_is_in_one_row_and_rows_are_full(make_store, pack, n_rows):
     """Six pairs of 21 source and 19 target tokens, ends included: three rows of 8 hold them."""
-    found = rows(Seq2Seq(8, 8, SPECIAL, pack), make_store(PAIRS))
+    found = rows(Seq2Seq(8, 8, SPECIAL, pack=pack), make_store(PAIRS))
     pairs = [
         tuple(
             "".join(map(chr, row[name][row[segments] == segment][:-1]))
@@ -138,7 +138,7 @@ def test_packing_does_not_change_the_loss(make_store, loss_of):
     loss, params = loss_of
     store = make_store(PAIRS)
     packed, alone = (
-        jax.jit(loss)(params, stacked(rows(Seq2Seq(12, 12, SPECIAL, pack), store)))
+        jax.jit(loss)(params, stacked(rows(Seq2Seq(12, 12, SPECIAL, pack=pack), store)))
         for pack in (True, False)
     )
     assert float(packed.weight) == float(alone.weight) == 19
@@ -162,7 +162,7 @@ class Logits:
 
 def test_loss_is_smoothed_nats_of_all_targets(make_store):
     logits = np.random.default_rng(0).normal(size=(2, 4, VOCAB)).astype(np.float32)
-    objective = Seq2Seq(4, 4, SPECIAL, False, label_smoothing=0.2, z_loss=0.1)
+    objective = Seq2Seq(4, 4, SPECIAL, pack=False, label_smoothing=0.2, z_loss=0.1)
     batch = stacked(rows(objective, make_store([("a", "xy"), ("b", "z")])))
     sums = objective.loss(Logits(jnp.asarray(logits)), batch)
     total = nll = 0.0

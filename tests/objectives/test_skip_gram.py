@@ -11,23 +11,21 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from lm.data.dataset import open_dataset
 from lm.data.store import Manifest, TokenStore
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
-from lm.evaluation.vectors_report import run_vectors
-from lm.experiment import build
-from lm.models.classic.word2vec import SkipGramConfig
-from lm.models.classic.word2vec import SkipGramModel as Model
-from lm.objectives.skip_gram import SkipGram
+from lm.evaluation.word_scores import trained_word_vectors
+from lm.experiment import build_with_data
+from lm.models.classic.word2vec import SkipGram, SkipGramConfig
+from lm.objectives.skip_gram import NegativeSampling
 
 A, B, C, D, EOS, UNKNOWN = range(6)
 WORDS = WordTokenizer(("a", "b", "c", "d", "<eos>", "<unk>"), (5000, 3000, 1600, 400, 50, 900))
 
 
 def objective(length=64, tokenizer=WORDS, **options):
-    return SkipGram(tokenizer, length, **options)
+    return NegativeSampling(tokenizer, length, **options)
 
 
 def example(tokens, length):
@@ -52,15 +50,15 @@ def test_what_is_no_word_leaves_no_gap_and_lines_are_told_apart():
     found = objective(8, subsample=0.0).features(
         example([A, UNKNOWN, B, EOS, C, A], 8), np.random.default_rng(0)
     )
-    np.testing.assert_array_equal(found["words"], [A, B, C, A, 0, 0, 0, 0])
-    np.testing.assert_array_equal(found["lines"], [1, 1, 2, 2, 0, 0, 0, 0])
-    np.testing.assert_array_equal(found["reach"] > 0, [1, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(found["inputs"], [A, B, C, A, 0, 0, 0, 0])
+    np.testing.assert_array_equal(found["segment_ids"], [1, 1, 2, 2, 0, 0, 0, 0])
+    np.testing.assert_array_equal(found["window_sizes"] > 0, [1, 1, 1, 1, 0, 0, 0, 0])
 
 
 def test_frequent_words_are_kept_as_often_as_in_the_paper():
     """Mikolov 2013b, equation 5: f = 0.5, 0.3, 0.16, 0.04 and t = 0.08 keep √(t/f)."""
     found = drawn([A, B, C, D] * 4, subsample=0.08)
-    kept = np.bincount(found["words"][found["lines"] > 0], minlength=6)[:EOS] / (4 * 2000)
+    kept = np.bincount(found["inputs"][found["segment_ids"] > 0], minlength=6)[:EOS] / (4 * 2000)
     np.testing.assert_allclose(kept, [0.4, 0.5164, 0.7071, 1.0], atol=0.02)
 
 
@@ -74,7 +72,7 @@ def test_noise_is_drawn_by_counts_to_the_power_of_three_quarters():
 
 
 def test_windows_reach_evenly_far():
-    reach = drawn([A] * 10, subsample=0.0, window=4)["reach"]
+    reach = drawn([A] * 10, subsample=0.0, window=4)["window_sizes"]
     found = np.bincount(reach.ravel(), minlength=5)
     assert len(found) == 5
     assert found[0] == 0
@@ -108,7 +106,7 @@ def test_examples_hold_every_token_once():
     "tokenizer", [ByteTokenizer(), WordTokenizer.from_list(b"a\nb\n")], ids=["bytes", "no counts"]
 )
 def test_unknown_frequencies_are_an_error(tokenizer):
-    with pytest.raises(UserError, match=r"how frequent words are: use --config\.data\.tokenizer"):
+    with pytest.raises(UserError, match=r"the counts of words: use --config\.data\.tokenizer"):
         objective(tokenizer=tokenizer)
 
 
@@ -139,13 +137,15 @@ def batch():
 
 def sums_of(params, batch, negatives=5):
     made = objective(LENGTH, tokenizer=None, negatives=negatives)
-    model = Model(SkipGramConfig(len(WORDS.words), WIDTH))
+    model = SkipGram(SkipGramConfig(len(WORDS.words), WIDTH))
     return nn.apply(made.loss, model)({"params": params}, batch)
 
 
 def pairs_of(batch):
-    """(row, centre, context) of every pair, by places."""
-    for row, (lines, reach) in enumerate(zip(batch["lines"], batch["reach"], strict=True)):
+    """Return (row, centre, context) of every pair, by index."""
+    for row, (lines, reach) in enumerate(
+        zip(batch["segment_ids"], batch["window_sizes"], strict=True)
+    ):
         for i, j in itertools.permutations(np.flatnonzero(lines), 2):
             if lines[i] == lines[j] and abs(i - j) <= reach[i]:
                 yield row, i, j
@@ -157,8 +157,8 @@ def test_loss_is_that_of_the_paper_summed_over_pairs(params, batch, negatives):
     centres, contexts = (params[table]["embedding"] for table in ("tokens", "contexts"))
     loss, n = 0.0, 0
     for row, i, j in pairs_of(batch):
-        centre = centres[batch["words"][row, i]]
-        loss -= np.log(scipy.special.expit(contexts[batch["words"][row, j]] @ centre))
+        centre = centres[batch["inputs"][row, i]]
+        loss -= np.log(scipy.special.expit(contexts[batch["inputs"][row, j]] @ centre))
         of_noise = [
             np.log(scipy.special.expit(-contexts[word] @ centre)) for word in batch["noise"][row]
         ]
@@ -172,13 +172,13 @@ def test_loss_is_that_of_the_paper_summed_over_pairs(params, batch, negatives):
 
 def test_gradients_are_those_of_centres_contexts_and_noise_only(params, batch):
     batch = {name: values.copy() for name, values in batch.items()}
-    batch["words"][batch["words"] == D] = C  # neither a centre nor a context
+    batch["inputs"][batch["inputs"] == D] = C  # neither a centre nor a context
     batch["noise"][batch["noise"] == C] = A
     grads = jax.grad(lambda params: sums_of(params, batch).loss)(params)
     used = {"tokens": set(), "contexts": {*batch["noise"][:2].ravel()}}
     for row, i, j in pairs_of(batch):
-        used["tokens"].add(batch["words"][row, i])
-        used["contexts"].add(batch["words"][row, j])
+        used["tokens"].add(batch["inputs"][row, i])
+        used["contexts"].add(batch["inputs"][row, j])
     assert used == {"tokens": {A, B, C}, "contexts": {A, B, C, D}}
     for table, words in used.items():
         touched = np.flatnonzero(np.abs(grads[table]["embedding"]).sum(1))
@@ -219,14 +219,13 @@ def test_words_of_the_same_contexts_become_alike(tiny_config, tmp_path):
         optimizer__learning_rate=0.05,
         train__steps=100,
     )
-    experiment = build(config, jax.devices()[:1])
-    dataset = open_dataset(experiment.config.data)
+    experiment, dataset = build_with_data(config, jax.devices()[:1])
     batches = experiment.train_batches(dataset)
     rows = [batches.rows(step, range(8)) for step in range(100)]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     state, metrics = experiment.train_steps(experiment.init_state(), stacked)
     assert metrics["loss"][0] == pytest.approx(6 * np.log(2), rel=1e-3)  # at first all is even
-    vectors = run_vectors(state.params, dataset.tokenizer)
+    vectors = trained_word_vectors(state.params, dataset.tokenizer)
     unit = vectors.vectors / np.linalg.norm(vectors.vectors, axis=1, keepdims=True)
     cat, dog, car, bus = (unit[vectors.words.index(w)] for w in ("cat", "dog", "car", "bus"))
     alike, unlike = (cat @ dog, car @ bus), (cat @ car, cat @ bus, dog @ car, dog @ bus)

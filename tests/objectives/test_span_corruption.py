@@ -12,7 +12,12 @@ from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
-from lm.objectives.span_corruption import SpanCorruption, noise_mask, raw_length, replace_spans
+from lm.objectives.span_corruption import (
+    SpanCorruption,
+    noise_mask,
+    replace_spans,
+    text_and_target_length,
+)
 
 # 70 tokens: 10 of noise in 3 spans, 60 + 3 + 1 = 64. Own sentinels: 257 … 356.
 BYTES = SpanCorruption(ByteTokenizer(), 64)
@@ -62,7 +67,7 @@ def with_sentinels(n):
     ],
 )
 def test_the_text_fills_the_source(source, raw, targets):
-    assert raw_length(source, 0.15, 3.0) == (raw, targets)
+    assert text_and_target_length(source, 0.15, 3.0) == (raw, targets)
 
 
 def test_the_example_of_the_paper():
@@ -184,7 +189,7 @@ def test_too_few_sentinels_are_said():
 
 def test_a_source_too_short_for_a_hole_is_said():
     with pytest.raises(UserError, match="sequence_length=2"):
-        raw_length(2, 0.15, 3.0)
+        text_and_target_length(2, 0.15, 3.0)
 
 
 def test_windows_adjoin_and_miss_nothing(make_store):

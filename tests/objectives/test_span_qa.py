@@ -57,15 +57,15 @@ def test_a_row_is_cls_question_sep_window_sep(make_store):
     ids = dict(zip("abcdefxy", range(2, 10), strict=True))
     row, last = rows(SpanQa(10, 3, SPECIAL), store)
     x, y, *context = (ids[letter] for letter in "xyabcdef")
-    assert row["tokens"].tolist() == [CLS, x, y, SEP, *context[:5], SEP]
-    assert row["types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert row["inputs"].tolist() == [CLS, x, y, SEP, *context[:5], SEP]
+    assert row["token_types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert row["segment_ids"].tolist() == [1] * 10
     assert (row["start"], row["end"]) == (7, 8)
-    assert last["tokens"].tolist() == [CLS, x, y, SEP, *context[3:], SEP, 0, 0]
-    assert last["types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert last["inputs"].tolist() == [CLS, x, y, SEP, *context[3:], SEP, 0, 0]
+    assert last["token_types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert last["segment_ids"].tolist() == [1] * 8 + [0] * 2
     assert (last["start"], last["end"]) == (4, 5)
-    assert row["weight"] == last["weight"] == 1
+    assert row["weights"] == last["weights"] == 1
 
 
 def bert_windows(n_context, room, doc_stride):
@@ -96,7 +96,7 @@ def test_windows_are_those_of_bert(make_store, length, stride):
     for i in range(len(windows)):
         example = windows[i]
         row = objective.features(example, RNG)
-        n_context = int(row["types"].sum()) - 1
+        n_context = int(row["token_types"].sum()) - 1
         found.append((int(example["record"].raw["id"]), example["start"], n_context))
     assert found == expected
     for index in (-1, len(windows)):
@@ -108,7 +108,7 @@ def test_long_questions_are_cut(make_store):
     store = make_store(("q " * 70, "a b c", "b", 2))
     for length, n_question in ((200, 64), (11, 4)):
         (row,) = rows(SpanQa(length, 8, SPECIAL), store)
-        assert row["tokens"].tolist().index(SEP) == n_question + 1
+        assert row["inputs"].tolist().index(SEP) == n_question + 1
         assert (row["start"], row["end"]) == (n_question + 3, n_question + 3)
 
 
@@ -138,7 +138,7 @@ def test_an_answer_covers_the_words_of_its_characters(make_store, answer, covere
     objective = SpanQa(128, 64, SPECIAL)
     (example,) = objective.examples(store, training=True)
     row = objective.features(example, RNG)
-    shift = objective.shift(example)
+    shift = objective._shift(example)
     assert (row["start"] - shift, row["end"] - shift) == (start, end)
 
 
@@ -188,9 +188,9 @@ def test_only_cls_and_the_context_have_scores(batch):
     model = Scores(jnp.asarray(scores_BL2))
     found = np.asarray(SpanQa(12, 8, SPECIAL).predict(model, batch))
     tokens, positions, segments, types = model.inputs
-    assert tokens is batch["tokens"]
+    assert tokens is batch["inputs"]
     assert positions is None
-    assert (segments is batch["segment_ids"]) & (types is batch["types"])
+    assert (segments is batch["segment_ids"]) & (types is batch["token_types"])
     for row, columns in enumerate([*OPEN, [0]]):
         assert np.flatnonzero(np.isfinite(found[row, :, 0])).tolist() == columns
         np.testing.assert_allclose(found[row, columns], scores_BL2[row, columns], rtol=1e-6)

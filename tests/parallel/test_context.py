@@ -10,7 +10,7 @@ import pytest
 
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
-from lm.experiment import build, reads_records
+from lm.experiment import build_with_data, reads_records
 
 STEPS = 3
 MERGED_OVERRIDES = {
@@ -45,7 +45,8 @@ def make(make_kind):
     def make(kind, mesh, **overrides):
         config = make_kind(kind, train__steps=STEPS, **MERGED_OVERRIDES, **overrides)
         config.parallel.mesh.update({"data": 1, **mesh})
-        return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+        n_devices = int(np.prod([*mesh.values()], dtype=int))
+        return build_with_data(config, jax.devices()[:n_devices])[0]
 
     return make
 

@@ -8,8 +8,7 @@ import pytest
 from kinds import KINDS
 
 from lm.data.batches import to_device
-from lm.data.dataset import open_dataset
-from lm.experiment import build, reads_records
+from lm.experiment import build_with_data
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 STEPS = 12
@@ -23,8 +22,7 @@ def run(make_kind):
         config = make_kind(kind, train__steps=STEPS, **overrides)
         config.parallel.mesh.update({"data": 1, **mesh})
         n = int(np.prod([*mesh.values()], dtype=int))
-        experiment = build(config, jax.devices()[:n])
-        dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+        experiment, dataset = build_with_data(config, jax.devices()[:n])
         batches = experiment.train_batches(dataset)
         arrays = to_device(batches, range(STEPS), experiment.batch_sharding)
         state, metrics = experiment.train_steps(experiment.init_state(), arrays)

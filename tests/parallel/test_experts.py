@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import build, reads_records
+from lm.experiment import build_with_data, reads_records
 from lm.models.moe import MixtureOfExperts
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel import sharding
@@ -48,7 +48,8 @@ def build_on(make_kind):
         name, values = KINDS[kind]
         config = make_kind(name, **MERGED_OVERRIDES | values | changes)
         config.parallel.mesh.update({"data": 1, **mesh})
-        return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+        n_devices = int(np.prod([*mesh.values()], dtype=int))
+        return build_with_data(config, jax.devices()[:n_devices])[0]
 
     return build_on
 

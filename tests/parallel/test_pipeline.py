@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import build, reads_records
+from lm.experiment import build_with_data, reads_records
 from lm.parallel.mesh import AXES, PipelineSchedule
 from lm.parallel.per_row_rng import per_row_key, select_rows
 from lm.parallel.pipeline import exchange_rounds, run_pipeline
@@ -135,7 +135,8 @@ def experiment_on(make_kind):
         config = make_kind(kind, **{**values, **overrides})
         config.parallel.mesh.update({"data": 1, **mesh})
         config.parallel.pipeline.update(options)
-        return build(config, jax.devices()[: int(np.prod([*mesh.values()], dtype=int))])
+        n_devices = int(np.prod([*mesh.values()], dtype=int))
+        return build_with_data(config, jax.devices()[:n_devices])[0]
 
     return make
 

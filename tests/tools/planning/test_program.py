@@ -14,8 +14,7 @@ import jax
 import pytest
 
 from lm.data.batches import to_device
-from lm.data.dataset import open_dataset
-from lm.experiment import build
+from lm.experiment import build, build_with_data
 from lm.tools.planning.plan import make_plan
 from lm.tools.planning.program import lower, read_out_of_memory
 from lm.tools.planning.topologies import topology
@@ -28,8 +27,7 @@ def test_the_text_lowered_equals_that_of_training(tiny_config, mesh):
     config.parallel.mesh.update({"data": 1, **mesh})
     planned = lower(build(config, topology("cpu:8").devices)).as_text()
 
-    experiment = build(config, jax.devices())
-    dataset = open_dataset(experiment.config.data)
+    experiment, dataset = build_with_data(config, jax.devices())
     batches = experiment.train_batches(dataset)
     arrays = to_device(batches, range(3), experiment.batch_sharding)
     trained = experiment.train_steps.lower(experiment.init_state(), arrays).as_text()

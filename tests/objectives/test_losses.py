@@ -11,7 +11,7 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.objectives.token_loss import parts, token_loss
+from lm.objectives.losses import n_chunks, token_loss
 
 B, T, D, V = 3, 12, 5, 11
 
@@ -120,7 +120,7 @@ def test_parts_drop_apart(batch):
 
 @given(st.integers(1, 200), st.integers(0, 250))
 def test_parts_are_equal_and_no_longer_than_asked(length, chunk):
-    n = parts(length, chunk)
+    n = n_chunks(length, chunk)
     assert length % n == 0
     assert length // n <= (chunk or length)
     assert not any(

@@ -6,7 +6,7 @@ from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
-from lm.evaluation.vectors_report import run_vectors, scores
+from lm.evaluation.word_scores import score_word_vectors, trained_word_vectors
 
 # At 0, 10, 90 and 180 degrees.
 ANGLES = np.radians([0, 10, 90, 180])
@@ -27,14 +27,14 @@ def write(tmp_path):
 def test_the_vectors_of_a_run_are_the_rows_of_its_words():
     tokenizer = WordTokenizer.fit(["b b a\n"])
     table = jnp.arange(12.0).reshape(6, 2)  # two rows more than there are words
-    vectors = run_vectors({"tokens": {"embedding": table}}, tokenizer)
+    vectors = trained_word_vectors({"tokens": {"embedding": table}}, tokenizer)
     assert vectors.words == ("<eos>", "<unk>", "b", "a")
     np.testing.assert_array_equal(vectors.vectors, table[:4])
 
 
 def test_a_run_without_words_has_no_word_vectors():
     with pytest.raises(UserError, match=r"tokenizer is byte.*data\.tokenizer=words"):
-        run_vectors({"tokens": {"embedding": jnp.zeros((300, 2))}}, ByteTokenizer())
+        trained_word_vectors({"tokens": {"embedding": jnp.zeros((300, 2))}}, ByteTokenizer())
 
 
 def test_scores_by_file_and_by_section(write):
@@ -42,7 +42,7 @@ def test_scores_by_file_and_by_section(write):
     bad = write("bad.txt", "north up 1\nnorth south 2\n")
     # south - north + east is nearest to east itself, which is in the question; then to south.
     questions = write("q.txt", ": gram1\nnorth south east up\n: seas\nsea north sea north\n")
-    assert scores(VECTORS, [good, bad], questions) == {
+    assert score_word_vectors(VECTORS, [good, bad], questions) == {
         "words": 4,
         "dimensions": 2,
         "good/spearman": pytest.approx(1),
@@ -61,6 +61,6 @@ def test_scores_by_file_and_by_section(write):
 
 def test_files_of_unknown_words_are_an_error_not_a_nan(write):
     with pytest.raises(UserError, match=r"s\.txt: 1 of 2 pairs have vectors"):
-        scores(VECTORS, [write("s.txt", "north up 1\nsea sky 2\n")])
+        score_word_vectors(VECTORS, [write("s.txt", "north up 1\nsea sky 2\n")])
     with pytest.raises(UserError, match=r"q\.txt: no question has vectors"):
-        scores(VECTORS, [], write("q.txt", ": a\nnorth south sea sky\n"))
+        score_word_vectors(VECTORS, [], write("q.txt", ": a\nnorth south sea sky\n"))

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from lm.decoding.controls import Controls
-from lm.decoding.sampling import Sampling
-from lm.decoding.sampling_loop import generate as generate_with
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.errors import UserError
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
@@ -16,7 +15,7 @@ GREEDY = Sampling(0.0)
 
 
 def generate(*args, end_id=None, **options):
-    return generate_with(*args, controls=Controls(end_id), **options)
+    return sample_steps(*args, controls=Controls(end_id), **options)
 
 
 @pytest.fixture(scope="module")

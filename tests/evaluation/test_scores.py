@@ -2,13 +2,14 @@ import sys
 
 import pytest
 
+from lm.config.registries import METRICS
 from lm.errors import UserError
-from lm.evaluation.metrics.scorers import METRICS, measure
+from lm.evaluation.scores import score_predictions
 
 
-def test_measure_joins_the_scores_of_all_names():
+def test_score_predictions_joins_the_scores_of_all_names():
     names = ["rouge", "rouge_stemmed", "bleu", "bleu_tok", "chrf", "exact_match", "squad"]
-    scores = measure(names, ["a b c d e"], ["a b c d e"])
+    scores = score_predictions(names, ["a b c d e"], ["a b c d e"])
     assert set(scores) == {
         *("rouge1", "rouge2", "rougeL", "rougeLsum"),
         *("rouge1_stemmed", "rouge2_stemmed", "rougeL_stemmed", "rougeLsum_stemmed"),
@@ -20,15 +21,15 @@ def test_measure_joins_the_scores_of_all_names():
 
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(UserError, match="unknown metric 'belu'; did you mean bleu"):
-        measure(["belu"], ["a"], ["a"])
+        score_predictions(["belu"], ["a"], ["a"])
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_refuses_what_does_not_match(name):
     with pytest.raises(UserError, match="1 predictions for 2 references"):
-        METRICS[name](["a"], ["a", "b"])
+        score_predictions([name], ["a"], ["a", "b"])
     with pytest.raises(UserError, match="nothing to score"):
-        METRICS[name]([], [])
+        score_predictions([name], [], [])
 
 
 @pytest.mark.parametrize(
@@ -44,4 +45,4 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(
 ):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"`{package}`: pip install 'lm\[eval\]'"):
-        METRICS[name](["a"], ["a"])
+        score_predictions([name], ["a"], ["a"])

@@ -7,8 +7,7 @@ from lm.config import default
 from lm.data.records.record_store import build_record_store
 from lm.data.records.records import open_records
 from lm.data.tokenizers.words import WordTokenizer
-from lm.evaluation.span_answers import best_span, span_answers
-from lm.objectives.span_qa import SpanQa
+from lm.objectives.span_qa import SpanQa, best_span
 from lm.objectives.special_tokens import SpecialTokens
 
 SPECIAL = SpecialTokens(0, 0, 0, 0, 0, 0, vocab_size=1)
@@ -49,28 +48,29 @@ def test_an_answer_does_not_end_before_it_starts():
 
 
 @pytest.fixture
-def qa(tmp_path):
-    """Two records: a context of seven words in three windows of three, and one of two words."""
+def answer(tmp_path):
+    """Answers to two records by scores: contexts of seven words in three windows, and of two."""
     contexts = ["Zero, one  two-three (four)", "five  six."]
-    paragraphs = [
-        {
-            "context": context,
-            "qas": [{"id": context, "question": "?", "answers": [], "is_impossible": True}],
-        }
-        for context in contexts
-    ]
-    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    records = open_records(f"squad:{tmp_path}/squad.json", default().data)
-    store = build_record_store(records, WordTokenizer.fit(contexts), tmp_path)
-    objective = SpanQa(9, 3, SPECIAL)
-    windows = objective.examples(store, training=False)
-    assert store.lengths("context").tolist() == [9, 3]
-    assert len(windows) == 4
-    return objective, windows
+
+    def answers(outputs, may_lack):
+        paragraphs = []
+        for context in contexts:
+            given = [] if may_lack else [{"text": context[:1], "answer_start": 0}]
+            question = {"question": "?", "answers": given, "is_impossible": may_lack}
+            paragraphs.append({"context": context, "qas": [{"id": context, **question}]})
+        (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+        records = open_records(f"squad:{tmp_path}/squad.json", default().data)
+        store = build_record_store(records, WordTokenizer.fit(contexts), tmp_path)
+        objective = SpanQa(9, 3, SPECIAL)
+        assert store.lengths("context").tolist() == [9, 3]
+        assert len(objective.examples(store, training=False)) == 4
+        return objective.answers([store], outputs)
+
+    return answers
 
 
 def scores(*windows):
-    """[N, 9, 2]: -inf but for [cls], the context's columns 3 …, and what is given."""
+    """Scores [N, 9, 2]: -inf but for [cls], the context's columns 3 …, and what is given."""
     found = np.full((4, 9, 2), -np.inf)
     for window_L2, n_context in zip(found, (5, 5, 3, 3), strict=True):
         window_L2[[0, *range(3, 3 + n_context)]] = 0
@@ -79,27 +79,27 @@ def scores(*windows):
     return found
 
 
-def test_the_best_window_answers_in_the_words_of_the_context(qa):
+def test_the_best_window_answers_in_the_words_of_the_context(answer):
     # Tokens: Zero , one two - three ( four ) / five six . — windows start at 0, 3 and 6.
     found = scores((0, 3, 0, 4), (1, 3, 0, 3), (1, 5, 1, 2), (3, 4, 0, 1), (3, 4, 1, 1))
-    assert span_answers(*qa, found, may_lack=False) == ["two-three", "six"]
+    assert answer(found, may_lack=False) == ["two-three", "six"]
     found = scores((0, 3, 0, 4), (0, 5, 1, 2), (1, 3, 0, 3), (1, 5, 1, 2), (3, 3, 0, 1))
-    assert span_answers(*qa, found, may_lack=False) == ["Zero, one", "five"]
+    assert answer(found, may_lack=False) == ["Zero, one", "five"]
     found = scores((2, 3, 0, 1), (2, 5, 1, 1), (3, 3, 0, 1), (3, 5, 1, 1))
-    assert span_answers(*qa, found, may_lack=False) == ["(four)", "five  six."]
+    assert answer(found, may_lack=False) == ["(four)", "five  six."]
 
 
-def test_no_answer_wins_where_cls_has_more_in_every_window(qa):
+def test_no_answer_wins_where_cls_has_more_in_every_window(answer):
     cls = [(window, 0, side, 2) for window in range(4) for side in (0, 1)]
     found = scores(*cls, (1, 3, 0, 3), (3, 3, 0, 5))
-    assert span_answers(*qa, found, may_lack=True) == ["", "five"]
-    assert span_answers(*qa, found, may_lack=False) == ["two", "five"]
+    assert answer(found, may_lack=True) == ["", "five"]
+    assert answer(found, may_lack=False) == ["two", "five"]
     # One window of the three in which [cls] has less than the best answer.
     found = scores(*cls, (1, 3, 0, 3), (2, 0, 0, 0.5))
-    assert span_answers(*qa, found, may_lack=True) == ["two", ""]
+    assert answer(found, may_lack=True) == ["two", ""]
 
 
-def test_a_context_without_tokens_has_no_answer(qa):
+def test_a_context_without_tokens_has_no_answer(answer):
     found = scores()
     found[3, 1:] = -np.inf
-    assert span_answers(*qa, found, may_lack=False)[1] == ""
+    assert answer(found, may_lack=False)[1] == ""

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lm.decoding import batch
-from lm.decoding.generate_file import write_file
+from lm.decoding.generate_file import generate_file
 from lm.decoding.sampling import Sampling
 
 TEXTS = ["abc", "e", "ddab", "", "edcba", "bb", "ace"]
@@ -24,7 +24,7 @@ def way(request, make_experiment, monkeypatch, tmp_path):
     made = make_experiment(family, decode__batch_size=2, decode__beam_size=n_best)
     (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in TEXTS))
     output = tmp_path / f"out.{suffix}"
-    return lambda: write_file(
+    return lambda: generate_file(
         *made, tmp_path / "in.txt", output, sampling, 5, n_best, MADE_BY
     ), output
 
@@ -46,7 +46,7 @@ def test_what_is_there_is_not_made_again(way, monkeypatch):
     run, output = way
     run()
     whole = output.read_bytes()
-    for name in ("_search", "generate"):
+    for name in ("_search", "sample_steps"):
         monkeypatch.setattr(batch, name, None)
     run()
     assert output.read_bytes() == whole

@@ -5,21 +5,27 @@ import numpy as np
 import pytest
 
 from lm.data.tokenizers.characters import ByteTokenizer
-from lm.decoding import generation as text
-from lm.decoding.generation import Generation, record, write
+from lm.decoding import generation
+from lm.decoding.generation import (
+    Generation,
+    generate_texts,
+    generation_record,
+    stream_continuations,
+)
+from lm.decoding.prompts import source_ids
 from lm.decoding.sampling import Sampling
 
 
 def continuations(monkeypatch, experiment, prompts, rows):
-    """What text.continuations gives when the model generates these rows of bytes."""
+    """What stream_continuations gives when the model generates these rows of bytes."""
     seen = {}
 
-    def fake_generate(model, params, ids, max_new_tokens, sampling, seed, controls, is_prefix):
+    def fake_steps(model, params, ids, max_new_tokens, sampling, seed, controls, has_prefix):
         seen["ids"], seen["end_id"] = [list(row) for row in ids], controls.end_id
         yield from np.array(rows).T
 
-    monkeypatch.setattr(text, "generate", fake_generate)
-    steps = text.continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0)
+    monkeypatch.setattr(generation, "sample_steps", fake_steps)
+    steps = stream_continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0)
     return [list(parts) for parts in zip(*steps, strict=True)], seen
 
 
@@ -55,13 +61,13 @@ def test_ids_beyond_the_vocabulary_are_no_text(monkeypatch, experiment):
 def test_greedy_search_and_greedy_sampling_write_what_the_full_pass_says(make_experiment, family):
     made = make_experiment(family)
     prompts = ["abc", "", "eeda"]
-    (best,) = zip(*write(*made, prompts, None, 0), strict=True)
+    (best,) = zip(*generate_texts(*made, prompts, None, 0), strict=True)
     for prompt, written in zip(prompts, best, strict=True):
         assert written.text == greedily(*made, prompt)
     if family == "decoder":
-        (found,) = zip(*write(*made, prompts, Sampling(0.0), 0), strict=True)
+        (found,) = zip(*generate_texts(*made, prompts, Sampling(0.0), 0), strict=True)
         assert [w.text for w in found] == [w.text for w in best]
-        steps = text.continuations(*made, prompts, Sampling(0.0), 0)
+        steps = stream_continuations(*made, prompts, Sampling(0.0), 0)
         assert ["".join(parts) for parts in zip(*steps, strict=True)] == [w.text for w in best]
 
 
@@ -95,15 +101,16 @@ def _apply(model):
 
 
 def test_sources_end_and_are_cut_like_in_training():
-    assert text.source_ids(ByteTokenizer(), "abc", 9) == [97, 98, 99, 256]
-    assert text.source_ids(ByteTokenizer(), "abc", 3) == [97, 98, 256]
+    assert source_ids(ByteTokenizer(), "abc", 9) == [97, 98, 99, 256]
+    assert source_ids(ByteTokenizer(), "abc", 3) == [97, 98, 256]
 
 
 def test_records():
     two = [Generation("b", -0.5), Generation("c", -0.7)]
     best = {"source": "a", "text": "b", "score": -0.5}
-    assert record("source", "a", two, 1) == best
+    assert generation_record("source", "a", two, 1) == best
     others = [{"text": "b", "score": -0.5}, {"text": "c", "score": -0.7}]
-    assert record("source", "a", two, 3) == {**best, "hypotheses": others}
-    assert record("prompt", "a", [Generation("b", None)], 1) == {"prompt": "a", "text": "b"}
-    assert record("source", "a", [], 2) == {"source": "a", "text": "", "hypotheses": []}
+    assert generation_record("source", "a", two, 3) == {**best, "hypotheses": others}
+    sampled = [Generation("b", None)]
+    assert generation_record("prompt", "a", sampled, 1) == {"prompt": "a", "text": "b"}
+    assert generation_record("source", "a", [], 2) == {"source": "a", "text": "", "hypotheses": []}

@@ -1,0 +1,135 @@
+"""Losses that objectives share: of predicted tokens, and those that layers report.
+
+Shape letters: N layers, B batch, T targets, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.cross_entropy import TokenLosses, cross_entropy
+from lm.models.variables import LOSSES, METRICS, MODEL_STATE
+from lm.objectives.objective import Batch, BoundModel, LossSums
+from lm.parallel.sharding import constrain, count_shards
+
+
+def token_loss(
+    model: BoundModel,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Return the cross-entropy of target tokens, with metrics "nll" and "accuracy".
+
+    Args:
+        model: bound model, whose `logits` are computed here.
+        x_BTD: hidden states at the targets.
+        targets_BT: token ids, int32.
+        weights_BT: weight of each target, float32; 0 for none.
+        label_smoothing: share of a target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-partition function.
+    """
+    losses = _chunked_losses(model, x_BTD, targets_BT, label_smoothing, z_loss)
+    return LossSums(
+        loss=(losses.loss_BL * weights_BT).sum(),
+        weight=weights_BT.sum(),
+        metrics={
+            "nll": (losses.nll_BL * weights_BT).sum(),
+            "accuracy": (losses.correct_BL * weights_BT).sum(),
+        },
+    )
+
+
+def _chunked_losses(
+    model: BoundModel,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    label_smoothing: float,
+    z_loss: float,
+) -> TokenLosses:
+    """Return the loss of every target, computed chunk by chunk of columns.
+
+    The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
+    faster than reading them back, and anywhere it saves the memory. Chunks are of columns because
+    rows are sharded over devices; where columns are too (over C devices), a chunk takes some
+    columns of every device.
+    """
+
+    def chunk_losses(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
+        return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
+
+    B, T = targets_BT.shape
+    C = count_shards("length") if T % count_shards("length") == 0 else 1
+    n = n_chunks(T // C, -(-model.config.loss_chunk // C))
+    if n == 1:
+        return chunk_losses(model, x_BTD, targets_BT)
+
+    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple:
+        return None, chunk_losses(model, *chunk)
+
+    scan = nn.scan(
+        nn.remat(step, prevent_cse=False),
+        variable_broadcast=("params", MODEL_STATE),
+        split_rngs={"params": False, "dropout": True},
+    )
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x_BCNT = x_BT.reshape(B, C, n, T // (C * n), *x_BT.shape[2:])
+        return jnp.moveaxis(x_BCNT, 2, 0).reshape(n, B, T // n, *x_BT.shape[2:])
+
+    def join(x_NBT: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
+
+    x_BTD = constrain(x_BTD, "rows", "length", "embed")
+    _, losses = scan(model, None, (split(x_BTD), split(targets_BT)))
+    return jax.tree.map(join, losses)
+
+
+def n_chunks(length: int, longest: int) -> int:
+    """Return the least number of equal chunks of at most `longest` columns; 0: one chunk."""
+    fewest = -(-length // longest) if longest else 1
+    return next(n for n in range(fewest, length + 1) if length % n == 0)
+
+
+def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
+    """Return the sums of an objective plus the losses and metrics that layers sowed.
+
+    A row's figures are weighted by the row's targets: so they are sums over the batch like the
+    objective's own, divided by the same weight, and do not depend on how rows are split over
+    devices or microbatches. The metric "nll" stays, or becomes, the loss without them.
+
+    Args:
+        sums: sums of the objective.
+        sown: Flax collections `LOSSES` and `METRICS`, leaves [B] or [N, B].
+        batch: features of the same batch.
+    """
+    if not sown:
+        return sums
+    weights_B = row_weights(batch)
+
+    def total(value_NB: jax.Array) -> jax.Array:
+        return (value_NB.reshape(-1, len(weights_B)) * weights_B).sum()
+
+    loss = sum(map(total, jax.tree.leaves(sown.get(LOSSES, {}))), sums.loss)
+    layers: dict[str, list[jax.Array]] = {}
+    for path, value_NB in jax.tree.leaves_with_path(sown.get(METRICS, {})):
+        name = path[-2].key  # the last part of the path is the index among the values sown
+        layers.setdefault(name, []).append(value_NB.reshape(-1, len(weights_B)))
+    means = {
+        name: total(jnp.concatenate(values)) / sum(map(len, values))
+        for name, values in layers.items()
+    }
+    return LossSums(loss, sums.weight, {"nll": sums.loss} | sums.metrics | means)
+
+
+def row_weights(batch: Batch) -> jax.Array:
+    """Return the sum [B] of the weights of each row's targets."""
+    weights = batch["weights"]
+    return weights.reshape(len(weights), -1).sum(1)
