@@ -55,7 +55,15 @@ def decode_best(
     inputs: Sequence[TokenIds],
     options: BeamOptions,
 ) -> list[list[int]]:
-    """Return the best hypothesis of each input as token ids; see `search_batches`."""
+    """Return the best hypothesis of each input as token ids.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: tokenizer of the data.
+        inputs: token ids of sources (eos included) or, without an encoder, of prompts.
+        options: beam size, lengths and controls.
+    """
     found = search_batches(experiment, params, tokenizer, inputs, options)
     return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 

@@ -98,6 +98,14 @@ def stream_continuations(
     """Yield the new text of every prompt after each step; joined they are its continuation.
 
     A character whose bytes are not complete yet is held back.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: tokenizer of the data.
+        prompts: texts to continue.
+        sampling: options.
+        seed: seed of the samples.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in ids]

@@ -78,7 +78,16 @@ class BoundModel(Protocol):
         /,
         **more: jax.Array,
     ) -> jax.Array:
-        """Return the last hidden states [B, L, D]; `more` are `prefix_BL` and `fresh_B`."""
+        """Return the last hidden states [B, L, D].
+
+        Args:
+            tokens_BL: token ids.
+            positions_BL: positions; None: 0 … L-1.
+            segment_ids_BL: segments that attention stays within, 0 is padding; None: one a row.
+            token_types_BL: token types; None: 0.
+            **more: `prefix_BL`, 1 for tokens of a prefix; `fresh_B`, 1 where the carried state of
+                a row starts anew.
+        """
         ...
 
     def decoder_hidden(
@@ -91,7 +100,16 @@ class BoundModel(Protocol):
         target_positions_BL: jax.Array | None = None,
         /,
     ) -> jax.Array:
-        """Return the last hidden states [B, L, D] of the decoder."""
+        """Return the last hidden states [B, L, D] of the decoder.
+
+        Args:
+            source_BS: token ids of the sources.
+            inputs_BL: token ids of the decoder's inputs.
+            source_segments_BS: segments of the sources, 0 is padding; None: one a row.
+            target_segments_BL: segments of the inputs; attention stays within a segment.
+            source_positions_BS: positions of the sources; None: 0 … S-1.
+            target_positions_BL: positions of the inputs; None: 0 … L-1.
+        """
         ...
 
     def logits(self, x_BLD: jax.Array, /) -> jax.Array:

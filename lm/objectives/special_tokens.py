@@ -34,7 +34,7 @@ class SpecialTokens:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All special ids."""
+        """Special ids, in the order of the fields."""
         return (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask)
 
     def n_extra_ids(self, *used: int) -> int:
