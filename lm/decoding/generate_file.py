@@ -98,7 +98,7 @@ def read_inputs(file: Path, role: str, columns: str) -> list[str]:
         return list(read_lines(file))
     pairs = (column.partition("=") for column in columns.split(","))
     field = {of.strip(): name.strip() for of, _, name in pairs}.get(role, role)
-    return [_text(row, field) for row in read_jsonl_rows((file,), header=False)]
+    return [_text(row, field) for row in read_jsonl_rows(file)]
 
 
 def _text(row: Row, field: str) -> str:
