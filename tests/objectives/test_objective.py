@@ -23,7 +23,7 @@ import optax
 
 from lm.config.registries import OBJECTIVES
 from lm.config.registry import option
-from lm.data.windows import windows
+from lm.data.windows import token_windows
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import LossSums, Objective
 
@@ -51,7 +51,7 @@ class Ahead(Objective):
         return {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
 
     def examples(self, store, training):
-        return windows(store, self.length + self.ahead - 1, self.length, False, training)
+        return token_windows(store, self.length + self.ahead - 1, self.length, False, training)
 
     def features(self, example, rng):
         n = self.length

@@ -17,7 +17,7 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.word_scores import trained_word_vectors
 from lm.experiment import build_with_data
-from lm.models.classic.word2vec import SkipGram, SkipGramConfig
+from lm.models.classic.word2vec import SkipGramConfig, SkipGramModel
 from lm.objectives.skip_gram import NegativeSampling
 
 A, B, C, D, EOS, UNKNOWN = range(6)
@@ -137,7 +137,7 @@ def batch():
 
 def sums_of(params, batch, negatives=5):
     made = objective(LENGTH, tokenizer=None, negatives=negatives)
-    model = SkipGram(SkipGramConfig(len(WORDS.words), WIDTH))
+    model = SkipGramModel(SkipGramConfig(len(WORDS.words), WIDTH))
     return nn.apply(made.loss, model)({"params": params}, batch)
 
 
