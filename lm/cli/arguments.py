@@ -180,15 +180,15 @@ def probability(text: str) -> float:
 def open_run(
     args: argparse.Namespace, overrides: Overrides, any_batch: bool = False
 ) -> tuple[Any, Any, int]:
-    """Load the run that `--workdir`, `--average` and `--best` name; see `load_run`."""
+    """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
     from lm.parallel.hosts import print_on_primary_host
-    from lm.runs.saved_params import load_run
+    from lm.runs.saved_params import restore_run
     from lm.runs.workdir import load_tokenizer
     from lm.storage import open_run_folder
 
     workdir = open_run_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
-    experiment, params, step = load_run(workdir, overrides, print_on_primary_host, **options)
+    experiment, params, step = restore_run(workdir, overrides, print_on_primary_host, **options)
     if experiment.tokenizer is None:
         load_tokenizer(workdir)  # raises UserError
     return experiment, params, step

@@ -12,7 +12,6 @@ from lm.cli.arguments import (
     process_arguments,
     xla_flags_argument,
 )
-from lm.storage import open_run_folder
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,7 +25,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     config = configs.load(args.config, overrides)
+    from lm.parallel.hosts import print_on_primary_host
     from lm.training.monitor import RESUMABLE
     from lm.training.trainer import train
 
-    return 0 if train(config, open_run_folder(args.workdir)) else RESUMABLE
+    finished = train(config, args.workdir, log=print_on_primary_host, progress=True)
+    return 0 if finished else RESUMABLE

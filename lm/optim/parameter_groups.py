@@ -111,7 +111,9 @@ def matching(
     Raises:
         UserError: see `strict`.
     """
-    groups = {path: np.zeros(_shape(_layers(path, leaf)), bool) for path, leaf in leaves.items()}
+    groups = {
+        path: np.zeros(_shape(layer_numbers(path, leaf)), bool) for path, leaf in leaves.items()
+    }
     for pattern in compile_patterns(key, text):
         hits = {path: _hits(pattern, path, leaf) for path, leaf in leaves.items()}
         if strict and not any(group.any() for group in hits.values()):
@@ -142,7 +144,7 @@ def update_scales(
     """
     leaves = flat(params)
     groups = trainable.groups(params, strict=False)
-    numbers = {path: _layers(path, leaf) for path, leaf in leaves.items()}
+    numbers = {path: layer_numbers(path, leaf) for path, leaf in leaves.items()}
     depths: dict[str, int] = {}  # by stack
     for path, layers in numbers.items():
         if layers is not None:
@@ -165,7 +167,7 @@ def update_scales(
 _LAYERS = re.compile(r"(?<![^/])layers(?:_(\d+))?/(?:(\d+)_of_(\d+)/|(\d+)/)?")
 
 
-def _layers(path: str, leaf: Any) -> np.ndarray | None:
+def layer_numbers(path: str, leaf: Any) -> np.ndarray | None:
     """Return the layer numbers of a parameter: [N] if stacked, [] if not, None outside a stack."""
     found = _LAYERS.search(path)
     if not found:
@@ -185,7 +187,7 @@ def _stack(path: str) -> str:
 
 
 def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
-    layers = _layers(path, leaf)
+    layers = layer_numbers(path, leaf)
     if pattern.search(path) or layers is None or not layers.ndim:
         return np.full(_shape(layers), bool(pattern.search(path)))
     names = (_LAYERS.sub(f"layers/{i}/", path, count=1) for i in layers)

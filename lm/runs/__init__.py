@@ -1,5 +1,6 @@
 """Runs on disk: workdir, checkpoints, and the parameters read from them.
 
 Below training, evaluation, decoding and interop, which all read or write runs. Public:
-`saved_params.load_run`, `checkpoints.Checkpoints`, `workdir.load_config`, `merged_run.merge_run`.
+`saved_params.restore_run`, `checkpoints.Checkpoints`, `workdir.load_config` and
+`merged_run.merge_run`.
 """

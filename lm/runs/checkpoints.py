@@ -31,6 +31,10 @@ BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.b
 Log = Callable[[str], None]
 
 
+def ignore_line(line: str) -> None:
+    """Drop a line for the user: the default of functions that take a `Log`."""
+
+
 class Checkpoints:
     """Checkpoint manager of one folder."""
 

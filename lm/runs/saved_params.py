@@ -52,7 +52,7 @@ class SavedCheckpoint:
         return self.metadata["step"]
 
 
-def load_run(
+def restore_run(
     workdir: Path,
     overrides: Mapping[str, str],
     log: Log,
@@ -61,7 +61,7 @@ def load_run(
     best: bool = False,
     any_batch: bool = False,
 ) -> tuple[Experiment, Params, int]:
-    """Load a run on all devices, replicated unless the overrides name a mesh.
+    """Restore a run on all devices, replicated unless the overrides name a mesh.
 
     Args:
         workdir: local folder of the run.

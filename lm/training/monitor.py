@@ -45,7 +45,10 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Turn SIGTERM (preemption, time limits) and Ctrl-C into a request while the context lasts."""
     request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Python delivers signals to the main thread only; in others there is nothing to catch.
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    before = {number: signal.signal(number, request) for number in numbers}
     try:
         yield request
     finally:

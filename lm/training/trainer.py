@@ -13,10 +13,10 @@ from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data
 from lm.optim.parameter_groups import flat
 from lm.parallel import sharding
-from lm.parallel.hosts import is_primary_host, print_on_primary_host
-from lm.runs.checkpoints import Checkpoints, Log
+from lm.parallel.hosts import is_primary_host
+from lm.runs.checkpoints import Checkpoints, Log, ignore_line
 from lm.runs.workdir import prepare_workdir
-from lm.storage import storage_path
+from lm.storage import open_run_folder, storage_path
 from lm.train_step import TrainState
 from lm.training.loop import Loop, Outputs
 from lm.training.metrics import MetricsWriter
@@ -25,13 +25,13 @@ from lm.validation import check
 
 
 def train(
-    config: ConfigDict, workdir: Path, *, log: Log = print_on_primary_host, progress: bool = True
+    config: ConfigDict, workdir: str | Path, *, log: Log = ignore_line, progress: bool = False
 ) -> bool:
     """Train the run in `workdir`, or continue it.
 
     Args:
         config: configuration, resolved or not.
-        workdir: local folder of the run; created if it is not there.
+        workdir: folder of the run, created if it is not there.
         log: receives the lines for the user.
         progress: show progress bars on stderr, and the last evaluation on stdout.
 
@@ -41,6 +41,7 @@ def train(
     Raises:
         UserError: configuration, data and workdir do not go together.
     """
+    workdir = open_run_folder(str(workdir))
     with stop_requests() as stop:
         check(config, jax.devices()[0].platform, len(jax.devices()))
         experiment, dataset = build_with_data(

@@ -1,0 +1,246 @@
+"""Python API: load a run, compute its logits, hidden states and attention, evaluate and generate.
+
+Shape letters: B batch, L length, S source length, D model, N layers, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import config as configs
+from lm.data.dataset import open_split
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.decoding.generation import generate_texts
+from lm.decoding.sampling import Sampling
+from lm.evaluation.loss import evaluate_loss
+from lm.experiment import Experiment, reads_records
+from lm.kernels.dot_product_attention import AttentionMask, attention
+from lm.models.attention import Attention
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import as_variables
+from lm.optim.parameter_groups import flat, layer_numbers
+from lm.runs.checkpoints import ignore_line
+from lm.runs.saved_params import restore_run
+from lm.runs.workdir import load_tokenizer
+from lm.storage import open_run_folder
+from lm.train_step import Params
+
+
+@dataclass(frozen=True)
+class Run:
+    """Trained or imported model with its tokenizer.
+
+    Attributes:
+        experiment: resolved configuration on a mesh, with its compiled functions.
+        params: parameters, LoRA updates merged.
+        step: number of updates behind the parameters.
+        tokenizer: tokenizer that the run was trained with.
+    """
+
+    experiment: Experiment
+    params: Params
+    step: int
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ConfigDict:
+        """Resolved configuration."""
+        return self.experiment.config
+
+    @property
+    def model(self) -> nn.Module:
+        """Flax module."""
+        return self.experiment.model
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the module: `run.model.apply(run.variables, …)`."""
+        return as_variables(self.params)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids [L] of a text, without special tokens."""
+        return np.asarray(self.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token ids [L]."""
+        return self.tokenizer.decode([int(i) for i in ids])
+
+    def logits(self, *inputs: Any) -> jax.Array:
+        """Compute logits.
+
+        Args:
+            *inputs: token ids [B, L]; of an encoder–decoder source ids [B, S] and target ids
+                [B, L], whose first column starts the target.
+
+        Returns:
+            Logits [B, L, V], float32: of the next token, or of an encoder of each token.
+        """
+        return jax.jit(self.model.apply)(self.variables, *map(np.asarray, inputs))
+
+    def hidden_states(self, tokens_BL: Any) -> jax.Array:
+        """Return the last hidden states [B, L, D] of token ids [B, L], after the final norm."""
+        hidden = jax.jit(partial(self.model.apply, method="hidden"))
+        return hidden(self.variables, np.asarray(tokens_BL))
+
+    def attention_weights(self, tokens_BL: Any) -> np.ndarray:
+        """Return the self-attention weights [N, B, H, L, L] of token ids [B, L], float32.
+
+        Of a decoder or an encoder with `--config.model.mixer=attention`.
+        """
+
+        def sow_weights(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
+            if isinstance(module, Attention) and context.method_name == "_attend":
+                module.sow("intermediates", "weights", _weights(module.config, *args))
+            return method(*args, **kwargs)
+
+        with nn.intercept_methods(sow_weights):
+            _, sown = self.model.apply(
+                self.variables,
+                np.asarray(tokens_BL),
+                method="hidden",
+                mutable=["intermediates"],
+            )
+        found: dict[int, np.ndarray] = {}
+        for path, (weights,) in flat(sown["intermediates"]).items():
+            numbers = np.atleast_1d(np.asarray(layer_numbers(path, weights)))
+            by_layer = np.asarray(weights).reshape(len(numbers), *weights.shape[-4:])
+            found |= dict(zip(numbers.tolist(), by_layer, strict=True))
+        return np.stack([found[number] for number in sorted(found)])
+
+
+def _weights(
+    config: TransformerConfig,
+    q_BLHK: jax.Array,
+    keys_values: tuple[jax.Array, jax.Array],
+    mask: AttentionMask,
+    bias_HLS: jax.Array | None = None,
+) -> jax.Array:
+    """Return the attention weights [B, H, L, S]: attention to values that are one-hot keys."""
+    k_BSGK, _ = keys_values
+    B, S, G, K = k_BSGK.shape
+    identity_SS = jnp.eye(S, -(-S // K) * K)  # values are K wide: so many keys at a time
+    parts_BLHK = [
+        attention(
+            q_BLHK.astype(jnp.float32),
+            k_BSGK.astype(jnp.float32),
+            jnp.broadcast_to(one_hot_SK[:, None], (B, S, G, K)),
+            mask,
+            kernel="xla",
+            scale=config.score_scale,
+            softcap=config.attention_softcap,
+            bias_HLS=bias_HLS,
+        )
+        for one_hot_SK in jnp.split(identity_SS, identity_SS.shape[1] // K, axis=1)
+    ]
+    return jnp.concatenate(parts_BLHK, axis=-1)[..., :S].swapaxes(1, 2)
+
+
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Load and validate a configuration.
+
+    Args:
+        spec: `FILE.py[:VARIANT]`, or a run's run.json.
+        overrides: values by dotted path, such as {"train.steps": 100}; text is parsed as on the
+            command line.
+
+    Raises:
+        UserError: the file, a key or a value is wrong.
+    """
+    overrides = overrides or {}
+    config = configs.load(spec, {k: v for k, v in overrides.items() if isinstance(v, str)})
+    for path, value in overrides.items():
+        if not isinstance(value, str):
+            configs.set_value(config, path, value)
+    configs.validate(config)
+    return config
+
+
+def load_run(
+    workdir: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    average: int = 1,
+    best: bool = False,
+) -> Run:
+    """Load a run on all devices.
+
+    Args:
+        workdir: folder of the run, local or in a bucket.
+        overrides: configuration keys for this process, `{path: text}`, such as a mesh.
+        average: number of newest checkpoints whose parameters are averaged.
+        best: load the checkpoint that `--config.eval.best` kept.
+
+    Raises:
+        UserError: there is no readable run.
+    """
+    folder = open_run_folder(str(workdir))
+    experiment, params, step = restore_run(
+        folder, dict(overrides or {}), ignore_line, average=average, best=best, any_batch=True
+    )
+    return Run(experiment, params, step, load_tokenizer(folder))
+
+
+def evaluate(run: Run, split: str = "validation", max_batches: int = 0) -> dict[str, float]:
+    """Evaluate the loss of a run.
+
+    Args:
+        run: the run.
+        split: "validation" or "test" data of the run's configuration.
+        max_batches: batches that are evaluated; 0: the whole split.
+
+    Returns:
+        Loss (nats a target), perplexity, accuracy, targets and what else the objective reports.
+    """
+    experiment, data = run.experiment, run.config.data
+    stores = open_split(data, split, run.tokenizer, reads_records(run.config))
+    batches = experiment.evaluation_batches(stores)
+    return evaluate_loss(experiment, run.params, batches, stores, max_batches)
+
+
+def generate(
+    run: Run,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continue prompts, or write the targets of sources with an encoder–decoder.
+
+    Args:
+        run: the run.
+        prompts: one text or several.
+        max_new_tokens: most tokens of a continuation; 0: `--config.decode.max_length`.
+        temperature: 0 is greedy; encoder–decoders always search, by `--config.decode.*`.
+        top_k: sample among the k likeliest tokens; 0: all.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: seed of the sampling.
+
+    Returns:
+        The generated text of each prompt, without the prompt.
+
+    Raises:
+        UserError: the model cannot generate, or a prompt does not fit.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    experiment = run.experiment
+    if max_new_tokens:
+        config = run.config.copy_and_resolve_references()
+        config.decode.max_length = max_new_tokens
+        experiment = replace(experiment, config=config)
+    sampling = None if hasattr(run.model, "start") else Sampling(temperature, top_k, top_p)
+    found = generate_texts(experiment, run.params, run.tokenizer, texts, sampling, seed)
+    return [hypotheses[0].text if hypotheses else "" for hypotheses in found]
