@@ -76,7 +76,8 @@ def _tokens(experiment: Experiment) -> dict[str, int]:
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     """Return the multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
-    width = m.n_heads * m.head_dim
+    # Other token mixers are counted by their kernels alone.
+    width = m.n_heads * m.head_dim if m.mixer == "attention" else 0
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     window = min(m.window or target, target)
     n_global = global_layers(m.n_layers, m.window, m.global_every).sum()

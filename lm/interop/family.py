@@ -147,9 +147,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     c = config
     values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
     values |= {"attention_output_bias": c.attention_output_bias, "attention_scale": c.score_scale}
-    unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes"}
-    if c.residual == "sum":
-        unused.add("concat_width")
+    unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes", "concat_width"}
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
     if c.positions != "learned":

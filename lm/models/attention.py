@@ -165,7 +165,7 @@ class DotProductAttention(nn.Module):
             *keys_values,
             mask,
             kernel=c.attention,
-            across=c.context_attention,
+            context_attention=c.context_attention,
             scale=c.score_scale,
             softcap=c.attention_softcap,
             bias_HLS=bias_HLS,

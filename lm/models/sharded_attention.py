@@ -34,7 +34,7 @@ def attend(
     mask: AttentionMask,
     *,
     kernel: str,
-    across: str,
+    context_attention: str,
     scale: float,
     softcap: float = 0.0,
     bias_HLS: jax.Array | None = None,
@@ -50,8 +50,8 @@ def attend(
         v_BSGK: values.
         mask: visible keys.
         kernel: attention kernel.
-        across: "ring" or "gather" where the length is sharded; keys of another sequence are
-            gathered in any case.
+        context_attention: "ring" or "gather" where the length is sharded; keys of another
+            sequence are gathered in any case.
         scale: factor of the scores.
         softcap: soft-cap of the scores; 0: none.
         bias_HLS: position bias of the scores.
@@ -65,8 +65,8 @@ def attend(
     """
     by_compiler = kernel in ("xla", "tiled")
     cut = sharding.count_shards("length") > 1
-    own = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
-    ring = cut and across == "ring" and own
+    is_self = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
+    ring = cut and context_attention == "ring" and is_self
     if sharding.current_mesh() is None or (by_compiler and not ring):
         if cut:
             names = ("batch", "keys", "kv_heads", "head_dim")
@@ -89,7 +89,7 @@ def attend(
     if kernel == "splash" and not ring:
         return _splash_layer(*inputs, scale, softcap)
     if softcap:
-        raise ValueError(f'attention "{across if ring else kernel}" has no soft-cap')
+        raise ValueError(f'attention "{context_attention if ring else kernel}" has no soft-cap')
     if ring:
         return _ring(*inputs, scale)
     return _by_rows_and_heads(*inputs, kernel, scale)

@@ -339,8 +339,8 @@ class Stack(nn.Module):
         sources = []
         for segment in parts:
             first, last = segment.first, segment.first + segment.n_layers
-            own = jax.tree.map(lambda x, first=first, last=last: x[first:last], layers)
-            carry, source = self._run_segment(segment, carry, inputs, own)
+            segment_layers = jax.tree.map(lambda x, a=first, b=last: x[a:b], layers)
+            carry, source = self._run_segment(segment, carry, inputs, segment_layers)
             sources.append(source)
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *sources)
 

@@ -48,7 +48,7 @@ class LatentAttention(TokenMixer):
         k_BSHK, v_BSHK = heads(name="key")(latent_BSR), heads(name="value")(latent_BSR)
         o_BLHK = attend(
             heads(name="query")(x_BLW), k_BSHK, v_BSHK, inputs.mask,
-            kernel="xla", across="", scale=c.score_scale,
+            kernel="xla", context_attention="", scale=c.score_scale,
         )  # fmt: skip
         return nn.DenseGeneral(c.d_model, axis=(-2, -1), name="out")(o_BLHK), cache
 

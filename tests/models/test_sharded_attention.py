@@ -44,7 +44,14 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
     def attend(q, k, v, is_global, kernel):
         visibility = AttentionMask(segments_BL=segments, **visible | {"is_global": is_global})
         return sharded_attention.attend(
-            q, k, v, visibility, kernel=kernel, across="gather", scale=0.3, softcap=softcap
+            q,
+            k,
+            v,
+            visibility,
+            kernel=kernel,
+            context_attention="gather",
+            scale=0.3,
+            softcap=softcap,
         )
 
     def on_mesh(*qkv, is_global):
