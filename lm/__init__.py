@@ -20,7 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lm.api import Run, evaluate, generate, load_config, load_run
+    from lm.api import Run, evaluate, generate, load_run
+    from lm.config import load_config
     from lm.config.registries import (
         METRICS,
         MIXERS,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from lm.training.trainer import train
 
 _PLACES = {
-    **dict.fromkeys(("Run", "evaluate", "generate", "load_config", "load_run"), "lm.api"),
+    **dict.fromkeys(("Run", "evaluate", "generate", "load_run"), "lm.api"),
     **dict.fromkeys(
         (
             "METRICS",
@@ -52,6 +53,7 @@ _PLACES = {
     ),
     "UserError": "lm.errors",
     "build": "lm.experiment",
+    "load_config": "lm.config",
     "train": "lm.training.trainer",
 }
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import config as configs
 from lm.data.dataset import open_split
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts
@@ -144,26 +143,6 @@ def _weights(
         for one_hot_SK in jnp.split(identity_SS, identity_SS.shape[1] // K, axis=1)
     ]
     return jnp.concatenate(parts_BLHK, axis=-1)[..., :S].swapaxes(1, 2)
-
-
-def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Load and validate a configuration.
-
-    Args:
-        spec: `FILE.py[:VARIANT]`, or a run's run.json.
-        overrides: values by dotted path, such as {"train.steps": 100}; text is parsed as on the
-            command line.
-
-    Raises:
-        UserError: the file, a key or a value is wrong.
-    """
-    overrides = overrides or {}
-    config = configs.load(spec, {k: v for k, v in overrides.items() if isinstance(v, str)})
-    for path, value in overrides.items():
-        if not isinstance(value, str):
-            configs.set_value(config, path, value)
-    configs.validate(config)
-    return config
 
 
 def load_run(

@@ -37,7 +37,9 @@ class AttentionChoice:
     why: str
 
 
-def choose(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -> AttentionChoice:
+def choose_attention(
+    config: ConfigDict, platform: str, sizes: Mapping[str, int]
+) -> AttentionChoice:
     """Choose the attention kernel.
 
     "auto" takes the platform's own kernel if that can run, else "xla"; and ring attention if the

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.attention_choice import AttentionChoice, choose
+from lm.attention_choice import AttentionChoice, choose_attention
 from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
 from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
@@ -361,7 +361,7 @@ def resolve_parallelism(
     schedule, stages, options = PipelineSchedule(1, 1, 1), sizes["stage"], config.parallel.pipeline
     if stages > 1:
         schedule = PipelineSchedule(stages, options.microbatches or stages, options.repeats)
-    return schedule, choose(config, platform, sizes)
+    return schedule, choose_attention(config, platform, sizes)
 
 
 def reads_records(config: ConfigDict) -> bool:

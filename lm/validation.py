@@ -11,7 +11,7 @@ from math import prod
 
 from ml_collections import ConfigDict
 
-from lm.attention_choice import choose
+from lm.attention_choice import choose_attention
 from lm.config import fill_defaults, validate
 from lm.config.registries import MODELS, OBJECTIVES
 from lm.config.rules import TRANSFORMERS, data_problems
@@ -51,7 +51,7 @@ def check_on_mesh(config: ConfigDict, platform: str, sizes: Mapping[str, int]) -
             raise UserError(problem)
     # Raises where its sequences are too short.
     OBJECTIVES[config.objective.name].from_config(config, None)
-    choose(config, platform, sizes)
+    choose_attention(config, platform, sizes)
 
 
 def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:

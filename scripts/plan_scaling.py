@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from lm.config import load, set_value
+from lm.config import load_config, set_value
 from lm.tools.planning.plan import make_plan
 from lm.tools.planning.topologies import topology
 
@@ -52,7 +52,7 @@ def plan(chips: int) -> dict[str, Any]:
         if entry["chips"] == chips:
             return entry
     print(TOPOLOGIES[chips], file=sys.stderr, flush=True)
-    config = load(str(ROOT / "experiments" / "llama.py:2-7b"))
+    config = load_config(str(ROOT / "experiments" / "llama.py:2-7b"))
     for path, value in {**MODEL, "data.batch_size": chips}.items():
         set_value(config, path, value)
     made = make_plan(config, topology(TOPOLOGIES[chips]))

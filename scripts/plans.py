@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from lm.accounting.flops import tokens_per_row
 from lm.accounting.parameter_counts import count_parameters
-from lm.config import default, flatten, load
+from lm.config import default, flatten, load_config
 from lm.config.experiment_file import variants_in
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
@@ -130,7 +130,7 @@ OTHERS: dict[str, tuple[Place, ...]] = {
 
 def config_of(name: str) -> ConfigDict:
     """Return the configuration of FILE.py:VARIANT as it is planned."""
-    config = load(str(ROOT / "experiments" / name))
+    config = load_config(str(ROOT / "experiments" / name))
     if not config.model.vocab_size and config.data.tokenizer != "byte":
         # The size of the tokenizer once it is trained; its corpus need not be here.
         config.model.vocab_size = config.data.tokenizer_vocab_size

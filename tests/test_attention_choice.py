@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from lm.attention_choice import choose
+from lm.attention_choice import choose_attention
 from lm.config import default, set_value
 from lm.errors import UserError
 from lm.experiment import build, resolve
@@ -28,7 +28,7 @@ def choice(platform, values=None, **sizes):
     config = default()
     for path, value in {**LONG, **(values or {})}.items():
         set_value(config, path, value)
-    return choose(resolve(config, platform), platform, {**ONE, **sizes})
+    return choose_attention(resolve(config, platform), platform, {**ONE, **sizes})
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def test_an_experiment_file_is_a_record_that_builds(file):
     assert f"lm train --config experiments/{file.name}" in module.__doc__
     config = module.get_config()
     variants = getattr(module, "VARIANTS", ("",))
-    assert config.to_dict() in [configs.load(f"{file}:{variant}").to_dict() for variant in variants]
+    assert config.to_dict() in [
+        configs.load_config(f"{file}:{variant}").to_dict() for variant in variants
+    ]
     if not config.model.vocab_size:
         config.model.vocab_size = config.data.tokenizer_vocab_size  # nothing to fit it to here
     build(config, jax.devices()[:1])

@@ -86,7 +86,7 @@ def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[
         (`training_cost`), and "note". Where the vocabulary is that of a tokenizer fitted to the
         corpus, the figures are None and the note says why.
     """
-    config = configs.load(spec, overrides)
+    config = configs.load_config(spec, overrides)
     counts = dict.fromkeys(("total", "active", "non_embedding", "heads"))
     cost = dict.fromkeys(("batch_tokens", "tokens", "flops"))
     note = ""

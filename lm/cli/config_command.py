@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     if not args.config:
         raise UserError("lm config: give --config FILE.py[:VARIANT], or --keys")
-    config = configs.load(args.config, overrides)
+    config = configs.load_config(args.config, overrides)
     if args.json:
         print(json.dumps(dict(configs.flatten(config))))
     else:

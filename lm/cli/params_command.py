@@ -50,7 +50,7 @@ def _params_of_one(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.accounting.parameter_counts import count_parameters, parameter_table
     from lm.experiment import build
 
-    config = configs.load(args.config, overrides)
+    config = configs.load_config(args.config, overrides)
     experiment = build(config, _devices(args, config))
     mesh = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     counts = {"config": args.config, "paper": experiment.config.paper}

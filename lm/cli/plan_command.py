@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     # What is planned for is described; the compilers need no device of this machine.
     jax.config.update("jax_platforms", "cpu")
-    config = configs.load(args.config, overrides)
+    config = configs.load_config(args.config, overrides)
     if args.search:
         return _search(args, config)
     made = make_plan(config, topology(args.topology, args.slices), args.slices)

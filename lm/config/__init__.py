@@ -89,15 +89,16 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
         raise UserError(f"--config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
 
 
-def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """Return a validated configuration.
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Load and validate a configuration.
 
     Args:
         spec: `FILE.py[:VARIANT]`, or a run's run.json.
-        overrides: text of the keys that change, by dotted path.
+        overrides: values by dotted path, such as {"train.steps": 100}; text is parsed as on the
+            command line.
 
     Raises:
-        UserError: the file does not exist or fails, or the configuration is wrong.
+        UserError: the file, a key or a value is wrong.
     """
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
@@ -106,8 +107,8 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
-    for path, text in (overrides or {}).items():
-        set_value(config, path, parse_value(path, text))
+    for path, value in (overrides or {}).items():
+        set_value(config, path, parse_value(path, value) if isinstance(value, str) else value)
     validate(config)
     return config
 

@@ -30,7 +30,7 @@ from lm.parallel.hosts import is_primary_host
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import mean_params, saved_checkpoints
-from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config, load_tokenizer
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, load_tokenizer
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 
@@ -120,7 +120,7 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
             does.
     """
     _check_empty(to)
-    config = resolve(load_config(workdir, MERGED_OVERRIDES), "cpu")
+    config = resolve(load_run_config(workdir, MERGED_OVERRIDES), "cpu")
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
     shardings = dict.fromkeys(checkpoints[0].shapes, one)

@@ -29,8 +29,10 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def count_tiles(length: int) -> int:
-    """Return the smallest number of equal tiles of at most `LONGEST_TILE` that a length divides
-    into; 0 if they would be shorter than `SHORTEST_TILE`."""
+    """Return the smallest number of equal tiles of at most `LONGEST_TILE`.
+
+    0 if they would be shorter than `SHORTEST_TILE`.
+    """
     fewest = -(-length // LONGEST_TILE)
     n = next(n for n in range(fewest, length + 1) if length % n == 0)
     return n if n == 1 or length // n >= SHORTEST_TILE else 0

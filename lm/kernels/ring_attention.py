@@ -174,8 +174,7 @@ def from_zigzag(x: jax.Array, axis: str) -> jax.Array:
 
 
 def _send(half: jax.Array, axis: str, which: int, back: bool = False) -> jax.Array:
-    """Send each device's first (0) or second (1) half to the device that has it in zig-zag order,
-    or `back`."""
+    """Send first (0) or second (1) halves to their devices in zig-zag order, or `back`."""
     n = jax.lax.axis_size(axis)
     route = [(d, _zigzag_owner(2 * d + which, n)) for d in range(n)]
     return jax.lax.ppermute(half, axis, [pair[::-1] for pair in route] if back else route)

@@ -202,7 +202,7 @@ class TransformerConfig(InitConfig):
 
     @property
     def query_multiplier(self) -> float:
-        """muP multiplier of the query scale, so that scores fall as 1/head_dim."""
+        """MuP multiplier of the query scale, so that scores fall as 1/head_dim."""
         ratio = self.base_head_dim / self.head_dim
         return ratio if self.attention_scale else ratio**0.5
 

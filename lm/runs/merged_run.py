@@ -16,7 +16,7 @@ from lm.experiment import build
 from lm.parallel.hosts import is_primary_host
 from lm.runs.checkpoints import Checkpoints, Log
 from lm.runs.saved_params import restore_params, saved_checkpoints
-from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_config
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
 from lm.storage import write_atomically
 
 
@@ -38,8 +38,8 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     """
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to} is not empty; name another folder")
-    config = load_config(workdir, MERGED_OVERRIDES)
-    experiment = build(load_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
+    config = load_run_config(workdir, MERGED_OVERRIDES)
+    experiment = build(load_run_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
     params, step = restore_params(experiment, workdir, log, average)
     state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
     state = state.with_inference_params(params)

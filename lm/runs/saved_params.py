@@ -23,7 +23,7 @@ from lm.optim.lora import merge_lora
 from lm.optim.parameter_groups import LORA, flat, nested
 from lm.parallel.mesh import AXES
 from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
-from lm.runs.workdir import MERGED_OVERRIDES, load_config, load_tokenizer
+from lm.runs.workdir import MERGED_OVERRIDES, load_run_config, load_tokenizer
 from lm.storage import AnyPath, is_committed, storage_path
 from lm.train_step import Params
 
@@ -81,7 +81,7 @@ def restore_run(
         one_a_device = str(len(jax.devices()))
         changed |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
         changed |= {"train.microbatches": "1"}
-    config = load_config(workdir, changed | dict(overrides))
+    config = load_run_config(workdir, changed | dict(overrides))
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     experiment = build(config, jax.devices(), tokenizer)
     params, step = restore_params(experiment, workdir, log, average, best)

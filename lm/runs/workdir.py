@@ -62,7 +62,7 @@ def prepare_workdir(
     return metadata
 
 
-def load_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
+def load_run_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
     """Return the configuration of a run with overrides, `{path: text}`, applied."""
     if not (workdir / RUN_FILE).is_file():
         raise UserError(f"no run in {storage_path(workdir)}: it has no {RUN_FILE}")

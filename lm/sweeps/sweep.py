@@ -88,7 +88,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """Run of a sweep.
 
     Attributes:
@@ -131,7 +131,7 @@ class Run:
 
 def load_sweep(
     spec: str, folder: Path, overrides: Mapping[str, str], options: Sequence[str] = ()
-) -> tuple[Sweep | Search, list[Run]]:
+) -> tuple[Sweep | Search, list[SweepRun]]:
     """Load a sweep file and validate the configuration of every run.
 
     Args:
@@ -161,24 +161,24 @@ def load_sweep(
 
 def make_runs(
     sweep: Sweep, folder: Path, common: Mapping[str, str], options: tuple[str, ...]
-) -> Iterator[Run]:
+) -> Iterator[SweepRun]:
     """Build the runs of a sweep; validate the configuration of each."""
     for name, own in sweep.runs.items():
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"run {name!r}: a run's name is the name of its folder")
         overrides = {**common, **{key: _text(value) for key, value in own.items()}}
         try:
-            config = configs.load(sweep.config, overrides)
+            config = configs.load_config(sweep.config, overrides)
         except UserError as error:
             raise UserError(f"run {name}: {error}") from None
-        yield Run(name, sweep.config, overrides, config.train.steps, folder, options)
+        yield SweepRun(name, sweep.config, overrides, config.train.steps, folder, options)
 
 
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def record_runs(runs: Sequence[Run], folder: Path) -> None:
+def record_runs(runs: Sequence[SweepRun], folder: Path) -> None:
     """Add experiment and overrides of every run to sweep.json of the sweep's folder.
 
     Raises:

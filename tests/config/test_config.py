@@ -133,7 +133,7 @@ def test_text_is_read_by_the_type_of_its_key(path, text, value):
 
 
 def test_overrides_win_over_the_file(experiment):
-    config = configs.load(experiment, {"model.d_model": "32", "optimizer.adamw.b1": "0.5"})
+    config = configs.load_config(experiment, {"model.d_model": "32", "optimizer.adamw.b1": "0.5"})
     assert (config.model.d_model, config.optimizer.adamw.b1) == (32, 0.5)
     assert config.model.n_layers == 2
 
@@ -238,8 +238,8 @@ def test_the_variant_reaches_the_file(write):
     path = write(
         SMALL.replace("config = default()", "config = default()\n    config.paper = variant")
     )
-    assert configs.load(path).paper == "a"
-    assert configs.load(f"{path}:b").paper == "b"
+    assert configs.load_config(path).paper == "a"
+    assert configs.load_config(f"{path}:b").paper == "b"
 
 
 # --- comparing two configurations
@@ -320,7 +320,7 @@ def override(path):
 )
 def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
     try:
-        built = build(configs.load(experiment, overrides), jax.devices()[:1])
+        built = build(configs.load_config(experiment, overrides), jax.devices()[:1])
         built.steps.schedule(3)
     except UserError as error:
         message = str(error)
@@ -336,7 +336,7 @@ def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
 @pytest.mark.parametrize("value", [2**40, 10**30])
 def test_a_huge_integer_is_a_user_error(experiment, path, value):
     with pytest.raises(UserError, match=re.escape(path)):
-        build(configs.load(experiment, {path: str(value)}), jax.devices()[:1])
+        build(configs.load_config(experiment, {path: str(value)}), jax.devices()[:1])
 
 
 def test_a_value_of_another_type_is_one_line():

@@ -151,7 +151,7 @@ def test_a_run_remembers_its_plugins(folder, tmp_path, capsys):
 @pytest.mark.usefixtures("one_device")
 def test_a_run_beside_a_plugin_does_not_depend_on_it(folder, tmp_path, capsys):
     """In a process that imported a plug-in for another run."""
-    configs.load(f"{folder}/config.py")
+    configs.load_config(f"{folder}/config.py")
     plain = tmp_path / "plain"
     plain.mkdir()
     text = CONFIG.replace("import my_plugin", "").replace('"counting"', '"stdlib"')
@@ -245,7 +245,7 @@ def test_two_plugins_cannot_share_a_name(folder, capsys):
 
 
 def test_a_plugin_that_lost_its_name_is_one_line(folder, tmp_path, capsys):
-    configs.load(f"{folder}/config.py")
+    configs.load_config(f"{folder}/config.py")
     saved = {"plugins": experiment_file.registered_plugins(), "config": {}}
     saved["config"] = {"model": {"family": "gain"}}
     (tmp_path / "run.json").write_text(json.dumps(saved))
@@ -271,7 +271,7 @@ def test_modules_of_the_same_name_in_two_folders(folder, tmp_path):
             "    config.data.source = my_plugin_table.SOURCE\n    return config\n"
         )
     for where, source in ((folder, "stdlib"), (other, "text:x"), (folder, "stdlib")):
-        assert configs.load(f"{where}/config.py").data.source == source
+        assert configs.load_config(f"{where}/config.py").data.source == source
 
 
 def test_a_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
@@ -288,12 +288,12 @@ def test_a_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
         "def get_config():\n    config = default()\n"
         "    config.schedule.name = 'mine'\n    return config\n"
     )
-    config = configs.load(f"{folder}/config.py")
+    config = configs.load_config(f"{folder}/config.py")
     plugins = experiment_file.registered_plugins()
     run = {"config": json.loads(config.to_json()), "plugins": plugins}
     (tmp_path / "run.json").write_text(json.dumps(run))
     forget_plugins()
-    assert configs.load(str(tmp_path / "run.json")).schedule.name == "mine"
+    assert configs.load_config(str(tmp_path / "run.json")).schedule.name == "mine"
 
 
 def test_the_configuration_file_itself_may_register(folder, tmp_path):
@@ -305,14 +305,14 @@ def test_the_configuration_file_itself_may_register(folder, tmp_path):
         "def get_config():\n    config = default()\n"
         "    config.optimizer.name = 'mine'\n    return config\n"
     )
-    config = configs.load(f"{folder}/config.py", {"optimizer.mine.b3": "0.25"})
+    config = configs.load_config(f"{folder}/config.py", {"optimizer.mine.b3": "0.25"})
     assert config.optimizer.mine.b3 == 0.25
-    assert configs.load(f"{folder}/config.py").optimizer.mine.b3 == 0.5  # twice is no clash
+    assert configs.load_config(f"{folder}/config.py").optimizer.mine.b3 == 0.5  # twice is no clash
     plugins = experiment_file.registered_plugins()
     run = {"config": json.loads(config.to_json()), "plugins": plugins}
     (tmp_path / "run.json").write_text(json.dumps(run))
     forget_plugins()
-    assert configs.load(str(tmp_path / "run.json")).optimizer.mine.b3 == 0.25
+    assert configs.load_config(str(tmp_path / "run.json")).optimizer.mine.b3 == 0.25
 
 
 def test_registries_say_what_they_know():

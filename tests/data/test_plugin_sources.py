@@ -125,7 +125,7 @@ def folder(tmp_path, monkeypatch):
 
 def load(folder, **changes):
     words = {f"data.{name}": str(value) for name, value in changes.items()}
-    return configs.load(f"{folder}/config.py", words).data
+    return configs.load_config(f"{folder}/config.py", words).data
 
 
 @pytest.mark.usefixtures("one_device")

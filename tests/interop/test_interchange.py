@@ -17,7 +17,7 @@ from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
 from lm.optim.parameter_groups import flat
 from lm.runs.saved_params import restore_params, saved_checkpoints
-from lm.runs.workdir import load_config
+from lm.runs.workdir import load_run_config
 
 ALPHABET = "".join(map(chr, range(32, 127)))
 END = len(ALPHABET)  # the id after those of the tokenizer, which only the model knows
@@ -126,7 +126,7 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
     lm(capsys, "export", "--workdir", trained, "--to", tmp_path / "out")
 
     tokenizer = load_saved_tokenizer(trained / "tokenizer")
-    experiment = build_experiment(load_config(trained, {}), jax.devices(), tokenizer)
+    experiment = build_experiment(load_run_config(trained, {}), jax.devices(), tokenizer)
     assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
     config = experiment.config
     stores = open_split(config.data, "validation", tokenizer, False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from kinds import KINDS
 
-from lm.config import default, load, set_value
+from lm.config import default, load_config, set_value
 from lm.errors import UserError
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
@@ -141,4 +141,4 @@ def test_activations_keep_their_scale_over_widths_and_grow_in_the_plain_model():
 def test_what_it_is_not_for_is_refused(values, message):
     both = {"model.mup_base_width": "16", "model.mup_base_head_dim": "8"}
     with pytest.raises(UserError, match=message):
-        load("experiments/stdlib.py:tiny", both | values)
+        load_config("experiments/stdlib.py:tiny", both | values)

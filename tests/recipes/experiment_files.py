@@ -9,4 +9,4 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 
 def load(spec, **changes):
     overrides = {path.replace("__", "."): str(value) for path, value in changes.items()}
-    return configs.load(f"{FOLDER}/{spec}", overrides)
+    return configs.load_config(f"{FOLDER}/{spec}", overrides)

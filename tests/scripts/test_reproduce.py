@@ -12,7 +12,7 @@ import pytest
 
 from lm.cli import VERBS
 from lm.cli.arguments import parse
-from lm.config import load
+from lm.config import load_config
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.sh"
 USAGE = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, check=False)
@@ -37,4 +37,4 @@ def test_every_command_is_one_that_lm_accepts(tmp_path, name):
     for command in commands:
         args, overrides = parse(command, VERBS)
         if command[0] == "train":
-            load(args.config, overrides)
+            load_config(args.config, overrides)

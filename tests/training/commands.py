@@ -14,7 +14,7 @@ import pytest
 
 from lm.experiment import build
 from lm.runs.checkpoints import Checkpoints
-from lm.runs.workdir import load_config
+from lm.runs.workdir import load_run_config
 
 
 def arguments(experiment_file: Path, workdir: Path, **config: object) -> list[str]:
@@ -53,7 +53,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def saved_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint, by its path."""
-    config = load_config(workdir, {})
+    config = load_run_config(workdir, {})
     experiment = build(config, jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, {})
     state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, pytest.fail)

@@ -15,7 +15,7 @@ from lm.experiment import build
 from lm.optim.parameter_groups import flat, nested
 from lm.runs.merged_run import merge_run
 from lm.runs.saved_params import restore_params
-from lm.runs.workdir import MERGED_OVERRIDES, load_config
+from lm.runs.workdir import MERGED_OVERRIDES, load_run_config
 from lm.training import warm_start
 from lm.training.trainer import train
 
@@ -63,7 +63,7 @@ def assert_same(left, right, paths):
 
 def plain(run: Path, average: int = 1):
     """An experiment without adapters, and the parameters that a run left for it."""
-    experiment = build(load_config(run, MERGED_OVERRIDES), jax.devices())
+    experiment = build(load_run_config(run, MERGED_OVERRIDES), jax.devices())
     return experiment, restore_params(experiment, run, print, average)[0]
 
 
@@ -99,7 +99,7 @@ def test_adaptation_trains_its_own_parameters_only(adapted, source):
 def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    train(load_config(tmp_path, {}), tmp_path)
+    train(load_run_config(tmp_path, {}), tmp_path)
     found, expected = saved_state(tmp_path), saved_state(adapted)
     assert_same(found, expected, list(expected))
     assert losses(tmp_path) == losses(adapted)
@@ -109,7 +109,7 @@ def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
     """Of the run itself, and of the run of its own that `lm merge` writes."""
     merged = tmp_path / "merged"
     assert merge_run(adapted, merged, 1, {}, print) == 6
-    experiment = build(load_config(adapted, {}), jax.devices())
+    experiment = build(load_run_config(adapted, {}), jax.devices())
     rng = np.random.default_rng(0)
     batch = {
         name: rng.integers(1, 9, (1, *x.shape)).astype(x.dtype)
@@ -135,7 +135,7 @@ def test_a_merged_run_is_whole(adapted, tune, tmp_path):
     """It is finished, it can be the source of another, and it is not written twice."""
     merged = tmp_path / "merged"
     merge_run(adapted, merged, 2, {}, print)
-    config = load_config(merged, {})
+    config = load_run_config(merged, {})
     assert config.lora.rank == 0
     assert config.init["from"] == ""
     assert train(config, merged)
@@ -149,11 +149,11 @@ def test_a_merged_run_is_whole(adapted, tune, tmp_path):
 def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
     shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(warm_start, "initial_state", None)  # nothing is asked of it
-    assert train(load_config(tmp_path, {}), tmp_path)
+    assert train(load_run_config(tmp_path, {}), tmp_path)
 
 
 def test_another_model_cannot_take_the_parameters(source):
-    experiment = build(load_config(source, {"model.d_ff": "48"}), jax.devices())
+    experiment = build(load_run_config(source, {"model.d_ff": "48"}), jax.devices())
     with pytest.raises(UserError, match="feed_forward/in/bias is not as in the run"):
         restore_params(experiment, source, pytest.fail)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lm.errors import UserError
-from lm.sweeps.sweep import Run
+from lm.sweeps.sweep import SweepRun
 from lm.tools.launching.processes import die_with_parent
 from lm.tools.launching.supervise import gpu_share
 
@@ -39,10 +39,10 @@ class Job(Protocol):
 class Launcher(Protocol):
     """Starts runs. Each of those that run at a time has a `slot`, 0 … parallel - 1, of its own."""
 
-    def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
+    def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
         """Return the exact command that `start` runs."""
 
-    def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
+    def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         """Start a run as `lm WORDS…`; append its output to its log."""
 
     def find(self, note: str) -> Job | None:
@@ -83,13 +83,13 @@ class Local:
         if self.n_gpus % self.parallel:
             raise UserError(f"--gpus {self.n_gpus} is not divisible by --parallel {self.parallel}")
 
-    def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
+    def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
         pinned = shutil.which("taskset") and hasattr(os, "sched_getaffinity")
         cores = core_share(sorted(os.sched_getaffinity(0)), slot, self.parallel) if pinned else []
         pin = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         return [*pin, *self.lm, *words]
 
-    def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
+    def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         environment = os.environ | gpu_share(slot, self.parallel, self.n_gpus)
         command = self.command(run, words, slot)
         return _child(command, run, environment, self.keep_open)
@@ -110,12 +110,12 @@ class Tpu:
     options: tuple[str, ...]
     keep_open: tuple[int, ...] = ()
 
-    def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
+    def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
         name = "lm-" + re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:50]
         script = str(_script("tpu/train.sh"))
         return [script, "--name", name, *self.options, "--", *words]
 
-    def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
+    def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         return _child(self.command(run, words, slot), run, os.environ, self.keep_open)
 
     def find(self, note: str) -> None:
@@ -132,12 +132,12 @@ class Slurm:
 
     options: tuple[str, ...] = ()
 
-    def command(self, run: Run, words: Sequence[str], slot: int) -> list[str]:
+    def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
         name, log = f"--job-name={run.name}", f"--output={run.log}"
         script = str(_script("scripts/train.sbatch"))
         return ["sbatch", "--parsable", name, log, *self.options, script, *words]
 
-    def start(self, run: Run, words: Sequence[str], slot: int) -> Job:
+    def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         done = subprocess.run(self.command(run, words, slot), capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"sbatch refused run {run.name}: {done.stderr.strip()}")
@@ -204,7 +204,10 @@ def core_share(cores: Sequence[int], slot: int, parallel: int) -> list[int]:
 
 
 def _child(
-    command: Sequence[str], run: Run, environment: Mapping[str, str], keep_open: tuple[int, ...]
+    command: Sequence[str],
+    run: SweepRun,
+    environment: Mapping[str, str],
+    keep_open: tuple[int, ...],
 ) -> Process:
     with run.log.open("ab") as log:
         process = subprocess.Popen(

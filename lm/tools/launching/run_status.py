@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.storage import write_atomically
-from lm.sweeps.sweep import Run
+from lm.sweeps.sweep import SweepRun
 from lm.tools.launching.launchers import Job
 from lm.tools.launching.processes import ERROR_LINE
 from lm.tools.launching.supervise import newest_checkpoint
@@ -33,7 +33,7 @@ class RunStatus:
         started_step: Step of the newest checkpoint when the job was started.
     """
 
-    run: Run
+    run: SweepRun
     state: str = WAITING
     reason: str = ""
     failures: int = 0
@@ -53,7 +53,7 @@ class RunStatus:
         write_atomically(self.file, json.dumps(saved, indent=1))
 
     @classmethod
-    def read(cls, run: Run) -> RunStatus:
+    def read(cls, run: SweepRun) -> RunStatus:
         """Build the status of a run with the state that an earlier start left."""
         status = cls(run)
         status.state, status.reason = status.saved()["state"], status.saved()["reason"]

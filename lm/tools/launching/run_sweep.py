@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm.errors import UserError
-from lm.sweeps.sweep import Run, Sweep, record_runs
+from lm.sweeps.sweep import Sweep, SweepRun, record_runs
 from lm.tools.launching.launchers import Launcher
 from lm.tools.launching.run_status import FAILED, RunStatus
 from lm.tools.launching.scheduler import Scheduler, run_halving
@@ -24,7 +24,7 @@ LOCK_SECONDS = 10.0  # the runs of a sweep that was killed have died by then
 
 def run_sweep(
     sweep: Sweep,
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     folder: Path,
     launcher: Launcher,
     parallel: int,
@@ -68,7 +68,7 @@ def conclude(statuses: Sequence[RunStatus], folder: Path, finished: bool) -> int
     return 1 if any(status.state == FAILED for status in statuses) else 0
 
 
-def dry_run(runs: Sequence[Run], launcher: Launcher, parallel: int) -> None:
+def dry_run(runs: Sequence[SweepRun], launcher: Launcher, parallel: int) -> None:
     """Print every run and its exact command."""
     for number, run in enumerate(runs):
         print(f"{run.name}: {shlex.join(launcher.command(run, run.words(), number % parallel))}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from lm.sweeps.sweep import Run, Search, Sweep, make_runs, record_runs
+from lm.sweeps.sweep import Search, Sweep, SweepRun, make_runs, record_runs
 from lm.tools.launching.launchers import Launcher
 from lm.tools.launching.run_status import DONE, RunStatus, value_at
 from lm.tools.launching.run_sweep import conclude
@@ -51,7 +51,7 @@ class Trials:
             load_if_exists=True,
         )
 
-    def ask(self, count: int) -> list[Run]:
+    def ask(self, count: int) -> list[SweepRun]:
         """Return at most `count` runs without a result: those proposed before, then new ones."""
         states = self._optuna.trial.TrialState
         found = self._study.get_trials(deepcopy=False)
@@ -69,14 +69,14 @@ class Trials:
             runs.append(self._run(trial.number, self.search.suggest(trial)))
         return runs
 
-    def tell(self, run: Run, value: float | None) -> None:
+    def tell(self, run: SweepRun, value: float | None) -> None:
         """Store the metric of a run that has ended; None or a non-finite value is a failure."""
         state = self._optuna.trial.TrialState
         failed = value is None or not math.isfinite(value)
         number = int(run.name.rpartition("-")[2])
         self._study.tell(number, None if failed else value, state.FAIL if failed else None)
 
-    def ended(self) -> list[Run]:
+    def ended(self) -> list[SweepRun]:
         """Return the runs of the trials that have a result."""
         fixed = self._optuna.trial.FixedTrial
         return [
@@ -88,7 +88,7 @@ class Trials:
     def _sampler(self, number: int) -> Any:
         return self._optuna.samplers.TPESampler(seed=self.search.seed + number)
 
-    def _run(self, number: int, overrides: Mapping[str, Any]) -> Run:
+    def _run(self, number: int, overrides: Mapping[str, Any]) -> SweepRun:
         sweep = Sweep(self.search.config, {f"trial-{number:03}": overrides})
         (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
         return run

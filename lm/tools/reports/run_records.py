@@ -16,7 +16,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.accounting.parameter_counts import count_parameters
 from lm.errors import UserError
 from lm.experiment import build
-from lm.runs.workdir import RUN_FILE, load_config
+from lm.runs.workdir import RUN_FILE, load_run_config
 
 VALIDATION_LOSS = "eval/validation/loss"
 TRAIN_LOSS = "loss"
@@ -51,7 +51,7 @@ class RunSize(NamedTuple):
 
 def size_of(workdir: Path) -> RunSize:
     """Return the size of the run in `workdir`, from its configuration alone."""
-    experiment = build(load_config(workdir, SINGLE_DEVICE), jax.devices()[:1])
+    experiment = build(load_run_config(workdir, SINGLE_DEVICE), jax.devices()[:1])
     counts = count_parameters(experiment)
     tokens = experiment.config.data.batch_size * tokens_per_row(experiment)
     flops = tokens * model_flops_per_token(experiment)

@@ -41,7 +41,7 @@ def test_isoflop_runs_cost_their_budget(tmp_path, monkeypatch):
     _, runs = load_sweep(str(FOLDER / "isoflop.py"), tmp_path, {})
     parameters, at_budget = {}, {}
     for run in runs:
-        config = configs.load(run.config, {**run.overrides, "parallel.mesh.data": "1"})
+        config = configs.load_config(run.config, {**run.overrides, "parallel.mesh.data": "1"})
         width = config.model.d_model
         if width not in parameters:
             parameters[width] = count_parameters(build(config, jax.devices()[:1]))["total"]

@@ -287,6 +287,6 @@ def test_runs_of_a_grid_have_the_names_that_gcloud_allows(tmp_path):
 
 
 def load_run(name: str, folder: Path):
-    from lm.sweeps.sweep import Run
+    from lm.sweeps.sweep import SweepRun
 
-    return Run(name, EXPERIMENT, {}, 10, folder, ())
+    return SweepRun(name, EXPERIMENT, {}, 10, folder, ())

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lm.sweeps.sweep import Run
+from lm.sweeps.sweep import SweepRun
 from lm.tools.launching.run_status import DONE, FAILED, RUNNING, WAITING, RunStatus
 from lm.tools.launching.sweep_table import SweepTable
 
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def statuses(tmp_path) -> list[RunStatus]:
     """Return three runs: one done, one at a tenth of its steps, one that has not started."""
-    runs = [Run(name, "x.py", {}, 100, tmp_path, ()) for name in ("a[b]", "bb", "c")]
+    runs = [SweepRun(name, "x.py", {}, 100, tmp_path, ()) for name in ("a[b]", "bb", "c")]
     for run, step in zip(runs, (100, 10), strict=False):
         run.workdir.mkdir(parents=True)
         row = {"step": step, "loss": 2.5, "seconds_per_step": 1.0, "eval/validation/loss": 3.0}

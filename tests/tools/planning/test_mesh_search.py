@@ -7,7 +7,7 @@ from math import prod
 import jax
 import pytest
 
-from lm.config import load
+from lm.config import load_config
 from lm.experiment import build
 from lm.hardware import CHIPS
 from lm.tools.planning import mesh_search as searching
@@ -118,7 +118,7 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
         "from lm.config import default\n"
         "def get_config():\n    c = default()\n    c.data.batch_size = 8\n    return c\n"
     )
-    config = load(str(experiment), overrides)
+    config = load_config(str(experiment), overrides)
     assert config.parallel.mesh.data == winner["parallel.mesh.data"]
     assert config.train.remat == winner["train.remat"]
     assert config.parallel.sequence == winner["parallel.sequence"]

@@ -13,7 +13,7 @@ import jax
 import pytest
 from axes import axes_of
 
-from lm.config import load, set_value
+from lm.config import load_config, set_value
 from lm.config.experiment_file import variants_in
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
@@ -40,7 +40,7 @@ def firsts() -> list[str]:
 
 def described(spec: str) -> str:
     """Return a line for each parameter: shape and mesh axes, "-" for an unsharded dimension."""
-    config = load(spec)
+    config = load_config(spec)
     for path, value in CHANGES.items():
         set_value(config, path, value)
     if not config.model.vocab_size and config.data.tokenizer != "byte":

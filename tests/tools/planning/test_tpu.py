@@ -17,7 +17,7 @@ import jax
 import pytest
 from axes import axes_of
 
-from lm.config import load, set_value
+from lm.config import load_config, set_value
 from lm.experiment import build
 from lm.optim.parameter_groups import flat
 from lm.tools.planning.plan import Plan, make_plan
@@ -80,7 +80,7 @@ def plan_of(case: str) -> Plan:
 
 def config_of(case: str) -> Any:
     experiment, _, changes = CASES[case]
-    config = load(str(EXPERIMENTS / experiment))
+    config = load_config(str(EXPERIMENTS / experiment))
     for path, value in {**TINY, **changes}.items():
         set_value(config, path, value)
     return config
