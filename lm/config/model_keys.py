@@ -114,6 +114,13 @@ MODEL_KEYS: dict[str, Key] = {
     "model.router_jitter": Key(
         0.0, "In training a router's input is multiplied by 1 ± this (Switch).", low=0.0, high=0.99
     ),
+    "model.router_bias_rate": Key(
+        0.0,
+        "What each microbatch adds to or subtracts from the bias that a router adds to the "
+        "probability of an expert when it chooses, so that loads become even; 0: no bias "
+        "(DeepSeek-V3, with model.balance_loss=0).",
+        low=0.0,
+    ),
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
     "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),

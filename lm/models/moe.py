@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lm.kernels.dense import ACTIVATIONS, GATED
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, param
+from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, model_state, param
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.parallel.sharding import constrain
 
@@ -42,7 +42,14 @@ class MixtureOfExperts(nn.Module):
             is_token_BL = jnp.ones(x_BLD.shape[:2], bool)
         jitter = 0.0 if self.deterministic else c.router_jitter
         logits_BLE = Router(c, jitter, name="router")(x_BLD)
-        experts_BLK, weights_BLK = choose_experts(logits_BLE, c.experts_per_token)
+        bias = None
+        if c.router_bias_rate:
+            bias = model_state(self, "router_bias", jnp.zeros, (c.n_experts,), ("router",))
+        bias_E = None if bias is None else bias.value
+        experts_BLK, weights_BLK = choose_experts(logits_BLE, c.experts_per_token, bias_E)
+        if bias is not None:
+            step_E = load_balancing_step(experts_BLK, is_token_BL, c.n_experts)
+            bias.update(bias.value + c.router_bias_rate * step_E)
         load_BE = expert_load(experts_BLK, is_token_BL, c.n_experts)
 
         capacity = 0
@@ -153,14 +160,22 @@ class ExpertLinear(nn.Module):
 # --- routing: functions of the router's logits
 
 
-def choose_experts(logits_BLE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def choose_experts(
+    logits_BLE: jax.Array, k: int, bias_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Return the k most probable experts of each token, and their weights, [B, L, K] each.
 
     One expert is weighted by its probability (Switch, Fedus et al. 2021, eq. 2); several by the
     softmax over their own logits (Mixtral, Jiang et al. 2024, §2.1).
+
+    Args:
+        logits_BLE: logits of the router.
+        k: number of experts of a token.
+        bias_E: added to the probabilities when experts are chosen; weights do not depend on it
+            (Wang et al. 2024, arXiv 2408.15664, eq. 3).
     """
     experts, picked = [], []
-    left_BLE = logits_BLE
+    left_BLE = logits_BLE if bias_E is None else jax.nn.softmax(logits_BLE) + bias_E
     for _ in range(k):  # `top_k` would gather the logits of all devices
         experts.append(left_BLE.argmax(-1))
         is_chosen_BLE = jax.nn.one_hot(experts[-1], logits_BLE.shape[-1], dtype=bool)
@@ -191,6 +206,18 @@ def queue_positions(experts_BLK: jax.Array, n_experts: int) -> jax.Array:
     one_hot = jax.nn.one_hot(experts_BLK.swapaxes(1, 2), n_experts, dtype=jnp.int32)
     before = (one_hot.reshape(B, K * L, -1).cumsum(1)).reshape(one_hot.shape) - one_hot
     return (before * one_hot).sum(-1).swapaxes(1, 2)
+
+
+def load_balancing_step(
+    experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int
+) -> jax.Array:
+    """Return sign(mean load − load) of each expert over the whole batch, [E] (2408.15664, alg. 1).
+
+    Loads are counted in integers, so that the result does not depend on the mesh.
+    """
+    chosen_BLKE = jax.nn.one_hot(experts_BLK, n_experts, dtype=jnp.int32)
+    load_E = (chosen_BLKE * is_token_BL[..., None, None]).sum((0, 1, 2))
+    return jnp.sign(load_E.sum() - n_experts * load_E).astype(jnp.float32)
 
 
 def expert_load(experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int) -> jax.Array:

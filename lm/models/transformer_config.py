@@ -133,6 +133,7 @@ class TransformerConfig(InitConfig):
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
     router_jitter: float = 0.0
+    router_bias_rate: float = 0.0
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False

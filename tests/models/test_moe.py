@@ -44,6 +44,38 @@ def run(layer, params, x=X, **inputs):
     return np.asarray(y), {n: v for kind in reported.values() for n, (v,) in kind.items()}
 
 
+def test_a_router_bias_chooses_but_does_not_weigh():
+    """Wang et al. 2024 (arXiv 2408.15664), eq. 3: top-k of s + b, weights of s alone."""
+    rng = np.random.default_rng(3)
+    logits, bias = rng.normal(size=(2, 5, E)), np.array([0.5, -0.5, 0.0, 0.1])
+    experts, weights = moe.choose_experts(np.float32(logits), 2, np.float32(bias))
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.argsort(-(scores + bias), axis=-1)[..., :2]
+    np.testing.assert_array_equal(experts, expected)
+    picked = np.exp(np.take_along_axis(logits, expected, -1))
+    np.testing.assert_allclose(weights, picked / picked.sum(-1, keepdims=True), rtol=1e-5)
+    plain, _ = moe.choose_experts(np.float32(logits), 2)
+    assert (np.asarray(plain) != expected).any()
+
+
+def test_a_training_step_moves_the_router_bias_towards_even_loads():
+    """Algorithm 1: b_i += u sign(mean load - load_i), padding not counted."""
+    layer, params = make(deterministic=False, router_bias_rate=0.25, experts_per_token=2)
+    state = {"model_state": {"router_bias": np.float32([0.0, 1.0, 0.0, -1.0])}}
+    is_token = np.arange(L) < np.array([L, L // 2])[:, None]
+    apply = functools.partial(layer.apply, mutable=["model_state", "losses", "metrics"])
+    _, after = jax.jit(apply)({"params": params, **state}, X, is_token_BL=is_token)
+    router = np.float64(params["router"]["kernel"])
+    scores = np.exp(X @ router) / np.exp(X @ router).sum(-1, keepdims=True)
+    chosen = np.argsort(-(scores + state["model_state"]["router_bias"]), -1)[..., :2]
+    load = np.bincount(chosen[is_token].ravel(), minlength=E)
+    assert load.max() > load.min()
+    expected = state["model_state"]["router_bias"] + 0.25 * np.sign(load.mean() - load)
+    np.testing.assert_array_equal(after["model_state"]["router_bias"], np.float32(expected))
+    unchanged, _ = layer.apply({"params": params, **state}, X, mutable=["losses", "metrics"])
+    assert unchanged.shape == X.shape
+
+
 @pytest.mark.parametrize("capacity", [0.0, 0.75], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("style", STYLES)
 def test_outputs_are_those_of_one_token_at_a_time(style, capacity):

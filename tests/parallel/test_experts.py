@@ -180,3 +180,30 @@ def test_every_expert_is_on_one_device_of_its_axis(build_on):
     params = random_state(experiment).params["stack"]["layers"]["feed_forward"]
     for kernel in (params["experts"][name]["kernel"] for name in ("in", "out")):
         assert {shard.data.shape[1] for shard in kernel.addressable_shards} == {1}
+
+
+def test_router_biases_even_out_the_loads_on_any_mesh(build_on):
+    """Wang et al. 2024: without an auxiliary loss, and to the bit the same on every mesh."""
+    changes = {
+        "model.router_bias_rate": 0.02,
+        "model.balance_loss": 0.0,
+        "model.router_z_loss": 0.0,
+        "optimizer.learning_rate": 1e-3,
+        "train.steps": 24,
+    }
+    biases, loads = [], {}
+    for name, mesh, rate in (("one", {}, 0.02), ("eight", ALL_AXES, 0.02), ("without", {}, 0.0)):
+        experiment = build_on("mixtral", mesh, **changes | {"model.router_bias_rate": rate})
+        dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+        batches = experiment.train_batches(dataset)
+        arrays = to_device(batches, range(24), experiment.batch_sharding)
+        state, metrics = experiment.train_steps(random_state(experiment), arrays)
+        loads[name] = np.asarray(metrics["busiest_expert"])[-6:].mean()
+        if rate:
+            biases.append(flatten_dict(jax.device_get(state.model_state), sep="/"))
+    (path,) = biases[0]
+    assert path == "stack/layers/feed_forward/router_bias"
+    assert biases[0][path].shape == (2, 4)
+    assert np.abs(biases[0][path]).max() > 0.02
+    np.testing.assert_array_equal(biases[0][path], biases[1][path])
+    assert loads["one"] < loads["without"] - 0.1, loads
