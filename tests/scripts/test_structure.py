@@ -100,10 +100,10 @@ def test_a_folder_and_its_subfolder_are_no_siblings(write_package):
             {
                 "models__a": "import lm.data.a",
                 "data__a": "",
-                "data__b": "def f():\n    import lm.models.b",
+                "data__b": "import lm.models.b",
                 "models__b": "",
             },
-            "folder cycles",
+            "sibling cycles",
         ),
         (
             {"models__a": "def f():\n    from lm.training import loop", "training__loop": ""},
@@ -118,7 +118,6 @@ def test_check_fails(write_package, files, fault):
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(fault)
-    assert done.stderr.count("\n") == 1
     assert json.loads(done.stdout)["files"] == len(files) + len(
         {f.partition("_")[0] for f in files}
     )
