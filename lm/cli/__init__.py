@@ -1,4 +1,7 @@
-"""`lm VERB …`: what all verbs share. Errors of the user are one line and exit code 2."""
+"""Command line `lm VERB …`, one module a verb: `add_arguments(parser)` and `run(args, overrides)`.
+
+Errors of the user are one line and exit code 2. Read `main`, then `arguments.py`.
+"""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    if args.keys:
+    config = configs.load_config(args.config, overrides) if args.config else None
+    if args.keys:  # those of plug-ins too, if the configuration imports any
         for path, key in SCHEMA.items():
             choices = f" [{', '.join(key.choices)}]" if key.choices else ""
             print(f"{path} = {key.default!r}\n    {key.help}{choices}")
         return 0
-    if not args.config:
+    if config is None:
         raise UserError("lm config: give --config FILE.py[:VARIANT], or --keys")
-    config = configs.load_config(args.config, overrides)
     if args.json:
         print(json.dumps(dict(configs.flatten(config))))
     else:

@@ -1,4 +1,9 @@
-"""Configurations: defaults, loading an experiment file, overrides, validation.
+"""Configurations: schema, registries, experiment files, overrides, rules between keys.
+
+Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name),
+`schema.py`, `experiment_file.py` (experiment files and plug-ins), `rules.py`. Public are the
+functions here; importing the package imports no JAX. What needs a mesh or a platform is validated
+in `lm/validation.py`.
 
 An experiment file starts from `default()` and changes values:
 
