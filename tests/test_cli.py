@@ -10,7 +10,7 @@ import pytest
 
 from lm.cli import main
 from lm.config import default
-from lm.config.schema import SCHEMA
+from lm.config.registries import SCHEMA
 
 TINY = {
     "model.n_layers": 2,

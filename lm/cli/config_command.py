@@ -12,7 +12,7 @@ from lm.cli.arguments import (
     config_argument,
     json_argument,
 )
-from lm.config.schema import SCHEMA
+from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
 

@@ -1,7 +1,7 @@
 """Configurations: schema, registries, experiment files, overrides, rules between keys.
 
-Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name),
-`schema.py`, `experiment_file.py` (experiment files and plug-ins), `rules.py`. Public are the
+Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
+the schema), `experiment_file.py` (experiment files and plug-ins), `rules.py`. Public are the
 functions here; importing the package imports no JAX. What needs a mesh or a platform is validated
 in `lm/validation.py`.
 
@@ -24,9 +24,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config.experiment_file import call_file, import_plugins
+from lm.config.registries import SCHEMA
 from lm.config.registry import Key
 from lm.config.rules import broken_rules, listed
-from lm.config.schema import SCHEMA
 from lm.errors import UserError
 from lm.storage import AnyPath, resolve_path
 

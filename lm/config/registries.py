@@ -1,13 +1,16 @@
-"""Registries of everything that a configuration chooses by name, and the options they add.
+"""Registries of everything that a configuration chooses by name, and the schema of all keys.
 
 Each class is declared once, here, by its place in the code; nothing is imported before it is used.
+Keys that several entries share are in `model_keys.py` and `run_keys.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm.config.registry import Entry, Registry, option
+from lm.config.model_keys import MODEL_KEYS
+from lm.config.registry import Entry, Key, Registry, Schema, option
+from lm.config.run_keys import RUN_KEYS
 
 # --- data
 
@@ -288,3 +291,14 @@ METRICS = Registry(
 )
 
 REGISTRIES = (SOURCES, TOKENIZERS, MODELS, MIXERS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)
+
+# --- schema
+
+COMMON_KEYS: dict[str, Key] = {
+    "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
+    "paper": Key("", "Name of the published model that this configuration reproduces."),
+    **MODEL_KEYS,
+    **RUN_KEYS,
+}
+
+SCHEMA = Schema(COMMON_KEYS, REGISTRIES)

@@ -1,4 +1,4 @@
-"""Keys and registries: from a name in the configuration to a class and the keys that it adds.
+"""Keys, registries and schema: from a name in the configuration to a class and the keys it adds.
 
 One registry exists for each kind of thing that users add (`lm/config/registries.py`). An entry of
 the library names its class as "module:attribute", so that reading a configuration imports no JAX.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +143,7 @@ class Registry(Mapping[str, Any]):
             for name, entry in entries.items()
         }
         self.version = 0  # counts registrations
+        self.schema: Schema | None = None  # of which this registry is part
 
     def register(
         self, name: str, *, options: type | None = None, objectives: tuple[str, ...] = ()
@@ -190,8 +192,6 @@ class Registry(Mapping[str, Any]):
         return add
 
     def _check_options(self, name: str, entry: Entry) -> None:
-        from lm.config.schema import SCHEMA
-
         if entry.options is None:
             return
         shown = f"options of the {self.kind} {name!r}"
@@ -206,8 +206,9 @@ class Registry(Mapping[str, Any]):
         old = self.entries.get(name)
         own = old.keys_added() if old else {}
         for path in entry.keys_added():
-            if path not in own and (path in SCHEMA or SCHEMA.is_section(path)):
-                raise UserError(f"{shown}: --config.{path} exists already; rename the field")
+            taken = "" if path in own or not self.schema else self.schema.taken(path)
+            if taken:
+                raise UserError(f"{shown}: --config.{taken} exists already; choose another name")
 
     def __getitem__(self, name: str) -> Any:
         """Return the class or function; UserError for an unknown name."""
@@ -252,3 +253,68 @@ def _names(config: Mapping[str, Any], key: str) -> list[str]:
     for part in key.split("."):
         value = value.get(part, {})
     return [part.partition(":")[0].strip() for part in str(value).split(",")]
+
+
+class Schema(Mapping[str, Key]):
+    """Keys by dotted path: those in common, and the options of what is registered at the moment."""
+
+    def __init__(self, common: Mapping[str, Key], registries: tuple[Registry, ...]):
+        """Create the schema.
+
+        Args:
+            common: keys that do not belong to one entry of a registry.
+            registries: all registries; they check new options against this schema.
+        """
+        self._common, self._registries = common, registries
+        self._keys: dict[str, Key] = {}
+        self._versions: tuple[int, ...] = ()
+        for registry in registries:
+            registry.schema = self
+
+    def _current(self) -> dict[str, Key]:
+        versions = tuple(registry.version for registry in self._registries)
+        if versions != self._versions or not self._keys:
+            self._keys, self._versions = self._all_keys(), versions
+        return self._keys
+
+    def __getitem__(self, path: str) -> Key:
+        return self._current()[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def is_section(self, path: str) -> bool:
+        """Return whether keys lie below `path`."""
+        return any(known.startswith(f"{path}.") for known in self)
+
+    def taken(self, path: str) -> str:
+        """Return the key or section that a new key would collide with, or ""."""
+        parts = path.split(".")
+        sections = (".".join(parts[:n]) for n in range(1, len(parts)))
+        collides = path in self or self.is_section(path)
+        return next((s for s in sections if s in self), path if collides else "")
+
+    def unused_options(self, config: Mapping[str, Any]) -> dict[str, Key]:
+        """Return the options of plug-ins that a configuration does not use."""
+        return {
+            path: key
+            for registry in self._registries
+            for name, entry in registry.entries.items()
+            if entry.plugin and not registry.is_used(name, config)
+            for path, key in entry.keys_added().items()
+        }
+
+    def _all_keys(self) -> dict[str, Key]:
+        sections: dict[str, dict[str, Key]] = {}
+        added = [registry.keys_added().items() for registry in self._registries]
+        for path, key in itertools.chain(self._common.items(), *added):
+            sections.setdefault(path.partition(".")[0], {})[path] = key
+        keys = {path: key for section in sections.values() for path, key in section.items()}
+        for registry in self._registries:
+            if registry.is_choice:
+                (path,) = registry.keys_of_names
+                keys[path] = dataclasses.replace(keys[path], choices=tuple(registry))
+        return keys

@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.registries import OBJECTIVES
-from lm.config.schema import SCHEMA
+from lm.config.registries import OBJECTIVES, SCHEMA
 from lm.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve

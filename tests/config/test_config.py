@@ -8,8 +8,7 @@ from kinds import KINDS
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.registries import OBJECTIVES, REGISTRIES, families_of
-from lm.config.schema import SCHEMA
+from lm.config.registries import OBJECTIVES, REGISTRIES, SCHEMA, families_of
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.dense import ACTIVATIONS

@@ -11,9 +11,8 @@ from plugins import forget_plugins
 from lm import config as configs
 from lm.cli import main
 from lm.config import experiment_file
-from lm.config.registries import OBJECTIVES, OPTIMIZERS, SOURCES
+from lm.config.registries import OBJECTIVES, OPTIMIZERS, SCHEMA, SOURCES
 from lm.config.registry import option
-from lm.config.schema import SCHEMA
 from lm.errors import UserError
 
 MODEL_AND_SOURCE = '''
@@ -204,11 +203,10 @@ WRONG = {
         "@OBJECTIVES.register('mine', options=O)\nclass Mine: ...\n",
         "--config.objective.z_loss exists already",
     ),
-    "section of the library": (
-        "@dataclass\nclass O:\n    mesh: int = option(1, 'Mine.')\n"
-        "registry = type(OBJECTIVES)('part', ('objective.name',), 'parallel', {})\n"
-        "@registry.register('mine', options=O)\nclass Mine: ...\n",
-        "--config.parallel.mesh exists already",
+    "section that is a key of the library": (
+        "@dataclass\nclass O:\n    rate: float = option(1.0, 'Mine.')\n"
+        "@OPTIMIZERS.register('decay', options=O)\ndef mine(*args): ...\n",
+        "--config.optimizer.decay exists already",
     ),
     "field that is no key": (
         "@dataclass\nclass O:\n    plain: int = 3\n"

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.config.registries import MIXERS
+from lm.config.registries import MIXERS, SCHEMA
 from lm.config.registry import option
-from lm.config.schema import SCHEMA
 from lm.models.attention import TokenMixer
 from lm.models.cache import write_layer
 from lm.models.decoder import Decoder

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.config.schema import SCHEMA
+from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
 
