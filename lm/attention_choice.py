@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from lm.config.registries import OBJECTIVES
-from lm.config.rules import TRANSFORMERS, tiled_attention_problem
+from lm.config.rules import POSITION_BIASES, TRANSFORMERS, tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import count_tiles
 from lm.kernels.splash_attention import LANES
@@ -96,8 +96,8 @@ def _problems(
     if kernel in ("blockwise", "cudnn", "splash") or ring:
         if model.attention_dropout:
             yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
-        if model.positions == "relative":
-            yield _ring_or(ring, "--config.model.positions=relative")
+        if model.positions in POSITION_BIASES:
+            yield _ring_or(ring, f"--config.model.positions={model.positions}")
         if model.window and (kernel == "blockwise" or ring):
             yield _ring_or(ring, f"--config.model.window={model.window}")
         if model.attention_softcap and (kernel != "splash" or ring):

@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, object]] = {
         "model.positions": "relative",
         "model.activation": "relu",
     },
-    "prefix decoder": {},
+    "prefix decoder": {"model.positions": "alibi"},
     "masked encoder": {
         "objective.next_sentence": True,
         "model.token_types": 2,

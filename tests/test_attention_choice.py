@@ -16,6 +16,7 @@ from lm.training.trainer import describe
 
 ONE = dict.fromkeys(AXES, 1)
 LONG = {"data.sequence_length": 1024, "model.head_dim": 128, "model.vocab_size": 64}
+ALIBI = {"model.positions": "alibi"}
 T5 = {
     "model.family": "encoder_decoder",
     "objective.name": "span_corruption",
@@ -40,6 +41,9 @@ def choice(platform, values=None, **sizes):
         ("cuda", {}, {}, "cudnn", "the one for gpu"),
         ("cpu", T5, {}, "xla", "tiled cannot be used with --config.model.family=encoder_decoder"),
         ("tpu", T5, {}, "xla", "splash cannot be used with --config.model.positions=relative"),
+        ("cpu", ALIBI, {}, "xla", "tiled cannot be used with --config.model.positions=alibi"),
+        ("tpu", ALIBI, {}, "xla", "splash cannot be used with --config.model.positions=alibi"),
+        ("gpu", ALIBI, {}, "xla", "cudnn cannot be used with --config.model.positions=alibi"),
         (
             "gpu",
             {"model.dtype": "float32"},
@@ -79,6 +83,7 @@ def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes,
     [
         ("cpu", {}, "xla", "ring"),
         ("cpu", T5, "xla", "gather"),
+        ("cpu", ALIBI, "xla", "gather"),
         ("cpu", {"model.attention_dropout": 0.1}, "xla", "gather"),
         ("cpu", {"parallel.context_attention": "gather"}, "xla", "gather"),
         ("tpu", {}, "splash", "gather"),
@@ -103,6 +108,8 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
         ("cpu", {"model.attention": "tiled"}, {"context": 2}, "tiled cannot .*context=2"),
         ("cpu", {"model.attention": "blockwise", "data.sequence_length": 1021}, {}, "no divisor"),
         ("cpu", {"model.attention": "blockwise", "model.window": 128}, {}, "window=128"),
+        ("cpu", {"model.attention": "blockwise", **ALIBI}, {}, "blockwise cannot .*=alibi"),
+        ("gpu", {"model.attention": "cudnn", **ALIBI}, {}, "cudnn cannot .*positions=alibi"),
         ("cpu", {"parallel.context_attention": "ring", **GEMMA}, {"context": 2}, "window=128"),
         (
             "cpu",

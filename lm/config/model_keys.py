@@ -57,8 +57,9 @@ MODEL_KEYS: dict[str, Key] = {
     ),
     "model.positions": Key(
         "learned",
-        "Position information; relative: T5's bias of attention scores.",
-        choices=("learned", "sinusoidal", "rotary", "relative", "none"),
+        "Position information; relative: T5's bias of attention scores; alibi: a bias that falls "
+        "with the distance, at a fixed slope a head (Press et al. 2022).",
+        choices=("learned", "sinusoidal", "rotary", "relative", "alibi", "none"),
     ),
     "model.position_offset": Key(0, "Row of the position table for position 0 (RoBERTa).", low=0),
     "model.relative_buckets": Key(32, "Rows of the relative position table.", low=4),

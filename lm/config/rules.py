@@ -12,6 +12,8 @@ from lm.config.registry import Registry
 from lm.errors import UserError
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
+# Values of --config.model.positions that add a bias to attention scores.
+POSITION_BIASES = ("relative", "alibi")
 
 
 def broken_rules(config: ConfigDict) -> Iterator[str]:
@@ -314,8 +316,8 @@ def tiled_attention_problem(config: ConfigDict) -> str:
         return f"--config.model.family={model.family} and --config.objective.name={objective}"
     if model.attention_dropout:
         return f"--config.model.attention_dropout={model.attention_dropout}"
-    if model.positions == "relative":
-        return "--config.model.positions=relative"
+    if model.positions in POSITION_BIASES:
+        return f"--config.model.positions={model.positions}"
     for name in ("attention_scale", "attention_softcap", "window"):
         if model[name]:
             return f"--config.model.{name}={model[name]}"

@@ -1,4 +1,4 @@
-"""Position information: sinusoidal vectors, rotary embeddings, relative biases.
+"""Position information: sinusoidal vectors, rotary embeddings, relative biases, ALiBi.
 
 Shape letters: B batch, L queries, S keys, D model, H heads, K head dim.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, param
@@ -145,3 +146,35 @@ class RelativeBias(nn.Module):
         # A product with the buckets' indicators: the gradient of a look-up would be a scatter.
         indicators = jax.nn.one_hot(buckets_LS, c.relative_buckets, dtype=jnp.float32)
         return jnp.einsum("LSR,RH->HLS", indicators, table)
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """Return the slope of each head, [H] float32 (Press, Smith and Lewis 2022, §3).
+
+    For a power of two n they are 2^(-8/n), 2^(-16/n), …, 2^-8. Other numbers of heads have the
+    slopes of the next lower power of two, followed by the first, third, … of twice that power (the
+    authors' released code).
+    """
+    power = 2 ** int(math.log2(n_heads))
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4 * np.arange(1, 2 * power, 2) / power)
+    return np.concatenate([slopes, between[: n_heads - power]]).astype(np.float32)
+
+
+def alibi_bias(n_heads: int, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
+    """Return the position bias of ALiBi, slope times -|i - j| (Press et al. 2022, §3).
+
+    Keys after the query, which a prefix or an encoder shows, are as far as those before it.
+
+    Args:
+        n_heads: number of query heads H.
+        n_queries: number of queries L.
+        n_keys: number of keys S.
+        offset: index of the first query among the keys.
+
+    Returns:
+        The bias [H, L, S], float32. As in `RelativeBias`, indices count tokens of the row.
+    """
+    distances_LS = jnp.abs(jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None])
+    slopes_H = jnp.asarray(alibi_slopes(n_heads))
+    return -slopes_H[:, None, None] * distances_LS

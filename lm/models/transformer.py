@@ -24,7 +24,7 @@ from lm.models.attention import CrossAttention, MixerInputs
 from lm.models.cache import Cache, CrossKeyValue
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.moe import MixtureOfExperts
-from lm.models.positions import RelativeBias, layer_angles
+from lm.models.positions import RelativeBias, alibi_bias, layer_angles
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
 from lm.parallel.pipeline import run_pipeline
@@ -49,7 +49,7 @@ class StackInputs:
         mask: mask of self-attention, without windows.
         angles_BLK: RoPE angles.
         local_angles_BLK: RoPE angles of local layers, where they differ.
-        bias_HLS: relative position bias.
+        bias_HLS: position bias of the scores.
         encoded_BSD: encoder output; None in later steps of decoding, which read cached keys.
         source_mask: mask of cross-attention; None in a stack without it.
     """
@@ -325,10 +325,12 @@ class Stack(nn.Module):
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
             angles_BLK, local_BLK = layer_angles(c, positions_BL)
             inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
+        n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
         if c.positions == "relative":
-            n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
             bias = RelativeBias(c, not self.causal, name="relative_bias")
             inputs = replace(inputs, bias_HLS=bias(L, n_keys, mask.offset))
+        if c.positions == "alibi":
+            inputs = replace(inputs, bias_HLS=alibi_bias(c.n_heads, L, n_keys, mask.offset))
         return inputs
 
     def _run(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:

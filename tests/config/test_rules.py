@@ -156,6 +156,10 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "tiled cannot be used with --config.model.positions=relative",
         ),
         (
+            {"model.attention": "tiled", "model.positions": "alibi"},
+            "tiled cannot be used with --config.model.positions=alibi",
+        ),
+        (
             {"model.attention": "tiled", "model.attention_scale": "1"},
             "tiled cannot be used with --config.model.attention_scale=1.0",
         ),

@@ -16,6 +16,7 @@ MIXES = {
         "positions": "none", "norm": "rmsnorm", "norm_placement": "post", "activation": "geglu",
         "n_kv_heads": 1,
     },
+    "alibi": {"positions": "alibi", "n_heads": 6, "n_kv_heads": 3, "head_dim": 8, "bias": False},
     "wide heads": {
         "positions": "rotary", "norm_bias": False, "activation": "gelu_erf", "head_dim": 16,
         "n_kv_heads": 2, "attention": "tiled", "scan_unroll": 0,

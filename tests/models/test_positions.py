@@ -1,11 +1,23 @@
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformer_reference import t5_bias, t5_buckets
+from transformer_reference import draw, t5_bias, t5_buckets
 
-from lm.models.positions import RelativeBias, relative_buckets, rotary_angles, rotate, sinusoidal
+from lm.models.encoder import Encoder
+from lm.models.positions import (
+    RelativeBias,
+    alibi_bias,
+    alibi_slopes,
+    relative_buckets,
+    rotary_angles,
+    rotate,
+    sinusoidal,
+)
 from lm.models.transformer_config import TransformerConfig
 
 
@@ -88,3 +100,56 @@ def test_relative_bias_is_the_table_by_bucket_wherever_the_queries_start(causal)
     expected = t5_bias(np.asarray(params["params"]["embedding"]), 300, causal)
     np.testing.assert_allclose(apply(params, 300, 300, 0), expected, atol=1e-6)
     np.testing.assert_allclose(apply(params, 7, 300, 190), expected[:, 190:197], atol=1e-6)
+
+
+def released_slopes(n):
+    """`get_slopes` of github.com/ofirpress/attention_with_linear_biases."""
+    if math.log2(n).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+    closest = 2 ** math.floor(math.log2(n))
+    return released_slopes(closest) + released_slopes(2 * closest)[0::2][: n - closest]
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    """Press et al. 2022, §3: 1/2 to 1/256 for 8 heads; the geometric mean of neighbours for 16."""
+    np.testing.assert_array_equal(alibi_slopes(8), [1 / 2**h for h in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(16)[:4], [2**-0.5, 2**-1, 2**-1.5, 2**-2], rtol=1e-6)
+    np.testing.assert_allclose(
+        alibi_slopes(12), [1 / 2**h for h in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],
+        rtol=1e-6,
+    )  # fmt: skip
+    for n in range(1, 130):
+        np.testing.assert_allclose(alibi_slopes(n), released_slopes(n), rtol=1e-6)
+
+
+def test_alibi_bias_falls_with_the_distance():
+    expected = -0.0625 * np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])  # slope 2^-4, the first of two
+    bias = alibi_bias(2, 3, 3, 0)
+    assert (bias.shape, bias.dtype) == ((2, 3, 3), jnp.float32)
+    np.testing.assert_array_equal(bias, [expected, expected / 16])
+    np.testing.assert_array_equal(
+        alibi_bias(2, 2, 9, 5)[0],
+        -0.0625 * np.array([[5, 4, 3, 2, 1, 0, 1, 2, 3], [6, 5, 4, 3, 2, 1, 0, 1, 2]]),
+    )
+
+
+def test_an_alibi_model_has_no_parameters_for_positions(make_model):
+    (_, found), (_, expected) = (make_model(positions=name) for name in ("alibi", "none"))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+
+
+def test_an_alibi_encoder_is_symmetric():
+    """Read from right to left, a text has the same vectors; another order of tokens has others."""
+    config = TransformerConfig(
+        n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, vocab_size=48,
+        max_length=16, positions="alibi",
+    )  # fmt: skip
+    model = Encoder(config)
+    tokens = np.random.default_rng(0).integers(0, 48, (1, 16))
+    params = draw(model, tokens, method="hidden")
+    apply = jax.jit(functools.partial(model.apply, {"params": params}, method="hidden"))
+    forward = np.asarray(apply(tokens))
+    np.testing.assert_allclose(apply(tokens[:, ::-1])[:, ::-1], forward, atol=1e-5)
+    order = np.r_[1, 0, 2:16]
+    assert abs(apply(tokens[:, order])[:, order] - forward).max() > 1e-2

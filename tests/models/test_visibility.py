@@ -73,9 +73,10 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(ma
     np.testing.assert_array_equal(found, same & (np.tril(same) | prefix[None, :]))
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "alibi", "none"])
 def test_a_packed_row_gives_what_its_documents_give_alone(make_model, positions):
-    model, params = make_model(positions=positions, attention="tiled")
+    kernel = "xla" if positions == "alibi" else "tiled"
+    model, params = make_model(positions=positions, attention=kernel)
     tokens = np.random.default_rng(0).integers(0, 48, L)
     apply = jax.jit(model.apply)
     packed = apply({"params": params}, tokens[None], WITHIN[None], SEGMENTS[None])[0]
