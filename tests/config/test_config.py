@@ -149,7 +149,7 @@ def test_overrides_win_over_the_file(experiment):
     ],
 )
 def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
-    message = error_of(configs.load, experiment, {wrong: "1"})
+    message = error_of(configs.load_config, experiment, {wrong: "1"})
     assert f"unknown key --config.{wrong}" in message
     if right is None:
         assert "did you mean" not in message
@@ -189,7 +189,7 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
     ],
 )
 def test_a_wrong_value_is_one_message(experiment, path, text, expected):
-    assert expected in error_of(configs.load, experiment, {path: text})
+    assert expected in error_of(configs.load_config, experiment, {path: text})
 
 
 # --- experiment files
@@ -226,11 +226,11 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
     ],
 )
 def test_a_broken_experiment_file_says_where(write, source, expected):
-    assert re.search(expected, error_of(configs.load, write(source)))
+    assert re.search(expected, error_of(configs.load_config, write(source)))
 
 
 def test_a_missing_experiment_file_is_named(tmp_path):
-    assert "no experiment file" in error_of(configs.load, str(tmp_path / "none.py:a"))
+    assert "no experiment file" in error_of(configs.load_config, str(tmp_path / "none.py:a"))
 
 
 def test_the_variant_reaches_the_file(write):

@@ -6,14 +6,14 @@ import pytest
 @pytest.fixture(scope="session")
 def make_theirs(tmp_path_factory):
     """Makes (their model, its folder) of a kind, always the same for a name."""
-    import their_models
+    import hf_models
 
     made = {}
 
     def make(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            model = their_models.build(*their_models.KINDS[name])
+            model = hf_models.build(*hf_models.KINDS[name])
             model.save_pretrained(folder)
             made[name] = model, folder
         return made[name]

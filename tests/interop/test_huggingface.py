@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from their_models import DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
+from hf_models import DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
 
 from lm.interop import huggingface
 

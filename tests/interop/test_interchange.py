@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from their_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
+from hf_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
 
 from lm.cli import main
 from lm.data.batches import to_device

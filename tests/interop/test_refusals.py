@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from their_models import safetensors
+from hf_models import safetensors
 
 from lm.errors import UserError
 from lm.interop import huggingface

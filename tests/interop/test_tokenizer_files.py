@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from their_models import transformers
+from hf_models import transformers
 
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.hf import Gpt2Tokenizer

@@ -14,7 +14,7 @@ from lm.training.trainer import train
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("one_device")
-def test_going_on_changes_no_bit(make_kind, tmp_path, capsys, kind):
+def test_going_on_changes_no_bit(make_kind, tmp_path, kind):
     config = make_kind(kind, train__steps=6, checkpoint__every_steps=3)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(config, whole)
@@ -22,8 +22,9 @@ def test_going_on_changes_no_bit(make_kind, tmp_path, capsys, kind):
     assert np.isfinite([*losses(whole).values(), *evaluations(whole).values()]).all()
     shutil.copytree(whole, cut)  # as it was before the last checkpoint was written
     shutil.rmtree(cut / "checkpoints" / "6")
-    assert train(config, cut)
-    assert "continuing from step 3" in capsys.readouterr().err
+    lines: list[str] = []
+    assert train(config, cut, log=lines.append)
+    assert "continuing from step 3" in lines
     found, expected = saved_state(cut), saved_state(whole)
     assert found.keys() == expected.keys()
     for path, array in expected.items():
@@ -35,7 +36,7 @@ def test_going_on_changes_no_bit(make_kind, tmp_path, capsys, kind):
     assert all(expected[path].any() for path in carried)
 
 
-def test_experts_go_on_on_another_mesh(make_kind, tmp_path, capsys):
+def test_experts_go_on_on_another_mesh(make_kind, tmp_path):
     """One expert a device, then two of them, each in two parts."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     plain = {"train.steps": 6, "checkpoint.every_steps": 3, "data.validation_fraction": 0.0}
@@ -45,8 +46,9 @@ def test_experts_go_on_on_another_mesh(make_kind, tmp_path, capsys):
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "6")
     config.parallel.mesh.update({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
-    assert train(config, cut)
-    assert "continuing from step 3" in capsys.readouterr().err
+    lines: list[str] = []
+    assert train(config, cut, log=lines.append)
+    assert "continuing from step 3" in lines
     found, expected = losses(cut), losses(whole)
     assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
