@@ -121,8 +121,8 @@ def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path):
 
     error = "--output is where --task writes its report: give both"
     assert lm("eval", *words) == error
-    error = "unknown metric 'acuracy'; did you mean accuracy?"
-    assert error in lm("eval", "--task", "--config.eval.metrics=acuracy")
+    error = "--config.eval.metrics=acuracy: unknown metric 'acuracy'; did you mean accuracy?"
+    assert lm("eval", "--task", "--config.eval.metrics=acuracy").startswith(error)
     assert lm("eval", "--split", "test", "--config.data.test_source=tsv:none").startswith("no file")
 
 
