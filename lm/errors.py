@@ -1,4 +1,10 @@
-"""Exception for mistakes of the user."""
+"""Exception for mistakes of the user, and the message of a package that is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_DISTRIBUTION = "lm-jax"  # the name `lm` on PyPI is another project's
 
 
 class UserError(Exception):
@@ -6,3 +12,17 @@ class UserError(Exception):
 
     The command line prints it on one line and exits with code 2.
     """
+
+
+def missing_package(purpose: str, package: str, extra: str) -> UserError:
+    """Return the error of an optional package that is not installed.
+
+    Args:
+        purpose: what needs it, the start of the message.
+        package: name of the package.
+        extra: extra of this project that installs it.
+    """
+    checkout = Path(__file__).parents[1]
+    is_checkout = (checkout / "pyproject.toml").is_file()
+    project = f"-e '{checkout}" if is_checkout else f"'{_DISTRIBUTION}"
+    return UserError(f"{purpose} needs the package `{package}`: pip install {project}[{extra}]'")

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from etils import epath
 
-from lm.errors import UserError
+from lm.errors import UserError, missing_package
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
@@ -61,7 +61,7 @@ def resolve_path(place: str) -> AnyPath:
     if not place.startswith(_SCHEME):
         raise UserError(f"{place}: expected a local folder or gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{place} needs gcsfs: pip install 'lm[gcs]'")
+        raise missing_package(place, "gcsfs", "gcs")
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about every missing permission

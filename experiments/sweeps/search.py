@@ -1,4 +1,4 @@
-"""Adaptive search of four numbers of AdamW by Optuna (`pip install 'lm[sweep]'`).
+"""Adaptive search of four numbers of AdamW by Optuna (`pip install -e '.[sweep]'`).
 
 The stdlib experiment's tiny model; the first ten trials are random, later ones go where a tree of
 Parzen estimators expects a lower validation loss. `study.db` is Optuna's.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm.config.registries import METRICS
-from lm.errors import UserError
+from lm.errors import UserError, missing_package
 
 
 def score_predictions(
@@ -55,5 +55,4 @@ def import_optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0].replace("_", "-").replace("sklearn", "scikit-learn")
-        message = f"this metric needs the package `{package}`: pip install 'lm[eval]'"
-        raise UserError(message) from error
+        raise missing_package("this metric", package, "eval") from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
-from lm.errors import UserError
+from lm.errors import UserError, missing_package
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
@@ -23,8 +23,7 @@ def _package() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        message = "this tokenizer needs the package `tokenizers`: pip install 'lm[hf]'"
-        raise UserError(message) from error
+        raise missing_package("this tokenizer", "tokenizers", "hf") from error
     return tokenizers
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
+from lm.errors import missing_package
 from lm.sweeps.sweep import Search, Sweep, SweepRun, make_runs, record_runs
 from lm.tools.launching.launchers import Launcher
 from lm.tools.launching.run_status import DONE, RunStatus, value_at
@@ -131,7 +131,6 @@ def _import_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        message = "an adaptive search needs the package `optuna`: pip install 'lm[sweep]'"
-        raise UserError(message) from error
+        raise missing_package("an adaptive search", "optuna", "sweep") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

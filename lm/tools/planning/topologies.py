@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from lm.config import nearest
-from lm.errors import UserError
+from lm.errors import UserError, missing_package
 from lm.hardware import CHIPS, COMMON_TARGET, GPU_TARGETS, LIBTPU_NAMES, TOPOLOGY_OPTIONS, Chip
 
 # Without these libtpu queries the metadata server, and a second process is locked out.
@@ -85,7 +85,7 @@ def _this_machine(n_devices: int) -> Chip:
 
 def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int) -> Sequence[Any]:
     if not importlib.util.find_spec("libtpu"):
-        raise UserError(f"--topology {name} needs the TPU compiler: pip install 'lm[tpu]'")
+        raise missing_package(f"--topology {name}", "libtpu", "tpu")
     if len(sides) != chip.dimensions or max(sides) > chip.longest_side:
         shape = "x".join("N" * chip.dimensions)
         raise UserError(
@@ -103,9 +103,7 @@ def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
 
 def _gpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int) -> Sequence[Any]:
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        raise UserError(
-            f"--topology {name} needs JAX's CUDA compiler: pip install 'lm[cuda12]' (5.5 GB)"
-        )
+        raise missing_package(f"--topology {name}", "jax-cuda12-plugin", "cuda12")
     if len(sides) != 2:
         raise UserError(f"--topology {name}: GPUs are {kind}:HOSTSxGPUS, such as {kind}:1x8")
     shape = "x".join(map(str, (n_slices, *sides)))

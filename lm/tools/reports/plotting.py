@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.errors import UserError
+from lm.errors import missing_package
 from lm.tools.formatting import short
 
 INK, FAINT = "#1f2430", "#d9dde5"
@@ -156,6 +156,5 @@ def _matplotlib() -> Any:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:
-        message = "figures need the package `matplotlib`: pip install 'lm[report]'"
-        raise UserError(message) from error
+        raise missing_package("a figure", "matplotlib", "report") from error
     return matplotlib

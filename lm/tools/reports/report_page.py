@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm import config as configs
-from lm.errors import UserError
+from lm.errors import missing_package
 from lm.tools.formatting import duration, short, shown
 from lm.tools.reports import run_plots
 from lm.tools.reports.curves import incidents
@@ -73,8 +73,7 @@ def _template() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        message = "the report page needs the package `jinja2`: pip install 'lm[report]'"
-        raise UserError(message) from error
+        raise missing_package("the report page", "jinja2", "report") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names and texts of runs are not markup

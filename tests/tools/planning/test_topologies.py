@@ -31,12 +31,10 @@ def test_a_name_that_is_no_topology_is_an_error_that_says_what_is(name, slices, 
         topology(name, slices)
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("v5p:2x2x2", r"lm\[tpu\]"), ("h100:1x8", r"lm\[cuda12\]")]
-)
+@pytest.mark.parametrize(("name", "extra"), [("v5p:2x2x2", "tpu"), ("h100:1x8", "cuda12")])
 def test_a_missing_compiler_is_one_line_that_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"pip install '{extra}'"):
+    with pytest.raises(UserError, match=rf"pip install .*\[{extra}\]'"):
         topology(name)
 
 
