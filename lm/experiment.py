@@ -25,10 +25,10 @@ from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.models.families import make_model
-from lm.models.variables import ParamInfo, state_axes
+from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask, flat, nested
+from lm.optim.parameter_groups import TrainableMask
 from lm.optim.schedules import make_schedule
 from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
 from lm.parallel.sharding import (

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from lm.models.variables import (
     COLLECTIONS,
+    LORA,
     MODEL_STATE,
     ParamInfo,
     as_variables,
@@ -27,7 +28,7 @@ from lm.models.variables import (
 )
 from lm.objectives.losses import add_sown
 from lm.objectives.objective import Batch, LossSums, Objective
-from lm.optim.parameter_groups import LORA, TrainableMask
+from lm.optim.parameter_groups import TrainableMask
 from lm.parallel.per_row_rng import per_row_key, select_rows
 
 Params = Any

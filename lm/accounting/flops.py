@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from lm.experiment import Experiment
 from lm.models.transformer_config import global_layers
-from lm.models.variables import KERNELS, Kind
-from lm.optim.parameter_groups import flat
+from lm.models.variables import KERNELS, Kind, flat
 
 
 def model_flops_per_token(experiment: Experiment) -> float:

@@ -12,8 +12,7 @@ from lm import config as configs
 from lm.accounting.flops import is_embedding, tokens_per_row, training_cost, used_share
 from lm.data.tokenizers.tokenizer import is_fitted
 from lm.experiment import Experiment, build_untraced
-from lm.models.variables import Role
-from lm.optim.parameter_groups import flat
+from lm.models.variables import Role, flat
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import PendingTensor, write_tensors
 from lm.interop.tensor_mapping import Shape, TensorMapping, hf_shape, make_tensor, tensor_names
 from lm.models.transformer_config import TransformerConfig
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> tuple[nn.Module, Params]:

@@ -23,8 +23,8 @@ from lm.interop.huggingface import save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from lm.models.families import make_model
+from lm.models.variables import nested
 from lm.objectives.special_tokens import special_tokens
-from lm.optim.parameter_groups import nested
 from lm.parallel.hosts import is_primary_host
 from lm.parallel.mesh import axis_sizes, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log

@@ -29,7 +29,7 @@ from lm.interop.tensor_mapping import (
     tensor_names,
 )
 from lm.models.transformer_config import TransformerConfig
-from lm.optim.parameter_groups import nested
+from lm.models.variables import nested
 
 Params = Any
 

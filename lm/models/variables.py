@@ -9,7 +9,7 @@ of DeepSeek-V3, running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -18,13 +18,28 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.errors import UserError
 
 Initializer = Callable[..., jax.Array]
 Stream = Literal["source", "target", "predicted", "text"]
 Part = Literal["input", "layers", "body", "output", "pretraining", "task"]
+
+
+# --- trees by path
+
+LORA = "lora"  # where the parameters of low-rank adaptation are
+
+
+def flat(params: Any) -> dict[str, Any]:
+    """Flatten nested parameters to a dict by path."""
+    return flatten_dict(params, sep="/")
+
+
+def nested(params: Mapping[str, Any]) -> Any:
+    """Nest a dict by path, which undoes `flat`."""
+    return unflatten_dict(dict(params), sep="/")
 
 
 # --- roles
@@ -143,7 +158,7 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
         UserError: a parameter was not created by `param`.
     """
     infos = {}
-    for path, box in flatten_dict(boxed, sep="/").items():
+    for path, box in flat(boxed).items():
         if not isinstance(box, Param) or box.role is None:
             raise UserError(
                 f"parameter {path} has no role: create it by lm.models.variables.param, "
@@ -217,7 +232,7 @@ def state_axes(boxed: Any) -> dict[str, tuple[str, ...]]:
         UserError: a variable was not created by `model_state`.
     """
     axes = {}
-    for path, box in flatten_dict(boxed, sep="/").items():
+    for path, box in flat(boxed).items():
         if not isinstance(box, nn.Partitioned):
             raise UserError(
                 f"model state {path} has no axes: create it by lm.models.variables.model_state"

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
-from lm.models.variables import KERNELS, Kind, Param, param_infos
-from lm.optim.parameter_groups import LORA, compile_patterns, flat, nested
+from lm.models.variables import KERNELS, LORA, Kind, Param, flat, nested, param_infos
+from lm.optim.parameter_groups import compile_patterns
 
 Tree = Any
 

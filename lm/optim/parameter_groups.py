@@ -17,24 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config.rules import compile_patterns
 from lm.errors import UserError
-from lm.models.variables import Kind, ParamInfo
+from lm.models.variables import LORA, Kind, ParamInfo, flat, nested
 
 Tree = Any
-LORA = "lora"  # where the parameters of low-rank adaptation are
-
-
-def flat(params: Tree) -> dict[str, Any]:
-    """Flatten nested parameters to a dict by path."""
-    return flatten_dict(params, sep="/")
-
-
-def nested(params: Mapping[str, Any]) -> Tree:
-    """Nest a dict by path, which undoes `flat`."""
-    return unflatten_dict(dict(params), sep="/")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.parallel import sharding
 from lm.parallel.hosts import is_primary_host
 from lm.runs.checkpoints import Checkpoints, Log, ignore_line

@@ -15,7 +15,7 @@ from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.runs.saved_params import restore_params, saved_checkpoints
 from lm.runs.workdir import load_run_config
 

@@ -11,10 +11,10 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build_untraced
-from lm.models.variables import Kind, Param, Role, param, param_infos
+from lm.models.variables import Kind, Param, Role, flat, nested, param, param_infos
 from lm.optim.lora import add_lora
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask, flat, nested, update_scales
+from lm.optim.parameter_groups import TrainableMask, update_scales
 
 MATRIX, NORM, BIAS = Kind.MATRIX, Kind.NORM, Kind.BIAS
 

@@ -10,7 +10,7 @@ from kinds import KINDS
 from lm.config import default, load_config, set_value
 from lm.errors import UserError
 from lm.experiment import build
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.tools.reports.coordinate_check import activation_scales
 
 TINY = {

@@ -9,9 +9,9 @@ import pytest
 from lm.config import default
 from lm.config.registries import OPTIMIZERS
 from lm.errors import UserError
-from lm.models.variables import Kind, ParamInfo, Role
+from lm.models.variables import Kind, ParamInfo, Role, flat, nested
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask, flat, nested, update_scales
+from lm.optim.parameter_groups import TrainableMask, update_scales
 
 SHAPES = {
     "tokens/embedding": (6, 4),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lm.config import default
 from lm.errors import UserError
 from lm.experiment import Experiment, build
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES, axis_sizes
 

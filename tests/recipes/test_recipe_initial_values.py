@@ -10,7 +10,7 @@ from flax.core import meta
 from scipy.stats import truncnorm
 
 from lm.experiment import build_untraced
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 
 D, F, H, K, V = 256, 512, 4, 64, 512
 SMALL = {"n_layers": 2, "d_model": D, "d_ff": F, "n_heads": H, "head_dim": K, "vocab_size": V}

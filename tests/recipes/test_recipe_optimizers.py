@@ -5,8 +5,8 @@ import pytest
 from experiment_files import load
 
 from lm.experiment import build_untraced
+from lm.models.variables import flat
 from lm.optim.optimizers import ParamTable
-from lm.optim.parameter_groups import flat
 
 # --- first and second moment's decay, epsilon, weight decay, clipping; dropout
 

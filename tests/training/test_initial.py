@@ -14,7 +14,7 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build
-from lm.optim.parameter_groups import flat, nested
+from lm.models.variables import flat, nested
 from lm.runs.checkpoints import Checkpoints
 from lm.training.warm_start import initial_state, map_parameters
 

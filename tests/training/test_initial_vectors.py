@@ -9,7 +9,7 @@ import pytest
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build, reads_records
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.training.warm_start import initial_state
 
 TOKENS = "tokens/embedding"

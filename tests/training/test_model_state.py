@@ -16,8 +16,7 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build
 from lm.models.decoder import Decoder
-from lm.models.variables import as_variables, model_state
-from lm.optim.parameter_groups import flat
+from lm.models.variables import as_variables, flat, model_state
 from lm.runs.checkpoints import Checkpoints
 from lm.runs.saved_params import mean_params, saved_checkpoints
 

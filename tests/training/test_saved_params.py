@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config import default
 from lm.errors import UserError
-from lm.optim.parameter_groups import nested
+from lm.models.variables import nested
 from lm.runs.checkpoints import Checkpoints
 from lm.runs.saved_params import mean_params, saved_checkpoints
 from lm.train_step import TrainState

@@ -19,7 +19,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.config.rules import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.parallel.mesh import PipelineSchedule
 from lm.parallel.sharding import count_parameter_shards
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm.experiment import build
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 
 # Outputs that are measured: end of a module path, and the method that returns them.
 WATCHED = {

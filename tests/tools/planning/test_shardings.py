@@ -16,7 +16,7 @@ from axes import axes_of
 from lm.config import load_config, set_value
 from lm.config.experiment_file import variants_in
 from lm.experiment import build
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 
 GOLDEN = Path(__file__).with_name("golden") / "shardings.txt"
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"

@@ -19,7 +19,7 @@ from axes import axes_of
 
 from lm.config import load_config, set_value
 from lm.experiment import build
-from lm.optim.parameter_groups import flat
+from lm.models.variables import flat
 from lm.tools.planning.plan import Plan, make_plan
 from lm.tools.planning.topologies import topology
 
