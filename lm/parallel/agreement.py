@@ -1,0 +1,73 @@
+"""Agreement of the processes of a run on what they train, before the first step.
+
+Processes that disagree (another learning rate, seed, corpus or version) train together without an
+error, and the result is neither's run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+_SHOWN = 5  # differences of a process that the message names
+
+
+def require_agreement(facts: Mapping[str, Any]) -> None:
+    """Compare facts over all processes; all of them must call this at the same point.
+
+    Args:
+        facts: name → value that JSON can hold.
+
+    Raises:
+        UserError: a process has other facts than process 0; raised by every process.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(facts, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) == 1:
+        return
+    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    found = [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    raise UserError("; ".join(disagreements(found)))
+
+
+def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for every process whose facts differ from those of process 0."""
+    first, lines = facts[0], []
+    for process, other in enumerate(facts):
+        names = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
+        shown = [
+            f"{name} ({other.get(name, 'missing')}, there {first.get(name, 'missing')})"
+            for name in names[:_SHOWN]
+        ]
+        if len(names) > _SHOWN:
+            shown.append(f"{len(names) - _SHOWN} more")
+        if names:
+            lines.append(f"process {process} differs from process 0 in {', '.join(shown)}")
+    return lines
+
+
+@cache
+def software() -> dict[str, str]:
+    """Return the versions of the packages that compute, and a digest of lm's own code."""
+    root = Path(__file__).parents[1]
+    code = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return {name: version(name) for name in _PACKAGES} | {"code of lm": code.hexdigest()[:12]}
