@@ -27,9 +27,7 @@ from lm.errors import UserError
 from lm.models.families import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
-from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask
-from lm.optim.schedules import make_schedule
+from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
 from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
 from lm.parallel.sharding import (
     ROW_AXES,
@@ -322,7 +320,11 @@ def build_untraced(
     pipeline, attention = resolve_parallelism(filled, platform, sizes)
     config, objective, tokenizer = _resolve(config, platform, tokenizer)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
-    trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
+    trainable = None
+    if config.optimizer.freeze or config.lora.rank or config.lora.train:
+        from lm.optim.parameter_groups import TrainableMask
+
+        trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -28,8 +28,10 @@ from lm.models.variables import (
 )
 from lm.objectives.losses import add_sown
 from lm.objectives.objective import Batch, LossSums, Objective
-from lm.optim.parameter_groups import TrainableMask
 from lm.parallel.per_row_rng import per_row_key, select_rows
+
+if TYPE_CHECKING:  # imported only where parameters are frozen
+    from lm.optim.parameter_groups import TrainableMask
 
 Params = Any
 Carry = Any
@@ -82,7 +84,7 @@ class Steps:
         model: the model, without dropout.
         objective: what it learns.
         make_optimizer: builds the optimizer from role and axes of every parameter, by path.
-        trainable: parameters that train.
+        trainable: parameters that train; None for all.
         lora: the configuration's section "lora".
         schedule: learning rate of a step.
         seed: seed of initialization and dropout.
@@ -93,7 +95,7 @@ class Steps:
     model: nn.Module
     objective: Objective
     make_optimizer: Callable[[Mapping[str, ParamInfo]], optax.GradientTransformation]
-    trainable: TrainableMask
+    trainable: TrainableMask | None
     lora: ConfigDict
     schedule: optax.Schedule
     seed: int
@@ -148,7 +150,14 @@ class Steps:
 
     def init_optimizer(self, params: Params) -> optax.OptState:
         """Return the state of the optimizer before the first step."""
-        return self.optimizer.init(self.trainable.split(params)[0])
+        return self.optimizer.init(self.split(params)[0])
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Split parameters into those that train and those that are frozen."""
+        return (params, {}) if self.trainable is None else self.trainable.split(params)
+
+    def _join(self, trained: Params, frozen: Params) -> Params:
+        return trained if self.trainable is None else self.trainable.join(trained, frozen)
 
     def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         """Update once for each batch of [S, B, …] arrays; metrics are [S]."""
@@ -157,7 +166,7 @@ class Steps:
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Update once. Where loss or gradient is not finite, only the step counter advances."""
         rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
-        trained, frozen = self.trainable.split(state.params)
+        trained, frozen = self.split(state.params)
         before = Between(state.carry, state.model_state)
         grads, sums, after = self._gradients(trained, frozen, before, batch, rng)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -172,7 +181,7 @@ class Steps:
             (updated, opt_state, after),
             (trained, state.opt_state, before),
         )
-        params = self.trainable.join(updated, frozen)
+        params = self._join(updated, frozen)
         metrics = {
             "loss": loss,
             **{name: value / weight for name, value in sums.metrics.items()},
@@ -239,7 +248,7 @@ class Steps:
             before: Between, part: Batch, rng: jax.Array
         ) -> tuple[tuple[Params, LossSums], Between]:
             def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Between]]:
-                params = self.trainable.join(trained, frozen)
+                params = self._join(trained, frozen)
                 sums, after = self._loss(params, before, part, rng)
                 return sums.loss, (sums, after)
 

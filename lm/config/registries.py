@@ -224,10 +224,10 @@ OPTIMIZERS = Registry(
     "optimizer.{name}",
     {
         "adamw": Entry("lm.optim.optimizers:adamw", AdamwOptions),
-        "adafactor": Entry("lm.optim.optimizers:adafactor", AdafactorOptions),
-        "sgd": Entry("lm.optim.optimizers:sgd", SgdOptions),
-        "lion": Entry("lm.optim.optimizers:lion", LionOptions),
-        "muon": Entry("lm.optim.optimizers:muon", MuonOptions),
+        "adafactor": Entry("lm.optim.further_optimizers:adafactor", AdafactorOptions),
+        "sgd": Entry("lm.optim.further_optimizers:sgd", SgdOptions),
+        "lion": Entry("lm.optim.further_optimizers:lion", LionOptions),
+        "muon": Entry("lm.optim.further_optimizers:muon", MuonOptions),
     },
 )
 
@@ -254,13 +254,13 @@ SCHEDULES = Registry(
     ("schedule.name",),
     "schedule",
     {
-        "constant": Entry("lm.optim.schedules:constant"),
-        "cosine": Entry("lm.optim.schedules:cosine"),
-        "linear": Entry("lm.optim.schedules:linear"),
-        "inverse": Entry("lm.optim.schedules:inverse"),
-        "inverse_sqrt": Entry("lm.optim.schedules:inverse_sqrt"),
-        "step": Entry("lm.optim.schedules:step", StepOptions),
-        "wsd": Entry("lm.optim.schedules:wsd", WsdOptions),
+        "constant": Entry("lm.optim.optimizers:constant"),
+        "cosine": Entry("lm.optim.optimizers:cosine"),
+        "linear": Entry("lm.optim.optimizers:linear"),
+        "inverse": Entry("lm.optim.optimizers:inverse"),
+        "inverse_sqrt": Entry("lm.optim.optimizers:inverse_sqrt"),
+        "step": Entry("lm.optim.optimizers:step", StepOptions),
+        "wsd": Entry("lm.optim.optimizers:wsd", WsdOptions),
     },
 )
 

@@ -1,24 +1,30 @@
-"""Optimizers, chosen by `optimizer.name`, each with options in a section of its own.
+"""Optimizer and learning-rate schedule of a configuration; AdamW, and the decays of the rate.
 
 An optimizer is a function of the schedule, the configuration's section "optimizer" and a
 `ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
-muP scales, which arrays are matrices to Muon.
+muP scales, which arrays are matrices to Muon. `further_optimizers.py` has the others.
+
+A decay of the learning rate is a function of the peak rate, the configuration's section "schedule",
+the step `start` at which the decay starts and the step `end` at which it ends. Its result is a
+function of the steps since `start`. Step t counts from 0: the first update uses schedule(0).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.config.registries import OPTIMIZERS
+from lm.config.registries import OPTIMIZERS, SCHEDULES
 from lm.models.variables import KERNELS, Kind, ParamInfo
-from lm.optim.parameter_groups import EVERYTHING, TrainableMask, update_scales
+
+if TYPE_CHECKING:  # imported only where patterns name parameters
+    from lm.optim.parameter_groups import TrainableMask
 
 Tree = Any
 
@@ -59,7 +65,7 @@ def make_optimizer(
     options: ConfigDict,
     schedule: optax.Schedule,
     table: ParamTable,
-    trainable: TrainableMask = EVERYTHING,
+    trainable: TrainableMask | None = None,
 ) -> optax.GradientTransformation:
     """Build the named optimizer, after clipping by the global norm.
 
@@ -67,7 +73,7 @@ def make_optimizer(
         options: the configuration's section "optimizer".
         schedule: learning rate of a step.
         table: roles of the parameters.
-        trainable: parameters that train; frozen layers stay as they are.
+        trainable: parameters that train, if not all; frozen layers stay as they are.
 
     Returns:
         A transformation of the gradients of the parameters that train. Layer-wise decay scales the
@@ -76,8 +82,10 @@ def make_optimizer(
     optimizer = OPTIMIZERS[options.name](schedule, options, table)
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    if options.layer_decay != 1 or trainable != EVERYTHING:
-        scale = _scale_by_layer(options.layer_decay, trainable, table.infos)
+    if options.layer_decay != 1 or (trainable is not None and trainable.has_patterns):
+        from lm.optim.parameter_groups import scale_by_layer
+
+        scale = scale_by_layer(options.layer_decay, trainable, table.infos)
         optimizer = optax.chain(optimizer, scale)
     return optimizer
 
@@ -91,24 +99,16 @@ def adamw(
     Table 8), their decay is not.
     """
     o = options.adamw
-    adam = optax.scale_by_adam if o.bias_correction else uncorrected_adam
+    adam = optax.scale_by_adam(o.b1, o.b2, o.eps)
+    if not o.bias_correction:
+        from lm.optim.further_optimizers import uncorrected_adam
+
+        adam = uncorrected_adam(o.b1, o.b2, o.eps)
     return optax.chain(
-        scale_by_width(adam(o.b1, o.b2, o.eps), table),
+        scale_by_width(adam, table),
         optax.add_decayed_weights(options.weight_decay, table.decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Build Adam without bias correction (Devlin et al. 2018, released code)."""
-
-    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-        return updates, state._replace(count=state.count + 1, mu=mu, nu=nu)
-
-    return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def scale_by_width(
@@ -125,106 +125,67 @@ def scale_by_width(
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def adafactor(
-    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
-) -> optax.GradientTransformation:
-    """Build Adafactor without momentum (Shazeer and Stern 2018), with decoupled weight decay.
+# --- learning-rate schedules
 
-    Every layer of a scanned stack is a parameter of its own.
+
+def make_schedule(peak: float, options: ConfigDict, train_steps: int) -> optax.Schedule:
+    """Build the learning-rate schedule: linear warm-up, steps at the peak, then the named decay.
+
+    During the warm-up of w steps the rate is peak · (t + 1) / w, so that no update is lost on a
+    rate of 0.
+
+    Args:
+        peak: largest learning rate, `optimizer.learning_rate`.
+        options: the configuration's section "schedule".
+        train_steps: number of updates; the end of the decay, unless `decay_steps` is set.
     """
-    o = options.adafactor
-    one = optax.adafactor(
-        learning_rate=None,
-        min_dim_size_to_factor=o.min_dim,
-        decay_rate=o.decay_rate,
-        multiply_by_parameter_scale=o.parameter_scale,
-        clipping_threshold=o.clip_threshold,
-    )
-    stacked = optax.GradientTransformation(_vmap_layers(one.init), _vmap_layers(one.update))
-    return optax.chain(
-        optax.partition(
-            {"stacked": stacked, "single": one},
-            lambda params: table.map(
-                lambda info, _: "stacked" if info.axes[:1] == ("layers",) else "single", params
-            ),
-        ),
-        # optax.adafactor already points downhill: turn round for the shared tail.
-        optax.scale(-1.0),
-        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
-        optax.scale_by_learning_rate(schedule),
-    )
+    w = options.warmup_steps
+    start = w + options.hold_steps
+    after = SCHEDULES[options.name](peak, options, start, options.decay_steps or train_steps)
+    if start == 0:
+        return after
+    warmup = optax.linear_schedule(peak / w, peak, w - 1) if w > 1 else lambda t: peak
+    return optax.join_schedules([warmup, optax.constant_schedule(peak), after], [w, start])
 
 
-def sgd(
-    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
-) -> optax.GradientTransformation:
-    """Build stochastic gradient descent with momentum and decoupled weight decay."""
-    return optax.chain(
-        optax.trace(options.sgd.momentum, options.sgd.nesterov),
-        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
-        optax.scale_by_learning_rate(schedule),
-    )
+def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return the peak rate for ever."""
+    return optax.constant_schedule(peak)
 
 
-def lion(
-    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
-) -> optax.GradientTransformation:
-    """Build Lion (Chen et al. 2023)."""
-    o, decay = options.lion, options.weight_decay
-    return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
+def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return cosine decay to `final_ratio` of the peak (Loshchilov and Hutter 2017)."""
+    return optax.cosine_decay_schedule(peak, max(end - start, 1), alpha=options.final_ratio)
 
 
-def muon(
-    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
-) -> optax.GradientTransformation:
-    """Build Muon (Jordan 2024) for the matrices of the layers, and AdamW for everything else.
+def linear(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return linear decay to `final_ratio` of the peak."""
+    return optax.linear_schedule(peak, peak * options.final_ratio, max(end - start, 1))
 
-    AdamW has the options of its own section and `adam_ratio` of the learning rate. The norm of
-    Muon's updates does not depend on the width, as muP asks; other hidden matrices follow the width
-    ratio as in `adamw`.
+
+def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return peak · √(start / t), t counted from the first step.
+
+    With peak = (d_model · start)^-0.5 it is the formula of Vaswani et al. 2017, eq. 3, and with
+    peak = start^-0.5 and no warm-up that of T5 (Raffel et al. 2020, §3.1.2).
     """
-    o = options.muon
-    matrices = optax.contrib.muon(
-        schedule,
-        ns_steps=o.ns_steps,
-        beta=o.beta,
-        weight_decay=options.weight_decay,
-        weight_decay_mask=table.decay_mask,
-        muon_weight_dimension_numbers=lambda params: table.map(_muon_dimensions, params),
-    )
-    others = adamw(lambda t: o.adam_ratio * schedule(t), options, table)
-    return optax.partition(
-        {"matrix": matrices, "other": others},
-        lambda params: table.map(
-            lambda info, _: "matrix" if is_muon_matrix(info) else "other", params
-        ),
-    )
+    return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
 
 
-def is_muon_matrix(info: ParamInfo) -> bool:
-    """Return whether Muon orthogonalizes the updates of a parameter."""
-    return info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
+def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return peak / (1 + c t) with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
+    rate = (1 / options.final_ratio - 1) / max(end - start, 1)
+    return lambda t: peak / (1 + rate * t)
 
 
-def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
-    """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
-    first = info.n_stacked
-    middle = first + info.role.inputs
-    return optax.contrib.MuonDimensionNumbers(
-        tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
-    )
+def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return a staircase: multiplied by `step_factor` after every `step_every` steps."""
+    return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
 
 
-def _vmap_layers(function: Callable) -> Callable:
-    """Return `function` mapped over stacked layers; an empty tree is passed as it is."""
-    return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
-
-
-def _scale_by_layer(
-    layer_decay: float, trainable: TrainableMask, infos: Mapping[str, ParamInfo]
-) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            jnp.multiply, updates, update_scales(layer_decay, trainable, params, infos)
-        )
-    )
+def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
+    down = round(end * options.wsd_decay_fraction)
+    stable = max(end - start - down, 0)
+    fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))
+    return optax.join_schedules([optax.constant_schedule(peak), fall], [stable])

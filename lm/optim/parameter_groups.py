@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lm.config.rules import compile_patterns
 from lm.errors import UserError
@@ -37,6 +38,11 @@ class TrainableMask:
 
     freeze: str = ""
     with_lora: str = ""
+
+    @property
+    def has_patterns(self) -> bool:
+        """True if patterns name parameters; otherwise low-rank factors decide."""
+        return bool(self.freeze or self.with_lora)
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """Split parameters into those that train and those that are frozen, as nested dicts.
@@ -82,9 +88,6 @@ class TrainableMask:
         }
 
 
-EVERYTHING = TrainableMask()
-
-
 def matching(
     key: str, text: str, leaves: Mapping[str, Any], strict: bool = True
 ) -> dict[str, np.ndarray]:
@@ -110,6 +113,18 @@ def matching(
             )
         groups = {path: groups[path] | group for path, group in hits.items()}
     return groups
+
+
+def scale_by_layer(
+    layer_decay: float, trainable: TrainableMask | None, infos: Mapping[str, ParamInfo]
+) -> optax.GradientTransformation:
+    """Build the transformation that multiplies updates by `update_scales`."""
+    mask = trainable or TrainableMask()
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            jnp.multiply, updates, update_scales(layer_decay, mask, params, infos)
+        )
+    )
 
 
 def update_scales(

@@ -4,7 +4,7 @@ import pytest
 
 from lm.config import default
 from lm.config.registries import SCHEDULES
-from lm.optim.schedules import make_schedule
+from lm.optim.optimizers import make_schedule
 
 PEAK, W, T = 3e-3, 20, 120  # warm-up and train steps
 

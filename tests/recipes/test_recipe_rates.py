@@ -8,7 +8,7 @@ from math import cos, pi
 import pytest
 from experiment_files import load
 
-from lm.optim.schedules import make_schedule
+from lm.optim.optimizers import make_schedule
 
 
 def warm(t, warmup, peak, after):

@@ -260,7 +260,7 @@ def bytes_of(shapes: Tree) -> int:
 def state_memory(experiment: Experiment) -> tuple[int, int, int, int]:
     """Return bytes on a device: parameters, optimizer state, gradients, arguments of a step."""
     state = on_device(experiment.state_shapes, experiment.state_sharding)
-    gradients = experiment.steps.trainable.split(state.params)[0]
+    gradients = experiment.steps.split(state.params)[0]
     batch = batch_shapes(experiment)
     batch = on_device(batch, jax.tree.broadcast(experiment.batch_sharding, batch))
     return (
