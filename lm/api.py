@@ -26,13 +26,12 @@ from lm.experiment import Experiment, reads_records
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.models.attention import Attention
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import as_variables, flat
+from lm.models.variables import Params, as_variables, flat
 from lm.optim.parameter_groups import layer_numbers
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import restore_run
 from lm.runs.workdir import load_tokenizer
 from lm.storage import open_run_folder
-from lm.train_step import Params
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lm.models.variables import (
     LORA,
     MODEL_STATE,
     ParamInfo,
+    Params,
     as_variables,
     param_infos,
     with_state,
@@ -33,7 +34,6 @@ from lm.parallel.per_row_rng import per_row_key, select_rows
 if TYPE_CHECKING:  # imported only where parameters are frozen
     from lm.optim.parameter_groups import TrainableMask
 
-Params = Any
 Carry = Any
 ModelState = Any
 Metrics = dict[str, jax.Array]

@@ -31,10 +31,9 @@ from lm.decoding.prompts import (
 )
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
-from lm.models.variables import as_variables
+from lm.models.variables import Params, as_variables
 from lm.objectives.special_tokens import special_tokens
 from lm.parallel.sharding import BATCH_AXES
-from lm.train_step import Params
 
 Progress = Callable[[int], Any]
 _BATCHES_SORTED = 16  # sorted by length together: more save padding, fewer are lost in a crash

@@ -26,8 +26,8 @@ from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.variables import Params
 from lm.parallel.hosts import is_primary_host
-from lm.train_step import Params
 
 
 def generate_file(

@@ -15,7 +15,7 @@ from lm.decoding.controls import Controls
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
-from lm.train_step import Params
+from lm.models.variables import Params
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ import numpy as np
 from lm.decoding.beam import DecodingCache
 from lm.decoding.controls import UNSET, Controls
 from lm.decoding.prompts import TokenIds, check_prompts, context_length, pad_ids, padded_length
-from lm.models.variables import as_variables
-from lm.train_step import Params
+from lm.models.variables import Params, as_variables
 
 
 @dataclass(frozen=True)

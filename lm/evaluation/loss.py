@@ -12,7 +12,7 @@ from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
 from lm.experiment import Experiment
-from lm.train_step import Params
+from lm.models.variables import Params
 
 
 def evaluate_loss(

@@ -20,8 +20,8 @@ from lm.decoding.generation import text_after
 from lm.errors import UserError
 from lm.evaluation.scores import score_predictions
 from lm.experiment import Experiment
+from lm.models.variables import Params
 from lm.objectives.objective import Answer
-from lm.train_step import Params
 
 Task = Callable[[Experiment, Params, Sequence[RecordStore]], list[Answer]]
 

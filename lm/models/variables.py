@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.errors import UserError
 
+Params = Any
 Initializer = Callable[..., jax.Array]
 Stream = Literal["source", "target", "predicted", "text"]
 Part = Literal["input", "layers", "body", "output", "pretraining", "task"]
@@ -166,6 +167,18 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
             )
         infos[path] = ParamInfo(box.role, tuple(map(str, box.names)))
     return infos
+
+
+def token_table(infos: Mapping[str, ParamInfo]) -> str:
+    """Return the path of the embedding of the input tokens."""
+    (path,) = (
+        path
+        for path, info in infos.items()
+        if info.role.kind == Kind.EMBEDDING
+        and info.role.part == "input"
+        and info.axes[-2:] == ("vocab", "embed")
+    )
+    return path
 
 
 # --- model state

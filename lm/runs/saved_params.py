@@ -18,13 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 from lm.experiment import Experiment, build
-from lm.models.variables import LORA, MODEL_STATE, as_variables, flat, nested, with_state
+from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
 from lm.optim.lora import merge_lora
 from lm.parallel.mesh import AXES
 from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
 from lm.runs.workdir import MERGED_OVERRIDES, load_run_config, load_tokenizer
 from lm.storage import AnyPath, is_committed, storage_path
-from lm.train_step import Params
 
 FlatParams = dict[str, jax.Array]
 

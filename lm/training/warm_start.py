@@ -16,7 +16,7 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.variables import LORA, Kind, ParamInfo, flat, nested
+from lm.models.variables import LORA, flat, nested, token_table
 from lm.optim.parameter_groups import matching
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
@@ -95,18 +95,6 @@ def _with_vectors(
     path = token_table(experiment.param_infos)
     params[path] = jax.device_put(table, shardings[path])
     return replace(state, params=nested(params))
-
-
-def token_table(infos: Mapping[str, ParamInfo]) -> str:
-    """Return the path of the embedding of the input tokens."""
-    (path,) = (
-        path
-        for path, info in infos.items()
-        if info.role.kind == Kind.EMBEDDING
-        and info.role.part == "input"
-        and info.axes[-2:] == ("vocab", "embed")
-    )
-    return path
 
 
 def map_parameters(
