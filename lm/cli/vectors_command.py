@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("lm vectors: give either --workdir DIR or --vectors FILE")
     if args.workdir:
         experiment, parameters, _ = open_run(args, overrides)
-        found = trained_word_vectors(parameters, experiment.tokenizer)
+        found = trained_word_vectors(experiment.param_infos, parameters, experiment.tokenizer)
     else:
         found = load_vectors(args.vectors)
     if args.output:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,19 +20,22 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
 from lm.evaluation.label_scores import spearman
+from lm.models.variables import ParamInfo, Params, flat, token_table
 
 WordPair = tuple[str, str, float]
 Analogy = tuple[str, str, str, str]
 
 
-def trained_word_vectors(params: Any, tokenizer: Tokenizer) -> WordVectors:
+def trained_word_vectors(
+    infos: Mapping[str, ParamInfo], params: Params, tokenizer: Tokenizer
+) -> WordVectors:
     """Return the rows of a run's token embedding by word; UserError if tokens are not words."""
     if not isinstance(tokenizer, WordTokenizer):
         raise UserError(
             f"the run's tokenizer is {tokenizer.kind}: only a model of whole words "
             "(--config.data.tokenizer=words) has word vectors"
         )
-    table_VD = np.asarray(params["tokens"]["embedding"])
+    table_VD = np.asarray(flat(params)[token_table(infos)])
     return WordVectors(tokenizer.words, table_VD[: len(tokenizer.words)])
 
 

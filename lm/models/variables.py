@@ -170,15 +170,19 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
 
 
 def token_table(infos: Mapping[str, ParamInfo]) -> str:
-    """Return the path of the embedding of the input tokens."""
-    (path,) = (
+    """Return the path of the embedding of the input tokens; UserError unless there is one."""
+    paths = [
         path
         for path, info in infos.items()
         if info.role.kind == Kind.EMBEDDING
         and info.role.part == "input"
         and info.axes[-2:] == ("vocab", "embed")
-    )
-    return path
+    ]
+    if len(paths) != 1:
+        raise UserError(
+            f"word vectors need a model with one embedding of its input tokens, not {len(paths)}"
+        )
+    return paths[0]
 
 
 # --- model state

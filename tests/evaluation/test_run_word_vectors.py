@@ -7,12 +7,20 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
 from lm.evaluation.word_scores import score_word_vectors, trained_word_vectors
+from lm.models.variables import Kind, ParamInfo, Role
 
 # At 0, 10, 90 and 180 degrees.
 ANGLES = np.radians([0, 10, 90, 180])
 VECTORS = WordVectors(
     ("north", "up", "east", "south"), np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
 )
+
+
+def infos(*paths):
+    """Roles of embeddings of tokens at the paths, and of positions."""
+    role = Role(Kind.EMBEDDING, part="input")
+    tables = {path: ParamInfo(role, ("vocab", "embed")) for path in paths}
+    return {**tables, "positions/embedding": ParamInfo(role, (None, "embed"))}
 
 
 @pytest.fixture
@@ -27,14 +35,24 @@ def write(tmp_path):
 def test_the_vectors_of_a_run_are_the_rows_of_its_words():
     tokenizer = WordTokenizer.fit(["b b a\n"])
     table = jnp.arange(12.0).reshape(6, 2)  # two rows more than there are words
-    vectors = trained_word_vectors({"tokens": {"embedding": table}}, tokenizer)
+    params = {
+        "tokens": {"embedding": -table},
+        "words": {"rows": table},
+    }  # the role tells, not the name
+    vectors = trained_word_vectors(infos("words/rows"), params, tokenizer)
     assert vectors.words == ("<eos>", "<unk>", "b", "a")
     np.testing.assert_array_equal(vectors.vectors, table[:4])
 
 
 def test_a_run_without_words_has_no_word_vectors():
     with pytest.raises(UserError, match=r"tokenizer is byte.*data\.tokenizer=words"):
-        trained_word_vectors({"tokens": {"embedding": jnp.zeros((300, 2))}}, ByteTokenizer())
+        trained_word_vectors(infos("words/rows"), {}, ByteTokenizer())
+
+
+@pytest.mark.parametrize("paths", [(), ("source/rows", "target/rows")])
+def test_a_run_without_one_table_of_tokens_has_no_word_vectors(paths):
+    with pytest.raises(UserError, match=f"one embedding of its input tokens, not {len(paths)}"):
+        trained_word_vectors(infos(*paths), {}, WordTokenizer.fit(["a\n"]))
 
 
 def test_scores_by_file_and_by_section(write):

@@ -225,7 +225,7 @@ def test_words_of_the_same_contexts_become_alike(tiny_config, tmp_path):
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     state, metrics = experiment.train_steps(experiment.init_state(), stacked)
     assert metrics["loss"][0] == pytest.approx(6 * np.log(2), rel=1e-3)  # at first all is even
-    vectors = trained_word_vectors(state.params, dataset.tokenizer)
+    vectors = trained_word_vectors(experiment.param_infos, state.params, dataset.tokenizer)
     unit = vectors.vectors / np.linalg.norm(vectors.vectors, axis=1, keepdims=True)
     cat, dog, car, bus = (unit[vectors.words.index(w)] for w in ("cat", "dog", "car", "bus"))
     alike, unlike = (cat @ dog, car @ bus), (cat @ car, cat @ bus, dog @ car, dog @ bus)
