@@ -1,26 +1,24 @@
-"""Token store: a corpus that is tokenized once, by any number of processes, and memory-mapped."""
+"""Token store: a corpus that is tokenized once and memory-mapped, and its windows.
+
+A window, an example by random access, holds length + 1 tokens, so that shifting by one gives inputs
+and targets.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import pickle
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lm.config.experiment_file import import_plugins, registered_plugins
-from lm.config.registries import TOKENIZERS
+from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -216,9 +214,11 @@ def tokenize_chunks(
     groups = chain(head, groups)
     if workers == 1 or size <= _SMALL:
         for group in groups:
-            yield _encode(tokenizer, dtype, group)
+            yield encode_chunks(tokenizer, dtype, group)
     else:
-        yield from _in_processes(groups, tokenizer, dtype, workers)
+        from lm.data.tokenizing_pool import encode_in_processes
+
+        yield from encode_in_processes(groups, tokenizer, dtype, workers)
 
 
 def _group(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
@@ -235,7 +235,8 @@ def _group(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield group
 
 
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> TokenBlock:
+def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> TokenBlock:
+    """Return the tokens of a group of chunks, special tokens at the ends of documents included."""
     parts: list[np.ndarray] = []
     starts: list[int] = []
     n = n_bytes = n_characters = n_words = 0
@@ -265,46 +266,111 @@ def _with_special_tokens(tokenizer: Tokenizer, chunk: Chunk) -> np.ndarray:
     return np.concatenate([np.asarray(part, np.int32) for part in (before, tokens, after)])
 
 
-_worker_state: tuple[Tokenizer, np.dtype]
+# --- windows
 
 
-def _start_worker(plugins: list[dict[str, Any]], tokenizer: bytes, dtype: np.dtype) -> None:
-    global _worker_state
-    import_plugins(plugins, {})  # before unpickling, which looks the tokenizer's class up
-    _worker_state = pickle.loads(tokenizer), dtype
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Sequence of windows that start every `stride` tokens.
 
+    An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (documents of the
+    window, counted from 1; 0 for padding beyond the end) and "positions" (from the start of the
+    document's part in the window). "weights", float32 [length], is 1 where the next token is a
+    target: of the same document, or the delimiter that ends it by starting another.
 
-def _encode_in_worker(group: list[Chunk]) -> TokenBlock:
-    return _encode(*_worker_state, group)
+    Attributes:
+        store: token store.
+        length: targets of a window.
+        stride: tokens from the start of one window to the next.
+        isolate: documents are segments of their own; otherwise a window is a single segment.
+        drop_remainder: leave out the last window if it is not full; otherwise pad it.
+    """
 
+    store: TokenStore
+    length: int
+    stride: int
+    isolate: bool
+    drop_remainder: bool
 
-def _in_processes(
-    groups: Iterator[list[Chunk]], tokenizer: Tokenizer, dtype: np.dtype, workers: int
-) -> Iterator[TokenBlock]:
-    # Spawned, because JAX has threads and a forked process may inherit a lock that one holds.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (_tokenizer_plugins(), pickle.dumps(tokenizer), dtype),
-    )
-    try:
-        waiting = deque(
-            pool.submit(_encode_in_worker, group) for group in islice(groups, 2 * workers)
+    def __len__(self) -> int:
+        n_targets = len(self.store.tokens) - 1
+        if self.drop_remainder:
+            return max((n_targets - self.length) // self.stride + 1, 0)
+        return max(-(-n_targets // self.stride), 0)
+
+    def __getitem__(self, index: int) -> Arrays:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        size = self.length + 1
+        start = index * self.stride
+        found = self.store.tokens[start : start + size]
+        if self.isolate:
+            segment_ids, positions = self._documents(start, start + len(found))
+        else:
+            segment_ids, positions = (part[: len(found)] for part in self._one_segment)
+        in_document = segment_ids[1:] == segment_ids[:-1]
+        if self.store.manifest.delimiter is not None:
+            in_document |= found[1:] == self.store.manifest.delimiter
+        example = {
+            "tokens": found.astype(np.int32),
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "weights": in_document.astype(np.float32),
+        }
+        if len(found) == size:
+            return example
+        padding = (0, size - len(found))
+        return {name: np.pad(values, padding) for name, values in example.items()}
+
+    @cached_property
+    def _one_segment(self) -> tuple[np.ndarray, np.ndarray]:
+        segment_ids = np.ones(self.length + 1, np.int32)
+        positions = np.arange(self.length + 1, dtype=np.int32)
+        for shared in (segment_ids, positions):
+            shared.flags.writeable = False
+        return segment_ids, positions
+
+    def _documents(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return segment ids and positions of tokens [start, end) of the store."""
+        offsets = self.store.offsets
+        first = offsets.searchsorted(start, side="right")
+        last = offsets.searchsorted(end, side="left")
+        segment_ids, positions = (part[: end - start] for part in self._one_segment)
+        if first == last:
+            return segment_ids, positions
+        borders = offsets[first:last] - start
+        starts_document = np.zeros(end - start, np.int32)
+        starts_document[borders] = 1
+        own_start = np.zeros(end - start, np.int32)
+        own_start[borders] = borders
+        return (
+            segment_ids + starts_document.cumsum(dtype=np.int32),
+            positions - np.maximum.accumulate(own_start),
         )
-        while waiting:
-            block = waiting.popleft().result()
-            waiting.extend(pool.submit(_encode_in_worker, group) for group in islice(groups, 1))
-            yield block
-    except BrokenProcessPool as error:
+
+
+def token_windows(
+    store: TokenStore, length: int, stride: int, isolate: bool, drop_remainder: bool
+) -> TokenWindows:
+    """Return the windows of a store: full ones for training (`drop_remainder`), all for evaluation.
+
+    With stride = length every token but the store's first is a target exactly once.
+
+    Args:
+        store: token store.
+        length: targets of a window.
+        stride: tokens from the start of one window to the next.
+        isolate: documents are segments of their own; otherwise a window is a single segment.
+        drop_remainder: leave out the last window if it is not full; otherwise pad it.
+
+    Raises:
+        UserError: the store has too few tokens for one window.
+    """
+    examples = TokenWindows(store, length, stride, isolate, drop_remainder)
+    if not len(examples):
+        n_tokens = len(store.tokens)
         raise UserError(
-            "a tokenizing process was killed, perhaps for lack of memory: "
-            "use fewer --config.data.workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _tokenizer_plugins() -> list[dict[str, Any]]:
-    """Return the imported plug-ins that register a tokenizer."""
-    return [p for p in registered_plugins() if TOKENIZERS.kind in p["registers"]]
+            f"{store.manifest.source} has {n_tokens} tokens, too few for one window of "
+            f"{length} + 1: use more text or a smaller --config.data.sequence_length"
+        )
+    return examples

@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 
 from lm.data.batches import Arrays, Example, Examples
-from lm.data.store import TokenStore
+from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizers.tokenizer import Tokenizer, word_starts
-from lm.data.windows import TokenWindows, token_windows
 from lm.errors import UserError
 from lm.kernels.cross_entropy import cross_entropy
 from lm.objectives.losses import token_loss

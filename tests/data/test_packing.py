@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.store import Manifest, TokenStore
-from lm.data.windows import token_windows
+from lm.data.store import Manifest, TokenStore, token_windows
 from lm.errors import UserError
 
 

@@ -23,7 +23,7 @@ import optax
 
 from lm.config.registries import OBJECTIVES
 from lm.config.registry import option
-from lm.data.windows import token_windows
+from lm.data.store import token_windows
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import LossSums, Objective
 
