@@ -15,7 +15,7 @@ from lm.config.run_keys import RUN_KEYS
 # --- data
 
 _DOCUMENTS, _RECORDS = ("documents",), ("records",)
-_RECORD_FILES = "lm.data.records.record_files"
+_RECORD_FILES = "lm.data.records.records"
 
 SOURCES = Registry(
     "data source",

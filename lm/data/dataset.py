@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from lm.config.rules import listed
 from lm.data.sources import Corpus, find_source, has_validation, open_corpus
 from lm.data.store import TokenStore, build_token_store
@@ -69,7 +67,9 @@ def open_dataset(
         for sources in (training, validation)
     )
     if _holds_out_records(data, records):
-        train, held_out = zip(*(_split_records(store, data) for store in train), strict=True)
+        from lm.data.held_out import split_records
+
+        train, held_out = zip(*(split_records(store, data) for store in train), strict=True)
     return Dataset(tokenizer, train, held_out, tuple(data.weights), fingerprint)
 
 
@@ -100,9 +100,11 @@ def open_split(
         UserError: the configuration has no such split, or its source is missing or damaged.
     """
     if split == "validation" and _holds_out_records(data, records):
+        from lm.data.held_out import split_records
+
         training = _open_sources(data.source, data, "train", records)
         stores = (_build_store(source, tokenizer, data, records, progress) for source in training)
-        return tuple(_split_records(store, data)[1] for store in stores)
+        return tuple(split_records(store, data)[1] for store in stores)
     if split == "test":
         sources = _open_sources(data.test_source, data, "validation", records)
     else:
@@ -139,21 +141,6 @@ def _holds_out_records(data: Any, records: bool) -> bool:
     if not records or not data.validation_fraction or data.validation_source:
         return False
     return not any(_has_validation_records(spec, data) for spec in listed(data.source))
-
-
-def _split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
-    """Split a store into training records and a random `data.validation_fraction`.
-
-    Random, because the files of tasks are often sorted, by class or by difficulty.
-    """
-    border = int(len(store) * (1 - data.validation_fraction))
-    if not 0 < border < len(store):
-        raise UserError(
-            f"--config.data.validation_fraction={data.validation_fraction} of "
-            f"{store.manifest.source} leaves a split empty: it has {len(store)} records"
-        )
-    order = np.random.default_rng(0).permutation(len(store))
-    return store.select(np.sort(order[:border])), store.select(np.sort(order[border:]))
 
 
 def _corpora(sources: tuple[Any, ...], records: bool) -> tuple[Corpus, ...]:

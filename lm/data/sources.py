@@ -30,11 +30,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
-
-import numpy as np
 
 from lm.config.registries import SOURCES
 from lm.config.rules import spec_problem
@@ -213,72 +209,11 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     corpus: Corpus = cls(argument, data, "train" if hold_out else split)
     if next(corpus.chunks(), None) is None:
         raise UserError(f"{spec} holds no text")
-    return HeldOut(corpus, data.validation_fraction, split) if hold_out else corpus
+    if not hold_out:
+        return corpus
+    from lm.data.held_out import HeldOut
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """One side of a corpus that is divided into "train" and "validation".
-
-    A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
-    does. Of several documents, as many are in "train", and the others are a fixed random choice:
-    corpora are often sorted, by source or by date.
-    """
-
-    corpus: Corpus
-    fraction: float
-    split: str
-
-    size = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.corpus.name} ({self.split})"
-
-    @cached_property
-    def digest(self) -> str:
-        parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def chunks(self) -> Iterator[Chunk]:
-        n_documents, n_characters = self._counts
-        total = n_characters if n_documents == 1 else n_documents
-        border = int(total * (1 - self.fraction))
-        if not 0 < border < total:
-            unit = "characters" if n_documents == 1 else "documents"
-            raise UserError(
-                f"--config.data.validation_fraction={self.fraction} of {self.corpus.name} leaves "
-                f"a split empty: it has {total} {unit}"
-            )
-        if n_documents == 1:
-            yield from cut_document(self._characters(border))
-        else:
-            chosen = np.random.default_rng(0).choice(total, total - border, replace=False)
-            yield from self._documents(frozenset(chosen.tolist()))
-
-    @cached_property
-    def _counts(self) -> tuple[int, int]:
-        n_documents = n_characters = 0
-        for chunk in self.corpus.chunks():
-            n_documents += chunk.first
-            n_characters += len(chunk.text)
-        return n_documents, n_characters
-
-    def _characters(self, border: int) -> Iterator[str]:
-        """Yield the text of the only document on this split's side of the border."""
-        start = 0
-        for chunk in self.corpus.chunks():
-            cut = max(border - start, 0)
-            yield chunk.text[:cut] if self.split == "train" else chunk.text[cut:]
-            start += len(chunk.text)
-
-    def _documents(self, held_out: frozenset[int]) -> Iterator[Chunk]:
-        """Yield the documents of this split."""
-        index = -1
-        for chunk in self.corpus.chunks():
-            index += chunk.first
-            if (index in held_out) == (self.split == "validation"):
-                yield chunk
+    return HeldOut(corpus, data.validation_fraction, split)
 
 
 def cut_document(parts: Iterable[str]) -> Iterator[Chunk]:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lm.data.files import read_lines
-from lm.data.records.record_files import Row, read_jsonl_rows
+from lm.data.records.records import Row, read_jsonl_rows
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.prompts import is_encoder_decoder

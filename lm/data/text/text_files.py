@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lm.data.files import find_files, hash_files, read_lines, read_text
-from lm.data.records.record_files import RowFiles, read_jsonl_rows
+from lm.data.records.records import RowFiles, read_jsonl_rows
 from lm.data.sources import Chunk, DocumentSource, Row, cut_document
 from lm.errors import UserError
 

@@ -205,23 +205,3 @@ def _read(folder: Path) -> Tokenizer:
     if tokenizer.digest != about["digest"]:
         raise DamagedFolder("its files are not those that were saved")
     return tokenizer
-
-
-_SPACES = (" ", "▁", "Ġ")  # as they are, in SentencePiece, in GPT-2
-_OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
-
-
-def word_starts(tokenizer: Tokenizer) -> np.ndarray:
-    """Return which ids start a word, bool [vocab_size].
-
-    Those that WordPiece does not mark with "##"; those that begin with a space if any does, as in
-    SentencePiece, byte-level BPE, bytes and characters; otherwise all.
-    """
-    pieces = tokenizer.pieces()
-    goes_on = np.array([piece.startswith("##") for piece in pieces])
-    after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
-    if goes_on.sum() > after_space.sum():
-        return ~goes_on
-    if not after_space.any():
-        return ~after_space
-    return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Tokenizer `words`: whole words, as in word-level language models and classic classifiers."""
+"""Words: tokenizer `words`, as in word-level models, and where words start under any other."""
 
 from __future__ import annotations
 
@@ -158,3 +158,23 @@ class WordTokenizer(Tokenizer):
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
         return cls.from_list(files["words.txt"], **json.loads(files["words.json"]))
+
+
+_SPACES = (" ", "▁", "Ġ")  # as they are, in SentencePiece, in GPT-2
+_OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
+
+
+def word_starts(tokenizer: Tokenizer) -> np.ndarray:
+    """Return which ids start a word, bool [vocab_size].
+
+    Those that WordPiece does not mark with "##"; those that begin with a space if any does, as in
+    SentencePiece, byte-level BPE, bytes and characters; otherwise all.
+    """
+    pieces = tokenizer.pieces()
+    goes_on = np.array([piece.startswith("##") for piece in pieces])
+    after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
+    if goes_on.sum() > after_space.sum():
+        return ~goes_on
+    if not after_space.any():
+        return ~after_space
+    return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]

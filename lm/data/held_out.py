@@ -1,0 +1,97 @@
+"""Validation data that are held out of the training data, by `data.validation_fraction`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm.data.sources import Chunk, Corpus, cut_document
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.data.records.record_store import RecordStore
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One side of a corpus that is divided into "train" and "validation".
+
+    A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
+    does. Of several documents, as many are in "train", and the others are a fixed random choice:
+    corpora are often sorted, by source or by date.
+    """
+
+    corpus: Corpus
+    fraction: float
+    split: str
+
+    size = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.corpus.name} ({self.split})"
+
+    @cached_property
+    def digest(self) -> str:
+        parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        n_documents, n_characters = self._counts
+        total = n_characters if n_documents == 1 else n_documents
+        border = int(total * (1 - self.fraction))
+        if not 0 < border < total:
+            unit = "characters" if n_documents == 1 else "documents"
+            raise UserError(
+                f"--config.data.validation_fraction={self.fraction} of {self.corpus.name} leaves "
+                f"a split empty: it has {total} {unit}"
+            )
+        if n_documents == 1:
+            yield from cut_document(self._characters(border))
+        else:
+            chosen = np.random.default_rng(0).choice(total, total - border, replace=False)
+            yield from self._documents(frozenset(chosen.tolist()))
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        n_documents = n_characters = 0
+        for chunk in self.corpus.chunks():
+            n_documents += chunk.first
+            n_characters += len(chunk.text)
+        return n_documents, n_characters
+
+    def _characters(self, border: int) -> Iterator[str]:
+        """Yield the text of the only document on this split's side of the border."""
+        start = 0
+        for chunk in self.corpus.chunks():
+            cut = max(border - start, 0)
+            yield chunk.text[:cut] if self.split == "train" else chunk.text[cut:]
+            start += len(chunk.text)
+
+    def _documents(self, held_out: frozenset[int]) -> Iterator[Chunk]:
+        """Yield the documents of this split."""
+        index = -1
+        for chunk in self.corpus.chunks():
+            index += chunk.first
+            if (index in held_out) == (self.split == "validation"):
+                yield chunk
+
+
+def split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
+    """Split a store into training records and a random `data.validation_fraction`.
+
+    Random, because the files of tasks are often sorted, by class or by difficulty.
+    """
+    border = int(len(store) * (1 - data.validation_fraction))
+    if not 0 < border < len(store):
+        raise UserError(
+            f"--config.data.validation_fraction={data.validation_fraction} of "
+            f"{store.manifest.source} leaves a split empty: it has {len(store)} records"
+        )
+    order = np.random.default_rng(0).permutation(len(store))
+    return store.select(np.sort(order[:border])), store.select(np.sort(order[border:]))
