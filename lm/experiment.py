@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from lm.attention_choice import AttentionChoice, choose_attention
 from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
 from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
@@ -36,9 +35,8 @@ from lm.parallel.sharding import (
     parameter_sharding,
     use_mesh,
 )
-from lm.parallel.xla_flags import compiler_options
 from lm.train_step import Carry, Steps, TrainState
-from lm.validation import check_on_mesh
+from lm.validation import AttentionChoice, check_on_mesh, choose_attention
 
 Tree = Any
 
@@ -201,7 +199,7 @@ class Experiment:
             in_shardings=(self.state_sharding, self.batch_sharding),
             out_shardings=(self.state_sharding, self.replicated),
             donate_argnums=0,
-            compiler_options=compiler_options(self.mesh.devices.flat[0]),
+            compiler_options=self._compiler_options,
         )
 
     @cached_property
@@ -255,6 +253,15 @@ class Experiment:
         if self.tokenizer is None:
             raise ValueError("batches need a tokenizer: build(config, devices, tokenizer)")
         return self.objective.features
+
+    @property
+    def _compiler_options(self) -> dict[str, bool | int] | None:
+        device = self.mesh.devices.flat[0]
+        if device.platform == "cpu":
+            return None
+        from lm.parallel.xla_flags import compiler_options
+
+        return compiler_options(device)
 
     def _on_mesh(self, function: Callable) -> Callable:
         def on_mesh(*args: Any) -> Any:

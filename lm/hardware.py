@@ -8,13 +8,9 @@ memory sizes and targets of GPUs from XLA's own descriptions of the SXM models
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import jax
+from typing import Any
 
 GIB = 2**30
 
@@ -118,59 +114,3 @@ GPU_TARGETS = {
     "h200": GpuTarget("NVIDIA H200 141GB HBM3e", 9, *_HOPPER, 4800000000000),
     "b200": GpuTarget("NVIDIA B200", 10, 148, 128, *_SMEM, 132644864, 1.965, 7672320000000),
 }
-
-
-def chip_name(device_kind: str) -> str | None:
-    """Return the key in `CHIPS` of a device by its `device_kind`; None for other devices."""
-    kinds = {kind: name for name, chip in CHIPS.items() for kind in chip.device_kinds}
-    matches = [kind for kind in kinds if device_kind.startswith(kind)]
-    return kinds[max(matches, key=len)] if matches else None
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Return the published bfloat16 FLOP/s of a device; None where there is none (CPUs)."""
-    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
-
-@dataclass(frozen=True)
-class Interconnect:
-    """Network that a collective crosses.
-
-    Attributes:
-        network: "ici" inside a slice or host, "dcn" between them.
-        bandwidth: Bytes/s of a device.
-        spread: Devices of a slice that share what crosses the network.
-    """
-
-    network: str
-    bandwidth: float | None
-    spread: int = 1
-
-
-def interconnect(chip: Chip, group: Sequence[Any], sides: Sequence[int]) -> Interconnect:
-    """Return the network that joins a group of devices.
-
-    In a torus a group sends along every dimension that it spans, in both directions of a ring.
-
-    Args:
-        chip: Kind of the devices.
-        group: Devices that take part in the collective.
-        sides: Lengths of the slice's torus, in chips.
-    """
-    granules = {granule(device) for device in group}
-    if len(granules) > 1:
-        return Interconnect("dcn", chip.scale_out, len(group) // len(granules))
-    if not chip.dimensions:
-        return Interconnect("ici", chip.link)
-    coordinates = zip(*(device.coords for device in group), strict=True)
-    spanned = [side for side, along in zip(sides, coordinates, strict=False) if len({*along}) > 1]
-    links = sum(2 if side > 2 and side % chip.ring == 0 else 1 for side in spanned)
-    return Interconnect("ici", links * chip.link if links else inf)
-
-
-def granule(device: Any) -> int:
-    """Return the index of a TPU's slice or a GPU's host (the term of `jax.mesh_utils`)."""
-    if device.platform == "tpu":
-        return getattr(device, "slice_index", None) or 0
-    return device.process_index

@@ -72,7 +72,7 @@ FLOORS = (
     ("evaluation",),
     ("decoding", "interop"),
     ("runs",),
-    ("experiment", "train_step", "accounting", "validation", "attention_choice"),
+    ("experiment", "train_step", "accounting", "validation"),
     ("objectives", "optim"),
     ("models", "data"),
     ("kernels", "parallel"),

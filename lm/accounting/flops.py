@@ -16,7 +16,10 @@ Skip-gram: 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 
 from __future__ import annotations
 
+import jax
+
 from lm.experiment import Experiment
+from lm.hardware import PEAK_FLOPS
 from lm.models.transformer_config import global_layers
 from lm.models.variables import KERNELS, Kind, flat
 
@@ -100,3 +103,9 @@ def used_share(experiment: Experiment, path: str) -> float:
     model = experiment.config.model
     is_expert = experiment.param_infos[path].role.expert
     return model.experts_per_token / model.n_experts if is_expert else 1.0
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return the published bfloat16 FLOP/s of a device; None where there is none (CPUs)."""
+    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -1,16 +1,15 @@
 """Registries of everything that a configuration chooses by name, and the schema of all keys.
 
 Each class is declared once, here, by its place in the code; nothing is imported before it is used.
-Keys that several entries share are in `model_keys.py` and `run_keys.py`.
+Keys that several entries share are in `keys.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm.config.model_keys import MODEL_KEYS
-from lm.config.registry import Entry, Key, Registry, Schema, option
-from lm.config.run_keys import RUN_KEYS
+from lm.config.keys import COMMON_KEYS
+from lm.config.registry import Entry, Registry, Schema, option
 
 # --- data
 
@@ -158,12 +157,6 @@ OBJECTIVES = Registry(
 )
 
 
-def families_of(objective: str) -> tuple[str, ...]:
-    """Return the model families that an objective trains."""
-    further = (name for name, entry in MODELS.entries.items() if objective in entry.objectives)
-    return tuple(dict.fromkeys((*OBJECTIVES.entries[objective].families, *further)))
-
-
 # --- optimization
 
 
@@ -293,12 +286,5 @@ METRICS = Registry(
 REGISTRIES = (SOURCES, TOKENIZERS, MODELS, MIXERS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)
 
 # --- schema
-
-COMMON_KEYS: dict[str, Key] = {
-    "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
-    "paper": Key("", "Name of the published model that this configuration reproduces."),
-    **MODEL_KEYS,
-    **RUN_KEYS,
-}
 
 SCHEMA = Schema(COMMON_KEYS, REGISTRIES)

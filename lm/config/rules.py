@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import METRICS, OBJECTIVES, SOURCES, TOKENIZERS, families_of
+from lm.config.registries import METRICS, MODELS, OBJECTIVES, SOURCES, TOKENIZERS
 from lm.config.registry import Registry
 from lm.errors import UserError
 
@@ -20,6 +20,12 @@ def broken_rules(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong between the keys of a configuration, each of which is valid by itself."""
     for rules in RULES:
         yield from rules(config)
+
+
+def families_of(objective: str) -> tuple[str, ...]:
+    """Return the model families that an objective trains."""
+    further = (name for name, entry in MODELS.entries.items() if objective in entry.objectives)
+    return tuple(dict.fromkeys((*OBJECTIVES.entries[objective].families, *further)))
 
 
 def _family_rules(config: ConfigDict) -> Iterator[str]:

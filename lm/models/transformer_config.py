@@ -84,7 +84,7 @@ def segments(types: tuple[LayerType, ...]) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True)
 class TransformerConfig(InitConfig):
-    """Transformer stack; the meaning of each field is in `lm/config/model_keys.py`."""
+    """Transformer stack; the meaning of each field is in `lm/config/keys.py`."""
 
     n_layers: int
     d_model: int

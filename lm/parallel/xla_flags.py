@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from lm.hardware import GPUS, TORI, TPUS, chip_name
+from lm.hardware import CHIPS, GPUS, TORI, TPUS
 
 if TYPE_CHECKING:  # the flags have to be set before JAX is there
     import jax
@@ -145,6 +145,13 @@ XLA_FLAGS = (
         "fused matrix products of any shape may use Triton, chosen by timing",
     ),
 )
+
+
+def chip_name(device_kind: str) -> str | None:
+    """Return the key in `CHIPS` of a device by its `device_kind`; None for other devices."""
+    kinds = {kind: name for name, chip in CHIPS.items() for kind in chip.device_kinds}
+    matches = [kind for kind in kinds if device_kind.startswith(kind)]
+    return kinds[max(matches, key=len)] if matches else None
 
 
 def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:

@@ -12,13 +12,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.accounting.flops import model_flops_per_token, tokens_per_row
+from lm.accounting.flops import model_flops_per_token, peak_flops, tokens_per_row
 from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment
-from lm.hardware import peak_flops
 from lm.parallel.hosts import CrossHostMax
 from lm.runs.checkpoints import Checkpoints
 from lm.train_step import Metrics, TrainState

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm.accounting.flops import model_flops_per_token, tokens_per_row
+from lm.accounting.flops import model_flops_per_token, peak_flops, tokens_per_row
 from lm.config import default, set_value
 from lm.experiment import build
-from lm.hardware import peak_flops
 
 L, T, N, D = 16, 12, 3, 32  # source and target lengths, layers, width
 

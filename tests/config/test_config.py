@@ -8,7 +8,8 @@ from kinds import KINDS
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.registries import OBJECTIVES, REGISTRIES, SCHEMA, families_of
+from lm.config.registries import OBJECTIVES, REGISTRIES, SCHEMA
+from lm.config.rules import families_of
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.dense import ACTIVATIONS

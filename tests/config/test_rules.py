@@ -1,7 +1,8 @@
 import pytest
 
 from lm.config import default, parse_value, set_value, validate
-from lm.config.registries import MODELS, OBJECTIVES, families_of
+from lm.config.registries import MODELS, OBJECTIVES
+from lm.config.rules import families_of
 from lm.errors import UserError
 
 SMALL = {"model.n_layers": "2", "model.n_heads": "2", "model.d_model": "16"}

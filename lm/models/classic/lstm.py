@@ -21,7 +21,7 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class RecurrentConfig(InitConfig):
-    """Recurrent model; the meaning of each field is in `lm/config/model_keys.py`."""
+    """Recurrent model; the meaning of each field is in `lm/config/keys.py`."""
 
     n_layers: int
     d_model: int

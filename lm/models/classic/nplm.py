@@ -19,7 +19,7 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class NplmConfig(InitConfig):
-    """Neural probabilistic language model; the fields are in `lm/config/model_keys.py`."""
+    """Neural probabilistic language model; the fields are in `lm/config/keys.py`."""
 
     d_model: int
     d_hidden: int

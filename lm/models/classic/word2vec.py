@@ -20,7 +20,7 @@ from lm.parallel.sharding import constrain
 
 @dataclass(frozen=True)
 class SkipGramConfig(InitConfig):
-    """Skip-gram model; the meaning of each field is in `lm/config/model_keys.py`."""
+    """Skip-gram model; the meaning of each field is in `lm/config/keys.py`."""
 
     vocab_size: int
     d_model: int

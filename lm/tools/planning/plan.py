@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.experiment import Experiment, build
-from lm.hardware import Chip, interconnect
+from lm.hardware import Chip
 from lm.models.transformer_config import global_layers
 from lm.tools.planning.collectives import Collective, collectives
 from lm.tools.planning.hlo import Module, parse_hlo
@@ -29,7 +29,7 @@ from lm.tools.planning.program import (
     compile_step,
     largest_arrays,
 )
-from lm.tools.planning.topologies import Topology
+from lm.tools.planning.topologies import Topology, interconnect
 from lm.tools.planning.work import attention_kernel, flops, memory_traffic
 
 Tree = Any

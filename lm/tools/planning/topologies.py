@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import jax
@@ -133,3 +133,46 @@ def _described(name: str, platform: str, described: str, options: dict[str, Any]
     except (RuntimeError, ValueError) as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology {name}: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Interconnect:
+    """Network that a collective crosses.
+
+    Attributes:
+        network: "ici" inside a slice or host, "dcn" between them.
+        bandwidth: Bytes/s of a device.
+        spread: Devices of a slice that share what crosses the network.
+    """
+
+    network: str
+    bandwidth: float | None
+    spread: int = 1
+
+
+def interconnect(chip: Chip, group: Sequence[Any], sides: Sequence[int]) -> Interconnect:
+    """Return the network that joins a group of devices.
+
+    In a torus a group sends along every dimension that it spans, in both directions of a ring.
+
+    Args:
+        chip: Kind of the devices.
+        group: Devices that take part in the collective.
+        sides: Lengths of the slice's torus, in chips.
+    """
+    granules = {granule(device) for device in group}
+    if len(granules) > 1:
+        return Interconnect("dcn", chip.scale_out, len(group) // len(granules))
+    if not chip.dimensions:
+        return Interconnect("ici", chip.link)
+    coordinates = zip(*(device.coords for device in group), strict=True)
+    spanned = [side for side, along in zip(sides, coordinates, strict=False) if len({*along}) > 1]
+    links = sum(2 if side > 2 and side % chip.ring == 0 else 1 for side in spanned)
+    return Interconnect("ici", links * chip.link if links else inf)
+
+
+def granule(device: Any) -> int:
+    """Return the index of a TPU's slice or a GPU's host (the term of `jax.mesh_utils`)."""
+    if device.platform == "tpu":
+        return getattr(device, "slice_index", None) or 0
+    return device.process_index

@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from lm.errors import UserError
-from lm.hardware import CHIPS, interconnect
+from lm.hardware import CHIPS
 from lm.tools.planning import topologies
-from lm.tools.planning.topologies import target_config, topology
+from lm.tools.planning.topologies import interconnect, target_config, topology
 
 
 @pytest.mark.parametrize(

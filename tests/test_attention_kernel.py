@@ -7,12 +7,12 @@ import re
 import jax
 import pytest
 
-from lm.attention_choice import choose_attention
 from lm.config import default, set_value
 from lm.errors import UserError
 from lm.experiment import build, resolve
 from lm.parallel.mesh import AXES
 from lm.training.trainer import describe
+from lm.validation import choose_attention
 
 ONE = dict.fromkeys(AXES, 1)
 LONG = {"data.sequence_length": 1024, "model.head_dim": 128, "model.vocab_size": 64}
