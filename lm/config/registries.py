@@ -259,26 +259,26 @@ SCHEDULES = Registry(
 
 # --- evaluation
 
-_TEXTS, _LABELS = "lm.evaluation.text_scores", "lm.evaluation.label_scores"
+_SCORES = "lm.evaluation.scores"
 
 METRICS = Registry(
     "metric",
     ("eval.metrics",),
     "eval",
     {
-        "bleu": Entry(f"{_TEXTS}:bleu"),
-        "bleu_tok": Entry(f"{_TEXTS}:bleu_tok"),
-        "chrf": Entry(f"{_TEXTS}:chrf"),
-        "rouge": Entry(f"{_TEXTS}:rouge"),
-        "rouge_stemmed": Entry(f"{_TEXTS}:rouge_stemmed"),
-        "accuracy": Entry(f"{_LABELS}:accuracy"),
-        "f1": Entry(f"{_LABELS}:f1"),
-        "macro_f1": Entry(f"{_LABELS}:macro_f1"),
-        "matthews": Entry(f"{_LABELS}:matthews"),
-        "pearson": Entry(f"{_LABELS}:pearson"),
-        "spearman": Entry(f"{_LABELS}:spearman"),
-        "exact_match": Entry(f"{_TEXTS}:exact_match"),
-        "squad": Entry(f"{_TEXTS}:squad"),
+        "bleu": Entry(f"{_SCORES}:bleu"),
+        "bleu_tok": Entry(f"{_SCORES}:bleu_tok"),
+        "chrf": Entry(f"{_SCORES}:chrf"),
+        "rouge": Entry(f"{_SCORES}:rouge"),
+        "rouge_stemmed": Entry(f"{_SCORES}:rouge_stemmed"),
+        "accuracy": Entry(f"{_SCORES}:accuracy"),
+        "f1": Entry(f"{_SCORES}:f1"),
+        "macro_f1": Entry(f"{_SCORES}:macro_f1"),
+        "matthews": Entry(f"{_SCORES}:matthews"),
+        "pearson": Entry(f"{_SCORES}:pearson"),
+        "spearman": Entry(f"{_SCORES}:spearman"),
+        "exact_match": Entry(f"{_SCORES}:exact_match"),
+        "squad": Entry(f"{_SCORES}:squad"),
     },
     is_choice=False,
 )

@@ -1,6 +1,6 @@
 """Evaluation: loss and perplexity of a split, scores of a task, scores of word vectors.
 
-Read `loss.py` (`lm eval`), then `task.py` (`lm eval --task`) with `scores.py`, which finds the
-metrics of `label_scores.py` and `text_scores.py` by name. Public: `evaluate_loss`,
+Read `loss.py` (`lm eval`), then `task.py` (`lm eval --task`) with `scores.py`, which has the
+metrics. Public: `evaluate_loss`,
 `evaluate_task`, `score_predictions`.
 """

@@ -1,18 +1,30 @@
-"""Scores by metric name, and what metrics share.
+"""Scores by metric name: of labels and numbers (scikit-learn, SciPy) and of texts.
 
 A metric is a function of predictions and references of a whole split, one each an example in the
 same order, to named scores. Scores are in percent, as papers print them; correlations (matthews,
-pearson, spearman) are in [-1, 1]. A reference may be a list of several: the best counts.
+pearson, spearman) are in [-1, 1]. A reference may be a list of several: the best counts. Texts:
+BLEU, chrF (sacrebleu), ROUGE (rouge-score), exact match, SQuAD.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
+
+import numpy as np
+from scipy import stats
 
 from lm.config.registries import METRICS
 from lm.errors import UserError, missing_package
+
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_predictions(
@@ -56,3 +68,165 @@ def import_optional(module: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0].replace("_", "-").replace("sklearn", "scikit-learn")
         raise missing_package("this metric", package, "eval") from error
+
+
+# --- labels and numbers
+
+
+def accuracy(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return the share of right labels."""
+    pairs = zip(predictions, references, strict=True)
+    right = sum(prediction in alternatives(reference) for prediction, reference in pairs)
+    return {"accuracy": 100 * right / len(predictions)}
+
+
+def f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return F1 of the positive class: the second of the two labels in sorted order."""
+    labels = sorted(set(single(references)))
+    if len(labels) != 2:
+        advice = "" if len(labels) == 1 else ": use macro_f1"
+        raise UserError(f"f1 is for two labels, the references hold {len(labels)}{advice}")
+    return {"f1": _f1_of_labels(predictions, references, labels[1:])}
+
+
+def macro_f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return the mean F1 over the labels that occur in predictions or references."""
+    return {"macro_f1": _f1_of_labels(predictions, references, None)}
+
+
+def _f1_of_labels(predictions: Sequence, references: Sequence, labels: list | None) -> float:
+    f1_score = import_optional("sklearn.metrics").f1_score
+    gold = single(references)
+    score = f1_score(gold, predictions, labels=labels, average="macro", zero_division=0.0)
+    return 100 * float(score)
+
+
+def matthews(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return the Matthews correlation of two or more labels; 0 if only one was predicted."""
+    metrics = import_optional("sklearn.metrics")
+    return {"matthews": float(metrics.matthews_corrcoef(single(references), predictions))}
+
+
+def pearson(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return Pearson's correlation of numbers; nan where one side is constant."""
+    return {"pearson": _correlation(stats.pearsonr, predictions, references)}
+
+
+def spearman(predictions: Sequence, references: Sequence) -> dict[str, float]:
+    """Return Spearman's rank correlation, ties at their mean rank; nan where undefined."""
+    return {"spearman": _correlation(stats.spearmanr, predictions, references)}
+
+
+def _correlation(
+    function: Callable[[np.ndarray, np.ndarray], Any], predictions: Sequence, references: Sequence
+) -> float:
+    try:
+        x, y = (np.asarray(side, np.float64) for side in (predictions, single(references)))
+    except ValueError as error:
+        raise UserError(f"a correlation is of numbers: {error}") from error
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(function(x, y).statistic)
+
+
+# --- texts
+
+
+def bleu(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:
+    """Return BLEU of detokenized text, tokenized by "13a" as at WMT, and sacrebleu's signature."""
+    metric = import_optional("sacrebleu.metrics").BLEU()
+    return _sacrebleu("bleu", metric, predictions, references)
+
+
+def bleu_tok(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:
+    """Return BLEU of tokenized text, which is split at spaces only, as by multi-bleu.perl.
+
+    It compares only with figures of the same tokenization and case.
+    """
+    metric = import_optional("sacrebleu.metrics").BLEU(tokenize="none", force=True)
+    return _sacrebleu("bleu_tok", metric, predictions, references)
+
+
+def chrf(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:
+    """Return chrF2 (character 6-grams, no words) and sacrebleu's signature."""
+    return _sacrebleu("chrf", import_optional("sacrebleu.metrics").CHRF(), predictions, references)
+
+
+def _sacrebleu(
+    name: str, metric: Any, predictions: Sequence[str], references: Sequence
+) -> dict[str, float | str]:
+    streams = [list(stream) for stream in zip_longest(*_texts(references))]
+    score = metric.corpus_score(list(predictions), streams).score
+    return {name: score, f"{name}_signature": str(metric.get_signature())}
+
+
+def rouge(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
+    """Return the mean F-measure of ROUGE-1, -2, -L and -Lsum, without stemming.
+
+    rougeL is of the longest common subsequence of the whole texts; rougeLsum goes line by line, as
+    "ROUGE-L" of CNN/DailyMail does. Papers print the median of bootstrapped means, which this mean
+    equals up to sampling noise.
+    """
+    return _rouge(predictions, references, stem=False)
+
+
+def rouge_stemmed(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
+    """Return `rouge` of Porter-stemmed words, as PEGASUS's script and its AESLC figures."""
+    scores = _rouge(predictions, references, stem=True)
+    return {f"{name}_stemmed": score for name, score in scores.items()}
+
+
+def _rouge(predictions: Sequence[str], references: Sequence, stem: bool) -> dict[str, float]:
+    scorer = import_optional("rouge_score.rouge_scorer").RougeScorer(_ROUGE, use_stemmer=stem)
+    pairs = zip(_texts(references), predictions, strict=True)
+    scores = [scorer.score_multi(texts, prediction) for texts, prediction in pairs]
+    return {name: 100 * sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
+
+
+def _texts(references: Sequence) -> list[Sequence[str]]:
+    texts = [alternatives(reference) for reference in references]
+    for number, several in enumerate(texts, start=1):
+        if not several:
+            raise UserError(f"example {number} has no reference: give it one or drop it")
+    return texts
+
+
+def exact_match(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
+    """Return the share of predictions that equal a reference, up to white space."""
+    pairs = zip(predictions, references, strict=True)
+    right = sum(
+        prediction.split() in [text.split() for text in alternatives(reference)]
+        for prediction, reference in pairs
+    )
+    return {"exact_match": 100 * right / len(predictions)}
+
+
+def squad(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
+    """Return SQuAD's exact match and F1, each the best over the example's answers.
+
+    As in the official script of version 2, a question without answers (an empty list) has the
+    answer "". Words are split at spaces, so F1 of Chinese is close to exact match.
+    """
+    exact = f1 = 0.0
+    for prediction, reference in zip(predictions, references, strict=True):
+        words = _words(prediction)
+        answers = [answer for answer in map(_words, alternatives(reference)) if answer] or [[]]
+        exact += words in answers
+        f1 += max(_f1_of_words(words, answer) for answer in answers)
+    return {
+        "squad_exact_match": 100 * exact / len(predictions),
+        "squad_f1": 100 * f1 / len(predictions),
+    }
+
+
+def _words(answer: str) -> list[str]:
+    """Return the words in lower case, without ASCII punctuation and without articles."""
+    text = answer.lower().translate(_WITHOUT_PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _f1_of_words(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = (Counter(prediction) & Counter(answer)).total()
+    return 2 * common / (len(prediction) + len(answer))

@@ -19,7 +19,7 @@ from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
-from lm.evaluation.label_scores import spearman
+from lm.evaluation.scores import spearman
 from lm.models.variables import ParamInfo, Params, flat, token_table
 
 WordPair = tuple[str, str, float]

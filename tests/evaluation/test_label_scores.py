@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lm.errors import UserError
-from lm.evaluation.label_scores import accuracy, f1, macro_f1, matthews, pearson, spearman
+from lm.evaluation.scores import accuracy, f1, macro_f1, matthews, pearson, spearman
 
 
 def test_accuracy_is_in_percent():

@@ -1,7 +1,7 @@
 import pytest
 
 from lm.errors import UserError
-from lm.evaluation.text_scores import bleu, bleu_tok, chrf, exact_match, rouge, rouge_stemmed, squad
+from lm.evaluation.scores import bleu, bleu_tok, chrf, exact_match, rouge, rouge_stemmed, squad
 
 # The example of sacrebleu's README, with the figures printed there.
 PREDICTIONS = [
