@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.tools.reports.scaling_runs import runs_of_folder, runs_of_table
+    from lm.tools.reports.scaling_law import runs_of_folder, runs_of_table
     from lm.tools.reports.scaling_study import enough_tokens, study, study_text
 
     only_cpu(overrides)

@@ -1,14 +1,20 @@
-"""Parametric scaling law L(N, D) = E + A/N^α + B/D^β: fit, optimum and bootstrap.
+"""Scaling laws of runs: the runs, the parametric law L(N, D) = E + A/N^α + B/D^β, IsoFLOP profiles.
 
-Hoffmann et al. 2022 (arXiv 2203.15556), approach 3: Huber loss of the log-losses by L-BFGS from
-many starts; optimum by their eq. 4. Bootstrap over runs as in Besiroglu et al. 2024
-(arXiv 2404.10102).
+N counts all parameters, embeddings included, and training costs C = 6·N·D FLOPs, as in
+Hoffmann et al. 2022 (arXiv 2203.15556). The law is their approach 3: Huber loss of the log-losses
+by L-BFGS from many starts; optimum by their eq. 4; bootstrap over runs as in Besiroglu et al. 2024
+(arXiv 2404.10102). Profiles are their approach 2: for each compute budget the minimum of a parabola
+of loss over log N.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +23,92 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from lm.errors import UserError
-from lm.tools.reports.scaling_runs import Runs
+from lm.tools.reports.run_records import TRAIN_LOSS, VALIDATION_LOSS, find_runs
+
+COLUMNS = "Model Size", "Training FLOP", "loss"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Arrays over runs, [runs].
+
+    Attributes:
+        n: Parameters.
+        d: Training tokens.
+        loss: Final loss, nats a token.
+    """
+
+    n: np.ndarray
+    d: np.ndarray
+    loss: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    def __getitem__(self, chosen: np.ndarray) -> Runs:
+        """Select runs by a mask or by indices."""
+        return Runs(self.n[chosen], self.d[chosen], self.loss[chosen])
+
+    @property
+    def flop(self) -> np.ndarray:
+        """Training FLOPs, 6·N·D."""
+        return 6 * self.n * self.d
+
+
+def runs_of_table(file: Path) -> Runs:
+    """Read a CSV table with the columns `Model Size`, `Training FLOP` and `loss`.
+
+    Raises:
+        UserError: A column is missing, or a cell is not a positive number.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --runs {file}: {error}") from None
+    for column in COLUMNS:
+        if rows and column not in rows[0]:
+            raise UserError(f"--runs {file} has no column {column!r}; it has {list(rows[0])}")
+    table = np.array([_row(file, line, row) for line, row in enumerate(rows, 2)])
+    n, flop, loss = table.reshape(-1, 3).T
+    return Runs(n, flop / (6 * n), loss)
+
+
+def _row(file: Path, line: int, row: Mapping[str, str]) -> list[float]:
+    try:
+        values = [float(row[column]) for column in COLUMNS]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(0 < value < math.inf for value in values):
+        shown = ", ".join(f"{column}={row[column]!r}" for column in COLUMNS)
+        raise UserError(f"--runs {file}, line {line}: not three positive numbers: {shown}")
+    return values
+
+
+def runs_of_folder(workdir: Path) -> tuple[Runs, list[str]]:
+    """Read the finished runs of a sweep.
+
+    The loss is that of the last evaluation or, if no run was evaluated, of the end of training.
+
+    Returns:
+        The runs, and one line on each run that is left out.
+    """
+    found = find_runs(workdir)
+    evaluated = any(VALIDATION_LOSS in run.curves for run in found)
+    metric = VALIDATION_LOSS if evaluated else TRAIN_LOSS
+    points, left_out = [], []
+    for run in found:
+        loss = run.final(metric)
+        if not run.finished:
+            at = f"at step {run.last_step} of {run.config['train.steps']}"
+            left_out.append(f"{run.name}: not finished, {at}")
+        elif loss is None or run.size is None:
+            left_out.append(f"{run.name}: {run.problem or f'no finite {metric}'}")
+        else:
+            tokens = run.last_step * run.size.tokens_per_step
+            points.append((run.size.parameters, tokens, loss))
+    return Runs(*np.array(points, float).reshape(-1, 3).T), left_out
+
 
 HUBER_DELTA = 1e-3
 
@@ -138,3 +229,87 @@ def interval(values: ArrayLike) -> tuple[float, float]:
     """Return the central 95 % interval."""
     low, high = np.quantile(np.asarray(values), (0.025, 0.975))
     return float(low), float(high)
+
+
+SAME_BUDGET = 0.1  # largest difference of log FLOPs within one budget
+FEWEST_SIZES = 4
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Runs of one budget and their parabola in log N (coefficients as of `np.polyfit`)."""
+
+    runs: Runs
+    parabola: np.ndarray
+
+    @property
+    def flop(self) -> float:
+        """Budget: geometric mean of the runs' FLOPs."""
+        return float(np.exp(np.log(self.runs.flop).mean()))
+
+    @property
+    def n(self) -> float:
+        """Number of parameters at the minimum."""
+        return float(np.exp(-self.parabola[1] / (2 * self.parabola[0])))
+
+    @property
+    def loss(self) -> float:
+        """Loss at the minimum."""
+        return float(np.polyval(self.parabola, np.log(self.n)))
+
+    @property
+    def has_minimum(self) -> bool:
+        """True if the parabola is convex and its minimum is within the sizes of the runs."""
+        return bool(self.parabola[0] > 0 and self.runs.n.min() <= self.n <= self.runs.n.max())
+
+
+class PowerLaw(NamedTuple):
+    """N_opt = factor · C^exponent."""
+
+    factor: float
+    exponent: float
+
+    def n(self, flop: float) -> float:
+        """Return the optimal number of parameters of a budget."""
+        return self.factor * flop**self.exponent
+
+
+def isoflop_profiles(runs: Runs) -> list[Profile]:
+    """Return a profile of each budget with at least four sizes, in the order of budgets.
+
+    Budgets are found by density: the FLOPs with the most runs nearby come first.
+    """
+    left, found = runs, []
+    while len(left):
+        log_flop = np.log(left.flop)
+        near = np.abs(log_flop[:, None] - log_flop) <= SAME_BUDGET
+        chosen = near[np.argmax(near.sum(axis=1))]
+        if len(np.unique(left.n[chosen])) >= FEWEST_SIZES:
+            found.append(_profile(left[chosen]))
+        left = left[~chosen]
+    return sorted(found, key=lambda profile: profile.flop)
+
+
+def _profile(runs: Runs) -> Profile:
+    return Profile(runs, np.polyfit(np.log(runs.n), runs.loss, 2))
+
+
+def power_law(found: list[Profile]) -> PowerLaw | None:
+    """Fit a line through the minima in log-log; None for fewer than two minima."""
+    minima = [profile for profile in found if profile.has_minimum]
+    if len(minima) < 2:
+        return None
+    log_flop, log_n = np.log([p.flop for p in minima]), np.log([p.n for p in minima])
+    exponent, intercept = np.polyfit(log_flop, log_n, 1)
+    return PowerLaw(float(np.exp(intercept)), float(exponent))
+
+
+def bootstrap_exponents(found: list[Profile], resamples: int, seed: int) -> list[float]:
+    """Return exponents of the power law, with the runs of each budget resampled."""
+    random = np.random.default_rng(seed)
+    exponents = []
+    for _ in range(resamples):
+        drawn = [p.runs[random.integers(len(p.runs), size=len(p.runs))] for p in found]
+        law = power_law([_profile(runs) for runs in drawn if len(np.unique(runs.n)) >= 3])
+        exponents += [law.exponent] if law else []
+    return exponents

@@ -8,11 +8,19 @@ from typing import Any
 import numpy as np
 
 from lm.tools.formatting import short
-from lm.tools.reports import isoflop
-from lm.tools.reports.isoflop import PowerLaw, Profile
 from lm.tools.reports.plotting import INK, colors, count_axis, legend, save_png, shades, subplots
-from lm.tools.reports.scaling_law import Law, bootstrap, fit_law, interval
-from lm.tools.reports.scaling_runs import Runs
+from lm.tools.reports.scaling_law import (
+    Law,
+    PowerLaw,
+    Profile,
+    Runs,
+    bootstrap,
+    bootstrap_exponents,
+    fit_law,
+    interval,
+    isoflop_profiles,
+    power_law,
+)
 
 
 def enough_tokens(runs: Runs, least: float) -> Runs:
@@ -38,13 +46,13 @@ def study(
     """
     law = fit_law(runs)
     laws = bootstrap(runs, law, resamples, seed)
-    found = isoflop.profiles(runs)
-    power = isoflop.power_law(found)
-    exponents = isoflop.bootstrap_exponents(found, resamples, seed) if power else []
+    found = isoflop_profiles(runs)
+    power = power_law(found)
+    exponents = bootstrap_exponents(found, resamples, seed) if power else []
     if output:
         output.mkdir(parents=True, exist_ok=True)
         pictures = {
-            "isoflop.png": isoflop_profiles(found),
+            "isoflop.png": isoflop_curves(found),
             "fit.png": fitted_losses(runs, law),
             "optimum.png": optimal_sizes(runs, law, found, power, budgets),
         }
@@ -75,7 +83,7 @@ def forecast(
     runs: Runs,
     law: Law,
     laws: list[Law],
-    power: isoflop.PowerLaw | None,
+    power: PowerLaw | None,
     flop: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -106,7 +114,7 @@ def forecast(
     }
 
 
-def _minimum(profile: isoflop.Profile) -> dict[str, float]:
+def _minimum(profile: Profile) -> dict[str, float]:
     return {"n": profile.n, "d": profile.flop / (6 * profile.n), "loss": profile.loss}
 
 
@@ -142,7 +150,7 @@ def _columns(laws: list[Law]) -> dict[str, list[float]]:
     return dict(zip(Law._fields, map(list, zip(*laws, strict=True)), strict=True))
 
 
-def isoflop_profiles(found: list[Profile]) -> Any:
+def isoflop_curves(found: list[Profile]) -> Any:
     """Plot loss over model size at each budget, with parabolas and their minima."""
     figure, axes = subplots()
     for profile, color in zip(found, shades(len(found)), strict=True):

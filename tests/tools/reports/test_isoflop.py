@@ -1,10 +1,9 @@
-"""IsoFLOP profiles: budgets are separated, minima of exact parabolas are found."""
+"""IsoFLOP isoflop_profiles: budgets are separated, minima of exact parabolas are found."""
 
 import numpy as np
 import pytest
 
-from lm.tools.reports.isoflop import bootstrap_exponents, power_law, profiles
-from lm.tools.reports.scaling_runs import Runs
+from lm.tools.reports.scaling_law import Runs, bootstrap_exponents, isoflop_profiles, power_law
 
 BUDGETS = (1e18, 3e18, 1e19)
 
@@ -23,7 +22,7 @@ def study(spread: float = 0.0, noise: float = 0.0, shift: float = 1.0, seed: int
 
 
 def test_minima_and_their_power_law():
-    found = profiles(study())
+    found = isoflop_profiles(study())
     assert [profile.flop for profile in found] == pytest.approx(BUDGETS)
     assert [profile.n for profile in found] == pytest.approx([optimal(c) for c in BUDGETS])
     law = power_law(found)
@@ -32,11 +31,11 @@ def test_minima_and_their_power_law():
 
 
 def test_runs_near_a_budget_belong_to_it():
-    assert [len(profile.runs) for profile in profiles(study(spread=0.04))] == [7, 7, 7]
+    assert [len(profile.runs) for profile in isoflop_profiles(study(spread=0.04))] == [7, 7, 7]
 
 
 def test_a_minimum_beyond_the_sizes_that_ran_does_not_count():
-    found = profiles(study(shift=8))
+    found = isoflop_profiles(study(shift=8))
     assert len(found) == 3
     assert not any(profile.has_minimum for profile in found)
     assert power_law(found) is None
@@ -44,7 +43,9 @@ def test_a_minimum_beyond_the_sizes_that_ran_does_not_count():
 
 def test_the_bootstrap_knows_how_uncertain_the_exponent_is():
     """Its spread is that of the exponents of studies made anew."""
-    anew = [power_law(profiles(study(noise=0.003, seed=seed))).exponent for seed in range(100)]
-    guessed = np.std(bootstrap_exponents(profiles(study(noise=0.003)), 200, seed=0))
+    anew = [
+        power_law(isoflop_profiles(study(noise=0.003, seed=seed))).exponent for seed in range(100)
+    ]
+    guessed = np.std(bootstrap_exponents(isoflop_profiles(study(noise=0.003)), 200, seed=0))
     assert np.std(anew) / 2 < guessed < 2 * np.std(anew)
     assert abs(np.mean(anew) - 0.48) < np.std(anew) / 2

@@ -5,8 +5,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from lm.errors import UserError
-from lm.tools.reports.scaling_law import Law, _Problem, bootstrap, fit_law
-from lm.tools.reports.scaling_runs import Runs
+from lm.tools.reports.scaling_law import Law, Runs, _Problem, bootstrap, fit_law
 from lm.tools.reports.scaling_study import forecast
 
 TRUTH = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024

@@ -7,8 +7,7 @@ import pytest
 from runs import write_run
 
 from lm.cli import main
-from lm.tools.reports.scaling_law import Law
-from lm.tools.reports.scaling_runs import runs_of_folder
+from lm.tools.reports.scaling_law import Law, runs_of_folder
 
 TRUTH = Law(E=1.5, A=300.0, B=900.0, alpha=0.35, beta=0.33)
 
