@@ -12,9 +12,15 @@ from lm import config as configs
 from lm.errors import missing_package
 from lm.tools.formatting import duration, short, shown
 from lm.tools.reports import run_plots
-from lm.tools.reports.curves import incidents
 from lm.tools.reports.plotting import colors, save_png, svg
-from lm.tools.reports.run_records import RunRecord, best_run, final_metric, find_runs, swept_keys
+from lm.tools.reports.run_records import (
+    RunRecord,
+    best_run,
+    final_metric,
+    find_runs,
+    incidents,
+    swept_keys,
+)
 
 N_SAMPLES = 6  # predictions shown of each split
 TEMPLATE = "page.html"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from lm.tools.formatting import shown
-from lm.tools.reports.curves import downsample, smooth
 from lm.tools.reports.plotting import (
     COLORS,
     WIDTH,
@@ -23,8 +22,10 @@ from lm.tools.reports.run_records import (
     TRAIN_LOSS,
     VALIDATION_LOSS,
     RunRecord,
+    downsample,
     final_metric,
     group_runs,
+    smooth,
 )
 from lm.training.monitor import CLOCK_PARTS
 

@@ -7,9 +7,18 @@ import pytest
 from runs import write_run
 
 from lm.errors import UserError
-from lm.tools.reports.curves import POINTS, downsample, incidents, smooth, spikes
 from lm.tools.reports.run_plots import positions
-from lm.tools.reports.run_records import find_runs, group_runs, read_run, swept_keys
+from lm.tools.reports.run_records import (
+    POINTS,
+    downsample,
+    find_runs,
+    group_runs,
+    incidents,
+    read_run,
+    smooth,
+    spikes,
+    swept_keys,
+)
 
 
 def test_positions_on_every_axis(tmp_path):
