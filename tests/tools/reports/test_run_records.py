@@ -7,7 +7,7 @@ import pytest
 from runs import write_run
 
 from lm.errors import UserError
-from lm.tools.reports.run_plots import positions
+from lm.tools.reports.report_page import positions
 from lm.tools.reports.run_records import (
     POINTS,
     downsample,
