@@ -14,8 +14,7 @@ from pathlib import Path
 from lm.errors import UserError
 from lm.sweeps.sweep import Sweep, SweepRun, record_runs
 from lm.tools.launching.launchers import Launcher
-from lm.tools.launching.run_status import FAILED, RunStatus
-from lm.tools.launching.scheduler import Scheduler, run_halving
+from lm.tools.launching.scheduler import FAILED, RunStatus, Scheduler, run_halving
 from lm.tools.launching.sweep_table import SweepTable, write_results
 from lm.training.monitor import RESUMABLE, stop_requests
 

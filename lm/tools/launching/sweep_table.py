@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lm.storage import write_atomically
 from lm.tools.formatting import duration, plain_text, text_table
-from lm.tools.launching.run_status import (
+from lm.tools.launching.scheduler import (
     DONE,
     DROPPED,
     FAILED,

@@ -15,9 +15,8 @@ from typing import Any
 from lm.errors import missing_package
 from lm.sweeps.sweep import Search, Sweep, SweepRun, make_runs, record_runs
 from lm.tools.launching.launchers import Launcher
-from lm.tools.launching.run_status import DONE, RunStatus, value_at
 from lm.tools.launching.run_sweep import conclude
-from lm.tools.launching.scheduler import Scheduler
+from lm.tools.launching.scheduler import DONE, RunStatus, Scheduler, value_at
 from lm.tools.launching.sweep_table import SweepTable
 from lm.training.monitor import stop_requests
 
