@@ -36,8 +36,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.sweeps.sweep import Search, load_sweep
     from lm.tools.launching.launchers import make_launcher
-    from lm.tools.launching.run_sweep import dry_run, locked, run_sweep
-    from lm.tools.launching.trials import Trials, run_search
+    from lm.tools.launching.run_sweep import Trials, dry_run, locked, run_search, run_sweep
 
     folder, words = resolve_path(args.workdir), tuple(args.command or ())
     if not isinstance(folder, Path):

@@ -1,22 +1,158 @@
-"""`lm sweep`: bring the runs of a sweep file to their end and write their results."""
+"""`lm sweep`: bring the runs of a sweep file to their end, show their table, write their results.
+
+The table is live on a terminal, one line a change elsewhere, and results.csv at its end. In an
+adaptive search Optuna proposes each batch of runs from the results of earlier ones. Its trials are
+stored in study.db of the sweep's folder, which Optuna's dashboard reads too. Proposals depend only
+on the seed and the results, so a search that was interrupted proposes the same runs when it is
+started again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
+import io
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
-from lm.errors import UserError
-from lm.sweeps.sweep import Sweep, SweepRun, record_runs
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lm.errors import UserError, missing_package
+from lm.storage import write_atomically
+from lm.sweeps.sweep import Search, Sweep, SweepRun, make_runs, record_runs
+from lm.tools.formatting import duration, plain_text, text_table
 from lm.tools.launching.launchers import Launcher
-from lm.tools.launching.scheduler import FAILED, RunStatus, Scheduler, run_halving
-from lm.tools.launching.sweep_table import SweepTable, write_results
+from lm.tools.launching.scheduler import (
+    DONE,
+    DROPPED,
+    FAILED,
+    RUNNING,
+    WAITING,
+    RunStatus,
+    Scheduler,
+    last_values,
+    run_halving,
+    value_at,
+)
 from lm.training.monitor import RESUMABLE, stop_requests
+
+VALIDATION = "eval/validation/"
+LIVE_ORDER = (RUNNING, FAILED, WAITING, DONE, DROPPED)  # a short terminal shows the first rows
+
+
+class SweepTable:
+    """Runs of a sweep: redrawn on a terminal; elsewhere each change of a run's state is printed.
+
+    Used as a context manager: the live table vanishes at the end.
+    """
+
+    def __init__(self, statuses: Sequence[RunStatus], file: TextIO | None = None):
+        self._statuses, self._file = statuses, file or sys.stderr
+        self._start, self._start_fraction = time.monotonic(), self._done_fraction()
+        self._printed = {status.run.name: status.state for status in statuses}
+        # Not by rich's guess: in a pipe, FORCE_COLOR does not turn lines into a live table.
+        console = Console(file=self._file, force_terminal=self._file.isatty())
+        self._is_terminal = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(
+            console=console, get_renderable=self._live_view, refresh_per_second=1, transient=True
+        )
+
+    def __enter__(self) -> SweepTable:
+        if self._is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def show_changes(self) -> None:
+        """Print the runs whose state has changed since the last call, if not on a terminal."""
+        for status in self._statuses if not self._is_terminal else ():
+            if status.state != self._printed[status.run.name]:
+                self._printed[status.run.name] = status.state
+                line = "  ".join(filter(None, _cells(status)))
+                print(line, file=self._file, flush=True)
+
+    def __str__(self) -> str:
+        """Return the whole table, one run a line, and a line of totals."""
+        return f"{plain_text(text_table(map(_cells, self._statuses)))}\n{self._totals()}"
+
+    def _live_view(self) -> Text:
+        ordered = sorted(self._statuses, key=lambda status: LIVE_ORDER.index(status.state))
+        table = plain_text(text_table(map(_cells, ordered)))
+        return Text(f"{self._totals()}\n{table}", no_wrap=True, overflow="ellipsis")
+
+    def _totals(self) -> str:
+        counts = Counter(status.state for status in self._statuses)
+        return ", ".join(f"{n} {state}" for state, n in counts.items()) + self._time_left()
+
+    def _time_left(self) -> str:
+        """Estimate from the steps done since the start of the sweep; dropped runs are done."""
+        fraction, seconds = self._done_fraction(), time.monotonic() - self._start
+        if fraction >= 1 or fraction <= self._start_fraction:
+            return ""
+        left = (1 - fraction) / (fraction - self._start_fraction) * seconds
+        return f"; about {duration(left)} left"
+
+    def _done_fraction(self) -> float:
+        def fraction(status: RunStatus) -> float:
+            if status.state in (DONE, FAILED, DROPPED):
+                return 1.0
+            return last_values(status.run.workdir).get("step", 0) / status.run.steps
+
+        return sum(map(fraction, self._statuses)) / len(self._statuses)
+
+
+def _cells(status: RunStatus) -> tuple[str, ...]:
+    """Name, state, steps, loss, validation loss, time left and reason; "" for what is unknown."""
+    values = last_values(status.run.workdir)
+    step, speed = values.get("step"), values.get("seconds_per_step")
+    left = None
+    if status.state == RUNNING and speed:
+        left = (status.run.steps - values["step"]) * speed
+    return (
+        status.run.name,
+        status.state,
+        "" if step is None else f"{step}/{status.run.steps}",
+        _labelled("loss", values.get("loss")),
+        _labelled("validation", values.get(f"{VALIDATION}loss")),
+        "" if left is None else f"{duration(left)} left",
+        status.reason[:120],
+    )
+
+
+def _labelled(name: str, value: float | None) -> str:
+    return "" if value is None else f"{name} {value:.4f}"
+
+
+def write_results(statuses: Sequence[RunStatus], file: Path) -> None:
+    """Write a CSV row a run: name, state, overrides, step, loss and validation metrics.
+
+    There are no times in it: two sweeps of the same runs give the same file.
+    """
+    rows: list[dict[str, Any]] = []
+    for status in statuses:
+        values = last_values(status.run.workdir)
+        metrics = {k: v for k, v in values.items() if k == "loss" or k.startswith(VALIDATION)}
+        row = {"run": status.run.name, "state": status.state, **status.run.overrides}
+        rows.append({**row, "step": values.get("step", 0), **metrics})
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, text.getvalue())
+
 
 LOCK_SECONDS = 10.0  # the runs of a sweep that was killed have died by then
 
@@ -95,3 +231,117 @@ def locked(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+class Trials:
+    """Optuna's trials of a search, as runs.
+
+    Args:
+        search: The search.
+        folder: Folder of the sweep.
+        overrides: Overrides of every run.
+        options: Further words of every `lm train` command.
+        stored: Keep the trials in `folder`/study.db, or else in memory.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        folder: Path,
+        overrides: Mapping[str, str],
+        options: tuple[str, ...],
+        stored: bool = True,
+    ):
+        self.search, self.folder = search, folder
+        self._overrides, self._options = overrides, options
+        self._optuna = _import_optuna()
+        self._study = self._optuna.create_study(
+            storage=f"sqlite:///{folder.resolve()}/study.db" if stored else None,
+            study_name="sweep",
+            direction="maximize" if search.highest else "minimize",
+            load_if_exists=True,
+        )
+
+    def ask(self, count: int) -> list[SweepRun]:
+        """Return at most `count` runs without a result: those proposed before, then new ones."""
+        states = self._optuna.trial.TrialState
+        found = self._study.get_trials(deepcopy=False)
+        open_trials = [
+            self._optuna.trial.Trial(self._study, trial._trial_id)
+            for trial in found
+            if trial.state == states.RUNNING
+        ]
+        for number in range(len(found), self.search.trials)[: max(0, count - len(open_trials))]:
+            self._study.sampler = self._sampler(number)
+            open_trials.append(self._study.ask())
+        runs = []
+        for trial in open_trials:
+            self._study.sampler = self._sampler(trial.number)
+            runs.append(self._run(trial.number, self.search.suggest(trial)))
+        return runs
+
+    def tell(self, run: SweepRun, value: float | None) -> None:
+        """Store the metric of a run that has ended; None or a non-finite value is a failure."""
+        state = self._optuna.trial.TrialState
+        failed = value is None or not math.isfinite(value)
+        number = int(run.name.rpartition("-")[2])
+        self._study.tell(number, None if failed else value, state.FAIL if failed else None)
+
+    def ended(self) -> list[SweepRun]:
+        """Return the runs of the trials that have a result."""
+        fixed = self._optuna.trial.FixedTrial
+        return [
+            self._run(trial.number, self.search.suggest(fixed(trial.params, trial.number)))
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state.is_finished()
+        ]
+
+    def _sampler(self, number: int) -> Any:
+        return self._optuna.samplers.TPESampler(seed=self.search.seed + number)
+
+    def _run(self, number: int, overrides: Mapping[str, Any]) -> SweepRun:
+        sweep = Sweep(self.search.config, {f"trial-{number:03}": overrides})
+        (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
+        return run
+
+
+def run_search(
+    trials: Trials, launcher: Launcher, parallel: int, retries: int, poll_seconds: float = 0.5
+) -> int:
+    """Run the trials in batches of `parallel`, or continue them.
+
+    Args:
+        trials: The trials of the search.
+        launcher: Starts the runs.
+        parallel: Most runs at a time.
+        retries: Restarts of a run that fails.
+        poll_seconds: Pause between polls of the runs.
+
+    Returns:
+        The exit code: 0, 75 if asked to stop, 1 if a run failed for good.
+    """
+    search, finished = trials.search, True
+    ended = [RunStatus.read(run) for run in trials.ended()]
+    with stop_requests() as stop:
+        while finished and (runs := trials.ask(parallel)):
+            record_runs(runs, trials.folder)
+            batch = [RunStatus(run) for run in runs]
+            with SweepTable([*ended, *batch]) as table:
+                show = table.show_changes
+                scheduler = Scheduler(launcher, parallel, retries, stop, show, poll_seconds)
+                scheduler.find(batch)
+                finished = scheduler.run_all(batch)
+            for status in batch if finished else ():
+                value = value_at(status.run.workdir, search.metric, status.run.steps)
+                trials.tell(status.run, value if status.state == DONE else None)
+            ended += batch
+    return conclude(ended, trials.folder, finished)
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise missing_package("an adaptive search", "optuna", "sweep") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

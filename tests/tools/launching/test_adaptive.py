@@ -12,8 +12,7 @@ from lm.cli import main
 from lm.errors import UserError
 from lm.sweeps.sweep import load_sweep
 from lm.tools.launching.launchers import Local
-from lm.tools.launching.run_sweep import locked
-from lm.tools.launching.trials import Trials, run_search
+from lm.tools.launching.run_sweep import Trials, locked, run_search
 
 SEARCH = """
 from lm.sweeps.sweep import Search

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from lm.sweeps.sweep import SweepRun
+from lm.tools.launching.run_sweep import SweepTable
 from lm.tools.launching.scheduler import DONE, FAILED, RUNNING, WAITING, RunStatus
-from lm.tools.launching.sweep_table import SweepTable
 
 
 class Terminal(io.StringIO):
