@@ -130,6 +130,21 @@ def test_activations_keep_their_scale_over_widths_and_grow_in_the_plain_model():
         assert scale / 1.5 < wide[name] < 1.5 * scale, name
 
 
+def test_the_coordinate_check_measures_with_the_model_state():
+    """A router bias of a rate so high that the experts of a token change with it."""
+
+    def scales(rate):
+        config = config_of(
+            model__n_experts=4, model__experts_per_token=1, model__router_bias_rate=rate
+        )
+        batch = batch_of(build(config, jax.devices()[:1]))
+        return activation_scales(config, batch, steps=1)["feed-forward"]
+
+    (start, still), (same, moved) = scales(0.0), scales(1.0)
+    assert start == same
+    assert still != moved
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm.experiment import build
-from lm.models.variables import flat
+from lm.models.variables import Params, as_variables, flat
 
 # Outputs that are measured: end of a module path, and the method that returns them.
 WATCHED = {
@@ -41,16 +41,19 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
         return _name("/".join((*module.path, method))) != ""
 
     @jax.jit
-    def measure(params: dict, tokens_BL: jax.Array) -> dict[str, jax.Array]:
+    def measure(params: Params, tokens_BL: jax.Array) -> dict[str, jax.Array]:
         _, seen = experiment.model.apply(
-            {"params": params}, tokens_BL, capture_intermediates=watched, mutable="intermediates"
+            as_variables(params),
+            tokens_BL,
+            capture_intermediates=watched,
+            mutable="intermediates",
         )
         kept = flat(seen["intermediates"])
         return {_name(path): jnp.abs(output).mean() for path, (output,) in kept.items()}
 
     scales: Scales = {name: [] for name in WATCHED}
     for step in range(steps + 1):
-        for name, scale in measure(state.params, batches["inputs"][0]).items():
+        for name, scale in measure(state.inference_params, batches["inputs"][0]).items():
             scales[name].append(float(scale))
         if step < steps:
             state, _ = experiment.train_steps(state, batches)
