@@ -134,7 +134,6 @@ def _weights(
             k_BSGK.astype(jnp.float32),
             jnp.broadcast_to(one_hot_SK[:, None], (B, S, G, K)),
             mask,
-            kernel="xla",
             scale=config.score_scale,
             softcap=config.attention_softcap,
             bias_HLS=bias_HLS,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.kernels.dot_product_attention import NEG_INF
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
 
 LONGEST_TILE, SHORTEST_TILE = 512, 64
 
@@ -38,8 +38,35 @@ def count_tiles(length: int) -> int:
     return n if n == 1 or length // n >= SHORTEST_TILE else 0
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blockwise_attention(
+    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, scale: float
+) -> jax.Array:
+    """Compute attention tile by tile.
+
+    Args:
+        q_BLHK: queries; `count_tiles(L)` and `count_tiles(S)` must not be 0.
+        k_BSGK: keys.
+        v_BSGK: values.
+        mask: which keys each query attends to.
+        scale: factor of the scores.
+
+    Returns:
+        The output [B, L, H, K].
+
+    Raises:
+        ValueError: the mask is not supported.
+    """
+    if mask.prefix_BS is not None or (mask.causal and q_BLHK.shape[1] != k_BSGK.shape[1]):
+        raise ValueError('attention kernel "blockwise" supports neither prefixes nor a cache')
+    if mask.window:
+        raise ValueError('attention kernel "blockwise" does not support windows')
+    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    own, other = mask.segments_BL, mask.key_segments_BS
+    return _blockwise(q_BLHK, k_BSGK, v_BSGK, own, own if other is None else other, mask.causal)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
@@ -47,19 +74,6 @@ def blockwise_attention(
     key_segments_BS: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Compute attention tile by tile.
-
-    Args:
-        q_BLHK: scaled queries; `count_tiles(L)` and `count_tiles(S)` must not be 0.
-        k_BSGK: keys.
-        v_BSGK: values.
-        segments_BL: segments of the queries that attention stays within, or None.
-        key_segments_BS: segments of the keys.
-        causal: mask keys after the query; needs S = L.
-
-    Returns:
-        The output [B, L, H, K].
-    """
     return _forward(q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, causal)[0]
 
 
@@ -97,7 +111,7 @@ def _backward(causal: bool, residuals: tuple, g_BLHK: jax.Array) -> tuple:
     return *(d.astype(g_BLHK.dtype) for d in (merge_tiles(dq), dk, dv)), None, None
 
 
-blockwise_attention.defvjp(_forward, _backward)
+_blockwise.defvjp(_forward, _backward)
 
 
 def _scan_tile_pairs(step: Callable, start: Any, n: int, m: int, causal: bool) -> Any:

@@ -14,14 +14,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dot_product_attention import AttentionMask, Dropout
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
+from lm.kernels.tiled_attention import tiled_attention
 from lm.models.cache import CrossKeyValue, write_layer
 from lm.models.layers import Linear, make_norm
 from lm.models.positions import rotate
-from lm.models.sharded_attention import attend
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
-from lm.parallel.sharding import constrain
+from lm.parallel.sharding import constrain, count_shards, current_mesh
 
 KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [N, B, S, G, K]
 
@@ -208,3 +208,44 @@ class CrossAttention(DotProductAttention):
     ) -> jax.Array:
         """Attend to what `keys_values` computed from the source, [B, L, D]."""
         return self._attend(self.queries(x_BLW), keys_values, mask)
+
+
+def attend(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+    *,
+    kernel: str,
+    context_attention: str,
+    **options: Any,
+) -> jax.Array:
+    """Compute attention with a kernel that `lm/attention_choice.py` chose.
+
+    The compiler partitions "xla" and "tiled" over rows and heads. Off a mesh, as in decoding,
+    "xla" replaces the kernels that need one.
+
+    Args:
+        q_BLHK: queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        mask: visible keys.
+        kernel: name of the kernel.
+        context_attention: "ring" or "gather" where the length is sharded; keys of another
+            sequence are gathered in any case.
+        **options: `scale`, `softcap`, `bias_HLS` and `dropout`, as for the kernel "xla".
+
+    Returns:
+        [B, L, H, K].
+
+    Raises:
+        ValueError: the kernel does not support what is asked.
+    """
+    by_compiler = kernel in ("xla", "tiled") and count_shards("length") == 1
+    if by_compiler or current_mesh() is None:
+        run = tiled_attention if kernel == "tiled" else attention
+        return run(q_BLHK, k_BSGK, v_BSGK, mask, **options)
+    from lm.models.sharded_attention import attend_on_mesh
+
+    options |= {"kernel": kernel, "context_attention": context_attention}
+    return attend_on_mesh(q_BLHK, k_BSGK, v_BSGK, mask, **options)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dense import softcap
+from lm.kernels.activations import softcap
 from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.positions import sinusoidal
 from lm.models.transformer_config import TransformerConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dense import ACTIVATIONS, GATED
+from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.base import Model
 from lm.models.layers import Bias, make_norm

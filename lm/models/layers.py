@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dense import ACTIVATIONS, GATED, add_bias, matmul
+from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.dense import add_bias, matmul
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import InitConfig, Initializer, Kind, Part, Role, param
 from lm.parallel.sharding import constrain, count_shards, embedding_lookup

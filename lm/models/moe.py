@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dense import ACTIVATIONS, GATED
+from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, model_state, param
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts

@@ -1,8 +1,8 @@
 """Attention on a mesh.
 
-The compiler partitions the "xla" and "tiled" kernels; others run on the rows and heads of a device
+The compiler partitions the "xla" kernel; others run on the rows and heads of a device
 (`shard_map`). Where the length is sharded over `context`, keys and values are gathered, or passed
-on in a ring.
+on in a ring. `attend` in `attention.py` has the cases that need nothing of this.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
+from lm.kernels.blockwise_attention import blockwise_attention
+from lm.kernels.dot_product_attention import (
+    AttentionMask,
+    Dropout,
+    attention,
+    cudnn_attention,
+)
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
 from lm.kernels.splash_attention import make_splash_kernel, splash_attention
 from lm.parallel import sharding
@@ -27,7 +33,7 @@ QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "heads", "head_dim")
 
 
-def attend(
+def attend_on_mesh(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
@@ -42,16 +48,13 @@ def attend(
 ) -> jax.Array:
     """Compute attention, each device on its part of queries and keys.
 
-    Off a mesh, as in decoding, "xla" replaces the kernels that need one.
-
     Args:
         q_BLHK: queries.
         k_BSGK: keys.
         v_BSGK: values.
         mask: visible keys.
-        kernel: attention kernel.
-        context_attention: "ring" or "gather" where the length is sharded; keys of another
-            sequence are gathered in any case.
+        kernel: name of the kernel.
+        context_attention: "ring" or "gather".
         scale: factor of the scores.
         softcap: soft-cap of the scores; 0: none.
         bias_HLS: position bias of the scores.
@@ -63,25 +66,14 @@ def attend(
     Raises:
         ValueError: the kernel does not support what is asked.
     """
-    by_compiler = kernel in ("xla", "tiled")
-    cut = sharding.count_shards("length") > 1
     is_self = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
-    ring = cut and context_attention == "ring" and is_self
-    if sharding.current_mesh() is None or (by_compiler and not ring):
-        if cut:
-            names = ("batch", "keys", "kv_heads", "head_dim")
-            k_BSGK, v_BSGK = (sharding.constrain(x, *names) for x in (k_BSGK, v_BSGK))
-        return attention(
-            q_BLHK,
-            k_BSGK,
-            v_BSGK,
-            mask,
-            kernel=kernel if by_compiler else "xla",
-            scale=scale,
-            softcap=softcap,
-            bias_HLS=bias_HLS,
-            dropout=dropout,
-        )
+    is_cut = sharding.count_shards("length") > 1
+    ring = is_cut and context_attention == "ring" and is_self
+    if kernel == "xla" and not ring:
+        names = ("batch", "keys", "kv_heads", "head_dim")
+        k_BSGK, v_BSGK = (sharding.constrain(x, *names) for x in (k_BSGK, v_BSGK))
+        more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "dropout": dropout}
+        return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
     if not (bias_HLS is None and dropout is None):
         raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
@@ -110,7 +102,8 @@ def _by_rows_and_heads(
     scale: float,
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, own_mask: AttentionMask) -> jax.Array:
-        return attention(q, k, v, own_mask, kernel=kernel, scale=scale)
+        run = cudnn_attention if kernel == "cudnn" else blockwise_attention
+        return run(q, k, v, own_mask, scale)
 
     # The arrays of a mask are [B, length]; the offset is a number.
     by_rows = sharding.activation_sharding("batch", "keys").spec

@@ -12,7 +12,7 @@ from lm.config.registries import OBJECTIVES, REGISTRIES, SCHEMA
 from lm.config.rules import families_of
 from lm.errors import UserError
 from lm.experiment import build
-from lm.kernels.dense import ACTIVATIONS
+from lm.kernels.activations import ACTIVATIONS
 
 SMALL = """
 from lm.config import default

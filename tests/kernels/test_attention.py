@@ -3,9 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
+from lm.kernels.dot_product_attention import AttentionMask, Dropout
+from lm.kernels.dot_product_attention import attention as xla_attention
+from lm.kernels.tiled_attention import tiled_attention
 
-KERNELS = ("xla", "tiled")
+KERNELS = {"xla": xla_attention, "tiled": tiled_attention}
+
+
+def attention(q, k, v, mask, kernel="xla", **options):
+    return KERNELS[kernel](q, k, v, mask, scale=q.shape[-1] ** -0.5, **options)
+
+
 run = jax.jit(attention, static_argnames=("kernel", "softcap"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lm.kernels import blockwise_attention as blockwise
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
+from lm.models.sharded_attention import attend_on_mesh
 
 
 def make_inputs(length, n_keys):
@@ -56,11 +57,8 @@ def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
     monkeypatch.setattr(blockwise, "SHORTEST_TILE", 4)
     inputs = make_inputs(length, n_keys)
     found, expected = (
-        output_and_gradients(
-            lambda *qkv, kernel=kernel: attention(*qkv, visibility, kernel=kernel, scale=0.3),
-            *inputs,
-        )
-        for kernel in ("blockwise", "xla")
+        output_and_gradients(partial(attend, mask=visibility, scale=0.3), *inputs)
+        for attend in (blockwise.blockwise_attention, attention)
     )
     equal(found, expected)
 
@@ -68,7 +66,7 @@ def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
 def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
     q, k, v, _ = make_inputs(8, 8)
     nowhere = AttentionMask(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
-    attend = partial(attention, mask=nowhere, kernel="blockwise")
+    attend = partial(blockwise.blockwise_attention, mask=nowhere, scale=0.3)
     out, back = jax.vjp(attend, q, k, v)
     assert np.isfinite(out).all()
     assert all((grad == 0).all() for grad in back(out))
@@ -82,8 +80,14 @@ def test_tiles_are_equal_and_neither_long_nor_tiny():
 def test_fused_kernels_refuse_what_they_cannot_do():
     q, k, v, _ = make_inputs(8, 8)
     for kernel in ("blockwise", "cudnn"):
+        attend = partial(attend_on_mesh, kernel=kernel, context_attention="gather", scale=1.0)
         with pytest.raises(ValueError, match="neither bias nor dropout"):
-            attention(q, k, v, AttentionMask(True), kernel=kernel, bias_HLS=jnp.zeros((4, 8, 8)))
+            attend(q, k, v, AttentionMask(True), bias_HLS=jnp.zeros((4, 8, 8)))
         dropout = Dropout(jax.random.key(0), 0.1)
         with pytest.raises(ValueError, match="neither bias nor dropout"):
-            attention(q, k, v, AttentionMask(True), kernel=kernel, dropout=dropout)
+            attend(q, k, v, AttentionMask(True), dropout=dropout)
+        with pytest.raises(ValueError, match="no soft-cap"):
+            attend(q, k, v, AttentionMask(True), softcap=1.0)
+    for mask in (AttentionMask(True, window=2), AttentionMask(True, prefix_BS=jnp.ones((2, 8)))):
+        with pytest.raises(ValueError, match="blockwise"):
+            blockwise.blockwise_attention(q, k, v, mask, 1.0)

@@ -11,10 +11,9 @@ import pytest
 
 from lm.config.registries import MIXERS, SCHEMA
 from lm.config.registry import option
-from lm.models.attention import TokenMixer
+from lm.models.attention import TokenMixer, attend
 from lm.models.cache import write_layer
 from lm.models.decoder import Decoder
-from lm.models.sharded_attention import attend
 from lm.models.transformer_config import LayerType, TransformerConfig
 
 TINY = TransformerConfig(

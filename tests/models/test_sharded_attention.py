@@ -12,6 +12,7 @@ import pytest
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.splash_attention import make_splash_kernel
 from lm.models import sharded_attention
+from lm.models.attention import attend
 from lm.parallel import sharding
 from lm.parallel.mesh import axis_sizes, make_mesh
 
@@ -41,9 +42,9 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
     )
     segments = jnp.asarray(np.cumsum(rng.random((2, LENGTH)) < 4 / LENGTH, axis=1) + 1)
 
-    def attend(q, k, v, is_global, kernel):
+    def attended(q, k, v, is_global, kernel):
         visibility = AttentionMask(segments_BL=segments, **visible | {"is_global": is_global})
-        return sharded_attention.attend(
+        return attend(
             q,
             k,
             v,
@@ -57,11 +58,11 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
     def on_mesh(*qkv, is_global):
         n = int(np.prod([*mesh.values()]))
         with sharding.use_mesh(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
-            return attend(*qkv, is_global, kernel)
+            return attended(*qkv, is_global, kernel)
 
     @jax.jit
     def results(is_global, *qkv):
-        ways = (on_mesh, partial(attend, kernel="xla"))
+        ways = (on_mesh, partial(attended, kernel="xla"))
         ways = [partial(way, is_global=is_global) for way in ways]
         return [(out, back(g)) for out, back in (jax.vjp(f, *qkv) for f in ways)]
 

@@ -246,8 +246,6 @@ class LstmEncoderDecoder(Recurrent):
     def _attend(self, x_BLH: jax.Array, segments_BL: jax.Array, source: EncodedSource) -> jax.Array:
         keys_BS1H = source.encoded_BSH[:, :, None]
         mask = AttentionMask(False, segments_BL, source.segment_ids_BS)
-        context_BL1H = attention(
-            x_BLH[:, :, None], keys_BS1H, keys_BS1H, mask, kernel="xla", scale=1.0
-        )
+        context_BL1H = attention(x_BLH[:, :, None], keys_BS1H, keys_BS1H, mask, scale=1.0)
         both_BLH = jnp.concatenate([x_BLH, context_BL1H[:, :, 0]], axis=-1)
         return jnp.tanh(self.attended(both_BLH))

@@ -1,0 +1,52 @@
+"""Activation functions of feed-forward layers, by their names in the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """Return x Φ(x) with the normal distribution function Φ (Hendrycks and Gimpel 2016).
+
+    Accurate to float32. `erf` is slow on CPUs, so Φ comes from one exponential that the derivative
+    Φ(x) + x φ(x) shares (Abramowitz and Stegun 1964, 7.1.26: |error| ≤ 1.5e-7).
+    """
+    return (x * _normal(x.astype(jnp.float32))[0]).astype(x.dtype)
+
+
+def _gelu_erf_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    x = jax.lax.optimization_barrier(x)
+    cdf, density = _normal(x.astype(jnp.float32))
+    return ((dy * (cdf + x * density)).astype(x.dtype),)
+
+
+gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
+
+
+def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the distribution function and the density of the standard normal distribution."""
+    bell = jnp.exp(-0.5 * x * x)
+    t = 1 / (1 + 0.3275911 * 0.5**0.5 * jnp.abs(x))
+    series = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+    tail = 0.5 * bell * t * jnp.polyval(jnp.asarray(series[::-1], x.dtype), t)
+    return jnp.where(x < 0, tail, 1 - tail), bell * (2 * jnp.pi) ** -0.5
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": gelu_erf,
+    "swiglu": jax.nn.silu,
+    "geglu": partial(jax.nn.gelu, approximate=True),
+}
+GATED = ("swiglu", "geglu")  # gated linear units (Shazeer 2020)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """Return cap · tanh(x / cap), which stays within ±cap (Gemma 2, §2)."""
+    return cap * jnp.tanh(x / cap)
