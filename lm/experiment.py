@@ -23,7 +23,7 @@ from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.models.families import make_model
+from lm.models.transformer_config import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule

@@ -22,7 +22,7 @@ from lm.experiment import resolve
 from lm.interop.huggingface import save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
-from lm.models.families import make_model
+from lm.models.transformer_config import make_model
 from lm.models.variables import nested
 from lm.objectives.special_tokens import special_tokens
 from lm.parallel.hosts import is_primary_host

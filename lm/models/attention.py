@@ -1,4 +1,4 @@
-"""Token mixers: multi-head attention with grouped key/value heads, and the interface of others.
+"""Token mixers: multi-head attention with grouped heads and RoPE, and the interface of others.
 
 Shape letters: B batch, L query length, S key length, D model, W width of the input, H heads,
 G key/value heads, K head dim, N layers.
@@ -6,6 +6,8 @@ G key/value heads, K head dim, N layers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,6 @@ from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
 from lm.models.cache import CrossKeyValue, write_layer
 from lm.models.layers import Linear, make_norm
-from lm.models.positions import rotate
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
 from lm.parallel.sharding import constrain, count_shards, current_mesh
@@ -249,3 +250,74 @@ def attend(
 
     options |= {"kernel": kernel, "context_attention": context_attention}
     return attend_on_mesh(q_BLHK, k_BSGK, v_BSGK, mask, **options)
+
+
+# --- rotary position embeddings
+
+
+def rotary_angles(
+    positions_BL: jax.Array,
+    head_dim: int,
+    theta: float,
+    scale: Callable[[jax.Array], jax.Array] = lambda frequencies: frequencies,
+) -> jax.Array:
+    """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
+
+    Args:
+        positions_BL: positions.
+        head_dim: K.
+        theta: base of the wavelengths.
+        scale: maps the frequencies [K/2] to those of a longer context.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+    return positions_BL[..., None] * scale(frequencies)
+
+
+def layer_angles(
+    config: TransformerConfig, positions_BL: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the RoPE angles [B, L, K/2], and those of local layers where they differ.
+
+    Local layers with a theta of their own are never scaled to a longer context: their distances
+    stay inside the window.
+    """
+    c = config
+    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, rope_scaling(c))
+    if not (c.window and c.rope_theta_local):
+        return angles, None
+    local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
+    return (angles, local) if c.global_every else (local, None)
+
+
+def rope_scaling(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the function that scales RoPE frequencies to a longer context.
+
+    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those with fewer than
+    `rope_low_frequency` periods in the original context, keeps those with more than
+    `rope_high_frequency`, and interpolates linearly in between (Llama 3.1's released code).
+    """
+    c = config
+
+    def llama3(frequencies: jax.Array) -> jax.Array:
+        n_periods = c.rope_original_length * frequencies / (2 * math.pi)
+        low, high = c.rope_low_frequency, c.rope_high_frequency
+        kept = jnp.clip((n_periods - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / c.rope_factor)
+
+    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "none": lambda frequencies: frequencies,
+        "linear": lambda frequencies: frequencies / c.rope_factor,
+        "llama3": llama3,
+    }
+    return kinds[c.rope_scaling]
+
+
+def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
+    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout)."""
+    cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
+    sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
+    a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1
+    )
+    return rotated.astype(x_BLHK.dtype)

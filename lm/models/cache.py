@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lm.config.registries import MIXERS
+from lm.models.transformer_config import LayerType, TransformerConfig
+
 Tree = TypeVar("Tree")
 CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; of several layers [N, B, T, G, K]
 
@@ -99,3 +102,22 @@ def write_layer(
 
     cache = jax.tree.map(write_leaf, cache, new)
     return cache, jax.tree.map(lambda x: x[layer], cache)
+
+
+def cache_indices(layer_types: tuple[LayerType, ...]) -> list[int]:
+    """Return the index of each layer among those with the same token mixer."""
+    mixers = [t.mixer for t in layer_types]
+    return [mixers[:i].count(mixer) for i, mixer in enumerate(mixers)]
+
+
+def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int) -> Cache:
+    """Return an empty cache for `batch` rows of up to `length` tokens."""
+    mixers = [t.mixer for t in config.layer_types(n_layers)]
+    return Cache(
+        mixers={
+            name: MIXERS[name].init_cache(config, mixers.count(name), batch, length)
+            for name in sorted(set(mixers))
+        },
+        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+    )

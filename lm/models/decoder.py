@@ -1,17 +1,140 @@
-"""Decoder-only language model: embeddings, a causal stack, logits.
+"""Base class of the Transformer families, and the decoder-only language model.
 
-Shape letters: B batch, L length, D model, V vocabulary.
+The base has embeddings, an output layer, and task heads. A head that an objective's loss never
+calls has no parameters: a model is pretrained without a classifier, and fine-tuned without the
+next-sentence head.
+
+Shape letters: B batch, L length, D model, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.activations import softcap
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.base import Model
-from lm.models.cache import Cache
-from lm.models.transformer import Stack, init_cache
+from lm.models.cache import Cache, init_cache
+from lm.models.layers import Embedding, Linear, make_norm
+from lm.models.transformer import Stack
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role
+from lm.parallel.sharding import constrain
+
+
+class Model(nn.Module):
+    """Embeddings, output layer and task heads.
+
+    Attributes:
+        config: configuration.
+        deterministic: True turns dropout off; `clone(deterministic=False)` is the model to train.
+    """
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        table = Role(Kind.EMBEDDING, c.stream, "input")
+        tokens = Role(Kind.EMBEDDING, "predicted", "input", tied=c.tie_embeddings)
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
+        if c.positions == "learned":
+            rows = c.max_length + c.position_offset
+            self.positions = Embedding(rows, c.d_model, "positions", table, c.table_init, c.dtype)
+        if c.token_types:
+            self.types = Embedding(c.token_types, c.d_model, "types", table, c.table_init, c.dtype)
+        if c.embedding_norm:
+            self.embedding_norm = make_norm(c, part="input")
+        self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        if not c.tie_embeddings:
+            head = Role(Kind.HEAD, "predicted", "output")
+            self.head = self._linear(c.vocab_size, "vocab", head, bias=False)
+        self.pooler = self._linear(c.d_model, "pooled", Role(Kind.MATRIX, "text", "task"))
+        pretraining = Role(Kind.HEAD, "text", "pretraining")
+        self.sentence_head = self._linear(2, "classes", pretraining)
+        self.classifier = self._linear(c.n_classes, "classes", Role(Kind.HEAD, "text", "task"))
+        self.span_head = self._linear(2, "classes", Role(Kind.HEAD, c.stream, "task"))
+
+    def _linear(self, n_out: int, name: str, role: Role, bias: bool = True) -> Linear:
+        c = self.config
+        std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
+        init, names = c.kernel_init(std), ("embed", name)
+        shapes = (c.d_model,), (n_out,)
+        return Linear(*shapes, names, role, bias, init, c.dtype, out_dtype=jnp.float32)
+
+    def embed(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given."""
+        c = self.config
+        x_BLD = self.tokens(tokens_BL)
+        if c.scale_embeddings:
+            x_BLD *= jnp.asarray((c.d_model / c.width_ratio) ** 0.5, c.dtype)
+        if c.positions == "learned":
+            if positions_BL is None:
+                end = c.position_offset + tokens_BL.shape[1]
+                x_BLD += self.positions.first(end)[c.position_offset :]
+            else:
+                x_BLD += self.positions(positions_BL + c.position_offset)
+        if positions_BL is None:
+            positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+        if c.positions == "sinusoidal":
+            from lm.models.positions import sinusoidal
+
+            x_BLD += sinusoidal(positions_BL, c.d_model).astype(c.dtype)
+        if c.token_types:
+            if types_BL is None or c.token_types == 1:
+                types_BL = jnp.zeros_like(tokens_BL)
+            x_BLD += self.types(types_BL)
+        if c.embedding_norm:
+            x_BLD = self.embedding_norm(x_BLD)
+        x_BLD = constrain(self.dropout(x_BLD), "rows", "residual_length", "embed")
+        return x_BLD, positions_BL
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Return the logits of the vocabulary [B, L, V], float32."""
+        c = self.config
+        x_BLD = self._scale_output(x_BLD)
+        if c.tie_embeddings:
+            scale = (c.d_model / c.width_ratio) ** -0.5 if c.scale_logits else 1.0
+            logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
+        else:
+            logits_BLV = self.head(x_BLD)
+        logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
+        return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
+
+    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """Return the embedding [B, D] of a text.
+
+        It is the family's `summary`, or the mean of the tokens (Reimers and Gurevych 2019, §3).
+        """
+        if self.config.pooling == "mean":
+            return mean_of_row(x_BLD, segment_ids_BL)
+        return self.summary(x_BLD, segment_ids_BL)
+
+    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """Return the hidden state of the last token, [B, D] (Radford et al. 2018, §3.2)."""
+        return last_of_row(x_BLD, segment_ids_BL)
+
+    def classify(self, x_BD: jax.Array) -> jax.Array:
+        """Return class logits [B, C], float32, of the result of `pooled`."""
+        return self.classifier(self._scale_output(self.dropout(x_BD)))
+
+    def next_sentence(self, x_BD: jax.Array) -> jax.Array:
+        """Return logits [B, 2] of "B follows A" and "B does not" (Devlin et al. 2018, §3.1)."""
+        return self.sentence_head(self._scale_output(x_BD))
+
+    def spans(self, x_BLD: jax.Array) -> jax.Array:
+        """Return start and end logits of answers, [B, L, 2] (Devlin et al. 2018, §4.2)."""
+        return self.span_head(self._scale_output(self.dropout(x_BLD)))
+
+    def _scale_output(self, x_BLD: jax.Array) -> jax.Array:
+        """Apply the output multiplier of muP (Yang et al. 2022, Table 8)."""
+        return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
 
 
 class Decoder(Model):
@@ -86,3 +209,16 @@ class Decoder(Model):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Return a cache for `batch` rows of up to `length` tokens."""
         return init_cache(self.config, self.config.n_layers, batch, length)
+
+
+def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Return the mean [B, D] of the vectors that are not padding, float32."""
+    is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
+    sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
+    return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
+
+
+def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Return the vector [B, D] of the last token that is not padding."""
+    last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.base import Model
-from lm.models.cache import Cache
-from lm.models.transformer import Stack, init_cache
+from lm.models.cache import Cache, init_cache
+from lm.models.decoder import Model
+from lm.models.transformer import Stack
 
 
 class EncoderDecoder(Model):

@@ -15,19 +15,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.config.registries import MIXERS
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import CrossAttention, MixerInputs
-from lm.models.cache import Cache, CrossKeyValue
+from lm.models.attention import CrossAttention, MixerInputs, layer_angles
+from lm.models.cache import Cache, CrossKeyValue, cache_indices
 from lm.models.layers import FeedForward, Linear, make_norm
-from lm.models.moe import MixtureOfExperts
-from lm.models.positions import RelativeBias, alibi_bias, layer_angles
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
-from lm.parallel.pipeline import run_pipeline
 from lm.parallel.sharding import constrain, current_pipeline
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
@@ -136,6 +132,8 @@ class Block(nn.Module):
 
         feed_forward: Callable[[jax.Array], jax.Array]
         if kind.feed_forward == "experts":
+            from lm.models.moe import MixtureOfExperts
+
             segments_BL = inputs.mask.segments_BL
             is_token_BL = None if segments_BL is None else segments_BL != 0
             experts = MixtureOfExperts(c, self.deterministic, name="feed_forward")
@@ -188,51 +186,31 @@ def project(
     return Linear((width,), (n_out,), axes, role, False, init, c.dtype, name=name)(x_BLW)
 
 
-class BlockPeriod(nn.Module):
-    """Blocks of different types that repeat together, named "{i}_of_{n}".
+class Blocks(nn.Module):
+    """Blocks of different types, one after the other.
 
-    A model whose layers are all alike has no such names in its parameter paths. They tell which
-    layers of the stack a parameter's first axis holds (`lm/optim/parameter_groups.py`).
+    A period that a scan repeats names them "{i}_of_{n}", by which the layers that the first axis
+    of a parameter holds are known (`lm/optim/parameter_groups.py`); a model whose layers are all
+    alike has no such names in its parameter paths. Outside of a scan their parameters may have any
+    shapes, and names are their numbers in the stack.
     """
 
     config: TransformerConfig
     deterministic: bool
     layer_types: tuple[LayerType, ...]
-
-    @nn.compact
-    def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
-        n, sources = len(self.layer_types), []
-        block = with_remat(Block, self.config.remat)
-        for i, layer_type in enumerate(self.layer_types):
-            run = block(self.config, self.deterministic, layer_type, name=f"{i}_of_{n}")
-            carry, source = run(carry, inputs, _layer(layers, i))
-            sources.append(source)
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
-
-
-class UnrolledBlocks(nn.Module):
-    """Blocks of any parameter shapes, named by their number in the stack."""
-
-    config: TransformerConfig
-    deterministic: bool
-    segment: Segment
+    names: tuple[str, ...]
+    in_scan: bool = True
 
     @nn.compact
     def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
         sources = []
         # Without a loop around it XLA would merge the recomputation with the first computation.
-        block = with_remat(Block, self.config.remat, prevent_cse=True)
-        for i, layer_type in enumerate(self.segment.period):
-            name = str(self.segment.first + i)
+        block = with_remat(Block, self.config.remat, prevent_cse=not self.in_scan)
+        for i, (layer_type, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             run = block(self.config, self.deterministic, layer_type, name=name)
-            carry, source = run(carry, inputs, _layer(layers, i))
+            carry, source = run(carry, inputs, jax.tree.map(lambda x, i=i: x[i], layers))
             sources.append(source)
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *sources)
-
-
-def _layer(layers: LayerInputs, i: int) -> LayerInputs:
-    """Return the inputs of layer `i` of several."""
-    return jax.tree.map(lambda x: x[i], layers)
 
 
 def with_remat(block: type[nn.Module], remat: str, prevent_cse: bool = False) -> Any:
@@ -291,8 +269,20 @@ class Stack(nn.Module):
         layer_types = c.layer_types(self.n_layers)
         layers = LayerInputs(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
         if cache is None and current_pipeline():
+            from lm.parallel.pipeline import scan_as_pipeline
+
             (segment,) = segments(layer_types)
-            x_BLD = self._pipeline(segment, x_BLD, inputs, layers)
+            block, fields = self._scanned(segment)
+            x_BLD = scan_as_pipeline(
+                self,
+                segment.name,
+                block(*fields, parent=None),
+                segment.n_repeats,
+                x_BLD,
+                inputs,
+                _by_scan_step(segment, layers),
+                c.scan_unroll and max(1, c.scan_unroll // len(segment.period)),
+            )
         elif cache is None:
             (x_BLD, _), _ = self._run((x_BLD, None), inputs, layers)
         else:
@@ -327,9 +317,13 @@ class Stack(nn.Module):
             inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
         n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
         if c.positions == "relative":
+            from lm.models.positions import RelativeBias
+
             bias = RelativeBias(c, not self.causal, name="relative_bias")
             inputs = replace(inputs, bias_HLS=bias(L, n_keys, mask.offset))
         if c.positions == "alibi":
+            from lm.models.positions import alibi_bias
+
             inputs = replace(inputs, bias_HLS=alibi_bias(c.n_heads, L, n_keys, mask.offset))
         return inputs
 
@@ -352,8 +346,10 @@ class Stack(nn.Module):
         """Run one segment, as a scan over its stacked parameters if it is scannable."""
         c = self.config
         if not segment.is_scanned:
-            blocks = UnrolledBlocks(c, self.deterministic, segment, name=segment.name)
-            return blocks(carry, inputs, layers)
+            numbers = range(segment.first, segment.first + segment.n_layers)
+            names = tuple(map(str, numbers))
+            fields = c, self.deterministic, segment.period, names
+            return Blocks(*fields, in_scan=False, name=segment.name)(carry, inputs, layers)
         layer, fields = self._scanned(segment)
         n = len(segment.period)
         run = nn.scan(
@@ -374,55 +370,11 @@ class Stack(nn.Module):
 
     def _scanned(self, segment: Segment) -> tuple[type[nn.Module], tuple[Any, ...]]:
         """Return the module that a scan repeats, a block or a period of several, and its fields."""
-        c = self.config
-        if len(segment.period) == 1:
+        c, n = self.config, len(segment.period)
+        if n == 1:
             return with_remat(Block, c.remat), (c, self.deterministic, segment.period[0])
-        return BlockPeriod, (c, self.deterministic, segment.period)
-
-    def _pipeline(
-        self, segment: Segment, x_BLD: jax.Array, inputs: StackInputs, layers: LayerInputs
-    ) -> jax.Array:
-        """Run a segment as the pipeline of the mesh; the result is that of `_run_segment`."""
-        layer, fields = self._scanned(segment)
-        block = layer(*fields, parent=None)
-        bias_HLS, inputs = inputs.bias_HLS, replace(inputs, bias_HLS=None)
-        by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, inputs)
-
-        assert self.scope is not None
-        collections = self.scope.mutable or []
-        # The keys that nn.scan gives: those of the layers are split before the path is folded in.
-        rng = keys_N = None
-        if not self.deterministic:
-            rng = LazyRng.create(self.scope.rngs["dropout"], segment.name)
-            keys_N = jax.random.split(rng.rng, segment.n_repeats)
-
-        def run_layer(
-            per_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
-        ) -> tuple[jax.Array, Any]:
-            params, layer_inputs = per_layer
-            own_inputs = jax.tree.map(
-                lambda row, leaf: leaf if row is None else row,
-                by_row,
-                inputs,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            own_inputs = replace(own_inputs, bias_HLS=bias_HLS)
-            rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
-            arguments = ((x_BLD, None), own_inputs, layer_inputs)
-            output: Any = block.apply(
-                {"params": params}, *arguments, rngs=rngs, mutable=collections
-            )
-            ((x_BLD, _), _), sown = output
-            return x_BLD, sown
-
-        params = self.variables["params"][segment.name]
-        per_layer = (params, _by_scan_step(segment, layers))
-        scan_unroll = self.config.scan_unroll
-        unroll = scan_unroll and max(1, scan_unroll // len(segment.period))
-        x_BLD, sown = run_pipeline(run_layer, per_layer, keys_N, x_BLD, by_row, bias_HLS, unroll)
-        for collection, values in sown.items():
-            self.put_variable(collection, segment.name, values)
-        return x_BLD
+        names = tuple(f"{i}_of_{n}" for i in range(n))
+        return Blocks, (c, self.deterministic, segment.period, names)
 
 
 def _by_scan_step(segment: Segment, layers: LayerInputs) -> LayerInputs:
@@ -431,22 +383,3 @@ def _by_scan_step(segment: Segment, layers: LayerInputs) -> LayerInputs:
     if n == 1:
         return layers
     return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), layers)
-
-
-def cache_indices(layer_types: tuple[LayerType, ...]) -> list[int]:
-    """Return the index of each layer among those with the same token mixer."""
-    mixers = [t.mixer for t in layer_types]
-    return [mixers[:i].count(mixer) for i, mixer in enumerate(mixers)]
-
-
-def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int) -> Cache:
-    """Return an empty cache for `batch` rows of up to `length` tokens."""
-    mixers = [t.mixer for t in config.layer_types(n_layers)]
-    return Cache(
-        mixers={
-            name: MIXERS[name].init_cache(config, mixers.count(name), batch, length)
-            for name in sorted(set(mixers))
-        },
-        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-    )

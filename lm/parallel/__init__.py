@@ -2,7 +2,7 @@
 
 Read `mesh` (named axes), `sharding` (rules from logical axes to mesh axes) and `hosts` (processes)
 first; then `pipeline`, `experts` and `per_row_rng`, which the rules alone do not express. Models
-use `sharding.constrain`, `sharding.embedding_lookup`, `pipeline.run_pipeline` and
+use `sharding.constrain`, `sharding.embedding_lookup`, `pipeline.scan_as_pipeline` and
 `experts.mixture_of_experts`. `xla_flags` has the compiler's options, and `divisibility` checks a
 configuration against a mesh.
 """

@@ -24,12 +24,15 @@ J = M / S slots of a stage, B batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import gcd
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,6 +41,66 @@ from lm.parallel.per_row_rng import select_rows
 from lm.parallel.sharding import BATCH_AXES, current_mesh, current_pipeline
 
 Tree = Any
+
+
+def scan_as_pipeline(
+    module: nn.Module,
+    name: str,
+    block: nn.Module,
+    length: int,
+    x_BLD: jax.Array,
+    inputs: Any,
+    layers: Tree,
+    unroll: int,
+) -> jax.Array:
+    """Run what a scan of a block would run (`Stack` in `lm/models/transformer.py`), as a pipeline.
+
+    Args:
+        module: module that is running, and that the variables of the scan belong to.
+        name: module name of the scan.
+        block: what the scan repeats, unbound; called with carry, inputs and layer's inputs.
+        length: length of the scan.
+        x_BLD: activations.
+        inputs: dataclass of the inputs that all layers share; of its fields `bias_HLS` is the same
+            for all rows, the other arrays are [B, …].
+        layers: inputs of each layer, arrays stacked on a first axis.
+        unroll: steps of a group that are inlined; 0 for all.
+
+    Returns:
+        The activations after all layers.
+    """
+    bias_HLS, inputs = inputs.bias_HLS, replace(inputs, bias_HLS=None)
+    by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, inputs)
+    assert module.scope is not None
+    collections = module.scope.mutable or []
+    # The keys that nn.scan gives: those of the layers are split before the path is folded in.
+    rng = keys_N = None
+    if module.has_rng("dropout"):
+        rng = LazyRng.create(module.scope.rngs["dropout"], name)
+        keys_N = jax.random.split(rng.rng, length)
+
+    def run_layer(
+        per_layer: Any, key: jax.Array | None, x_BLD: jax.Array, by_row: Any, bias_HLS: Any
+    ) -> tuple[jax.Array, Any]:
+        params, layer_inputs = per_layer
+        own_inputs = jax.tree.map(
+            lambda row, leaf: leaf if row is None else row,
+            by_row,
+            inputs,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        own_inputs = replace(own_inputs, bias_HLS=bias_HLS)
+        rngs: Any = {} if rng is None else {"dropout": rng.replace(rng=key)}
+        arguments = (x_BLD, None), own_inputs, layer_inputs
+        output: Any = block.apply({"params": params}, *arguments, rngs=rngs, mutable=collections)
+        ((x_BLD, _), _), sown = output
+        return x_BLD, sown
+
+    per_layer = module.variables["params"][name], layers
+    x_BLD, sown = run_pipeline(run_layer, per_layer, keys_N, x_BLD, by_row, bias_HLS, unroll)
+    for collection, values in sown.items():
+        module.put_variable(collection, name, values)
+    return x_BLD
 
 
 def run_pipeline(
@@ -180,7 +243,7 @@ def to_circular_layout(params: Tree, S: int, R: int, mesh: Mesh) -> Tree:
         R: repeats.
         mesh: mesh with axis "stage".
 
-    Reresult:
+    Returns:
         Arrays [S, R, K, …], where [s, r] is group r S + s. The groups are sent by collective
         permutes, each to the one stage that needs it.
     """

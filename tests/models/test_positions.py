@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from transformer_reference import draw, t5_bias, t5_buckets
 
+from lm.models.attention import rotary_angles, rotate
 from lm.models.encoder import Encoder
 from lm.models.positions import (
     RelativeBias,
     alibi_bias,
     alibi_slopes,
     relative_buckets,
-    rotary_angles,
-    rotate,
     sinusoidal,
 )
 from lm.models.transformer_config import TransformerConfig

@@ -67,7 +67,7 @@ def make(monkeypatch):
         config.parallel.mesh.update({"data": 1} | mesh)
         return build(config, jax.devices()[: prod(mesh.values())])
 
-    from lm.models.families import make_model
+    from lm.models.transformer_config import make_model
 
     return make
 
