@@ -74,8 +74,8 @@ MODELS = Registry(
         "encoder_decoder": Entry("lm.models.encoder_decoder:EncoderDecoder"),
         "lstm": Entry("lm.models.classic.recurrent:Lstm"),
         "lstm_encoder_decoder": Entry("lm.models.classic.recurrent:LstmEncoderDecoder"),
-        "nplm": Entry("lm.models.classic.nplm:Nplm"),
-        "skip_gram": Entry("lm.models.classic.word2vec:SkipGramModel"),
+        "nplm": Entry("lm.models.classic.feed_forward:Nplm"),
+        "skip_gram": Entry("lm.models.classic.feed_forward:SkipGramModel"),
     },
 )
 

@@ -2,6 +2,6 @@
 
 Read `dense`, `activations` and `dot_product_attention` first, which every Transformer uses, and
 `tiled_attention` for CPUs; then `blockwise_attention`, `ring_attention` and `splash_attention` for
-long sequences, `cross_entropy` for the loss, `grouped_matmul` for experts and `lstm_scan` for
-recurrent models. Every function without a leading underscore is public.
+long sequences, `grouped_matmul` for experts and `lstm_scan` for recurrent models. Every function
+without a leading underscore is public.
 """

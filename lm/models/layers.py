@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dense import add_bias, matmul
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import InitConfig, Initializer, Kind, Part, Role, param
+from lm.models.variables import Initializer, Kind, Part, Role, param
 from lm.parallel.sharding import constrain, count_shards, embedding_lookup
 
 
@@ -65,43 +65,6 @@ class Linear(nn.Module):
         if self.use_bias:
             y = add_bias(y, self.bias.reshape(-1))
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
-
-
-def init_linear(
-    config: InitConfig,
-    n_in: int,
-    out_shape: tuple[int, ...],
-    names: tuple[str, ...],
-    role: Role,
-    use_bias: bool = True,
-    bias_init: Initializer = nn.initializers.zeros,
-    name: str | None = None,
-) -> Linear:
-    """Build a linear map of vectors to float32, initialized as the model's configuration says.
-
-    Args:
-        config: initialization and compute dtype.
-        n_in: width of the input.
-        out_shape: shape of the output.
-        names: logical axes of the kernel [n_in, *out_shape].
-        role: role of the kernel.
-        use_bias: add a bias.
-        bias_init: initializer of the bias, unless all initialization is uniform.
-        name: module name.
-    """
-    c = config
-    return Linear(
-        (n_in,),
-        out_shape,
-        names,
-        role,
-        use_bias,
-        c.kernel_init(c.stddev(n_in, out_shape[-1])),
-        c.dtype,
-        out_dtype=jnp.float32,
-        bias_init=c.bias_init(bias_init),
-        name=name,
-    )
 
 
 class Bias(nn.Module):

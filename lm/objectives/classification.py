@@ -19,7 +19,7 @@ from lm.data.batches import Arrays
 from lm.data.records.record_store import Record, RecordStore
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.kernels.cross_entropy import cross_entropy
+from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (
     Answer,
     Batch,

@@ -22,8 +22,7 @@ from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import word_starts
 from lm.errors import UserError
-from lm.kernels.cross_entropy import cross_entropy
-from lm.objectives.losses import token_loss
+from lm.objectives.losses import cross_entropy, token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 from lm.objectives.special_tokens import SpecialTokens, special_tokens
 

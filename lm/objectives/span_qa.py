@@ -22,7 +22,7 @@ from lm.data.batches import Arrays, Example
 from lm.data.records.record_store import Record, RecordStore
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.kernels.cross_entropy import cross_entropy
+from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (
     Answer,
     Batch,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from lm.config.registries import MODELS, SOURCES
 from lm.config.registry import option
 from lm.data.sources import Chunk, DocumentSource
-from lm.models.classic.nplm import Nplm, NplmConfig
+from lm.models.classic.feed_forward import Nplm, NplmConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from recurrent_reference import draw, init_linear
 
-from lm.models.classic.nplm import Nplm, NplmConfig, Window
+from lm.models.classic.feed_forward import Nplm, NplmConfig, Window
 
 V, W, L = 12, 3, 7
 TOKENS = np.random.default_rng(0).integers(0, V, (2, L))

@@ -17,7 +17,7 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.word_scores import trained_word_vectors
 from lm.experiment import build_with_data
-from lm.models.classic.word2vec import SkipGramConfig, SkipGramModel
+from lm.models.classic.feed_forward import SkipGramConfig, SkipGramModel
 from lm.objectives.skip_gram import NegativeSampling
 
 A, B, C, D, EOS, UNKNOWN = range(6)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lm.kernels.dense import add_bias
 from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
-from lm.models.layers import init_linear
+from lm.models.classic.linear import init_linear
 from lm.models.variables import InitConfig, Kind, Role
 from lm.parallel.sharding import constrain
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.kernels.lstm_scan import LstmState
+from lm.models.classic.linear import init_linear
 from lm.models.classic.lstm import (
     EncodedSource,
     LstmCache,
@@ -23,7 +24,7 @@ from lm.models.classic.lstm import (
     last_states,
     segment_starts,
 )
-from lm.models.layers import Bias, Embedding, init_linear
+from lm.models.layers import Bias, Embedding
 from lm.models.variables import Kind, Role
 from lm.parallel.sharding import constrain
 

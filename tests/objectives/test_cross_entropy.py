@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.kernels.cross_entropy import cross_entropy
+from lm.objectives.losses import cross_entropy
 
 OPTIONS = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.02), (0.3, 0.5)]  # label smoothing, z-loss
 

@@ -1,18 +1,20 @@
-"""Neural probabilistic language model (Bengio et al. 2003): a window of words, one layer.
+"""Models of windows of words: the neural probabilistic language model, and skip-gram vectors.
 
-Shape letters: B batch, L length, W words of context, D embedding, H hidden units, V vocabulary.
+Shape letters: B batch, L length or centres, S contexts, W words of context, D embedding, H hidden
+units, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.models.layers import Embedding, init_linear
+from lm.models.classic.linear import init_linear
+from lm.models.layers import Embedding
 from lm.models.variables import InitConfig, Kind, Role
 from lm.parallel.sharding import constrain
 
@@ -43,10 +45,10 @@ class Window:
 
 
 class Nplm(nn.Module):
-    """Neural probabilistic language model: y = b + W x + U tanh(d + H x) (§2, eq. 1).
+    """Neural probabilistic language model: y = b + W x + U tanh(d + H x).
 
-    x are the embeddings of the last words, 0 before the start of the text. The direct connections
-    W exist with `config.direct` only.
+    Bengio et al. 2003, eq. 1. x are the embeddings of the last words, 0 before the start of the
+    text. The direct connections W exist with `config.direct` only.
     """
 
     config: NplmConfig
@@ -121,3 +123,38 @@ class Nplm(nn.Module):
         """Return the window before the first token; it has room for any `length`."""
         shape = (batch, self.config.context - 1)
         return Window(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+
+
+@dataclass(frozen=True)
+class SkipGramConfig(InitConfig):
+    """Skip-gram model; the meaning of each field is in `lm/config/model_keys.py`."""
+
+    vocab_size: int
+    d_model: int
+
+
+class SkipGramModel(nn.Module):
+    """Skip-gram model (Mikolov et al. 2013a, 2013b): two vectors a word, as centre and as context.
+
+    After training the word vectors are the table of the centres. Nothing depends on
+    `deterministic`.
+    """
+
+    config: SkipGramConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        role = Role(Kind.EMBEDDING, c.stream, "input")
+        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", role, c.table_init, c.dtype)
+        # From 0, as in word2vec's code: at first every pair is as likely as not.
+        zeros, role = nn.initializers.zeros, replace(role, part="output")
+        self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", role, zeros, c.dtype)
+
+    def __call__(self, centres_BL: jax.Array, contexts_BS: jax.Array) -> jax.Array:
+        """Return the dot products of all centres with all contexts, [B, L, S] float32."""
+        centres_BLD = constrain(self.tokens(centres_BL), "batch", "length", "embed")
+        contexts_BSD = constrain(self.contexts(contexts_BS), "batch", "length", "embed")
+        return jnp.einsum(
+            "bld,bsd->bls", centres_BLD, contexts_BSD, preferred_element_type=jnp.float32
+        )
