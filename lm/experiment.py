@@ -27,7 +27,8 @@ from lm.models.transformer_config import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
-from lm.parallel.mesh import PipelineSchedule, axis_sizes, make_mesh
+from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.pipeline import PipelineSchedule
 from lm.parallel.sharding import (
     ROW_AXES,
     batch_sharding,

@@ -181,7 +181,7 @@ def open_run(
     args: argparse.Namespace, overrides: Overrides, any_batch: bool = False
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
-    from lm.parallel.hosts import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host
     from lm.runs.saved_params import restore_run
     from lm.runs.workdir import load_tokenizer
     from lm.storage import open_run_folder

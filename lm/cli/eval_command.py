@@ -64,7 +64,7 @@ def _evaluate_task(
     args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
 ) -> int:
     from lm.evaluation.task import evaluate_task, write_task_report
-    from lm.parallel.hosts import is_primary_host
+    from lm.parallel.mesh import is_primary_host
 
     report, rows = evaluate_task(experiment, params, *of)
     report = {"step": step, "split": args.split, **report}

@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.interop.import_export import export_run
-    from lm.parallel.hosts import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host
 
     if overrides:
         raise UserError(f"lm export takes no --config.{next(iter(overrides))}")

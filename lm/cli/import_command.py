@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.interop.import_export import import_run
-    from lm.parallel.hosts import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host
 
     import_run(Path(args.source), open_run_folder(args.workdir), overrides, print_on_primary_host)
     return 0

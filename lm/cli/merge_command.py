@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.parallel.hosts import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host
     from lm.runs.merged_run import merge_run
 
     merge_run(

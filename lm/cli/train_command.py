@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     config = configs.load_config(args.config, overrides)
-    from lm.parallel.hosts import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host
     from lm.training.monitor import RESUMABLE
     from lm.training.trainer import train
 

@@ -27,7 +27,7 @@ from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Params
-from lm.parallel.hosts import is_primary_host
+from lm.parallel.mesh import is_primary_host
 
 
 def generate_file(

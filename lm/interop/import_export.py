@@ -25,8 +25,7 @@ from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from lm.models.transformer_config import make_model
 from lm.models.variables import nested
 from lm.objectives.special_tokens import special_tokens
-from lm.parallel.hosts import is_primary_host
-from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import mean_params, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, load_tokenizer

@@ -1,8 +1,8 @@
 """Parallelism: devices, mesh, and what runs on each device.
 
-Read `mesh` (named axes), `sharding` (rules from logical axes to mesh axes) and `hosts` (processes)
-first; then `pipeline`, `experts` and `per_row_rng`, which the rules alone do not express. Models
-use `sharding.constrain`, `sharding.embedding_lookup`, `pipeline.scan_as_pipeline` and
-`experts.mixture_of_experts`. `xla_flags` has the compiler's options, and `divisibility` checks a
-configuration against a mesh.
+Read `mesh` (named axes, processes) and `sharding` (rules from logical axes to mesh axes) first;
+then `pipeline`, `experts`, `sharded_lookup` and `per_row_rng`, which the rules alone do not
+express, and `hosts` (joining the processes of a run). Models use `sharding.constrain`,
+`sharding.embedding_lookup`, `pipeline.scan_as_pipeline` and `experts.mixture_of_experts`.
+`xla_flags` has the compiler's options, and `divisibility` checks a configuration against a mesh.
 """

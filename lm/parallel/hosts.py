@@ -1,17 +1,13 @@
-"""Processes of a run: platform, joining the others, and agreeing with them without a pause."""
+"""Start and end of a process: its platform, joining the others of a run, leaving them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 
@@ -89,17 +85,6 @@ def _in_cluster() -> bool:
     )
 
 
-def is_primary_host() -> bool:
-    """Return whether this process writes the files of the run (metrics, progress, reports)."""
-    return jax.process_index() == 0
-
-
-def print_on_primary_host(message: str) -> None:
-    """Print a line on stderr, on the primary host only."""
-    if is_primary_host():
-        print(message, file=sys.stderr, flush=True)
-
-
 def exit_at_once(code: int) -> None:
     """End a failed process of several without JAX's shutdown barrier.
 
@@ -109,32 +94,3 @@ def exit_at_once(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-class CrossHostMax:
-    """Maximum over processes of an integer, known to all of them one step later.
-
-    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
-    it costs no pause. With one process the result is the number itself.
-    """
-
-    def __init__(self, devices: Sequence[jax.Device]):
-        """Prepare the collective over all devices of the run."""
-        self._several = jax.process_count() > 1
-        if self._several:
-            mesh = Mesh(np.asarray(devices), ("device",))
-            self._sharding = NamedSharding(mesh, PartitionSpec("device"))
-            self._shape = (len(devices),)
-            self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def start(self, value: int) -> int | jax.Array:
-        """Dispatch the maximum of this process's number; return the handle for `result`."""
-        if not self._several:
-            return value
-        local = np.full((1,), value, np.int32)
-        return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
-
-    @staticmethod
-    def result(handle: int | jax.Array) -> int:
-        """Return the maximum over all processes of the same call of `start`."""
-        return int(jax.device_get(handle)) if isinstance(handle, jax.Array) else handle

@@ -1,16 +1,16 @@
-"""Device mesh: named axes, outermost (slowest network) first, and the schedule of its stages."""
+"""Device mesh: named axes, outermost (slowest network) first, and the processes that share it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 
@@ -97,46 +97,44 @@ def _groups(devices: Sequence[jax.Device], attribute: str) -> list[list[jax.Devi
     return [groups[value] for value in sorted(groups)]
 
 
-@dataclass(frozen=True)
-class PipelineSchedule:
-    """Schedule of a pipeline (circular for repeats > 1): what each stage computes when.
+# --- processes
 
-    Attributes:
-        stages: size of the mesh axis "stage".
-        microbatches: parts of a batch, a multiple of `stages`.
-        repeats: times that a microbatch passes through all stages.
+
+def is_primary_host() -> bool:
+    """Return whether this process writes the files of the run (metrics, progress, reports)."""
+    return jax.process_index() == 0
+
+
+def print_on_primary_host(message: str) -> None:
+    """Print a line on stderr, on the primary host only."""
+    if is_primary_host():
+        print(message, file=sys.stderr, flush=True)
+
+
+class CrossHostMax:
+    """Maximum over processes of an integer, known to all of them one step later.
+
+    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
+    it costs no pause. With one process the result is the number itself.
     """
 
-    stages: int
-    microbatches: int
-    repeats: int
+    def __init__(self, devices: Sequence[jax.Device]):
+        """Prepare the collective over all devices of the run."""
+        self._several = jax.process_count() > 1
+        if self._several:
+            mesh = Mesh(np.asarray(devices), ("device",))
+            self._sharding = NamedSharding(mesh, PartitionSpec("device"))
+            self._shape = (len(devices),)
+            self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    @property
-    def iterations(self) -> int:
-        """Iterations of the pipeline's loop, the bubble included."""
-        return self.microbatches * self.repeats + self.stages - 1
+    def start(self, value: int) -> int | jax.Array:
+        """Dispatch the maximum of this process's number; return the handle for `result`."""
+        if not self._several:
+            return value
+        local = np.full((1,), value, np.int32)
+        return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
 
-    @property
-    def bubble(self) -> float:
-        """Fraction of the iterations in which a stage is idle."""
-        return (self.stages - 1) / self.iterations
-
-    def work(self, iteration: Any, stage: Any) -> tuple[Any, Any, Any]:
-        """Return microbatch and repeat of a stage in an iteration, and whether it is busy."""
-        unit = iteration - stage
-        is_busy = (unit >= 0) & (unit < self.microbatches * self.repeats)
-        return unit % self.microbatches, unit // self.microbatches, is_busy
-
-    @property
-    def slots(self) -> int:
-        """Microbatches of the stream that each stage holds."""
-        return self.microbatches // self.stages
-
-    @property
-    def joining_stage(self) -> int:
-        """Stage at which an output of the last stage is put back into its slot of the stream.
-
-        Stage 0 takes a microbatch again M iterations after it last did. By then the slot will
-        have been shifted S - 1 times, less those before the output exists.
-        """
-        return self.stages - 1 - (self.stages - 1) // self.slots
+    @staticmethod
+    def result(handle: int | jax.Array) -> int:
+        """Return the maximum over all processes of the same call of `start`."""
+        return int(jax.device_get(handle)) if isinstance(handle, jax.Array) else handle

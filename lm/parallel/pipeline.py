@@ -24,7 +24,7 @@ J = M / S slots of a stage, B batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 from typing import Any
@@ -36,11 +36,55 @@ from flax.core.scope import LazyRng
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.parallel.mesh import PipelineSchedule
 from lm.parallel.per_row_rng import select_rows
 from lm.parallel.sharding import BATCH_AXES, current_mesh, current_pipeline
 
 Tree = Any
+
+
+@dataclass(frozen=True)
+class PipelineSchedule:
+    """Schedule of a pipeline (circular for repeats > 1): what each stage computes when.
+
+    Attributes:
+        stages: size of the mesh axis "stage".
+        microbatches: parts of a batch, a multiple of `stages`.
+        repeats: times that a microbatch passes through all stages.
+    """
+
+    stages: int
+    microbatches: int
+    repeats: int
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the pipeline's loop, the bubble included."""
+        return self.microbatches * self.repeats + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """Fraction of the iterations in which a stage is idle."""
+        return (self.stages - 1) / self.iterations
+
+    def work(self, iteration: Any, stage: Any) -> tuple[Any, Any, Any]:
+        """Return microbatch and repeat of a stage in an iteration, and whether it is busy."""
+        unit = iteration - stage
+        is_busy = (unit >= 0) & (unit < self.microbatches * self.repeats)
+        return unit % self.microbatches, unit // self.microbatches, is_busy
+
+    @property
+    def slots(self) -> int:
+        """Microbatches of the stream that each stage holds."""
+        return self.microbatches // self.stages
+
+    @property
+    def joining_stage(self) -> int:
+        """Stage at which an output of the last stage is put back into its slot of the stream.
+
+        Stage 0 takes a microbatch again M iterations after it last did. By then the slot will
+        have been shifted S - 1 times, less those before the output exists.
+        """
+        return self.stages - 1 - (self.stages - 1) // self.slots
 
 
 def scan_as_pipeline(

@@ -13,9 +13,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
-from lm.parallel.mesh import PipelineSchedule
+
+if TYPE_CHECKING:
+    from lm.parallel.pipeline import PipelineSchedule
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -299,10 +300,6 @@ def shard_mapped(
 def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Array) -> jax.Array:
     """Look up embeddings in a sharded table, with reduce-scattered gradients.
 
-    The compiler by itself would all-reduce the gradient of the whole table. Here each device
-    all-gathers the width of its rows and looks up its tokens among them; the backward pass
-    reduce-scatters the gradient to the shards of the width.
-
     Args:
         table_VD: embedding table.
         names: logical names of the table's axes.
@@ -319,46 +316,9 @@ def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Ar
     if not row_axes and not width_axes:
         return jnp.take(table_VD, ids_BL, axis=0)
 
-    def on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-        table_VD = _gather_width(table_VD, width_axes)
-        if not row_axes:
-            return jnp.take(table_VD, ids_BL, axis=0)
-        ids_BL -= lax.axis_index(row_axes) * len(table_VD)
-        is_local_BL = (ids_BL >= 0) & (ids_BL < len(table_VD))
-        rows_BLD = jnp.take(table_VD, jnp.where(is_local_BL, ids_BL, 0), axis=0)
-        return lax.psum(jnp.where(is_local_BL[..., None], rows_BLD, 0), row_axes)
+    from lm.parallel.sharded_lookup import sharded_lookup
 
-    id_axes = [
-        axes if size % prod(mesh.shape[axis] for axis in axes) == 0 else None
-        for axes, size in zip((ROW_AXES, (LENGTH_AXIS,)), ids_BL.shape, strict=True)
-    ]
-    # The check of varying axes (check_vma) does not know that all devices gathered the same.
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(table, PartitionSpec(*id_axes)),
-        out_specs=PartitionSpec(*id_axes, None),
-        check_vma=False,
-    )(table_VD, ids_BL)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_width(shard_VD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return lax.all_gather(shard_VD, axes, axis=1, tiled=True) if axes else shard_VD
-
-
-def _gather_width_forward(shard_VD: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return _gather_width(shard_VD, axes), None
-
-
-def _gather_width_backward(axes: tuple[str, ...], _: None, g_VD: jax.Array) -> tuple[jax.Array]:
-    if not axes:
-        return (g_VD,)
-    # A TPU reduce-scatters the outer dimension; of the inner one it would all-reduce and slice.
-    return (lax.psum_scatter(g_VD.T, axes, scatter_dimension=0, tiled=True).T,)
-
-
-_gather_width.defvjp(_gather_width_forward, _gather_width_backward)
+    return sharded_lookup(table_VD, ids_BL, mesh, table, row_axes, width_axes)
 
 
 def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
-from lm.parallel.hosts import is_primary_host
+from lm.parallel.mesh import is_primary_host
 from lm.storage import AnyPath, storage_path
 from lm.train_step import TrainState
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lm.config.experiment_file import plugin_metadata
 from lm.errors import UserError
 from lm.experiment import build
-from lm.parallel.hosts import is_primary_host
+from lm.parallel.mesh import is_primary_host
 from lm.runs.checkpoints import Checkpoints, Log
 from lm.runs.saved_params import restore_params, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config

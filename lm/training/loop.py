@@ -18,7 +18,7 @@ from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment
-from lm.parallel.hosts import CrossHostMax
+from lm.parallel.mesh import CrossHostMax
 from lm.runs.checkpoints import Checkpoints
 from lm.train_step import Metrics, TrainState
 from lm.training.metrics import MetricsWriter

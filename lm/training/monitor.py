@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from lm.parallel.hosts import is_primary_host
+from lm.parallel.mesh import is_primary_host
 from lm.storage import write_atomically
 
 RESUMABLE = 75  # exit code EX_TEMPFAIL: the same command, started again, continues the run

@@ -13,7 +13,7 @@ from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data
 from lm.models.variables import flat
 from lm.parallel import sharding
-from lm.parallel.hosts import is_primary_host
+from lm.parallel.mesh import is_primary_host
 from lm.runs.checkpoints import Checkpoints, Log, ignore_line
 from lm.runs.workdir import prepare_workdir
 from lm.storage import open_run_folder, storage_path

@@ -1,0 +1,86 @@
+"""Lookup of embeddings in a sharded table.
+
+Shape letters: B batch, L length, V vocabulary, D model.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from lm.parallel.sharding import LENGTH_AXIS, ROW_AXES
+
+Axes = tuple[str, ...]
+
+
+def sharded_lookup(
+    table_VD: jax.Array,
+    ids_BL: jax.Array,
+    mesh: Mesh,
+    table: PartitionSpec,
+    row_axes: Axes,
+    width_axes: Axes,
+) -> jax.Array:
+    """Look up embeddings in a sharded table, with reduce-scattered gradients.
+
+    The compiler by itself would all-reduce the gradient of the whole table. Here each device
+    all-gathers the width of its rows and looks up its tokens among them; the backward pass
+    reduce-scatters the gradient to the shards of the width.
+
+    Args:
+        table_VD: embedding table.
+        ids_BL: token ids.
+        mesh: mesh of the step.
+        table: sharding of the table.
+        row_axes: mesh axes of several devices that shard its rows.
+        width_axes: those that shard its width.
+
+    Returns:
+        The embeddings [B, L, D].
+    """
+
+    def on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+        table_VD = _gather_width(table_VD, width_axes)
+        if not row_axes:
+            return jnp.take(table_VD, ids_BL, axis=0)
+        ids_BL -= lax.axis_index(row_axes) * len(table_VD)
+        is_local_BL = (ids_BL >= 0) & (ids_BL < len(table_VD))
+        rows_BLD = jnp.take(table_VD, jnp.where(is_local_BL, ids_BL, 0), axis=0)
+        return lax.psum(jnp.where(is_local_BL[..., None], rows_BLD, 0), row_axes)
+
+    id_axes = [
+        axes if size % prod(mesh.shape[axis] for axis in axes) == 0 else None
+        for axes, size in zip((ROW_AXES, (LENGTH_AXIS,)), ids_BL.shape, strict=True)
+    ]
+    # The check of varying axes (check_vma) does not know that all devices gathered the same.
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(table, PartitionSpec(*id_axes)),
+        out_specs=PartitionSpec(*id_axes, None),
+        check_vma=False,
+    )(table_VD, ids_BL)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_width(shard_VD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(shard_VD, axes, axis=1, tiled=True) if axes else shard_VD
+
+
+def _gather_width_forward(shard_VD: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return _gather_width(shard_VD, axes), None
+
+
+def _gather_width_backward(axes: tuple[str, ...], _: None, g_VD: jax.Array) -> tuple[jax.Array]:
+    if not axes:
+        return (g_VD,)
+    # A TPU reduce-scatters the outer dimension; of the inner one it would all-reduce and slice.
+    return (lax.psum_scatter(g_VD.T, axes, scatter_dimension=0, tiled=True).T,)
+
+
+_gather_width.defvjp(_gather_width_forward, _gather_width_backward)
