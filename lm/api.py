@@ -29,8 +29,7 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Params, as_variables, flat
 from lm.optim.parameter_groups import layer_numbers
 from lm.runs.checkpoints import ignore_line
-from lm.runs.saved_params import restore_run
-from lm.runs.workdir import load_tokenizer
+from lm.runs.saved_params import load_tokenizer, restore_run
 from lm.storage import open_run_folder
 
 

@@ -182,8 +182,7 @@ def open_run(
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
     from lm.parallel.mesh import print_on_primary_host
-    from lm.runs.saved_params import restore_run
-    from lm.runs.workdir import load_tokenizer
+    from lm.runs.saved_params import load_tokenizer, restore_run
     from lm.storage import open_run_folder
 
     workdir = open_run_folder(args.workdir)

@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.parallel.mesh import print_on_primary_host
-    from lm.runs.merged_run import merge_run
+    from lm.runs.saved_params import merge_run
 
     merge_run(
         open_run_folder(args.workdir),

@@ -27,8 +27,8 @@ from lm.models.variables import nested
 from lm.objectives.special_tokens import special_tokens
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
-from lm.runs.saved_params import mean_params, saved_checkpoints
-from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, load_tokenizer
+from lm.runs.saved_params import load_tokenizer, mean_params, saved_checkpoints
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 

@@ -1,4 +1,8 @@
-"""Checkpoints of a run: written by Orbax asynchronously and atomically, verified when read.
+"""Workdir of a run as it trains: run.json, tokenizer/ and checkpoints/.
+
+`run.json` holds the resolved configuration and the digests of tokenizer and data. Starting a run
+again with another configuration or other data is an error that names the difference. Checkpoints
+are written by Orbax asynchronously and atomically, and verified when they are read.
 
 A checkpoint holds the training state and a metadata file: step, configuration of the run, digests
 of its tokenizer and data, and a checksum of every array. The checksums do not depend on the mesh,
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,9 +26,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from lm import config as configs
+from lm.config.experiment_file import plugin_metadata
+from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.parallel.mesh import is_primary_host
-from lm.storage import AnyPath, storage_path
+from lm.runs.workdir import RUN_FILE
+from lm.storage import AnyPath, storage_path, upload_changes, write_atomically
 from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
@@ -236,3 +245,68 @@ def _disk_errors(folder: AnyPath) -> Iterator[None]:
                 "free some space and start the same command again"
             ) from error
         raise
+
+
+# --- workdir
+
+
+def prepare_workdir(
+    workdir: Path, config: ConfigDict, dataset: Dataset, write: bool
+) -> dict[str, Any]:
+    """Create the workdir of a new run, or check an existing one against configuration and data.
+
+    Args:
+        workdir: local folder of the run.
+        config: resolved configuration.
+        dataset: tokenizer and data.
+        write: whether this process creates files (the lead process does).
+
+    Returns:
+        The metadata of the run.
+
+    Raises:
+        UserError: the workdir holds another run, or cannot be written.
+    """
+    metadata = {
+        "config": json.loads(config.to_json()),
+        "fingerprint": dataset.fingerprint,
+        **plugin_metadata(),
+    }
+    before = read_run_metadata(workdir)
+    if before is not None:
+        _check_same(workdir, before, metadata)
+    if write:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            dataset.tokenizer.save(workdir / "tokenizer")
+            write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+            upload_changes()
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+    return metadata
+
+
+def read_run_metadata(workdir: Path) -> dict[str, Any] | None:
+    """Return the content of run.json; None if there is no run."""
+    try:
+        return json.loads((workdir / RUN_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged: {error}") from None
+
+
+def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    different = configs.differences(before["config"], now["config"])
+    if different:
+        raise UserError(
+            f"{storage_path(workdir)} holds a run of another configuration "
+            f"({'; '.join(different)}); use another --workdir"
+        )
+    old, new = before["fingerprint"], now["fingerprint"]
+    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"changed since the run in {storage_path(workdir)} was started: {', '.join(changed)}; "
+            "restore the data, or use another --workdir"
+        )

@@ -6,24 +6,37 @@ Reading verifies the checksums, shards the parameters over any mesh, merges LoRA
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.config.experiment_file import plugin_metadata
+from lm.data.tokenizers.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
 from lm.optim.lora import merge_lora
-from lm.parallel.mesh import AXES
-from lm.runs.checkpoints import BEST_FOLDER, Log, checksums, on_all_hosts, one_line
-from lm.runs.workdir import MERGED_OVERRIDES, load_run_config, load_tokenizer
-from lm.storage import AnyPath, is_committed, storage_path
+from lm.parallel.mesh import AXES, is_primary_host
+from lm.runs.checkpoints import (
+    BEST_FOLDER,
+    Checkpoints,
+    Log,
+    checksums,
+    on_all_hosts,
+    one_line,
+    read_run_metadata,
+)
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
+from lm.storage import AnyPath, is_committed, storage_path, write_atomically
 
 FlatParams = dict[str, jax.Array]
 
@@ -84,6 +97,16 @@ def restore_run(
     experiment = build(config, jax.devices(), tokenizer)
     params, step = restore_params(experiment, workdir, log, average, best)
     return experiment, params, step
+
+
+def load_tokenizer(workdir: Path) -> Tokenizer:
+    """Return the tokenizer that the run was trained with; UserError if it was replaced."""
+    tokenizer = load_saved_tokenizer(workdir / "tokenizer")
+    metadata = read_run_metadata(workdir)
+    assert metadata is not None
+    if tokenizer.digest != metadata["fingerprint"]["tokenizer"]:
+        raise UserError(f"the run in {storage_path(workdir)} was trained with another tokenizer")
+    return tokenizer
 
 
 def restore_params(
@@ -262,9 +285,49 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
 
 @jax.jit
 def _add(total: FlatParams, params: FlatParams) -> FlatParams:
-    return jax.tree.map(jax.numpy.add, total, params)
+    return jax.tree.map(jnp.add, total, params)
 
 
 @jax.jit
 def _divide(total: FlatParams, n: int) -> FlatParams:
     return jax.tree.map(lambda x: x / n, total)
+
+
+# --- merged run
+
+
+def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], log: Log) -> int:
+    """Write the run in `workdir` to the folder `to` with its LoRA updates merged into the kernels.
+
+    Args:
+        workdir: folder of the run.
+        to: empty folder of the new run.
+        average: number of newest checkpoints whose parameters are averaged.
+        overrides: configuration of this process (its mesh); not written.
+        log: receives the lines for the user.
+
+    Returns:
+        The step of the newest checkpoint read.
+
+    Raises:
+        UserError: `to` is not empty.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty; name another folder")
+    config = load_run_config(workdir, MERGED_OVERRIDES)
+    experiment = build(load_run_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
+    params, step = restore_params(experiment, workdir, log, average)
+    state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
+    state = state.with_inference_params(params)
+    metadata = {
+        "config": json.loads(config.to_json()),
+        "fingerprint": saved_checkpoints(workdir, log)[0].metadata["fingerprint"],
+        **plugin_metadata(),
+    }
+    if is_primary_host():
+        shutil.copytree(workdir / "tokenizer", to / "tokenizer")
+        write_atomically(to / RUN_FILE, json.dumps(metadata, indent=1))
+    checkpoints = Checkpoints(to / "checkpoints", config.checkpoint, metadata)
+    checkpoints.save(step, state)
+    checkpoints.close()
+    return step

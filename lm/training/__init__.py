@@ -1,4 +1,5 @@
 """Training of a run: the loop, warm starts, metrics, and the monitoring of the process.
 
-Read `trainer` (from a configuration to a finished run), then `loop`. Public: `trainer.train`.
+Read `trainer` (from a configuration to a finished run), then `loop` and `monitor`. Public:
+`trainer.train`.
 """

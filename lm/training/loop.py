@@ -21,8 +21,7 @@ from lm.experiment import Experiment
 from lm.parallel.mesh import CrossHostMax
 from lm.runs.checkpoints import Checkpoints
 from lm.train_step import Metrics, TrainState
-from lm.training.metrics import MetricsWriter
-from lm.training.monitor import Clock, Heartbeat, StopRequest
+from lm.training.monitor import Clock, Heartbeat, MetricsWriter, StopRequest
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 

@@ -14,13 +14,11 @@ from lm.experiment import Experiment, build_with_data
 from lm.models.variables import flat
 from lm.parallel import sharding
 from lm.parallel.mesh import is_primary_host
-from lm.runs.checkpoints import Checkpoints, Log, ignore_line
-from lm.runs.workdir import prepare_workdir
+from lm.runs.checkpoints import Checkpoints, Log, ignore_line, prepare_workdir
 from lm.storage import open_run_folder, storage_path
 from lm.train_step import TrainState
 from lm.training.loop import Loop, Outputs
-from lm.training.metrics import MetricsWriter
-from lm.training.monitor import Clock, stop_requests, watchdog
+from lm.training.monitor import Clock, MetricsWriter, stop_requests, watchdog
 from lm.validation import check
 
 

@@ -13,8 +13,7 @@ from commands import losses, saved_state
 from lm.errors import UserError
 from lm.experiment import build
 from lm.models.variables import flat, nested
-from lm.runs.merged_run import merge_run
-from lm.runs.saved_params import restore_params
+from lm.runs.saved_params import merge_run, restore_params
 from lm.runs.workdir import MERGED_OVERRIDES, load_run_config
 from lm.training import warm_start
 from lm.training.trainer import train

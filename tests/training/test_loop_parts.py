@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from lm.cli import main
 from lm.config import default
 from lm.training.loop import dispatches
-from lm.training.metrics import MetricsFile
-from lm.training.monitor import Clock, stop_requests
+from lm.training.monitor import Clock, MetricsFile, stop_requests
 
 periods = st.integers(0, 12)
 
