@@ -1,53 +1,33 @@
-"""Storage: local folders, runs in a bucket (gs://BUCKET/PATH), and atomic files.
+"""Storage: folders of runs, atomic files, and the cache.
 
-Checkpoints of a run in a bucket are written there directly. Its small files (configuration,
-tokenizer, metrics, reports) are kept in a temporary local copy, one a process: `open_run_folder`
-downloads it and `upload_changes` uploads what changed since, so that all other code sees local
-folders.
+A run may be in a bucket (gs://BUCKET/PATH, `bucket.py`). Checkpoints are written there directly.
+Its small files (configuration, tokenizer, metrics, reports) are kept in a temporary local copy, one
+a process: `open_run_folder` downloads it and `upload_changes` uploads what changed since, so that
+all other code sees local folders.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
-import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from etils import epath
 
-from lm.errors import UserError, missing_package
+from lm.errors import UserError
+
+if TYPE_CHECKING:  # imported only for runs in a bucket
+    from lm.bucket import LocalCopy
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
-_SCHEME = "gs://"
-_NOT_COPIED = {"checkpoints", "damaged", "tensorboard"}
-
-
-@dataclass
-class _LocalCopy:
-    """Local copy of a run in a bucket.
-
-    Attributes:
-        address: folder in the bucket.
-        folder: the copy.
-        uploaded: size and modification time of every file when it was last uploaded.
-    """
-
-    address: epath.Path
-    folder: Path
-    uploaded: dict[Path, tuple[int, int]] = field(default_factory=dict)
-
-
-_copies: dict[str, _LocalCopy] = {}  # by address
+_copies: dict[str, LocalCopy] = {}  # of runs in a bucket, by address
 
 
 def resolve_path(place: str) -> AnyPath:
@@ -58,16 +38,9 @@ def resolve_path(place: str) -> AnyPath:
     """
     if "://" not in place:
         return Path(place)
-    if not place.startswith(_SCHEME):
-        raise UserError(f"{place}: expected a local folder or gs://BUCKET/PATH")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise missing_package(place, "gcsfs", "gcs")
-    import fsspec
+    from lm.bucket import bucket_path
 
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about every missing permission
-    # Files that other processes wrote must be visible.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(place.rstrip("/"))
+    return bucket_path(place)
 
 
 def open_run_folder(place: str) -> Path:
@@ -76,25 +49,16 @@ def open_run_folder(place: str) -> Path:
     if isinstance(address, Path):
         return address
     if str(address) not in _copies:
-        copy = _LocalCopy(address, Path(tempfile.mkdtemp(prefix="lm-")) / address.name)
-        copy.folder.mkdir()
-        with _storage_errors(address):
-            _download(address, copy.folder)
-        copy.uploaded = _file_states(copy.folder)
-        _copies[str(address)] = copy
+        from lm.bucket import download
+
+        _copies[str(address)] = download(address)
     return _copies[str(address)].folder
 
 
 def upload_changes() -> None:
     """Upload the files of the local copies that changed since the last upload."""
     for copy in _copies.values():
-        now = _file_states(copy.folder)
-        for file, state in now.items():
-            if copy.uploaded.get(file) != state:
-                content = (copy.folder / file).read_bytes()
-                with _storage_errors(copy.address):
-                    (copy.address / file).write_bytes(content)
-        copy.uploaded = now
+        copy.upload()
 
 
 @contextmanager
@@ -125,40 +89,6 @@ def is_committed(checkpoint: AnyPath) -> bool:
     Orbax renames a local folder when it is; in a bucket it writes a marker file.
     """
     return isinstance(checkpoint, Path) or (checkpoint / "commit_success.txt").exists()
-
-
-@contextmanager
-def _storage_errors(address: epath.Path) -> Iterator[None]:
-    """Convert non-retriable storage errors to UserError: no such bucket, no permission."""
-    from gcsfs.retry import HttpError, is_retriable
-
-    try:
-        yield
-    except (OSError, HttpError) as error:
-        if is_retriable(error):
-            raise
-        problem = " ".join(str(error).split())
-        raise UserError(f"{address}: {type(error).__name__}: {problem}") from error
-
-
-def _download(source: epath.Path, target: Path) -> None:
-    """Copy a folder of a bucket, without what is written there directly."""
-    if not source.is_dir():
-        return
-    for path in source.iterdir():
-        if path.name in _NOT_COPIED:
-            continue
-        if path.is_dir():
-            (target / path.name).mkdir()
-            _download(path, target / path.name)
-        else:
-            (target / path.name).write_bytes(path.read_bytes())
-
-
-def _file_states(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return size and modification time of every file, by relative path."""
-    files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {path.relative_to(folder): (s.st_size, s.st_mtime_ns) for path, s in files.items()}
 
 
 def write_atomically(file: Path, text: str) -> None:
