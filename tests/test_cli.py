@@ -194,6 +194,32 @@ def test_experiment_files_that_do_not_work_are_one_line(capsys, tmp_path):
     assert "SyntaxError" in config_error("def (\n")
     assert "not a ConfigDict" in config_error("def get_config():\n    return {}\n")
     assert "unknown variant" in error_of(capsys, "config", "--config", "experiments/gpt2.py:9b")
+    assert "SystemExit: 3" in config_error("raise SystemExit(3)\n")
+    raises = "def get_config():\n    raise ValueError('no')\n"
+    assert "e.py:2: ValueError: no" in config_error(raises)
+    assert "SyntaxError" in config_error("x = '\0'\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("hostname", "x"),
+        ("config.yaml", "model:\n  n_layers: 2\n"),
+        ("config.py.bak", "def get_config(): pass\n"),
+        ("folder.py", None),
+        ("x" * 300 + ".py", ""),
+        *(("run.json", text) for text in ("", "[]", "{}", '{"config": []}', "[" * 9999)),
+        ("plugin.json", '{"config": {}, "plugins": [{"file": 3}]}'),
+        ("folder.json", None),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_one_line_that_names_it(capsys, tmp_path, name, content):
+    file = tmp_path / name
+    if content is None:
+        file.mkdir()
+    elif len(name) < 255:
+        file.write_text(content)
+    assert str(file) in error_of(capsys, "config", "--config", file)
 
 
 @pytest.fixture

@@ -34,6 +34,11 @@ VERBS = {
     "scaling": "Fit a scaling law to runs: its optimum and forecast for a budget, with intervals.",
 }
 WITHOUT_JAX = ("config", "tokenizer")
+# A file or folder that cannot be opened or made as it was named.
+_FILE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def _set_up_jax(args: argparse.Namespace) -> None:
@@ -79,9 +84,12 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail too
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full: {error.filename or error}"
+        elif error.errno in _FILE_ERRORS and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        message = f"the disk is full: {error.filename or error}"
     except KeyboardInterrupt:
         return 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

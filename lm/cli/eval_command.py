@@ -63,12 +63,13 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 def _evaluate_task(
     args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
 ) -> int:
-    from lm.evaluation.task import evaluate_task, write_task_report
+    from lm.evaluation.task import evaluate_task, require_writable, write_task_report
     from lm.parallel.mesh import is_primary_host
 
+    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{args.split}-{step}")
+    require_writable(folder)
     report, rows = evaluate_task(experiment, params, *of)
     report = {"step": step, "split": args.split, **report}
-    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{args.split}-{step}")
     if is_primary_host():
         write_task_report(folder, report, rows)
         print_result(report, args.json)

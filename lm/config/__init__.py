@@ -16,7 +16,6 @@ An experiment file starts from `default()` and changes values:
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lm.config.registries import SCHEMA
 from lm.config.registry import Key
 from lm.config.rules import broken_rules, listed
 from lm.errors import UserError
+from lm.json_files import read_json
 from lm.storage import AnyPath, resolve_path
 
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
@@ -121,13 +121,16 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 def read_run_file(file: AnyPath) -> ConfigDict:
     """Return the configuration in a run.json; imports the plug-ins of the run."""
     try:
-        run = json.loads(file.read_text())
-        values = run["config"]
+        run = read_json(file)
     except FileNotFoundError:
         raise UserError(f"no file {file}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
-    import_plugins(run.get("plugins", ()), values)
+    values = run.get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no configuration")
+    try:
+        import_plugins(run.get("plugins", ()), values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
     config = default()
     for path, value in flatten(values):
         set_value(config, path, tuple(value) if isinstance(value, list) else value)

@@ -176,8 +176,13 @@ def _lies_in(module: ModuleType, folder: Path, top: str) -> bool:
 
 def _execute(file: Path) -> ModuleType:
     """Execute a Python file as a module of a name of its own."""
+    form = "an experiment file is FILE.py[:VARIANT], or a run's run.json"
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; {form}")
     if not file.is_file():
         raise UserError(f"no experiment file {file}")
+    if file.suffix != ".py":
+        raise UserError(f"{file} is not a Python file; {form}")
     importable(file.parent)
     digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
     name = f"experiment_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest}"
@@ -198,7 +203,7 @@ def _errors_of(file: Path) -> Iterator[None]:
     except UserError as error:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
         where = f"{file}:{lines[-1]}" if lines else str(file)

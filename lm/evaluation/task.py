@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from lm.evaluation.scores import score_predictions
 from lm.experiment import Experiment
 from lm.models.variables import Params
 from lm.objectives.objective import Answer
+from lm.parallel.mesh import is_primary_host
+from lm.runs.checkpoints import on_all_hosts
+from lm.storage import storage_path
 
 Task = Callable[[Experiment, Params, Sequence[RecordStore]], list[Answer]]
 
@@ -62,6 +66,21 @@ def check_task(experiment: Experiment) -> None:
     if not experiment.objective.task:
         name = experiment.config.objective.name
         raise UserError(f"--config.objective.name={name} has no task: lm eval without --task")
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError, on all processes, unless the first one can write files in a folder."""
+    problem = ""
+    if is_primary_host():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder) as probe:
+                probe.write(b" ")
+        except OSError as error:
+            problem = f" ({error.strerror})"
+    if not on_all_hosts(not problem):
+        where = storage_path(folder)
+        raise UserError(f"cannot write the report to {where}{problem}: name another --output")
 
 
 def write_task_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

@@ -126,7 +126,7 @@ def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path):
     assert lm("eval", "--split", "test", "--config.data.test_source=tsv:none").startswith("no file")
 
 
-def test_a_regression_is_scored_by_its_correlations(write, train, lm):
+def test_a_regression_is_scored_by_its_correlations(write, train, lm, tmp_path, monkeypatch):
     chance = random.Random(0)
     rows = [chance.choices("ab", k=8) for _ in range(200)]
     write("train.tsv", (f"{row.count('a')}\t{' '.join(row)}" for row in rows))
@@ -135,6 +135,11 @@ def test_a_regression_is_scored_by_its_correlations(write, train, lm):
     assert report.keys() == {"step", "split", "n", "pearson", "spearman"}
     assert report["pearson"] > 0.95
     assert report["spearman"] > 0.9
+    # A folder that cannot be written is said before anything is predicted.
+    monkeypatch.setattr("lm.evaluation.task.TASKS", {})
+    for output in (tmp_path / "train.tsv", tmp_path / "train.tsv" / "a", "/proc/self/eval"):
+        error = lm("eval", "--task", "--output", output)
+        assert error.startswith(f"cannot write the report to {output} (")
 
 
 def backwards():
