@@ -21,7 +21,7 @@ from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
 from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
 from lm.models.transformer_config import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
@@ -66,6 +66,8 @@ def _resolve(
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
     if not config.model.vocab_size and tokenizer is not None:
         config.model.vocab_size = tokenizer.vocab_size + objective.n_extra_ids
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.model.vocab_size)
     validate(config)
     return config, objective, tokenizer
 
@@ -308,7 +310,7 @@ def build_with_data(
     tokenizer = open_tokenizer(config.data, records)
     experiment = build(config, devices, tokenizer)
     config, n_extra_ids = experiment.config, experiment.objective.n_extra_ids
-    if tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
+    if n_extra_ids and tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
         raise UserError(
             f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
             f"tokenizer's {tokenizer.vocab_size} and {n_extra_ids} of "

@@ -46,7 +46,7 @@ def stories() -> bool:
     logits = np.asarray(apply(np.array([expected["prompt_tokens"]]))[0, -1])
     off = np.abs(logits - np.array(expected["prompt_logits_last_position"])).max()
     greedy = expected["greedy_tokens_from_bos"]
-    options = Sampling(0.0), 0, Controls(end_id=2)
+    options = Sampling(0.0), 0, Controls(end_ids=(2,))
     steps = sample_steps(model, params, [[1]], len(greedy) - 1, *options)
     found = [1, *(int(step[0]) for step in steps)]
     text = tokenizer.decode(found)

@@ -57,6 +57,7 @@ TOKENIZERS = Registry(
             "lm.data.tokenizers.hf:HuggingFaceTokenizer", forms=("tokenizers:FILE.json",)
         ),
         "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer", forms=("gpt2:DIR",)),
+        "folder": Entry("lm.data.tokenizers.folder:FolderTokenizer", forms=("folder:DIR",)),
         "run": Entry("lm.data.tokenizers.tokenizer:SavedTokenizer", forms=("run:WORKDIR",)),
     },
     is_choice=False,

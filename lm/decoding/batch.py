@@ -192,11 +192,11 @@ def _search_batch(
     )
     has_prefix = experiment.objective.has_prefix
     found = _search(model, options, mesh, has_prefix, bos, params, tokens_BL, segments_BL)
-    end_id = options.controls.end_id
+    end_ids = options.controls.end_ids
     hypotheses = zip(*map(np.asarray, jax.device_get(found)), strict=True)
     return [
         [
-            Hypothesis(_without_end(tokens[:length].tolist(), end_id), float(score))
+            Hypothesis(_without_end(tokens[:length].tolist(), end_ids), float(score))
             for tokens, score, length in zip(*row, strict=True)
             if length
         ]
@@ -204,8 +204,8 @@ def _search_batch(
     ]
 
 
-def _without_end(tokens: list[int], end_id: int | None) -> list[int]:
-    return tokens[:-1] if tokens[-1] == end_id else tokens
+def _without_end(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
+    return tokens[:-1] if tokens[-1] in end_ids else tokens
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -160,8 +160,7 @@ def _advance(
     tokens_BKT = jnp.take_along_axis(state.running.tokens_BKT, parents_BK[:, :, None], axis=1)
     tokens_BKT = jax.lax.dynamic_update_slice(tokens_BKT, tokens_BK[:, :, None], (0, 0, state.step))
     ends_BK = jnp.broadcast_to((length >= limits_B)[:, None], (B, K))
-    if controls.end_id is not None:
-        ends_BK |= tokens_BK == controls.end_id
+    ends_BK |= controls.ends(tokens_BK)
     running = _Hypotheses(
         tokens_BKT, jnp.where(ends_BK, -jnp.inf, scores_BK), jnp.full((B, K), length)
     )

@@ -24,14 +24,14 @@ class Controls:
     """Constraints on new tokens; the defaults change nothing.
 
     Attributes:
-        end_id: token that ends a row; None for none.
+        end_ids: tokens each of which ends a row.
         repetition_penalty: divisor of the logits of tokens that were written; above 1 repeats get
             less likely.
         banned: sequences of token ids that are never written.
-        min_length: tokens before the end token is allowed.
+        min_length: tokens before an end token is allowed.
     """
 
-    end_id: int | None = None
+    end_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     banned: tuple[tuple[int, ...], ...] = ()
     min_length: int = 0
@@ -42,10 +42,12 @@ class Controls:
         decode = config.decode
         # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
         has_targets = "encoder_decoder" in config.model.family
-        end_id = special_tokens(tokenizer).eos if has_targets else tokenizer.eos_id
+        end_ids = tokenizer.stop_ids
+        if has_targets and not end_ids:
+            end_ids = (special_tokens(tokenizer).eos,)
         words = [word for word in map(str.strip, decode.banned.split(",")) if word]
         banned = banned_sequences(tokenizer, words)
-        return cls(end_id, decode.repetition_penalty, banned, decode.min_length)
+        return cls(end_ids, decode.repetition_penalty, banned, decode.min_length)
 
     def penalized(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:
         """Return the logits after the repetition penalty."""
@@ -58,10 +60,17 @@ class Controls:
         if self.banned:
             forbidden_BV = ends_of_banned(written_BT, n, self.banned, scores_BV.shape[-1])
             scores_BV = jnp.where(forbidden_BV, -jnp.inf, scores_BV)
-        if self.min_length and self.end_id is not None:
-            end_B = jnp.where(n < self.min_length, -jnp.inf, scores_BV[:, self.end_id])
-            scores_BV = scores_BV.at[:, self.end_id].set(end_B)
+        if self.min_length and self.end_ids:
+            is_end_V = np.isin(np.arange(scores_BV.shape[-1]), self.end_ids)
+            scores_BV = jnp.where((n < self.min_length) & is_end_V, -jnp.inf, scores_BV)
         return scores_BV
+
+    def ends(self, tokens: jax.Array) -> jax.Array:
+        """Return which tokens end a row, bool of the same shape."""
+        ends = jnp.zeros(tokens.shape, bool)
+        for end_id in self.end_ids:
+            ends |= tokens == end_id
+        return ends
 
 
 def banned_sequences(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:

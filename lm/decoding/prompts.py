@@ -19,14 +19,17 @@ _SHORTEST = 16
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the start token, where there is one, and the text: the beginning of a document."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return start + [int(token) for token in tokenizer.encode(text)]
+    """Return the text after what the tokenizer puts before one: the beginning of a document.
+
+    Without a token at all a document begins with bos.
+    """
+    ids = [*tokenizer.template.before, *map(int, tokenizer.encode(text))]
+    return ids if ids or tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def source_ids(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
-    """Return the text and the end token, cut to `length` tokens: the input of an encoder."""
-    return [*tokenizer.encode(text)[: length - 1].tolist(), special_tokens(tokenizer).eos]
+    """Return the text, cut, and the ids around it, `length` at most: the input of an encoder."""
+    return special_tokens(tokenizer).source(tokenizer.encode(text), length).tolist()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

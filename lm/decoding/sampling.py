@@ -114,7 +114,7 @@ def sample_steps(
             one = (current_B[:, None], position_B[:, None], np.ones((B, 1), np.int32), None)
             written_BT, cache = step(one, written_BT, cache, i + 1, jax.random.key(seed))
         ids_B = np.asarray(jax.device_get(current_B))
-        alive_B &= (ids_B != controls.end_id) & (i < limits_B)
+        alive_B &= ~np.isin(ids_B, controls.end_ids) & (i < limits_B)
         if not alive_B.any():
             return
         yield np.where(alive_B, ids_B, UNSET)

@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
-from lm.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
+from lm.data.tokenizers.folder import FolderTokenizer
+from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
 from lm.interop.huggingface import save
 from lm.interop.model_folder import ModelFolder, open_model_folder
-from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
+from lm.interop.tokenizer_files import model_settings, read_tokenizer, write_tokenizer
 from lm.models.transformer_config import make_model
 from lm.models.variables import nested
 from lm.objectives.special_tokens import special_tokens
@@ -59,6 +60,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
         if tokenizer is not None:
             config.data.tokenizer = f"run:{storage_path(workdir)}"
     configs.validate(config)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, found.config.vocab_size)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(jax.devices()))
     params = found.params(make_mesh(sizes, jax.devices()))
     metadata = {
@@ -125,7 +128,9 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     about: dict[str, Any] = {}
-    if tokenizer:
+    if isinstance(tokenizer, FolderTokenizer):
+        about |= model_settings(tokenizer)
+    elif tokenizer:
         about |= _special_ids(config, tokenizer)
     if "classifier" in nested(params):
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
@@ -136,7 +141,9 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     class_name = save(
         make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about
     )
-    if tokenizer and not write_tokenizer(tokenizer, to):
+    is_bounded = config.model.positions == "learned"
+    length = config.model.max_length if is_bounded else None
+    if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):
         log(f"a {tokenizer.kind} tokenizer has no equivalent there and was left out")
     log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {dtype}")
 
@@ -167,7 +174,7 @@ def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) ->
             "no tokenizer came with it: name one by --config.data.tokenizer to generate or evaluate"
         )
     elif tokenizer.vocab_size > rows:
-        lines.append(f"its tokenizer has {tokenizer.vocab_size} ids and its table only {rows} rows")
+        lines.append(f"special tokens of its tokenizer have no row: ids {rows} and up")
     lines.append(
         f"train it on by: lm train --config {run / RUN_FILE} --config.init.from={run} "
         "--workdir NEW --config.data.source=…"

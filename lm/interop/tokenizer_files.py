@@ -7,18 +7,26 @@ becomes a space.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
-from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
+from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
+from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.objectives.special_tokens import special_tokens
 
 DELIMITER = "<|endoftext|>"
-_SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+# Further keys of config.json that transformers 4 kept settings of generation in.
+_GENERATION_KEYS = (
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
+    *("top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "task_specific_params"),
+    "prefix",
+)
 _ROLES = {  # key of tokenizer_config.json: names under which a vocabulary may have the token
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", DELIMITER),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", DELIMITER),
@@ -31,58 +39,56 @@ _ROLES = {  # key of tokenizer_config.json: names under which a vocabulary may h
 
 
 def read_tokenizer(source: Path) -> Tokenizer | None:
-    """Return the tokenizer of a model folder, or beside a .bin file; None if there is none."""
-    if source.is_file():
-        models = sorted(source.parent.glob("*.model"))
-        return _checked(SentencePieceTokenizer, models[0]) if len(models) == 1 else None
-    if (source / "tokenizer.json").is_file():
-        return _checked(HuggingFaceTokenizer, source / "tokenizer.json")
-    for name in _SENTENCEPIECE:
-        if (source / name).is_file():
-            return _checked(SentencePieceTokenizer, source / name)
-    if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        vocabulary = (source / "vocab.json").read_bytes()
-        return _checked(lambda merges: Gpt2Tokenizer(vocabulary, merges), source / "merges.txt")
-    if (source / "vocab.txt").is_file():
-        return _checked(_word_pieces(source), source / "vocab.txt")
-    return None
+    """Return the tokenizer of a model folder, or beside a .bin file; None if there is none.
 
-
-def _checked(kind: Callable[[bytes], Tokenizer], file: Path) -> Tokenizer:
-    tokenizer = kind(file.read_bytes())
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    if not source.is_file():
+        return FolderTokenizer.read(source)
+    models = sorted(source.parent.glob("*.model"))
+    if len(models) != 1:
+        return None
+    tokenizer = SentencePieceTokenizer(models[0].read_bytes())
     try:
         tokenizer.vocab_size  # noqa: B018  loads it
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{models[0]}: {error}") from error
     return tokenizer
 
 
-def _word_pieces(source: Path) -> Callable[[bytes], Tokenizer]:
-    """Return the constructor of a WordPiece tokenizer, set by tokenizer_config.json."""
-    settings: dict[str, Any] = {}
-    if (source / "tokenizer_config.json").is_file():
-        settings = json.loads((source / "tokenizer_config.json").read_text())
-
-    def make(vocabulary: bytes) -> Tokenizer:
-        import tokenizers
-
-        lines = vocabulary.decode().splitlines()
-        made = tokenizers.BertWordPieceTokenizer(
-            {piece: i for i, piece in enumerate(lines)},
-            lowercase=settings.get("do_lower_case", True),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            strip_accents=settings.get("strip_accents"),
-        )
-        return HuggingFaceTokenizer(made.to_str().encode())
-
-    return make
+def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
+    """Return what the config.json of an imported folder says of special tokens and generation."""
+    stated = tokenizer.stated(CONFIG) or {}
+    return {
+        key: value
+        for key, value in stated.items()
+        if key.endswith("_token_id") or key in _GENERATION_KEYS
+    }
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
-    """Write tokenizer.json and tokenizer_config.json; return False if there is no equivalent."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int | None) -> bool:
+    """Write the files of a tokenizer; return False if it has no equivalent.
+
+    Those of an imported folder are written as they were. Otherwise a tokenizer.json is made, which
+    puts around a text what this library does.
+
+    Args:
+        tokenizer: tokenizer of the run.
+        folder: existing folder.
+        family: `--config.model.family`.
+        length: most tokens of a text; None: any number.
+    """
+    if isinstance(tokenizer, FolderTokenizer):
+        for name, content in tokenizer.files().items():
+            if name != CONFIG:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+        return True
     definition = _definition(tokenizer)
     if definition is None:
         return False
+    definition = _with_template(definition, tokenizer, family)
     (folder / "tokenizer.json").write_bytes(definition)
     known = set(_vocabulary(definition))
     roles = {
@@ -93,10 +99,48 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        **({} if length is None else {"model_max_length": length}),
         **roles,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return True
+
+
+def _with_template(definition: bytes, tokenizer: Tokenizer, family: str) -> bytes:
+    """Return a tokenizer.json that puts around texts and pairs what this library does.
+
+    A decoder's prompt starts with bos, an encoder–decoder's source ends with eos, and an encoder's
+    texts stand between cls and sep. Ids beyond the tokenizer's, which only the model has, are
+    left out.
+    """
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_buffer(definition)
+    special = special_tokens(tokenizer)
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    if family == "encoder":
+        before, after = (special.cls,), (special.sep,)
+    elif "encoder_decoder" in family:
+        before, after = special.around_source.before, special.around_source.after
+    else:
+        before, after = tokenizer.template.before, ()
+    names = {i: made.id_to_token(i) for i in (*before, *after)}
+    first, last = ([names[i] for i in part if names[i] is not None] for part in (before, after))
+    if not first and not last:
+        return definition
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*(f"{name}:0" for name in first), "$A:0", *(f"{name}:0" for name in last)],
+        pair=[
+            *(f"{name}:0" for name in first),
+            "$A:0",
+            *(f"{name}:0" for name in last),
+            "$B:1",
+            *(f"{name}:1" for name in last),
+        ],
+        special_tokens=[(name, i) for i, name in names.items() if name is not None],
+    )
+    return made.to_str().encode()
 
 
 def _vocabulary(definition: bytes) -> Mapping[str, int]:
@@ -110,9 +154,7 @@ def _definition(tokenizer: Tokenizer) -> bytes | None:
         case HuggingFaceTokenizer():
             return tokenizer.definition
         case Gpt2Tokenizer():
-            lines = tokenizer.merges.decode().splitlines()
-            merges = [tuple(x.split(" ")) for x in lines if x and not x.startswith("#version:")]
-            return _byte_level(json.loads(tokenizer.encoder), merges)
+            return _byte_level(json.loads(tokenizer.encoder), read_merges(tokenizer.merges))
         case ByteTokenizer():
             vocabulary = {_BYTES[i]: i for i in range(256)} | {DELIMITER: tokenizer.eos_id}
             return _byte_level(vocabulary, [])

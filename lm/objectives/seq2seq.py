@@ -91,7 +91,9 @@ class Seq2Seq(Objective[RecordStore, Example]):
     def examples(self, store: RecordStore, training: bool) -> PackedRecords:
         """Return rows of pairs that together fit; a pair that is too long is cut to one row."""
         self.require_columns(store)
-        lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + 1
+        around = self.special.around_source
+        more = len(around.before) + len(around.after), 1
+        lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + more
         limits = (self.source_length, self.target_length)
         if not self.pack:
             lengths[:] = limits
@@ -123,8 +125,8 @@ class Seq2Seq(Objective[RecordStore, Example]):
         return source, np.append(self.special.bos, target[:-1]), target
 
     def source(self, record: Record) -> np.ndarray:
-        """Return the tokens of the encoder: the source, then eos."""
-        return np.append(record.tokens["source"][: self.source_length - 1], self.special.eos)
+        """Return the tokens of the encoder: the source, then eos or what the tokenizer adds."""
+        return self.special.source(record.tokens["source"], self.source_length)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
         """Return the cross-entropy of every target token, eos included."""

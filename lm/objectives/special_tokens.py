@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+import numpy as np
+
+from lm.data.tokenizers.tokenizer import Template, Tokenizer
+
+_NO_TEMPLATE = Template()
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class SpecialTokens:
         sep: ends each text of an encoder's input.
         mask: replaces a masked token.
         vocab_size: number of ids of the tokenizer.
+        template: ids around the source of an encoder–decoder; without any after it, eos ends it.
     """
 
     pad: int
@@ -31,6 +36,18 @@ class SpecialTokens:
     sep: int
     mask: int
     vocab_size: int
+    template: Template = _NO_TEMPLATE
+
+    @property
+    def around_source(self) -> Template:
+        """Ids before and after the source of an encoder–decoder."""
+        return Template(self.template.before, self.template.after or (self.eos,))
+
+    def source(self, tokens: np.ndarray, length: int) -> np.ndarray:
+        """Return the input of an encoder–decoder: tokens cut to `length` with the ids around."""
+        around = self.around_source
+        kept = tokens[: max(0, length - len(around.before) - len(around.after))]
+        return np.concatenate([around.before, kept, around.after]).astype(np.int32)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -45,28 +62,30 @@ class SpecialTokens:
 def special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
     """Return the special ids of a tokenizer; all 0 without one, where only shapes matter.
 
-    Ids are found under their usual names. One that has none falls back: pad to eos, bos to pad
-    (T5), cls to bos, sep to eos. A vocabulary without any end of text gets the first id beyond
-    it for that; one without a mask the next.
+    What a model folder states comes first; other ids are found under their usual names. One that
+    has none falls back: pad to eos, bos to pad (T5), cls to bos, sep to eos. A vocabulary without
+    any end of text gets the first id beyond it for that; one without a mask the next.
     """
     if tokenizer is None:
         return SpecialTokens(0, 0, 0, 0, 0, 0, vocab_size=1)
 
-    def named(*names: str, default: int) -> int:
-        return _first(*map(tokenizer.token_id, names), default=default)
+    def named(role: str, *names: str, default: int) -> int:
+        stated = tokenizer.role_id(role)
+        return _first(stated, *map(tokenizer.token_id, names), default=default)
 
     free = tokenizer.vocab_size
     eos = _first(tokenizer.eos_id, tokenizer.bos_id, tokenizer.token_id("[SEP]"), default=free)
-    pad = named("[PAD]", "<pad>", default=eos)
-    bos = _first(tokenizer.bos_id, default=pad)
+    pad = named("pad", "[PAD]", "<pad>", default=eos)
+    bos = _first(tokenizer.role_id("decoder_start"), tokenizer.bos_id, default=pad)
     return SpecialTokens(
         pad=pad,
         bos=bos,
         eos=eos,
-        cls=named("[CLS]", "<cls>", default=bos),
-        sep=named("[SEP]", "<sep>", default=eos),
-        mask=named("[MASK]", "<mask>", default=max(free, eos + 1)),
+        cls=named("cls", "[CLS]", "<cls>", default=bos),
+        sep=named("sep", "[SEP]", "<sep>", default=eos),
+        mask=named("mask", "[MASK]", "<mask>", default=max(free, eos + 1)),
         vocab_size=free,
+        template=tokenizer.template if tokenizer.template.after else _NO_TEMPLATE,
     )
 
 

@@ -297,5 +297,5 @@ def test_the_missing_package_is_named(make_data, tmp_path, monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_tokenizers)
-    with pytest.raises(UserError, match=r"lm\[hf\]"):
+    with pytest.raises(UserError, match=r"pip install .*\[hf\]"):
         open_tokenizer(make_data(tokenizer="tokenizers:a.json"))

@@ -122,7 +122,7 @@ def test_samples_depend_on_prompt_number_and_seed_only(make_experiment, monkeypa
 
 def test_samples_obey_controls(make_experiment):
     made = make_experiment("decoder", decode__batch_size=9)
-    lengths = [len(tokens) for (tokens,) in sampled(made, INPUTS, end_id=2, min_length=2)]
+    lengths = [len(tokens) for (tokens,) in sampled(made, INPUTS, end_ids=(2,), min_length=2)]
     assert min(lengths) >= 2
     assert min(lengths) < 6
     freely = [tokens for (tokens,) in sampled(made, INPUTS)]

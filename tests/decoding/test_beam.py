@@ -35,7 +35,7 @@ def every_hypothesis(experiment, params, text, alpha, log_probabilities):
 
 
 def search(experiment, params, tokenizer, texts, beam_size, alpha, **controls):
-    options = BeamOptions(beam_size, LONGEST, alpha, Controls(END, **controls))
+    options = BeamOptions(beam_size, LONGEST, alpha, Controls((END,), **controls))
     return list(search_batches(experiment, params, tokenizer, texts, options))
 
 
@@ -178,37 +178,37 @@ def test_stopping_early_changes_nothing(alpha, ending):
     rest = (1 - ending) / 2
     table = np.log([[rest, rest, ending], [rest * 1.5, rest * 0.5, ending], [rest, rest, ending]])
     expected = plain_search(lambda y: table[y[-1] if y else 0], 3, alpha, 30)
-    (found,) = markov_search(table, BeamOptions(3, 30, alpha, Controls(END)))
+    (found,) = markov_search(table, BeamOptions(3, 30, alpha, Controls((END,))))
     np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=1e-5)
     assert found[0][0] == list(expected[0][0])
 
 
 def test_a_search_stops_when_nothing_can_get_better():
     table = np.log([[0.05, 0.05, 0.9]] * 3)
-    markov_search(table, BeamOptions(2, 1000, 0.0, Controls(END)))
+    markov_search(table, BeamOptions(2, 1000, 0.0, Controls((END,))))
     assert len(N_STEPS) == 1  # [end] and [x, end]: what runs on has 0.05² at best
     # Divided by ((5 + 30) / 6)^1.5 = 14.1, a running log-probability of -40 could still win.
-    markov_search(table, BeamOptions(2, 30, 1.5, Controls(END)))
+    markov_search(table, BeamOptions(2, 30, 1.5, Controls((END,))))
     assert 1 < len(N_STEPS) < 29
 
 
 def test_a_search_waits_for_what_only_gets_better_when_long():
     """After two steps what runs is worse than both that ended; length 100 is divided by 306."""
     table = np.log([[1e-9, 0.45, 0.55]] * 3)
-    (found,) = markov_search(table, BeamOptions(2, 100, 2.0, Controls(END)))
+    (found,) = markov_search(table, BeamOptions(2, 100, 2.0, Controls((END,))))
     longest = (99 * np.log(0.45) + np.log(0.55)) / (105 / 6) ** 2
     assert found[0] == ([1] * 99 + [END], pytest.approx(longest, rel=1e-4))
 
 
 def test_each_input_has_its_own_limit():
-    found = markov_search(LOOP, BeamOptions(1, 6, 0.0, Controls(END)), limits=(2, 9, 1))
+    found = markov_search(LOOP, BeamOptions(1, 6, 0.0, Controls((END,))), limits=(2, 9, 1))
     assert [row[0][0] for row in found] == [[1] * 2, [1] * 6, [1]]
 
 
 def test_where_there_are_fewer_hypotheses_the_rest_are_none():
     only = np.tile([0, -np.inf, -np.inf], (3, 1))
-    (found,) = markov_search(only, BeamOptions(3, 2, 1.0, Controls(END)))
+    (found,) = markov_search(only, BeamOptions(3, 2, 1.0, Controls((END,))))
     assert found[0] == ([0, 0], 0.0)
     assert found[1:] == [([], -np.inf)] * 2
-    nothing = Controls(END, banned=((0,), (1,), (2,)))
+    nothing = Controls((END,), banned=((0,), (1,), (2,)))
     assert markov_search(LOOP, BeamOptions(2, 3, 1.0, nothing)) == [[([], -np.inf)] * 2]

@@ -46,7 +46,7 @@ def test_what_would_complete_a_banned_sequence(banned, expected):
 
 
 def test_the_end_waits_for_the_shortest_length():
-    controls = Controls(end_id=3, min_length=2)
+    controls = Controls(end_ids=(3,), min_length=2)
     scores = jnp.zeros((3, 4))
     for n, end in ((0, -np.inf), (1, -np.inf), (2, 0), (3, 0)):
         found = np.asarray(controls.masked(scores, WRITTEN, jnp.array(n)))
@@ -88,17 +88,17 @@ def searched(probabilities, controls, longest):
 
 def test_a_search_obeys():
     chances = [0.5, 0.3, 0.2]  # 2 ends
-    assert searched(chances, Controls(2), 4)[0] == [2]
-    tokens, score = searched(chances, Controls(2, min_length=2), 8)
+    assert searched(chances, Controls((2,)), 4)[0] == [2]
+    tokens, score = searched(chances, Controls((2,), min_length=2), 8)
     assert (tokens, score) == ([0, 0, 2], pytest.approx(np.log(0.5 * 0.5 * 0.2), rel=1e-5))
     # The likeliest of three tokens and the end that lacks "0 0", and has its own probability.
-    tokens, score = searched(chances, Controls(2, min_length=3, banned=((0, 0),)), 8)
+    tokens, score = searched(chances, Controls((2,), min_length=3, banned=((0, 0),)), 8)
     assert (tokens, score) == ([0, 1, 0, 2], pytest.approx(np.log(0.5 * 0.3 * 0.5 * 0.2), rel=1e-5))
 
 
 def test_a_search_is_penalised_for_repeats():
     """After 0, logits log 0.5 = -0.69 become -2.08, below log 0.3 = -1.20 of token 1."""
-    tokens, _ = searched([0.5, 0.3, 0.2], Controls(2, 3.0, min_length=2), 3)
+    tokens, _ = searched([0.5, 0.3, 0.2], Controls((2,), 3.0, min_length=2), 3)
     assert tokens[:2] == [0, 1]
 
 
@@ -129,5 +129,5 @@ def test_controls_of_a_configuration(make_experiment):
         "decoder", decode__banned="ab, c,", decode__min_length=2, decode__repetition_penalty=1.5
     )
     tokenizer.encode = lambda text: np.array([ord(letter) for letter in text])
-    expected = Controls(2, 1.5, ((97, 98), (32, 97, 98), (99,), (32, 99)), 2)
+    expected = Controls((2,), 1.5, ((97, 98), (32, 97, 98), (99,), (32, 99)), 2)
     assert Controls.from_config(experiment.config, tokenizer) == expected

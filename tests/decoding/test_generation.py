@@ -21,7 +21,7 @@ def continuations(monkeypatch, experiment, prompts, rows):
     seen = {}
 
     def fake_steps(model, params, ids, max_new_tokens, sampling, seed, controls, has_prefix):
-        seen["ids"], seen["end_id"] = [list(row) for row in ids], controls.end_id
+        seen["ids"], seen["end_ids"] = [list(row) for row in ids], controls.end_ids
         yield from np.array(rows).T
 
     monkeypatch.setattr(generation, "sample_steps", fake_steps)
@@ -37,7 +37,7 @@ def experiment(make_experiment):
 def test_prompts_start_like_documents(monkeypatch, experiment):
     _, seen = continuations(monkeypatch, experiment, ["ab", ""], [[1], [2]])
     assert seen["ids"] == [[256, 97, 98], [256]]
-    assert seen["end_id"] == 256
+    assert seen["end_ids"] == (256,)
 
 
 def test_a_character_appears_when_its_bytes_are_complete(monkeypatch, experiment):

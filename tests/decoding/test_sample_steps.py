@@ -14,8 +14,8 @@ PROMPTS = ([5, 1, 7, 2], [3], [9, 9, 4, 11, 0, 6, 8])
 GREEDY = Sampling(0.0)
 
 
-def generate(*args, end_id=None, **options):
-    return sample_steps(*args, controls=Controls(end_id), **options)
+def generate(*args, end_ids=(), **options):
+    return sample_steps(*args, controls=Controls(end_ids), **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ def test_a_row_ends_before_the_end_token(model, params, greedy_continuation):
     expected = [greedy_continuation(prompt, 6) for prompt in PROMPTS]
     end = expected[0][2]
     cut = [row[: row.index(end)] if end in row else row for row in expected]
-    assert rows_of(generate(model, params, PROMPTS, 6, GREEDY, 0, end_id=end)) == cut
+    assert rows_of(generate(model, params, PROMPTS, 6, GREEDY, 0, end_ids=(end,))) == cut
 
 
 def test_generation_stops_once_every_row_has_ended(model, params, greedy_continuation):
     first = greedy_continuation(PROMPTS[0], 1)[0]
-    assert list(generate(model, params, PROMPTS[:1], 6, GREEDY, 0, end_id=first)) == []
+    assert list(generate(model, params, PROMPTS[:1], 6, GREEDY, 0, end_ids=(first,))) == []
 
 
 def test_sampled_rows_depend_on_seed_prompt_and_place_only(model, params):

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
         folder = tmp_path_factory.mktemp(class_name)
         model = build(class_name, values | {"vocab_size": END + 1})
         model.save_pretrained(folder)
-        write_tokenizer(CharTokenizer(ALPHABET), folder)
+        write_tokenizer(CharTokenizer(ALPHABET), folder, "decoder", None)
         return folder, model
 
     return make
@@ -94,7 +94,8 @@ def test_an_imported_decoder_generates_what_theirs_does(
 def test_an_imported_encoder_decoder_generates_what_theirs_does(
     folder, beams, tmp_path, capsys, one_device
 ):
-    source, model = folder("T5ForConditionalGeneration", T5)
+    special = {"eos_token_id": END, "decoder_start_token_id": 3}
+    source, model = folder("T5ForConditionalGeneration", T5 | special)
     workdir = import_run(capsys, source, tmp_path / "run")
     options = ["--max_new_tokens", 8, "--json", f"--config.decode.beam_size={beams}"]
     options += ["--config.decode.length_penalty=0"]
@@ -103,8 +104,8 @@ def test_an_imported_encoder_decoder_generates_what_theirs_does(
     )
     tokenizer = load_saved_tokenizer(workdir / "tokenizer")
     ids = [*tokenizer.encode(PROMPTS[0]).tolist(), END]
-    inputs = {"end": END, "decoder_start_token_id": END, "num_beams": beams, "length_penalty": 0.0}
-    assert made[0]["text"] == tokenizer.decode(written(model, ids, 8, **inputs))
+    inputs = {"end": END, "decoder_start_token_id": 3, "num_beams": beams, "length_penalty": 0.0}
+    assert made[0]["text"] == tokenizer.decode(written(model, ids, 8, **inputs)[1:])
 
 
 def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there(

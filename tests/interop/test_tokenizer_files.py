@@ -48,7 +48,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_theirs_gives_the_same_ids_and_texts(name, tmp_path):
     ours = TOKENIZERS[name]()
-    assert write_tokenizer(ours, tmp_path)
+    assert write_tokenizer(ours, tmp_path, "decoder", None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False).input_ids
@@ -62,14 +62,14 @@ def test_theirs_gives_the_same_ids_and_texts(name, tmp_path):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_what_was_written_is_read_again(name, tmp_path):
     ours = TOKENIZERS[name]()
-    write_tokenizer(ours, tmp_path)
+    write_tokenizer(ours, tmp_path, "decoder", None)
     again = read_tokenizer(tmp_path)
     for text in TEXTS:
         assert again.encode(text).tolist() == ours.encode(text).tolist()
 
 
 def test_words_have_no_equivalent(tmp_path):
-    assert not write_tokenizer(WordTokenizer.fit(TEXTS), tmp_path)
+    assert not write_tokenizer(WordTokenizer.fit(TEXTS), tmp_path, "decoder", None)
 
 
 def test_the_files_of_older_folders_are_read(tmp_path):
@@ -85,7 +85,7 @@ def test_the_files_of_older_folders_are_read(tmp_path):
     assert read_tokenizer(tmp_path).encode("in the").tolist() == made.encode("in the").tolist()
     model = sentencepiece("bpe")
     (tmp_path / "spiece.model").write_bytes(model.model)
-    assert read_tokenizer(tmp_path).digest == model.digest
+    assert read_tokenizer(tmp_path).base.digest == model.digest
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lm.data.files import find_file
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
@@ -34,9 +34,18 @@ class _HuggingFace(Tokenizer):
     @abstractmethod
     def _tokenizer(self) -> Any: ...
 
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+    @cached_property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        # Not the number of entries: ids may have gaps.
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def n_text_ids(self) -> int:  # type: ignore[override]
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        around = (*self.template.before, *self.template.after)
+        return max((i for i in ids if i not in special or i in around), default=-1) + 1
 
     @cached_property
     def bos_id(self) -> int | None:  # type: ignore[override]
@@ -89,6 +98,25 @@ class HuggingFaceTokenizer(_HuggingFace):
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @cached_property
+    def post_processor_template(self) -> Template:
+        """Ids that the post-processor of the file puts around a text."""
+        for text in ("a", "0", ".", "\u4e00"):  # a vocabulary may lack some
+            found = self._tokenizer.encode(text)
+            inside = [at for at, part in enumerate(found.sequence_ids) if part is not None]
+            if inside:
+                ids = tuple(found.ids)
+                return Template(ids[: inside[0]], ids[inside[-1] + 1 :])
+        return Template()
+
+    def with_added_tokens(self, tokens: Iterable[Mapping[str, Any]]) -> bytes:
+        """Return the file with tokens added: their `content` and flags of AddedToken."""
+        package = _package()
+        extended = package.Tokenizer.from_buffer(self.definition)
+        for token in tokens:
+            extended.add_tokens([package.AddedToken(**token)])
+        return extended.to_str().encode()
+
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.definition}
 
@@ -118,8 +146,7 @@ class Gpt2Tokenizer(_HuggingFace):
         package = _package()
         try:
             vocabulary = json.loads(self.encoder)
-            lines = self.merges.decode().splitlines()
-            pairs = [tuple(line.split(" ")) for line in lines if line and line[:9] != "#version:"]
+            pairs = read_merges(self.merges)
             tokenizer = package.Tokenizer(package.models.BPE(vocab=vocabulary, merges=pairs))
         except Exception as error:  # the package raises bare Exception
             message = f"encoder.json and vocab.bpe are not a GPT-2 vocabulary ({error})"
@@ -134,3 +161,25 @@ class Gpt2Tokenizer(_HuggingFace):
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
         return cls(files["encoder.json"], files["vocab.bpe"])
+
+
+def read_merges(content: bytes) -> list[tuple[str, str]]:
+    """Return the merges of a merges.txt or vocab.bpe, best first.
+
+    Raises:
+        UserError: the file is not UTF-8, or a line is not two pieces.
+    """
+    try:
+        lines = content.decode("utf-8-sig").split("\n")  # pieces may hold other line separators
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 at byte {error.start}") from error
+    merges = []
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise UserError(f"line {number} is not two pieces with a space between them")
+        merges.append((left, right))
+    return merges

@@ -11,6 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +23,19 @@ from lm.config.rules import spec_problem
 from lm.data.sources import Corpus
 from lm.errors import UserError
 from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder
+
+
+@dataclass(frozen=True)
+class Template:
+    """Ids that a tokenizer puts around a text.
+
+    Attributes:
+        before: ids before it.
+        after: ids after it, where it is the input of an encoder.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 class Tokenizer(ABC):
@@ -82,6 +96,25 @@ class Tokenizer(ABC):
         """Id that ends a document; if it equals `bos_id`, it delimits documents."""
         return None
 
+    @property
+    def n_text_ids(self) -> int:
+        """Number of ids up to the last that `encode` or `template` can give."""
+        return self.vocab_size
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids each of which ends a generated text."""
+        return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def template(self) -> Template:
+        """Ids around a text: bos before it, unless a model folder states others."""
+        return Template(() if self.bos_id is None else (self.bos_id,))
+
+    def role_id(self, role: str) -> int | None:
+        """Return the id that a model folder states for pad, cls, sep, mask or decoder_start."""
+        return None
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [n], without bos and eos; never special ids."""
@@ -121,6 +154,7 @@ class Tokenizer(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         files = self.files()
         for name, content in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
         about = {"kind": self.kind, "files": sorted(files), "digest": self.digest}
         (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -147,6 +181,20 @@ def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
         return _read(Path(directory))
     except DamagedFolder as damage:
         raise UserError(f"no intact tokenizer in {directory} ({damage})") from damage
+
+
+def check_vocabulary(tokenizer: Tokenizer, n_rows: int) -> None:
+    """Raise UserError if a text may have ids beyond the token table of a model.
+
+    Args:
+        tokenizer: tokenizer of the texts.
+        n_rows: `--config.model.vocab_size`.
+    """
+    if tokenizer.n_text_ids > n_rows:
+        raise UserError(
+            f"--config.model.vocab_size={n_rows} is smaller than the tokenizer's "
+            f"{tokenizer.n_text_ids}: this model and this tokenizer do not belong together"
+        )
 
 
 def is_fitted(spec: str) -> bool:

@@ -1,0 +1,500 @@
+"""Tokenizer `folder`: the one of a Hugging Face model folder, with the special tokens it states.
+
+The files are kept as they are: they are read again when a run is loaded, and written back on
+export. What they mean is decided in `_read_special_ids` alone, as `transformers` does: for the
+tokens tokenizer_config.json before special_tokens_map.json before the defaults of the tokenizer's
+class, for the end of a generated text generation_config.json before config.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from lm.data.files import find_file
+from lm.data.tokenizers.hf import HuggingFaceTokenizer, read_merges
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.tokenizer import Template, Tokenizer
+from lm.errors import UserError, missing_package
+from lm.json_files import parse_json
+
+GENERATION, CONFIG = "generation_config.json", "config.json"
+_DEFINITION, _VOCABULARY, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+_WORD_PIECES = "vocab.txt"
+_MODELS = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_SETTINGS, _SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
+_ADDED = "added_tokens.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+_VOCABULARY_FILES = (_DEFINITION, *_MODELS, _VOCABULARY, _MERGES, _WORD_PIECES)
+_FILES = (
+    *_VOCABULARY_FILES,
+    *(_SETTINGS, _SPECIAL_MAP, _ADDED, GENERATION, CONFIG, *_TEMPLATES),
+)
+
+_ROLES = ("bos", "eos", "unk", "pad", "cls", "sep", "mask")
+_BERT = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+_LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+_ROBERTA = _LLAMA | {"sep": "</s>", "cls": "<s>", "pad": "<pad>", "mask": "<mask>"}
+_DELIMITER = "<|endoftext|>"
+# Tokens of a class of tokenizers where the files state none; a role that is not there is none.
+_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    "Bert": _BERT,
+    "GPT2": dict.fromkeys(("bos", "eos", "unk"), _DELIMITER),
+    "Gemma": {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"},
+    "Llama": _LLAMA,
+    "CodeLlama": _LLAMA,
+    "PreTrained": {},
+    "Tokenizers": {},  # TokenizersBackend
+    "Qwen2": dict.fromkeys(("eos", "unk", "pad"), _DELIMITER),
+    "Roberta": _ROBERTA,
+    "XLMRoberta": _ROBERTA,
+    "T5": {"eos": "</s>", "unk": "<unk>", "pad": "<pad>"},
+}
+_CLASS_OF_MODEL = {
+    **{"bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "t5": "T5", "llama": "Llama"},
+    **{"mistral": "Llama", "mixtral": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen2"},
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "Gemma"),
+}
+# What classes with a SentencePiece model put around a text: before and after.
+_AROUND: Mapping[str, tuple[str, ...]] = {
+    "Llama": ("bos", "text"),
+    "CodeLlama": ("bos", "text"),
+    "Gemma": ("bos", "text"),
+    "T5": ("text", "eos"),
+    "XLMRoberta": ("cls", "text", "sep"),
+}
+
+_OWN_TEMPLATE = ("Bert", "Roberta", "XLMRoberta", "T5")  # whatever add_bos_token says
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Special ids that a model folder states.
+
+    Attributes:
+        of_role: id by role: bos, eos, unk, pad, cls, sep, mask, decoder_start.
+        stop: ids that end a generated text.
+        template: ids that the tokenizer puts around a text.
+    """
+
+    of_role: Mapping[str, int]
+    stop: tuple[int, ...]
+    template: Template
+
+
+@dataclass(frozen=True)
+class FolderTokenizer(Tokenizer):
+    """Tokenizer of a model folder; `content` are its files, (name, content)."""
+
+    content: tuple[tuple[str, bytes], ...] = field(repr=False)
+    kind: ClassVar[str] = "folder"
+
+    @classmethod
+    def from_argument(cls, argument: str, data: Any) -> Self:
+        folder = find_file(argument, data)
+        found = cls.read(folder)
+        if found is None:
+            raise UserError(f"{folder} has none of {', '.join(_VOCABULARY_FILES)}")
+        return found
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the tokenizer of a folder; None if it has no file of a vocabulary.
+
+        Raises:
+            UserError: a file is damaged, or names an id that the vocabulary has not.
+        """
+        paths = [path for name in _FILES for path in sorted(folder.glob(name)) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        if not files.keys() & {_DEFINITION, *_MODELS, _WORD_PIECES} and not (
+            files.keys() >= {_VOCABULARY, _MERGES}
+        ):
+            return None
+        found = cls.from_files(files)
+        try:
+            found.special  # noqa: B018  reads all that is in the files
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        return found
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.content,)
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self.content)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        return cls(tuple(sorted(files.items())))
+
+    # --- what the files say
+
+    def stated(self, name: str) -> dict[str, Any] | None:
+        """Return the object in a JSON file of the folder; None if there is no such file."""
+        content = self.files().get(name)
+        return None if content is None else parse_json(content, name)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self.stated(_SETTINGS) or {}
+
+    @cached_property
+    def _class(self) -> str:
+        """Name of the tokenizer's class without Tokenizer or TokenizerFast; "" if unknown."""
+        name = self._settings.get("tokenizer_class")
+        if isinstance(name, str):
+            return re.sub(r"Tokenizer(Fast)?$|Backend$", "", name)
+        kind = (self.stated(CONFIG) or {}).get("model_type")
+        return _CLASS_OF_MODEL.get(kind, "") if isinstance(kind, str) else ""
+
+    @cached_property
+    def base(self) -> Tokenizer:
+        """Tokenizer of the vocabulary, with the added tokens unless it is SentencePiece's."""
+        files = self.files()
+        added = self._added
+        if _DEFINITION in files:
+            return _from_definition(_DEFINITION, files[_DEFINITION], added)
+        for name in _MODELS:
+            if name in files:
+                found = SentencePieceTokenizer(files[name])
+                _load(found, name)
+                return found
+        if _MERGES in files and _VOCABULARY in files:
+            made = _byte_level(files[_VOCABULARY], files[_MERGES], self._class, self._settings)
+            return _from_definition(_VOCABULARY, made, added)
+        made = _word_pieces(files[_WORD_PIECES], self._settings, self._names)
+        return _from_definition(_WORD_PIECES, made, added)
+
+    @cached_property
+    def _added(self) -> dict[int, dict[str, Any]]:
+        """Added tokens by id: `content`, and whether it is `special`."""
+        stated = self._settings.get("added_tokens_decoder")
+        if stated is None:
+            ids = self.stated(_ADDED) or {}
+            special = {name for name in self._names.values() if name}
+            found = {
+                _as_id(f"{_ADDED}: {name!r}", i): {"content": name, "special": name in special}
+                for name, i in ids.items()
+            }
+            return dict(sorted(found.items()))
+        if not isinstance(stated, dict):
+            raise UserError(f"{_SETTINGS}: added_tokens_decoder is no object")
+        found = {}
+        for number, about in stated.items():
+            place = f"{_SETTINGS}: added_tokens_decoder"
+            content = about.get("content") if isinstance(about, dict) else None
+            if not number.isdecimal() or len(number) > 9 or not isinstance(content, str):
+                raise UserError(f"{place}: {number[:20]!r} is not an id with its content")
+            flags = {
+                name: about.get(name, default)
+                for name, default in (
+                    *(("special", False), ("lstrip", False), ("rstrip", False)),
+                    *(("single_word", False), ("normalized", True)),
+                )
+            }
+            if not all(isinstance(flag, bool) for flag in flags.values()):
+                raise UserError(f"{place}: a setting of {number} is not true or false")
+            found[int(number)] = {"content": content, **flags}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _names(self) -> dict[str, str | None]:
+        """Special tokens by role; a role of which nothing is known is not there."""
+        special_map = self.stated(_SPECIAL_MAP) or {}
+        found: dict[str, str | None] = {}
+        is_sentencepiece = not {_DEFINITION, _MERGES, _WORD_PIECES} & self.files().keys()
+        defaults = _DEFAULTS.get(self._class)
+        if defaults == {} and is_sentencepiece:
+            defaults = None  # the model has its own
+        for role in _ROLES:
+            key = f"{role}_token"
+            for name, values in ((_SETTINGS, self._settings), (_SPECIAL_MAP, special_map)):
+                if key in values:
+                    found[role] = _token_text(name, key, values[key])
+                    break
+            else:
+                if defaults is not None:
+                    found[role] = defaults.get(role)
+        return found
+
+    @cached_property
+    def special(self) -> SpecialIds:
+        """Special ids, read from all files."""
+        config = self.stated(CONFIG) or {}
+        generation = self.stated(GENERATION)
+        of_model = {
+            key: ids
+            for values, name in ((config, CONFIG), (generation or {}, GENERATION))
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            if (ids := _ids(name, key, values.get(key)))
+        }
+        of_role: dict[str, int] = {}
+        for role in _ROLES:
+            name = self._names.get(role)
+            if name is not None and (found := self.token_id(name)) is not None:
+                of_role[role] = found
+        for role, guessed in (("bos", self.base.bos_id), ("eos", self.base.eos_id)):
+            if role not in self._names and guessed is not None:
+                of_role[role] = guessed
+        own_end = (of_role["eos"],) if "eos" in of_role else ()
+        stop: tuple[int, ...] = of_model.get("eos_token_id") or own_end
+        for role in ("bos", "eos", "pad"):
+            ids = of_model.get(f"{role}_token_id", ())
+            # A tokenizer that states that it has no bos starts no document with the model's.
+            if ids and role not in of_role and not (role == "bos" and "bos" in self._names):
+                of_role[role] = ids[0]
+        for role, instead in (("bos", "cls"), ("eos", "sep")):
+            if instead in of_role:
+                of_role.setdefault(role, of_role[instead])
+        start = of_model.get("decoder_start_token_id")
+        if start:
+            of_role["decoder_start"] = start[0]
+        return SpecialIds(of_role, stop, self._template(of_role))
+
+    def _template(self, of_role: Mapping[str, int]) -> Template:
+        if isinstance(self.base, HuggingFaceTokenizer):
+            found = self.base.post_processor_template
+        else:
+            around = _AROUND.get(self._class, ("bos", "text"))
+            at = around.index("text")
+            before, after = (
+                tuple(of_role[role] for role in part if role in of_role)
+                for part in (around[:at], around[at + 1 :])
+            )
+            found = Template(before, after)
+        # transformers reads these keys where there is no tokenizer.json.
+        adds = {role: self._settings.get(f"add_{role}_token") for role in ("bos", "eos")}
+        has_own = _DEFINITION in self.files() or self._class in _OWN_TEMPLATE
+        if has_own or set(adds.values()) == {None}:
+            return found
+        of_file = isinstance(self.base, HuggingFaceTokenizer)
+        if adds["bos"] is None and not of_file:
+            adds["bos"] = bool(found.before)
+        before, after = (
+            (of_role[role],) if adds[role] and role in of_role and self._names.get(role) else ()
+            for role in ("bos", "eos")
+        )
+        return Template(before, after)
+
+    # --- the interface
+
+    @cached_property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        return max(self.base.vocab_size, *(i + 1 for i in self._added), 0)
+
+    @cached_property
+    def n_text_ids(self) -> int:  # type: ignore[override]
+        ordinary = (i + 1 for i, token in self._added.items() if not token["special"])
+        around = (*self.special.template.before, *self.special.template.after)
+        return max(self.base.n_text_ids, *ordinary, *(i + 1 for i in around), 0)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.special.of_role.get("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.special.of_role.get("eos")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.special.stop
+
+    @property
+    def template(self) -> Template:
+        return self.special.template
+
+    def role_id(self, role: str) -> int | None:
+        return self.special.of_role.get(role)
+
+    @cached_property
+    def _outside(self) -> dict[str, int]:
+        """Added tokens that the base does not know, by content."""
+        if isinstance(self.base, HuggingFaceTokenizer):
+            return {}
+        known = self.base.token_id
+        return {t["content"]: i for i, t in self._added.items() if known(t["content"]) != i}
+
+    @cached_property
+    def _split(self) -> re.Pattern[str] | None:
+        special = {token["content"] for token in self._added.values() if token["special"]}
+        names = sorted(self._outside.keys() - special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
+
+    def encode(self, text: str) -> np.ndarray:
+        if self._split is None:
+            return self.base.encode(text)
+        ids = [
+            np.asarray([self._outside[part]]) if number % 2 else self.base.encode(part)
+            for number, part in enumerate(self._split.split(text))
+            if part
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if not self._outside:
+            return self.base.decode(ids)
+        name_of = {i: name for name, i in self._outside.items()}
+        return "".join(self._decoded(ids, name_of))
+
+    def _decoded(self, ids: Iterable[int], name_of: Mapping[int, str]) -> Iterator[str]:
+        for is_outside, part in groupby(map(int, ids), name_of.__contains__):
+            run = list(part)
+            yield "".join(name_of[i] for i in run) if is_outside else self.base.decode(run)
+
+    def token_id(self, name: str) -> int | None:
+        found = self._outside.get(name)
+        return self.base.token_id(name) if found is None else found
+
+    def pieces(self) -> list[str]:
+        pieces = self.base.pieces()
+        pieces += [""] * (self.vocab_size - len(pieces))
+        for name, i in self._outside.items():
+            pieces[i] = name
+        return pieces
+
+
+def _token_text(file: str, key: str, value: Any) -> str | None:
+    """Return the text of a special token: a string, or an object with `content`; None for none."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{file}: {key} is no text")
+    return value or None
+
+
+def _ids(file: str, key: str, value: Any) -> tuple[int, ...]:
+    """Return one id or a list of them as a tuple; negative ones mean none."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i < 2**31 for i in values):
+        raise UserError(f"{file}: {key} is neither an id nor a list of ids")
+    return tuple(dict.fromkeys(i for i in values if i >= 0))
+
+
+def _as_id(place: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise UserError(f"{place} has no id")
+    return value
+
+
+def _load(tokenizer: Tokenizer, file: str) -> None:
+    try:
+        tokenizer.vocab_size  # noqa: B018  loads it
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _from_definition(
+    file: str, definition: bytes, added: Mapping[int, Mapping[str, Any]]
+) -> HuggingFaceTokenizer:
+    """Return the tokenizer of a tokenizer.json with the added tokens that it lacks."""
+    found = HuggingFaceTokenizer(definition)
+    _load(found, file)
+    missing = {i: t for i, t in added.items() if found.token_id(t["content"]) is None}
+    if not missing:
+        return found
+    extended = HuggingFaceTokenizer(found.with_added_tokens(list(missing.values())))
+    for i, token in missing.items():
+        if extended.token_id(token["content"]) != i:
+            raise UserError(
+                f"the added token {token['content']!r} has the id {i}, but the vocabulary of "
+                f"{file} ends at {found.vocab_size - 1}"
+            )
+    return extended
+
+
+# --- vocabularies without a tokenizer.json
+
+
+def _package() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise missing_package("this tokenizer", "tokenizers", "hf") from error
+    return tokenizers
+
+
+def _setting(settings: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
+    value = settings.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{_SETTINGS}: {name} is neither true nor false")
+    return value
+
+
+def _word_pieces(
+    vocabulary: bytes, settings: Mapping[str, Any], names: Mapping[str, str | None]
+) -> bytes:
+    """Return the tokenizer.json of BERT's tokenizer (Devlin et al. 2018)."""
+    package = _package()
+    try:
+        text = vocabulary.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_WORD_PIECES}: not UTF-8 at byte {error.start}") from error
+    # Lines end at \n only: U+2028, U+0085 and others are entries of real vocabularies.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    ids = {piece: i for i, piece in enumerate(lines)}
+    known = {role: names.get(role) or _BERT[role] for role in _BERT}
+    unknown = known["unk"]
+    if unknown not in ids:
+        raise UserError(f"{_WORD_PIECES}: there is no {unknown} in it")
+    made = package.Tokenizer(package.models.WordPiece(ids, unk_token=unknown))
+    made.normalizer = package.normalizers.BertNormalizer(
+        lowercase=_setting(settings, "do_lower_case", True),
+        handle_chinese_chars=_setting(settings, "tokenize_chinese_chars", True),
+        strip_accents=_setting(settings, "strip_accents", None),
+    )
+    made.pre_tokenizer = package.pre_tokenizers.BertPreTokenizer()
+    made.decoder = package.decoders.WordPiece(prefix="##")
+    cls, sep = known["cls"], known["sep"]
+    if cls in ids and sep in ids:
+        made.post_processor = package.processors.TemplateProcessing(
+            single=f"{cls}:0 $A:0 {sep}:0",
+            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            special_tokens=[(cls, ids[cls]), (sep, ids[sep])],
+        )
+    made.add_special_tokens([name for name in known.values() if name in ids])
+    return made.to_str().encode()
+
+
+# Words of Qwen 2 (Qwen team 2024): digits one by one, newlines with the space before them.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[str, Any]) -> bytes:
+    """Return the tokenizer.json of a byte-level BPE, as GPT-2, RoBERTa and Qwen 2 read theirs."""
+    package = _package()
+    ids = parse_json(vocabulary, _VOCABULARY)
+    for name, i in ids.items():
+        _as_id(f"{_VOCABULARY}: {name[:40]!r}", i)
+    try:
+        made = package.Tokenizer(package.models.BPE(ids, read_merges(merges)))
+    except UserError as error:
+        raise UserError(f"{_MERGES}: {error}") from error
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(f"{_VOCABULARY} and {_MERGES} do not go together ({error})") from error
+    space = bool(_setting(settings, "add_prefix_space", False))
+    if kind == "Qwen2":
+        made.normalizer = package.normalizers.NFC()
+        words = package.pre_tokenizers.Split(package.Regex(_QWEN_WORDS), "isolated")
+        letters = package.pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
+        made.pre_tokenizer = package.pre_tokenizers.Sequence([words, letters])
+    else:
+        made.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=space)
+    made.decoder = package.decoders.ByteLevel()
+    defaults = _DEFAULTS.get(kind, {})
+    if kind == "Roberta" and all(name in ids for name in ("<s>", "</s>")):
+        sep, cls = (("</s>", ids["</s>"]), ("<s>", ids["<s>"]))
+        made.post_processor = package.processors.RobertaProcessing(sep, cls, True, space)
+    special = [name for name in dict.fromkeys([*defaults.values(), _DELIMITER]) if name in ids]
+    made.add_special_tokens(special)
+    return made.to_str().encode()
