@@ -221,7 +221,7 @@ OPTIMIZERS = Registry(
         "adafactor": Entry("lm.optim.further_optimizers:adafactor", AdafactorOptions),
         "sgd": Entry("lm.optim.further_optimizers:sgd", SgdOptions),
         "lion": Entry("lm.optim.further_optimizers:lion", LionOptions),
-        "muon": Entry("lm.optim.further_optimizers:muon", MuonOptions),
+        "muon": Entry("lm.optim.optimizers:muon", MuonOptions),
     },
 )
 

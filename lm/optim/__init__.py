@@ -1,6 +1,6 @@
 """Optimizers, schedules, LoRA, and the groups of parameters that they treat differently.
 
-Read `optimizers` (AdamW, schedules), then `further_optimizers` and `parameter_groups` (freezing,
-layer-wise decay). Public: `optimizers.make_optimizer`, `optimizers.make_schedule`,
+Read `optimizers` (AdamW, Muon, schedules), then `further_optimizers` and `parameter_groups`
+(freezing, layer-wise decay). Public: `optimizers.make_optimizer`, `optimizers.make_schedule`,
 `lora.add_lora`, `lora.merge_lora`.
 """

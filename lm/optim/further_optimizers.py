@@ -1,4 +1,4 @@
-"""Optimizers beside AdamW: Adam without bias correction, Adafactor, SGD, Lion and Muon."""
+"""Optimizers beside AdamW and Muon: Adam without bias correction, Adafactor, SGD and Lion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.models.variables import Kind, ParamInfo
-from lm.optim.optimizers import ParamTable, adamw
+from lm.optim.optimizers import ParamTable
 
 Tree = Any
 
@@ -80,44 +79,3 @@ def lion(
     """Build Lion (Chen et al. 2023)."""
     o, decay = options.lion, options.weight_decay
     return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
-
-
-def muon(
-    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
-) -> optax.GradientTransformation:
-    """Build Muon (Jordan 2024) for the matrices of the layers, and AdamW for everything else.
-
-    AdamW has the options of its own section and `adam_ratio` of the learning rate. The norm of
-    Muon's updates does not depend on the width, as muP asks; other hidden matrices follow the width
-    ratio as in `adamw`.
-    """
-    o = options.muon
-    matrices = optax.contrib.muon(
-        schedule,
-        ns_steps=o.ns_steps,
-        beta=o.beta,
-        weight_decay=options.weight_decay,
-        weight_decay_mask=table.decay_mask,
-        muon_weight_dimension_numbers=lambda params: table.map(_muon_dimensions, params),
-    )
-    others = adamw(lambda t: o.adam_ratio * schedule(t), options, table)
-    return optax.partition(
-        {"matrix": matrices, "other": others},
-        lambda params: table.map(
-            lambda info, _: "matrix" if is_muon_matrix(info) else "other", params
-        ),
-    )
-
-
-def is_muon_matrix(info: ParamInfo) -> bool:
-    """Return whether Muon orthogonalizes the updates of a parameter."""
-    return info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
-
-
-def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
-    """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
-    first = info.n_stacked
-    middle = first + info.role.inputs
-    return optax.contrib.MuonDimensionNumbers(
-        tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
-    )

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of a configuration; AdamW, and the decays of the rate.
+"""Optimizer and learning-rate schedule of a configuration; AdamW, Muon, and the decays of the rate.
 
 An optimizer is a function of the schedule, the configuration's section "optimizer" and a
 `ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
@@ -123,6 +123,47 @@ def scale_by_width(
         return scaled, state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def muon(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build Muon (Jordan 2024) for the matrices of the layers, and AdamW for everything else.
+
+    AdamW has the options of its own section and `adam_ratio` of the learning rate. The norm of
+    Muon's updates does not depend on the width, as muP asks; other hidden matrices follow the width
+    ratio as in `adamw`.
+    """
+    o = options.muon
+    matrices = optax.contrib.muon(
+        schedule,
+        ns_steps=o.ns_steps,
+        beta=o.beta,
+        weight_decay=options.weight_decay,
+        weight_decay_mask=table.decay_mask,
+        muon_weight_dimension_numbers=lambda params: table.map(_muon_dimensions, params),
+    )
+    others = adamw(lambda t: o.adam_ratio * schedule(t), options, table)
+    return optax.partition(
+        {"matrix": matrices, "other": others},
+        lambda params: table.map(
+            lambda info, _: "matrix" if is_muon_matrix(info) else "other", params
+        ),
+    )
+
+
+def is_muon_matrix(info: ParamInfo) -> bool:
+    """Return whether Muon orthogonalizes the updates of a parameter."""
+    return info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
+
+
+def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
+    """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
+    first = info.n_stacked
+    middle = first + info.role.inputs
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
+    )
 
 
 # --- learning-rate schedules
