@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -89,6 +91,18 @@ def is_committed(checkpoint: AnyPath) -> bool:
     Orbax renames a local folder when it is; in a bucket it writes a marker file.
     """
     return isinstance(checkpoint, Path) or (checkpoint / "commit_success.txt").exists()
+
+
+def short_name(name: str) -> str:
+    """Return a name as a folder's: letters, digits and `._=+-`, at most 80 of them.
+
+    A name that has to change gets the start of its digest, so that two names stay two folders.
+    """
+    safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:64].lstrip(".-")
+    if safe == name:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{safe}-{digest}".lstrip("-")
 
 
 def write_atomically(file: Path, text: str) -> None:

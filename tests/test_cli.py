@@ -261,6 +261,58 @@ def test_a_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
     assert capsys.readouterr().out == f"to{several[0]['text']}\n"
 
 
+def test_a_run_is_evaluated_at_its_steps_and_on_any_text(trained, capsys, tmp_path):
+    def evaluate(*words):
+        assert main(["eval", "--workdir", str(trained), "--json", *map(str, words)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    newest = evaluate()
+    assert evaluate("--step", 2) == newest
+    (tmp_path / "other.txt").write_text("whether 'tis nobler in the mind to suffer\n" * 9)
+    source = f"text:{tmp_path}/other.txt"
+    other = evaluate("--source", source)
+    assert other["source"] == source
+    assert other[f"eval/{source}/loss"] != newest["eval/validation/loss"]
+    wrong = {
+        ("--step", "1"): "no checkpoint of step 1 in",
+        ("--step", "2,x"): "invalid",
+        ("--step", "2", "--best"): "give one of them",
+        ("--source", source, "--split", "test"): "give one of them",
+        ("--source", ""): "is empty",
+        ("--source", "text:none.txt"): "none.txt",
+        ("--source", "nonsense:x"): "nonsense",
+    }
+    for words, expected in wrong.items():
+        assert expected in error_of(capsys, "eval", "--workdir", trained, *words)
+
+
+def test_a_continuation_ends_before_a_stop_text_and_continues_what_is_piped_in(
+    trained, capsys, tmp_path, monkeypatch
+):
+    words = ["generate", "--workdir", str(trained), "--seed", "1", "--max_new_tokens", "20"]
+
+    def generate(*more):
+        assert main([*words, *map(str, more)]) == 0
+        return capsys.readouterr().out
+
+    (whole,) = json.loads(generate("--prompt", "to", "--json"))
+    text = whole["text"]
+    assert len(text) > 2
+    stop = text[1:3]
+    cut = text[: text.index(stop)]
+    assert generate("--prompt", "to", "--stop", stop) == f"to{cut}\n"
+    assert generate("--prompt", "to", "--stop", text + "never") == f"to{text}\n"
+    (tmp_path / "in.txt").write_text("to\n")
+    files = ["--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl"]
+    generate(*files, "--stop", "never", "--stop", stop)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == cut
+    assert "stop" in error_of(capsys, *words, *files)
+    assert "--stop is empty" in error_of(capsys, *words, "--stop", "")
+    with (tmp_path / "in.txt").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert generate() == f"to{text}\n"
+
+
 def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
     train = ["train", "--config", experiment, "--workdir", trained]
     line = error_of(capsys, *train, "--config.model.n_layers=3", "--config.optimizer.name=lion")

@@ -178,7 +178,10 @@ def probability(text: str) -> float:
 
 
 def open_run(
-    args: argparse.Namespace, overrides: Overrides, any_batch: bool = False
+    args: argparse.Namespace,
+    overrides: Overrides,
+    any_batch: bool = False,
+    step: int | None = None,
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
     from lm.parallel.mesh import print_on_primary_host
@@ -187,6 +190,7 @@ def open_run(
 
     workdir = open_run_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
+    options |= {"step": step}
     experiment, params, step = restore_run(workdir, overrides, print_on_primary_host, **options)
     if experiment.tokenizer is None:
         load_tokenizer(workdir)  # raises UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,19 @@ from lm.cli.arguments import (
     weights_arguments,
 )
 from lm.errors import UserError
-from lm.storage import open_run_folder, storage_path
+from lm.storage import open_run_folder, short_name, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--split", choices=("validation", "test"))
+    parser.add_argument(
+        "--source", metavar="SOURCE", help="evaluate on this instead, written as data.source"
+    )
+    parser.add_argument(
+        "--step", type=_steps, metavar="K[,K…]", help="checkpoints of these steps; the newest"
+    )
     parser.add_argument("--task", action="store_true", help="scores and predictions of a task")
     parser.add_argument("--output", metavar="DIR", help="for --task; WORKDIR/eval/SPLIT-STEP")
     weights_arguments(parser)
@@ -32,46 +39,91 @@ def add_arguments(parser: Parser) -> None:
     process_arguments(parser)
 
 
+def _steps(text: str) -> list[int]:
+    steps = [int(part) for part in text.split(",")]
+    if min(steps) < 0:
+        raise ValueError
+    return list(dict.fromkeys(steps))
+
+
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from tqdm import tqdm
-
     from lm.data.dataset import open_split
-    from lm.evaluation.loss import evaluate_loss
     from lm.evaluation.task import check_task
     from lm.experiment import reads_records
+    from lm.parallel.mesh import is_primary_host, print_on_primary_host
+    from lm.runs.saved_params import restore_params
 
+    split, overrides = _evaluated(args, overrides)
+    first, *others = args.step or [None]
+    experiment, params, step = open_run(args, overrides, step=first)
+    if args.task:
+        check_task(experiment)
+    config, tokenizer = experiment.config, experiment.tokenizer
+    stores = open_split(config.data, split, tokenizer, reads_records(config), progress=True)
+    name = args.source or split
+    evaluate = _evaluate_task if args.task else _evaluate_loss
+    reports = [evaluate(args, name, experiment, params, step, stores)]
+    for step in others:
+        workdir = open_run_folder(args.workdir)
+        options = {"average": args.average, "step": step}
+        params, _ = restore_params(experiment, workdir, print_on_primary_host, **options)
+        reports.append(evaluate(args, name, experiment, params, step, stores))
+    if is_primary_host():
+        if args.json:
+            print(json.dumps(reports if others else reports[0]))
+        else:
+            for report in reports:
+                print_result(report, as_json=False)
+    return 0
+
+
+def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Overrides]:
+    """Return the split to open, and the overrides that make --source its source."""
     if "data.tokenizer" in overrides:
         raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
     if args.output and not args.task:
         raise UserError("--output is where --task writes its report: give both")
-    experiment, params, step = open_run(args, overrides)
-    if args.task:
-        check_task(experiment)
-    config, tokenizer = experiment.config, experiment.tokenizer
-    stores = open_split(config.data, args.split, tokenizer, reads_records(config), progress=True)
-    if args.task:
-        return _evaluate_task(args, experiment, params, step, stores)
+    if args.step and args.best:
+        raise UserError("--step and --best choose different checkpoints: give one of them")
+    if args.output and len(args.step or ()) > 1:
+        raise UserError("--output is the folder of one report: give one --step")
+    if args.source is None:
+        return args.split or "validation", overrides
+    if args.split or "data.test_source" in overrides:
+        other = "--split" if args.split else "--config.data.test_source"
+        raise UserError(f"--source and {other} choose different data: give one of them")
+    if not args.source.strip():
+        raise UserError("--source is empty; give NAME:ARGUMENT, such as text:FILE")
+    return "test", overrides | {"data.test_source": args.source}
+
+
+def _evaluate_loss(
+    args: argparse.Namespace, name: str, experiment: Any, params: Any, step: int, stores: Any
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from lm.evaluation.loss import evaluate_loss
+
     batches = experiment.evaluation_batches(stores)
     track = partial(tqdm, desc="evaluating", file=sys.stderr)
     result = evaluate_loss(experiment, params, batches, stores, track=track)
-    report = {"step": step, **{f"eval/{args.split}/{k}": v for k, v in result.items()}}
-    print_result(report, args.json)
-    return 0
+    source = {"source": name} if args.source else {}
+    return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}
 
 
 def _evaluate_task(
-    args: argparse.Namespace, experiment: Any, params: Any, step: int, *of: Any
-) -> int:
+    args: argparse.Namespace, name: str, experiment: Any, params: Any, step: int, stores: Any
+) -> dict[str, Any]:
     from lm.evaluation.task import evaluate_task, require_writable, write_task_report
     from lm.parallel.mesh import is_primary_host
 
-    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{args.split}-{step}")
+    label = short_name(name)
+    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{label}-{step}")
     require_writable(folder)
-    report, rows = evaluate_task(experiment, params, *of)
-    report = {"step": step, "split": args.split, **report}
+    report, rows = evaluate_task(experiment, params, stores)
+    report = {"step": step, "split": name, **report}
     if is_primary_host():
         write_task_report(folder, report, rows)
-        print_result(report, args.json)
         print(f"report and predictions are in {storage_path(folder)}", file=sys.stderr)
-    return 0
+    return report

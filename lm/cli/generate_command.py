@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import stat
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,7 +28,10 @@ def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="may be given several times"
+        "--prompt", action="append", metavar="TEXT", help="or several; without, what is piped in"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; or several"
     )
     parser.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
     parser.add_argument("--output", metavar="FILE", help="a line an input, or .jsonl; continued")
@@ -55,6 +61,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.runs.checkpoints import checksums
 
     _check_generate(args)
+    piped = "" if args.prompt or args.input else _piped_text()
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     experiment, params, step = open_run(args, overrides, any_batch=True)
@@ -70,13 +77,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         sampled = None if searches or args.greedy else sampling
         made_by = {"step": step, "weights": _digest(checksums(params))}
         files = Path(args.input), Path(args.output)
-        generate_file(
-            experiment, params, tokenizer, *files, sampled, args.seed, args.n_best, made_by
-        )
+        seed, n_best, stop = args.seed, args.n_best, args.stop
+        generate_file(experiment, params, tokenizer, *files, sampled, seed, n_best, made_by, stop)
         return 0
-    prompts = args.prompt or [""]
+    prompts = args.prompt or [piped]
     if searches:
-        found = generate_texts(experiment, params, tokenizer, prompts, None, args.seed)
+        found = generate_texts(
+            experiment, params, tokenizer, prompts, None, args.seed, stop=args.stop
+        )
         role = "source" if is_encoder_decoder(model) else "prompt"
         records = [
             generation_record(role, prompt, generations, args.n_best)
@@ -84,9 +92,31 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         ]
         _print_records(records, args.json)
     else:
-        steps = stream_continuations(experiment, params, tokenizer, prompts, sampling, args.seed)
+        steps = stream_continuations(
+            experiment, params, tokenizer, prompts, sampling, args.seed, args.stop
+        )
         _print_continuations(prompts, steps, args.json)
     return 0
+
+
+def _piped_text() -> str:
+    """Return the text of a pipe or file on stdin, without its last newline; "" if there is none.
+
+    Several processes do not read: each would have another text.
+    """
+    import jax
+
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, ValueError, OSError):  # closed, or not a file
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) or jax.process_count() > 1:
+        return ""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _check_generate(args: argparse.Namespace) -> None:
@@ -94,6 +124,8 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise UserError("--input and --output go together")
     if args.input and (args.prompt or args.json):
         raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
+    if "" in args.stop:
+        raise UserError("--stop is empty: every continuation would end before it begins")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
         raise UserError("--n_best needs --json, or --output FILE.jsonl")
 

@@ -40,6 +40,7 @@ def generate_file(
     seed: int,
     n_best: int,
     weights: Mapping[str, Any],
+    stop: Sequence[str] = (),
 ) -> None:
     """Write one line for each input, or those that are missing; a progress bar goes to stderr.
 
@@ -53,6 +54,7 @@ def generate_file(
         seed: seed of the samples.
         n_best: hypotheses in a JSON object.
         weights: identity of the parameters; an output is continued only with the same.
+        stop: texts before the first of which an output ends.
     """
     role = "source" if is_encoder_decoder(experiment.model) else "prompt"
     inputs = read_inputs(input, role, experiment.config.data.columns)
@@ -68,7 +70,7 @@ def generate_file(
         )
         with bar:
             arguments = inputs, sampling, seed, start, bar.update
-            found = generate_texts(experiment, params, tokenizer, *arguments)
+            found = generate_texts(experiment, params, tokenizer, *arguments, stop)
             for text, generations in zip(inputs[start:], found, strict=True):
                 made = generation_record(role, text, generations, n_best)
                 yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
@@ -77,7 +79,9 @@ def generate_file(
     options = experiment.config.decode.items()
     decode = {name: value for name, value in options if name != "batch_size"}
     sampled = {} if sampling is None else {**vars(sampling), "seed": seed}
-    continue_file(output, inputs, {**weights, **decode, **sampled, "n_best": n_best}, lines_from)
+    stops = {"stop": list(stop)} if stop else {}
+    made_by = {**weights, **decode, **sampled, **stops, "n_best": n_best}
+    continue_file(output, inputs, made_by, lines_from)
 
 
 def read_inputs(file: Path, role: str, columns: str) -> list[str]:

@@ -35,6 +35,7 @@ def generate_texts(
     seed: int,
     start: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
+    stop: Sequence[str] = (),
 ) -> Iterator[list[Generation]]:
     """Yield the texts generated for each input, best first, in the inputs' order.
 
@@ -47,6 +48,7 @@ def generate_texts(
         seed: seed of the samples.
         start: index of the first input whose texts are yielded.
         progress: called with the number of inputs of each finished batch.
+        stop: texts before the first of which the output ends.
     """
     config = experiment.config
     has_source = is_encoder_decoder(experiment.model)
@@ -62,7 +64,10 @@ def generate_texts(
         found = sample_batches(experiment, params, ids, sampling, seed, controls, start, progress)
     for prompt, hypotheses in zip(ids[start:], found, strict=True):
         before = [] if has_source else prompt
-        yield [Generation(text_after(tokenizer, before, h.tokens), h.score) for h in hypotheses]
+        yield [
+            Generation(text_before(stop, text_after(tokenizer, before, h.tokens)), h.score)
+            for h in hypotheses
+        ]
 
 
 def generation_record(
@@ -94,10 +99,12 @@ def stream_continuations(
     prompts: Sequence[str],
     sampling: Sampling,
     seed: int,
+    stop: Sequence[str] = (),
 ) -> Iterator[list[str]]:
     """Yield the new text of every prompt after each step; joined they are its continuation.
 
-    A character whose bytes are not complete yet is held back.
+    A character whose bytes are not complete yet is held back, and so is what may become a stop
+    text.
 
     Args:
         experiment: experiment on a mesh.
@@ -106,8 +113,11 @@ def stream_continuations(
         prompts: texts to continue.
         sampling: options.
         seed: seed of the samples.
+        stop: texts before the first of which a continuation ends.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    held = [""] * len(ids)
+    stopped = [False] * len(ids)
     new: list[list[int]] = [[] for _ in ids]
     shown = [""] * len(ids)
     steps = sample_steps(
@@ -125,10 +135,31 @@ def stream_continuations(
         for i, token in enumerate(np.asarray(tokens)):
             if token >= 0:
                 new[i].append(int(token))
-            complete = text_after(tokenizer, ids[i], new[i])
-            parts.append(complete[len(shown[i]) :])
-            shown[i] = max(shown[i], complete, key=len)
+            written = text_after(tokenizer, ids[i], new[i])
+            complete = text_before(stop, written)
+            stopped[i] |= len(complete) < len(written)
+            end = len(complete) - (0 if stopped[i] else _beginning(stop, complete))
+            held[i] = "" if stopped[i] else complete[max(end, len(shown[i])) :]
+            parts.append(complete[len(shown[i]) : end])
+            shown[i] = max(shown[i], complete[:end], key=len)
         yield parts
+        if all(stopped):
+            return
+    if any(held):
+        yield held
+
+
+def text_before(stop: Sequence[str], text: str) -> str:
+    """Return the text before the first place where one of the stop texts begins."""
+    places = [at for at in map(text.find, stop) if at >= 0]
+    return text[: min(places)] if places else text
+
+
+def _beginning(stop: Sequence[str], text: str) -> int:
+    """Return the length of the longest end of a text with which a stop text begins."""
+    longest = min(len(text), max(map(len, stop), default=1) - 1)
+    lengths = range(longest, 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
 
 
 def text_after(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:

@@ -71,6 +71,7 @@ def restore_run(
     average: int = 1,
     best: bool = False,
     any_batch: bool = False,
+    step: int | None = None,
 ) -> tuple[Experiment, Params, int]:
     """Restore a run on all devices, replicated unless the overrides name a mesh.
 
@@ -81,6 +82,7 @@ def restore_run(
         average: number of newest checkpoints whose parameters are averaged.
         best: read the checkpoint that `--config.eval.best` kept.
         any_batch: set the batch sizes to one example a device (for decoding).
+        step: read the checkpoint of this step; None: the newest.
 
     Returns:
         The experiment, with the run's tokenizer if it has one; the parameters, with LoRA updates
@@ -95,8 +97,7 @@ def restore_run(
     config = load_run_config(workdir, changed | dict(overrides))
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     experiment = build(config, jax.devices(), tokenizer)
-    params, step = restore_params(experiment, workdir, log, average, best)
-    return experiment, params, step
+    return experiment, *restore_params(experiment, workdir, log, average, best, step)
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -110,7 +111,12 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
 
 
 def restore_params(
-    experiment: Experiment, workdir: Path, log: Log, average: int = 1, best: bool = False
+    experiment: Experiment,
+    workdir: Path,
+    log: Log,
+    average: int = 1,
+    best: bool = False,
+    step: int | None = None,
 ) -> tuple[Params, int]:
     """Restore the parameters of a run, sharded as `experiment` shards them.
 
@@ -120,15 +126,24 @@ def restore_params(
         log: receives the lines for the user.
         average: number of newest checkpoints whose parameters are averaged.
         best: read the checkpoint that `--config.eval.best` kept.
+        step: read the checkpoint of this step, and older ones for an average; None: the newest.
 
     Returns:
         The nested parameters and the step of the newest checkpoint read.
 
     Raises:
-        UserError: the experiment's model has other parameters than the run's.
+        UserError: the experiment's model has other parameters than the run's, or there is no
+            undamaged checkpoint of `step`.
     """
     shapes = flat(experiment.state_shapes.inference_params)
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
+    if step is not None:
+        there = ", ".join(str(saved.step) for saved in reversed(checkpoints))
+        checkpoints = [saved for saved in checkpoints if saved.step <= step]
+        if not checkpoints or checkpoints[0].step != step:
+            raise UserError(
+                f"no checkpoint of step {step} in {storage_path(workdir)}; there are {there}"
+            )
     found = checkpoints[0].shapes
     for path in sorted({*shapes, *found}):
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
@@ -138,6 +153,8 @@ def restore_params(
             )
     shardings = flat(experiment.state_sharding.inference_params)
     params, steps = mean_params(checkpoints, average, shardings, log)
+    if step is not None and steps[0] != step:
+        raise UserError(f"the checkpoint of step {step} in {storage_path(workdir)} is damaged")
     if average > 1:
         log(f"mean of the checkpoints of steps {', '.join(map(str, steps))}")
     return nested(params), steps[0]

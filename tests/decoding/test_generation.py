@@ -16,7 +16,7 @@ from lm.decoding.prompts import source_ids
 from lm.decoding.sampling import Sampling
 
 
-def continuations(monkeypatch, experiment, prompts, rows):
+def continuations(monkeypatch, experiment, prompts, rows, stop=()):
     """What stream_continuations gives when the model generates these rows of bytes."""
     seen = {}
 
@@ -25,7 +25,7 @@ def continuations(monkeypatch, experiment, prompts, rows):
         yield from np.array(rows).T
 
     monkeypatch.setattr(generation, "sample_steps", fake_steps)
-    steps = stream_continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0)
+    steps = stream_continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0, stop)
     return [list(parts) for parts in zip(*steps, strict=True)], seen
 
 
@@ -50,6 +50,28 @@ def test_ended_rows_grow_no_more(monkeypatch, experiment):
     rows = [[97, -1, -1], [98, 99, 100]]
     parts, _ = continuations(monkeypatch, experiment, ["x", "y"], rows)
     assert parts == [["a", "", ""], ["b", "c", "d"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "parts"),
+    [
+        ("abcde", ["cd"], ["a", "b", "", ""]),
+        ("abxc", ["bc"], ["a", "", "bx", "c"]),
+        ("aab", ["ab"], ["", "a", ""]),
+        ("ab", ["bc"], ["a", "", "b"]),
+        ("abc", ["c", "bcd", "b"], ["a", ""]),
+        ("xab", ["x"], [""]),
+    ],
+)
+def test_what_may_become_a_stop_text_is_held_back(monkeypatch, experiment, text, stop, parts):
+    found, _ = continuations(monkeypatch, experiment, ["x"], [list(text.encode())], stop)
+    assert found == [parts]
+
+
+def test_rows_stop_on_their_own(monkeypatch, experiment):
+    rows = [list(b"abcd"), list(b"bcda")]
+    found, _ = continuations(monkeypatch, experiment, ["", "x"], rows, ["b"])
+    assert found == [["a", ""], ["", ""]]  # both have ended: no further steps
 
 
 def test_ids_beyond_the_vocabulary_are_no_text(monkeypatch, experiment):
