@@ -50,13 +50,14 @@ FAMILY = replace(LLAMA, model_type="llama2.c", base=_mappings)
 class _Floats(StoredTensor):
     """Float32 tensor that starts at byte `offset` of the file."""
 
-    offset: int
+    offset: int = 0
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read the rows start … stop - 1 in float32."""
         row = prod(self.shape[1:])
         count, offset = (stop - start) * row, self.offset + 4 * start * row
-        return np.fromfile(self.file, "<f4", count, offset=offset).reshape(-1, *self.shape[1:])
+        values = np.fromfile(self.file, "<f4", count, offset=offset)
+        return self.require_finite(values.reshape(-1, *self.shape[1:]))
 
 
 def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
@@ -93,7 +94,7 @@ def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
     stored: dict[str, StoredTensor] = {}
     offset = _HEADER
     for name, shape in shapes.items():
-        stored[name] = _Floats(name, file, shape, offset)
+        stored[name] = _Floats(name, file, shape, offset=offset)
         offset += 4 * prod(shape)
     if offset != size:
         what = "is truncated" if offset > size else "is too long"

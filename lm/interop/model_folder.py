@@ -98,6 +98,7 @@ class ModelFolder:
                 "config.json has not"
             )
         for name, shape in expected.items():
+            self.stored[name].check_weights()
             if self.stored[name].shape != shape:
                 raise UserError(
                     f"{self.stored[name].file}: {name} has the shape {self.stored[name].shape}, "

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from lm.errors import UserError
 
-KNOWN = ("F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL")
+_FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+KNOWN = (*_FLOAT_TYPES, "I64", "I32", "U8", "BOOL")
 FLOATS = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -34,13 +35,29 @@ class StoredTensor:
     name: str
     file: Path
     shape: tuple[int, ...]
+    type: str = "F32"
+
+    def check_weights(self) -> None:
+        """Raise UserError if the tensor holds no floats, as all weights do."""
+        if self.type not in _FLOAT_TYPES:
+            raise UserError(
+                f"{self.file}: {self.name} has the type {self.type}, but weights are floats "
+                f"({', '.join(_FLOAT_TYPES)})"
+            )
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read the rows start … stop - 1 in float32."""
         # Opened each time: what was read of a mapped file stays in memory until it is closed.
         with _open_file(self.file) as tensors:
             values = tensors.get_slice(self.name)[start:stop]
-        return values.astype(np.float32, copy=False)
+        return self.require_finite(values.astype(np.float32, copy=False))
+
+    def require_finite(self, values: np.ndarray) -> np.ndarray:
+        """Return the values; UserError if one is NaN or infinite."""
+        # The sum is finite if all are; it is faster than a test of each.
+        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
+            raise UserError(f"{self.file}: {self.name} holds NaN or infinite numbers")
+        return values
 
 
 @contextmanager
@@ -58,10 +75,11 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: a file or tensor is missing, damaged or truncated.
     """
-    if (folder / INDEX).is_file():
-        return _read_parts(folder)
+    # As in transformers: an index beside a single file is left over from an older save.
     if (folder / SINGLE).is_file():
         return read_tensor_file(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _read_parts(folder)
     pickled = next((f.name for f in sorted(folder.glob("pytorch_model*.bin"))), None)
     why = f": {pickled} is a pickle, which can run code; save it as safetensors" if pickled else ""
     raise UserError(f"{folder} has no {SINGLE}{why}")
@@ -93,7 +111,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
                 raise UserError(
                     f"{file}: {name} has the type {about.get_dtype()}; known are {', '.join(KNOWN)}"
                 )
-            found[name] = StoredTensor(name, file, tuple(about.get_shape()))
+            found[name] = StoredTensor(name, file, tuple(about.get_shape()), about.get_dtype())
     return found
 
 

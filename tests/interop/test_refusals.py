@@ -40,6 +40,18 @@ SPOILT = {
         lambda f: set_tensors(f, lambda t: t.update(score=np.zeros(3, np.float32))),
         "has the tensor score that",
     ),
+    "integers": (
+        lambda f: set_tensors(f, lambda t: t.update({NORM: t[NORM].view(np.int32)})),
+        f"{NORM} has the type I32, but weights are floats",
+    ),
+    "not a number": (
+        lambda f: set_tensors(f, lambda t: t[NORM].__setitem__(3, np.nan)),
+        f"{NORM} holds NaN",
+    ),
+    "infinite": (
+        lambda f: set_tensors(f, lambda t: t[NORM].__setitem__(0, -np.inf)),
+        f"{NORM} holds NaN or inf",
+    ),
     "layers left": (lambda f: set_config(f, num_hidden_layers=2), "layers.2.*and 8 more"),
     "shape": (
         lambda f: set_tensors(f, lambda t: t.update({NORM: t[NORM][:-1].copy()})),

@@ -102,3 +102,12 @@ def test_an_index_names_only_files_beside_it(tmp_path, name):
     (tmp_path / "part" / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match=f"lacks the file {name}"):
         read_tensors(tmp_path / "part")
+
+
+def test_a_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
+    write_tensors(
+        tmp_path, [PendingTensor(n, (2,), lambda: np.zeros(2)) for n in "ab"], "float32", largest=1
+    )
+    write_tensors(tmp_path, [PendingTensor(n, (2,), lambda: np.ones(2)) for n in "ab"], "float32")
+    assert (tmp_path / INDEX).is_file()
+    assert read_tensors(tmp_path)["a"].rows(0, 2).tolist() == [1, 1]
