@@ -1,12 +1,13 @@
 """Tokenizer files of model folders: read on import, written as tokenizer.json on export.
 
 A SentencePiece model exported as tokenizer.json differs from the original on a literal "▁", which
-becomes a space.
+becomes a space, and on the literal name of a control piece such as "<s>", which becomes its id.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,13 +199,17 @@ def _characters(tokenizer: CharTokenizer) -> bytes:
 # --- SentencePiece
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_CONTROL, _USER_DEFINED = 3, 4  # SentencePiece.Type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
+    """Return the tokenizer.json of a SentencePiece model; None if there is no equivalent.
+
+    User-defined symbols are cut out of the normalized text before the model sees it.
+    """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
         tokenizer.model
@@ -213,7 +218,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     scores = {piece.piece: piece.score for piece in proto.pieces}
     ids = {piece: i for i, piece in enumerate(scores)}
     unknown = proto.pieces[trainer.unk_id].piece
+    defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     if trainer.model_type == _BPE:
+        if defined and not _are_reachable(proto):
+            return None
         made = tokenizers.Tokenizer(
             models.BPE(
                 ids,
@@ -221,10 +229,12 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
                 unk_token=unknown,
                 fuse_unk=True,
                 byte_fallback=trainer.byte_fallback,
+                ignore_merges=bool(defined),
             )
         )
     elif trainer.model_type == _UNIGRAM:
-        pieces = list(scores.items())
+        # The score of a symbol that stands alone is above that of any way to spell it.
+        pieces = list((scores | dict.fromkeys(defined, 0.0)).items())
         made = tokenizers.Tokenizer(
             models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
         )
@@ -233,20 +243,47 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     steps: list[Any] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+        if any(steps[0].normalize_str(symbol) != symbol for symbol in defined):
+            return None
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
+        # Spaces only, where normalizers.Strip takes newlines too.
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    is_suffix = trainer.treat_whitespace_as_suffix
+    if rules.add_dummy_prefix and is_suffix:
+        steps.append(normalizers.Replace(Regex(r"(?<=[\s\S])\z"), "▁"))
+    elif rules.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if defined:
+        longest_first = sorted(defined, key=len, reverse=True)
+        symbols = Regex("|".join(map(re.escape, longest_first)))
+        made.pre_tokenizer = pre_tokenizers.Split(symbols, "isolated")
     back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
-        back.append(decoders.Strip(" ", 1, 0))
+        back.append(decoders.Strip(" ", int(not is_suffix), int(is_suffix)))
     made.decoder = decoders.Sequence(back)
     control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
     made.add_special_tokens([AddedToken(name, normalized=False) for name in [unknown, *control]])
-    defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    made.add_tokens([AddedToken(name, normalized=False) for name in defined])
     return made.to_str().encode()
+
+
+def _are_reachable(proto: Any) -> bool:
+    """Return whether a BPE model encodes the text of each of its pieces as that piece."""
+    import sentencepiece
+
+    plain = type(proto).FromString(proto.SerializeToString())
+    rules = plain.normalizer_spec
+    rules.precompiled_charsmap, rules.name = b"", "identity"
+    rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
+    processor = sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
+    texts = [piece.piece for piece in proto.pieces if piece.type == _NORMAL]
+    return all(
+        ids == [processor.piece_to_id(text)]
+        for text, ids in zip(texts, processor.encode(texts), strict=True)
+    )
 
 
 def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
