@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
 
+class LostPeerError(Exception):
+    """Another process of the run does not answer; the message is one line.
+
+    The command line prints it and exits with code 1: the same command may succeed later.
+    """
+
+
 def missing_package(purpose: str, package: str, extra: str) -> UserError:
     """Return the error of an optional package that is not installed.
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from lm.cli.arguments import parse
-from lm.errors import UserError
+from lm.errors import LostPeerError, UserError
 
 # What `lm --help` says of each verb; lm/cli/VERB_command.py is imported when it is used.
 VERBS = {
@@ -100,8 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0 done, 2 an error of the user's, 75 stopped and resumable."""
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
-    except Exception:
-        traceback.print_exc()
+    except LostPeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except Exception as error:
+        from lm.parallel.hosts import lost_peer
+
+        if line := lost_peer(error):
+            print(f"error: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = 1
     if code in (1, 2):
         from lm.parallel.hosts import exit_at_once

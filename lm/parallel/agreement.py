@@ -17,10 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
+from lm.config import flatten
+from lm.config.experiment_file import registered_plugins
 from lm.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+# Keys that may differ: where a host has its files, and how it reads them.
+_OF_A_PROCESS = ("data.directory", "data.cache_directory", "data.workers", "data.prefetch")
 _SHOWN = 5  # differences of a process that the message names
 
 
@@ -45,6 +50,24 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
     rows = multihost_utils.process_allgather(padded)
     found = [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
     raise UserError("; ".join(disagreements(found)))
+
+
+def require_same_start(config: ConfigDict) -> None:
+    """Compare what the processes were started with: configuration, code, versions and plug-ins.
+
+    Raises:
+        UserError: as `require_agreement`.
+    """
+    values = {
+        f"--config.{path}": value
+        for path, value in flatten(config)
+        if path not in _OF_A_PROCESS and not path.startswith("log.")
+    }
+    files = [Path(plugin["file"]) for plugin in registered_plugins()]
+    plugins = {
+        f"plug-in {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files
+    }
+    require_agreement(values | plugins | software())
 
 
 def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 
-from lm.errors import UserError
+from lm.errors import LostPeerError, UserError
 
 _GOOGLE = "0x1ae0"  # PCI vendor id of TPUs
+# Texts of JAX's errors where a collective's peer, or the coordinator, is gone.
+_LOST = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "gloo", "heartbeat"),
+    *("Connection closed by peer", "Connection reset", "Connection refused"),
+)
+_WAIT_SECONDS = 300.0  # for the other processes at the start
 
 
 def use_cpu_without_accelerators() -> None:
@@ -48,7 +56,9 @@ def initialize_distributed(
         heartbeat_seconds: silence of a process after which JAX ends the others.
 
     Raises:
-        UserError: some of the first three are missing, or the index is out of range.
+        UserError: some of the first three are missing, the index is out of range, or the
+            coordinator's port is none or taken.
+        LostPeerError: not all processes came.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -56,14 +66,76 @@ def initialize_distributed(
             raise UserError("--coordinator, --num_processes and --process_id go together")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id {process_id} is not in 0 … {num_processes - 1}")
+        port = _port(coordinator)
+        if process_id == 0:
+            _check_free(port)
+        who = f"process {process_id} of {num_processes}"
+        where = f"at --coordinator {coordinator}"
+    elif _in_cluster():
+        who, where = "this process", "of the cluster that the environment announces"
+    else:
+        return
+    line = f"{who} did not meet the others {where}: start all of them, with the address of process"
+    # JAX ends a process that waits too long in a crash, so this one ends before.
+    timer = threading.Timer(_WAIT_SECONDS, _give_up, (f"{line} 0 (waited {_WAIT_SECONDS:g} s)",))
+    timer.daemon = True
+    timer.start()
+    try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             heartbeat_timeout_seconds=heartbeat_seconds,
+            initialization_timeout=int(_WAIT_SECONDS) + 60,
         )
-    elif _in_cluster():
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    except RuntimeError as error:
+        raise LostPeerError(f"{line} 0 ({first_line(error)})") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _port(coordinator: str) -> int:
+    """Return the port of HOST:PORT."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65536:
+        raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, a port from 1 to 65535")
+    return int(port)
+
+
+def _check_free(port: int) -> None:
+    """Raise UserError where process 0 cannot listen; JAX ends some of these cases in a crash."""
+    both = socket.has_dualstack_ipv6()
+    family, host = (socket.AF_INET6, "::") if both else (socket.AF_INET, "0.0.0.0")
+    try:
+        socket.create_server((host, port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise UserError(
+            f"--coordinator: process 0 cannot listen on port {port} ({error.strerror}): "
+            "choose another port"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the start of the first line of an error's message."""
+    return str(error).strip().partition("\n")[0][:160]
+
+
+def lost_peer(error: Exception) -> str | None:
+    """Return the line for an error of JAX that means that another process has ended; else None."""
+    if not isinstance(error, RuntimeError | ValueError) or not jax.distributed.is_initialized():
+        return None
+    text = str(error)
+    if not any(sign in text for sign in _LOST):
+        return None
+    return (
+        f"another process of the run has ended or does not answer ({first_line(error)}); its own "
+        "output says why. Saved checkpoints are intact, the same command continues"
+    )
 
 
 def _in_cluster() -> bool:

@@ -16,6 +16,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.parallel.mesh import is_primary_host
 from lm.runs.workdir import RUN_FILE
-from lm.storage import AnyPath, storage_path, upload_changes, write_atomically
+from lm.storage import AnyPath, is_committed, storage_path, upload_changes, write_atomically
 from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
@@ -273,6 +274,8 @@ def prepare_workdir(
         **plugin_metadata(),
     }
     before = read_run_metadata(workdir)
+    if jax.process_count() > 1:
+        _require_same_run(workdir, before, dataset)
     if before is not None:
         _check_same(workdir, before, metadata)
     if write:
@@ -284,6 +287,26 @@ def prepare_workdir(
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
     return metadata
+
+
+def _require_same_run(workdir: Path, before: dict[str, Any] | None, dataset: Dataset) -> None:
+    """Compare over all processes the data and what they find in the workdir."""
+    from lm.parallel.agreement import require_agreement
+
+    facts: dict[str, Any] = {f"data of {k}": v for k, v in dataset.fingerprint.items()}
+    facts["the run in --workdir"] = None
+    if before is not None:
+        text = json.dumps(before, sort_keys=True).encode()
+        facts["the run in --workdir"] = sha256(text).hexdigest()[:12]
+    facts["the newest checkpoint"] = max(checkpoint_steps(workdir), default=None)
+    require_agreement(facts)
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run."""
+    folder = storage_path(workdir / "checkpoints")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(e.name) for e in entries if e.name.isdigit() and is_committed(e))
 
 
 def read_run_metadata(workdir: Path) -> dict[str, Any] | None:

@@ -42,6 +42,10 @@ def train(
     workdir = open_run_folder(str(workdir))
     with stop_requests() as stop:
         check(config, jax.devices()[0].platform, len(jax.devices()))
+        if jax.process_count() > 1:
+            from lm.parallel.agreement import require_same_start
+
+            require_same_start(config)
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()
         )

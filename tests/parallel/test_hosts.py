@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+
 import jax
 import pytest
 
+from lm.errors import LostPeerError, UserError
 from lm.parallel import hosts
 
 
@@ -37,3 +42,48 @@ def test_otherwise_jax_chooses(chosen, monkeypatch, reason):
         monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     hosts.use_cpu_without_accelerators()
     assert chosen == {}
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:x", ":80", "h:99999"])
+def test_an_address_without_a_port_is_an_error(address):
+    with pytest.raises(UserError, match="expected HOST:PORT"):
+        hosts.initialize_distributed(address, 2, 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use_is_an_error(host):
+    with socket.create_server((host, 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on port {port}"):
+            hosts.initialize_distributed(f"127.0.0.1:{port}", 2, 0)
+
+
+def test_a_process_that_meets_nobody_names_the_address(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nstack")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(LostPeerError, match=r"process 1 of 2 .* 127.0.0.1:4567.*timed out\)"):
+        hosts.initialize_distributed("127.0.0.1:4567", 2, 1)
+
+
+def test_errors_of_lost_peers_are_known_and_others_are_not(monkeypatch):
+    lost = RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    assert hosts.lost_peer(lost) is None  # a process alone has no peers
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert "another process" in hosts.lost_peer(lost)
+    assert hosts.lost_peer(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) is None
+
+
+def test_waiting_for_a_process_that_never_comes_ends_with_a_line():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = (
+        "from lm.parallel import hosts; hosts._WAIT_SECONDS = 1.0; "
+        f"hosts.initialize_distributed('127.0.0.1:{port}', 2, 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert f"error: process 0 of 2 did not meet the others at --coordinator 127.0.0.1:{port}" in (
+        found.stderr
+    )

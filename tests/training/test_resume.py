@@ -101,3 +101,38 @@ def test_a_finished_run_is_left_alone(experiment_file, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_text()
     finish(start(arguments(experiment_file, undisturbed)))
     assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def together(*words, processes=2):
+    """Start `lm` as processes of one run, each with the words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--cpu_devices", "1", "--coordinator", f"127.0.0.1:{port}"]
+    common += ["--num_processes", str(processes)]
+    return [start([*each, *common, "--process_id", str(i)]) for i, each in enumerate(words)]
+
+
+def test_processes_that_disagree_end_with_the_difference(experiment_file, tmp_path):
+    outputs = finish(
+        *together(
+            arguments(experiment_file, tmp_path / "run"),
+            arguments(experiment_file, tmp_path / "run", seed=7, data__workers=1),
+        ),
+        code=2,
+    )
+    for output in outputs:
+        assert "error: process 1 differs from process 0 in --config.seed (7, there 0)" in output
+        assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_alone_ends_the_others_with_a_line(experiment_file, tmp_path):
+    processes = together(
+        arguments(experiment_file, tmp_path / "run"),
+        arguments(experiment_file, tmp_path / "run", seed="none"),
+    )
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 2], outputs
+    assert "Traceback" not in "".join(outputs)
+    assert "another process of the run has ended" in outputs[0]
