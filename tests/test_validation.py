@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm import config as configs
 from lm.errors import UserError
+from lm.experiment import build
 from lm.validation import check
 
 SMALL = {
@@ -198,3 +202,73 @@ def test_one_call_finds_it(case):
 def test_what_is_right_passes(changes):
     n_devices = 4 if any(name.startswith("parallel") for name in changes) else 1
     check(configured(changes | {"data.batch_size": 16}), "cpu", n_devices)
+
+
+# --- what the call accepts can be traced
+
+VALUES = {
+    "model.n_layers": (1, 2, 3, 4),
+    "model.d_model": (16, 24, 32),
+    "model.n_heads": (1, 2, 3, 4),
+    "model.n_kv_heads": (0, 1, 2, 4),
+    "model.head_dim": (0, 4, 6, 7),
+    "model.d_ff": (0, 24, 30),
+    "model.family": ("decoder", "encoder", "encoder_decoder", "lstm", "nplm"),
+    "objective.name": ("causal", "prefix", "masked", "span_corruption"),
+    "model.positions": ("none", "learned", "rotary", "sinusoidal", "relative", "alibi"),
+    "model.activation": ("gelu_tanh", "swiglu", "relu"),
+    "model.residual": ("sum", "concat"),
+    "model.window": (0, 4, 64),
+    "model.global_every": (0, 2),
+    "model.n_experts": (0, 2, 4),
+    "model.experts_every": (1, 2),
+    "model.experts_per_token": (1, 2),
+    "model.dense_layers": (0, 1, 3),
+    "model.attention": ("auto", "xla", "tiled", "blockwise", "splash"),
+    "model.dropout": (0.0, 0.1),
+    "model.attention_dropout": (0.0, 0.1),
+    "model.attention_softcap": (0.0, 5.0),
+    "model.mup_base_width": (0, 8),
+    "model.tie_embeddings": (True, False),
+    "data.sequence_length": (8, 15, 16),
+    "data.batch_size": (4, 8, 12),
+    "data.order": ("shuffled", "contiguous"),
+    "train.microbatches": (1, 2),
+    "train.remat": ("none", "full", "dots"),
+    "train.loss_chunk": (0, 4),
+    "train.scan_unroll": (0, 1, 2),
+    "optimizer.name": ("adamw", "adafactor", "sgd", "lion", "muon"),
+    "lora.rank": (0, 2),
+    "parallel.sequence": (False, True),
+    "parallel.context_attention": ("auto", "ring", "gather"),
+    "parallel.pipeline.repeats": (1, 2),
+    "parallel.pipeline.microbatches": (0, 4),
+    **{f"parallel.mesh.{axis}": (1, 2, 4) for axis in ("stage", "fsdp", "expert", "context")},
+    "parallel.mesh.tensor": (1, 2, 3),
+}
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from(sorted(VALUES)), max_size=5, unique=True).flatmap(
+        lambda paths: st.fixed_dictionaries({p: st.sampled_from(VALUES[p]) for p in paths})
+    )
+)
+def test_what_the_call_accepts_can_be_traced(changes):
+    """A random configuration is refused in one line, or its step is traced on the mesh."""
+    config = configs.default()
+    base = {"model.n_layers": 2, "model.d_model": 16, "data.sequence_length": 16}
+    for path, value in (base | {"data.batch_size": 8, "model.vocab_size": 32} | changes).items():
+        configs.set_value(config, path, value)
+    try:
+        check(config, "cpu", 8)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert "--config." in str(error)
+        return
+    experiment = build(config, jax.devices())
+    batches = {
+        name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
+        for name, one in experiment.batch_shapes.items()
+    }
+    jax.eval_shape(experiment.train_steps, experiment.state_shapes, batches)
