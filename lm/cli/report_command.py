@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lm.cli.arguments import (
@@ -10,15 +12,17 @@ from lm.cli.arguments import (
     Parser,
     only_cpu,
 )
+from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="a run, or a folder of runs"
+        "--workdir", required=True, nargs="+", metavar="DIR", help="runs, or folders of runs"
     )
-    parser.add_argument("--output", metavar="DIR", help="for index.html and PNGs; WORKDIR/report")
+    output = "for index.html and PNGs; WORKDIR/report, or beside several"
+    parser.add_argument("--output", metavar="DIR", help=output)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -26,6 +30,18 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.tools.reports.report_page import write_page
 
     only_cpu(overrides)
-    workdir = open_run_folder(args.workdir)
-    print(storage_path(write_page(workdir, Path(args.output or workdir / "report"))))
+    workdirs = [open_run_folder(place) for place in dict.fromkeys(args.workdir)]
+    print(storage_path(write_page(workdirs, _output(args, workdirs))))
     return 0
+
+
+def _output(args: argparse.Namespace, workdirs: Sequence[Path]) -> Path:
+    """Return --output, or the folder `report` of the workdir or of what holds all workdirs."""
+    if args.output:
+        return Path(args.output)
+    if len(workdirs) == 1:
+        return workdirs[0] / "report"
+    if any("://" in place for place in args.workdir):
+        raise UserError("lm report: give --output DIR for several folders of which one is a bucket")
+    parents = [path.absolute().parent for path in workdirs]
+    return Path(os.path.commonpath(parents)) / "report"

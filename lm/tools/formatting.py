@@ -48,6 +48,11 @@ def shown(value: Any) -> str:
     return str(value) if value != "" else "none"
 
 
+def printable(text: str) -> str:
+    """Return the text with \ufffd for characters that no page shows, such as parts of bytes."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def text_table(
     rows: Iterable[Sequence[str]], columns: Sequence[str] = (), right: Collection[int] = ()
 ) -> Table:

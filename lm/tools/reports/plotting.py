@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm.errors import missing_package
-from lm.tools.formatting import short
+from lm.tools.formatting import printable, short
 
 INK, FAINT = "#1f2430", "#d9dde5"
 COLORS = (
@@ -22,6 +22,7 @@ COLORS = (
     *("#c2417c", "#6b7280", "#7a9e1f", "#8d5a3b"),
 )
 WIDTH = 5.6  # inches
+LONGEST_LABEL = 48
 STYLE = {
     "figure.figsize": (WIDTH, 3.8),
     "figure.constrained_layout.use": True,
@@ -81,6 +82,12 @@ def subplots(
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(**options)
         return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey)
+
+
+def plain(text: str) -> str:
+    """Return a text that a figure shows as it is: "$" is no formula, a first "_" hides nothing."""
+    text = printable(text if len(text) <= LONGEST_LABEL else f"…{text[1 - LONGEST_LABEL :]}")
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
 
 def legend(axes: Any, entries: int, outside: bool = False) -> None:

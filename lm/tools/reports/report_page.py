@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +12,14 @@ import numpy as np
 
 from lm import config as configs
 from lm.errors import missing_package
-from lm.tools.formatting import duration, short, shown
+from lm.storage import short_name
+from lm.tools.formatting import duration, printable, short, shown
 from lm.tools.reports.plotting import (
     COLORS,
     WIDTH,
     colors,
     legend,
+    plain,
     save_png,
     shades,
     subplots,
@@ -50,13 +54,13 @@ class Cell(NamedTuple):
     color: str = ""
 
 
-def write_page(workdir: Path, output: Path) -> Path:
+def write_page(workdirs: Sequence[Path], output: Path) -> Path:
     """Write index.html and the PNGs into `output`; return the path of the page.
 
     Raises:
-        UserError: There is no run in `workdir`, or the extra "report" is not installed.
+        UserError: There is no run in one of `workdirs`, or the extra "report" is not installed.
     """
-    template, runs = _template(), find_runs(workdir, N_SAMPLES)
+    template, runs = _template(), find_runs(*workdirs, n_samples=N_SAMPLES)
     groups = swept_keys(runs)
     several = len(runs) > 1
     loss = loss_curves(runs)
@@ -65,10 +69,10 @@ def write_page(workdir: Path, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     by_name = {f"loss_by_{axis}": figure for axis, figure in loss.items()} | finals | metrics
     for name, figure in (by_name | ({"time": time} if time else {})).items():
-        save_png(figure, output / f"{name}.png")
+        save_png(figure, output / f"{short_name(name)}.png")
     keys = [key for group in groups for key in group]
     text = template.render(
-        title=workdir.resolve().name,
+        title=", ".join(printable(workdir.resolve().name) for workdir in workdirs),
         lead=_lead(runs),
         several=several,
         tiles=_summary(runs),
@@ -87,7 +91,7 @@ def write_page(workdir: Path, output: Path) -> Path:
         changed=_changed(runs[0], keys),
     )
     page = output / "index.html"
-    page.write_text(text)
+    page.write_bytes(text.encode(errors="replace"))
     return page
 
 
@@ -103,13 +107,22 @@ def _template() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["digest"] = _digest
     return environment.get_template(TEMPLATE)
 
 
+def _digest(script: str) -> str:
+    """Return the source of a script in a Content-Security-Policy: no other script may run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
 def _lead(runs: Sequence[RunRecord]) -> str:
-    kinds = [(run.config["model.family"], run.config["objective.name"]) for run in runs]
-    families = sorted({", ".join(dict.fromkeys(kind)) for kind in kinds})
-    sources = sorted({str(run.config["data.source"]) for run in runs})
+    kinds = [
+        [str(run.config[key]) for key in ("model.family", "objective.name") if key in run.config]
+        for run in runs
+    ]
+    families = sorted({", ".join(dict.fromkeys(kind)) or "unknown" for kind in kinds})
+    sources = sorted({str(run.config.get("data.source", "unknown")) for run in runs})
     count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
     return f"{count}: {'; '.join(families)}; on {'; '.join(sources)}."
 
@@ -128,7 +141,8 @@ def _summary(runs: Sequence[RunRecord]) -> dict[str, str]:
             tiles["by run"] = best.name
         tiles["finished"] = f"{sum(run.finished for run in runs)} of {len(runs)}"
     else:
-        goal = "" if runs[0].finished else f" of {runs[0].config['train.steps']:,}"
+        steps = runs[0].config.get("train.steps")
+        goal = "" if runs[0].finished or steps is None else f" of {steps:,}"
         tiles["steps"] = f"{runs[0].last_step:,}{goal}"
     sizes = {run.size.parameters for run in runs if run.size}
     if sizes:
@@ -176,7 +190,8 @@ def _runs_table(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) ->
 def _value(value: Any) -> Cell:
     if shown(value) == shown(None):
         return Cell(shown(value), "")
-    return Cell(shown(value), float(value) if isinstance(value, int | float) else None)
+    is_number = isinstance(value, int | float) and abs(value) < 1e300
+    return Cell(shown(value), float(value) if is_number else None)
 
 
 def _number(value: float | None, form: Callable[[Any], str]) -> Cell:
@@ -282,7 +297,7 @@ def _loss_curve(runs: Sequence[RunRecord], axis: str) -> Any:
             smoothed = smooth(curve.values)
             if len(runs) <= len(COLORS):
                 axes.plot(*downsample(x, curve.values), color=color, alpha=0.22, linewidth=0.8)
-            axes.plot(*downsample(x, smoothed), color=color, label=run.name)
+            axes.plot(*downsample(x, smoothed), color=color, label=plain(run.name))
             levels += smoothed[len(smoothed) // 50 :].tolist()
     axes.set(xlabel=X_AXES[axis], ylabel="loss, nats")
     if axis == "time":
@@ -321,16 +336,17 @@ def _metric_curve(runs: Sequence[RunRecord], name: str, title: str) -> Any:
         curve = run.curves.get(name)
         if curve is None:
             continue
+        style = {"color": color, "label": plain(run.name)}
         if name.startswith("eval/"):
-            axes.plot(curve.steps, curve.values, "o-", markersize=5, color=color, label=run.name)
+            axes.plot(curve.steps, curve.values, "o-", markersize=5, **style)
         elif name == "learning_rate":
-            axes.plot(*downsample(curve.steps, curve.values), color=color, label=run.name)
+            axes.plot(*downsample(curve.steps, curve.values), **style)
         else:
             if len(runs) <= len(COLORS):
                 raw = downsample(curve.steps, curve.values)
                 axes.plot(*raw, color=color, alpha=0.22, linewidth=0.8)
-            axes.plot(*downsample(curve.steps, smooth(curve.values)), color=color, label=run.name)
-    axes.set(xlabel="step", ylabel=title)
+            axes.plot(*downsample(curve.steps, smooth(curve.values)), **style)
+    axes.set(xlabel="step", ylabel=plain(title))
     legend(axes, len(runs))
     return figure
 
@@ -357,14 +373,16 @@ def _final_by(runs: Sequence[RunRecord], metric: str, key: str, others: Sequence
     for (shared_values, line), color in zip(found.items(), shades(len(found)), strict=True):
         at = [run.config.get(key) for run in line]
         x = at if numeric else [names.index(shown(value)) for value in at]
-        label = f"{others[0].rsplit('.', 1)[-1]} {shown(shared_values[0])}" if labelled else None
+        label = None
+        if labelled:
+            label = plain(f"{others[0].rsplit('.', 1)[-1]} {shown(shared_values[0])}")
         y = [run.final(metric) for run in line]
         axes.plot(x, y, "o-", markersize=7, color=color if others else COLORS[0], label=label)
     if numeric:
         value_axis(axes.xaxis, values)
     else:
-        axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel=key, ylabel=metric.removeprefix("eval/").replace("/", " "))
+        axes.set_xticks(range(len(names)), [plain(name) for name in names])
+    axes.set(xlabel=plain(key), ylabel=metric.removeprefix("eval/").replace("/", " "))
     legend(axes, len(found) if labelled else 0, outside=True)
     return figure
 
@@ -377,7 +395,7 @@ def time_split(runs: Sequence[RunRecord]) -> Any:
     height = 1.6 + 0.34 * len(timed)
     figure, axes = subplots(figsize=(WIDTH, min(height, 12)))
     left = np.zeros(len(timed))
-    names = [run.name if len(run.name) <= 28 else f"…{run.name[-27:]}" for run in timed]
+    names = [plain(run.name if len(run.name) <= 28 else f"…{run.name[-27:]}") for run in timed]
     order = ("step", *(part for part in CLOCK_PARTS if part != "step"))
     for part, color in zip(order, COLORS, strict=False):
         seconds = np.array([run.clock["seconds"].get(part, 0.0) for run in timed])

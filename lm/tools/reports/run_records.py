@@ -6,9 +6,11 @@ and finds spikes and the incidents of a run.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,12 @@ from scipy.signal import lfilter
 from lm import config as configs
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.accounting.parameter_counts import count_parameters
+from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
+from lm.json_files import parse_json, read_json
 from lm.runs.workdir import RUN_FILE, load_run_config
-from lm.tools.formatting import duration
+from lm.tools.formatting import duration, printable
 
 VALIDATION_LOSS = "eval/validation/loss"
 TRAIN_LOSS = "loss"
@@ -84,7 +88,8 @@ class RunRecord:
         curves: Metrics by name.
         clock: Seconds by part of the loop, number of starts, goodput; empty without a clock.
         size: Size of the run; None if its configuration cannot be built any more.
-        problem: Reason why it cannot be built.
+        problem: Reason why it cannot be built, or is not whole.
+        damage: Files that are damaged, a line each.
         samples: First predictions by evaluated split.
         scores: Results of `lm eval --task` by evaluated split.
     """
@@ -95,6 +100,7 @@ class RunRecord:
     clock: Mapping[str, Any] = field(default_factory=dict)
     size: RunSize | None = None
     problem: str = ""
+    damage: tuple[str, ...] = ()
     samples: Mapping[str, list[dict]] = field(default_factory=dict)
     scores: Mapping[str, dict] = field(default_factory=dict)
 
@@ -106,7 +112,7 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """True if the run reached `train.steps`."""
-        return self.last_step >= self.config["train.steps"]
+        return self.last_step >= self.config.get("train.steps", np.inf)
 
     @property
     def tokens(self) -> int | None:
@@ -146,69 +152,144 @@ class RunRecord:
         return np.cumsum(np.nan_to_num(curve.values) * np.diff(curve.steps, prepend=0))
 
 
-def find_runs(workdir: Path, n_samples: int = 0) -> list[RunRecord]:
-    """Read the run in `workdir`, or those in its subfolders, in the order of their names.
+def find_runs(*workdirs: Path, n_samples: int = 0) -> list[RunRecord]:
+    """Read the run in each folder, or those in its subfolders, in the order of their names.
 
     Args:
-        workdir: Folder of a run, or of runs.
+        workdirs: Folders of a run, or of runs.
         n_samples: Predictions that are read of each evaluated split.
 
     Raises:
-        UserError: There is no run.
+        UserError: There is no run in a folder.
     """
-    if (workdir / RUN_FILE).exists():
-        return [read_run(workdir, workdir.resolve().name, n_samples)]
-    files = sorted([*workdir.glob(f"*/{RUN_FILE}"), *workdir.glob(f"*/*/{RUN_FILE}")])
-    if not files:
-        raise UserError(f"no run in {workdir}: neither it nor its subfolders have a {RUN_FILE}")
-    folders = [file.parent for file in files]
-    return [read_run(folder, str(folder.relative_to(workdir)), n_samples) for folder in folders]
+    folders: dict[Path, str] = {}  # names by folder
+    for workdir in workdirs:
+        name = workdir.resolve().name
+        if (workdir / RUN_FILE).exists():
+            folders.setdefault(workdir, name)
+            continue
+        files = sorted([*workdir.glob(f"*/{RUN_FILE}"), *workdir.glob(f"*/*/{RUN_FILE}")])
+        if not files:
+            raise UserError(f"no run in {workdir}: neither it nor its subfolders have a {RUN_FILE}")
+        above = Path(name) if len(workdirs) > 1 else Path()
+        for file in files:
+            folders.setdefault(file.parent, str(above / file.parent.relative_to(workdir)))
+    names = Counter(folders.values())
+    return [
+        read_run(folder, name if names[name] == 1 else str(folder), n_samples)
+        for folder, name in folders.items()
+    ]
 
 
 def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
-    """Read the folder of a run; what it does not have is left empty."""
-    try:
-        config = dict(configs.flatten(json.loads((folder / RUN_FILE).read_text())["config"]))
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder / RUN_FILE} is damaged: {error}") from None
-    clock = folder / "clock.json"
+    """Read the folder of a run; what it does not have, or is damaged, is left out."""
+    damage: list[str] = []
+
+    def part(read: Callable[[], Any], empty: Any) -> Any:
+        try:
+            return read()
+        except FileNotFoundError:
+            return empty
+        except UserError as error:
+            damage.append(str(error))
+            return empty
+
+    config = part(lambda: _read_config(folder / RUN_FILE, damage), {})
     size, problem = None, ""
     try:
         size = size_of(folder)
-    except UserError as error:
-        problem = str(error)
+    except Exception as error:  # of a damaged or another version's configuration
+        problem = " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)
+    curves = part(lambda: _read_curves(folder / "metrics.jsonl", damage), {})
+    unusable = damage[0] if damage else ""
+    clock = part(lambda: _read_clock(folder / "clock.json"), {})
+    samples, scores = {}, {}
+    for split, file in _evaluated(folder, "predictions.jsonl"):
+        samples[printable(split)] = part(partial(_head, file, n_samples), [])
+    for split, file in _evaluated(folder, "report.json"):
+        scores[printable(split)] = part(partial(read_json, file), {})
     return RunRecord(
-        name=name,
+        name=printable(name),
         config=config,
-        curves=read_curves(folder / "metrics.jsonl"),
-        clock=json.loads(clock.read_text()) if clock.exists() else {},
+        curves=curves,
+        clock=clock,
         size=size,
-        problem=problem,
-        samples={name: _head(f, n_samples) for name, f in _evaluated(folder, "predictions.jsonl")},
-        scores={name: json.loads(f.read_text()) for name, f in _evaluated(folder, "report.json")},
+        problem=unusable or problem,
+        damage=tuple(dict.fromkeys(damage)),
+        samples=samples,
+        scores=scores,
     )
 
 
-def read_curves(file: Path) -> dict[str, Curve]:
-    """Read every metric of a metrics.jsonl; a last line without an end is ignored.
+def _read_config(file: Path, damage: list[str]) -> dict[str, Any]:
+    """Read the configuration by flat keys; those of another type are left out."""
+    values = read_json(file).get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: damaged (it holds no configuration)")
+    try:
+        config = dict(configs.flatten(values))
+    except RecursionError:
+        raise UserError(f"{file}: damaged (nested too deeply)") from None
+    wrong = [path for path, value in config.items() if not _has_type(path, value)]
+    if wrong:
+        damage.append(f"{file}: damaged (wrong type of {', '.join(wrong[:3])})")
+    return {path: value for path, value in config.items() if path not in wrong}
 
-    Raises:
-        UserError: A line is damaged.
-    """
-    points: dict[str, list[tuple[int, float]]] = {}
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+
+def _has_type(path: str, value: Any) -> bool:
+    kind = SCHEMA[path].type if path in SCHEMA else None
+    if kind in (int, float) or (kind is None and isinstance(value, int)):
+        return _is_number(value) or (kind is None and isinstance(value, bool))
+    return kind is None or isinstance(value, list | tuple if kind is tuple else kind)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number that a figure can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _read_clock(file: Path) -> dict[str, Any]:
+    clock = read_json(file)
+    seconds = clock.get("seconds", {})
+    numbers = [clock.get(name, 0) for name in ("starts", "goodput", "steps_computed")]
+    numbers += seconds.values() if isinstance(seconds, dict) else [None]
+    if not all(_is_number(number) and number >= 0 for number in numbers):
+        raise UserError(f"{file}: damaged (something in it is not a number)")
+    return clock
+
+
+def _read_curves(file: Path, damage: list[str]) -> dict[str, Curve]:
+    """Read every metric; a last line without an end is ignored, a damaged one named."""
+    points: dict[str, dict[int, float]] = {}
+    try:
+        lines = file.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    problems = []
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            continue
         try:
-            values = json.loads(line)
-            step = values.pop("step")
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{file}, line {number} is damaged: {error}") from None
+            values = parse_json(line, f"{file}, line {number}")
+            step = values.pop("step", None)
+            if not isinstance(step, int) or not 0 <= step < 2**53:
+                raise UserError(f"{file}, line {number} is damaged: its step is {step!r:.40}")
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if not all(value is None or isinstance(value, int | float) for value in values.values()):
+            problems.append(f"{file}, line {number} is damaged: a metric is not a number")
         for name, value in values.items():
-            points.setdefault(name, []).append((step, np.nan if value is None else value))
-    columns = {name: np.array(found, float).T for name, found in points.items()}
-    return {name: Curve(steps.astype(int), values) for name, (steps, values) in columns.items()}
+            shown = float(value) if _is_number(value) else np.nan
+            points.setdefault(printable(name), {})[step] = shown
+    if problems:
+        more = f" ({len(problems)} such lines)" if len(problems) > 1 else ""
+        damage.append(problems[0] + more)
+    columns = {name: sorted(found.items()) for name, found in points.items()}
+    return {
+        name: Curve(np.array([s for s, _ in column], int), np.array([v for _, v in column], float))
+        for name, column in columns.items()
+    }
 
 
 def _evaluated(folder: Path, file: str) -> list[tuple[str, Path]]:
@@ -217,8 +298,12 @@ def _evaluated(folder: Path, file: str) -> list[tuple[str, Path]]:
 
 
 def _head(file: Path, count: int) -> list[dict]:
-    with file.open() as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+    try:
+        with file.open("rb") as stream:
+            lines = list(islice(stream, count))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    return [parse_json(line, f"{file}, line {i}") for i, line in enumerate(lines, 1)]
 
 
 def swept_keys(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
@@ -314,11 +399,11 @@ def spikes(values: np.ndarray) -> np.ndarray:
 
 def incidents(run: RunRecord) -> list[str]:
     """Describe restarts, lost steps, loss spikes and stalls, one line each, the gravest first."""
-    found = [run.problem] if run.problem else []
+    found = list(dict.fromkeys([*run.damage, *([run.problem] if run.problem else [])]))
     if TRAIN_LOSS not in run.curves:
         return [*found, "no training step was written"]
     loss = run.curves[TRAIN_LOSS]
-    if not run.finished:
+    if not run.finished and "train.steps" in run.config:
         found.append(f"stopped at step {run.last_step:,} of {run.config['train.steps']:,}")
     if not np.isfinite(loss.values).all():
         found.append(f"loss not finite at {_steps(loss.steps[~np.isfinite(loss.values)])}")
@@ -343,6 +428,8 @@ def _stalls(run: RunRecord) -> list[str]:
     if "seconds_per_step" not in run.curves:
         return []
     curve = run.curves["seconds_per_step"]
+    if not np.isfinite(curve.values).any():
+        return []
     slow = curve.values > STALL * np.nanmedian(curve.values)
     if not slow.any():
         return []

@@ -99,11 +99,13 @@ def runs_of_folder(workdir: Path) -> tuple[Runs, list[str]]:
     points, left_out = [], []
     for run in found:
         loss = run.final(metric)
-        if not run.finished:
+        if run.problem:
+            left_out.append(f"{run.name}: {run.problem}")
+        elif not run.finished:
             at = f"at step {run.last_step} of {run.config['train.steps']}"
             left_out.append(f"{run.name}: not finished, {at}")
         elif loss is None or run.size is None:
-            left_out.append(f"{run.name}: {run.problem or f'no finite {metric}'}")
+            left_out.append(f"{run.name}: no finite {metric}")
         else:
             tokens = run.last_step * run.size.tokens_per_step
             points.append((run.size.parameters, tokens, loss))

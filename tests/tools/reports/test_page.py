@@ -1,7 +1,10 @@
 """Report page: self-contained, escaped, and without errors in a browser at both widths."""
 
+import base64
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -10,6 +13,7 @@ import pytest
 from runs import write_run
 
 from lm.cli import main
+from lm.tools.reports import report_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PROBE = """<script>
@@ -82,12 +86,82 @@ def test_a_run_of_another_version_has_no_picture_by_what_it_does_not_tell(sweep,
     assert pictures == {"loss_by_step.png", "loss_by_time.png"}
 
 
+def test_only_the_script_of_the_page_may_run(sweep):
+    text = (sweep / "index.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert re.search(r"script-src ([^;\"]*)", text)[1] == f"'sha256-{digest}'"
+
+
+NAMES = ["_a", "$x", "a$b$c", r"\frac{$", "<b>", "é 日本", "a\nb", "\udcff", "x" * 200, "%s{0}"]
+
+
+def test_every_name_of_runs_and_evaluations_and_several_folders(tmp_path):
+    for i, name in enumerate(NAMES):
+        run = write_run(tmp_path / "a" / name, {"data.source": f"text:{i}$"}, [3.0, 2.0], 1.0 + i)
+        metrics = {"step": 2, f"eval/{name}/../x": 1.0, name: 2.0}
+        (run / "metrics.jsonl").write_text(
+            (run / "metrics.jsonl").read_text() + json.dumps(metrics) + "\n"
+        )
+        if i < 3:
+            (run / "eval" / name).mkdir(parents=True)
+            (run / "eval" / name / "report.json").write_text(json.dumps({name: 1.0}))
+    other = write_run(tmp_path / "b" / "_a", {"seed": 1}, [1.0], 9.5)
+    assert main(["report", "--workdir", str(tmp_path / "a"), str(other)]) == 0
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert f"{len(NAMES) + 1} runs" in text
+    for piece in ("a/_a", "a/a$b$c", "a/&lt;b&gt;", "a/é 日本", "9.5000"):
+        assert piece in text
+    assert not [f for f in tmp_path.rglob("*.png") if f.parent != tmp_path / "report"]
+
+
+DAMAGE = ["", "{\n", "[]\n", "{}\n", "\ud800\n", '{"step": "x"}\n']
+
+
+def test_a_report_names_what_is_damaged_and_goes_on(tmp_path, monkeypatch):
+    """Any file of a run cut, emptied or with any value of another type."""
+    monkeypatch.setattr(report_page, "save_png", lambda figure, file: None)
+    monkeypatch.setattr(report_page, "svg", lambda figure: "")
+    chance = random.Random(0)
+    run = write_run(tmp_path / "run", {}, [3.0, 2.0], validation=2.0)
+    (run / "eval" / "test-2").mkdir(parents=True)
+    (run / "eval" / "test-2" / "report.json").write_text('{"step": 2, "bleu": 12.5}')
+    (run / "eval" / "test-2" / "predictions.jsonl").write_text('{"source": "a", "text": "b"}\n')
+    files = sorted(file for file in run.rglob("*.json*"))
+    whole = {file: file.read_text() for file in files}
+
+    def report(file, text):
+        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+        made = report_page.write_page([run], tmp_path / "page").read_text()
+        file.write_text(whole[file])
+        return made
+
+    for file in files:
+        for text in DAMAGE:
+            page = report(file, text)
+            if text in ("{\n", "[]\n"):
+                assert file.name in page, (file, text)
+    values = [[], {}, "x", -1, 10**400, 1e308, float("nan"), True, None, {"a": [1]}]
+    for _ in range(10):
+        file = chance.choice(files)
+        lines = whole[file].splitlines()
+        row = json.loads(lines[0]) if file.suffix == ".jsonl" else json.loads(whole[file])
+        node, name = row, chance.choice(list(row))
+        while isinstance(node[name], dict) and node[name] and chance.random() < 0.9:
+            node, name = node[name], chance.choice(list(node[name]))
+        node[name] = chance.choice(values)
+        report(file, json.dumps(row) + "\n")
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(sweep, tmp_path, width):
     """No message on the console, no request, nothing wider than the window; the table sorts."""
     page = tmp_path / "page.html"
-    page.write_text((sweep / "index.html").read_text().replace("</body>", f"{PROBE}</body>"))
+    probe = hashlib.sha256(PROBE[8:-9].encode()).digest()  # without its tags
+    allowed = f"script-src 'sha256-{base64.b64encode(probe).decode()}' "
+    text = (sweep / "index.html").read_text().replace("script-src ", allowed)
+    page.write_text(text.replace("</body>", f"{PROBE}</body>"))
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]

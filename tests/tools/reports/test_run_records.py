@@ -48,8 +48,9 @@ def test_a_half_written_line_is_none_and_a_damaged_one_is_named(tmp_path):
     assert curve.steps.tolist() == [1, 2]
     assert np.isnan(curve.values[1])
     metrics.write_text('{"step": 1, "loss"\n' + metrics.read_text())
-    with pytest.raises(UserError, match="line 1 is damaged"):
-        read_run(folder, "a")
+    damaged = read_run(folder, "a")
+    assert "line 1: damaged JSON" in damaged.damage[0]
+    assert damaged.curves["loss"].steps.tolist() == [1, 2]
 
 
 def test_incidents(tmp_path):
