@@ -1,9 +1,9 @@
 """Configurations: schema, registries, experiment files, overrides, rules between keys.
 
 Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
-the schema), `experiment_file.py` (experiment files and plug-ins), `rules.py`. Public are the
-functions here; importing the package imports no JAX. What needs a mesh or a platform is validated
-in `lm/validation.py`.
+the schema), `experiment_file.py`, `rules.py`; `plugins.py` imports those of a saved run again.
+Public are the functions here; importing the package imports no JAX. What needs a mesh or a platform
+is validated in `lm/validation.py`.
 
 An experiment file starts from `default()` and changes values:
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lm.config.experiment_file import call_file, import_plugins
+from lm.config.experiment_file import call_file
 from lm.config.registries import SCHEMA
 from lm.config.registry import Key
 from lm.config.rules import broken_rules, listed
@@ -127,10 +127,13 @@ def read_run_file(file: AnyPath) -> ConfigDict:
     values = run.get("config")
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it holds no configuration")
-    try:
-        import_plugins(run.get("plugins", ()), values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
+    if plugins := run.get("plugins"):
+        from lm.config.plugins import import_plugins
+
+        try:
+            import_plugins(plugins, values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
     config = default()
     for path, value in flatten(values):
         set_value(config, path, tuple(value) if isinstance(value, list) else value)

@@ -1,8 +1,6 @@
 """Python files of the user: experiment files and the plug-ins that they import.
 
-An experiment file has a `get_config(variant)` and perhaps VARIANTS, the names of its variants. A
-plug-in is a file that registers classes (`lm/config/registry.py`). A run remembers the plug-ins
-that its configuration imports, and whoever reads its configuration imports them again.
+An experiment file has a `get_config(variant)` and perhaps VARIANTS, the names of its variants.
 """
 
 from __future__ import annotations
@@ -13,14 +11,12 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lm.config.registries import REGISTRIES
-from lm.config.registry import Registry
 from lm.errors import UserError
 
 _FOLDERS: list[Path] = []  # those that importable() has put on sys.path
@@ -37,8 +33,8 @@ def call_file(file: Path, function: str, variant: str) -> Any:
     Raises:
         UserError: the file or the function does not exist, or fails.
     """
-    with _errors_of(file):
-        module = _execute(file)
+    with errors_of(file):
+        module = execute(file)
         if not hasattr(module, function):
             raise UserError(f"{file} has no {function}(variant)")
         called = getattr(module, function)
@@ -55,94 +51,14 @@ def variants_in(folder: Path) -> list[str]:
     """
     specs = []
     for file in sorted(folder.glob("*.py")):
-        with _errors_of(file):
-            module = _execute(file)
+        with errors_of(file):
+            module = execute(file)
         if hasattr(module, "get_config"):
             variants = getattr(module, "VARIANTS", ("",))
             specs += [f"{file}:{variant}" if variant else str(file) for variant in variants]
     if not specs:
         raise UserError(f"no experiment files (*.py) in {folder}")
     return specs
-
-
-# --- plug-ins
-
-
-def registered_plugins() -> list[dict[str, Any]]:
-    """Return the plug-ins that this process has imported, for a run to remember.
-
-    Returns:
-        One dictionary for each file: "file" (absolute path), "module" (name it was imported by) and
-        "registers" (names by kind).
-    """
-    plugins: dict[str, dict[str, Any]] = {}
-    for registry in REGISTRIES:
-        for name, entry in registry.entries.items():
-            if entry.plugin:
-                file = str(Path(entry.plugin).resolve())
-                new = {"file": file, "module": entry.module, "registers": {}}
-                names = plugins.setdefault(file, new)["registers"]
-                names.setdefault(registry.kind, []).append(name)
-    return list(plugins.values())
-
-
-def plugin_metadata() -> dict[str, Any]:
-    """Return what run.json remembers of plug-ins; nothing where there are none."""
-    plugins = registered_plugins()
-    return {"plugins": plugins} if plugins else {}
-
-
-def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    """Import the plug-ins of a run again, unless they are imported already.
-
-    Args:
-        plugins: as `registered_plugins` returns.
-        config: the run's configuration. A plug-in that it does not use may be missing.
-
-    Raises:
-        UserError: a file does not exist or fails, or does not register a name any more.
-    """
-    for plugin in plugins:
-        file = Path(plugin["file"])
-        names = [
-            (registry, name)
-            for registry in REGISTRIES
-            for name in plugin["registers"].get(registry.kind, ())
-        ]
-        if all(_is_from(file, registry, name) for registry, name in names):
-            continue
-        used = [(registry, name) for registry, name in names if registry.is_used(name, config)]
-        if not file.is_file():
-            if not used:
-                continue
-            registry, name = used[0]
-            raise UserError(
-                f"the run uses the {registry.kind} {name!r} of {file}, which does not exist: "
-                "restore the file"
-            )
-        with _errors_of(file):
-            _import(file, plugin["module"])
-        for registry, name in used:
-            if name not in registry:
-                raise UserError(f"{file} does not register the {registry.kind} {name!r} any more")
-
-
-def _is_from(file: Path, registry: Registry, name: str) -> bool:
-    entry = registry.entries.get(name)
-    return entry is not None and entry.plugin != "" and Path(entry.plugin).resolve() == file
-
-
-def _import(file: Path, module: str) -> None:
-    """Import a file under the module's name that it was imported by, if that still leads there."""
-    path = file.parent if file.name == "__init__.py" else file.with_suffix("")
-    parts = module.split(".")
-    if list(path.parts[-len(parts) :]) != parts:
-        _execute(file)
-        return
-    importable(path.parents[len(parts) - 1])
-    found = importlib.import_module(module)
-    if Path(found.__file__ or "").resolve() != file:
-        _execute(file)
 
 
 def importable(folder: Path) -> None:
@@ -174,7 +90,7 @@ def _lies_in(module: ModuleType, folder: Path, top: str) -> bool:
     return file == folder / f"{top}.py" or folder / top in file.parents
 
 
-def _execute(file: Path) -> ModuleType:
+def execute(file: Path) -> ModuleType:
     """Execute a Python file as a module of a name of its own."""
     form = "an experiment file is FILE.py[:VARIANT], or a run's run.json"
     if file.is_dir():
@@ -196,7 +112,7 @@ def _execute(file: Path) -> ModuleType:
 
 
 @contextmanager
-def _errors_of(file: Path) -> Iterator[None]:
+def errors_of(file: Path) -> Iterator[None]:
     """Turn what fails in the user's code into a UserError that says where."""
     try:
         yield

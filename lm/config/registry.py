@@ -25,6 +25,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lm.errors import UserError
@@ -296,6 +297,23 @@ class Schema(Mapping[str, Key]):
         sections = (".".join(parts[:n]) for n in range(1, len(parts)))
         collides = path in self or self.is_section(path)
         return next((s for s in sections if s in self), path if collides else "")
+
+    def plugins(self) -> list[dict[str, Any]]:
+        """Return the plug-ins that this process has imported, for a run to remember.
+
+        Returns:
+            One dictionary for each file: "file" (absolute path), "module" (name it was imported
+            by) and "registers" (names by kind).
+        """
+        plugins: dict[str, dict[str, Any]] = {}
+        for registry in self._registries:
+            for name, entry in registry.entries.items():
+                if entry.plugin:
+                    file = str(Path(entry.plugin).resolve())
+                    new = {"file": file, "module": entry.module, "registers": {}}
+                    names = plugins.setdefault(file, new)["registers"]
+                    names.setdefault(registry.kind, []).append(name)
+        return list(plugins.values())
 
     def unused_options(self, config: Mapping[str, Any]) -> dict[str, Key]:
         """Return the options of plug-ins that a configuration does not use."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.config.experiment_file import import_plugins, registered_plugins
-from lm.config.registries import TOKENIZERS
+from lm.config.plugins import import_plugins
+from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.data.sources import Chunk
 from lm.data.store import TokenBlock, encode_chunks
 from lm.data.tokenizers.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def encode_in_processes(
 
 def _tokenizer_plugins() -> list[dict[str, Any]]:
     """Return the imported plug-ins that register a tokenizer."""
-    return [p for p in registered_plugins() if TOKENIZERS.kind in p["registers"]]
+    return [p for p in SCHEMA.plugins() if TOKENIZERS.kind in p["registers"]]
 
 
 _worker_state: tuple[Tokenizer, np.dtype]

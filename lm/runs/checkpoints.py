@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.experiment_file import plugin_metadata
+from lm.config.registries import SCHEMA
 from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.parallel.mesh import is_primary_host
@@ -251,6 +251,13 @@ def _disk_errors(folder: AnyPath) -> Iterator[None]:
 # --- workdir
 
 
+def run_metadata(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of run.json: configuration, digests of the data, and plug-ins if any."""
+    plugins = SCHEMA.plugins()
+    metadata = {"config": json.loads(config.to_json()), "fingerprint": fingerprint}
+    return metadata | ({"plugins": plugins} if plugins else {})
+
+
 def prepare_workdir(
     workdir: Path, config: ConfigDict, dataset: Dataset, write: bool
 ) -> dict[str, Any]:
@@ -268,11 +275,7 @@ def prepare_workdir(
     Raises:
         UserError: the workdir holds another run, or cannot be written.
     """
-    metadata = {
-        "config": json.loads(config.to_json()),
-        "fingerprint": dataset.fingerprint,
-        **plugin_metadata(),
-    }
+    metadata = run_metadata(config, dataset.fingerprint)
     before = read_run_metadata(workdir)
     if jax.process_count() > 1:
         _require_same_run(workdir, before, dataset)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.config.experiment_file import plugin_metadata
 from lm.data.tokenizers.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build
@@ -34,6 +33,7 @@ from lm.runs.checkpoints import (
     on_all_hosts,
     one_line,
     read_run_metadata,
+    run_metadata,
 )
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
 from lm.storage import AnyPath, is_committed, storage_path, write_atomically
@@ -336,11 +336,8 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     params, step = restore_params(experiment, workdir, log, average)
     state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
     state = state.with_inference_params(params)
-    metadata = {
-        "config": json.loads(config.to_json()),
-        "fingerprint": saved_checkpoints(workdir, log)[0].metadata["fingerprint"],
-        **plugin_metadata(),
-    }
+    fingerprint = saved_checkpoints(workdir, log)[0].metadata["fingerprint"]
+    metadata = run_metadata(config, fingerprint)
     if is_primary_host():
         shutil.copytree(workdir / "tokenizer", to / "tokenizer")
         write_atomically(to / RUN_FILE, json.dumps(metadata, indent=1))

@@ -10,7 +10,6 @@ from plugins import forget_plugins
 
 from lm import config as configs
 from lm.cli import main
-from lm.config import experiment_file
 from lm.config.registries import OBJECTIVES, OPTIMIZERS, SCHEMA, SOURCES
 from lm.config.registry import option
 from lm.errors import UserError
@@ -244,7 +243,7 @@ def test_two_plugins_cannot_share_a_name(folder, capsys):
 
 def test_a_plugin_that_lost_its_name_is_one_line(folder, tmp_path, capsys):
     configs.load_config(f"{folder}/config.py")
-    saved = {"plugins": experiment_file.registered_plugins(), "config": {}}
+    saved = {"plugins": SCHEMA.plugins(), "config": {}}
     saved["config"] = {"model": {"family": "gain"}}
     (tmp_path / "run.json").write_text(json.dumps(saved))
     forget_plugins()
@@ -287,7 +286,7 @@ def test_a_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
         "    config.schedule.name = 'mine'\n    return config\n"
     )
     config = configs.load_config(f"{folder}/config.py")
-    plugins = experiment_file.registered_plugins()
+    plugins = SCHEMA.plugins()
     run = {"config": json.loads(config.to_json()), "plugins": plugins}
     (tmp_path / "run.json").write_text(json.dumps(run))
     forget_plugins()
@@ -306,7 +305,7 @@ def test_the_configuration_file_itself_may_register(folder, tmp_path):
     config = configs.load_config(f"{folder}/config.py", {"optimizer.mine.b3": "0.25"})
     assert config.optimizer.mine.b3 == 0.25
     assert configs.load_config(f"{folder}/config.py").optimizer.mine.b3 == 0.5  # twice is no clash
-    plugins = experiment_file.registered_plugins()
+    plugins = SCHEMA.plugins()
     run = {"config": json.loads(config.to_json()), "plugins": plugins}
     (tmp_path / "run.json").write_text(json.dumps(run))
     forget_plugins()

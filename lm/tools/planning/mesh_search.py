@@ -22,7 +22,8 @@ import jax
 from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
-from lm.config.experiment_file import import_plugins, registered_plugins
+from lm.config.plugins import import_plugins
+from lm.config.registries import SCHEMA
 from lm.config.rules import TRANSFORMERS
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
@@ -257,7 +258,7 @@ class _Pool:
             # The processes inherit it: a candidate that does not fit is no warning here.
             os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
         given = dict(flatten(self.config))
-        plugins = registered_plugins(), self.config.to_dict()
+        plugins = SCHEMA.plugins(), self.config.to_dict()
         spawn = get_context("spawn")
         with ProcessPoolExecutor(self.n_workers, spawn, import_plugins, plugins) as pool:
             running: deque[tuple[Candidate, Future[Plan]]] = deque()

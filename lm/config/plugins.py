@@ -1,0 +1,70 @@
+"""Plug-ins of a run: the files that registered what it uses, imported again by whoever reads it.
+
+A plug-in is a Python file, imported by an experiment file, that registers classes
+(`lm/config/registry.py`). run.json remembers those that are imported (`Schema.plugins`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.config.experiment_file import errors_of, execute, importable
+from lm.config.registries import REGISTRIES
+from lm.config.registry import Registry
+from lm.errors import UserError
+
+
+def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+    """Import the plug-ins of a run again, unless they are imported already.
+
+    Args:
+        plugins: as `Schema.plugins` returns.
+        config: the run's configuration. A plug-in that it does not use may be missing.
+
+    Raises:
+        UserError: a file does not exist or fails, or does not register a name any more.
+    """
+    for plugin in plugins:
+        file = Path(plugin["file"])
+        names = [
+            (registry, name)
+            for registry in REGISTRIES
+            for name in plugin["registers"].get(registry.kind, ())
+        ]
+        if all(_is_from(file, registry, name) for registry, name in names):
+            continue
+        used = [(registry, name) for registry, name in names if registry.is_used(name, config)]
+        if not file.is_file():
+            if not used:
+                continue
+            registry, name = used[0]
+            raise UserError(
+                f"the run uses the {registry.kind} {name!r} of {file}, which does not exist: "
+                "restore the file"
+            )
+        with errors_of(file):
+            _import(file, plugin["module"])
+        for registry, name in used:
+            if name not in registry:
+                raise UserError(f"{file} does not register the {registry.kind} {name!r} any more")
+
+
+def _is_from(file: Path, registry: Registry, name: str) -> bool:
+    entry = registry.entries.get(name)
+    return entry is not None and entry.plugin != "" and Path(entry.plugin).resolve() == file
+
+
+def _import(file: Path, module: str) -> None:
+    """Import a file under the module's name that it was imported by, if that still leads there."""
+    path = file.parent if file.name == "__init__.py" else file.with_suffix("")
+    parts = module.split(".")
+    if list(path.parts[-len(parts) :]) != parts:
+        execute(file)
+        return
+    importable(path.parents[len(parts) - 1])
+    found = importlib.import_module(module)
+    if Path(found.__file__ or "").resolve() != file:
+        execute(file)
