@@ -21,7 +21,7 @@ import jax
 from lm.experiment import Experiment
 from lm.hardware import PEAK_FLOPS
 from lm.models.transformer_config import global_layers
-from lm.models.variables import KERNELS, Kind, flat
+from lm.models.variables import KERNELS, flat
 
 
 def model_flops_per_token(experiment: Experiment) -> float:
@@ -30,7 +30,7 @@ def model_flops_per_token(experiment: Experiment) -> float:
     if m.family == "skip_gram":
         o = experiment.config.objective
         return 6.0 * m.d_model * (o.window + 1) * (1 + o.negatives)
-    tokens = _tokens(experiment)
+    tokens = stream_tokens(experiment)
     multiplied = 0.0
     for path, leaf in flat(experiment.param_shapes).items():
         role = experiment.param_infos[path].role
@@ -39,31 +39,14 @@ def model_flops_per_token(experiment: Experiment) -> float:
     return 6.0 * (multiplied + 2 * _attention(experiment, tokens)) / tokens_per_row(experiment)
 
 
-def training_cost(experiment: Experiment) -> tuple[int, float]:
-    """Return the tokens D of a whole training run, and its FLOPs estimated as 6 N D.
-
-    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
-    uses, each times the tokens that pass through it: source tokens do not pass through a decoder.
-    The products of attention and the output matrix are left out.
-    """
-    config, tokens = experiment.config, _tokens(experiment)
-    per_row = sum(
-        leaf.size * used_share(experiment, path) * tokens[experiment.param_infos[path].role.stream]
-        for path, leaf in flat(experiment.param_shapes).items()
-        if not is_embedding(experiment, path)
-    )
-    rows = config.train.steps * config.data.batch_size
-    return rows * tokens_per_row(experiment), 6.0 * rows * per_row
-
-
 def tokens_per_row(experiment: Experiment) -> int:
     """Return the tokens of an example: of source and target, or of the one sequence."""
-    tokens = _tokens(experiment)
+    tokens = stream_tokens(experiment)
     has_target = "source" in experiment.objective.shapes
     return tokens["source"] + (tokens["target"] if has_target else 0)
 
 
-def _tokens(experiment: Experiment) -> dict[str, int]:
+def stream_tokens(experiment: Experiment) -> dict[str, int]:
     """Return the numbers of source, target and predicted tokens, and of texts, of an example."""
     length = experiment.config.data.sequence_length
     sizes = {name: shape[0] for name, (shape, _) in experiment.objective.shapes.items() if shape}
@@ -90,12 +73,6 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,
     }.get(m.family, 0)
-
-
-def is_embedding(experiment: Experiment, path: str) -> bool:
-    """Return whether a parameter belongs to an embedding or to an untied output layer."""
-    role = experiment.param_infos[path].role
-    return role.kind == Kind.EMBEDDING or role.part == "output"
 
 
 def used_share(experiment: Experiment, path: str) -> float:

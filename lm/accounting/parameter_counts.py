@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from lm import config as configs
-from lm.accounting.flops import is_embedding, tokens_per_row, training_cost, used_share
+from lm.accounting.flops import stream_tokens, tokens_per_row, used_share
 from lm.data.tokenizers.tokenizer import is_fitted
 from lm.experiment import Experiment, build_untraced
-from lm.models.variables import Role, flat
+from lm.models.variables import Kind, Role, flat
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:
@@ -67,10 +67,33 @@ def _role_text(role: Role) -> str:
     return str(role.kind) + (f" ({', '.join(notes)})" if notes else "")
 
 
+def is_embedding(experiment: Experiment, path: str) -> bool:
+    """Return whether a parameter belongs to an embedding or to an untied output layer."""
+    role = experiment.param_infos[path].role
+    return role.kind == Kind.EMBEDDING or role.part == "output"
+
+
 def is_head(experiment: Experiment, path: str) -> bool:
     """Return whether a parameter belongs to BERT's pretraining objectives, not to BERT."""
     is_bert = experiment.config.objective.next_sentence
     return is_bert and experiment.param_infos[path].role.part == "pretraining"
+
+
+def training_cost(experiment: Experiment) -> tuple[int, float]:
+    """Return the tokens D of a whole training run, and its FLOPs estimated as 6 N D.
+
+    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
+    uses, each times the tokens that pass through it: source tokens do not pass through a decoder.
+    The products of attention and the output matrix are left out.
+    """
+    config, tokens = experiment.config, stream_tokens(experiment)
+    per_row = sum(
+        leaf.size * used_share(experiment, path) * tokens[experiment.param_infos[path].role.stream]
+        for path, leaf in flat(experiment.param_shapes).items()
+        if not is_embedding(experiment, path)
+    )
+    rows = config.train.steps * config.data.batch_size
+    return rows * tokens_per_row(experiment), 6.0 * rows * per_row
 
 
 def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
