@@ -248,6 +248,14 @@ VALUES = {
 }
 
 
+def refusal_of(config) -> str:
+    try:
+        check(config, "cpu", 8)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(sorted(VALUES)), max_size=5, unique=True).flatmap(
@@ -260,11 +268,10 @@ def test_what_the_call_accepts_can_be_traced(changes):
     base = {"model.n_layers": 2, "model.d_model": 16, "data.sequence_length": 16}
     for path, value in (base | {"data.batch_size": 8, "model.vocab_size": 32} | changes).items():
         configs.set_value(config, path, value)
-    try:
-        check(config, "cpu", 8)
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert "--config." in str(error)
+    refusal = refusal_of(config)
+    if refusal:
+        assert "\n" not in refusal
+        assert "--config." in refusal
         return
     experiment = build(config, jax.devices())
     batches = {

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm.config import flatten
-from lm.config.experiment_file import registered_plugins
+from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
@@ -63,7 +63,7 @@ def require_same_start(config: ConfigDict) -> None:
         for path, value in flatten(config)
         if path not in _OF_A_PROCESS and not path.startswith("log.")
     }
-    files = [Path(plugin["file"]) for plugin in registered_plugins()]
+    files = [Path(plugin["file"]) for plugin in SCHEMA.plugins()]
     plugins = {
         f"plug-in {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files
     }
