@@ -94,10 +94,15 @@ class Family:
         Raises:
             UserError: a key is missing, or its value is not supported.
         """
-        found = {field: require(hf, name) for name, field in self.keys.items()}
+        found = {field: _size(hf, name) for name, field in self.keys.items()}
         found = dict(self.fixed) | found | self.read(hf)
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
+        _check_types(found)
+        if heads % found["n_kv_heads"]:
+            raise UserError(
+                f"{heads} heads of queries are not divisible by {found['n_kv_heads']} of keys"
+            )
         if not found.get("head_dim"):
             if width % heads:
                 raise UserError(f"{width} numbers of a token are not divisible by {heads} heads")
@@ -135,6 +140,40 @@ class Family:
         """Convert a TransformerConfig to the values of config.json, `architectures` aside."""
         values = {name: getattr(config, field) for name, field in self.keys.items()}
         return {"model_type": self.model_type} | values | self.write(config)
+
+
+_LARGEST = 2**31 - 1
+
+
+def _size(hf: Values, name: str) -> Any:
+    value = require(hf, name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
+        raise UserError(f"config.json: {name} is not a number from 0 to {_LARGEST}")
+    return value
+
+
+def _check_types(found: Values) -> None:
+    """Raise UserError for a value of another type than the field of TransformerConfig has."""
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    for of in fields(TransformerConfig):
+        value: Any = found.get(of.name)
+        kind = kinds.get(str(of.type))
+        if of.name not in found or kind is None:
+            continue
+        is_number = of.type in ("int", "float")
+        if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
+            raise UserError(f"config.json: {of.name} is no {of.type}")
+        if is_number and not -_LARGEST <= value <= _LARGEST:
+            raise UserError(f"config.json: {of.name} is out of range")
+    sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_length")
+    buckets = found.get("relative_buckets", 4)
+    if buckets < 4 or found.get("relative_max_distance", buckets) <= buckets // 2:
+        raise UserError("config.json: the relative positions have too few buckets or distances")
+    if (found.get("head_dim") or 1) < 1:
+        raise UserError("config.json: head_dim is less than 1")
+    for name in sizes:
+        if found.get(name) is not None and found[name] < 1:
+            raise UserError(f"config.json: {name} is less than 1")
 
 
 def comparable_config(config: TransformerConfig, model: str) -> Values:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from lm.interop.tensor_mapping import (
     read_parameter,
     tensor_names,
 )
+from lm.json_files import read_json
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import nested
 
@@ -120,7 +120,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         return found
     about = _read_config(path)
     kind = about.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{path}: unknown architecture model_type={kind}; known are {', '.join(FAMILIES)}"
         )
@@ -129,7 +129,7 @@ def open_model_folder(path: Path) -> ModelFolder:
     family = FAMILIES[kind]
     try:
         config = family.read_config(about)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: {what}") from error
     stored = _by_table_name(family, read_tensors(path))
@@ -151,14 +151,9 @@ def open_model_folder(path: Path) -> ModelFolder:
 
 def _read_config(folder: Path) -> Values:
     try:
-        about = json.loads((folder / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        return read_json(folder / "config.json")
+    except FileNotFoundError:
         raise UserError(f"{folder} is no model folder: it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from None
-    if not isinstance(about, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it holds no settings")
-    return about
 
 
 def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

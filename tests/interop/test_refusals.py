@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 from hf_models import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.interop import huggingface
+from lm.interop.model_folder import open_model_folder
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
 
@@ -78,7 +81,7 @@ SPOILT = {
         "use_bidirectional_attention=True is not",
     ),
     "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json: damaged JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
     "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantised"),
 }
@@ -147,3 +150,26 @@ def test_parameters_that_have_no_place_are_refused(tmp_path):
     params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     with pytest.raises(UserError, match="classifier/kernel has no place"):
         huggingface.save(model, params | {"classifier": {"kernel": np.zeros((8, 2))}}, tmp_path)
+
+
+HOSTILE = [None, True, -1, 0, 1, 7, 2**31, 10**30, 1e308, -0.5, "", "a", [], [1], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3", "mixtral", "bert", "roberta", "t5"])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_value_of_config_json_is_used_or_refused(make_theirs, kind, data, tmp_path_factory):
+    source = make_theirs(kind)[1]
+    place = tmp_path_factory.mktemp("hostile")
+    (place / "model.safetensors").symlink_to(source / "model.safetensors")
+    values = json.loads((source / "config.json").read_text())
+    for name in data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=2)):
+        values[name] = data.draw(st.sampled_from(HOSTILE))
+    (place / "config.json").write_text(json.dumps(values))
+    try:
+        open_model_folder(place)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message
