@@ -125,7 +125,12 @@ class DamagedFolder(Exception):
 def cache_directory(data: Any) -> Path:
     """Return the cache folder: `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm."""
     chosen = data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm"
-    return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{chosen}: {error}: set HOME, LM_CACHE_DIR or --config.data.cache_directory"
+        ) from error
 
 
 def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
@@ -193,16 +198,15 @@ def _lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Convert errors of a full or read-only disk to UserError."""
+    """Convert errors of a disk that is full, read-only or not there to UserError."""
     advice = "set LM_CACHE_DIR or --config.data.cache_directory to another disk"
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full while writing {folder}: {advice}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{folder} cannot be written ({error.strerror}): {advice}") from error
-        raise
+        reason = error.strerror or error
+        raise UserError(f"{folder} cannot be written ({reason}): {advice}") from error
 
 
 def _flush(folder: Path) -> None:

@@ -119,8 +119,9 @@ def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
 
 
 def listed(text: str) -> list[str]:
-    """Return the parts of a list separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    r"""Return the parts of a list separated by commas; "\," is a comma within a part."""
+    parts = (part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text))
+    return [part for part in parts if part]
 
 
 def _model_rules(config: ConfigDict) -> Iterator[str]:

@@ -56,7 +56,7 @@ def open_dataset(
     Raises:
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
-    training = _open_sources(data.source, data, "train", records)
+    training = _open_sources(listed(data.source), data, "train", records)
     tokenizer = tokenizer or make_tokenizer(data, _corpora(training, records))
     validation = _open_validation(data, records)
     fingerprint = {"tokenizer": tokenizer.digest}
@@ -80,7 +80,7 @@ def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
     """
     sources: tuple[Source, ...] = ()
     if is_fitted(data.tokenizer):
-        sources = _open_sources(data.source, data, "train", records)
+        sources = _open_sources(listed(data.source), data, "train", records)
     return make_tokenizer(data, _corpora(sources, records))
 
 
@@ -102,11 +102,11 @@ def open_split(
     if split == "validation" and _holds_out_records(data, records):
         from lm.data.held_out import split_records
 
-        training = _open_sources(data.source, data, "train", records)
+        training = _open_sources(listed(data.source), data, "train", records)
         stores = (_build_store(source, tokenizer, data, records, progress) for source in training)
         return tuple(split_records(store, data)[1] for store in stores)
     if split == "test":
-        sources = _open_sources(data.test_source, data, "validation", records)
+        sources = _open_sources(listed(data.test_source), data, "validation", records)
     else:
         sources = _open_validation(data, records)
     if not sources:
@@ -114,20 +114,20 @@ def open_split(
     return tuple(_build_store(source, tokenizer, data, records, progress) for source in sources)
 
 
-def _open_sources(specs: str, data: Any, split: str, records: bool) -> tuple[Source, ...]:
+def _open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
     if records:
         from lm.data.records.records import open_records
 
-        return tuple(open_records(spec, data, split) for spec in listed(specs))
-    return tuple(open_corpus(spec, data, split) for spec in listed(specs))
+        return tuple(open_records(spec, data, split) for spec in specs)
+    return tuple(open_corpus(spec, data, split) for spec in specs)
 
 
 def _open_validation(data: Any, records: bool) -> tuple[Source, ...]:
     if data.validation_source:
-        return _open_sources(data.validation_source, data, "validation", records)
+        return _open_sources(listed(data.validation_source), data, "validation", records)
     has_split = _has_validation_records if records else has_validation
     specs = [spec for spec in listed(data.source) if has_split(spec, data)]
-    return _open_sources(",".join(specs), data, "validation", records)
+    return _open_sources(specs, data, "validation", records)
 
 
 def _has_validation_records(spec: str, data: Any) -> bool:

@@ -1,4 +1,7 @@
-"""Files of the user: finding, reading (plain or .gz, always UTF-8) and hashing them."""
+"""Files of the user: finding, reading (plain or .gz, always UTF-8) and hashing them.
+
+A byte order mark is left out everywhere, and a file that changes while it is read is noticed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,9 +21,26 @@ from lm.errors import UserError
 _CHUNK = 2**20
 
 
+# How files start that are compressed otherwise than the endings .gz and .GZ say.
+_MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2"}
+_MAGIC |= {b"PK\x03\x04": "zip"}
+
+# State of the files when they were hashed, to notice that one changes while it is read.
+_hashed: dict[Path, tuple[int, ...]] = {}
+_told: set[tuple[str, Path]] = set()
+
+
 def data_directory(data: Any) -> Path:
     """Return the folder that relative paths start from: `data.directory`, LM_DATA_DIR, or ."""
-    return Path(data.directory or os.environ.get("LM_DATA_DIR") or ".").expanduser()
+    return _expand(data.directory or os.environ.get("LM_DATA_DIR") or ".")
+
+
+def _expand(path: str) -> Path:
+    """Return a path with its ~; a home that is unknown is a `UserError`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error} (is HOME set?)") from error
 
 
 def find_file(path: str, data: Any) -> Path:
@@ -28,46 +49,111 @@ def find_file(path: str, data: Any) -> Path:
     Raises:
         UserError: it does not exist.
     """
-    found = data_directory(data) / Path(path).expanduser()
-    if not found.exists():
+    found = data_directory(data) / _expand(path)
+    if not os.path.exists(found):
         raise _missing(path, data)
     return found
 
 
 def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
-    """Return the files that a path or glob names, sorted.
+    """Return the files that a path or glob names, sorted, each once: links to others are left out.
+
+    A name that exists is taken as it is, brackets and stars too.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a folder cannot be read.
     """
-    place = data_directory(data) / Path(pattern).expanduser()
-    if place.is_file():
-        return (place,)
-    found = (Path(name) for name in glob.glob(str(place), recursive=True))
-    files = tuple(sorted(path for path in found if path.is_file()))
-    if not files:
+    place = data_directory(data) / _expand(pattern)
+    if os.path.isfile(place):
+        found = [place]
+    else:
+        found = sorted(path for path in _matches(place) if os.path.isfile(path))
+    if not found:
         raise _missing(pattern, data)
-    return files
+    files: dict[str, Path] = {}
+    for path in sorted(found, key=Path.is_symlink):
+        real = os.path.realpath(path)
+        if real in files:
+            tell_once(f"the same file as {files[real]}, read once", path)
+        else:
+            files[real] = path
+            _hashed.pop(path, None)  # it may have changed since another source read it
+    return tuple(sorted(files.values()))
+
+
+def _matches(place: Path) -> Iterator[Path]:
+    """Yield what matches a glob; "**" enters no folder twice, whatever links lead there."""
+    pattern, existing = "", True
+    for number, part in enumerate(place.parts):
+        if part == "**":
+            rest = place.parts[number + 1 :] or ("*",)
+            for start in sorted(glob.glob(pattern or ".")):
+                for folder in _folders(start):
+                    yield from _matches(Path(folder, *rest))
+            return
+        taken = os.path.join(pattern, glob.escape(part))
+        existing = existing and bool(glob.glob(taken))
+        pattern = taken if existing else os.path.join(pattern, part)
+    yield from (Path(name) for name in glob.glob(pattern))
+
+
+def _folders(start: str) -> Iterator[str]:
+    """Yield a folder and those below it that are not hidden, each once, linked ones last."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        folder = waiting.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen or not os.path.isdir(folder):
+            continue
+        seen.add(real)
+        yield folder
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+        inner = [os.path.join(folder, name) for name in names]
+        waiting += sorted(filter(os.path.isdir, inner), key=os.path.islink)
+
+
+def tell_once(message: str, path: Path) -> None:
+    """Print a message about a file on stderr, the first time."""
+    if (message, path) not in _told:
+        _told.add((message, path))
+        print(f"{path}: {message}", file=sys.stderr)
+
+
+def without_mark(text: str, path: Path) -> str:
+    """Return the start of a file's text without its byte order mark, which is said once."""
+    if not text.startswith("\ufeff"):
+        return text
+    tell_once("the byte order mark at its start is left out", path)
+    return text[1:]
 
 
 def _missing(path: str, data: Any) -> UserError:
     if not path:
         return UserError("the path after ':' is empty: name a file, such as text:input.txt")
     folder = "" if Path(path).is_absolute() else f" in {data_directory(data).absolute()}"
-    advice = "set LM_DATA_DIR or --config.data.directory to the folder that holds it"
+    advice = (
+        "set LM_DATA_DIR or --config.data.directory to the folder that holds it"
+        r"; a comma in a name is written \,"
+    )
     return UserError(f"no file matches {path!r}{folder}: {advice}")
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield the text of a file in chunks, newlines untouched.
+    """Yield the text of a file in chunks, newlines untouched, without a byte order mark.
 
     Raises:
         UserError: the (decompressed) file is not UTF-8 at a byte, which the message names.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed = 0
+    consumed, start = 0, True
     for chunk in read_bytes(path):
-        yield _decode(decoder, chunk, path, consumed)
+        text = _decode(decoder, chunk, path, consumed)
+        yield without_mark(text, path) if start else text
+        start = start and not text
         consumed += len(chunk)
     yield _decode(decoder, b"", path, consumed, final=True)
 
@@ -84,15 +170,38 @@ def _decode(
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:
-    """Yield the (decompressed) bytes of a file in chunks; UserError if it cannot be read."""
+    """Yield the (decompressed) bytes of a file in chunks.
+
+    Raises:
+        UserError: it cannot be read, or changed since it was hashed.
+    """
+    compressed = path.suffix.lower() == ".gz"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        start = b"" if compressed else None
+        with gzip.open(path) if compressed else open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
+                if start is None:
+                    start = chunk[:10]
+                    _refuse_compressed(path, start)
                 yield chunk
+        if _hashed.get(path, state := _state(path)) != state:
+            raise UserError(f"{path}: changed while it was read: start again when it is complete")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _refuse_compressed(path: Path, start: bytes) -> None:
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: compressed ({name}): decompress it, or use gzip and .gz")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what changes whenever a file does: its times, size and identity."""
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -109,7 +218,11 @@ def hash_files(files: Iterable[Path], *settings: str) -> str:
     """Return the sha256 of the settings and of each file's name and bytes, in order."""
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name}\0{content}\n".encode())
+        try:
+            _hashed[path] = _state(path)
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        total.update(os.fsencode(path.name) + f"\0{content}\n".encode())
     return total.hexdigest()

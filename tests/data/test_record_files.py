@@ -14,7 +14,7 @@ def rows(tmp_path, kind, *contents, header=True):
     for name, content in zip("ab", contents, strict=False):
         paths.append(tmp_path / name)
         paths[-1].write_bytes(content if isinstance(content, bytes) else content.encode())
-    data = SimpleNamespace(directory="", header=header, field="text")
+    data = SimpleNamespace(directory="", header=header, bad_rows="error", field="text")
     found = SOURCES[kind]("|".join(map(str, paths)), data, "train").rows()
     return [(row.where.removeprefix(f"{tmp_path}/"), row.problem or row.values) for row in found]
 

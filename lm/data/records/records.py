@@ -19,9 +19,10 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lm.data.files import find_files, hash_files, read_bytes
+from lm.data.files import find_files, hash_files, read_bytes, without_mark
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
+from lm.json_files import parse_json
 
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "label", "id")
@@ -371,9 +372,13 @@ def read_jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _object(where: str, line: str) -> Row:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Row(where, {}, f"not valid JSON ({error})")
+        line.encode()
+        values = parse_json(line, where, object)
+    except UnicodeEncodeError as error:
+        return Row(where, {}, f"not UTF-8 at character {error.start}")
+    except UserError as error:
+        problem = str(error).removeprefix(f"{where}: damaged JSON ")
+        return Row(where, {}, f"not valid JSON {problem}")
     if not isinstance(values, dict):
         return Row(where, {}, f"not a JSON object but {type(values).__name__}")
     return Row(where, values)
@@ -391,13 +396,15 @@ def _parallel_rows(first: Path, second: Path) -> Iterator[Row]:
 
 def _squad_rows(path: Path) -> Iterator[Row]:
     try:
-        articles = json.loads(b"".join(read_bytes(path)))["data"]
+        articles = parse_json(b"".join(read_bytes(path)), path, object)["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         questions = [
             (paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (UserError, KeyError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not in the format of SQuAD ({reason})") from error
     for number, (context, qa) in enumerate(questions, start=1):
         where = f"{path}: question {number}"
@@ -424,11 +431,11 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             number += 1
-            yield number, _decode(line, number)
+            yield number, _decode(line, number, path)
     if rest:
-        yield number + 1, _decode(rest, number + 1)
+        yield number + 1, _decode(rest, number + 1, path)
 
 
-def _decode(line: bytes, number: int) -> str:
+def _decode(line: bytes, number: int, path: Path) -> str:
     text = line.decode("utf-8", "surrogateescape")
-    return text.removeprefix("\ufeff") if number == 1 else text
+    return without_mark(text, path) if number == 1 else text

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from lm.data.files import find_files, hash_files, read_lines, read_text
+from lm.data.files import find_files, hash_files, read_lines, read_text, tell_once
 from lm.data.records.records import RowFiles, read_jsonl_rows
 from lm.data.sources import Chunk, DocumentSource, Row, cut_document
 from lm.errors import UserError
@@ -30,7 +29,7 @@ class TextFiles(DocumentSource):
 
     @property
     def size(self) -> int | None:  # type: ignore[override]
-        if any(path.suffix == ".gz" for path in self.files):
+        if any(path.suffix.lower() == ".gz" for path in self.files):
             return None
         return sum(path.stat().st_size for path in self.files)
 
@@ -52,7 +51,7 @@ class JsonLines(DocumentSource, RowFiles):
 
     def __init__(self, argument: str, data: Any, split: str):
         RowFiles.__init__(self, argument, data, split)
-        self.field = data.field
+        self.field, self.skip = data.field, data.bad_rows == "skip"
 
     @cached_property
     def digest(self) -> str:
@@ -64,28 +63,27 @@ class JsonLines(DocumentSource, RowFiles):
 
     def chunks(self) -> Iterator[Chunk]:
         for (path,) in self.files:
-            for number, line in enumerate(read_lines(path), start=1):
-                if line.strip():
-                    yield from cut_document([self._text(line, f"{path}:{number}")])
+            n_skipped, first = 0, ""
+            for row in read_jsonl_rows(path):
+                problem = row.problem or self._problem(row.values)
+                if not problem:
+                    text = _without_lone_surrogates(row.values[self.field])
+                    yield from cut_document([text])
+                elif self.skip:
+                    n_skipped, first = n_skipped + 1, first or f"{row.where}: {problem}"
+                else:
+                    raise UserError(f"{row.where}: {problem}")
+            if n_skipped:
+                tell_once(f"{n_skipped} bad lines skipped, the first: {first}", path)
 
-    def _text(self, line: str, where: str) -> str:
-        """Return the document of a line at FILE:LINE."""
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
-        if self.field not in record:
-            fields = ", ".join(sorted(record)) or "none"
-            raise UserError(
-                f"{where}: no field {self.field!r} (there are: {fields}): set --config.data.field"
-            )
-        text = record[self.field]
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise UserError(f"{where}: field {self.field!r} is of type {kind}, not a string")
-        return _without_lone_surrogates(text)
+    def _problem(self, values: dict[str, Any]) -> str:
+        """Return what is wrong with the document of a line, "" if nothing is."""
+        if self.field not in values:
+            fields = ", ".join(sorted(values)) or "none"
+            return f"no field {self.field!r} (there are: {fields}): set --config.data.field"
+        if not isinstance(text := values[self.field], str):
+            return f"field {self.field!r} is of type {type(text).__name__}, not a string"
+        return ""
 
 
 def _without_lone_surrogates(text: str) -> str:
