@@ -99,7 +99,7 @@ def short_name(name: str) -> str:
     A name that has to change gets the start of its digest, so that two names stay two folders.
     """
     safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:64].lstrip(".-")
-    if safe == name:
+    if safe and safe == name:
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{safe}-{digest}".lstrip("-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     )
     if args.dry_run:
         if isinstance(loaded, Search):
-            runs = Trials(loaded, folder, overrides, words, stored=False).ask(parallel)
+            trials = Trials(loaded, folder, overrides, words, stored=False)
+            runs = trials.ask(parallel)
+            for status in trials.rejected:
+                print(f"{status.run.name}: {status.reason}", file=sys.stderr)
         dry_run(runs, launcher_of(), parallel)
         return 0
     with locked(folder) as lock:

@@ -18,7 +18,9 @@ from typing import Any
 from lm import config as configs
 from lm.config.experiment_file import call_file
 from lm.errors import UserError
-from lm.storage import write_atomically
+from lm.storage import short_name, write_atomically
+
+LONGEST_NAME = 200  # bytes; a file beside the run's folder has up to ten more, and 255 in all
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Sweep:
 
     Attributes:
         config: Experiment, FILE.py[:VARIANT].
-        runs: Overrides of each run by its name, which is the name of its folder.
+        runs: Overrides of each run by its name, which is that of its folder (`run_name`).
         halving: Successive halving; None brings every run to its end.
     """
 
@@ -149,6 +151,9 @@ def load_sweep(
     file, _, variant = spec.partition(":")
     sweep = call_file(Path(file), "get_sweep", variant)
     if isinstance(sweep, Search) and sweep.trials > 0:
+        experiment, _, of_experiment = sweep.config.partition(":")
+        if not experiment.endswith(".json"):  # what is wrong in every trial ends the search
+            call_file(Path(experiment), "get_config", of_experiment)
         return sweep, []
     if isinstance(sweep, Search):
         raise UserError(f"{file}: the search has no trials")
@@ -163,15 +168,33 @@ def make_runs(
     sweep: Sweep, folder: Path, common: Mapping[str, str], options: tuple[str, ...]
 ) -> Iterator[SweepRun]:
     """Build the runs of a sweep; validate the configuration of each."""
-    for name, own in sweep.runs.items():
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"run {name!r}: a run's name is the name of its folder")
-        overrides = {**common, **{key: _text(value) for key, value in own.items()}}
+    names: dict[str, Any] = {}
+    for given, own in sweep.runs.items():
+        name = run_name(given)
+        if name in names:
+            raise UserError(f"the runs {names[name]!r} and {given!r} would have one folder, {name}")
+        names[name] = given
+        if not isinstance(own, Mapping):
+            raise UserError(f"run {name}: its overrides are {type(own).__name__}, not a dictionary")
+        overrides = {**common, **{str(key): _text(value) for key, value in own.items()}}
         try:
             config = configs.load_config(sweep.config, overrides)
         except UserError as error:
             raise UserError(f"run {name}: {error}") from None
         yield SweepRun(name, sweep.config, overrides, config.train.steps, folder, options)
+
+
+def run_name(given: Any) -> str:
+    """Return the name of a run, which is that of its folder and part of its commands.
+
+    Names that are good for both stay. Others, such as numbers, paths, options or those that are
+    longer than a file system allows, get safe characters and the start of their digest.
+    """
+    name = given if isinstance(given, str) else str(given)
+    safe = name.isprintable() and not any(c in name for c in "/\\\ufffd")
+    if safe and name and name[0] not in ".-" and len(name.encode()) <= LONGEST_NAME:
+        return name
+    return short_name(name)
 
 
 def _text(value: Any) -> str:

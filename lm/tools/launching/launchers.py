@@ -189,7 +189,11 @@ def make_launcher(
         options: Options of sbatch or of tpu/train.sh.
         keep_open: File descriptors that child processes inherit.
     """
-    words = tuple(shlex.split(options))
+    try:
+        words = tuple(shlex.split(options))
+    except ValueError as error:
+        problem = str(error).lower()
+        raise UserError(f"--launcher_options {options}: not shell words ({problem})") from None
     if kind == "local":
         if words:
             raise UserError("--launcher_options is for --launcher slurm or tpu")

@@ -253,7 +253,8 @@ class Trials:
         stored: bool = True,
     ):
         self.search, self.folder = search, folder
-        self._overrides, self._options = overrides, options
+        self.rejected: list[RunStatus] = []  # those whose configuration is wrong
+        self._overrides, self._options, self._stored = overrides, options, stored
         self._optuna = _import_optuna()
         self._study = self._optuna.create_study(
             storage=f"sqlite:///{folder.resolve()}/study.db" if stored else None,
@@ -263,7 +264,24 @@ class Trials:
         )
 
     def ask(self, count: int) -> list[SweepRun]:
-        """Return at most `count` runs without a result: those proposed before, then new ones."""
+        """Return at most `count` runs without a result: those proposed before, then new ones.
+
+        Proposals that are no run are `rejected`; where all are, others are asked for.
+        """
+        while open_trials := self._open_trials(count):
+            runs = []
+            for trial in open_trials:
+                self._study.sampler = self._sampler(trial.number)
+                run, problem = self._try_run(trial.number, trial)
+                if problem:
+                    self._reject(run, problem)
+                else:
+                    runs.append(run)
+            if runs:
+                return runs
+        return []
+
+    def _open_trials(self, count: int) -> list[Any]:
         states = self._optuna.trial.TrialState
         found = self._study.get_trials(deepcopy=False)
         open_trials = [
@@ -274,24 +292,20 @@ class Trials:
         for number in range(len(found), self.search.trials)[: max(0, count - len(open_trials))]:
             self._study.sampler = self._sampler(number)
             open_trials.append(self._study.ask())
-        runs = []
-        for trial in open_trials:
-            self._study.sampler = self._sampler(trial.number)
-            runs.append(self._run(trial.number, self.search.suggest(trial)))
-        return runs
+        return open_trials
 
     def tell(self, run: SweepRun, value: float | None) -> None:
         """Store the metric of a run that has ended; None or a non-finite value is a failure."""
         state = self._optuna.trial.TrialState
         failed = value is None or not math.isfinite(value)
-        number = int(run.name.rpartition("-")[2])
+        number = trial_number(run)
         self._study.tell(number, None if failed else value, state.FAIL if failed else None)
 
     def ended(self) -> list[SweepRun]:
         """Return the runs of the trials that have a result."""
         fixed = self._optuna.trial.FixedTrial
         return [
-            self._run(trial.number, self.search.suggest(fixed(trial.params, trial.number)))
+            self._try_run(trial.number, fixed(trial.params, trial.number))[0]
             for trial in self._study.get_trials(deepcopy=False)
             if trial.state.is_finished()
         ]
@@ -299,10 +313,39 @@ class Trials:
     def _sampler(self, number: int) -> Any:
         return self._optuna.samplers.TPESampler(seed=self.search.seed + number)
 
-    def _run(self, number: int, overrides: Mapping[str, Any]) -> SweepRun:
-        sweep = Sweep(self.search.config, {f"trial-{number:03}": overrides})
-        (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
-        return run
+    def _try_run(self, number: int, trial: Any) -> tuple[SweepRun, str]:
+        """Return the run of a trial, and why it cannot be one; "" if it can."""
+        name, overrides = f"trial-{number:03}", {}
+        try:
+            overrides = dict(self.search.suggest(trial))
+            sweep = Sweep(self.search.config, {name: overrides})
+            (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
+        except UserError as error:
+            problem = str(error).removeprefix(f"run {name}: ")
+        except Exception as error:  # of the user's function
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            return run, ""
+        texts = {str(key): str(value) for key, value in overrides.items()}
+        own = {**self._overrides, **texts}
+        failed = SweepRun(name, self.search.config, own, 1, self.folder, self._options)
+        return failed, problem
+
+    def _reject(self, run: SweepRun, problem: str) -> None:
+        """Record that a trial has failed, because its run cannot be started."""
+        status = RunStatus(run)
+        if self._stored:
+            record_runs([run], self.folder)
+            status.set(FAILED, " ".join(problem.split()))
+        else:
+            status.state, status.reason = FAILED, problem
+        self.rejected.append(status)
+        self.tell(run, None)
+
+
+def trial_number(run: SweepRun) -> int:
+    """Return the number of a trial, the end of its run's name."""
+    return int(run.name.rpartition("-")[2])
 
 
 def run_search(
@@ -335,6 +378,7 @@ def run_search(
                 value = value_at(status.run.workdir, search.metric, status.run.steps)
                 trials.tell(status.run, value if status.state == DONE else None)
             ended += batch
+    ended = sorted([*ended, *trials.rejected], key=lambda status: trial_number(status.run))
     return conclude(ended, trials.folder, finished)
 
 

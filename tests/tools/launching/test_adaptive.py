@@ -1,5 +1,6 @@
 """Adaptive search with a stand-in for training: proposals depend on seed and results only."""
 
+import json
 import subprocess
 import sys
 import time
@@ -76,6 +77,29 @@ def test_it_goes_where_the_loss_is_low_and_kill_9_changes_nothing(search_file, t
     assert run(f"{search_file}:18", calm) == 1  # two more trials; the others are left alone
     assert len(table(calm)) == 18
     assert {name: starts(calm, name) for name in done} == before
+
+
+def test_trials_that_are_no_run_fail_and_the_search_goes_on(search_file, tmp_path):
+    bad = """
+    if trial.number in (0, 1, 2, 3):
+        return {"model.n_heads": 7}
+    if trial.number == 5:
+        return {"no.key": 1}
+    if trial.number == 6:
+        raise ValueError("no such thing")
+    if trial.number == 7:
+        return 3
+"""
+    text = search_file.read_text()
+    search_file.write_text(text.replace("def suggest(trial):\n", f"def suggest(trial):{bad}"))
+    for _ in range(2):  # and again: nothing is left to do
+        assert run(f"{search_file}:9", tmp_path / "s") == 1
+        states = {name: row["state"] for name, row in table(tmp_path / "s").items()}
+        assert list(states) == [f"trial-{number:03}" for number in range(9)]
+        done = [name for name, state in states.items() if state == "done"]
+        assert done == ["trial-004", "trial-008"]
+    reason = json.loads((tmp_path / "s" / "status" / "trial-006.json").read_text())["reason"]
+    assert reason == "ValueError: no such thing"
 
 
 def test_dry_run_prints_the_first_runs_and_stores_nothing(search_file, tmp_path, capsys):

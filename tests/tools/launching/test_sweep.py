@@ -15,7 +15,7 @@ import pytest
 
 from lm.cli import main
 from lm.sweeps.sets import grid, named
-from lm.sweeps.sweep import Halving, Sweep, load_sweep
+from lm.sweeps.sweep import Halving, Sweep, load_sweep, make_runs
 from lm.tools.launching import launchers
 from lm.tools.launching.launchers import Local, Slurm, SlurmJob, Tpu, core_share
 from lm.tools.launching.run_sweep import locked, run_sweep
@@ -169,8 +169,13 @@ def test_rungs_are_below_the_last_step():
         ),
         (
             "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
-            f"    return Sweep('{EXPERIMENT}', {{'../a': {{}}}})",
-            "a run's name is the name of its folder",
+            f"    return Sweep('{EXPERIMENT}', {{'1': {{}}, 1: {{}}}})",
+            "would have one folder, 1",
+        ),
+        (
+            "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
+            f"    return Sweep('{EXPERIMENT}', {{'a': 3}})",
+            "run a: its overrides are int",
         ),
     ],
 )
@@ -179,6 +184,26 @@ def test_a_wrong_sweep_file_is_one_line(tmp_path, capsys, body, expected):
     assert main(["sweep", "--config", f"{tmp_path}/s.py", "--workdir", f"{tmp_path}/s"]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "s" / "runs").exists()
+
+
+def test_any_name_of_a_run_is_a_folder_of_its_own(tmp_path):
+    names: list = ["a=1,b=é", 3, None, (1, 2), "", ".", "..", "../a", "/a", "-rf", "a\\b", "a\nb"]
+    names += ["\udcff", "x" * 199, "x" * 300, "x" * 300 + "y", "é" * 150, "~", "a\0b"]
+    sweep = Sweep(EXPERIMENT, {name: {} for name in names})
+    runs = list(make_runs(sweep, tmp_path, {}, ()))
+    assert [run.name for run in runs[:2]] == ["a=1,b=é", "3"]  # good names stay
+    for run in runs:
+        run.workdir.mkdir(parents=True)
+        assert run.workdir.parent == tmp_path / "runs"
+        (tmp_path / f".{run.name}.json.tmp").touch()
+    assert len(list((tmp_path / "runs").iterdir())) == len(names)
+
+
+@pytest.mark.parametrize("options", ["'", '"a', "a\\"])
+def test_launcher_options_with_an_open_quote_are_one_line(sweep_file, tmp_path, capsys, options):
+    words = ["sweep", "--config", str(sweep_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
+    assert main([*words, "--launcher", "slurm", "--launcher_options", options]) == 2
+    assert "not shell words" in capsys.readouterr().err
 
 
 def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):
