@@ -125,7 +125,7 @@ def xla_flags_argument(parser: Parser) -> None:
 
 def topology_arguments(parser: Parser, required: bool = True) -> None:
     """Add --topology and --slices."""
-    examples = "v5p:4x4x4, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
+    examples = "v5p:4x4x4 or v5p-128, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
     parser.add_argument(
         "--topology", required=required, metavar="KIND:SHAPE", help=f"devices: {examples}"
     )

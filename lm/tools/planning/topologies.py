@@ -1,6 +1,7 @@
 """Topologies to compile for without the hardware: TPU slices, GPU hosts, simulated CPU devices.
 
-`v5p:4x4x4` is a torus of chips, `h100:2x8` two hosts of eight GPUs, `cpu:8` eight CPU devices.
+`v5p:4x4x4` is a torus of chips (Google Cloud's `v5p-128`), `h100:2x8` two hosts of eight GPUs,
+`cpu:8` eight CPU devices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement
 from math import inf, prod
 from typing import Any
 
@@ -49,6 +51,7 @@ def topology(name: str, n_slices: int = 1) -> Topology:
     Raises:
         UserError: The name is wrong, or the compiler for the chip is not installed.
     """
+    name = slice_of(name)
     kind, _, shape = name.lower().partition(":")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise UserError(f"--topology {name}: write KIND:SHAPE, such as {EXAMPLES}")
@@ -65,6 +68,38 @@ def topology(name: str, n_slices: int = 1) -> Topology:
     chip = CHIPS[kind]
     make = _tpu if chip.dimensions else _gpu
     return Topology(name, chip, sides, make(name, kind, chip, sides, n_slices))
+
+
+def slice_of(name: str) -> str:
+    """Return KIND:SHAPE of an accelerator type such as v5litepod-16; other names as they are.
+
+    The number counts TensorCores of v4 and v5p, two a chip, and chips of v5e and v6e. The shape is
+    the one that Google Cloud gives to a slice of so many chips: as near to a cube as its sides,
+    multiples of four from 64 chips on, allow.
+
+    Raises:
+        UserError: There is no slice of that size.
+    """
+    found = re.fullmatch(r"(v4|v5p|v5e|v5lite|v5litepod|v6e)-(\d{1,6})", name.lower())
+    if not found:
+        return name
+    kind = "v5e" if found[1].startswith("v5l") else found[1]
+    chip, number = CHIPS[kind], int(found[2])
+    n, odd = divmod(number, 2) if chip.dimensions == 3 else (number, 0)
+    unit = 4 if chip.dimensions == 3 and n >= 64 else 1
+    allowed = [unit * i for i in range(1, chip.longest_side // unit + 1)]
+    if unit == 1:
+        allowed = [side for side in allowed if side & (side - 1) == 0]
+    shapes = [
+        sides
+        for sides in combinations_with_replacement(allowed, chip.dimensions)
+        if prod(sides) == n and (n == 1 or sides[-2] > 1)
+    ]
+    if odd or not shapes:
+        raise UserError(f"--topology {name}: there is no such slice; write KIND:SHAPE ({EXAMPLES})")
+    best = min(shapes, key=sum)
+    ordered = sorted(best, key=lambda side: (side == 1, side))  # 2x2x1
+    return f"{kind}:{'x'.join(map(str, ordered))}"
 
 
 def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:

@@ -10,7 +10,7 @@ import pytest
 from lm.errors import UserError
 from lm.hardware import CHIPS
 from lm.tools.planning import topologies
-from lm.tools.planning.topologies import interconnect, target_config, topology
+from lm.tools.planning.topologies import interconnect, slice_of, target_config, topology
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,16 @@ def test_slices_and_hosts_are_joined_by_the_slow_network():
 def test_targets_describe_the_gpus_of_the_table():
     for kind in ("a100", "h100", "h200", "b200"):
         assert f"device_memory_size: {CHIPS[kind].memory}" in target_config(kind)
+
+
+def test_accelerator_types_of_google_cloud_are_slices():
+    shapes = {
+        "v5e-8": "v5e:2x4", "v5litepod-16": "v5e:4x4", "v5litepod-256": "v5e:16x16",
+        "v6e-1": "v6e:1x1", "v6e-4": "v6e:2x2", "v6e-128": "v6e:8x16", "v4-8": "v4:2x2x1",
+        "v4-16": "v4:2x2x2", "v4-64": "v4:2x4x4", "v5p-128": "v5p:4x4x4", "V5P-384": "v5p:4x4x12",
+        "v5p-4096": "v5p:8x16x16", "h100:1x8": "h100:1x8", "v9-8": "v9-8",
+    }  # fmt: skip
+    assert {name: slice_of(name) for name in shapes} == shapes
+    for name in ("v5p-7", "v5p-100", "v5e-3", "v5e-512", "v4-0", "v6e-2"):
+        with pytest.raises(UserError, match="there is no such slice"):
+            slice_of(name)
