@@ -410,6 +410,7 @@ def test_added_tokens_beside_a_sentencepiece_model_have_their_ids(tmp_path, stat
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokenizer = FolderTokenizer.read(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.stop_ids, tokenizer.bos_id) == (292, (290,), 1)
+    assert tokenizer.eos_id == 290  # of config.json; Llama's default is another
     ids = tokenizer.encode("the NEW cat")
     assert 291 in ids
     assert tokenizer.decode(ids) == "the NEW cat"

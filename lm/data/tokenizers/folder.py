@@ -224,6 +224,9 @@ class FolderTokenizer(Tokenizer):
                     found[role] = defaults.get(role)
         return found
 
+    def _states(self, key: str) -> bool:
+        return key in self._settings or key in (self.stated(_SPECIAL_MAP) or {})
+
     @cached_property
     def special(self) -> SpecialIds:
         """Special ids, read from all files."""
@@ -247,6 +250,8 @@ class FolderTokenizer(Tokenizer):
         stop: tuple[int, ...] = of_model.get("eos_token_id") or own_end
         for role in ("bos", "eos", "pad"):
             ids = of_model.get(f"{role}_token_id", ())
+            if role == "eos" and ids and not self._states("eos_token"):
+                of_role[role] = ids[0]  # what is stated comes before a default of the class
             # A tokenizer that states that it has no bos starts no document with the model's.
             if ids and role not in of_role and not (role == "bos" and "bos" in self._names):
                 of_role[role] = ids[0]
