@@ -18,6 +18,11 @@ def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin at step 0; the run in --workdir moves to its folder restarted.N",
+    )
     xla_flags_argument(parser)
     process_arguments(parser)
 
@@ -29,5 +34,11 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.training.monitor import RESUMABLE
     from lm.training.trainer import train
 
-    finished = train(config, args.workdir, log=print_on_primary_host, progress=True)
+    finished = train(
+        config,
+        args.workdir,
+        log=print_on_primary_host,
+        progress=True,
+        restart=args.restart,
+    )
     return 0 if finished else RESUMABLE

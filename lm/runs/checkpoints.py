@@ -31,6 +31,7 @@ from lm import config as configs
 from lm.config.registries import SCHEMA
 from lm.data.dataset import Dataset
 from lm.errors import UserError
+from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host
 from lm.runs.workdir import RUN_FILE
 from lm.storage import AnyPath, is_committed, storage_path, upload_changes, write_atomically
@@ -165,10 +166,17 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=args)
+            saved = restored["metadata"]
+            same = checksums(restored["state"]) == saved["checksums"]
+            foreign = saved["step"] != step or not isinstance(saved["config"], dict)
         except Exception as error:  # a damaged file can raise anything
             return None, one_line(error)
-        if checksums(restored["state"]) != restored["metadata"]["checksums"]:
+        if not same:
             return None, "its arrays do not match their checksums"
+        if foreign:
+            return None, "its metadata is of another step or run"
+        if "fingerprint" in self._metadata:
+            _check_same(self._folder / str(step), saved, self._metadata)
         return TrainState(**restored["state"]), None
 
     def _set_aside(self, step: int) -> None:
@@ -276,7 +284,7 @@ def prepare_workdir(
         UserError: the workdir holds another run, or cannot be written.
     """
     metadata = run_metadata(config, dataset.fingerprint)
-    before = read_run_metadata(workdir)
+    before = _earlier_run(workdir)
     if jax.process_count() > 1:
         _require_same_run(workdir, before, dataset)
     if before is not None:
@@ -290,6 +298,78 @@ def prepare_workdir(
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
     return metadata
+
+
+def _earlier_run(workdir: Path) -> dict[str, Any] | None:
+    """Return the metadata of the run in the workdir, None if there is none.
+
+    Where run.json is missing or damaged, the newest readable checkpoint knows it. A start that
+    failed before its first step left no run.
+    """
+    try:
+        metadata = read_run_metadata(workdir)
+    except UserError:
+        metadata = _saved_metadata(workdir)
+        if metadata is None:
+            raise
+    else:
+        metadata = metadata or _saved_metadata(workdir)
+    return metadata if has_steps(workdir) else None
+
+
+def _saved_metadata(workdir: Path) -> dict[str, Any] | None:
+    for step in reversed(checkpoint_steps(workdir)):
+        file = storage_path(workdir / "checkpoints") / str(step) / "metadata" / "metadata"
+        with contextlib.suppress(UserError, FileNotFoundError):
+            saved = read_json(file)
+            if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
+                return saved
+    return None
+
+
+def _damaged_steps(workdir: Path) -> list[str]:
+    """Return the names of the checkpoints that were set aside."""
+    folder = storage_path(workdir / "damaged")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry.name for entry in entries if entry.name[:1].isdigit())
+
+
+def has_steps(workdir: Path) -> bool:
+    """Return whether the workdir holds anything of steps: checkpoints, damaged ones, metrics."""
+    metrics = workdir / "metrics.jsonl"
+    written = metrics.is_file() and metrics.stat().st_size > 0
+    return bool(written or checkpoint_steps(workdir) or _damaged_steps(workdir))
+
+
+def require_no_lost_steps(workdir: Path) -> None:
+    """Raise UserError where a run would begin at step 0 although it had checkpoints."""
+    if lost := _damaged_steps(workdir):
+        raise UserError(
+            f"no checkpoint of {storage_path(workdir)} can be read (damaged: {', '.join(lost)}): "
+            f"put an undamaged copy into {storage_path(workdir / 'checkpoints')}, or begin again "
+            "at step 0 with --restart, which keeps the old run in a folder restarted.N"
+        )
+
+
+def set_run_aside(workdir: Path) -> None:
+    """Move everything of the run in the workdir to its folder restarted.N.
+
+    Raises:
+        UserError: the run is in a bucket, or the workdir cannot be written.
+    """
+    if not isinstance(storage_path(workdir), Path):
+        raise UserError("--restart: runs in a bucket stay as they are; use another --workdir")
+    if is_primary_host() and workdir.is_dir():
+        entries = [e for e in workdir.iterdir() if not e.name.startswith(("restarted.", ".lock"))]
+        n = sum(1 for _ in workdir.glob("restarted.*"))
+        try:
+            for entry in entries:
+                (workdir / f"restarted.{n}").mkdir(exist_ok=True)
+                entry.rename(workdir / f"restarted.{n}" / entry.name)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set the run aside")
 
 
 def _require_same_run(workdir: Path, before: dict[str, Any] | None, dataset: Dataset) -> None:
@@ -315,11 +395,13 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 def read_run_metadata(workdir: Path) -> dict[str, Any] | None:
     """Return the content of run.json; None if there is no run."""
     try:
-        return json.loads((workdir / RUN_FILE).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        metadata = read_json(workdir / RUN_FILE)
+    except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged: {error}") from None
+    for name in ("config", "fingerprint"):
+        if not isinstance(metadata.get(name), dict):
+            raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged (it has no {name!r})")
+    return metadata
 
 
 def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -329,7 +411,7 @@ def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             f"{storage_path(workdir)} holds a run of another configuration "
             f"({'; '.join(different)}); use another --workdir"
         )
-    old, new = before["fingerprint"], now["fingerprint"]
+    old, new = before.get("fingerprint", {}), now["fingerprint"]
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
         raise UserError(

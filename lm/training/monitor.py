@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -10,13 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from lm.errors import UserError
+from lm.json_files import parse_json, read_json
 from lm.parallel.mesh import is_primary_host
 from lm.storage import upload_changes, write_atomically
 
@@ -122,11 +126,9 @@ class Clock:
     def __init__(self, file: Path, first_step: int):
         """Continue the clock in `file`, if there is one, at `first_step`."""
         self._file = file
-        before = json.loads(file.read_text()) if file.exists() else {}
-        self._seconds = {part: before.get("seconds", {}).get(part, 0.0) for part in CLOCK_PARTS}
-        self._earlier_steps = before.get("steps_computed", 0)
+        self._seconds, self._earlier_steps, self._starts = _earlier_clock(file)
         self._first_step = first_step
-        self._starts = before.get("starts", 0) + 1
+        self._starts += 1
         self._last = time.perf_counter()
 
     @contextlib.contextmanager
@@ -159,6 +161,22 @@ class Clock:
             write_atomically(self._file, json.dumps(self.summary(step), indent=1))
 
 
+def _earlier_clock(file: Path) -> tuple[dict[str, float], int, int]:
+    """Return seconds by part, steps computed and starts so far; a damaged file counts as none."""
+    try:
+        before = read_json(file)
+        seconds = {part: float(before["seconds"][part]) for part in CLOCK_PARTS}
+        steps, starts = int(before["steps_computed"]), int(before["starts"])
+        if min(*seconds.values(), steps, starts) >= 0 and math.isfinite(sum(seconds.values())):
+            return seconds, steps, starts
+    except FileNotFoundError:
+        return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        pass
+    print(f"{file} is damaged: the clock of the run begins anew", file=sys.stderr, flush=True)
+    return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0
+
+
 # --- metrics: metrics.jsonl, TensorBoard events and a progress bar
 
 
@@ -166,14 +184,20 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, each with its step.
 
     Opening it drops the lines after `first_step`, which a process wrote that died before its next
-    checkpoint, and a half-written last line: every step is there exactly once.
+    checkpoint, and a half-written last line: every step is there exactly once. Lines that are
+    damaged or missing are named on stderr; the file with damage is kept as metrics.jsonl.damaged.
     """
 
     def __init__(self, file: Path, first_step: int):
         """Open `file` to continue after `first_step`."""
-        kept = [line for line in _complete_lines(file) if json.loads(line)["step"] <= first_step]
+        kept, damage = _good_lines(file, first_step)
+        if damage:
+            copy = file.with_name(f"{file.name}.damaged")
+            if file.is_file() and not copy.exists():
+                copy.write_bytes(file.read_bytes())
+            print(f"{file} is damaged ({damage}): the other lines are kept", file=sys.stderr)
         temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(file)
         self._stream = file.open("a")
 
@@ -196,9 +220,40 @@ class MetricsFile:
         self._stream.close()
 
 
-def _complete_lines(file: Path) -> list[str]:
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def _good_lines(file: Path, last_step: int) -> tuple[list[bytes], str]:
+    """Return the undamaged lines up to a step, and what is damaged: "" if nothing is."""
+    if not file.is_file():
+        return [], f"it is missing, with steps 1 to {last_step}" if last_step else ""
+    *lines, _ = file.read_bytes().split(b"\n")
+    kept, bad, trained, before = [], [], [0], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line, file)
+            step = row["step"]
+        except (UserError, KeyError):
+            step = None
+        if type(step) is not int or step < before:
+            bad.append(str(number))
+        elif step <= last_step:
+            kept.append(line + b"\n")
+            before = step
+            trained += [step] if "loss" in row else []
+    gaps = _gaps([*trained, last_step + 1] if len(trained) > 1 else [])
+    named = (("line", bad), ("no metrics of steps", gaps))
+    parts = [f"{what} {', '.join(x[:5])}{' …' * (len(x) > 5)}" for what, x in named if x]
+    return kept, "; ".join(parts)
+
+
+def _gaps(steps: Sequence[int]) -> list[str]:
+    """Return the ranges of steps that miss: distances that are unusual, and not a new period."""
+    distances = [after - step for step, after in itertools.pairwise(steps)]
+    counts = Counter(distances)
+    usual = max(counts, key=counts.__getitem__, default=0)
+    return [
+        f"{step + 1} to {step + distance - 1}"
+        for step, distance in zip(steps, distances, strict=False)
+        if distance > usual and counts[distance] == 1
+    ]
 
 
 class MetricsWriter:

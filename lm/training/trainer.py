@@ -14,7 +14,14 @@ from lm.experiment import Experiment, build_with_data
 from lm.models.variables import flat
 from lm.parallel import sharding
 from lm.parallel.mesh import is_primary_host
-from lm.runs.checkpoints import Checkpoints, Log, ignore_line, prepare_workdir
+from lm.runs.checkpoints import (
+    Checkpoints,
+    Log,
+    ignore_line,
+    prepare_workdir,
+    require_no_lost_steps,
+    set_run_aside,
+)
 from lm.storage import open_run_folder, storage_path
 from lm.train_step import TrainState
 from lm.training.loop import Loop, Outputs
@@ -23,7 +30,12 @@ from lm.validation import check
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, log: Log = ignore_line, progress: bool = False
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    log: Log = ignore_line,
+    progress: bool = False,
+    restart: bool = False,
 ) -> bool:
     """Train the run in `workdir`, or continue it.
 
@@ -32,6 +44,7 @@ def train(
         workdir: folder of the run, created if it is not there.
         log: receives the lines for the user.
         progress: show progress bars on stderr, and the last evaluation on stdout.
+        restart: begin at step 0; an earlier run in `workdir` moves to its folder restarted.N.
 
     Returns:
         Whether the last step was reached; False if the run was asked to stop and can continue.
@@ -55,11 +68,14 @@ def train(
                 f"--config.eval.best={config.eval.best} needs validation data: set "
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
+        if restart:
+            set_run_aside(workdir)
         metadata = prepare_workdir(workdir, config, dataset, write=is_primary_host())
         log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
         if state is None:
+            require_no_lost_steps(workdir)
             state = _first_state(experiment, dataset.tokenizer, log)
         first_step = int(jax.device_get(state.step))
         if first_step:

@@ -130,3 +130,35 @@ def test_checkpoints_by_wall_time_and_a_last_evaluation_of_one_batch(
     assert saved[-1] == 8
     last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["eval/validation/targets"] <= 8 * 16
+
+
+damaged = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([b"", b"[]", b"{}", b"null", b"7", b"\0" * 30, b"[" * 10**5, b"9" * 5000]),
+)
+
+
+@given(damaged, st.integers(0, 90), st.integers(0, 90))
+def test_any_damage_to_clock_and_metrics_is_a_line_and_the_run_goes_on(
+    tmp_path_factory, content, start, length
+):
+    folder = tmp_path_factory.mktemp("damage")
+    rows = "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 9)).encode()
+    (folder / "metrics.jsonl").write_bytes(rows[:start] + content + rows[start + length :])
+    MetricsFile(folder / "metrics.jsonl", 8).close()
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    (folder / "clock.json").write_bytes(content)
+    assert Clock(folder / "clock.json", 8).summary(8)["starts"] == 1
+
+
+def test_a_lost_middle_of_the_metrics_is_named_and_the_file_kept(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 9)]
+    file.write_text("".join([*rows[:2], "\0\0\0\n", *rows[5:]]))
+    MetricsFile(file, 8).close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "line 3; no metrics of steps 3 to 5" in said
+    assert file.read_text() == "".join([*rows[:2], *rows[5:]])
+    assert "\0" in (tmp_path / "metrics.jsonl.damaged").read_text()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from commands import arguments, evaluations, finish, losses, start
 
+from lm.cli import main
+
 
 def wait_for_step(workdir: Path, step: int, process) -> None:
     """Return as soon as the run has written a step, or has ended."""
@@ -136,3 +138,34 @@ def test_a_process_that_fails_alone_ends_the_others_with_a_line(experiment_file,
     assert [process.returncode for process in processes] == [1, 2], outputs
     assert "Traceback" not in "".join(outputs)
     assert "another process of the run has ended" in outputs[0]
+
+
+def test_a_run_without_a_readable_checkpoint_never_starts_at_0_by_itself(
+    experiment_file, tmp_path, one_device, capsys
+):
+    run = tmp_path / "run"
+    words = arguments(experiment_file, run, train__steps=8, checkpoint__keep_last=1)
+    assert main([*words, "--config.train.stop_at=6"]) == 75
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "run.json").unlink()
+    assert main([*words, "--config.seed=9"]) == 2  # the checkpoint knows whose it is
+    assert "--config.seed: 0 → 9" in capsys.readouterr().err
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    for file in checkpoint.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    for _ in range(2):  # the second finds the checkpoint set aside
+        assert main(words) == 2
+        assert "--restart" in capsys.readouterr().err
+        assert (run / "metrics.jsonl").read_bytes() == before
+    assert main([*words, "--restart"]) == 0
+    assert (run / "restarted.0" / "metrics.jsonl").read_bytes() == before
+    assert list(losses(run)) == list(range(1, 9))
+
+
+def test_a_start_that_failed_before_its_first_step_leaves_no_run(
+    experiment_file, tmp_path, one_device
+):
+    run = tmp_path / "run"
+    missing = f"--config.init.from={tmp_path / 'missing'}"
+    assert main([*arguments(experiment_file, run, train__steps=2), missing]) == 2
+    assert main(arguments(experiment_file, run, train__steps=2)) == 0
