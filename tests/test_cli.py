@@ -333,7 +333,8 @@ def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
     assert "text.txt" in line
 
     (trained / "run.json").write_text("{")
-    assert "run.json is damaged" in error_of(capsys, *train)
+    # The newest checkpoint knows whose run it is.
+    assert "changed since the run" in error_of(capsys, *train)
 
 
 def test_a_workdir_that_is_a_file_is_one_line(capsys, experiment, tmp_path, one_device):
