@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,9 +23,11 @@ from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.json_files import read_json
 from lm.storage import DamagedFolder, open_or_build, write_durably
 
-_FORMAT = 3
+_FORMAT = 4
+_BLOCK = 2**24  # bytes under one checksum
 _SMALL = 4 * CHUNK  # tokenizing this much text takes less time than starting processes
 
 
@@ -44,6 +47,7 @@ class Manifest:
         n_characters: characters of the text.
         n_words: words between white space.
         delimiter: token that both starts and ends documents; None if the tokenizer has none.
+        checksums: CRC-32 of each block of each file.
     """
 
     format: int
@@ -57,6 +61,7 @@ class Manifest:
     n_characters: int
     n_words: int
     delimiter: int | None
+    checksums: dict[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,18 +162,37 @@ def _write(
         n_characters=n_characters,
         n_words=n_words,
         delimiter=tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None,
+        checksums=store_checksums(folder),
     )
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
 
 
 def _open(folder: Path) -> TokenStore:
     try:
-        manifest = Manifest(**json.loads((folder / "manifest.json").read_bytes()))
+        manifest = Manifest(**read_json(folder / "manifest.json"))
+        require_checksums(folder, manifest.checksums)
         tokens = map_array(folder / "tokens.bin", manifest.dtype, manifest.n_tokens)
         offsets = map_array(folder / "offsets.bin", "int64", manifest.n_documents + 1)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UserError) as error:
         raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return TokenStore(folder, manifest, tokens, offsets)
+
+
+def store_checksums(folder: Path) -> dict[str, list[int]]:
+    """Return the CRC-32 of each block of the files of numbers in a store, by file name."""
+    found = {}
+    for path in sorted(folder.glob("*.bin")):
+        with open(path, "rb") as file:
+            found[path.name] = [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b"")]
+    return found
+
+
+def require_checksums(folder: Path, expected: dict[str, list[int]]) -> None:
+    """Raise DamagedFolder that names the file if a store's files are not as they were written."""
+    found = store_checksums(folder)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise DamagedFolder(f"{name} is not as it was written")
 
 
 def map_array(path: Path, dtype: str, length: int) -> np.ndarray:

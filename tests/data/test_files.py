@@ -13,6 +13,8 @@ from lm.config import default
 from lm.data.files import find_files, hash_files, read_text
 from lm.data.records.records import open_records
 from lm.data.sources import open_corpus
+from lm.data.store import build_token_store
+from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory
 
@@ -206,3 +208,18 @@ def test_position_of_bytes_that_are_not_text(tmp_path):
     (tmp_path / "f").write_bytes(b"\xef\xbb\xbfab\xff")
     with pytest.raises(UserError, match="byte 5"):
         list(read_text(tmp_path / "f"))
+
+
+def test_store_with_a_flipped_bit_is_built_again(tmp_path, capsys):
+    (tmp_path / "f").write_text("some text " * 50)
+    data = _data(tmp_path)
+    build = lambda: build_token_store(  # noqa: E731
+        open_corpus("text:f", data, "train"), ByteTokenizer(), tmp_path / "cache", workers=1
+    )
+    tokens = build().tokens.copy()
+    (file,) = tmp_path.glob("cache/stores/*/tokens.bin")
+    content = bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+    assert (build().tokens == tokens).all()
+    assert "tokens.bin is not as it was written" in capsys.readouterr().err

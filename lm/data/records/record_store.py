@@ -19,12 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lm.data.records.records import TEXT_COLUMNS, Fields, Records
-from lm.data.store import map_array
+from lm.data.store import map_array, require_checksums, store_checksums
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.json_files import read_json
 from lm.storage import DamagedFolder, open_or_build, write_durably
 
-_FORMAT = 1
+_FORMAT = 2
 
 # Scripts without spaces between words: every character is a word, as in BERT's vocabulary.
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -48,6 +49,7 @@ class RecordManifest:
         first_skipped: problem with the first of them.
         n_tokens: tokens by column.
         n_bytes: bytes of UTF-8 text by column.
+        checksums: CRC-32 of each block of each file.
     """
 
     format: int
@@ -60,6 +62,7 @@ class RecordManifest:
     first_skipped: str
     n_tokens: dict[str, int]
     n_bytes: dict[str, int]
+    checksums: dict[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +204,7 @@ def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool)
         first_skipped=skipped[0] if skipped else "",
         n_tokens=n_tokens,
         n_bytes=dict(n_bytes),
+        checksums=store_checksums(folder),
     )
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
 
@@ -234,7 +238,8 @@ class _Writers:
 
 def _open(folder: Path) -> RecordStore:
     try:
-        manifest = RecordManifest(**json.loads((folder / "manifest.json").read_bytes()))
+        manifest = RecordManifest(**read_json(folder / "manifest.json"))
+        require_checksums(folder, manifest.checksums)
         dtypes = dict.fromkeys(manifest.n_tokens, manifest.dtype) | {"raw": "uint8"}
         if "context" in dtypes:
             dtypes |= {"starts": "int32", "ends": "int32"}
@@ -243,7 +248,7 @@ def _open(folder: Path) -> RecordStore:
             offsets = map_array(folder / f"{name}.offsets.bin", "int64", manifest.n_rows + 1)
             arrays[f"{name}.offsets"] = offsets
             arrays[name] = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UserError) as error:
         raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))
 
