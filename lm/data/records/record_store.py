@@ -248,7 +248,7 @@ def _open(folder: Path) -> RecordStore:
             offsets = map_array(folder / f"{name}.offsets.bin", "int64", manifest.n_rows + 1)
             arrays[f"{name}.offsets"] = offsets
             arrays[name] = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]))
-    except (OSError, ValueError, TypeError, UserError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
         raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))
 
