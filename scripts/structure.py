@@ -31,15 +31,15 @@ At commit a5d4a05:
                    workdir through export         6 (14, 8)        142 (187, 45)
                    args through generate          0 (3, 3)         127 (181, 54)
 
-At commit d9ade2c, with roles, model state, layer types, registries and validation added:
+At commit 841d2e9, with roles, model state, layer types, registries and validation added:
 
-    imports        193 files, 27,797 lines, 17,991 of code; no cycle of files; edges with lazy ones:
-                   files 733, folders 172, different folders 177, top-level folders 138
-    trainer-path   52 files, 10,227 lines, 6,348 of code
-    call-paths     config through training        53 (78, 25)      295 (346, 51)
+    imports        184 files, 29,279 lines, 18,992 of code; no cycle of files; edges with lazy ones:
+                   files 707, folders 173, different folders 179, top-level folders 139
+    trainer-path   37 files, 8,338 lines, 5,090 of code
+    call-paths     config through training        56 (78, 22)      292 (327, 35)
                    a batch                                         3 (6, 3)
-                   workdir through export         6 (14, 8)        166 (208, 42)
-                   args through generate          0 (3, 3)         181 (226, 45)
+                   workdir through export         4 (14, 10)       166 (203, 37)
+                   args through generate          0 (3, 3)         183 (220, 37)
 """
 
 from __future__ import annotations
