@@ -13,7 +13,7 @@ def store_of(lengths: list[int], final_delimiter: bool = False) -> TokenStore:
     """A store in memory, whose token at place i is i."""
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
     n_tokens = int(offsets[-1]) + final_delimiter
-    manifest = Manifest(2, "memory", "", "", "uint16", n_tokens, len(lengths), 0, 0, 0, None)
+    manifest = Manifest(2, "memory", "", "", "uint16", n_tokens, len(lengths), 0, 0, 0, None, {})
     return TokenStore(Path(), manifest, np.arange(n_tokens, dtype=np.uint16), offsets)
 
 
@@ -69,7 +69,7 @@ def test_targets_are_of_the_same_document():
 def test_a_shared_delimiter_is_the_target_that_ends_a_document():
     offsets = np.array([0, 3, 5])
     tokens = np.array([9, 1, 2, 9, 3, 9], np.uint16)
-    manifest = Manifest(2, "memory", "", "", "uint16", 6, 2, 0, 0, 0, delimiter=9)
+    manifest = Manifest(2, "memory", "", "", "uint16", 6, 2, 0, 0, 0, delimiter=9, checksums={})
     example = token_windows(TokenStore(Path(), manifest, tokens, offsets), 7, 7, True, False)[0]
     assert example["weights"].tolist() == [1, 1, 1, 1, 1, 0, 0]
 
