@@ -94,7 +94,7 @@ def test_features_have_fixed_shapes_and_depend_on_example_and_generator_only():
 
 
 def test_examples_hold_every_token_once():
-    manifest = Manifest(1, "memory", "", "", "uint16", 10, 1, 0, 0, 0, None)
+    manifest = Manifest(1, "memory", "", "", "uint16", 10, 1, 0, 0, 0, None, {})
     store = TokenStore(Path(), manifest, np.arange(10, dtype=np.uint16), np.array([0, 10]))
     found = objective(4).examples(store, training=False)
     tokens = [window["tokens"][window["segment_ids"] > 0].tolist() for window in found]
