@@ -10,7 +10,8 @@ they cannot:
   person ("Returns"), not with a participle;
 - a function with more than `MAX_UNDOCUMENTED` arguments has an `Args:` section that names each of
   them, and no other;
-- a public name is defined in one file, and no two modules share a file name.
+- a public name is defined in one file, and no two modules share a file name;
+- a file of lm/ that a docstring or comment names is there.
 
 It prints each violation as FILE:LINE and exits with 1 if there are any.
 """
@@ -45,7 +46,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def violations(file: Path) -> Iterator[tuple[int, str]]:
     """Yield line and message of every violation in one file."""
-    tree = ast.parse(file.read_text())
+    source = file.read_text()
+    for number, text in enumerate(source.splitlines(), 1):
+        for path in re.findall(r"(?<![\w/])lm/[a-z_0-9/]+\.py", text):
+            if not (ROOT / path).is_file():
+                yield number, f"{path} does not exist"
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | Function):
             continue

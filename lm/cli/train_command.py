@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="begin at step 0; the run in --workdir moves to its folder restarted.N",
+        help="begin at step 0 if all checkpoints are damaged; that run moves to restarted.N",
     )
     xla_flags_argument(parser)
     process_arguments(parser)

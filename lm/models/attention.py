@@ -221,7 +221,7 @@ def attend(
     context_attention: str,
     **options: Any,
 ) -> jax.Array:
-    """Compute attention with a kernel that `lm/attention_choice.py` chose.
+    """Compute attention with a kernel that `lm/validation.py` chose.
 
     The compiler partitions "xla" and "tiled" over rows and heads. Off a mesh, as in decoding,
     "xla" replaces the kernels that need one.

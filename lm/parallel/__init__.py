@@ -4,5 +4,5 @@ Read `mesh` (named axes, processes) and `sharding` (rules from logical axes to m
 then `pipeline`, `experts`, `sharded_lookup` and `per_row_rng`, which the rules alone do not
 express, and `hosts` (joining the processes of a run). Models use `sharding.constrain`,
 `sharding.embedding_lookup`, `pipeline.scan_as_pipeline` and `experts.mixture_of_experts`.
-`xla_flags` has the compiler's options, and `divisibility` checks a configuration against a mesh.
+`xla_flags` has the compiler's options, `agreement` compares the processes before the first step.
 """

@@ -351,12 +351,17 @@ def require_no_lost_steps(workdir: Path) -> None:
         )
 
 
-def set_run_aside(workdir: Path) -> None:
-    """Move everything of the run in the workdir to its folder restarted.N.
+def set_lost_run_aside(workdir: Path) -> None:
+    """Move the run in the workdir to its folder restarted.N if no checkpoint of it is left.
+
+    A run that can go on stays: a supervisor may start the same command again and again.
 
     Raises:
         UserError: the run is in a bucket, or the workdir cannot be written.
     """
+    lost = bool(_damaged_steps(workdir)) and not checkpoint_steps(workdir)
+    if not on_all_hosts(lost):
+        return
     if not isinstance(storage_path(workdir), Path):
         raise UserError("--restart: runs in a bucket stay as they are; use another --workdir")
     if is_primary_host() and workdir.is_dir():

@@ -20,7 +20,7 @@ from lm.runs.checkpoints import (
     ignore_line,
     prepare_workdir,
     require_no_lost_steps,
-    set_run_aside,
+    set_lost_run_aside,
 )
 from lm.storage import open_run_folder, storage_path
 from lm.train_step import TrainState
@@ -44,7 +44,8 @@ def train(
         workdir: folder of the run, created if it is not there.
         log: receives the lines for the user.
         progress: show progress bars on stderr, and the last evaluation on stdout.
-        restart: begin at step 0; an earlier run in `workdir` moves to its folder restarted.N.
+        restart: begin at step 0 if no checkpoint is left of a run that had some, which moves to
+            the folder restarted.N in `workdir`.
 
     Returns:
         Whether the last step was reached; False if the run was asked to stop and can continue.
@@ -69,7 +70,7 @@ def train(
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
         if restart:
-            set_run_aside(workdir)
+            set_lost_run_aside(workdir)
         metadata = prepare_workdir(workdir, config, dataset, write=is_primary_host())
         log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)

@@ -160,6 +160,9 @@ def test_a_run_without_a_readable_checkpoint_never_starts_at_0_by_itself(
     assert main([*words, "--restart"]) == 0
     assert (run / "restarted.0" / "metrics.jsonl").read_bytes() == before
     assert list(losses(run)) == list(range(1, 9))
+    assert main([*words, "--restart"]) == 0  # as a supervisor would: nothing is lost again
+    assert not (run / "restarted.1").exists()
+    assert list(losses(run)) == list(range(1, 9))
 
 
 def test_a_start_that_failed_before_its_first_step_leaves_no_run(

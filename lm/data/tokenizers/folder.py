@@ -1,7 +1,7 @@
 """Tokenizer `folder`: the one of a Hugging Face model folder, with the special tokens it states.
 
 The files are kept as they are: they are read again when a run is loaded, and written back on
-export. What they mean is decided in `_read_special_ids` alone, as `transformers` does: for the
+export. What they mean is decided in `FolderTokenizer.special`, as `transformers` does: for the
 tokens tokenizer_config.json before special_tokens_map.json before the defaults of the tokenizer's
 class, for the end of a generated text generation_config.json before config.json.
 """

@@ -127,7 +127,7 @@ class Nplm(nn.Module):
 
 @dataclass(frozen=True)
 class SkipGramConfig(InitConfig):
-    """Skip-gram model; the meaning of each field is in `lm/config/model_keys.py`."""
+    """Skip-gram model; the meaning of each field is in `lm/config/keys.py`."""
 
     vocab_size: int
     d_model: int
