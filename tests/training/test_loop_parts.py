@@ -162,3 +162,11 @@ def test_a_lost_middle_of_the_metrics_is_named_and_the_file_kept(tmp_path, capsy
     assert "line 3; no metrics of steps 3 to 5" in said
     assert file.read_text() == "".join([*rows[:2], *rows[5:]])
     assert "\0" in (tmp_path / "metrics.jsonl.damaged").read_text()
+
+
+def test_a_line_that_goes_back_is_damage(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3, 2, 4)))
+    MetricsFile(file, 4).close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+    assert "(line 4)" in capsys.readouterr().err
