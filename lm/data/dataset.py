@@ -106,7 +106,8 @@ def open_split(
         stores = (_build_store(source, tokenizer, data, records, progress) for source in training)
         return tuple(split_records(store, data)[1] for store in stores)
     if split == "test":
-        sources = _open_sources(listed(data.test_source), data, "validation", records)
+        own_split = "validation" if records else "test"
+        sources = _open_sources(listed(data.test_source), data, own_split, records)
     else:
         sources = _open_validation(data, records)
     if not sources:

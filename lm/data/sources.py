@@ -192,21 +192,23 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     Args:
         spec: NAME or NAME:ARGUMENT.
         data: section `data` of the configuration.
-        split: "train" or "validation".
+        split: "train", "validation", or "test": all of a source that has no splits of its own,
+            and the validation split of one that has.
 
     Raises:
         UserError: the source is unknown, missing or empty, or has no such split.
     """
     cls, argument = find_source(spec, "documents")
     has_own = cls.has_validation_split(argument, data)
-    hold_out = bool(data.validation_fraction) and not data.validation_source
+    hold_out = bool(data.validation_fraction) and not (data.validation_source or split == "test")
     if split == "validation" and not (data.validation_source or hold_out or has_own):
         raise UserError(
             f"{spec} has no validation split: set --config.data.validation_source "
             "or --config.data.validation_fraction"
         )
     hold_out = hold_out and not has_own
-    corpus: Corpus = cls(argument, data, "train" if hold_out else split)
+    own_split = "train" if hold_out or split == "train" else "validation"
+    corpus: Corpus = cls(argument, data, own_split)
     if next(corpus.chunks(), None) is None:
         raise UserError(f"{spec} holds no text")
     if not hold_out:
