@@ -69,13 +69,13 @@ def importable(folder: Path) -> None:
     file are forgotten.
     """
     folder = folder.resolve()
-    for other in _FOLDERS:
-        if other != folder:
-            for name, module in list(sys.modules.items()):
-                top = name.partition(".")[0]
-                is_here = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
-                if is_here and top != "lm" and _lies_in(module, other, top):
-                    del sys.modules[name]
+    others = [other for other in _FOLDERS if other != folder]
+    tops = {name.partition(".")[0] for name in sys.modules} - {"lm"} if others else set()
+    here = {top for top in tops if (folder / f"{top}.py").is_file() or (folder / top).is_dir()}
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if top in here and any(_lies_in(module, other, top) for other in others):
+            del sys.modules[name]
     if folder in _FOLDERS:
         _FOLDERS.remove(folder)
         sys.path.remove(str(folder))
