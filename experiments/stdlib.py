@@ -1,8 +1,8 @@
 """The embedded default: a GPT on the source code of the running Python's standard library.
 
 Real text that is on every machine, nothing to download; the files held out for validation are
-chosen by a hash of their names. `scripts/quickstart.sh` trains it in under six minutes of
-processor; RESULTS.md has the figures.
+chosen by a hash of their names. `scripts/quickstart.sh` trains it in four minutes on two
+CPU cores; RESULTS.md has the figures.
 
     lm train --config experiments/stdlib.py --workdir runs/stdlib
 """
