@@ -1,5 +1,4 @@
 """Training of a run: the loop, warm starts, metrics, and the monitoring of the process.
 
-Read `trainer` (from a configuration to a finished run), then `loop` and `monitor`. Public:
-`trainer.train`.
+Read `trainer` (from a configuration to a finished run), then `monitor`. Public: `trainer.train`.
 """

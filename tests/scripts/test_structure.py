@@ -106,7 +106,7 @@ def test_a_folder_and_its_subfolder_are_no_siblings(write_package):
             "sibling cycles",
         ),
         (
-            {"models__a": "def f():\n    from lm.training import loop", "training__loop": ""},
+            {"models__a": "def f():\n    from lm.training import trainer", "training__trainer": ""},
             "upward",
         ),
         ({"utils__a": ""}, "on no floor: lm.utils"),
