@@ -27,15 +27,16 @@ from lm.models.transformer_config import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
-from lm.parallel.mesh import axis_sizes, make_mesh
-from lm.parallel.pipeline import PipelineSchedule
-from lm.parallel.sharding import (
+from lm.parallel.mesh import (
     ROW_AXES,
+    axis_sizes,
     batch_sharding,
+    make_mesh,
     optimizer_state_sharding,
     parameter_sharding,
     use_mesh,
 )
+from lm.parallel.pipeline import PipelineSchedule
 from lm.train_step import Carry, Steps, TrainState
 from lm.validation import AttentionChoice, check_on_mesh, choose_attention
 

@@ -25,8 +25,7 @@ from lm.config.rules import (
 from lm.errors import UserError
 from lm.kernels.blockwise_attention import count_tiles
 from lm.kernels.splash_attention import LANES
-from lm.parallel.mesh import axis_sizes
-from lm.parallel.sharding import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
+from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, axis_sizes, count_parameter_shards
 
 BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there

@@ -33,7 +33,7 @@ from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
 from lm.models.variables import Params, as_variables
 from lm.objectives.special_tokens import special_tokens
-from lm.parallel.sharding import BATCH_AXES
+from lm.parallel.mesh import BATCH_AXES
 
 Progress = Callable[[int], Any]
 _BATCHES_SORTED = 16  # sorted by length together: more save padding, fewer are lost in a crash

@@ -18,7 +18,7 @@ from lm.interop.tensor_mapping import Block, Shape
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.variables import flat, param_infos
-from lm.parallel.sharding import parameter_sharding
+from lm.parallel.mesh import parameter_sharding
 
 _ALIGNMENT = 64  # bytes: alignment at which JAX uses a NumPy array on a CPU without a copy
 

@@ -22,7 +22,7 @@ from lm.models.cache import CrossKeyValue, write_layer
 from lm.models.layers import Linear, make_norm
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
-from lm.parallel.sharding import constrain, count_shards, current_mesh
+from lm.parallel.mesh import constrain, count_shards, current_mesh
 
 KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [N, B, S, G, K]
 

@@ -20,7 +20,7 @@ from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
-from lm.parallel.sharding import constrain
+from lm.parallel.mesh import constrain
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dense import add_bias, matmul
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Part, Role, param
-from lm.parallel.sharding import constrain, count_shards, embedding_lookup
+from lm.parallel.mesh import constrain, count_shards, embedding_lookup
 
 
 def flat_leading(leading: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, model_state, param
 from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
-from lm.parallel.sharding import constrain
+from lm.parallel.mesh import constrain
 
 
 class MixtureOfExperts(nn.Module):

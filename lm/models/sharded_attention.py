@@ -27,7 +27,7 @@ from lm.kernels.dot_product_attention import (
 )
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
 from lm.kernels.splash_attention import make_splash_kernel, splash_attention
-from lm.parallel import sharding
+from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, shard_mapped
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "heads", "head_dim")
@@ -67,11 +67,11 @@ def attend_on_mesh(
         ValueError: the kernel does not support what is asked.
     """
     is_self = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
-    is_cut = sharding.count_shards("length") > 1
+    is_cut = count_shards("length") > 1
     ring = is_cut and context_attention == "ring" and is_self
     if kernel == "xla" and not ring:
         names = ("batch", "keys", "kv_heads", "head_dim")
-        k_BSGK, v_BSGK = (sharding.constrain(x, *names) for x in (k_BSGK, v_BSGK))
+        k_BSGK, v_BSGK = (constrain(x, *names) for x in (k_BSGK, v_BSGK))
         more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "dropout": dropout}
         return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
     if not (bias_HLS is None and dropout is None):
@@ -89,7 +89,7 @@ def attend_on_mesh(
 
 def _for_every_shard(x_BSGK: jax.Array) -> jax.Array:
     """Key/value heads repeated until the mesh divides them as it divides the query heads."""
-    G, shards = x_BSGK.shape[2], sharding.count_shards("heads")
+    G, shards = x_BSGK.shape[2], count_shards("heads")
     return jnp.repeat(x_BSGK, lcm(G, shards) // G, axis=2)
 
 
@@ -106,11 +106,11 @@ def _by_rows_and_heads(
         return run(q, k, v, own_mask, scale)
 
     # The arrays of a mask are [B, length]; the offset is a number.
-    by_rows = sharding.activation_sharding("batch", "keys").spec
-    whole = sharding.activation_sharding().spec
+    by_rows = activation_sharding("batch", "keys").spec
+    whole = activation_sharding().spec
     rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, mask)
     arguments = (q_BLHK, k_BSGK, v_BSGK, mask)
-    return sharding.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
+    return shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
 
 
 def _ring(
@@ -118,13 +118,13 @@ def _ring(
 ) -> jax.Array:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         causal = mask.causal
-        return ring_attention(q, k, v, segments, causal=causal, axis=sharding.LENGTH_AXIS)
+        return ring_attention(q, k, v, segments, causal=causal, axis=LENGTH_AXIS)
 
     if mask.prefix_BS is not None or mask.window:
         raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
-    return sharding.shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+    return shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
 def _splash_layer(
@@ -161,8 +161,8 @@ def _splash(
 ) -> jax.Array:
     if mask.prefix_BS is not None:
         raise ValueError('attention kernel "splash" has no prefixes')
-    causal, axis = mask.causal, sharding.LENGTH_AXIS
-    zigzag = causal and sharding.count_shards("length") > 1
+    causal, axis = mask.causal, LENGTH_AXIS
+    zigzag = causal and count_shards("length") > 1
     kernel = make_splash_kernel(
         q_BLHK.shape[2],
         q_BLHK.shape[1],
@@ -170,8 +170,8 @@ def _splash(
         causal=causal,
         window=mask.window,
         softcap=softcap,
-        head_shards=sharding.count_shards("heads"),
-        query_shards=sharding.count_shards("length"),
+        head_shards=count_shards("heads"),
+        query_shards=count_shards("length"),
     )
 
     def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, kernel: Any) -> jax.Array:
@@ -185,6 +185,6 @@ def _splash(
     if key_segments_BS is None:
         key_segments_BS = segments_BL
     arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
-    of_kernel = kernel.manual_sharding_spec(sharding.activation_sharding("heads", "length"))
+    of_kernel = kernel.manual_sharding_spec(activation_sharding("heads", "length"))
     rows, keys = ("batch", "length"), ("batch", "keys")
-    return sharding.shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+    return shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))

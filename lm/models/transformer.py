@@ -24,7 +24,7 @@ from lm.models.cache import Cache, CrossKeyValue, cache_indices
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
-from lm.parallel.sharding import constrain, current_pipeline
+from lm.parallel.mesh import constrain, current_pipeline
 
 HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 REMAT_POLICIES = {

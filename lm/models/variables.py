@@ -1,7 +1,7 @@
 """Variables of a model: parameters with roles, model state, and values that layers report.
 
 A module creates a parameter by `param`, which takes the logical names of its axes (sharded by
-`lm/parallel/sharding.py`) and its role. Whoever treats parameters differently (weight decay, muP,
+`lm/parallel/mesh.py`) and its role. Whoever treats parameters differently (weight decay, muP,
 Muon, low-rank adaptation, layer-wise decay, parameter counts, FLOPs) reads the role, never the
 path. Model state (`model_state`) is neither trained nor carried from row to row: the router bias
 of DeepSeek-V3, running statistics.
@@ -131,7 +131,7 @@ def param(
         name: name of the parameter in the module.
         init: initializer, called with key, shape and dtype.
         shape: shape without stacked layers.
-        axes: logical name of each axis; `lm/parallel/sharding.py` has the known ones.
+        axes: logical name of each axis; `lm/parallel/mesh.py` has the known ones.
         role: role of the parameter.
 
     Returns:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lm.models.variables import LOSSES, METRICS, MODEL_STATE
 from lm.objectives.objective import Batch, BoundModel, LossSums
-from lm.parallel.sharding import constrain, count_shards
+from lm.parallel.mesh import constrain, count_shards
 
 
 class TokenLosses(NamedTuple):

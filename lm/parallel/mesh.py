@@ -1,18 +1,34 @@
-"""Device mesh: named axes, outermost (slowest network) first, and the processes that share it."""
+"""Device mesh: its named axes, its processes, and the rules that shard arrays over it.
+
+Axes are ordered from the outermost (slowest network). Models name the axes of their arrays
+("embed", "heads", …) and know no mesh; the rules say which mesh axes shard each. A name without a
+rule is an error, never silent replication. While a step is traced inside `use_mesh`, `constrain`
+and the functions after it read the mesh from the context.
+
+Shape letters: B batch, L length, V vocabulary, D model.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.parallel.pipeline import PipelineSchedule
 
 AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
 PRESETS = {"data": {"data": -1}, "fsdp": {"fsdp": -1}}
@@ -138,3 +154,306 @@ class CrossHostMax:
     def result(handle: int | jax.Array) -> int:
         """Return the maximum over all processes of the same call of `start`."""
         return int(jax.device_get(handle)) if isinstance(handle, jax.Array) else handle
+
+
+# --- sharding rules
+
+Rules = dict[str, tuple[str, ...]]
+
+PARAMETERS: Rules = {
+    "layers": ("stage",),
+    "embed": ("fsdp",),
+    "residual": (),  # the outputs of a kernel from residual stream to residual stream
+    "vocab": ("tensor",),
+    "positions": (),
+    "types": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "pooled": (),
+    "classes": (),
+    "lora_rank": (),
+    "hidden": (),
+    "gates": (),
+    "experts": ("expert",),
+    "router_inputs": (),
+    "router": (),
+}
+
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
+# Outside the stack of layers, pipeline stages shard the batch too.
+ROW_AXES = ("stage", *BATCH_AXES)
+LENGTH_AXIS = "context"
+ACTIVATIONS: Rules = {
+    "batch": BATCH_AXES,
+    "rows": ROW_AXES,
+    "length": (LENGTH_AXIS,),
+    "residual_length": (LENGTH_AXIS,),  # between the sublayers of a block
+    "keys": (),  # the length of keys and values that every query can reach
+    "embed": (),
+    "vocab": ("tensor",),
+    "positions": (),
+    "types": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "hidden": (),
+    "router": (),
+}
+
+# Sequence parallelism: norms, dropout and residual sums are sharded over the devices of tensor
+# parallelism too (Korthikanti et al. 2022, §4.2.2).
+SEQUENCE_PARALLEL: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
+
+# The size of a vocabulary is arbitrary and key/value heads are few: where the mesh does not divide
+# them, the dimension is replicated, and `replicated_axes` reports it.
+MAY_REPLICATE = ("vocab", "kv_heads")
+
+# The configuration key behind a logical axis, for error messages.
+CONFIG_KEYS = {
+    "layers": "model.n_layers",
+    "embed": "model.d_model",
+    "heads": "model.n_heads",
+    "mlp": "model.d_ff",
+    "experts": "model.n_experts",
+}
+
+
+def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """Return the sharding of a parameter from the logical `names` of its axes and its shape.
+
+    Raises:
+        KeyError: a name has no rule.
+        UserError: a dimension is not divisible by the mesh axes that shard it.
+    """
+    axes = (_parameter_axes(mesh.shape, n, size) for n, size in zip(names, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def count_parameter_shards(
+    sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]
+) -> int:
+    """Return the number of shards of a parameter on a mesh with these axis sizes.
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes that shard it.
+    """
+    axes = (_parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
+    return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
+
+
+def optimizer_state_sharding(
+    parameter: NamedSharding, shape: Sequence[int], state_shape: Sequence[int]
+) -> NamedSharding:
+    """Return the sharding of an optimizer-state array.
+
+    Its dimensions are those of the parameter, some of them left out or reduced to 1 (factored
+    second moments), and are sharded alike. An array with other dimensions is replicated.
+
+    Args:
+        parameter: sharding of the parameter.
+        shape: shape of the parameter.
+        state_shape: shape of the optimizer-state array.
+
+    Returns:
+        The sharding, on the mesh of the parameter.
+    """
+    axes, dimension = [], 0
+    for size in state_shape:
+        while size > 1 and dimension < len(shape) and shape[dimension] != size:
+            dimension += 1
+        if dimension == len(shape):
+            return NamedSharding(parameter.mesh, PartitionSpec())
+        axes.append(parameter.spec[dimension] if size > 1 else None)
+        dimension += size > 1
+    return NamedSharding(parameter.mesh, PartitionSpec(*axes))
+
+
+def replicated_axes(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
+    """Return the logical axes of a parameter that have a rule but that the mesh cannot divide."""
+    return [
+        name
+        for name, size in zip(names, shape, strict=True)
+        if _rule(PARAMETERS, name) and _parameter_axes(mesh.shape, name, size) is None
+    ]
+
+
+def _parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
+    """Return the mesh axes that shard a parameter's dimension, or None if it is replicated."""
+    axes = _rule(PARAMETERS, name)
+    n = prod(sizes[axis] for axis in axes)
+    if size % n == 0:
+        return axes or None
+    if name in MAY_REPLICATE:
+        return None
+    raise UserError(
+        f"--config.{CONFIG_KEYS.get(name, name)}={size} is not divisible by "
+        f"{n} ({', '.join(f'--config.parallel.mesh.{axis}' for axis in axes)})"
+    )
+
+
+def _rule(rules: Rules, name: str) -> tuple[str, ...]:
+    if name not in rules:
+        raise KeyError(f"no sharding rule for logical axis {name!r}")
+    return rules[name]
+
+
+def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
+    """Return the shardings of the [steps, B, …] arrays of batches, by name.
+
+    The dimension after the rows is sharded over `context` where that divides it: it is a length,
+    or positions whose order makes no difference, such as the masked positions of a row.
+
+    Args:
+        mesh: mesh of the step.
+        shapes: shapes [B, …] of the arrays by name.
+    """
+
+    def spec(shape: Sequence[int]) -> PartitionSpec:
+        has_length = len(shape) > 1 and shape[1] % mesh.shape[LENGTH_AXIS] == 0
+        return PartitionSpec(None, ROW_AXES, *((LENGTH_AXIS,) if has_length else ()))
+
+    return {name: NamedSharding(mesh, spec(shape)) for name, shape in shapes.items()}
+
+
+# --- the mesh of the step that is being traced
+
+
+@dataclass(frozen=True)
+class ShardingContext:
+    """Mesh of a step, sharding rules of its activations, and schedule of its pipeline if any."""
+
+    mesh: Mesh
+    rules: Rules
+    pipeline: PipelineSchedule | None
+
+    def spec(self, names: Sequence[str]) -> PartitionSpec:
+        """Return the PartitionSpec of an activation from the logical names of its axes."""
+        return PartitionSpec(*(_rule(self.rules, name) or None for name in names))
+
+
+_context: ContextVar[ShardingContext | None] = ContextVar("sharding", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(
+    mesh: Mesh, sequence: bool = False, pipeline: PipelineSchedule | None = None
+) -> Iterator[None]:
+    """Trace the code inside for a mesh.
+
+    Args:
+        mesh: mesh that `constrain` shards activations over.
+        sequence: apply the rules of sequence parallelism.
+        pipeline: schedule that stacks of layers run by if it has more than one stage.
+    """
+    rules = ACTIVATIONS | (SEQUENCE_PARALLEL if sequence else {})
+    pipeline = pipeline if pipeline and pipeline.stages > 1 else None
+    token = _context.set(ShardingContext(mesh, rules, pipeline))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """Return the mesh of the step that is being traced; None in decoding, which has none."""
+    context = _context.get()
+    return context.mesh if context else None
+
+
+def current_pipeline() -> PipelineSchedule | None:
+    """Return the pipeline schedule of the step that is being traced; None for one stage."""
+    context = _context.get()
+    return context.pipeline if context else None
+
+
+def count_shards(name: str) -> int:
+    """Return the number of shards of a logical axis of activations; 1 without a mesh."""
+    context = _context.get()
+    return prod(context.mesh.shape[a] for a in _rule(context.rules, name)) if context else 1
+
+
+def activation_sharding(*names: str) -> NamedSharding:
+    """Return the sharding of an activation with these logical axes, inside `use_mesh`."""
+    context = _context.get()
+    assert context is not None
+    return NamedSharding(context.mesh, context.spec(names))
+
+
+def sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:
+    """Return the current mesh's axes of more than one device that shard a logical axis."""
+    axes, mesh = _rule(rules, name), current_mesh()
+    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+    """Constrain the sharding of an activation to the rules of its axes; no mesh, no change."""
+    for name in names:
+        _rule(ACTIVATIONS, name)
+    if current_mesh() is None:
+        return x
+    return lax.with_sharding_constraint(x, activation_sharding(*names))
+
+
+def shard_mapped(
+    function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
+) -> jax.Array:
+    """Apply a function under `jax.shard_map`, inside `use_mesh`.
+
+    For kernels that the compiler cannot partition, and for those with collectives of their own.
+
+    Args:
+        function: called by every device on its own shards of the arguments.
+        arguments: pytrees of arrays.
+        names: for each argument the logical names of its axes, or a tree of PartitionSpecs.
+
+    Returns:
+        The result of the function, sharded like the first argument.
+    """
+    context = _context.get()
+    assert context is not None
+    specs = [context.spec(n) if isinstance(n, tuple) else n for n in names]
+    # The check of varying axes (check_vma) supports neither custom gradients nor Pallas.
+    return jax.shard_map(
+        function,
+        mesh=context.mesh,
+        in_specs=tuple(specs),
+        out_specs=specs[0],
+        check_vma=False,
+    )(*arguments)
+
+
+# --- embedding lookup
+
+
+def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Array) -> jax.Array:
+    """Look up embeddings in a sharded table, with reduce-scattered gradients.
+
+    Args:
+        table_VD: embedding table.
+        names: logical names of the table's axes.
+        ids_BL: token ids; ids of other ranks are looked up without communication.
+
+    Returns:
+        The embeddings [B, L, D].
+    """
+    mesh = current_mesh()
+    if mesh is None or ids_BL.ndim != 2:
+        return jnp.take(table_VD, ids_BL, axis=0)
+    table = parameter_sharding(mesh, names, table_VD.shape).spec
+    row_axes, width_axes = (_axes_of_several(mesh, axes) for axes in table)
+    if not row_axes and not width_axes:
+        return jnp.take(table_VD, ids_BL, axis=0)
+
+    from lm.parallel.sharded_lookup import sharded_lookup
+
+    return sharded_lookup(table_VD, ids_BL, mesh, table, row_axes, width_axes)
+
+
+def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """Return those of a dimension's mesh axes that have more than one device."""
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in named if mesh.shape[axis] > 1)

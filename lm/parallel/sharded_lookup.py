@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.sharding import LENGTH_AXIS, ROW_AXES
+from lm.parallel.mesh import LENGTH_AXIS, ROW_AXES
 
 Axes = tuple[str, ...]
 

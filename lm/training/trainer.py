@@ -26,8 +26,7 @@ from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, build_with_data
 from lm.models.variables import flat
-from lm.parallel import sharding
-from lm.parallel.mesh import CrossHostMax, is_primary_host
+from lm.parallel.mesh import LENGTH_AXIS, CrossHostMax, is_primary_host, replicated_axes
 from lm.runs.checkpoints import (
     Checkpoints,
     Log,
@@ -168,7 +167,7 @@ def describe(experiment: Experiment) -> str:
             f"{schedule.microbatches} microbatches: idle {schedule.bubble:.1%} of the time"
         )
     for path, leaf in sorted(shapes.items()):
-        for axis in sharding.replicated_axes(mesh, experiment.param_infos[path].axes, leaf.shape):
+        for axis in replicated_axes(mesh, experiment.param_infos[path].axes, leaf.shape):
             lines.append(
                 f"{path} {leaf.shape}: the mesh does not divide its {axis!r} dimension, which "
                 "stays whole on every device"
@@ -178,7 +177,7 @@ def describe(experiment: Experiment) -> str:
 
 def _attention(experiment: Experiment) -> str:
     attention = experiment.attention
-    n_shards = experiment.mesh.shape[sharding.LENGTH_AXIS]
+    n_shards = experiment.mesh.shape[LENGTH_AXIS]
     across = f", {attention.across} over {n_shards} parts of the sequence" if n_shards > 1 else ""
     return f"attention kernel {attention.kernel} ({attention.why}){across}"
 

@@ -13,8 +13,7 @@ from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.splash_attention import make_splash_kernel
 from lm.models import sharded_attention
 from lm.models.attention import attend
-from lm.parallel import sharding
-from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.mesh import axis_sizes, make_mesh, use_mesh
 
 LENGTH = 512
 
@@ -57,7 +56,7 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
 
     def on_mesh(*qkv, is_global):
         n = int(np.prod([*mesh.values()]))
-        with sharding.use_mesh(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
+        with use_mesh(make_mesh(axis_sizes("custom", mesh, n), jax.devices()[:n])):
             return attended(*qkv, is_global, kernel)
 
     @jax.jit

@@ -15,8 +15,7 @@ from lm.errors import UserError
 from lm.experiment import build_with_data, reads_records
 from lm.models.moe import MixtureOfExperts
 from lm.models.transformer_config import TransformerConfig
-from lm.parallel import sharding
-from lm.parallel.mesh import axis_sizes, make_mesh
+from lm.parallel.mesh import ACTIVATIONS, axis_sizes, make_mesh, use_mesh
 
 # Switch alternates and drops, Mixtral has biases here and drops nothing.
 MERGED_OVERRIDES = {
@@ -119,7 +118,7 @@ def test_losses_gradients_and_reports_equal_those_of_one_device(run, kind):
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_a_length_in_parts(monkeypatch, capacity):
     """Where the context axis divides sequences, an expert's places for a row are still shared."""
-    monkeypatch.setitem(sharding.ACTIVATIONS, "length", ("context",))
+    monkeypatch.setitem(ACTIVATIONS, "length", ("context",))
     config = TransformerConfig(
         n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=6, vocab_size=32,
         max_length=10, n_experts=4, experts_per_token=2, expert_capacity=capacity, init_std=0.5,
@@ -136,7 +135,7 @@ def test_a_length_in_parts(monkeypatch, capacity):
         return (layer.apply(params, x) ** 2).sum()
 
     expected = jax.jit(loss)(params, x)
-    with sharding.use_mesh(mesh):
+    with use_mesh(mesh):
         found = jax.jit(loss)(params, x)
     jax.tree.map(
         lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5 * abs(e).max()),

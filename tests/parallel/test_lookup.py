@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.parallel import sharding
-from lm.parallel.mesh import axis_sizes, make_mesh
-from lm.parallel.sharding import embedding_lookup
+from lm.parallel.mesh import axis_sizes, embedding_lookup, make_mesh, parameter_sharding, use_mesh
 
 MESHES = {
     "fsdp=8": {"fsdp": 8},
@@ -37,10 +35,10 @@ def test_values_and_gradient_are_those_of_one_device(mesh, rows):
     expected = jax.jit(gradient)(table, ids, weights)
 
     on_mesh = make_mesh(axis_sizes("custom", {"data": 1, **MESHES[mesh]}, 8), jax.devices())
-    lies = sharding.parameter_sharding(on_mesh, ("vocab", "embed"), table.shape)
+    lies = parameter_sharding(on_mesh, ("vocab", "embed"), table.shape)
 
     def placed(*args):
-        with sharding.use_mesh(on_mesh):
+        with use_mesh(on_mesh):
             return gradient(*args)
 
     step = jax.jit(placed, out_shardings=(None, lies)).lower(

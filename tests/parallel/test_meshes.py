@@ -15,8 +15,7 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import flat
-from lm.parallel import sharding
-from lm.parallel.mesh import AXES, axis_sizes
+from lm.parallel.mesh import AXES, axis_sizes, constrain, parameter_sharding, replicated_axes
 
 MESHES = {
     "data=8": {"data": 8},
@@ -195,9 +194,9 @@ def test_axis_sizes():
 def test_a_name_without_a_rule_is_an_error():
     mesh = experiment_on({}).mesh
     with pytest.raises(KeyError, match="no sharding rule for logical axis 'widht'"):
-        sharding.parameter_sharding(mesh, ("widht",), (4,))
+        parameter_sharding(mesh, ("widht",), (4,))
     with pytest.raises(KeyError, match="widht"):
-        sharding.constrain(np.zeros((4,)), "widht")
+        constrain(np.zeros((4,)), "widht")
 
 
 def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
@@ -208,5 +207,5 @@ def test_a_dimension_that_does_not_divide_is_an_error_or_reported():
     with pytest.raises(UserError, match=r"--config.data.batch_size=6 is not divisible by 8"):
         experiment_on({"data": 8}, data__batch_size=6)
     experiment = experiment_on({"tensor": 4})
-    assert sharding.replicated_axes(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
-    assert sharding.replicated_axes(experiment.mesh, ("vocab", "embed"), (64, 32)) == []
+    assert replicated_axes(experiment.mesh, ("vocab", "embed"), (66, 32)) == ["vocab"]
+    assert replicated_axes(experiment.mesh, ("vocab", "embed"), (64, 32)) == []

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lm.models.classic.linear import init_linear
 from lm.models.layers import Embedding
 from lm.models.variables import InitConfig, Kind, Role
-from lm.parallel.sharding import constrain
+from lm.parallel.mesh import constrain
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lm.kernels.dense import add_bias
 from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
 from lm.models.classic.linear import init_linear
 from lm.models.variables import InitConfig, Kind, Role
-from lm.parallel.sharding import constrain
+from lm.parallel.mesh import constrain
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lm.models.classic.lstm import (
 )
 from lm.models.layers import Bias, Embedding
 from lm.models.variables import Kind, Role
-from lm.parallel.sharding import constrain
+from lm.parallel.mesh import constrain
 
 
 class Recurrent(nn.Module):

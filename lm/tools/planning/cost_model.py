@@ -20,8 +20,8 @@ from lm.config.rules import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
 from lm.models.variables import flat
+from lm.parallel.mesh import count_parameter_shards
 from lm.parallel.pipeline import PipelineSchedule
-from lm.parallel.sharding import count_parameter_shards
 
 # FLOPs of a step relative to a step without remat; the transfers of offloading are ranked as if
 # they were so many more FLOPs.
