@@ -19,6 +19,7 @@ from lm.data.sources import Chunk
 from lm.data.store import TokenBlock, encode_chunks
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.parallel.hosts import end_with_parent
 
 
 def encode_in_processes(
@@ -69,6 +70,7 @@ _worker_state: tuple[Tokenizer, np.dtype]
 
 def _start_worker(plugins: list[dict[str, Any]], tokenizer: bytes, dtype: np.dtype) -> None:
     global _worker_state
+    end_with_parent()
     import_plugins(plugins, {})  # before unpickling, which looks the tokenizer's class up
     _worker_state = pickle.loads(tokenizer), dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -166,3 +167,19 @@ def exit_at_once(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def end_with_parent() -> None:
+    """End this worker process of `multiprocessing` as soon as its parent is gone.
+
+    A worker waits for its next task on a pipe that the other workers keep open, for ever if the
+    parent was killed.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,6 +2,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -194,6 +196,35 @@ def test_a_killed_worker_process_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(lm.data.store, "_SMALL", 1)
     with pytest.raises(UserError, match=r"was killed.*workers"):
         build_token_store(Texts(("a" * 100,)), KillsItsProcess(), tmp_path, 2)
+
+
+ENDLESS = """
+import itertools
+import numpy as np
+from lm.data.sources import cut_document
+from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizing_pool import encode_in_processes
+
+if __name__ == "__main__":
+    groups = (list(cut_document(["text"])) for _ in itertools.count())
+    for _ in encode_in_processes(groups, ByteTokenizer(), np.dtype("u2"), 2):
+        print("working", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_worker_survives_the_kill_of_its_parent(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    words = [sys.executable, tmp_path / "endless.py"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"working\n"
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.kill()
+    assert len(children) == 3  # two workers and multiprocessing's resource tracker
+    until = time.monotonic() + 10
+    while alive := [pid for pid in children if Path("/proc", pid, "exe").exists()]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.05)
 
 
 def test_documents_without_tokens_are_none(tmp_path):

@@ -27,6 +27,7 @@ from lm.config.registries import SCHEMA
 from lm.config.rules import TRANSFORMERS
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
+from lm.parallel.hosts import end_with_parent
 from lm.parallel.mesh import AXES
 from lm.tools.planning.cost_model import CostModel, Estimate, Settings
 from lm.tools.planning.plan import Plan, make_plan
@@ -260,7 +261,7 @@ class _Pool:
         given = dict(flatten(self.config))
         plugins = SCHEMA.plugins(), self.config.to_dict()
         spawn = get_context("spawn")
-        with ProcessPoolExecutor(self.n_workers, spawn, import_plugins, plugins) as pool:
+        with ProcessPoolExecutor(self.n_workers, spawn, _start_worker, plugins) as pool:
             running: deque[tuple[Candidate, Future[Plan]]] = deque()
             for i in track(range(limit), total=limit):
                 for _ in range(min(self.n_workers - len(running), limit - i - len(running))):
@@ -282,3 +283,8 @@ def _plan(values: Mapping[str, Any], name: str, n_slices: int) -> Plan:
     """Plan a candidate in a process of its own."""
     jax.config.update("jax_platforms", "cpu")
     return make_plan(overridden(default(), values), topology(name, n_slices), n_slices)
+
+
+def _start_worker(plugins: list[dict[str, Any]], config: dict[str, Any]) -> None:
+    end_with_parent()
+    import_plugins(plugins, config)
