@@ -9,7 +9,7 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -27,7 +27,7 @@ from lm.kernels.dot_product_attention import (
 )
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
 from lm.kernels.splash_attention import make_splash_kernel, splash_attention
-from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, shard_mapped
+from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, current_mesh
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "heads", "head_dim")
@@ -110,7 +110,7 @@ def _by_rows_and_heads(
     whole = activation_sharding().spec
     rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, mask)
     arguments = (q_BLHK, k_BSGK, v_BSGK, mask)
-    return shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
+    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
 
 
 def _ring(
@@ -124,7 +124,7 @@ def _ring(
         raise ValueError("ring attention has no prefixes and no windows")
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
-    return shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+    return _shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
 
 
 def _splash_layer(
@@ -187,4 +187,30 @@ def _splash(
     arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
     of_kernel = kernel.manual_sharding_spec(activation_sharding("heads", "length"))
     rows, keys = ("batch", "length"), ("batch", "keys")
-    return shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+
+
+def _shard_mapped(
+    function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
+) -> jax.Array:
+    """Apply a function under `jax.shard_map`, inside `use_mesh`.
+
+    For kernels that the compiler cannot partition, and for those with collectives of their own.
+
+    Args:
+        function: called by every device on its own shards of the arguments.
+        arguments: pytrees of arrays.
+        names: for each argument the logical names of its axes, or a tree of PartitionSpecs.
+
+    Returns:
+        The result of the function, sharded like the first argument.
+    """
+    specs = [activation_sharding(*n).spec if isinstance(n, tuple) else n for n in names]
+    # The check of varying axes (check_vma) supports neither custom gradients nor Pallas.
+    return jax.shard_map(
+        function,
+        mesh=current_mesh(),
+        in_specs=tuple(specs),
+        out_specs=specs[0],
+        check_vma=False,
+    )(*arguments)

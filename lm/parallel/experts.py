@@ -32,7 +32,6 @@ from lm.parallel.mesh import (
     Rules,
     current_mesh,
     current_pipeline,
-    sharded_axes,
 )
 
 
@@ -88,7 +87,7 @@ def mixture_of_experts(
         x_BLD, routing = jax.tree.map(lambda x: _mark_varying(x, own), (x_BLD, routing))
         n_local = len(next(iter(local.values())))
         y_BLD = dispatch(partial(feed_forward, local), n_local, x_BLD, routing)
-        return lax.psum(y_BLD, sharded_axes(PARAMETERS, "mlp"))
+        return lax.psum(y_BLD, _sharded_axes(PARAMETERS, "mlp"))
 
     if mesh is None:
         return on_device(parameters, x_BLD, routing)
@@ -138,12 +137,12 @@ def _shard_map_in_pipeline(
 
 def _spec(rules: Rules, names: Sequence[str]) -> PartitionSpec:
     """Return the PartitionSpec of an array on the current mesh."""
-    return PartitionSpec(*(sharded_axes(rules, name) or None for name in names))
+    return PartitionSpec(*(_sharded_axes(rules, name) or None for name in names))
 
 
 def _axes(rules: Rules, names: Sequence[str]) -> set[str]:
     """Return the axes of the current mesh that shard an array."""
-    return {axis for name in names for axis in sharded_axes(rules, name)}
+    return {axis for name in names for axis in _sharded_axes(rules, name)}
 
 
 def _mark_varying(x: jax.Array, own: set[str]) -> jax.Array:
@@ -160,11 +159,11 @@ def _mark_varying(x: jax.Array, own: set[str]) -> jax.Array:
 def _local_params(parameter: jax.Array, names: Sequence[str]) -> jax.Array:
     """Gather the FSDP shards of the local experts."""
     for dimension, name in enumerate(names):
-        if name == "embed" and sharded_axes(PARAMETERS, name):
-            axes = sharded_axes(PARAMETERS, name)
+        if name == "embed" and _sharded_axes(PARAMETERS, name):
+            axes = _sharded_axes(PARAMETERS, name)
             parameter = lax.all_gather(parameter, axes, axis=dimension, tiled=True)
     parameter = _mark_varying(parameter, _axes(PARAMETERS, names))
-    parts = sharded_axes(PARAMETERS, "mlp")
+    parts = _sharded_axes(PARAMETERS, "mlp")
     if "mlp" in names or not parts:
         return parameter
     # Only one of the devices whose outputs are summed adds the output bias.
@@ -175,7 +174,10 @@ def _with_capacity(
     capacity: int, feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
 ) -> jax.Array:
     """Fill slots on the devices of the tokens, and multiply them on the devices of the experts."""
-    shared, length_parts = sharded_axes(PARAMETERS, "experts"), sharded_axes(ACTIVATIONS, "length")
+    shared, length_parts = (
+        _sharded_axes(PARAMETERS, "experts"),
+        _sharded_axes(ACTIVATIONS, "length"),
+    )
     B, L, D = x_BLD.shape
     K, E = routing.experts_BLK.shape[-1], n_local * _size(shared)
     C = -(-capacity // _size(length_parts)) * _size(length_parts)
@@ -203,7 +205,7 @@ def _dropless(
     feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
 ) -> jax.Array:
     """Gather the tokens of all devices that share the experts, and sort those of this device's."""
-    shared, first = sharded_axes(PARAMETERS, "experts"), jnp.zeros((), jnp.int32)
+    shared, first = _sharded_axes(PARAMETERS, "experts"), jnp.zeros((), jnp.int32)
     if shared:
         gather = partial(lax.all_gather, axis_name=shared, tiled=True)
         x_BLD, routing = jax.tree.map(gather, (x_BLD, routing))
@@ -263,3 +265,9 @@ def _grouped_linear(
         ones = jnp.ones_like(x_SD, shape=(len(x_SD), 1))
         y_SF += grouped_matmul(ones, bias_EF[:, None], sizes_E, jnp.float32)
     return y_SF.astype(x_SD.dtype)
+
+
+def _sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:
+    """Return the current mesh's axes of more than one device that shard a logical axis."""
+    axes, mesh = rules[name], current_mesh()
+    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)

@@ -1,4 +1,4 @@
-"""Start and end of a process: its platform, joining the others of a run, leaving them."""
+"""Hosts of a run: the platform of a process, joining and leaving the others, the slow network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -183,3 +184,44 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+# --- the network between hosts
+
+
+def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Device]]:
+    """Split devices into `n` equal parts along the slow network.
+
+    TPU slices must be the parts. GPU hosts, and CPU processes, are grouped where there are more
+    than `n`. Within one host there is no slow network: the parts are in device order.
+
+    Raises:
+        UserError: the islands of the network do not make `n` equal parts.
+    """
+    is_tpu = devices[0].platform == "tpu"
+    by_slice, by_host = _groups(devices, "slice_index"), _groups(devices, "process_index")
+    islands = by_slice if is_tpu or len(by_slice) > 1 else by_host
+    if is_tpu and len(islands) != n:
+        raise UserError(
+            f"--config.parallel.mesh.slice={n}, but the devices are {len(islands)} TPU slice(s): "
+            f"set it to {len(islands)}"
+        )
+    if len(islands) == 1:
+        islands = [[device] for device in devices]
+    sizes = {len(island) for island in islands}
+    if n > 1 and (len(islands) % n or len(sizes) > 1):
+        raise UserError(
+            f"--config.parallel.mesh.slice={n} does not divide {len(islands)} hosts or slices of "
+            f"{' or '.join(map(str, sorted(sizes)))} devices"
+        )
+    in_order = [device for island in islands for device in island]
+    size = len(devices) // n
+    return [in_order[i * size : (i + 1) * size] for i in range(n)]
+
+
+def _groups(devices: Sequence[jax.Device], attribute: str) -> list[list[jax.Device]]:
+    """Group devices by the value of an attribute, in the order of the values."""
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, attribute, 0), []).append(device)
+    return [groups[value] for value in sorted(groups)]

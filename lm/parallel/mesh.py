@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -68,49 +68,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     links where `mesh_utils` knows these.
     """
     inside = tuple(sizes[axis] for axis in AXES if axis != "slice")
+    parts = [list(devices)]
+    if len(devices) > 1:
+        from lm.parallel.hosts import split_by_network
+
+        parts = split_by_network(devices, sizes["slice"])
     grids = [
         mesh_utils.create_device_mesh(inside, part, allow_split_physical_axes=True)
-        for part in split_by_network(devices, sizes["slice"])
+        for part in parts
     ]
     return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Device]]:
-    """Split devices into `n` equal parts along the slow network.
-
-    TPU slices must be the parts. GPU hosts, and CPU processes, are grouped where there are more
-    than `n`. Within one host there is no slow network: the parts are in device order.
-
-    Raises:
-        UserError: the islands of the network do not make `n` equal parts.
-    """
-    is_tpu = devices[0].platform == "tpu"
-    by_slice, by_host = _groups(devices, "slice_index"), _groups(devices, "process_index")
-    islands = by_slice if is_tpu or len(by_slice) > 1 else by_host
-    if is_tpu and len(islands) != n:
-        raise UserError(
-            f"--config.parallel.mesh.slice={n}, but the devices are {len(islands)} TPU slice(s): "
-            f"set it to {len(islands)}"
-        )
-    if len(islands) == 1:
-        islands = [[device] for device in devices]
-    sizes = {len(island) for island in islands}
-    if n > 1 and (len(islands) % n or len(sizes) > 1):
-        raise UserError(
-            f"--config.parallel.mesh.slice={n} does not divide {len(islands)} hosts or slices of "
-            f"{' or '.join(map(str, sorted(sizes)))} devices"
-        )
-    in_order = [device for island in islands for device in island]
-    size = len(devices) // n
-    return [in_order[i * size : (i + 1) * size] for i in range(n)]
-
-
-def _groups(devices: Sequence[jax.Device], attribute: str) -> list[list[jax.Device]]:
-    """Group devices by the value of an attribute, in the order of the values."""
-    groups: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        groups.setdefault(getattr(device, attribute, 0), []).append(device)
-    return [groups[value] for value in sorted(groups)]
 
 
 # --- processes
@@ -383,12 +350,6 @@ def activation_sharding(*names: str) -> NamedSharding:
     return NamedSharding(context.mesh, context.spec(names))
 
 
-def sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:
-    """Return the current mesh's axes of more than one device that shard a logical axis."""
-    axes, mesh = _rule(rules, name), current_mesh()
-    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
-
-
 def constrain(x: jax.Array, *names: str) -> jax.Array:
     """Constrain the sharding of an activation to the rules of its axes; no mesh, no change."""
     for name in names:
@@ -396,34 +357,6 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     if current_mesh() is None:
         return x
     return lax.with_sharding_constraint(x, activation_sharding(*names))
-
-
-def shard_mapped(
-    function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
-) -> jax.Array:
-    """Apply a function under `jax.shard_map`, inside `use_mesh`.
-
-    For kernels that the compiler cannot partition, and for those with collectives of their own.
-
-    Args:
-        function: called by every device on its own shards of the arguments.
-        arguments: pytrees of arrays.
-        names: for each argument the logical names of its axes, or a tree of PartitionSpecs.
-
-    Returns:
-        The result of the function, sharded like the first argument.
-    """
-    context = _context.get()
-    assert context is not None
-    specs = [context.spec(n) if isinstance(n, tuple) else n for n in names]
-    # The check of varying axes (check_vma) supports neither custom gradients nor Pallas.
-    return jax.shard_map(
-        function,
-        mesh=context.mesh,
-        in_specs=tuple(specs),
-        out_specs=specs[0],
-        check_vma=False,
-    )(*arguments)
 
 
 # --- embedding lookup
