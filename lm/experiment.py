@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,12 @@ from ml_collections import ConfigDict
 
 from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
+from lm.config.rules import data_problems
 from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
+from lm.models.attention import AttentionChoice, choose_attention
 from lm.models.transformer_config import make_model
 from lm.models.variables import ParamInfo, flat, nested, state_axes
 from lm.objectives.objective import Objective
@@ -38,9 +41,29 @@ from lm.parallel.mesh import (
 )
 from lm.parallel.pipeline import PipelineSchedule
 from lm.train_step import Carry, Steps, TrainState
-from lm.validation import AttentionChoice, check_on_mesh, choose_attention
 
 Tree = Any
+
+
+def check(config: ConfigDict, platform: str, n_devices: int) -> None:
+    """Find everything that is wrong with a configuration before it trains or reads data.
+
+    Args:
+        config: configuration, resolved or not.
+        platform: "cpu", "tpu" or "gpu".
+        n_devices: number of devices of the mesh.
+
+    Raises:
+        UserError: the first problem of: keys, rules between keys, data, mesh, attention, objective.
+    """
+    config = _with_defaults(config, platform)
+    for problem in data_problems(config):
+        raise UserError(problem)
+    sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, n_devices)
+    resolve_parallelism(config, platform, sizes)
+    objective = OBJECTIVES[config.objective.name]
+    objective.from_config(config, None)  # both raise where its sequences are too short
+    objective.attention_lengths(config)
 
 
 def resolve(config: ConfigDict, platform: str) -> ConfigDict:
@@ -50,18 +73,24 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
         config: configuration.
         platform: "cpu", "tpu" or "gpu".
     """
-    return _resolve(config, platform, None)[0]
+    config = _with_defaults(config, platform)
+    _objective(config, None)
+    return config
 
 
-def _resolve(
-    config: ConfigDict, platform: str, tokenizer: Tokenizer | None
-) -> tuple[ConfigDict, Objective, Tokenizer | None]:
-    """Return the resolved configuration, its objective, and the tokenizer if there is one.
+def _with_defaults(config: ConfigDict, platform: str) -> ConfigDict:
+    """Return a valid copy with all defaults filled in but the size of the vocabulary."""
+    validate(config)
+    return fill_defaults(config, platform)
+
+
+def _objective(
+    config: ConfigDict, tokenizer: Tokenizer | None
+) -> tuple[Objective, Tokenizer | None]:
+    """Return the objective, and the tokenizer if there is one; fill in the size of the vocabulary.
 
     The tokenizer is opened if it is not given and the size of the vocabulary depends on it.
     """
-    validate(config)
-    config = fill_defaults(config, platform)
     if not config.model.vocab_size and tokenizer is None:
         tokenizer = open_tokenizer(config.data, reads_records(config))
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
@@ -70,7 +99,7 @@ def _resolve(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.model.vocab_size)
     validate(config)
-    return config, objective, tokenizer
+    return objective, tokenizer
 
 
 @dataclass(frozen=True)
@@ -306,7 +335,7 @@ def build_with_data(
     Raises:
         UserError: the configuration, the mesh or the data do not fit.
     """
-    validate(config)
+    check(config, devices[0].platform, len(devices))
     records = reads_records(config)
     tokenizer = open_tokenizer(config.data, records)
     experiment = build(config, devices, tokenizer)
@@ -325,11 +354,10 @@ def build_untraced(
 ) -> Experiment:
     """Build an experiment without tracing the model, for callers that need no optimizer state."""
     platform = devices[0].platform
-    validate(config)
+    config = _with_defaults(config, platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    filled = fill_defaults(config, platform)
-    pipeline, attention = resolve_parallelism(filled, platform, sizes)
-    config, objective, tokenizer = _resolve(config, platform, tokenizer)
+    pipeline, attention = resolve_parallelism(config, platform, sizes)
+    objective, tokenizer = _objective(config, tokenizer)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = None
     if config.optimizer.freeze or config.lora.rank or config.lora.train:
@@ -370,7 +398,11 @@ def resolve_parallelism(
     Raises:
         UserError: the configuration cannot run on the mesh.
     """
-    check_on_mesh(config, platform, sizes)
+    if prod(sizes.values()) > 1:
+        from lm.parallel.mesh_rules import mesh_problems
+
+        for problem in mesh_problems(config, sizes):
+            raise UserError(problem)
     schedule, stages, options = PipelineSchedule(1, 1, 1), sizes["stage"], config.parallel.pipeline
     if stages > 1:
         schedule = PipelineSchedule(stages, options.microbatches or stages, options.repeats)

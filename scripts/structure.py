@@ -72,7 +72,7 @@ FLOORS = (
     ("evaluation",),
     ("decoding", "interop"),
     ("runs",),
-    ("experiment", "train_step", "accounting", "validation"),
+    ("experiment", "train_step", "accounting"),
     ("objectives", "optim"),
     ("models", "data"),
     ("kernels", "parallel"),

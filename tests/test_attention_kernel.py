@@ -10,9 +10,9 @@ import pytest
 from lm.config import default, set_value
 from lm.errors import UserError
 from lm.experiment import build, resolve
+from lm.models.attention import choose_attention
 from lm.parallel.mesh import AXES
 from lm.training.trainer import describe
-from lm.validation import choose_attention
 
 ONE = dict.fromkeys(AXES, 1)
 LONG = {"data.sequence_length": 1024, "model.head_dim": 128, "model.vocab_size": 64}

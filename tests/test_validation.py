@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from lm import config as configs
 from lm.errors import UserError
-from lm.experiment import build
-from lm.validation import check
+from lm.experiment import build, check
 
 SMALL = {
     "model.n_layers": 4,

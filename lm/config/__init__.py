@@ -3,7 +3,7 @@
 Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
 the schema), `experiment_file.py`, `rules.py`; `plugins.py` imports those of a saved run again.
 Public are the functions here; importing the package imports no JAX. What needs a mesh or a platform
-is validated in `lm/validation.py`.
+is validated in `lm/experiment.py`.
 
 An experiment file starts from `default()` and changes values:
 

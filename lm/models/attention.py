@@ -7,15 +7,18 @@ G key/value heads, K head dim, N layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from lm.config.rules import TRANSFORMERS, tiled_attention_problem
+from lm.errors import UserError
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
 from lm.models.cache import CrossKeyValue, write_layer
@@ -221,7 +224,7 @@ def attend(
     context_attention: str,
     **options: Any,
 ) -> jax.Array:
-    """Compute attention with a kernel that `lm/validation.py` chose.
+    """Compute attention with the kernel that `choose_attention` chose.
 
     The compiler partitions "xla" and "tiled" over rows and heads. Off a mesh, as in decoding,
     "xla" replaces the kernels that need one.
@@ -250,6 +253,87 @@ def attend(
 
     options |= {"kernel": kernel, "context_attention": context_attention}
     return attend_on_mesh(q_BLHK, k_BSGK, v_BSGK, mask, **options)
+
+
+# --- choice of the kernel
+
+BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
+CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
+PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Attention kernel, and how it reaches the keys of other parts of the sequence.
+
+    Attributes:
+        kernel: name of the kernel.
+        across: "ring" or "gather"; "" where sequences are whole.
+        why: reason, for the user.
+    """
+
+    kernel: str
+    across: str
+    why: str
+
+
+def choose_attention(
+    config: ConfigDict, platform: str, sizes: Mapping[str, int]
+) -> AttentionChoice:
+    """Choose the attention kernel.
+
+    "auto" takes the platform's own kernel if that can run, else "xla"; and ring attention if the
+    kernel supports it.
+
+    Args:
+        config: valid configuration with its defaults filled in.
+        platform: "cpu", "tpu" or "gpu".
+        sizes: sizes of all mesh axes.
+
+    Raises:
+        UserError: no kernel that the configuration allows can run.
+    """
+    platform = CALLED.get(platform, platform)
+    named, across = config.model.attention, config.parallel.context_attention
+    kernels = (BEST_ON[platform], "xla") if named == "auto" else (named,)
+    ways = ("ring", "gather") if across == "auto" else (across,)
+    ways = ways if sizes["context"] > 1 else ("",)
+    problems: list[str] = []
+    for kernel in kernels:
+        for way in ways:
+            problem = next(_problems(kernel, way, config, platform, sizes), "")
+            if not problem:
+                return AttentionChoice(kernel, way, _why(named, kernel, platform, problems))
+            problems.append(f"{kernel} cannot be used with {problem}")
+    raise UserError(f"--config.model.attention={problems[-1]}: use auto, or change that")
+
+
+def _why(named: str, kernel: str, platform: str, problems: list[str]) -> str:
+    if named != "auto":
+        return "as configured"
+    best = BEST_ON[platform]
+    return f"the one for {platform}" if kernel == best else problems[0]
+
+
+def _problems(
+    kernel: str, across: str, config: ConfigDict, platform: str, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    """Yield the settings that keep a kernel from running, as the end of "cannot be used with"."""
+    model, context = config.model, sizes["context"]
+    if model.family not in TRANSFORMERS:
+        if kernel != "xla":
+            yield f"--config.model.family={model.family}"
+        return
+    if PLATFORM_OF.get(kernel, platform) != platform:
+        yield f"{platform} devices"
+    if context > 1 and kernel in ("tiled", "blockwise", "cudnn"):
+        yield f"--config.parallel.mesh.context={context}"
+    if kernel == "tiled" and (problem := tiled_attention_problem(config)):
+        yield problem
+    if kernel in ("blockwise", "cudnn", "splash") or across == "ring":
+        from lm.models.sharded_attention import kernel_problems
+
+        yield from kernel_problems(kernel, across == "ring", config, context)
 
 
 # --- rotary position embeddings

@@ -9,7 +9,7 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
-from lm.kernels.blockwise_attention import blockwise_attention
+from lm.config.registries import OBJECTIVES
+from lm.config.rules import POSITION_BIASES
+from lm.kernels.blockwise_attention import blockwise_attention, count_tiles
 from lm.kernels.dot_product_attention import (
     AttentionMask,
     Dropout,
@@ -26,7 +29,7 @@ from lm.kernels.dot_product_attention import (
     cudnn_attention,
 )
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
-from lm.kernels.splash_attention import make_splash_kernel, splash_attention
+from lm.kernels.splash_attention import LANES, make_splash_kernel, splash_attention
 from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, current_mesh
 
 QUERIES = ("batch", "length", "heads", "head_dim")
@@ -214,3 +217,48 @@ def _shard_mapped(
         out_specs=specs[0],
         check_vma=False,
     )(*arguments)
+
+
+# --- validation
+
+CUDNN_WIDEST_HEAD = 128
+
+
+def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -> Iterator[str]:
+    """Yield the settings that keep a kernel, or the ring, from running.
+
+    Args:
+        kernel: "blockwise", "cudnn", "splash", or any kernel with the ring.
+        ring: keys and values are passed on in a ring.
+        config: valid configuration with its defaults filled in.
+        context: parts of the sequence.
+    """
+    model, objective = config.model, OBJECTIVES[config.objective.name]
+    if ring and kernel != "xla":
+        yield "--config.parallel.context_attention=ring"
+    if model.attention_dropout:
+        yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
+    if model.positions in POSITION_BIASES:
+        yield _ring_or(ring, f"--config.model.positions={model.positions}")
+    if model.window and (kernel == "blockwise" or ring):
+        yield _ring_or(ring, f"--config.model.window={model.window}")
+    if model.attention_softcap and (kernel != "splash" or ring):
+        yield _ring_or(ring, f"--config.model.attention_softcap={model.attention_softcap}")
+    if (kernel in ("blockwise", "splash") or ring) and objective.has_prefix:
+        yield _ring_or(ring, f"--config.objective.name={config.objective.name}")
+    if kernel == "cudnn":
+        if model.dtype != "bfloat16":
+            yield f"--config.model.dtype={model.dtype}"
+        if model.head_dim % 8 or model.head_dim > CUDNN_WIDEST_HEAD:
+            yield f"--config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
+    for name, length in objective.attention_lengths(config).items():
+        if ring and length % (2 * context):
+            yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
+        if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
+            yield f"{name}: {length} tokens, not a multiple of {parts}"
+        if kernel == "blockwise" and not count_tiles(length):
+            yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
+
+
+def _ring_or(ring: bool, problem: str) -> str:
+    return f"--config.parallel.context_attention=ring and {problem}" if ring else problem

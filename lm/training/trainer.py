@@ -24,7 +24,7 @@ from lm.data.dataset import Dataset
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
-from lm.experiment import Experiment, build_with_data
+from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat
 from lm.parallel.mesh import LENGTH_AXIS, CrossHostMax, is_primary_host, replicated_axes
 from lm.runs.checkpoints import (
@@ -45,7 +45,6 @@ from lm.training.monitor import (
     stop_requests,
     watchdog,
 )
-from lm.validation import check
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 
@@ -76,10 +75,10 @@ def train(
     """
     workdir = open_run_folder(str(workdir))
     with stop_requests() as stop:
-        check(config, jax.devices()[0].platform, len(jax.devices()))
         if jax.process_count() > 1:
             from lm.parallel.agreement import require_same_start
 
+            check(config, jax.devices()[0].platform, len(jax.devices()))
             require_same_start(config)
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()

@@ -1,0 +1,115 @@
+"""Rules between a configuration and the sizes of a mesh of several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from ml_collections import ConfigDict
+
+from lm.config.registries import MODELS, OBJECTIVES
+from lm.config.rules import TRANSFORMERS
+from lm.errors import UserError
+from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
+
+
+def mesh_problems(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield why a configuration cannot run on a mesh.
+
+    On one device there is no reason beyond the rules between keys (`lm/config/rules.py`).
+
+    Args:
+        config: valid configuration with its defaults filled in.
+        sizes: sizes of all mesh axes.
+    """
+    for rules in (_stage_rules, _batch_rules, _length_rules, _parameter_rules):
+        yield from rules(config, sizes)
+
+
+def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    model, options, stages = config.model, config.parallel.pipeline, sizes["stage"]
+    if stages == 1:
+        return
+    if model.family not in TRANSFORMERS:
+        yield (
+            f"--config.parallel.mesh.stage={stages} needs --config.model.family "
+            f"{' or '.join(TRANSFORMERS)}, not {model.family}"
+        )
+    for name, plain in (("residual", "sum"), ("dense_layers", 0)):
+        if model[name] != plain:
+            yield (
+                f"--config.parallel.mesh.stage={stages} needs layers of one shape, not "
+                f"--config.model.{name}={model[name]}"
+            )
+    every = model.experts_every if model.n_experts else 1
+    groups = stages * options.repeats * every
+    stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]
+    for name in stacks:
+        if model[name] % groups:
+            yield (
+                f"--config.model.{name}={model[name]} is not divisible by {groups} "
+                f"({stages} --config.parallel.mesh.stage × "
+                f"{options.repeats} --config.parallel.pipeline.repeats"
+                + (f" × {every} --config.model.experts_every)" if every > 1 else ")")
+            )
+    microbatches = options.microbatches or stages
+    if microbatches % stages:
+        yield (
+            f"--config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
+            f"--config.parallel.mesh.stage={stages}"
+        )
+
+
+def _batch_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    shards, stages = prod(sizes[axis] for axis in BATCH_AXES), sizes["stage"]
+    in_pipeline = (config.parallel.pipeline.microbatches or stages) if stages > 1 else 1
+    for name, accumulated in (("data", config.train.microbatches), ("eval", 1)):
+        divisor = shards * accumulated * in_pipeline
+        factors = [f"{shards} data-parallel devices"]
+        factors += [f"{accumulated} --config.train.microbatches"] if accumulated > 1 else []
+        factors += (
+            [f"{in_pipeline} --config.parallel.pipeline.microbatches"] if in_pipeline > 1 else []
+        )
+        if config[name].batch_size % divisor:
+            yield (
+                f"--config.{name}.batch_size={config[name].batch_size} is not divisible by "
+                f"{divisor} ({' × '.join(factors)})"
+            )
+
+
+def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    context, tensor = sizes["context"], sizes["tensor"]
+    if context > 1 and config.model.family not in TRANSFORMERS:
+        yield (
+            f"--config.parallel.mesh.context={context} needs attention: "
+            f"--config.model.family={config.model.family} has none over the sequence"
+        )
+    # The ring gives every device two chunks of the sequence, so that causal work is even.
+    divisors = {"2 × --config.parallel.mesh.context": 2 * context if context > 1 else 1}
+    if config.parallel.sequence:
+        product = "--config.parallel.mesh.context × --config.parallel.mesh.tensor"
+        divisors[product] = context * tensor
+    for name in OBJECTIVES[config.objective.name].length_keys:
+        for what, n in divisors.items():
+            if config.data[name] % n:
+                yield f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
+
+
+def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield the dimensions of parameters that the mesh does not divide."""
+    names = [] if MODELS.entries[config.model.family].plugin else ["embed"]
+    if config.model.family in TRANSFORMERS:
+        names += ["heads", "mlp"]
+    if config.model.n_experts:
+        names += ["experts"]
+    elif sizes["expert"] > 1:
+        yield (
+            f"--config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
+            "(--config.model.n_experts=0); use data or fsdp"
+        )
+    for name in names:
+        section, _, key = CONFIG_KEYS[name].partition(".")
+        try:
+            count_parameter_shards(sizes, (name,), (config[section][key],))
+        except UserError as error:
+            yield str(error)
