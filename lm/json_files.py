@@ -15,23 +15,30 @@ _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float
 _NAMES |= {bool: "true or false", type(None): "null"}
 
 
-def parse_json(text: str | bytes, place: object, kind: type = dict) -> Any:
-    """Return the value of a JSON text.
+def parse_json(
+    text: str | bytes, place: object, kind: type = dict, *, whole_characters: bool = False
+) -> Any:
+    r"""Return the value of a JSON text.
 
     Args:
         text: the text; bytes are UTF-8, with or without a byte order mark.
         place: its file or line, for the message.
         kind: type that the value must have.
+        whole_characters: refuse half surrogate pairs, such as "\ud83d", which UTF-8 cannot hold.
 
     Raises:
         UserError: the text is damaged, or its value has another type.
     """
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        if whole_characters:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         problem = "nested too deeply"
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 at byte {error.start}"
+    except UnicodeEncodeError:
+        problem = "half of a surrogate pair"
     except ValueError as error:
         problem = str(error).partition(";")[0] if text.strip() else "empty"
     else:
@@ -41,7 +48,7 @@ def parse_json(text: str | bytes, place: object, kind: type = dict) -> Any:
     raise UserError(f"{place}: damaged JSON ({problem})")
 
 
-def read_json(file: Any, kind: type = dict) -> Any:
+def read_json(file: Any, kind: type = dict, *, whole_characters: bool = False) -> Any:
     """Return the value in a JSON file, a local path or one in a bucket.
 
     Raises:
@@ -54,4 +61,4 @@ def read_json(file: Any, kind: type = dict) -> Any:
         raise FileNotFoundError(str(file)) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    return parse_json(content, file, kind)
+    return parse_json(content, file, kind, whole_characters=whole_characters)

@@ -92,8 +92,14 @@ def _run(arguments: Sequence[str]) -> int:
             raise
     except KeyboardInterrupt:
         return 130
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {_shortened(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def _shortened(line: str, longest: int = 1000) -> str:
+    """Return a line without its middle where that is long, as a value in a damaged file may be."""
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

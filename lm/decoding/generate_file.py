@@ -26,6 +26,7 @@ from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.json_files import read_json
 from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
 
@@ -178,12 +179,12 @@ def _check_same(
     if not about_file.exists():
         raise UserError(f"{output} is there, but {about_file.name} is not: {elsewhere}")
     try:
-        before = json.loads(about_file.read_text())
+        before = read_json(about_file)
         changed = "; ".join(_differences(before["made_by"], made_by))
         # What came to the end of the inputs since then changes nothing before.
         same_inputs = before["inputs"] == _about(inputs[: before["inputs"]["lines"]])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{about_file} is damaged ({type(error).__name__}): {elsewhere}") from error
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{about_file} is damaged: {elsewhere}") from error
     if changed:
         raise UserError(f"{output} was made by another command ({changed}): {elsewhere}")
     if not same_inputs:

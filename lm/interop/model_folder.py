@@ -151,7 +151,7 @@ def open_model_folder(path: Path) -> ModelFolder:
 
 def _read_config(folder: Path) -> Values:
     try:
-        return read_json(folder / "config.json")
+        return read_json(folder / "config.json", whole_characters=True)
     except FileNotFoundError:
         raise UserError(f"{folder} is no model folder: it has no config.json") from None
 

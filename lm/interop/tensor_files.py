@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.errors import UserError
+from lm.json_files import read_json
 
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 KNOWN = (*_FLOAT_TYPES, "I64", "I32", "U8", "BOOL")
@@ -86,14 +88,13 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_parts(folder: Path) -> dict[str, StoredTensor]:
-    try:
-        parts = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error})") from error
+    parts = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map from tensors to files")
     found: dict[str, StoredTensor] = {}
     for part in sorted(set(parts.values())):
-        if Path(part).name != part or not (folder / part).is_file():
-            raise UserError(f"{folder} lacks the file {part} that {INDEX} names")
+        if Path(part).name != part or not os.path.isfile(folder / part):
+            raise UserError(f"{folder} lacks the file {part[:200]} that {INDEX} names")
         found |= read_tensor_file(folder / part)
     for name, part in parts.items():
         if name not in found:

@@ -18,6 +18,7 @@ from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer, read_merg
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.json_files import parse_json
 from lm.objectives.special_tokens import special_tokens
 
 DELIMITER = "<|endoftext|>"
@@ -155,7 +156,9 @@ def _definition(tokenizer: Tokenizer) -> bytes | None:
         case HuggingFaceTokenizer():
             return tokenizer.definition
         case Gpt2Tokenizer():
-            return _byte_level(json.loads(tokenizer.encoder), read_merges(tokenizer.merges))
+            return _byte_level(
+                parse_json(tokenizer.encoder, "encoder.json"), read_merges(tokenizer.merges)
+            )
         case ByteTokenizer():
             vocabulary = {_BYTES[i]: i for i in range(256)} | {DELIMITER: tokenizer.eos_id}
             return _byte_level(vocabulary, [])

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        return cls(json.loads(files["alphabet.json"]))
+        return cls(parse_json(files["alphabet.json"], "alphabet.json", str))
 
 
 def _code_points(text: str) -> np.ndarray:

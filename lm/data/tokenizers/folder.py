@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lm.data.files import find_file
-from lm.data.tokenizers.hf import HuggingFaceTokenizer, read_merges
+from lm.data.tokenizers.hf import HuggingFaceTokenizer, package_errors, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
@@ -139,7 +139,7 @@ class FolderTokenizer(Tokenizer):
     def stated(self, name: str) -> dict[str, Any] | None:
         """Return the object in a JSON file of the folder; None if there is no such file."""
         content = self.files().get(name)
-        return None if content is None else parse_json(content, name)
+        return None if content is None else parse_json(content, name, whole_characters=True)
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -246,6 +246,7 @@ class FolderTokenizer(Tokenizer):
         for role, guessed in (("bos", self.base.bos_id), ("eos", self.base.eos_id)):
             if role not in self._names and guessed is not None:
                 of_role[role] = guessed
+        of_tokenizer = dict(of_role)
         own_end = (of_role["eos"],) if "eos" in of_role else ()
         stop: tuple[int, ...] = of_model.get("eos_token_id") or own_end
         for role in ("bos", "eos", "pad"):
@@ -261,7 +262,7 @@ class FolderTokenizer(Tokenizer):
         start = of_model.get("decoder_start_token_id")
         if start:
             of_role["decoder_start"] = start[0]
-        return SpecialIds(of_role, stop, self._template(of_role))
+        return SpecialIds(of_role, stop, self._template(of_role | of_tokenizer))
 
     def _template(self, of_role: Mapping[str, int]) -> Template:
         if isinstance(self.base, HuggingFaceTokenizer):
@@ -478,15 +479,15 @@ _QWEN_WORDS = (
 def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[str, Any]) -> bytes:
     """Return the tokenizer.json of a byte-level BPE, as GPT-2, RoBERTa and Qwen 2 read theirs."""
     package = _package()
-    ids = parse_json(vocabulary, _VOCABULARY)
+    ids = parse_json(vocabulary, _VOCABULARY, whole_characters=True)
     for name, i in ids.items():
         _as_id(f"{_VOCABULARY}: {name[:40]!r}", i)
     try:
-        made = package.Tokenizer(package.models.BPE(ids, read_merges(merges)))
+        pairs = read_merges(merges)
     except UserError as error:
         raise UserError(f"{_MERGES}: {error}") from error
-    except Exception as error:  # the package raises bare Exception
-        raise UserError(f"{_VOCABULARY} and {_MERGES} do not go together ({error})") from error
+    with package_errors(f"{_VOCABULARY} and {_MERGES} do not go together"):
+        made = package.Tokenizer(package.models.BPE(ids, pairs))
     space = bool(_setting(settings, "add_prefix_space", False))
     if kind == "Qwen2":
         made.normalizer = package.normalizers.NFC()

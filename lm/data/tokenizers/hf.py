@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -14,6 +14,7 @@ import numpy as np
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
+from lm.json_files import parse_json
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
@@ -25,6 +26,26 @@ def _package() -> Any:
     except ImportError as error:
         raise missing_package("this tokenizer", "tokenizers", "hf") from error
     return tokenizers
+
+
+@contextmanager
+def package_errors(what: str) -> Iterator[None]:
+    """Convert what the package raises, panics of its Rust code included, to UserError.
+
+    Args:
+        what: start of the message.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic derives from BaseException, so that nothing catches it by accident.
+        is_of_package = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, UserError) or not is_of_package:
+            raise
+        raise UserError(f"{what} ({error})") from error
+
+
+_UNUSABLE = "the tokenizer cannot be used"
 
 
 class _HuggingFace(Tokenizer):
@@ -60,10 +81,13 @@ class _HuggingFace(Tokenizer):
         return next((i for i in found if i is not None), None)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with package_errors(_UNUSABLE):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        with package_errors(_UNUSABLE):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
@@ -89,20 +113,19 @@ class HuggingFaceTokenizer(_HuggingFace):
     @cached_property
     def _tokenizer(self) -> Any:
         package = _package()
-        try:
+        with package_errors("not a tokenizers JSON file"):
             tokenizer = package.Tokenizer.from_buffer(self.definition)
-        except Exception as error:  # the package raises bare Exception
-            raise UserError(f"not a tokenizers JSON file ({error})") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = True
         return tokenizer
 
     @cached_property
     def post_processor_template(self) -> Template:
         """Ids that the post-processor of the file puts around a text."""
         for text in ("a", "0", ".", "\u4e00"):  # a vocabulary may lack some
-            found = self._tokenizer.encode(text)
+            with package_errors(_UNUSABLE):
+                found = self._tokenizer.encode(text)
             inside = [at for at, part in enumerate(found.sequence_ids) if part is not None]
             if inside:
                 ids = tuple(found.ids)
@@ -112,10 +135,11 @@ class HuggingFaceTokenizer(_HuggingFace):
     def with_added_tokens(self, tokens: Iterable[Mapping[str, Any]]) -> bytes:
         """Return the file with tokens added: their `content` and flags of AddedToken."""
         package = _package()
-        extended = package.Tokenizer.from_buffer(self.definition)
-        for token in tokens:
-            extended.add_tokens([package.AddedToken(**token)])
-        return extended.to_str().encode()
+        with package_errors(_UNUSABLE):
+            extended = package.Tokenizer.from_buffer(self.definition)
+            for token in tokens:
+                extended.add_tokens([package.AddedToken(**token)])
+            return extended.to_str().encode()
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.definition}
@@ -144,13 +168,10 @@ class Gpt2Tokenizer(_HuggingFace):
     @cached_property
     def _tokenizer(self) -> Any:
         package = _package()
-        try:
-            vocabulary = json.loads(self.encoder)
+        with package_errors("encoder.json and vocab.bpe are not a GPT-2 vocabulary"):
+            vocabulary = parse_json(self.encoder, "encoder.json")
             pairs = read_merges(self.merges)
             tokenizer = package.Tokenizer(package.models.BPE(vocab=vocabulary, merges=pairs))
-        except Exception as error:  # the package raises bare Exception
-            message = f"encoder.json and vocab.bpe are not a GPT-2 vocabulary ({error})"
-            raise UserError(message) from error
         tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = package.decoders.ByteLevel()
         return tokenizer

@@ -22,6 +22,7 @@ from lm.config.registries import TOKENIZERS
 from lm.config.rules import spec_problem
 from lm.data.sources import Corpus
 from lm.errors import UserError
+from lm.json_files import read_json
 from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder
 
 
@@ -143,10 +144,7 @@ class Tokenizer(ABC):
     @cached_property
     def digest(self) -> str:
         """sha256 of the kind and the files."""
-        total = hashlib.sha256(self.kind.encode())
-        for name, content in sorted(self.files().items()):
-            total.update(name.encode() + hashlib.sha256(content).digest())
-        return total.hexdigest()
+        return _digest(self.kind, self.files())
 
     def save(self, directory: str | Path) -> None:
         """Write a self-contained copy, which `load_saved_tokenizer` reads."""
@@ -245,11 +243,29 @@ def _texts(corpora: Iterable[Corpus]) -> Iterator[str]:
 
 def _read(folder: Path) -> Tokenizer:
     try:
-        about = json.loads((folder / "about.json").read_bytes())
-        files = {name: (folder / name).read_bytes() for name in about["files"]}
-        tokenizer = TOKENIZERS[about["kind"]].from_files(files)
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedFolder(f"{type(error).__name__}: {error}") from error
-    if tokenizer.digest != about["digest"]:
-        raise DamagedFolder("its files are not those that were saved")
-    return tokenizer
+        about = read_json(folder / "about.json")
+        kind, names = about.get("kind"), about.get("files")
+        if not isinstance(kind, str) or kind not in TOKENIZERS:
+            raise DamagedFolder("about.json names no kind of tokenizer")
+        if not isinstance(names, list) or not all(_is_file_inside(folder, name) for name in names):
+            raise DamagedFolder("about.json names a file that is not there")
+        files = {name: (folder / name).read_bytes() for name in names}
+        if _digest(kind, files) != about.get("digest"):
+            raise DamagedFolder("its files are not those that were saved")
+        return TOKENIZERS[kind].from_files(files)
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise DamagedFolder(str(what)) from error
+
+
+def _is_file_inside(folder: Path, name: Any) -> bool:
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    return (folder / name).is_file()
+
+
+def _digest(kind: str, files: Mapping[str, bytes]) -> str:
+    total = hashlib.sha256(kind.encode())
+    for name, content in sorted(files.items()):
+        total.update(name.encode() + hashlib.sha256(content).digest())
+    return total.hexdigest()

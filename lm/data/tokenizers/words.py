@@ -15,6 +15,7 @@ import numpy as np
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.json_files import parse_json
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 _ENTRY = re.compile(r"\s*(\S+)(?:\s+([0-9]+))?\s*")
@@ -157,7 +158,7 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        return cls.from_list(files["words.txt"], **json.loads(files["words.json"]))
+        return cls.from_list(files["words.txt"], **parse_json(files["words.json"], "words.json"))
 
 
 _SPACES = (" ", "▁", "Ġ")  # as they are, in SentencePiece, in GPT-2
