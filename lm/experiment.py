@@ -282,9 +282,20 @@ class Experiment:
 
     @property
     def _features(self) -> MakeFeatures:
-        """Function from an example to its features."""
+        """Function from an example to its features.
+
+        Raises:
+            UserError: they may hold ids beyond the token table.
+        """
         if self.tokenizer is None:
             raise ValueError("batches need a tokenizer: build(config, devices, tokenizer)")
+        config, n_extra_ids = self.config, self.objective.n_extra_ids
+        if n_extra_ids and self.tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
+            raise UserError(
+                f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
+                f"tokenizer's {self.tokenizer.vocab_size} and {n_extra_ids} of "
+                f"--config.objective.name={config.objective.name}"
+            )
         return self.objective.features
 
     @property
@@ -339,14 +350,8 @@ def build_with_data(
     records = reads_records(config)
     tokenizer = open_tokenizer(config.data, records)
     experiment = build(config, devices, tokenizer)
-    config, n_extra_ids = experiment.config, experiment.objective.n_extra_ids
-    if n_extra_ids and tokenizer.vocab_size + n_extra_ids > config.model.vocab_size:
-        raise UserError(
-            f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
-            f"tokenizer's {tokenizer.vocab_size} and {n_extra_ids} of "
-            f"--config.objective.name={config.objective.name}"
-        )
-    return experiment, open_dataset(config.data, records, progress, tokenizer)
+    experiment._features  # noqa: B018  its error comes before the data are read
+    return experiment, open_dataset(experiment.config.data, records, progress, tokenizer)
 
 
 def build_untraced(

@@ -23,6 +23,7 @@ from lm.decoding.beam import BeamOptions, DecodingCache, beam_search
 from lm.decoding.controls import UNSET, Controls
 from lm.decoding.prompts import (
     TokenIds,
+    check_ids,
     check_prompts,
     context_length,
     is_encoder_decoder,
@@ -93,6 +94,7 @@ def search_batches(
         check_prompts(inputs, context)
     options = replace(options, max_length=min(options.max_length, context or options.max_length))
     bos, n_rows = special_tokens(tokenizer).bos, min(batch_size, len(inputs))
+    check_ids([*inputs, [bos]] if is_encoder_decoder(model) else inputs, model)
 
     def decode(numbers: Sequence[int]) -> list[list[Hypothesis]]:
         batch = [inputs[i] for i in numbers]

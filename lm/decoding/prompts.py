@@ -43,6 +43,17 @@ def context_length(model: nn.Module) -> int | None:
     return config.max_length if getattr(config, "positions", "none") == "learned" else None
 
 
+def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
+    """Raise UserError for an id beyond the token table of a model."""
+    rows = model.config.vocab_size  # type: ignore[attr-defined]
+    largest = max((max(map(int, ids), default=0) for ids in inputs), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"the token id {largest} is beyond the model's table of {rows}: this model and this "
+            "tokenizer do not belong together"
+        )
+
+
 def check_prompts(prompts: Sequence[TokenIds], context: int | None) -> None:
     """Raise UserError for a prompt that cannot be continued in a context of so many tokens."""
     for number, prompt in enumerate(prompts, 1):

@@ -17,7 +17,14 @@ import numpy as np
 
 from lm.decoding.beam import DecodingCache
 from lm.decoding.controls import UNSET, Controls
-from lm.decoding.prompts import TokenIds, check_prompts, context_length, pad_ids, padded_length
+from lm.decoding.prompts import (
+    TokenIds,
+    check_ids,
+    check_prompts,
+    context_length,
+    pad_ids,
+    padded_length,
+)
 from lm.models.variables import Params, as_variables
 
 
@@ -91,6 +98,7 @@ def sample_steps(
     """
     context = context_length(model)
     check_prompts(prompts, context)
+    check_ids(prompts, model)
     lengths_B = np.array([len(prompt) for prompt in prompts])
     B, L = len(prompts), padded_length(int(lengths_B.max()))
     tokens_BL, segments_BL = pad_ids(prompts, L, left=True)

@@ -447,3 +447,35 @@ def test_ids_that_texts_can_have_need_a_row(tmp_path, capsys, make_theirs):
     made.save(str(place / "tokenizer.json"))
     assert main(["import", "--from", str(place), "--workdir", str(tmp_path / "b")]) == 2
     assert "vocab_size=96 is smaller than the tokenizer's 98" in capsys.readouterr().err
+
+
+def test_ids_that_an_objective_or_a_search_puts_in_need_a_row_too(
+    tmp_path, capsys, make_theirs, text_file
+):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(92))]  # no [MASK]
+    bert, t5 = tmp_path / "bert", tmp_path / "t5"
+    for name, place in (("bert", bert), ("t5", t5)):
+        place.mkdir()
+        for file in make_theirs(name)[1].iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+    (bert / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    words = {name: i for i, name in enumerate(["<pad>", "</s>", "<unk>", "a"])}
+    made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.add_special_tokens([f"<extra_id_{i}>" for i in range(150)])
+    made.save(str(t5 / "tokenizer.json"))
+    config = json.loads((t5 / "config.json").read_text())
+    (t5 / "config.json").write_text(json.dumps(config | {"decoder_start_token_id": 100}))
+    (t5 / "generation_config.json").unlink()
+    for place in (bert, t5):
+        words = ["import", "--from", str(place), "--workdir", str(place / "run")]
+        assert main(words) == 0
+    data = [f"--config.data.{key}source=text:{text_file}" for key in ("", "validation_")]
+    data += ["--config.data.sequence_length=16", "--config.data.workers=1"]
+    capsys.readouterr()
+    assert main(["eval", "--workdir", str(bert / "run"), *data]) == 2
+    assert "vocab_size=96 is smaller than the tokenizer's 96 and 1 of" in capsys.readouterr().err
+    assert (
+        main(["generate", "--workdir", str(t5 / "run"), "--prompt", "a", "--max_new_tokens", "2"])
+        == 2
+    )
+    assert "the token id 100 is beyond the model's table of 96" in capsys.readouterr().err
