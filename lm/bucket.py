@@ -1,21 +1,30 @@
-"""Runs in a bucket (gs://BUCKET/PATH): a local copy of their small files."""
+"""Runs in a bucket (gs://BUCKET/PATH): a local copy of their small files, and their lease."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import os
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from etils import epath
 
 from lm.errors import UserError, missing_package
+from lm.json_files import parse_json
 
 _SCHEME = "gs://"
-_NOT_COPIED = {"checkpoints", "damaged", "tensorboard"}
+_NOT_COPIED = {"checkpoints", "damaged", "tensorboard", ".lock"}
+_RENEW_SECONDS = 20.0  # between the signs of life of a lease
+_DEAD_AFTER = 3  # so many without a sign of life: the lease may be taken over
 
 
 @dataclass
@@ -103,3 +112,150 @@ def _file_states(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return size and modification time of every file, by relative path."""
     files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path.relative_to(folder): (s.st_size, s.st_mtime_ns) for path, s in files.items()}
+
+
+# --- lease
+
+
+@contextmanager
+def lease(
+    address: epath.Path, problem: str, end: Callable[[int], None] = os._exit
+) -> Iterator[None]:
+    """Hold the lease of a folder: its object .lock, which a thread writes again and again.
+
+    Every write names the generation of the object that it replaces, so that of two processes one
+    fails. The lease of a process that was killed is taken over: at once if this machine knows that
+    it has ended, otherwise when it has not been renewed for a minute.
+
+    Args:
+        address: the folder.
+        problem: message where another process holds the lease.
+        end: called with 1, after a line, where another process took this lease over.
+
+    Raises:
+        UserError: another process holds the lease, or the bucket cannot be written.
+    """
+    own = _Lease(address)
+    with _storage_errors(address):
+        own.acquire(problem)
+    released = threading.Event()
+
+    def renew() -> None:
+        while not released.wait(_RENEW_SECONDS):
+            try:
+                own.write()
+            except FileExistsError:
+                line = f"error: another process trains in {address} now: this one ends"
+                print(line, file=sys.stderr, flush=True)
+                end(1)
+                return
+            except Exception:  # of the network: the next one may come through
+                continue
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join()
+        own.release()
+
+
+class _Lease:
+    """Object of a bucket that one process owns."""
+
+    def __init__(self, address: epath.Path):
+        import fsspec
+
+        self._address, self._fs = address, fsspec.filesystem("gcs")
+        self._bucket, _, folder = str(address).removeprefix(_SCHEME).partition("/")
+        self._key = f"{folder}/.lock".lstrip("/")
+        self._content = {"owner": uuid.uuid4().hex, "machine": _machine(), "process": os.getpid()}
+        self._generation = "0"  # of an object that is not there
+
+    def acquire(self, problem: str) -> None:
+        self._generation, holder = self._read()
+        if self._generation != "0" and not _has_ended(holder):
+            self._wait(problem)
+        try:
+            self.write()
+        except FileExistsError:
+            raise UserError(problem) from None
+
+    def _wait(self, problem: str) -> None:
+        """Return when the holder has left, or not renewed its lease for long enough."""
+        seconds = _DEAD_AFTER * _RENEW_SECONDS
+        print(
+            f"{self._address} is in use, or its last process was killed: watching it for "
+            f"{seconds:g} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(_RENEW_SECONDS / 10)
+            generation, _ = self._read()
+            if generation not in (self._generation, "0"):
+                raise UserError(problem)
+            self._generation = generation
+            if generation == "0":
+                return
+
+    def _read(self) -> tuple[str, dict]:
+        """Return the object's generation, "0" if it is not there, and its content."""
+        try:
+            path = "b/{}/o/{}"
+            found = self._fs.call("GET", path, self._bucket, self._key, json_out=True)
+            _, content = self._fs.call("GET", path, self._bucket, self._key, alt="media")
+        except FileNotFoundError:
+            return "0", {}
+        try:
+            return found["generation"], parse_json(content, self._address / ".lock")
+        except UserError:
+            return found["generation"], {}
+
+    def write(self) -> None:
+        """Write the object in place of the generation that is known.
+
+        Raises:
+            FileExistsError: another process has written it.
+        """
+        try:
+            written = self._fs.call(
+                "POST",
+                f"{self._fs.base.replace('/storage/', '/upload/storage/')}b/{self._bucket}/o",
+                uploadType="media",
+                name=self._key,
+                ifGenerationMatch=self._generation,
+                data=json.dumps({**self._content, "time": time.time()}).encode(),
+                json_out=True,
+            )
+        except FileExistsError:
+            generation, content = self._read()
+            if content.get("owner") != self._content["owner"]:
+                raise
+            self._generation = generation  # an earlier try, whose answer was lost
+        else:
+            self._generation = written["generation"]
+
+    def release(self) -> None:
+        path, generation = "b/{}/o/{}", self._generation
+        with suppress(Exception):  # it ends by itself
+            self._fs.call("DELETE", path, self._bucket, self._key, ifGenerationMatch=generation)
+
+
+def _machine() -> str:
+    """Return a name of this start of this machine and of its process numbers; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _has_ended(holder: dict) -> bool:
+    """Return whether the holder is known to be a process of this machine that has ended."""
+    process = holder.get("process")
+    here = _machine() and holder.get("machine") == _machine()
+    return bool(here and isinstance(process, int) and not Path(f"/proc/{process}").exists())

@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -156,7 +157,7 @@ def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path
             return read(folder)
     except DamagedFolder:
         pass  # read again under the lock
-    with _disk_errors(folder), _lock(folder):
+    with _disk_errors(folder), lock(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             try:
                 return read(folder)
@@ -188,12 +189,65 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which other processes wait for."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock(file: Path, problem: str = "", seconds: float = 2.0) -> Iterator[int]:
+    """Hold the lock of a file, which is made, and yield its descriptor.
+
+    The lock of a process that was killed is free. Where the file system has no locks, a line on
+    stderr says so.
+
+    Args:
+        file: the file.
+        problem: what it means that another process holds the lock; "" waits for it.
+        seconds: how long to try before that is an error: a killed process may still be ending.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if problem else 0))
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(problem) from None
+                time.sleep(0.1)
+            except OSError as error:
+                _warn(f"{file}: no locks there ({error.strerror}): let no other process use it")
+                break
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_lock(workdir: AnyPath) -> Iterator[None]:
+    """Hold the lock of a workdir, which is made, as long as its run trains.
+
+    Raises:
+        UserError: another process trains there, or the workdir cannot be written.
+    """
+    problem = f"another process trains in {workdir}: wait for it, stop it, or use another --workdir"
+    if not isinstance(workdir, Path):
+        from lm.bucket import lease
+
+        with lease(workdir, problem):
+            yield
+        return
+    is_new = not workdir.exists()
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(workdir / ".lock", problem))
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            if is_new and os.listdir(workdir) == [".lock"]:
+                shutil.rmtree(workdir)  # of a start that failed
 
 
 @contextmanager

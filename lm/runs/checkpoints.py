@@ -281,7 +281,7 @@ def prepare_workdir(
         The metadata of the run.
 
     Raises:
-        UserError: the workdir holds another run, or cannot be written.
+        UserError: the workdir holds another run.
     """
     metadata = run_metadata(config, dataset.fingerprint)
     before = _earlier_run(workdir)
@@ -290,13 +290,9 @@ def prepare_workdir(
     if before is not None:
         _check_same(workdir, before, metadata)
     if write:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            dataset.tokenizer.save(workdir / "tokenizer")
-            write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
-            upload_changes()
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+        dataset.tokenizer.save(workdir / "tokenizer")
+        write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+        upload_changes()
     return metadata
 
 

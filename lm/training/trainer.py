@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,11 +32,12 @@ from lm.runs.checkpoints import (
     Checkpoints,
     Log,
     ignore_line,
+    on_all_hosts,
     prepare_workdir,
     require_no_lost_steps,
     set_lost_run_aside,
 )
-from lm.storage import open_run_folder, storage_path
+from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
 from lm.training.monitor import (
     Clock,
@@ -73,13 +75,15 @@ def train(
     Raises:
         UserError: configuration, data and workdir do not go together.
     """
-    workdir = open_run_folder(str(workdir))
-    with stop_requests() as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
         if jax.process_count() > 1:
             from lm.parallel.agreement import require_same_start
 
             check(config, jax.devices()[0].platform, len(jax.devices()))
             require_same_start(config)
+        stack.enter_context(_only_run(resolve_path(str(workdir))))
+        workdir = open_run_folder(str(workdir))
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()
         )
@@ -133,6 +137,21 @@ def train(
                 for name, value in loop.last_evaluation.items():
                     print(f"validation {name.replace('_', ' ')}: {value:.6g}")
         return finished
+
+
+@contextmanager
+def _only_run(workdir: AnyPath) -> Iterator[None]:
+    """Hold the lock of the workdir on the lead process; all raise where another run has it."""
+    problem = ""
+    with ExitStack() as held:
+        if is_primary_host():
+            try:
+                held.enter_context(run_lock(workdir))
+            except UserError as error:
+                problem = str(error)
+        if not on_all_hosts(not problem):
+            raise UserError(problem or f"process 0 cannot use --workdir {workdir}, and says why")
+        yield
 
 
 def _first_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:

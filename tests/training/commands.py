@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def start(words: list[str]) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def together(*words: list[str], processes: int = 2) -> list[subprocess.Popen]:
+    """Start `lm` as processes of one run, each with the words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--cpu_devices", "1", "--coordinator", f"127.0.0.1:{port}"]
+    common += ["--num_processes", str(processes)]
+    return [start([*each, *common, "--process_id", str(i)]) for i, each in enumerate(words)]
 
 
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 
 import gcsfs
 import pytest
@@ -20,7 +21,9 @@ def emulated_bucket(name: str, port: int) -> Iterator[str]:
         for _, methods in HANDLERS:
             for method, handler in methods.items():
                 if handler in (objects.get, objects.download, objects.insert):
-                    patch.setitem(methods, method, _versioned(handler))
+                    patch.setitem(methods, method, _conditional(_versioned(handler)))
+                if handler is objects.delete:
+                    patch.setitem(methods, method, _conditional(handler))
         patch.delattr(gcsfs.core.GCSFileSystem, "_mv_file")  # no moveTo there: copy, then delete
         for client in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(client, f"http://127.0.0.1:{port}")
@@ -38,5 +41,23 @@ def _versioned(handler: Callable) -> Callable:
         with suppress(NotFound):  # a resumable upload has only begun
             found = storage.get_file_obj(request.params["bucket_name"], file)
             response["x-goog-generation"] = found["generation"]
+
+    return handle
+
+
+def _conditional(handler: Callable) -> Callable:
+    """A handler that refuses to replace another generation than the one that is expected."""
+
+    def handle(request, response, storage) -> None:
+        if expected := request.query.get("ifGenerationMatch"):
+            file = request.params.get("object_id") or request.query.get("name", [""])[0]
+            try:
+                found = storage.get_file_obj(request.params["bucket_name"], file)["generation"]
+            except NotFound:
+                found = "0"
+            if found != expected[0]:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+        handler(request, response, storage)
 
     return handle

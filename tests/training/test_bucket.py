@@ -6,13 +6,17 @@ import importlib.util
 import json
 import re
 import socket
+import subprocess
 import time
 
 import pytest
 from commands import arguments, evaluations, finish, losses, start
 from emulated_bucket import emulated_bucket
 
+import lm.bucket
+from lm.bucket import lease
 from lm.cli import main
+from lm.errors import UserError
 from lm.storage import local_copies, open_run_folder, resolve_path, storage_path, upload_changes
 from lm.tools.launching.supervise import newest_checkpoint
 
@@ -115,6 +119,46 @@ def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed
     assert checkpoints(place) == [6, 12]
     expected, found = losses(undisturbed), losses(resolve_path(place))
     assert found == pytest.approx({step: expected[step] for step in range(1, 13)}, rel=1e-5)
+
+
+def test_one_process_at_a_time_has_the_lease(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.2)
+    place = resolve_path(f"{bucket}/leased/run")
+    with lease(place, "taken"):
+        assert "machine" in json.loads((place / ".lock").read_text())
+        with pytest.raises(UserError, match="taken"), lease(place, "taken"):
+            pass
+        assert "watching it" in capsys.readouterr().err
+    assert not (place / ".lock").exists()
+
+
+def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, capsys):
+    place = resolve_path(f"{bucket}/left/run")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = {"machine": lm.bucket._machine(), "process": ended.pid}
+    (place / ".lock").write_text(json.dumps(left))
+    with lease(place, "taken"):
+        pass
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.2)
+    for text in ('{"machine": "another", "process": 1}', "damaged"):
+        (place / ".lock").write_text(text)
+        with lease(place, "taken"):
+            assert "watching it" in capsys.readouterr().err
+
+
+def test_a_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.1)
+    place, codes = resolve_path(f"{bucket}/lost/run"), []
+    with lease(place, "taken", codes.append):
+        (place / ".lock").write_text('{"owner": "another"}')
+        until = time.monotonic() + 10
+        while not codes and time.monotonic() < until:
+            time.sleep(0.05)
+    assert codes == [1]
+    assert f"another process trains in {place} now" in capsys.readouterr().err
+    assert (place / ".lock").read_text() == '{"owner": "another"}'
 
 
 def test_what_changed_is_sent_once(bucket):

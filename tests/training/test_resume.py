@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import arguments, evaluations, finish, losses, start
+from commands import arguments, evaluations, finish, losses, start, together
 
 from lm.cli import main
 
@@ -103,16 +103,6 @@ def test_a_finished_run_is_left_alone(experiment_file, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_text()
     finish(start(arguments(experiment_file, undisturbed)))
     assert (undisturbed / "metrics.jsonl").read_text() == before
-
-
-def together(*words, processes=2):
-    """Start `lm` as processes of one run, each with the words of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ["--cpu_devices", "1", "--coordinator", f"127.0.0.1:{port}"]
-    common += ["--num_processes", str(processes)]
-    return [start([*each, *common, "--process_id", str(i)]) for i, each in enumerate(words)]
 
 
 def test_processes_that_disagree_end_with_the_difference(experiment_file, tmp_path):

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import math
-import os
 import shlex
 import sys
 import time
@@ -28,7 +26,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lm.errors import UserError, missing_package
-from lm.storage import write_atomically
+from lm.storage import lock, write_atomically
 from lm.sweeps.sweep import Search, Sweep, SweepRun, make_runs, record_runs
 from lm.tools.formatting import duration, plain_text, text_table
 from lm.tools.launching.launchers import Launcher
@@ -216,21 +214,9 @@ def locked(folder: Path) -> Iterator[int]:
     The runs inherit the descriptor, so no other sweep can start a run while one of a sweep that
     was killed is still dying.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(f"another `lm sweep` works in {folder}: wait, or stop it") from None
-            time.sleep(0.1)
-    try:
+    problem = f"another `lm sweep` works in {folder}: wait, or stop it"
+    with lock(folder / "lock", problem, LOCK_SECONDS) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 class Trials:
