@@ -6,15 +6,17 @@ Nothing is allocated: state and batch are shapes.
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 from jax.stages import Lowered
 
 from lm.experiment import Experiment
-from lm.tools.planning.hlo import FREE, Instruction, Module, Shape
+from lm.tools.planning.hlo import FREE, Instruction, Module, Shape, parse_hlo
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -88,7 +90,8 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return read_out_of_memory(str(error), time.monotonic() - start)
+        found = read_out_of_memory(str(error), time.monotonic() - start)
+        return found if found.largest else replace(found, largest=_dumped_arrays(lowered))
     memory = compiled.memory_analysis()
     assert memory is not None
     return Program(
@@ -100,6 +103,22 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         seconds=time.monotonic() - start,
     )
+
+
+def _dumped_arrays(lowered: Lowered) -> tuple[tuple[int, str], ...]:
+    """Return the largest arrays of a program that does not fit, from the compiler's own dump.
+
+    libtpu states only the sum of the temporaries. A dump is written before memory is assigned, and
+    a compiler that gives up there is quick.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            lowered.compile(options)
+        except jax.errors.JaxRuntimeError:
+            dumped = sorted(Path(folder).rglob("*after_optimizations.txt"))
+            return largest_arrays(parse_hlo(dumped[0].read_text())) if dumped else ()
+    return ()
 
 
 def read_out_of_memory(message: str, seconds: float) -> OutOfMemory:

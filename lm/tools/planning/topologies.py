@@ -1,7 +1,7 @@
 """Topologies to compile for without the hardware: TPU slices, GPU hosts, simulated CPU devices.
 
-`v5p:4x4x4` is a torus of chips (Google Cloud's `v5p-128`), `h100:2x8` two hosts of eight GPUs,
-`cpu:8` eight CPU devices.
+`v5p:4x4x4` is a torus of chips (Google Cloud's `v5p-128`), `h100:2x8` two hosts of eight GPUs
+(also `16xh100`), `cpu:8` eight CPU devices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import jax
 
 from lm.config import nearest
 from lm.errors import UserError, missing_package
-from lm.hardware import CHIPS, COMMON_TARGET, GPU_TARGETS, LIBTPU_NAMES, TOPOLOGY_OPTIONS, Chip
+from lm.hardware import (
+    CHIPS,
+    COMMON_TARGET,
+    GPU_TARGETS,
+    GPUS,
+    LIBTPU_NAMES,
+    TOPOLOGY_OPTIONS,
+    Chip,
+)
 
 # Without these libtpu queries the metadata server, and a second process is locked out.
 TPU_VARIABLES = {
@@ -32,7 +40,10 @@ TPU_VARIABLES = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-EXAMPLES = "v5p:4x4x4, v5e:16x16, h100:1x8, cpu:8"
+EXAMPLES = "v5p:4x4x4, v5p-128, v5e:16x16, v5litepod-256, h100:1x8, 8xh100, cpu:8"
+GPUS_A_HOST = 8
+GOOGLE_CLOUD_TYPES = ("v4", "v5p", "v5e", "v6e")
+_COUNTED, _SIZES = (*GPUS, "cpu"), r"\d{1,6}(?:x\d{1,6})*"
 
 
 @dataclass(frozen=True)
@@ -46,45 +57,74 @@ class Topology:
 
 
 def topology(name: str, n_slices: int = 1) -> Topology:
-    """Describe the devices of `KIND:SHAPE`, in `n_slices` TPU slices or groups of GPU hosts.
+    """Describe the devices of a name, in `n_slices` TPU slices or groups of GPU hosts.
+
+    Names are `KIND:SHAPE` and those that `kind_and_shape` knows.
 
     Raises:
         UserError: The name is wrong, or the compiler for the chip is not installed.
     """
-    name = slice_of(name)
-    kind, _, shape = name.lower().partition(":")
+    given, name = name, kind_and_shape(name)
+    kind, _, shape = name.partition(":")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UserError(f"--topology {name}: write KIND:SHAPE, such as {EXAMPLES}")
+        raise UserError(
+            f"--topology {given}: write KIND:SHAPE or its usual name, such as {EXAMPLES}"
+        )
     sides = tuple(int(side) for side in shape.split("x"))
     if kind == "cpu":
         return _cpu(name, sides, n_slices)
-    kind = kind.removeprefix("tpu")
     if kind not in CHIPS:
         known = (*CHIPS, "cpu")
         raise UserError(
-            f"--topology {name}: unknown chip {kind!r}{nearest(kind, known)}; there are "
-            f"{', '.join(known)}"
+            f"--topology {given}: unknown chip {kind!r}{nearest(kind, known)}; there are "
+            f"{', '.join(known)}; topologies are written such as {EXAMPLES}"
         )
     chip = CHIPS[kind]
     make = _tpu if chip.dimensions else _gpu
     return Topology(name, chip, sides, make(name, kind, chip, sides, n_slices))
 
 
-def slice_of(name: str) -> str:
-    """Return KIND:SHAPE of an accelerator type such as v5litepod-16; other names as they are.
+def kind_and_shape(name: str) -> str:
+    """Return KIND:SHAPE of a topology in any of its usual spellings; other names in lower case.
 
-    The number counts TensorCores of v4 and v5p, two a chip, and chips of v5e and v6e. The shape is
-    the one that Google Cloud gives to a slice of so many chips: as near to a cube as its sides,
-    multiples of four from 64 chips on, allow.
+    Those are Google Cloud's accelerator types (v5litepod-16, v5p-128) and numbers of GPUs or CPU
+    devices (8xh100, h100:8, h100-8, 2x8xh100), of which a host has at most eight.
 
     Raises:
-        UserError: There is no slice of that size.
+        UserError: There is no slice, and no number of hosts of eight, of that size.
     """
-    found = re.fullmatch(r"(v4|v5p|v5e|v5lite|v5litepod|v6e)-(\d{1,6})", name.lower())
-    if not found:
-        return name
-    kind = "v5e" if found[1].startswith("v5l") else found[1]
-    chip, number = CHIPS[kind], int(found[2])
+    text = re.sub(r"\s", "", re.sub(r"\s+(?=\d)", "-", name.strip().lower()))
+    text = text.replace("×", "x").replace("_", "-")
+    text = re.sub(r"^(tpu|nvidia)-?(?=.)", "", text)
+    text = re.sub(r"^v5lite(pod)?(?=[:-])", "v5e", text)
+    before = re.fullmatch(rf"({_SIZES})x({'|'.join(_COUNTED)})", text)
+    after = re.fullmatch(rf"([a-z0-9]+?)[:x-]({_SIZES})", text)
+    if not before and not after:
+        return text
+    shape, kind = before.groups() if before else reversed(after.groups())  # type: ignore[union-attr]
+    if "x" not in shape and kind in GPUS:
+        shape = _hosts(name, kind, int(shape))
+    elif "x" not in shape and kind in GOOGLE_CLOUD_TYPES and f"{kind}-" in text:
+        shape = _slice_shape(name, kind, int(shape))
+    return f"{kind}:{shape}"
+
+
+def _hosts(name: str, kind: str, n: int) -> str:
+    """Return the shape of so many GPUs: one host, or hosts of eight."""
+    if n > GPUS_A_HOST and n % GPUS_A_HOST:
+        raise UserError(
+            f"--topology {name}: {n} GPUs are no hosts of {GPUS_A_HOST}; write {kind}:HOSTSxGPUS"
+        )
+    return f"{-(-n // GPUS_A_HOST)}x{min(n, GPUS_A_HOST)}"
+
+
+def _slice_shape(name: str, kind: str, number: int) -> str:
+    """Return the shape that Google Cloud gives to a slice, by the number in its accelerator type.
+
+    The number counts TensorCores of v4 and v5p, two a chip, and chips of v5e and v6e. The shape is
+    as near to a cube as its sides, multiples of four from 64 chips on, allow.
+    """
+    chip = CHIPS[kind]
     n, odd = divmod(number, 2) if chip.dimensions == 3 else (number, 0)
     unit = 4 if chip.dimensions == 3 and n >= 64 else 1
     allowed = [unit * i for i in range(1, chip.longest_side // unit + 1)]
@@ -97,9 +137,8 @@ def slice_of(name: str) -> str:
     ]
     if odd or not shapes:
         raise UserError(f"--topology {name}: there is no such slice; write KIND:SHAPE ({EXAMPLES})")
-    best = min(shapes, key=sum)
-    ordered = sorted(best, key=lambda side: (side == 1, side))  # 2x2x1
-    return f"{kind}:{'x'.join(map(str, ordered))}"
+    ordered = sorted(min(shapes, key=sum), key=lambda side: (side == 1, side))  # 2x2x1
+    return "x".join(map(str, ordered))
 
 
 def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:
@@ -125,7 +164,7 @@ def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
         shape = "x".join("N" * chip.dimensions)
         raise UserError(
             f"--topology {name}: a slice of {kind} is {kind}:{shape}, no side above "
-            f"{chip.longest_side}; --slices joins several"
+            f"{chip.longest_side}, or an accelerator type ({EXAMPLES}); --slices joins several"
         )
     for variable, value in TPU_VARIABLES.items():
         os.environ.setdefault(variable, value)

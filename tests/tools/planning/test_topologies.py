@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.hardware import CHIPS
 from lm.tools.planning import topologies
-from lm.tools.planning.topologies import interconnect, slice_of, target_config, topology
+from lm.tools.planning.topologies import interconnect, kind_and_shape, target_config, topology
 
 
 @pytest.mark.parametrize(
     ("name", "slices", "message"),
     [
-        ("v5p", 1, "write KIND:SHAPE, such as v5p:4x4x4"),
+        ("v5p", 1, "write KIND:SHAPE or its usual name, such as v5p:4x4x4"),
+        ("2xv5e-16", 1, "did you mean v5e.*v5litepod-256"),
         ("v5p:4x0x4", 1, "write KIND:SHAPE"),
         ("v9:2x2", 1, "unknown chip 'v9'.*there are v4, v5e, v5p"),
         ("h10:1x8", 1, "did you mean h100"),
@@ -83,14 +86,38 @@ def test_targets_describe_the_gpus_of_the_table():
         assert f"device_memory_size: {CHIPS[kind].memory}" in target_config(kind)
 
 
-def test_accelerator_types_of_google_cloud_are_slices():
+def test_every_usual_name_of_devices_is_understood():
     shapes = {
         "v5e-8": "v5e:2x4", "v5litepod-16": "v5e:4x4", "v5litepod-256": "v5e:16x16",
         "v6e-1": "v6e:1x1", "v6e-4": "v6e:2x2", "v6e-128": "v6e:8x16", "v4-8": "v4:2x2x1",
         "v4-16": "v4:2x2x2", "v4-64": "v4:2x4x4", "v5p-128": "v5p:4x4x4", "V5P-384": "v5p:4x4x12",
-        "v5p-4096": "v5p:8x16x16", "h100:1x8": "h100:1x8", "v9-8": "v9-8",
+        "v5p-4096": "v5p:8x16x16", "TPU v5e-8": "v5e:2x4", "v5lite:2x4": "v5e:2x4",
+        "v5p 4x4x4": "v5p:4x4x4", "v5e:2×4": "v5e:2x4", "tpu7x:2x2x1": "7x:2x2x1",
+        "h100:1x8": "h100:1x8", "h100:8": "h100:1x8", "8xh100": "h100:1x8", "h100-8": "h100:1x8",
+        "8x H100": "h100:1x8", "2x8xh100": "h100:2x8", "16xa100": "a100:2x8", "b200x4": "b200:1x4",
+        "nvidia-h200-8": "h200:1x8", "cpu-8": "cpu:8", "8xcpu": "cpu:8",
     }  # fmt: skip
-    assert {name: slice_of(name) for name in shapes} == shapes
+    assert {name: kind_and_shape(name) for name in shapes} == shapes
     for name in ("v5p-7", "v5p-100", "v5e-3", "v5e-512", "v4-0", "v6e-2"):
         with pytest.raises(UserError, match="there is no such slice"):
-            slice_of(name)
+            kind_and_shape(name)
+    with pytest.raises(UserError, match="12 GPUs are no hosts of 8"):
+        kind_and_shape("12xh100")
+
+
+@given(
+    st.from_regex(
+        r"(tpu|nvidia)?[ -]?(v[2-9][ep]?|h100|cpu|7x)?[:x -]?[0-9x-]{0,6}", fullmatch=True
+    )
+)
+def test_a_name_is_understood_or_an_error_that_shows_the_forms(name):
+    try:
+        found = kind_and_shape(name)
+    except UserError as error:
+        assert_names_the_forms(str(error))
+    else:
+        assert kind_and_shape(found) == found
+
+
+def assert_names_the_forms(message):
+    assert "write " in message

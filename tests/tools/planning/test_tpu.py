@@ -171,6 +171,19 @@ def test_attention_is_splash():
     assert plan_of("llama-fsdp").attention_kernel == "splash"
 
 
+def test_a_step_that_does_not_fit_lists_its_largest_arrays():
+    """Logits of 1,024 rows of 256 tokens, 32,768 words: 4 bytes each are twice the memory."""
+    config = config_of("gpt2-data")
+    set_value(config, "model.vocab_size", 32_768)
+    set_value(config, "data.batch_size", 4 * 1024)
+    plan = make_plan(config, topology("v5e-4"))
+    assert not plan.fits
+    assert plan.memory.total > plan.memory.capacity > 0
+    assert plan.largest[0][0] == 4 * 1024 * 256 * 32_768
+    assert plan.largest[0][1].startswith("f32[1024,256,32768] jvp(Decoder.logits)/")
+    assert len(plan.largest) == 6
+
+
 def test_the_time_is_bound_by_the_largest_term():
     plan = plan_of("llama-fsdp")
     time = plan.time
