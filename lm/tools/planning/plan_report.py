@@ -46,11 +46,17 @@ def _memory(plan: Plan) -> str:
         "offloaded to the host": m.host or None,
     }
     rows = [(name, _gb(size)) for name, size in sizes.items() if size is not None]
-    largest = [(_gb(size), name[:100]) for size, name in plan.largest]
+    largest = [(_gb(size), shorten(name)) for size, name in plan.largest]
     return (
         f"memory a device: {verdict}\n{plain_text(text_table(rows, right=[1]), indent=2)}\n"
         f"  largest arrays:\n{plain_text(text_table(largest, right=[0]), indent=4)}"
     )
+
+
+def shorten(name: str, width: int = 110) -> str:
+    """Return a name without its middle where it is longer than `width`: ends tell most."""
+    kept = (width - 1) // 2
+    return name if len(name) <= width else f"{name[:kept]}…{name[-kept:]}"
 
 
 def _work(plan: Plan) -> str:

@@ -140,14 +140,17 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def largest_arrays(module: Module, n: int = 6) -> tuple[tuple[int, str], ...]:
+def largest_arrays(module: Module, n: int = 10) -> tuple[tuple[int, str], ...]:
     """Return bytes and description of the `n` largest arrays of a device.
 
-    Results of instructions that allocate count; each pair of shape and operation is listed once.
+    Arguments and results of instructions that allocate count; each pair of shape and operation is
+    listed once.
     """
     found: dict[str, int] = {}
-    for _, instruction, _ in module.executions():
-        if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+    arguments = module.computations[module.entry].parameters
+    for instruction in (*arguments, *(done for _, done, _ in module.executions())):
+        is_free = instruction.opcode in FREE and instruction not in arguments
+        if is_free or instruction.opcode.endswith("-done"):
             continue
         for shape in instruction.shapes:
             if shape.space == 0 and shape.bytes:
@@ -161,10 +164,12 @@ def _shape_text(shape: Shape) -> str:
 
 
 def _operation(instruction: Instruction) -> str:
-    """Return the name of the operation in the model, without the scopes of JAX."""
+    """Return the name of the operation in the model, or of an argument, without JAX's scopes."""
+    name = re.sub(r"\[\\?'([^'\\]*)\\?'\]", r"/\1", instruction.op_name)
+    name = re.sub(r"^args\[(\d)\]", lambda found: ("state", "batch")[int(found[1])], name)
     scopes = [
         scope
-        for scope in instruction.op_name.split("/")
+        for scope in name.split("/")
         if not re.fullmatch(r"jit\(.*\)|while|body|closed_call|checkpoint", scope)
     ]
     return "/".join(scopes) or instruction.name

@@ -116,3 +116,13 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     found = read_out_of_memory(SHORT, 1.0)
     assert (found.total, found.temporaries) == (0, int(16.7 * GIB))
     assert found.capacity == 15.75 * GIB
+
+
+def test_parameters_and_optimizer_state_are_among_the_largest_arrays(tiny_config):
+    """A table of 65,536 × 32 is the largest array of a tiny model, with its moments."""
+    config = tiny_config(model__vocab_size=65_536, data__sequence_length=8, parallel__preset="data")
+    largest = make_plan(config, topology("cpu:8")).largest
+    table = "f32[65536,32] state."
+    found = {name.removeprefix(table) for size, name in largest if name.startswith(table)}
+    assert {name.partition("/")[0].rpartition(".")[2] for name in found} == {"params", "mu", "nu"}
+    assert all(name.endswith("tokens/embedding") for name in found)
