@@ -262,12 +262,26 @@ SCHEDULES = Registry(
 
 _SCORES = "lm.evaluation.scores"
 
+
+@dataclass(frozen=True)
+class BleuOptions:
+    """Options of BLEU."""
+
+    bleu_tokenizer: str = option(
+        "auto",
+        "BLEU: sacrebleu's tokenizer; auto: zh, ja-mecab, ko-mecab or char where the references "
+        "are Chinese, Japanese, Korean or of a script without spaces (Thai), else 13a.",
+        choices=("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none"),
+        free=True,
+    )
+
+
 METRICS = Registry(
     "metric",
     ("eval.metrics",),
     "eval",
     {
-        "bleu": Entry(f"{_SCORES}:bleu"),
+        "bleu": Entry(f"{_SCORES}:bleu", BleuOptions),
         "bleu_tok": Entry(f"{_SCORES}:bleu_tok"),
         "chrf": Entry(f"{_SCORES}:chrf"),
         "rouge": Entry(f"{_SCORES}:rouge"),

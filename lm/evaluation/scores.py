@@ -13,8 +13,9 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,34 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+# Characters by script; of those after HANGUL words are not divided by spaces.
+_KANA = r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]"
+_HAN = r"[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_HANGUL = r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]"
+_UNSPACED = r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]"
+_TOKENIZERS = {
+    "Chinese": "zh",
+    "Japanese": "ja-mecab",
+    "Korean": "ko-mecab",
+    "without spaces": "char",
+}
+_MECAB = {"ja-mecab": "mecab-python3", "ko-mecab": "mecab-ko"}
+
+
 def score_predictions(
-    names: Sequence[str], predictions: Sequence, references: Sequence
+    names: Sequence[str],
+    predictions: Sequence,
+    references: Sequence,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float | str]:
     """Return the scores of all named metrics in one dict.
+
+    Args:
+        names: metrics.
+        predictions: one an example.
+        references: one an example, in the same order.
+        settings: values of the options that metrics declare, by name: section `eval` of the
+            configuration. Options that are not there keep their defaults.
 
     Raises:
         UserError: unknown metric, no examples, or not as many predictions as references.
@@ -44,7 +69,10 @@ def score_predictions(
         raise UserError("nothing to score: there are no predictions and no references")
     scores: dict[str, float | str] = {}
     for name in names:
-        scores |= METRICS[name](predictions, references)
+        metric, options = METRICS[name], METRICS.entries[name].options
+        declared = {field.name for field in fields(options)} if options else set()
+        chosen = {key: value for key, value in (settings or {}).items() if key in declared}
+        scores |= metric(predictions, references, **chosen)
     return scores
 
 
@@ -132,10 +160,59 @@ def _correlation(
 # --- texts
 
 
-def bleu(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:
-    """Return BLEU of detokenized text, tokenized by "13a" as at WMT, and sacrebleu's signature."""
-    metric = import_optional("sacrebleu.metrics").BLEU()
-    return _sacrebleu("bleu", metric, predictions, references)
+def bleu(
+    predictions: Sequence[str], references: Sequence, bleu_tokenizer: str = "auto"
+) -> dict[str, float | str]:
+    """Return BLEU of detokenized text, and sacrebleu's signature, which names the tokenizer.
+
+    Where the script of the references chose another tokenizer than "13a", WMT's for languages with
+    spaces, "bleu_tokenizer" says which and why.
+    """
+    why = ""
+    if bleu_tokenizer == "auto":
+        bleu_tokenizer, why = tokenizer_of_script(references)
+    metrics = import_optional("sacrebleu.metrics")
+    try:
+        metric = metrics.BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none")
+    except RuntimeError:  # MeCab or its dictionary is not there
+        package = _MECAB[bleu_tokenizer]
+        raise missing_package("this tokenizer of BLEU", package, "mecab") from None
+    scores = _sacrebleu("bleu", metric, predictions, references)
+    return scores | ({"bleu_tokenizer": why} if why else {})
+
+
+def tokenizer_of_script(references: Sequence) -> tuple[str, str]:
+    """Return sacrebleu's tokenizer for the script of references, and a line that says why.
+
+    A quarter of the letters decides: a Chinese character is a word or half of one, so that text of
+    so many is mostly Chinese. The line is empty for "13a". Where MeCab is not installed Japanese
+    and Korean are divided into characters, so that hours of decoding are not lost.
+    """
+    text = "".join(chain.from_iterable(_texts(references)))
+    n_letters = sum(character.isalpha() for character in text)
+    kana, han, hangul, unspaced = (
+        len(re.findall(script, text)) for script in (_KANA, _HAN, _HANGUL, _UNSPACED)
+    )
+    counts = {"Chinese": han, "Japanese": 0, "Korean": hangul, "without spaces": unspaced}
+    if 10 * kana > han:  # in Japanese text every other character is kana, in Chinese hardly any
+        counts |= {"Japanese": kana + han, "Chinese": 0}
+    language = max(counts, key=counts.__getitem__)
+    if 4 * counts[language] <= n_letters or not n_letters:
+        return "13a", ""
+    chosen = _TOKENIZERS[language]
+    why = f"{language}: {min(counts[language] / n_letters, 1):.0%} of the letters of the references"
+    if chosen in _MECAB and not _has_mecab(chosen):
+        why += f"; characters, as {chosen} is not installed (extra mecab)"
+        chosen = "char"
+    return chosen, f"{chosen} ({why}; --config.eval.bleu_tokenizer)"
+
+
+def _has_mecab(tokenizer: str) -> bool:
+    try:
+        import_optional("sacrebleu.metrics").BLEU(tokenize=tokenizer)
+    except RuntimeError:
+        return False
+    return True
 
 
 def bleu_tok(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:

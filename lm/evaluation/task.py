@@ -52,7 +52,7 @@ def evaluate_task(
     predictions = TASKS[objective.task](experiment, params, stores)
     references = [objective.reference(record) for record in records]
     names = listed(experiment.config.eval.metrics) or objective.metrics
-    measured = score_predictions(names, predictions, references)
+    measured = score_predictions(names, predictions, references, experiment.config.eval)
     scores = {name: None if score != score else score for name, score in measured.items()}
     rows = [
         {**record.raw, "prediction": prediction}

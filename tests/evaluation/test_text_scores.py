@@ -1,7 +1,19 @@
 import pytest
+from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers import tokenizer_ja_mecab as ja_mecab
 
 from lm.errors import UserError
-from lm.evaluation.scores import bleu, bleu_tok, chrf, exact_match, rouge, rouge_stemmed, squad
+from lm.evaluation.scores import (
+    bleu,
+    bleu_tok,
+    chrf,
+    exact_match,
+    rouge,
+    rouge_stemmed,
+    score_predictions,
+    squad,
+    tokenizer_of_script,
+)
 
 # The example of sacrebleu's README, with the figures printed there.
 PREDICTIONS = [
@@ -129,3 +141,62 @@ def test_squad_drops_answers_that_normalise_to_nothing():
 
 def test_squad_without_answers_wants_the_empty_string():
     assert squad(["", "Paris", ""], [[], [], ["Paris"]]) == scores(100 / 3, 100 / 3)
+
+
+SENTENCES = {
+    "zh": ("我们明天去北京看长城。", "我们明天去上海看长城。"),
+    "ja-mecab": ("私は明日東京で友達に会います。", "私は明日京都で友達に会います。"),
+    "ko-mecab": ("나는 내일 서울에서 친구를 만난다.", "나는 내일 부산에서 친구를 만난다."),
+    "char": ("พรุ่งนี้ฉันจะไปกรุงเทพ", "พรุ่งนี้ฉันจะไปเชียงใหม่"),
+    "13a": ("We go to Beijing tomorrow to see the wall.", "We go to Shanghai to see the wall."),
+}
+NEIGHBORS = {
+    "繁體中文的句子也沒有空格。": "zh",
+    "用 PyTorch 训练 Transformer 模型的方法": "zh",
+    "ソフトウェアのバージョン 2.0 をリリースしました": "ja-mecab",
+    "ပြည်ထောင်စု မြန်မာနိုင်ငံတော်": "char",
+    "ສະບາຍດີ ທ່ານສະບາຍດີບໍ": "char",
+    "भारत एक देश है।": "13a",
+    "Привет, мир!": "13a",
+    "The word 北京 means northern capital, and 上海 above the sea, in Chinese.": "13a",
+    "12.5 %": "13a",
+    "": "13a",
+}
+
+
+@pytest.mark.parametrize("tokenizer", SENTENCES)
+def test_bleu_is_tokenized_by_the_script_of_the_references(tokenizer):
+    """As sacrebleu scores it with that tokenizer; a sentence is more than one word."""
+    reference, prediction = SENTENCES[tokenizer]
+    expected = BLEU(tokenize=tokenizer).corpus_score([prediction], [[reference]])
+    found = bleu([prediction], [reference])
+    assert found["bleu"] == pytest.approx(expected.score)
+    assert f"|tok:{tokenizer}" in found["bleu_signature"]
+    assert (tokenizer == "13a") == ("bleu_tokenizer" not in found)
+    assert found.get("bleu_tokenizer", tokenizer).startswith(tokenizer)
+    assert 5 < found["bleu"] < 100
+    assert bleu([prediction], [[reference, reference]])["bleu"] == pytest.approx(found["bleu"])
+    assert "|tok:13a" in bleu([prediction], [reference], bleu_tokenizer="13a")["bleu_signature"]
+
+
+@pytest.mark.parametrize("text", NEIGHBORS)
+def test_the_script_of_most_letters_decides(text):
+    assert tokenizer_of_script([text])[0] == NEIGHBORS[text]
+
+
+def test_without_mecab_japanese_is_scored_by_characters_and_said(monkeypatch):
+    monkeypatch.setattr(ja_mecab, "MeCab", None)
+    reference, prediction = SENTENCES["ja-mecab"]
+    found = bleu([prediction], [reference])
+    assert "|tok:char" in found["bleu_signature"]
+    assert "ja-mecab is not installed (extra mecab)" in found["bleu_tokenizer"]
+    with pytest.raises(UserError, match=r"`mecab-python3`: pip install .*\[mecab\]'"):
+        bleu([prediction], [reference], bleu_tokenizer="ja-mecab")
+
+
+def test_the_tokenizer_of_the_configuration_reaches_bleu_alone():
+    reference, prediction = SENTENCES["zh"]
+    settings = {"bleu_tokenizer": "char", "batch_size": 8}
+    found = score_predictions(["bleu", "chrf"], [prediction], [reference], settings)
+    assert "|tok:char" in found["bleu_signature"]
+    assert found["chrf"] == chrf([prediction], [reference])["chrf"]
