@@ -259,7 +259,8 @@ class Experiment:
 
     # --- data
 
-    def train_batches(self, dataset: Dataset) -> Batches:
+    def train_batches(self, dataset: Dataset, first_row: int = 0) -> Batches:
+        """Return the batches of training; `first_row` is that of `Batches`."""
         config, features = self.config, self._features
         parts: Sequence[Any] = [self.objective.examples(s, training=True) for s in dataset.train]
         if config.data.order == "contiguous":
@@ -267,7 +268,7 @@ class Experiment:
         else:
             shares = dataset.weights or [store.n_tokens for store in dataset.train]
             examples = shuffle_and_mix(parts, shares, config.seed)
-        return Batches(examples, features, config.data.batch_size, config.seed)
+        return Batches(examples, features, config.data.batch_size, config.seed, first_row)
 
     def evaluation_batches(self, stores: Sequence[Store]) -> Batches:
         """Return batches of all examples of the stores, once, in order."""

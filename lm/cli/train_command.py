@@ -23,6 +23,17 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="begin at step 0 if all checkpoints are damaged; that run moves to restarted.N",
     )
+    parser.add_argument(
+        "--change",
+        action="store_true",
+        help="continue the run with another configuration (rates, schedule, steps, batch size …)",
+    )
+    parser.add_argument(
+        "--fork",
+        default="",
+        metavar="RUN[@STEP]",
+        help="start a new run from a checkpoint of another one: its state, data position and step",
+    )
     xla_flags_argument(parser)
     process_arguments(parser)
 
@@ -40,5 +51,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         log=print_on_primary_host,
         progress=True,
         restart=args.restart,
+        change=args.change,
+        fork=args.fork,
     )
     return 0 if finished else RESUMABLE

@@ -107,7 +107,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     """
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
-        config = read_run_file(resolve_path(spec))
+        config = read_given(resolve_path(spec))
     else:
         config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):
@@ -136,6 +136,20 @@ def read_run_file(file: AnyPath) -> ConfigDict:
             raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
     config = default()
     for path, value in flatten(values):
+        set_value(config, path, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def read_given(file: AnyPath) -> ConfigDict:
+    """Return the configuration that a run was given, as `read_run_file` but before it was resolved.
+
+    So what follows from other keys, from the data or from the platform follows anew.
+    """
+    config = read_run_file(file)
+    given = read_json(file).get("given", {})
+    if not isinstance(given, dict):
+        raise UserError(f"{file} is damaged (it has no {'given'!r})")
+    for path, value in given.items():
         set_value(config, path, tuple(value) if isinstance(value, list) else value)
     return config
 
@@ -221,19 +235,27 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
     return config
 
 
-def differences(old: Mapping, new: Mapping) -> list[str]:
-    """Return the keys, except free ones, that differ, as `--config.KEY: old → new`.
+def changed_keys(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Return old and new value of every key, except free ones, that differs.
 
     A key that came after `old` was saved has its default there, so that old runs continue.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     added = after.keys() & SCHEMA.keys() - before.keys()
     before |= {path: SCHEMA[path].default for path in added}
-    return [
-        f"--config.{path}: {before.get(path, '(none)')} → {after.get(path, '(none)')}"
+    return {
+        path: (before.get(path), after.get(path))
         for path in sorted({*before, *after})
         if not (path in SCHEMA and SCHEMA[path].free)
         and _plain(before.get(path)) != _plain(after.get(path))
+    }
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """Return `changed_keys` for the user, as `--config.KEY: old → new`."""
+    return [
+        f"--config.{path}: {' → '.join('(none)' if x is None else str(x) for x in values)}"
+        for path, values in changed_keys(old, new).items()
     ]
 
 

@@ -9,7 +9,7 @@ from lm.config.registry import Key
 
 COMMON_KEYS: dict[str, Key] = {
     "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
-    "paper": Key("", "Name of the published model that this configuration reproduces."),
+    "paper": Key("", "Name of the published model that this configuration reproduces.", free=True),
     # --- model
     "model.family": Key("decoder", "Kind of model."),
     "model.n_layers": Key(4, "Layers: Transformer blocks, or recurrent layers.", low=1),
@@ -339,12 +339,20 @@ COMMON_KEYS: dict[str, Key] = {
         free=True,
     ),
     # --- evaluation
-    "eval.every_steps": Key(0, "Validate every so many steps; 0: only at the end.", low=0),
-    "eval.batch_size": Key(0, "Sequences of a validation batch; 0: data.batch_size.", low=0),
-    "eval.max_batches": Key(0, "Validation batches during training; 0: the whole split.", low=0),
-    "eval.final_batches": Key(0, "The same after the last step.", low=0),
+    "eval.every_steps": Key(
+        0, "Validate every so many steps; 0: only at the end.", low=0, free=True
+    ),
+    "eval.batch_size": Key(
+        0, "Sequences of a validation batch; 0: data.batch_size.", low=0, free=True
+    ),
+    "eval.max_batches": Key(
+        0, "Validation batches during training; 0: the whole split.", low=0, free=True
+    ),
+    "eval.final_batches": Key(0, "The same after the last step.", low=0, free=True),
     "eval.metrics": Key(
-        "", "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective."
+        "",
+        "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective.",
+        free=True,
     ),
     "eval.best": Key(
         "", "Keep the best checkpoint by this validation figure too, such as accuracy or -loss."

@@ -147,12 +147,15 @@ class Batches:
             only on `seed` and the index of the example in the order.
         batch_size: rows of a batch, over all devices.
         seed: seed of the random generators.
+        first_row: index in the order of the first row of batch 0; it may be negative where a
+            run's earlier batches were smaller, and step 0 will not be asked for.
     """
 
     examples: grain.MapDataset
     features: MakeFeatures
     batch_size: int
     seed: int
+    first_row: int = 0
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
@@ -167,7 +170,8 @@ class Batches:
         Returns:
             Arrays [len(rows), …] by name; rows beyond the last example are zeros.
         """
-        indices = [step * self.batch_size + int(row) for row in rows]
+        start = self.first_row + step * self.batch_size
+        indices = [start + int(row) for row in rows]
         found = [self._row(index) for index in indices]
         return {name: np.stack([row[name] for row in found]) for name in found[0]}
 

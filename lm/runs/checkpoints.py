@@ -1,7 +1,8 @@
 """Workdir of a run as it trains: run.json, tokenizer/ and checkpoints/.
 
-`run.json` holds the resolved configuration and the digests of tokenizer and data. Starting a run
-again with another configuration or other data is an error that names the difference. Checkpoints
+`run.json` holds the resolved configuration, what was given where that differs, and the digests of
+tokenizer and data. Starting a run again with other data, or without `--change` with another
+configuration, is an error that names the difference. Checkpoints
 are written by Orbax asynchronously and atomically, and verified when they are read.
 
 A checkpoint holds the training state and a metadata file: step, configuration of the run, digests
@@ -33,13 +34,14 @@ from lm.data.dataset import Dataset
 from lm.errors import UserError
 from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host
-from lm.runs.workdir import RUN_FILE
+from lm.runs.workdir import RUN_FILE, metadata_at
 from lm.storage import AnyPath, is_committed, storage_path, upload_changes, write_atomically
 from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
 
 Log = Callable[[str], None]
+Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 def ignore_line(line: str) -> None:
@@ -58,7 +60,7 @@ class Checkpoints:
             metadata: metadata of the run, written into every checkpoint.
         """
         self._folder = storage_path(folder)
-        self._metadata = metadata
+        self.metadata = metadata
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -99,7 +101,7 @@ class Checkpoints:
             UserError: the disk is full.
         """
         metadata = {
-            **self._metadata,
+            **self.metadata,
             **(notes or {}),
             "step": step,
             "checksums": checksums(state),
@@ -175,8 +177,8 @@ class Checkpoints:
             return None, "its arrays do not match their checksums"
         if foreign:
             return None, "its metadata is of another step or run"
-        if "fingerprint" in self._metadata:
-            _check_same(self._folder / str(step), saved, self._metadata)
+        if "fingerprint" in self.metadata:
+            check_same(self._folder / str(step), saved, metadata_at(self.metadata, step))
         return TrainState(**restored["state"]), None
 
     def _set_aside(self, step: int) -> None:
@@ -259,23 +261,38 @@ def _disk_errors(folder: AnyPath) -> Iterator[None]:
 # --- workdir
 
 
-def run_metadata(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of run.json: configuration, digests of the data, and plug-ins if any."""
+def run_metadata(
+    config: ConfigDict, fingerprint: Mapping[str, Any], given: ConfigDict | None = None
+) -> dict[str, Any]:
+    """Return the content of run.json.
+
+    Args:
+        config: resolved configuration.
+        fingerprint: digests of tokenizer and data.
+        given: the configuration before it was resolved; its values that differ are kept.
+    """
+    values = dict(configs.flatten(config))
+    before = dict(configs.flatten(given if given is not None else config))
+    metadata = {
+        "config": json.loads(config.to_json()),
+        "given": {k: v for k, v in before.items() if k in values and v != values[k]},
+        "fingerprint": fingerprint,
+    }
     plugins = SCHEMA.plugins()
-    metadata = {"config": json.loads(config.to_json()), "fingerprint": fingerprint}
     return metadata | ({"plugins": plugins} if plugins else {})
 
 
 def prepare_workdir(
-    workdir: Path, config: ConfigDict, dataset: Dataset, write: bool
+    workdir: Path, metadata: dict[str, Any], dataset: Dataset, change: Change | None = None
 ) -> dict[str, Any]:
     """Create the workdir of a new run, or check an existing one against configuration and data.
 
     Args:
         workdir: local folder of the run.
-        config: resolved configuration.
+        metadata: what this start knows of the run (`run_metadata`).
         dataset: tokenizer and data.
-        write: whether this process creates files (the lead process does).
+        change: called with the metadata of an existing run and those of this start; returns the
+            latter with the change recorded, or raises UserError. None: no change is allowed.
 
     Returns:
         The metadata of the run.
@@ -283,13 +300,16 @@ def prepare_workdir(
     Raises:
         UserError: the workdir holds another run.
     """
-    metadata = run_metadata(config, dataset.fingerprint)
     before = _earlier_run(workdir)
     if jax.process_count() > 1:
         _require_same_run(workdir, before, dataset)
     if before is not None:
-        _check_same(workdir, before, metadata)
-    if write:
+        metadata |= {"history": before["history"]} if "history" in before else {}
+        if change is not None:
+            metadata = change(before, metadata)
+            before = before | {"config": metadata["config"]}
+        check_same(workdir, before, metadata, "continue it with --change, or ")
+    if is_primary_host():
         dataset.tokenizer.save(workdir / "tokenizer")
         write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
         upload_changes()
@@ -323,7 +343,7 @@ def _saved_metadata(workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _damaged_steps(workdir: Path) -> list[str]:
+def damaged_steps(workdir: Path) -> list[str]:
     """Return the names of the checkpoints that were set aside."""
     folder = storage_path(workdir / "damaged")
     entries = folder.iterdir() if folder.is_dir() else ()
@@ -334,12 +354,12 @@ def has_steps(workdir: Path) -> bool:
     """Return whether the workdir holds anything of steps: checkpoints, damaged ones, metrics."""
     metrics = workdir / "metrics.jsonl"
     written = metrics.is_file() and metrics.stat().st_size > 0
-    return bool(written or checkpoint_steps(workdir) or _damaged_steps(workdir))
+    return bool(written or checkpoint_steps(workdir) or damaged_steps(workdir))
 
 
 def require_no_lost_steps(workdir: Path) -> None:
     """Raise UserError where a run would begin at step 0 although it had checkpoints."""
-    if lost := _damaged_steps(workdir):
+    if lost := damaged_steps(workdir):
         raise UserError(
             f"no checkpoint of {storage_path(workdir)} can be read (damaged: {', '.join(lost)}): "
             f"put an undamaged copy into {storage_path(workdir / 'checkpoints')}, or begin again "
@@ -355,7 +375,7 @@ def set_lost_run_aside(workdir: Path) -> None:
     Raises:
         UserError: the run is in a bucket, or the workdir cannot be written.
     """
-    lost = bool(_damaged_steps(workdir)) and not checkpoint_steps(workdir)
+    lost = bool(damaged_steps(workdir)) and not checkpoint_steps(workdir)
     if not on_all_hosts(lost):
         return
     if not isinstance(storage_path(workdir), Path):
@@ -405,12 +425,15 @@ def read_run_metadata(workdir: Path) -> dict[str, Any] | None:
     return metadata
 
 
-def _check_same(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(
+    workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = ""
+) -> None:
+    """Raise UserError where configuration or data of a run differ from what they were before."""
     different = configs.differences(before["config"], now["config"])
     if different:
         raise UserError(
             f"{storage_path(workdir)} holds a run of another configuration "
-            f"({'; '.join(different)}); use another --workdir"
+            f"({'; '.join(different)}); {advice}use another --workdir"
         )
     old, new = before.get("fingerprint", {}), now["fingerprint"]
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))

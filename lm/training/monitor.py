@@ -126,8 +126,9 @@ class Clock:
     def __init__(self, file: Path, first_step: int):
         """Continue the clock in `file`, if there is one, at `first_step`."""
         self._file = file
-        self._seconds, self._earlier_steps, self._starts = _earlier_clock(file)
+        self._seconds, self._earlier_steps, self._starts, base = _earlier_clock(file)
         self._first_step = first_step
+        self._base = first_step if base is None else base
         self._starts += 1
         self._last = time.perf_counter()
 
@@ -147,8 +148,9 @@ class Clock:
         now = time.perf_counter()
         seconds = dict(self._seconds, other=self._seconds["other"] + now - self._last)
         computed = self._earlier_steps + step - self._first_step
-        useful = seconds["step"] * (step / computed if computed else 1.0)
+        useful = seconds["step"] * ((step - self._base) / computed if computed else 1.0)
         return {
+            "first_step": self._base,
             "seconds": seconds,
             "starts": self._starts,
             "steps_computed": computed,
@@ -161,20 +163,26 @@ class Clock:
             write_atomically(self._file, json.dumps(self.summary(step), indent=1))
 
 
-def _earlier_clock(file: Path) -> tuple[dict[str, float], int, int]:
-    """Return seconds by part, steps computed and starts so far; a damaged file counts as none."""
+def _earlier_clock(file: Path) -> tuple[dict[str, float], int, int, int | None]:
+    """Return seconds by part, steps computed, starts, and the step at which the clock began.
+
+    A damaged file counts as none; without one, the step is None.
+    """
     try:
         before = read_json(file)
         seconds = {part: float(before["seconds"][part]) for part in CLOCK_PARTS}
         steps, starts = int(before["steps_computed"]), int(before["starts"])
-        if min(*seconds.values(), steps, starts) >= 0 and math.isfinite(sum(seconds.values())):
-            return seconds, steps, starts
+        base = int(before.get("first_step", 0))
+        if min(*seconds.values(), steps, starts, base) >= 0 and math.isfinite(
+            sum(seconds.values())
+        ):
+            return seconds, steps, starts, base
     except FileNotFoundError:
-        return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0
+        return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0, None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         pass
     print(f"{file} is damaged: the clock of the run begins anew", file=sys.stderr, flush=True)
-    return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0
+    return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0, None
 
 
 # --- metrics: metrics.jsonl, TensorBoard events and a progress bar

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,8 +36,10 @@ from lm.runs.checkpoints import (
     on_all_hosts,
     prepare_workdir,
     require_no_lost_steps,
+    run_metadata,
     set_lost_run_aside,
 )
+from lm.runs.workdir import first_row
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
 from lm.training.monitor import (
@@ -58,6 +61,8 @@ def train(
     log: Log = ignore_line,
     progress: bool = False,
     restart: bool = False,
+    change: bool = False,
+    fork: str = "",
 ) -> bool:
     """Train the run in `workdir`, or continue it.
 
@@ -68,6 +73,10 @@ def train(
         progress: show progress bars on stderr, and the last evaluation on stdout.
         restart: begin at step 0 if no checkpoint is left of a run that had some, which moves to
             the folder restarted.N in `workdir`.
+        change: continue the run in `workdir` with another configuration, from its newest
+            checkpoint on; what differs is recorded in run.json.
+        fork: RUN or RUN@STEP: a new run starts from this checkpoint of another one, with its
+            parameters, optimizer state, position in the data and step; implies `change`.
 
     Returns:
         Whether the last step was reached; False if the run was asked to stop and can continue.
@@ -87,7 +96,7 @@ def train(
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()
         )
-        config = experiment.config
+        given, config = config, experiment.config
         if config.eval.best and not dataset.validation:
             raise UserError(
                 f"--config.eval.best={config.eval.best} needs validation data: set "
@@ -95,7 +104,15 @@ def train(
             )
         if restart:
             set_lost_run_aside(workdir)
-        metadata = prepare_workdir(workdir, config, dataset, write=is_primary_host())
+        metadata = run_metadata(config, dataset.fingerprint, given)
+        changing = None
+        if change or fork:
+            from lm.runs import changes
+
+            if fork:
+                changes.fork(fork, experiment, workdir, metadata, log)
+            changing = partial(changes.record, experiment, workdir)
+        metadata = prepare_workdir(workdir, metadata, dataset, changing)
         log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
@@ -103,6 +120,10 @@ def train(
             require_no_lost_steps(workdir)
             state = _first_state(experiment, dataset.tokenizer, log)
         first_step = int(jax.device_get(state.step))
+        if "history" in metadata:
+            from lm.runs import changes
+
+            checkpoints.metadata = metadata = changes.settle(workdir, metadata, first_step)
         if first_step:
             log(f"continuing from step {first_step}")
         clock = Clock(workdir / "clock.json", first_step)
@@ -122,7 +143,7 @@ def train(
         try:
             with watchdog(config.train.stall_seconds) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
-                loop = Loop(experiment, dataset, state, first_step, outputs)
+                loop = Loop(experiment, dataset, state, first_step, outputs, first_row(metadata))
                 finished = loop.run(stop)
                 with clock.part("checkpoint"):
                     checkpoints.close()
@@ -249,14 +270,16 @@ class Loop:
         state: TrainState,
         first_step: int,
         outputs: Outputs,
+        first_row: int = 0,
     ):
-        """Prepare a loop that continues `state` at `first_step`."""
+        """Prepare a loop that continues `state` at `first_step`; `first_row` as in `Batches`."""
         self.experiment = experiment
         self.config = experiment.config
         self.state = state
         self.step = self._saved_step = first_step
         self.last_evaluation: dict[str, float] = {}
         self._dataset = dataset
+        self._first_row = first_row
         self._outputs, self._clock = outputs, outputs.clock
         self._validation = (
             experiment.evaluation_batches(dataset.validation) if dataset.validation else None
@@ -282,7 +305,7 @@ class Loop:
         if self._reached_stop_at:
             return False
         batches = prefetch(
-            self.experiment.train_batches(self._dataset),
+            self.experiment.train_batches(self._dataset, self._first_row),
             dispatches(self.step, config),
             self.experiment.batch_sharding,
             config.data.prefetch,

@@ -87,6 +87,7 @@ def write_page(workdirs: Sequence[Path], output: Path) -> Path:
         ],
         scores=_scores(runs),
         samples=_samples(runs),
+        history=_history(runs),
         differences=_differences(runs, keys),
         changed=_changed(runs[0], keys),
     )
@@ -226,6 +227,21 @@ def _columns(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
+def _history(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
+    """Return the changes of each run in its course, and where forks come from."""
+    rows = []
+    for run in runs:
+        for entry in run.history:
+            lead = [Cell(run.name), _number(entry["step"], "{:,}".format)]
+            if "forked_from" in entry:
+                rows.append(
+                    [*lead, Cell("forked from"), Cell(printable(str(entry["forked_from"])))]
+                )
+            for key, (old, new) in entry.get("changed", {}).items():
+                rows.append([*lead, Cell(printable(key)), Cell(f"{shown(old)} → {shown(new)}")])
+    return {"columns": ["run", "after step", "key", "change"], "rows": rows} if rows else None
+
+
 def _differences(runs: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] | None:
     """Return the keys in which runs differ, one column a run."""
     rows = [[Cell(key), *(_value(run.config.get(key)) for run in runs)] for key in keys]
@@ -267,7 +283,8 @@ def positions(run: RunRecord, axis: str, steps: np.ndarray) -> np.ndarray | None
         return np.interp(steps, [0, *known], [0.0, *run.seconds()])
     if run.size is None:
         return None
-    return steps * float(run.size.tokens_per_step if axis == "tokens" else run.size.flops_per_step)
+    each = run.size.tokens_per_step if axis == "tokens" else run.size.flops_per_step
+    return run.batches(steps) * float(each)
 
 
 def loss_curves(runs: Sequence[RunRecord]) -> Figures:

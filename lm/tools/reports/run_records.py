@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
@@ -26,7 +27,7 @@ from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
 from lm.json_files import parse_json, read_json
-from lm.runs.workdir import RUN_FILE, load_run_config
+from lm.runs.workdir import BATCH_SIZE, RUN_FILE, history_of, load_run_config
 from lm.tools.formatting import duration, printable
 
 VALIDATION_LOSS = "eval/validation/loss"
@@ -92,6 +93,7 @@ class RunRecord:
         damage: Files that are damaged, a line each.
         samples: First predictions by evaluated split.
         scores: Results of `lm eval --task` by evaluated split.
+        history: Changes of the run in its course (`lm.runs.workdir.history_of`).
     """
 
     name: str
@@ -103,6 +105,7 @@ class RunRecord:
     damage: tuple[str, ...] = ()
     samples: Mapping[str, list[dict]] = field(default_factory=dict)
     scores: Mapping[str, dict] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
 
     @property
     def last_step(self) -> int:
@@ -117,12 +120,29 @@ class RunRecord:
     @property
     def tokens(self) -> int | None:
         """Tokens up to the last step; None if the size is unknown."""
-        return self.last_step * self.size.tokens_per_step if self.size else None
+        batches = self.batches([self.last_step])[0]
+        return round(batches * self.size.tokens_per_step) if self.size else None
 
     @property
     def flops(self) -> float | None:
         """Model FLOPs up to the last step; None if the size is unknown."""
-        return self.last_step * self.size.flops_per_step if self.size else None
+        batches = self.batches([self.last_step])[0]
+        return float(batches) * self.size.flops_per_step if self.size else None
+
+    def batches(self, steps: ArrayLike) -> np.ndarray:
+        """Return how many batches of the run's present size were trained up to each step."""
+        sizes = [
+            (entry["step"], entry["changed"][BATCH_SIZE])
+            for entry in self.history
+            if BATCH_SIZE in entry.get("changed", {})
+        ]
+        now = self.config.get(BATCH_SIZE, 1)
+        at, trained = [0.0], [0.0]
+        for step, (size, _) in sizes:
+            trained.append(trained[-1] + (step - at[-1]) * size / now)
+            at.append(step)
+        steps = np.asarray(steps, float)
+        return np.interp(steps, at, trained) + np.maximum(steps - at[-1], 0)
 
     @property
     def total_seconds(self) -> float:
@@ -200,6 +220,7 @@ def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
         size = size_of(folder)
     except Exception as error:  # of a damaged or another version's configuration
         problem = " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)
+    history = part(lambda: history_of(read_json(folder / RUN_FILE)), [])
     curves = part(lambda: _read_curves(folder / "metrics.jsonl", damage), {})
     unusable = damage[0] if damage else ""
     clock = part(lambda: _read_clock(folder / "clock.json"), {})
@@ -218,6 +239,7 @@ def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
         damage=tuple(dict.fromkeys(damage)),
         samples=samples,
         scores=scores,
+        history=history,
     )
 
 

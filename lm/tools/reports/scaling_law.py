@@ -107,8 +107,7 @@ def runs_of_folder(workdir: Path) -> tuple[Runs, list[str]]:
         elif loss is None or run.size is None:
             left_out.append(f"{run.name}: no finite {metric}")
         else:
-            tokens = run.last_step * run.size.tokens_per_step
-            points.append((run.size.parameters, tokens, loss))
+            points.append((run.size.parameters, run.tokens, loss))
     return Runs(*np.array(points, float).reshape(-1, 3).T), left_out
 
 

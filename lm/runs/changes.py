@@ -1,0 +1,207 @@
+"""Changes of a run in its course, and forks: runs that start from a checkpoint of another one.
+
+Both add to the history in run.json and in the metadata of checkpoints (`workdir.history_of`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lm import config as configs
+from lm.errors import UserError
+from lm.experiment import Experiment, build
+from lm.json_files import read_json
+from lm.parallel.mesh import is_primary_host
+from lm.runs.checkpoints import (
+    Log,
+    check_same,
+    checkpoint_steps,
+    damaged_steps,
+    has_steps,
+    read_run_metadata,
+)
+from lm.runs.workdir import BATCH_SIZE, RUN_FILE, Metadata, history_of
+from lm.storage import AnyPath, open_run_folder, storage_path, upload_changes, write_atomically
+
+# Starts of the keys that may change in a run; those that define the model, the objective or the
+# order of the data may not. A change of the training state is found by comparing its arrays.
+_CHANGEABLE = (
+    BATCH_SIZE,
+    "eval.",
+    "model.activation_dropout",
+    "model.attention_dropout",
+    "model.balance_loss",
+    "model.dropout",
+    "model.dtype",
+    "model.router_",
+    "objective.label_smoothing",
+    "objective.mask_rate",
+    "objective.z_loss",
+    "optimizer.",
+    "schedule.",
+    "train.",
+)
+_FIXED = ("optimizer.name", "optimizer.freeze")
+
+
+def record(experiment: Experiment, workdir: Path, before: Metadata, now: Metadata) -> Metadata:
+    """Return the metadata of a start with what it changes in the run added to the history.
+
+    Args:
+        experiment: the experiment that continues the run.
+        workdir: folder of the run.
+        before: metadata of the run.
+        now: metadata of this start.
+
+    Raises:
+        UserError: a key cannot change in a run, or the state would be another one.
+    """
+    return _record(experiment, max(checkpoint_steps(workdir), default=0), before, now)
+
+
+def _record(experiment: Experiment, step: int, before: Metadata, now: Metadata) -> Metadata:
+    changed = configs.changed_keys(before["config"], now["config"])
+    if not changed:
+        return now
+    fixed = [path for path in changed if not path.startswith(_CHANGEABLE) or path in _FIXED]
+    if BATCH_SIZE in changed and experiment.config.data.order == "contiguous":
+        fixed.append(BATCH_SIZE)  # each row of the batches reads a stretch of its own
+    if fixed:
+        raise UserError(
+            f"a run cannot change {', '.join(f'--config.{path}' for path in fixed)} in its course: "
+            "start another one, with its parameters by --config.init.from=RUN"
+        )
+    if experiment.config.train.steps < step:
+        raise UserError(
+            f"--config.train.steps={experiment.config.train.steps}: the run is at step {step}"
+        )
+    _require_same_state(experiment, changed)
+    entry = {"step": step, "changed": {path: list(values) for path, values in changed.items()}}
+    return now | {"history": [*history_of(now), entry]}
+
+
+def _require_same_state(experiment: Experiment, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise UserError if the training state has other arrays than before the change."""
+    config = experiment.config.copy_and_resolve_references()
+    for path, (old, _) in changed.items():
+        if old is not None:
+            configs.set_value(config, path, tuple(old) if isinstance(old, list) else old)
+    earlier = build(config, experiment.mesh.devices.flatten().tolist(), experiment.tokenizer)
+
+    def arrays(state: Any) -> dict[str, tuple]:
+        leaves = jax.tree.leaves_with_path(state)
+        return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+    before, after = arrays(earlier.state_shapes), arrays(experiment.state_shapes)
+    unlike = sorted({path for path, _ in before.items() ^ after.items()})
+    if unlike:
+        keys = ", ".join(f"--config.{path}" for path in changed)
+        raise UserError(
+            f"{keys}: the training state would be another one ({len(unlike)} arrays, such as "
+            f"{unlike[0]}): start another run, with its parameters by --config.init.from=RUN"
+        )
+
+
+def settle(workdir: Path, metadata: Metadata, first_step: int) -> Metadata:
+    """Return the metadata with no change later than the restored step, and write it to run.json.
+
+    A change is recorded at the newest checkpoint before it is known whether that can be read.
+    """
+    history = [entry | {"step": min(entry["step"], first_step)} for entry in history_of(metadata)]
+    if history != metadata["history"]:
+        metadata = metadata | {"history": history}
+        if is_primary_host():
+            write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+    return metadata
+
+
+# --- forks
+
+
+def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log: Log) -> None:
+    """Fill the workdir of a new run with a checkpoint of another one; nothing if that was done.
+
+    The lines of metrics.jsonl come along, so that curves are whole.
+
+    Args:
+        source: RUN or RUN@STEP; without a step it is the newest.
+        experiment: the experiment that continues the run.
+        workdir: folder of the new run.
+        now: metadata of this start.
+        log: receives a line that names the checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, the workdir holds a run, or configuration and data
+            do not continue it.
+    """
+    place, _, at = source.rpartition("@")
+    run = open_run_folder(place if place and at.isdigit() else source)
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise UserError(f"--fork {source}: no checkpoint in {storage_path(run)}")
+    step = int(at) if place and at.isdigit() else steps[-1]
+    name = str(storage_path(run))
+    if has_steps(workdir):
+        history = history_of(read_run_metadata(workdir) or {})
+        forked = any(entry.get("forked_from", "").startswith(f"{name}@") for entry in history)
+        if not forked:
+            raise UserError(
+                f"--workdir {storage_path(workdir)} holds a run already: a fork is a new one"
+            )
+        if checkpoint_steps(workdir) or damaged_steps(workdir):
+            return
+    if step not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"--fork {source}: no checkpoint of step {step}; there are {known}")
+    checkpoint = storage_path(run / "checkpoints") / str(step)
+    before = read_json(checkpoint / "metadata" / "metadata")
+    before = {name: x for name, x in before.items() if name not in ("step", "checksums")}
+    changed = _record(experiment, step, before, now)
+    check_same(run, before | {"config": changed["config"]}, now)
+    before["history"] = [*history_of(before), {"step": step, "forked_from": f"{name}@{step}"}]
+    if is_primary_host():
+        try:
+            _copy(run, checkpoint, workdir, before)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("fork")
+    log(f"forked from {name}, step {step}")
+
+
+def _copy(run: Path, checkpoint: AnyPath, workdir: Path, metadata: Metadata) -> None:
+    """Copy a checkpoint, at last, and what the workdir of its run needs beside it."""
+    target = storage_path(workdir / "checkpoints") / checkpoint.name
+    partial = target.with_name(f".{checkpoint.name}.partial")
+    in_bucket = not isinstance(target, Path)
+    place = epath.Path(target if in_bucket else partial)
+    if place.exists():
+        place.rmtree()
+    place.mkdir(parents=True)
+    source = epath.Path(checkpoint)
+    for file in sorted(_files(source), key=lambda file: file.name == "commit_success.txt"):
+        to = place / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        file.copy(to)
+    write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file():
+        (workdir / metrics.name).write_bytes(metrics.read_bytes())
+    upload_changes()
+    if not in_bucket:
+        partial.rename(target)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry

@@ -1,0 +1,217 @@
+"""Changes of a run in its course, and forks: what differs is named, recorded and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import arguments, losses
+
+from lm.cli import main
+from lm.config import load_config
+from lm.data.batches import Batches
+from lm.runs.workdir import first_row, metadata_at
+from lm.tools.reports.run_records import read_run
+
+PIECE = {"train__steps": 8, "eval__every_steps": 0, "checkpoint__every_steps": 4}
+
+
+def lm(*words: str, code: int = 0) -> None:
+    assert main([str(word) for word in words]) == code
+
+
+def run_file(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(experiment_file, tmp_path_factory) -> Path:
+    """The workdir of a run of 8 steps."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    lm(*arguments(experiment_file, run, **PIECE))
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_finished_run_goes_on_as_one_that_had_the_steps_from_the_start(
+    experiment_file, run, tmp_path, capsys
+):
+    longer = PIECE | {"train__steps": 12, "schedule__name": "constant"}
+    lm(*arguments(experiment_file, run, **longer), code=2)
+    error = capsys.readouterr().err
+    assert "--config.train.steps: 8 → 12" in error
+    assert "--change" in error
+    assert "history" not in run_file(run)
+    for _ in range(2):  # a supervisor repeats the command
+        lm(*arguments(experiment_file, run, **longer), "--change")
+    assert run_file(run)["history"] == [
+        {"step": 8, "changed": {"schedule.name": ["cosine", "constant"], "train.steps": [8, 12]}}
+    ]
+    lm(*arguments(experiment_file, run, **longer))
+    assert list(losses(run)) == list(range(1, 13))
+
+    # A constant rate from the start: the second of two changes does not undo the first.
+    whole, piece = tmp_path / "whole", tmp_path / "piece"
+    constant = longer | {"optimizer__learning_rate": 2e-3}
+    lm(*arguments(experiment_file, whole, **constant))
+    lm(*arguments(experiment_file, piece, **constant | {"train__steps": 8}))
+    lm(*arguments(experiment_file, piece, **constant), "--change")
+    assert losses(piece) == losses(whole)
+
+
+def rows_read(monkeypatch) -> list[int]:
+    """Indices of the rows that training reads from now on, in order."""
+    read: list[int] = []
+    row = Batches._row
+
+    def recorded(self, index):
+        if self.first_row:  # not those of an evaluation
+            read.append(index)
+        return row(self, index)
+
+    monkeypatch.setattr(Batches, "_row", recorded)
+    return read
+
+
+def test_another_batch_size_goes_on_at_the_first_unseen_row(experiment_file, run, monkeypatch):
+    for steps, size, start in ((12, 16, 8 * 8), (16, 24, 8 * 8 + 4 * 16)):
+        read = rows_read(monkeypatch)
+        changed = PIECE | {"train__steps": steps, "data__batch_size": size}
+        lm(*arguments(experiment_file, run, **changed), "--change")
+        monkeypatch.undo()
+        assert read == list(range(start, start + 4 * size))
+    assert list(losses(run)) == list(range(1, 17))
+
+
+def test_first_row_counts_every_row_of_every_size():
+    def metadata(*changes: tuple[int, int, int], now: int) -> dict:
+        history = [{"step": s, "changed": {"data.batch_size": [a, b]}} for s, a, b in changes]
+        return {"config": {"data": {"batch_size": now}}, "history": history}
+
+    for changes, now, step in (
+        ((), 8, 0),
+        (((10, 8, 2),), 2, 10),
+        (((10, 8, 2), (13, 2, 64)), 64, 13),
+        (((0, 3, 5), (0, 5, 7), (4, 7, 1)), 1, 4),
+    ):
+        sizes, size = [], changes[0][1] if changes else now
+        for at in range(step):
+            for when, _, after in changes:
+                size = after if when == at else size
+            sizes.append(size)
+        assert first_row(metadata(*changes, now=now)) + step * now == sum(sizes)
+
+
+def test_a_change_moves_back_where_its_checkpoint_is_damaged(experiment_file, run):
+    changed = PIECE | {"train__steps": 10, "optimizer__learning_rate": 5e-4}
+    for file in (run / "checkpoints" / "8" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    lm(*arguments(experiment_file, run, **changed, train__stop_at=6), "--change", code=75)
+    assert [entry["step"] for entry in run_file(run)["history"]] == [4]
+    lm(*arguments(experiment_file, run, **changed))
+    assert list(losses(run)) == list(range(1, 11))
+    before = metadata_at(run_file(run), 4)["config"]
+    assert before["optimizer.learning_rate"] == 1e-3
+    assert metadata_at(run_file(run), 6)["config"]["optimizer.learning_rate"] == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ({"model__n_heads": 2}, "--config.model.n_heads"),
+        ({"seed": 1}, "--config.seed"),
+        ({"data__sequence_length": 8}, "--config.data.sequence_length"),
+        ({"objective__name": "prefix"}, "--config.objective.name"),
+        ({"optimizer__name": "lion"}, "--config.optimizer.name"),
+        ({"optimizer__clip_norm": 0}, "the training state would be another one"),
+        ({"train__steps": 4}, "the run is at step 8"),
+        ({"data__order": "contiguous", "data__batch_size": 16}, "--config.data.order"),
+    ],
+)
+def test_what_cannot_change_is_named_and_nothing_is_written(
+    experiment_file, run, capsys, override, named
+):
+    before = (run / "run.json").read_text()
+    lm(*arguments(experiment_file, run, **PIECE | override), "--change", code=2)
+    assert named in capsys.readouterr().err
+    assert (run / "run.json").read_text() == before
+
+
+def test_evaluation_and_logging_need_no_word(experiment_file, run):
+    free = {"eval__every_steps": 3, "eval__max_batches": 1, "log__every_steps": 2}
+    lm(*arguments(experiment_file, run, **PIECE | free))
+    assert run_file(run)["config"]["eval"]["max_batches"] == 1
+    assert "history" not in run_file(run)
+
+
+def test_a_fork_goes_on_as_the_run_that_it_left(experiment_file, run, tmp_path, capsys):
+    fork = tmp_path / "fork"
+    words = arguments(experiment_file, fork, **PIECE)
+    lm(*words, "--fork", f"{run}@4", "--config.train.stop_at=6", code=75)
+    lm(*words, "--fork", f"{run}@4")  # the same command continues
+    assert losses(fork) == losses(run)
+    assert run_file(fork)["history"] == [{"step": 4, "forked_from": f"{run}@4"}]
+    clock = json.loads((fork / "clock.json").read_text())
+    assert clock["first_step"] == clock["steps_computed"] == 4
+    assert clock["goodput"] <= 1
+
+    lm(*arguments(experiment_file, tmp_path / "other", **PIECE), "--fork", f"{run}@5", code=2)
+    assert "no checkpoint of step 5; there are 4, 8" in capsys.readouterr().err
+    lm(*arguments(experiment_file, run, **PIECE), "--fork", str(fork), code=2)
+    assert "holds a run already" in capsys.readouterr().err
+    lm(*arguments(experiment_file, tmp_path / "other", **PIECE, seed=1), "--fork", run, code=2)
+    assert "--config.seed" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path):
+    fork = tmp_path / "fork"
+    changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
+    lm(*arguments(experiment_file, fork, **changed), "--fork", run)
+    assert run_file(fork)["history"] == [
+        {"step": 8, "forked_from": f"{run}@8"},
+        {"step": 8, "changed": {"data.batch_size": [8, 16], "train.steps": [8, 10]}},
+    ]
+    assert list(losses(fork)) == list(range(1, 11))
+    second = tmp_path / "second"
+    lm(*arguments(experiment_file, second, **changed | {"train__steps": 12}), "--fork", fork)
+    assert len(run_file(second)["history"]) == 4
+
+
+def test_a_fork_that_was_cut_begins_again(experiment_file, run, tmp_path, monkeypatch):
+    fork, words = tmp_path / "fork", arguments(experiment_file, tmp_path / "fork", **PIECE)
+    monkeypatch.setattr("lm.runs.changes.upload_changes", lambda: 1 / 0)
+    lm(*words, "--fork", f"{run}@4", code=1)
+    monkeypatch.undo()
+    lm(*words, "--fork", f"{run}@4")
+    assert losses(fork) == losses(run)
+
+
+def test_run_json_as_a_configuration_is_what_was_given(experiment_file, run):
+    run_json = run / "run.json"
+    given = load_config(str(run_json))
+    assert given.model.dtype == "auto"
+    assert given.model.d_ff == given.model.vocab_size == given.model.max_length == 0
+    resolved = run_file(run)["config"]["model"]
+    assert (resolved["dtype"], resolved["d_ff"]) == ("float32", 128)
+    lm(*arguments(run_json, run))  # the same run
+    assert list(losses(run)) == list(range(1, 9))
+
+
+def test_the_report_shows_changes_and_counts_tokens_by_them(experiment_file, run):
+    changed = PIECE | {"train__steps": 10, "data__batch_size": 24}
+    lm(*arguments(experiment_file, run, **changed), "--change")
+    record = read_run(run, "run")
+    assert record.tokens == (8 * 8 + 2 * 24) * 16
+    assert record.batches([0, 4, 8, 9, 10]) == pytest.approx([0, 4 / 3, 8 / 3, 11 / 3, 14 / 3])
+    lm("report", "--workdir", run)
+    page = (run / "report" / "index.html").read_text()
+    assert "Changes" in page
+    assert "8 → 24" in page
