@@ -101,13 +101,13 @@ def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Ove
 def _evaluate_loss(
     args: argparse.Namespace, name: str, experiment: Any, params: Any, step: int, stores: Any
 ) -> dict[str, Any]:
-    from tqdm import tqdm
-
     from lm.evaluation.loss import evaluate_loss
+    from lm.parallel.mesh import is_primary_host
+    from lm.progress import track
 
     batches = experiment.evaluation_batches(stores)
-    track = partial(tqdm, desc="evaluating", file=sys.stderr)
-    result = evaluate_loss(experiment, params, batches, stores, track=track)
+    shown = partial(track, description="evaluating", shown=is_primary_host())
+    result = evaluate_loss(experiment, params, batches, stores, track=shown)
     source = {"source": name} if args.source else {}
     return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}
 

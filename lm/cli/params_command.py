@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -98,13 +97,13 @@ def _spec_text(spec: Sequence[Any]) -> str:
 
 
 def _params_of_all(args: argparse.Namespace, overrides: Overrides) -> int:
-    from tqdm import tqdm
-
     from lm.accounting.parameter_counts import variant_size
     from lm.config.experiment_file import variants_in
+    from lm.progress import track
 
-    specs = tqdm(variants_in(Path(args.all)), desc="counting", file=sys.stderr, disable=None)
-    sizes = [variant_size(spec, overrides) for spec in specs]
+    specs = list(variants_in(Path(args.all)))
+    shown = track(specs, len(specs), description="counting")
+    sizes = [variant_size(spec, overrides) for spec in shown]
     if args.json:
         print(json.dumps(sizes))
         return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _search(args: argparse.Namespace, config: Any) -> int:
-    from tqdm import tqdm
-
+    from lm.progress import track
     from lm.tools.planning.mesh_search import command_line, search_meshes
     from lm.tools.planning.plan_report import search_text
 
-    track = partial(tqdm, desc="compiling", file=sys.stderr)
+    shown = partial(track, description="compiling")
     workers = args.workers or os.cpu_count() or 1
     found = search_meshes(
-        config, args.topology, args.slices, limit=args.limit, n_workers=workers, track=track
+        config, args.topology, args.slices, limit=args.limit, n_workers=workers, track=shown
     )
     print(json.dumps(found.as_json()) if args.json else search_text(found))
     if args.output and found.ranked:

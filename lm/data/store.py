@@ -18,13 +18,13 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.json_files import read_json
+from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, write_durably
 
 _FORMAT = 4
@@ -125,13 +125,8 @@ def _write(
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     n_tokens = n_documents = n_bytes = n_characters = n_words = 0
-    bar = tqdm(
-        desc=f"tokenizing {corpus.name}",
-        total=corpus.size,
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
+    name = f"tokenizing {corpus.name}"
+    bar = progress_bar(name, corpus.size, shown=progress, unit="B", unit_scale=True)
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "offsets.bin", "wb") as offsets:
         with bar:
             for block in tokenize_chunks(corpus.chunks(), tokenizer, dtype, workers):

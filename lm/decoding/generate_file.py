@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from lm.data.files import read_lines
 from lm.data.records.records import Row, read_jsonl_rows
@@ -29,6 +27,7 @@ from lm.experiment import Experiment
 from lm.json_files import read_json
 from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
+from lm.progress import progress_bar
 
 
 def generate_file(
@@ -62,13 +61,8 @@ def generate_file(
     as_json = output.suffix == ".jsonl"
 
     def lines_from(start: int) -> Iterable[str]:
-        bar = tqdm(
-            total=len(inputs),
-            initial=start,
-            desc="generating",
-            file=sys.stderr,
-            disable=not is_primary_host(),
-        )
+        shown = is_primary_host()
+        bar = progress_bar("generating", len(inputs), initial=start, shown=shown)
         with bar:
             arguments = inputs, sampling, seed, start, bar.update
             found = generate_texts(experiment, params, tokenizer, *arguments, stop)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lm.data.store
+import lm.progress
 from lm.data.sources import Chunk, cut_document
 from lm.data.store import build_token_store
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
@@ -238,7 +239,8 @@ def test_documents_without_tokens_are_none(tmp_path):
         build_token_store(Texts((" ",)), Letters("ab"), tmp_path, 1)
 
 
-def test_progress_is_shown_on_stderr(tmp_path, capfd):
+def test_progress_is_shown_on_stderr(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(lm.progress, "_SECONDS_A_LINE", 0)
     build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "a", progress=True)
     build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "b", progress=False)
     captured = capfd.readouterr()

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lm.data.records.records import TEXT_COLUMNS, Fields, Records
 from lm.data.store import map_array, require_checksums, store_checksums
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.json_files import read_json
+from lm.progress import track
 from lm.storage import DamagedFolder, open_or_build, write_durably
 
 _FORMAT = 2
@@ -175,7 +175,8 @@ def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool)
     skipped: list[str] = []
     rows = records.read(skipped.append)
     writers = _Writers(folder)
-    for record, where in tqdm(rows, f"tokenizing {records.name}", disable=not progress):
+    name = f"tokenizing {records.name}"
+    for record, where in track(rows, None, description=name, shown=progress, unit="row"):
         for column in (column for column in TEXT_COLUMNS if column in record):
             try:
                 if column == "context":
