@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lm.config.experiment_file import call_file
+from lm.config.experiment_file import error_in, execute
 from lm.config.registries import SCHEMA
 from lm.config.registry import Key
 from lm.config.rules import broken_rules, listed
@@ -116,6 +116,27 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         set_value(config, path, parse_value(path, value) if isinstance(value, str) else value)
     validate(config)
     return config
+
+
+def call_file(file: Path, function: str, variant: str) -> Any:
+    """Execute a Python file and return what one of its functions returns.
+
+    Args:
+        file: path of the file.
+        function: name of the function.
+        variant: argument of the function; "" for none.
+
+    Raises:
+        UserError: the file or the function does not exist, or fails.
+    """
+    module = execute(file)
+    if not hasattr(module, function):
+        raise UserError(f"{file} has no {function}(variant)")
+    called = getattr(module, function)
+    try:
+        return called(variant) if variant else called()
+    except (Exception, SystemExit) as error:
+        raise error_in(file, error) from error
 
 
 def read_run_file(file: AnyPath) -> ConfigDict:

@@ -11,34 +11,12 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from lm.errors import UserError
 
 _FOLDERS: list[Path] = []  # those that importable() has put on sys.path
-
-
-def call_file(file: Path, function: str, variant: str) -> Any:
-    """Execute a Python file and return what one of its functions returns.
-
-    Args:
-        file: path of the file.
-        function: name of the function.
-        variant: argument of the function; "" for none.
-
-    Raises:
-        UserError: the file or the function does not exist, or fails.
-    """
-    with errors_of(file):
-        module = execute(file)
-        if not hasattr(module, function):
-            raise UserError(f"{file} has no {function}(variant)")
-        called = getattr(module, function)
-        return called(variant) if variant else called()
 
 
 def variants_in(folder: Path) -> list[str]:
@@ -51,8 +29,7 @@ def variants_in(folder: Path) -> list[str]:
     """
     specs = []
     for file in sorted(folder.glob("*.py")):
-        with errors_of(file):
-            module = execute(file)
+        module = execute(file)
         if hasattr(module, "get_config"):
             variants = getattr(module, "VARIANTS", ("",))
             specs += [f"{file}:{variant}" if variant else str(file) for variant in variants]
@@ -91,7 +68,11 @@ def _lies_in(module: ModuleType, folder: Path, top: str) -> bool:
 
 
 def execute(file: Path) -> ModuleType:
-    """Execute a Python file as a module of a name of its own."""
+    """Execute a Python file as a module of a name of its own.
+
+    Raises:
+        UserError: the file does not exist, is no Python file, or fails.
+    """
     form = "an experiment file is FILE.py[:VARIANT], or a run's run.json"
     if file.is_dir():
         raise UserError(f"{file} is a folder; {form}")
@@ -107,20 +88,19 @@ def execute(file: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look modules up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise error_in(file, error) from error
     return module
 
 
-@contextmanager
-def errors_of(file: Path) -> Iterator[None]:
-    """Turn what fails in the user's code into a UserError that says where."""
-    try:
-        yield
-    except UserError as error:
+def error_in(file: Path, error: BaseException) -> UserError:
+    """Return what failed in the user's code as a UserError that says where."""
+    if isinstance(error, UserError):
         message = str(error)
-        raise UserError(message if str(file) in message else f"{file}: {message}") from None
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
-        where = f"{file}:{lines[-1]}" if lines else str(file)
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        return UserError(message if str(file) in message else f"{file}: {message}")
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
+    where = f"{file}:{lines[-1]}" if lines else str(file)
+    return UserError(f"{where}: {type(error).__name__}: {error}")

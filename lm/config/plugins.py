@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.config.experiment_file import errors_of, execute, importable
+from lm.config.experiment_file import error_in, execute, importable
 from lm.config.registries import REGISTRIES
 from lm.config.registry import Registry
 from lm.errors import UserError
@@ -45,8 +45,10 @@ def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, An
                 f"the run uses the {registry.kind} {name!r} of {file}, which does not exist: "
                 "restore the file"
             )
-        with errors_of(file):
+        try:
             _import(file, plugin["module"])
+        except (Exception, SystemExit) as error:
+            raise error_in(file, error) from error
         for registry, name in used:
             if name not in registry:
                 raise UserError(f"{file} does not register the {registry.kind} {name!r} any more")

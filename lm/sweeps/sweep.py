@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lm import config as configs
-from lm.config.experiment_file import call_file
 from lm.errors import UserError
 from lm.storage import short_name, write_atomically
 
@@ -149,11 +148,11 @@ def load_sweep(
         UserError: The file declares no sweep, or a configuration is invalid.
     """
     file, _, variant = spec.partition(":")
-    sweep = call_file(Path(file), "get_sweep", variant)
+    sweep = configs.call_file(Path(file), "get_sweep", variant)
     if isinstance(sweep, Search) and sweep.trials > 0:
         experiment, _, of_experiment = sweep.config.partition(":")
         if not experiment.endswith(".json"):  # what is wrong in every trial ends the search
-            call_file(Path(experiment), "get_config", of_experiment)
+            configs.call_file(Path(experiment), "get_config", of_experiment)
         return sweep, []
     if isinstance(sweep, Search):
         raise UserError(f"{file}: the search has no trials")
