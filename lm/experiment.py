@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
 from lm.config.rules import data_problems
-from lm.data.batches import Batches, MakeFeatures, all_in_order, contiguous_rows, shuffle_and_mix
+from lm.data.batches import Batches, MakeFeatures, all_in_order, shuffle_and_mix
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
 from lm.models.attention import AttentionChoice, choose_attention
 from lm.models.transformer_config import make_model
-from lm.models.variables import ParamInfo, flat, nested, state_axes
+from lm.models.variables import ParamInfo, flat, nested
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
 from lm.parallel.mesh import (
@@ -177,12 +177,16 @@ class Experiment:
                     return optimizer_state_sharding(sharding, shape, leaf.shape)
             return self.replicated
 
-        axes = state_axes(self.steps.boxed_shapes[2])
-        if axes and self.pipeline.stages > 1:
-            raise UserError(
-                f"--config.parallel.mesh.stage={self.pipeline.stages}: a pipeline cannot update "
-                f"model state ({', '.join(axes)}); use another axis"
-            )
+        axes = {}
+        if shapes.model_state:
+            from lm.models.model_state import state_axes
+
+            axes = state_axes(self.steps.boxed_shapes[2])
+            if self.pipeline.stages > 1:
+                raise UserError(
+                    f"--config.parallel.mesh.stage={self.pipeline.stages}: a pipeline cannot "
+                    f"update model state ({', '.join(axes)}); use another axis"
+                )
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
         placed: Any = {
             "step": self.replicated,
@@ -264,6 +268,8 @@ class Experiment:
         config, features = self.config, self._features
         parts: Sequence[Any] = [self.objective.examples(s, training=True) for s in dataset.train]
         if config.data.order == "contiguous":
+            from lm.data.contiguous import contiguous_rows
+
             examples = contiguous_rows(parts, config.data.batch_size, endless=True)
         else:
             shares = dataset.weights or [store.n_tokens for store in dataset.train]
@@ -276,6 +282,8 @@ class Experiment:
         parts: Sequence[Any] = [self.objective.examples(s, training=False) for s in stores]
         batch_size = config.eval.batch_size
         if config.data.order == "contiguous":
+            from lm.data.contiguous import contiguous_rows
+
             examples = contiguous_rows(parts, batch_size, endless=False)
         else:
             examples = all_in_order(parts)

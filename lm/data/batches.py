@@ -55,70 +55,18 @@ def shuffle_and_mix(
                 "use a larger --config.data.stride"
             )
         (part_seed,) = np.random.SeedSequence((seed, index)).generate_state(1)
-        streams.append(_Source(part).shuffle(seed=int(part_seed)).repeat())
+        streams.append(ExampleSource(part).shuffle(seed=int(part_seed)).repeat())
     if len(streams) == 1:
         return streams[0]
     return grain.MapDataset.mix(streams, [float(share) for share in shares])
 
 
-def contiguous_rows(parts: Sequence[Examples], batch_size: int, endless: bool) -> grain.MapDataset:
-    """Order examples so that row r of a batch continues row r of the batch before.
-
-    Args:
-        parts: examples of the only source.
-        batch_size: rows of a batch.
-        endless: repeat, and drop the last examples so that all rows are equally long.
-    """
-    (part,) = parts
-    sequence: Any = part
-    reordered: Any = ContiguousRows(sequence, batch_size, drop_remainder=endless)
-    examples = _Source(reordered)
-    return examples.repeat() if endless else examples
-
-
-@dataclass(frozen=True, eq=False)
-class ContiguousRows:
-    """Examples reordered so that each row of the batches reads a stretch of its own in order.
-
-    Row r of batch t is example r·m + t of m batches (Zaremba et al. 2014, §3). "fresh" of an
-    example is 1 at the start of its row, where carried state is reset.
-
-    Attributes:
-        examples: examples in their own order.
-        batch_size: rows of a batch.
-        drop_remainder: leave out the last examples, so that all stretches are full; otherwise the
-            last row ends in zeros.
-    """
-
-    examples: Sequence[Mapping[str, Any]]
-    batch_size: int
-    drop_remainder: bool
-
-    @property
-    def n_batches(self) -> int:
-        """Batches of one pass."""
-        n = len(self.examples)
-        return max(n // self.batch_size, 1) if self.drop_remainder else -(-n // self.batch_size)
-
-    def __len__(self) -> int:
-        return self.n_batches * self.batch_size
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        batch, row = divmod(index, self.batch_size)
-        index = row * self.n_batches + batch
-        if index < len(self.examples):
-            example = self.examples[index]
-        else:
-            example = {name: np.zeros_like(x) for name, x in self.examples[0].items()}
-        return {**example, "fresh": np.int32(batch == 0)}
-
-
 def all_in_order(parts: Sequence[Examples]) -> grain.MapDataset:
     """Concatenate the examples of all parts, once."""
-    return grain.MapDataset.concatenate([_Source(part) for part in parts])
+    return grain.MapDataset.concatenate([ExampleSource(part) for part in parts])
 
 
-class _Source(grain.MapDataset):
+class ExampleSource(grain.MapDataset):
     """Start of a Grain pipeline.
 
     As grain.MapDataset.source, whose monitoring takes longer than reading a window.

@@ -20,7 +20,7 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
 from lm.evaluation.scores import spearman
-from lm.models.variables import ParamInfo, Params, flat, token_table
+from lm.models.variables import Kind, ParamInfo, Params, flat
 
 WordPair = tuple[str, str, float]
 Analogy = tuple[str, str, str, str]
@@ -37,6 +37,22 @@ def trained_word_vectors(
         )
     table_VD = np.asarray(flat(params)[token_table(infos)])
     return WordVectors(tokenizer.words, table_VD[: len(tokenizer.words)])
+
+
+def token_table(infos: Mapping[str, ParamInfo]) -> str:
+    """Return the path of the embedding of the input tokens; UserError unless there is one."""
+    paths = [
+        path
+        for path, info in infos.items()
+        if info.role.kind == Kind.EMBEDDING
+        and info.role.part == "input"
+        and info.axes[-2:] == ("vocab", "embed")
+    ]
+    if len(paths) != 1:
+        raise UserError(
+            f"word vectors need a model with one embedding of its input tokens, not {len(paths)}"
+        )
+    return paths[0]
 
 
 def score_word_vectors(

@@ -16,7 +16,7 @@ from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.variables import LORA, flat, nested, token_table
+from lm.models.variables import LORA, flat, nested
 from lm.optim.parameter_groups import matching
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
@@ -79,6 +79,8 @@ def _with_vectors(
     experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
 ) -> TrainState:
     """Return the state with the token embedding taken from the vectors of a GloVe file."""
+    from lm.evaluation.word_scores import token_table  # imports SciPy
+
     config = experiment.config
     vectors = load_vectors(find_file(config.init.vectors, config.data))
     width = vectors.vectors.shape[1]

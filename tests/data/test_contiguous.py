@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.batches import Batches, ContiguousRows, contiguous_rows
+from lm.data.batches import Batches
+from lm.data.contiguous import ContiguousRows, contiguous_rows
 
 
 class Windows:

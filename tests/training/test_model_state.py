@@ -16,7 +16,8 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build
 from lm.models.decoder import Decoder
-from lm.models.variables import as_variables, flat, model_state
+from lm.models.model_state import model_state
+from lm.models.variables import as_variables, flat
 from lm.runs.checkpoints import Checkpoints
 from lm.runs.saved_params import mean_params, saved_checkpoints
 
