@@ -1,16 +1,19 @@
 """Analytical cost model of a mesh, which decides what candidates of a search are compiled.
 
 `least` memory is a lower bound: state, gradients and the activations that the backward pass needs.
-`likely` memory and `seconds` only rank. Communication volumes follow Korthikanti et al. 2022 (§4)
-and Rajbhandari et al. 2020 (§7); communication is assumed to overlap with computation.
+`likely` memory and the three times only rank: those of matrix products, of main-memory traffic and
+of communication, the longest of which bounds a step as in `plan`. Communication volumes follow
+Korthikanti et al. 2022 (§4) and Rajbhandari et al. 2020 (§7); how often what passes, and the
+traffic, are fitted to plans of GPT-2 and Llama on v5e and v5p. A search corrects all of them by
+what it compiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import jax
@@ -23,13 +26,22 @@ from lm.models.variables import flat
 from lm.parallel.mesh import count_parameter_shards
 from lm.parallel.pipeline import PipelineSchedule
 
-# FLOPs of a step relative to a step without remat; the transfers of offloading are ranked as if
-# they were so many more FLOPs.
-REMAT_COST = {"none": 1.0, "dots": 1.05, "offload_dots": 1.15, "full": 4 / 3, "offload": 1.4}
+# FLOPs that remat repeats, as parts of the forward pass of the layers; the transfers of offloading
+# are ranked as if they were so many more FLOPs.
+REPEATED = {"none": 0.0, "dots": 0.06, "offload_dots": 0.3, "full": 1.0, "offload": 1.2}
+# How often a layer's activations pass through main memory, where a microbatch's feed-forward
+# activations take TRAFFIC_UNIT bytes; with more of them less stays on the chip between operations.
+TRAFFIC = {"none": 34.0, "dots": 21.0, "offload_dots": 21.0, "full": 13.0, "offload": 13.0}
+TRAFFIC_UNIT, TRAFFIC_GROWTH = 50e6, 0.35
+TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # more passes, of layers and of their inputs
 # Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
 FLOPS_PER_BYTE = 4000.0
 
 Sizes = Mapping[str, int]
+
+
+def _one_byte_a_second(*axes: str) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate of a candidate: least and likely bytes of a device, seconds a step."""
+    """Estimate of a candidate.
+
+    Attributes:
+        least: Least bytes of a device.
+        likely: Likely bytes.
+        compute: Seconds a step of matrix products.
+        memory: Seconds of main-memory traffic.
+        network: Seconds of communication.
+    """
 
     least: int
     likely: int
-    seconds: float
+    compute: float
+    memory: float = 0.0
+    network: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Bound on the time of a step."""
+        return max(self.compute, self.memory, self.network)
 
 
 @dataclass(frozen=True)
@@ -57,13 +84,20 @@ class CostModel:
     experiment: Experiment
     chip: Chip
 
-    def estimate(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> Estimate:
+    def estimate(
+        self,
+        sizes: Sizes,
+        schedule: PipelineSchedule,
+        settings: Settings,
+        bandwidth: Callable[..., float] | None = None,
+    ) -> Estimate:
         """Estimate memory and time.
 
         Args:
             sizes: Sizes of the mesh axes.
             schedule: Pipeline schedule.
             settings: Settings beside the mesh.
+            bandwidth: Returns the bytes/s of a device along some mesh axes; None: one link's.
 
         Raises:
             UserError: A parameter is not divisible among the devices.
@@ -74,7 +108,9 @@ class CostModel:
         return Estimate(
             state + kept,
             state + likely,
-            max(self._compute(sizes, schedule, settings), self._network(sizes, settings)),
+            self._compute(sizes, schedule, settings),
+            self._traffic(sizes, settings) / (self.chip.memory_bandwidth or inf),
+            self._network(sizes, settings, bandwidth or (lambda *axes: self.chip.link)),
         )
 
     # --- memory
@@ -119,7 +155,7 @@ class CostModel:
             gated = model.activation in ("swiglu", "geglu")
             inside = kept_width(model, "dots", 1) - model.d_model + (1 + gated) * model.d_ff
             between = 5 * model.d_model / (tensor if settings.sequence else 1)
-            likely = inside / tensor + between
+            likely = 2 * (inside / tensor + between)  # many of them twice, or in float32
         return int(tokens * least), int(tokens * likely + self._logits(sizes, settings))
 
     def _logits(self, sizes: Sizes, settings: Settings) -> float:
@@ -133,33 +169,90 @@ class CostModel:
     # --- time
 
     def _compute(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
-        flops = self._flops / prod(sizes.values())
-        return REMAT_COST[settings.remat] * flops / (1 - schedule.bubble) / self._flops_a_second
+        flops = self._flops / prod(sizes.values()) / (1 - schedule.bubble)
+        repeated = REPEATED[settings.remat] * self._share_of_layers / 3
+        return (1 + repeated + self._idle_experts) * flops / self._flops_a_second
 
-    def _network(self, sizes: Sizes, settings: Settings) -> float:
+    @cached_property
+    def _idle_experts(self) -> float:
+        """FLOPs of the experts that a token does not use, as a part of the model's.
+
+        Without a capacity the compiler multiplies every token with every expert.
+        """
+        model = self.experiment.config.model
+        if not model.n_experts or model.expert_capacity:
+            return 0.0
+        infos = self.experiment.param_infos
+        shapes = flat(self.experiment.state_shapes.params)
+        idle = 1 - model.experts_per_token / model.n_experts
+        unused = sum(leaf.size * idle for path, leaf in shapes.items() if infos[path].role.expert)
+        return 6.0 * unused * self._all_tokens / self._flops
+
+    @cached_property
+    def _share_of_layers(self) -> float:
+        """Part of the FLOPs that is not that of the logits, which are never recomputed."""
+        if not self.experiment.objective.predicts_every_token:
+            return 1.0
+        model = self.experiment.config.model
+        logits = 6.0 * model.d_model * model.vocab_size * self._all_tokens
+        return max(1 - logits / self._flops, 0.1)
+
+    def _traffic(self, sizes: Sizes, settings: Settings) -> float:
+        """Return the bytes read from and written to main memory: state, logits and layers."""
+        model, tensor = self.experiment.config.model, sizes["tensor"]
+        gathered = self._parameters({**sizes, "fsdp": 1})
+        moved = 10.0 * self._parameters(sizes) + 5.0 * settings.microbatches * gathered
+        tokens = self._tokens(sizes)
+        moved += 20 * tokens / sizes["stage"] * model.vocab_size / tensor
+        if model.family not in TRANSFORMERS:
+            return moved
+        gated = model.activation in ("swiglu", "geglu")
+        used = max(model.experts_per_token if model.expert_capacity else model.n_experts, 1)
+        projected = kept_width(model, "dots", 1) - model.d_model - model.d_ff
+        width = projected / tensor + (1 + gated) * used * model.d_ff / tensor
+        width += model.d_model / (tensor if settings.sequence else 1)
+        held = tokens / settings.microbatches * used * model.d_ff / tensor * self._item
+        growth = max(held / TRAFFIC_UNIT, 0.25) ** TRAFFIC_GROWTH
+        passes = TRAFFIC[settings.remat] * growth + TRAFFIC_OF_FSDP * (sizes["fsdp"] > 1)
+        more = TRAFFIC_OF_TENSOR * model.d_model * (tensor > 1)
+        return moved + tokens * model.n_layers / sizes["stage"] * self._item * (
+            passes * width + more
+        )
+
+    def _network(self, sizes: Sizes, settings: Settings, bandwidth: Callable[..., float]) -> float:
         """Return the seconds of communication: layers, parameter shards and gradients."""
+        if not self.chip.peak_flops:
+            bandwidth = _one_byte_a_second
         model, item = self.experiment.config.model, self._item
         tokens = self._tokens(sizes) * item
         layers = model.n_layers / sizes["stage"]
-        held = {**sizes, "fsdp": 1}
-        gathered = self._parameters(held) / 4 * item
-        sent = 0.0
-        if sizes["fsdp"] > 1:  # two all-gathers of parameters, one reduce-scatter of gradients
-            sent += 3 * settings.microbatches * gathered
-        copies = sizes["data"] * sizes["slice"] * (1 if sizes["expert"] == 1 else sizes["expert"])
-        if copies > 1:
-            sent += 2 * self._parameters(sizes)
-        if sizes["tensor"] > 1:  # two all-reduces forward, two backward, two when recomputed
-            sums = 4 + 2 * (settings.remat in ("full", "offload"))
-            sent += 2 * sums * tokens * model.d_model * layers
+        part = {axis: (size - 1) / size for axis, size in sizes.items()}  # that is sent on a ring
+        seconds = 0.0
+        if sizes["fsdp"] > 1:  # all-gathers of parameters, reduce-scatters of gradients
+            gathered = self._parameters({**sizes, "fsdp": 1})
+            sent = 3.5 * settings.microbatches * gathered * part["fsdp"]
+            seconds += sent / bandwidth("fsdp")
+        copies = [axis for axis in ("slice", "data", "context") if sizes[axis] > 1]
+        if copies:  # all-reduces of gradients, in every microbatch
+            n = prod(sizes[axis] for axis in copies)
+            sent = 2 * settings.microbatches * self._parameters(sizes) * (n - 1) / n
+            seconds += sent / bandwidth(*copies)
+        if sizes["tensor"] > 1:  # two all-reduces forward, two backward, one recomputed; float32
+            sums = 4 + (settings.remat != "none")
+            sent = 2 * sums * 4 / item * tokens * model.d_model * layers * part["tensor"]
+            seconds += sent / bandwidth("tensor")
         if sizes["context"] > 1:  # keys and values around the ring; with gradients when backward
             pairs = 2 * model.n_kv_heads * model.head_dim / sizes["tensor"]
-            sent += 3 * tokens * pairs * (sizes["context"] - 1) * layers
-        if sizes["expert"] > 1:  # two all-to-alls forward, two backward
-            sent += 4 * tokens * model.d_model * model.experts_per_token * layers
+            sent = 3 * tokens * pairs * (sizes["context"] - 1) * layers
+            seconds += sent / bandwidth("context")
+        if sizes["expert"] > 1:
+            # With a capacity two all-to-alls forward and two backward, else all tokens on each.
+            to_all = 6 * (sizes["expert"] - 1)
+            sums = 4 * model.experts_per_token if model.expert_capacity else to_all
+            seconds += sums * tokens * model.d_model * layers / bandwidth("expert")
         if sizes["stage"] > 1:
-            sent += 2 * tokens * model.d_model
-        return sent / self._bytes_a_second
+            seconds += 2 * tokens * model.d_model / bandwidth("stage")
+        return seconds
 
     @cached_property
     def _flops(self) -> float:
@@ -170,10 +263,6 @@ class CostModel:
     @property
     def _flops_a_second(self) -> float:
         return self.chip.peak_flops or FLOPS_PER_BYTE
-
-    @property
-    def _bytes_a_second(self) -> float:
-        return self.chip.link if self.chip.peak_flops else 1.0
 
     # --- memory and time
 

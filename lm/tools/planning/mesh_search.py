@@ -2,8 +2,8 @@
 
 Candidates whose least memory by the cost model exceeds that of a device are never compiled. The
 others are ranked by the model; the first of them are compiled, each in a process of its own, and
-ranked again by the bound on the time of a step. A candidate that turns out too large demotes those
-that likely need as much memory.
+ranked again by the bound on the time of a step. What is compiled corrects the estimates of similar
+candidates; one that turns out too large demotes those that likely need as much memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property
 from math import inf, prod
 from multiprocessing import get_context
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
@@ -28,13 +30,13 @@ from lm.config.rules import TRANSFORMERS
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
 from lm.parallel.hosts import end_with_parent
-from lm.parallel.mesh import AXES
+from lm.parallel.mesh import AXES, make_mesh
 from lm.tools.planning.cost_model import CostModel, Estimate, Settings
 from lm.tools.planning.plan import Plan, make_plan
-from lm.tools.planning.topologies import Topology, topology
+from lm.tools.planning.topologies import Topology, interconnect, topology
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
-MICROBATCHES = (1, 2, 4, 8)
+MICROBATCHES = (1, 2, 4, 8, 16, 32)
 # Microbatches a pipeline stage: more of them shrink the bubble, and the matrix products.
 MICROBATCHES_PER_STAGE = (1, 4)
 
@@ -52,6 +54,11 @@ class Candidate:
     def remat(self) -> str:
         """Rematerialization."""
         return self.overrides["train.remat"]
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """Mesh axes above 1."""
+        return frozenset(axis for axis in AXES if self.overrides[f"parallel.mesh.{axis}"] > 1)
 
 
 @dataclass(frozen=True)
@@ -112,9 +119,8 @@ def search_meshes(
         raise UserError(f"no mesh of {len(target.devices)} devices suits this configuration")
     capacity = target.chip.memory or 0
     possible = [c for c in considered if c.estimate.least <= capacity]
-    possible.sort(key=lambda c: (c.estimate.likely > capacity, c.estimate.seconds))
     pool = _Pool(config, name, n_slices, n_workers)
-    compiled = list(pool.compile(CandidateQueue(possible), limit, track))
+    compiled = list(pool.compile(CandidateQueue(possible, capacity), limit, track))
     plans = [(c.overrides, plan) for c, plan in compiled if isinstance(plan, Plan)]
     fitting = [(overrides, plan) for overrides, plan in plans if plan.fits]
     fitting.sort(key=_order)
@@ -132,29 +138,69 @@ def search_meshes(
 
 
 class CandidateQueue:
-    """Queue that demotes candidates likely to run out of memory.
+    """Queue of the candidates, the most promising first by what was compiled so far.
 
-    Those are the candidates that likely need as much memory as one of the same rematerialization
-    that was compiled and did not fit.
+    Times and memory of the cost model are multiplied by what they were wrong by for the compiled
+    candidates, weighed by similarity. Candidates that likely do not fit come last: by that
+    estimate, or because one of the same rematerialization did not that likely needs no more.
     """
 
-    def __init__(self, candidates: Iterable[Candidate]):
+    def __init__(self, candidates: Iterable[Candidate], capacity: float = inf):
+        """Queue candidates for a device of so many bytes."""
         self.waiting = list(candidates)
+        self._capacity = capacity
         self._too_large: dict[str, float] = {}
+        self._errors: list[tuple[Candidate, np.ndarray]] = []  # logarithms of actual / estimated
 
     def take(self) -> Candidate:
         """Remove and return the next candidate."""
-        chosen = min(
-            self.waiting,
-            key=lambda c: c.estimate.likely >= self._too_large.get(c.remat, inf),
-        )
+        chosen = min(self.waiting, key=self._rank)
         self.waiting.remove(chosen)
         return chosen
 
-    def did_not_fit(self, candidate: Candidate) -> None:
-        """Demote the candidates that likely need as much memory as this one."""
-        known = self._too_large.get(candidate.remat, inf)
-        self._too_large[candidate.remat] = min(known, candidate.estimate.likely)
+    def learn(self, candidate: Candidate, plan: Plan) -> None:
+        """Correct the estimates by a plan; demote what likely needs as much as one too large."""
+        estimate, time = candidate.estimate, plan.time
+        if not plan.fits:
+            known = self._too_large.get(candidate.remat, inf)
+            self._too_large[candidate.remat] = min(known, estimate.likely)
+        elif time:
+            actual = plan.memory.total, time.compute, time.memory, time.network
+            errors = np.log(np.maximum(actual, 1e-9) / np.maximum(_figures(estimate), 1e-9))
+            self._errors.append((candidate, errors))
+
+    def _rank(self, candidate: Candidate) -> tuple[bool, bool, float, float]:
+        weights = [_similarity(candidate, compiled) for compiled, _ in self._errors]
+        errors = sum(w * e for w, (_, e) in zip(weights, self._errors, strict=True))
+        correction = np.exp(errors / (PRIOR_WEIGHT + sum(weights)))
+        likely, *seconds = _figures(candidate.estimate) * correction
+        return (
+            candidate.estimate.likely >= self._too_large.get(candidate.remat, inf),
+            likely > self._capacity,
+            max(seconds),
+            sum(seconds),
+        )
+
+
+# Weight of the cost model beside that of compiled candidates, and of what these have in common.
+PRIOR_WEIGHT = 4.0
+SAME_REMAT, SAME_AXES, SAME_MICROBATCHES, SAME_SEQUENCE = 8.0, 4.0, 2.0, 2.0
+
+
+def _similarity(a: Candidate, b: Candidate) -> float:
+    """Return the weight of a compiled candidate in the correction of another."""
+    weight = SAME_REMAT if a.remat == b.remat else 1.0
+    weight *= SAME_AXES if a.axes == b.axes else 1.0
+    for key, factor in (
+        ("train.microbatches", SAME_MICROBATCHES),
+        ("parallel.sequence", SAME_SEQUENCE),
+    ):
+        weight *= factor if a.overrides[key] == b.overrides[key] else 1.0
+    return weight
+
+
+def _figures(estimate: Estimate) -> np.ndarray:
+    return np.array([estimate.likely, estimate.compute, estimate.memory, estimate.network])
 
 
 def _order(found: tuple[Overrides, Plan]) -> tuple[float, float]:
@@ -177,8 +223,11 @@ def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[
     for found in meshes(experiment, len(target.devices) // n_slices):
         sizes = {"slice": n_slices, **found}
         on_mesh = {f"parallel.mesh.{axis}": sizes[axis] for axis in AXES}
+        bandwidth = axis_bandwidth(sizes, target)
         choices = itertools.product(
-            MICROBATCHES, (False, True)[: sizes["tensor"]], MICROBATCHES_PER_STAGE[: sizes["stage"]]
+            sorted({*MICROBATCHES, config.train.microbatches}),
+            (False, True)[: sizes["tensor"]],
+            MICROBATCHES_PER_STAGE[: sizes["stage"]],
         )
         for microbatches, sequence, per_stage in choices:
             overrides = {
@@ -194,10 +243,23 @@ def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[
                 schedule, _ = resolve_parallelism(trial, platform, sizes)
                 for remat in remats:
                     settings = Settings(remat, microbatches, sequence)
-                    estimate = cost_model.estimate(sizes, schedule, settings)
+                    estimate = cost_model.estimate(sizes, schedule, settings, bandwidth)
                     yield Candidate({**overrides, "train.remat": remat}, estimate)
             except UserError:
                 continue
+
+
+def axis_bandwidth(sizes: Mapping[str, int], target: Topology) -> Callable[..., float]:
+    """Return a function of mesh axes: bytes/s of a device to the others along them."""
+    devices = cache(lambda: make_mesh(sizes, target.devices).devices)
+
+    @cache
+    def bandwidth(*axes: str) -> float:
+        along = tuple(slice(None) if axis in axes else 0 for axis in AXES)
+        crossed = interconnect(target.chip, list(devices()[along].flatten()), target.sides)
+        return (crossed.bandwidth or inf) * crossed.spread
+
+    return bandwidth
 
 
 def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
@@ -272,8 +334,7 @@ class _Pool:
                 candidate, future = running.popleft()
                 try:
                     plan = future.result()
-                    if not plan.fits:
-                        queue.did_not_fit(candidate)
+                    queue.learn(candidate, plan)
                     yield candidate, plan
                 except (UserError, RuntimeError, NotImplementedError) as error:
                     yield candidate, " ".join(str(error).split())[:200]
