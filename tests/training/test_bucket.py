@@ -206,3 +206,13 @@ def test_a_sweep_wants_a_folder(capsys):
     sweep = "experiments/sweeps/learning_rate_width.py"
     assert main(["sweep", f"--config={sweep}", "--workdir=gs://runs/sweep"]) == 2
     assert "a folder of this machine" in capsys.readouterr().err
+
+
+def test_forks_out_of_and_into_a_bucket(killed, undisturbed, experiment_file, bucket, tmp_path):
+    step = checkpoints(killed)[0]
+    for place in (f"{bucket}/fork", str(tmp_path / "fork")):
+        words = arguments(experiment_file, place, train__stop_at=step + 4)
+        for _ in range(2):  # the second start continues the fork, and has nothing to do
+            finish(start([*words, "--fork", f"{killed}@{step}"]), code=75)
+        found = losses(resolve_path(place))
+        assert found == {at: x for at, x in losses(undisturbed).items() if at <= step + 4}
