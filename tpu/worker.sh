@@ -1,11 +1,23 @@
 #!/usr/bin/env bash
 # On a worker: start `lm WORDS…` so that it outlives the connection, ask how it is, stop it.
 #
-#   tpu/worker.sh start WORDS …      status prints `lm-status running`, an exit code, or `lost`
-#   tpu/worker.sh status | stop      stop lets the run save its state
+#   tpu/worker.sh [--dry_run] start WORDS …
+#   tpu/worker.sh [--dry_run] status    prints `lm-status running`, an exit code, or `lost`
+#   tpu/worker.sh [--dry_run] stop      lets the run save its state
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder="$HOME/lm-run"
+if [ "${1:-}" = --dry_run ]; then
+    case "${2:-}" in
+    start) printf '%q ' "${LM:-.venv/bin/lm}" "${@:3}" && echo "# output to $folder/log" ;;
+    status) echo "cat $folder/exit" ;;
+    stop) echo "kill -TERM \$(cat $folder/pid) # after 300 s -KILL" ;;
+    esac
+    exit 0
+elif [ "${1:-}" = --help ]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 mkdir -p "$folder"
 
 alive() { [ -s "$folder/pid" ] && kill -0 "$(cat "$folder/pid")" 2>/dev/null; }

@@ -50,6 +50,21 @@ def test_what_is_queued_again(start, code, restarts, again):
     assert ("error: gave up" in err) == (restarts == "10")
 
 
+def test_a_dry_run_prints_what_would_run_and_runs_nothing(start, tmp_path):
+    words = ["bash", SCRIPT, "--dry_run", "train", "--workdir", "a b"]
+    environment = os.environ | {"LM": "my lm", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "sbatch: --requeue" in lines
+    assert "srun --kill-on-bad-exit=0 my lm train --workdir a\\ b " in lines
+    assert lines[-1].startswith('scontrol requeue "$SLURM_JOB_ID"')
+    assert not start.log.exists()
+    for asked in (["--help"], []):
+        done = subprocess.run(["bash", SCRIPT, *asked], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "scripts/train.sbatch --dry_run train" in done.stderr
+
+
 def test_the_signal_before_the_time_limit_saves_and_queues_again(start, tmp_path):
     process = start(
         f"trap 'sleep .5; touch {tmp_path}/saved; exit 75' TERM; sleep 9 2>&- & wait $!"

@@ -187,6 +187,23 @@ def test_dry_run_prints_the_commands_and_calls_nothing(cloud):
     assert not (cloud.folder / "calls").exists()
 
 
+def test_every_script_has_help_and_a_dry_run_that_changes_nothing(cloud, tmp_path):
+    scripts = sorted((ROOT / "tpu").glob("*.sh"))
+    assert len(scripts) > 6
+    for script in scripts:
+        if script.name == "common.sh":
+            continue
+        code, out, err = cloud.run(script.name, "--help")
+        assert (code, out) == (2, ""), script
+        assert script.name in err
+        assert "--dry_run" in err
+    for words in (["start", "train", "--workdir", "a b"], ["status"], ["stop"]):
+        code, out, err = cloud.run("worker.sh", "--dry_run", *words)
+        assert (code, err) == (0, "")
+        assert out
+    assert not (cloud.folder / "calls").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
