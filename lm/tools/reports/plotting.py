@@ -5,6 +5,7 @@ Figures are small and their letters large, so that they stay readable on a phone
 
 from __future__ import annotations
 
+import colorsys
 import io
 import re
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ COLORS = (
     *("#2f6fdb", "#e4572e", "#2a9d6f", "#9b5de5", "#d99a00", "#00a3b4"),
     *("#c2417c", "#6b7280", "#7a9e1f", "#8d5a3b"),
 )
+GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, lie far from each other
 WIDTH = 5.6  # inches
 LONGEST_LABEL = 48
 STYLE = {
@@ -48,8 +50,14 @@ STYLE = {
 
 
 def colors(count: int) -> list[str]:
-    """Return `count` colors: up to ten distinct ones, or else steps of one scale."""
-    return list(COLORS[:count]) if count <= len(COLORS) else shades(count)
+    """Return `count` distinct colors; the first ones do not depend on the number."""
+    more = range(max(count - len(COLORS), 0))
+    hsv = [(0.08 + i * GOLDEN_RATIO % 1, (0.85, 0.5)[i % 2], (0.75, 0.5)[i // 2 % 2]) for i in more]
+    return [*COLORS[:count], *(_rgb(*color) for color in hsv)]
+
+
+def _rgb(*hsv: float) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(*hsv))
 
 
 def shades(count: int) -> list[str]:

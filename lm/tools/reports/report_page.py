@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from lm.storage import short_name
 from lm.tools.formatting import duration, printable, short, shown
 from lm.tools.reports.plotting import (
     COLORS,
+    FAINT,
     WIDTH,
     colors,
     legend,
@@ -374,13 +375,20 @@ def final_by_key(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) -
     scored = [run for run in runs if run.final(metric) is not None]
     values = {group[0]: {shown(run.config.get(group[0])) for run in scored} for group in groups}
     keys = [key for key, found in values.items() if len(found) > 1]
+    of_run = dict(zip((run.name for run in runs), colors(len(runs)), strict=True))
     return {
-        f"final_by_{key}": _final_by(scored, metric, key, [k for k in keys if k != key])
+        f"final_by_{key}": _final_by(scored, metric, key, [k for k in keys if k != key], of_run)
         for key in keys
     }
 
 
-def _final_by(runs: Sequence[RunRecord], metric: str, key: str, others: Sequence[str]) -> Any:
+def _final_by(
+    runs: Sequence[RunRecord],
+    metric: str,
+    key: str,
+    others: Sequence[str],
+    of_run: Mapping[str, str],
+) -> Any:
     figure, axes = subplots()
     found = group_runs(runs, key, others)
     values: list[Any] = [run.config.get(key) for run in runs]
@@ -394,7 +402,8 @@ def _final_by(runs: Sequence[RunRecord], metric: str, key: str, others: Sequence
         if labelled:
             label = plain(f"{others[0].rsplit('.', 1)[-1]} {shown(shared_values[0])}")
         y = [run.final(metric) for run in line]
-        axes.plot(x, y, "o-", markersize=7, color=color if others else COLORS[0], label=label)
+        axes.plot(x, y, "-", color=color if others else FAINT, label=label, zorder=2)
+        axes.scatter(x, y, s=49, color=[of_run[run.name] for run in line], zorder=3)
     if numeric:
         value_axis(axes.xaxis, values)
     else:

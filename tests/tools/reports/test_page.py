@@ -9,11 +9,13 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from runs import write_run
 
 from lm.cli import main
 from lm.tools.reports import report_page
+from lm.tools.reports.run_records import final_metric, find_runs, swept_keys
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PROBE = """<script>
@@ -91,6 +93,38 @@ def test_only_the_script_of_the_page_may_run(sweep):
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert re.search(r"script-src ([^;\"]*)", text)[1] == f"'sha256-{digest}'"
+
+
+def test_a_run_has_one_color_in_every_picture_and_keeps_it_beside_others(tmp_path):
+    """Fourteen runs, of which some lack an evaluation, and the first nine of them alone."""
+    from matplotlib.colors import to_hex
+
+    for i in range(14):
+        values = {"optimizer.learning_rate": 10.0**-i}
+        write_run(tmp_path / f"r{i:02}", values, [3.0, 2.0], validation=1.0 + i if i % 3 else None)
+
+    def shown(n):
+        runs = find_runs(*(tmp_path / f"r{i:02}" for i in range(n)))
+        figures = report_page.loss_curves(runs) | report_page.metric_curves(runs)
+        seen = {run.name: set() for run in runs}
+        for figure in figures.values():
+            for line in figure.axes[0].lines:
+                if line.get_label() in seen:
+                    seen[line.get_label()].add(to_hex(line.get_color()))
+        (finals,) = report_page.final_by_key(runs, swept_keys(runs)).values()
+        scored = [run.name for run in runs if run.final(final_metric(runs)) is not None]
+        dots = np.concatenate([dots.get_facecolors() for dots in finals.axes[0].collections])
+        at = np.concatenate([dots.get_offsets()[:, 0] for dots in finals.axes[0].collections])
+        rates = {run.config["optimizer.learning_rate"]: run.name for run in runs}
+        assert sorted(rates[x] for x in at) == scored
+        for x, color in zip(at, dots, strict=True):
+            seen[rates[x]].add(to_hex(color))
+        return seen
+
+    seen = shown(14)
+    assert all(len(colors) == 1 for colors in seen.values()), seen
+    assert len(set.union(*seen.values())) == 14
+    assert shown(9).items() <= seen.items()
 
 
 NAMES = ["_a", "$x", "a$b$c", r"\frac{$", "<b>", "é 日本", "a\nb", "\udcff", "x" * 200, "%s{0}"]
