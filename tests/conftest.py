@@ -95,6 +95,17 @@ def squad_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def tagged_file(tmp_path_factory):
+    """48 sentences of words with tags: names and cities."""
+    names, cities = ["Ann", "Bob", "Cid", "Dan", "Eve"], ["Rome", "Oslo", "Bonn", "Graz"]
+    path = tmp_path_factory.mktemp("conll") / "people.conll"
+    rows = [(names[i % 5], cities[i % 4]) for i in range(48)]
+    text = "".join(f"{name} B-PER\ncame O\nto O\n{city} B-LOC\n\n" for name, city in rows)
+    path.write_text(text)
+    return path
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """What runs as the command line does sees one of the eight devices."""
@@ -103,7 +114,7 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture
-def make_kind(text_file, labelled_file, parallel_files, squad_file):
+def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file):
     """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
 
     All have words for tokens and a vocabulary of 128, which any mesh divides.
@@ -112,7 +123,9 @@ def make_kind(text_file, labelled_file, parallel_files, squad_file):
         "seq2seq": "parallel:{}|{}".format(*parallel_files),
         "classification": f"tsv:{labelled_file}",
         "span_qa": f"squad:{squad_file}",
+        "token_classification": f"conll:{tagged_file}",
     }
+    labels = {"classification": "good,bad", "token_classification": "O,B-PER,B-LOC"}
 
     def make(kind, **overrides):
         objective, family = kind.split()[:2]
@@ -129,7 +142,7 @@ def make_kind(text_file, labelled_file, parallel_files, squad_file):
             "data.validation_source": records.get(objective, ""),
             "data.validation_fraction": 0.2,
             "data.documents": "line",
-            "data.labels": "good,bad" if objective == "classification" else "",
+            "data.labels": labels.get(objective, ""),
             "data.tokenizer": "words",
             "data.sequence_length": 16,
             "data.batch_size": 8,

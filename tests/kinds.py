@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, object]] = {
     "classification decoder": {},
     "classification encoder_decoder": {},
     "classification lstm": {"model.bidirectional": True},
+    "token_classification encoder": {},
     "span_qa encoder": {"model.token_types": 2, "data.doc_stride": 4},
     "causal lstm": {
         "model.carry": True,

@@ -196,8 +196,8 @@ COMMON_KEYS: dict[str, Key] = {
     "data.source": Key(
         "stdlib",
         "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, tfds:NAME. For seq2seq, "
-        "classification and span_qa one of tsv:FILE, csv:FILE, jsonl:FILE, parallel:FILE|FILE, "
-        "squad:FILE.",
+        "classification, span_qa and token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, "
+        "parallel:FILE|FILE, squad:FILE, conll:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
     "data.directory": Key(

@@ -37,6 +37,7 @@ SOURCES = Registry(
             holds=_RECORDS,
         ),
         "squad": Entry(f"{_RECORD_FILES}:SquadFiles", forms=("squad:PATH",), holds=_RECORDS),
+        "conll": Entry(f"{_RECORD_FILES}:ConllFiles", forms=("conll:PATH",), holds=_RECORDS),
     },
     is_choice=False,
 )
@@ -150,6 +151,11 @@ OBJECTIVES = Registry(
             "lm.objectives.span_qa:SpanQa",
             families=("encoder",),
             columns=("question", "context", "answers"),
+        ),
+        "token_classification": Entry(
+            "lm.objectives.token_classification:TokenClassification",
+            families=("encoder",),
+            columns=("words", "tags"),
         ),
         "skip_gram": Entry(
             "lm.objectives.skip_gram:NegativeSampling", SkipGramOptions, families=("skip_gram",)
@@ -294,6 +300,7 @@ METRICS = Registry(
         "spearman": Entry(f"{_SCORES}:spearman"),
         "exact_match": Entry(f"{_SCORES}:exact_match"),
         "squad": Entry(f"{_SCORES}:squad"),
+        "seqeval": Entry(f"{_SCORES}:seqeval"),
     },
     is_choice=False,
 )

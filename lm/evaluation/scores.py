@@ -278,6 +278,22 @@ def exact_match(predictions: Sequence[str], references: Sequence) -> dict[str, f
     return {"exact_match": 100 * right / len(predictions)}
 
 
+def seqeval(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
+    """Return precision, recall and F1 of whole entities, and the accuracy of their tags.
+
+    Tags are BIO, separated by spaces; entities are those of conlleval (Tjong Kim Sang 2003).
+    """
+    metrics = import_optional("seqeval.metrics")
+    gold = [text.split() for text in single(references)]
+    found = [text.split() for text in predictions]
+    return {
+        "precision": 100 * float(metrics.precision_score(gold, found, zero_division=0)),
+        "recall": 100 * float(metrics.recall_score(gold, found, zero_division=0)),
+        "f1": 100 * float(metrics.f1_score(gold, found, zero_division=0)),
+        "accuracy": 100 * float(metrics.accuracy_score(gold, found)),
+    }
+
+
 def squad(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
     """Return SQuAD's exact match and F1, each the best over the example's answers.
 

@@ -119,6 +119,8 @@ def _write_roberta(config: TransformerConfig) -> Values:
 
 
 _LM, _NEXT, _POOLER, _CLASSES, _SPANS = "masked", "next_sentence", "pooler", "classes", "spans"
+# RoBERTa's classifier of tokens and the pooler of its bare model have names of their own.
+_TAGS, _SUMMARY = "tags", "summary"
 
 
 def _family(
@@ -202,7 +204,9 @@ BERT = _family(
     classifier="classifier",
     classes={
         frozenset({_LM, _POOLER, _NEXT}): "BertForPreTraining",
+        frozenset({_POOLER, _NEXT}): "BertForNextSentencePrediction",
         frozenset({_POOLER}): "BertModel",
+        frozenset({_CLASSES}): "BertForTokenClassification",
     },
     heads={
         _NEXT: Head(
@@ -222,4 +226,12 @@ ROBERTA = _family(
     dense_norm="lm_head.layer_norm",
     pooler="classifier.dense",
     classifier="classifier.out_proj",
+    classes={
+        frozenset({_TAGS}): "RobertaForTokenClassification",
+        frozenset({_SUMMARY}): "RobertaModel",
+    },
+    heads={
+        _TAGS: Head(("classifier",), tuple(linear_mappings("classifier", "classifier"))),
+        _SUMMARY: Head(("pooler",), tuple(linear_mappings("roberta.pooler.dense", "pooler"))),
+    },
 )

@@ -35,17 +35,22 @@ class UnsupportedConfig(UserError):
     """Setting that the other side's configuration cannot express."""
 
 
+OUTPUT = "head"  # module of the output projection of untied embeddings
+
+
 @dataclass(frozen=True)
 class Head:
     """Head of a Hugging Face class: its tensors are all present or all absent.
 
     Attributes:
         modules: modules of the model in `lm.models` that the head consists of.
-        mappings: rows of the tensor table.
+        mappings: rows of the tensor table; a parameter in none of them is zero.
+        replaces_output: models with this head have no output projection.
     """
 
     modules: tuple[str, ...]
     mappings: tuple[TensorMapping, ...]
+    replaces_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Family:
     Attributes:
         model_type: value of that key in config.json.
         model: `--config.model.family` of the models.
-        classes: Hugging Face class by the heads that a model has.
+        classes: Hugging Face class by the heads that a model has; no two have the same modules.
         prefix: prefix of tensor names that the bare model (`…Model`) lacks.
         base: returns the tensor table of the stack.
         keys: keys of config.json that correspond to a field of TransformerConfig.
@@ -69,6 +74,7 @@ class Family:
         ignored: patterns of tensors that are not weights.
         renamed: patterns of old tensor names, and their replacements.
         in_file: fields that the tensors of a file determine, not config.json.
+        defaults: values of `keys` that old files lack.
     """
 
     model_type: str
@@ -87,6 +93,7 @@ class Family:
     ignored: Sequence[str] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_file: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def read_config(self, hf: Values) -> TransformerConfig:
         """Convert config.json to a TransformerConfig.
@@ -94,6 +101,7 @@ class Family:
         Raises:
             UserError: a key is missing, or its value is not supported.
         """
+        hf = {**self.defaults, **hf}
         found = {field: _size(hf, name) for name, field in self.keys.items()}
         found = dict(self.fixed) | found | self.read(hf)
         heads, width = found["n_heads"], found["d_model"]
@@ -123,23 +131,63 @@ class Family:
             if name not in self.in_file and after.get(name) != value
         ]
 
-    def mappings(self, config: TransformerConfig, paths: Collection[str]) -> list[TensorMapping]:
-        """Return the rows of the tensor table for a model with these parameters.
+    def mappings(
+        self, config: TransformerConfig, paths: Collection[str], heads: Collection[str]
+    ) -> list[TensorMapping]:
+        """Return the rows of the tensor table for a model with these parameters and heads.
 
         Raises:
-            UnsupportedConfig: a parameter is in no row.
+            UnsupportedConfig: a parameter is in no row, and not a bias of a head.
         """
-        of_heads = (mapping for head in self.heads.values() for mapping in head.mappings)
+        of_heads = (mapping for name in heads for mapping in self.heads[name].mappings)
         found = [m for m in [*self.base(config), *of_heads] if m.paths[0] in paths]
+        modules = {module for name in heads for module in self.heads[name].modules}
         left = sorted({*paths} - {path for mapping in found for path in mapping.paths})
-        if left:
-            raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {left[0]}")
+        for path in left:
+            if path.partition("/")[0] not in modules or not path.endswith("/bias"):
+                raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {path}")
         return found
+
+    def heads_of(self, modules: Collection[str]) -> frozenset[str] | None:
+        """Return the heads of the class that has these modules; None if there is none.
+
+        Of BERT's pretraining class the next-sentence head may lack: it is written as zeros.
+        """
+        own = {name: set(head.modules) for name, head in self.heads.items()}
+        present = set().union(*own.values()) & set(modules)
+        fitting = [
+            heads
+            for heads in self.classes
+            if present <= set().union(*(own[name] for name in heads))
+            and {name for name in heads if not own[name] & present} <= {"next_sentence"}
+        ]
+        return min(fitting, key=len, default=None)
 
     def write_config(self, config: TransformerConfig) -> Values:
         """Convert a TransformerConfig to the values of config.json, `architectures` aside."""
         values = {name: getattr(config, field) for name, field in self.keys.items()}
         return {"model_type": self.model_type} | values | self.write(config)
+
+
+# The classifier of a decoder, over the last token: without a bias.
+DECODER_HEADS: Mapping[str, Head] = {
+    "classes": Head(
+        ("classifier",),
+        (TensorMapping("score.weight", ("classifier/kernel",), "C D", "D C"),),
+        replaces_output=True,
+    )
+}
+
+
+def decoder_classes(name: str) -> dict[frozenset[str], str]:
+    """Return the classes of a decoder by heads.
+
+    Args:
+        name: class of the language model, such as GPT2LMHeadModel.
+    """
+    prefix = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    prefix += "Text" if prefix == "Gemma3" else ""  # Gemma3 alone sees pictures
+    return {frozenset(): name, frozenset({"classes"}): f"{prefix}ForSequenceClassification"}
 
 
 _LARGEST = 2**31 - 1

@@ -5,7 +5,15 @@ Its linear layers are [in, out]; one tensor holds the query, key and value proje
 
 from __future__ import annotations
 
-from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
+from lm.interop.family import (
+    DECODER_HEADS,
+    Family,
+    Values,
+    decoder_classes,
+    hf_word,
+    lm_word,
+    require_equal,
+)
 from lm.interop.tensor_mapping import TensorMapping, norm_mappings, output_mapping, same_layout
 from lm.models.transformer_config import TransformerConfig
 
@@ -53,8 +61,9 @@ def _write(config: TransformerConfig) -> Values:
 GPT2 = Family(
     model_type="gpt2",
     model="decoder",
-    classes={frozenset(): "GPT2LMHeadModel"},
+    classes=decoder_classes("GPT2LMHeadModel"),
     prefix="transformer.",
+    heads=DECODER_HEADS,
     base=lambda _: [
         same_layout("transformer.wte.weight", "tokens/embedding"),
         same_layout("transformer.wpe.weight", "positions/embedding"),

@@ -10,9 +10,10 @@ An encoder–decoder takes two inputs; a bare encoder has no logits, and `method
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,12 @@ def save(
         UserError: no architecture of `transformers` computes what the model does.
     """
     leaves = flat(nn.meta.unbox(params))
-    config: TransformerConfig = model.config  # type: ignore[attr-defined]
-    family, heads = _family_of(model, leaves)
-    shapes = parameter_specs(family, model, heads)
-    _check_parameters(leaves, shapes)
+    family, heads, config = _family_of(model, leaves)
+    shapes = parameter_specs(family, model.clone(config=config), heads)
+    leaves = _neutral_zeros(leaves, shapes) | leaves
+    mappings = family.mappings(config, shapes, heads)
+    written = {path for mapping in mappings for path in mapping.paths}
+    _check_parameters(leaves, shapes, written)
     class_name = family.classes[heads]
     bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
     tensors = [
@@ -86,7 +89,7 @@ def save(
             hf_shape(mapping, shapes[mapping.paths[0]].shape),
             partial(_make_tensor, mapping, number, shapes[mapping.paths[0]].shape, leaves),
         )
-        for mapping in family.mappings(config, shapes)
+        for mapping in mappings
         for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
     ]
     if not config.tie_embeddings and family.heads:
@@ -102,10 +105,24 @@ def save(
     values = family.write_config(config) | {
         "architectures": [class_name],
         "dtype": dtype,
+        **(
+            class_labels(config.n_classes)
+            if any(p.startswith("classifier/") for p in leaves)
+            else {}
+        ),
         **(about or {}),
     }
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     return class_name
+
+
+def class_labels(n_classes: int, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the labels in config.json of a classifier; without names those of `transformers`."""
+    names = names or [f"LABEL_{i}" for i in range(n_classes)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def _make_tensor(
@@ -114,34 +131,59 @@ def _make_tensor(
     return make_tensor(mapping, number, shape, [leaves[path] for path in mapping.paths])
 
 
-def _family_of(model: nn.Module, leaves: Mapping[str, Any]) -> tuple[Family, frozenset[str]]:
-    """Return the family that computes what a model does, and the model's heads."""
+def _family_of(
+    model: nn.Module, leaves: Mapping[str, Any]
+) -> tuple[Family, frozenset[str], TransformerConfig]:
+    """Return the family that computes what a model does, its heads, and its configuration.
+
+    Where only a model with biases is found (GPT-2), the configuration has them, and they are zero.
+    """
     modules = {path.partition("/")[0] for path in leaves}
+    own: TransformerConfig = model.config  # type: ignore[attr-defined]
+    biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
     candidates = []
-    for family in FAMILIES.values():
+    for config, family in product((own, biased), FAMILIES.values()):
         if not isinstance(model, MODELS[family.model]):
             continue
-        heads = frozenset(
-            name for name, head in family.heads.items() if modules & set(head.modules)
-        )
-        problems = family.lost_fields(model.config)
-        if heads not in family.classes:
-            problems.append(f"no class with {' and '.join(sorted(heads))}")
-        candidates.append((problems, family, heads))
+        heads = family.heads_of(modules)
+        problems = family.lost_fields(config)
+        if heads is None:
+            names = sorted({m for head in family.heads.values() for m in head.modules} & modules)
+            problems.append(f"a class with {' and '.join(names)} alone")
+        candidates.append((problems, family, heads or frozenset(), config))
     if not candidates:
         raise UserError(f"Hugging Face has no architecture like {type(model).__name__}")
-    problems, family, heads = min(candidates, key=lambda candidate: len(candidate[0]))
+    problems, family, heads, config = min(candidates, key=lambda candidate: len(candidate[0]))
     if problems:
         raise UserError(
             "no architecture of Hugging Face computes what this model does; the nearest, "
             f"{family.model_type}, has not {', '.join(problems)}"
         )
-    return family, heads
+    return family, heads, config
 
 
-def _check_parameters(leaves: Mapping[str, Any], shapes: Mapping[str, ParameterSpec]) -> None:
+def _neutral_zeros(
+    leaves: Mapping[str, Any], shapes: Mapping[str, ParameterSpec]
+) -> dict[str, np.ndarray]:
+    """Return zeros for the biases, and the next-sentence head, that a model has not."""
+    absent = [path for path in shapes if path not in leaves]
+    return {
+        path: np.zeros(shapes[path].shape, np.float32)
+        for path in absent
+        if path.endswith("/bias") or path.startswith("sentence_head/")
+    }
+
+
+def _check_parameters(
+    leaves: Mapping[str, Any], shapes: Mapping[str, ParameterSpec], written: Collection[str]
+) -> None:
     for path in sorted({*leaves, *shapes}):
         if path not in shapes:
             raise UserError(f"the parameter {path} has no place in the exported model")
         if path not in leaves or leaves[path].shape != shapes[path].shape:
             raise UserError(f"the parameter {path} is missing or of another shape than the model's")
+        if path not in written and np.any(leaves[path]):
+            raise UserError(
+                f"the exported model has no {path}, which is not zero: train with "
+                f"--config.optimizer.freeze={path}, which begins at zero"
+            )

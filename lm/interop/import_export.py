@@ -20,7 +20,7 @@ from lm.data.tokenizers.folder import FolderTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
-from lm.interop.huggingface import save
+from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import model_settings, read_tokenizer, write_tokenizer
 from lm.models.transformer_config import make_model
@@ -94,10 +94,13 @@ def run_config(found: ModelFolder) -> ConfigDict:
         config.objective.next_sentence = "next_sentence" in found.heads
         if "spans" in found.heads:
             config.objective.name = "span_qa"
-        if "classes" in found.heads:
-            config.objective.name = "classification"
-            n = found.config.n_classes  # 1: regression
-            names = [labels.get(str(i), f"LABEL_{i}") for i in range(n)] if n > 1 else []
+    is_tagger = "tags" in found.heads or found.heads == {"classes"}
+    if "classes" in found.heads or "tags" in found.heads:
+        of_tokens = found.family.model == "encoder" and is_tagger
+        config.objective.name = "token_classification" if of_tokens else "classification"
+        n = found.config.n_classes  # of a text 1 is regression
+        names = [labels.get(str(i), f"LABEL_{i}") for i in range(n)]
+        if n > 1 or of_tokens:
             config.data.labels = ",".join(name.replace(",", " ") for name in names)
     config.data.sequence_length = min(found.config.max_length, _LONGEST)
     return config
@@ -134,9 +137,7 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         about |= _special_ids(config, tokenizer)
     if "classifier" in nested(params):
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
-        names = labels or tuple(f"LABEL_{i}" for i in range(config.model.n_classes))
-        about["id2label"] = {str(i): name for i, name in enumerate(names)}
-        about["label2id"] = {name: i for i, name in enumerate(names)}
+        about |= class_labels(config.model.n_classes, labels)
         about |= {} if labels else {"problem_type": "regression"}
     class_name = save(
         make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about

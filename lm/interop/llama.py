@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lm.interop.family import Family, UnsupportedConfig, Values, lm_word, require, require_equal
+from lm.interop.family import (
+    DECODER_HEADS,
+    Family,
+    UnsupportedConfig,
+    Values,
+    decoder_classes,
+    lm_word,
+    require,
+    require_equal,
+)
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -126,7 +135,7 @@ def write_common(config: TransformerConfig) -> Values:
 
 
 def _read(hf: Values, theta: float = 10_000.0) -> Values:
-    lm_word(hf, "hidden_act", {"silu": "swiglu"}, "silu")
+    lm_word(hf, "hidden_act", {"silu": "swiglu", "swish": "swiglu"}, "silu")
     tied = hf.get("tie_word_embeddings", False)
     return read_common(hf) | read_rope(hf, theta) | {"tie_embeddings": tied}
 
@@ -263,8 +272,9 @@ def decoder(
     return Family(
         model_type=model_type,
         model="decoder",
-        classes={frozenset(): f"{name}ForCausalLM"},
+        classes=decoder_classes(f"{name}ForCausalLM"),
         prefix="model.",
+        heads=DECODER_HEADS,
         base=lambda _: [
             same_layout("model.embed_tokens.weight", "tokens/embedding"),
             *linear_mappings(f"{attention}.q_proj", f"{_ATTENTION}/query", "D", "H K"),
@@ -291,6 +301,7 @@ def decoder(
         write=write,
         output="lm_head.weight",
         table="model.embed_tokens.weight",
+        defaults={"max_position_embeddings": 2048},  # Llama 1; RoPE has no longest position
         ignored=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     )
 

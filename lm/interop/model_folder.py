@@ -17,7 +17,7 @@ from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop import llama2c
 from lm.interop.family import Family, Values
-from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs
+from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
 from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import StoredTensor, read_tensors
 from lm.interop.tensor_mapping import (
@@ -65,21 +65,22 @@ class ModelFolder:
     @cached_property
     def mappings(self) -> list[TensorMapping]:
         """Rows of the tensor table."""
-        return self.family.mappings(self.config, self.parameters)
+        return self.family.mappings(self.config, self.parameters, self.heads)
 
     def params(self, mesh: Mesh | None = None) -> Params:
         """Read the parameters, one tensor at a time, straight into their shards."""
-        return nested(
-            {
-                path: load_sharded(
-                    (shape := self.parameters[path].shape),
-                    self.parameters[path].sharding(mesh),
-                    read_parameter(mapping, part, shape, self.stored.__getitem__),
-                )
-                for mapping in self.mappings
-                for part, path in enumerate(mapping.paths)
-            }
-        )
+        found = {
+            path: load_sharded(
+                (shape := self.parameters[path].shape),
+                self.parameters[path].sharding(mesh),
+                read_parameter(mapping, part, shape, self.stored.__getitem__),
+            )
+            for mapping in self.mappings
+            for part, path in enumerate(mapping.paths)
+        }
+        absent = {path: spec for path, spec in self.parameters.items() if path not in found}
+        found |= {path: zeros(spec.shape, spec.sharding(mesh)) for path, spec in absent.items()}
+        return nested(found)
 
     def check(self, where: Path) -> None:
         """Raise UserError for a tensor that is missing, unexpected or of another shape."""
@@ -136,9 +137,12 @@ def open_model_folder(path: Path) -> ModelFolder:
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
     )
-    if "classifier.weight" in stored or "classifier.out_proj.weight" in stored:
-        output = stored.get("classifier.weight") or stored["classifier.out_proj.weight"]
-        config = replace(config, n_classes=output.shape[0])
+    for name in heads:
+        for mapping in family.heads[name].mappings:
+            if mapping.paths == ("classifier/kernel",) and mapping.name in stored:
+                config = replace(config, n_classes=stored[mapping.name].shape[0])
+    if any(family.heads[name].replaces_output for name in heads):
+        config = replace(config, tie_embeddings=True)  # there is no output projection to tie
     tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)

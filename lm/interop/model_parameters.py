@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from lm.interop.family import Family
+from lm.interop.family import OUTPUT, Family
 from lm.interop.tensor_mapping import Block, Shape
+from lm.models.decoder import Decoder
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.variables import flat, param_infos
@@ -43,12 +44,15 @@ def parameter_specs(
     """Return the parameters of the stack and of the named heads, by path."""
     boxed = jax.eval_shape(lambda: _initialize(model))["params"]
     infos = param_infos(boxed)
-    of_head = {m: name for name, head in family.heads.items() for m in head.modules}
+    optional = {m for head in family.heads.values() for m in head.modules}
+    chosen = {m for name in heads for m in family.heads[name].modules}
+    if any(family.heads[name].replaces_output for name in heads):
+        optional.add(OUTPUT)
     found = {}
     for path, leaf in flat(nn.meta.unbox(boxed)).items():
         module = path.partition("/")[0]
         is_optional = infos[path].role.part in ("task", "pretraining")
-        if of_head[module] in heads if module in of_head else not is_optional:
+        if module in chosen if module in optional else not is_optional:
             found[path] = ParameterSpec(leaf.shape, infos[path].axes)
     return found
 
@@ -60,7 +64,7 @@ def _initialize(model: nn.Module) -> Any:
         return model.init(key, tokens_BL, tokens_BL)
     if isinstance(model, Encoder):
         return model.init(key, tokens_BL, method=_call_all_heads)
-    return model.init(key, tokens_BL)
+    return model.init(key, tokens_BL, method=_call_decoder_heads)
 
 
 def _call_all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
@@ -68,6 +72,16 @@ def _call_all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
     x_BD = model.pooled(x_BLD, jnp.ones_like(tokens_BL))
     of_tokens = [model.logits(x_BLD), model.spans(x_BLD)]
     return [*of_tokens, model.next_sentence(x_BD), model.classify(x_BD)]
+
+
+def _call_decoder_heads(model: Decoder, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BLD = model.hidden(tokens_BL)
+    return model.logits(x_BLD), model.classify(model.pooled(x_BLD, jnp.ones_like(tokens_BL)))
+
+
+def zeros(shape: Shape, sharding: Sharding) -> jax.Array:
+    """Return a sharded parameter of zeros, float32."""
+    return load_sharded(shape, sharding, [((0,) * len(shape), np.zeros(shape, np.float32))])
 
 
 def load_sharded(shape: Shape, sharding: Sharding, blocks: Iterable[Block]) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
-from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
+from lm.data.tokenizers.hf import BYTE_CHARACTERS, Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -160,7 +160,7 @@ def _definition(tokenizer: Tokenizer) -> bytes | None:
                 parse_json(tokenizer.encoder, "encoder.json"), read_merges(tokenizer.merges)
             )
         case ByteTokenizer():
-            vocabulary = {_BYTES[i]: i for i in range(256)} | {DELIMITER: tokenizer.eos_id}
+            vocabulary = {BYTE_CHARACTERS[i]: i for i in range(256)} | {DELIMITER: tokenizer.eos_id}
             return _byte_level(vocabulary, [])
         case CharTokenizer():
             return _characters(tokenizer)
@@ -178,16 +178,6 @@ def _byte_level(vocabulary: dict[str, int], merges: list) -> bytes:
     special = [name for names in _ROLES.values() for name in names if name in vocabulary]
     made.add_special_tokens(list(dict.fromkeys(special)))
     return made.to_str().encode()
-
-
-def _byte_characters() -> list[str]:
-    """Return GPT-2's character for every byte: Latin-1 if printable, else from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    free = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(free)) for byte in range(256)]
-
-
-_BYTES = _byte_characters()
 
 
 def _characters(tokenizer: CharTokenizer) -> bytes:

@@ -136,7 +136,11 @@ def test_without_names_a_label_is_a_number(make_data, write, label):
             ["a:2: no column 'sentences' (there are: sentence, label, id)"],
         ),
         ("tsv:a", "text=0", ["no column '0'"]),
-        ("tsv:a", "sentence=text", ["unknown name 'sentence'", "question, context, label, id"]),
+        (
+            "tsv:a",
+            "sentence=text",
+            ["unknown name 'sentence'", "question, context, words, tags, label, id"],
+        ),
         ("tsv:a", "text", ["NAME=COLUMN"]),
         ("tsv:a", "text=label,text=sentence", ["each name once"]),
     ],

@@ -173,3 +173,15 @@ def test_any_value_of_config_json_is_used_or_refused(make_theirs, kind, data, tm
     else:
         message = ""
     assert "\n" not in message
+
+
+def test_a_config_of_llama_1_is_read(make_theirs, folder):
+    """It has neither a longest position nor grouped heads; some say "swish" (transformers 4.27)."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    for name in ("max_position_embeddings", "num_key_value_heads", "rope_parameters", "head_dim"):
+        values.pop(name, None)
+    file.write_text(json.dumps(values | {"hidden_act": "swish", "max_sequence_length": 2048}))
+    model, _ = huggingface.load(folder)
+    assert (model.config.max_length, model.config.n_kv_heads) == (2048, model.config.n_heads)
+    assert model.config.activation == "swiglu"

@@ -34,6 +34,9 @@ _MARKS = "".join(chr(i) for i in range(0x10000) if unicodedata.category(chr(i))[
 _WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])[\w{_MARKS}])+|[^\w\s{_MARKS}]")
 
 
+WITH_OFFSETS = {"context", "words"}  # columns, of which a record has one at most
+
+
 @dataclass(frozen=True)
 class RecordManifest:
     """Origin and sizes of a record store.
@@ -72,8 +75,8 @@ class Record:
     Attributes:
         raw: the record as it was read.
         tokens: tokens of its texts by column, int32 [n] each, without bos and eos.
-        starts: int32 [n]: token i of the context is raw["context"][starts[i]:ends[i]]; None
-            without a context.
+        starts: int32 [n]: token i of the context is raw["context"][starts[i]:ends[i]], and token
+            i of words is of word starts[i]; None without a context or words.
         ends: see `starts`.
     """
 
@@ -113,7 +116,7 @@ class RecordStore:
         columns = self.manifest.n_tokens
         tokens = {column: self._row(column, index).astype(np.int32) for column in columns}
         raw = json.loads(self._row("raw", index).tobytes())
-        if "context" not in columns:
+        if not WITH_OFFSETS & columns.keys():
             return Record(raw, tokens, None, None)
         return Record(raw, tokens, self._row("starts", index), self._row("ends", index))
 
@@ -170,7 +173,7 @@ def build_record_store(
 def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     encode = lru_cache(2**16)(tokenizer.encode)  # contexts repeat, and so do their words
-    tokenize_context = lru_cache(16)(lambda text: tokenize_with_offsets(text, encode))
+    tokenize_context = lru_cache(16)(tokenize_with_offsets)
     n_bytes: Counter[str] = Counter()
     skipped: list[str] = []
     rows = records.read(skipped.append)
@@ -179,8 +182,9 @@ def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool)
     for record, where in track(rows, None, description=name, shown=progress, unit="row"):
         for column in (column for column in TEXT_COLUMNS if column in record):
             try:
-                if column == "context":
-                    tokens, starts, ends = tokenize_context(record[column])
+                if column in WITH_OFFSETS:
+                    tokenize = tokenize_context if column == "context" else tokenize_words
+                    tokens, starts, ends = tokenize(record[column], encode)
                     writers.append("starts", starts)
                     writers.append("ends", ends)
                 else:
@@ -242,7 +246,7 @@ def _open(folder: Path) -> RecordStore:
         manifest = RecordManifest(**read_json(folder / "manifest.json"))
         require_checksums(folder, manifest.checksums)
         dtypes = dict.fromkeys(manifest.n_tokens, manifest.dtype) | {"raw": "uint8"}
-        if "context" in dtypes:
+        if WITH_OFFSETS & dtypes.keys():
             dtypes |= {"starts": "int32", "ends": "int32"}
         arrays = {}
         for name, dtype in dtypes.items():
@@ -282,6 +286,20 @@ def tokenize_with_offsets(text: str, encode: Callable[[str], np.ndarray]) -> Tok
         np.concatenate([np.zeros(0, np.int32), *parts]),
         np.repeat(np.asarray(starts, np.int32), sizes),
         np.repeat(np.asarray(ends, np.int32), sizes),
+    )
+
+
+def tokenize_words(text: str, encode: Callable[[str], np.ndarray]) -> TokenOffsets:
+    """Tokenize words between single spaces; the offsets are the indices of the words."""
+    parts: list[np.ndarray] = []
+    before = ""
+    for word in text.split(" "):
+        parts.append(_encode_after(before, f" {word}" if before else word, encode))
+        before = word[-1]
+    sizes = [len(part) for part in parts]
+    indices = np.arange(len(parts), dtype=np.int32)
+    return TokenOffsets(
+        np.concatenate(parts), np.repeat(indices, sizes), np.repeat(indices + 1, sizes)
     )
 
 

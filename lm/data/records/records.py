@@ -1,8 +1,8 @@
 """Records of a task, such as a sentence and its label: rows of files, checked and renamed.
 
-The files are TSV, CSV, line-aligned texts, SQuAD's JSON; and rows of JSON lines. Every format
-yields rows as names and values, and a bad row with its problem, so that one policy applies to the
-bad rows of all formats.
+The files are TSV, CSV, line-aligned texts, SQuAD's JSON, CoNLL's columns; and rows of JSON lines.
+Every format yields rows as names and values, and a bad row with its problem, so that one policy
+applies to the bad rows of all formats.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
 from lm.json_files import parse_json
 
-TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context")
-RECORD_COLUMNS = (*TEXT_COLUMNS, "label", "id")
+TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
+RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
 
 Fields = dict[str, Any]
 
@@ -107,6 +107,13 @@ class Records:
             record[name] = _check_value(name, column, row.values[column])
         if "label" in record:
             record["label"] = self._check_label(record["label"])
+        if "words" in record and "context" in record:
+            raise _BadRow("a record has words or a context, not both")
+        if "words" in record and "tags" in record:
+            words, tags = record["words"].split(), record["tags"].split()
+            if len(words) != len(tags):
+                raise _BadRow(f"{len(words)} words have {len(tags)} tags")
+            record |= {"words": " ".join(words), "tags": " ".join(map(self._check_label, tags))}
         return record
 
     def _check_label(self, text: str) -> str:
@@ -174,6 +181,10 @@ def _check_value(name: str, column: str, value: Any) -> str:
     """Return a value as text; raise _BadRow if it is none."""
     if name in ("label", "id") and isinstance(value, int | float):
         value = json.dumps(value)
+    if name in ("words", "tags") and isinstance(value, list):
+        if not all(isinstance(part, str) and len(part.split()) == 1 for part in value):
+            raise _BadRow(f"{column!r} holds something else than words without spaces")
+        value = " ".join(value)
     if not isinstance(value, str):
         raise _BadRow(f"{column!r} is of type {type(value).__name__}, not a string")
     if not value.strip():
@@ -323,6 +334,16 @@ class SquadFiles(RowFiles):
             yield from _squad_rows(path)
 
 
+class ConllFiles(RowFiles):
+    """Files of CoNLL: a word a line, its tag last, and an empty line after a sentence."""
+
+    kind = "conll"
+
+    def rows(self) -> Iterator[Row]:
+        for (path,) in self.files:
+            yield from _conll_rows(path)
+
+
 def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     lines = (f"{line}\n" for _, line in _numbered(path))
     reader = csv.reader(lines, strict=True)  # or an open quote swallows the rest of the file
@@ -392,6 +413,21 @@ def _parallel_rows(first: Path, second: Path) -> Iterator[Row]:
         else:
             longer, shorter, line = (first, second, source) if source else (second, first, target)
             yield Row(f"{longer}:{line[0]}", {}, f"no line of {shorter} goes with it")
+
+
+def _conll_rows(path: Path) -> Iterator[Row]:
+    pairs: list[tuple[str, str]] = []
+    problem, start = "", 1
+    for number, line in chain(_numbered(path), [(0, "")]):
+        cells = line.split()
+        if cells and cells[0] != "-DOCSTART-":
+            start = start if pairs or problem else number
+            problem = problem if len(cells) > 1 else f"line {number} is not a word and its tag"
+            pairs.append((cells[0], cells[-1]))
+        elif pairs:
+            words, tags = (" ".join(column) for column in zip(*pairs, strict=True))
+            yield Row(f"{path}:{start}", {"words": words, "tags": tags}, problem)
+            pairs, problem = [], ""
 
 
 def _squad_rows(path: Path) -> Iterator[Row]:

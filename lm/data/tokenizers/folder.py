@@ -1,13 +1,15 @@
 """Tokenizer `folder`: the one of a Hugging Face model folder, with the special tokens it states.
 
 The files are kept as they are: they are read again when a run is loaded, and written back on
-export. What they mean is decided in `FolderTokenizer.special`, as `transformers` does: for the
-tokens tokenizer_config.json before special_tokens_map.json before the defaults of the tokenizer's
-class, for the end of a generated text generation_config.json before config.json.
+export, with a tokenizer.json if the vocabulary is a tiktoken file. What they mean is decided in
+`FolderTokenizer.special`, as `transformers` does: for the tokens tokenizer_config.json before
+special_tokens_map.json before the defaults of the tokenizer's class, for the end of a generated
+text generation_config.json before config.json.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import numpy as np
 from lm.data.files import find_file
 from lm.data.tokenizers.hf import HuggingFaceTokenizer, package_errors, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.tiktoken_file import LLAMA3_TOKENS, is_tiktoken, tiktoken_definition
 from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
 from lm.json_files import parse_json
@@ -119,6 +122,8 @@ class FolderTokenizer(Tokenizer):
             return None
         found = cls.from_files(files)
         try:
+            if _DEFINITION not in files and (name := _tiktoken_name(files)):
+                found = cls.from_files(found._of_tiktoken(name) | files)
             found.special  # noqa: B018  reads all that is in the files
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
@@ -223,6 +228,17 @@ class FolderTokenizer(Tokenizer):
                 if defaults is not None:
                     found[role] = defaults.get(role)
         return found
+
+    def _of_tiktoken(self, name: str) -> dict[str, bytes]:
+        """Return the files that a folder with a tiktoken file lacks, as Llama 3 means them."""
+        try:
+            names = [token["content"] for token in self._added.values()] or LLAMA3_TOKENS
+            definition = tiktoken_definition(self.files()[name], names)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        about |= {"bos_token": LLAMA3_TOKENS[0], "eos_token": LLAMA3_TOKENS[1]}
+        return {_DEFINITION: definition, _SETTINGS: json.dumps(about).encode()}
 
     def _states(self, key: str) -> bool:
         return key in self._settings or key in (self.stated(_SPECIAL_MAP) or {})
@@ -365,6 +381,11 @@ class FolderTokenizer(Tokenizer):
         for name, i in self._outside.items():
             pieces[i] = name
         return pieces
+
+
+def _tiktoken_name(files: Mapping[str, bytes]) -> str | None:
+    name = next((name for name in _MODELS if name in files), None)
+    return name if name and is_tiktoken(files[name]) else None
 
 
 def _token_text(file: str, key: str, value: Any) -> str | None:

@@ -204,3 +204,13 @@ def read_merges(content: bytes) -> list[tuple[str, str]]:
             raise UserError(f"line {number} is not two pieces with a space between them")
         merges.append((left, right))
     return merges
+
+
+def _byte_characters() -> list[str]:
+    """Return GPT-2's character for every byte: Latin-1 if printable, else from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    free = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(free)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()

@@ -1,0 +1,153 @@
+"""Classification of the words of a text, such as named-entity recognition.
+
+Devlin et al. 2018, section 5.3: the label of a word is predicted from its first token.
+
+Shape letters: B batch, L length, D model, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.config.rules import listed
+from lm.data.batches import Arrays
+from lm.data.records.record_store import Record, RecordStore
+from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.errors import UserError
+from lm.objectives.losses import cross_entropy
+from lm.objectives.objective import (
+    Answer,
+    Batch,
+    BoundModel,
+    LossSums,
+    Objective,
+    Reference,
+    Shapes,
+)
+from lm.objectives.special_tokens import SpecialTokens, special_tokens
+
+OUTSIDE = "O"  # label of words outside all entities
+
+
+@dataclass(frozen=True)
+class TokenClassification(Objective[RecordStore, Record]):
+    """Labels of the words in rows "[CLS] words [SEP]".
+
+    Words beyond the row, and those without a token, are answered "O" (or the first label).
+
+    Attributes:
+        length: tokens of a row, L.
+        labels: names of the classes, in the order of their scores.
+        special: special token ids.
+    """
+
+    families: ClassVar = ("encoder",)
+    columns: ClassVar = ("words", "tags")
+    task: ClassVar = "predict"
+    has_perplexity: ClassVar = False
+
+    length: int
+    labels: tuple[str, ...]
+    special: SpecialTokens
+
+    def __post_init__(self) -> None:
+        if self.length < 3:
+            raise UserError(
+                f"--config.data.sequence_length={self.length} leaves no room for a word "
+                "between [CLS] and [SEP]: use at least 3"
+            )
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> TokenClassification:
+        data = config.data
+        labels = tuple(listed(data.labels))
+        if not labels:
+            raise UserError(
+                "--config.objective.name=token_classification needs --config.data.labels"
+            )
+        return cls(data.sequence_length, labels, special_tokens(tokenizer))
+
+    @property
+    def shapes(self) -> Shapes:
+        row = (self.length,)
+        names = ("inputs", "segment_ids", "targets")
+        return {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
+
+    @property
+    def n_extra_ids(self) -> int:
+        return self.special.n_extra_ids(self.special.cls, self.special.sep)
+
+    def examples(self, store: RecordStore, training: bool) -> RecordStore:
+        """Return the records themselves."""
+        self.require_columns(store)
+        return store
+
+    def features(self, example: Record, rng: np.random.Generator) -> Arrays:
+        """Return inputs, segment_ids (1; padding 0), targets and weights [L].
+
+        The weight is 1 at the first token of a word, whose target is the word's label.
+        """
+        features = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
+        tokens = example.tokens["words"][: self.length - 2]
+        end = len(tokens) + 2
+        features["inputs"][:end] = [self.special.cls, *tokens, self.special.sep]
+        features["segment_ids"][:end] = 1
+        tags = example.raw["tags"].split()
+        for column, word in self._first_tokens(example):
+            features["targets"][column] = self.labels.index(tags[word])
+            features["weights"][column] = 1
+        return features
+
+    def _first_tokens(self, record: Record) -> Iterator[tuple[int, int]]:
+        """Yield (column of its first token, index) of each word in the row."""
+        assert record.starts is not None
+        words, firsts = np.unique(record.starts, return_index=True)
+        for word, first in zip(words.tolist(), firsts.tolist(), strict=True):
+            if first + 1 < self.length - 1:
+                yield first + 1, word
+
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the cross-entropy of the labels of first tokens, and their accuracy."""
+        loss_BL, _, correct_BL = cross_entropy(self._scores(model, batch), batch["targets"])
+        weights_BL = batch["weights"]
+        metrics = {"accuracy": (correct_BL * weights_BL).sum()}
+        return LossSums((loss_BL * weights_BL).sum(), weights_BL.sum(), metrics)
+
+    def _scores(self, model: BoundModel, batch: Batch) -> jax.Array:
+        x_BLD = model.hidden(batch["inputs"], None, batch["segment_ids"])
+        return model.classify(x_BLD)
+
+    def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
+        """Return the class of each token, int [B, L]."""
+        return self._scores(model, batch).argmax(-1)
+
+    # --- task
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("seqeval",)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.labels
+
+    def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
+        """Return the labels of each record's words, separated by spaces."""
+        records = (record for store in stores for record in store)
+        return [self._labels(*pair) for pair in zip(records, outputs, strict=True)]
+
+    def _labels(self, record: Record, classes_L: np.ndarray) -> str:
+        outside = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
+        labels = [outside] * len(record.raw["tags"].split())
+        for column, word in self._first_tokens(record):
+            labels[word] = self.labels[classes_L[column]]
+        return " ".join(labels)
+
+    def reference(self, record: Record) -> Reference:
+        return record.raw["tags"]

@@ -1,0 +1,164 @@
+"""Heads of `transformers` classes: their logits, and the way back."""
+
+import jax
+import numpy as np
+import pytest
+from hf_models import (
+    BERT,
+    GEMMA,
+    GEMMA3,
+    GPT2,
+    LLAMA,
+    ROBERTA,
+    build,
+    safetensors,
+    torch,
+    transformers,
+)
+
+from lm.errors import UserError
+from lm.interop import huggingface
+from lm.interop.import_export import run_config
+from lm.interop.model_folder import open_model_folder
+from lm.models.decoder import Decoder
+from lm.models.encoder import Encoder
+from lm.models.transformer_config import TransformerConfig
+
+ONES = np.ones((1, 9), np.int32)
+IDS = np.random.default_rng(0).integers(4, 90, (1, 9))
+
+
+def of_text(model, ids):
+    return model.classify(model.pooled(model.hidden(ids), ONES))
+
+
+def of_tokens(model, ids):
+    return model.classify(model.hidden(ids))
+
+
+def of_spans(model, ids):
+    return model.spans(model.hidden(ids))
+
+
+def of_pairs(model, ids):
+    return model.next_sentence(model.pooled(model.hidden(ids), ONES))
+
+
+def of_pooler(model, ids):
+    return model.pooled(model.hidden(ids), ONES)
+
+
+GROUPED, FIVE, THREE = {"num_key_value_heads": 2}, {"num_labels": 5}, {"num_labels": 3}
+# class: (configuration, our call, objective of the run)
+HEADS = {
+    "BertForTokenClassification": (BERT | FIVE, of_tokens, "token_classification"),
+    "RobertaForTokenClassification": (ROBERTA | FIVE, of_tokens, "token_classification"),
+    "BertForSequenceClassification": (BERT | FIVE, of_text, "classification"),
+    "RobertaForSequenceClassification": (ROBERTA | FIVE, of_text, "classification"),
+    "BertForQuestionAnswering": (BERT, of_spans, "span_qa"),
+    "RobertaForQuestionAnswering": (ROBERTA, of_spans, "span_qa"),
+    "BertForNextSentencePrediction": (BERT, of_pairs, "masked"),
+    "BertModel": (BERT, of_pooler, "masked"),
+    "RobertaModel": (ROBERTA, of_pooler, "masked"),
+    "GPT2ForSequenceClassification": (GPT2 | THREE, of_text, "classification"),
+    "LlamaForSequenceClassification": (LLAMA | THREE, of_text, "classification"),
+    "Qwen2ForSequenceClassification": (
+        LLAMA | GROUPED | {"num_labels": 1},  # a reward model
+        of_text,
+        "classification",
+    ),
+    "GemmaForSequenceClassification": (GEMMA | THREE, of_text, "classification"),
+    "Gemma3TextForSequenceClassification": (GEMMA3 | THREE, of_text, "classification"),
+}
+
+
+def their_outputs(model):
+    with torch.no_grad():
+        out = model(torch.tensor(IDS))
+    if "start_logits" in out:
+        return np.stack([out.start_logits, out.end_logits], axis=-1)
+    return out.logits if "logits" in out else out.pooler_output
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
+    values, call, objective = HEADS[name]
+    theirs = build(name, values | {"pad_token_id": values.get("pad_token_id", 0)})
+    theirs.save_pretrained(tmp_path / "in")
+    ours, params = huggingface.load(tmp_path / "in")
+    found = jax.jit(lambda params: ours.apply({"params": params}, IDS, method=call))(params)
+    np.testing.assert_allclose(found, their_outputs(theirs), atol=1e-4, rtol=0)
+    folder = open_model_folder(tmp_path / "in")
+    config = run_config(folder)
+    assert config.objective.name == objective
+    n_labels = values.get("num_labels", 0)
+    names = ",".join(f"LABEL_{i}" for i in range(n_labels)) if n_labels > 1 else ""
+    assert config.data.labels == names
+
+    assert huggingface.save(ours, params, tmp_path / "out") == name
+    before, after = (
+        safetensors.load_file(tmp_path / where / "model.safetensors") for where in ("in", "out")
+    )
+    assert {key: value.tobytes() for key, value in before.items()} == {
+        key: value.tobytes() for key, value in after.items()
+    }
+    again, loading = getattr(transformers, name).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
+    np.testing.assert_allclose(their_outputs(again.eval()), their_outputs(theirs), atol=1e-5)
+
+
+SIZES = {"n_layers": 2, "d_model": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 32}
+SIZES |= {"vocab_size": 96, "max_length": 12}
+
+
+def initialized(model, call):
+    params = model.init(jax.random.key(0), IDS, method=call)["params"]
+    params = jax.tree.map(np.asarray, jax.tree.map(lambda x: x, params))
+    import flax.linen as nn
+
+    return nn.meta.unbox(params)
+
+
+def test_a_decoder_without_biases_goes_out_as_gpt2_with_zeros(tmp_path):
+    """nanoGPT's `bias=False`."""
+    model = Decoder(TransformerConfig(**SIZES, bias=False, norm_bias=False))
+    params = initialized(model, model.__call__)
+    assert huggingface.save(model, params, tmp_path) == "GPT2LMHeadModel"
+    theirs, loading = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
+    expected = model.apply({"params": params}, IDS)
+    np.testing.assert_allclose(their_outputs(theirs.eval()), expected, atol=1e-5)
+
+
+def test_a_pooler_beside_masked_tokens_goes_out_with_a_zero_head(tmp_path):
+    fixed = {"norm_placement": "post", "embedding_norm": True, "token_types": 2}
+    fixed |= {"activation": "gelu_erf", "norm_eps": 1e-12}
+    model = Encoder(TransformerConfig(**SIZES, **fixed))
+
+    def call(model, ids):
+        return model(ids), model.pooled(model.hidden(ids), ONES)
+
+    params = initialized(model, call)
+    assert huggingface.save(model, params, tmp_path) == "BertForPreTraining"
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        out = theirs(torch.tensor(IDS))
+    logits, _ = model.apply({"params": params}, IDS, method=call)
+    np.testing.assert_allclose(out.prediction_logits, logits, atol=1e-5)
+    assert not out.seq_relationship_logits.any()
+    assert "sentence_head" in huggingface.load(tmp_path)[1]
+
+
+def test_a_bias_that_their_classifier_lacks_is_refused_unless_zero(tmp_path):
+    model = Decoder(TransformerConfig(**SIZES, n_classes=3))
+    params = initialized(model, of_text)
+    assert huggingface.save(model, params, tmp_path) == "GPT2ForSequenceClassification"
+    params["classifier"]["bias"] = np.ones(3, np.float32)
+    with pytest.raises(
+        UserError, match=r"has no classifier/bias.*optimizer.freeze=classifier/bias"
+    ):
+        huggingface.save(model, params, tmp_path / "other")
