@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.config.rules import listed
+    from lm.config.registry import listed
     from lm.data.sources import open_corpus
     from lm.data.tokenizers.sentencepiece import train_sentencepiece
 

@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 
 from lm.config.experiment_file import error_in, execute
 from lm.config.registries import SCHEMA
-from lm.config.registry import Key
-from lm.config.rules import broken_rules, listed
+from lm.config.registry import Key, listed
+from lm.config.rules import broken_rules
 from lm.errors import UserError
 from lm.json_files import read_json
 from lm.storage import AnyPath, resolve_path

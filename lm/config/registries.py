@@ -82,6 +82,8 @@ MODELS = Registry(
 )
 
 
+TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")  # families of Transformer blocks
+
 MIXERS = Registry(
     "token mixer",
     ("model.mixer",),

@@ -256,6 +256,12 @@ def _names(config: Mapping[str, Any], key: str) -> list[str]:
     return [part.partition(":")[0].strip() for part in str(value).split(",")]
 
 
+def listed(text: str) -> list[str]:
+    r"""Return the parts of a list separated by commas; "\," is a comma within a part."""
+    parts = (part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text))
+    return [part for part in parts if part]
+
+
 class Schema(Mapping[str, Key]):
     """Keys by dotted path: those in common, and the options of what is registered at the moment."""
 

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import METRICS, MODELS, OBJECTIVES, SOURCES, TOKENIZERS
-from lm.config.registry import Registry
-from lm.errors import UserError
+from lm.config.registries import (
+    METRICS,
+    MODELS,
+    OBJECTIVES,
+    SCHEMA,
+    SOURCES,
+    TOKENIZERS,
+    TRANSFORMERS,
+)
+from lm.config.registry import Registry, listed
 
-TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")
 # Values of --config.model.positions that add a bias to attention scores.
 POSITION_BIASES = ("relative", "alibi")
+# Keys whose defaults keep all rules of `model_rules.py`, and those that hold regular expressions.
+FURTHER_MODEL_KEYS = (
+    *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
+    *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local"),
+    *("mup_base_width", "mup_base_head_dim"),
+)
+PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 
 
 def broken_rules(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong between the keys of a configuration, each of which is valid by itself."""
     for rules in RULES:
         yield from rules(config)
+
+
+def _changed(config: ConfigDict, keys: Iterable[str]) -> bool:
+    """Return whether a key has another value than its default."""
+    parts = ((key, *key.split(".")) for key in keys)
+    return any(config[section][name] != SCHEMA[key].default for key, section, name in parts)
 
 
 def families_of(objective: str) -> tuple[str, ...]:
@@ -69,61 +87,6 @@ def _decoding_rules(config: ConfigDict) -> Iterator[str]:
         )
 
 
-def _pattern_rules(config: ConfigDict) -> Iterator[str]:
-    for key in ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave"):
-        section, _, name = key.partition(".")
-        try:
-            compile_patterns(key, config[section][name])
-        except UserError as error:
-            yield str(error)
-    try:
-        rename_rules(config.init.rename)
-    except UserError as error:
-        yield str(error)
-    if config.lora.rank and not listed(config.lora.targets):
-        yield "--config.lora.targets is empty: name kernels, such as attention/query"
-
-
-def compile_patterns(key: str, text: str) -> list[re.Pattern]:
-    """Return the regular expressions in a list separated by commas.
-
-    Raises:
-        UserError: one is not a regular expression; the message names `key`.
-    """
-    found = []
-    for part in listed(text):
-        try:
-            found.append(re.compile(part))
-        except re.error as error:
-            raise UserError(f"--config.{key}: {part!r} is no regular expression: {error}") from None
-    return found
-
-
-def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
-    """Return patterns and replacements of `--config.init.rename`.
-
-    Raises:
-        UserError: a rule is not PATTERN=>NAME.
-    """
-    found = []
-    for rule in listed(text):
-        pattern, arrow, replacement = rule.partition("=>")
-        if not arrow:
-            raise UserError(f"--config.init.rename: {rule!r} is not PATTERN=>NAME")
-        try:
-            found.append((re.compile(pattern), replacement))
-            found[-1][0].sub(replacement, "")
-        except re.error as error:
-            raise UserError(f"--config.init.rename: {rule!r}: {error}") from None
-    return found
-
-
-def listed(text: str) -> list[str]:
-    r"""Return the parts of a list separated by commas; "\," is a comma within a part."""
-    parts = (part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text))
-    return [part for part in parts if part]
-
-
 def _model_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
     transformer = model.family in TRANSFORMERS
@@ -143,102 +106,23 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
         and (model.head_dim or model.d_model // model.n_heads) % 2
     ):
         yield "--config.model.positions=rotary needs an even head dimension"
-    if model.rope_scaling == "llama3" and model.rope_high_frequency <= model.rope_low_frequency:
-        yield (
-            f"--config.model.rope_high_frequency={model.rope_high_frequency} must be above "
-            f"--config.model.rope_low_frequency={model.rope_low_frequency}"
-        )
-    if model.positions == "sinusoidal" and model.d_model % 2:
-        yield "--config.model.positions=sinusoidal needs an even --config.model.d_model"
-    if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
-        yield (
-            f"--config.model.relative_max_distance={model.relative_max_distance} must be above "
-            f"half of --config.model.relative_buckets={model.relative_buckets}"
-        )
-    if transformer and model.init == "uniform":
-        yield f"--config.model.init=uniform is not for --config.model.family={model.family}"
-    if model.pooling == "mean" and not transformer:
-        yield f"--config.model.pooling=mean is not for --config.model.family={model.family}"
-    if model.init == "uniform" and model.init_truncated:
-        yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
-    objective = OBJECTIVES.entries[config.objective.name]
-    if model.bidirectional and model.family == "lstm" and objective.predicts_every_token:
-        yield "--config.model.bidirectional lets a causal model see what it predicts"
-    if model.bidirectional and (model.d_hidden or model.d_model) % 2:
-        yield "--config.model.bidirectional needs an even --config.model.d_hidden"
-    if model.n_experts:
-        yield from _expert_rules(config)
-    if model.family == "lstm_encoder_decoder" and model.n_decoder_layers not in (0, model.n_layers):
-        yield (
-            "--config.model.n_decoder_layers must be --config.model.n_layers for "
-            "lstm_encoder_decoder: each layer starts from the state of its encoder layer"
-        )
-    if model.residual == "concat" and not transformer:
-        yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
-    if model.residual == "concat" and model.norm_placement == "post":
-        yield "--config.model.residual=concat needs --config.model.norm_placement=pre or both"
-    if model.dense_layers and not model.n_experts:
-        yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
-    yield from _window_rules(config)
+    changed = _changed(config, (f"model.{name}" for name in FURTHER_MODEL_KEYS))
+    if changed or model.positions in ("relative", "sinusoidal"):
+        from lm.config.model_rules import model_problems
+
+        yield from model_problems(config)
     problem = tiled_attention_problem(config)
     if model.attention == "tiled" and problem:
         yield f"--config.model.attention=tiled cannot be used with {problem}: use auto or xla"
 
 
-def _window_rules(config: ConfigDict) -> Iterator[str]:
-    model = config.model
-    if model.window and model.family != "decoder":
-        yield (
-            f"--config.model.window={model.window} is not for --config.model.family={model.family}"
-        )
-    for name in ("global_every", "rope_theta_local"):
-        if model[name] and not model.window:
-            yield f"--config.model.{name}={model[name]} needs --config.model.window"
+def _pattern_rules(config: ConfigDict) -> Iterator[str]:
+    if _changed(config, (*PATTERN_KEYS, "init.rename")):
+        from lm.config.patterns import pattern_problems
 
-
-def _expert_rules(config: ConfigDict) -> Iterator[str]:
-    model = config.model
-    if model.family not in TRANSFORMERS:
-        yield f"--config.model.n_experts is not for --config.model.family={model.family}"
-    if model.experts_per_token > model.n_experts:
-        yield (
-            f"--config.model.experts_per_token={model.experts_per_token} is above "
-            f"--config.model.n_experts={model.n_experts}"
-        )
-    for name in ("n_layers", "n_decoder_layers"):
-        if not model[name]:
-            continue
-        if model.dense_layers >= model[name]:
-            yield (
-                f"--config.model.dense_layers={model.dense_layers} leaves no layer with experts: "
-                f"--config.model.{name}={model[name]}"
-            )
-        elif (model[name] - model.dense_layers) % model.experts_every:
-            less = " less --config.model.dense_layers" if model.dense_layers else ""
-            yield (
-                f"--config.model.{name}={model[name]}{less} is not divisible by "
-                f"--config.model.experts_every={model.experts_every}"
-            )
-    if model.activation_dropout:
-        yield "--config.model.activation_dropout is not for --config.model.n_experts"
-
-
-def _mup_rules(config: ConfigDict) -> Iterator[str]:
-    model = config.model
-    if model.mup_base_head_dim and not model.mup_base_width:
-        yield (
-            f"--config.model.mup_base_head_dim={model.mup_base_head_dim} needs "
-            "--config.model.mup_base_width"
-        )
-    if not model.mup_base_width:
-        return
-    if model.family not in TRANSFORMERS:
-        yield f"--config.model.mup_base_width is not for --config.model.family={model.family}"
-    if config.optimizer.name not in ("adamw", "muon"):
-        yield (
-            "--config.model.mup_base_width needs --config.optimizer.name adamw or muon, "
-            f"not {config.optimizer.name}"
-        )
+        yield from pattern_problems(config, PATTERN_KEYS)
+    if config.lora.rank and not listed(config.lora.targets):
+        yield "--config.lora.targets is empty: name kernels, such as attention/query"
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
@@ -333,7 +217,6 @@ def tiled_attention_problem(config: ConfigDict) -> str:
 
 RULES = (
     _model_rules,
-    _mup_rules,
     _data_rules,
     _source_rules,
     _family_rules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lm.config.rules import listed
+from lm.config.registry import listed
 from lm.data.sources import Corpus, find_source, has_validation, open_corpus
 from lm.data.store import TokenStore, build_token_store
 from lm.data.tokenizers.tokenizer import Tokenizer, is_fitted, make_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config.rules import listed
+from lm.config.registry import listed
 from lm.data.batches import prefetch
 from lm.data.records.record_store import RecordStore
 from lm.decoding.batch import decode_best

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lm.config.rules import TRANSFORMERS, tiled_attention_problem
+from lm.config.registries import TRANSFORMERS
+from lm.config.rules import tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention

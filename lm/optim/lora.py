@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from lm.config.patterns import compile_patterns
 from lm.errors import UserError
 from lm.models.variables import KERNELS, LORA, Kind, Param, flat, nested, param_infos
-from lm.optim.parameter_groups import compile_patterns
 
 Tree = Any
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.config.rules import compile_patterns
+from lm.config.patterns import compile_patterns
 from lm.errors import UserError
 from lm.models.variables import LORA, Kind, ParamInfo, flat, nested
 

@@ -7,8 +7,7 @@ from math import prod
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import MODELS, OBJECTIVES
-from lm.config.rules import TRANSFORMERS
+from lm.config.registries import MODELS, OBJECTIVES, TRANSFORMERS
 from lm.errors import UserError
 from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lm.config.rules import rename_rules
+from lm.config.patterns import rename_rules
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer

@@ -58,7 +58,7 @@ def test_names_that_look_like_something_else(tmp_path, name):
 
 
 def test_commas_in_names_are_escaped():
-    from lm.config.rules import listed
+    from lm.config.registry import listed
 
     assert listed(r"text:a\,b.txt, text:c,") == ["text:a,b.txt", "text:c"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
-from lm.config.rules import TRANSFORMERS
+from lm.config.registries import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
 from lm.models.variables import flat

@@ -25,8 +25,7 @@ from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
 from lm.config.plugins import import_plugins
-from lm.config.registries import SCHEMA
-from lm.config.rules import TRANSFORMERS
+from lm.config.registries import SCHEMA, TRANSFORMERS
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
 from lm.parallel.hosts import end_with_parent

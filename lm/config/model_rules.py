@@ -1,0 +1,115 @@
+"""Rules of models beyond a plain decoder: other families, positions, experts, windows, muP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from lm.config.registries import OBJECTIVES, TRANSFORMERS
+
+
+def model_problems(config: ConfigDict) -> Iterator[str]:
+    """Yield what is wrong between the keys of section "model", and keys that depend on them.
+
+    A model with the defaults of `FURTHER_MODEL_KEYS` (`rules.py`) breaks none of the rules.
+    """
+    for rules in (_shape_rules, _expert_rules, _window_rules, _mup_rules):
+        yield from rules(config)
+
+
+def _shape_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    transformer = model.family in TRANSFORMERS
+    if model.rope_scaling == "llama3" and model.rope_high_frequency <= model.rope_low_frequency:
+        yield (
+            f"--config.model.rope_high_frequency={model.rope_high_frequency} must be above "
+            f"--config.model.rope_low_frequency={model.rope_low_frequency}"
+        )
+    if model.positions == "sinusoidal" and model.d_model % 2:
+        yield "--config.model.positions=sinusoidal needs an even --config.model.d_model"
+    if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
+        yield (
+            f"--config.model.relative_max_distance={model.relative_max_distance} must be above "
+            f"half of --config.model.relative_buckets={model.relative_buckets}"
+        )
+    if transformer and model.init == "uniform":
+        yield f"--config.model.init=uniform is not for --config.model.family={model.family}"
+    if model.pooling == "mean" and not transformer:
+        yield f"--config.model.pooling=mean is not for --config.model.family={model.family}"
+    if model.init == "uniform" and model.init_truncated:
+        yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
+    objective = OBJECTIVES.entries[config.objective.name]
+    if model.bidirectional and model.family == "lstm" and objective.predicts_every_token:
+        yield "--config.model.bidirectional lets a causal model see what it predicts"
+    if model.bidirectional and (model.d_hidden or model.d_model) % 2:
+        yield "--config.model.bidirectional needs an even --config.model.d_hidden"
+    if model.family == "lstm_encoder_decoder" and model.n_decoder_layers not in (0, model.n_layers):
+        yield (
+            "--config.model.n_decoder_layers must be --config.model.n_layers for "
+            "lstm_encoder_decoder: each layer starts from the state of its encoder layer"
+        )
+    if model.residual == "concat" and not transformer:
+        yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
+    if model.residual == "concat" and model.norm_placement == "post":
+        yield "--config.model.residual=concat needs --config.model.norm_placement=pre or both"
+    if model.dense_layers and not model.n_experts:
+        yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
+
+
+def _expert_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if not model.n_experts:
+        return
+    if model.family not in TRANSFORMERS:
+        yield f"--config.model.n_experts is not for --config.model.family={model.family}"
+    if model.experts_per_token > model.n_experts:
+        yield (
+            f"--config.model.experts_per_token={model.experts_per_token} is above "
+            f"--config.model.n_experts={model.n_experts}"
+        )
+    for name in ("n_layers", "n_decoder_layers"):
+        if not model[name]:
+            continue
+        if model.dense_layers >= model[name]:
+            yield (
+                f"--config.model.dense_layers={model.dense_layers} leaves no layer with experts: "
+                f"--config.model.{name}={model[name]}"
+            )
+        elif (model[name] - model.dense_layers) % model.experts_every:
+            less = " less --config.model.dense_layers" if model.dense_layers else ""
+            yield (
+                f"--config.model.{name}={model[name]}{less} is not divisible by "
+                f"--config.model.experts_every={model.experts_every}"
+            )
+    if model.activation_dropout:
+        yield "--config.model.activation_dropout is not for --config.model.n_experts"
+
+
+def _window_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.window and model.family != "decoder":
+        yield (
+            f"--config.model.window={model.window} is not for --config.model.family={model.family}"
+        )
+    for name in ("global_every", "rope_theta_local"):
+        if model[name] and not model.window:
+            yield f"--config.model.{name}={model[name]} needs --config.model.window"
+
+
+def _mup_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.mup_base_head_dim and not model.mup_base_width:
+        yield (
+            f"--config.model.mup_base_head_dim={model.mup_base_head_dim} needs "
+            "--config.model.mup_base_width"
+        )
+    if not model.mup_base_width:
+        return
+    if model.family not in TRANSFORMERS:
+        yield f"--config.model.mup_base_width is not for --config.model.family={model.family}"
+    if config.optimizer.name not in ("adamw", "muon"):
+        yield (
+            "--config.model.mup_base_width needs --config.optimizer.name adamw or muon, "
+            f"not {config.optimizer.name}"
+        )
