@@ -27,9 +27,8 @@ from lm.models.variables import (
     param_infos,
     with_state,
 )
-from lm.objectives.losses import add_sown
 from lm.objectives.objective import Batch, LossSums, Objective
-from lm.parallel.per_row_rng import per_row_key, select_rows
+from lm.parallel.mesh import per_row_key, select_rows
 
 if TYPE_CHECKING:  # imported only where parameters are frozen
     from lm.optim.parameter_groups import TrainableMask
@@ -225,7 +224,11 @@ class Steps:
         sums, after = loss({**variables, **before.carry}, batch, rngs=rngs)
         reported = {name: after.pop(name) for name in COLLECTIONS if name in after}
         model_state = after.pop(MODEL_STATE, before.model_state)
-        return add_sown(sums, reported, batch), Between(after, model_state)
+        if reported:
+            from lm.objectives.layer_losses import add_sown
+
+            sums = add_sown(sums, reported, batch)
+        return sums, Between(after, model_state)
 
     def _merged(self, params: Params) -> Params:
         """Return the parameters of the model, low-rank updates added."""

@@ -6,7 +6,6 @@ G key/value heads, K head dim, N layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -344,7 +343,7 @@ def rotary_angles(
     positions_BL: jax.Array,
     head_dim: int,
     theta: float,
-    scale: Callable[[jax.Array], jax.Array] = lambda frequencies: frequencies,
+    scale: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
 
@@ -355,7 +354,7 @@ def rotary_angles(
         scale: maps the frequencies [K/2] to those of a longer context.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-    return positions_BL[..., None] * scale(frequencies)
+    return positions_BL[..., None] * (scale(frequencies) if scale else frequencies)
 
 
 def layer_angles(
@@ -367,34 +366,16 @@ def layer_angles(
     stay inside the window.
     """
     c = config
-    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, rope_scaling(c))
+    scale = None
+    if c.rope_scaling != "none":
+        from lm.models.positions import rope_scaling
+
+        scale = rope_scaling(c)
+    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, scale)
     if not (c.window and c.rope_theta_local):
         return angles, None
     local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
     return (angles, local) if c.global_every else (local, None)
-
-
-def rope_scaling(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
-    """Return the function that scales RoPE frequencies to a longer context.
-
-    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those with fewer than
-    `rope_low_frequency` periods in the original context, keeps those with more than
-    `rope_high_frequency`, and interpolates linearly in between (Llama 3.1's released code).
-    """
-    c = config
-
-    def llama3(frequencies: jax.Array) -> jax.Array:
-        n_periods = c.rope_original_length * frequencies / (2 * math.pi)
-        low, high = c.rope_low_frequency, c.rope_high_frequency
-        kept = jnp.clip((n_periods - low) / (high - low), 0, 1)
-        return frequencies * (kept + (1 - kept) / c.rope_factor)
-
-    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "none": lambda frequencies: frequencies,
-        "linear": lambda frequencies: frequencies / c.rope_factor,
-        "llama3": llama3,
-    }
-    return kinds[c.rope_scaling]
 
 
 def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:

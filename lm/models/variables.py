@@ -246,8 +246,8 @@ def symmetric_uniform(bound: float) -> Initializer:
 # --- values that layers report
 
 LOSSES, METRICS = "losses", "metrics"
-# Collections of one number a row, which the training step reads and adds up (`add_sown` in
-# `lm/objectives/losses.py`); where nobody collects them, as in decoding, they are not computed.
+# Collections of one number a row, added up by the training step (`lm/objectives/layer_losses.py`);
+# where nobody collects them, as in decoding, they are not computed.
 COLLECTIONS = (LOSSES, METRICS)
 
 

@@ -1,20 +1,19 @@
-"""Losses that objectives share: cross-entropy, of all targets of a batch, and what layers report.
+"""Losses that objectives share: cross-entropy, of each target and of all targets of a batch.
 
 Shape letters: N layers, B batch, L length, T targets, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.variables import LOSSES, METRICS, MODEL_STATE
-from lm.objectives.objective import Batch, BoundModel, LossSums
+from lm.models.variables import MODEL_STATE
+from lm.objectives.objective import BoundModel, LossSums
 from lm.parallel.mesh import constrain, count_shards
 
 
@@ -166,40 +165,3 @@ def n_chunks(length: int, longest: int) -> int:
     """Return the least number of equal chunks of at most `longest` columns; 0: one chunk."""
     fewest = -(-length // longest) if longest else 1
     return next(n for n in range(fewest, length + 1) if length % n == 0)
-
-
-def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
-    """Return the sums of an objective plus the losses and metrics that layers sowed.
-
-    A row's figures are weighted by the row's targets: so they are sums over the batch like the
-    objective's own, divided by the same weight, and do not depend on how rows are split over
-    devices or microbatches. The metric "nll" stays, or becomes, the loss without them.
-
-    Args:
-        sums: sums of the objective.
-        sown: Flax collections `LOSSES` and `METRICS`, leaves [B] or [N, B].
-        batch: features of the same batch.
-    """
-    if not sown:
-        return sums
-    weights_B = row_weights(batch)
-
-    def total(value_NB: jax.Array) -> jax.Array:
-        return (value_NB.reshape(-1, len(weights_B)) * weights_B).sum()
-
-    loss = sum(map(total, jax.tree.leaves(sown.get(LOSSES, {}))), sums.loss)
-    layers: dict[str, list[jax.Array]] = {}
-    for path, value_NB in jax.tree.leaves_with_path(sown.get(METRICS, {})):
-        name = path[-2].key  # the last part of the path is the index among the values sown
-        layers.setdefault(name, []).append(value_NB.reshape(-1, len(weights_B)))
-    means = {
-        name: total(jnp.concatenate(values)) / sum(map(len, values))
-        for name, values in layers.items()
-    }
-    return LossSums(loss, sums.weight, {"nll": sums.loss} | sums.metrics | means)
-
-
-def row_weights(batch: Batch) -> jax.Array:
-    """Return the sum [B] of the weights of each row's targets."""
-    weights = batch["weights"]
-    return weights.reshape(len(weights), -1).sum(1)

@@ -1,8 +1,8 @@
 """Parallelism: devices, mesh, and what runs on each device.
 
 Read `mesh` first (named axes, processes, rules from logical axes to mesh axes); then `pipeline`,
-`experts`, `sharded_lookup` and `per_row_rng`, which the rules alone do not express, and `hosts`
-(joining the processes of a run). Models use `mesh.constrain`, `mesh.embedding_lookup`,
+`experts` and `sharded_lookup`, which the rules alone do not express, and `hosts` (joining the
+processes of a run). Models use `mesh.constrain`, `mesh.embedding_lookup`,
 `pipeline.scan_as_pipeline` and `experts.mixture_of_experts`.
 `xla_flags` has the compiler's options, `agreement` compares the processes before the first step.
 """

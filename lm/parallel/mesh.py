@@ -3,7 +3,8 @@
 Axes are ordered from the outermost (slowest network). Models name the axes of their arrays
 ("embed", "heads", …) and know no mesh; the rules say which mesh axes shard each. A name without a
 rule is an error, never silent replication. While a step is traced inside `use_mesh`, `constrain`
-and the functions after it read the mesh from the context.
+and the functions after it read the mesh from the context. What a row draws at random does not
+depend on where it is computed.
 
 Shape letters: B batch, L length, V vocabulary, D model.
 """
@@ -16,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
+from jax.extend.random import define_prng_impl
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
@@ -390,3 +392,72 @@ def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[st
     """Return those of a dimension's mesh axes that have more than one device."""
     named = (axes,) if isinstance(axes, str) else axes or ()
     return tuple(axis for axis in named if mesh.shape[axis] > 1)
+
+
+# --- random keys of rows
+#
+# A draw of shape [B, …] from a per-row key gives the same numbers whether the batch is computed at
+# once or in parts (microbatches, pipeline stages): the key of a part holds the indices of its rows.
+# Models use it like any JAX key. It is four words: the two of a Threefry key, the index of the
+# first row, and the row stride.
+
+
+def per_row_key(key: jax.Array) -> jax.Array:
+    """Return the per-row key of a whole batch."""
+    return _wrap(key, jnp.array([0, 1], jnp.uint32))
+
+
+def select_rows(key: jax.Array, first: jax.Array | int, step: int) -> jax.Array:
+    """Return the key of rows first, first + step, … of the rows that `key` is for."""
+    plain, rows = _unpack(jax.random.key_data(key))
+    first = jnp.asarray(first).astype(jnp.uint32)
+    return _wrap(plain, jnp.stack([rows[0] + rows[1] * first, rows[1] * step]))
+
+
+def _unpack(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.random.wrap_key_data(words[:2], impl="threefry2x32"), words[2:]
+
+
+def _pack(plain: jax.Array, rows: jax.Array) -> jax.Array:
+    data = jax.random.key_data(plain)
+    return jnp.concatenate([data, jnp.broadcast_to(rows, data.shape)], axis=-1)
+
+
+def _wrap(plain: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(_pack(plain, rows), impl=_PER_ROW)
+
+
+def _seed(seed: Any) -> jax.Array:
+    return _pack(jax.random.key(seed, impl="threefry2x32"), jnp.array([0, 1], jnp.uint32))
+
+
+def _split(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    plain, rows = _unpack(words)
+    return _pack(jax.random.split(plain, shape), rows)
+
+
+def _fold_in(words: jax.Array, number: Any) -> jax.Array:
+    plain, rows = _unpack(words)
+    return _pack(jax.random.fold_in(plain, number), rows)
+
+
+def _random_bits(words: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+    plain, (first, step) = _unpack(words)
+    dtype = jnp.dtype(f"uint{bit_width}")
+    if not shape:
+        return jax.random.bits(plain, (), dtype)
+    rows = first + step * jnp.arange(shape[0], dtype=jnp.uint32)
+    return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(plain, row), shape[1:], dtype))(
+        rows
+    )
+
+
+_PER_ROW: Any = define_prng_impl(
+    key_shape=(4,),
+    seed=_seed,
+    split=_split,
+    random_bits=_random_bits,
+    fold_in=_fold_in,
+    name="by_row",
+    tag="rows",
+)

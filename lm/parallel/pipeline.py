@@ -36,8 +36,7 @@ from flax.core.scope import LazyRng
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.parallel.mesh import BATCH_AXES, current_mesh, current_pipeline
-from lm.parallel.per_row_rng import select_rows
+from lm.parallel.mesh import BATCH_AXES, current_mesh, current_pipeline, select_rows
 
 Tree = Any
 
