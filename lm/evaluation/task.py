@@ -23,8 +23,7 @@ from lm.evaluation.scores import score_predictions
 from lm.experiment import Experiment
 from lm.models.variables import Params
 from lm.objectives.objective import Answer
-from lm.parallel.mesh import is_primary_host
-from lm.runs.checkpoints import on_all_hosts
+from lm.parallel.mesh import is_primary_host, on_all_hosts
 from lm.storage import storage_path
 
 Task = Callable[[Experiment, Params, Sequence[RecordStore]], list[Answer]]

@@ -96,6 +96,15 @@ def print_on_primary_host(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def on_all_hosts(value: bool) -> bool:
+    """Return whether `value` is true on every host."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
 class CrossHostMax:
     """Maximum over processes of an integer, known to all of them one step later.
 

@@ -19,15 +19,18 @@ from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host
-from lm.runs.checkpoints import (
-    Log,
+from lm.runs.checkpoints import Log
+from lm.runs.workdir import (
+    BATCH_SIZE,
+    RUN_FILE,
+    Metadata,
     check_same,
     checkpoint_steps,
     damaged_steps,
     has_steps,
+    history_of,
     read_run_metadata,
 )
-from lm.runs.workdir import BATCH_SIZE, RUN_FILE, Metadata, history_of
 from lm.storage import AnyPath, open_run_folder, storage_path, upload_changes, write_atomically
 
 # Starts of the keys that may change in a run; those that define the model, the objective or the

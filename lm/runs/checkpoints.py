@@ -2,8 +2,8 @@
 
 `run.json` holds the resolved configuration, what was given where that differs, and the digests of
 tokenizer and data. Starting a run again with other data, or without `--change` with another
-configuration, is an error that names the difference. Checkpoints
-are written by Orbax asynchronously and atomically, and verified when they are read.
+configuration, is an error that names the difference (`workdir.py`). Checkpoints are written by
+Orbax asynchronously and atomically, and verified when they are read.
 
 A checkpoint holds the training state and a metadata file: step, configuration of the run, digests
 of its tokenizer and data, and a checksum of every array. The checksums do not depend on the mesh,
@@ -17,31 +17,26 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.config.registries import SCHEMA
 from lm.data.dataset import Dataset
 from lm.errors import UserError
-from lm.json_files import read_json
-from lm.parallel.mesh import is_primary_host
-from lm.runs.workdir import RUN_FILE, metadata_at
-from lm.storage import AnyPath, is_committed, storage_path, upload_changes, write_atomically
+from lm.parallel.mesh import is_primary_host, on_all_hosts
+from lm.runs.workdir import RUN_FILE, Change, check_same, continued, metadata_at, set_aside
+from lm.storage import AnyPath, storage_path, upload_changes, write_atomically
 from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
 
 Log = Callable[[str], None]
-Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 def ignore_line(line: str) -> None:
@@ -159,7 +154,8 @@ class Checkpoints:
             if on_all_hosts(problem is None):
                 return state
             log(f"checkpoint {step} is damaged ({problem or 'on another host'}); set aside")
-            self._set_aside(step)
+            set_aside(self._folder, step)
+            self._manager.reload()
         return None
 
     def _read(self, step: int, target: dict[str, Any]) -> tuple[TrainState | None, str | None]:
@@ -180,17 +176,6 @@ class Checkpoints:
         if "fingerprint" in self.metadata:
             check_same(self._folder / str(step), saved, metadata_at(self.metadata, step))
         return TrainState(**restored["state"]), None
-
-    def _set_aside(self, step: int) -> None:
-        if is_primary_host():
-            aside = self._folder.parent / "damaged"
-            aside.mkdir(exist_ok=True)
-            (aside / ".keep").touch()  # in a bucket an empty folder is none
-            n = sum(1 for _ in aside.glob(f"{step}*"))
-            (self._folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
-        self._manager.reload()
 
     def wait(self) -> None:
         """Wait until all saves are on the disk."""
@@ -234,13 +219,6 @@ def _sums(tree: Any) -> list[jax.Array]:
 def one_line(error: Exception) -> str:
     """Return an error's type and the start of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
-
-
-def on_all_hosts(value: bool) -> bool:
-    """Return whether `value` is true on every host."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
 @contextlib.contextmanager
@@ -300,145 +278,12 @@ def prepare_workdir(
     Raises:
         UserError: the workdir holds another run.
     """
-    before = _earlier_run(workdir)
-    if jax.process_count() > 1:
-        _require_same_run(workdir, before, dataset)
-    if before is not None:
-        metadata |= {"history": before["history"]} if "history" in before else {}
-        if change is not None:
-            metadata = change(before, metadata)
-            before = before | {"config": metadata["config"]}
-        check_same(workdir, before, metadata, "continue it with --change, or ")
+    files = (workdir / RUN_FILE, workdir / "metrics.jsonl")
+    folders = (storage_path(workdir / "checkpoints"), storage_path(workdir / "damaged"))
+    if jax.process_count() > 1 or any(path.exists() for path in (*files, *folders)):
+        metadata = continued(workdir, metadata, dataset.fingerprint, change)
     if is_primary_host():
         dataset.tokenizer.save(workdir / "tokenizer")
         write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
         upload_changes()
     return metadata
-
-
-def _earlier_run(workdir: Path) -> dict[str, Any] | None:
-    """Return the metadata of the run in the workdir, None if there is none.
-
-    Where run.json is missing or damaged, the newest readable checkpoint knows it. A start that
-    failed before its first step left no run.
-    """
-    try:
-        metadata = read_run_metadata(workdir)
-    except UserError:
-        metadata = _saved_metadata(workdir)
-        if metadata is None:
-            raise
-    else:
-        metadata = metadata or _saved_metadata(workdir)
-    return metadata if has_steps(workdir) else None
-
-
-def _saved_metadata(workdir: Path) -> dict[str, Any] | None:
-    for step in reversed(checkpoint_steps(workdir)):
-        file = storage_path(workdir / "checkpoints") / str(step) / "metadata" / "metadata"
-        with contextlib.suppress(UserError, FileNotFoundError):
-            saved = read_json(file)
-            if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
-                return saved
-    return None
-
-
-def damaged_steps(workdir: Path) -> list[str]:
-    """Return the names of the checkpoints that were set aside."""
-    folder = storage_path(workdir / "damaged")
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry.name for entry in entries if entry.name[:1].isdigit())
-
-
-def has_steps(workdir: Path) -> bool:
-    """Return whether the workdir holds anything of steps: checkpoints, damaged ones, metrics."""
-    metrics = workdir / "metrics.jsonl"
-    written = metrics.is_file() and metrics.stat().st_size > 0
-    return bool(written or checkpoint_steps(workdir) or damaged_steps(workdir))
-
-
-def require_no_lost_steps(workdir: Path) -> None:
-    """Raise UserError where a run would begin at step 0 although it had checkpoints."""
-    if lost := damaged_steps(workdir):
-        raise UserError(
-            f"no checkpoint of {storage_path(workdir)} can be read (damaged: {', '.join(lost)}): "
-            f"put an undamaged copy into {storage_path(workdir / 'checkpoints')}, or begin again "
-            "at step 0 with --restart, which keeps the old run in a folder restarted.N"
-        )
-
-
-def set_lost_run_aside(workdir: Path) -> None:
-    """Move the run in the workdir to its folder restarted.N if no checkpoint of it is left.
-
-    A run that can go on stays: a supervisor may start the same command again and again.
-
-    Raises:
-        UserError: the run is in a bucket, or the workdir cannot be written.
-    """
-    lost = bool(damaged_steps(workdir)) and not checkpoint_steps(workdir)
-    if not on_all_hosts(lost):
-        return
-    if not isinstance(storage_path(workdir), Path):
-        raise UserError("--restart: runs in a bucket stay as they are; use another --workdir")
-    if is_primary_host() and workdir.is_dir():
-        entries = [e for e in workdir.iterdir() if not e.name.startswith(("restarted.", ".lock"))]
-        n = sum(1 for _ in workdir.glob("restarted.*"))
-        try:
-            for entry in entries:
-                (workdir / f"restarted.{n}").mkdir(exist_ok=True)
-                entry.rename(workdir / f"restarted.{n}" / entry.name)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("set the run aside")
-
-
-def _require_same_run(workdir: Path, before: dict[str, Any] | None, dataset: Dataset) -> None:
-    """Compare over all processes the data and what they find in the workdir."""
-    from lm.parallel.agreement import require_agreement
-
-    facts: dict[str, Any] = {f"data of {k}": v for k, v in dataset.fingerprint.items()}
-    facts["the run in --workdir"] = None
-    if before is not None:
-        text = json.dumps(before, sort_keys=True).encode()
-        facts["the run in --workdir"] = sha256(text).hexdigest()[:12]
-    facts["the newest checkpoint"] = max(checkpoint_steps(workdir), default=None)
-    require_agreement(facts)
-
-
-def checkpoint_steps(workdir: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run."""
-    folder = storage_path(workdir / "checkpoints")
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(e.name) for e in entries if e.name.isdigit() and is_committed(e))
-
-
-def read_run_metadata(workdir: Path) -> dict[str, Any] | None:
-    """Return the content of run.json; None if there is no run."""
-    try:
-        metadata = read_json(workdir / RUN_FILE)
-    except FileNotFoundError:
-        return None
-    for name in ("config", "fingerprint"):
-        if not isinstance(metadata.get(name), dict):
-            raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged (it has no {name!r})")
-    return metadata
-
-
-def check_same(
-    workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = ""
-) -> None:
-    """Raise UserError where configuration or data of a run differ from what they were before."""
-    different = configs.differences(before["config"], now["config"])
-    if different:
-        raise UserError(
-            f"{storage_path(workdir)} holds a run of another configuration "
-            f"({'; '.join(different)}); {advice}use another --workdir"
-        )
-    old, new = before.get("fingerprint", {}), now["fingerprint"]
-    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    if changed:
-        raise UserError(
-            f"changed since the run in {storage_path(workdir)} was started: {', '.join(changed)}; "
-            "restore the data, or use another --workdir"
-        )

@@ -1,21 +1,32 @@
-"""Content of run.json: configuration of a run, and the history of its changes."""
+"""Workdir of a run that exists: content of run.json, and what earlier starts left.
+
+`checkpoints.py` has what a new run needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.errors import UserError
-from lm.storage import storage_path
+from lm.json_files import read_json
+from lm.parallel.mesh import is_primary_host, on_all_hosts
+from lm.storage import AnyPath, is_committed, storage_path
 
 RUN_FILE = "run.json"
 BATCH_SIZE = "data.batch_size"
 
 Metadata = dict[str, Any]
+Change = Callable[[Metadata, Metadata], Metadata]
 
 # Overrides that turn the configuration of a LoRA run into that of the merged model.
 MERGED_OVERRIDES = {"lora.rank": "0", "optimizer.freeze": "", "init.from": ""}
@@ -79,3 +90,180 @@ def first_row(metadata: Mapping[str, Any]) -> int:
             rows += (entry["step"] - step) * size
             step = entry["step"]
     return rows - step * metadata["config"]["data"]["batch_size"]
+
+
+# --- what earlier starts left
+
+
+def continued(
+    workdir: Path,
+    metadata: Metadata,
+    fingerprint: Mapping[str, Any],
+    change: Change | None = None,
+) -> Metadata:
+    """Compare a start with the run in the workdir, if there is one.
+
+    Args:
+        workdir: local folder of the run.
+        metadata: what this start knows of the run (`checkpoints.run_metadata`).
+        fingerprint: digests of tokenizer and data.
+        change: as for `checkpoints.prepare_workdir`.
+
+    Returns:
+        The metadata of the run.
+
+    Raises:
+        UserError: the workdir holds another run, or processes find different ones.
+    """
+    before = _earlier_run(workdir)
+    if jax.process_count() > 1:
+        _require_same_run(workdir, before, fingerprint)
+    if before is not None:
+        metadata |= {"history": before["history"]} if "history" in before else {}
+        if change is not None:
+            metadata = change(before, metadata)
+            before = before | {"config": metadata["config"]}
+        check_same(workdir, before, metadata, "continue it with --change, or ")
+    return metadata
+
+
+def _earlier_run(workdir: Path) -> Metadata | None:
+    """Return the metadata of the run in the workdir, None if there is none.
+
+    Where run.json is missing or damaged, the newest readable checkpoint knows it. A start that
+    failed before its first step left no run.
+    """
+    try:
+        metadata = read_run_metadata(workdir)
+    except UserError:
+        metadata = _saved_metadata(workdir)
+        if metadata is None:
+            raise
+    else:
+        metadata = metadata or _saved_metadata(workdir)
+    return metadata if has_steps(workdir) else None
+
+
+def _saved_metadata(workdir: Path) -> Metadata | None:
+    for step in reversed(checkpoint_steps(workdir)):
+        file = storage_path(workdir / "checkpoints") / str(step) / "metadata" / "metadata"
+        with contextlib.suppress(UserError, FileNotFoundError):
+            saved = read_json(file)
+            if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
+                return saved
+    return None
+
+
+def damaged_steps(workdir: Path) -> list[str]:
+    """Return the names of the checkpoints that were set aside."""
+    folder = storage_path(workdir / "damaged")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry.name for entry in entries if entry.name[:1].isdigit())
+
+
+def has_steps(workdir: Path) -> bool:
+    """Return whether the workdir holds anything of steps: checkpoints, damaged ones, metrics."""
+    metrics = workdir / "metrics.jsonl"
+    written = metrics.is_file() and metrics.stat().st_size > 0
+    return bool(written or checkpoint_steps(workdir) or damaged_steps(workdir))
+
+
+def set_aside(folder: AnyPath, step: int) -> None:
+    """Move a damaged checkpoint in `folder` to the folder "damaged" beside it."""
+    if is_primary_host():
+        aside = folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        (aside / ".keep").touch()  # in a bucket an empty folder is none
+        n = sum(1 for _ in aside.glob(f"{step}*"))
+        (folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"set aside {step}")
+
+
+def require_no_lost_steps(workdir: Path) -> None:
+    """Raise UserError where a run would begin at step 0 although it had checkpoints."""
+    if lost := damaged_steps(workdir):
+        raise UserError(
+            f"no checkpoint of {storage_path(workdir)} can be read (damaged: {', '.join(lost)}): "
+            f"put an undamaged copy into {storage_path(workdir / 'checkpoints')}, or begin again "
+            "at step 0 with --restart, which keeps the old run in a folder restarted.N"
+        )
+
+
+def set_lost_run_aside(workdir: Path) -> None:
+    """Move the run in the workdir to its folder restarted.N if no checkpoint of it is left.
+
+    A run that can go on stays: a supervisor may start the same command again and again.
+
+    Raises:
+        UserError: the run is in a bucket, or the workdir cannot be written.
+    """
+    lost = bool(damaged_steps(workdir)) and not checkpoint_steps(workdir)
+    if not on_all_hosts(lost):
+        return
+    if not isinstance(storage_path(workdir), Path):
+        raise UserError("--restart: runs in a bucket stay as they are; use another --workdir")
+    if is_primary_host() and workdir.is_dir():
+        entries = [e for e in workdir.iterdir() if not e.name.startswith(("restarted.", ".lock"))]
+        n = sum(1 for _ in workdir.glob("restarted.*"))
+        try:
+            for entry in entries:
+                (workdir / f"restarted.{n}").mkdir(exist_ok=True)
+                entry.rename(workdir / f"restarted.{n}" / entry.name)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set the run aside")
+
+
+def _require_same_run(
+    workdir: Path, before: Metadata | None, fingerprint: Mapping[str, Any]
+) -> None:
+    """Compare over all processes the data and what they find in the workdir."""
+    from lm.parallel.agreement import require_agreement
+
+    facts: Metadata = {f"data of {k}": v for k, v in fingerprint.items()}
+    facts["the run in --workdir"] = None
+    if before is not None:
+        text = json.dumps(before, sort_keys=True).encode()
+        facts["the run in --workdir"] = sha256(text).hexdigest()[:12]
+    facts["the newest checkpoint"] = max(checkpoint_steps(workdir), default=None)
+    require_agreement(facts)
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run."""
+    folder = storage_path(workdir / "checkpoints")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(e.name) for e in entries if e.name.isdigit() and is_committed(e))
+
+
+def read_run_metadata(workdir: Path) -> Metadata | None:
+    """Return the content of run.json; None if there is no run."""
+    try:
+        metadata = read_json(workdir / RUN_FILE)
+    except FileNotFoundError:
+        return None
+    for name in ("config", "fingerprint"):
+        if not isinstance(metadata.get(name), dict):
+            raise UserError(f"{storage_path(workdir / RUN_FILE)} is damaged (it has no {name!r})")
+    return metadata
+
+
+def check_same(
+    workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = ""
+) -> None:
+    """Raise UserError where configuration or data of a run differ from what they were before."""
+    different = configs.differences(before["config"], now["config"])
+    if different:
+        raise UserError(
+            f"{storage_path(workdir)} holds a run of another configuration "
+            f"({'; '.join(different)}); {advice}use another --workdir"
+        )
+    old, new = before.get("fingerprint", {}), now["fingerprint"]
+    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"changed since the run in {storage_path(workdir)} was started: {', '.join(changed)}; "
+            "restore the data, or use another --workdir"
+        )

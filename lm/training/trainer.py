@@ -28,18 +28,21 @@ from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat
-from lm.parallel.mesh import LENGTH_AXIS, CrossHostMax, is_primary_host, replicated_axes
+from lm.parallel.mesh import (
+    LENGTH_AXIS,
+    CrossHostMax,
+    is_primary_host,
+    on_all_hosts,
+    replicated_axes,
+)
 from lm.runs.checkpoints import (
     Checkpoints,
     Log,
     ignore_line,
-    on_all_hosts,
     prepare_workdir,
-    require_no_lost_steps,
     run_metadata,
-    set_lost_run_aside,
 )
-from lm.runs.workdir import first_row
+from lm.runs.workdir import first_row, require_no_lost_steps, set_lost_run_aside
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
 from lm.training.monitor import (
@@ -117,13 +120,15 @@ def train(
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
         if state is None:
-            require_no_lost_steps(workdir)
+            if storage_path(workdir / "damaged").exists():
+                require_no_lost_steps(workdir)
             state = _first_state(experiment, dataset.tokenizer, log)
-        first_step = int(jax.device_get(state.step))
+        first_step, row_0 = int(jax.device_get(state.step)), 0
         if "history" in metadata:
             from lm.runs import changes
 
             checkpoints.metadata = metadata = changes.settle(workdir, metadata, first_step)
+            row_0 = first_row(metadata)
         if first_step:
             log(f"continuing from step {first_step}")
         clock = Clock(workdir / "clock.json", first_step)
@@ -143,7 +148,7 @@ def train(
         try:
             with watchdog(config.train.stall_seconds) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
-                loop = Loop(experiment, dataset, state, first_step, outputs, first_row(metadata))
+                loop = Loop(experiment, dataset, state, first_step, outputs, row_0)
                 finished = loop.run(stop)
                 with clock.part("checkpoint"):
                     checkpoints.close()
