@@ -76,7 +76,7 @@ class Classification(Objective[RecordStore, Record]):
         }
 
     @property
-    def n_extra_ids(self) -> int:
+    def n_extra_ids(self) -> int:  # type: ignore[override]
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:

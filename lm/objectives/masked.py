@@ -92,7 +92,7 @@ class Masked(Objective[TokenStore, Example]):
         return self.length - (3 if self.next_sentence else 2)
 
     @property
-    def n_extra_ids(self) -> int:
+    def n_extra_ids(self) -> int:  # type: ignore[override]
         return self._special.n_extra_ids(self._special.cls, self._special.sep, self._special.mask)
 
     @property

@@ -150,6 +150,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
             whole split gives bits a byte and the perplexity of a word.
         has_prefix: the decoder attends to the prefix of its input in both directions.
         length_keys: keys of the section `data` that are lengths of its sequences.
+        n_extra_ids: number of token ids beyond those of the tokenizer.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -159,6 +160,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
     predicts_every_token: ClassVar[bool] = False
     has_prefix: ClassVar[bool] = False
     length_keys: ClassVar[tuple[str, ...]] = ("sequence_length",)
+    n_extra_ids: ClassVar[int] = 0
 
     @classmethod
     @abstractmethod
@@ -182,11 +184,6 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
     @abstractmethod
     def shapes(self) -> Shapes:
         """Shape and dtype of every feature, without the batch dimension."""
-
-    @property
-    def n_extra_ids(self) -> int:
-        """Number of token ids beyond those of the tokenizer."""
-        return 0
 
     @abstractmethod
     def examples(self, store: StoreT, training: bool) -> Examples[ExampleT]:

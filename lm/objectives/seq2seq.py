@@ -85,7 +85,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
         }
 
     @property
-    def n_extra_ids(self) -> int:
+    def n_extra_ids(self) -> int:  # type: ignore[override]
         return self.special.n_extra_ids(self.special.bos, self.special.eos)
 
     def examples(self, store: RecordStore, training: bool) -> PackedRecords:

@@ -151,7 +151,7 @@ class SpanCorruption(Objective[TokenStore, Example]):
         return text_and_target_length(self.length, self.noise_density, self.mean_span)
 
     @property
-    def n_extra_ids(self) -> int:
+    def n_extra_ids(self) -> int:  # type: ignore[override]
         special = self._special
         return special.n_extra_ids(special.bos, special.eos, *self._sentinels.tolist())
 
