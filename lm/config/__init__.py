@@ -1,7 +1,7 @@
 """Configurations: schema, registries, experiment files, overrides, rules between keys.
 
 Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
-the schema), `experiment_file.py`, `rules.py`; `plugins.py` imports those of a saved run again.
+the schema), `experiment_file.py`, `rules.py`; `run_file.py` reads those of saved runs.
 Public are the functions here; importing the package imports no JAX. What needs a mesh or a platform
 is validated in `lm/experiment.py`.
 
@@ -27,7 +27,6 @@ from lm.config.registries import SCHEMA
 from lm.config.registry import Key, listed
 from lm.config.rules import broken_rules
 from lm.errors import UserError
-from lm.json_files import read_json
 from lm.storage import AnyPath, resolve_path
 
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
@@ -107,7 +106,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     """
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
-        config = read_given(resolve_path(spec))
+        config = read_run_file(resolve_path(spec), given=True)
     else:
         config = call_file(Path(file), "get_config", variant)
     if not isinstance(config, ConfigDict):
@@ -139,38 +138,23 @@ def call_file(file: Path, function: str, variant: str) -> Any:
         raise error_in(file, error) from error
 
 
-def read_run_file(file: AnyPath) -> ConfigDict:
-    """Return the configuration in a run.json; imports the plug-ins of the run."""
-    try:
-        run = read_json(file)
-    except FileNotFoundError:
-        raise UserError(f"no file {file}") from None
-    values = run.get("config")
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it holds no configuration")
-    if plugins := run.get("plugins"):
-        from lm.config.plugins import import_plugins
+def read_run_file(file: AnyPath, given: bool = False) -> ConfigDict:
+    """Return the configuration in a run.json; imports the plug-ins of the run.
 
-        try:
-            import_plugins(plugins, values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
-    config = default()
-    for path, value in flatten(values):
-        set_value(config, path, tuple(value) if isinstance(value, list) else value)
-    return config
-
-
-def read_given(file: AnyPath) -> ConfigDict:
-    """Return the configuration that a run was given, as `read_run_file` but before it was resolved.
-
-    So what follows from other keys, from the data or from the platform follows anew.
+    Args:
+        file: path of the file.
+        given: as the run was given it, before it was resolved: what follows from other keys, from
+            the data or from the platform follows anew.
     """
-    config = read_run_file(file)
-    given = read_json(file).get("given", {})
-    if not isinstance(given, dict):
+    from lm.config.run_file import read_run
+
+    run = read_run(file)
+    before = run.get("given", {}) if given else {}
+    if not isinstance(before, dict):
         raise UserError(f"{file} is damaged (it has no {'given'!r})")
-    for path, value in given.items():
+    values = dict(flatten(run["config"])) | before
+    config = default()
+    for path, value in values.items():
         set_value(config, path, tuple(value) if isinstance(value, list) else value)
     return config
 
@@ -254,34 +238,6 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
     if model.dtype == "auto":
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
     return config
-
-
-def changed_keys(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Return old and new value of every key, except free ones, that differs.
-
-    A key that came after `old` was saved has its default there, so that old runs continue.
-    """
-    before, after = dict(flatten(old)), dict(flatten(new))
-    added = after.keys() & SCHEMA.keys() - before.keys()
-    before |= {path: SCHEMA[path].default for path in added}
-    return {
-        path: (before.get(path), after.get(path))
-        for path in sorted({*before, *after})
-        if not (path in SCHEMA and SCHEMA[path].free)
-        and _plain(before.get(path)) != _plain(after.get(path))
-    }
-
-
-def differences(old: Mapping, new: Mapping) -> list[str]:
-    """Return `changed_keys` for the user, as `--config.KEY: old → new`."""
-    return [
-        f"--config.{path}: {' → '.join('(none)' if x is None else str(x) for x in values)}"
-        for path, values in changed_keys(old, new).items()
-    ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
 
 
 def _key(path: str) -> Key:

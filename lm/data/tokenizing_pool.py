@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.config.plugins import import_plugins
 from lm.config.registries import SCHEMA, TOKENIZERS
+from lm.config.run_file import import_plugins
 from lm.data.sources import Chunk
 from lm.data.store import TokenBlock, encode_chunks
 from lm.data.tokenizers.tokenizer import Tokenizer

@@ -24,6 +24,7 @@ from lm.runs.workdir import (
     BATCH_SIZE,
     RUN_FILE,
     Metadata,
+    changed_keys,
     check_same,
     checkpoint_steps,
     damaged_steps,
@@ -70,7 +71,7 @@ def record(experiment: Experiment, workdir: Path, before: Metadata, now: Metadat
 
 
 def _record(experiment: Experiment, step: int, before: Metadata, now: Metadata) -> Metadata:
-    changed = configs.changed_keys(before["config"], now["config"])
+    changed = changed_keys(before["config"], now["config"])
     if not changed:
         return now
     fixed = [path for path in changed if not path.startswith(_CHANGEABLE) or path in _FIXED]

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm import config as configs
+from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host, on_all_hosts
@@ -250,11 +251,39 @@ def read_run_metadata(workdir: Path) -> Metadata | None:
     return metadata
 
 
+def changed_keys(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Return old and new value of every key, except free ones, that differs.
+
+    A key that came after `old` was saved has its default there, so that old runs continue.
+    """
+    before, after = dict(configs.flatten(old)), dict(configs.flatten(new))
+    added = after.keys() & SCHEMA.keys() - before.keys()
+    before |= {path: SCHEMA[path].default for path in added}
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted({*before, *after})
+        if not (path in SCHEMA and SCHEMA[path].free)
+        and _plain(before.get(path)) != _plain(after.get(path))
+    }
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """Return `changed_keys` for the user, as `--config.KEY: old → new`."""
+    return [
+        f"--config.{path}: {' → '.join('(none)' if x is None else str(x) for x in values)}"
+        for path, values in changed_keys(old, new).items()
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
 def check_same(
     workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = ""
 ) -> None:
     """Raise UserError where configuration or data of a run differ from what they were before."""
-    different = configs.differences(before["config"], now["config"])
+    different = differences(before["config"], now["config"])
     if different:
         raise UserError(
             f"{storage_path(workdir)} holds a run of another configuration "

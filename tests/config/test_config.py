@@ -13,6 +13,7 @@ from lm.config.rules import families_of
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.activations import ACTIVATIONS
+from lm.runs.workdir import differences
 
 SMALL = """
 from lm.config import default
@@ -247,10 +248,10 @@ def test_the_variant_reaches_the_file(write):
 
 def test_differences_name_what_changes_the_run():
     old, new = configs.default(), configs.default()
-    assert configs.differences(old, new) == []
+    assert differences(old, new) == []
     new.optimizer.learning_rate = 0.5
     new.model.norm = "rmsnorm"
-    found = configs.differences(old, new)
+    found = differences(old, new)
     assert found == [
         "--config.model.norm: layernorm → rmsnorm",
         "--config.optimizer.learning_rate: 0.001 → 0.5",
@@ -271,14 +272,14 @@ def test_differences_leave_out_free_keys():
             str: lambda key: key.choices[-1] if key.choices else "other",
         }[key.type](key)
         configs.set_value(new, path, other)
-    assert configs.differences(old, new) == []
+    assert differences(old, new) == []
 
 
 def test_differences_of_a_saved_configuration():
     """JSON turns tuples into lists, and another version of the code has other keys."""
     saved = {"data": {"weights": [1.0, 2.0]}, "gone": 3}
     now = ConfigDict({"data": {"weights": (1.0, 2.0)}, "fresh": 4})
-    assert configs.differences(saved, now) == [
+    assert differences(saved, now) == [
         "--config.fresh: (none) → 4",
         "--config.gone: 3 → (none)",
     ]
@@ -288,7 +289,7 @@ def test_a_key_that_is_newer_than_a_saved_configuration_had_its_default():
     saved, now = configs.default().to_dict(), configs.default()
     del saved["model"]["norm"], saved["model"]["d_model"]
     now.model.d_model = 8
-    assert configs.differences(saved, now) == ["--config.model.d_model: 128 → 8"]
+    assert differences(saved, now) == ["--config.model.d_model: 128 → 8"]
 
 
 # --- nothing but UserError

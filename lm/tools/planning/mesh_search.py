@@ -24,8 +24,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config import default, flatten, set_value
-from lm.config.plugins import import_plugins
 from lm.config.registries import SCHEMA, TRANSFORMERS
+from lm.config.run_file import import_plugins
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
 from lm.parallel.hosts import end_with_parent

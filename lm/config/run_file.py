@@ -1,7 +1,8 @@
-"""Plug-ins of a run: the files that registered what it uses, imported again by whoever reads it.
+"""run.json of a saved run, and its plug-ins: the files that registered what it uses.
 
 A plug-in is a Python file, imported by an experiment file, that registers classes
-(`lm/config/registry.py`). run.json remembers those that are imported (`Schema.plugins`).
+(`lm/config/registry.py`). run.json remembers those that are imported (`Schema.plugins`); whoever reads
+it imports them again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,25 @@ from lm.config.experiment_file import error_in, execute, importable
 from lm.config.registries import REGISTRIES
 from lm.config.registry import Registry
 from lm.errors import UserError
+from lm.json_files import read_json
+from lm.storage import AnyPath
+
+
+def read_run(file: AnyPath) -> dict[str, Any]:
+    """Return the content of a run.json, which has "config" at least; imports its plug-ins."""
+    try:
+        run = read_json(file)
+    except FileNotFoundError:
+        raise UserError(f"no file {file}") from None
+    values = run.get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no configuration")
+    if plugins := run.get("plugins"):
+        try:
+            import_plugins(plugins, values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
+    return run
 
 
 def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
