@@ -146,9 +146,9 @@ def read_run_file(file: AnyPath, given: bool = False) -> ConfigDict:
         given: as the run was given it, before it was resolved: what follows from other keys, from
             the data or from the platform follows anew.
     """
-    from lm.config.run_file import read_run
+    from lm.config.run_file import read_run_json
 
-    run = read_run(file)
+    run = read_run_json(file)
     before = run.get("given", {}) if given else {}
     if not isinstance(before, dict):
         raise UserError(f"{file} is damaged (it has no {'given'!r})")

@@ -1,7 +1,7 @@
 """run.json of a saved run, and its plug-ins: the files that registered what it uses.
 
 A plug-in is a Python file, imported by an experiment file, that registers classes
-(`lm/config/registry.py`). run.json remembers those that are imported (`Schema.plugins`); whoever reads
+(`lm/config/registry.py`). run.json remembers the imported ones (`Schema.plugins`), and reading
 it imports them again.
 """
 
@@ -20,7 +20,7 @@ from lm.json_files import read_json
 from lm.storage import AnyPath
 
 
-def read_run(file: AnyPath) -> dict[str, Any]:
+def read_run_json(file: AnyPath) -> dict[str, Any]:
     """Return the content of a run.json, which has "config" at least; imports its plug-ins."""
     try:
         run = read_json(file)
