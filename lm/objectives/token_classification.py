@@ -80,7 +80,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         return {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
 
     @property
-    def n_extra_ids(self) -> int:
+    def n_extra_ids(self) -> int:  # type: ignore[override]
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
