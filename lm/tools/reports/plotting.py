@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,7 @@ class SvgText(str):
 def svg(figure: Any) -> SvgText:
     """Return the figure as an <svg> element that takes its width from the page."""
     stream = io.StringIO()
-    with _matplotlib().rc_context(STYLE):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    _save(figure, stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
@@ -160,8 +160,14 @@ def svg(figure: Any) -> SvgText:
 
 def save_png(figure: Any, file: Path) -> None:
     """Write the figure as a PNG file."""
-    with _matplotlib().rc_context(STYLE):
-        figure.savefig(file, dpi=160)
+    _save(figure, file, dpi=160)
+
+
+def _save(figure: Any, target: Any, **options: Any) -> None:
+    with _matplotlib().rc_context(STYLE), warnings.catch_warnings():
+        # Names may be in any script; a page shows them, a picture a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(target, **options)
 
 
 def _matplotlib() -> Any:

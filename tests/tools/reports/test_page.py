@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -141,7 +142,9 @@ def test_every_name_of_runs_and_evaluations_and_several_folders(tmp_path):
             (run / "eval" / name).mkdir(parents=True)
             (run / "eval" / name / "report.json").write_text(json.dumps({name: 1.0}))
     other = write_run(tmp_path / "b" / "_a", {"seed": 1}, [1.0], 9.5)
-    assert main(["report", "--workdir", str(tmp_path / "a"), str(other)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that a font does not have, too
+        assert main(["report", "--workdir", str(tmp_path / "a"), str(other)]) == 0
     text = (tmp_path / "report" / "index.html").read_text()
     assert f"{len(NAMES) + 1} runs" in text
     for piece in ("a/_a", "a/a$b$c", "a/&lt;b&gt;", "a/é 日本", "9.5000"):
