@@ -40,18 +40,22 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    config = configs.load_config(args.config, overrides)
-    from lm.parallel.mesh import print_on_primary_host
     from lm.training.monitor import RESUMABLE
-    from lm.training.trainer import train
+    from lm.training.stop_signals import stop_requests
 
-    finished = train(
-        config,
-        args.workdir,
-        log=print_on_primary_host,
-        progress=True,
-        restart=args.restart,
-        change=args.change,
-        fork=args.fork,
-    )
+    with stop_requests(exits=True) as stop:
+        config = configs.load_config(args.config, overrides)
+        from lm.parallel.mesh import print_on_primary_host
+        from lm.training.trainer import train
+
+        finished = train(
+            config,
+            args.workdir,
+            log=print_on_primary_host,
+            progress=True,
+            restart=args.restart,
+            change=args.change,
+            fork=args.fork,
+            stop=stop,
+        )
     return 0 if finished else RESUMABLE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # of its key-value store and barriers nothing is public
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -26,6 +28,8 @@ from lm.errors import UserError
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 # Keys that may differ: where a host has its files, and how it reads them.
 _OF_A_PROCESS = ("data.directory", "data.cache_directory", "data.workers", "data.prefetch")
+_STOP = "lm/stop"
+_LEAVE_SECONDS = 5  # for all processes to see that the run is to stop
 _SHOWN = 5  # differences of a process that the message names
 
 
@@ -94,3 +98,34 @@ def software() -> dict[str, str]:
     for file in sorted(root.rglob("*.py")):
         code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return {name: version(name) for name in _PACKAGES} | {"code of lm": code.hexdigest()[:12]}
+
+
+# --- stopping before there is anything to save
+
+
+def stop_is_shared() -> bool:
+    """Return whether a process of the run has called `all_leave`."""
+    try:
+        return bool(_client().key_value_try_get(_STOP))
+    except RuntimeError:  # there is no such key
+        return False
+
+
+def all_leave() -> bool:
+    """Return whether all processes of the run call this within some seconds, and may end at once.
+
+    Process 0 returns after the others, whose coordinator it is. False where one has made steps that
+    it must save: then the steps agree on the stop.
+    """
+    try:
+        _client().key_value_set(_STOP, "1", allow_overwrite=True)
+        _client().wait_at_barrier(_STOP, 1000 * _LEAVE_SECONDS)
+    except RuntimeError:
+        return False
+    if jax.process_index() == 0:
+        time.sleep(1.0)
+    return True
+
+
+def _client() -> Any:
+    return distributed.global_state.client

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 import jax
 
@@ -170,12 +173,21 @@ def exit_at_once(code: int) -> None:
         os._exit(code)
 
 
+def _end_later(number: int, frame: FrameType | None) -> None:
+    time.sleep(1.0)
+    os._exit(1)
+
+
 def end_with_parent() -> None:
     """End this worker process of `multiprocessing` as soon as its parent is gone.
 
     A worker waits for its next task on a pipe that the other workers keep open, for ever if the
-    parent was killed.
+    parent was killed. Signals to the whole group are the parent's to obey: SIGTERM, by which it
+    also ends workers, waits for that.
     """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

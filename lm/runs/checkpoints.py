@@ -124,6 +124,11 @@ class Checkpoints:
                 "start the same command again"
             )
 
+    @property
+    def is_saving(self) -> bool:
+        """True while a save in the background is not finished."""
+        return self._manager.is_saving_in_progress()
+
     def check(self) -> None:
         """Raise the error of a save in the background, if there was one."""
         with _disk_errors(self._folder):

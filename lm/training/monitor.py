@@ -35,33 +35,23 @@ class StopRequest:
     """Flag that a signal sets: true once this process was asked to stop.
 
     A second Ctrl-C raises KeyboardInterrupt.
+
+    Attributes:
+        requested: whether the process was asked.
+        nothing_to_save: returns whether the process can be killed without loss.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False
+        self.nothing_to_save: Callable[[], bool] = lambda: True
 
     def __bool__(self) -> bool:
-        return self._requested
+        return self.requested
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._requested = True
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGTERM (preemption, time limits) and Ctrl-C into a request while the context lasts."""
-    request = StopRequest()
-    # Python delivers signals to the main thread only; in others there is nothing to catch.
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    before = {number: signal.signal(number, request) for number in numbers}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.requested = True
 
 
 @contextlib.contextmanager
@@ -132,6 +122,11 @@ class Clock:
         self._starts += 1
         self._last = time.perf_counter()
 
+    @property
+    def continues(self) -> bool:
+        """True if an earlier start of the run has written the file."""
+        return self._starts > 1
+
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside the context as `name`."""
@@ -194,6 +189,9 @@ class MetricsFile:
     Opening it drops the lines after `first_step`, which a process wrote that died before its next
     checkpoint, and a half-written last line: every step is there exactly once. Lines that are
     damaged or missing are named on stderr; the file with damage is kept as metrics.jsonl.damaged.
+
+    Attributes:
+        has_evaluation: whether the file holds an evaluation of `first_step`.
     """
 
     def __init__(self, file: Path, first_step: int):
@@ -204,6 +202,8 @@ class MetricsFile:
             if file.is_file() and not copy.exists():
                 copy.write_bytes(file.read_bytes())
             print(f"{file} is damaged ({damage}): the other lines are kept", file=sys.stderr)
+        ends = [line for line in kept[-2:] if line.startswith(b'{"step": %d,' % first_step)]
+        self.has_evaluation = any(b'"eval/' in line for line in ends)
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(file)
@@ -305,6 +305,11 @@ class MetricsWriter:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """True if the evaluation of the first step is written, or nothing is."""
+        return self._silent or self._file.has_evaluation
 
     def step(self, step: int, values: Mapping[str, float], written: bool) -> None:
         """Show the metrics of a training step; write them to the files if `written`."""

@@ -45,14 +45,7 @@ from lm.runs.checkpoints import (
 from lm.runs.workdir import first_row, require_no_lost_steps, set_lost_run_aside
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
-from lm.training.monitor import (
-    Clock,
-    Heartbeat,
-    MetricsWriter,
-    StopRequest,
-    stop_requests,
-    watchdog,
-)
+from lm.training.monitor import Clock, Heartbeat, MetricsWriter, StopRequest, watchdog
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 
@@ -66,6 +59,7 @@ def train(
     restart: bool = False,
     change: bool = False,
     fork: str = "",
+    stop: StopRequest | None = None,
 ) -> bool:
     """Train the run in `workdir`, or continue it.
 
@@ -80,6 +74,7 @@ def train(
             checkpoint on; what differs is recorded in run.json.
         fork: RUN or RUN@STEP: a new run starts from this checkpoint of another one, with its
             parameters, optimizer state, position in the data and step; implies `change`.
+        stop: request to stop, which is looked at while the run trains; None: signals make one.
 
     Returns:
         Whether the last step was reached; False if the run was asked to stop and can continue.
@@ -88,7 +83,10 @@ def train(
         UserError: configuration, data and workdir do not go together.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(stop_requests())
+        if stop is None:
+            from lm.training.stop_signals import stop_requests
+
+            stop = stack.enter_context(stop_requests())
         if jax.process_count() > 1:
             from lm.parallel.agreement import require_same_start
 
@@ -148,8 +146,8 @@ def train(
         try:
             with watchdog(config.train.stall_seconds) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
-                loop = Loop(experiment, dataset, state, first_step, outputs, row_0)
-                finished = loop.run(stop)
+                loop = Loop(experiment, dataset, state, first_step, outputs, stop, row_0)
+                finished = loop.run()
                 with clock.part("checkpoint"):
                     checkpoints.close()
                     if best is not None:
@@ -265,6 +263,10 @@ class Outputs:
     heartbeat: Heartbeat
 
 
+class _AskedToStop(Exception):
+    """End of an evaluation that is not finished."""
+
+
 class Loop:
     """Training loop from a state to the last step, or until it is asked to stop."""
 
@@ -275,9 +277,13 @@ class Loop:
         state: TrainState,
         first_step: int,
         outputs: Outputs,
+        stop: StopRequest,
         first_row: int = 0,
     ):
-        """Prepare a loop that continues `state` at `first_step`; `first_row` as in `Batches`."""
+        """Prepare a loop that continues `state` at `first_step`, until `stop` is requested.
+
+        `first_row` is as in `Batches`.
+        """
         self.experiment = experiment
         self.config = experiment.config
         self.state = state
@@ -286,6 +292,7 @@ class Loop:
         self._dataset = dataset
         self._first_row = first_row
         self._outputs, self._clock = outputs, outputs.clock
+        self._stop, stop.nothing_to_save = stop, self._is_saved
         self._validation = (
             experiment.evaluation_batches(dataset.validation) if dataset.validation else None
         )
@@ -300,14 +307,20 @@ class Loop:
         self._peak_flops = peak_flops(devices[0])
         self._n_devices = len(devices)
 
-    def run(self, stop: StopRequest) -> bool:
+    def run(self) -> bool:
         """Train to the last step.
+
+        A step that is due for both is saved before it is evaluated; a stop in between, or a kill,
+        leaves the evaluation to the next start.
 
         Returns:
             Whether the last step was reached; otherwise the run stopped early with a saved state.
         """
         config = self.config
-        if self._reached_stop_at:
+        lost = self._clock.continues and not self._outputs.writer.has_evaluation
+        missing = self._action_max.start(lost)
+        due = self.step and self._is_due_for_evaluation and self._action_max.result(missing)
+        if (due and not self._evaluate()) or self._reached_stop_at:
             return False
         batches = prefetch(
             self.experiment.train_batches(self._dataset, self._first_row),
@@ -322,20 +335,22 @@ class Loop:
             program = self._program(batch, len(steps))
             with self._clock.part("step"), jax.transfer_guard("disallow"):
                 self.state, metrics = program(self.state, batch)
-            self._in_flight.append(InFlight(steps, metrics, self._request_action(stop)))
+            self._in_flight.append(InFlight(steps, metrics, self._request_action()))
             self.step = steps.stop
             action = STOP if self._reached_stop_at else self._read_metrics(leave=1)
             last = self.step == config.train.steps
-            due_eval = last or is_due(self.step, config.eval.every_steps)
+            due_eval = self._is_due_for_evaluation
             due_save = last or is_due(self.step, config.checkpoint.every_steps) or action == SAVE
             if due_eval or due_save or action == STOP or self._must_halt:
                 action = max(action, self._read_metrics(leave=0))
             if self._must_halt:
                 self._halt()
-            if due_eval:
-                self._evaluate(config.eval.final_batches if last else config.eval.max_batches)
             if due_save or action == STOP:
                 self._save()
+            if due_eval and not self._evaluate():
+                self._save()
+                batches.close()
+                return False
             if action == STOP and not last:
                 batches.close()
                 return False
@@ -345,10 +360,18 @@ class Loop:
     def _reached_stop_at(self) -> bool:
         return 0 < self.config.train.stop_at <= self.step < self.config.train.steps
 
-    def _request_action(self, stop: StopRequest) -> Any:
+    @property
+    def _is_due_for_evaluation(self) -> bool:
+        config = self.config
+        return self.step == config.train.steps or is_due(self.step, config.eval.every_steps)
+
+    def _is_saved(self) -> bool:
+        return self.step == self._saved_step and not self._outputs.checkpoints.is_saving
+
+    def _request_action(self) -> Any:
         period = self.config.checkpoint.every_seconds
         overdue = period and time.monotonic() - self._saved_at > period
-        return self._action_max.start(STOP if stop else SAVE if overdue else CONTINUE)
+        return self._action_max.start(STOP if self._stop else SAVE if overdue else CONTINUE)
 
     def _program(self, batch: Any, n_steps: int) -> Any:
         """Return the compiled program for this number of steps."""
@@ -408,32 +431,41 @@ class Loop:
             "continue with --config.train.nonfinite=skip"
         )
 
-    def _evaluate(self, max_batches: int) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluate the validation data, if there are any; return False if asked to stop."""
         if self._validation is None:
-            return
-        with self._clock.part("eval"):
-            result = evaluate_loss(
-                self.experiment,
-                self.state.inference_params,
-                self._validation,
-                self._dataset.validation,
-                max_batches,
-                track=self._with_heartbeat,
-            )
+            return True
+        options, last = self.config.eval, self.step == self.config.train.steps
+        try:
+            with self._clock.part("eval"):
+                result = evaluate_loss(
+                    self.experiment,
+                    self.state.inference_params,
+                    self._validation,
+                    self._dataset.validation,
+                    options.final_batches if last else options.max_batches,
+                    track=self._until_stop,
+                )
+        except _AskedToStop:
+            return False
         self.last_evaluation = result
         writer, best = self._outputs.writer, self._outputs.best
+        if best is not None:  # before the metrics, which tell the next start that all is done
+            with self._clock.part("checkpoint"):
+                best.offer(self.step, self.state, result)
         writer.write(self.step, {f"eval/validation/{name}": x for name, x in result.items()})
         shown = ("loss", "perplexity", "accuracy")
         figures = (f"{name} {result[name]:.4f}" for name in shown if name in result)
         writer.print_line(f"step {self.step}: validation {', '.join(figures)}")
-        if best is not None:
-            with self._clock.part("checkpoint"):
-                best.offer(self.step, self.state, result)
         self._read_at = time.monotonic()
+        return True
 
-    def _with_heartbeat(self, batches: Iterable, total: int) -> Iterator:
+    def _until_stop(self, batches: Iterable, total: int) -> Iterator:
+        """Yield batches with signs of life; all processes raise _AskedToStop at the same one."""
         for number, batch in enumerate(batches):
             self._outputs.heartbeat(f"validation batch {number} after step {self.step}")
+            if self._action_max.result(self._action_max.start(bool(self._stop))):
+                raise _AskedToStop
             yield batch
 
     def _save(self) -> None:

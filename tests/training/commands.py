@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -44,6 +45,15 @@ def together(*words: list[str], processes: int = 2) -> list[subprocess.Popen]:
     common = ["--cpu_devices", "1", "--coordinator", f"127.0.0.1:{port}"]
     common += ["--num_processes", str(processes)]
     return [start([*each, *common, "--process_id", str(i)]) for i, each in enumerate(words)]
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    """Return as soon as the run has written a step, or has ended."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and any(f'"step": {step},' in line for line in file.open()):
+            return
+        time.sleep(0.005)
 
 
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:

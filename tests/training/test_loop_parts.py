@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lm.cli import main
 from lm.config import default
-from lm.training.monitor import Clock, MetricsFile, stop_requests
+from lm.training.monitor import Clock, MetricsFile
+from lm.training.stop_signals import stop_requests
 from lm.training.trainer import dispatches
 
 periods = st.integers(0, 12)

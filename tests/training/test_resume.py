@@ -5,23 +5,12 @@ from __future__ import annotations
 import random
 import signal
 import socket
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import arguments, evaluations, finish, losses, start, together
+from commands import arguments, evaluations, finish, losses, start, together, wait_for_step
 
 from lm.cli import main
-
-
-def wait_for_step(workdir: Path, step: int, process) -> None:
-    """Return as soon as the run has written a step, or has ended."""
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and any(f'"step": {step},' in line for line in file.open()):
-            return
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

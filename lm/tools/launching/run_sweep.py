@@ -42,7 +42,8 @@ from lm.tools.launching.scheduler import (
     run_halving,
     value_at,
 )
-from lm.training.monitor import RESUMABLE, stop_requests
+from lm.training.monitor import RESUMABLE
+from lm.training.stop_signals import stop_requests
 
 VALIDATION = "eval/validation/"
 LIVE_ORDER = (RUNNING, FAILED, WAITING, DONE, DROPPED)  # a short terminal shows the first rows

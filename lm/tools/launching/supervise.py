@@ -14,7 +14,8 @@ from typing import Any
 from lm.errors import UserError
 from lm.storage import AnyPath, is_committed, resolve_path
 from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
-from lm.training.monitor import RESUMABLE, StopRequest, stop_requests
+from lm.training.monitor import RESUMABLE, StopRequest
+from lm.training.stop_signals import stop_requests
 
 LONGEST_PAUSE = 60.0
 MULTI_PROCESS_VERBS = ("train", "eval", "generate", "merge")
