@@ -36,6 +36,9 @@ from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_SIGNS = ("No space left", "quota exceeded", "File too large")  # of errors without a number
+
 Log = Callable[[str], None]
 
 
@@ -101,7 +104,7 @@ class Checkpoints:
             "step": step,
             "checksums": checksums(state),
         }
-        with _disk_errors(self._folder):
+        with disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
@@ -131,7 +134,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise the error of a save in the background, if there was one."""
-        with _disk_errors(self._folder):
+        with disk_errors(self._folder):
             self._manager.check_for_errors()
 
     def restore(self, shapes: TrainState, sharding: TrainState, log: Log) -> TrainState | None:
@@ -184,7 +187,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until all saves are on the disk."""
-        with _disk_errors(self._folder):
+        with disk_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -227,13 +230,15 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: AnyPath) -> Iterator[None]:
+def disk_errors(folder: AnyPath) -> Iterator[None]:
     """Convert the errors of a full disk to UserError; an unfinished checkpoint is not kept."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or any(sign in str(error) for sign in _FULL_SIGNS):
             raise UserError(
                 f"the disk of {folder} is full; older checkpoints are intact: "
                 "free some space and start the same command again"

@@ -13,9 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -23,6 +24,9 @@ from lm.errors import UserError
 from lm.json_files import parse_json, read_json
 from lm.parallel.mesh import is_primary_host
 from lm.storage import upload_changes, write_atomically
+
+if TYPE_CHECKING:  # imported only where a run has some
+    from lm.training.trackers import BackgroundTracker
 
 RESUMABLE = 75  # exit code EX_TEMPFAIL: the same command, started again, continues the run
 TICK_SECONDS = 5.0
@@ -291,11 +295,12 @@ class MetricsWriter:
         if silent:
             return
         self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
-        self._events: Any = None
+        self._trackers: list[BackgroundTracker] = []
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from lm.training.trackers import BackgroundTracker, TensorBoard
 
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            make = partial(TensorBoard, workdir / "tensorboard", first_step)
+            self._trackers.append(BackgroundTracker("TensorBoard", make))
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
@@ -329,10 +334,8 @@ class MetricsWriter:
         if self._silent:
             return
         self._file.write(step, values)
-        if self._events is not None:
-            for name, value in values.items():
-                tag = name if "/" in name else f"train/{name}"
-                self._events.add_scalar(tag, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def print_line(self, message: str) -> None:
         """Print a line on stderr without breaking the progress bar."""
@@ -349,8 +352,8 @@ class MetricsWriter:
         if self._silent:
             return
         self._file.sync()
-        if self._events is not None:
-            self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         upload_changes()
 
     def close(self) -> None:
@@ -358,6 +361,6 @@ class MetricsWriter:
         if self._silent:
             return
         self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._file.close()
-        if self._events is not None:
-            self._events.close()

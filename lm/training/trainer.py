@@ -38,6 +38,7 @@ from lm.parallel.mesh import (
 from lm.runs.checkpoints import (
     Checkpoints,
     Log,
+    disk_errors,
     ignore_line,
     prepare_workdir,
     run_metadata,
@@ -94,6 +95,7 @@ def train(
             require_same_start(config)
         stack.enter_context(_only_run(resolve_path(str(workdir))))
         workdir = open_run_folder(str(workdir))
+        stack.enter_context(disk_errors(storage_path(workdir)))
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()
         )

@@ -1,0 +1,130 @@
+"""Trackers: where a run's metrics go beside metrics.jsonl. None of them can stop training."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+_WAITING_ROWS = 10_000
+_WAIT_SECONDS = 10.0  # for a tracker that takes no row, or does not end
+_FLUSH_SECONDS = 120.0
+
+
+class Tracker(Protocol):
+    """Program that shows or keeps metrics; a method that raises ends its part in the run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
+
+    def flush(self) -> None:
+        """Write what was taken to the disk."""
+
+    def close(self) -> None:
+        """Write the rest and end."""
+
+
+class BackgroundTracker:
+    """Tracker in a thread of its own; one that fails or hangs is said once and left out."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]):
+        """Start the thread, which calls `make` for the tracker.
+
+        Args:
+            name: name for the message.
+            make: opens the tracker.
+        """
+        self._name, self._make = name, make
+        self._calls: queue.Queue = queue.Queue(_WAITING_ROWS)
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"lm-{name}")
+        self._thread.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand over the metrics of a step."""
+        self._call("write", step, dict(values))
+
+    def flush(self) -> None:
+        """Ask for what was handed over to be written to the disk; does not wait for it."""
+        self._call("flush")
+
+    def close(self) -> None:
+        """Wait until the tracker has ended, some seconds at most."""
+        self._call("close")
+        self._thread.join(0 if self._failed else _WAIT_SECONDS)
+        if self._thread.is_alive():
+            self._fail("it does not end")
+
+    def _call(self, *call: Any) -> None:
+        if not self._failed:
+            try:
+                self._calls.put(call, timeout=_WAIT_SECONDS)
+            except queue.Full:
+                self._fail("it takes no more metrics")
+
+    def _run(self) -> None:
+        tracker, method = None, ""
+        try:
+            tracker = self._make()
+            while method != "close":
+                method, *arguments = self._calls.get()
+                getattr(tracker, method)(*arguments)
+        except Exception as error:
+            self._fail(" ".join(str(error).split())[:200] or type(error).__name__)
+            with contextlib.suppress(Exception):
+                if tracker is not None:
+                    tracker.close()
+
+    def _fail(self, problem: str) -> None:
+        if not self._failed:
+            self._failed = True
+            line = f"{self._name} fails ({problem}): training goes on without it"
+            tqdm.write(line, file=sys.stderr)
+
+
+class TensorBoard:
+    """Event files of TensorBoard.
+
+    Written here rather than by tensorboardX's own thread, whose end, on a full disk, blocks all
+    that write to it.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        """Open a new file; TensorBoard drops the earlier events of steps after `first_step`."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import Summary, scalar
+
+        self._event, self._summary, self._scalar = Event, Summary, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
+            self._file.write_event(Event(step=first_step + 1, wall_time=time.time(), **content))
+        self._flushed_at = 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write an event with the metrics of a step."""
+        summary = self._summary()
+        for name, value in values.items():
+            tag = name if "/" in name else f"train/{name}"
+            summary.MergeFrom(self._scalar(tag, value))
+        self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the events to the disk."""
+        self._file.flush()
+        self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
