@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -11,8 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,8 +18,6 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lm.errors import UserError
-from lm.json_files import parse_json, read_json
 from lm.parallel.mesh import is_primary_host
 from lm.storage import upload_changes, write_atomically
 
@@ -115,15 +111,31 @@ class Clock:
     `goodput` is the share of the total time, restarts included, spent on steps that did not have
     to be repeated after a restart. Time that no part claims is "other"; time between the end of
     one process and the start of the next is not counted.
+
+    Attributes:
+        log_periods: steps between training metrics, by the step at which a start began.
     """
 
-    def __init__(self, file: Path, first_step: int):
-        """Continue the clock in `file`, if there is one, at `first_step`."""
-        self._file = file
-        self._seconds, self._earlier_steps, self._starts, base = _earlier_clock(file)
-        self._first_step = first_step
-        self._base = first_step if base is None else base
-        self._starts += 1
+    def __init__(self, file: Path, first_step: int, log_period: int = 0):
+        """Continue the clock in `file`, if there is one, at `first_step`.
+
+        Args:
+            file: clock.json of the run.
+            first_step: step after which the run continues.
+            log_period: steps between the training metrics of this start; 0: none.
+        """
+        self._file, self._first_step = file, first_step
+        self._seconds = dict.fromkeys(CLOCK_PARTS, 0.0)
+        self._base, self._earlier_steps, self._starts = first_step, 0, 1
+        self.log_periods = {first_step: log_period}
+        if file.exists():
+            from lm.training.earlier import read_clock
+
+            if earlier := read_clock(file, CLOCK_PARTS):
+                self._seconds, self._earlier_steps, starts, self._base, periods = earlier
+                self._starts = starts + 1
+                kept = {step: period for step, period in periods.items() if step < first_step}
+                self.log_periods = kept | self.log_periods
         self._last = time.perf_counter()
 
     @property
@@ -154,34 +166,13 @@ class Clock:
             "starts": self._starts,
             "steps_computed": computed,
             "goodput": useful / max(sum(seconds.values()), 1e-9),
+            "log_periods": self.log_periods,
         }
 
     def save(self, step: int) -> None:
         """Write the summary for the next start; only the lead process writes."""
         if is_primary_host():
             write_atomically(self._file, json.dumps(self.summary(step), indent=1))
-
-
-def _earlier_clock(file: Path) -> tuple[dict[str, float], int, int, int | None]:
-    """Return seconds by part, steps computed, starts, and the step at which the clock began.
-
-    A damaged file counts as none; without one, the step is None.
-    """
-    try:
-        before = read_json(file)
-        seconds = {part: float(before["seconds"][part]) for part in CLOCK_PARTS}
-        steps, starts = int(before["steps_computed"]), int(before["starts"])
-        base = int(before.get("first_step", 0))
-        if min(*seconds.values(), steps, starts, base) >= 0 and math.isfinite(
-            sum(seconds.values())
-        ):
-            return seconds, steps, starts, base
-    except FileNotFoundError:
-        return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0, None
-    except (UserError, KeyError, TypeError, ValueError, OverflowError):
-        pass
-    print(f"{file} is damaged: the clock of the run begins anew", file=sys.stderr, flush=True)
-    return dict.fromkeys(CLOCK_PARTS, 0.0), 0, 0, None
 
 
 # --- metrics: metrics.jsonl, TensorBoard events and a progress bar
@@ -198,19 +189,14 @@ class MetricsFile:
         has_evaluation: whether the file holds an evaluation of `first_step`.
     """
 
-    def __init__(self, file: Path, first_step: int):
-        """Open `file` to continue after `first_step`."""
-        kept, damage = _good_lines(file, first_step)
-        if damage:
-            copy = file.with_name(f"{file.name}.damaged")
-            if file.is_file() and not copy.exists():
-                copy.write_bytes(file.read_bytes())
-            print(f"{file} is damaged ({damage}): the other lines are kept", file=sys.stderr)
-        ends = [line for line in kept[-2:] if line.startswith(b'{"step": %d,' % first_step)]
-        self.has_evaluation = any(b'"eval/' in line for line in ends)
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(file)
+    def __init__(self, file: Path, first_step: int, log_periods: Mapping[int, int] | None = None):
+        """Open `file` to continue after `first_step`; `log_periods` as in `Clock`."""
+        self.has_evaluation = False
+        if first_step or file.exists():
+            from lm.training.earlier import keep_good_lines
+
+            last = keep_good_lines(file, first_step, log_periods or {})
+            self.has_evaluation = any(b'"eval/' in line for line in last)
         self._stream = file.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -232,42 +218,6 @@ class MetricsFile:
         self._stream.close()
 
 
-def _good_lines(file: Path, last_step: int) -> tuple[list[bytes], str]:
-    """Return the undamaged lines up to a step, and what is damaged: "" if nothing is."""
-    if not file.is_file():
-        return [], f"it is missing, with steps 1 to {last_step}" if last_step else ""
-    *lines, _ = file.read_bytes().split(b"\n")
-    kept, bad, trained, before = [], [], [0], 0
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line, file)
-            step = row["step"]
-        except (UserError, KeyError):
-            step = None
-        if type(step) is not int or step < before:
-            bad.append(str(number))
-        elif step <= last_step:
-            kept.append(line + b"\n")
-            before = step
-            trained += [step] if "loss" in row else []
-    gaps = _gaps([*trained, last_step + 1] if len(trained) > 1 else [])
-    named = (("line", bad), ("no metrics of steps", gaps))
-    parts = [f"{what} {', '.join(x[:5])}{' …' * (len(x) > 5)}" for what, x in named if x]
-    return kept, "; ".join(parts)
-
-
-def _gaps(steps: Sequence[int]) -> list[str]:
-    """Return the ranges of steps that miss: distances that are unusual, and not a new period."""
-    distances = [after - step for step, after in itertools.pairwise(steps)]
-    counts = Counter(distances)
-    usual = max(counts, key=counts.__getitem__, default=0)
-    return [
-        f"{step + 1} to {step + distance - 1}"
-        for step, distance in zip(steps, distances, strict=False)
-        if distance > usual and counts[distance] == 1
-    ]
-
-
 class MetricsWriter:
     """Writer of metrics to the file, TensorBoard and the progress bar of the lead process."""
 
@@ -277,6 +227,7 @@ class MetricsWriter:
         first_step: int,
         last_step: int,
         *,
+        log_periods: Mapping[int, int],
         tensorboard: bool,
         progress: bool,
         silent: bool,
@@ -287,6 +238,7 @@ class MetricsWriter:
             workdir: folder of the run.
             first_step: step after which the run continues.
             last_step: last step of the run, for the progress bar.
+            log_periods: as in `Clock`.
             tensorboard: write TensorBoard events too.
             progress: show a progress bar on stderr.
             silent: discard everything (all processes but the lead).
@@ -294,7 +246,7 @@ class MetricsWriter:
         self._silent = silent
         if silent:
             return
-        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
+        self._file = MetricsFile(workdir / "metrics.jsonl", first_step, log_periods)
         self._trackers: list[BackgroundTracker] = []
         if tensorboard:
             from lm.training.trackers import BackgroundTracker, TensorBoard

@@ -131,11 +131,12 @@ def train(
             row_0 = first_row(metadata)
         if first_step:
             log(f"continuing from step {first_step}")
-        clock = Clock(workdir / "clock.json", first_step)
+        clock = Clock(workdir / "clock.json", first_step, config.log.every_steps)
         writer = MetricsWriter(
             workdir,
             first_step,
             config.train.steps,
+            log_periods=clock.log_periods,
             tensorboard=config.log.tensorboard,
             progress=progress,
             silent=not is_primary_host(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
 import time
@@ -157,12 +159,32 @@ def test_a_lost_middle_of_the_metrics_is_named_and_the_file_kept(tmp_path, capsy
     file = tmp_path / "metrics.jsonl"
     rows = [f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 9)]
     file.write_text("".join([*rows[:2], "\0\0\0\n", *rows[5:]]))
-    MetricsFile(file, 8).close()
+    MetricsFile(file, 8, {0: 1}).close()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "line 3; no metrics of steps 3 to 5" in said
     assert file.read_text() == "".join([*rows[:2], *rows[5:]])
     assert "\0" in (tmp_path / "metrics.jsonl.damaged").read_text()
+
+
+starts = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=5)
+
+
+@given(starts, st.sets(st.integers(1, 45), max_size=3))
+def test_only_metrics_that_were_logged_can_miss(tmp_path_factory, starts, lost):
+    folder = tmp_path_factory.mktemp("metrics")
+    step, logged = 0, []
+    for period, n in starts:
+        clock = Clock(folder / "clock.json", step, period)
+        logged += [i for i in range(step + 1, step + n + 1) if period and i % period == 0]
+        step += n
+        clock.save(step)
+    rows = (f'{{"step": {i}, "loss": 1.0}}\n' for i in logged if i not in lost)
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    periods = Clock(folder / "clock.json", step, 1).log_periods
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        MetricsFile(folder / "metrics.jsonl", step, periods).close()
+    assert ("no metrics of steps" in said.getvalue()) == any(i in lost for i in logged)
 
 
 def test_a_line_that_goes_back_is_damage(tmp_path, capsys):
