@@ -1,23 +1,33 @@
-"""Send SIGKILL to training runs at random moments; their results must not change.
+"""Disturb training runs at random moments; their results must not change.
 
-    python scripts/check_kills.py sweep [--kills 6]     # a sweep of twelve runs, and some runs
-    python scripts/check_kills.py launch [--kills 10]   # one of the four processes of a run
+    python scripts/check_kills.py sweep [--kills 6]     # SIGKILL to a sweep and some of its runs
+    python scripts/check_kills.py launch [--kills 10]   # SIGKILL to one of a run's four processes
+    python scripts/check_kills.py run [--kills 10]      # SIGKILL, SIGTERM and SIGUSR1 to a run
+    python scripts/check_kills.py bucket [--kills 5]    # the same, of a run in an emulated bucket
+    python scripts/check_kills.py disk [--kills 10]     # files that cannot grow, as on a full disk
 
-Both train a model of a few thousand parameters, first undisturbed and then killed, and compare the
-sweep's results table and every run's losses, or the losses of every step. Options: --workdir (in
-which a new folder is made), --seed of the moments, --steps of a run. Exit code 1 if they differ.
+All train a model of a few thousand parameters that is evaluated for half of the time, first
+undisturbed and then disturbed, and compare the losses and evaluations of every step, and of a sweep
+the results table. A signal must end a run within --seconds with exit code 75, a full disk with 2
+and one line. Options: --workdir (in which a new folder is made), --seed of the moments, --steps of
+a run. Exit code 1 if anything differs.
 """
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+
+from lm.storage import resolve_path
 
 EXPERIMENT = """
 from lm.config import default
@@ -28,8 +38,16 @@ def get_config():
     config.model.n_layers, config.model.d_model, config.model.n_heads = 1, 16, 2
     config.data.tokenizer, config.data.sequence_length, config.data.batch_size = "byte", 16, 4
     config.train.steps, config.checkpoint.every_steps = {steps}, 5
+    config.data.validation_fraction, config.eval.every_steps = 0.1, 20
     config.log.tensorboard = False
     return config
+"""
+UNLIMITED = "import sys; from lm.cli import main; sys.exit(main(sys.argv[1:]))"
+LIMITED = """
+import resource, sys
+from lm.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
 """
 SWEEP = """
 from lm.sweeps.sets import grid, named
@@ -42,12 +60,19 @@ def get_sweep():
 
 
 def losses(run):
-    """Return {step: loss} of a run; assert that no step was written twice."""
+    """Return losses and evaluations by step and name; assert that none was written twice."""
     lines = (run / "metrics.jsonl").read_text().splitlines(True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    pairs = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    names = ("loss", "eval/validation/loss")
+    pairs = [((row["step"], name), row[name]) for row in rows for name in names if name in row]
     assert len(dict(pairs)) == len(pairs), f"{run}: a step is there twice"
     return dict(pairs)
+
+
+def last_step(run):
+    """Return the last step in a run's metrics, 0 without any."""
+    file = run / "metrics.jsonl"
+    return max(losses(run), default=(0, ""))[0] if file.exists() else 0
 
 
 def training_processes(folder):
@@ -119,8 +144,7 @@ def check_launch(folder, experiment, args, chance):
     steps = [(i + chance.random()) * args.steps / args.kills for i in range(args.kills)]
     while process.poll() is None:
         time.sleep(0.05)
-        metrics = folder / "shaken" / "metrics.jsonl"
-        step = max(losses(folder / "shaken"), default=0) if metrics.exists() else 0
+        step = last_step(folder / "shaken")
         victims = training_processes(folder / "shaken")
         if kills < args.kills and step >= steps[kills] and len(victims) == args.processes:
             os.kill(chance.choice(victims), signal.SIGKILL)
@@ -129,26 +153,108 @@ def check_launch(folder, experiment, args, chance):
             time.sleep(1.0)  # the others end first
     finish(process)
     equal = losses(folder / "calm") == losses(folder / "shaken")
-    print(f"{kills} kills; losses of {len(losses(folder / 'calm'))} steps equal: {equal}")
+    print(f"{kills} kills; {len(losses(folder / 'calm'))} losses equal: {equal}")
     return equal and kills == args.kills
+
+
+def check_run(folder, experiment, args, chance, place=None):
+    """Signal a run at random moments, and start it again, until there were enough signals."""
+    place = place or folder
+    words = ["train", "--config", experiment, "--workdir"]
+    began = time.monotonic()
+    finish(start(*words, f"{place}/calm"))
+    whole = time.monotonic() - began
+    calm = losses(resolve_path(f"{place}/calm"))
+    sent, equal, slowest, turn = Counter(), [], 0.0, 0
+    while sum(sent.values()) < args.kills:
+        process = start(*words, f"{place}/shaken{turn}")
+        time.sleep(chance.uniform(0.1, 1.0) * whole)
+        if process.poll() is None:
+            number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+            began = time.monotonic()
+            process.send_signal(number)
+            code = process.wait()
+            if number != signal.SIGKILL:
+                slowest = max(slowest, time.monotonic() - began)
+                # 0: it was finished already; negative: it had not yet begun to watch.
+                assert code in (75, 0, -number), f"{number.name}: exit code {code}"
+            sent[number.name] += 1
+            continue
+        finish(process)
+        equal.append(losses(resolve_path(f"{place}/shaken{turn}")) == calm)
+        turn += 1
+    finish(start(*words, f"{place}/shaken{turn}"))
+    equal.append(losses(resolve_path(f"{place}/shaken{turn}")) == calm)
+    print(
+        f"signals: {dict(sent)}; slowest exit {slowest:.1f} s; runs with {len(calm)} equal losses: "
+        f"{sum(equal)} of {len(equal)}"
+    )
+    return all(equal) and slowest <= args.seconds
+
+
+def check_bucket(folder, experiment, args, chance):
+    """Do the same in a bucket, of which this process is the server."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
+    from emulated_bucket import emulated_bucket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    with emulated_bucket("runs", port) as place:
+        return check_run(folder, experiment, args, chance, place)
+
+
+def check_disk(folder, experiment, args, chance):
+    """Let a run's files grow to a random size only; without the limit it goes on."""
+    words = ["train", "--config", experiment, "--workdir"]
+    finish(start(*words, folder / "calm"))
+    calm, full = losses(folder / "calm"), 0
+    for turn in range(args.kills):
+        run, limit = folder / f"shaken{turn}", int(10 ** chance.uniform(3.6, 5.3))
+        for limited in (True, False):
+            shown = [LIMITED, str(limit)] if limited else [UNLIMITED]
+            done = subprocess.run(
+                [sys.executable, "-c", *shown, *map(str, words), str(run)],
+                capture_output=True,
+                text=True,
+            )
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+            assert "Traceback" not in done.stderr, done.stderr
+            assert done.returncode == (2 if errors else 0), done.stderr
+            assert len(errors) <= limited, errors
+            full += len(errors)
+        assert losses(run) == calm, f"{run}: other losses"
+    print(f"full {full} of {args.kills} times; all losses equal")
+    return True
+
+
+CHECKS = {
+    "sweep": (check_sweep, 6),
+    "launch": (check_launch, 10),
+    "run": (check_run, 10),
+    "bucket": (check_bucket, 5),
+    "disk": (check_disk, 10),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("sweep", "launch"))
-    parser.add_argument("--kills", type=int, default=0, help="6 of the sweep, 10 of processes")
+    parser.add_argument("what", choices=CHECKS)
+    parser.add_argument("--kills", type=int, default=0, help="disturbances; 0: as listed above")
+    parser.add_argument("--seconds", type=float, default=10.0, help="from a signal to the exit")
     parser.add_argument("--steps", type=int, default=400, help="of a run")
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", default=tempfile.gettempdir())
     args = parser.parse_args()
-    args.kills = args.kills or {"sweep": 6, "launch": 10}[args.what]
+    check, kills = CHECKS[args.what]
+    args.kills = args.kills or kills
     folder = Path(tempfile.mkdtemp(prefix=f"check_{args.what}_", dir=args.workdir))
     (folder / "sums.txt").write_text("".join(f"{i} + 7 = {i + 7}\n" for i in range(1500)))
     experiment = folder / "sums.py"
     experiment.write_text(EXPERIMENT.format(text=folder / "sums.txt", steps=args.steps))
-    check = check_sweep if args.what == "sweep" else check_launch
     sys.exit(0 if check(folder, experiment, args, random.Random(args.seed)) else 1)
 
 
