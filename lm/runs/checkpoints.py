@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,10 @@ def one_line(error: Exception) -> str:
 @contextlib.contextmanager
 def disk_errors(folder: AnyPath) -> Iterator[None]:
     """Convert the errors of a full disk to UserError; an unfinished checkpoint is not kept."""
+    hook, sys.unraisablehook = sys.unraisablehook, _unless_loop_is_closed
     try:
         yield
+        sys.unraisablehook = hook
     except UserError:
         raise
     except Exception as error:
@@ -244,6 +247,12 @@ def disk_errors(folder: AnyPath) -> Iterator[None]:
                 "free some space and start the same command again"
             ) from error
         raise
+
+
+def _unless_loop_is_closed(unraisable: Any) -> None:
+    """Show an error of a callback, unless a write of TensorStore outlived the one that failed."""
+    if "loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 # --- workdir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ def test_metrics_and_checkpoints_that_cannot_be_written_are_one_line(
     words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=every)
     limited = subprocess.Popen(
         [sys.executable, "-c", LIMITED, str(limit), *words],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -95,11 +95,11 @@ def test_an_evaluation_is_dropped_and_made_up_for(
         time.sleep(0.5)  # for the thread that watches
         return whole(*args, **options)
 
-    monkeypatch.setattr(lm.training.trainer, "evaluate_loss", interrupted)
-    assert main(words) == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.training.trainer, "evaluate_loss", interrupted)
+        assert main(words) == 75
     assert not evaluations(run)
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["20"]
-    monkeypatch.undo()
     assert main(words) == 0
     assert losses(run) == losses(undisturbed)
     assert evaluations(run) == evaluations(undisturbed)
