@@ -103,8 +103,8 @@ def stream_continuations(
 ) -> Iterator[list[str]]:
     """Yield the new text of every prompt after each step; joined they are its continuation.
 
-    A character whose bytes are not complete yet is held back, and so is what may become a stop
-    text.
+    A character whose bytes are not complete yet is held back, and so are a run of
+    single bytes that a decoder may replace as a whole, and what may become a stop text.
 
     Args:
         experiment: experiment on a mesh.
@@ -116,7 +116,7 @@ def stream_continuations(
         stop: texts before the first of which a continuation ends.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    held = [""] * len(ids)
+    byte_ids = _byte_ids(tokenizer)
     stopped = [False] * len(ids)
     new: list[list[int]] = [[] for _ in ids]
     shown = [""] * len(ids)
@@ -135,18 +135,33 @@ def stream_continuations(
         for i, token in enumerate(np.asarray(tokens)):
             if token >= 0:
                 new[i].append(int(token))
-            written = text_after(tokenizer, ids[i], new[i])
+            n_settled = len(new[i])
+            while n_settled and new[i][n_settled - 1] in byte_ids:
+                n_settled -= 1
+            written = text_after(tokenizer, ids[i], new[i][:n_settled])
             complete = text_before(stop, written)
             stopped[i] |= len(complete) < len(written)
             end = len(complete) - (0 if stopped[i] else _beginning(stop, complete))
-            held[i] = "" if stopped[i] else complete[max(end, len(shown[i])) :]
             parts.append(complete[len(shown[i]) : end])
             shown[i] = max(shown[i], complete[:end], key=len)
         yield parts
         if all(stopped):
             return
+    whole = [text_before(stop, text_after(tokenizer, *pair)) for pair in zip(ids, new, strict=True)]
+    held = [
+        "" if is_stopped else text[len(before) :]
+        for text, before, is_stopped in zip(whole, shown, stopped, strict=True)
+    ]
     if any(held):
         yield held
+
+
+def _byte_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids of single bytes of which a run that is no UTF-8 loses its letters too."""
+    found = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+    ids = [i for i in found if i is not None]
+    is_run = len(ids) == 256 and "A" not in tokenizer.decode([ids[0x41], ids[0xFF]])
+    return set(ids) if is_run else set()
 
 
 def text_before(stop: Sequence[str], text: str) -> str:

@@ -58,6 +58,7 @@ def save(
     *,
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
 ) -> str:
     """Write a model as a folder that `transformers` loads.
 
@@ -67,6 +68,7 @@ def save(
         path: folder, created if it is not there.
         dtype: float32, bfloat16 or float16.
         about: further values of config.json.
+        model_type: architecture to choose of several that compute the same.
 
     Returns:
         The name of the `transformers` class.
@@ -75,7 +77,7 @@ def save(
         UserError: no architecture of `transformers` computes what the model does.
     """
     leaves = flat(nn.meta.unbox(params))
-    family, heads, config = _family_of(model, leaves)
+    family, heads, config = _family_of(model, leaves, model_type)
     shapes = parameter_specs(family, model.clone(config=config), heads)
     leaves = _neutral_zeros(leaves, shapes) | leaves
     mappings = family.mappings(config, shapes, heads)
@@ -132,7 +134,7 @@ def _make_tensor(
 
 
 def _family_of(
-    model: nn.Module, leaves: Mapping[str, Any]
+    model: nn.Module, leaves: Mapping[str, Any], preferred: str | None
 ) -> tuple[Family, frozenset[str], TransformerConfig]:
     """Return the family that computes what a model does, its heads, and its configuration.
 
@@ -153,7 +155,9 @@ def _family_of(
         candidates.append((problems, family, heads or frozenset(), config))
     if not candidates:
         raise UserError(f"Hugging Face has no architecture like {type(model).__name__}")
-    problems, family, heads, config = min(candidates, key=lambda candidate: len(candidate[0]))
+    problems, family, heads, config = min(
+        candidates, key=lambda found: (len(found[0]), found[1].model_type != preferred)
+    )
     if problems:
         raise UserError(
             "no architecture of Hugging Face computes what this model does; the nearest, "

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
-from lm.data.tokenizers.folder import FolderTokenizer
+from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.errors import UserError
 from lm.experiment import resolve
@@ -131,17 +131,18 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     about: dict[str, Any] = {}
+    model_type: str | None = None
     if isinstance(tokenizer, FolderTokenizer):
         about |= model_settings(tokenizer)
+        model_type = (tokenizer.stated(CONFIG) or {}).get("model_type")
     elif tokenizer:
         about |= _special_ids(config, tokenizer)
     if "classifier" in nested(params):
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
         about |= class_labels(config.model.n_classes, labels)
         about |= {} if labels else {"problem_type": "regression"}
-    class_name = save(
-        make_model(config, "xla", "gather"), nested(params), to, dtype=dtype, about=about
-    )
+    model = make_model(config, "xla", "gather")
+    class_name = save(model, nested(params), to, dtype=dtype, about=about, model_type=model_type)
     is_bounded = config.model.positions == "learned"
     length = config.model.max_length if is_bounded else None
     if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):

@@ -1,14 +1,14 @@
 """Tokenizer files of model folders: read on import, written as tokenizer.json on export.
 
 A SentencePiece model exported as tokenizer.json differs from the original on a literal "▁", which
-becomes a space, and on the literal name of a control piece such as "<s>", which becomes its id.
+becomes a space.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from lm.json_files import parse_json
 from lm.objectives.special_tokens import special_tokens
 
 DELIMITER = "<|endoftext|>"
-# Further keys of config.json that transformers 4 kept settings of generation in.
-_GENERATION_KEYS = (
+# Further keys of config.json that transformers 4 kept settings of generation in, and the version,
+# by which transformers chooses how it reads the tokenizer of some families.
+_KEPT_KEYS = (
+    "transformers_version",
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
     *("top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "task_specific_params"),
@@ -65,7 +67,7 @@ def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
     return {
         key: value
         for key, value in stated.items()
-        if key.endswith("_token_id") or key in _GENERATION_KEYS
+        if key.endswith("_token_id") or key in _KEPT_KEYS
     }
 
 
@@ -211,6 +213,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     scores = {piece.piece: piece.score for piece in proto.pieces}
     ids = {piece: i for i, piece in enumerate(scores)}
     unknown = proto.pieces[trainer.unk_id].piece
+    in_text = {p.piece for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED)}
     defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     if trainer.model_type == _BPE:
         if defined and not _are_reachable(proto):
@@ -218,7 +221,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
         made = tokenizers.Tokenizer(
             models.BPE(
                 ids,
-                _merges(scores, ids),
+                _merges({p: s for p, s in scores.items() if p in in_text}, ids),
                 unk_token=unknown,
                 fuse_unk=True,
                 byte_fallback=trainer.byte_fallback,
@@ -250,10 +253,16 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     elif rules.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    cuts = []
     if defined:
         longest_first = sorted(defined, key=len, reverse=True)
-        symbols = Regex("|".join(map(re.escape, longest_first)))
-        made.pre_tokenizer = pre_tokenizers.Split(symbols, "isolated")
+        cuts.append("|".join(map(re.escape, longest_first)))
+    if trainer.model_type == _UNIGRAM:
+        names = [piece.piece for piece in proto.pieces if piece.piece not in in_text]
+        cuts += _inside_names(names, in_text)
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    if splits:
+        made.pre_tokenizer = pre_tokenizers.Sequence(splits)
     back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         back.append(decoders.Strip(" ", int(not is_suffix), int(is_suffix)))
@@ -261,6 +270,22 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
     made.add_special_tokens([AddedToken(name, normalized=False) for name in [unknown, *control]])
     return made.to_str().encode()
+
+
+def _inside_names(names: Iterable[str], pieces: Collection[str]) -> list[str]:
+    """Return patterns that cut names of control pieces and bytes, such as "<s>", in two.
+
+    Unigram takes any piece that a text holds, but SentencePiece none of these. The cut is where no
+    piece of a text goes across.
+    """
+    pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+    places: dict[tuple[str, str], None] = {}
+    for name in names:
+        free = (i for i in range(1, len(name)) if name[i - 1 : i + 1] not in pairs)
+        if (at := next(free, None)) is not None:
+            places[name[:at], name[at:]] = None
+    cuts = [f"(?<={re.escape(left)})(?={re.escape(right)})" for left, right in places]
+    return ["|".join(cuts)] if cuts else []
 
 
 def _are_reachable(proto: Any) -> bool:

@@ -98,16 +98,15 @@ class Classification(Objective[RecordStore, Record]):
 
     def row(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and token types of a record, at most `length` of them."""
-        cls, sep = self.special.cls, self.special.sep
+        cls, sep, between = self.special.cls, self.special.sep, self.special.between
         first = record.tokens["text"]
         if "text2" in record.tokens:
-            second, room = record.tokens["text2"], self.length - 3
+            second, room = record.tokens["text2"], self.length - 2 - len(between)
             # Lengths after cutting the longer text token by token; of equals, the second text.
             limits = max(room - len(second), (room + 1) // 2), max(room - len(first), room // 2)
-            texts = [first[: limits[0]], second[: limits[1]]]
+            parts = [np.append(first[: limits[0]], between), np.append(second[: limits[1]], sep)]
         else:
-            texts = [first[: self.length - 2]]
-        parts = [np.append(text, sep) for text in texts]
+            parts = [np.append(first[: self.length - 2], sep)]
         parts[0] = np.append(cls, parts[0])
         types = [np.full(len(part), i) for i, part in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(types)

@@ -116,14 +116,19 @@ class SpanQa(Objective[RecordStore, Example]):
         """Return every window of every record."""
         self.require_columns(store)
         questions = np.minimum(store.lengths("question"), self._longest_question)
-        room = self.length - 3 - questions
+        room = self.length - 1 - self._n_before - questions
         strides = np.minimum(self.doc_stride, room)
         beyond = np.maximum(store.lengths("context") - room, 0)
         return ContextWindows(store, np.cumsum(np.append(0, 1 - (-beyond // strides))), strides)
 
     @property
     def _longest_question(self) -> int:
-        return min(MAX_QUESTION_TOKENS, (self.length - 3) // 2)
+        return min(MAX_QUESTION_TOKENS, (self.length - 1 - self._n_before) // 2)
+
+    @property
+    def _n_before(self) -> int:
+        """Number of special tokens before the context."""
+        return 1 + len(self.special.between)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
         """Return inputs, segment_ids (1; padding 0), token_types (1 from the context on) [L].
@@ -132,16 +137,16 @@ class SpanQa(Objective[RecordStore, Example]):
         """
         record, shift = example["record"], self._shift(example)
         question = record.tokens["question"][: self._longest_question]
-        n_context = self.length - len(question) - 3
+        n_context = self.length - len(question) - 1 - self._n_before
         context = record.tokens["context"][example["start"] :][:n_context]
         cls, sep = [self.special.cls], [self.special.sep]
-        tokens = np.concatenate([cls, question, sep, context, sep])
+        tokens = np.concatenate([cls, question, self.special.between, context, sep])
         row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
         row["inputs"][: len(tokens)] = tokens
         row["segment_ids"][: len(tokens)] = 1
-        row["token_types"][len(question) + 2 : len(tokens)] = 1
+        row["token_types"][len(question) + self._n_before : len(tokens)] = 1
         start, end = (token + shift for token in answer_tokens(record))
-        if len(question) + 2 <= start <= end < len(tokens) - 1:
+        if len(question) + self._n_before <= start <= end < len(tokens) - 1:
             row["start"][...], row["end"][...] = start, end
         row["weights"][...] = 1
         return row
@@ -149,7 +154,7 @@ class SpanQa(Objective[RecordStore, Example]):
     def _shift(self, example: Example) -> int:
         """Return the column of a token in its window, minus its index in the context."""
         n_question = min(len(example["record"].tokens["question"]), self._longest_question)
-        return n_question + 2 - example["start"]
+        return n_question + self._n_before - example["start"]
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
         """Return the mean cross-entropy of start and end; accuracy is of both together."""

@@ -43,6 +43,11 @@ class SpecialTokens:
         """Ids before and after the source of an encoder–decoder."""
         return Template(self.template.before, self.template.after or (self.eos,))
 
+    @property
+    def between(self) -> tuple[int, ...]:
+        """Ids between the two texts of an encoder's input: [SEP], or what a folder states."""
+        return self.template.between or (self.sep,)
+
     def source(self, tokens: np.ndarray, length: int) -> np.ndarray:
         """Return the input of an encoder–decoder: tokens cut to `length` with the ids around."""
         around = self.around_source

@@ -249,7 +249,7 @@ def test_what_a_folder_states_is_kept(released, name):
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     config, exported = (json.loads((f / "config.json").read_text()) for f in (folder, out))
     for key, value in config.items():
-        if key.endswith("_token_id"):
+        if key.endswith("_token_id") or key in ("model_type", "transformers_version"):
             assert exported[key] == value, key
 
 
@@ -479,3 +479,18 @@ def test_ids_that_an_objective_or_a_search_puts_in_need_a_row_too(
         == 2
     )
     assert "the token id 100 is beyond the model's table of 96" in capsys.readouterr().err
+
+
+def test_runs_of_bytes_that_are_no_utf8_are_decoded_as_theirs(tmp_path):
+    """ByteFallback of `tokenizers` replaces every byte of such a run."""
+    from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+
+    base = SentencePieceTokenizer(train_sentencepiece(["the cat sat on the mat\n"] * 50, 290))
+    (tmp_path / "tokenizer.model").write_bytes(base.model)
+    tokenizer = FolderTokenizer.read(tmp_path)
+    theirs = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ids = rng.choice([*range(3, 259), 262, 263, 264], 6).tolist()
+        expected = theirs.decode([tokenizer.pieces()[i] for i in ids])
+        assert tokenizer.decode(ids) == expected

@@ -360,7 +360,28 @@ class FolderTokenizer(Tokenizer):
         ]
         return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
 
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        """Byte of each id that stands for one, under a SentencePiece model."""
+        if not isinstance(self.base, SentencePieceTokenizer):
+            return {}
+        ids = [self.base.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return {i: byte for byte, i in enumerate(ids) if i is not None}
+
+    def _with_whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
+        """Yield ids in which each byte of a run that is no UTF-8 is U+FFFD, as in transformers."""
+        id_of = {byte: i for i, byte in self._bytes.items()}
+        for is_byte, part in groupby(map(int, ids), self._bytes.__contains__):
+            run = list(part)
+            try:
+                bytes(self._bytes[i] for i in run if is_byte).decode()
+            except UnicodeDecodeError:
+                run = [id_of[byte] for byte in "\ufffd".encode()] * len(run)
+            yield from run
+
     def decode(self, ids: Iterable[int]) -> str:
+        if len(self._bytes) == 256:
+            ids = self._with_whole_characters(ids)
         if not self._outside:
             return self.base.decode(ids)
         name_of = {i: name for name, i in self._outside.items()}

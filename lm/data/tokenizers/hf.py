@@ -126,10 +126,14 @@ class HuggingFaceTokenizer(_HuggingFace):
         for text in ("a", "0", ".", "\u4e00"):  # a vocabulary may lack some
             with package_errors(_UNUSABLE):
                 found = self._tokenizer.encode(text)
+                pair = self._tokenizer.encode(text, text)
             inside = [at for at, part in enumerate(found.sequence_ids) if part is not None]
-            if inside:
+            parts = pair.sequence_ids
+            if inside and 0 in parts and 1 in parts:
                 ids = tuple(found.ids)
-                return Template(ids[: inside[0]], ids[inside[-1] + 1 :])
+                start = len(parts) - parts[::-1].index(0)
+                between = tuple(pair.ids)[start : parts.index(1)]
+                return Template(ids[: inside[0]], ids[inside[-1] + 1 :], between)
         return Template()
 
     def with_added_tokens(self, tokens: Iterable[Mapping[str, Any]]) -> bytes:

@@ -33,10 +33,12 @@ class Template:
     Attributes:
         before: ids before it.
         after: ids after it, where it is the input of an encoder.
+        between: ids between the two texts of an encoder's pair; (): one separator.
     """
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
 
 
 class Tokenizer(ABC):

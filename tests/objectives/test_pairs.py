@@ -1,0 +1,58 @@
+"""Rows of pairs have between the texts what the tokenizer of an imported folder puts there."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lm.config import default
+from lm.data.records.record_store import build_record_store
+from lm.data.records.records import open_records
+from lm.data.tokenizers.folder import FolderTokenizer
+from lm.objectives.classification import Classification
+from lm.objectives.span_qa import SpanQa
+from lm.objectives.special_tokens import special_tokens
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    """A tokenizer of letters that puts two separators between texts."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *"abcdĠ"]
+    ids = {name: i for i, name in enumerate(names)}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    return FolderTokenizer.read(tmp_path)
+
+
+def test_a_pair_to_classify(roberta, tmp_path):
+    (tmp_path / "a.tsv").write_text("text\ttext2\tlabel\nab\tcd\t1\n")
+    data = default().data
+    store = build_record_store(open_records(f"tsv:{tmp_path}/a.tsv", data), roberta, tmp_path)
+    special = special_tokens(roberta)
+    a, b, c, d = roberta.encode("abcd")
+    tokens, types = Classification(8, (), special).row(store[0])
+    assert tokens.tolist() == [0, a, b, 2, 2, c, d, 2]
+    assert types.tolist() == [0] * 5 + [1] * 3
+    tokens, _ = Classification(7, (), special).row(store[0])
+    assert tokens.tolist() == [0, a, b, 2, 2, c, 2]
+
+
+def test_a_question_and_its_context(roberta, tmp_path):
+    answer = {"text": "d", "answer_start": 2}
+    question = {"id": "1", "question": "b", "answers": [answer]}
+    paragraph = {"context": "a d c", "qas": [question]}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    source = open_records(f"squad:{tmp_path}/a.json", default().data)
+    store = build_record_store(source, roberta, tmp_path)
+    objective = SpanQa(14, 8, special_tokens(roberta))
+    windows = objective.examples(store, training=True)
+    row = objective.features(windows[0], np.random.default_rng(0))
+    inside = row["inputs"][: row["segment_ids"].sum()].tolist()
+    assert inside[:5] == [0, *roberta.encode("b"), 2, 2, *roberta.encode("a")]
+    assert roberta.decode(row["inputs"][row["start"] : row["end"] + 1]).strip() == "d"
+    outputs = np.zeros((1, 14, 2))
+    outputs[0, row["start"], 0] = outputs[0, row["end"], 1] = 1
+    assert objective.answers([store], outputs) == ["d"]
