@@ -28,7 +28,7 @@ from lm.models.variables import (
     with_state,
 )
 from lm.objectives.objective import Batch, LossSums, Objective
-from lm.parallel.mesh import per_row_key, select_rows
+from lm.parallel.mesh import per_row_key
 
 if TYPE_CHECKING:  # imported only where parameters are frozen
     from lm.optim.parameter_groups import TrainableMask
@@ -241,11 +241,7 @@ class Steps:
     def _gradients(
         self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array
     ) -> tuple[Params, LossSums, Between]:
-        """Return the gradient of the summed loss, and the sums, added up over microbatches.
-
-        Carried rows go to the microbatch of their row of the batch; model state passes from
-        each microbatch to the next.
-        """
+        """Return the gradient of the summed loss, and the sums, added up over microbatches."""
 
         def of_part(
             before: Between, part: Batch, rng: jax.Array
@@ -258,28 +254,10 @@ class Steps:
             grads, (sums, after) = jax.grad(loss, has_aux=True)(trained)
             return (grads, sums), after
 
-        n = self.microbatches
-        if n == 1:
+        if self.microbatches == 1:
             (grads, sums), after = of_part(before, batch, rng)
-            return grads, sums, after
-        # Row r goes to microbatch r mod n: each device keeps its rows, whatever the mesh.
-        parts = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1),
-            (before.carry, batch),
-        )
+        else:
+            from lm.optim.gradient_accumulation import accumulate
 
-        def add(
-            so_far: tuple[Any, ModelState], part: tuple[tuple[Carry, Batch], jax.Array]
-        ) -> tuple[tuple[Any, ModelState], Carry]:
-            (total, model_state), ((carry, batch), index) = so_far, part
-            sums, after = of_part(Between(carry, model_state), batch, select_rows(rng, index, n))
-            return (jax.tree.map(jnp.add, total, sums), after.model_state), after.carry
-
-        first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)
-        first = Between(first_carry, before.model_state)
-        shapes, _ = jax.eval_shape(of_part, first, first_batch, rng)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (zeros, before.model_state)
-        ((grads, sums), model_state), carries = jax.lax.scan(add, start, (parts, jnp.arange(n)))
-        carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
-        return grads, sums, Between(carry, model_state)
+            (grads, sums), after = accumulate(of_part, self.microbatches, before, batch, rng)
+        return grads, sums, after

@@ -16,7 +16,7 @@ from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dense import add_bias, matmul
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Part, Role, param
-from lm.parallel.mesh import constrain, count_shards, embedding_lookup
+from lm.parallel.mesh import constrain, count_shards, current_mesh
 
 
 def flat_leading(leading: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,7 +132,12 @@ class Embedding(nn.Module):
         self.embedding = param(self, "embedding", self.table_init, shape, axes, role)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        return embedding_lookup(self.embedding.astype(self.dtype), (self.row_name, "embed"), ids_BL)
+        table_VD, mesh = self.embedding.astype(self.dtype), current_mesh()
+        if mesh is None or mesh.size == 1:
+            return jnp.take(table_VD, ids_BL, axis=0)
+        from lm.parallel.sharded_lookup import embedding_lookup
+
+        return embedding_lookup(table_VD, (self.row_name, "embed"), ids_BL)
 
     def first(self, length: int) -> jax.Array:
         """Return rows 0 … length - 1 as a slice, whose gradient is no scatter."""

@@ -8,13 +8,10 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models.variables import MODEL_STATE
 from lm.objectives.objective import BoundModel, LossSums
-from lm.parallel.mesh import constrain, count_shards
 
 
 class TokenLosses(NamedTuple):
@@ -105,7 +102,16 @@ def token_loss(
         label_smoothing: share of a target's probability spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
     """
-    losses = _chunked_losses(model, x_BTD, targets_BT, label_smoothing, z_loss)
+
+    def compute(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
+        return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
+
+    if model.config.loss_chunk:
+        from lm.objectives.chunked_losses import in_chunks
+
+        losses = in_chunks(compute, model, x_BTD, targets_BT)
+    else:
+        losses = compute(model, x_BTD, targets_BT)
     return LossSums(
         loss=(losses.loss_BL * weights_BT).sum(),
         weight=weights_BT.sum(),
@@ -114,54 +120,3 @@ def token_loss(
             "accuracy": (losses.correct_BL * weights_BT).sum(),
         },
     )
-
-
-def _chunked_losses(
-    model: BoundModel,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    label_smoothing: float,
-    z_loss: float,
-) -> TokenLosses:
-    """Return the loss of every target, computed chunk by chunk of columns.
-
-    The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
-    faster than reading them back, and anywhere it saves the memory. Chunks are of columns because
-    rows are sharded over devices; where columns are too (over C devices), a chunk takes some
-    columns of every device.
-    """
-
-    def chunk_losses(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
-        return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
-
-    B, T = targets_BT.shape
-    C = count_shards("length") if T % count_shards("length") == 0 else 1
-    n = n_chunks(T // C, -(-model.config.loss_chunk // C))
-    if n == 1:
-        return chunk_losses(model, x_BTD, targets_BT)
-
-    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple:
-        return None, chunk_losses(model, *chunk)
-
-    scan = nn.scan(
-        nn.remat(step, prevent_cse=False),
-        variable_broadcast=("params", MODEL_STATE),
-        split_rngs={"params": False, "dropout": True},
-    )
-
-    def split(x_BT: jax.Array) -> jax.Array:
-        x_BCNT = x_BT.reshape(B, C, n, T // (C * n), *x_BT.shape[2:])
-        return jnp.moveaxis(x_BCNT, 2, 0).reshape(n, B, T // n, *x_BT.shape[2:])
-
-    def join(x_NBT: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
-
-    x_BTD = constrain(x_BTD, "rows", "length", "embed")
-    _, losses = scan(model, None, (split(x_BTD), split(targets_BT)))
-    return jax.tree.map(join, losses)
-
-
-def n_chunks(length: int, longest: int) -> int:
-    """Return the least number of equal chunks of at most `longest` columns; 0: one chunk."""
-    fewest = -(-length // longest) if longest else 1
-    return next(n for n in range(fewest, length + 1) if length % n == 0)

@@ -13,9 +13,36 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.mesh import LENGTH_AXIS, ROW_AXES
+from lm.parallel.mesh import LENGTH_AXIS, ROW_AXES, current_mesh, parameter_sharding
 
 Axes = tuple[str, ...]
+
+
+def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Array) -> jax.Array:
+    """Look up embeddings in a sharded table, with reduce-scattered gradients.
+
+    Args:
+        table_VD: embedding table.
+        names: logical names of the table's axes.
+        ids_BL: token ids; ids of other ranks are looked up without communication.
+
+    Returns:
+        The embeddings [B, L, D].
+    """
+    mesh = current_mesh()
+    if mesh is None or ids_BL.ndim != 2:
+        return jnp.take(table_VD, ids_BL, axis=0)
+    table = parameter_sharding(mesh, names, table_VD.shape).spec
+    row_axes, width_axes = (_axes_of_several(mesh, axes) for axes in table)
+    if not row_axes and not width_axes:
+        return jnp.take(table_VD, ids_BL, axis=0)
+    return sharded_lookup(table_VD, ids_BL, mesh, table, row_axes, width_axes)
+
+
+def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """Return those of a dimension's mesh axes that have more than one device."""
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in named if mesh.shape[axis] > 1)
 
 
 def sharded_lookup(

@@ -11,7 +11,8 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.objectives.losses import n_chunks, token_loss
+from lm.objectives.chunked_losses import n_chunks
+from lm.objectives.losses import token_loss
 
 B, T, D, V = 3, 12, 5, 11
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.parallel.mesh import axis_sizes, embedding_lookup, make_mesh, parameter_sharding, use_mesh
+from lm.parallel.mesh import axis_sizes, make_mesh, parameter_sharding, use_mesh
+from lm.parallel.sharded_lookup import embedding_lookup
 
 MESHES = {
     "fsdp=8": {"fsdp": 8},

@@ -1,0 +1,72 @@
+"""Token losses in chunks of columns, for `--config.train.loss_chunk`.
+
+Shape letters: N chunks, B batch, T targets, D model, V vocabulary, C devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.models.variables import MODEL_STATE
+from lm.parallel.mesh import constrain, count_shards
+
+if TYPE_CHECKING:
+    from lm.objectives.losses import TokenLosses
+    from lm.objectives.objective import BoundModel
+
+
+def in_chunks(
+    compute: Callable[..., TokenLosses],
+    model: BoundModel,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+) -> TokenLosses:
+    """Return the loss of every target, computed chunk by chunk of columns.
+
+    The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
+    faster than reading them back, and anywhere it saves the memory. Chunks are of columns because
+    rows are sharded over devices; where columns are too (over C devices), a chunk takes some
+    columns of every device.
+
+    Args:
+        compute: returns the losses of some targets from the model, hidden states and targets.
+        model: bound model.
+        x_BTD: hidden states at the targets.
+        targets_BT: token ids, int32.
+    """
+    B, T = targets_BT.shape
+    C = count_shards("length") if T % count_shards("length") == 0 else 1
+    n = n_chunks(T // C, -(-model.config.loss_chunk // C))
+    if n == 1:
+        return compute(model, x_BTD, targets_BT)
+
+    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple:
+        return None, compute(model, *chunk)
+
+    scan = nn.scan(
+        nn.remat(step, prevent_cse=False),
+        variable_broadcast=("params", MODEL_STATE),
+        split_rngs={"params": False, "dropout": True},
+    )
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x_BCNT = x_BT.reshape(B, C, n, T // (C * n), *x_BT.shape[2:])
+        return jnp.moveaxis(x_BCNT, 2, 0).reshape(n, B, T // n, *x_BT.shape[2:])
+
+    def join(x_NBT: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
+
+    x_BTD = constrain(x_BTD, "rows", "length", "embed")
+    _, losses = scan(model, None, (split(x_BTD), split(targets_BT)))
+    return jax.tree.map(join, losses)
+
+
+def n_chunks(length: int, longest: int) -> int:
+    """Return the least number of equal chunks of at most `longest` columns; 0: one chunk."""
+    fewest = -(-length // longest) if longest else 1
+    return next(n for n in range(fewest, length + 1) if length % n == 0)

@@ -1,0 +1,56 @@
+"""Gradient accumulation: a batch in parts, whose gradients are added up before the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.parallel.mesh import select_rows
+
+if TYPE_CHECKING:
+    from lm.train_step import Between
+
+Tree = Any
+
+
+def accumulate(
+    of_part: Callable[[Between, Tree, jax.Array], tuple[Tree, Between]],
+    n: int,
+    before: Between,
+    batch: Tree,
+    rng: jax.Array,
+) -> tuple[Tree, Between]:
+    """Return the sum of a function over `n` microbatches, and what passes on to the next batch.
+
+    Carried rows go to the microbatch of their row of the batch; model state passes from each
+    microbatch to the next.
+
+    Args:
+        of_part: function of what passed on to it, a microbatch and its key.
+        n: number of microbatches.
+        before: variables that the batch before passed on.
+        batch: arrays [B, …].
+        rng: per-row key of the batch.
+    """
+    # Row r goes to microbatch r mod n: each device keeps its rows, whatever the mesh.
+    parts = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1),
+        (before.carry, batch),
+    )
+
+    def add(so_far: tuple[Tree, Tree], part: tuple[Tree, jax.Array]) -> tuple[Tree, Tree]:
+        (total, model_state), ((carry, batch), index) = so_far, part
+        passed = before._replace(carry=carry, model_state=model_state)
+        sums, after = of_part(passed, batch, select_rows(rng, index, n))
+        return (jax.tree.map(jnp.add, total, sums), after.model_state), after.carry
+
+    first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)
+    shapes, _ = jax.eval_shape(of_part, before._replace(carry=first_carry), first_batch, rng)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    start = (zeros, before.model_state)
+    (sums, model_state), carries = jax.lax.scan(add, start, (parts, jnp.arange(n)))
+    carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
+    return sums, before._replace(carry=carry, model_state=model_state)
