@@ -259,10 +259,10 @@ SCHEDULES = Registry(
         "constant": Entry("lm.optim.optimizers:constant"),
         "cosine": Entry("lm.optim.optimizers:cosine"),
         "linear": Entry("lm.optim.optimizers:linear"),
-        "inverse": Entry("lm.optim.optimizers:inverse"),
-        "inverse_sqrt": Entry("lm.optim.optimizers:inverse_sqrt"),
-        "step": Entry("lm.optim.optimizers:step", StepOptions),
-        "wsd": Entry("lm.optim.optimizers:wsd", WsdOptions),
+        "inverse": Entry("lm.optim.further_optimizers:inverse"),
+        "inverse_sqrt": Entry("lm.optim.further_optimizers:inverse_sqrt"),
+        "step": Entry("lm.optim.further_optimizers:step", StepOptions),
+        "wsd": Entry("lm.optim.further_optimizers:wsd", WsdOptions),
     },
 )
 

@@ -159,18 +159,13 @@ class Registry(Mapping[str, Any]):
         Raises:
             UserError: the name, or a key of the options, is taken or not well formed.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise UserError(f"{self.kind} {name!r}: a name is made of a-z, 0-9 and _")
+        from lm.config.registration import check_entry, check_name
+
+        check_name(self, name)
 
         def add(target: T) -> T:
             module = target.__module__  # type: ignore[attr-defined]
             plugin = getattr(sys.modules.get(module), "__file__", None) or ""
-            old = self.entries.get(name)
-            if old is not None and old.plugin != plugin:
-                owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
-                raise UserError(
-                    f"{self.kind} {name!r} exists already, {owner}; choose another name"
-                )
             entry = Entry(
                 target,
                 options,
@@ -185,31 +180,12 @@ class Registry(Mapping[str, Any]):
                 predicts_every_token=getattr(target, "predicts_every_token", False),
                 objectives=objectives,
             )
-            self._check_options(name, entry)
+            check_entry(self, name, entry)
             self.entries[name] = entry
             self.version += 1
             return target
 
         return add
-
-    def _check_options(self, name: str, entry: Entry) -> None:
-        if entry.options is None:
-            return
-        shown = f"options of the {self.kind} {name!r}"
-        if not dataclasses.is_dataclass(entry.options):
-            raise UserError(f"{shown}: {entry.options!r} is not a dataclass")
-        for field in dataclasses.fields(entry.options):
-            key = field.metadata.get("key")
-            if key is None:
-                raise UserError(f"{shown}: declare {field.name} by option(DEFAULT, HELP)")
-            if key.type not in (int, float, bool, str, tuple):
-                raise UserError(f"{shown}: {field.name}={key.default!r} has no type of a key")
-        old = self.entries.get(name)
-        own = old.keys_added() if old else {}
-        for path in entry.keys_added():
-            taken = "" if path in own or not self.schema else self.schema.taken(path)
-            if taken:
-                raise UserError(f"{shown}: --config.{taken} exists already; choose another name")
 
     def __getitem__(self, name: str) -> Any:
         """Return the class or function; UserError for an unknown name."""
@@ -296,13 +272,6 @@ class Schema(Mapping[str, Key]):
     def is_section(self, path: str) -> bool:
         """Return whether keys lie below `path`."""
         return any(known.startswith(f"{path}.") for known in self)
-
-    def taken(self, path: str) -> str:
-        """Return the key or section that a new key would collide with, or ""."""
-        parts = path.split(".")
-        sections = (".".join(parts[:n]) for n in range(1, len(parts)))
-        collides = path in self or self.is_section(path)
-        return next((s for s in sections if s in self), path if collides else "")
 
     def plugins(self) -> list[dict[str, Any]]:
         """Return the plug-ins that this process has imported, for a run to remember.

@@ -1,16 +1,20 @@
-"""Optimizers beside AdamW and Muon: Adam without bias correction, Adafactor, SGD and Lion."""
+"""Optimizers beside AdamW and Muon, and decays of the rate beside the cosine and the line.
+
+Adam without bias correction, Adafactor, SGD and Lion; inverse (square root), steps, and WSD.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lm.optim.optimizers import ParamTable
+if TYPE_CHECKING:
+    from lm.optim.optimizers import ParamTable
 
 Tree = Any
 
@@ -79,3 +83,34 @@ def lion(
     """Build Lion (Chen et al. 2023)."""
     o, decay = options.lion, options.weight_decay
     return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
+
+
+# --- learning-rate schedules
+
+
+def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return peak · √(start / t), t counted from the first step.
+
+    With peak = (d_model · start)^-0.5 it is the formula of Vaswani et al. 2017, eq. 3, and with
+    peak = start^-0.5 and no warm-up that of T5 (Raffel et al. 2020, §3.1.2).
+    """
+    return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
+
+
+def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return peak / (1 + c t) with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
+    rate = (1 / options.final_ratio - 1) / max(end - start, 1)
+    return lambda t: peak / (1 + rate * t)
+
+
+def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return a staircase: multiplied by `step_factor` after every `step_every` steps."""
+    return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
+
+
+def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
+    down = round(end * options.wsd_decay_fraction)
+    stable = max(end - start - down, 0)
+    fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))
+    return optax.join_schedules([optax.constant_schedule(peak), fall], [stable])

@@ -2,7 +2,7 @@
 
 An optimizer is a function of the schedule, the configuration's section "optimizer" and a
 `ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
-muP scales, which arrays are matrices to Muon. `further_optimizers.py` has the others.
+muP scales, which arrays are matrices to Muon. `further_optimizers.py` has others, and other decays.
 
 A decay of the learning rate is a function of the peak rate, the configuration's section "schedule",
 the step `start` at which the decay starts and the step `end` at which it ends. Its result is a
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -202,31 +201,3 @@ def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Sche
 def linear(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
     """Return linear decay to `final_ratio` of the peak."""
     return optax.linear_schedule(peak, peak * options.final_ratio, max(end - start, 1))
-
-
-def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return peak · √(start / t), t counted from the first step.
-
-    With peak = (d_model · start)^-0.5 it is the formula of Vaswani et al. 2017, eq. 3, and with
-    peak = start^-0.5 and no warm-up that of T5 (Raffel et al. 2020, §3.1.2).
-    """
-    return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
-
-
-def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return peak / (1 + c t) with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
-    rate = (1 / options.final_ratio - 1) / max(end - start, 1)
-    return lambda t: peak / (1 + rate * t)
-
-
-def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return a staircase: multiplied by `step_factor` after every `step_every` steps."""
-    return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
-
-
-def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
-    down = round(end * options.wsd_decay_fraction)
-    stable = max(end - start - down, 0)
-    fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))
-    return optax.join_schedules([optax.constant_schedule(peak), fall], [stable])

@@ -1,0 +1,50 @@
+"""Checks of what plug-ins register: names, and configuration keys of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING
+
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.config.registry import Entry, Registry, Schema
+
+
+def check_name(registry: Registry, name: str) -> None:
+    """Raise UserError unless a name is well formed."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"{registry.kind} {name!r}: a name is made of a-z, 0-9 and _")
+
+
+def check_entry(registry: Registry, name: str, entry: Entry) -> None:
+    """Raise UserError if the name of a new entry, or a key of its options, is taken or wrong."""
+    old = registry.entries.get(name)
+    if old is not None and old.plugin != entry.plugin:
+        owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
+        raise UserError(f"{registry.kind} {name!r} exists already, {owner}; choose another name")
+    if entry.options is None:
+        return
+    shown = f"options of the {registry.kind} {name!r}"
+    if not dataclasses.is_dataclass(entry.options):
+        raise UserError(f"{shown}: {entry.options!r} is not a dataclass")
+    for field in dataclasses.fields(entry.options):
+        key = field.metadata.get("key")
+        if key is None:
+            raise UserError(f"{shown}: declare {field.name} by option(DEFAULT, HELP)")
+        if key.type not in (int, float, bool, str, tuple):
+            raise UserError(f"{shown}: {field.name}={key.default!r} has no type of a key")
+    own = old.keys_added() if old else {}
+    for path in entry.keys_added():
+        taken = "" if path in own or not registry.schema else _taken(registry.schema, path)
+        if taken:
+            raise UserError(f"{shown}: --config.{taken} exists already; choose another name")
+
+
+def _taken(schema: Schema, path: str) -> str:
+    """Return the key or section that a new key would collide with, or ""."""
+    parts = path.split(".")
+    sections = (".".join(parts[:n]) for n in range(1, len(parts)))
+    collides = path in schema or schema.is_section(path)
+    return next((s for s in sections if s in schema), path if collides else "")
