@@ -1,7 +1,9 @@
-"""Exception for mistakes of the user, and the message of a package that is not installed."""
+"""Exceptions for mistakes of the user and lost peers, and parts of their messages."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 _DISTRIBUTION = "lm-jax"  # the name `lm` on PyPI is another project's
@@ -19,6 +21,15 @@ class LostPeerError(Exception):
 
     The command line prints it and exits with code 1: the same command may succeed later.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known name nearest to an unknown one, or ""."""
+    known = list(known)
+    tail = name.rsplit(".", 1)[-1]
+    close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def missing_package(purpose: str, package: str, extra: str) -> UserError:

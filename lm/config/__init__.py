@@ -15,7 +15,6 @@ An experiment file starts from `default()` and changes values:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from lm.config.experiment_file import error_in, execute
 from lm.config.registries import SCHEMA
 from lm.config.registry import Key, listed
 from lm.config.rules import broken_rules
-from lm.errors import UserError
+from lm.errors import UserError, nearest
 from lm.storage import AnyPath, resolve_path
 
 LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
@@ -54,15 +53,6 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
             yield from flatten(value, f"{path}.")
         else:
             yield path, value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known name nearest to an unknown one, or ""."""
-    known = list(known)
-    tail = name.rsplit(".", 1)[-1]
-    close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
-    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_value(path: str, text: str) -> Any:

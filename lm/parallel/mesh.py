@@ -187,7 +187,7 @@ ACTIVATIONS: Rules = {
 SEQUENCE_PARALLEL: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 
 # The size of a vocabulary is arbitrary and key/value heads are few: where the mesh does not divide
-# them, the dimension is replicated, and `replicated_axes` reports it.
+# them, the dimension is replicated, and `mesh_rules.py` reports it.
 MAY_REPLICATE = ("vocab", "kv_heads")
 
 # The configuration key behind a logical axis, for error messages.
@@ -207,7 +207,7 @@ def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -
         KeyError: a name has no rule.
         UserError: a dimension is not divisible by the mesh axes that shard it.
     """
-    axes = (_parameter_axes(mesh.shape, n, size) for n, size in zip(names, shape, strict=True))
+    axes = (parameter_axes(mesh.shape, n, size) for n, size in zip(names, shape, strict=True))
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
@@ -219,7 +219,7 @@ def count_parameter_shards(
     Raises:
         UserError: a dimension is not divisible by the mesh axes that shard it.
     """
-    axes = (_parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
+    axes = (parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
     return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
 
 
@@ -250,16 +250,7 @@ def optimizer_state_sharding(
     return NamedSharding(parameter.mesh, PartitionSpec(*axes))
 
 
-def replicated_axes(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
-    """Return the logical axes of a parameter that have a rule but that the mesh cannot divide."""
-    return [
-        name
-        for name, size in zip(names, shape, strict=True)
-        if _rule(PARAMETERS, name) and _parameter_axes(mesh.shape, name, size) is None
-    ]
-
-
-def _parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
+def parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
     """Return the mesh axes that shard a parameter's dimension, or None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)

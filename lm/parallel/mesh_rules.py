@@ -1,15 +1,26 @@
-"""Rules between a configuration and the sizes of a mesh of several devices."""
+"""Mesh of several devices: rules between its sizes and a configuration, and what to tell of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm.config.registries import MODELS, OBJECTIVES, TRANSFORMERS
 from lm.errors import UserError
-from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, count_parameter_shards
+from lm.parallel.mesh import (
+    BATCH_AXES,
+    CONFIG_KEYS,
+    PARAMETERS,
+    count_parameter_shards,
+    parameter_axes,
+)
+
+if TYPE_CHECKING:
+    from lm.parallel.pipeline import PipelineSchedule
 
 
 def mesh_problems(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -112,3 +123,42 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
             count_parameter_shards(sizes, (name,), (config[section][key],))
         except UserError as error:
             yield str(error)
+
+
+# --- what the user is told before training
+
+
+def mesh_notes(
+    mesh: Mesh,
+    pipeline: PipelineSchedule,
+    parameters: Mapping[str, tuple[Sequence[str], Sequence[int]]],
+) -> list[str]:
+    """Return lines on the pipeline's schedule, and on what stays whole on every device.
+
+    Args:
+        mesh: mesh of the step.
+        pipeline: schedule of the pipeline.
+        parameters: logical axes and shape of every parameter, by path.
+    """
+    lines = []
+    if pipeline.stages > 1:
+        lines.append(
+            f"pipeline of {pipeline.stages} stages × {pipeline.repeats} repeat(s), "
+            f"{pipeline.microbatches} microbatches: idle {pipeline.bubble:.1%} of the time"
+        )
+    for path, (names, shape) in sorted(parameters.items()):
+        for axis in replicated_axes(mesh, names, shape):
+            lines.append(
+                f"{path} {shape}: the mesh does not divide its {axis!r} dimension, which "
+                "stays whole on every device"
+            )
+    return lines
+
+
+def replicated_axes(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
+    """Return the logical axes of a parameter that have a rule but that the mesh cannot divide."""
+    return [
+        name
+        for name, size in zip(names, shape, strict=True)
+        if PARAMETERS[name] and parameter_axes(mesh.shape, name, size) is None
+    ]

@@ -33,7 +33,6 @@ from lm.parallel.mesh import (
     CrossHostMax,
     is_primary_host,
     on_all_hosts,
-    replicated_axes,
 )
 from lm.runs.checkpoints import (
     Checkpoints,
@@ -206,17 +205,12 @@ def describe(experiment: Experiment) -> str:
         f"{devices[0].device_kind} ({axes or 'one device'}), {jax.process_count()} process(es); "
         f"{config.model.dtype}, {_attention(experiment)}"
     ]
-    if (schedule := experiment.pipeline).stages > 1:
-        lines.append(
-            f"pipeline of {schedule.stages} stages × {schedule.repeats} repeat(s), "
-            f"{schedule.microbatches} microbatches: idle {schedule.bubble:.1%} of the time"
-        )
-    for path, leaf in sorted(shapes.items()):
-        for axis in replicated_axes(mesh, experiment.param_infos[path].axes, leaf.shape):
-            lines.append(
-                f"{path} {leaf.shape}: the mesh does not divide its {axis!r} dimension, which "
-                "stays whole on every device"
-            )
+    if mesh.size > 1:
+        from lm.parallel.mesh_rules import mesh_notes
+
+        infos = experiment.param_infos
+        parameters = {path: (infos[path].axes, leaf.shape) for path, leaf in shapes.items()}
+        lines += mesh_notes(mesh, experiment.pipeline, parameters)
     return "\n".join(lines)
 
 

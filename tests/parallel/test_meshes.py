@@ -15,7 +15,8 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import flat
-from lm.parallel.mesh import AXES, axis_sizes, constrain, parameter_sharding, replicated_axes
+from lm.parallel.mesh import AXES, axis_sizes, constrain, parameter_sharding
+from lm.parallel.mesh_rules import replicated_axes
 
 MESHES = {
     "data=8": {"data": 8},

@@ -18,8 +18,7 @@ from typing import Any
 
 import jax
 
-from lm.config import nearest
-from lm.errors import UserError, missing_package
+from lm.errors import UserError, missing_package, nearest
 from lm.hardware import (
     CHIPS,
     COMMON_TARGET,
