@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.data.dataset import open_split
+from lm.data.splits import open_split
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts
 from lm.decoding.sampling import Sampling

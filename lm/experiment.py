@@ -180,12 +180,7 @@ class Experiment:
         if shapes.model_state:
             from lm.models.model_state import state_axes
 
-            axes = state_axes(self.steps.boxed_shapes[2])
-            if self.pipeline.stages > 1:
-                raise UserError(
-                    f"--config.parallel.mesh.stage={self.pipeline.stages}: a pipeline cannot "
-                    f"update model state ({', '.join(axes)}); use another axis"
-                )
+            axes = state_axes(self.steps.boxed_shapes[2], self.pipeline.stages)
         of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
         placed: Any = {
             "step": self.replicated,

@@ -48,7 +48,7 @@ def _steps(text: str) -> list[int]:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.data.dataset import open_split
+    from lm.data.splits import open_split
     from lm.evaluation.task import check_task
     from lm.experiment import reads_records
     from lm.parallel.mesh import is_primary_host, print_on_primary_host

@@ -9,7 +9,6 @@ from lm.config.registry import listed
 from lm.data.sources import Corpus, find_source, has_validation, open_corpus
 from lm.data.store import TokenStore, build_token_store
 from lm.data.tokenizers.tokenizer import Tokenizer, is_fitted, make_tokenizer
-from lm.errors import UserError
 from lm.storage import cache_directory
 
 if TYPE_CHECKING:  # imported only where a task is trained
@@ -56,17 +55,17 @@ def open_dataset(
     Raises:
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
-    training = _open_sources(listed(data.source), data, "train", records)
+    training = open_sources(listed(data.source), data, "train", records)
     tokenizer = tokenizer or make_tokenizer(data, _corpora(training, records))
-    validation = _open_validation(data, records)
+    validation = open_validation(data, records)
     fingerprint = {"tokenizer": tokenizer.digest}
     for split, sources in (("train", training), ("validation", validation)):
         fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
     train, held_out = (
-        tuple(_build_store(source, tokenizer, data, records, progress) for source in sources)
+        tuple(build_store(source, tokenizer, data, records, progress) for source in sources)
         for sources in (training, validation)
     )
-    if _holds_out_records(data, records):
+    if holds_out_records(data, records):
         from lm.data.held_out import split_records
 
         train, held_out = zip(*(split_records(store, data) for store in train), strict=True)
@@ -80,42 +79,12 @@ def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
     """
     sources: tuple[Source, ...] = ()
     if is_fitted(data.tokenizer):
-        sources = _open_sources(listed(data.source), data, "train", records)
+        sources = open_sources(listed(data.source), data, "train", records)
     return make_tokenizer(data, _corpora(sources, records))
 
 
-def open_split(
-    data: Any, split: str, tokenizer: Tokenizer, records: bool, progress: bool = False
-) -> tuple[Store, ...]:
-    """Open the stores of one split.
-
-    Args:
-        data: section `data` of the configuration.
-        split: "validation" or "test".
-        tokenizer: tokenizer of the stores.
-        records: the sources hold a task's records rather than documents.
-        progress: show progress bars on stderr.
-
-    Raises:
-        UserError: the configuration has no such split, or its source is missing or damaged.
-    """
-    if split == "validation" and _holds_out_records(data, records):
-        from lm.data.held_out import split_records
-
-        training = _open_sources(listed(data.source), data, "train", records)
-        stores = (_build_store(source, tokenizer, data, records, progress) for source in training)
-        return tuple(split_records(store, data)[1] for store in stores)
-    if split == "test":
-        own_split = "validation" if records else "test"
-        sources = _open_sources(listed(data.test_source), data, own_split, records)
-    else:
-        sources = _open_validation(data, records)
-    if not sources:
-        raise UserError(f"the configuration has no {split} data; set --config.data.{split}_source")
-    return tuple(_build_store(source, tokenizer, data, records, progress) for source in sources)
-
-
-def _open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
+def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
+    """Open a split of each source, of documents or of records."""
     if records:
         from lm.data.records.records import open_records
 
@@ -123,12 +92,13 @@ def _open_sources(specs: list[str], data: Any, split: str, records: bool) -> tup
     return tuple(open_corpus(spec, data, split) for spec in specs)
 
 
-def _open_validation(data: Any, records: bool) -> tuple[Source, ...]:
+def open_validation(data: Any, records: bool) -> tuple[Source, ...]:
+    """Open the sources of the validation data, () if there are none beside the training data."""
     if data.validation_source:
-        return _open_sources(listed(data.validation_source), data, "validation", records)
+        return open_sources(listed(data.validation_source), data, "validation", records)
     has_split = _has_validation_records if records else has_validation
     specs = [spec for spec in listed(data.source) if has_split(spec, data)]
-    return _open_sources(specs, data, "validation", records)
+    return open_sources(specs, data, "validation", records)
 
 
 def _has_validation_records(spec: str, data: Any) -> bool:
@@ -137,7 +107,7 @@ def _has_validation_records(spec: str, data: Any) -> bool:
     return cls.has_validation_split(argument, data)
 
 
-def _holds_out_records(data: Any, records: bool) -> bool:
+def holds_out_records(data: Any, records: bool) -> bool:
     """Return whether the validation records are taken out of the training stores."""
     if not records or not data.validation_fraction or data.validation_source:
         return False
@@ -153,9 +123,18 @@ def _corpora(sources: tuple[Any, ...], records: bool) -> tuple[Corpus, ...]:
     return tuple(RecordTexts(source) for source in sources)
 
 
-def _build_store(
+def build_store(
     source: Any, tokenizer: Tokenizer, data: Any, records: bool, progress: bool
 ) -> Store:
+    """Open the store of a source, building it if the cache does not hold it.
+
+    Args:
+        source: documents or records.
+        tokenizer: tokenizer of the store.
+        data: section `data` of the configuration.
+        records: the source holds a task's records rather than documents.
+        progress: show a progress bar on stderr.
+    """
     cache = cache_directory(data)
     if records:
         from lm.data.records.record_store import build_record_store

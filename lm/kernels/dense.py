@@ -1,4 +1,4 @@
-"""Linear maps: product and bias, with backward passes of their own.
+"""Products of linear maps, with a backward pass of their own.
 
 Shape letters: T tokens, D inputs, F outputs; other leading dimensions may come before T.
 """
@@ -61,30 +61,3 @@ def _matmul_backward(
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def add_bias(x: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """Add a bias [F] to x [..., F].
-
-    On a CPU the bias gradient is computed as a product with ones: XLA's column sums are so slow
-    there that with a vocabulary of 33,000 they took a fifth of the time of the loss.
-    """
-    return x + bias_F
-
-
-def _add_bias_forward(x: jax.Array, bias_F: jax.Array) -> tuple[jax.Array, None]:
-    return x + bias_F, None
-
-
-def _add_bias_backward(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def product_with_ones(g: jax.Array) -> jax.Array:
-        return jnp.tensordot(jnp.ones(g.shape[:-1]), g, g.ndim - 1, precision="highest")
-
-    def column_sums(g: jax.Array) -> jax.Array:
-        return g.sum(range(g.ndim - 1))
-
-    return g, jax.lax.platform_dependent(g, cpu=product_with_ones, default=column_sums)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)

@@ -21,7 +21,7 @@ from lm.config.rules import tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
-from lm.models.cache import CrossKeyValue, write_layer
+from lm.models.cache import write_layer
 from lm.models.layers import Linear, make_norm
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
@@ -202,16 +202,6 @@ class Attention(DotProductAttention, TokenMixer):
             assert layer is not None
             cache, keys_values = write_layer(cache, layer, keys_values, inputs.mask.offset)
         return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), cache
-
-
-class CrossAttention(DotProductAttention):
-    """Attention to an encoder's output, whose keys and values are computed once."""
-
-    def __call__(
-        self, x_BLW: jax.Array, keys_values: CrossKeyValue, mask: AttentionMask
-    ) -> jax.Array:
-        """Attend to what `keys_values` computed from the source, [B, L, D]."""
-        return self._attend(self.queries(x_BLW), keys_values, mask)
 
 
 def attend(

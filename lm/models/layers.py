@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
-from lm.kernels.dense import add_bias, matmul
+from lm.kernels.bias import add_bias
+from lm.kernels.dense import matmul
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Part, Role, param
 from lm.parallel.mesh import constrain, count_shards, current_mesh

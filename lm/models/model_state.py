@@ -68,11 +68,15 @@ def model_state(
     return StateVariable(module, module.variable(MODEL_STATE, name, boxed))
 
 
-def state_axes(boxed: Any) -> dict[str, tuple[str, ...]]:
+def state_axes(boxed: Any, n_stages: int) -> dict[str, tuple[str, ...]]:
     """Return the logical axes of every variable of model state, by path.
 
+    Args:
+        boxed: nested dict of boxed variables.
+        n_stages: stages of the pipeline.
+
     Raises:
-        UserError: a variable was not created by `model_state`.
+        UserError: a variable was not created by `model_state`, or the model runs in a pipeline.
     """
     axes = {}
     for path, box in flat(boxed).items():
@@ -81,4 +85,9 @@ def state_axes(boxed: Any) -> dict[str, tuple[str, ...]]:
                 f"model state {path} has no axes: create it by lm.models.model_state.model_state"
             )
         axes[path] = tuple(map(str, box.names))
+    if axes and n_stages > 1:
+        raise UserError(
+            f"--config.parallel.mesh.stage={n_stages}: a pipeline cannot update model state "
+            f"({', '.join(axes)}); use another axis"
+        )
     return axes

@@ -211,18 +211,6 @@ def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def count_parameter_shards(
-    sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]
-) -> int:
-    """Return the number of shards of a parameter on a mesh with these axis sizes.
-
-    Raises:
-        UserError: a dimension is not divisible by the mesh axes that shard it.
-    """
-    axes = (parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
-    return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
-
-
 def optimizer_state_sharding(
     parameter: NamedSharding, shape: Sequence[int], state_shape: Sequence[int]
 ) -> NamedSharding:

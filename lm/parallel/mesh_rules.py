@@ -15,7 +15,6 @@ from lm.parallel.mesh import (
     BATCH_AXES,
     CONFIG_KEYS,
     PARAMETERS,
-    count_parameter_shards,
     parameter_axes,
 )
 
@@ -123,6 +122,18 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
             count_parameter_shards(sizes, (name,), (config[section][key],))
         except UserError as error:
             yield str(error)
+
+
+def count_parameter_shards(
+    sizes: Mapping[str, int], names: Sequence[str], shape: Sequence[int]
+) -> int:
+    """Return the number of shards of a parameter on a mesh with these axis sizes.
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes that shard it.
+    """
+    axes = (parameter_axes(sizes, n, size) or () for n, size in zip(names, shape, strict=True))
+    return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
 
 
 # --- what the user is told before training

@@ -1,6 +1,7 @@
 import pytest
 
-from lm.data.dataset import open_dataset, open_split, open_tokenizer
+from lm.data.dataset import open_dataset, open_tokenizer
+from lm.data.splits import open_split
 from lm.errors import UserError
 
 

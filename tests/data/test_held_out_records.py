@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lm.data.dataset import open_dataset, open_split
+from lm.data.dataset import open_dataset
+from lm.data.splits import open_split
 from lm.errors import UserError
 
 

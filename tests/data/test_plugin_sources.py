@@ -11,8 +11,9 @@ from plugins import forget_plugins
 import lm.data.store
 from lm import config as configs
 from lm.cli import main
-from lm.data.dataset import open_dataset, open_split, open_tokenizer
+from lm.data.dataset import open_dataset, open_tokenizer
 from lm.data.sources import has_validation
+from lm.data.splits import open_split
 from lm.errors import UserError
 
 PLUGIN = """

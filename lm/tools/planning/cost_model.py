@@ -23,7 +23,7 @@ from lm.config.registries import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
 from lm.models.variables import flat
-from lm.parallel.mesh import count_parameter_shards
+from lm.parallel.mesh_rules import count_parameter_shards
 from lm.parallel.pipeline import PipelineSchedule
 
 # FLOPs that remat repeats, as parts of the forward pass of the layers; the transfers of offloading
