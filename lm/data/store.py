@@ -13,7 +13,7 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -246,13 +246,14 @@ def tokenize_chunks(
         if size > _SMALL:
             break
     groups = chain(head, groups)
+    encode = partial(encode_chunks, tokenizer, dtype)
     if workers == 1 or size <= _SMALL:
         for group in groups:
-            yield encode_chunks(tokenizer, dtype, group)
+            yield encode(group)
     else:
         from lm.data.tokenizing_pool import encode_in_processes
 
-        yield from encode_in_processes(groups, tokenizer, dtype, workers)
+        yield from encode_in_processes(groups, encode, workers)
 
 
 def _group(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:

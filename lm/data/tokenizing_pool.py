@@ -5,32 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.config.run_file import import_plugins
-from lm.data.sources import Chunk
-from lm.data.store import TokenBlock, encode_chunks
-from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.parallel.hosts import end_with_parent
 
+if TYPE_CHECKING:
+    from lm.data.sources import Chunk
+    from lm.data.store import TokenBlock
+
 
 def encode_in_processes(
-    groups: Iterator[list[Chunk]], tokenizer: Tokenizer, dtype: np.dtype, workers: int
+    groups: Iterator[list[Chunk]], encode: Callable[[list[Chunk]], TokenBlock], workers: int
 ) -> Iterator[TokenBlock]:
     """Yield the block of each group of chunks, in order.
 
     Args:
         groups: groups of chunks.
-        tokenizer: tokenizer; that of a plug-in is imported by the worker processes too.
-        dtype: dtype of the tokens.
+        encode: function of a group that can be pickled; worker processes import the plug-ins that
+            register a tokenizer too.
         workers: processes.
 
     Raises:
@@ -41,7 +40,7 @@ def encode_in_processes(
         workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (_tokenizer_plugins(), pickle.dumps(tokenizer), dtype),
+        (_tokenizer_plugins(), pickle.dumps(encode)),
     )
     try:
         waiting = deque(
@@ -65,15 +64,15 @@ def _tokenizer_plugins() -> list[dict[str, Any]]:
     return [p for p in SCHEMA.plugins() if TOKENIZERS.kind in p["registers"]]
 
 
-_worker_state: tuple[Tokenizer, np.dtype]
+_encode: Callable[[list[Chunk]], TokenBlock]
 
 
-def _start_worker(plugins: list[dict[str, Any]], tokenizer: bytes, dtype: np.dtype) -> None:
-    global _worker_state
+def _start_worker(plugins: list[dict[str, Any]], encode: bytes) -> None:
+    global _encode
     end_with_parent()
     import_plugins(plugins, {})  # before unpickling, which looks the tokenizer's class up
-    _worker_state = pickle.loads(tokenizer), dtype
+    _encode = pickle.loads(encode)
 
 
 def _encode_in_worker(group: list[Chunk]) -> TokenBlock:
-    return encode_chunks(*_worker_state, group)
+    return _encode(group)

@@ -200,15 +200,18 @@ def test_a_killed_worker_process_is_said(tmp_path, monkeypatch):
 
 
 ENDLESS = """
+import functools
 import itertools
 import numpy as np
 from lm.data.sources import cut_document
+from lm.data.store import encode_chunks
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizing_pool import encode_in_processes
 
 if __name__ == "__main__":
     groups = (list(cut_document(["text"])) for _ in itertools.count())
-    for _ in encode_in_processes(groups, ByteTokenizer(), np.dtype("u2"), 2):
+    encode = functools.partial(encode_chunks, ByteTokenizer(), np.dtype("u2"))
+    for _ in encode_in_processes(groups, encode, 2):
         print("working", flush=True)
 """
 
