@@ -19,7 +19,6 @@ from pathlib import Path
 from etils import epath
 
 from lm.errors import UserError, missing_package
-from lm.json_files import parse_json
 
 _SCHEME = "gs://"
 _NOT_COPIED = {"checkpoints", "damaged", "tensorboard", ".lock"}
@@ -211,9 +210,10 @@ class _Lease:
         except FileNotFoundError:
             return "0", {}
         try:
-            return found["generation"], parse_json(content, self._address / ".lock")
-        except UserError:
-            return found["generation"], {}
+            lease = json.loads(content)
+        except (ValueError, RecursionError):  # another program's
+            lease = None
+        return found["generation"], lease if isinstance(lease, dict) else {}
 
     def write(self) -> None:
         """Write the object in place of the generation that is known.

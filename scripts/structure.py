@@ -77,7 +77,7 @@ FLOORS = (
     ("models", "data"),
     ("kernels", "parallel"),
     ("config", "sweeps", "recipes"),
-    ("storage", "bucket", "json_files", "progress", "hardware", "errors"),
+    ("storage", "bucket", "progress", "hardware", "errors"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 RECORDER = Path(__file__).with_name("record_calls.py")

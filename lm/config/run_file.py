@@ -16,8 +16,7 @@ from lm.config.experiment_file import error_in, execute, importable
 from lm.config.registries import REGISTRIES
 from lm.config.registry import Registry
 from lm.errors import UserError
-from lm.json_files import read_json
-from lm.storage import AnyPath
+from lm.storage import AnyPath, read_json
 
 
 def read_run_json(file: AnyPath) -> dict[str, Any]:

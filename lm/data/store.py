@@ -23,9 +23,8 @@ from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.json_files import read_json
 from lm.progress import progress_bar
-from lm.storage import DamagedFolder, open_or_build, write_durably
+from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 4
 _BLOCK = 2**24  # bytes under one checksum

@@ -24,10 +24,10 @@ from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.json_files import read_json
 from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
+from lm.storage import read_json
 
 
 def generate_file(

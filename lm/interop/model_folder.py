@@ -27,9 +27,9 @@ from lm.interop.tensor_mapping import (
     read_parameter,
     tensor_names,
 )
-from lm.json_files import read_json
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import nested
+from lm.storage import read_json
 
 Params = Any
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.errors import UserError
-from lm.json_files import read_json
+from lm.storage import read_json
 
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 KNOWN = (*_FLOAT_TYPES, "I64", "I32", "U8", "BOOL")

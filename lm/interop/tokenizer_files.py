@@ -18,8 +18,8 @@ from lm.data.tokenizers.hf import BYTE_CHARACTERS, Gpt2Tokenizer, HuggingFaceTok
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.json_files import parse_json
 from lm.objectives.special_tokens import special_tokens
+from lm.storage import parse_json
 
 DELIMITER = "<|endoftext|>"
 # Further keys of config.json that transformers 4 kept settings of generation in, and the version,

@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from lm import config as configs
 from lm.errors import UserError
 from lm.experiment import Experiment, build
-from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host
 from lm.runs.checkpoints import Log
 from lm.runs.workdir import (
@@ -32,7 +31,14 @@ from lm.runs.workdir import (
     history_of,
     read_run_metadata,
 )
-from lm.storage import AnyPath, open_run_folder, storage_path, upload_changes, write_atomically
+from lm.storage import (
+    AnyPath,
+    open_run_folder,
+    read_json,
+    storage_path,
+    upload_changes,
+    write_atomically,
+)
 
 # Starts of the keys that may change in a run; those that define the model, the objective or the
 # order of the data may not. A change of the training state is found by comparing its arrays.

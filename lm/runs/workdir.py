@@ -19,9 +19,8 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
-from lm.json_files import read_json
 from lm.parallel.mesh import is_primary_host, on_all_hosts
-from lm.storage import AnyPath, is_committed, storage_path
+from lm.storage import AnyPath, is_committed, read_json, storage_path
 
 RUN_FILE = "run.json"
 BATCH_SIZE = "data.batch_size"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lm.errors import UserError
-from lm.json_files import parse_json, read_json
+from lm.storage import parse_json, read_json
 
 
 def read_clock(

@@ -21,9 +21,8 @@ from lm.data.records.records import TEXT_COLUMNS, Fields, Records
 from lm.data.store import map_array, require_checksums, store_checksums
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.json_files import read_json
 from lm.progress import track
-from lm.storage import DamagedFolder, open_or_build, write_durably
+from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 2
 

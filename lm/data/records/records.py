@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from lm.data.files import find_files, hash_files, read_bytes, without_mark
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
-from lm.json_files import parse_json
+from lm.storage import parse_json
 
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.json_files import parse_json
+from lm.storage import parse_json
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tiktoken_file import LLAMA3_TOKENS, is_tiktoken, tiktoken_definition
 from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
-from lm.json_files import parse_json
+from lm.storage import parse_json
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 _DEFINITION, _VOCABULARY, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"

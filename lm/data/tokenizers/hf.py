@@ -14,7 +14,7 @@ import numpy as np
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
-from lm.json_files import parse_json
+from lm.storage import parse_json
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")

@@ -22,8 +22,7 @@ from lm.config.registries import TOKENIZERS
 from lm.config.rules import spec_problem
 from lm.data.sources import Corpus
 from lm.errors import UserError
-from lm.json_files import read_json
-from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder
+from lm.storage import DamagedFolder, cache_directory, open_or_build, open_run_folder, read_json
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from lm.data.files import find_file
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.json_files import parse_json
+from lm.storage import parse_json
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 _ENTRY = re.compile(r"\s*(\S+)(?:\s+([0-9]+))?\s*")

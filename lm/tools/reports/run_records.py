@@ -26,8 +26,8 @@ from lm.accounting.parameter_counts import count_parameters
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build
-from lm.json_files import parse_json, read_json
 from lm.runs.workdir import BATCH_SIZE, RUN_FILE, history_of, load_run_config
+from lm.storage import parse_json, read_json
 from lm.tools.formatting import duration, printable
 
 VALIDATION_LOSS = "eval/validation/loss"
