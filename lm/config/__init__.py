@@ -1,9 +1,10 @@
 """Configurations: schema, registries, experiment files, overrides, rules between keys.
 
 Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
-the schema), `experiment_file.py`, `rules.py`; `run_file.py` reads those of saved runs.
-Public are the functions here; importing the package imports no JAX. What needs a mesh or a platform
-is validated in `lm/experiment.py`.
+the schema), `experiment_file.py`, and `rules.py` with `model_rules.py` and `patterns.py`;
+`run_file.py` reads saved runs, `registration.py` checks plug-ins. Public are the functions here;
+importing the package imports no JAX. What needs a mesh or a platform is validated in
+`lm/experiment.py`.
 
 An experiment file starts from `default()` and changes values:
 

@@ -2,5 +2,6 @@
 
 Read in the order of the data: `sources` (the interface of documents and records), `text/` and
 `records/` (the library's sources), `tokenizers/`, `store` (tokens on disk, and windows of them),
-`batches` (rows of a step on the devices). `dataset` opens all of it from a configuration.
+`batches` (rows of a step on the devices; `contiguous` orders them for models that carry state).
+`dataset` opens all of it from a configuration, `splits` what evaluation needs.
 """
