@@ -20,11 +20,13 @@ import os
 import random
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from lm.storage import resolve_path
@@ -200,7 +202,10 @@ def check_bucket(folder, experiment, args, chance):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    # Clients that are killed in mid-request, and every request, are a line of it.
+    socketserver.BaseServer.handle_error = lambda *_: None
+    BaseHTTPRequestHandler.log_message = lambda *_: None
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     with emulated_bucket("runs", port) as place:
         return check_run(folder, experiment, args, chance, place)
 
