@@ -105,15 +105,24 @@ def launch(words: Sequence[str], n_processes: int, n_gpus: int, policy: RestartP
         return run_group(process_commands(words, n_processes, free_port()), environments, stop)
 
     def report(message: str) -> None:
-        print(f"launch: {message}", file=sys.stderr, flush=True)
+        record_incident(workdir, message)
+
+    with stop_requests() as stop:
+        return supervise(attempt, policy, lambda: newest_checkpoint(workdir), report, stop)
+
+
+def record_incident(workdir: AnyPath | None, message: str) -> None:
+    """Print an incident and append it to WORKDIR/incidents.jsonl, if that can be written."""
+    print(f"launch: {message}", file=sys.stderr, flush=True)
+    try:
         if workdir and workdir.is_dir():
             file = workdir / "incidents.jsonl"
             before = file.read_text() if file.exists() else ""
             line = json.dumps({"time": time.time(), "incident": message})
             file.write_text(f"{before}{line}\n")  # objects of a bucket cannot be appended to
-
-    with stop_requests() as stop:
-        return supervise(attempt, policy, lambda: newest_checkpoint(workdir), report, stop)
+    except Exception as error:  # of a full disk or a bucket: the run goes on
+        reason = " ".join(str(error).split())
+        print(f"launch: incidents.jsonl: {reason}", file=sys.stderr, flush=True)
 
 
 def check_command(words: Sequence[str], n_processes: int, n_gpus: int) -> None:

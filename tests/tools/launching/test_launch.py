@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from lm.cli import main
-from lm.tools.launching.supervise import gpu_share, newest_checkpoint, process_commands
+from lm.tools.launching.supervise import (
+    gpu_share,
+    newest_checkpoint,
+    process_commands,
+    record_incident,
+)
 
 TRAIN = ["train", "--config", "x.py", "--workdir", "w", "--config.seed=1"]
 
@@ -41,6 +46,20 @@ def test_only_whole_checkpoints_count(tmp_path):
     for name in ("9", "10", "11.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_checkpoint(tmp_path) == 10
+
+
+def test_incidents_that_cannot_be_written_stop_nothing(tmp_path, capsys):
+    record_incident(tmp_path, "one")
+    record_incident(tmp_path, "two")
+    file = tmp_path / "incidents.jsonl"
+    assert [json.loads(line)["incident"] for line in file.open()] == ["one", "two"]
+    file.unlink()
+    file.mkdir()
+    record_incident(tmp_path, "three")
+    record_incident(None, "four")
+    said = capsys.readouterr().err
+    assert "launch: three\nlaunch: incidents.jsonl: [Errno 21] Is a directory" in said
+    assert said.endswith("launch: four\n")
 
 
 @pytest.mark.parametrize(
