@@ -372,6 +372,9 @@ def compare(folder, run):
                 raise
         else:
             found = [tokenizer.encode(text).tolist() for text in texts]
+            rows = json.loads((run / "run.json").read_text())["config"]["model"]["vocab_size"]
+            if max(map(max, whole)) >= rows:
+                return None  # a token that transformers adds, of which the model has no row
             if found != expected:
                 return f"ids {found} instead of {expected} by {type(theirs).__name__}"
             around = tokenizer.template

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.data.batches import Arrays
 from lm.data.records.record_store import Record, RecordStore
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (
@@ -36,13 +36,15 @@ from lm.objectives.special_tokens import SpecialTokens, special_tokens
 class Classification(Objective[RecordStore, Record]):
     """Class of "[CLS] text [SEP]" or "[CLS] text [SEP] text2 [SEP]" (Devlin et al. 2018, §4.1).
 
-    A pair that is too long loses tokens at the end of its longer text.
+    A pair that is too long loses tokens at the end of its longer text. A decoder of an imported
+    folder reads what its tokenizer puts around texts, so that its scores are those of transformers.
 
     Attributes:
         length: tokens of a row, L.
         labels: names of the classes, in the order of their scores; () for regression, whose loss
             is the squared error.
         special: special token ids.
+        around: ids around texts instead of [CLS] and [SEP], or None.
     """
 
     families: ClassVar = ("decoder", "encoder", "encoder_decoder", "lstm")
@@ -53,6 +55,7 @@ class Classification(Objective[RecordStore, Record]):
     length: int
     labels: tuple[str, ...]
     special: SpecialTokens
+    around: Template | None = None
 
     def __post_init__(self) -> None:
         if self.length < 5:
@@ -63,8 +66,11 @@ class Classification(Objective[RecordStore, Record]):
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Classification:
-        data = config.data
-        return cls(data.sequence_length, tuple(listed(data.labels)), special_tokens(tokenizer))
+        data, around = config.data, None
+        if tokenizer is not None and tokenizer.states_template and config.model.family == "decoder":
+            around = tokenizer.template
+        labels = tuple(listed(data.labels))
+        return cls(data.sequence_length, labels, special_tokens(tokenizer), around)
 
     @property
     def shapes(self) -> Shapes:
@@ -77,7 +83,12 @@ class Classification(Objective[RecordStore, Record]):
 
     @property
     def n_extra_ids(self) -> int:  # type: ignore[override]
-        return self.special.n_extra_ids(self.special.cls, self.special.sep)
+        return self.special.n_extra_ids(*self._ids.before, *self._ids.after, 0)
+
+    @property
+    def _ids(self) -> Template:
+        special = self.special
+        return self.around or Template((special.cls,), (special.sep,), special.between)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
         """Return the records themselves."""
@@ -98,16 +109,18 @@ class Classification(Objective[RecordStore, Record]):
 
     def row(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and token types of a record, at most `length` of them."""
-        cls, sep, between = self.special.cls, self.special.sep, self.special.between
+        before, after, between = self._ids.before, self._ids.after, self._ids.between
         first = record.tokens["text"]
         if "text2" in record.tokens:
-            second, room = record.tokens["text2"], self.length - 2 - len(between)
+            second = record.tokens["text2"]
+            room = self.length - len(before) - len(between) - len(after)
             # Lengths after cutting the longer text token by token; of equals, the second text.
             limits = max(room - len(second), (room + 1) // 2), max(room - len(first), room // 2)
-            parts = [np.append(first[: limits[0]], between), np.append(second[: limits[1]], sep)]
+            texts = [(first[: limits[0]], between), (second[: limits[1]], after)]
         else:
-            parts = [np.append(first[: self.length - 2], sep)]
-        parts[0] = np.append(cls, parts[0])
+            texts = [(first[: self.length - len(before) - len(after)], after)]
+        parts = [np.concatenate(text).astype(np.int32) for text in texts]
+        parts[0] = np.concatenate([before, parts[0]]).astype(np.int32)
         types = [np.full(len(part), i) for i, part in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(types)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.decoding import generation
 from lm.decoding.generation import (
     Generation,
@@ -16,7 +17,14 @@ from lm.decoding.prompts import source_ids
 from lm.decoding.sampling import Sampling
 
 
-def continuations(monkeypatch, experiment, prompts, rows, stop=()):
+def continuations(
+    monkeypatch,
+    experiment,
+    prompts,
+    rows,
+    stop=(),
+    tokenizer=ByteTokenizer(),  # noqa: B008
+):
     """What stream_continuations gives when the model generates these rows of bytes."""
     seen = {}
 
@@ -25,7 +33,7 @@ def continuations(monkeypatch, experiment, prompts, rows, stop=()):
         yield from np.array(rows).T
 
     monkeypatch.setattr(generation, "sample_steps", fake_steps)
-    steps = stream_continuations(experiment, None, ByteTokenizer(), prompts, Sampling(), 0, stop)
+    steps = stream_continuations(experiment, None, tokenizer, prompts, Sampling(), 0, stop)
     return [list(parts) for parts in zip(*steps, strict=True)], seen
 
 
@@ -44,6 +52,20 @@ def test_a_character_appears_when_its_bytes_are_complete(monkeypatch, experiment
     euro = list("€".encode())
     parts, _ = continuations(monkeypatch, experiment, ["x"], [[*euro, 33]])
     assert parts == [["", "", "€", "!"]]
+
+
+def test_a_run_of_bytes_is_held_back_where_it_is_decoded_as_a_whole(monkeypatch, experiment):
+    """The decoder of Llama: "é" and a byte that is no UTF-8 become three U+FFFD together."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], byte_fallback=True))
+    decoders = tokenizers.decoders
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = HuggingFaceTokenizer(made.to_str().encode())
+    rows = [[0xC3, 0xA9, 0xFF, 256, 0xC3, 0xA9], [257, 0xC3, 0xA9, 257, 0xC3, -1]]
+    parts, _ = continuations(monkeypatch, experiment, ["a", "a"], rows, (), tokenizer)
+    assert parts[0] == ["", "", "", "\ufffd\ufffd\ufffda", "", "", "é"]
+    assert parts[1] == ["b", "", "", "éb", "", "", ""]
 
 
 def test_ended_rows_grow_no_more(monkeypatch, experiment):

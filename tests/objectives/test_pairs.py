@@ -40,6 +40,37 @@ def test_a_pair_to_classify(roberta, tmp_path):
     assert tokens.tolist() == [0, a, b, 2, 2, c, 2]
 
 
+@pytest.mark.parametrize(
+    ("single", "pair", "text", "texts"),
+    [
+        ("<s> $A", "<s> $A <s> $B", [0, 1, 2], [0, 1, 2, 0, 3]),
+        ("$A", "$A $B", [1, 2], [1, 2, 3]),
+        ("<s> $A </s>", "<s> $A </s> $B </s>", [0, 1, 2, 4], [0, 1, 2, 4, 3, 4]),
+    ],
+)
+def test_a_decoder_classifies_the_row_that_its_folder_makes(tmp_path, single, pair, text, texts):
+    """As a reward model of transformers, which pools the last token."""
+    ids = {"<s>": 0, "a": 1, "b": 2, "c": 3, "</s>": 4}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    special = [("<s>", 0), ("</s>", 4)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single, pair, special)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FolderTokenizer.read(tmp_path)
+    config = default()
+    config.objective.name, config.data.sequence_length = "classification", 8
+    (tmp_path / "a.tsv").write_text("text\ttext2\tlabel\nab\tc\t1\n")
+    (tmp_path / "b.tsv").write_text("text\tlabel\nab\t1\n")
+    for name, expected in (("a", texts), ("b", text)):
+        source = open_records(f"tsv:{tmp_path}/{name}.tsv", config.data)
+        store = build_record_store(source, tokenizer, tmp_path)
+        objective = Classification.from_config(config, tokenizer)
+        assert objective.row(store[0])[0].tolist() == expected
+    config.model.family = "encoder"
+    objective = Classification.from_config(config, tokenizer)
+    assert len(objective.row(store[0])[0]) == 4
+
+
 def test_a_question_and_its_context(roberta, tmp_path):
     answer = {"text": "d", "answer_start": 2}
     question = {"id": "1", "question": "b", "answers": [answer]}

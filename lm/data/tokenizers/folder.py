@@ -98,6 +98,7 @@ class FolderTokenizer(Tokenizer):
 
     content: tuple[tuple[str, bytes], ...] = field(repr=False)
     kind: ClassVar[str] = "folder"
+    states_template: ClassVar[bool] = True
 
     @classmethod
     def from_argument(cls, argument: str, data: Any) -> Self:
@@ -290,7 +291,7 @@ class FolderTokenizer(Tokenizer):
                 tuple(of_role[role] for role in part if role in of_role)
                 for part in (around[:at], around[at + 1 :])
             )
-            found = Template(before, after)
+            found = Template(before, after, (*after, *before))
         # transformers reads these keys where there is no tokenizer.json.
         adds = {role: self._settings.get(f"add_{role}_token") for role in ("bos", "eos")}
         has_own = _DEFINITION in self.files() or self._class in _OWN_TEMPLATE
@@ -303,7 +304,7 @@ class FolderTokenizer(Tokenizer):
             (of_role[role],) if adds[role] and role in of_role and self._names.get(role) else ()
             for role in ("bos", "eos")
         )
-        return Template(before, after)
+        return Template(before, after, (*after, *before))
 
     # --- the interface
 

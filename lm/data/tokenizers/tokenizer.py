@@ -48,6 +48,7 @@ class Tokenizer(ABC):
     Attributes:
         kind: name in the registry, which a saved tokenizer is opened by.
         is_fitted: whether NAME alone is fitted to the training text.
+        states_template: whether `template` is what a model folder states.
         forms: how a configuration writes the tokenizer, such as ("words", "words:FILE"), for
             messages and validation; () for any. Plug-ins only: the registry has those of the
             library.
@@ -55,6 +56,7 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     is_fitted: ClassVar[bool] = False
+    states_template: ClassVar[bool] = False
     forms: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
