@@ -34,6 +34,7 @@ REPEATED = {"none": 0.0, "dots": 0.06, "offload_dots": 0.3, "full": 1.0, "offloa
 TRAFFIC = {"none": 34.0, "dots": 21.0, "offload_dots": 21.0, "full": 13.0, "offload": 13.0}
 TRAFFIC_UNIT, TRAFFIC_GROWTH = 50e6, 0.35
 TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # more passes, of layers and of their inputs
+TRAFFIC_OF_TICK = 10.0  # passes of a stage's parameters and gradients in a tick of the pipeline
 # Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
 FLOPS_PER_BYTE = 4000.0
 
@@ -109,8 +110,8 @@ class CostModel:
             state + kept,
             state + likely,
             self._compute(sizes, schedule, settings),
-            self._traffic(sizes, settings) / (self.chip.memory_bandwidth or inf),
-            self._network(sizes, settings, bandwidth or (lambda *axes: self.chip.link)),
+            self._traffic(sizes, schedule, settings) / (self.chip.memory_bandwidth or inf),
+            self._network(sizes, schedule, settings, bandwidth or (lambda *axes: self.chip.link)),
         )
 
     # --- memory
@@ -197,11 +198,13 @@ class CostModel:
         logits = 6.0 * model.d_model * model.vocab_size * self._all_tokens
         return max(1 - logits / self._flops, 0.1)
 
-    def _traffic(self, sizes: Sizes, settings: Settings) -> float:
+    def _traffic(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         """Return the bytes read from and written to main memory: state, logits and layers."""
         model, tensor = self.experiment.config.model, sizes["tensor"]
         gathered = self._parameters({**sizes, "fsdp": 1})
-        moved = 10.0 * self._parameters(sizes) + 5.0 * settings.microbatches * gathered
+        passes = TRAFFIC_OF_TICK * schedule.iterations if sizes["stage"] > 1 else 1
+        uses = settings.microbatches * passes
+        moved = 10.0 * self._parameters(sizes) + 5.0 * uses * gathered
         tokens = self._tokens(sizes)
         moved += 20 * tokens / sizes["stage"] * model.vocab_size / tensor
         if model.family not in TRANSFORMERS:
@@ -219,7 +222,13 @@ class CostModel:
             passes * width + more
         )
 
-    def _network(self, sizes: Sizes, settings: Settings, bandwidth: Callable[..., float]) -> float:
+    def _network(
+        self,
+        sizes: Sizes,
+        schedule: PipelineSchedule,
+        settings: Settings,
+        bandwidth: Callable[..., float],
+    ) -> float:
         """Return the seconds of communication: layers, parameter shards and gradients."""
         if not self.chip.peak_flops:
             bandwidth = _one_byte_a_second
@@ -235,7 +244,9 @@ class CostModel:
         copies = [axis for axis in ("slice", "data", "context") if sizes[axis] > 1]
         if copies:  # all-reduces of gradients, in every microbatch
             n = prod(sizes[axis] for axis in copies)
-            sent = 2 * settings.microbatches * self._parameters(sizes) * (n - 1) / n
+            iterations = schedule.iterations if sizes["stage"] > 1 else 1
+            times = settings.microbatches * iterations
+            sent = 2 * times * self._parameters(sizes) * (n - 1) / n
             seconds += sent / bandwidth(*copies)
         if sizes["tensor"] > 1:  # two all-reduces forward, two backward, one recomputed; float32
             sums = 4 + (settings.remat != "none")

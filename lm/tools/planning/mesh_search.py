@@ -149,7 +149,8 @@ class CandidateQueue:
         self.waiting = list(candidates)
         self._capacity = capacity
         self._too_large: dict[str, float] = {}
-        self._errors: list[tuple[Candidate, np.ndarray]] = []  # logarithms of actual / estimated
+        # Logarithms of actual / estimated; NaN where a program that does not fit tells no time.
+        self._errors: list[tuple[Candidate, np.ndarray]] = []
 
     def take(self) -> Candidate:
         """Remove and return the next candidate."""
@@ -163,22 +164,29 @@ class CandidateQueue:
         if not plan.fits:
             known = self._too_large.get(candidate.remat, inf)
             self._too_large[candidate.remat] = min(known, estimate.likely)
-        elif time:
-            actual = plan.memory.total, time.compute, time.memory, time.network
-            errors = np.log(np.maximum(actual, 1e-9) / np.maximum(_figures(estimate), 1e-9))
-            self._errors.append((candidate, errors))
+        times = (time.compute, time.memory, time.network) if time and plan.fits else (np.nan,) * 3
+        actual = plan.memory.total, *times
+        errors = np.log(np.maximum(actual, 1e-9) / np.maximum(_figures(estimate), 1e-9))
+        self._errors.append((candidate, errors))
 
     def _rank(self, candidate: Candidate) -> tuple[bool, bool, float, float]:
-        weights = [_similarity(candidate, compiled) for compiled, _ in self._errors]
-        errors = sum(w * e for w, (_, e) in zip(weights, self._errors, strict=True))
-        correction = np.exp(errors / (PRIOR_WEIGHT + sum(weights)))
-        likely, *seconds = _figures(candidate.estimate) * correction
+        likely, *seconds = _figures(candidate.estimate) * self._correction(candidate)
         return (
             candidate.estimate.likely >= self._too_large.get(candidate.remat, inf),
             likely > self._capacity,
             max(seconds),
             sum(seconds),
         )
+
+    def _correction(self, candidate: Candidate) -> np.ndarray:
+        """Return the factors of memory and times by the compiled candidates."""
+        if not self._errors:
+            return np.ones(4)
+        errors = np.stack([error for _, error in self._errors])
+        weights = np.array([_similarity(candidate, compiled) for compiled, _ in self._errors])
+        known = weights[:, None] * np.isfinite(errors)
+        total = (known * np.nan_to_num(errors)).sum(0)
+        return np.exp(total / (PRIOR_WEIGHT + known.sum(0)))
 
 
 # Weight of the cost model beside that of compiled candidates, and of what these have in common.
