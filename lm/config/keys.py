@@ -420,4 +420,10 @@ COMMON_KEYS: dict[str, Key] = {
     # --- logging
     "log.every_steps": Key(1, "Write every so many steps to metrics.jsonl.", low=1, free=True),
     "log.tensorboard": Key(True, "Write TensorBoard event files too.", free=True),
+    "log.trackers": Key(
+        "",
+        "Further trackers, comma-separated: wandb, mlflow, trackio. They write into the workdir, "
+        "offline, unless their own environment variables say otherwise.",
+        free=True,
+    ),
 }

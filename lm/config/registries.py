@@ -307,7 +307,28 @@ METRICS = Registry(
     is_choice=False,
 )
 
-REGISTRIES = (SOURCES, TOKENIZERS, MODELS, MIXERS, OBJECTIVES, OPTIMIZERS, SCHEDULES, METRICS)
+TRACKERS = Registry(
+    "tracker",
+    ("log.trackers",),
+    "log",
+    {
+        "wandb": Entry("lm.training.trackers:Wandb"),
+        "mlflow": Entry("lm.training.trackers:Mlflow"),
+        "trackio": Entry("lm.training.trackers:Trackio"),
+    },
+    is_choice=False,
+)
+REGISTRIES = (
+    SOURCES,
+    TOKENIZERS,
+    MODELS,
+    MIXERS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SCHEDULES,
+    METRICS,
+    TRACKERS,
+)
 
 # --- schema
 

@@ -13,6 +13,7 @@ from lm.config.registries import (
     SCHEMA,
     SOURCES,
     TOKENIZERS,
+    TRACKERS,
     TRANSFORMERS,
 )
 from lm.config.registry import Registry, listed
@@ -62,9 +63,11 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
                 f"--config.eval.best={config.eval.best} compares whole evaluations: "
                 f"--config.eval.{name}={config.eval[name]} must be 0"
             )
-    for name in listed(config.eval.metrics):
-        if name not in METRICS:
-            yield f"--config.eval.metrics={config.eval.metrics}: {METRICS.unknown(name)}"
+    for registry, path in ((METRICS, "eval.metrics"), (TRACKERS, "log.trackers")):
+        section, key = path.split(".")
+        for name in listed(config[section][key]):
+            if name not in registry:
+                yield f"--config.{path}={config[section][key]}: {registry.unknown(name)}"
     if config.init.vectors and config.init["from"]:
         yield "--config.init.from and --config.init.vectors exclude each other"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lm.parallel.mesh import is_primary_host
@@ -225,10 +225,9 @@ class MetricsWriter:
         self,
         workdir: Path,
         first_step: int,
-        last_step: int,
+        config: ConfigDict,
         *,
         log_periods: Mapping[int, int],
-        tensorboard: bool,
         progress: bool,
         silent: bool,
     ):
@@ -237,24 +236,23 @@ class MetricsWriter:
         Args:
             workdir: folder of the run.
             first_step: step after which the run continues.
-            last_step: last step of the run, for the progress bar.
+            config: configuration; it names the trackers.
             log_periods: as in `Clock`.
-            tensorboard: write TensorBoard events too.
             progress: show a progress bar on stderr.
             silent: discard everything (all processes but the lead).
         """
         self._silent = silent
         if silent:
             return
+        log = config.log
         self._file = MetricsFile(workdir / "metrics.jsonl", first_step, log_periods)
         self._trackers: list[BackgroundTracker] = []
-        if tensorboard:
-            from lm.training.trackers import BackgroundTracker, TensorBoard
+        if log.tensorboard or log.trackers:
+            from lm.training.trackers import open_trackers
 
-            make = partial(TensorBoard, workdir / "tensorboard", first_step)
-            self._trackers.append(BackgroundTracker("TensorBoard", make))
+            self._trackers = open_trackers(workdir, first_step, config)
         self._bar = tqdm(
-            total=last_step,
+            total=config.train.steps,
             initial=first_step,
             unit="step",
             file=sys.stderr,

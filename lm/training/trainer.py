@@ -134,9 +134,8 @@ def train(
         writer = MetricsWriter(
             workdir,
             first_step,
-            config.train.steps,
+            config,
             log_periods=clock.log_periods,
-            tensorboard=config.log.tensorboard,
             progress=progress,
             silent=not is_primary_host(),
         )
