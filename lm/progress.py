@@ -32,6 +32,7 @@ def progress_bar(
         bar_format=_LINE_WITHOUT_TOTAL if total is None else _LINE,
         mininterval=_SECONDS_A_LINE,
         delay=_SECONDS_A_LINE,
+        position=0,  # no line moves up
         miniters=1,  # the number of a minute may change; tqdm's own guess is slow to follow
         **options,
     )

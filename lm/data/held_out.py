@@ -30,7 +30,11 @@ class HeldOut:
     fraction: float
     split: str
 
-    size = None
+    @property
+    def size(self) -> int | None:
+        """Bytes of text, about: documents differ in length."""
+        share = self.fraction if self.split == "validation" else 1 - self.fraction
+        return None if self.corpus.size is None else round(share * self.corpus.size)
 
     @property
     def name(self) -> str:

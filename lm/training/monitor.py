@@ -10,15 +10,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from lm.parallel.mesh import is_primary_host
+from lm.progress import progress_bar, track
 from lm.storage import upload_changes, write_atomically
 
 if TYPE_CHECKING:  # imported only where a run has some
@@ -251,15 +251,8 @@ class MetricsWriter:
             from lm.training.trackers import open_trackers
 
             self._trackers = open_trackers(workdir, first_step, config)
-        self._bar = tqdm(
-            total=config.train.steps,
-            initial=first_step,
-            unit="step",
-            file=sys.stderr,
-            disable=not progress,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        )
+        options = {"initial": first_step, "unit": "step"}
+        self._bar = progress_bar("training", config.train.steps, shown=progress, **options)
 
     @property
     def has_evaluation(self) -> bool:
@@ -286,6 +279,12 @@ class MetricsWriter:
         self._file.write(step, values)
         for tracker in self._trackers:
             tracker.write(step, values)
+
+    def track(self, items: Iterable, total: int, description: str) -> Iterable:
+        """Return items that show how many there were, if progress is shown at all."""
+        if self._silent or self._bar.disable:
+            return items
+        return track(items, total, description=description, leave=False, unit="batch")
 
     def print_line(self, message: str) -> None:
         """Print a line on stderr without breaking the progress bar."""

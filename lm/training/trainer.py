@@ -458,7 +458,8 @@ class Loop:
 
     def _until_stop(self, batches: Iterable, total: int) -> Iterator:
         """Yield batches with signs of life; all processes raise _AskedToStop at the same one."""
-        for number, batch in enumerate(batches):
+        shown = self._outputs.writer.track(batches, total, f"evaluating after step {self.step}")
+        for number, batch in enumerate(shown):
             self._outputs.heartbeat(f"validation batch {number} after step {self.step}")
             if self._action_max.result(self._action_max.start(bool(self._stop))):
                 raise _AskedToStop

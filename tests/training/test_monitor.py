@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
+from commands import arguments
+
+import lm.progress
+from lm import load_config, train
+from lm.cli import main
 from lm.training.monitor import watchdog
 
 
@@ -26,3 +32,22 @@ def test_beats_keep_it_quiet_and_zero_watches_nothing(capsys):
         beat("step 1")
     assert ends == []
     assert capsys.readouterr().err == ""
+
+
+def test_training_tokenizing_and_evaluation_show_lines_and_the_library_is_silent(
+    experiment_file, tmp_path, one_device, monkeypatch, capfd
+):
+    monkeypatch.setattr(lm.progress, "_SECONDS_A_LINE", 0)
+    few = {"train__steps": 4, "eval__every_steps": 2, "eval__batch_size": 4}
+    few["data__cache_directory"] = tmp_path / "cache"
+    assert main(arguments(experiment_file, tmp_path / "run", **few)) == 0
+    err = capfd.readouterr().err
+    assert not set("\r\x1b") & set(err)
+    shown = r"(?m)^(\w+).*?: \S+ of \S+ \(\d+ %\), .* left"
+    assert set(re.findall(shown, err)) == {"tokenizing", "evaluating", "training"}
+    assert re.search(r"training: 4 of 4 .* left, loss=\d\.\d{4}, tok_s=\S+", err)
+
+    values = {"train.steps": 4, "eval.every_steps": 2, "eval.batch_size": 4}
+    values["data.cache_directory"] = str(tmp_path / "other cache")
+    train(load_config(str(experiment_file), values), tmp_path / "silent")
+    assert capfd.readouterr() == ("", "")
