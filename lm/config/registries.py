@@ -312,9 +312,9 @@ TRACKERS = Registry(
     ("log.trackers",),
     "log",
     {
-        "wandb": Entry("lm.training.trackers:Wandb"),
-        "mlflow": Entry("lm.training.trackers:Mlflow"),
-        "trackio": Entry("lm.training.trackers:Trackio"),
+        "wandb": Entry("lm.training.tracker_packages:Wandb"),
+        "mlflow": Entry("lm.training.tracker_packages:Mlflow"),
+        "trackio": Entry("lm.training.tracker_packages:Trackio"),
     },
     is_choice=False,
 )

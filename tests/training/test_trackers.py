@@ -14,7 +14,7 @@ import pytest
 from lm.config import load_config
 from lm.config.registries import TRACKERS
 from lm.errors import UserError
-from lm.training import trackers
+from lm.training import tracker_packages
 from lm.training.trackers import open_trackers
 
 ROWS = [
@@ -107,7 +107,7 @@ def test_a_tracker_that_raises_is_one_line(name, tmp_path, monkeypatch, capsys):
     def raises(module):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(trackers, "_package", raises)
+    monkeypatch.setattr(tracker_packages, "_package", raises)
     lines = lines_of(name, tmp_path, capsys)
     assert lines == f"{name} fails (no network): training goes on without it\n"
 
