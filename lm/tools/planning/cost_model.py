@@ -34,6 +34,7 @@ REPEATED = {"none": 0.0, "dots": 0.06, "offload_dots": 0.3, "full": 1.0, "offloa
 TRAFFIC = {"none": 34.0, "dots": 21.0, "offload_dots": 21.0, "full": 13.0, "offload": 13.0}
 TRAFFIC_UNIT, TRAFFIC_GROWTH = 50e6, 0.35
 TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # more passes, of layers and of their inputs
+MEMORY_OF_ALL_EXPERTS = 2.0  # of experts without a capacity, as of Mixtral 8x7b on v5p:4x4x4
 TRAFFIC_OF_TICK = 10.0  # passes of a stage's parameters and gradients in a tick of the pipeline
 # Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
 FLOPS_PER_BYTE = 4000.0
@@ -108,7 +109,7 @@ class CostModel:
         kept, likely = self._activations(sizes, settings)
         return Estimate(
             state + kept,
-            state + likely,
+            int((state + likely) * (MEMORY_OF_ALL_EXPERTS if self._idle_experts else 1)),
             self._compute(sizes, schedule, settings),
             self._traffic(sizes, schedule, settings) / (self.chip.memory_bandwidth or inf),
             self._network(sizes, schedule, settings, bandwidth or (lambda *axes: self.chip.link)),
@@ -151,10 +152,13 @@ class CostModel:
         tokens = self._tokens(sizes) / settings.microbatches * layers * self._item
         width, tensor = kept_width(model, settings.remat, sizes["tensor"]), sizes["tensor"]
         least = width / (tensor if settings.sequence and width == model.d_model else 1)
-        likely = least
+        # The least counts one expert a token.
+        more_experts = (self._experts_multiplied - 1) * model.d_ff
+        likely = least + (more_experts / tensor if settings.remat == "dots" else 0)
         if settings.remat == "none":
             gated = model.activation in ("swiglu", "geglu")
-            inside = kept_width(model, "dots", 1) - model.d_model + (1 + gated) * model.d_ff
+            inside = kept_width(model, "dots", 1) - model.d_model
+            inside += (1 + gated) * (model.d_ff + more_experts)
             between = 5 * model.d_model / (tensor if settings.sequence else 1)
             likely = 2 * (inside / tensor + between)  # many of them twice, or in float32
         return int(tokens * least), int(tokens * likely + self._logits(sizes, settings))
@@ -198,6 +202,12 @@ class CostModel:
         logits = 6.0 * model.d_model * model.vocab_size * self._all_tokens
         return max(1 - logits / self._flops, 0.1)
 
+    @property
+    def _experts_multiplied(self) -> int:
+        """Experts that a token is multiplied with; 1 without experts."""
+        model = self.experiment.config.model
+        return max(model.experts_per_token if model.expert_capacity else model.n_experts, 1)
+
     def _traffic(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         """Return the bytes read from and written to main memory: state, logits and layers."""
         model, tensor = self.experiment.config.model, sizes["tensor"]
@@ -210,7 +220,7 @@ class CostModel:
         if model.family not in TRANSFORMERS:
             return moved
         gated = model.activation in ("swiglu", "geglu")
-        used = max(model.experts_per_token if model.expert_capacity else model.n_experts, 1)
+        used = self._experts_multiplied
         projected = kept_width(model, "dots", 1) - model.d_model - model.d_ff
         width = projected / tensor + (1 + gated) * used * model.d_ff / tensor
         width += model.d_model / (tensor if settings.sequence else 1)
