@@ -23,19 +23,10 @@ from lm.models.attention import MixerInputs, layer_angles
 from lm.models.cache import Cache, CrossKeyValue, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, Linear, make_norm
+from lm.models.remat import REMAT_POLICIES
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
 from lm.parallel.mesh import constrain, current_pipeline
-
-HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims(**HOST),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], **HOST
-    ),
-}
 
 
 @flax.struct.dataclass

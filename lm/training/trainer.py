@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,7 +24,6 @@ from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat
 from lm.parallel.mesh import (
@@ -45,7 +43,8 @@ from lm.runs.checkpoints import (
 from lm.runs.workdir import first_row, require_no_lost_steps, set_lost_run_aside
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
-from lm.training.monitor import Clock, Heartbeat, MetricsWriter, StopRequest, watchdog
+from lm.training.monitor import Clock, MetricsWriter, StopRequest, watchdog
+from lm.training.results import Outputs, evaluate_state, summarize
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 
@@ -157,7 +156,7 @@ def train(
             writer.close()
         if is_primary_host():
             clock.save(loop.step)
-            _summarize(loop, clock, finished, workdir, log)
+            summarize(clock, loop.step, finished, workdir, log)
             if progress and finished:
                 for name, value in loop.last_evaluation.items():
                     print(f"validation {name.replace('_', ' ')}: {value:.6g}")
@@ -220,47 +219,12 @@ def _attention(experiment: Experiment) -> str:
     return f"attention kernel {attention.kernel} ({attention.why}){across}"
 
 
-def _summarize(loop: Loop, clock: Clock, finished: bool, workdir: Path, log: Log) -> None:
-    summary = clock.summary(loop.step)
-    seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
-    split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
-    starts = summary["starts"]
-    log(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
-    if not finished:
-        log(f"asked to stop: state saved at step {loop.step}; the same command continues")
-        return
-    log(f"finished {loop.step} steps; run is in {storage_path(workdir)}")
-
-
 class InFlight(NamedTuple):
     """Dispatched steps whose metrics have not been read."""
 
     steps: range
     metrics: Metrics
     action: Any
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Destinations of what a run produces.
-
-    Attributes:
-        checkpoints: checkpoints of the run.
-        best: checkpoint kept by `--config.eval.best` (lm/training/best_checkpoint.py), or None.
-        writer: metrics.jsonl, TensorBoard and progress bar.
-        clock: wall time by part.
-        heartbeat: called whenever the run makes progress.
-    """
-
-    checkpoints: Checkpoints
-    best: Any
-    writer: MetricsWriter
-    clock: Clock
-    heartbeat: Heartbeat
-
-
-class _AskedToStop(Exception):
-    """End of an evaluation that is not finished."""
 
 
 class Loop:
@@ -431,39 +395,17 @@ class Loop:
         """Evaluate the validation data, if there are any; return False if asked to stop."""
         if self._validation is None:
             return True
-        options, last = self.config.eval, self.step == self.config.train.steps
-        try:
-            with self._clock.part("eval"):
-                result = evaluate_loss(
-                    self.experiment,
-                    self.state.inference_params,
-                    self._validation,
-                    self._dataset.validation,
-                    options.final_batches if last else options.max_batches,
-                    track=self._until_stop,
-                )
-        except _AskedToStop:
-            return False
-        self.last_evaluation = result
-        writer, best = self._outputs.writer, self._outputs.best
-        if best is not None:  # before the metrics, which tell the next start that all is done
-            with self._clock.part("checkpoint"):
-                best.offer(self.step, self.state, result)
-        writer.write(self.step, {f"eval/validation/{name}": x for name, x in result.items()})
-        shown = ("loss", "perplexity", "accuracy")
-        figures = (f"{name} {result[name]:.4f}" for name in shown if name in result)
-        writer.print_line(f"step {self.step}: validation {', '.join(figures)}")
+        result = evaluate_state(
+            self.experiment,
+            self.state,
+            self.step,
+            (self._validation, self._dataset.validation),
+            self._outputs,
+            lambda: bool(self._action_max.result(self._action_max.start(bool(self._stop)))),
+        )
+        self.last_evaluation = result or self.last_evaluation
         self._read_at = time.monotonic()
-        return True
-
-    def _until_stop(self, batches: Iterable, total: int) -> Iterator:
-        """Yield batches with signs of life; all processes raise _AskedToStop at the same one."""
-        shown = self._outputs.writer.track(batches, total, f"evaluating after step {self.step}")
-        for number, batch in enumerate(shown):
-            self._outputs.heartbeat(f"validation batch {number} after step {self.step}")
-            if self._action_max.result(self._action_max.start(bool(self._stop))):
-                raise _AskedToStop
-            yield batch
+        return result is not None
 
     def _save(self) -> None:
         if self.step != self._saved_step:

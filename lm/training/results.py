@@ -1,0 +1,110 @@
+"""Results of a run: evaluations in its course, and the lines at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.data.batches import Batches
+from lm.data.dataset import Store
+from lm.evaluation.loss import evaluate_loss
+from lm.experiment import Experiment
+from lm.runs.checkpoints import Checkpoints, Log
+from lm.storage import storage_path
+from lm.train_step import TrainState
+from lm.training.monitor import Clock, Heartbeat, MetricsWriter
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Destinations of what a run produces.
+
+    Attributes:
+        checkpoints: checkpoints of the run.
+        best: checkpoint kept by `--config.eval.best` (lm/training/best_checkpoint.py), or None.
+        writer: metrics.jsonl, TensorBoard and progress bar.
+        clock: wall time by part.
+        heartbeat: called whenever the run makes progress.
+    """
+
+    checkpoints: Checkpoints
+    best: Any
+    writer: MetricsWriter
+    clock: Clock
+    heartbeat: Heartbeat
+
+
+class _AskedToStop(Exception):
+    """End of an evaluation that is not finished."""
+
+
+def evaluate_state(
+    experiment: Experiment,
+    state: TrainState,
+    step: int,
+    validation: tuple[Batches, Sequence[Store]],
+    outputs: Outputs,
+    asked_to_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Evaluate the validation data, and hand the figures to the outputs of the run.
+
+    Args:
+        experiment: experiment on a mesh.
+        state: its training state.
+        step: number of updates so far.
+        validation: batches to evaluate, and the stores that they are made of.
+        outputs: destinations of the figures, of the best checkpoint, and of signs of life.
+        asked_to_stop: returns whether a process was asked to stop, on all of them alike.
+
+    Returns:
+        The figures of `evaluate_loss`; None if asked to stop.
+    """
+
+    def until_stop(batches: Iterable, total: int) -> Iterator:
+        shown = outputs.writer.track(batches, total, f"evaluating after step {step}")
+        for number, batch in enumerate(shown):
+            outputs.heartbeat(f"validation batch {number} after step {step}")
+            if asked_to_stop():
+                raise _AskedToStop
+            yield batch
+
+    config, writer, best = experiment.config, outputs.writer, outputs.best
+    last = step == config.train.steps
+    n_batches = config.eval.final_batches if last else config.eval.max_batches
+    params = state.inference_params
+    try:
+        with outputs.clock.part("eval"):
+            result = evaluate_loss(experiment, params, *validation, n_batches, track=until_stop)
+    except _AskedToStop:
+        return None
+    if best is not None:  # before the metrics, which tell the next start that all is done
+        with outputs.clock.part("checkpoint"):
+            best.offer(step, state, result)
+    writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()})
+    shown = ("loss", "perplexity", "accuracy")
+    figures = (f"{name} {result[name]:.4f}" for name in shown if name in result)
+    writer.print_line(f"step {step}: validation {', '.join(figures)}")
+    return result
+
+
+def summarize(clock: Clock, step: int, finished: bool, workdir: Path, log: Log) -> None:
+    """Say where the time of a run went, and where the run is.
+
+    Args:
+        clock: clock of the run.
+        step: number of updates so far.
+        finished: whether that is the last one.
+        workdir: local folder of the run.
+        log: receives the lines.
+    """
+    summary = clock.summary(step)
+    seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
+    split = ", ".join(f"{name} {value} s" for name, value in seconds.items())
+    starts = summary["starts"]
+    log(f"time: {split}; goodput {summary['goodput']:.0%} over {starts} start(s)")
+    if not finished:
+        log(f"asked to stop: state saved at step {step}; the same command continues")
+        return
+    log(f"finished {step} steps; run is in {storage_path(workdir)}")
