@@ -22,12 +22,7 @@ from ml_collections import ConfigDict
 from lm.config.registries import OBJECTIVES
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.blockwise_attention import blockwise_attention, count_tiles
-from lm.kernels.dot_product_attention import (
-    AttentionMask,
-    Dropout,
-    attention,
-    cudnn_attention,
-)
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention, cudnn_attention
 from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
 from lm.kernels.splash_attention import LANES, make_splash_kernel, splash_attention
 from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, current_mesh

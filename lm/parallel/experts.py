@@ -26,13 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.dense import matmul
 from lm.kernels.grouped_matmul import grouped_matmul, permute_rows
-from lm.parallel.mesh import (
-    ACTIVATIONS,
-    PARAMETERS,
-    Rules,
-    current_mesh,
-    current_pipeline,
-)
+from lm.parallel.mesh import ACTIVATIONS, PARAMETERS, Rules, current_mesh, current_pipeline
 
 
 class Routing(NamedTuple):

@@ -11,12 +11,7 @@ from ml_collections import ConfigDict
 
 from lm.config.registries import MODELS, OBJECTIVES, TRANSFORMERS
 from lm.errors import UserError
-from lm.parallel.mesh import (
-    BATCH_AXES,
-    CONFIG_KEYS,
-    PARAMETERS,
-    parameter_axes,
-)
+from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, PARAMETERS, parameter_axes
 
 if TYPE_CHECKING:
     from lm.parallel.pipeline import PipelineSchedule

@@ -25,14 +25,7 @@ from lm.experiment import Experiment, build
 from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
 from lm.optim.lora import merge_lora
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
-from lm.runs.checkpoints import (
-    BEST_FOLDER,
-    Checkpoints,
-    Log,
-    checksums,
-    one_line,
-    run_metadata,
-)
+from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log, checksums, one_line, run_metadata
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
 from lm.storage import AnyPath, is_committed, storage_path, write_atomically
 

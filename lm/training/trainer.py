@@ -26,12 +26,7 @@ from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat
-from lm.parallel.mesh import (
-    LENGTH_AXIS,
-    CrossHostMax,
-    is_primary_host,
-    on_all_hosts,
-)
+from lm.parallel.mesh import LENGTH_AXIS, CrossHostMax, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import (
     Checkpoints,
     Log,
