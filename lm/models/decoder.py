@@ -17,6 +17,7 @@ from lm.kernels.activations import softcap
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.cache import Cache, init_cache
 from lm.models.layers import Embedding, Linear, make_norm
+from lm.models.task_layers import last_of_row, mean_of_row
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
@@ -209,16 +210,3 @@ class Decoder(Model):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Return a cache for `batch` rows of up to `length` tokens."""
         return init_cache(self.config, self.config.n_layers, batch, length)
-
-
-def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Return the mean [B, D] of the vectors that are not padding, float32."""
-    is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
-    sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
-    return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
-
-
-def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Return the vector [B, D] of the last token that is not padding."""
-    last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
-    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

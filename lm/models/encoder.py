@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.decoder import Model
-from lm.models.layers import Bias, make_norm
+from lm.models.layers import make_norm
+from lm.models.task_layers import Bias
 from lm.models.transformer import Stack
 from lm.models.variables import Kind, Role
 

@@ -68,19 +68,6 @@ class Linear(nn.Module):
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
 
 
-class Bias(nn.Module):
-    """Vocabulary bias for tied embeddings."""
-
-    size: int
-    role: Role
-    bias_init: Initializer = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, logits_BLV: jax.Array) -> jax.Array:
-        bias_V = param(self, "bias", self.bias_init, (self.size,), ("vocab",), self.role.bias())
-        return add_bias(logits_BLV, bias_V)
-
-
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
 

@@ -24,7 +24,8 @@ from lm.models.classic.lstm import (
     last_states,
     segment_starts,
 )
-from lm.models.layers import Bias, Embedding
+from lm.models.layers import Embedding
+from lm.models.task_layers import Bias
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
 

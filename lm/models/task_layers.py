@@ -1,0 +1,39 @@
+"""Layers of classifiers and masked models: vectors of whole rows, and biases of tied outputs.
+
+Shape letters: B batch, L length, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.bias import add_bias
+from lm.models.variables import Initializer, Role, param
+
+
+class Bias(nn.Module):
+    """Vocabulary bias for tied embeddings."""
+
+    size: int
+    role: Role
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, logits_BLV: jax.Array) -> jax.Array:
+        bias_V = param(self, "bias", self.bias_init, (self.size,), ("vocab",), self.role.bias())
+        return add_bias(logits_BLV, bias_V)
+
+
+def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Return the mean [B, D] of the vectors that are not padding, float32."""
+    is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
+    sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
+    return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
+
+
+def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Return the vector [B, D] of the last token that is not padding."""
+    last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
