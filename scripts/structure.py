@@ -31,15 +31,17 @@ At commit a5d4a05:
                    workdir through export         6 (14, 8)        142 (187, 45)
                    args through generate          0 (3, 3)         127 (181, 54)
 
-At commit 841d2e9, with roles, model state, layer types, registries and validation added:
+At commit 7564dbd, with roles, model state, layer types, registries, validation, changes of runs,
+signals and trackers added:
 
-    imports        184 files, 29,279 lines, 18,992 of code; no cycle of files; edges with lazy ones:
-                   files 707, folders 173, different folders 179, top-level folders 139
-    trainer-path   37 files, 8,338 lines, 5,090 of code
-    call-paths     config through training        56 (78, 22)      292 (327, 35)
+    imports        202 files, 32,463 lines, 21,081 of code; one lazy cycle of two files; edges with
+                   lazy ones: files 787, folders 168, different folders 175, top-level
+                   folders 134
+    trainer-path   32 files, 7,551 lines, 4,582 of code
+    call-paths     config through training        42 (61, 19)      283 (314, 31)
                    a batch                                         3 (6, 3)
-                   workdir through export         4 (14, 10)       166 (203, 37)
-                   args through generate          0 (3, 3)         183 (220, 37)
+                   workdir through export         9 (18, 9)        188 (225, 37)
+                   args through generate          0 (3, 3)         188 (222, 34)
 """
 
 from __future__ import annotations
