@@ -19,7 +19,7 @@ from commands import (
     wait_for_step,
 )
 
-import lm.training.trainer
+import lm.training.results
 from lm.cli import main
 from lm.training import stop_signals
 from lm.training.stop_signals import stop_requests
@@ -87,7 +87,7 @@ def test_before_the_first_step_one_signal_ends_all_processes(slow_file, tmp_path
 def test_an_evaluation_is_dropped_and_made_up_for(
     experiment_file, undisturbed, tmp_path, one_device, monkeypatch
 ):
-    run, whole = tmp_path / "run", lm.training.trainer.evaluate_loss
+    run, whole = tmp_path / "run", lm.training.results.evaluate_loss
     words = arguments(experiment_file, run, checkpoint__every_steps=0)
 
     def interrupted(*args, **options):
@@ -96,7 +96,7 @@ def test_an_evaluation_is_dropped_and_made_up_for(
         return whole(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm.training.trainer, "evaluate_loss", interrupted)
+        patch.setattr(lm.training.results, "evaluate_loss", interrupted)
         assert main(words) == 75
     assert not evaluations(run)
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["20"]
