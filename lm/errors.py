@@ -25,10 +25,7 @@ class LostPeerError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message: the known name nearest to an unknown one, or ""."""
-    known = list(known)
-    tail = name.rsplit(".", 1)[-1]
-    close = [path for path in known if path.rsplit(".", 1)[-1] == tail]  # of another section
-    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

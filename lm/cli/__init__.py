@@ -1,4 +1,6 @@
-"""Command line `lm VERB …`, one module a verb: `add_arguments(parser)` and `run(args, overrides)`.
+"""Command line `lm VERB …`, one module a verb.
+
+Each has `add_arguments(parser)`, `used_keys(args)` and `run(args, overrides)`.
 
 Errors of the user are one line and exit code 2. Read `main`, then `arguments.py`.
 """
@@ -13,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from lm.cli.arguments import parse
+from lm.cli.used_keys import require_used
 from lm.errors import LostPeerError, UserError
 
 # What `lm --help` says of each verb; lm/cli/VERB_command.py is imported when it is used.
@@ -73,6 +76,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
+        require_used(args.verb, args.module.used_keys(args), overrides)
         _set_up_jax(args)
         from lm.storage import local_copies
 

@@ -52,7 +52,9 @@ def parse(
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise UserError(f"{word} has no value; write {word}=VALUE")
-        overrides[path] = value
+        if overrides.setdefault(path, value) != value:
+            both = f"{overrides[path]} and {value}"
+            raise UserError(f"--config.{path} is given twice: {both}; keep one of them")
     args = _parser(rest, verbs).parse_args(rest)
     if args.verb == "launch" and command is None:
         raise UserError("lm launch needs a command: lm launch --processes N -- train …")
@@ -197,12 +199,10 @@ def open_run(
     return experiment, params, step
 
 
-def only_cpu(overrides: Overrides) -> None:
+def only_cpu() -> None:
     """Use the CPU: the runs that a verb reads may be using the accelerator."""
     import jax
 
-    if overrides:
-        raise UserError(f"--config.{next(iter(overrides))}: this verb reads runs as they are")
     jax.config.update("jax_platforms", "cpu")
 
 

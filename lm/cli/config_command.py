@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     config_argument,
     json_argument,
 )
+from lm.cli.used_keys import ALL, Patterns
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
@@ -21,6 +22,11 @@ def add_arguments(parser: Parser) -> None:
     config_argument(parser, required=False)
     parser.add_argument("--keys", action="store_true", help="list every key with its meaning")
     json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL if args.config else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

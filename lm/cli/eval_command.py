@@ -18,6 +18,7 @@ from lm.cli.arguments import (
     process_arguments,
     weights_arguments,
 )
+from lm.cli.used_keys import MESH, MODEL, Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder, short_name, storage_path
 
@@ -39,11 +40,47 @@ def add_arguments(parser: Parser) -> None:
     process_arguments(parser)
 
 
+# What a run says of the evaluations during its training.
+_WHOLE_SPLIT = {"eval.max_batches": "0", "eval.final_batches": "0", "eval.best": ""}
+_VALIDATION = (
+    "data.source",
+    "data.validation_source",
+    "data.validation_fraction",
+    "data.validation_split",
+)
+# data.tokenizer has an error of its own; training alone mixes corpora and overlaps windows.
+_READING = (
+    "data.*",
+    "-data.tokenizer_*",
+    "-data.lowercase",
+    "-data.weights",
+    "-data.stride",
+    "-data.prefetch",
+    "-data.split",
+    "-data.source",
+    "-data.test_source",
+    "-data.validation_*",
+    "objective.*",
+    "seed",
+)
+_OF_TASK = (
+    *("eval.metrics", "decode.*"),
+    *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
+)
+
+
 def _steps(text: str) -> list[int]:
     steps = [int(part) for part in text.split(",")]
     if min(steps) < 0:
         raise ValueError
     return list(dict.fromkeys(steps))
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
+    scored = _OF_TASK if args.task else ("eval.max_batches", "train.steps_per_dispatch")
+    return (*MESH, *MODEL, *_READING, *read, *scored)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -89,13 +126,13 @@ def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Ove
     if args.output and len(args.step or ()) > 1:
         raise UserError("--output is the folder of one report: give one --step")
     if args.source is None:
-        return args.split or "validation", overrides
+        return args.split or "validation", _WHOLE_SPLIT | overrides
     if args.split or "data.test_source" in overrides:
         other = "--split" if args.split else "--config.data.test_source"
         raise UserError(f"--source and {other} choose different data: give one of them")
     if not args.source.strip():
         raise UserError("--source is empty; give NAME:ARGUMENT, such as text:FILE")
-    return "test", overrides | {"data.test_source": args.source}
+    return "test", _WHOLE_SPLIT | overrides | {"data.test_source": args.source}
 
 
 def _evaluate_loss(
@@ -107,7 +144,8 @@ def _evaluate_loss(
 
     batches = experiment.evaluation_batches(stores)
     shown = partial(track, description="evaluating", shown=is_primary_host())
-    result = evaluate_loss(experiment, params, batches, stores, track=shown)
+    limit = experiment.config.eval.max_batches
+    result = evaluate_loss(experiment, params, batches, stores, limit, shown)
     source = {"source": name} if args.source else {}
     return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}
 

@@ -9,7 +9,7 @@ from lm.cli.arguments import (
     Parser,
     weights_arguments,
 )
-from lm.errors import UserError
+from lm.cli.used_keys import Patterns
 from lm.storage import open_run_folder
 
 
@@ -21,13 +21,16 @@ def add_arguments(parser: Parser) -> None:
     weights_arguments(parser)
 
 
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ()
+
+
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.interop.import_export import export_run
     from lm.parallel.mesh import print_on_primary_host
 
-    if overrides:
-        raise UserError(f"lm export takes no --config.{next(iter(overrides))}")
     folders = open_run_folder(args.workdir), open_run_folder(args.to)
     export_run(*folders, args.average, args.best, args.dtype, print_on_primary_host)
     return 0

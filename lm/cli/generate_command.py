@@ -21,6 +21,7 @@ from lm.cli.arguments import (
     process_arguments,
     weights_arguments,
 )
+from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError
 
 
@@ -50,6 +51,11 @@ def add_arguments(parser: Parser) -> None:
     weights_arguments(parser)
     json_argument(parser)
     process_arguments(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

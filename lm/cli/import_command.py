@@ -10,7 +10,11 @@ from lm.cli.arguments import (
     Parser,
     process_arguments,
 )
+from lm.cli.used_keys import ALL, Patterns
 from lm.storage import open_run_folder
+
+# Keys of the model that are not those of its weights.
+_ARCHITECTURE_FREE = ("model.dtype", "model.attention", "model.*dropout", "model.router_jitter")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -20,6 +24,11 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--workdir", required=True, metavar="DIR")
     process_arguments(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return (*ALL, "-model.*", *_ARCHITECTURE_FREE)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -9,6 +9,7 @@ from lm.cli.arguments import (
     Parser,
     at_least,
 )
+from lm.cli.used_keys import ALL, Patterns
 from lm.errors import UserError
 
 
@@ -23,6 +24,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--backoff", type=at_least(0.0), default=1.0, metavar="S", help="first pause; doubles"
     )
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL  # refused by `run`: they belong after --
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -11,6 +11,7 @@ from lm.cli.arguments import (
     at_least,
     process_arguments,
 )
+from lm.cli.used_keys import MESH, Patterns
 from lm.storage import open_run_folder
 
 
@@ -20,6 +21,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR")
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
     process_arguments(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return MESH
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -19,6 +19,7 @@ from lm.cli.arguments import (
     json_argument,
     topology_arguments,
 )
+from lm.cli.used_keys import ALL, Patterns
 from lm.errors import UserError
 
 
@@ -34,6 +35,11 @@ def add_arguments(parser: Parser) -> None:
     )
     topology_arguments(parser, required=False)
     json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

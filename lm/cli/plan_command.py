@@ -19,6 +19,7 @@ from lm.cli.arguments import (
     topology_arguments,
     xla_flags_argument,
 )
+from lm.cli.used_keys import ALL, Patterns
 
 LIMIT = "--search: most candidates that are compiled"
 WORKERS = "--search: compiling processes; 0: one a core"
@@ -34,6 +35,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
     xla_flags_argument(parser)
     json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

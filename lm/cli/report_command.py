@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     Parser,
     only_cpu,
 )
+from lm.cli.used_keys import Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
@@ -25,11 +26,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--output", metavar="DIR", help=output)
 
 
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ()
+
+
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.tools.reports.report_page import write_page
 
-    only_cpu(overrides)
+    only_cpu()
     workdirs = [open_run_folder(place) for place in dict.fromkeys(args.workdir)]
     print(storage_path(write_page(workdirs, _output(args, workdirs))))
     return 0

@@ -15,6 +15,7 @@ from lm.cli.arguments import (
     only_cpu,
     positive,
 )
+from lm.cli.used_keys import Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
@@ -44,12 +45,17 @@ def add_arguments(parser: Parser) -> None:
     json_argument(parser)
 
 
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ()
+
+
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.tools.reports.scaling_law import runs_of_folder, runs_of_table
     from lm.tools.reports.scaling_study import enough_tokens, study, study_text
 
-    only_cpu(overrides)
+    only_cpu()
     if bool(args.workdir) == bool(args.runs):
         raise UserError("lm scaling: give either --workdir DIR or --runs FILE.csv")
     left_out: list[str] = []

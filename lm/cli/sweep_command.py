@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     Parser,
     at_least,
 )
+from lm.cli.used_keys import ALL, Patterns
 from lm.errors import UserError
 from lm.storage import resolve_path
 
@@ -31,6 +32,11 @@ def add_arguments(parser: Parser) -> None:
         "--retries", type=at_least(0), default=2, metavar="N", help="of a run that fails"
     )
     parser.add_argument("--dry_run", action="store_true", help="print every run and its command")
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

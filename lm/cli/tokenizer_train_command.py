@@ -11,6 +11,17 @@ from lm.cli.arguments import (
     Parser,
     at_least,
 )
+from lm.cli.used_keys import Patterns
+
+# Those by which a corpus is read.
+_READING = (
+    "data.directory",
+    "data.field",
+    "data.documents",
+    "data.split",
+    "data.validation_source",
+    "data.validation_fraction",
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,6 +30,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--vocab_size", type=at_least(2), required=True, metavar="N")
     parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--output", required=True, metavar="FILE.model")
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return _READING
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

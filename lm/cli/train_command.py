@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     process_arguments,
     xla_flags_argument,
 )
+from lm.cli.used_keys import ALL, Patterns
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,6 +37,11 @@ def add_arguments(parser: Parser) -> None:
     )
     xla_flags_argument(parser)
     process_arguments(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

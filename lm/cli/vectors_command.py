@@ -13,6 +13,7 @@ from lm.cli.arguments import (
     print_result,
     weights_arguments,
 )
+from lm.cli.used_keys import MESH, Patterns
 from lm.errors import UserError
 
 
@@ -27,6 +28,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
     weights_arguments(parser)
     json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return MESH if args.workdir else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -58,7 +58,7 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
 
 def parse_value(path: str, text: str) -> Any:
     """Return the value of `--config.PATH=TEXT`, converted to the type of the key."""
-    key = _key(path)
+    key = require_key(path)
     try:
         if key.type is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -73,7 +73,7 @@ def parse_value(path: str, text: str) -> Any:
 
 def set_value(config: ConfigDict, path: str, value: Any) -> None:
     """Set one key by its dotted path; an unknown path is an error that names the nearest."""
-    _key(path)
+    require_key(path)
     *sections, name = path.split(".")
     node = config
     for section in sections:
@@ -177,7 +177,7 @@ def validate(config: ConfigDict) -> None:
     """Raise UserError unless keys are known, typed and in range and the rules between them hold."""
     values = dict(flatten(config))
     for path in values:
-        _key(path)
+        require_key(path)
     for path, key in SCHEMA.items():
         if path in values:
             _check_value(path, key, values[path])
@@ -231,16 +231,17 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
     return config
 
 
-def _key(path: str) -> Key:
+def require_key(path: str) -> Key:
+    """Return a key by its dotted path; UserError that names the nearest if there is none."""
     if path not in SCHEMA:
         if SCHEMA.is_section(path):
-            raise UserError(f"--config.{path} is a section, not a key")
-        raise UserError(f"unknown key --config.{path}{_nearest_key(path)}")
+            hint = f"; did you mean --config.{path}.name?" if f"{path}.name" in SCHEMA else ""
+            raise UserError(f"--config.{path} is a section, not a key{hint}")
+        from lm.config.synonyms import suggested_keys
+
+        hint = " or ".join(f"--config.{key}" for key in suggested_keys(path, SCHEMA))
+        raise UserError(f"unknown key --config.{path}" + (hint and f"; did you mean {hint}?"))
     return SCHEMA[path]
-
-
-def _nearest_key(path: str) -> str:
-    return nearest(path, SCHEMA).replace("did you mean ", "did you mean --config.")
 
 
 def _type_name(key: Key) -> str:

@@ -200,7 +200,7 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     """
     cls, argument = find_source(spec, "documents")
     has_own = cls.has_validation_split(argument, data)
-    hold_out = bool(data.validation_fraction) and not (data.validation_source or split == "test")
+    hold_out = split != "test" and bool(data.validation_fraction) and not data.validation_source
     if split == "validation" and not (data.validation_source or hold_out or has_own):
         raise UserError(
             f"{spec} has no validation split: set --config.data.validation_source "

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, REGISTRIES, SCHEMA
 from lm.config.rules import families_of
+from lm.config.synonyms import NAMES
 from lm.errors import UserError
 from lm.experiment import build
 from lm.kernels.activations import ACTIVATIONS
@@ -344,3 +345,52 @@ def test_a_value_of_another_type_is_one_line():
     """As in the run.json of a version where the key had another type."""
     with pytest.raises(UserError, match=r"model.attention_bias=True: expected one of same, all"):
         configs.set_value(configs.default(), "model.attention_bias", True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("batch_size", "data.batch_size"),
+        ("train.max_steps", "train.steps"),
+        ("model.seq_len", "data.sequence_length"),
+        ("block_size", "data.sequence_length"),
+        ("train.warmup_steps", "schedule.warmup_steps"),
+        ("optimizer.warmup_ratio", "schedule.warmup_steps"),
+        ("weight_decay", "optimizer.weight_decay"),
+        ("train.grad_clip", "optimizer.clip_norm"),
+        ("max_grad_norm", "optimizer.clip_norm"),
+        ("d_model", "model.d_model"),
+        ("model.hidden_size", "model.d_model"),
+        ("model.n_embd", "model.d_model"),
+        ("model.n_layer", "model.n_layers"),
+        ("model.num_layers", "model.n_layers"),
+        ("base_num_decoder_layers", "model.n_layers"),
+        ("model.num_hidden_layers", "model.n_layers"),
+        ("train.dropout", "model.dropout"),
+        ("model.residDropout", "model.dropout"),
+        ("model.intermediate_size", "model.d_ff"),
+        ("model.num_key_value_heads", "model.n_kv_heads"),
+        ("optimizer.beta2", "optimizer.adamw.b2"),
+        ("optimizer.eps", "optimizer.adamw.eps"),
+        ("gradient_accumulation_steps", "train.microbatches"),
+        ("trainer.num_train_steps", "train.steps"),
+        ("ici_fsdp_parallelism", "parallel.mesh.fsdp"),
+        ("train.learningRate", "optimizer.learning_rate"),
+        ("data.Batch-Size", "data.batch_size"),
+        ("model.numLayer", "model.n_layers"),
+        ("optimizer.learing_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_names_of_other_codebases_lead_to_ours(wrong, right):
+    with pytest.raises(UserError, match=rf"did you mean --config\.{re.escape(right)}\b"):
+        configs.require_key(wrong)
+
+
+def test_synonyms_are_of_our_keys_and_of_one_each():
+    assert NAMES.keys() <= SCHEMA.keys()
+    names = [name for value in NAMES.values() for name in value.split()]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[a-z0-9]+", name), name

@@ -1,0 +1,139 @@
+"""Each verb uses the configuration keys that it declares, and refuses every other one."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import lm
+from lm.cli import VERBS, main
+from lm.cli.arguments import parse, verb_module
+from lm.cli.used_keys import is_used
+from lm.config.registries import SCHEMA
+from lm.training.trainer import train
+
+LIBRARY = Path(lm.__file__).parent
+# Places that read keys of training whatever a verb does with the experiment that is built.
+CHECKING = ("config/", "validation.py")
+BUILDING = (
+    *("optim/", "experiment.py:build_untraced", "experiment.py:<lambda>", "train_step.py:init"),
+    *("runs/checkpoints.py", *CHECKING),
+)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Keys that are read, and the functions that read them, as FILE:FUNCTION from the reader up."""
+    found = defaultdict(list)
+    sections = defaultdict(set)
+    for path in SCHEMA:
+        section, _, name = path.rpartition(".")
+        sections[section].add(name)
+    get = ConfigDict.__getitem__
+
+    def recorded(self, key):
+        value = get(self, key)
+        if not isinstance(value, ConfigDict):
+            own = {name for name, item in self._fields.items() if not isinstance(item, ConfigDict)}
+            for section, names in sections.items():
+                if key in names and own == names:
+                    found[f"{section}.{key}".lstrip(".")].append(_readers())
+        return value
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", recorded)
+    return found
+
+
+def _readers():
+    frame, readers = sys._getframe(2), []
+    while frame := frame.f_back:
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(LIBRARY):
+            readers.append(f"{file.relative_to(LIBRARY)}:{frame.f_code.co_name}")
+    return readers
+
+
+# Keys of objectives and sources that these runs do not have, of checks against the mesh, and one
+# that has an error of its own.
+OTHERS = {
+    *("data.doc_stride", "data.field", "data.validation_split", "data.source", "data.tokenizer"),
+    *(
+        key
+        for key in SCHEMA
+        if key.startswith(("objective.", "parallel.")) or key == "eval.batch_size"
+    ),
+}
+KINDS = {
+    "causal decoder": ["eval", "eval --source {source}", "generate --prompt the"],
+    "seq2seq encoder_decoder": ["eval --task", "generate --prompt one"],
+}
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
+    read, declared = defaultdict(set), {}
+    for kind, commands in KINDS.items():
+        workdir = tmp_path / kind.replace(" ", "_")
+        config = make_kind(kind, train__steps=1)
+        train(config, workdir)
+        for command in commands:
+            verb, *words = command.format(source=config.data.source).split()
+            words = [verb, *words, "--workdir", str(workdir)]
+            args, _ = parse(words, VERBS)
+            name = f"{verb} --task" * ("--task" in words) or verb
+            used = args.module.used_keys(args)
+            declared.setdefault(name, set()).update(key for key in SCHEMA if is_used(key, used))
+            reads.clear()
+            assert main(words) == 0, capsys.readouterr().err
+            for key, places in reads.items():
+                if any(not any(r.startswith(CHECKING) for r in place) for place in places):
+                    read[name].add(key)
+                own = [p for p in places if not any(r.startswith(BUILDING) for r in p)]
+                assert not own or is_used(key, used), (command, key, own[0][:4])
+    for name, keys in declared.items():
+        assert not keys - read[name] - OTHERS, name
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("eval --workdir r", "optimizer.learning_rate"),
+        ("eval --workdir r", "data.test_source"),
+        ("eval --workdir r --split test", "data.validation_fraction"),
+        ("eval --workdir r --task", "eval.max_batches"),
+        ("eval --workdir r", "eval.metrics"),
+        ("generate --workdir r", "model.dropout"),
+        ("merge --workdir r --to x", "model.dtype"),
+        ("vectors --vectors v.txt", "parallel.preset"),
+        ("vectors --workdir r", "decode.beam_size"),
+        ("export --workdir r --to x", "model.dtype"),
+        ("import --from x --workdir r", "model.n_layers"),
+        ("report --workdir r", "seed"),
+        ("scaling --workdir r", "seed"),
+        ("config --keys", "seed"),
+        ("tokenizer train --source stdlib --vocab_size 9 --output x", "data.source"),
+    ],
+)
+def test_any_other_key_is_one_line_before_anything_is_read(words, key, capsys):
+    text = {bool: "true", int: "1", float: "0.5"}.get(SCHEMA[key].type, "x")
+    assert main([*words.split(), f"--config.{key}={text}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --config.{key}: lm {words.split()[0]}")
+    assert line.count("\n") == 1
+
+
+def test_every_verb_declares_its_keys():
+    for verb in VERBS:
+        assert callable(verb_module(verb).used_keys), verb
+
+
+def test_a_key_that_is_given_twice_is_an_error(capsys):
+    words = ["config", "--config", "experiments/gpt2.py:124m", "--config.seed=1"]
+    assert main([*words, "--config.seed", "1"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--config.seed", "2"]) == 2
+    assert "--config.seed is given twice: 1 and 2" in capsys.readouterr().err
