@@ -39,7 +39,7 @@ NOT_IMPERATIVE = re.compile(r"^(\w+ed|\w+ing)\b|^\w+[^s\W]s\b", re.IGNORECASE)
 IMPERATIVES_IN_S = {"process", "pass", "discuss", "focus", "access", "compress", "express", "bias"}
 IMPERATIVES_IN_ED_OR_ING = {"embed", "feed", "seed", "shed", "need", "string", "bring", "ring"}
 # Names that several modules may define: protocol methods are not module-level names anyway.
-SHARED_NAMES = {"run", "add_arguments", "get_config"}
+SHARED_NAMES = {"run", "add_arguments", "used_keys", "get_config"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -19,8 +19,8 @@ NAMES = {
     "optimizer.adamw.b2": "beta2 adambeta2 adamb2",
     "optimizer.adamw.eps": "epsilon adamepsilon adameps",
     "optimizer.freeze": "frozen freezelayers",
-    "schedule.name": "scheduler lrscheduler lrschedulertype lrschedule lrdecaystyle lrscheduletype "
-    "learningrateschedule",
+    "schedule.name": "scheduler lrscheduler lrschedulertype lrschedule lrdecaystyle "
+    "lrscheduletype learningrateschedule",
     "schedule.warmup_steps": "warmup warmupiters numwarmupsteps lrwarmupsteps lrwarmupiters "
     "warmupstepsfraction warmupratio warmupfraction",
     "schedule.decay_steps": "lrdecayiters lrdecaysteps learningrateschedulesteps",
@@ -34,15 +34,16 @@ NAMES = {
     "train.stop_at": "exitinterval stopat",
     "data.batch_size": "bs batch globalbatchsize trainbatchsize perdevicetrainbatchsize "
     "perdevicebatchsize minibatchsize",
-    "data.sequence_length": "seqlen seqlength maxlen maxseqlen maxseqlength sequencelen contextlength "
-    "contextlen maxtargetlength trainseqlen blocksize ctxlen nctx maxsequencelength modelmaxlength",
+    "data.sequence_length": "seqlen seqlength maxlen maxseqlen maxseqlength sequencelen "
+    "contextlength contextlen maxtargetlength trainseqlen blocksize ctxlen nctx maxsequencelength "
+    "modelmaxlength",
     "data.source": "dataset data corpus datasetname datasetpath datapath trainfile trainfiles "
     "traindata trainset traindataset files path datasets",
     "data.validation_source": "validationfile evalfile valfile validationdata evaldataset valdata "
     "validfile devfile valset evaldatasetname valdataset",
     "data.test_source": "testfile testdata testset",
-    "data.validation_fraction": "valfraction validationsplitpercentage valsize valratio evalfraction "
-    "testsize valsplit",
+    "data.validation_fraction": "valfraction validationsplitpercentage valsize valratio "
+    "evalfraction testsize valsplit",
     "data.directory": "datadir",
     "data.cache_directory": "cachedir",
     "data.tokenizer": "tokenizername tokenizerpath tokenizermodel tokenizertype vocabfile vocab",
@@ -54,14 +55,14 @@ NAMES = {
     "model.n_layers": "nlayer layers numlayers numhiddenlayers depth nblocks numblocks nlayers "
     "basenumdecoderlayers numdecoderlayers nlayersencoder numencoderlayers",
     "model.n_decoder_layers": "decoderlayers ndecoderlayers",
-    "model.d_model": "hiddensize hiddendim nembd embeddim dim modeldim embeddingsize embsize emb width "
-    "nhidden baseembdim embeddingdim hidden dimmodel modelsize",
+    "model.d_model": "hiddensize hiddendim nembd embeddim dim modeldim embeddingsize embsize emb "
+    "width nhidden baseembdim embeddingdim hidden dimmodel modelsize",
     "model.n_heads": "nhead heads numheads numattentionheads numqueryheads basenumqueryheads "
     "attentionheads",
     "model.n_kv_heads": "numkeyvalueheads numkvheads nkvhead kvheads basenumkvheads numquerygroups",
     "model.head_dim": "dhead headsize dkv attentionheadsize",
-    "model.d_ff": "intermediatesize ffndim nffn ffnhiddensize mlpdim basemlpdim ffdim dimfeedforward "
-    "feedforwarddim ninner mlphidden dimff hiddendimff",
+    "model.d_ff": "intermediatesize ffndim nffn ffnhiddensize mlpdim basemlpdim ffdim "
+    "dimfeedforward feedforwarddim ninner mlphidden dimff hiddendimff",
     "model.vocab_size": "vocabularysize nvocab paddedvocabsize",
     "model.max_length": "maxpositionembeddings npositions maxpositions maxcontext",
     "model.norm": "normalization normtype layernorm normlayer",
