@@ -211,5 +211,8 @@ def print_result(values: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values))
         return
+    from lm.evaluation.loss import figure_text
+
     for name, value in values.items():
-        print(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")
+        shown = figure_text(name, value) if isinstance(value, float) else value
+        print(f"{name} = {shown}")

@@ -146,6 +146,8 @@ def _evaluate_loss(
     shown = partial(track, description="evaluating", shown=is_primary_host())
     limit = experiment.config.eval.max_batches
     result = evaluate_loss(experiment, params, batches, stores, limit, shown)
+    if not result["targets"]:
+        raise UserError(f"{name}: no token of the data is to be predicted, so there is no loss")
     source = {"source": name} if args.source else {}
     return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}
 

@@ -30,7 +30,7 @@ COMMON_KEYS: dict[str, Key] = {
     "model.concat_width": Key(32, "Columns g of W [d_model, g] of model.residual=concat.", low=1),
     "model.mixer": Key("attention", "Token mixer of a Transformer block."),
     "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
-    "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=0.0, high=1.0),
+    "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=1e-20, high=1.0),
     "model.norm_placement": Key(
         "pre",
         "Normalise before each sublayer, after the sum, or before and after it (Gemma 2).",
@@ -268,7 +268,7 @@ COMMON_KEYS: dict[str, Key] = {
     "init.vectors": Key("", "GloVe file for the token table of the words tokenizer."),
     # --- low-rank adaptation
     "lora.rank": Key(0, "Rank of the trained updates (Hu et al. 2021); 0: off.", low=0),
-    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=0.0),
+    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=1e-6),
     "lora.targets": Key("attention/(query|value)/kernel", "Pattern of the adapted kernels."),
     "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
     # --- optimizer
@@ -278,7 +278,7 @@ COMMON_KEYS: dict[str, Key] = {
         "layers/3/.",
     ),
     "optimizer.layer_decay": Key(
-        1.0, "Learning rate of a layer over that of the next one up.", low=0.0, high=1.0
+        1.0, "Learning rate of a layer over that of the next one up.", low=1e-6, high=1.0
     ),
     "optimizer.name": Key("adamw", "Update rule."),
     "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0, high=1e6),

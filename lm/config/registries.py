@@ -175,7 +175,7 @@ class AdamwOptions:
 
     b1: float = option(0.9, "Decay of the first moment.", low=0.0, high=0.99999)
     b2: float = option(0.95, "Decay of the second moment.", low=0.0, high=0.99999)
-    eps: float = option(1e-8, "Added to the root of the second moment.", low=0.0)
+    eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
     bias_correction: bool = option(
         True, "Divide the moments by what they lack in the first steps; BERT's code does not."
     )
@@ -216,7 +216,7 @@ class MuonOptions:
     adam_ratio: float = option(
         0.1,
         "Learning rate of the other parameters (optimizer.adamw), relative to the peak.",
-        low=0.0,
+        low=1e-6,
     )
 
 
@@ -239,7 +239,7 @@ class StepOptions:
     """Options of the schedule that falls in steps."""
 
     step_every: int = option(1000, "Steps from one fall of step to the next.", low=1)
-    step_factor: float = option(0.5, "What step multiplies the rate by.", low=0.0, high=1.0)
+    step_factor: float = option(0.5, "What step multiplies the rate by.", low=1e-6, high=1.0)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
+from lm.evaluation.words import stores_have_words
 from lm.experiment import Experiment
 from lm.models.variables import Params
 
@@ -34,10 +35,10 @@ def evaluate_loss(
         track: called with the batches and `total`; returns them, and may show progress.
 
     Returns:
-        "loss" in nats a target, "targets", the metrics of the objective, and "perplexity" where
-        the objective has one. For every token of whole documents also "word_perplexity" (words
-        are what spaces separate) and "bits_per_byte", nats / (ln 2 · bytes), document ends
-        included.
+        "targets", and if there are any "loss" in nats a target, the metrics of the objective, and
+        "perplexity" where the objective has one. For every token of whole documents also
+        "word_perplexity" (where spaces separate words: not in Chinese, not in code) and
+        "bits_per_byte", nats / (ln 2 · bytes), document ends included.
     """
     n = min(len(batches), max_batches or len(batches))
     size = experiment.config.train.steps_per_dispatch
@@ -51,14 +52,18 @@ def evaluate_loss(
         for name, values in {"loss": sums.loss, "targets": sums.weight, **sums.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(values.sum(dtype=np.float64))
     targets = totals.pop("targets")
-    result = {name: total / max(targets, 1.0) for name, total in totals.items()}
+    if not targets:
+        return {"targets": 0.0}
+    result = {name: total / targets for name, total in totals.items()}
     result["targets"] = targets
     nats = result.pop("nll", result["loss"]) * targets
     if experiment.objective.has_perplexity:
         result["perplexity"] = perplexity(nats, targets)
-    manifests = [store.manifest for store in stores if isinstance(store, TokenStore)]
-    if n == len(batches) and manifests and experiment.objective.predicts_every_token:
-        result["word_perplexity"] = perplexity(nats, sum(m.n_words for m in manifests))
+    texts = [store for store in stores if isinstance(store, TokenStore)]
+    if n == len(batches) and texts and experiment.objective.predicts_every_token:
+        manifests = [store.manifest for store in texts]
+        if experiment.tokenizer is not None and stores_have_words(texts, experiment.tokenizer):
+            result["word_perplexity"] = perplexity(nats, sum(m.n_words for m in manifests))
         result["bits_per_byte"] = nats / (math.log(2) * sum(m.n_bytes for m in manifests))
     return result
 
@@ -66,3 +71,8 @@ def evaluate_loss(
 def perplexity(nats: float, n: float) -> float:
     """Return exp(nats / n), limited to a finite number."""
     return math.exp(min(nats / max(n, 1.0), 700.0))
+
+
+def figure_text(name: str, value: float) -> str:
+    """Return a figure for people: perplexities with five significant digits."""
+    return f"{value:.5g}" if name.endswith("perplexity") else f"{value:.6g}"

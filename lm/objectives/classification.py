@@ -66,10 +66,11 @@ class Classification(Objective[RecordStore, Record]):
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Classification:
-        data, around = config.data, None
+        data, around, labels = config.data, None, tuple(listed(config.data.labels))
+        if problem := _label_problem(labels, config.model.n_classes):
+            raise UserError(f"--config.data.labels={data.labels}: {problem}")
         if tokenizer is not None and tokenizer.states_template and config.model.family == "decoder":
             around = tokenizer.template
-        labels = tuple(listed(data.labels))
         return cls(data.sequence_length, labels, special_tokens(tokenizer), around)
 
     @property
@@ -161,3 +162,19 @@ class Classification(Objective[RecordStore, Record]):
     def reference(self, record: Record) -> Reference:
         label = record.raw["label"]
         return label if self.labels else float(label)
+
+
+def _label_problem(labels: tuple[str, ...], n_classes: int) -> str:
+    """Return why classes cannot be learned from these labels and so many outputs, or ""."""
+    repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    if repeated:
+        return f"{repeated[0]!r} is there {labels.count(repeated[0])} times; name each class once"
+    if len(labels) == 1:
+        return "a single class leaves nothing to learn; name all classes, or none for a number"
+    if labels and 0 < n_classes < len(labels):
+        return f"{len(labels)} classes for --config.model.n_classes={n_classes} outputs"
+    if not labels and n_classes > 1:
+        return (
+            f"name the classes of --config.model.n_classes={n_classes}: without, a number is learnt"
+        )
+    return ""

@@ -83,9 +83,9 @@ def evaluate_state(
         with outputs.clock.part("checkpoint"):
             best.offer(step, state, result)
     writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()})
-    shown = ("loss", "perplexity", "accuracy")
-    figures = (f"{name} {result[name]:.4f}" for name in shown if name in result)
-    writer.print_line(f"step {step}: validation {', '.join(figures)}")
+    shown = {"loss": ".4f", "perplexity": ".5g", "accuracy": ".4f"}
+    figures = (f"{name} {result[name]:{f}}" for name, f in shown.items() if name in result)
+    writer.print_line(f"step {step}: validation {', '.join(figures) or 'no targets'}")
     return result
 
 

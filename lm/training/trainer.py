@@ -153,8 +153,10 @@ def train(
             clock.save(loop.step)
             summarize(clock, loop.step, finished, workdir, log)
             if progress and finished:
+                from lm.evaluation.loss import figure_text
+
                 for name, value in loop.last_evaluation.items():
-                    print(f"validation {name.replace('_', ' ')}: {value:.6g}")
+                    print(f"validation {name.replace('_', ' ')}: {figure_text(name, value)}")
         return finished
 
 
@@ -255,7 +257,7 @@ class Loop:
         self._action_max = CrossHostMax(devices.tolist())
         self._in_flight: deque[InFlight] = deque()
         self._programs: dict[int, Any] = {}
-        self._first_skipped_step: int | None = None
+        self._first_skipped: tuple[int, dict[str, float]] | None = None
         self._read_at = self._saved_at = time.monotonic()
         self._tokens_per_row = tokens_per_row(experiment)
         self._flops_per_token = model_flops_per_token(experiment)
@@ -355,8 +357,10 @@ class Loop:
             self._read_at = now
             for i, step in enumerate(done.steps):
                 values = {name: float(np.float64(column[i])) for name, column in metrics.items()}
-                if values["skipped"] and self._first_skipped_step is None:
-                    self._first_skipped_step = step + 1
+                if values["skipped"]:
+                    self._first_skipped = self._first_skipped or (step + 1, values)
+                elif step == 0 and not values["grad_norm"]:
+                    self._require_learning(values)
                 written = is_due(step + 1, self.config.log.every_steps)
                 self._outputs.writer.step(step + 1, values | speed, written)
             self._outputs.writer.flush()
@@ -375,16 +379,23 @@ class Loop:
 
     @property
     def _must_halt(self) -> bool:
-        return self._first_skipped_step is not None and self.config.train.nonfinite == "halt"
+        return self._first_skipped is not None and self.config.train.nonfinite == "halt"
 
     def _halt(self) -> None:
         self._save()
         self._outputs.checkpoints.close()
-        raise UserError(
-            f"loss or gradient is not finite at step {self._first_skipped_step}; that update was "
-            f"left out and the state saved at step {self.step}. Lower the learning rate, or "
-            "continue with --config.train.nonfinite=skip"
-        )
+        from lm.training.diagnosis import nonfinite_message
+
+        assert self._first_skipped is not None
+        decay = self.config.optimizer.weight_decay
+        params = self.state.params
+        raise UserError(nonfinite_message(*self._first_skipped, params, decay, self.step))
+
+    def _require_learning(self, values: dict[str, float]) -> None:
+        from lm.training.diagnosis import require_learning
+
+        batches = self.experiment.train_batches(self._dataset)
+        require_learning(values, self.experiment, self.state.inference_params, batches)
 
     def _evaluate(self) -> bool:
         """Evaluate the validation data, if there are any; return False if asked to stop."""
