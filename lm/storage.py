@@ -40,6 +40,10 @@ def resolve_path(place: str) -> AnyPath:
     Raises:
         UserError: the address has another scheme, or gcsfs is not installed.
     """
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place!a}: the name of this folder must be UTF-8") from None
     if "://" not in place:
         return Path(place)
     from lm.bucket import bucket_path

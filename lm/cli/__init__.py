@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
+import locale
 import os
 import sys
 import traceback
@@ -32,6 +34,7 @@ VERBS = {
     "plan": "Compile a configuration's training step for described devices: memory, work, time.",
     "config": "Print a resolved configuration, or with --keys what every key means.",
     "tokenizer train": "Train a SentencePiece model on a corpus and write it to a file.",
+    "data verify": "Compare whole token stores with their checksums, of a configuration or all.",
     "vectors": "Write the word vectors of a run or file; score them by similarity and analogies.",
     "report": "Write a page and pictures of a run, or of all runs in a folder.",
     "scaling": "Fit a scaling law to runs: its optimum and forecast for a budget, with intervals.",
@@ -106,8 +109,28 @@ def _shortened(line: str, longest: int = 1000) -> str:
     return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode under another locale; escape what cannot be printed.
+
+    So names of files, and files that are opened without naming an encoding, do not depend on it.
+    """
+    others = {sys.getfilesystemencoding(), locale.getencoding().lower()} - {"utf-8"}
+    if (
+        others
+        and sys.executable
+        and not (sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1")
+    ):
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0 done, 2 an error of the user's, 75 stopped and resumable."""
+    if arguments is None:
+        _use_utf8()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
     except LostPeerError as error:

@@ -84,7 +84,7 @@ def _parser(arguments: Sequence[str], verbs: Mapping[str, str]) -> Parser:
     for verb, about in verbs.items():
         group, _, last = verb.rpartition(" ")
         if group not in groups:
-            inner = top.add_parser(group, help=f"{group.capitalize()}s.")
+            inner = top.add_parser(group, help=f"See lm {group} --help.")
             groups[group] = inner.add_subparsers(dest="action", required=True, parser_class=Parser)
         sub = groups[group].add_parser(last, help=about, description=about, allow_abbrev=False)
         words = verb.split()

@@ -130,6 +130,9 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise UserError("--input and --output go together")
     if args.input and (args.prompt or args.json):
         raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
+    for text in (*(args.prompt or ()), *args.stop):
+        if text.encode(errors="ignore").decode() != text:
+            raise UserError(f"{text!a}: a text on the command line must be UTF-8")
     if "" in args.stop:
         raise UserError("--stop is empty: every continuation would end before it begins")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):

@@ -77,7 +77,9 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     *sections, name = path.split(".")
     node = config
     for section in sections:
-        node = node[section]
+        node = node.get(section) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict):
+        raise UserError(f"--config.{path}: the configuration lacks the section of this key")
     try:
         node[name] = value
     except TypeError:  # a run.json of another version may hold another type

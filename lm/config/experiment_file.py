@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -81,7 +82,7 @@ def execute(file: Path) -> ModuleType:
     if file.suffix != ".py":
         raise UserError(f"{file} is not a Python file; {form}")
     importable(file.parent)
-    digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:8]
     name = f"experiment_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

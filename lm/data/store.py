@@ -27,7 +27,7 @@ from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 4
-_BLOCK = 2**24  # bytes under one checksum
+BLOCK = 2**24  # bytes under one checksum
 _BLOCKS_READ = 64  # of a file, when it is opened
 _SMALL = 4 * CHUNK  # tokenizing this much text takes less time than starting processes
 
@@ -181,12 +181,12 @@ def store_checksums(folder: Path) -> dict[str, list[int]]:
 
 def _checksums(path: Path, blocks: Iterable[int] | None = None) -> list[int]:
     """Return the CRC-32 of some blocks of a file, by default of all."""
-    n_blocks = -(-path.stat().st_size // _BLOCK)
+    n_blocks = -(-path.stat().st_size // BLOCK)
     found = []
     with open(path, "rb") as file:
         for block in range(n_blocks) if blocks is None else blocks:
-            file.seek(block * _BLOCK)
-            found.append(zlib.crc32(file.read(_BLOCK)))
+            file.seek(block * BLOCK)
+            found.append(zlib.crc32(file.read(BLOCK)))
     return found
 
 

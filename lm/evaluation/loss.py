@@ -11,7 +11,7 @@ import numpy as np
 from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
-from lm.evaluation.words import stores_have_words
+from lm.evaluation.spaced_words import stores_have_words
 from lm.experiment import Experiment
 from lm.models.variables import Params
 

@@ -6,7 +6,7 @@ import pytest
 from lm.config import set_value, validate
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
-from lm.evaluation.words import has_spaced_words
+from lm.evaluation.spaced_words import has_spaced_words
 from lm.experiment import build
 from lm.training.diagnosis import nonfinite_message
 from lm.training.trainer import train
@@ -19,7 +19,7 @@ BAD = {"weights": jnp.array([1.0, jnp.nan])}
 def test_data_without_targets_end_at_the_first_step(tiny_config, tmp_path):
     (tmp_path / "letters.txt").write_text("a\nb\nc\n" * 200)
     config = tiny_config(data__source=f"text:{tmp_path}/letters.txt", data__tokenizer="char")
-    with pytest.raises(UserError, match="hold no target.*isolate_documents"):
+    with pytest.raises(UserError, match=r"hold no target.*isolate_documents"):
         train(config, tmp_path / "run")
 
 

@@ -1,0 +1,56 @@
+"""`lm data verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from lm import config as configs
+from lm.cli.arguments import Overrides, Parser, config_argument, json_argument
+from lm.cli.used_keys import ALL, Patterns
+from lm.config.registries import OBJECTIVES
+from lm.errors import UserError
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    config_argument(parser, required=False)
+    json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ALL if args.config else ("data.cache_directory",)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.data.verification import verify_stores
+
+    config = configs.default()
+    if args.config:
+        config = configs.load_config(args.config, overrides)
+    for path, text in overrides.items():
+        configs.set_value(config, path, configs.parse_value(path, text))
+    records = bool(OBJECTIVES.entries[config.objective.name].columns)
+    reports = []
+    for report in verify_stores(config.data, records, of_config=bool(args.config)):
+        reports.append(report)
+        for problem in report.problems:
+            print(f"{report.folder}: {problem}", file=sys.stderr)
+        if not args.json and not report.problems:
+            print(
+                f"{report.folder}: {report.source}: {report.n_bytes:,} bytes as they were written"
+            )
+    if args.json:
+        rows = [{**vars(r), "folder": str(r.folder), "problems": list(r.problems)} for r in reports]
+        print(json.dumps(rows))
+    if not reports and not args.json:
+        print("there is no store yet: data are tokenized when a run starts")
+    if damaged := [report for report in reports if report.problems]:
+        raise UserError(
+            f"{len(damaged)} of {len(reports)} stores are damaged, the first at "
+            f"{damaged[0].problems[0]}: remove {damaged[0].folder}, and it is built again"
+        )
+    return 0
