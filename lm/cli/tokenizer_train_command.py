@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lm import config as configs
 from lm.cli.arguments import (
@@ -48,14 +49,16 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
     configs.validate(config)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=output.parent):
+        pass  # a folder that cannot be written is an error before the work
     texts = (
         chunk.text
         for spec in listed(config.data.source)
         for chunk in open_corpus(spec, config.data, "train").chunks()
     )
     model = train_sentencepiece(texts, args.vocab_size, args.model_type)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(model)
     print(f"{output}: {args.vocab_size} pieces; use --config.data.tokenizer=sentencepiece:{output}")
     return 0

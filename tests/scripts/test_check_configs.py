@@ -23,7 +23,7 @@ def test_a_damaged_configuration_is_accepted_whole_or_refused_by_one_line(seed):
 def test_what_the_schema_does_not_allow_is_found(monkeypatch):
     monkeypatch.setattr(script, "check", lambda *args: None)
     for path, value in {
-        "train.steps": True,
+        "eval.every_steps": True,
         "model.dropout": float("nan"),
         "seed": -1,
         "model.norm": "layer",
