@@ -18,7 +18,7 @@ _LOOK_AHEAD = 100  # batches
 def require_learning(
     values: Mapping[str, float], experiment: Experiment, params: Params, batches: Batches
 ) -> None:
-    """Raise UserError if the first step had no gradient, and later ones will not have one either.
+    """Raise UserError if the first step had no rate, or no gradient and later ones have none.
 
     Args:
         values: metrics of the step.
@@ -26,6 +26,11 @@ def require_learning(
         params: its parameters.
         batches: batches of the run.
     """
+    if not values["learning_rate"]:
+        raise UserError(
+            "the learning rate of the first step is 0, so that nothing would be learned: set "
+            "--config.optimizer.learning_rate above; lm eval measures without training"
+        )
     if values["target_tokens"]:
         raise UserError(
             "the gradient of the first step is 0, so that nothing would be learned: look for zeros "

@@ -359,7 +359,7 @@ class Loop:
                 values = {name: float(np.float64(column[i])) for name, column in metrics.items()}
                 if values["skipped"]:
                     self._first_skipped = self._first_skipped or (step + 1, values)
-                elif step == 0 and not values["grad_norm"]:
+                elif step == 0 and not values["grad_norm"] * values["learning_rate"]:
                     self._require_learning(values)
                 written = is_due(step + 1, self.config.log.every_steps)
                 self._outputs.writer.step(step + 1, values | speed, written)

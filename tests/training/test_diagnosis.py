@@ -9,7 +9,7 @@ from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.evaluation.spaced_words import has_spaced_words
 from lm.experiment import build
-from lm.training.diagnosis import nonfinite_message
+from lm.training.diagnosis import nonfinite_message, require_learning
 from lm.training.trainer import train
 
 GOOD = {"weights": jnp.ones(3)}
@@ -28,6 +28,12 @@ def test_data_without_targets_end_at_the_first_step(tiny_config, tmp_path):
 def test_a_gradient_of_zero_ends_at_the_first_step(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"gradient of the first step is 0.*model\.init_std"):
         train(tiny_config(model__init_std=0.0), tmp_path / "run")
+
+
+def test_a_learning_rate_of_zero_ends_at_the_first_step():
+    values = {"target_tokens": 8.0, "grad_norm": 1.0, "learning_rate": 0.0}
+    with pytest.raises(UserError, match=r"learning rate of the first step is 0.*lm eval"):
+        require_learning(values, None, None, None)
 
 
 @pytest.mark.parametrize(
