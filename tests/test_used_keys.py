@@ -22,6 +22,7 @@ CHECKING = ("config/", "validation.py")
 BUILDING = (
     *("optim/", "experiment.py:build_untraced", "experiment.py:<lambda>", "train_step.py:init"),
     *("runs/checkpoints.py", *CHECKING),
+    "evaluation/scores.py:score_predictions",  # hands over what a metric declares
 )
 
 
@@ -68,7 +69,7 @@ OTHERS = {
     ),
 }
 KINDS = {
-    "causal decoder": ["eval", "eval --source {source}", "generate --prompt the"],
+    "causal decoder": ["eval", "generate --prompt the"],
     "seq2seq encoder_decoder": ["eval --task", "generate --prompt one"],
 }
 
@@ -105,6 +106,8 @@ def test_a_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
         ("eval --workdir r", "data.test_source"),
         ("eval --workdir r --split test", "data.validation_fraction"),
         ("eval --workdir r --task", "eval.max_batches"),
+        ("eval --workdir r --task", "eval.best"),
+        ("eval --workdir r", "eval.bleu_tokenizer"),
         ("eval --workdir r", "eval.metrics"),
         ("generate --workdir r", "model.dropout"),
         ("merge --workdir r --to x", "model.dtype"),

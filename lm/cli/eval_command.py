@@ -64,7 +64,7 @@ _READING = (
     "seed",
 )
 _OF_TASK = (
-    *("eval.metrics", "decode.*"),
+    *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "decode.*"),
     *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
 )
 

@@ -132,13 +132,13 @@ def suggested_keys(path: str, known: Collection[str]) -> list[str]:
     last = plain[-1]
     same = [key for key in known if key.rsplit(".", 1)[-1] == last]
     if same:
-        return sorted(same, key=lambda key: key.split(".")[0] != plain[0])[:3]
+        return same[:3]
     compact = re.sub(r"[^a-z0-9]", "", last)
     found = [key for key in known if re.sub(r"[^a-z0-9]", "", key.rsplit(".", 1)[-1]) == compact]
     if compact in _OURS and _OURS[compact] in known:
         return [_OURS[compact]]
     if found:
-        return found[:3]
+        return [key for key in found if key.split(".")[0] == plain[0]] or found[:3]
     close = difflib.get_close_matches(".".join(plain), known, n=1, cutoff=0.6)
     return close or [
         key

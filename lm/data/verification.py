@@ -61,7 +61,7 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
     tokenizer = open_tokenizer(data, records)
     for folder in folders:
         manifest = _manifest(folder)
-        if not manifest or manifest.get("source_digest") in digests:
+        if manifest.get("source_digest", None) in {*digests, None}:
             same = manifest.get("tokenizer_digest") == tokenizer.digest
             yield verify_store(folder, tokenizer.vocab_size if same else None)
 

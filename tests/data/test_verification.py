@@ -50,9 +50,9 @@ def test_the_damaged_block_is_named(opened, capsys):
     name = next(n for n in ("tokens.bin", "text.bin") if (folder / n).is_file())
     whole = (folder / name).read_bytes()
     flipped = bytearray(whole)
-    flipped[2 * 256 + 7] ^= 1
+    flipped[256 + 7] ^= 1
     damages = {
-        f"{name}: block 2 (bytes 512 to 768) is not as it was written": bytes(flipped),
+        f"{name}: block 1 (bytes 256 to 512) is not as it was written": bytes(flipped),
         f"{name}: block 0 (bytes 0 to 256) is not as it was written": bytes(len(whole)),
         f"{name} has 1 blocks instead of": whole[:256],
     }
