@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.config.rules import listed
+from lm.config.registry import listed
 from lm.data.dataset import open_sources, open_tokenizer, open_validation
 from lm.data.store import BLOCK
 from lm.errors import UserError
-from lm.json_files import read_json
-from lm.storage import cache_directory
+from lm.storage import cache_directory, read_json
 
 
 @dataclass(frozen=True)
