@@ -66,9 +66,7 @@ class Classification(Objective[RecordStore, Record]):
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Classification:
-        data, around, labels = config.data, None, tuple(listed(config.data.labels))
-        if problem := _label_problem(labels, config.model.n_classes):
-            raise UserError(f"--config.data.labels={data.labels}: {problem}")
+        data, around, labels = config.data, None, checked_labels(config)
         if tokenizer is not None and tokenizer.states_template and config.model.family == "decoder":
             around = tokenizer.template
         return cls(data.sequence_length, labels, special_tokens(tokenizer), around)
@@ -162,6 +160,14 @@ class Classification(Objective[RecordStore, Record]):
     def reference(self, record: Record) -> Reference:
         label = record.raw["label"]
         return label if self.labels else float(label)
+
+
+def checked_labels(config: ConfigDict) -> tuple[str, ...]:
+    """Return the names of the classes; UserError if they do not fit the outputs of the model."""
+    labels = tuple(listed(config.data.labels))
+    if problem := _label_problem(labels, config.model.n_classes):
+        raise UserError(f"--config.data.labels={config.data.labels}: {problem}")
+    return labels
 
 
 def _label_problem(labels: tuple[str, ...], n_classes: int) -> str:

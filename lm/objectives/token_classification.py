@@ -20,6 +20,7 @@ from lm.data.batches import Arrays
 from lm.data.records.record_store import Record, RecordStore
 from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.objectives.classification import checked_labels
 from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (
     Answer,
@@ -66,12 +67,11 @@ class TokenClassification(Objective[RecordStore, Record]):
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> TokenClassification:
         data = config.data
-        labels = tuple(listed(data.labels))
-        if not labels:
+        if not listed(data.labels):
             raise UserError(
                 "--config.objective.name=token_classification needs --config.data.labels"
             )
-        return cls(data.sequence_length, labels, special_tokens(tokenizer))
+        return cls(data.sequence_length, checked_labels(config), special_tokens(tokenizer))
 
     @property
     def shapes(self) -> Shapes:
