@@ -50,7 +50,7 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
     """Yield every (dotted path, value) of a configuration."""
     for name, value in config.items():
         path = f"{prefix}{name}"
-        if isinstance(value, ConfigDict | Mapping):
+        if isinstance(value, ConfigDict | Mapping) and (value or SCHEMA.is_section(path)):
             yield from flatten(value, f"{path}.")
         else:
             yield path, value
@@ -254,7 +254,7 @@ def _type_name(key: Key) -> str:
 
 
 def _check_value(path: str, key: Key, value: Any) -> None:
-    shown = f"--config.{path}={value}"
+    shown = f"--config.{path}={' '.join(str(value).split())}"
     if key.type is float:
         right_type = isinstance(value, int | float) and not isinstance(value, bool)
     elif key.type is int:
