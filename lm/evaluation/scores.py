@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from lm.config.registries import METRICS
+from lm.data.records.records import split_words
 from lm.errors import UserError, missing_package
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -284,8 +285,8 @@ def seqeval(predictions: Sequence[str], references: Sequence) -> dict[str, float
     Tags are BIO, separated by spaces; entities are those of conlleval (Tjong Kim Sang 2003).
     """
     metrics = import_optional("seqeval.metrics")
-    gold = [text.split() for text in single(references)]
-    found = [text.split() for text in predictions]
+    gold = [split_words(text) for text in single(references)]
+    found = [split_words(text) for text in predictions]
     return {
         "precision": 100 * float(metrics.precision_score(gold, found, zero_division=0)),
         "recall": 100 * float(metrics.recall_score(gold, found, zero_division=0)),

@@ -98,7 +98,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         end = len(tokens) + 2
         features["inputs"][:end] = [self.special.cls, *tokens, self.special.sep]
         features["segment_ids"][:end] = 1
-        tags = example.raw["tags"].split()
+        tags = example.raw["tags"].split(" ")
         for column, word in self._first_tokens(example):
             features["targets"][column] = self.labels.index(tags[word])
             features["weights"][column] = 1
@@ -144,7 +144,7 @@ class TokenClassification(Objective[RecordStore, Record]):
 
     def _labels(self, record: Record, classes_L: np.ndarray) -> str:
         outside = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
-        labels = [outside] * len(record.raw["tags"].split())
+        labels = [outside] * len(record.raw["tags"].split(" "))
         for column, word in self._first_tokens(record):
             labels[word] = self.labels[classes_L[column]]
         return " ".join(labels)

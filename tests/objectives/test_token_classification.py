@@ -55,6 +55,21 @@ def test_conll_files_and_lists_of_words_are_the_same_records(tmp_path):
     assert [record for record, _ in open_file(tmp_path, "a.jsonl", text, **columns)] == expected
 
 
+def test_white_space_within_a_word_does_not_cut_it(tmp_path):
+    words = ["10\xa0000", "a\u3000b", "c\x85d", "e\u2028f\x1cg"]
+    lines = "".join(f"{word}\t{label} \r\n" for word, label in zip(words, LABELS, strict=True))
+    row = json.dumps({"words": words, "tags": list(LABELS)})
+    for name, text in (("a.conll", lines), ("a.jsonl", row)):
+        records = open_file(tmp_path, name, text)
+        record = {"words": " ".join(words), "tags": " ".join(LABELS)}
+        assert [found for found, _ in records] == [record]
+        store = build_record_store(records, ByteTokenizer(), tmp_path / name[2:])
+        objective = TokenClassification(40, LABELS, SPECIAL)
+        targets = objective.features(store[0], RNG)
+        assert targets["weights"].sum() == len(words)
+        assert objective.answers([store], targets["targets"][None]) == [" ".join(LABELS)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [

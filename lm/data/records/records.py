@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lm.config.registry import listed
 from lm.data.files import find_files, hash_files, read_bytes, without_mark
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
@@ -110,7 +112,7 @@ class Records:
         if "words" in record and "context" in record:
             raise _BadRow("a record has words or a context, not both")
         if "words" in record and "tags" in record:
-            words, tags = record["words"].split(), record["tags"].split()
+            words, tags = split_words(record["words"]), split_words(record["tags"])
             if len(words) != len(tags):
                 raise _BadRow(f"{len(words)} words have {len(tags)} tags")
             record |= {"words": " ".join(words), "tags": " ".join(map(self._check_label, tags))}
@@ -124,6 +126,14 @@ class Records:
         if not self.labels and not _is_number(label):
             raise _BadRow(f"label {label!r} is not a number: name the --config.data.labels")
         return label
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words, or the columns of CoNLL: what ASCII spaces, tabs and line ends separate.
+
+    Other white space, such as the no-break space of "10 000", is part of a word.
+    """
+    return re.findall(r"[^ \t\r\n]+", text)
 
 
 class _BadRow(Exception):
@@ -145,8 +155,8 @@ def open_records(spec: str, data: Any, split: str = "train") -> Records:
     """
     cls, argument = find_source(spec, "records")
     source = cls(argument, data, split)
-    labels = tuple(name for part in data.labels.split(",") if (name := part.strip()))
     columns = _parse_columns(data.columns)
+    labels = tuple(listed(data.labels))
     return Records(source, columns, data.header, labels, data.bad_rows == "skip")
 
 
@@ -182,7 +192,7 @@ def _check_value(name: str, column: str, value: Any) -> str:
     if name in ("label", "id") and isinstance(value, int | float):
         value = json.dumps(value)
     if name in ("words", "tags") and isinstance(value, list):
-        if not all(isinstance(part, str) and len(part.split()) == 1 for part in value):
+        if not all(isinstance(part, str) and len(split_words(part)) == 1 for part in value):
             raise _BadRow(f"{column!r} holds something else than words without spaces")
         value = " ".join(value)
     if not isinstance(value, str):
@@ -419,7 +429,7 @@ def _conll_rows(path: Path) -> Iterator[Row]:
     pairs: list[tuple[str, str]] = []
     problem, start = "", 1
     for number, line in chain(_numbered(path), [(0, "")]):
-        cells = line.split()
+        cells = split_words(line)
         if cells and cells[0] != "-DOCSTART-":
             start = start if pairs or problem else number
             problem = problem if len(cells) > 1 else f"line {number} is not a word and its tag"
