@@ -23,7 +23,7 @@ import importlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,6 +236,16 @@ def listed(text: str) -> list[str]:
     r"""Return the parts of a list separated by commas; "\," is a comma within a part."""
     parts = (part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text))
     return [part for part in parts if part]
+
+
+def listing(parts: Iterable[str]) -> str:
+    r"""Return the text of which `listed` makes these parts, if there is one.
+
+    Parts that are empty or have white space at an end have none. A space after a part that ends in
+    a backslash keeps it from the comma.
+    """
+    ends = ((part.replace(",", r"\,"), part.endswith("\\")) for part in parts)
+    return ",".join(f"{part} " if is_open else part for part, is_open in ends)
 
 
 class Schema(Mapping[str, Key]):

@@ -119,8 +119,8 @@ def save(
 
 
 def class_labels(n_classes: int, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the labels in config.json of a classifier; without names those of `transformers`."""
-    names = names or [f"LABEL_{i}" for i in range(n_classes)]
+    """Return the labels in config.json of a classifier; without a name that of `transformers`."""
+    names = [*names, *(f"LABEL_{i}" for i in range(len(names), n_classes))]
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},

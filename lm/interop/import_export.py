@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
+from lm.config.registry import listed, listing
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.errors import UserError
@@ -50,7 +51,10 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     """
     _check_empty(workdir)
     found = open_model_folder(source)
-    config = run_config(found)
+    try:
+        config = run_config(found)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     for path, text in overrides.items():
         configs.set_value(config, path, configs.parse_value(path, text))
     if "data.tokenizer" in overrides:
@@ -80,13 +84,16 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
 
 
 def run_config(found: ModelFolder) -> ConfigDict:
-    """Return the configuration of a run that could have trained this model."""
+    """Return the configuration of a run that could have trained this model.
+
+    Raises:
+        UserError: no such run has the classes that config.json names, or its kind of problem.
+    """
     config = configs.default()
     config.model.family = found.family.model
     for name, value in asdict(found.config).items():
         if f"model.{name}" in SCHEMA and name not in ("dtype", "attention", "n_classes"):
             config.model[name] = value
-    labels = found.about.get("id2label") or {}
     if found.family.model == "encoder_decoder":
         config.objective.name = "span_corruption"
     elif found.family.model == "encoder":
@@ -98,12 +105,47 @@ def run_config(found: ModelFolder) -> ConfigDict:
     if "classes" in found.heads or "tags" in found.heads:
         of_tokens = found.family.model == "encoder" and is_tagger
         config.objective.name = "token_classification" if of_tokens else "classification"
-        n = found.config.n_classes  # of a text 1 is regression
-        names = [labels.get(str(i), f"LABEL_{i}") for i in range(n)]
-        if n > 1 or of_tokens:
-            config.data.labels = ",".join(name.replace(",", " ") for name in names)
+        if not of_tokens:
+            _check_problem_type(found)
+        if found.config.n_classes > 1 or of_tokens:
+            config.data.labels = listing(_class_names(found))
     config.data.sequence_length = min(found.config.max_length, _LONGEST)
     return config
+
+
+def _check_problem_type(found: ModelFolder) -> None:
+    """Raise UserError for another problem than this number of outputs has here."""
+    kind, n = found.about.get("problem_type"), found.config.n_classes
+    if kind not in (None, _problem_type(n > 1)):
+        raise UserError(
+            f"config.json: problem_type={kind} is not supported with {n} outputs: "
+            f"here they are {_problem_type(n > 1)}"
+        )
+
+
+def _problem_type(has_classes: bool) -> str:
+    return "single_label_classification" if has_classes else "regression"
+
+
+def _class_names(found: ModelFolder) -> list[str]:
+    """Return the names in `id2label` of config.json; UserError if they cannot be `data.labels`."""
+    n, stated = found.config.n_classes, found.about.get("id2label")
+    if stated is None or stated == {}:
+        return list(class_labels(n)["id2label"].values())
+    if not isinstance(stated, dict) or stated.keys() != {str(i) for i in range(n)}:
+        raise UserError(f"config.json: id2label is no object with a name for each of 0 to {n - 1}")
+    names = [stated[str(i)] for i in range(n)]
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            problem = "is no text"
+        elif listed(listing([name])) != [name]:
+            problem = "has white space at an end" if name.strip() else "is empty"
+        elif name in names[:i]:
+            problem = "is there twice"
+        else:
+            continue
+        raise UserError(f"config.json: id2label: the name {name!r} of class {i} {problem}")
+    return names
 
 
 def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log) -> None:
@@ -140,7 +182,8 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     if "classifier" in nested(params):
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
         about |= class_labels(config.model.n_classes, labels)
-        about |= {} if labels else {"problem_type": "regression"}
+        if config.objective.name == "classification":
+            about["problem_type"] = _problem_type(bool(labels))
     model = make_model(config, "xla", "gather")
     class_name = save(model, nested(params), to, dtype=dtype, about=about, model_type=model_type)
     is_bounded = config.model.positions == "learned"

@@ -1,5 +1,7 @@
 """Heads of `transformers` classes: their logits, and the way back."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ from hf_models import (
     torch,
     transformers,
 )
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from lm.config.registry import listed
 from lm.errors import UserError
 from lm.interop import huggingface
 from lm.interop.import_export import run_config
@@ -107,6 +112,82 @@ def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
     )
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
     np.testing.assert_allclose(their_outputs(again.eval()), their_outputs(theirs), atol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """The opened folder of a classifier of texts."""
+    folder = tmp_path_factory.mktemp("classifier")
+    build("BertForSequenceClassification", BERT | THREE).save_pretrained(folder)
+    return open_model_folder(folder)
+
+
+def with_outputs(folder, n, **about):
+    return replace(folder, config=replace(folder.config, n_classes=n), about=folder.about | about)
+
+
+NAMES = st.one_of(st.text(max_size=5), st.text("ab,\\ \t\xa0\n", max_size=5))
+
+
+@given(names=st.lists(NAMES, min_size=2, max_size=5))
+@example(names=["a\\", "b"])
+@example(names=["a,b", "a b", ",", "\\,", "c\\"])
+def test_names_of_classes_come_in_and_go_out_or_are_refused(classifier, names):
+    stated = {str(i): name for i, name in enumerate(names)}
+    folder = with_outputs(classifier, len(names), id2label=stated)
+    if len(set(names)) < len(names) or any(name != name.strip() or not name for name in names):
+        with pytest.raises(UserError, match=r"config\.json: id2label: the name "):
+            run_config(folder)
+    else:
+        labels = listed(run_config(folder).data.labels)
+        assert huggingface.class_labels(len(names), labels)["id2label"] == stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (["a", "b", "c"], "id2label is no object with a name for each of 0 to 2"),
+        ("abc", "id2label is no object"),
+        ({"0": "a", "1": "b"}, "id2label is no object with"),
+        ({"0": "a", "1": "b", "3": "c"}, "id2label is no object with"),
+        ({"0": "a", "1": 7, "2": "c"}, "the name 7 of class 1 is no text"),
+        ({"0": "a", "1": None, "2": "c"}, "the name None of class 1 is no text"),
+        ({"0": "a", "1": "b", "2": {"c": 1}}, "of class 2 is no text"),
+        ({"0": "a", "1": "", "2": "c"}, "the name '' of class 1 is empty"),
+        ({"0": "a", "1": "b", "2": "a"}, "the name 'a' of class 2 is there twice"),
+        ({"0": "a", "1": "b ", "2": "c"}, "the name 'b ' of class 1 has white space at an end"),
+    ],
+)
+def test_what_names_no_classes_is_refused(classifier, stated, expected):
+    with pytest.raises(UserError, match=expected):
+        run_config(with_outputs(classifier, 3, id2label=stated))
+
+
+@pytest.mark.parametrize("stated", [None, {}])
+def test_classes_without_names_have_those_of_transformers(classifier, stated):
+    config = run_config(with_outputs(classifier, 3, id2label=stated))
+    assert config.data.labels == "LABEL_0,LABEL_1,LABEL_2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "is_read"),
+    [
+        ("single_label_classification", 3, True),
+        ("multi_label_classification", 3, False),
+        ("regression", 3, False),
+        ("regression", 1, True),
+        ("single_label_classification", 1, False),
+        ("multi_label_classification", 1, False),
+        (["regression"], 1, False),
+    ],
+)
+def test_other_problems_than_those_of_lm_are_refused(classifier, kind, n, is_read):
+    folder = with_outputs(classifier, n, problem_type=kind)
+    if is_read:
+        assert run_config(folder).objective.name == "classification"
+        return
+    with pytest.raises(UserError, match=r"config\.json: problem_type=.* is not supported with"):
+        run_config(folder)
 
 
 SIZES = {"n_layers": 2, "d_model": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 32}

@@ -195,6 +195,7 @@ def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert theirs.config.id2label == {0: "good", 1: "bad"}
+    assert theirs.config.problem_type == "single_label_classification"
     ours, params = huggingface.load(tmp_path / "out")
     ids = np.random.default_rng(0).integers(1, 95, (2, 9))
 
