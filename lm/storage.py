@@ -44,6 +44,8 @@ def resolve_path(place: str) -> AnyPath:
         place.encode()
     except UnicodeEncodeError:
         raise UserError(f"{place!a}: the name of this folder must be UTF-8") from None
+    if not place:
+        raise UserError("the name of a folder or file is empty")
     if "://" not in place:
         return Path(place)
     from lm.bucket import bucket_path
@@ -89,6 +91,11 @@ def storage_path(path: AnyPath) -> AnyPath:
             if path.is_relative_to(copy.folder):
                 return copy.address / path.relative_to(copy.folder)
     return path
+
+
+def is_step(name: str) -> bool:
+    """Return whether a name is a step, as those of the folders of checkpoints are."""
+    return name.isascii() and name.isdigit()
 
 
 def is_committed(checkpoint: AnyPath) -> bool:

@@ -15,8 +15,8 @@ if [ "${1:-}" = --dry_run ]; then
     esac
     exit 0
 elif [ "${1:-}" = --help ]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
-    exit 2
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
 fi
 mkdir -p "$folder"
 

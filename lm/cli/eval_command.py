@@ -20,7 +20,7 @@ from lm.cli.arguments import (
 )
 from lm.cli.used_keys import MESH, MODEL, Patterns
 from lm.errors import UserError
-from lm.storage import open_run_folder, short_name, storage_path
+from lm.storage import is_step, open_run_folder, short_name, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
@@ -70,10 +70,10 @@ _OF_TASK = (
 
 
 def _steps(text: str) -> list[int]:
-    steps = [int(part) for part in text.split(",")]
-    if min(steps) < 0:
-        raise ValueError
-    return list(dict.fromkeys(steps))
+    steps = text.split(",")
+    if not all(is_step(step) for step in steps):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps, such as 100,200")
+    return list(dict.fromkeys(map(int, steps)))
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:

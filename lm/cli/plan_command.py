@@ -20,8 +20,9 @@ from lm.cli.arguments import (
     xla_flags_argument,
 )
 from lm.cli.used_keys import ALL, Patterns
+from lm.errors import UserError
 
-LIMIT = "--search: most candidates that are compiled"
+LIMIT = "--search: most candidates that are compiled; 24"
 WORKERS = "--search: compiling processes; 0: one a core"
 
 
@@ -30,8 +31,8 @@ def add_arguments(parser: Parser) -> None:
     config_argument(parser)
     topology_arguments(parser)
     parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
-    parser.add_argument("--limit", type=at_least(1), default=24, metavar="N", help=LIMIT)
-    parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help=WORKERS)
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help=LIMIT)
+    parser.add_argument("--workers", type=at_least(0), metavar="N", help=WORKERS)
     parser.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
     xla_flags_argument(parser)
     json_argument(parser)
@@ -44,6 +45,9 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    for name in ("limit", "workers", "output"):
+        if getattr(args, name) is not None and not args.search:
+            raise UserError(f"--{name} is an option of --search")
     import jax
 
     from lm.tools.planning.plan import make_plan
@@ -68,7 +72,7 @@ def _search(args: argparse.Namespace, config: Any) -> int:
     shown = partial(track, description="compiling")
     workers = args.workers or os.cpu_count() or 1
     found = search_meshes(
-        config, args.topology, args.slices, limit=args.limit, n_workers=workers, track=shown
+        config, args.topology, args.slices, limit=args.limit or 24, n_workers=workers, track=shown
     )
     print(json.dumps(found.as_json()) if args.json else search_text(found))
     if args.output and found.ranked:

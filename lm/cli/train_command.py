@@ -31,7 +31,6 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--fork",
-        default="",
         metavar="RUN[@STEP]",
         help="start a new run from a checkpoint of another one: its state, data position and step",
     )

@@ -327,8 +327,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "train.stop_at": Key(
         0,
-        "Stop with a saved state and exit code 75 after this step, long before train.steps "
-        "perhaps; 0: never.",
+        "Stop with a saved state and exit code 75 at this step, or where the dispatch that reaches "
+        "it ends (train.steps_per_dispatch); 0: never.",
         low=0,
         free=True,
     ),

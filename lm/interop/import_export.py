@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lm.config.registries import OBJECTIVES, SCHEMA
 from lm.config.registry import listed, listing
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
-from lm.errors import UserError
+from lm.errors import UserError, missing_package
 from lm.experiment import resolve
 from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
@@ -172,6 +173,8 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
+    if tokenizer and find_spec("tokenizers") is None:
+        raise missing_package("lm export", "tokenizers", "hf")
     about: dict[str, Any] = {}
     model_type: str | None = None
     if isinstance(tokenizer, FolderTokenizer):

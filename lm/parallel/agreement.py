@@ -1,4 +1,4 @@
-"""Agreement of the processes of a run on what they train, before the first step.
+"""Agreement of the processes of a run: on what they train, before the first step, and on stops.
 
 Processes that disagree (another learning rate, seed, corpus or version) train together without an
 error, and the result is neither's run.
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed  # of its key-value store and barriers nothing is public
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm.config import flatten
@@ -129,3 +131,28 @@ def all_leave() -> bool:
 
 def _client() -> Any:
     return distributed.global_state.client
+
+
+class CrossHostMax:
+    """Maximum over processes of an integer, known to all of them one step later.
+
+    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
+    it costs no pause.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        """Prepare the collective over all devices of the run."""
+        mesh = Mesh(np.asarray(devices), ("device",))
+        self._sharding = NamedSharding(mesh, PartitionSpec("device"))
+        self._shape = (len(devices),)
+        self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def start(self, value: int) -> jax.Array:
+        """Dispatch the maximum of this process's number; return the handle for `result`."""
+        local = np.full((1,), value, np.int32)
+        return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
+
+    @staticmethod
+    def result(handle: jax.Array) -> int:
+        """Return the maximum over all processes of the same call of `start`."""
+        return int(jax.device_get(handle))

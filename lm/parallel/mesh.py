@@ -105,35 +105,6 @@ def on_all_hosts(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
-class CrossHostMax:
-    """Maximum over processes of an integer, known to all of them one step later.
-
-    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
-    it costs no pause. With one process the result is the number itself.
-    """
-
-    def __init__(self, devices: Sequence[jax.Device]):
-        """Prepare the collective over all devices of the run."""
-        self._several = jax.process_count() > 1
-        if self._several:
-            mesh = Mesh(np.asarray(devices), ("device",))
-            self._sharding = NamedSharding(mesh, PartitionSpec("device"))
-            self._shape = (len(devices),)
-            self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def start(self, value: int) -> int | jax.Array:
-        """Dispatch the maximum of this process's number; return the handle for `result`."""
-        if not self._several:
-            return value
-        local = np.full((1,), value, np.int32)
-        return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
-
-    @staticmethod
-    def result(handle: int | jax.Array) -> int:
-        """Return the maximum over all processes of the same call of `start`."""
-        return int(jax.device_get(handle)) if isinstance(handle, jax.Array) else handle
-
-
 # --- sharding rules
 
 Rules = dict[str, tuple[str, ...]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -18,7 +19,7 @@ from lm import config as configs
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.parallel.mesh import is_primary_host
-from lm.runs.checkpoints import Log
+from lm.runs.checkpoints import Log, checksums, one_line, restored_as
 from lm.runs.workdir import (
     BATCH_SIZE,
     RUN_FILE,
@@ -27,14 +28,16 @@ from lm.runs.workdir import (
     check_same,
     checkpoint_steps,
     damaged_steps,
+    differences,
     has_steps,
     history_of,
     read_run_metadata,
+    saved_metadata,
 )
 from lm.storage import (
     AnyPath,
+    is_step,
     open_run_folder,
-    read_json,
     storage_path,
     upload_changes,
     write_atomically,
@@ -61,22 +64,27 @@ _CHANGEABLE = (
 _FIXED = ("optimizer.name", "optimizer.freeze")
 
 
-def record(experiment: Experiment, workdir: Path, before: Metadata, now: Metadata) -> Metadata:
+def record(
+    experiment: Experiment, workdir: Path, log: Log, before: Metadata, now: Metadata
+) -> Metadata:
     """Return the metadata of a start with what it changes in the run added to the history.
 
     Args:
         experiment: the experiment that continues the run.
         workdir: folder of the run.
+        log: receives a line that names what changes.
         before: metadata of the run.
         now: metadata of this start.
 
     Raises:
         UserError: a key cannot change in a run, or the state would be another one.
     """
-    return _record(experiment, max(checkpoint_steps(workdir), default=0), before, now)
+    return _record(experiment, max(checkpoint_steps(workdir), default=0), log, before, now)
 
 
-def _record(experiment: Experiment, step: int, before: Metadata, now: Metadata) -> Metadata:
+def _record(
+    experiment: Experiment, step: int, log: Log, before: Metadata, now: Metadata
+) -> Metadata:
     changed = changed_keys(before["config"], now["config"])
     if not changed:
         return now
@@ -93,6 +101,8 @@ def _record(experiment: Experiment, step: int, before: Metadata, now: Metadata) 
             f"--config.train.steps={experiment.config.train.steps}: the run is at step {step}"
         )
     _require_same_state(experiment, changed)
+    named = differences(before["config"], now["config"])
+    log(f"changed from step {step} on: {'; '.join(named)}")
     entry = {"step": step, "changed": {path: list(values) for path, values in changed.items()}}
     return now | {"history": [*history_of(now), entry]}
 
@@ -145,45 +155,74 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
         experiment: the experiment that continues the run.
         workdir: folder of the new run.
         now: metadata of this start.
-        log: receives a line that names the checkpoint.
+        log: receives lines that name the checkpoint and what changes.
 
     Raises:
-        UserError: there is no such checkpoint, the workdir holds a run, or configuration and data
-            do not continue it.
+        UserError: there is no such checkpoint, it is damaged, the workdir holds a run, or
+            configuration and data do not continue it.
     """
-    place, _, at = source.rpartition("@")
-    run = open_run_folder(place if place and at.isdigit() else source)
-    steps = checkpoint_steps(run)
-    if not steps:
-        raise UserError(f"--fork {source}: no checkpoint in {storage_path(run)}")
-    step = int(at) if place and at.isdigit() else steps[-1]
+    run, step = _parse(source)
     name = str(storage_path(run))
     if has_steps(workdir):
         history = history_of(read_run_metadata(workdir) or {})
-        forked = any(entry.get("forked_from", "").startswith(f"{name}@") for entry in history)
-        if not forked:
+        forks = [entry["forked_from"] for entry in history if "forked_from" in entry]
+        there, _, at = forks[-1].rpartition("@") if forks else ("", "", "")
+        if there != name or str(step or at) != at:
             raise UserError(
                 f"--workdir {storage_path(workdir)} holds a run already: a fork is a new one"
             )
         if checkpoint_steps(workdir) or damaged_steps(workdir):
             return
+    steps = checkpoint_steps(run)
+    step = step or max(steps, default=0)
     if step not in steps:
-        known = ", ".join(map(str, steps))
-        raise UserError(f"--fork {source}: no checkpoint of step {step}; there are {known}")
+        known = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        raise UserError(f"--fork {source}: no checkpoint of step {step} in {name}; {known}")
     checkpoint = storage_path(run / "checkpoints") / str(step)
-    before = read_json(checkpoint / "metadata" / "metadata")
-    before = {name: x for name, x in before.items() if name not in ("step", "checksums")}
-    changed = _record(experiment, step, before, now)
+    before = saved_metadata(checkpoint)
+    if before is None:
+        raise UserError(f"--fork {source}: {checkpoint} is damaged (metadata); fork another step")
+    history = [*history_of(before), {"step": step, "forked_from": f"{name}@{step}"}]
+    changed = _record(experiment, step, log, before, now | {"history": history})
     check_same(run, before | {"config": changed["config"]}, now)
-    before["history"] = [*history_of(before), {"step": step, "forked_from": f"{name}@{step}"}]
+    if problem := _damage(experiment, checkpoint, before):
+        raise UserError(f"--fork {source}: {checkpoint} is damaged ({problem}); fork another step")
     if is_primary_host():
         try:
-            _copy(run, checkpoint, workdir, before)
+            _copy(run, checkpoint, workdir, changed)
         except OSError as error:
+            if not checkpoint.exists():
+                raise UserError(
+                    f"--fork {source}: its run deleted {checkpoint} meanwhile"
+                ) from None
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("fork")
     log(f"forked from {name}, step {step}")
+
+
+def _parse(source: str) -> tuple[Path, int | None]:
+    """Return folder and step of RUN or RUN@STEP; the name of a run may end in @STEP too."""
+    run = open_run_folder(source)
+    place, _, at = source.rpartition("@")
+    if place and is_step(at) and not (run / RUN_FILE).is_file():
+        return open_run_folder(place), int(at)
+    return run, None
+
+
+def _damage(experiment: Experiment, checkpoint: AnyPath, metadata: Metadata) -> str:
+    """Return what is wrong with the arrays of a checkpoint, "" if nothing is."""
+    target = restored_as(experiment.state_shapes, experiment.state_sharding)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    try:
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
+        ) as reader:
+            state = reader.restore(checkpoint, args=args)["state"]
+        same = checksums(state) == metadata["checksums"]
+    except Exception as error:  # a damaged file can raise anything
+        return one_line(error)
+    return "" if same else "its arrays do not match their checksums"
 
 
 def _copy(run: Path, checkpoint: AnyPath, workdir: Path, metadata: Metadata) -> None:

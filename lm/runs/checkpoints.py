@@ -151,13 +151,7 @@ class Checkpoints:
         Returns:
             The state, None if there is none.
         """
-        target = _as_saved(
-            jax.tree.map(
-                lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
-                shapes,
-                sharding,
-            )
-        )
+        target = restored_as(shapes, sharding)
         while (step := self._manager.latest_step()) is not None:
             state, problem = self._read(step, target)
             if on_all_hosts(problem is None):
@@ -195,6 +189,17 @@ class Checkpoints:
         """Wait until all saves are on the disk and close the manager."""
         self.wait()
         self._manager.close()
+
+
+def restored_as(shapes: TrainState, sharding: TrainState) -> dict[str, Any]:
+    """Return shape, dtype and sharding of every array of a state as it is saved."""
+    return _as_saved(
+        jax.tree.map(
+            lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
+            shapes,
+            sharding,
+        )
+    )
 
 
 def _as_saved(state: TrainState) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lm.optim.lora import merge_lora
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log, checksums, one_line, run_metadata
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
-from lm.storage import AnyPath, is_committed, storage_path, write_atomically
+from lm.storage import AnyPath, is_committed, is_step, storage_path, write_atomically
 
 FlatParams = dict[str, jax.Array]
 
@@ -166,7 +166,7 @@ def saved_checkpoints(source: AnyPath, log: Log) -> list[SavedCheckpoint]:
         saved, problem = _attempt(partial(_open, folder))
         if on_all_hosts(saved is not None):
             found.append(saved)
-        else:
+        elif folder.exists():  # else the run that trains there has deleted it
             log(f"{folder} is damaged ({problem or 'on another host'}); left out")
     if not found:
         raise UserError(f"no checkpoint in {source}")
@@ -222,9 +222,9 @@ def _folders(source: AnyPath) -> list[AnyPath]:
     """Return the folders of checkpoints, newest first."""
     run = source / "checkpoints"
     parent, newest = (run, None) if run.is_dir() else (source.parent, source.name)
-    if not source.is_dir() or (newest and not newest.isdigit()):
+    if not source.is_dir() or (newest and not is_step(newest)):
         return []
-    numbered = (folder for folder in parent.iterdir() if folder.name.isdigit())
+    numbered = (folder for folder in parent.iterdir() if is_step(folder.name))
     steps = (int(folder.name) for folder in numbered if is_committed(folder))
     kept = (step for step in steps if newest is None or step <= int(newest))
     return [parent / str(step) for step in sorted(kept, reverse=True)]
@@ -327,10 +327,13 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     params, step = restore_params(experiment, workdir, log, average)
     state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
     state = state.with_inference_params(params)
-    fingerprint = saved_checkpoints(workdir, log)[0].metadata["fingerprint"]
-    metadata = run_metadata(config, fingerprint)
+    saved = saved_checkpoints(workdir, log)[0].metadata
+    kept = {name: saved[name] for name in ("given", "history") if name in saved}
+    metadata = run_metadata(config, saved["fingerprint"]) | kept
     if is_primary_host():
         shutil.copytree(workdir / "tokenizer", to / "tokenizer")
+        if (metrics := workdir / "metrics.jsonl").is_file():
+            shutil.copy(metrics, to)
         write_atomically(to / RUN_FILE, json.dumps(metadata, indent=1))
     checkpoints = Checkpoints(to / "checkpoints", config.checkpoint, metadata)
     checkpoints.save(step, state)

@@ -20,7 +20,7 @@ from lm import config as configs
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.parallel.mesh import is_primary_host, on_all_hosts
-from lm.storage import AnyPath, is_committed, read_json, storage_path
+from lm.storage import AnyPath, is_committed, is_step, read_json, storage_path
 
 RUN_FILE = "run.json"
 BATCH_SIZE = "data.batch_size"
@@ -136,21 +136,27 @@ def _earlier_run(workdir: Path) -> Metadata | None:
     try:
         metadata = read_run_metadata(workdir)
     except UserError:
-        metadata = _saved_metadata(workdir)
+        metadata = _newest_metadata(workdir)
         if metadata is None:
             raise
     else:
-        metadata = metadata or _saved_metadata(workdir)
+        metadata = metadata or _newest_metadata(workdir)
     return metadata if has_steps(workdir) else None
 
 
-def _saved_metadata(workdir: Path) -> Metadata | None:
+def _newest_metadata(workdir: Path) -> Metadata | None:
     for step in reversed(checkpoint_steps(workdir)):
-        file = storage_path(workdir / "checkpoints") / str(step) / "metadata" / "metadata"
-        with contextlib.suppress(UserError, FileNotFoundError):
-            saved = read_json(file)
-            if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
-                return saved
+        if saved := saved_metadata(storage_path(workdir / "checkpoints") / str(step)):
+            return saved
+    return None
+
+
+def saved_metadata(checkpoint: AnyPath) -> Metadata | None:
+    """Return the metadata of a checkpoint, None if they are missing or damaged."""
+    with contextlib.suppress(UserError, FileNotFoundError):
+        saved = read_json(checkpoint / "metadata" / "metadata")
+        if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
+            return saved
     return None
 
 
@@ -235,7 +241,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     """Return the steps of the complete checkpoints of a run."""
     folder = storage_path(workdir / "checkpoints")
     entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(e.name) for e in entries if e.name.isdigit() and is_committed(e))
+    return sorted(int(e.name) for e in entries if is_step(e.name) and is_committed(e))
 
 
 def read_run_metadata(workdir: Path) -> Metadata | None:

@@ -25,12 +25,20 @@ class BestCheckpoint:
             options: section "checkpoint" of the configuration.
             metadata: metadata of the run, written into the checkpoint.
         """
+        self._figure = figure
         self._name = figure.removeprefix("-")
         self._sign = -1.0 if figure.startswith("-") else 1.0
         options = ConfigDict({**options, "keep_last": 1, "keep_every_steps": 0})
         self._checkpoints = Checkpoints(workdir / BEST_FOLDER / "checkpoints", options, metadata)
-        kept = self._checkpoints.latest_metadata()
-        self._value = self._sign * kept[self._name] if kept else -float("inf")
+        self._value = -float("inf")
+        if kept := self._checkpoints.latest_metadata():
+            before = kept.get("figure", figure)
+            if before != figure or self._name not in kept:
+                raise UserError(
+                    f"--config.eval.best={figure}: {workdir / BEST_FOLDER} is the best by "
+                    f"{before if before != figure else 'another figure'}: move that folder away"
+                )
+            self._value = self._sign * kept[self._name]
 
     def offer(self, step: int, state: TrainState, figures: Mapping[str, float]) -> None:
         """Keep the state if its figure is better than the kept one.
@@ -46,7 +54,8 @@ class BestCheckpoint:
         is_new = step > (self._checkpoints.latest_step or 0)
         if is_new and value > self._value:
             self._value = value
-            self._checkpoints.save(step, state, {self._name: figures[self._name]})
+            notes = {self._name: figures[self._name], "figure": self._figure}
+            self._checkpoints.save(step, state, notes)
             # Else a kill after the run's own checkpoint of this step could lose the best one.
             self._checkpoints.wait()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm.data.batches import Batches
 from lm.data.dataset import Store
-from lm.evaluation.loss import evaluate_loss
+from lm.evaluation.loss import evaluate_loss, figure_text
 from lm.experiment import Experiment
 from lm.runs.checkpoints import Checkpoints, Log
 from lm.storage import storage_path
@@ -89,8 +89,15 @@ def evaluate_state(
     return result
 
 
-def summarize(clock: Clock, step: int, finished: bool, workdir: Path, log: Log) -> None:
-    """Say where the time of a run went, and where the run is.
+def summarize(
+    clock: Clock,
+    step: int,
+    finished: bool,
+    workdir: Path,
+    log: Log,
+    figures: Mapping[str, float],
+) -> None:
+    """Say where the time of a run went, where the run is, and print its last evaluation.
 
     Args:
         clock: clock of the run.
@@ -98,6 +105,7 @@ def summarize(clock: Clock, step: int, finished: bool, workdir: Path, log: Log) 
         finished: whether that is the last one.
         workdir: local folder of the run.
         log: receives the lines.
+        figures: last evaluation, printed on stdout if the run is finished.
     """
     summary = clock.summary(step)
     seconds = {name: round(value, 1) for name, value in summary["seconds"].items() if value >= 0.05}
@@ -108,3 +116,5 @@ def summarize(clock: Clock, step: int, finished: bool, workdir: Path, log: Log) 
         log(f"asked to stop: state saved at step {step}; the same command continues")
         return
     log(f"finished {step} steps; run is in {storage_path(workdir)}")
+    for name, value in figures.items():
+        print(f"validation {name.replace('_', ' ')}: {figure_text(name, value)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -26,7 +26,7 @@ from lm.data.tokenizers.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat
-from lm.parallel.mesh import LENGTH_AXIS, CrossHostMax, is_primary_host, on_all_hosts
+from lm.parallel.mesh import LENGTH_AXIS, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import (
     Checkpoints,
     Log,
@@ -52,7 +52,7 @@ def train(
     progress: bool = False,
     restart: bool = False,
     change: bool = False,
-    fork: str = "",
+    fork: str | None = None,
     stop: StopRequest | None = None,
 ) -> bool:
     """Train the run in `workdir`, or continue it.
@@ -67,7 +67,7 @@ def train(
         change: continue the run in `workdir` with another configuration, from its newest
             checkpoint on; what differs is recorded in run.json.
         fork: RUN or RUN@STEP: a new run starts from this checkpoint of another one, with its
-            parameters, optimizer state, position in the data and step; implies `change`.
+            parameters, optimizer state, position in the data and step, and what differs from it.
         stop: request to stop, which is looked at while the run trains; None: signals make one.
 
     Returns:
@@ -101,29 +101,19 @@ def train(
         if restart:
             set_lost_run_aside(workdir)
         metadata = run_metadata(config, dataset.fingerprint, given)
-        changing = None
-        if change or fork:
+        recorded = None
+        if change or fork is not None:
             from lm.runs import changes
 
-            if fork:
+            if fork is not None:
                 changes.fork(fork, experiment, workdir, metadata, log)
-            changing = partial(changes.record, experiment, workdir)
-        metadata = prepare_workdir(workdir, metadata, dataset, changing)
+            if change:
+                recorded = partial(changes.record, experiment, workdir, log)
+        metadata = prepare_workdir(workdir, metadata, dataset, recorded)
         log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
-        state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
-        if state is None:
-            if storage_path(workdir / "damaged").exists():
-                require_no_lost_steps(workdir)
-            state = _first_state(experiment, dataset.tokenizer, log)
-        first_step, row_0 = int(jax.device_get(state.step)), 0
-        if "history" in metadata:
-            from lm.runs import changes
-
-            checkpoints.metadata = metadata = changes.settle(workdir, metadata, first_step)
-            row_0 = first_row(metadata)
-        if first_step:
-            log(f"continuing from step {first_step}")
+        state, first_row = _restore(experiment, dataset.tokenizer, workdir, checkpoints, log)
+        first_step = int(jax.device_get(state.step))
         clock = Clock(workdir / "clock.json", first_step, config.log.every_steps)
         writer = MetricsWriter(
             workdir,
@@ -137,11 +127,13 @@ def train(
         if config.eval.best:
             from lm.training.best_checkpoint import BestCheckpoint
 
-            best = BestCheckpoint(workdir, config.eval.best, config.checkpoint, metadata)
+            best = BestCheckpoint(
+                workdir, config.eval.best, config.checkpoint, checkpoints.metadata
+            )
         try:
             with watchdog(config.train.stall_seconds) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
-                loop = Loop(experiment, dataset, state, first_step, outputs, stop, row_0)
+                loop = Loop(experiment, dataset, state, first_step, outputs, stop, first_row)
                 finished = loop.run()
                 with clock.part("checkpoint"):
                     checkpoints.close()
@@ -151,12 +143,8 @@ def train(
             writer.close()
         if is_primary_host():
             clock.save(loop.step)
-            summarize(clock, loop.step, finished, workdir, log)
-            if progress and finished:
-                from lm.evaluation.loss import figure_text
-
-                for name, value in loop.last_evaluation.items():
-                    print(f"validation {name.replace('_', ' ')}: {figure_text(name, value)}")
+            figures = loop.last_evaluation if progress else {}
+            summarize(clock, loop.step, finished, workdir, log, figures)
         return finished
 
 
@@ -173,6 +161,26 @@ def _only_run(workdir: AnyPath) -> Iterator[None]:
         if not on_all_hosts(not problem):
             raise UserError(problem or f"process 0 cannot use --workdir {workdir}, and says why")
         yield
+
+
+def _restore(
+    experiment: Experiment, tokenizer: Tokenizer, workdir: Path, checkpoints: Checkpoints, log: Log
+) -> tuple[TrainState, int]:
+    """Return the state of the newest checkpoint, or a first one, and the `first_row` of batches."""
+    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
+    if state is None:
+        if storage_path(workdir / "damaged").exists():
+            require_no_lost_steps(workdir)
+        state = _first_state(experiment, tokenizer, log)
+    first_step = int(jax.device_get(state.step))
+    if first_step:
+        log(f"continuing from step {first_step}")
+    if "history" not in checkpoints.metadata:
+        return state, 0
+    from lm.runs.changes import settle
+
+    checkpoints.metadata = settle(workdir, checkpoints.metadata, first_step)
+    return state, first_row(checkpoints.metadata)
 
 
 def _first_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
@@ -254,7 +262,13 @@ class Loop:
             experiment.evaluation_batches(dataset.validation) if dataset.validation else None
         )
         devices = experiment.mesh.devices.flatten()
-        self._action_max = CrossHostMax(devices.tolist())
+        self._start_max: Callable[[int], Any] = int
+        self._max: Callable[[Any], int] = int
+        if jax.process_count() > 1:
+            from lm.parallel.agreement import CrossHostMax
+
+            over_processes = CrossHostMax(devices.tolist())
+            self._start_max, self._max = over_processes.start, over_processes.result
         self._in_flight: deque[InFlight] = deque()
         self._programs: dict[int, Any] = {}
         self._first_skipped: tuple[int, dict[str, float]] | None = None
@@ -275,8 +289,8 @@ class Loop:
         """
         config = self.config
         lost = self._clock.continues and not self._outputs.writer.has_evaluation
-        missing = self._action_max.start(lost)
-        due = self.step and self._is_due_for_evaluation and self._action_max.result(missing)
+        missing = self._start_max(lost)
+        due = self.step and self._is_due_for_evaluation and self._max(missing)
         if (due and not self._evaluate()) or self._reached_stop_at:
             return False
         batches = prefetch(
@@ -328,7 +342,7 @@ class Loop:
     def _request_action(self) -> Any:
         period = self.config.checkpoint.every_seconds
         overdue = period and time.monotonic() - self._saved_at > period
-        return self._action_max.start(STOP if self._stop else SAVE if overdue else CONTINUE)
+        return self._start_max(STOP if self._stop else SAVE if overdue else CONTINUE)
 
     def _program(self, batch: Any, n_steps: int) -> Any:
         """Return the compiled program for this number of steps."""
@@ -350,7 +364,7 @@ class Loop:
             done = self._in_flight.popleft()
             with self._clock.part("step"):
                 metrics = jax.device_get(done.metrics)
-                action = max(action, self._action_max.result(done.action))
+                action = max(action, self._max(done.action))
             self._outputs.heartbeat(f"step {done.steps.stop}")
             now = time.monotonic()
             speed = self._speed(len(done.steps), now - self._read_at)
@@ -407,7 +421,7 @@ class Loop:
             self.step,
             (self._validation, self._dataset.validation),
             self._outputs,
-            lambda: bool(self._action_max.result(self._action_max.start(bool(self._stop)))),
+            lambda: bool(self._max(self._start_max(bool(self._stop)))),
         )
         self.last_evaluation = result or self.last_evaluation
         self._read_at = time.monotonic()

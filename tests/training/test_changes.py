@@ -163,7 +163,7 @@ def test_a_fork_goes_on_as_the_run_that_it_left(experiment_file, run, tmp_path, 
     assert clock["goodput"] <= 1
 
     lm(*arguments(experiment_file, tmp_path / "other", **PIECE), "--fork", f"{run}@5", code=2)
-    assert "no checkpoint of step 5; there are 4, 8" in capsys.readouterr().err
+    assert f"no checkpoint of step 5 in {run}; there are 4, 8" in capsys.readouterr().err
     lm(*arguments(experiment_file, run, **PIECE), "--fork", str(fork), code=2)
     assert "holds a run already" in capsys.readouterr().err
     lm(*arguments(experiment_file, tmp_path / "other", **PIECE, seed=1), "--fork", run, code=2)
@@ -171,10 +171,11 @@ def test_a_fork_goes_on_as_the_run_that_it_left(experiment_file, run, tmp_path, 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path):
+def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path, capsys):
     fork = tmp_path / "fork"
     changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
     lm(*arguments(experiment_file, fork, **changed), "--fork", run)
+    assert "changed from step 8 on: --config.data.batch_size: 8 → 16" in capsys.readouterr().err
     assert run_file(fork)["history"] == [
         {"step": 8, "forked_from": f"{run}@8"},
         {"step": 8, "changed": {"data.batch_size": [8, 16], "train.steps": [8, 10]}},
@@ -215,3 +216,73 @@ def test_the_report_shows_changes_and_counts_tokens_by_them(experiment_file, run
     page = (run / "report" / "index.html").read_text()
     assert "Changes" in page
     assert "8 → 24" in page
+
+
+def test_a_fork_needs_its_source_only_once_and_changes_only_at_its_start(
+    experiment_file, run, tmp_path, capsys
+):
+    fork = tmp_path / "fork"
+    words = arguments(experiment_file, fork, **PIECE | {"train__steps": 10})
+    lm(*words, "--fork", f"{run}@8")
+    lm(*words, "--fork", f"{run}@4", code=2)  # it came from step 8
+    assert "holds a run already" in capsys.readouterr().err
+    lm(*words, "--fork", run, "--config.optimizer.learning_rate=9e-4", code=2)
+    assert "--change" in capsys.readouterr().err
+    run.rename(tmp_path / "moved")
+    lm(*words, "--fork", f"{run}@8")
+    assert len(losses(fork)) == 10
+
+
+@pytest.mark.parametrize("damage", ["metadata is missing", "metadata of a step alone", "arrays"])
+def test_a_damaged_source_is_named_before_anything_is_written(
+    experiment_file, run, tmp_path, capsys, damage
+):
+    checkpoint = run / "checkpoints" / "8"
+    match damage:
+        case "metadata is missing":
+            shutil.rmtree(checkpoint / "metadata")
+        case "metadata of a step alone":
+            (checkpoint / "metadata" / "metadata").write_text('{"step": 8}')
+        case "arrays":
+            for file in (checkpoint / "state").rglob("*"):
+                if file.is_file():
+                    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    lm(*arguments(experiment_file, tmp_path / "fork", **PIECE), "--fork", run, code=2)
+    error = capsys.readouterr().err
+    assert f"{checkpoint} is damaged" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "fork").exists()
+
+
+def test_names_that_are_empty_or_no_step(experiment_file, run, tmp_path, capsys):
+    named = shutil.copytree(run, tmp_path / "x@5")
+    lm(*arguments(experiment_file, tmp_path / "fork", **PIECE), "--fork", named)
+    for words in (
+        [*arguments(experiment_file, tmp_path / "other", **PIECE), "--fork", f"{run}@²"],
+        [*arguments(experiment_file, tmp_path / "other", **PIECE), "--fork", ""],
+        arguments(experiment_file, "", **PIECE),
+    ):
+        lm(*words, code=2)
+        error = capsys.readouterr().err
+        assert "error: " in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_merged_run_goes_on_where_its_source_was(experiment_file, run, tmp_path, one_device):
+    changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
+    lm(*arguments(experiment_file, run, **changed), "--change")
+    lm("merge", "--workdir", run, "--to", tmp_path / "merged")
+    merged = run_file(tmp_path / "merged")
+    assert merged["history"] == run_file(run)["history"]
+    assert first_row(merged) == 8 * 8 - 8 * 16
+    lm(*arguments(experiment_file, tmp_path / "merged", **changed))
+    assert losses(tmp_path / "merged") == losses(run)
+
+
+def test_the_best_by_another_figure_is_not_compared(experiment_file, run, capsys):
+    lm(*arguments(experiment_file, run, **PIECE), "--change", "--config.eval.best=-loss")
+    longer = arguments(experiment_file, run, **PIECE | {"train__steps": 10})
+    lm(*longer, "--change", "--config.eval.best=-loss")
+    lm(*longer, "--change", "--config.eval.best=accuracy", code=2)
+    assert "is the best by -loss" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError
-from lm.storage import AnyPath, is_committed, resolve_path
+from lm.storage import AnyPath, is_committed, is_step, resolve_path
 from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
 from lm.training.monitor import RESUMABLE, StopRequest
 from lm.training.stop_signals import stop_requests
@@ -172,7 +172,7 @@ def newest_checkpoint(workdir: AnyPath | None) -> int | None:
     """Return the step of the newest complete checkpoint, or None."""
     if workdir is None:
         return None
-    numbered = (f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())
+    numbered = (f for f in (workdir / "checkpoints").glob("*") if is_step(f.name))
     return max((int(f.name) for f in numbered if is_committed(f)), default=None)
 
 
