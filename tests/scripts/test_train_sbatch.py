@@ -59,10 +59,10 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(start, tmp_path):
     assert "srun --kill-on-bad-exit=0 my lm train --workdir a\\ b " in lines
     assert lines[-1].startswith('scontrol requeue "$SLURM_JOB_ID"')
     assert not start.log.exists()
-    for asked in (["--help"], []):
+    for asked, code in ((["--help"], 0), ([], 2)):
         done = subprocess.run(["bash", SCRIPT, *asked], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "scripts/train.sbatch --dry_run train" in done.stderr
+        assert (done.returncode, done.stderr) == (code, "")
+        assert "scripts/train.sbatch --dry_run train" in done.stdout
 
 
 def test_the_signal_before_the_time_limit_saves_and_queues_again(start, tmp_path):
