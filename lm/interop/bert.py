@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lm.interop.family import Family, Head, Values, hf_word, lm_word, require_equal
+from lm.interop.family import (
+    Family,
+    Head,
+    UnsupportedConfig,
+    Values,
+    hf_word,
+    lm_word,
+    require_equal,
+)
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -102,7 +110,13 @@ def _write_bert(config: TransformerConfig) -> Values:
 def _read_roberta(hf: Values) -> Values:
     # The output layer's activation is always this one.
     lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
-    offset = 1 + hf.get("pad_token_id", 1)
+    pad = hf.get("pad_token_id", 1)
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < hf["vocab_size"]:
+        raise UnsupportedConfig(
+            f"config.json: pad_token_id={pad} is no id of its {hf['vocab_size']} tokens, "
+            "and positions count from it"
+        )
+    offset = 1 + pad
     return _read(hf) | {
         "activation": "gelu_erf",
         "position_offset": offset,

@@ -103,6 +103,7 @@ class Family:
         """
         hf = {**self.defaults, **hf}
         found = {field: _size(hf, name) for name, field in self.keys.items()}
+        _check_layers(found["n_layers"])
         found = dict(self.fixed) | found | self.read(hf)
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
@@ -191,6 +192,12 @@ def decoder_classes(name: str) -> dict[frozenset[str], str]:
 
 
 _LARGEST = 2**31 - 1
+_MOST_LAYERS = 100_000  # more would take long before their tensors turn out to be missing
+
+
+def _check_layers(n_layers: int) -> None:
+    if n_layers > _MOST_LAYERS:
+        raise UserError(f"config.json: {n_layers} layers are more than {_MOST_LAYERS:,}")
 
 
 def _size(hf: Values, name: str) -> Any:
@@ -289,7 +296,7 @@ def lm_word(hf: Values, name: str, table: Mapping[str, str], default: str) -> st
         UnsupportedConfig: the value is not in the table.
     """
     found = hf.get(name) or default
-    if found not in table:
+    if not isinstance(found, str) or found not in table:
         raise UnsupportedConfig(
             f"config.json: {name}={found} is not supported, only {', '.join(table)}"
         )

@@ -223,6 +223,9 @@ def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) ->
         )
     elif tokenizer.vocab_size > rows:
         lines.append(f"special tokens of its tokenizer have no row: ids {rows} and up")
+    pad = found.about.get("pad_token_id")
+    if isinstance(pad, int) and pad >= rows:
+        lines.append(f"pad_token_id={pad} of its config.json has no row: the last is {rows - 1}")
     lines.append(
         f"train it on by: lm train --config {run / RUN_FILE} --config.init.from={run} "
         "--workdir NEW --config.data.source=…"

@@ -86,8 +86,10 @@ def read_windows(hf: Values, types: Sequence[str]) -> Values:
 def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
     """Read RoPE theta and scaling: `rope_parameters`, or the older `rope_theta`, `rope_scaling`."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UnsupportedConfig(f"config.json: the rotary settings {rope} are no object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UnsupportedConfig(
             f"config.json: rope_type={kind} is not supported, only {', '.join(_SCALINGS)}"
         )

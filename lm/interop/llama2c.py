@@ -86,19 +86,22 @@ def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
         "w2": (dim, hidden),
         "w3": (hidden, dim),
     }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (vocab, dim)}
+    first = {"tok_embeddings": (vocab, dim)}
+    last = {"norm": (dim,), "cosines": (length, head_dim // 2), "sines": (length, head_dim // 2)}
+    last |= {} if tied else {"output": (vocab, dim)}
+    n_numbers = n_layers * sum(map(prod, of_layers.values()))
+    n_numbers += sum(map(prod, (*first.values(), *last.values())))
+    if (expected := _HEADER + 4 * n_numbers) != size:
+        what = "is truncated" if expected > size else "is too long"
+        raise UserError(f"{file} {what}: {size:,} bytes instead of {expected:,}")
+    shapes: dict[str, tuple[int, ...]] = dict(first)
     for name, shape in of_layers.items():
         shapes |= {f"layers.{i}.{name}": shape for i in range(n_layers)}
-    shapes |= {"norm": (dim,), "cosines": (length, head_dim // 2), "sines": (length, head_dim // 2)}
-    shapes |= {} if tied else {"output": (vocab, dim)}
     stored: dict[str, StoredTensor] = {}
     offset = _HEADER
-    for name, shape in shapes.items():
+    for name, shape in (shapes | last).items():
         stored[name] = _Floats(name, file, shape, offset=offset)
         offset += 4 * prod(shape)
-    if offset != size:
-        what = "is truncated" if offset > size else "is too long"
-        raise UserError(f"{file} {what}: {size:,} bytes instead of {offset:,}")
     del stored["cosines"], stored["sines"]
     config = TransformerConfig(
         **dict(LLAMA.fixed),

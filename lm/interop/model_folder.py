@@ -134,6 +134,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: {what}") from error
     stored = _by_table_name(family, read_tensors(path))
+    _check_layers(path, config, len(stored))
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
     )
@@ -210,6 +211,16 @@ def _without_copies(
         else:
             raise UserError(f"{path}: {copy} is not equal to {original}, which it repeats")
     return found
+
+
+def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None:
+    """Raise UserError for layers, or experts in them, of which most have no tensor in a file."""
+    n_layers = config.n_layers + config.n_decoder_layers
+    for n, what in ((n_layers, "layers"), (n_layers * config.n_experts, "experts")):
+        if n > n_tensors:
+            raise UserError(
+                f"{path}: config.json has {n} {what}, but there are only {n_tensors} tensors"
+            )
 
 
 def _check_unscaled(path: Path, config: TransformerConfig) -> None:

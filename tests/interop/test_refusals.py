@@ -80,6 +80,23 @@ SPOILT = {
         ),
         "use_bidirectional_attention=True is not",
     ),
+    "no hang": (lambda f: set_config(f, num_hidden_layers=10**9), "1000000000 layers are more"),
+    "few tensors": (
+        lambda f: set_config(f, num_hidden_layers=99_999),
+        "has 99999 layers, but there are only",
+    ),
+    "experts": (
+        lambda f: set_config(
+            f, model_type="mixtral", num_experts_per_tok=2, num_local_experts=10**9
+        ),
+        "has 3000000000 experts, but",
+    ),
+    "list": (
+        lambda f: set_config(f, hidden_act=["gelu"]),
+        r"config.json: hidden_act=\['gelu'\] is",
+    ),
+    "list of rope": (lambda f: set_config(f, rope_parameters=[1]), "rotary settings .* no object"),
+    "kind of rope": (lambda f: set_config(f, rope_parameters={"type": [1]}), r"rope_type=\[1\] is"),
     "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json: damaged JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
@@ -104,6 +121,22 @@ def test_an_output_matrix_that_repeats_the_table_is_no_surplus(make_theirs, fold
     model, params = huggingface.load(folder)
     assert model.config.tie_embeddings
     assert "head" not in params
+
+
+@pytest.mark.parametrize("key", ["num_layers", "num_decoder_layers"])
+def test_layers_that_no_file_holds_are_refused_at_once(make_theirs, tmp_path, key):
+    folder = shutil.copytree(make_theirs("t5")[1], tmp_path / "t5")
+    set_config(folder, **{key: 10**9})
+    with pytest.raises(UserError, match=r"10000000\d\d layers"):
+        huggingface.load(folder)
+
+
+@pytest.mark.parametrize("pad", [-1, None, 96, "1", True])
+def test_a_roberta_without_a_padding_id_is_refused(make_theirs, tmp_path, pad):
+    folder = shutil.copytree(make_theirs("roberta")[1], tmp_path / "roberta")
+    set_config(folder, pad_token_id=pad)
+    with pytest.raises(UserError, match=f"config.json: pad_token_id={pad} is no id of its 96"):
+        huggingface.load(folder)
 
 
 SIZES = {
@@ -152,7 +185,25 @@ def test_parameters_that_have_no_place_are_refused(tmp_path):
         huggingface.save(model, params | {"classifier": {"kernel": np.zeros((8, 2))}}, tmp_path)
 
 
-HOSTILE = [None, True, -1, 0, 1, 7, 2**31, 10**30, 1e308, -0.5, "", "a", [], [1], {}, {"a": 1}]
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    10**9,
+    2**31,
+    10**30,
+    1e308,
+    -0.5,
+    "",
+    "a",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3", "mixtral", "bert", "roberta", "t5"])
