@@ -50,6 +50,7 @@ class Masked(Objective[TokenStore, Example]):
         next_sentence: also predict whether B follows A.
         label_smoothing: share of a target's probability spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
+        n_rows: rows of the model's token table, which has no others to draw from; 0: enough.
     """
 
     families: ClassVar = ("encoder",)
@@ -64,6 +65,7 @@ class Masked(Objective[TokenStore, Example]):
     next_sentence: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    n_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -84,6 +86,7 @@ class Masked(Objective[TokenStore, Example]):
             next_sentence=config.objective.next_sentence,
             label_smoothing=config.objective.label_smoothing,
             z_loss=config.objective.z_loss,
+            n_rows=config.model.vocab_size,
         )
 
     @property
@@ -233,7 +236,7 @@ class Masked(Objective[TokenStore, Example]):
 
     @cached_property
     def _ordinary_ids(self) -> np.ndarray:
-        return np.flatnonzero(self._is_ordinary)
+        return np.flatnonzero(self._is_ordinary[: self.n_rows or None])
 
     @cached_property
     def _word_starts(self) -> np.ndarray:

@@ -53,6 +53,12 @@ def unmasked(found):
     return inputs
 
 
+def test_random_tokens_have_a_row_in_the_table():
+    objective = Masked(ByteTokenizer(), 66, mask_rate=0.5, n_rows=100)
+    found = many(objective, window([1] * 64, high=100), 40)
+    assert max(row["inputs"][row["inputs"] < CLS].max() for row in found) < 100
+
+
 def test_a_row_is_cls_the_window_and_sep():
     example = window([1, 1, 2, 2, 2, 0])
     found = Masked(ByteTokenizer(), 8).features(example, np.random.default_rng(0))
