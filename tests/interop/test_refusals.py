@@ -181,8 +181,8 @@ def test_how_a_model_began_does_not_matter(tmp_path):
 def test_parameters_that_have_no_place_are_refused(tmp_path):
     model = Decoder(TransformerConfig(**SIZES))
     params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    with pytest.raises(UserError, match="classifier/kernel has no place"):
-        huggingface.save(model, params | {"classifier": {"kernel": np.zeros((8, 2))}}, tmp_path)
+    with pytest.raises(UserError, match="extra/kernel has no place"):
+        huggingface.save(model, params | {"extra": {"kernel": np.zeros((8, 2))}}, tmp_path)
 
 
 HOSTILE = [
