@@ -221,6 +221,11 @@ def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None
             raise UserError(
                 f"{path}: config.json has {n} {what}, but there are only {n_tensors} tensors"
             )
+    if config.n_experts and config.experts_per_token > config.n_experts:
+        raise UserError(
+            f"{path}: config.json has {config.n_experts} experts, of which a token cannot use "
+            f"{config.experts_per_token}"
+        )
 
 
 def _check_unscaled(path: Path, config: TransformerConfig) -> None:
