@@ -76,18 +76,6 @@ class Checkpoints:
         """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def latest_metadata(self) -> dict[str, Any] | None:
-        """Return the metadata of the newest checkpoint, None if there is none."""
-        if (step := self.latest_step) is None:
-            return None
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        try:
-            return self._manager.restore(step, args=args)["metadata"]
-        except Exception as error:  # a damaged file can raise anything
-            raise UserError(
-                f"{self._folder / str(step)} is damaged ({one_line(error)}): move it away"
-            ) from error
-
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
         """Copy the state to the host and start writing it, after any earlier save has finished.
 

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from lm.errors import UserError
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints
+from lm.runs.workdir import saved_metadata
+from lm.storage import storage_path
 from lm.train_step import TrainState
 
 
@@ -31,7 +33,11 @@ class BestCheckpoint:
         options = ConfigDict({**options, "keep_last": 1, "keep_every_steps": 0})
         self._checkpoints = Checkpoints(workdir / BEST_FOLDER / "checkpoints", options, metadata)
         self._value = -float("inf")
-        if kept := self._checkpoints.latest_metadata():
+        if (step := self._checkpoints.latest_step) is not None:
+            folder = storage_path(workdir / BEST_FOLDER / "checkpoints") / str(step)
+            kept = saved_metadata(folder)
+            if kept is None:
+                raise UserError(f"{folder} is damaged (its metadata): move it away")
             before = kept.get("figure", figure)
             if before != figure or self._name not in kept:
                 raise UserError(

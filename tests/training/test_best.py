@@ -14,8 +14,8 @@ import pytest
 from lm.cli import main
 from lm.config import default
 from lm.errors import UserError
-from lm.runs.checkpoints import Checkpoints
 from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.runs.workdir import saved_metadata
 from lm.train_step import TrainState
 from lm.training.best_checkpoint import BestCheckpoint
 from lm.training.trainer import train
@@ -38,7 +38,8 @@ def offer(tmp_path):
     """Offers states by a figure, one after the other, as one start of a run."""
 
     def offer(figure: str, found: dict[int, dict[str, float]]) -> Path:
-        best = BestCheckpoint(tmp_path, figure, default().checkpoint, {"config": {}})
+        metadata = {"config": {}, "fingerprint": {}}
+        best = BestCheckpoint(tmp_path, figure, default().checkpoint, metadata)
         for step, figures in found.items():
             best.offer(step, state_at(step), figures)
         best.close()
@@ -126,9 +127,7 @@ def test_the_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):
         report = json.loads(capsys.readouterr().out)
         assert report["step"] == step
         assert report[name] == pytest.approx(losses[step], rel=1e-5)
-    checkpoints = Checkpoints(run / "best" / "checkpoints", config.checkpoint, {})
-    metadata = checkpoints.latest_metadata()
-    checkpoints.close()
+    metadata = saved_metadata(run / "best" / "checkpoints" / str(best))
     assert metadata["loss"] == np.float32(losses[best])
     assert main(["eval", "--workdir", str(run), "--best", "--average", "2"]) == 2
     assert "an average of 2 checkpoints needs as many" in capsys.readouterr().err

@@ -29,14 +29,15 @@ from lm.training.stop_signals import stop_requests
 def test_other_signals_save_too_unless_ignored_at_the_start(experiment_file, tmp_path, name):
     number = signal.Signals[name]
     words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=0)
-    process = start(words)
-    wait_for_step(tmp_path / "run", 9, process)
-    process.send_signal(number)
-    finish(process, code=75)
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(saved.name) == max(losses(tmp_path / "run")) < 60
-    before = signal.signal(number, signal.SIG_IGN)  # as nohup does; processes inherit it
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may themselves run by nohup
     try:
+        process = start(words)
+        wait_for_step(tmp_path / "run", 9, process)
+        process.send_signal(number)
+        finish(process, code=75)
+        (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+        assert int(saved.name) == max(losses(tmp_path / "run")) < 60
+        signal.signal(number, signal.SIG_IGN)  # as nohup does; processes inherit it
         process = start(words)
         wait_for_step(tmp_path / "run", int(saved.name) + 2, process)
         process.send_signal(number)
