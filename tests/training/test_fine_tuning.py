@@ -131,14 +131,15 @@ def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
 
 
 def test_a_merged_run_is_whole(adapted, tune, tmp_path):
-    """It is finished, it can be the source of another, and it is not written twice."""
+    """It is finished, has the curves of its source, and is not written twice."""
     merged = tmp_path / "merged"
     merge_run(adapted, merged, 2, {}, print)
     config = load_run_config(merged, {})
     assert config.lora.rank == 0
     assert config.init["from"] == ""
     assert train(config, merged)
-    assert not (merged / "metrics.jsonl").read_text()
+    curves = [(run / "metrics.jsonl").read_text() for run in (merged, adapted)]
+    assert curves[0] == curves[1]
     found, mean = flat(plain(merged)[1]), flat(plain(adapted, average=2)[1])
     assert_same(found, mean, list(mean))
     with pytest.raises(UserError, match="is not empty"):
