@@ -122,6 +122,8 @@ VARIANTS = {
     "data.source=tsv:{data}/scores.tsv",
     "classification encoder_decoder": f"{LABELS} model.family=encoder_decoder",
     "classification lstm": f"{LABELS} model.family=lstm model.bidirectional=true",
+    "token_classification encoder": "objective.name=token_classification model.family=encoder "
+    "data.source=conll:{data}/names.conll data.labels=O,B-PER,B-LOC",
     "span_qa encoder": "objective.name=span_qa model.family=encoder model.token_types=2 "
     "data.source=squad:{data}/squad.json data.doc_stride=4",
     "skip_gram skip_gram": "objective.name=skip_gram model.family=skip_gram objective.subsample=0",
@@ -162,6 +164,7 @@ def write_data(folder: Path) -> None:
     english = ["one", "two", "three", "four", "five"]
     german = ["eins", "zwei", "drei", "vier", "fünf"]
     files = {name: ["text\tlabel"] for name in ("labels.tsv", "scores.tsv")}
+    files["names.conll"] = []
     files["text.txt"] = [
         " ".join(words[(i * i + 3 * j * j + i * j) % 11] for j in range(20 + 3 * (i % 9)))
         for i in range(40)
@@ -178,6 +181,7 @@ def write_data(folder: Path) -> None:
         name, city = ["Ann", "Bob", "Cid"][i % 3], ["Rome", "Oslo", "Bonn", "Graz"][i % 4]
         context = f"{'in the long winter ' * (i % 2)}{name} came to {city} and stayed there"
         answer = {"text": city, "answer_start": context.index(city)}
+        files["names.conll"] += [f"{name} B-PER", "came O", "to O", f"{city} B-LOC", ""]
         question = {"id": str(i), "question": f"where did {name} stay", "answers": [answer]}
         paragraphs.append({"context": context, "qas": [question]})
     files["squad.json"] = [json.dumps({"data": [{"paragraphs": paragraphs}]})]
