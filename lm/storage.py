@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # imported only for runs in a bucket
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
+COMMITTED = "commit_success.txt"  # marks complete checkpoints in a bucket
+
 _copies: dict[str, LocalCopy] = {}  # of runs in a bucket, by address
 
 
@@ -103,7 +105,7 @@ def is_committed(checkpoint: AnyPath) -> bool:
 
     Orbax renames a local folder when it is; in a bucket it writes a marker file.
     """
-    return isinstance(checkpoint, Path) or (checkpoint / "commit_success.txt").exists()
+    return isinstance(checkpoint, Path) or (checkpoint / COMMITTED).exists()
 
 
 def short_name(name: str) -> str:

@@ -9,7 +9,6 @@ import sys
 from lm import config as configs
 from lm.cli.arguments import Overrides, Parser, config_argument, json_argument
 from lm.cli.used_keys import ALL, Patterns
-from lm.config.registries import OBJECTIVES
 from lm.errors import UserError
 
 
@@ -27,13 +26,15 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.verification import verify_stores
+    from lm.experiment import reads_records
 
-    config = configs.default()
     if args.config:
         config = configs.load_config(args.config, overrides)
-    for path, text in overrides.items():
-        configs.set_value(config, path, configs.parse_value(path, text))
-    records = bool(OBJECTIVES.entries[config.objective.name].columns)
+    else:
+        config = configs.default()
+        for path, text in overrides.items():
+            configs.set_value(config, path, configs.parse_value(path, text))
+    records = reads_records(config)
     reports = []
     for report in verify_stores(config.data, records, of_config=bool(args.config)):
         reports.append(report)

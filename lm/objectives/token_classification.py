@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.config.rules import listed
+from lm.config.registry import listed
 from lm.data.batches import Arrays
 from lm.data.records.record_store import Record, RecordStore
 from lm.data.tokenizers.tokenizer import Tokenizer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from jax.experimental import multihost_utils
 from lm import config as configs
 from lm.errors import UserError
 from lm.experiment import Experiment, build
-from lm.parallel.mesh import is_primary_host
+from lm.parallel.mesh import is_primary_host, on_all_hosts
 from lm.runs.checkpoints import Log, checksums, one_line, restored_as
 from lm.runs.workdir import (
     BATCH_SIZE,
     RUN_FILE,
+    Change,
     Metadata,
     changed_keys,
     check_same,
@@ -35,6 +37,7 @@ from lm.runs.workdir import (
     saved_metadata,
 )
 from lm.storage import (
+    COMMITTED,
     AnyPath,
     is_step,
     open_run_folder,
@@ -62,6 +65,29 @@ _CHANGEABLE = (
     "train.",
 )
 _FIXED = ("optimizer.name", "optimizer.freeze")
+
+
+def change_of(
+    experiment: Experiment,
+    workdir: Path,
+    now: Metadata,
+    change: bool,
+    source: str | None,
+    log: Log,
+) -> Change | None:
+    """Fork into the workdir if asked; return what records a change of its run, None if none may be.
+
+    Args:
+        experiment: the experiment that continues the run.
+        workdir: folder of the run.
+        now: metadata of this start.
+        change: whether this start may change the run.
+        source: RUN or RUN@STEP to fork; None: none.
+        log: receives lines that name the checkpoint of a fork, and what changes.
+    """
+    if source is not None:
+        fork(source, experiment, workdir, now, log)
+    return partial(record, experiment, workdir, log) if change else None
 
 
 def record(
@@ -133,8 +159,18 @@ def settle(workdir: Path, metadata: Metadata, first_step: int) -> Metadata:
     """Return the metadata with no change later than the restored step, and write it to run.json.
 
     A change is recorded at the newest checkpoint before it is known whether that can be read.
+
+    Raises:
+        UserError: the run is a fork without the checkpoint that it starts from.
     """
-    history = [entry | {"step": min(entry["step"], first_step)} for entry in history_of(metadata)]
+    history = history_of(metadata)
+    for entry in history:
+        if "forked_from" in entry and entry["step"] > first_step:
+            raise UserError(
+                f"the fork in {storage_path(workdir)} is not complete: start it again with "
+                f"--fork {entry['forked_from']}"
+            )
+    history = [entry | {"step": min(entry["step"], first_step)} for entry in history]
     if history != metadata["history"]:
         metadata = metadata | {"history": history}
         if is_primary_host():
@@ -166,15 +202,15 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
     if has_steps(workdir):
         history = history_of(read_run_metadata(workdir) or {})
         forks = [entry["forked_from"] for entry in history if "forked_from" in entry]
-        there, _, at = forks[-1].rpartition("@") if forks else ("", "", "")
-        if there != name or str(step or at) != at:
+        there, _, at = forks[-1].rpartition("@") if forks else ("", "", "-1")
+        if there != name or step not in (None, int(at)):
             raise UserError(
                 f"--workdir {storage_path(workdir)} holds a run already: a fork is a new one"
             )
         if checkpoint_steps(workdir) or damaged_steps(workdir):
             return
     steps = checkpoint_steps(run)
-    step = step or max(steps, default=0)
+    step = max(steps, default=0) if step is None else step
     if step not in steps:
         known = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise UserError(f"--fork {source}: no checkpoint of step {step} in {name}; {known}")
@@ -185,7 +221,9 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
     history = [*history_of(before), {"step": step, "forked_from": f"{name}@{step}"}]
     changed = _record(experiment, step, log, before, now | {"history": history})
     check_same(run, before | {"config": changed["config"]}, now)
-    if problem := _damage(experiment, checkpoint, before):
+    problem = _damage(experiment, checkpoint, before)
+    if not on_all_hosts(not problem):
+        problem = problem or "on another host"
         raise UserError(f"--fork {source}: {checkpoint} is damaged ({problem}); fork another step")
     if is_primary_host():
         try:
@@ -226,25 +264,27 @@ def _damage(experiment: Experiment, checkpoint: AnyPath, metadata: Metadata) -> 
 
 
 def _copy(run: Path, checkpoint: AnyPath, workdir: Path, metadata: Metadata) -> None:
-    """Copy a checkpoint, at last, and what the workdir of its run needs beside it."""
+    """Copy a checkpoint, complete at last, and what the workdir of its run needs beside it."""
     target = storage_path(workdir / "checkpoints") / checkpoint.name
-    partial = target.with_name(f".{checkpoint.name}.partial")
     in_bucket = not isinstance(target, Path)
-    place = epath.Path(target if in_bucket else partial)
+    partial = target.with_name(f".{checkpoint.name}.partial")
+    source, place = epath.Path(checkpoint), epath.Path(target if in_bucket else partial)
     if place.exists():
         place.rmtree()
     place.mkdir(parents=True)
-    source = epath.Path(checkpoint)
-    for file in sorted(_files(source), key=lambda file: file.name == "commit_success.txt"):
-        to = place / file.relative_to(source)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        file.copy(to)
+    for file in _files(source):
+        if file.name != COMMITTED:
+            to = place / file.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(to)
     write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
         (workdir / metrics.name).write_bytes(metrics.read_bytes())
     upload_changes()
-    if not in_bucket:
+    if in_bucket:
+        (place / COMMITTED).write_text("")
+    else:
         partial.rename(target)
 
 

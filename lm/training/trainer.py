@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,24 +91,8 @@ def train(
         experiment, dataset = build_with_data(
             config, jax.devices(), progress=progress and is_primary_host()
         )
-        given, config = config, experiment.config
-        if config.eval.best and not dataset.validation:
-            raise UserError(
-                f"--config.eval.best={config.eval.best} needs validation data: set "
-                "--config.data.validation_source or --config.data.validation_fraction"
-            )
-        if restart:
-            set_lost_run_aside(workdir)
-        metadata = run_metadata(config, dataset.fingerprint, given)
-        recorded = None
-        if change or fork is not None:
-            from lm.runs import changes
-
-            if fork is not None:
-                changes.fork(fork, experiment, workdir, metadata, log)
-            if change:
-                recorded = partial(changes.record, experiment, workdir, log)
-        metadata = prepare_workdir(workdir, metadata, dataset, recorded)
+        metadata = _open_run(experiment, dataset, workdir, config, restart, change, fork, log)
+        config = experiment.config
         log(describe(experiment))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state, first_row = _restore(experiment, dataset.tokenizer, workdir, checkpoints, log)
@@ -148,6 +131,37 @@ def train(
         return finished
 
 
+def _open_run(
+    experiment: Experiment,
+    dataset: Dataset,
+    workdir: Path,
+    given: ConfigDict,
+    restart: bool,
+    change: bool,
+    fork: str | None,
+    log: Log,
+) -> dict[str, Any]:
+    """Prepare the workdir for this start; return the metadata of the run.
+
+    `given` is the configuration before it was resolved; the other arguments are as for `train`.
+    """
+    config = experiment.config
+    if config.eval.best and not dataset.validation:
+        raise UserError(
+            f"--config.eval.best={config.eval.best} needs validation data: set "
+            "--config.data.validation_source or --config.data.validation_fraction"
+        )
+    if restart:
+        set_lost_run_aside(workdir)
+    metadata = run_metadata(config, dataset.fingerprint, given)
+    recorded = None
+    if change or fork is not None:
+        from lm.runs.changes import change_of
+
+        recorded = change_of(experiment, workdir, metadata, change, fork, log)
+    return prepare_workdir(workdir, metadata, dataset, recorded)
+
+
 @contextmanager
 def _only_run(workdir: AnyPath) -> Iterator[None]:
     """Hold the lock of the workdir on the lead process; all raise where another run has it."""
@@ -171,7 +185,12 @@ def _restore(
     if state is None:
         if storage_path(workdir / "damaged").exists():
             require_no_lost_steps(workdir)
-        state = _first_state(experiment, tokenizer, log)
+        if experiment.config.init["from"] or experiment.config.init.vectors:
+            from lm.training.warm_start import initial_state
+
+            state = initial_state(experiment, tokenizer, log)
+        else:
+            state = experiment.init_state()
     first_step = int(jax.device_get(state.step))
     if first_step:
         log(f"continuing from step {first_step}")
@@ -181,15 +200,6 @@ def _restore(
 
     checkpoints.metadata = settle(workdir, checkpoints.metadata, first_step)
     return state, first_row(checkpoints.metadata)
-
-
-def _first_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
-    init = experiment.config.init
-    if not init["from"] and not init.vectors:
-        return experiment.init_state()
-    from lm.training.warm_start import initial_state
-
-    return initial_state(experiment, tokenizer, log)
 
 
 def describe(experiment: Experiment) -> str:

@@ -186,11 +186,15 @@ def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path, capsys):
     assert len(run_file(second)["history"]) == 4
 
 
-def test_a_fork_that_was_cut_begins_again(experiment_file, run, tmp_path, monkeypatch):
+def test_a_fork_that_was_cut_begins_again(experiment_file, run, tmp_path, monkeypatch, capsys):
     fork, words = tmp_path / "fork", arguments(experiment_file, tmp_path / "fork", **PIECE)
     monkeypatch.setattr("lm.runs.changes.upload_changes", lambda: 1 / 0)
     lm(*words, "--fork", f"{run}@4", code=1)
     monkeypatch.undo()
+    (fork / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    capsys.readouterr()
+    lm(*words, code=2)  # without the fork it would begin at step 0
+    assert f"start it again with --fork {run}@4" in capsys.readouterr().err
     lm(*words, "--fork", f"{run}@4")
     assert losses(fork) == losses(run)
 
