@@ -237,7 +237,9 @@ def test_a_fork_needs_its_source_only_once_and_changes_only_at_its_start(
     assert len(losses(fork)) == 10
 
 
-@pytest.mark.parametrize("damage", ["metadata is missing", "metadata of a step alone", "arrays"])
+@pytest.mark.parametrize(
+    "damage", ["metadata is missing", "metadata of a step alone", "arrays", "a checksum"]
+)
 def test_a_damaged_source_is_named_before_anything_is_written(
     experiment_file, run, tmp_path, capsys, damage
 ):
@@ -247,6 +249,11 @@ def test_a_damaged_source_is_named_before_anything_is_written(
             shutil.rmtree(checkpoint / "metadata")
         case "metadata of a step alone":
             (checkpoint / "metadata" / "metadata").write_text('{"step": 8}')
+        case "a checksum":
+            file = checkpoint / "metadata" / "metadata"
+            metadata = json.loads(file.read_text())
+            metadata["checksums"]["step"] += 1
+            file.write_text(json.dumps(metadata))
         case "arrays":
             for file in (checkpoint / "state").rglob("*"):
                 if file.is_file():
