@@ -1,4 +1,4 @@
-"""Files of the user: finding, reading (plain or .gz, always UTF-8) and hashing them.
+"""Files of the user: finding and reading them (plain or .gz, always UTF-8).
 
 A byte order mark is left out everywhere, and a file that changes while it is read is noticed.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.data.file_digests import forget_file, require_unchanged
 from lm.errors import UserError
 
 _CHUNK = 2**20
@@ -25,8 +25,6 @@ _CHUNK = 2**20
 _MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2"}
 _MAGIC |= {b"PK\x03\x04": "zip"}
 
-# State of the files when they were hashed, to notice that one changes while it is read.
-_hashed: dict[Path, tuple[int, ...]] = {}
 _told: set[tuple[str, Path]] = set()
 
 
@@ -77,7 +75,7 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
             tell_once(f"the same file as {files[real]}, read once", path)
         else:
             files[real] = path
-            _hashed.pop(path, None)  # it may have changed since another source read it
+            forget_file(path)
     return tuple(sorted(files.values()))
 
 
@@ -184,8 +182,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
                     start = chunk[:10]
                     _refuse_compressed(path, start)
                 yield chunk
-        if _hashed.get(path, state := _state(path)) != state:
-            raise UserError(f"{path}: changed while it was read: start again when it is complete")
+        require_unchanged(path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from error
     except OSError as error:
@@ -198,12 +195,6 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
             raise UserError(f"{path}: compressed ({name}): decompress it, or use gzip and .gz")
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """Return what changes whenever a file does: its times, size and identity."""
-    status = os.stat(path)
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-
-
 def read_lines(path: Path) -> Iterator[str]:
     r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"."""
     rest = ""
@@ -212,17 +203,3 @@ def read_lines(path: Path) -> Iterator[str]:
         yield from (line.removesuffix("\r") for line in lines)
     if rest:
         yield rest.removesuffix("\r")
-
-
-def hash_files(files: Iterable[Path], *settings: str) -> str:
-    """Return the sha256 of the settings and of each file's name and bytes, in order."""
-    total = hashlib.sha256(repr(settings).encode())
-    for path in files:
-        try:
-            _hashed[path] = _state(path)
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        total.update(os.fsencode(path.name) + f"\0{content}\n".encode())
-    return total.hexdigest()

@@ -126,7 +126,7 @@ class _Source(ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """sha256 of all that determines the content, such as `files.hash_files` returns."""
+        """sha256 of all that determines the content, such as `file_digests.hash_files` returns."""
 
 
 class DocumentSource(_Source):

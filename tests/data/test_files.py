@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.config import default
-from lm.data.files import find_files, hash_files, read_text
+from lm.data.file_digests import hash_files
+from lm.data.files import find_files, read_text
 from lm.data.records.records import open_records
 from lm.data.sources import open_corpus
 from lm.data.store import build_token_store

@@ -23,7 +23,8 @@ from functools import cached_property
 import numpy as np
 
 from lm.config.registries import SOURCES, TOKENIZERS
-from lm.data.files import find_files, hash_files
+from lm.data.file_digests import hash_files
+from lm.data.files import find_files
 from lm.data.sources import DocumentSource, RecordSource, Row, cut_document
 from lm.data.tokenizers.tokenizer import Tokenizer
 

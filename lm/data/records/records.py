@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lm.config.registry import listed
-from lm.data.files import find_files, hash_files, read_bytes, without_mark
+from lm.data.file_digests import hash_files
+from lm.data.files import find_files, read_bytes, without_mark
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
 from lm.storage import parse_json
