@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.splits import open_split
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts
 from lm.decoding.sampling import Sampling
 from lm.evaluation.loss import evaluate_loss

@@ -23,7 +23,7 @@ from lm.config.registries import OBJECTIVES
 from lm.config.rules import data_problems
 from lm.data.batches import Batches, MakeFeatures, all_in_order, shuffle_and_mix
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
-from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary
+from lm.data.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
 from lm.models.attention import AttentionChoice, choose_attention
 from lm.models.transformer_config import make_model

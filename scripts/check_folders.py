@@ -354,7 +354,7 @@ def compare(folder, run):
     import torch
     import transformers
 
-    from lm.data.tokenizers.tokenizer import load_saved_tokenizer
+    from lm.data.tokenizer import load_saved_tokenizer
     from lm.interop import huggingface
 
     if (run / "tokenizer").is_dir():

@@ -33,9 +33,9 @@ import torch
 import transformers as t
 
 from lm.cli import main as run_lm
+from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.hf import BYTE_CHARACTERS
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.interop.tokenizer_files import write_tokenizer
 
 DECODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

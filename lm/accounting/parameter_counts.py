@@ -10,7 +10,7 @@ import jax
 
 from lm import config as configs
 from lm.accounting.flops import stream_tokens, tokens_per_row, used_share
-from lm.data.tokenizers.tokenizer import is_fitted
+from lm.data.tokenizer import is_fitted
 from lm.experiment import Experiment, build_untraced
 from lm.models.variables import Kind, Role, flat
 

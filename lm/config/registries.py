@@ -14,7 +14,7 @@ from lm.config.registry import Entry, Registry, Schema, option
 # --- data
 
 _DOCUMENTS, _RECORDS = ("documents",), ("records",)
-_RECORD_FILES = "lm.data.records.records"
+_RECORD_FILES = "lm.data.records"
 
 SOURCES = Registry(
     "data source",
@@ -59,7 +59,7 @@ TOKENIZERS = Registry(
         ),
         "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer", forms=("gpt2:DIR",)),
         "folder": Entry("lm.data.tokenizers.folder:FolderTokenizer", forms=("folder:DIR",)),
-        "run": Entry("lm.data.tokenizers.tokenizer:SavedTokenizer", forms=("run:WORKDIR",)),
+        "run": Entry("lm.data.tokenizer:SavedTokenizer", forms=("run:WORKDIR",)),
     },
     is_choice=False,
 )

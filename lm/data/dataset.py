@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lm.config.registry import listed
 from lm.data.sources import Corpus, find_source, has_validation, open_corpus
 from lm.data.store import TokenStore, build_token_store
-from lm.data.tokenizers.tokenizer import Tokenizer, is_fitted, make_tokenizer
+from lm.data.tokenizer import Tokenizer, is_fitted, make_tokenizer
 from lm.storage import cache_directory
 
 if TYPE_CHECKING:  # imported only where a task is trained
-    from lm.data.records.record_store import RecordStore
-    from lm.data.records.records import Records
+    from lm.data.record_store import RecordStore
+    from lm.data.records import Records
 
 Store: TypeAlias = "TokenStore | RecordStore"
 Source: TypeAlias = "Corpus | Records"
@@ -86,7 +86,7 @@ def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
 def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
     """Open a split of each source, of documents or of records."""
     if records:
-        from lm.data.records.records import open_records
+        from lm.data.records import open_records
 
         return tuple(open_records(spec, data, split) for spec in specs)
     return tuple(open_corpus(spec, data, split) for spec in specs)
@@ -118,7 +118,7 @@ def _corpora(sources: tuple[Any, ...], records: bool) -> tuple[Corpus, ...]:
     """Return the corpora that a tokenizer is fitted to."""
     if not records:
         return sources
-    from lm.data.records.records import RecordTexts
+    from lm.data.records import RecordTexts
 
     return tuple(RecordTexts(source) for source in sources)
 
@@ -137,7 +137,7 @@ def build_store(
     """
     cache = cache_directory(data)
     if records:
-        from lm.data.records.record_store import build_record_store
+        from lm.data.record_store import build_record_store
 
         return build_record_store(source, tokenizer, cache, progress)
     return build_token_store(source, tokenizer, cache, data.workers, progress)

@@ -14,7 +14,7 @@ from lm.data.sources import Chunk, Corpus, cut_document
 from lm.errors import UserError
 
 if TYPE_CHECKING:
-    from lm.data.records.record_store import RecordStore
+    from lm.data.record_store import RecordStore
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from lm.config.registry import listed
 from lm.data.dataset import Store, build_store, holds_out_records, open_sources, open_validation
 from lm.data.held_out import split_records
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.data.files import read_lines
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.beam import BeamOptions, DecodingCache, beam_search
 from lm.decoding.controls import UNSET, Controls
 from lm.decoding.prompts import (

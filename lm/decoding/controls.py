@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.objectives.special_tokens import special_tokens
 
 UNSET = -1  # in a buffer of new tokens: not written yet

@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm.data.files import read_lines
-from lm.data.records.records import Row, read_jsonl_rows
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.records import Row, read_jsonl_rows
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import numpy as np
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.special_tokens import special_tokens
 

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from lm.config.registries import METRICS
-from lm.data.records.records import split_words
+from lm.data.records import split_words
 from lm.errors import UserError, missing_package
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lm.data.store import TokenStore
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 
 _PLACES, _TOKENS = 8, 2000  # of a sample from each store
 # Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer; Korean has spaces.

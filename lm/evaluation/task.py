@@ -14,7 +14,7 @@ import numpy as np
 
 from lm.config.registry import listed
 from lm.data.batches import prefetch
-from lm.data.records.record_store import RecordStore
+from lm.data.record_store import RecordStore
 from lm.decoding.batch import decode_best
 from lm.decoding.beam import BeamOptions
 from lm.decoding.generation import text_after

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.data.files import read_lines
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
 from lm.config.registry import listed, listing
+from lm.data.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
-from lm.data.tokenizers.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.errors import UserError, missing_package
 from lm.experiment import resolve
 from lm.interop.huggingface import class_labels, save

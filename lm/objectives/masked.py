@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from lm.data.batches import Arrays, Example, Examples
 from lm.data.store import TokenStore, TokenWindows, token_windows
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.words import word_starts
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy, token_loss

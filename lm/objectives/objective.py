@@ -19,9 +19,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Examples
-from lm.data.records.record_store import Record, RecordStore
+from lm.data.record_store import Record, RecordStore
 from lm.data.store import TokenStore
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 Batch = Mapping[str, jax.Array]

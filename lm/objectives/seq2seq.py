@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
-from lm.data.records.record_store import Packs, Record, RecordStore, pack_records
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.record_store import Packs, Record, RecordStore, pack_records
+from lm.data.tokenizer import Tokenizer
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Reference, Shapes
 from lm.objectives.special_tokens import SpecialTokens, special_tokens

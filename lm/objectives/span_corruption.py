@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore, TokenWindows, token_windows
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes

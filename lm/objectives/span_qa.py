@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
-from lm.data.records.record_store import Record, RecordStore
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.record_store import Record, RecordStore
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm.data.tokenizers.tokenizer import Template, Tokenizer
+from lm.data.tokenizer import Template, Tokenizer
 
 _NO_TEMPLATE = Template()
 

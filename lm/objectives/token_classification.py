@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from lm.config.registry import listed
 from lm.data.batches import Arrays
-from lm.data.records.record_store import Record, RecordStore
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.record_store import Record, RecordStore
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.classification import checked_labels
 from lm.objectives.losses import cross_entropy

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.data.tokenizers.tokenizer import Tokenizer, load_saved_tokenizer
+from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state

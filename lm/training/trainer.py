@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from lm.accounting.flops import model_flops_per_token, peak_flops, tokens_per_row
 from lm.data.batches import prefetch
 from lm.data.dataset import Dataset
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build_with_data, check
 from lm.models.variables import flat

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.records.record_store import tokenize_with_offsets
+from lm.data.record_store import tokenize_with_offsets
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.words import WordTokenizer

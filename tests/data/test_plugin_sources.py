@@ -26,7 +26,7 @@ from lm.config.registries import SOURCES, TOKENIZERS
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files
 from lm.data.sources import DocumentSource, RecordSource, Row, cut_document
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 
 
 @SOURCES.register("columnar")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lm.data.records.record_store import pack_records
+from lm.data.record_store import pack_records
 
 
 @st.composite

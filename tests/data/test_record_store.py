@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.records.record_store import build_record_store
-from lm.data.records.records import open_records
+from lm.data.record_store import build_record_store
+from lm.data.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError

@@ -3,8 +3,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from lm.data.records.records import RecordTexts, open_records
-from lm.data.tokenizers.tokenizer import make_tokenizer
+from lm.data.records import RecordTexts, open_records
+from lm.data.tokenizer import make_tokenizer
 from lm.errors import UserError
 
 ROWS = "sentence\tlabel\tid\ngood film \t1\t7\nbad\t 0 \t8\n"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
 from lm.data.tokenizers.tiktoken_file import LLAMA3_TOKENS, tiktoken_definition
-from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.errors import UserError
 
 pytest.importorskip("tokenizers")

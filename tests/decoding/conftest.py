@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lm.config import default, set_value
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.experiment import build
 
 

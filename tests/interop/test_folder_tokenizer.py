@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.cli import main
+from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
-from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.interop.tokenizer_files import read_tokenizer
 from lm.objectives.special_tokens import special_tokens
 

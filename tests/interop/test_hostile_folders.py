@@ -8,8 +8,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.characters import CharTokenizer
-from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.interop.tensor_files import read_tensors

@@ -10,8 +10,8 @@ from hf_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
 from lm.cli import main
 from lm.data.batches import to_device
 from lm.data.splits import open_split
+from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.characters import CharTokenizer
-from lm.data.tokenizers.tokenizer import load_saved_tokenizer
 from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer

@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 
 from lm.config import default
-from lm.data.records.record_store import build_record_store
-from lm.data.records.records import open_records
+from lm.data.record_store import build_record_store
+from lm.data.records import open_records
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_lines, read_text, tell_once
-from lm.data.records.records import RowFiles, read_jsonl_rows
+from lm.data.records import RowFiles, read_jsonl_rows
 from lm.data.sources import Chunk, DocumentSource, Row, cut_document
 from lm.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.storage import parse_json
 

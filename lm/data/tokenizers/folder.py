@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lm.data.files import find_file
+from lm.data.tokenizer import Template, Tokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer, package_errors, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tiktoken_file import LLAMA3_TOKENS, is_tiktoken, tiktoken_definition
-from lm.data.tokenizers.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 

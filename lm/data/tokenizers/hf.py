@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lm.data.files import find_file
-from lm.data.tokenizers.tokenizer import Template, Tokenizer
+from lm.data.tokenizer import Template, Tokenizer
 from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 

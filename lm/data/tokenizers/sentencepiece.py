@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 
 from lm.data.files import find_file
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 # SentencePiece writes a space as this character, so its own occurrences need spelling in bytes.

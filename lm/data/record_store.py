@@ -17,9 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lm.data.records.records import TEXT_COLUMNS, Fields, Records
+from lm.data.records import TEXT_COLUMNS, Fields, Records
 from lm.data.store import map_array, require_checksums, store_checksums
-from lm.data.tokenizers.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.progress import track
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
