@@ -41,7 +41,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.config.registry import listed
-    from lm.data.sources import open_corpus
+    from lm.data.dataset import open_corpus
     from lm.data.tokenizers.sentencepiece import train_sentencepiece
 
     config = configs.default()

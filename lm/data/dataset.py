@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lm.config.registry import listed
-from lm.data.sources import Corpus, find_source, has_validation, open_corpus
+from lm.data.sources import Corpus, find_source
 from lm.data.store import TokenStore, build_token_store
 from lm.data.tokenizer import Tokenizer, is_fitted, make_tokenizer
+from lm.errors import UserError
 from lm.storage import cache_directory
 
 if TYPE_CHECKING:  # imported only where a task is trained
@@ -99,6 +100,48 @@ def open_validation(data: Any, records: bool) -> tuple[Source, ...]:
     has_split = _has_validation_records if records else has_validation
     specs = [spec for spec in listed(data.source) if has_split(spec, data)]
     return open_sources(specs, data, "validation", records)
+
+
+def has_validation(spec: str, data: Any) -> bool:
+    """Return whether `open_corpus(spec, data, "validation")` has documents to validate on."""
+    cls, argument = find_source(spec, "documents")
+    return bool(data.validation_fraction) or cls.has_validation_split(argument, data)
+
+
+def open_corpus(spec: str, data: Any, split: str) -> Corpus:
+    """Open a split of one source of documents.
+
+    A source without a validation split of its own gives `data.validation_fraction` of it to
+    "validation" and the rest to "train". With a `data.validation_source` nothing is held out, and
+    such a source is whole under either name.
+
+    Args:
+        spec: NAME or NAME:ARGUMENT.
+        data: section `data` of the configuration.
+        split: "train", "validation", or "test": all of a source that has no splits of its own,
+            and the validation split of one that has.
+
+    Raises:
+        UserError: the source is unknown, missing or empty, or has no such split.
+    """
+    cls, argument = find_source(spec, "documents")
+    has_own = cls.has_validation_split(argument, data)
+    hold_out = split != "test" and bool(data.validation_fraction) and not data.validation_source
+    if split == "validation" and not (data.validation_source or hold_out or has_own):
+        raise UserError(
+            f"{spec} has no validation split: set --config.data.validation_source "
+            "or --config.data.validation_fraction"
+        )
+    hold_out = hold_out and not has_own
+    own_split = "train" if hold_out or split == "train" else "validation"
+    corpus: Corpus = cls(argument, data, own_split)
+    if next(corpus.chunks(), None) is None:
+        raise UserError(f"{spec} holds no text")
+    if not hold_out:
+        return corpus
+    from lm.data.held_out import HeldOut
+
+    return HeldOut(corpus, data.validation_fraction, split)
 
 
 def _has_validation_records(spec: str, data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Sources of text: the interface that a source implements, and opening the sources of a config.
+"""Sources of text: the interface that a source implements, and finding the class of a source.
 
 `--config.data.source` is a list of NAME or NAME:ARGUMENT. NAME is a class of the registry SOURCES
 that derives from `DocumentSource` (documents to pretrain on), from `RecordSource` (records of a
@@ -174,48 +174,6 @@ def find_source(spec: str, kind: str) -> tuple[type[Any], str]:
     if not (isinstance(cls, type) and issubclass(cls, _Source)):
         raise UserError(f"data source {name!r}: derive {cls} from DocumentSource or RecordSource")
     return cls, argument
-
-
-def has_validation(spec: str, data: Any) -> bool:
-    """Return whether `open_corpus(spec, data, "validation")` has documents to validate on."""
-    cls, argument = find_source(spec, "documents")
-    return bool(data.validation_fraction) or cls.has_validation_split(argument, data)
-
-
-def open_corpus(spec: str, data: Any, split: str) -> Corpus:
-    """Open a split of one source of documents.
-
-    A source without a validation split of its own gives `data.validation_fraction` of it to
-    "validation" and the rest to "train". With a `data.validation_source` nothing is held out, and
-    such a source is whole under either name.
-
-    Args:
-        spec: NAME or NAME:ARGUMENT.
-        data: section `data` of the configuration.
-        split: "train", "validation", or "test": all of a source that has no splits of its own,
-            and the validation split of one that has.
-
-    Raises:
-        UserError: the source is unknown, missing or empty, or has no such split.
-    """
-    cls, argument = find_source(spec, "documents")
-    has_own = cls.has_validation_split(argument, data)
-    hold_out = split != "test" and bool(data.validation_fraction) and not data.validation_source
-    if split == "validation" and not (data.validation_source or hold_out or has_own):
-        raise UserError(
-            f"{spec} has no validation split: set --config.data.validation_source "
-            "or --config.data.validation_fraction"
-        )
-    hold_out = hold_out and not has_own
-    own_split = "train" if hold_out or split == "train" else "validation"
-    corpus: Corpus = cls(argument, data, own_split)
-    if next(corpus.chunks(), None) is None:
-        raise UserError(f"{spec} holds no text")
-    if not hold_out:
-        return corpus
-    from lm.data.held_out import HeldOut
-
-    return HeldOut(corpus, data.validation_fraction, split)
 
 
 def cut_document(parts: Iterable[str]) -> Iterator[Chunk]:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lm.data.sources import open_corpus
+from lm.data.dataset import open_corpus
 from lm.errors import UserError
 
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.config import default
+from lm.data.dataset import open_corpus
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_text
 from lm.data.records import open_records
-from lm.data.sources import open_corpus
 from lm.data.store import build_token_store
 from lm.data.tokenizers.characters import ByteTokenizer
 from lm.errors import UserError

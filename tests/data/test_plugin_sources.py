@@ -11,8 +11,7 @@ from plugins import forget_plugins
 import lm.data.store
 from lm import config as configs
 from lm.cli import main
-from lm.data.dataset import open_dataset, open_tokenizer
-from lm.data.sources import has_validation
+from lm.data.dataset import has_validation, open_dataset, open_tokenizer
 from lm.data.splits import open_split
 from lm.errors import UserError
 

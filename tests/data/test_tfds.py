@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lm.data.sources import has_validation, open_corpus
+from lm.data.dataset import has_validation, open_corpus
 from lm.errors import UserError
 
 TEXTS = {

@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.dataset import open_tokenizer
-from lm.data.sources import open_corpus
+from lm.data.dataset import open_corpus, open_tokenizer
 from lm.data.store import build_token_store
 from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
