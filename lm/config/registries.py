@@ -47,9 +47,9 @@ TOKENIZERS = Registry(
     ("data.tokenizer",),
     "data",
     {
-        "byte": Entry("lm.data.tokenizers.characters:ByteTokenizer", forms=("byte",)),
-        "char": Entry("lm.data.tokenizers.characters:CharTokenizer", forms=("char",)),
-        "words": Entry("lm.data.tokenizers.words:WordTokenizer", forms=("words", "words:FILE")),
+        "byte": Entry("lm.data.tokenizers.basic:ByteTokenizer", forms=("byte",)),
+        "char": Entry("lm.data.tokenizers.basic:CharTokenizer", forms=("char",)),
+        "words": Entry("lm.data.tokenizers.basic:WordTokenizer", forms=("words", "words:FILE")),
         "sentencepiece": Entry(
             "lm.data.tokenizers.sentencepiece:SentencePieceTokenizer",
             forms=("sentencepiece", "sentencepiece:FILE.model"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from lm.data.files import read_lines
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
 from lm.evaluation.scores import spearman

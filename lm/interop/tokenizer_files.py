@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.data.tokenizers.hf import BYTE_CHARACTERS, Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer

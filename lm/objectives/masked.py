@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 from lm.data.batches import Arrays, Example, Examples
 from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.words import word_starts
+from lm.data.tokenizers.basic import word_starts
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy, token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes

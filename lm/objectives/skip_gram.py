@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import WordTokenizer
 from lm.errors import UserError
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
 

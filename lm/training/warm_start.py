@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lm.config.patterns import rename_rules
 from lm.data.files import find_file
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment

@@ -15,7 +15,7 @@ from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_text
 from lm.data.records import open_records
 from lm.data.store import build_token_store
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.record_store import tokenize_with_offsets
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizers.words import WordTokenizer
 
 
 def words_of(text):

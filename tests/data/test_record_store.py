@@ -5,8 +5,7 @@ import pytest
 
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lm.errors import UserError
 
 

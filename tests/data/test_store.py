@@ -18,7 +18,7 @@ import lm.data.store
 import lm.progress
 from lm.data.sources import Chunk, cut_document
 from lm.data.store import build_token_store
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from lm.errors import UserError
 
@@ -205,7 +205,7 @@ import itertools
 import numpy as np
 from lm.data.sources import cut_document
 from lm.data.store import encode_chunks
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.data.tokenizing_pool import encode_in_processes
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 import lm.data.tokenizers.sentencepiece
 from lm.data.dataset import open_tokenizer
 from lm.data.tokenizer import load_saved_tokenizer
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 
 TRAINING = [inspect.getsource(json.encoder), "\tif größer:\n" * 9, inspect.getsource(json.decoder)]

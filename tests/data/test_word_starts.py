@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer, word_starts
 from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.data.tokenizers.words import WordTokenizer, word_starts
 
 
 def test_every_kind_of_vocabulary_says_where_words_start():

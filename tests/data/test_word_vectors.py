@@ -3,7 +3,7 @@ import gzip
 import numpy as np
 import pytest
 
-from lm.data.tokenizers.characters import CharTokenizer
+from lm.data.tokenizers.basic import CharTokenizer
 from lm.data.word_vectors import (
     WordVectors,
     load_vectors,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lm.data.dataset import open_corpus, open_tokenizer
 from lm.data.store import build_token_store
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import WordTokenizer
 from lm.errors import UserError
 
 TEXT = "the cat saw the dog\n\n <unk> saw <unk> the  end\n"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.decoding import generation
 from lm.decoding.generation import (

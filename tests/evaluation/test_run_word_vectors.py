@@ -2,8 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.data.tokenizers.characters import ByteTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.data.word_vectors import WordVectors
 from lm.errors import UserError
 from lm.evaluation.word_scores import score_word_vectors, trained_word_vectors

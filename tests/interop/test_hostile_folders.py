@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.tokenizer import load_saved_tokenizer
-from lm.data.tokenizers.characters import CharTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import CharTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.interop.tensor_files import read_tensors
 from lm.interop.tokenizer_files import read_tokenizer

@@ -11,7 +11,7 @@ from lm.cli import main
 from lm.data.batches import to_device
 from lm.data.splits import open_split
 from lm.data.tokenizer import load_saved_tokenizer
-from lm.data.tokenizers.characters import CharTokenizer
+from lm.data.tokenizers.basic import CharTokenizer
 from lm.experiment import build as build_experiment
 from lm.interop import huggingface
 from lm.interop.tokenizer_files import write_tokenizer

@@ -12,10 +12,9 @@ from hf_models import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lm.data.tokenizers.hf import Gpt2Tokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from lm.data.tokenizers.words import WordTokenizer
 from lm.errors import UserError
 from lm.interop.tokenizer_files import read_tokenizer, write_tokenizer
 

@@ -8,7 +8,7 @@ import scipy.special
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.models.encoder import Encoder
 from lm.models.transformer_config import TransformerConfig

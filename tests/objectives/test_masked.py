@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.errors import UserError
 from lm.objectives.masked import Masked

@@ -9,7 +9,7 @@ import pytest
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
-from lm.data.tokenizers.characters import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.models.classic.lstm import RecurrentConfig
 from lm.models.classic.recurrent import LstmEncoderDecoder

@@ -12,8 +12,7 @@ import scipy.special
 import scipy.stats
 
 from lm.data.store import Manifest, TokenStore
-from lm.data.tokenizers.characters import ByteTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.evaluation.word_scores import trained_word_vectors
 from lm.experiment import build_with_data

@@ -6,7 +6,7 @@ import pytest
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import WordTokenizer
 from lm.objectives.span_qa import SpanQa, best_span
 from lm.objectives.special_tokens import SpecialTokens
 

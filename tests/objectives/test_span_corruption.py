@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.tokenizers.characters import ByteTokenizer, CharTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError

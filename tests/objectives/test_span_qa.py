@@ -9,8 +9,7 @@ import scipy.special
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
-from lm.data.tokenizers.characters import ByteTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.objectives.span_qa import SpanQa, answer_tokens
 from lm.objectives.special_tokens import SpecialTokens, special_tokens

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from lm.config import default
 from lm.data.record_store import build_record_store, tokenize_words
 from lm.data.records import open_records
-from lm.data.tokenizers.characters import ByteTokenizer
-from lm.data.tokenizers.words import WordTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.objectives.special_tokens import SpecialTokens
 from lm.objectives.token_classification import TokenClassification
