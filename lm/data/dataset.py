@@ -126,13 +126,13 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     """
     cls, argument = find_source(spec, "documents")
     has_own = cls.has_validation_split(argument, data)
-    hold_out = split != "test" and bool(data.validation_fraction) and not data.validation_source
+    whole = split == "test" or has_own or data.validation_source
+    hold_out = not whole and bool(data.validation_fraction)
     if split == "validation" and not (data.validation_source or hold_out or has_own):
         raise UserError(
             f"{spec} has no validation split: set --config.data.validation_source "
             "or --config.data.validation_fraction"
         )
-    hold_out = hold_out and not has_own
     own_split = "train" if hold_out or split == "train" else "validation"
     corpus: Corpus = cls(argument, data, own_split)
     if next(corpus.chunks(), None) is None:

@@ -164,7 +164,12 @@ def _decode(
     except UnicodeDecodeError as error:
         kept_back = len(error.object) - len(chunk)
         offset = consumed - kept_back + error.start
-        raise UserError(f"{path}: not UTF-8 at byte {offset}: convert the file first") from error
+        raise not_utf8(path, offset) from error
+
+
+def not_utf8(path: Path, offset: int) -> UserError:
+    """Return the error of a (decompressed) file that is not UTF-8 at a byte."""
+    return UserError(f"{path}: not UTF-8 at byte {offset}: convert the file first")
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, zip_longest
@@ -89,7 +89,7 @@ class Records:
                     raise UserError(f"{message}: {advice}") from bad
                 report(message)
             else:
-                yield record, row.where
+                yield record, str(row.where)
                 empty = False
         if empty:
             raise UserError(f"{self.name} holds no usable record")
@@ -397,12 +397,17 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool
 
 def read_jsonl_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file with one JSON object a line."""
-    for number, line in _numbered(path):
+    return jsonl_rows((f"{path}:{number}", line) for number, line in _numbered(path))
+
+
+def jsonl_rows(lines: Iterable[tuple[object, str]]) -> Iterator[Row]:
+    """Yield the rows of lines with one JSON object each, given with their places."""
+    for where, line in lines:
         if line.strip():
-            yield _object(f"{path}:{number}", line)
+            yield _object(where, line)
 
 
-def _object(where: str, line: str) -> Row:
+def _object(where: object, line: str) -> Row:
     try:
         line.encode()
         values = parse_json(line, where, object)
@@ -478,11 +483,12 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             number += 1
-            yield number, _decode(line, number, path)
+            yield number, decode_line(line, number == 1, path)
     if rest:
-        yield number + 1, _decode(rest, number + 1, path)
+        yield number + 1, decode_line(rest, number == 0, path)
 
 
-def _decode(line: bytes, number: int, path: Path) -> str:
+def decode_line(line: bytes, first: bool, path: Path) -> str:
+    """Return the text of a line, the first of its file or another; see `_numbered`."""
     text = line.decode("utf-8", "surrogateescape")
-    return without_mark(text, path) if number == 1 else text
+    return without_mark(text, path) if first else text

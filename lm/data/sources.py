@@ -21,7 +21,8 @@ task), or from both. A class of your own, in a file that your experiment file im
                 for text in read_column(path, self.column):
                     yield from cut_document([text])
 
-Sources are read in the main process only; worker processes get chunks of text.
+A large source is read part by part (`parts`), each in a worker process; any other in the main
+process only, and worker processes get chunks of text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from lm.config.registries import SOURCES
@@ -52,23 +53,31 @@ class Chunk(NamedTuple):
     last: bool
 
 
-class Corpus(Protocol):
-    """Documents in a fixed order, in chunks, so that a huge file streams in bounded memory."""
+class Part(Protocol):
+    """Documents in a fixed order, in chunks, so that a huge file streams in bounded memory.
+
+    A part of a source is read by a worker process, which receives it pickled. It names the file
+    that it reads as `path`, unless it reads none.
+    """
 
     @property
     def name(self) -> str:
-        """Name for messages and manifests, as in the configuration."""
+        """Name for messages and manifests; of a source, as in the configuration."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that are read, for progress bars and to divide work; None if unknown."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the documents in order; none is empty. See `cut_document`."""
+
+
+class Corpus(Part, Protocol):
+    """Source of documents, or one side of it that is trained or validated on."""
 
     @property
     def digest(self) -> str:
         """sha256 of all that determines the documents: contents, order and settings."""
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of text for the progress bar; None if unknown."""
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the documents in order; none is empty. See `cut_document`."""
 
 
 class Row(NamedTuple):
@@ -80,7 +89,7 @@ class Row(NamedTuple):
         problem: what is wrong with the row; "" if nothing is.
     """
 
-    where: str
+    where: object
     values: dict[str, Any]
     problem: str = ""
 
@@ -133,6 +142,13 @@ class DocumentSource(_Source):
     """Source of documents, a `Corpus`."""
 
     size: int | None = None
+
+    def parts(self) -> Sequence[Part]:
+        """Return parts whose documents, one part after the other, are those of the source.
+
+        What several processes tokenize at once; their names and sizes depend on the files alone.
+        """
+        return (self,)
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:

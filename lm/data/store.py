@@ -122,45 +122,48 @@ def build_token_store(
 def _write(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int, progress: bool
 ) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    n_tokens = n_documents = n_bytes = n_characters = n_words = 0
+    dtype = token_dtype(tokenizer)
+    sizes = np.zeros(5, np.int64)
     name = f"tokenizing {corpus.name}"
     bar = progress_bar(name, corpus.size, shown=progress, unit="B", unit_scale=True)
-    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "offsets.bin", "wb") as offsets:
-        with bar:
-            for block in tokenize_chunks(corpus.chunks(), tokenizer, dtype, workers):
-                tokens.write(block.tokens.tobytes())
-                offsets.write((block.starts + n_tokens).tobytes())
-                n_tokens += len(block.tokens)
-                n_documents += len(block.starts)
-                n_bytes += block.n_bytes
-                n_characters += block.n_characters
-                n_words += block.n_words
-                bar.update(block.n_bytes)
-        if n_tokens == 0:
-            raise UserError(f"{corpus.name} holds no tokens")
-        offsets.write(np.int64(n_tokens).tobytes())
-        if tokenizer.bos_id is not None and tokenizer.bos_id == tokenizer.eos_id:
+    paths = folder / "tokens.bin", folder / "offsets.bin"
+    with open(paths[0], "wb") as tokens, open(paths[1], "wb") as offsets, bar:
+        for block in tokenize_chunks(corpus.chunks(), tokenizer, dtype, workers):
+            tokens.write(block.tokens.tobytes())
+            offsets.write((block.starts + sizes[0]).tobytes())
+            sizes += block.sizes
+            bar.update(block.n_bytes)
+        offsets.write(sizes[0].tobytes())
+        if delimiter(tokenizer) is not None:
             tokens.write(np.asarray([tokenizer.bos_id], dtype).tobytes())
-            n_tokens += 1
         for file in (tokens, offsets):
             file.flush()
             os.fsync(file.fileno())
-    manifest = Manifest(
-        format=_FORMAT,
-        source=corpus.name,
-        source_digest=corpus.digest,
-        tokenizer_digest=tokenizer.digest,
-        dtype=dtype.name,
-        n_tokens=n_tokens,
-        n_documents=n_documents,
-        n_bytes=n_bytes,
-        n_characters=n_characters,
-        n_words=n_words,
-        delimiter=tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None,
-        checksums=store_checksums(folder),
-    )
+    manifest = make_manifest(corpus, tokenizer, sizes, store_checksums(folder))
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the dtype of stored tokens."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def delimiter(tokenizer: Tokenizer) -> int | None:
+    """Return the id that both starts and ends documents; None if the tokenizer has none."""
+    return tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None
+
+
+def make_manifest(
+    corpus: Corpus, tokenizer: Tokenizer, sizes: np.ndarray, checksums: dict[str, list[int]]
+) -> Manifest:
+    """Return the manifest of a store whose blocks have `sizes` in all (see `TokenBlock.sizes`)."""
+    if not sizes[0]:
+        raise UserError(f"{corpus.name} holds no tokens")
+    n_tokens, n_documents, n_bytes, n_characters, n_words = sizes.tolist()
+    n_tokens += delimiter(tokenizer) is not None
+    origin = corpus.name, corpus.digest, tokenizer.digest, token_dtype(tokenizer).name
+    totals = n_tokens, n_documents, n_bytes, n_characters, n_words
+    return Manifest(_FORMAT, *origin, *totals, delimiter(tokenizer), checksums)
 
 
 def _open(folder: Path) -> TokenStore:
@@ -223,6 +226,12 @@ class TokenBlock:
     n_characters: int
     n_words: int  # between white space
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens, documents, bytes, characters and words, in the order of `Manifest`."""
+        n_tokens, n_documents = len(self.tokens), len(self.starts)
+        return n_tokens, n_documents, self.n_bytes, self.n_characters, self.n_words
+
 
 def tokenize_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, dtype: np.dtype, workers: int
@@ -247,8 +256,7 @@ def tokenize_chunks(
     groups = chain(head, groups)
     encode = partial(encode_chunks, tokenizer, dtype)
     if workers == 1 or size <= _SMALL:
-        for group in groups:
-            yield encode(group)
+        yield from map(encode, groups)
     else:
         from lm.data.tokenizing_pool import encode_in_processes
 
@@ -358,11 +366,9 @@ class TokenWindows:
 
     @cached_property
     def _one_segment(self) -> tuple[np.ndarray, np.ndarray]:
-        segment_ids = np.ones(self.length + 1, np.int32)
         positions = np.arange(self.length + 1, dtype=np.int32)
-        for shared in (segment_ids, positions):
-            shared.flags.writeable = False
-        return segment_ids, positions
+        positions.flags.writeable = False
+        return np.broadcast_to(np.int32(1), positions.shape), positions
 
     def _documents(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return segment ids and positions of tokens [start, end) of the store."""
@@ -402,9 +408,8 @@ def token_windows(
     """
     examples = TokenWindows(store, length, stride, isolate, drop_remainder)
     if not len(examples):
-        n_tokens = len(store.tokens)
         raise UserError(
-            f"{store.manifest.source} has {n_tokens} tokens, too few for one window of "
+            f"{store.manifest.source} has {store.n_tokens} tokens, too few for one window of "
             f"{length} + 1: use more text or a smaller --config.data.sequence_length"
         )
     return examples

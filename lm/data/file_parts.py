@@ -1,0 +1,157 @@
+"""Parts of sources of files, which several processes read at once: files, and ranges of lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm.data.sources import Chunk, Part
+from lm.errors import UserError
+
+RANGE = 2**28  # bytes of a range, about
+_BLOCK = 2**24
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """One file of a source.
+
+    Attributes:
+        source: the source; its method `of_file(path)` returns the source of one file alone.
+        path: the file.
+        size: bytes of the file.
+    """
+
+    source: Any
+    path: Path
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def chunks(self) -> Iterator[Chunk]:
+        return self.source.of_file(self.path).chunks()
+
+
+class Line(NamedTuple):
+    """Line of a file.
+
+    Attributes:
+        number: number in its range, from 1.
+        start: its first byte in the file.
+        content: its bytes, without the newline.
+    """
+
+    number: int
+    start: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class LineRange:
+    """Lines of a file that begin in a range of its bytes, as a part of a source.
+
+    Attributes:
+        read: makes chunks of the lines of a range; it can be pickled.
+        path: the file.
+        start: first byte of the range.
+        stop: byte after the last one.
+    """
+
+    read: Callable[[LineRange], Iterator[Chunk]]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}[{self.start}:{self.stop}]"
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def chunks(self) -> Iterator[Chunk]:
+        return self.read(self)
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the lines.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                place = max(self.start - 1, 0)
+                file.seek(place)
+                if self.start:
+                    place += len(file.readline())  # of the range before
+                number = 0
+                while place < self.stop and (line := file.readline()):
+                    number += 1
+                    yield Line(number, place, line.removesuffix(b"\n"))
+                    place += len(line)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def place_of(self, line: Line) -> LinePlace:
+        """Return the place of a line for messages; its number is counted when it is printed."""
+        return LinePlace(self, line.number)
+
+    @cached_property
+    def n_lines_before(self) -> int:
+        """Lines of the file before the range."""
+        n, left = 0, self.start
+        with self.path.open("rb") as file:
+            while left and (block := file.read(min(_BLOCK, left))):
+                n, left = n + block.count(b"\n"), left - len(block)
+            if self.start:
+                file.seek(self.start - 1)
+                n += file.read(1) != b"\n"  # the line that the range begins in is not its own
+        return n
+
+
+class LinePlace(NamedTuple):
+    """FILE:LINE, printed as such."""
+
+    range: LineRange
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.range.path}:{self.range.n_lines_before + self.number}"
+
+
+def file_parts(
+    source: Any,
+    files: Iterable[Path],
+    read_range: Callable[[LineRange], Iterator[Chunk]] | None = None,
+) -> list[Part]:
+    """Return the files of a source as parts, of large files of lines ranges.
+
+    Args:
+        source: source without files (`FilePart.source`).
+        files: its files.
+        read_range: makes chunks of a range of lines; None if the files are not made of lines.
+
+    Raises:
+        UserError: a file is gone.
+    """
+    parts: list[Part] = []
+    for path in files:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        if read_range and size > RANGE and path.suffix.lower() not in _COMPRESSED:
+            n = -(-size // RANGE)
+            cuts = [size * i // n for i in range(n + 1)]
+            parts += [LineRange(read_range, path, *cut) for cut in pairwise(cuts)]
+        else:
+            parts.append(FilePart(source, path, size))
+    return parts
