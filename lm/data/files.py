@@ -1,4 +1,4 @@
-"""Files of the user: finding and reading them (plain or .gz, always UTF-8).
+"""Files of the user: finding and reading them (plain or compressed, always UTF-8).
 
 A byte order mark is left out everywhere, and a file that changes while it is read is noticed.
 """
@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import codecs
 import glob
-import gzip
+import io
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.data.compression import Decompressed, compression_of, refuse_compressed
 from lm.data.file_digests import forget_file, require_unchanged
 from lm.errors import UserError
 
 _CHUNK = 2**20
 
-
-# How files start that are compressed otherwise than the endings .gz and .GZ say.
-_MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2"}
-_MAGIC |= {b"PK\x03\x04": "zip"}
 
 _told: set[tuple[str, Path]] = set()
 
@@ -178,26 +174,33 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     Raises:
         UserError: it cannot be read, or changed since it was hashed.
     """
-    compressed = path.suffix.lower() == ".gz"
     try:
-        start = b"" if compressed else None
-        with gzip.open(path) if compressed else open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
-                if start is None:
-                    start = chunk[:10]
-                    _refuse_compressed(path, start)
                 yield chunk
         require_unchanged(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
-    for magic, name in _MAGIC.items():
-        if start.startswith(magic):
-            raise UserError(f"{path}: compressed ({name}): decompress it, or use gzip and .gz")
+def open_file(path: Path) -> io.BufferedIOBase:
+    """Open a file to read its bytes in order, decompressed by its ending (`compression.ENDINGS`).
+
+    Raises:
+        UserError: the content is compressed otherwise than the ending says; from `read`, also that
+            it is damaged or cut.
+        OSError: it cannot be opened.
+    """
+    file = open(path, "rb")  # noqa: SIM115  # closed by the caller
+    kind = compression_of(path)
+    if kind:
+        return Decompressed(file, kind, path)
+    try:
+        refuse_compressed(file.peek(10), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -257,7 +257,7 @@ class RecordTexts:
 
 
 class RowFiles(RecordSource):
-    """Files of rows, plain or .gz; PATH may be a glob.
+    """Files of rows, plain or compressed; PATH may be a glob.
 
     Attributes:
         files: the files that are read side by side: two of parallel text, else one.

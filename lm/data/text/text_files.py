@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lm.data.compression import compression_of
 from lm.data.file_digests import hash_files
 from lm.data.file_parts import Line, LineRange, file_parts
 from lm.data.files import find_files, not_utf8, read_lines, read_text, tell_once, without_mark
@@ -17,7 +18,7 @@ from lm.errors import UserError
 
 
 class TextFiles(DocumentSource):
-    """Text files, plain or .gz.
+    """Text files, plain or compressed.
 
     A document is a whole file (`data.documents` "file") or each line that is not blank ("line").
     """
@@ -33,7 +34,7 @@ class TextFiles(DocumentSource):
 
     @property
     def size(self) -> int | None:  # type: ignore[override]
-        if any(path.suffix.lower() == ".gz" for path in self.files):
+        if any(map(compression_of, self.files)):
             return None
         return sum(path.stat().st_size for path in self.files)
 
