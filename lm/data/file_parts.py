@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm.data.compression import compression_of
 from lm.data.sources import Chunk, Part
 from lm.errors import UserError
 
 RANGE = 2**28  # bytes of a range, about
 _BLOCK = 2**24
-_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def file_parts(
             size = path.stat().st_size
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        if read_range and size > RANGE and path.suffix.lower() not in _COMPRESSED:
+        if read_range and size > RANGE and not compression_of(path):
             n = -(-size // RANGE)
             cuts = [size * i // n for i in range(n + 1)]
             parts += [LineRange(read_range, path, *cut) for cut in pairwise(cuts)]
