@@ -1,30 +1,100 @@
-"""Digests of the user's files, and noticing that a file changed since it was hashed."""
+"""Digests of the user's files, remembered from start to start; noticing that a file changes.
+
+The cache has a file `digests.jsonl`: a line a file, of its path, its state (times, size, identity)
+and the sha256 of its content, which is trusted as long as the state stays. Processes append whole
+lines; a line that a killed process cut is left out.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lm.errors import UserError
 
+State = tuple[int, ...]
+
+_NAME = "digests.jsonl"
+# A file may change twice within the resolution of its times: one as new as this is hashed again.
+_RACY_NS = 2 * 10**9
+_SPARE_LINES = 1000  # that are out of date, before the file is written anew
+
 # State of the files when they were hashed, to notice that one changes while it is read.
-_hashed: dict[Path, tuple[int, ...]] = {}
+_hashed: dict[Path, State] = {}
+_cache: Callable[[], Path] | None = None
+_by_identity = False
+
+
+def use_cache(folder: Callable[[], Path]) -> None:
+    """Remember digests in a folder, which is asked for when the first file is hashed."""
+    global _cache
+    _cache = folder
 
 
 def hash_files(files: Iterable[Path], *settings: str) -> str:
     """Return the sha256 of the settings and of each file's name and bytes, in order."""
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
-        try:
-            _hashed[path] = _state(path)
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        content = _identity(path) if _by_identity else file_digest(path)
         total.update(os.fsencode(path.name) + f"\0{content}\n".encode())
     return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file's content, which is read unless its digest is remembered.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        state = _hashed[path] = file_state(path)
+        if known := known_digest(path, state):
+            return known
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    remember_digest(path, state, content)
+    return content
+
+
+def known_digest(path: Path, state: State) -> str | None:
+    """Return the digest that is remembered of a file in a state; None if there is none."""
+    digests = _opened()
+    return digests.find(path, state) if digests else None
+
+
+def remember_digest(path: Path, state: State, digest: str) -> None:
+    """Remember the digest of a file, unless it changed since, or so lately that it may again."""
+    digests = _opened()
+    if digests and not _is_racy(state) and file_state(path) == state:
+        digests.add(path, state, digest)
+
+
+@contextmanager
+def by_identity() -> Iterator[None]:
+    """Let `hash_files` take sizes and modification times in place of contents, without reading."""
+    global _by_identity
+    _by_identity = True
+    try:
+        yield
+    finally:
+        _by_identity = False
+
+
+def _identity(path: Path) -> str:
+    """Return size and modification time, the same for copies on several hosts."""
+    try:
+        state = file_state(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    mtime, _, size, _ = state
+    return file_digest(path) if _is_racy(state) else f"{size} bytes of {mtime}"
 
 
 def forget_file(path: Path) -> None:
@@ -32,13 +102,103 @@ def forget_file(path: Path) -> None:
     _hashed.pop(path, None)
 
 
-def require_unchanged(path: Path) -> None:
-    """Raise UserError if a file has changed since it was hashed."""
-    if _hashed.get(path, state := _state(path)) != state:
+def require_unchanged(path: Path, since: State | None = None) -> None:
+    """Raise UserError if a file has changed since a state, by default since it was hashed."""
+    state = file_state(path)
+    if (since or _hashed.get(path, state)) != state:
         raise UserError(f"{path}: changed while it was read: start again when it is complete")
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def file_state(path: Path) -> State:
     """Return what changes whenever a file does: its times, size and identity."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+def _is_racy(state: State) -> bool:
+    return time.time_ns() - state[0] < _RACY_NS
+
+
+# --- the file of digests
+
+
+class _DigestFile:
+    def __init__(self, path: Path):
+        self._path = path
+        self._known: dict[str, tuple[State, str]] = {}
+        self._identity, self._read, self._n_lines = 0, 0, 0
+
+    def find(self, path: Path, state: State) -> str | None:
+        key = os.path.abspath(path)
+        if self._known.get(key, ((), ""))[0] != state:
+            self._read_on()  # what other processes added
+        known = self._known.get(key)
+        return known[1] if known and known[0] == state else None
+
+    def add(self, path: Path, state: State, digest: str) -> None:
+        key = os.path.abspath(path)
+        self._known[key] = state, digest
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _append(self._path, f"\n{json.dumps([key, state, digest])}\n".encode())
+        except OSError:
+            pass  # on a disk that is full or read-only files are hashed at every start
+
+    def _read_on(self) -> None:
+        """Read the lines from where the last reading ended."""
+        try:
+            with open(self._path, "rb") as file:
+                if (identity := os.fstat(file.fileno()).st_ino) != self._identity:
+                    self._identity, self._read, self._n_lines = identity, 0, 0
+                file.seek(self._read)
+                content = file.read()
+        except OSError:
+            return
+        whole = content.rpartition(b"\n")[0]
+        self._read += len(whole)
+        lines = whole.split(b"\n")
+        for line in lines:
+            if entry := _parsed(line):
+                self._known[entry[0]] = entry[1], entry[2]
+                self._n_lines += 1
+        if self._n_lines > 2 * len(self._known) + _SPARE_LINES:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Write the file without the lines that are out of date; one being added may be lost."""
+        temporary = self._path.with_name(f".{_NAME}.{os.getpid()}")
+        lines = (json.dumps([key, *entry]) for key, entry in self._known.items())
+        try:
+            temporary.write_text("\n".join([*lines, ""]))
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+def _append(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(line: bytes) -> tuple[str, State, str] | None:
+    """Return path, state and digest of a line; None if it is not whole."""
+    try:
+        path, state, digest = json.loads(line)
+        if isinstance(path, str) and len(digest) == 64 and all(type(n) is int for n in state):
+            return path, tuple(state), digest
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return None
+
+
+_files: dict[Path, _DigestFile] = {}
+
+
+def _opened() -> _DigestFile | None:
+    if _cache is None:
+        return None
+    path = _cache() / _NAME
+    return _files.setdefault(path, _DigestFile(path))

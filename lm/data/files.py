@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.compression import Decompressed, compression_of, refuse_compressed
-from lm.data.file_digests import forget_file, require_unchanged
+from lm.data.file_digests import forget_file, require_unchanged, use_cache
 from lm.errors import UserError
+from lm.storage import cache_directory
 
 _CHUNK = 2**20
 
@@ -57,6 +58,7 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
     Raises:
         UserError: there is none, or a folder cannot be read.
     """
+    use_cache(lambda: cache_directory(data))
     place = data_directory(data) / _expand(pattern)
     if os.path.isfile(place):
         found = [place]
