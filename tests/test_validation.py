@@ -88,7 +88,7 @@ WRONG = {
     "documents from records": (
         {"data.source": "tsv:x.tsv"},
         1,
-        "tsv:x.tsv holds no documents (known: stdlib, text:PATH, jsonl:PATH, tfds:NAME)",
+        "tsv:x.tsv holds no documents (known: stdlib, text:PATH, jsonl:PATH, tfds:NAME, ",
     ),
     "records from documents": (
         SEQ2SEQ | {"data.source": "stdlib"},

@@ -195,18 +195,21 @@ COMMON_KEYS: dict[str, Key] = {
     # --- data
     "data.source": Key(
         "stdlib",
-        "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, tfds:NAME. For seq2seq, "
-        "classification, span_qa and token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, "
-        "parallel:FILE|FILE, squad:FILE, conll:FILE.",
+        "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
+        "tfds:NAME. For seq2seq, classification, span_qa and token_classification one of tsv:FILE, "
+        "csv:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, parallel:FILE|FILE, squad:FILE, "
+        "conll:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
     "data.directory": Key(
         "", "Where relative paths start; empty: $LM_DATA_DIR, else the current folder.", free=True
     ),
-    "data.field": Key("text", "Field of a jsonl or TFDS record that holds the text."),
+    "data.field": Key(
+        "text", "Field or column that holds the text; dots lead into nested ones (meta.text)."
+    ),
     "data.documents": Key("file", "A text file's document.", choices=("file", "line")),
-    "data.split": Key("train", "TFDS split to train on."),
-    "data.validation_split": Key("validation", "TFDS split to validate on."),
+    "data.split": Key("train", "Split to train on, of a source with splits."),
+    "data.validation_split": Key("validation", "Split to validate on, of a source with splits."),
     "data.validation_source": Key("", "Corpora for validation, written as data.source."),
     "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),
     "data.columns": Key(

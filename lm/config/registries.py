@@ -29,6 +29,8 @@ SOURCES = Registry(
         "tfds": Entry(
             "lm.data.text.tfds_corpus:TfdsCorpus", forms=("tfds:NAME",), holds=_DOCUMENTS
         ),
+        "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
+        "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
         "tsv": Entry(f"{_RECORD_FILES}:TsvFiles", forms=("tsv:PATH",), holds=_RECORDS),
         "csv": Entry(f"{_RECORD_FILES}:CsvFiles", forms=("csv:PATH",), holds=_RECORDS),
         "parallel": Entry(

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from lm.config.registry import listed
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_bytes, without_mark
+from lm.data.row_documents import MISSING, field_value
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
 from lm.storage import parse_json
@@ -102,12 +103,13 @@ class Records:
             return _check_answers(row.values)
         record = {}
         for name, column in columns.items():
-            if column not in row.values:
+            value = field_value(row.values, column)
+            if value is MISSING:
                 problem = f"no column {column!r} (there are: {', '.join(row.values) or 'none'})"
                 if not self.source.same_columns:
                     raise _BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")
-            record[name] = _check_value(name, column, row.values[column])
+            record[name] = _check_value(name, column, value)
         if "label" in record:
             record["label"] = self._check_label(record["label"])
         if "words" in record and "context" in record:
@@ -156,12 +158,12 @@ def open_records(spec: str, data: Any, split: str = "train") -> Records:
     """
     cls, argument = find_source(spec, "records")
     source = cls(argument, data, split)
-    columns = _parse_columns(data.columns)
+    columns = parse_columns(data.columns)
     labels = tuple(listed(data.labels))
     return Records(source, columns, data.header, labels, data.bad_rows == "skip")
 
 
-def _parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     """Parse "text=sentence,label=gold" into (record column, column of the source) pairs."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     columns = {name.strip(): column.strip() for name, _, column in pairs}

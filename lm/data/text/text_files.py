@@ -11,10 +11,10 @@ from typing import Any
 from lm.data.compression import compression_of
 from lm.data.file_digests import hash_files
 from lm.data.file_parts import Line, LineRange, file_parts
-from lm.data.files import find_files, not_utf8, read_lines, read_text, tell_once, without_mark
+from lm.data.files import find_files, not_utf8, read_lines, read_text, without_mark
 from lm.data.records import RowFiles, decode_line, jsonl_rows, read_jsonl_rows
+from lm.data.row_documents import RowDocuments
 from lm.data.sources import Chunk, DocumentSource, Part, Row, cut_document
-from lm.errors import UserError
 
 
 class TextFiles(DocumentSource):
@@ -65,7 +65,7 @@ class TextFiles(DocumentSource):
         yield from _line_documents(_decode(lines.path, line) for line in lines.lines())
 
 
-class JsonLines(DocumentSource, RowFiles):
+class JsonLines(RowDocuments, RowFiles):
     """Files with one JSON object a line: a document in `data.field`, or a record."""
 
     same_columns = False
@@ -73,7 +73,7 @@ class JsonLines(DocumentSource, RowFiles):
 
     def __init__(self, argument: str, data: Any, split: str):
         RowFiles.__init__(self, argument, data, split)
-        self.field, self.skip = data.field, data.bad_rows == "skip"
+        self.set_field(data)
 
     @cached_property
     def digest(self) -> str:
@@ -85,7 +85,7 @@ class JsonLines(DocumentSource, RowFiles):
 
     def chunks(self) -> Iterator[Chunk]:
         for (path,) in self.files:
-            yield from self._row_documents(path, read_jsonl_rows(path))
+            yield from self.row_documents(path, read_jsonl_rows(path))
 
     def parts(self) -> Sequence[Part]:
         empty = self._with_files()
@@ -108,30 +108,7 @@ class JsonLines(DocumentSource, RowFiles):
             for line in lines.lines()
         )
         rows = jsonl_rows(texts)
-        yield from self._row_documents(lines.path, rows)
-
-    def _row_documents(self, path: Path, rows: Iterator[Row]) -> Iterator[Chunk]:
-        n_skipped, first = 0, ""
-        for row in rows:
-            problem = row.problem or self._problem(row.values)
-            if not problem:
-                text = _without_lone_surrogates(row.values[self.field])
-                yield from cut_document([text])
-            elif self.skip:
-                n_skipped, first = n_skipped + 1, first or f"{row.where}: {problem}"
-            else:
-                raise UserError(f"{row.where}: {problem}")
-        if n_skipped:
-            tell_once(f"{n_skipped} bad lines skipped, the first: {first}", path)
-
-    def _problem(self, values: dict[str, Any]) -> str:
-        """Return what is wrong with the document of a line, "" if nothing is."""
-        if self.field not in values:
-            fields = ", ".join(sorted(values)) or "none"
-            return f"no field {self.field!r} (there are: {fields}): set --config.data.field"
-        if not isinstance(text := values[self.field], str):
-            return f"field {self.field!r} is of type {type(text).__name__}, not a string"
-        return ""
+        yield from self.row_documents(lines.path, rows)
 
 
 def _line_documents(lines: Iterable[str]) -> Iterator[Chunk]:
@@ -146,8 +123,3 @@ def _decode(path: Path, line: Line) -> str:
     except UnicodeDecodeError as error:
         raise not_utf8(path, line.start + error.start) from error
     return text if line.start else without_mark(text, path)
-
-
-def _without_lone_surrogates(text: str) -> str:
-    r"""Replace half surrogate pairs, which JSON can escape ("\ud83d"), by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

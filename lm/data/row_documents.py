@@ -1,0 +1,91 @@
+"""Documents in a field of rows, such as JSON objects or rows of Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lm.data.files import tell_once
+from lm.data.sources import Chunk, DocumentSource, Row, cut_document
+from lm.errors import UserError
+
+MISSING: Final = object()
+
+
+def field_value(values: Mapping[str, Any], field: str) -> Any:
+    """Return the value of a field, MISSING if there is none.
+
+    Args:
+        values: values by name; some may be mappings of such values.
+        field: name, or names of nested values with dots between them ("meta.text"). A name that
+            has the dots itself comes first.
+    """
+    if field in values:
+        return values[field]
+    for dot in (place for place, character in enumerate(field) if character == "."):
+        inner = values.get(field[:dot])
+        if isinstance(inner, Mapping):
+            found = field_value(inner, field[dot + 1 :])
+            if found is not MISSING:
+                return found
+    return MISSING
+
+
+class RowDocuments(DocumentSource):
+    """Source of which each row is a document, the text in `data.field`.
+
+    Attributes:
+        field: name of the field (`field_value`).
+        skip: skip bad rows, which are errors otherwise.
+        row_word: plural of what a row is called, for messages.
+    """
+
+    row_word = "lines"
+    field: str
+    skip: bool
+
+    def set_field(self, data: Any) -> None:
+        """Take field and policy from section `data` of the configuration."""
+        self.field, self.skip = data.field, data.bad_rows == "skip"
+
+    def row_documents(self, path: Path, rows: Iterator[Row]) -> Iterator[Chunk]:
+        """Yield the documents of the rows of a file.
+
+        Raises:
+            UserError: a row has no text, and is not to be skipped.
+        """
+        n_skipped, first = 0, ""
+        for row in rows:
+            problem = row.problem or self._problem(row.values)
+            if not problem:
+                yield from cut_document([_without_lone_surrogates(self._text(row.values))])
+            elif self.skip:
+                n_skipped, first = n_skipped + 1, first or f"{row.where}: {problem}"
+            else:
+                raise UserError(f"{row.where}: {problem}")
+        if n_skipped:
+            tell_once(f"{n_skipped} bad {self.row_word} skipped, the first: {first}", path)
+
+    def _text(self, values: dict[str, Any]) -> Any:
+        return field_value(values, self.field)
+
+    def _problem(self, values: dict[str, Any]) -> str:
+        """Return what is wrong with the document of a row, "" if nothing is."""
+        text = self._text(values)
+        if text is MISSING:
+            return no_field(self.field, values)
+        if not isinstance(text, str):
+            return f"field {self.field!r} is of type {type(text).__name__}, not a string"
+        return ""
+
+
+def no_field(field: str, names: Any) -> str:
+    """Return the message that a field is not among these names."""
+    known = ", ".join(sorted(names)) or "none"
+    return f"no field {field!r} (there are: {known}): set --config.data.field"
+
+
+def _without_lone_surrogates(text: str) -> str:
+    r"""Replace half surrogate pairs, which JSON can escape ("\ud83d"), by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
