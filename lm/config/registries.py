@@ -29,8 +29,6 @@ SOURCES = Registry(
         "tfds": Entry(
             "lm.data.text.tfds_corpus:TfdsCorpus", forms=("tfds:NAME",), holds=_DOCUMENTS
         ),
-        "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
-        "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
         "tsv": Entry(f"{_RECORD_FILES}:TsvFiles", forms=("tsv:PATH",), holds=_RECORDS),
         "csv": Entry(f"{_RECORD_FILES}:CsvFiles", forms=("csv:PATH",), holds=_RECORDS),
         "parallel": Entry(
@@ -40,6 +38,8 @@ SOURCES = Registry(
         ),
         "squad": Entry(f"{_RECORD_FILES}:SquadFiles", forms=("squad:PATH",), holds=_RECORDS),
         "conll": Entry(f"{_RECORD_FILES}:ConllFiles", forms=("conll:PATH",), holds=_RECORDS),
+        "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
+        "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
     },
     is_choice=False,
 )
