@@ -134,7 +134,7 @@ class Steps:
         variables: Any = nn.init(self.objective.loss, self.model)(rng, batch)
         params = variables.pop("params")
         if self.lora.rank:
-            from lm.optim.lora import add_lora
+            from lm.models.lora import add_lora
 
             params = add_lora(params, self.lora, jax.random.fold_in(rng, 1))
         model_state = variables.pop(MODEL_STATE, {})
@@ -234,7 +234,7 @@ class Steps:
         """Return the parameters of the model, low-rank updates added."""
         if LORA not in params:
             return params
-        from lm.optim.lora import merge_lora
+        from lm.models.lora import merge_lora
 
         return merge_lora(params, self.lora.alpha)
 
@@ -257,7 +257,7 @@ class Steps:
         if self.microbatches == 1:
             (grads, sums), after = of_part(before, batch, rng)
         else:
-            from lm.optim.gradient_accumulation import accumulate
+            from lm.parallel.gradient_accumulation import accumulate
 
             (grads, sums), after = accumulate(of_part, self.microbatches, before, batch, rng)
         return grads, sums, after

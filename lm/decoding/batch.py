@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.beam import BeamOptions, DecodingCache, beam_search
 from lm.decoding.controls import UNSET, Controls
@@ -33,7 +34,6 @@ from lm.decoding.prompts import (
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.experiment import Experiment
 from lm.models.variables import Params, as_variables
-from lm.objectives.special_tokens import special_tokens
 from lm.parallel.mesh import BATCH_AXES
 
 Progress = Callable[[int], Any]

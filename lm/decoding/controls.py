@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
-from lm.objectives.special_tokens import special_tokens
 
 UNSET = -1  # in a buffer of new tokens: not written yet
 

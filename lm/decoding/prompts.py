@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import numpy as np
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.objectives.special_tokens import special_tokens
 
 TokenIds = Sequence[int] | np.ndarray
 _SHORTEST = 16

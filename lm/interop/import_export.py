@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
 from lm.config.registry import listed, listing
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.errors import UserError, missing_package
@@ -27,7 +28,6 @@ from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.tokenizer_files import model_settings, read_tokenizer, write_tokenizer
 from lm.models.transformer_config import make_model
 from lm.models.variables import nested
-from lm.objectives.special_tokens import special_tokens
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import load_tokenizer, mean_params, saved_checkpoints

@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.data.tokenizers.hf import BYTE_CHARACTERS, Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
-from lm.objectives.special_tokens import special_tokens
 from lm.storage import parse_json
 
 DELIMITER = "<|endoftext|>"

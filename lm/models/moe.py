@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.models.model_state import model_state
+from lm.models.sharded_experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Role, add_loss, add_metric, param
-from lm.parallel.experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.parallel.mesh import constrain
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.data.batches import Arrays
 from lm.data.record_store import Record, RecordStore
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizer import Template, Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy
@@ -29,7 +30,6 @@ from lm.objectives.objective import (
     Reference,
     Shapes,
 )
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 
 from lm.data.batches import Arrays, Example, Examples
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import word_starts
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy, token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
 from lm.data.record_store import Packs, Record, RecordStore, pack_records
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Reference, Shapes
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 SOURCE_FEATURES = ("source", "source_segments", "source_positions")
 TARGET_FEATURES = ("inputs", "targets", "target_segments", "target_positions")

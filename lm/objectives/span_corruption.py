@@ -16,12 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.store import TokenStore, TokenWindows, token_windows
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 _T5_SENTINELS = 100
 

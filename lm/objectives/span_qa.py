@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
 from lm.data.record_store import Record, RecordStore
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.losses import cross_entropy
@@ -32,7 +33,6 @@ from lm.objectives.objective import (
     Reference,
     Shapes,
 )
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 MAX_QUESTION_TOKENS = 64  # as in BERT
 MAX_ANSWER_TOKENS = 30  # as in BERT

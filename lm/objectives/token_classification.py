@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.data.batches import Arrays
 from lm.data.record_store import Record, RecordStore
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.classification import checked_labels
@@ -31,7 +32,6 @@ from lm.objectives.objective import (
     Reference,
     Shapes,
 )
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 OUTSIDE = "O"  # label of words outside all entities
 

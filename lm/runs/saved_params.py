@@ -1,7 +1,8 @@
 """Parameters of saved runs: read from checkpoints, verified, sharded, merged and averaged.
 
 Reading verifies the checksums, shards the parameters over any mesh, merges LoRA updates
-(`lm/optim/lora.py`) and averages checkpoints; a run is never changed. Parameters are dicts by path.
+(`lm/models/lora.py`) and averages checkpoints; a run is never changed. Parameters are dicts by
+path.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build
+from lm.models.lora import merge_lora
 from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
-from lm.optim.lora import merge_lora
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log, checksums, one_line, run_metadata
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata

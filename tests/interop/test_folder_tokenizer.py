@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.cli import main
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
 from lm.interop.tokenizer_files import read_tokenizer
-from lm.objectives.special_tokens import special_tokens
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre, post = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors

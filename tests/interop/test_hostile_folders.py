@@ -8,12 +8,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.basic import CharTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.interop.tensor_files import read_tensors
 from lm.interop.tokenizer_files import read_tokenizer
-from lm.objectives.special_tokens import special_tokens
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre = tokenizers.models, tokenizers.pre_tokenizers

@@ -11,8 +11,8 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build_untraced
+from lm.models.lora import add_lora
 from lm.models.variables import Kind, Param, Role, flat, nested, param, param_infos
-from lm.optim.lora import add_lora
 from lm.optim.optimizers import ParamTable, make_optimizer
 from lm.optim.parameter_groups import TrainableMask, update_scales
 

@@ -8,12 +8,12 @@ import scipy.special
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.models.encoder import Encoder
 from lm.models.transformer_config import TransformerConfig
 from lm.objectives.classification import Classification
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 CLS, SEP = 92, 93
 SPECIAL = SpecialTokens(pad=0, bos=90, eos=91, cls=CLS, sep=SEP, mask=94, vocab_size=128)

@@ -8,10 +8,10 @@ import pytest
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizers.folder import FolderTokenizer
 from lm.objectives.classification import Classification
 from lm.objectives.span_qa import SpanQa
-from lm.objectives.special_tokens import special_tokens
 
 tokenizers = pytest.importorskip("tokenizers")
 

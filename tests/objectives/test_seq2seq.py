@@ -9,6 +9,7 @@ import pytest
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.models.classic.lstm import RecurrentConfig
@@ -16,7 +17,6 @@ from lm.models.classic.recurrent import LstmEncoderDecoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer_config import TransformerConfig
 from lm.objectives.seq2seq import Seq2Seq
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 BOS, EOS, VOCAB = 126, 127, 128
 SPECIAL = SpecialTokens(pad=0, bos=BOS, eos=EOS, cls=0, sep=0, mask=0, vocab_size=VOCAB)

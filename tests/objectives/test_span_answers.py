@@ -6,9 +6,9 @@ import pytest
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.special_tokens import SpecialTokens
 from lm.data.tokenizers.basic import WordTokenizer
 from lm.objectives.span_qa import SpanQa, best_span
-from lm.objectives.special_tokens import SpecialTokens
 
 SPECIAL = SpecialTokens(0, 0, 0, 0, 0, 0, vocab_size=1)
 

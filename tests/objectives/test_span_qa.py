@@ -9,10 +9,10 @@ import scipy.special
 from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.objectives.span_qa import SpanQa, answer_tokens
-from lm.objectives.special_tokens import SpecialTokens, special_tokens
 
 CLS, SEP = 92, 93
 SPECIAL = SpecialTokens(pad=0, bos=90, eos=91, cls=CLS, sep=SEP, mask=94, vocab_size=95)

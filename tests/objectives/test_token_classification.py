@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lm.config import default
 from lm.data.record_store import build_record_store, tokenize_words
 from lm.data.records import open_records
+from lm.data.special_tokens import SpecialTokens
 from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
-from lm.objectives.special_tokens import SpecialTokens
 from lm.objectives.token_classification import TokenClassification
 
 SPECIAL = SpecialTokens(pad=0, bos=90, eos=91, cls=92, sep=93, mask=94, vocab_size=95)

@@ -7,8 +7,8 @@ import pytest
 
 from lm.config import default
 from lm.errors import UserError
+from lm.models.lora import add_lora, merge_lora
 from lm.models.variables import Kind, Param, Role, flat, nested
-from lm.optim.lora import add_lora, merge_lora
 
 # path → (shape, logical names, number of input dimensions)
 KERNELS = {

@@ -3,10 +3,10 @@ import io
 import pytest
 import sentencepiece
 
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.objectives.special_tokens import special_tokens
 
 
 def vocabulary(*words):
