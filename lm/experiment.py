@@ -306,7 +306,7 @@ class Experiment:
         device = self.mesh.devices.flat[0]
         if device.platform == "cpu":
             return None
-        from lm.parallel.xla_flags import compiler_options
+        from lm.hardware import compiler_options
 
         return compiler_options(device)
 
@@ -369,7 +369,7 @@ def build_untraced(
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = None
     if config.optimizer.freeze or config.lora.rank or config.lora.train:
-        from lm.optim.parameter_groups import TrainableMask
+        from lm.models.parameter_groups import TrainableMask
 
         trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)

@@ -1,16 +1,21 @@
-"""Hardware tables: published rates of TPU and GPU chips, and what compilers need to know of them.
+"""Hardware tables: published rates of TPU and GPU chips, and what compilers need of and for them.
 
 Every figure is of one JAX device; a TPU7x chip is two devices. Bandwidths are one-way. Sources:
 Google's page of each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
 memory sizes and targets of GPUs from XLA's own descriptions of the SXM models
-(`xla/backends/gpu/target_config/specs`). Imports no JAX: XLA's flags have to be set before it.
+(`xla/backends/gpu/target_config/specs`). XLA's flags: the JAX documentation's GPU performance tips
+and MaxText's library. Imports no JAX: the flags have to be set before it.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 
@@ -58,6 +63,14 @@ CHIPS: dict[str, Chip] = {
 PEAK_FLOPS = {"TPU v3": 61.5e12} | {
     kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.device_kinds
 }
+
+
+def chip_name(device_kind: str) -> str | None:
+    """Return the key in `CHIPS` of a device by its `device_kind`; None for other devices."""
+    kinds = {kind: name for name, chip in CHIPS.items() for kind in chip.device_kinds}
+    matches = [kind for kind in kinds if device_kind.startswith(kind)]
+    return kinds[max(matches, key=len)] if matches else None
+
 
 # Names of libtpu's topologies and of `--xla_flags` that differ from those above.
 LIBTPU_NAMES = {"7x": "tpu7x"}
@@ -114,3 +127,161 @@ GPU_TARGETS = {
     "h200": GpuTarget("NVIDIA H200 141GB HBM3e", 9, *_HOPPER, 4800000000000),
     "b200": GpuTarget("NVIDIA B200", 10, 148, 128, *_SMEM, 132644864, 1.965, 7672320000000),
 }
+
+
+# --- flags of XLA's compilers
+
+
+class Flag(NamedTuple):
+    """XLA flag.
+
+    Attributes:
+        name: name without dashes.
+        value: value to set.
+        chips: chips that it is for.
+        reason: effect on a training step.
+        compiled_in: chips for which it is always a compiler option of the step.
+    """
+
+    name: str
+    value: bool | int
+    chips: tuple[str, ...]
+    reason: str
+    compiled_in: tuple[str, ...] = ()
+
+
+# Flags with `compiled_in` chips are compiler options of every training step for these chips, run or
+# planned; the others are set for a process before JAX starts, by `--xla_flags CHIP`. The compilers
+# abort on unknown flags, so a test asks those installed.
+XLA_FLAGS = (
+    Flag(
+        "xla_tpu_enable_latency_hiding_scheduler",
+        True,
+        TPUS,
+        "schedules transfers to overlap with computation",
+    ),
+    Flag(
+        "xla_enable_async_all_gather",
+        True,
+        TPUS,
+        "FSDP's all-gathers of parameters overlap with computation",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_prefer_async_allgather_to_allreduce",
+        True,
+        TORI,
+        "a torus would all-gather by all-reduces, which keep every parameter for the backward pass",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_enable_async_collective_permute",
+        True,
+        TPUS,
+        "ring attention and pipelines send while they compute",
+    ),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion",
+        True,
+        TPUS,
+        "fuses a collective with the computation that hides it",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        True,
+        TPUS,
+        "… all-gathers too, most of what FSDP sends",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        True,
+        TPUS,
+        "… over several computations, where one is too short",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_overlap_compute_collective_tc",
+        True,
+        TPUS,
+        "the tensor core computes while it transfers data",
+        compiled_in=TORI,
+    ),
+    Flag(
+        "xla_tpu_enable_data_parallel_all_reduce_opt",
+        True,
+        TPUS,
+        "gradients are reduced across slices during the backward pass",
+    ),
+    Flag(
+        "xla_tpu_data_parallel_opt_different_sized_ops",
+        True,
+        TPUS,
+        "… those of any size, not only equal ones",
+    ),
+    Flag(
+        "xla_tpu_scoped_vmem_limit_kib",
+        98304,
+        ("v6e",),
+        "larger tiles fit into its 128 MiB of VMEM than by default",
+    ),
+    Flag(
+        "xla_gpu_enable_latency_hiding_scheduler",
+        True,
+        GPUS,
+        "schedules NCCL calls to overlap with computation",
+    ),
+    Flag(
+        "xla_gpu_enable_pipelined_all_gather",
+        True,
+        GPUS,
+        "the next layer's parameters are gathered during this layer's computation",
+    ),
+    Flag(
+        "xla_gpu_enable_pipelined_reduce_scatter",
+        True,
+        GPUS,
+        "a layer's gradients are reduced during the next layer's computation",
+    ),
+    Flag(
+        "xla_gpu_enable_pipelined_all_reduce",
+        True,
+        GPUS,
+        "… under plain data parallelism too",
+    ),
+    Flag(
+        "xla_gpu_enable_while_loop_double_buffering",
+        True,
+        GPUS,
+        "the scan over layers need not copy the results of pipelined collectives",
+    ),
+    Flag(
+        "xla_gpu_triton_gemm_any",
+        True,
+        GPUS,
+        "fused matrix products of any shape may use Triton, chosen by timing",
+    ),
+)
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
+    """Return the `compiler_options` of `jax.jit` for a training step on a device; None for none."""
+    chip = chip_name(device.device_kind)
+    return {flag.name: flag.value for flag in XLA_FLAGS if chip in flag.compiled_in} or None
+
+
+def flags_variable(chip: str) -> str:
+    """Return the environment variable that the compiler of a chip reads flags from."""
+    return "LIBTPU_INIT_ARGS" if chip in TPUS else "XLA_FLAGS"
+
+
+def chip_flags(chip: str) -> list[str]:
+    """Return the flags of a chip as command-line words."""
+    return [f"--{f.name}={str(f.value).lower()}" for f in XLA_FLAGS if chip in f.chips]
+
+
+def set_xla_flags(chip: str) -> None:
+    """Set the flags of a chip for this process, before JAX starts; flags set already win."""
+    name = flags_variable(chip)
+    os.environ[name] = " ".join([*chip_flags(chip), os.environ.get(name, "")]).strip()

@@ -53,7 +53,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
     # Orbax logs the traceback of what it raises; the error itself comes to us.
     logging.set_verbosity(logging.FATAL)
     if chip := getattr(args, "xla_flags", None):
-        from lm.parallel.xla_flags import set_xla_flags
+        from lm.hardware import set_xla_flags
 
         set_xla_flags(chip)
     devices = getattr(args, "cpu_devices", None)

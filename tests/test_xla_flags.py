@@ -10,8 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm.hardware import CHIPS, GPUS, TORI, TPUS
-from lm.parallel.xla_flags import XLA_FLAGS, chip_flags, compiler_options, set_xla_flags
+from lm.hardware import (
+    CHIPS,
+    GPUS,
+    TORI,
+    TPUS,
+    XLA_FLAGS,
+    chip_flags,
+    compiler_options,
+    set_xla_flags,
+)
 
 ON_A_TPU = """
 import jax
