@@ -79,7 +79,7 @@ FLOORS = (
     ("models", "data"),
     ("kernels", "parallel"),
     ("config", "sweeps", "recipes"),
-    ("storage", "bucket", "progress", "hardware", "errors"),
+    ("storage", "progress", "hardware", "errors"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 RECORDER = Path(__file__).with_name("record_calls.py")

@@ -13,11 +13,11 @@ import pytest
 from commands import arguments, evaluations, finish, losses, start
 from emulated_bucket import emulated_bucket
 
-import lm.bucket
-from lm.bucket import lease
+import lm.storage.bucket
 from lm.cli import main
 from lm.errors import UserError
 from lm.storage import local_copies, open_run_folder, resolve_path, storage_path, upload_changes
+from lm.storage.bucket import lease
 from lm.tools.launching.supervise import newest_checkpoint
 
 
@@ -122,7 +122,7 @@ def test_two_processes_write_one_checkpoint(bucket, experiment_file, undisturbed
 
 
 def test_one_process_at_a_time_has_the_lease(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lm.storage.bucket, "_RENEW_SECONDS", 0.2)
     place = resolve_path(f"{bucket}/leased/run")
     with lease(place, "taken"):
         assert "machine" in json.loads((place / ".lock").read_text())
@@ -136,12 +136,12 @@ def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, ca
     place = resolve_path(f"{bucket}/left/run")
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left = {"machine": lm.bucket._machine(), "process": ended.pid}
+    left = {"machine": lm.storage.bucket._machine(), "process": ended.pid}
     (place / ".lock").write_text(json.dumps(left))
     with lease(place, "taken"):
         pass
     assert not capsys.readouterr().err
-    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lm.storage.bucket, "_RENEW_SECONDS", 0.2)
     for text in ('{"machine": "another", "process": 1}', "damaged"):
         (place / ".lock").write_text(text)
         with lease(place, "taken"):
@@ -149,7 +149,7 @@ def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, ca
 
 
 def test_a_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(lm.bucket, "_RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lm.storage.bucket, "_RENEW_SECONDS", 0.1)
     place, codes = resolve_path(f"{bucket}/lost/run"), []
     with lease(place, "taken", codes.append):
         (place / ".lock").write_text('{"owner": "another"}')

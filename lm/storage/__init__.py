@@ -27,7 +27,7 @@ from etils import epath
 from lm.errors import UserError
 
 if TYPE_CHECKING:  # imported only for runs in a bucket
-    from lm.bucket import LocalCopy
+    from lm.storage.bucket import LocalCopy
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
@@ -50,7 +50,7 @@ def resolve_path(place: str) -> AnyPath:
         raise UserError("the name of a folder or file is empty")
     if "://" not in place:
         return Path(place)
-    from lm.bucket import bucket_path
+    from lm.storage.bucket import bucket_path
 
     return bucket_path(place)
 
@@ -61,7 +61,7 @@ def open_run_folder(place: str) -> Path:
     if isinstance(address, Path):
         return address
     if str(address) not in _copies:
-        from lm.bucket import download
+        from lm.storage.bucket import download
 
         _copies[str(address)] = download(address)
     return _copies[str(address)].folder
@@ -246,7 +246,7 @@ def run_lock(workdir: AnyPath) -> Iterator[None]:
     """
     problem = f"another process trains in {workdir}: wait for it, stop it, or use another --workdir"
     if not isinstance(workdir, Path):
-        from lm.bucket import lease
+        from lm.storage.bucket import lease
 
         with lease(workdir, problem):
             yield
