@@ -25,9 +25,9 @@ from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, reads_records
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.models.attention import Attention
+from lm.models.parameter_groups import layer_numbers
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Params, as_variables, flat
-from lm.optim.parameter_groups import layer_numbers
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import load_tokenizer, restore_run
 from lm.storage import open_run_folder

@@ -31,7 +31,7 @@ from lm.objectives.objective import Batch, LossSums, Objective
 from lm.parallel.mesh import per_row_key
 
 if TYPE_CHECKING:  # imported only where parameters are frozen
-    from lm.optim.parameter_groups import TrainableMask
+    from lm.models.parameter_groups import TrainableMask
 
 Carry = Any
 ModelState = Any

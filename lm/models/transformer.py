@@ -182,7 +182,7 @@ class Blocks(nn.Module):
     """Blocks of different types, one after the other.
 
     A period that a scan repeats names them "{i}_of_{n}", by which the layers that the first axis
-    of a parameter holds are known (`lm/optim/parameter_groups.py`); a model whose layers are all
+    of a parameter holds are known (`lm/models/parameter_groups.py`); a model whose layers are all
     alike has no such names in its parameter paths. Outside of a scan their parameters may have any
     shapes, and names are their numbers in the stack.
     """

@@ -1,5 +1,5 @@
-"""Optimizers, schedules, and the groups of parameters that they treat differently.
+"""Optimizers and learning-rate schedules.
 
-Read `optimizers` (AdamW, Muon, schedules), then `further_optimizers` and `parameter_groups`
-(freezing, layer-wise decay). Public: `optimizers.make_optimizer`, `optimizers.make_schedule`.
+Read `optimizers` (AdamW, Muon, schedules), then `further_optimizers` (others, layer-wise decay).
+Public: `optimizers.make_optimizer`, `optimizers.make_schedule`.
 """

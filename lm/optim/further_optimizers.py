@@ -1,17 +1,21 @@
-"""Optimizers beside AdamW and Muon, and decays of the rate beside the cosine and the line.
+"""Optimizers beside AdamW and Muon, layer-wise decay, and further decays of the rate.
 
 Adam without bias correction, Adafactor, SGD and Lion; inverse (square root), steps, and WSD.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
+
+from lm.models.parameter_groups import TrainableMask, along, layer_numbers, stack_of
+from lm.models.variables import Kind, ParamInfo, flat, nested
 
 if TYPE_CHECKING:
     from lm.optim.optimizers import ParamTable
@@ -83,6 +87,60 @@ def lion(
     """Build Lion (Chen et al. 2023)."""
     o, decay = options.lion, options.weight_decay
     return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
+
+
+# --- layer-wise decay
+
+
+def scale_by_layer(
+    layer_decay: float, trainable: TrainableMask | None, infos: Mapping[str, ParamInfo]
+) -> optax.GradientTransformation:
+    """Build the transformation that multiplies updates by `update_scales`."""
+    mask = trainable or TrainableMask()
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            jnp.multiply, updates, update_scales(layer_decay, mask, params, infos)
+        )
+    )
+
+
+def update_scales(
+    layer_decay: float, trainable: TrainableMask, params: Tree, infos: Mapping[str, ParamInfo]
+) -> Tree:
+    """Return the factor of each parameter's update under layer-wise decay and freezing.
+
+    It is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings and what
+    normalizes them, 1 for what comes after the layers (BEiT, Bao et al. 2021, in its code; the idea
+    is ELECTRA's), and 0 for frozen layers. Embeddings lie below the deepest of their stacks.
+
+    Args:
+        layer_decay: the decay, in (0, 1].
+        trainable: parameters that train.
+        params: those parameters.
+        infos: roles of all parameters, by path.
+
+    Returns:
+        A tree like `params` of arrays that broadcast to their shapes.
+    """
+    leaves = flat(params)
+    groups = trainable.groups(params, strict=False)
+    numbers = {path: layer_numbers(path, leaf) for path, leaf in leaves.items()}
+    depths: dict[str, int] = {}  # by stack
+    for path, layers in numbers.items():
+        if layers is not None:
+            depths[stack_of(path)] = max(depths.get(stack_of(path), 0), layers.max() + 1)
+    depth = max(depths.values(), default=0)
+
+    def scale(path: str, leaf: Any) -> np.ndarray:
+        if (layers := numbers[path]) is not None:
+            below = depths[stack_of(path)] - layers
+        elif infos[path].role.kind == Kind.EMBEDDING or infos[path].role.part == "input":
+            below = np.asarray(depth + 1)
+        else:
+            below = np.asarray(0)
+        return along(np.float32(layer_decay) ** below * groups[path], leaf)
+
+    return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
 
 
 # --- learning-rate schedules

@@ -23,7 +23,7 @@ from lm.config.registries import OPTIMIZERS, SCHEDULES
 from lm.models.variables import KERNELS, Kind, ParamInfo
 
 if TYPE_CHECKING:  # imported only where patterns name parameters
-    from lm.optim.parameter_groups import TrainableMask
+    from lm.models.parameter_groups import TrainableMask
 
 Tree = Any
 
@@ -82,7 +82,7 @@ def make_optimizer(
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     if options.layer_decay != 1 or (trainable is not None and trainable.has_patterns):
-        from lm.optim.parameter_groups import scale_by_layer
+        from lm.optim.further_optimizers import scale_by_layer
 
         scale = scale_by_layer(options.layer_decay, trainable, table.infos)
         optimizer = optax.chain(optimizer, scale)

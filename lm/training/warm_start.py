@@ -16,8 +16,8 @@ from lm.data.tokenizers.basic import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.parameter_groups import matching
 from lm.models.variables import LORA, flat, nested
-from lm.optim.parameter_groups import matching
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
 from lm.storage import resolve_path

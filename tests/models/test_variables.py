@@ -12,9 +12,10 @@ from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build_untraced
 from lm.models.lora import add_lora
+from lm.models.parameter_groups import TrainableMask
 from lm.models.variables import Kind, Param, Role, flat, nested, param, param_infos
+from lm.optim.further_optimizers import update_scales
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask, update_scales
 
 MATRIX, NORM, BIAS = Kind.MATRIX, Kind.NORM, Kind.BIAS
 

@@ -9,9 +9,10 @@ import pytest
 from lm.config import default
 from lm.config.registries import OPTIMIZERS
 from lm.errors import UserError
+from lm.models.parameter_groups import TrainableMask
 from lm.models.variables import Kind, ParamInfo, Role, flat, nested
+from lm.optim.further_optimizers import update_scales
 from lm.optim.optimizers import ParamTable, make_optimizer
-from lm.optim.parameter_groups import TrainableMask, update_scales
 
 SHAPES = {
     "tokens/embedding": (6, 4),

@@ -1,4 +1,4 @@
-"""Parameter groups: patterns of paths, freezing, layer-wise decay.
+"""Parameter groups: patterns of paths, layer numbers, and which parameters train.
 
 A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
 for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel". Where
@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lm.config.patterns import compile_patterns
 from lm.errors import UserError
-from lm.models.variables import LORA, Kind, ParamInfo, flat, nested
+from lm.models.variables import LORA, flat, nested
 
 Tree = Any
 
@@ -67,7 +66,7 @@ class TrainableMask:
         for path, group in self.groups(nested(params)).items():
             if group.any() and not group.all():
                 leaf = params[path]
-                params[path] = jnp.where(_along(group, leaf), leaf, jax.lax.stop_gradient(leaf))
+                params[path] = jnp.where(along(group, leaf), leaf, jax.lax.stop_gradient(leaf))
         return nested(params)
 
     def groups(self, params: Tree, strict: bool = True) -> dict[str, np.ndarray]:
@@ -115,57 +114,6 @@ def matching(
     return groups
 
 
-def scale_by_layer(
-    layer_decay: float, trainable: TrainableMask | None, infos: Mapping[str, ParamInfo]
-) -> optax.GradientTransformation:
-    """Build the transformation that multiplies updates by `update_scales`."""
-    mask = trainable or TrainableMask()
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            jnp.multiply, updates, update_scales(layer_decay, mask, params, infos)
-        )
-    )
-
-
-def update_scales(
-    layer_decay: float, trainable: TrainableMask, params: Tree, infos: Mapping[str, ParamInfo]
-) -> Tree:
-    """Return the factor of each parameter's update under layer-wise decay and freezing.
-
-    It is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings and what
-    normalizes them, 1 for what comes after the layers (BEiT, Bao et al. 2021, in its code; the idea
-    is ELECTRA's), and 0 for frozen layers. Embeddings lie below the deepest of their stacks.
-
-    Args:
-        layer_decay: the decay, in (0, 1].
-        trainable: parameters that train.
-        params: those parameters.
-        infos: roles of all parameters, by path.
-
-    Returns:
-        A tree like `params` of arrays that broadcast to their shapes.
-    """
-    leaves = flat(params)
-    groups = trainable.groups(params, strict=False)
-    numbers = {path: layer_numbers(path, leaf) for path, leaf in leaves.items()}
-    depths: dict[str, int] = {}  # by stack
-    for path, layers in numbers.items():
-        if layers is not None:
-            depths[_stack(path)] = max(depths.get(_stack(path), 0), layers.max() + 1)
-    depth = max(depths.values(), default=0)
-
-    def scale(path: str, leaf: Any) -> np.ndarray:
-        if (layers := numbers[path]) is not None:
-            below = depths[_stack(path)] - layers
-        elif infos[path].role.kind == Kind.EMBEDDING or infos[path].role.part == "input":
-            below = np.asarray(depth + 1)
-        else:
-            below = np.asarray(0)
-        return _along(np.float32(layer_decay) ** below * groups[path], leaf)
-
-    return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
-
-
 # "layers/" or "layers_{first}/"; then "{i}_of_{n}/", or the number of a layer that is not stacked.
 _LAYERS = re.compile(r"(?<![^/])layers(?:_(\d+))?/(?:(\d+)_of_(\d+)/|(\d+)/)?")
 
@@ -185,7 +133,8 @@ def _shape(layers: np.ndarray | None) -> tuple[int, ...]:
     return () if layers is None else layers.shape
 
 
-def _stack(path: str) -> str:
+def stack_of(path: str) -> str:
+    """Return the beginning of a path up to its layers, the same for all parameters of a stack."""
     return _LAYERS.split(path, maxsplit=1)[0]
 
 
@@ -197,6 +146,6 @@ def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
     return np.array([bool(pattern.search(name)) for name in names])
 
 
-def _along(group: np.ndarray, leaf: Any) -> np.ndarray:
+def along(group: np.ndarray, leaf: Any) -> np.ndarray:
     """Reshape a group [N] or [] so that it broadcasts along the first axis of a parameter."""
     return group.reshape(*group.shape, *(1,) * (leaf.ndim - group.ndim))
