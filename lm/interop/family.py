@@ -10,8 +10,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.interop.tensor_mapping import TensorMapping
-from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import InitConfig
+from lm.models.transformer_config import InitConfig, TransformerConfig
 
 Values = dict[str, Any]
 

@@ -190,59 +190,6 @@ def as_variables(params: Any) -> dict[str, Any]:
     return {"params": rest, MODEL_STATE: params[MODEL_STATE]}
 
 
-# --- initialization
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Initialization, dtype and token stream of a model; `lm/config/` describes the fields.
-
-    `stream` is the one that the parameters serve; an encoder of an encoder–decoder serves "source".
-    """
-
-    init: str = "normal"
-    init_std: float = 0.02
-    init_scale: float = 1.0
-    init_truncated: bool = False
-    dtype: jnp.dtype = jnp.float32
-    stream: Stream = "target"
-
-    def stddev(self, n_in: float, n_out: float) -> float:
-        """Return the standard deviation of a fresh kernel; with init "uniform", its bound."""
-        by_kind = {
-            "normal": self.init_std,
-            "uniform": self.init_std,
-            "fan_in": (self.init_scale / n_in) ** 0.5,
-            "xavier": (2 / (n_in + n_out)) ** 0.5,
-        }
-        return by_kind[self.init]
-
-    def kernel_init(self, stddev: float) -> Initializer:
-        """Return the initializer of a kernel or table.
-
-        A truncated one cuts at two standard deviations, which leaves 0.88 of the deviation (as in
-        the code of Devlin et al. 2018 and Fedus et al. 2021, §2.4).
-        """
-        if self.init == "uniform":
-            return symmetric_uniform(stddev)
-        draw = nn.initializers.truncated_normal if self.init_truncated else nn.initializers.normal
-        return draw(stddev)
-
-    @property
-    def table_init(self) -> Initializer:
-        """Initializer of an embedding."""
-        return self.kernel_init(self.init_std)
-
-    def bias_init(self, start: Initializer = nn.initializers.zeros) -> Initializer:
-        """Return the initializer of a bias: `start`, unless init is "uniform"."""
-        return symmetric_uniform(self.init_std) if self.init == "uniform" else start
-
-
-def symmetric_uniform(bound: float) -> Initializer:
-    """Return the initializer that draws uniformly from ± bound."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 # --- values that layers report
 
 LOSSES, METRICS = "losses", "metrics"

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from lm.models.classic.linear import init_linear
 from lm.models.layers import Embedding
-from lm.models.variables import InitConfig, Kind, Role
+from lm.models.transformer_config import InitConfig
+from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
 
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lm.models.layers import Linear
-from lm.models.variables import InitConfig, Initializer, Role
+from lm.models.transformer_config import InitConfig
+from lm.models.variables import Initializer, Role
 
 
 def init_linear(
