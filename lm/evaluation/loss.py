@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -11,9 +12,17 @@ import numpy as np
 from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
-from lm.evaluation.spaced_words import stores_have_words
+from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.models.variables import Params
+
+_PLACES, _TOKENS = 8, 2000  # of a sample from each store
+# Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer; Korean has spaces.
+_UNSPACED = re.compile(
+    r"[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    r"\U00020000-\U0003ffff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]"
+)
+_OF_CODE = re.compile(r"[_(){}\[\]<>=;\\*#@$%^&|~+/]")
 
 
 def evaluate_loss(
@@ -76,3 +85,24 @@ def perplexity(nats: float, n: float) -> float:
 def figure_text(name: str, value: float) -> str:
     """Return a figure for people: perplexities with five significant digits."""
     return f"{value:.5g}" if name.endswith("perplexity") else f"{value:.6g}"
+
+
+def has_spaced_words(text: str) -> bool:
+    """Return whether a text is of words between spaces: no script without spaces, no code."""
+    n_letters = sum(character.isalpha() for character in text)
+    n_visible = sum(not character.isspace() for character in text)
+    return (
+        10 * len(_UNSPACED.findall(text)) < max(n_letters, 1)
+        and 15 * len(_OF_CODE.findall(text)) < n_visible
+    )
+
+
+def stores_have_words(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> bool:
+    """Return `has_spaced_words` of a sample of the stores' text."""
+    texts = []
+    for store in stores:
+        last = max(store.n_tokens - _TOKENS, 0)
+        starts = sorted({round(last * i / (_PLACES - 1)) for i in range(_PLACES)})
+        parts = (store.tokens[start : start + _TOKENS] for start in starts)
+        texts += [tokenizer.decode(part.tolist()) for part in parts]
+    return has_spaced_words("".join(texts))

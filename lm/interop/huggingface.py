@@ -24,9 +24,8 @@ from jax.sharding import Mesh
 from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop.family import Family
-from lm.interop.model_folder import Params, open_model_folder
+from lm.interop.model_folder import FAMILIES, Params, open_model_folder
 from lm.interop.model_parameters import ParameterSpec, parameter_specs
-from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import PendingTensor, write_tensors
 from lm.interop.tensor_mapping import Shape, TensorMapping, hf_shape, make_tensor, tensor_names
 from lm.models.transformer_config import TransformerConfig

@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop import llama2c
+from lm.interop import bert, gemma, gpt2, llama, llama2c, t5
 from lm.interop.family import Family, Values
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
-from lm.interop.model_types import FAMILIES
 from lm.interop.tensor_files import StoredTensor, read_tensors
 from lm.interop.tensor_mapping import (
     BLOCK_BYTES,
@@ -32,6 +31,25 @@ from lm.models.variables import nested
 from lm.storage import read_json
 
 Params = Any
+
+# Families that are imported and exported, by `model_type`.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        gpt2.GPT2,
+        bert.BERT,
+        bert.ROBERTA,
+        t5.T5,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.MIXTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lm.interop.tensor_mapping import (
     output_mapping,
     same_layout,
 )
-from lm.kernels.activations import GATED
+from lm.kernels.elementwise import GATED
 from lm.models.transformer_config import TransformerConfig
 
 ACTIVATIONS = {

@@ -1,7 +1,7 @@
 """Kernels: array functions with hand-written backward passes or layouts; they know no model.
 
-Read `dense`, `bias`, `activations` and `dot_product_attention` first, which every Transformer uses,
-and `tiled_attention` for CPUs; then `blockwise_attention`, `ring_attention` and `splash_attention`
-for long sequences, `grouped_matmul` for experts and `lstm_scan` for recurrent models. Every
-function without a leading underscore is public.
+Read `dense`, `elementwise` (activations, biases) and `dot_product_attention` first, which every
+Transformer uses, and `tiled_attention` for CPUs; then `blockwise_attention`, `ring_attention` and
+`splash_attention` for long sequences, `grouped_matmul` for experts and `lstm_scan` for recurrent
+models. Every function without a leading underscore is public.
 """

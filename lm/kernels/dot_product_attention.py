@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import softcap as apply_softcap
+from lm.kernels.elementwise import softcap as apply_softcap
 
 NEG_INF = -1e30  # score of a masked key; finite, so that a row that is masked throughout has no NaN
 
@@ -93,7 +93,7 @@ def attention(
         v_BSGK: values.
         mask: which keys each query attends to.
         scale: factor of the scores.
-        softcap: bound of the scores (`activations.softcap`); 0 for none.
+        softcap: bound of the scores (`elementwise.softcap`); 0 for none.
         bias_HLS: added to the scores, such as T5's relative position bias.
         dropout: dropout of the attention weights.
 

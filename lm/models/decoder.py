@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import softcap
 from lm.kernels.dot_product_attention import AttentionMask
+from lm.kernels.elementwise import softcap
 from lm.models.cache import Cache, init_cache
 from lm.models.layers import Embedding, Linear, make_norm
 from lm.models.task_layers import last_of_row, mean_of_row

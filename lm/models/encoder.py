@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import ACTIVATIONS, GATED
 from lm.kernels.dot_product_attention import AttentionMask
+from lm.kernels.elementwise import ACTIVATIONS, GATED
 from lm.models.decoder import Model
 from lm.models.layers import make_norm
 from lm.models.task_layers import Bias

@@ -12,9 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import ACTIVATIONS, GATED
-from lm.kernels.bias import add_bias
 from lm.kernels.dense import matmul
+from lm.kernels.elementwise import ACTIVATIONS, GATED, add_bias
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Part, Role, param
 from lm.parallel.mesh import constrain, count_shards, current_mesh

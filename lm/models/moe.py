@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.elementwise import ACTIVATIONS, GATED
 from lm.models.model_state import model_state
 from lm.models.sharded_experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.models.transformer_config import TransformerConfig

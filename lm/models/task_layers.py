@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.bias import add_bias
+from lm.kernels.elementwise import add_bias
 from lm.models.variables import Initializer, Role, param
 
 

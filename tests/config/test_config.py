@@ -13,7 +13,7 @@ from lm.config.rules import families_of
 from lm.config.synonyms import NAMES
 from lm.errors import UserError
 from lm.experiment import build
-from lm.kernels.activations import ACTIVATIONS
+from lm.kernels.elementwise import ACTIVATIONS
 from lm.runs.workdir import differences
 
 SMALL = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lm.kernels.activations import ACTIVATIONS, GATED
+from lm.kernels.elementwise import ACTIVATIONS, GATED
 
 
 def gelu_tanh(x):

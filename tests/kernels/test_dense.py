@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.bias import add_bias
 from lm.kernels.dense import matmul
+from lm.kernels.elementwise import add_bias
 
 T, D, F = 6, 5, 7
 DTYPES = {jnp.float32: 1e-6, jnp.bfloat16: 2e-2}

@@ -17,7 +17,7 @@ from lm.errors import UserError
 from lm.runs.saved_params import mean_params, saved_checkpoints
 from lm.runs.workdir import saved_metadata
 from lm.train_step import TrainState
-from lm.training.best_checkpoint import BestCheckpoint
+from lm.training.results import BestCheckpoint
 from lm.training.trainer import train
 
 

@@ -7,7 +7,7 @@ import pytest
 from lm.config import set_value, validate
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
-from lm.evaluation.spaced_words import has_spaced_words
+from lm.evaluation.loss import has_spaced_words
 from lm.experiment import build
 from lm.training.diagnosis import nonfinite_message, require_learning
 from lm.training.trainer import train

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.bias import add_bias
+from lm.kernels.elementwise import add_bias
 from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
 from lm.models.classic.linear import init_linear
 from lm.models.transformer_config import InitConfig
