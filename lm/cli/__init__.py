@@ -34,12 +34,13 @@ VERBS = {
     "plan": "Compile a configuration's training step for described devices: memory, work, time.",
     "config": "Print a resolved configuration, or with --keys what every key means.",
     "tokenizer train": "Train a SentencePiece model on a corpus and write it to a file.",
+    "corpus": "Clean documents, drop duplicates and test data; write shards and a data card.",
     "data verify": "Compare whole token stores with their checksums, of a configuration or all.",
     "vectors": "Write the word vectors of a run or file; score them by similarity and analogies.",
     "report": "Write a page and pictures of a run, or of all runs in a folder.",
     "scaling": "Fit a scaling law to runs: its optimum and forecast for a budget, with intervals.",
 }
-WITHOUT_JAX = ("config", "tokenizer")
+WITHOUT_JAX = ("config", "corpus", "tokenizer")
 # A file or folder that cannot be opened or made as it was named.
 _FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR),

@@ -1,0 +1,223 @@
+"""Rules that a configuration names: the blocks of each and its options.
+
+The options of most rules are the arguments of datatrove's block.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.decont import NGramsDecontConfig
+from datatrove.pipeline.dedup import (
+    ExactDedupConfig,
+    ExactDedupFilter,
+    ExactDedupSignature,
+    ExactFindDedups,
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.pipeline.filters import (
+    C4ParagraphFilter,
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+
+from lm.errors import UserError
+from lm.tools.corpus.corpus_sources import NamedSource
+from lm.tools.corpus.decontamination import Decontamination, DecontaminationIndex
+from lm.tools.corpus.document_sample import Sample, SampleKeys, SampleLimit
+from lm.tools.corpus.rule_tally import CLUSTER, NO_CLUSTER
+from lm.tools.corpus.text_blocks import BannedWords, Language, PersonalData
+
+# Arguments that are not options of a configuration.
+_OWN = ("self", "exclusion_writer")
+_SHA1 = HashConfig(64, "sha1")  # xxhash from 4 on takes no text, as datatrove gives it
+
+
+class Step(NamedTuple):
+    """Blocks that run after all tasks before have finished.
+
+    Attributes:
+        name: name for progress and logs.
+        block: the block.
+        tasks: number of tasks.
+    """
+
+    name: str
+    block: PipelineStep
+    tasks: int = 1
+
+
+@dataclass(frozen=True)
+class PlannedRule:
+    """Blocks of a rule.
+
+    Attributes:
+        block: filter or formatter of documents.
+        before: steps that come before any document is read.
+        collect: block that collects, at the end of a stage, what it needs to know of all documents.
+        between: steps between that stage and the next, which begins with `block`.
+    """
+
+    block: PipelineStep
+    before: tuple[Step, ...] = ()
+    collect: PipelineStep | None = None
+    between: tuple[Step, ...] = ()
+
+
+class RuleContext(NamedTuple):
+    """Surroundings of a rule, beside its options.
+
+    Attributes:
+        folder: folder of the rule's own files.
+        words: tokenizer of words and sentences.
+        tests: test sets, by name.
+    """
+
+    folder: str
+    words: WordTokenizer
+    tests: Mapping[str, NamedSource]
+
+
+class RuleKind(NamedTuple):
+    """Kind of rule.
+
+    Attributes:
+        build: function of a context and of options by name.
+        about: one sentence for `lm corpus --rules`.
+        options: the parameters that are options.
+    """
+
+    build: Callable[..., PlannedRule]
+    about: str
+    options: dict[str, inspect.Parameter]
+
+
+def _of_block(cls: type[PipelineStep], about: str) -> RuleKind:
+    """Return the kind of a rule that is one block of datatrove, or of ours."""
+    parameters = dict(inspect.signature(cls.__init__).parameters)
+    options = {name: parameters[name] for name in parameters if name not in (*_OWN, "language")}
+
+    def build(context: RuleContext, **options: Any) -> PlannedRule:
+        words = {"language": context.words} if "language" in parameters else {}
+        return PlannedRule(cls(**options, **words))
+
+    return RuleKind(build, about, options)
+
+
+def _of_function(build: Callable[..., PlannedRule], about: str) -> RuleKind:
+    """Return the kind of a rule that a function plans: its keyword arguments are the options."""
+    parameters = inspect.signature(build).parameters.values()
+    return RuleKind(build, about, {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+
+def _text_of(document: Document) -> str:
+    return document.text
+
+
+def _exact_duplicates(context: RuleContext) -> PlannedRule:
+    config = ExactDedupConfig(_text_of, hash_config=_SHA1)
+    signatures, found = f"{context.folder}/signatures", f"{context.folder}/found"
+    return PlannedRule(
+        ExactDedupFilter(found, config),
+        collect=ExactDedupSignature(signatures, config),
+        between=(Step("find", ExactFindDedups(signatures, found, config)),),
+    )
+
+
+class NearDuplicates(MinhashDedupFilter):
+    """Filter that notes the cluster, or that there is none, of tasks without removals too."""
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        removals = f"{rank:06d}.remove"
+        if self.data_folder.isfile(f"{rank:06d}.clusters") and not self.data_folder.isfile(
+            removals
+        ):
+            self.data_folder.open(removals, "wb").close()  # else datatrove reads no clusters
+        for document in super().run(data, rank, world_size):
+            document.metadata.setdefault(CLUSTER, NO_CLUSTER)
+            yield document
+
+
+def _near_duplicates(
+    context: RuleContext,
+    *,
+    n_grams: int = 5,
+    num_buckets: int = 14,
+    hashes_per_bucket: int = 8,
+    seed: int = 1,
+) -> PlannedRule:
+    config = MinhashConfig(n_grams, num_buckets, hashes_per_bucket, seed, hash_config=_SHA1)
+    signatures, pairs, clusters = (
+        f"{context.folder}/{name}" for name in ("signatures", "pairs", "clusters")
+    )
+    find = MinhashDedupBuckets(signatures, pairs, config=config)
+    cluster = MinhashDedupCluster(pairs, clusters, config, save_cluster_id=True)
+    return PlannedRule(
+        NearDuplicates(clusters, load_cluster_ids=True),
+        collect=MinhashDedupSignature(signatures, config, context.words),
+        between=(Step("find pairs", find, num_buckets), Step("cluster", cluster)),
+    )
+
+
+def _decontamination(context: RuleContext, *, n_grams: int = 13, shortest: int = 6) -> PlannedRule:
+    if not context.tests:
+        raise UserError('name test sets: config.tests = {NAME: {"source": …}}')
+    if not 1 <= shortest <= n_grams:
+        raise UserError(f"shortest={shortest} is not from 1 to n_grams={n_grams}")
+    config = NGramsDecontConfig(
+        n_grams, find_query_ngrams=True, find_overlap_ngrams=False, hash_config=_SHA1
+    )
+    tests = tuple(context.tests.values())
+    index = DecontaminationIndex(context.folder, tests, config, shortest, context.words)
+    return PlannedRule(
+        Decontamination(context.folder, config, shortest, context.words),
+        before=(Step("index", index),),
+    )
+
+
+def _sample(
+    context: RuleContext, *, fraction: float = 1.0, documents: int = 0, seed: int = 0
+) -> PlannedRule:
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction={fraction} is not above 0 and at most 1")
+    if documents < 0 or (documents and fraction < 1):
+        raise UserError("give fraction or documents, a number above 0")
+    if not documents:
+        return PlannedRule(Sample(fraction, seed))
+    limit = SampleLimit(context.folder, documents)
+    return PlannedRule(
+        Sample(fraction, seed, context.folder),
+        collect=SampleKeys(context.folder, seed),
+        between=(Step("limit", limit),),
+    )
+
+
+RULES: dict[str, RuleKind] = {
+    "language": _of_block(Language, "Keep documents in some languages (py3langid)."),
+    "c4_quality": _of_block(C4QualityFilter, "C4's rules: cuts lines, removes documents."),
+    "c4_paragraphs": _of_block(C4ParagraphFilter, "mC4's rule: 3 paragraphs of 200 characters."),
+    "gopher_quality": _of_block(GopherQualityFilter, "Gopher's rules of words, lines and symbols."),
+    "gopher_repetition": _of_block(GopherRepetitionFilter, "Gopher's rules of repetition."),
+    "fineweb_quality": _of_block(FineWebQualityFilter, "FineWeb's rules of lines."),
+    "personal_data": _of_block(PersonalData, "Mask e-mail, IP, phone, card numbers and IBANs."),
+    "banned_words": _of_block(BannedWords, "Remove documents with a word of a file."),
+    "exact_duplicates": _of_function(_exact_duplicates, "Keep one of equal documents."),
+    "near_duplicates": _of_function(_near_duplicates, "Keep one of similar documents (MinHash)."),
+    "decontamination": _of_function(
+        _decontamination, "Remove documents with n-grams or short texts of the test sets."
+    ),
+    "sample": _of_function(_sample, "Keep a random fraction or number of documents."),
+}

@@ -1,0 +1,192 @@
+"""Documents of the sources of a configuration, as datatrove's readers give them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.io import get_datafolder
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import CSVReader, JsonlReader, ParquetReader, WarcReader
+
+from lm import config as configs
+from lm.config.registries import SOURCES
+from lm.data.sources import Chunk, RecordSource
+from lm.errors import UserError
+
+# Readers of datatrove, for what our sources do not read. They leave a damaged line out.
+DATATROVE = {
+    "datatrove-jsonl": JsonlReader,
+    "datatrove-parquet": ParquetReader,
+    "datatrove-csv": CSVReader,
+    "datatrove-warc": WarcReader,
+}
+# Keys of section `data` that say how a source is read.
+SOURCE_KEYS = ("directory", "field", "documents", "bad_rows", "header", "split")
+
+
+class NamedSource(NamedTuple):
+    """Source of documents with what its documents have in common.
+
+    Attributes:
+        name: its name in the configuration.
+        spec: NAME:ARGUMENT as in `data.source`, or datatrove-…:FOLDER/GLOB.
+        license: its licence, for documents that state none; "" unknown.
+        data: values of SOURCE_KEYS.
+    """
+
+    name: str
+    spec: str
+    license: str = ""
+    data: Mapping[str, Any] = {}
+
+    def open(self) -> Any:
+        """Open the source, or the reader of datatrove.
+
+        Raises:
+            UserError: it is unknown or missing.
+        """
+        kind, _, argument = self.spec.partition(":")
+        if kind in DATATROVE:
+            folder, _, pattern = argument.rpartition("/")
+            options = {"glob_pattern": pattern or None, "text_key": self.settings.field}
+            if not get_datafolder(folder).list_files(glob_pattern=pattern or None):
+                raise UserError(f"no file matches {argument!r}")
+            return DATATROVE[kind](folder, **options)
+        if kind not in SOURCES:
+            known = f"{', '.join(SOURCES)}, {', '.join(DATATROVE)}"
+            raise UserError(f"unknown data source {kind!r} (known: {known})")
+        return SOURCES[kind](argument, self.settings, "train")
+
+    @property
+    def settings(self) -> Any:
+        """Section `data` of a configuration that reads this source."""
+        data = configs.default().data
+        data.update(self.data)
+        return data
+
+    def files(self) -> int:
+        """Return into how many parts tasks can divide the source."""
+        source = self.open()
+        if isinstance(source, PipelineStep):
+            return len(source.data_folder.list_files(glob_pattern=source.glob_pattern))
+        return len(getattr(source, "files", "1"))
+
+    def digest(self) -> str:
+        """Return the digest of the contents; of a reader of datatrove, of names and sizes."""
+        source = self.open()
+        if not isinstance(source, PipelineStep):
+            return source.digest
+        folder = source.data_folder
+        found = folder.list_files(glob_pattern=source.glob_pattern)
+        sizes = json.dumps([(name, folder.size(name)) for name in found])
+        return hashlib.sha256(sizes.encode()).hexdigest()
+
+    def documents(
+        self, rank: int = 0, world_size: int = 1, report: Callable[[str], object] = len
+    ) -> Iterator[Document]:
+        """Yield the documents of a task.
+
+        Args:
+            rank: number of the task.
+            world_size: number of tasks.
+            report: called with what a row is, "empty" or "bad", that gives no document.
+
+        Raises:
+            UserError: a file is damaged, or a row has no text.
+        """
+        source, prefix = self.open(), f"{self.name}/{rank}"
+        if isinstance(source, PipelineStep):
+            documents = source.run(None, rank, world_size)
+        elif hasattr(source, "files"):
+            source.files = source.files[rank::world_size]
+            documents = _documents(source, self.settings, prefix, report)
+        else:
+            documents = _documents(source, self.settings, prefix, report) if rank == 0 else ()
+        for document in documents:
+            document.metadata = {"source": self.name, **document.metadata}
+            if self.license:
+                document.metadata.setdefault("license", self.license)
+            document.metadata.pop("file_path", None)
+            yield document
+
+
+def _documents(
+    source: Any, data: Any, prefix: str, report: Callable[[str], object]
+) -> Iterator[Document]:
+    """Yield the documents of a source: of its rows, if it has any, with their other columns."""
+    if isinstance(source, RecordSource):
+        yield from _from_rows(source, data, prefix, report)
+    else:
+        for number, text in enumerate(_joined(source.chunks())):
+            if text.strip():
+                yield Document(text, f"{prefix}/{number}")
+            else:
+                report("empty")
+
+
+def _joined(chunks: Iterator[Chunk]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        parts.append(chunk.text)
+        if chunk.last:
+            yield "".join(parts)
+            parts = []
+
+
+def _from_rows(
+    source: RecordSource, data: Any, prefix: str, report: Callable[[str], object]
+) -> Iterator[Document]:
+    for number, row in enumerate(source.rows()):
+        values = {k: v for k, v in row.values.items() if isinstance(v, str | int | float | bool)}
+        text, problem = values.pop(data.field, None), row.problem
+        if problem or not isinstance(text, str):
+            there = ", ".join(row.values)
+            problem = problem or f"no text in field {data.field!r} (there are: {there})"
+            if data.bad_rows != "skip":
+                raise UserError(f"{row.where}: {problem}: correct it, or set bad_rows to skip")
+            report("bad")
+            continue
+        if not text.strip():
+            report("empty")
+            continue
+        name = str(values.pop("id", f"{prefix}/{number}"))
+        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        yield Document(whole, name, [], values)
+
+
+class SourceReader(PipelineStep):
+    """Reader of all sources; a task reads its share of the files of each."""
+
+    type = "📖 - READER"
+    name = "sources"
+
+    def __init__(self, sources: tuple[NamedSource, ...]):
+        super().__init__()
+        self.sources = sources
+
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
+        for source in self.sources:
+            yield from source.documents(
+                rank, world_size, lambda kind: self.stat_update(f"rows_{kind}")
+            )
+
+
+class StageReader(JsonlReader):
+    """Reader of what the same task of an earlier stage wrote: nothing if it kept no document.
+
+    datatrove's own divides the files that exist among the tasks, so that a task without a file
+    would get that of another, and signatures would name the wrong documents.
+    """
+
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
+        name = f"{rank:05d}.jsonl.gz"
+        if self.data_folder.isfile(name):
+            yield from self.read_files_shard([name])

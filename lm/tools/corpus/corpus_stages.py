@@ -1,0 +1,174 @@
+"""Stages of a configuration: pipelines of blocks, each for a number of tasks, run in order."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.word_tokenizers import WordTokenizer, load_tokenizer_assignments
+from fsspec.compression import register_compression
+
+from lm.errors import UserError, missing_package
+from lm.tools.corpus.corpus_config import WORDS, Config, named_sources
+from lm.tools.corpus.corpus_rules import RULES, RuleContext
+from lm.tools.corpus.corpus_sources import SourceReader, StageReader
+from lm.tools.corpus.rule_tally import Observed
+from lm.tools.corpus.text_blocks import UnicodeWords
+
+READ, WRITTEN = "read", "written"  # labels of the first and the last tally
+MOST_TASKS = 1000  # where the configuration leaves their number to the number of files
+
+
+class CorpusStage(NamedTuple):
+    """Pipeline that starts when all tasks of the one before have finished.
+
+    Attributes:
+        name: name for progress and errors.
+        blocks: pipeline.
+        tasks: number of tasks, whatever the number of workers.
+    """
+
+    name: str
+    blocks: tuple[PipelineStep, ...]
+    tasks: int
+
+
+class ReproducibleGzip(gzip.GzipFile):
+    """Gzip without name and time, so that equal documents make equal files."""
+
+    def __init__(self, file: IO[bytes], mode: str = "wb", **options: Any):
+        super().__init__("", mode, 6, file, mtime=0)
+
+
+GZIP = "gzip-reproducible"
+register_compression(GZIP, ReproducibleGzip, [], force=True)
+
+
+def work_folder(output: str) -> str:
+    """Return the folder of what is needed until the corpus is complete."""
+    return f"{output}/work"
+
+
+def tally_folder(output: str, label: str) -> str:
+    """Return the folder with the tallies of a rule."""
+    return f"{work_folder(output)}/tallies/{label}"
+
+
+def plan_stages(config: Config, output: str) -> list[CorpusStage]:
+    """Return the stages of a configuration.
+
+    Args:
+        config: configuration.
+        output: folder of the corpus.
+
+    Raises:
+        UserError: a source is missing, an option is wrong, or a package is not installed.
+    """
+    sources = tuple(named_sources(config, "sources").values())
+    n_tasks = config["tasks"] or min(MOST_TASKS, max(source.files() for source in sources))
+    words, tests = _words(config["words"]), named_sources(config, "tests")
+    card = config["card"]
+
+    def observed(block: PipelineStep, label: str) -> Observed:
+        return Observed(
+            block, label, tally_folder(output, label), card["columns"], card["examples"]
+        )
+
+    before: list[CorpusStage] = []
+    stages: list[CorpusStage] = []
+    blocks: list[PipelineStep] = [observed(SourceReader(sources), READ)]
+    labels = [READ]
+    for label in config["rules"]:
+        context = RuleContext(f"{work_folder(output)}/rules/{label}", words, tests)
+        try:
+            rule = RULES[label].build(context, **config[label])
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(f"rule {label}: {error}") from error
+        before += [CorpusStage(f"{label}: {s.name}", (s.block,), s.tasks) for s in rule.before]
+        if rule.collect is not None:
+            documents = f"{work_folder(output)}/documents/{label}"
+            blocks += [JsonlWriter(documents, "${rank}.jsonl.gz", GZIP), rule.collect]
+            stages.append(CorpusStage(", ".join(labels), tuple(blocks), n_tasks))
+            stages += [CorpusStage(f"{label}: {s.name}", (s.block,), s.tasks) for s in rule.between]
+            blocks, labels = [StageReader(documents)], []
+        blocks.append(observed(rule.block, label))
+        labels.append(label)
+    blocks.append(observed(_shard_writer(config["write"], output), WRITTEN))
+    stages.append(CorpusStage(", ".join([*labels, "write"]), tuple(blocks), n_tasks))
+    return before + stages
+
+
+def _words(name: str) -> WordTokenizer:
+    if name == WORDS:
+        return UnicodeWords()
+    factories = load_tokenizer_assignments()
+    if name not in factories:
+        raise UserError(f"config.words={name}: expected {WORDS}, or a language such as en")
+    try:
+        return factories[name]()
+    except ImportError as error:
+        raise UserError(f"config.words={name}: {error}") from error
+
+
+def _shard_writer(options: Mapping[str, Any], output: str) -> PipelineStep:
+    """Return the writer of the shards: one or, if they are limited, some of each task."""
+    columns, kind = options["columns"], options["format"]
+    largest = options["megabytes"] * 10**6 or -1
+    if kind == "parquet":
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise missing_package("config.write.format=parquet", "pyarrow", "corpus") from error
+        names = dict.fromkeys(("id", "text", *columns))
+        schema = pa.schema([(name, pa.string()) for name in names])
+        return ParquetShards(
+            columns,
+            output,
+            output_filename="${rank}.parquet",
+            compression="zstd",
+            max_file_size=largest,
+            schema=schema,
+        )
+    compression = {"jsonl.gz": GZIP, "jsonl.zst": "zstd", "jsonl": None}[kind]
+    if compression == "zstd":
+        try:
+            import zstandard  # noqa: F401
+        except ImportError as error:
+            raise missing_package("config.write.format=jsonl.zst", "zstandard", "corpus") from error
+    return JsonShards(
+        columns,
+        output,
+        output_filename="${rank}." + kind,
+        compression=compression,
+        max_file_size=largest,
+    )
+
+
+class _Shards(DiskWriter):
+    """Writer of id, text and some of the metadata."""
+
+    def __init__(self, columns: tuple[str, ...], output: str, **options: Any):
+        self.columns = columns
+        super().__init__(output, **options)
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        found = document.metadata
+        kept = {name: found[name] for name in self.columns if name in found}
+        return kept | {"id": document.id, "text": document.text}
+
+
+class JsonShards(_Shards, JsonlWriter):
+    """Shards of JSON lines."""
+
+
+class ParquetShards(_Shards, ParquetWriter):
+    """Shards of Parquet; all columns are text."""
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        row = super()._default_adapter(document)
+        return {name: str(row[name]) if name in row else None for name in self.schema.names}
