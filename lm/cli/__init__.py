@@ -26,6 +26,7 @@ VERBS = {
     "launch": "Run a command as several processes on this host; restart them when one dies.",
     "sweep": "Run, or continue, every run of a sweep file; --config.a.b=VALUE goes to every run.",
     "eval": "Evaluate a run on a whole split: loss and perplexity, or with --task its scores.",
+    "score": "Score continuations of prompts: the log-likelihood of every token.",
     "generate": "Continue prompts, or make targets of sources, with a trained model.",
     "merge": "Write parameters as a run of their own: LoRA updates merged, or an average.",
     "import": "Make a run of a Hugging Face model folder, or of a .bin file of llama2.c.",

@@ -12,6 +12,7 @@ from typing import Any
 from lm.cli.arguments import (
     Overrides,
     Parser,
+    at_least,
     json_argument,
     open_run,
     print_result,
@@ -34,7 +35,15 @@ def add_arguments(parser: Parser) -> None:
         "--step", type=_steps, metavar="K[,K…]", help="checkpoints of these steps; the newest"
     )
     parser.add_argument("--task", action="store_true", help="scores and predictions of a task")
-    parser.add_argument("--output", metavar="DIR", help="for --task; WORKDIR/eval/SPLIT-STEP")
+    parser.add_argument(
+        "--harness", metavar="TASK[,TASK…]", help="tasks of lm-eval instead, or their YAML files"
+    )
+    parser.add_argument("--shots", type=at_least(0), metavar="K", help="of --harness: examples")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="of --harness: documents")
+    parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
+    parser.add_argument(
+        "--output", metavar="DIR", help="for --task and --harness; WORKDIR/eval/SPLIT-STEP"
+    )
     weights_arguments(parser)
     json_argument(parser)
     process_arguments(parser)
@@ -78,6 +87,8 @@ def _steps(text: str) -> list[int]:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
+    if args.harness:
+        return (*MESH, *MODEL, "decode.*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
     scored = _OF_TASK if args.task else ("eval.max_batches", "train.steps_per_dispatch")
     return (*MESH, *MODEL, *_READING, *read, *scored)
@@ -85,6 +96,11 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    if args.harness:
+        return _evaluate_harness(args, overrides)
+    for option in ("shots", "limit", "include_path"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is of --harness: name its tasks too")
     from lm.data.splits import open_split
     from lm.evaluation.task import check_task
     from lm.experiment import reads_records
@@ -167,3 +183,34 @@ def _evaluate_task(
         write_task_report(folder, report, rows)
         print(f"report and predictions are in {storage_path(folder)}", file=sys.stderr)
     return report
+
+
+def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Evaluate on tasks of lm-eval; return the exit code."""
+    if args.split or args.source or args.task:
+        raise UserError("--harness has data of its own: without --split, --source and --task")
+    if len(args.step or ()) > 1:
+        raise UserError("--harness evaluates one checkpoint: give one --step")
+    from lm.decoding.generate_file import weights_identity
+    from lm.evaluation.harness import evaluate_tasks, figures
+    from lm.evaluation.task import require_writable
+    from lm.parallel.mesh import is_primary_host
+
+    experiment, params, step = open_run(args, overrides, step=(args.step or [None])[0])
+    folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"harness-{step}")
+    require_writable(folder)
+    results = evaluate_tasks(
+        experiment,
+        params,
+        experiment.tokenizer,
+        [task for task in args.harness.split(",") if task],
+        folder,
+        weights_identity(params, step),
+        shots=args.shots,
+        limit=args.limit,
+        include_path=args.include_path,
+    )
+    if is_primary_host():
+        print(f"results are in {storage_path(folder)}", file=sys.stderr)
+        print_result({"step": step, **figures(results)}, args.json)
+    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import stat
@@ -60,11 +59,10 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.decoding.generate_file import generate_file
+    from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.prompts import is_encoder_decoder
     from lm.decoding.sampling import Sampling
-    from lm.runs.checkpoints import checksums
 
     _check_generate(args)
     piped = "" if args.prompt or args.input else _piped_text()
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.input:
         sampled = None if searches or args.greedy else sampling
-        made_by = {"step": step, "weights": _digest(checksums(params))}
+        made_by = weights_identity(params, step)
         files = Path(args.input), Path(args.output)
         seed, n_best, stop = args.seed, args.n_best, args.stop
         generate_file(experiment, params, tokenizer, *files, sampled, seed, n_best, made_by, stop)
@@ -137,10 +135,6 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise UserError("--stop is empty: every continuation would end before it begins")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
         raise UserError("--n_best needs --json, or --output FILE.jsonl")
-
-
-def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _print_records(records: list[dict], as_json: bool) -> None:

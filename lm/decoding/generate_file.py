@@ -27,6 +27,7 @@ from lm.experiment import Experiment
 from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
+from lm.runs.checkpoints import checksums
 from lm.storage import read_json
 
 
@@ -109,6 +110,12 @@ def _text(row: Row, field: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{row.where}: {field!r} is not UTF-8") from error
     return text
+
+
+def weights_identity(params: Params, step: int) -> dict[str, Any]:
+    """Return step and digest of parameters, to tell whether an output was made with them."""
+    sums = json.dumps(checksums(params), sort_keys=True)
+    return {"step": step, "weights": hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def join_lines(text: str) -> str:

@@ -84,6 +84,28 @@ def _cross_entropy_backward(
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def token_losses(
+    model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array, *settings: float
+) -> TokenLosses:
+    """Return the losses of target tokens, in chunks where `model.config.loss_chunk` says so.
+
+    Args:
+        model: bound model, whose `logits` are computed here.
+        x_BTD: hidden states at the targets.
+        targets_BT: token ids, int32.
+        *settings: label smoothing and weight of the z-loss of `cross_entropy`.
+    """
+
+    def compute(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
+        return cross_entropy(model.logits(x_BTD), targets_BT, *settings)
+
+    if not model.config.loss_chunk:
+        return compute(model, x_BTD, targets_BT)
+    from lm.objectives.chunked_losses import in_chunks
+
+    return in_chunks(compute, model, x_BTD, targets_BT)
+
+
 def token_loss(
     model: BoundModel,
     x_BTD: jax.Array,
@@ -102,16 +124,7 @@ def token_loss(
         label_smoothing: share of a target's probability spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
     """
-
-    def compute(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
-        return cross_entropy(model.logits(x_BTD), targets_BT, label_smoothing, z_loss)
-
-    if model.config.loss_chunk:
-        from lm.objectives.chunked_losses import in_chunks
-
-        losses = in_chunks(compute, model, x_BTD, targets_BT)
-    else:
-        losses = compute(model, x_BTD, targets_BT)
+    losses = token_losses(model, x_BTD, targets_BT, label_smoothing, z_loss)
     return LossSums(
         loss=(losses.loss_BL * weights_BT).sum(),
         weight=weights_BT.sum(),

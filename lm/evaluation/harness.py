@@ -1,0 +1,338 @@
+"""EleutherAI's lm-eval on a run: its tasks, metrics and files of results, with our model.
+
+`HarnessModel` answers lm-eval's requests by token log-likelihoods and by decoding, on any mesh.
+Answers are kept in a file of JSON lines beside the results, so that a second start continues.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm.data.special_tokens import special_tokens
+from lm.data.tokenizer import Tokenizer
+from lm.decoding.batch import decode_best, sample_batches
+from lm.decoding.beam import BeamOptions
+from lm.decoding.controls import Controls
+from lm.decoding.generation import text_after, text_before
+from lm.decoding.prompts import is_encoder_decoder, prompt_ids
+from lm.decoding.sampling import Sampling
+from lm.errors import UserError, missing_package
+from lm.evaluation.likelihood import Request, first_ids, score, split_request
+from lm.experiment import Experiment
+from lm.models.variables import Params
+from lm.parallel.mesh import is_primary_host
+from lm.progress import progress_bar
+from lm.storage import parse_json
+
+try:
+    from lm_eval.api.model import LM
+except ImportError as error:
+    raise missing_package("lm eval --harness", "lm-eval", "harness") from error
+
+_WINDOW = 1024  # requests that are sorted by length together; fewer are lost in a crash
+_NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
+
+
+@dataclass
+class Answers:
+    """Answers to requests by the digest of the request, kept in a file.
+
+    The first line of the file identifies the parameters; with others it begins anew. Only the first
+    process reads and writes it; all processes compute the same requests.
+    """
+
+    file: Path
+    weights: Mapping[str, Any]
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not is_primary_host():
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.file.read_bytes() if self.file.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]
+        try:
+            first, *lines = (parse_json(line, self.file) for line in whole.splitlines())
+            if first != {"weights": dict(self.weights)}:
+                raise UserError("other parameters")
+            self._known = {line["request"]: line["answer"] for line in lines}
+        except (UserError, ValueError, KeyError):
+            whole = json.dumps({"weights": dict(self.weights)}).encode() + b"\n"
+        self.file.write_bytes(whole)
+
+    def answer(
+        self,
+        requests: Sequence[tuple[Any, ...]],
+        compute: Callable[[Sequence[int]], list[Any]],
+    ) -> list[Any]:
+        """Return the answer to each request.
+
+        Args:
+            requests: values of JSON that the answers depend on.
+            compute: returns the answers, values of JSON, of the requests at some indices.
+        """
+        keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in requests]
+        is_known = np.array([key in self._known for key in keys], bool)
+        is_known = multihost_utils.broadcast_one_to_all(is_known)
+        missing = [i for i, known in enumerate(is_known) if not known]
+        shown = is_primary_host()
+        with progress_bar(
+            "scoring", len(keys), initial=len(keys) - len(missing), shown=shown
+        ) as bar:
+            for start in range(0, len(missing), _WINDOW):
+                window = missing[start : start + _WINDOW]
+                found = dict(zip((keys[i] for i in window), compute(window), strict=True))
+                self._known |= found
+                if shown:
+                    lines = ({"request": key, "answer": value} for key, value in found.items())
+                    with self.file.open("a") as stream:
+                        stream.writelines(json.dumps(line) + "\n" for line in lines)
+                bar.update(len(window))
+        return [self._known.get(key) for key in keys]
+
+
+class HarnessModel(LM):
+    """Model of lm-eval that is a run of ours.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        answers: answers of earlier starts.
+    """
+
+    def __init__(
+        self, experiment: Experiment, params: Params, tokenizer: Tokenizer, answers: Answers
+    ):
+        super().__init__()
+        self._experiment, self._params, self._tokenizer = experiment, params, tokenizer
+        self._answers = answers
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the context."""
+        return self._experiment.config.model.max_length
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Return log-likelihood and greediness of each continuation."""
+        pairs = [request.args for request in requests]
+        experiment, tokenizer = self._experiment, self._tokenizer
+
+        def compute(numbers: Sequence[int]) -> list[Any]:
+            split = [split_request(experiment, tokenizer, *pairs[i]) for i in numbers]
+            scores = score(experiment, self._params, tokenizer, split)
+            return [
+                [float(s.log_likelihoods.sum(dtype=np.float64)), bool(s.greedy.all())]
+                for s in scores
+            ]
+
+        found = self._answers.answer([("loglikelihood", *pair) for pair in pairs], compute)
+        return [tuple(answer) if answer else (0.0, False) for answer in found]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Return the log-likelihood of each text; one longer than the context in windows."""
+        texts = [request.args[0] for request in requests]
+
+        def compute(numbers: Sequence[int]) -> list[Any]:
+            windows = [self._windows(texts[i]) for i in numbers]
+            flat = [window for of_text in windows for window in of_text]
+            scores = iter(score(self._experiment, self._params, self._tokenizer, flat))
+            return [
+                sum(float(next(scores).log_likelihoods.sum(dtype=np.float64)) for _ in of_text)
+                for of_text in windows
+            ]
+
+        return self._answers.answer([("rolling", text) for text in texts], compute)
+
+    def _windows(self, text: str) -> list[Request]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        if self._experiment.config.model.family == "encoder":
+            return [Request([], self._tokenizer.encode(text))]
+        special = special_tokens(self._tokenizer)
+        if is_encoder_decoder(self._experiment.model):
+            ids, start = [*self._tokenizer.encode(text), special.eos], [special.eos]
+        else:
+            ids, start = prompt_ids(self._tokenizer, text), first_ids(self._tokenizer)
+        if not start:
+            raise UserError("the tokenizer has no token that a text could start with")
+        windows = get_rolling_token_windows(list(map(int, ids)), start[-1], self.max_length, 1)
+        return [Request(*make_disjoint_window(window)) for window in windows]
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Return a continuation of each prompt, up to the first of the task's stop texts."""
+        arguments = [request.args for request in requests]
+
+        def compute(numbers: Sequence[int]) -> list[Any]:
+            found: dict[int, str] = {}
+            kinds = {json.dumps(arguments[i][1], sort_keys=True) for i in numbers}
+            for kind in sorted(kinds):
+                same = [i for i in numbers if json.dumps(arguments[i][1], sort_keys=True) == kind]
+                texts = self._generate([arguments[i][0] for i in same], arguments[same[0]][1])
+                found |= zip(same, texts, strict=True)
+            return [found[i] for i in numbers]
+
+        found = self._answers.answer([("generate", *pair) for pair in arguments], compute)
+        return [text or "" for text in found]
+
+    def _generate(self, prompts: list[str], options: Mapping[str, Any]) -> list[str]:
+        """Return continuations with the options of a task, lm-eval's `generation_kwargs`."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        chosen = normalize_gen_kwargs(dict(options), _NEW_TOKENS)
+        n_new, tokenizer = chosen["max_gen_toks"], self._tokenizer
+        config = self._experiment.config.copy_and_resolve_references()
+        config.decode.max_length, config.decode.beam_size = n_new, 1
+        experiment = replace(self._experiment, config=config)
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        if is_encoder_decoder(experiment.model):
+            special = special_tokens(tokenizer)
+            ids = [special.source(tokenizer.encode(p), self.max_length).tolist() for p in prompts]
+            beam = BeamOptions.from_config(config, tokenizer)
+            outputs = decode_best(experiment, self._params, tokenizer, ids, beam)
+            written = [text_after(tokenizer, [], new) for new in outputs]
+        else:
+            room = self.max_length - n_new
+            if room <= 0:
+                raise UserError(
+                    f"the task writes {n_new} tokens, and the context holds {self.max_length}"
+                )
+            ids = [prompt[-room:] for prompt in ids]
+            temperature = float(chosen.get("temperature", 0.0))
+            sampling = Sampling(
+                temperature, int(chosen.get("top_k", 0)), float(chosen.get("top_p", 1.0))
+            )
+            controls = Controls.from_config(config, tokenizer)
+            sampled = sample_batches(experiment, self._params, ids, sampling, 0, controls)
+            written = [
+                text_after(tokenizer, prompt, hypotheses[0].tokens)
+                for prompt, hypotheses in zip(ids, sampled, strict=True)
+            ]
+        stop = [text for text in chosen["until"] if text]
+        return [text_before(stop, text) for text in written]
+
+
+def evaluate_tasks(
+    experiment: Experiment,
+    params: Params,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    folder: Path,
+    weights: Mapping[str, Any],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    include_path: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run on tasks of lm-eval, and write its files of results.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        tasks: names of tasks or groups, or paths of their YAML files.
+        folder: gets results.json, samples_TASK.jsonl and answers.jsonl.
+        weights: identity of the parameters; earlier answers are used only with the same.
+        shots: examples in a prompt; None: as the task says.
+        limit: evaluate only the first documents of each task; None: all.
+        include_path: folder of further task files, which may hold code that is run.
+
+    Returns:
+        lm-eval's results.
+
+    Raises:
+        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    for package in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a fork beside JAX's threads may hang
+    try:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if not set(tasks) <= set(manager.all_tasks):  # reading its thousands takes seconds
+            manager = TaskManager(include_path=include_path)
+        _require_known(tasks, manager.all_tasks)
+        model = HarnessModel(
+            experiment, params, tokenizer, Answers(folder / "answers.jsonl", weights)
+        )
+        _require_fitting(experiment, manager.load(list(tasks))["tasks"])
+        with redirect_stdout(sys.stderr):
+            results: Any = simple_evaluate(
+                model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager
+            )
+    except UserError:
+        raise
+    except Exception as error:  # of tasks, which are code, and of the libraries that read data
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"--harness {','.join(tasks)}: {type(error).__name__}: {' '.join(lines[:1])}"
+        ) from error
+    if is_primary_host():
+        _write_results(folder, results)
+    return results
+
+
+def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task in known or Path(task).is_file():
+            continue
+        near = difflib.get_close_matches(task, known, 3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UserError(f"lm-eval knows no task {task!r}{hint}; --include_path adds a folder")
+
+
+def _require_fitting(experiment: Experiment, tasks: Mapping[str, Any]) -> None:
+    """Raise UserError for tasks that a model cannot answer."""
+    family = experiment.config.model.family
+    for name, task in tasks.items():
+        kind = task.get_config("output_type")
+        if kind == "generate_until" and not hasattr(experiment.model, "decode"):
+            raise UserError(f"{name}: a model of the family {family} writes no text")
+        scoring = (task.get_config("metadata") or {}).get("scoring")
+        if family == "encoder" and scoring != "pll":
+            raise UserError(
+                f"{name}: an encoder has pseudo-log-likelihoods only, for tasks with "
+                "`scoring: pll` in their metadata"
+            )
+
+
+def _write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write what lm-eval's own command line writes."""
+    from lm_eval.utils import handle_non_serializable
+
+    def text(value: Any, indent: int | None = None) -> str:
+        options = {"default": handle_non_serializable, "ensure_ascii": False, "indent": indent}
+        return json.dumps(value, **options) + "\n"
+
+    samples = results.pop("samples", {})
+    for task, of_task in samples.items():
+        lines = "".join(map(text, of_task))
+        (folder / f"samples_{Path(task).stem}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "results.json").write_text(text(results, 2), encoding="utf-8")
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of all tasks as TASK/METRIC, with standard errors as METRIC_stderr."""
+    found = {}
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, int | float) and metric != "sample_len":
+                suffix = "" if filtered in ("", "none") else f",{filtered}"
+                found[f"{task}/{metric}{suffix}"] = float(value)
+    return found
