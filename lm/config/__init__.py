@@ -26,10 +26,8 @@ from lm.config.experiment_file import error_in, execute
 from lm.config.registries import SCHEMA
 from lm.config.registry import Key, listed
 from lm.config.rules import broken_rules
-from lm.errors import UserError, nearest
+from lm.errors import UserError
 from lm.storage import AnyPath, resolve_path
-
-LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
 def default() -> ConfigDict:
@@ -60,15 +58,9 @@ def parse_value(path: str, text: str) -> Any:
     """Return the value of `--config.PATH=TEXT`, converted to the type of the key."""
     key = require_key(path)
     try:
-        if key.type is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if key.type is tuple:
-            return tuple(float(part) for part in text.strip("()").split(",") if part.strip())
-        if key.type is int:
-            return int(text.replace("_", ""))
-        return key.type(text)
+        return key.parse(text)
     except (ValueError, KeyError):
-        raise UserError(f"--config.{path}={text}: expected {_type_name(key)}") from None
+        raise UserError(f"--config.{path}={text}: expected {key.type_name()}") from None
 
 
 def set_value(config: ConfigDict, path: str, value: Any) -> None:
@@ -83,7 +75,7 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     try:
         node[name] = value
     except TypeError:  # a run.json of another version may hold another type
-        raise UserError(f"--config.{path}={value}: expected {_type_name(SCHEMA[path])}") from None
+        raise UserError(f"--config.{path}={value}: expected {SCHEMA[path].type_name()}") from None
 
 
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -182,7 +174,9 @@ def validate(config: ConfigDict) -> None:
         require_key(path)
     for path, key in SCHEMA.items():
         if path in values:
-            _check_value(path, key, values[path])
+            if problem := key.problem(values[path]):
+                shown = " ".join(str(values[path]).split())
+                raise UserError(f"--config.{path}={shown}{problem}")
         elif path not in SCHEMA.unused_options(config):
             raise UserError(f"--config.{path} is missing; start from lm.config.default()")
     for message in broken_rules(config):
@@ -244,34 +238,3 @@ def require_key(path: str) -> Key:
         hint = " or ".join(f"--config.{key}" for key in suggested_keys(path, SCHEMA))
         raise UserError(f"unknown key --config.{path}" + (hint and f"; did you mean {hint}?"))
     return SCHEMA[path]
-
-
-def _type_name(key: Key) -> str:
-    if key.choices:
-        return f"one of {', '.join(key.choices)}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    return names.get(key.type, "numbers separated by commas")
-
-
-def _check_value(path: str, key: Key, value: Any) -> None:
-    shown = f"--config.{path}={' '.join(str(value).split())}"
-    if key.type is float:
-        right_type = isinstance(value, int | float) and not isinstance(value, bool)
-    elif key.type is int:
-        right_type = isinstance(value, int) and not isinstance(value, bool)
-    elif key.type is tuple:
-        right_type = isinstance(value, tuple | list) and all(
-            isinstance(item, int | float) for item in value
-        )
-    else:
-        right_type = isinstance(value, key.type)
-    if not right_type or (key.choices and value not in key.choices):
-        raise UserError(f"{shown}: expected {_type_name(key)}{nearest(str(value), key.choices)}")
-    if key.type in (int, float):
-        if not abs(value) < float("inf"):
-            raise UserError(f"{shown}: expected a finite number")
-        if key.low is not None and value < key.low:
-            raise UserError(f"{shown} is below {key.low}")
-        high = LARGEST_INTEGER if key.high is None and key.type is int else key.high
-        if high is not None and value > high:
-            raise UserError(f"{shown} is above {high}")

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lm.errors import UserError
+from lm.errors import UserError, nearest
 
 T = TypeVar("T")
+LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,43 @@ class Key:
     def type(self) -> type:
         """Type of the values."""
         return type(self.default)
+
+    def type_name(self) -> str:
+        """Return the values that are allowed, for messages."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+        return names.get(self.type, "numbers separated by commas")
+
+    def parse(self, text: str) -> Any:
+        """Return the value of a text; ValueError or KeyError if it is not of the key's type."""
+        kind = self.type
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(float(part) for part in text.strip("()").split(",") if part.strip())
+        return int(text.replace("_", "")) if kind is int else kind(text)
+
+    def problem(self, value: Any) -> str:
+        """Return what is wrong with a value, the end of a message, or ""."""
+        kind = self.type
+        right_type = {
+            float: isinstance(value, int | float) and not isinstance(value, bool),
+            int: isinstance(value, int) and not isinstance(value, bool),
+            tuple: isinstance(value, tuple | list)
+            and all(isinstance(item, int | float) for item in value),
+        }.get(kind, isinstance(value, kind))
+        if not right_type or (self.choices and value not in self.choices):
+            return f": expected {self.type_name()}{nearest(str(value), self.choices)}"
+        if kind in (int, float):
+            if not abs(value) < float("inf"):
+                return ": expected a finite number"
+            if self.low is not None and value < self.low:
+                return f" is below {self.low}"
+            high = LARGEST_INTEGER if self.high is None and kind is int else self.high
+            if high is not None and value > high:
+                return f" is above {high}"
+        return ""
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
