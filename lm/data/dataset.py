@@ -62,6 +62,7 @@ def open_dataset(
     fingerprint = {"tokenizer": tokenizer.digest}
     for split, sources in (("train", training), ("validation", validation)):
         fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
+        fingerprint |= {f"card {s.name}": s.card for s in sources if hasattr(s, "card") and s.card}
     train, held_out = (
         tuple(build_store(source, tokenizer, data, records, progress) for source in sources)
         for sources in (training, validation)
