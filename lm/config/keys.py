@@ -250,7 +250,12 @@ COMMON_KEYS: dict[str, Key] = {
     "data.isolate_documents": Key(True, "Attention and positions stay within a document."),
     "data.batch_size": Key(8, "Sequences of a step, over all devices.", low=1),
     "data.cache_directory": Key(
-        "", "Token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.", free=True
+        "",
+        "Folder, or URL in a bucket, of token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.",
+        free=True,
+    ),
+    "data.shard_cache": Key(
+        100.0, "GiB of local disk for what is read of stores in a bucket.", low=0.0, free=True
     ),
     "data.workers": Key(0, "Processes that tokenise; 0: one a core.", low=0, high=1024, free=True),
     "data.prefetch": Key(2, "Batches prepared ahead.", low=1, high=1024, free=True),

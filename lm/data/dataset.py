@@ -10,11 +10,13 @@ from lm.data.sources import Corpus, find_source
 from lm.data.store import TokenStore, build_token_store
 from lm.data.tokenizer import Tokenizer, is_fitted, make_tokenizer
 from lm.errors import UserError
-from lm.storage import cache_directory
+from lm.storage import cache_directory, chosen_cache
 
 if TYPE_CHECKING:  # imported only where a task is trained
     from lm.data.record_store import RecordStore
     from lm.data.records import Records
+
+ONE_STORE = 2**28  # bytes of the parts of a corpus whose store is not divided into shards
 
 Store: TypeAlias = "TokenStore | RecordStore"
 Source: TypeAlias = "Corpus | Records"
@@ -57,16 +59,15 @@ def open_dataset(
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
     training = open_sources(listed(data.source), data, "train", records)
-    tokenizer = tokenizer or make_tokenizer(data, _corpora(training, records))
+    tokenizer = tokenizer or make_tokenizer(data, _corpora(training))
     validation = open_validation(data, records)
-    fingerprint = {"tokenizer": tokenizer.digest}
-    for split, sources in (("train", training), ("validation", validation)):
-        fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
-        fingerprint |= {f"card {s.name}": s.card for s in sources if hasattr(s, "card") and s.card}
     train, held_out = (
         tuple(build_store(source, tokenizer, data, records, progress) for source in sources)
         for sources in (training, validation)
     )
+    fingerprint = {"tokenizer": tokenizer.digest}  # after the stores, whose builders hash
+    for split, sources in (("train", training), ("validation", validation)):
+        fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
     if holds_out_records(data, records):
         from lm.data.held_out import split_records
 
@@ -82,7 +83,7 @@ def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
     sources: tuple[Source, ...] = ()
     if is_fitted(data.tokenizer):
         sources = open_sources(listed(data.source), data, "train", records)
-    return make_tokenizer(data, _corpora(sources, records))
+    return make_tokenizer(data, _corpora(sources))
 
 
 def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
@@ -98,15 +99,15 @@ def open_validation(data: Any, records: bool) -> tuple[Source, ...]:
     """Open the sources of the validation data, () if there are none beside the training data."""
     if data.validation_source:
         return open_sources(listed(data.validation_source), data, "validation", records)
-    has_split = _has_validation_records if records else has_validation
-    specs = [spec for spec in listed(data.source) if has_split(spec, data)]
+    specs = [spec for spec in listed(data.source) if has_validation(spec, data, records)]
     return open_sources(specs, data, "validation", records)
 
 
-def has_validation(spec: str, data: Any) -> bool:
-    """Return whether `open_corpus(spec, data, "validation")` has documents to validate on."""
-    cls, argument = find_source(spec, "documents")
-    return bool(data.validation_fraction) or cls.has_validation_split(argument, data)
+def has_validation(spec: str, data: Any, records: bool = False) -> bool:
+    """Return whether a source has validation data; of records, in a split of its own."""
+    cls, argument = find_source(spec, "records" if records else "documents")
+    held_out = bool(data.validation_fraction) and not records
+    return held_out or cls.has_validation_split(argument, data)
 
 
 def open_corpus(spec: str, data: Any, split: str) -> Corpus:
@@ -145,26 +146,16 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     return HeldOut(corpus, data.validation_fraction, split)
 
 
-def _has_validation_records(spec: str, data: Any) -> bool:
-    """Return whether a source of records has a validation split of its own."""
-    cls, argument = find_source(spec, "records")
-    return cls.has_validation_split(argument, data)
-
-
 def holds_out_records(data: Any, records: bool) -> bool:
     """Return whether the validation records are taken out of the training stores."""
     if not records or not data.validation_fraction or data.validation_source:
         return False
-    return not any(_has_validation_records(spec, data) for spec in listed(data.source))
+    return not any(has_validation(spec, data, True) for spec in listed(data.source))
 
 
-def _corpora(sources: tuple[Any, ...], records: bool) -> tuple[Corpus, ...]:
-    """Return the corpora that a tokenizer is fitted to."""
-    if not records:
-        return sources
-    from lm.data.records import RecordTexts
-
-    return tuple(RecordTexts(source) for source in sources)
+def _corpora(sources: tuple[Any, ...]) -> tuple[Corpus, ...]:
+    """Return the corpora that a tokenizer is fitted to: of records, their texts."""
+    return tuple(getattr(source, "record_texts", source) for source in sources)
 
 
 def build_store(
@@ -184,4 +175,9 @@ def build_store(
         from lm.data.record_store import build_record_store
 
         return build_record_store(source, tokenizer, cache, progress)
+    sizes = [part.size or 0 for part in getattr(source, "corpus", source).parts()]
+    if (len(sizes) > 1 and sum(sizes) > ONE_STORE) or "://" in chosen_cache(data):
+        from lm.data.sharded_store import open_sharded_store
+
+        return open_sharded_store(source, tokenizer, data, progress)
     return build_token_store(source, tokenizer, cache, data.workers, progress)

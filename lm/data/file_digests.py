@@ -27,7 +27,7 @@ _SPARE_LINES = 1000  # that are out of date, before the file is written anew
 # State of the files when they were hashed, to notice that one changes while it is read.
 _hashed: dict[Path, State] = {}
 _cache: Callable[[], Path] | None = None
-_by_identity = False
+_mode = "read"  # or "identity", "known"
 
 
 def use_cache(folder: Callable[[], Path]) -> None:
@@ -40,7 +40,7 @@ def hash_files(files: Iterable[Path], *settings: str) -> str:
     """Return the sha256 of the settings and of each file's name and bytes, in order."""
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
-        content = _identity(path) if _by_identity else file_digest(path)
+        content = _identity(path) if _mode == "identity" else file_digest(path)
         total.update(os.fsencode(path.name) + f"\0{content}\n".encode())
     return total.hexdigest()
 
@@ -55,6 +55,8 @@ def file_digest(path: Path) -> str:
         state = _hashed[path] = file_state(path)
         if known := known_digest(path, state):
             return known
+        if _mode == "known":
+            raise UnknownDigestError(path)
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -76,15 +78,24 @@ def remember_digest(path: Path, state: State, digest: str) -> None:
         digests.add(path, state, digest)
 
 
+class UnknownDigestError(Exception):
+    """Error of a file that would have to be read."""
+
+
 @contextmanager
-def by_identity() -> Iterator[None]:
-    """Let `hash_files` take sizes and modification times in place of contents, without reading."""
-    global _by_identity
-    _by_identity = True
+def hashing(mode: str) -> Iterator[None]:
+    """Let `hash_files` do otherwise than read contents.
+
+    Args:
+        mode: "identity": it takes sizes and modification times in place of contents; "known": it
+            raises UnknownDigestError where a digest is not remembered.
+    """
+    global _mode
+    before, _mode = _mode, mode
     try:
         yield
     finally:
-        _by_identity = False
+        _mode = before
 
 
 def _identity(path: Path) -> str:

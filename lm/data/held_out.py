@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.data.sources import Chunk, Corpus, cut_document
+from lm.data.sources import Chunk, Corpus, Part, cut_document
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ class HeldOut:
     def name(self) -> str:
         return f"{self.corpus.name} ({self.split})"
 
-    @property
-    def card(self) -> str:
-        """Digest of the data card of the corpus; "" without one."""
-        return getattr(self.corpus, "card", "")
-
     @cached_property
     def digest(self) -> str:
         parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
@@ -52,19 +47,40 @@ class HeldOut:
 
     def chunks(self) -> Iterator[Chunk]:
         n_documents, n_characters = self._counts
-        total = n_characters if n_documents == 1 else n_documents
+        if n_documents == 1:
+            yield from cut_document(self._characters(self._border(n_characters, "characters")))
+        else:
+            chosen = frozenset(self._chosen(n_documents).tolist())
+            yield from _documents(self.corpus.chunks(), chosen, self.split == "validation")
+
+    def sides_of(self, parts: Sequence[Part], n_documents: Sequence[int]) -> list[PartSide]:
+        """Return this split of each part of the corpus, which has several documents.
+
+        Args:
+            parts: the parts.
+            n_documents: documents of each.
+        """
+        chosen = np.sort(self._chosen(sum(n_documents)))
+        starts = np.concatenate([[0], np.cumsum(n_documents)])
+        borders = chosen.searchsorted(starts)
+        return [
+            PartSide(part, chosen[low:high] - start, self.split == "validation")
+            for part, start, low, high in zip(parts, starts, borders, borders[1:], strict=False)
+        ]
+
+    def _border(self, total: int, unit: str) -> int:
         border = int(total * (1 - self.fraction))
         if not 0 < border < total:
-            unit = "characters" if n_documents == 1 else "documents"
             raise UserError(
                 f"--config.data.validation_fraction={self.fraction} of {self.corpus.name} leaves "
                 f"a split empty: it has {total} {unit}"
             )
-        if n_documents == 1:
-            yield from cut_document(self._characters(border))
-        else:
-            chosen = np.random.default_rng(0).choice(total, total - border, replace=False)
-            yield from self._documents(frozenset(chosen.tolist()))
+        return border
+
+    def _chosen(self, n_documents: int) -> np.ndarray:
+        """Return the indices of the documents that are held out."""
+        n = n_documents - self._border(n_documents, "documents")
+        return np.random.default_rng(0).choice(n_documents, n, replace=False)
 
     @cached_property
     def _counts(self) -> tuple[int, int]:
@@ -82,13 +98,48 @@ class HeldOut:
             yield chunk.text[:cut] if self.split == "train" else chunk.text[cut:]
             start += len(chunk.text)
 
-    def _documents(self, held_out: frozenset[int]) -> Iterator[Chunk]:
-        """Yield the documents of this split."""
-        index = -1
-        for chunk in self.corpus.chunks():
-            index += chunk.first
-            if (index in held_out) == (self.split == "validation"):
-                yield chunk
+
+@dataclass(frozen=True, eq=False)
+class PartSide:
+    """One side of a part of a corpus: the documents that are held out, or the others.
+
+    Attributes:
+        part: the part.
+        held_out: indices of the documents of the part that are held out.
+        validation: these are the documents, or the others.
+    """
+
+    part: Part
+    held_out: np.ndarray
+    validation: bool
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def size(self) -> int | None:
+        return self.part.size
+
+    @property
+    def path(self) -> Any:
+        """File of the part; None if it has none."""
+        return getattr(self.part, "path", None)
+
+    def chunks(self) -> Iterator[Chunk]:
+        held_out = frozenset(self.held_out.tolist())
+        return _documents(self.part.chunks(), held_out, self.validation)
+
+
+def _documents(
+    chunks: Iterable[Chunk], held_out: frozenset[int], validation: bool
+) -> Iterator[Chunk]:
+    """Yield the chunks of the documents that are held out, or of the others."""
+    index = -1
+    for chunk in chunks:
+        index += chunk.first
+        if (index in held_out) == validation:
+            yield chunk
 
 
 def split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:

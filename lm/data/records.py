@@ -65,6 +65,11 @@ class Records:
         settings = (self.columns, self.header, self.labels, self.skip)
         return self.source.digest_with(repr(settings))
 
+    @property
+    def record_texts(self) -> RecordTexts:
+        """Corpus that a tokenizer is fitted to."""
+        return RecordTexts(self)
+
     def __iter__(self) -> Iterator[tuple[Fields, str]]:
         return self.read(lambda message: None)
 

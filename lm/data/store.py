@@ -110,13 +110,17 @@ def build_token_store(
     Raises:
         UserError: text cannot be read or encoded, or the disk is full.
     """
-    recipe = json.dumps([_FORMAT, tokenizer.digest, corpus.digest])
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     return open_or_build(
-        Path(cache_directory) / "stores" / key,
+        Path(cache_directory) / "stores" / store_key(corpus.digest, tokenizer.digest),
         _open,
         lambda folder: _write(folder, corpus, tokenizer, workers, progress),
     )
+
+
+def store_key(corpus_digest: str, tokenizer_digest: str) -> str:
+    """Return the name of a store's folder."""
+    recipe = json.dumps([_FORMAT, tokenizer_digest, corpus_digest])
+    return hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
 
 def _write(
@@ -159,10 +163,9 @@ def make_manifest(
     """Return the manifest of a store whose blocks have `sizes` in all (see `TokenBlock.sizes`)."""
     if not sizes[0]:
         raise UserError(f"{corpus.name} holds no tokens")
-    n_tokens, n_documents, n_bytes, n_characters, n_words = sizes.tolist()
-    n_tokens += delimiter(tokenizer) is not None
+    n, n_documents, n_bytes, n_characters, n_words = sizes.tolist()
     origin = corpus.name, corpus.digest, tokenizer.digest, token_dtype(tokenizer).name
-    totals = n_tokens, n_documents, n_bytes, n_characters, n_words
+    totals = n + (delimiter(tokenizer) is not None), n_documents, n_bytes, n_characters, n_words
     return Manifest(_FORMAT, *origin, *totals, delimiter(tokenizer), checksums)
 
 
@@ -229,8 +232,7 @@ class TokenBlock:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Tokens, documents, bytes, characters and words, in the order of `Manifest`."""
-        n_tokens, n_documents = len(self.tokens), len(self.starts)
-        return n_tokens, n_documents, self.n_bytes, self.n_characters, self.n_words
+        return len(self.tokens), len(self.starts), self.n_bytes, self.n_characters, self.n_words
 
 
 def tokenize_chunks(

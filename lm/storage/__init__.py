@@ -137,9 +137,15 @@ class DamagedFolder(Exception):
     """Error of a finished folder that does not have its expected content."""
 
 
+def chosen_cache(data: Any) -> str:
+    """Return `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm; in a bucket, a URL."""
+    return data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm"
+
+
 def cache_directory(data: Any) -> Path:
-    """Return the cache folder: `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm."""
-    chosen = data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm"
+    """Return the local cache folder: the first of the same places that is no URL."""
+    places = data.cache_directory, os.environ.get("LM_CACHE_DIR"), "~/.cache/lm"
+    chosen = next(place for place in places if place and "://" not in place)
     try:
         return Path(chosen).expanduser()
     except RuntimeError as error:

@@ -170,12 +170,16 @@ class _Lease:
         self._address, self._fs = address, fsspec.filesystem("gcs")
         self._bucket, _, folder = str(address).removeprefix(_SCHEME).partition("/")
         self._key = f"{folder}/.lock".lstrip("/")
-        self._content = {"owner": uuid.uuid4().hex, "machine": _machine(), "process": os.getpid()}
+        self._content = {
+            "owner": uuid.uuid4().hex,
+            "machine": machine_name(),
+            "process": os.getpid(),
+        }
         self._generation = "0"  # of an object that is not there
 
     def acquire(self, problem: str) -> None:
         self._generation, holder = self._read()
-        if self._generation != "0" and not _has_ended(holder):
+        if self._generation != "0" and not has_ended(holder):
             self._wait(problem)
         try:
             self.write()
@@ -245,7 +249,7 @@ class _Lease:
             self._fs.call("DELETE", path, self._bucket, self._key, ifGenerationMatch=generation)
 
 
-def _machine() -> str:
+def machine_name() -> str:
     """Return a name of this start of this machine and of its process numbers; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -254,8 +258,8 @@ def _machine() -> str:
         return ""
 
 
-def _has_ended(holder: dict) -> bool:
+def has_ended(holder: dict) -> bool:
     """Return whether the holder is known to be a process of this machine that has ended."""
     process = holder.get("process")
-    here = _machine() and holder.get("machine") == _machine()
+    here = machine_name() and holder.get("machine") == machine_name()
     return bool(here and isinstance(process, int) and not Path(f"/proc/{process}").exists())

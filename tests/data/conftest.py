@@ -36,6 +36,7 @@ def make_data(tmp_path):
                 "isolate_documents": True,
                 "batch_size": 4,
                 "cache_directory": str(tmp_path / "cache"),
+                "shard_cache": 1.0,
                 "workers": 1,
             }
         )

@@ -136,7 +136,7 @@ def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, ca
     place = resolve_path(f"{bucket}/left/run")
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left = {"machine": lm.storage.bucket._machine(), "process": ended.pid}
+    left = {"machine": lm.storage.bucket.machine_name(), "process": ended.pid}
     (place / ".lock").write_text(json.dumps(left))
     with lease(place, "taken"):
         pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
 from typing import Any, NamedTuple
 
 from datatrove.data import Document, DocumentsPipeline
@@ -15,8 +14,7 @@ from datatrove.pipeline.readers import CSVReader, JsonlReader, ParquetReader, Wa
 
 from lm import config as configs
 from lm.config.registries import SOURCES
-from lm.data.row_documents import field_value, without_lone_surrogates
-from lm.data.sources import Chunk, RecordSource, Row
+from lm.data.sources import Chunk, RecordSource
 from lm.errors import UserError
 
 # Readers of datatrove, for what our sources do not read. They leave a damaged line out.
@@ -70,14 +68,12 @@ class NamedSource(NamedTuple):
         data.update(self.data)
         return data
 
-    def n_parts(self) -> int:
+    def files(self) -> int:
         """Return into how many parts tasks can divide the source."""
         source = self.open()
         if isinstance(source, PipelineStep):
             return len(source.data_folder.list_files(glob_pattern=source.glob_pattern))
-        if isinstance(source, RecordSource):
-            return len(getattr(source, "files", "1"))
-        return len(source.parts())
+        return len(getattr(source, "files", "1"))
 
     def digest(self) -> str:
         """Return the digest of the contents; of a reader of datatrove, of names and sizes."""
@@ -102,17 +98,14 @@ class NamedSource(NamedTuple):
         Raises:
             UserError: a file is damaged, or a row has no text.
         """
-        source = self.open()
+        source, prefix = self.open(), f"{self.name}/{rank}"
         if isinstance(source, PipelineStep):
             documents = source.run(None, rank, world_size)
-        elif isinstance(source, RecordSource):
-            rows = _rows(source, rank, world_size)
-            documents = _from_rows(rows, self.settings, f"{self.name}/{rank}", report)
+        elif hasattr(source, "files"):
+            source.files = source.files[rank::world_size]
+            documents = _documents(source, self.settings, prefix, report)
         else:
-            parts = list(enumerate(source.parts()))[rank::world_size]
-            documents = chain.from_iterable(
-                _from_chunks(part.chunks(), f"{self.name}/{n}", report) for n, part in parts
-            )
+            documents = _documents(source, self.settings, prefix, report) if rank == 0 else ()
         for document in documents:
             document.metadata = {"source": self.name, **document.metadata}
             if self.license:
@@ -121,36 +114,35 @@ class NamedSource(NamedTuple):
             yield document
 
 
-def _from_chunks(
-    chunks: Iterator[Chunk], prefix: str, report: Callable[[str], object]
+def _documents(
+    source: Any, data: Any, prefix: str, report: Callable[[str], object]
 ) -> Iterator[Document]:
-    parts: list[str] = []
-    for number, chunk in enumerate(chunks):
-        parts.append(chunk.text)
-        if chunk.last:
-            text = "".join(parts)
-            parts = []
+    """Yield the documents of a source: of its rows, if it has any, with their other columns."""
+    if isinstance(source, RecordSource):
+        yield from _from_rows(source, data, prefix, report)
+    else:
+        for number, text in enumerate(_joined(source.chunks())):
             if text.strip():
                 yield Document(text, f"{prefix}/{number}")
             else:
                 report("empty")
 
 
-def _rows(source: Any, rank: int, world_size: int) -> Iterator[Row]:
-    """Return the rows of every `world_size`-th file; a source without files is one part."""
-    if hasattr(source, "files"):
-        source.files = source.files[rank::world_size]
-        return source.rows()
-    return source.rows() if rank == 0 else iter(())
+def _joined(chunks: Iterator[Chunk]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        parts.append(chunk.text)
+        if chunk.last:
+            yield "".join(parts)
+            parts = []
 
 
 def _from_rows(
-    rows: Iterator[Row], data: Any, prefix: str, report: Callable[[str], object]
+    source: RecordSource, data: Any, prefix: str, report: Callable[[str], object]
 ) -> Iterator[Document]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(source.rows()):
         values = {k: v for k, v in row.values.items() if isinstance(v, str | int | float | bool)}
-        text, problem = field_value(row.values, data.field), row.problem
-        values.pop(data.field, None)
+        text, problem = values.pop(data.field, None), row.problem
         if problem or not isinstance(text, str):
             there = ", ".join(row.values)
             problem = problem or f"no text in field {data.field!r} (there are: {there})"
@@ -162,7 +154,8 @@ def _from_rows(
             report("empty")
             continue
         name = str(values.pop("id", f"{prefix}/{number}"))
-        yield Document(without_lone_surrogates(text), name, [], values)
+        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        yield Document(whole, name, [], values)
 
 
 class SourceReader(PipelineStep):

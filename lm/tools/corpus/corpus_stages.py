@@ -70,7 +70,7 @@ def plan_stages(config: Config, output: str) -> list[CorpusStage]:
         UserError: a source is missing, an option is wrong, or a package is not installed.
     """
     sources = tuple(named_sources(config, "sources").values())
-    n_tasks = config["tasks"] or min(MOST_TASKS, max(source.n_parts() for source in sources))
+    n_tasks = config["tasks"] or min(MOST_TASKS, max(source.files() for source in sources))
     words, tests = _words(config["words"]), named_sources(config, "tests")
     card = config["card"]
 

@@ -18,7 +18,6 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
-from lm.data.row_documents import CARD_KIND
 from lm.errors import UserError
 from lm.tools.corpus.corpus_config import Config
 from lm.tools.corpus.corpus_stages import READ, WRITTEN, tally_folder
@@ -70,7 +69,7 @@ class CardMaker(PipelineStep):
             by = ", ".join(f"{label} {n:,}" for label, n in removed.items() if n)
             raise UserError(f"all {read['counts']['kept']:,} documents were removed: {by}")
         return {
-            "kind": CARD_KIND,
+            "kind": "lm corpus",
             "title": config["card"]["title"],
             "read": read,
             "rules": rules,

@@ -8,8 +8,6 @@ import random
 import pytest
 
 from lm.cli import main
-from lm.config import default
-from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.tools.corpus import corpus_run
 from lm.tools.corpus.corpus_config import load_corpus_config
@@ -169,24 +167,6 @@ def test_card_has_both_sides_escaped_and_no_personal_data(corpus, mixed):
     (kept,), (gone,) = near["examples"]["kept"], near["examples"]["near_duplicates"]
     assert kept["cluster"] == gone["cluster"]
     assert kept["text"] == gone["text"]
-
-
-def test_runs_know_the_card_of_their_corpus(corpus, mixed):
-    _, place = corpus(rules=("exact_duplicates",))
-    spec = f"jsonl:{place}/*.jsonl.gz"
-    digest = hashlib.sha256((place / "card.json").read_bytes()).hexdigest()
-
-    def make_data(**values):
-        data = default().data
-        data.update(tokenizer="byte", **values)
-        return data
-
-    assert open_dataset(make_data(source=spec)).fingerprint[f"card {spec}"] == digest
-    held_out = open_dataset(make_data(source=spec, validation_fraction=0.3)).fingerprint
-    assert held_out[f"card {spec} (train)"] == digest
-    for other in ('{"kind": "another"}', "[]", "no JSON"):
-        (place / "card.json").write_text(other)
-        assert len(open_dataset(make_data(source=spec)).fingerprint) == 2
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

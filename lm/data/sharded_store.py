@@ -1,0 +1,448 @@
+"""Token stores in shards: large corpora, and any corpus whose cache is in a bucket.
+
+The parts of a source are divided into shards of about 256 MiB, which any number of processes build
+together (`shared_build`) in a folder that is named by the names, sizes and times of the files. The
+contents are hashed by whoever reads them; when all shards are there, the manifest is written under
+the key of the contents, where the next start finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.config.registries import SCHEMA, SOURCES, TOKENIZERS
+from lm.data import file_digests
+from lm.data.file_digests import file_digest, file_state, remember_digest, require_unchanged
+from lm.data.held_out import HeldOut
+from lm.data.shard_cache import shard_files
+from lm.data.shards import (
+    INDEX_READ,
+    DamagedShard,
+    ShardedOffsets,
+    ShardedTokens,
+    ShardIndex,
+    ShardReader,
+    ShardWriter,
+    parse_index,
+)
+from lm.data.shared_build import Report, build_together
+from lm.data.shared_folder import SharedFolder, open_shared_folder
+from lm.data.sources import Chunk, Corpus, DocumentSource, Part
+from lm.data.store import (
+    Manifest,
+    TokenStore,
+    build_token_store,
+    make_manifest,
+    store_key,
+    token_dtype,
+    tokenize_chunks,
+)
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+from lm.storage import cache_directory, chosen_cache, parse_json
+
+SHARD = 2**28  # bytes of the source in a shard, about
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardedManifest(Manifest):
+    """Origin and sizes of a store in shards.
+
+    Attributes:
+        folder: name of the folder of the shards, beside that of the manifest.
+        shards: name, bytes, tokens and documents of each shard.
+    """
+
+    folder: str
+    shards: list[tuple[str, int, int, int]]
+
+
+def open_sharded_store(
+    corpus: Corpus, tokenizer: Tokenizer, data: Any, progress: bool
+) -> TokenStore:
+    """Open the store of a corpus; with other processes, build what is not there.
+
+    Args:
+        corpus: documents.
+        tokenizer: tokenizer of the documents.
+        data: section `data` of the configuration.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: text cannot be read or encoded, or the cache cannot be used.
+    """
+    build = _Build(corpus, tokenizer, data, progress)
+    return build.find() or build.make()
+
+
+def store_place(data: Any) -> str:
+    """Return the folder or URL of the token stores."""
+    chosen = chosen_cache(data)
+    return f"{chosen.rstrip('/') if '://' in chosen else cache_directory(data)}/stores"
+
+
+def read_manifest(folder: SharedFolder) -> ShardedManifest | None:
+    """Return the manifest of a store in shards; None if it is not there, or of another store."""
+    try:
+        content = parse_json(folder.read("manifest.json"), f"{folder.place}/manifest.json")
+        return ShardedManifest(**content) if "shards" in content else None
+    except (FileNotFoundError, NotADirectoryError, TypeError, UserError):
+        return None
+
+
+@dataclass
+class _Build:
+    """Store of a corpus that is looked for, or built."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    data: Any
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.place = store_place(self.data)
+        self.workers = self.data.workers or os.cpu_count() or 1
+        self.dtype = token_dtype(self.tokenizer)
+        # Stores of the same source and tokenizer: only then it is worth hashing to find one.
+        named = _hash(self.corpus.name, self.tokenizer.digest)
+        self.by_name, self.mark = open_shared_folder(self.place, "by_name"), f"{named}."
+
+    # --- looking for it
+
+    def find(self) -> TokenStore | None:
+        """Return the store if it is there."""
+        try:
+            with file_digests.hashing("known"):
+                digest = self.corpus.digest
+        except file_digests.UnknownDigestError:
+            if not self._may_exist():
+                return None
+            digest = self.corpus.digest
+        key = store_key(digest, self.tokenizer.digest)
+        if self._is_of_one_piece(key):
+            cache = Path(self.place).parent
+            return build_token_store(
+                self.corpus, self.tokenizer, cache, self.workers, self.progress
+            )
+        manifest = read_manifest(open_shared_folder(self.place, key))
+        return self._open(manifest) if manifest and self._is_whole(manifest) else None
+
+    def _may_exist(self) -> bool:
+        if any(name.startswith(self.mark) for name in self.by_name.sizes()):
+            return True
+        folders = Path(self.place).glob("*/manifest.json") if "://" not in self.place else ()
+        for file in folders:
+            about = parse_json(file.read_bytes(), file)
+            if about.get("source") == self.corpus.name and "shards" not in about:
+                return True
+        return False
+
+    def _is_of_one_piece(self, key: str) -> bool:
+        """Return whether the store is there as `build_token_store` makes it."""
+        return "://" not in self.place and Path(self.place, key, "tokens.bin").exists()
+
+    def _is_whole(self, manifest: ShardedManifest) -> bool:
+        """Return whether all shards are there; remove those of another size."""
+        folder = open_shared_folder(self.place, manifest.folder)
+        there = folder.sizes()
+        bad = [name for name, size, *_ in manifest.shards if there.get(name) != size]
+        for name in bad:
+            folder.remove(name)
+        if bad:
+            line = f"{folder.place}: {len(bad)} shards are missing or damaged: building them again"
+            print(line, file=sys.stderr)
+        return not bad
+
+    def _open(self, manifest: ShardedManifest) -> TokenStore:
+        folder = open_shared_folder(self.place, manifest.folder)
+        sizes = {name: size for name, size, *_ in manifest.shards}
+        files = shard_files(folder, self.data)
+        reader = ShardReader(folder.place, sizes, self.dtype, files)
+        lengths = [n_tokens for _, _, n_tokens, _ in manifest.shards]
+        tokens: Any = ShardedTokens(reader, lengths, self.dtype, manifest.delimiter)
+        documents = [n_documents for *_, n_documents in manifest.shards]
+        offsets: Any = ShardedOffsets(reader, documents, tokens.starts)
+        return TokenStore(Path(folder.place), manifest, tokens, offsets)
+
+    # --- building it
+
+    def make(self) -> TokenStore:
+        """Build the store, together with the processes that do the same."""
+        parts: Sequence[Part] = self._parts()
+        identity = _identity(self.corpus)
+        plan = [_VERSION, SHARD, [(part.name, part.size) for part in parts]]
+        name = _hash(self.tokenizer.digest, identity, plan) + ".shards"
+        folder = open_shared_folder(self.place, name)
+        groups = _group(parts)
+        workers = self.workers if len(groups) == 1 else 1
+        shards = [
+            ShardTask(f"{i:05d}.shard", group, self.tokenizer, self.dtype, workers)
+            for i, group in enumerate(groups)
+        ]
+        self._run(folder, shards, f"tokenizing {self.corpus.name}")
+        sizes = folder.sizes()
+        indices = _read_indices(folder, [shard.name for shard in shards], sizes)
+        for group, index in zip(groups, indices, strict=True):
+            group.remember(index.about["digests"])
+        of_each = np.asarray([index.about["sizes"] for index in indices])
+        whole = make_manifest(self.corpus, self.tokenizer, of_each.sum(0), {})
+        rows = [
+            (shard.name, sizes[shard.name], n_tokens, n_documents)
+            for shard, (n_tokens, n_documents, *_) in zip(shards, of_each.tolist(), strict=True)
+        ]
+        manifest = ShardedManifest(**asdict(whole), folder=name, shards=rows)
+        key = store_key(self.corpus.digest, self.tokenizer.digest)
+        content = json.dumps(asdict(manifest)).encode()
+        open_shared_folder(self.place, key).write("manifest.json", content)
+        self.by_name.write(self.mark + key, b"")
+        return self._open(manifest)
+
+    def _parts(self) -> Sequence[Part]:
+        """Return the parts of the corpus; the documents are counted first if some are held out."""
+        corpus = self.corpus
+        if not isinstance(corpus, HeldOut):
+            return corpus.parts() if isinstance(corpus, DocumentSource) else (corpus,)
+        whole: Any = corpus.corpus
+        parts = whole.parts()
+        plan = [_VERSION, SHARD, [(part.name, part.size) for part in parts]]
+        folder = open_shared_folder(self.place, _hash(_identity(whole), plan) + ".counts")
+        groups = _group(parts)
+        tasks = [CountTask(f"{i:05d}.json", group) for i, group in enumerate(groups)]
+        self._run(folder, tasks, f"counting the documents of {whole.name}")
+        counts: list[tuple[int, int]] = []
+        contents = folder.read_each([task.name for task in tasks])
+        for group, content in zip(groups, contents, strict=True):
+            found = parse_json(content, folder.place)
+            counts += found["counts"]
+            group.remember(found["digests"])
+        n_documents = [n for n, _ in counts]
+        return (corpus,) if sum(n_documents) == 1 else corpus.sides_of(parts, n_documents)
+
+    def _run(self, folder: SharedFolder, tasks: Sequence[Any], description: str) -> None:
+        """Run tasks, and the hashing of the files that are more than one part."""
+        cut = {
+            each.path: each.state
+            for task in tasks
+            for each in task.sources.parts
+            if each.path is not None and not each.is_file
+        }
+        hashing = [
+            DigestTask(f"{i:05d}.digest", path, state)
+            for i, (path, state) in enumerate(cut.items())
+        ]
+        kinds = {SOURCES.kind, TOKENIZERS.kind}
+        plugins = [plugin for plugin in SCHEMA.plugins() if kinds & plugin["registers"].keys()]
+        build_together(
+            folder,
+            [*hashing, *tasks],
+            self.workers,
+            description,
+            self.progress,
+            plugins,
+            partial(_use_cache, cache_directory(self.data)),
+        )
+        for task, content in zip(hashing, folder.read_each([t.name for t in hashing]), strict=True):
+            file_digests.remember_digest(task.path, task.state, content.decode())
+
+
+def _use_cache(folder: Path) -> None:
+    file_digests.use_cache(lambda: folder)
+
+
+def _identity(corpus: Any) -> str:
+    """Return a digest by names, sizes and times of files, the same for copies on several hosts."""
+    if isinstance(corpus, HeldOut):
+        return _hash(_identity(corpus.corpus), corpus.fraction, corpus.split)
+    other = copy(corpus)
+    vars(other).pop("digest", None)  # that of the contents
+    with file_digests.hashing("identity"):
+        return other.digest
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+
+
+def _group(parts: Sequence[Part]) -> list[PartGroup]:
+    """Group consecutive parts to about `SHARD` bytes; this depends on names and sizes only."""
+    paths = [getattr(part, "path", None) for part in parts]
+    n_parts = Counter(paths)
+    states = {path: file_state(path) for path in n_parts if path is not None}
+    groups: list[list[GroupedPart]] = []
+    size = 0
+    for part, path in zip(parts, paths, strict=True):
+        n = part.size or 0
+        if not groups or size + n > SHARD:
+            groups.append([])
+            size = 0
+        state = None if path is None else states[path]
+        groups[-1].append(GroupedPart(part, path, state, n_parts[path] == 1))
+        size += n
+    return [PartGroup(tuple(group)) for group in groups]
+
+
+def _read_indices(
+    folder: SharedFolder, names: Sequence[str], sizes: dict[str, int]
+) -> list[ShardIndex]:
+    """Return the index of each shard."""
+    starts = [max(sizes[name] - INDEX_READ, 0) for name in names]
+    found = []
+    for name, end in zip(names, folder.read_each(names, starts), strict=True):
+        index = parse_index(end, f"{folder.place}/{name}")
+        if isinstance(index, int):
+            end = folder.read(name, max(sizes[name] - index, 0))
+            index = parse_index(end, f"{folder.place}/{name}")
+        if isinstance(index, int) or index.size != sizes[name]:
+            raise DamagedShard(f"{folder.place}/{name} is not as it was written: remove it")
+        found.append(index)
+    return found
+
+
+# --- tasks
+
+
+class GroupedPart(NamedTuple):
+    """Part of a source, and its file.
+
+    Attributes:
+        part: the part.
+        path: its file; None if it has none.
+        state: the file's state when the work was planned.
+        is_file: the file has no other part, so that who reads it hashes it.
+    """
+
+    part: Part
+    path: Any
+    state: Any
+    is_file: bool
+
+
+@dataclass(frozen=True)
+class PartGroup:
+    """Consecutive parts of a source."""
+
+    parts: tuple[GroupedPart, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the parts."""
+        return sum(each.part.size or 0 for each in self.parts)
+
+    def read(self, digests: list[str]) -> Iterator[Iterator[Chunk]]:
+        """Yield the chunks of each part, and add the digest of its file, "" if that has others.
+
+        Raises:
+            UserError: a file changed since the work was planned.
+        """
+        for part, path, state, is_file in self.parts:
+            if path is not None:
+                require_unchanged(path, state)
+            yield part.chunks()
+            if path is not None:
+                require_unchanged(path, state)
+            digests.append(file_digest(path) if path is not None and is_file else "")
+
+    def remember(self, digests: Sequence[str]) -> None:
+        """Remember the digests of the files, which other processes may have found."""
+        for each, digest in zip(self.parts, digests, strict=True):
+            if digest:
+                remember_digest(each.path, each.state, digest)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Making of one shard.
+
+    Attributes:
+        name: name of its file.
+        sources: parts that it holds.
+        tokenizer: tokenizer of the documents.
+        dtype: dtype of the tokens.
+        workers: processes.
+    """
+
+    name: str
+    sources: PartGroup
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    workers: int
+
+    @property
+    def size(self) -> int:
+        return self.sources.size
+
+    def make(self, path: Path, report: Report) -> None:
+        """Write the file."""
+        digests: list[str] = []
+        chunks = chain.from_iterable(self.sources.read(digests))
+        with ShardWriter(path, self.dtype) as writer:
+            for block in tokenize_chunks(chunks, self.tokenizer, self.dtype, self.workers):
+                writer.add(block)
+                report(block.n_bytes)
+            writer.finish({"digests": digests})
+
+
+@dataclass(frozen=True)
+class CountTask:
+    """Counting of documents and characters of each part.
+
+    Attributes:
+        name: name of the file of the counts.
+        sources: the parts.
+    """
+
+    name: str
+    sources: PartGroup
+
+    @property
+    def size(self) -> int:
+        return self.sources.size
+
+    def make(self, path: Path, report: Report) -> None:
+        """Write the file."""
+        digests: list[str] = []
+        counts = []
+        for chunks in self.sources.read(digests):
+            n_documents = n_characters = 0
+            for chunk in chunks:
+                n_documents += chunk.first
+                n_characters += len(chunk.text)
+                report(len(chunk.text))
+            counts.append((n_documents, n_characters))
+        path.write_text(json.dumps({"counts": counts, "digests": digests}))
+
+
+@dataclass(frozen=True)
+class DigestTask:
+    """Hashing of a file that is read in several parts.
+
+    Attributes:
+        name: name of the file of the digest.
+        path: the file.
+        state: its state when the work was planned.
+    """
+
+    name: str
+    path: Any
+    state: Any
+    size: int = 0
+
+    def make(self, path: Path, report: Report) -> None:
+        """Write the file."""
+        digest = file_digest(self.path)
+        require_unchanged(self.path, self.state)
+        path.write_text(digest)

@@ -1,0 +1,314 @@
+"""Building files together: any number of processes on any hosts, each taking a free one.
+
+A process claims a file by another beside it, NAME.claim, which it renews. A claim only saves work:
+whoever makes a file makes the same, and it appears as a whole. The claim of a process that ended is
+taken over: at once on the same machine, otherwise when it has not been renewed for a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from lm.config.run_file import import_plugins
+from lm.data.shared_folder import SharedFolder
+from lm.errors import UserError
+from lm.parallel.hosts import end_with_parent
+from lm.progress import progress_bar
+from lm.storage.bucket import has_ended, machine_name
+
+RENEW_SECONDS = 10.0
+DEAD_AFTER_SECONDS = 60.0
+POLL_SECONDS = 1.0
+_CLAIM = ".claim"
+
+Report = Callable[[int], object]  # called with the bytes of the source that are done
+
+
+class Task(Protocol):
+    """Making of one file; worker processes receive it pickled."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source that are read."""
+
+    def make(self, path: Path, report: Report) -> None:
+        """Write the file to a local path: the same bytes in every process."""
+
+
+def build_together(
+    folder: SharedFolder,
+    tasks: Sequence[Task],
+    workers: int,
+    description: str,
+    progress: bool,
+    plugins: list[dict[str, Any]],
+    prepare: Callable[[], None],
+) -> None:
+    """Return when every file of the tasks is in the folder; make those that no other process makes.
+
+    Args:
+        folder: folder of the files.
+        tasks: tasks, the first of which are begun first.
+        workers: processes of this one's own; 1 works in this process.
+        description: what goes on, for the progress bar.
+        progress: show a bar on stderr, of the work of all processes.
+        plugins: files that worker processes import before they unpickle the tasks.
+        prepare: called first in each worker process; it can be pickled.
+
+    Raises:
+        UserError: a task failed, or all worker processes were killed.
+    """
+    there = folder.sizes()
+    left = [task for task in tasks if task.name not in there]
+    if not left:
+        return
+    with _shown(folder, tasks, description, progress):
+        if workers == 1 or len(left) == 1:
+            _work(folder, left)
+        else:
+            _work_in_processes(folder, left, min(workers, len(left)), plugins, prepare)
+
+
+def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
+    """Make free files until all are there."""
+    claims = _Claims(folder)
+    while True:
+        there = folder.sizes()
+        tasks = [task for task in tasks if task.name not in there]
+        if not tasks:
+            return
+        unclaimed = [task for task in tasks if task.name + _CLAIM not in there]
+        made = False
+        for task in unclaimed:
+            if claims.take(task.name):
+                claims.make(task)
+                made = True
+                break  # look again what is there
+        if made:
+            continue
+        for task in tasks:
+            if claims.take_over(task.name):
+                claims.make(task)
+                break
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+class _Claims:
+    """Claims of a process, and what it has seen of those of others."""
+
+    def __init__(self, folder: SharedFolder):
+        self._folder = folder
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._own = {"nonce": uuid.uuid4().hex, "machine": machine_name(), "process": os.getpid()}
+
+    def _content(self, beat: int, done: int) -> bytes:
+        return json.dumps({**self._own, "beat": beat, "done": done}).encode()
+
+    def take(self, name: str) -> bool:
+        """Claim a file that nobody has claimed."""
+        return self._folder.create(name + _CLAIM, self._content(0, 0))
+
+    def take_over(self, name: str) -> bool:
+        """Claim a file if the process that claimed it has ended."""
+        content = self._read(name)
+        if content is None:
+            return False  # it is done, or free: the next look tells
+        now = time.monotonic()
+        before, since = self._seen.setdefault(name, (content, now))
+        if before != content:
+            self._seen[name] = content, now
+        holder = _parsed(content)
+        silent = before == content and now - since > DEAD_AFTER_SECONDS
+        if not (silent or has_ended(holder)):
+            return False
+        self._folder.write(name + _CLAIM, self._content(0, 0))
+        return self._holds(name)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self._folder.read(name + _CLAIM)
+        except FileNotFoundError:
+            return None
+
+    def _holds(self, name: str) -> bool:
+        return _parsed(self._read(name) or b"").get("nonce") == self._own["nonce"]
+
+    def make(self, task: Task) -> None:
+        """Make a claimed file, and give the claim back."""
+        done, ended = [0], threading.Event()
+
+        def renew() -> None:
+            beat = 0
+            while not ended.wait(RENEW_SECONDS):
+                try:
+                    if not self._holds(task.name):
+                        return  # taken over while this process stood still; both make the same
+                    beat += 1
+                    self._folder.write(task.name + _CLAIM, self._content(beat, done[0]))
+                except (OSError, UserError):
+                    continue  # the next one may come through
+
+        def report(n_bytes: int) -> None:
+            done[0] += n_bytes
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            with self._folder.writing(task.name) as path:
+                task.make(path, report)
+        finally:
+            ended.set()
+            thread.join()
+            if self._holds(task.name):
+                self._folder.remove(task.name + _CLAIM)
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        claim = json.loads(content)
+    except (ValueError, RecursionError):
+        claim = None
+    return claim if isinstance(claim, dict) else {}
+
+
+# --- processes
+
+
+@dataclass
+class _Worker:
+    process: Any
+    errors: Connection
+
+
+def _work_in_processes(
+    folder: SharedFolder,
+    tasks: Sequence[Task],
+    workers: int,
+    plugins: list[dict[str, Any]],
+    prepare: Callable[[], None],
+) -> None:
+    # Spawned, because JAX has threads and a forked process may inherit a lock that one holds.
+    context = multiprocessing.get_context("spawn")
+    payload = pickle.dumps((folder, list(tasks), prepare))
+    alive: list[_Worker] = []
+    try:
+        for _ in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(plugins, payload, sender), daemon=True)
+            process.start()
+            sender.close()
+            alive.append(_Worker(process, receiver))
+        while alive:
+            multiprocessing.connection.wait([worker.process.sentinel for worker in alive])
+            for worker in [worker for worker in alive if not worker.process.is_alive()]:
+                alive.remove(worker)
+                if problem := _problem_of(worker):
+                    raise UserError(problem)
+                if worker.process.exitcode:
+                    _tell_of_killed(worker.process.exitcode, len(alive))
+    finally:
+        for worker in alive:
+            worker.process.kill()  # what it wrote is not there yet, and its claim is free
+            worker.process.join()
+
+
+def _problem_of(worker: _Worker) -> str:
+    """Return the message of the error that a process ended with, "" if there is none."""
+    try:
+        return worker.errors.recv() if worker.errors.poll() else ""
+    except EOFError:
+        return ""
+
+
+def _tell_of_killed(code: int, n_left: int) -> None:
+    if code > 0:
+        raise RuntimeError("a tokenizing process failed: its traceback is above")
+    advice = "perhaps for lack of memory: use fewer --config.data.workers"
+    if not n_left:
+        raise UserError(f"a tokenizing process was killed, {advice}")
+    line = f"a tokenizing process was killed ({advice}); {n_left} go on"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _worker(plugins: list[dict[str, Any]], payload: bytes, errors: Connection) -> None:
+    end_with_parent()
+    import_plugins(plugins, {})  # before unpickling, which looks classes up
+    folder, tasks, prepare = pickle.loads(payload)
+    prepare()
+    try:
+        _work(folder, tasks)
+    except UserError as error:
+        errors.send(str(error))
+    except OSError as error:  # of a disk that is full or not there
+        errors.send(f"{folder.place} cannot be written ({error.strerror or error})")
+
+
+# --- progress
+
+
+@contextmanager
+def _shown(
+    folder: SharedFolder, tasks: Sequence[Task], description: str, progress: bool
+) -> Iterator[None]:
+    """Show how much of all tasks is done, by whichever process."""
+    if not progress:
+        yield
+        return
+    total = sum(task.size for task in tasks) or None
+    ended = threading.Event()
+    bar = progress_bar(description, total, unit="B", unit_scale=True)
+
+    def watch() -> None:
+        while not ended.wait(2 * POLL_SECONDS):
+            try:
+                _update(bar, _bytes_done(folder, tasks))
+            except (OSError, UserError):
+                continue
+
+    thread = threading.Thread(target=watch, daemon=True)
+    with bar:
+        _update(bar, _bytes_done(folder, tasks))
+        bar.initial = bar.n  # what was there already says nothing of the rate
+        thread.start()
+        try:
+            yield
+            _update(bar, sum(task.size for task in tasks))
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _update(bar: Any, done: int) -> None:
+    bar.update(max(done - bar.n, 0))
+
+
+def _bytes_done(folder: SharedFolder, tasks: Sequence[Task]) -> int:
+    there, done = folder.sizes(), 0
+    for task in tasks:
+        if task.name in there:
+            done += task.size
+        elif task.name + _CLAIM in there:
+            try:
+                found = _parsed(folder.read(task.name + _CLAIM)).get("done")
+            except FileNotFoundError:
+                continue
+            done += min(found, task.size) if isinstance(found, int) else 0
+    return done
