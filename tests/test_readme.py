@@ -12,6 +12,7 @@ import pytest
 from lm.cli import VERBS
 from lm.cli.arguments import parse
 from lm.config import load_config
+from lm.tools.corpus.corpus_config import load_corpus_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "tpu/README.md", ".github/CONTRIBUTING.md")
@@ -68,5 +69,7 @@ def test_lm_knows_the_options_and_keys(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     args, overrides = parse(lm_words(line), VERBS)
     config = getattr(args, "config", None) or "experiments/stdlib.py"
-    if "sweeps/" not in config and config.startswith("experiments/"):
+    if args.verb == "corpus":
+        load_corpus_config(config, overrides)
+    elif "sweeps/" not in config and config.startswith("experiments/"):
         load_config(config, overrides)

@@ -181,9 +181,10 @@ def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
     found = {}
     for name, parameter in options.items():
         needed = parameter.default is inspect.Parameter.empty
+        is_tuple = "Sequence" in str(parameter.annotation)
         if is_used and needed and name not in values:
             raise UserError(f"rule {rule} needs its option: config.{rule}.{name}")
-        default = "" if needed else parameter.default
+        default = (() if is_tuple else "") if needed else parameter.default
         value = values.get(name, default)
         if "None" not in str(parameter.annotation):
             found[name] = _value(f"{rule}.{name}", value, default)

@@ -35,6 +35,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from lm.errors import UserError
+from lm.tools.corpus.classifier_rule import Classifier
 from lm.tools.corpus.corpus_sources import NamedSource
 from lm.tools.corpus.decontamination import Decontamination, DecontaminationIndex
 from lm.tools.corpus.document_sample import Sample, SampleKeys, SampleLimit
@@ -214,6 +215,7 @@ RULES: dict[str, RuleKind] = {
     "fineweb_quality": _of_block(FineWebQualityFilter, "FineWeb's rules of lines."),
     "personal_data": _of_block(PersonalData, "Mask e-mail, IP, phone, card numbers and IBANs."),
     "banned_words": _of_block(BannedWords, "Remove documents with a word of a file."),
+    "classifier": _of_block(Classifier, "Remove documents of classes by a run of `lm train`."),
     "exact_duplicates": _of_function(_exact_duplicates, "Keep one of equal documents."),
     "near_duplicates": _of_function(_near_duplicates, "Keep one of similar documents (MinHash)."),
     "decontamination": _of_function(

@@ -1,0 +1,89 @@
+"""A classifier that was trained here as a rule of `lm corpus`."""
+
+import gzip
+import json
+
+import pytest
+
+import lm
+from lm.cli import main
+from lm.config import default, set_value
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(variant=""):
+    return ConfigDict({})
+"""
+
+
+VALUES = {
+    "objective.name": "classification",
+    "model.family": "encoder",
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "model.vocab_size": 64,
+    "data.labels": "good,bad",
+    "data.tokenizer": "words",
+    "data.sequence_length": 16,
+    "data.batch_size": 8,
+    "optimizer.learning_rate": 1e-2,
+    "train.steps": 40,
+    "eval.every_steps": 0,
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def classifier(labelled_file, tmp_path_factory):
+    """Folder of a run that tells lovely from awful films."""
+    config = default()
+    for path, value in (VALUES | {"data.source": f"tsv:{labelled_file}"}).items():
+        set_value(config, path, value)
+    workdir = tmp_path_factory.mktemp("runs") / "films"
+    lm.train(config, workdir)
+    return workdir
+
+
+def run(tmp_path, texts, **options):
+    values = {
+        "sources": {"web": {"source": f"jsonl:{tmp_path}/in.jsonl"}},
+        "rules": ("classifier",),
+        "classifier": options,
+    }
+    rows = (json.dumps({"text": text, "id": text}) for text in texts)
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    (tmp_path / "config.py").write_text(CONFIG.replace("{}", repr(values)))
+    place = tmp_path / "out"
+    words = ["corpus", "--config", f"{tmp_path}/config.py", "--output", f"{place}"]
+    code = main([*words, "--workers", "1"])
+    found = b"".join(gzip.decompress(path.read_bytes()) for path in place.glob("*.gz"))
+    return code, {json.loads(line)["id"] for line in found.splitlines()}
+
+
+def test_documents_of_a_class_are_removed_wherever_the_word_stands(classifier, tmp_path):
+    good = [f"this film was {'very ' * n}lovely" for n in range(4)]
+    bad = [f"this film was {'very ' * n}awful" for n in range(4)]
+    late = "this film was very long " * 4 + "awful"
+    options = {"workdir": str(classifier), "remove": ("bad",), "batch_size": 8}
+    code, kept = run(tmp_path, [*good, *bad, late], **options)
+    assert code == 0
+    assert set(good) <= kept
+    assert not kept & {*bad, late}
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert list(card["rules"][0]["reasons"]) == ["bad"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove": ("worse",)}, "has no class 'worse'"),
+        ({"remove": ()}, "name the classes to remove: good, bad"),
+        ({"workdir": "none", "remove": ("bad",)}, "no run in none"),
+        ({"remove": ("bad",), "batch_size": 1}, "batch_size is at least 2"),
+    ],
+)
+def test_wrong_classifiers_are_one_line(classifier, tmp_path, capsys, options, message):
+    assert run(tmp_path, ["text"], **{"workdir": str(classifier)} | options)[0] == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
