@@ -30,9 +30,14 @@ _READ = 2**18  # compressed bytes
 _MAX_WINDOW_LOG = 31  # zstd --long=31
 
 
+def file_name(path: Path) -> str:
+    """Return the name of a file; of a URL without what follows "?"."""
+    return path.name if isinstance(path, Path) else path.name.partition("?")[0]
+
+
 def compression_of(path: Path) -> str:
     """Return the kind of compression that the ending of a name says, "" for none."""
-    return ENDINGS.get(path.suffix.lower(), "")
+    return ENDINGS.get(Path(file_name(path)).suffix.lower(), "")
 
 
 def refuse_compressed(start: bytes, path: Path) -> None:

@@ -8,6 +8,7 @@ lines; a line that a killed process cut is left out.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lm.data.compression import file_name
 from lm.errors import UserError
 
 State = tuple[int, ...]
@@ -41,7 +43,7 @@ def hash_files(files: Iterable[Path], *settings: str) -> str:
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
         content = _identity(path) if _mode == "identity" else file_digest(path)
-        total.update(os.fsencode(path.name) + f"\0{content}\n".encode())
+        total.update(os.fsencode(file_name(path)) + f"\0{content}\n".encode())
     return total.hexdigest()
 
 
@@ -57,8 +59,10 @@ def file_digest(path: Path) -> str:
             return known
         if _mode == "known":
             raise UnknownDigestError(path)
-        with open(path, "rb") as file:
+        with raw_file(path) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
+        if not isinstance(path, Path):
+            require_unchanged(path)  # its state is that of its listing
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     remember_digest(path, state, content)
@@ -115,15 +119,40 @@ def forget_file(path: Path) -> None:
 
 def require_unchanged(path: Path, since: State | None = None) -> None:
     """Raise UserError if a file has changed since a state, by default since it was hashed."""
+    if not isinstance(path, Path):
+        from lm.data.remote import require_listed
+
+        require_listed(path)
     state = file_state(path)
     if (since or _hashed.get(path, state)) != state:
         raise UserError(f"{path}: changed while it was read: start again when it is complete")
 
 
 def file_state(path: Path) -> State:
-    """Return what changes whenever a file does: its times, size and identity."""
+    """Return what changes whenever a file does: its times, size and identity.
+
+    Of a file by URL its version and size, as they were listed (`remote.remote_state`).
+    """
+    if not isinstance(path, Path):
+        from lm.data.remote import remote_state
+
+        return remote_state(path)
     status = os.stat(path)
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+def raw_file(path: Path) -> io.BufferedReader:
+    """Open a local file, or one by URL, to read its bytes as they are stored.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: it is a URL that cannot be read; from `read` too.
+    """
+    if isinstance(path, Path):
+        return open(path, "rb")
+    from lm.data.remote import open_remote
+
+    return open_remote(path)
 
 
 def _is_racy(state: State) -> bool:
@@ -133,6 +162,10 @@ def _is_racy(state: State) -> bool:
 # --- the file of digests
 
 
+def _key(path: Path) -> str:
+    return os.path.abspath(path) if isinstance(path, Path) else str(path)
+
+
 class _DigestFile:
     def __init__(self, path: Path):
         self._path = path
@@ -140,14 +173,14 @@ class _DigestFile:
         self._identity, self._read, self._n_lines = 0, 0, 0
 
     def find(self, path: Path, state: State) -> str | None:
-        key = os.path.abspath(path)
+        key = _key(path)
         if self._known.get(key, ((), ""))[0] != state:
             self._read_on()  # what other processes added
         known = self._known.get(key)
         return known[1] if known and known[0] == state else None
 
     def add(self, path: Path, state: State, digest: str) -> None:
-        key = os.path.abspath(path)
+        key = _key(path)
         self._known[key] = state, digest
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

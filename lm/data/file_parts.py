@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.data.compression import compression_of
+from lm.data.file_digests import file_state, raw_file
 from lm.data.sources import Chunk, Part
 from lm.errors import UserError
 
@@ -87,7 +88,7 @@ class LineRange:
             UserError: the file cannot be read.
         """
         try:
-            with self.path.open("rb") as file:
+            with raw_file(self.path) as file:
                 place = max(self.start - 1, 0)
                 file.seek(place)
                 if self.start:
@@ -108,7 +109,7 @@ class LineRange:
     def n_lines_before(self) -> int:
         """Lines of the file before the range."""
         n, left = 0, self.start
-        with self.path.open("rb") as file:
+        with raw_file(self.path) as file:
             while left and (block := file.read(min(_BLOCK, left))):
                 n, left = n + block.count(b"\n"), left - len(block)
             if self.start:
@@ -145,7 +146,7 @@ def file_parts(
     parts: list[Part] = []
     for path in files:
         try:
-            size = path.stat().st_size
+            size = file_state(path)[2]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         if read_range and size > RANGE and not compression_of(path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.compression import Decompressed, compression_of, refuse_compressed
-from lm.data.file_digests import forget_file, require_unchanged, use_cache
+from lm.data.file_digests import forget_file, raw_file, require_unchanged, use_cache
 from lm.errors import UserError
 from lm.storage import cache_directory
 
@@ -27,7 +27,42 @@ _told: set[tuple[str, Path]] = set()
 
 def data_directory(data: Any) -> Path:
     """Return the folder that relative paths start from: `data.directory`, LM_DATA_DIR, or ."""
-    return _expand(data.directory or os.environ.get("LM_DATA_DIR") or ".")
+    return resolve_file(_directory(data))
+
+
+def _directory(data: Any) -> str:
+    return data.directory or os.environ.get("LM_DATA_DIR") or "."
+
+
+def resolve_file(path: str, data: Any = None) -> Any:
+    """Return the path of a file or glob: a `Path`, or a `UPath` if it is a URL.
+
+    Args:
+        path: path or URL; both it and the data directory may be a URL.
+        data: section `data` of the configuration; None leaves relative paths as they are.
+
+    Raises:
+        UserError: the home is unknown, or the kind of URL.
+    """
+    directory = "" if data is None else _directory(data)
+    if "://" not in path + directory:
+        return _expand(directory) / _expand(path)
+    from lm.data.remote import is_url, remote_path
+
+    if is_url(path):
+        return remote_path(path)
+    if is_url(directory) and not Path(path).is_absolute():
+        return remote_path(f"{directory.rstrip('/')}/{path}")
+    return _expand(directory) / _expand(path)
+
+
+def is_folder(path: Any) -> bool:
+    """Return whether a path is that of a folder, here or in a bucket."""
+    if isinstance(path, Path):
+        return os.path.isdir(path)
+    from lm.data.remote import remote_is_folder
+
+    return remote_is_folder(path)
 
 
 def _expand(path: str) -> Path:
@@ -44,8 +79,14 @@ def find_file(path: str, data: Any) -> Path:
     Raises:
         UserError: it does not exist.
     """
-    found = data_directory(data) / _expand(path)
-    if not os.path.exists(found):
+    found = resolve_file(path, data)
+    if isinstance(found, Path):
+        exists = os.path.exists(found)
+    else:
+        from lm.data.remote import remote_exists
+
+        exists = remote_exists(found)
+    if not exists:
         raise _missing(path, data)
     return found
 
@@ -59,7 +100,14 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
         UserError: there is none, or a folder cannot be read.
     """
     use_cache(lambda: cache_directory(data))
-    place = data_directory(data) / _expand(pattern)
+    place = resolve_file(pattern, data)
+    if not isinstance(place, Path):
+        from lm.data.remote import find_remote_files
+
+        there: Any = find_remote_files(place)
+        if not there:
+            raise _missing(pattern, data)
+        return there
     if os.path.isfile(place):
         found = [place]
     else:
@@ -130,12 +178,19 @@ def without_mark(text: str, path: Path) -> str:
 def _missing(path: str, data: Any) -> UserError:
     if not path:
         return UserError("the path after ':' is empty: name a file, such as text:input.txt")
-    folder = "" if Path(path).is_absolute() else f" in {data_directory(data).absolute()}"
+    if "://" in path:
+        return UserError(f"no file matches {path}")
+    folder = "" if Path(path).is_absolute() else f" in {_absolute(data)}"
     advice = (
         "set LM_DATA_DIR or --config.data.directory to the folder that holds it"
         r"; a comma in a name is written \,"
     )
     return UserError(f"no file matches {path!r}{folder}: {advice}")
+
+
+def _absolute(data: Any) -> str:
+    directory = data_directory(data)
+    return str(directory.absolute() if isinstance(directory, Path) else directory)
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -193,7 +248,7 @@ def open_file(path: Path) -> io.BufferedIOBase:
             it is damaged or cut.
         OSError: it cannot be opened.
     """
-    file = open(path, "rb")  # noqa: SIM115  # closed by the caller
+    file = raw_file(path)
     kind = compression_of(path)
     if kind:
         return Decompressed(file, kind, path)

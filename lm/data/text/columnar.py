@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lm.data.compression import compression_of
-from lm.data.file_digests import hash_files, require_unchanged
+from lm.data.file_digests import file_state, hash_files, require_unchanged
 from lm.data.file_parts import RANGE, FilePart
-from lm.data.files import data_directory, find_file, find_files, open_file
+from lm.data.files import find_files, is_folder, open_file, resolve_file
 from lm.data.records import RECORD_COLUMNS, parse_columns
 from lm.data.row_documents import MISSING, RowDocuments, field_value, no_field
 from lm.data.sources import Chunk, Part, RecordSource, Row
@@ -81,7 +81,7 @@ class ColumnFiles(RowDocuments, RecordSource):
             yield from self.documents(path)
 
     def parts(self) -> Sequence[Part]:
-        return [FilePart(self.of_file(), path, path.stat().st_size) for path in self.files]
+        return [FilePart(self.of_file(), path, file_state(path)[2]) for path in self.files]
 
     def of_file(self, *files: Path) -> ColumnFiles:
         """Return the source of some files alone."""
@@ -244,15 +244,15 @@ class ArrowFiles(ColumnFiles):
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:
         """Return whether the folder has the split `data.validation_split`."""
-        folder = data_directory(data) / argument
+        folder = resolve_file(argument, data)
         is_dict = (folder / "dataset_dict.json").is_file()
         return is_dict and data.validation_split in _splits(folder)
 
     @staticmethod
     def _find(argument: str, data: Any, split: str) -> tuple[Path, ...]:
-        if not (data_directory(data) / argument).is_dir():
+        folder = resolve_file(argument, data)
+        if not is_folder(folder):
             return find_files(argument, data)
-        folder = find_file(argument, data)
         if (folder / "dataset_dict.json").is_file():
             name = data.validation_split if split == "validation" else data.split
             if name not in (splits := _splits(folder)):

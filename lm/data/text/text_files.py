@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.compression import compression_of
-from lm.data.file_digests import hash_files
+from lm.data.file_digests import file_state, hash_files
 from lm.data.file_parts import Line, LineRange, file_parts
 from lm.data.files import find_files, not_utf8, read_lines, read_text, without_mark
 from lm.data.records import RowFiles, decode_line, jsonl_rows, read_jsonl_rows
@@ -36,7 +36,7 @@ class TextFiles(DocumentSource):
     def size(self) -> int | None:  # type: ignore[override]
         if any(map(compression_of, self.files)):
             return None
-        return sum(path.stat().st_size for path in self.files)
+        return sum(file_state(path)[2] for path in self.files)
 
     def parts(self) -> Sequence[Part]:
         empty = self._with_files()
