@@ -27,7 +27,7 @@ from lm.data.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
 from lm.models.attention import AttentionChoice, choose_attention
 from lm.models.transformer_config import make_model
-from lm.models.variables import ParamInfo, flat, nested
+from lm.models.variables import MODEL_STATE, ParamInfo, flat, nested, with_state
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
 from lm.parallel.mesh import (
@@ -147,55 +147,55 @@ class Experiment:
         return TrainState(step, params, opt_state, carry, model_state)
 
     @cached_property
+    def inference_shapes(self) -> Tree:
+        """Shapes of the parameters and model state, as evaluation and decoding take them."""
+        params, _, model_state = nn.meta.unbox(self.steps.boxed_shapes)
+        return with_state(params, model_state)
+
+    @cached_property
+    def inference_sharding(self) -> Tree:
+        """Shardings of `inference_shapes`; they need no optimizer."""
+        axes = {path: info.axes for path, info in self.param_infos.items()}
+        if boxed_state := self.steps.boxed_shapes[2]:
+            from lm.models.model_state import state_axes
+
+            of_state = state_axes(boxed_state, self.pipeline.stages)
+            axes |= {f"{MODEL_STATE}/{path}": names for path, names in of_state.items()}
+        leaves = flat(self.inference_shapes).items()
+        return nested(
+            {path: parameter_sharding(self.mesh, axes[path], x.shape) for path, x in leaves}
+        )
+
+    @cached_property
     def state_sharding(self) -> Tree:
         """Shardings of the training state, as a TrainState.
 
         Optimizer state is sharded like its parameter; counters are replicated.
         """
         shapes = self.state_shapes
-
-        def by_axes(tree: Tree, axes: Mapping[str, tuple[str, ...]]) -> Tree:
-            leaves = flat(tree).items()
-            return nested(
-                {path: parameter_sharding(self.mesh, axes[path], x.shape) for path, x in leaves}
-            )
-
-        axes = {path: info.axes for path, info in self.param_infos.items()}
-        of_params = by_axes(shapes.params, axes)
-        by_path = {
-            path: (shape.shape, sharding)
-            for (path, shape), sharding in zip(
-                jax.tree.leaves_with_path(shapes.params), jax.tree.leaves(of_params), strict=True
-            )
-        }
+        placed = shapes.with_inference_params(self.inference_sharding)
+        shape_of = dict(jax.tree.leaves_with_path(shapes.params))
+        sharding_of = dict(jax.tree.leaves_with_path(placed.params))
 
         def of_statistic(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-            for start in range(len(path)):
-                if path[start:] in by_path:
-                    shape, sharding = by_path[path[start:]]
-                    return optimizer_state_sharding(sharding, shape, leaf.shape)
+            for end in (path[start:] for start in range(len(path))):
+                if end in shape_of:
+                    shape = shape_of[end].shape
+                    return optimizer_state_sharding(sharding_of[end], shape, leaf.shape)
             return self.replicated
 
-        axes = {}
-        if shapes.model_state:
-            from lm.models.model_state import state_axes
-
-            axes = state_axes(self.steps.boxed_shapes[2], self.pipeline.stages)
-        of_optimizer = jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state)
-        placed: Any = {
+        rest: Any = {
             "step": self.replicated,
-            "params": of_params,
-            "opt_state": of_optimizer,
+            "opt_state": jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state),
             "carry": self.carry_sharding,
-            "model_state": by_axes(shapes.model_state, axes),
         }
-        return replace(shapes, **placed)
+        return replace(placed, **rest)
 
     @cached_property
     def carry_sharding(self) -> Tree:
         """Rows of what passes from batch to batch lie where the rows of the batch lie."""
         rows = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
-        return jax.tree.map(lambda _: rows, self.state_shapes.carry)
+        return jax.tree.map(lambda _: rows, nn.meta.unbox(self.steps.boxed_shapes[1]))
 
     @cached_property
     def replicated(self) -> NamedSharding:
@@ -239,7 +239,7 @@ class Experiment:
         return jax.jit(
             self._on_mesh(self.steps.eval_steps),
             in_shardings=(
-                self.state_sharding.inference_params,
+                self.inference_sharding,
                 self.carry_sharding,
                 self.batch_sharding,
             ),
@@ -251,7 +251,7 @@ class Experiment:
         """`Steps.predict_steps`, sharded."""
         return jax.jit(
             self._on_mesh(self.steps.predict_steps),
-            in_shardings=(self.state_sharding.inference_params, self.batch_sharding),
+            in_shardings=(self.inference_sharding, self.batch_sharding),
             out_shardings=self.replicated,
         )
 
@@ -360,7 +360,7 @@ def build_with_data(
 def build_untraced(
     config: ConfigDict, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
 ) -> Experiment:
-    """Build an experiment without tracing the model, for callers that need no optimizer state."""
+    """Build an experiment without tracing the model or its optimizer, for who needs neither yet."""
     platform = devices[0].platform
     config = _with_defaults(config, platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
-from lm.experiment import Experiment, build
+from lm.experiment import Experiment, build, build_untraced
 from lm.models.lora import merge_lora
 from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
@@ -88,7 +88,7 @@ def restore_run(
         changed |= {"train.microbatches": "1"}
     config = load_run_config(workdir, changed | dict(overrides))
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
-    experiment = build(config, jax.devices(), tokenizer)
+    experiment = build_untraced(config, jax.devices(), tokenizer)
     return experiment, *restore_params(experiment, workdir, log, average, best, step)
 
 
@@ -127,7 +127,7 @@ def restore_params(
         UserError: the experiment's model has other parameters than the run's, or there is no
             undamaged checkpoint of `step`.
     """
-    shapes = flat(experiment.state_shapes.inference_params)
+    shapes = flat(experiment.inference_shapes)
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     if step is not None:
         there = ", ".join(str(saved.step) for saved in reversed(checkpoints))
@@ -143,7 +143,7 @@ def restore_params(
                 f"{path} is not as in the run in {storage_path(workdir)}: "
                 "leave its model configuration alone"
             )
-    shardings = flat(experiment.state_sharding.inference_params)
+    shardings = flat(experiment.inference_sharding)
     params, steps = mean_params(checkpoints, average, shardings, log)
     if step is not None and steps[0] != step:
         raise UserError(f"the checkpoint of step {step} in {storage_path(workdir)} is damaged")

@@ -59,7 +59,7 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
         return state
     checkpoints = saved_checkpoints(resolve_path(options["from"]), log)
     params = flat(state.inference_params)
-    shardings = flat(experiment.state_sharding.inference_params)
+    shardings = flat(experiment.inference_sharding)
     plan = map_parameters(options, params, checkpoints[0].shapes)
     _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
     for path in plan.loaded:
