@@ -10,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import lm
+from lm import config as configs
 from lm.cli import VERBS, main
 from lm.cli.arguments import parse, verb_module
-from lm.cli.used_keys import is_used
+from lm.cli.used_keys import is_used, without_effect
 from lm.config.registries import SCHEMA
 from lm.training.trainer import train
 
@@ -141,3 +142,37 @@ def test_a_key_that_is_given_twice_is_an_error(capsys):
     capsys.readouterr()
     assert main([*words, "--config.seed", "2"]) == 2
     assert "--config.seed is given twice: 1 and 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ("optimizer.sgd.momentum=0.5 optimizer.adamw.b1=0.8 objective.mask_rate=0.3", 0b101),
+        ("optimizer.name=muon optimizer.adamw.b1=0.8 optimizer.lion.b1=0.8", 0b001),
+        ("schedule.name=step schedule.step_every=9 schedule.final_ratio=0.5", 0b001),
+        ("lora.alpha=3 model.rope_factor=2 model.rope_scaling=linear", 0b111),
+        ("model.positions=rotary model.rope_scaling=linear model.rope_factor=2 lora.rank=2", 0),
+        ("data.header=False data.validation_source=jsonl:x data.field=y", 0b100),
+        ("objective.mask_rate=0.15 eval.bleu_tokenizer=zh optimizer.name=adamw", 0),
+        ("parallel.preset=fsdp parallel.mesh.fsdp=4 parallel.mesh.data=1", 0b011),
+        ("model.family=lstm model.n_heads=2 model.d_hidden=8", 0b010),
+    ],
+)
+def test_keys_without_effect_are_named(given, unused):
+    words = [word.split("=") for word in given.split()]
+    overrides = dict(words)
+    config = configs.default()
+    for path, text in words:
+        configs.set_value(config, path, configs.parse_value(path, text))
+    expected = [path for i, (path, _) in enumerate(reversed(words)) if unused >> i & 1][::-1]
+    found = [line.split("=")[0] for line in without_effect(config, overrides)]
+    assert found == [f"--config.{path}" for path in expected]
+
+
+def test_a_verb_goes_on_without_them(capsys):
+    words = ["config", "--config", "experiments/gpt2.py:124m", "--config.optimizer.lion.b1=0.5"]
+    assert main(words) == 0
+    assert capsys.readouterr().err == (
+        "note: --config.optimizer.lion.b1=0.5 has no effect: it needs --config.optimizer.name to "
+        "be lion\n"
+    )

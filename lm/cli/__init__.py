@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             traceback.print_exc()
         code = 1
-    if code in (1, 2):
+    if code:
         from lm.parallel.hosts import exit_at_once
 
         exit_at_once(code)

@@ -186,6 +186,7 @@ def open_run(
     step: int | None = None,
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
+    from lm.cli.used_keys import print_without_effect
     from lm.parallel.mesh import print_on_primary_host
     from lm.runs.saved_params import load_tokenizer, restore_run
     from lm.storage import open_run_folder
@@ -194,6 +195,7 @@ def open_run(
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
     options |= {"step": step}
     experiment, params, step = restore_run(workdir, overrides, print_on_primary_host, **options)
+    print_without_effect(experiment.config, overrides, print_on_primary_host)
     if experiment.tokenizer is None:
         load_tokenizer(workdir)  # raises UserError
     return experiment, params, step

@@ -12,7 +12,7 @@ from lm.cli.arguments import (
     config_argument,
     json_argument,
 )
-from lm.cli.used_keys import ALL, Patterns
+from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     if config is None:
         raise UserError("lm config: give --config FILE.py[:VARIANT], or --keys")
+    print_without_effect(config, overrides)
     if args.json:
         print(json.dumps(dict(configs.flatten(config))))
     else:

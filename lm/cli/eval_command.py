@@ -177,7 +177,7 @@ def _evaluate_task(
     label = short_name(name)
     folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"{label}-{step}")
     require_writable(folder)
-    report, rows = evaluate_task(experiment, params, stores)
+    report, rows = evaluate_task(experiment, params, stores, progress=is_primary_host())
     report = {"step": step, "split": name, **report}
     if is_primary_host():
         write_task_report(folder, report, rows)

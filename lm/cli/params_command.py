@@ -19,7 +19,7 @@ from lm.cli.arguments import (
     json_argument,
     topology_arguments,
 )
-from lm.cli.used_keys import ALL, Patterns
+from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
 
 
@@ -56,6 +56,7 @@ def _params_of_one(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.experiment import build
 
     config = configs.load_config(args.config, overrides)
+    print_without_effect(config, overrides)
     experiment = build(config, _devices(args, config))
     mesh = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     counts = {"config": args.config, "paper": experiment.config.paper}

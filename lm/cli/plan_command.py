@@ -19,7 +19,7 @@ from lm.cli.arguments import (
     topology_arguments,
     xla_flags_argument,
 )
-from lm.cli.used_keys import ALL, Patterns
+from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
 
 LIMIT = "--search: most candidates that are compiled; 24"
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     # What is planned for is described; the compilers need no device of this machine.
     jax.config.update("jax_platforms", "cpu")
     config = configs.load_config(args.config, overrides)
+    print_without_effect(config, overrides)
     if args.search:
         return _search(args, config)
     made = make_plan(config, topology(args.topology, args.slices), args.slices)

@@ -12,7 +12,8 @@ from lm.cli.arguments import (
     process_arguments,
     xla_flags_argument,
 )
-from lm.cli.used_keys import ALL, Patterns
+from lm.cli.used_keys import ALL, Patterns, print_without_effect
+from lm.config.registries import SCHEMA
 
 
 def add_arguments(parser: Parser) -> None:
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         from lm.parallel.mesh import print_on_primary_host
         from lm.training.trainer import train
 
+        if config.model.family != "decoder" or any(SCHEMA[path].needs for path in overrides):
+            print_without_effect(config, overrides, print_on_primary_host)
         finished = train(
             config,
             args.workdir,

@@ -1,16 +1,24 @@
 """Configuration keys that each verb uses; any other `--config.a.b` on its command line is an error.
 
 A verb's module declares them by `used_keys(args)`: patterns of dotted paths, where "-" before a
-pattern takes keys out again.
+pattern takes keys out again. A key that a verb uses may still be without effect, as an option of an
+optimizer that is not chosen: the verb says so and goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.registries import SCHEMA
+from lm.config.registries import MIXERS, MODELS, REGISTRIES, SCHEMA
+from lm.config.registry import config_value
 from lm.errors import UserError
 
 Patterns = tuple[str, ...]
@@ -65,3 +73,74 @@ def _shown(path: str, used: Patterns) -> str:
     near = [known for known in keys if known.partition(".")[0] == section]
     others = dict.fromkeys(known.partition(".")[0] for known in keys if known not in near)
     return "it uses " + ", ".join([*near, *(f"{o}.*" if o != "seed" else o for o in others)])
+
+
+# --- keys without effect
+
+# Keys of the model that have an effect beside the model's own configuration.
+_OF_EVERY_FAMILY = ("family", "vocab_size", "max_length", "n_classes", "carry", "mixer")
+
+
+def print_without_effect(
+    config: ConfigDict, overrides: Mapping[str, Any], show: Callable[[str], Any] | None = None
+) -> None:
+    """Print a line for each override that has no effect, such as an option of what is not chosen.
+
+    Args:
+        config: configuration that the overrides are part of.
+        overrides: overrides of the command line.
+        show: prints a line; on stderr by default.
+    """
+    for line in without_effect(config, overrides):
+        (show or partial(print, file=sys.stderr))(f"note: {line}")
+
+
+def without_effect(config: ConfigDict, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each key that was given a value and has no effect.
+
+    Args:
+        config: valid configuration, the given values included.
+        given: texts or values by dotted path, as on the command line.
+    """
+    for path, value in given.items():
+        default = SCHEMA[path].default
+        if str(value) != str(default) and (why := _why_unused(config, path)):
+            yield f"--config.{path}={value} has no effect: {why}"
+
+
+def _why_unused(config: ConfigDict, path: str) -> str:
+    """Return what a key needs to have an effect, "" if it has one."""
+    needed, *values = SCHEMA[path].needs or ("",)
+    if not needed:
+        return _why_unused_by_model(config, path)
+    now = config_value(config, needed)
+    chosen = _chosen(config, needed) or [str(now)]
+    if None in chosen or (set(values) & set(chosen) if values else now != SCHEMA[needed].default):
+        return _why_unused(config, needed) or _why_unused_by_model(config, path)
+    shown = " or ".join(values) if values else f"not {SCHEMA[needed].default!r}"
+    return f"it needs --config.{needed} to be {shown}"
+
+
+def _chosen(config: ConfigDict, key: str) -> list[str | None]:
+    """Return the names that a configuration chooses from the registry of a key, if it has one.
+
+    Instead of plug-ins, which may use any key, and of what follows from other keys, None is there.
+    """
+    registries = [registry for registry in REGISTRIES if key in registry.keys_of_names]
+    names = [n for r in registries for n in r.names_in(config)]
+    plugins = {n for r in registries for n, entry in r.entries.items() if entry.plugin}
+    given = [None if n in plugins else n for n in names if n]
+    return given if given or not registries else [None]
+
+
+def _why_unused_by_model(config: ConfigDict, path: str) -> str:
+    """Return that the model family has no such key, "" if it has, or if JAX is not loaded."""
+    section, _, name = path.rpartition(".")
+    is_own = any(path in entry.keys_added() for entry in MIXERS.entries.values())
+    if section != "model" or name in _OF_EVERY_FAMILY or is_own or "jax" not in sys.modules:
+        return ""
+    from lm.models.transformer_config import config_class
+
+    family = config.model.family
+    names = [field.name for field in fields(config_class(MODELS[family]))]
+    return "" if name in names else f"--config.model.family={family} does not use it"

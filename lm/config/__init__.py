@@ -119,7 +119,7 @@ def call_file(file: Path, function: str, variant: str) -> Any:
     called = getattr(module, function)
     try:
         return called(variant) if variant else called()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise error_in(file, error) from error
 
 

@@ -91,13 +91,19 @@ def execute(file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look modules up by name
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise error_in(file, error) from error
     return module
 
 
 def error_in(file: Path, error: BaseException) -> UserError:
-    """Return what failed in the user's code as a UserError that says where."""
+    """Return what failed in the user's code, an exit too, as a UserError that says where.
+
+    Raises:
+        KeyboardInterrupt: it is one, of the user's.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
     if isinstance(error, UserError):
         message = str(error)
         return UserError(message if str(file) in message else f"{file}: {message}")

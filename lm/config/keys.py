@@ -13,7 +13,12 @@ COMMON_KEYS: dict[str, Key] = {
     # --- model
     "model.family": Key("decoder", "Kind of model."),
     "model.n_layers": Key(4, "Layers: Transformer blocks, or recurrent layers.", low=1),
-    "model.n_decoder_layers": Key(0, "Layers of the decoder; 0: n_layers.", low=0),
+    "model.n_decoder_layers": Key(
+        0,
+        "Layers of the decoder; 0: n_layers.",
+        low=0,
+        needs=("model.family", "encoder_decoder", "lstm_encoder_decoder"),
+    ),
     "model.d_model": Key(128, "Width of the residual stream.", low=1),
     "model.n_heads": Key(4, "Query heads.", low=1),
     "model.n_kv_heads": Key(0, "Key/value heads (grouped-query); 0: as many as n_heads.", low=0),
@@ -27,7 +32,12 @@ COMMON_KEYS: dict[str, Key] = {
         "each block wider than the one before it by concat_width.",
         choices=("sum", "concat"),
     ),
-    "model.concat_width": Key(32, "Columns g of W [d_model, g] of model.residual=concat.", low=1),
+    "model.concat_width": Key(
+        32,
+        "Columns g of W [d_model, g] of model.residual=concat.",
+        low=1,
+        needs=("model.residual", "concat"),
+    ),
     "model.mixer": Key("attention", "Token mixer of a Transformer block."),
     "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=1e-20, high=1.0),
@@ -37,7 +47,7 @@ COMMON_KEYS: dict[str, Key] = {
         choices=("pre", "post", "both"),
     ),
     "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, which starts at 0 (Gemma)."),
-    "model.norm_bias": Key(True, "LayerNorm has a bias."),
+    "model.norm_bias": Key(True, "LayerNorm has a bias.", needs=("model.norm", "layernorm")),
     "model.embedding_norm": Key(False, "Normalise the sum of the embeddings (BERT)."),
     "model.bias": Key(True, "Linear layers have biases."),
     "model.attention_bias": Key(
@@ -67,11 +77,22 @@ COMMON_KEYS: dict[str, Key] = {
         "with the distance, at a fixed slope a head (Press et al. 2022).",
         choices=("learned", "sinusoidal", "rotary", "relative", "alibi", "none"),
     ),
-    "model.position_offset": Key(0, "Row of the position table for position 0 (RoBERTa).", low=0),
-    "model.relative_buckets": Key(32, "Rows of the relative position table.", low=4),
-    "model.relative_max_distance": Key(128, "Distance from which all share a bucket.", low=4),
+    "model.position_offset": Key(
+        0,
+        "Row of the position table for position 0 (RoBERTa).",
+        low=0,
+        needs=("model.positions", "learned"),
+    ),
+    "model.relative_buckets": Key(
+        32, "Rows of the relative position table.", low=4, needs=("model.positions", "relative")
+    ),
+    "model.relative_max_distance": Key(
+        128, "Distance from which all share a bucket.", low=4, needs=("model.positions", "relative")
+    ),
     "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
-    "model.rope_theta": Key(10_000.0, "Base of the rotary wavelengths.", low=1.0),
+    "model.rope_theta": Key(
+        10_000.0, "Base of the rotary wavelengths.", low=1.0, needs=("model.positions", "rotary")
+    ),
     "model.rope_theta_local": Key(
         0.0,
         "Base of the rotary wavelengths of local layers, which rope_scaling then leaves as they "
@@ -82,15 +103,29 @@ COMMON_KEYS: dict[str, Key] = {
         "none",
         "Rotary wavelengths times rope_factor: of all, or of the long ones (Llama 3.1).",
         choices=("none", "linear", "llama3"),
+        needs=("model.positions", "rotary"),
     ),
-    "model.rope_factor": Key(1.0, "What rope_scaling stretches wavelengths by.", low=1.0),
+    "model.rope_factor": Key(
+        1.0, "What rope_scaling stretches wavelengths by.", low=1.0, needs=("model.rope_scaling",)
+    ),
     "model.rope_low_frequency": Key(
-        1.0, "llama3: fewer turns than this in rope_original_length are stretched whole.", low=1e-6
+        1.0,
+        "llama3: fewer turns than this in rope_original_length are stretched whole.",
+        low=1e-6,
+        needs=("model.rope_scaling", "llama3"),
     ),
     "model.rope_high_frequency": Key(
-        4.0, "llama3: more turns than this in rope_original_length stay.", low=1e-6
+        4.0,
+        "llama3: more turns than this in rope_original_length stay.",
+        low=1e-6,
+        needs=("model.rope_scaling", "llama3"),
     ),
-    "model.rope_original_length": Key(8192, "llama3: context before the stretching.", low=1),
+    "model.rope_original_length": Key(
+        8192,
+        "llama3: context before the stretching.",
+        low=1,
+        needs=("model.rope_scaling", "llama3"),
+    ),
     "model.activation": Key(
         "gelu_tanh",
         "Non-linearity; the glu ones are gated (two input projections).",
@@ -99,9 +134,14 @@ COMMON_KEYS: dict[str, Key] = {
     "model.n_experts": Key(
         0, "Experts of a feed-forward layer (Switch, Mixtral); 0: plain layers.", low=0
     ),
-    "model.experts_per_token": Key(2, "Experts that a token uses: 1 Switch, 2 Mixtral.", low=1),
+    "model.experts_per_token": Key(
+        2, "Experts that a token uses: 1 Switch, 2 Mixtral.", low=1, needs=("model.n_experts",)
+    ),
     "model.experts_every": Key(
-        1, "Every so many layers the last one has experts; the others are plain.", low=1
+        1,
+        "Every so many layers the last one has experts; the others are plain.",
+        low=1,
+        needs=("model.n_experts",),
     ),
     "model.dense_layers": Key(
         0, "Layers before the first one with experts, all of them plain (DeepSeek).", low=0
@@ -111,15 +151,26 @@ COMMON_KEYS: dict[str, Key] = {
         "Tokens of a row that an expert takes in training, over the even share; later ones pass it "
         "by. 0: it takes all. Evaluation and decoding drop nothing.",
         low=0.0,
+        needs=("model.n_experts",),
     ),
     "model.balance_loss": Key(
-        0.01, "Weight of the load-balancing loss of each layer of experts (Switch).", low=0.0
+        0.01,
+        "Weight of the load-balancing loss of each layer of experts (Switch).",
+        low=0.0,
+        needs=("model.n_experts",),
     ),
     "model.router_z_loss": Key(
-        0.0, "Weight of the routers' squared log-partition, each layer (ST-MoE).", low=0.0
+        0.0,
+        "Weight of the routers' squared log-partition, each layer (ST-MoE).",
+        low=0.0,
+        needs=("model.n_experts",),
     ),
     "model.router_jitter": Key(
-        0.0, "In training a router's input is multiplied by 1 ± this (Switch).", low=0.0, high=0.99
+        0.0,
+        "In training a router's input is multiplied by 1 ± this (Switch).",
+        low=0.0,
+        high=0.99,
+        needs=("model.n_experts",),
     ),
     "model.router_bias_rate": Key(
         0.0,
@@ -127,10 +178,13 @@ COMMON_KEYS: dict[str, Key] = {
         "probability of an expert when it chooses, so that loads become even; 0: no bias "
         "(DeepSeek-V3, with model.balance_loss=0).",
         low=0.0,
+        needs=("model.n_experts",),
     ),
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
-    "model.scale_logits": Key(False, "Divide tied logits by sqrt(d_model) (T5)."),
+    "model.scale_logits": Key(
+        False, "Divide tied logits by sqrt(d_model) (T5).", needs=("model.tie_embeddings", "True")
+    ),
     "model.logit_softcap": Key(
         0.0, "Logits x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
     ),
@@ -143,19 +197,38 @@ COMMON_KEYS: dict[str, Key] = {
     "model.mup_base_head_dim": Key(
         0, "head_dim at mup_base_width; 0: head_dim, wider models have more heads.", low=0
     ),
-    "model.n_classes": Key(0, "Outputs of classification; 0: the number of data.labels.", low=0),
+    "model.n_classes": Key(
+        0,
+        "Outputs of classification; 0: the number of data.labels.",
+        low=0,
+        needs=("objective.name", "classification", "token_classification"),
+    ),
     "model.d_hidden": Key(
-        0, "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.", low=0
+        0,
+        "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.",
+        low=0,
+        needs=("model.family", "lstm", "lstm_encoder_decoder", "nplm"),
     ),
     "model.pooling": Key(
         "family",
         "What stands for a text of a Transformer: BERT's layer over the first token and elsewhere "
         "the last token, or the mean of its tokens.",
         choices=("family", "mean"),
+        needs=("objective.name", "classification"),
     ),
-    "model.bidirectional": Key(False, "Recurrent encoders and classifiers read both ways."),
-    "model.context": Key(4, "Words that NPLM sees before the predicted one.", low=1),
-    "model.direct": Key(False, "NPLM's direct connections from embeddings to output."),
+    "model.bidirectional": Key(
+        False,
+        "Recurrent encoders and classifiers read both ways.",
+        needs=("model.family", "lstm", "lstm_encoder_decoder"),
+    ),
+    "model.context": Key(
+        4, "Words that NPLM sees before the predicted one.", low=1, needs=("model.family", "nplm")
+    ),
+    "model.direct": Key(
+        False,
+        "NPLM's direct connections from embeddings to output.",
+        needs=("model.family", "nplm"),
+    ),
     "model.carry": Key(
         False, "Recurrent state passes from one batch to the next; needs data.order=contiguous."
     ),
@@ -171,7 +244,11 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.init_std": Key(0.02, "Deviation of the normal initialisation.", low=0.0, high=10.0),
     "model.init_scale": Key(
-        1.0, "The fan_in deviation is sqrt(this/inputs); Switch has 0.1.", low=0.0, high=100.0
+        1.0,
+        "The fan_in deviation is sqrt(this/inputs); Switch has 0.1.",
+        low=0.0,
+        high=100.0,
+        needs=("model.init", "fan_in"),
     ),
     "model.init_truncated": Key(
         False, "Nothing beyond two deviations is drawn (BERT, Switch); the rest has 0.88 of them."
@@ -205,21 +282,46 @@ COMMON_KEYS: dict[str, Key] = {
         "", "Where relative paths start; empty: $LM_DATA_DIR, else the current folder.", free=True
     ),
     "data.field": Key(
-        "text", "Field or column that holds the text; dots lead into nested ones (meta.text)."
+        "text",
+        "Field or column that holds the text; dots lead into nested ones (meta.text).",
+        needs=("data.source", "jsonl", "tfds", "parquet", "arrow"),
     ),
-    "data.documents": Key("file", "A text file's document.", choices=("file", "line")),
-    "data.split": Key("train", "Split to train on, of a source with splits."),
-    "data.validation_split": Key("validation", "Split to validate on, of a source with splits."),
+    "data.documents": Key(
+        "file", "A text file's document.", choices=("file", "line"), needs=("data.source", "text")
+    ),
+    "data.split": Key(
+        "train",
+        "Split to train on, of a source with splits.",
+        needs=("data.source", "tfds", "parquet", "arrow"),
+    ),
+    "data.validation_split": Key(
+        "validation",
+        "Split to validate on, of a source with splits.",
+        needs=("data.source", "tfds", "parquet", "arrow"),
+    ),
     "data.validation_source": Key("", "Corpora for validation, written as data.source."),
     "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),
     "data.columns": Key(
         "", "Columns of records by role, such as text=sentence,label=label; numbers count from 0."
     ),
-    "data.header": Key(True, "TSV and CSV files start with the names of their columns."),
+    "data.header": Key(
+        True,
+        "TSV and CSV files start with the names of their columns.",
+        needs=("data.source", "tsv", "csv"),
+    ),
     "data.bad_rows": Key("error", "A bad row is an error, or skipped.", choices=("error", "skip")),
-    "data.labels": Key("", "Names of the classes, comma-separated; empty: a number is learnt."),
+    "data.labels": Key(
+        "",
+        "Names of the classes, comma-separated; empty: a number is learnt.",
+        needs=("objective.name", "classification", "token_classification"),
+    ),
     "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
-    "data.doc_stride": Key(128, "Tokens from one window of a long context to the next.", low=1),
+    "data.doc_stride": Key(
+        128,
+        "Tokens from one window of a long context to the next.",
+        low=1,
+        needs=("objective.name", "span_qa"),
+    ),
     "data.pack": Key(True, "Several short pairs share a row."),
     "data.order": Key(
         "shuffled",
@@ -239,10 +341,20 @@ COMMON_KEYS: dict[str, Key] = {
         "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, run:WORKDIR (that of a run).",
     ),
     "data.tokenizer_vocab_size": Key(
-        4096, "Pieces of a SentencePiece model trained on the corpus; most words of words.", low=2
+        4096,
+        "Pieces of a SentencePiece model trained on the corpus; most words of words.",
+        low=2,
+        needs=("data.tokenizer", "sentencepiece", "words"),
     ),
-    "data.tokenizer_min_count": Key(1, "Rarer words are unknown to the words tokenizer.", low=1),
-    "data.lowercase": Key(False, "The words tokenizer lower-cases."),
+    "data.tokenizer_min_count": Key(
+        1,
+        "Rarer words are unknown to the words tokenizer.",
+        low=1,
+        needs=("data.tokenizer", "words"),
+    ),
+    "data.lowercase": Key(
+        False, "The words tokenizer lower-cases.", needs=("data.tokenizer", "words")
+    ),
     "data.sequence_length": Key(256, "Tokens of an example.", low=1),
     "data.stride": Key(
         0, "Training windows start every so many tokens; 0: where the last one ended.", low=0
@@ -269,15 +381,21 @@ COMMON_KEYS: dict[str, Key] = {
     "init.from": Key(
         "", "Run whose parameters this one starts from: its workdir, or RUN/checkpoints/STEP."
     ),
-    "init.average": Key(1, "Average its last so many checkpoints.", low=1),
+    "init.average": Key(1, "Average its last so many checkpoints.", low=1, needs=("init.from",)),
     "init.fresh": Key("", "Patterns of parameters that stay fresh, comma-separated."),
-    "init.leave": Key("", "Patterns of its parameters that are not used, comma-separated."),
-    "init.rename": Key("", "Its parameters' new names: PATTERN=>NAME, comma-separated."),
+    "init.leave": Key(
+        "", "Patterns of its parameters that are not used, comma-separated.", needs=("init.from",)
+    ),
+    "init.rename": Key(
+        "", "Its parameters' new names: PATTERN=>NAME, comma-separated.", needs=("init.from",)
+    ),
     "init.vectors": Key("", "GloVe file for the token table of the words tokenizer."),
     # --- low-rank adaptation
     "lora.rank": Key(0, "Rank of the trained updates (Hu et al. 2021); 0: off.", low=0),
-    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=1e-6),
-    "lora.targets": Key("attention/(query|value)/kernel", "Pattern of the adapted kernels."),
+    "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=1e-6, needs=("lora.rank",)),
+    "lora.targets": Key(
+        "attention/(query|value)/kernel", "Pattern of the adapted kernels.", needs=("lora.rank",)
+    ),
     "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
     # --- optimizer
     "optimizer.freeze": Key(
@@ -305,8 +423,15 @@ COMMON_KEYS: dict[str, Key] = {
         0,
         "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
         low=0,
+        needs=("schedule.name", "cosine", "linear", "inverse", "wsd"),
     ),
-    "schedule.final_ratio": Key(0.1, "Last learning rate over the peak.", low=0.0, high=1.0),
+    "schedule.final_ratio": Key(
+        0.1,
+        "Last learning rate over the peak.",
+        low=0.0,
+        high=1.0,
+        needs=("schedule.name", "cosine", "linear", "inverse", "wsd"),
+    ),
     # --- training
     "train.steps": Key(1000, "Optimizer updates.", low=1),
     "train.microbatches": Key(1, "Parts of a batch whose gradients are summed.", low=1),
@@ -392,38 +517,77 @@ COMMON_KEYS: dict[str, Key] = {
         free=True,
     ),
     "parallel.mesh.slice": Key(
-        1, "Slices joined by the slow network (data parallel).", low=-1, free=True
+        1,
+        "Slices joined by the slow network (data parallel).",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.stage": Key(
-        1, "Pipeline stages: parts of the stack of layers.", low=-1, free=True
+        1,
+        "Pipeline stages: parts of the stack of layers.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
     ),
-    "parallel.mesh.data": Key(-1, "Data parallel; -1: the rest of the devices.", low=-1, free=True),
-    "parallel.mesh.fsdp": Key(1, "Data parallel with sharded parameters.", low=-1, free=True),
+    "parallel.mesh.data": Key(
+        -1,
+        "Data parallel; -1: the rest of the devices.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
+    ),
+    "parallel.mesh.fsdp": Key(
+        1,
+        "Data parallel with sharded parameters.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
+    ),
     "parallel.mesh.expert": Key(
-        1, "Data parallel with each expert on one of so many devices.", low=-1, free=True
+        1,
+        "Data parallel with each expert on one of so many devices.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
     ),
-    "parallel.mesh.context": Key(1, "Parts of every sequence.", low=-1, free=True),
-    "parallel.mesh.tensor": Key(1, "Heads, feed-forward width, vocabulary.", low=-1, free=True),
+    "parallel.mesh.context": Key(
+        1, "Parts of every sequence.", low=-1, free=True, needs=("parallel.preset", "custom")
+    ),
+    "parallel.mesh.tensor": Key(
+        1,
+        "Heads, feed-forward width, vocabulary.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
+    ),
     "parallel.context_attention": Key(
         "auto",
         "Attention over the parts of a sequence: keys go round in a ring, or are gathered on "
         "every device; auto: ring where the attention kernel can.",
         choices=("auto", "ring", "gather"),
         free=True,
+        needs=("parallel.mesh.context",),
     ),
     "parallel.sequence": Key(
         False,
         "Between the sublayers, activations are cut along the sequence over tensor too.",
         free=True,
+        needs=("parallel.mesh.tensor",),
     ),
     "parallel.pipeline.microbatches": Key(
         0,
         "Parts of a batch that follow one another through the stages; 0: as many as stages.",
         low=0,
         free=True,
+        needs=("parallel.mesh.stage",),
     ),
     "parallel.pipeline.repeats": Key(
-        1, "Times that each passes through all stages (circular schedule).", low=1, free=True
+        1,
+        "Times that each passes through all stages (circular schedule).",
+        low=1,
+        free=True,
+        needs=("parallel.mesh.stage",),
     ),
     # --- logging
     "log.every_steps": Key(1, "Write every so many steps to metrics.jsonl.", low=1, free=True),

@@ -1,15 +1,47 @@
-"""Checks of what plug-ins register: names, and configuration keys of their own."""
+"""Registration of plug-ins: their names, and configuration keys of their own, are checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from typing import TypeVar
 
+from lm.config.registry import Entry, Registry, Schema
 from lm.errors import UserError
 
-if TYPE_CHECKING:
-    from lm.config.registry import Entry, Registry, Schema
+T = TypeVar("T")
+
+
+def registering(
+    registry: Registry, name: str, options: type | None, objectives: tuple[str, ...]
+) -> Callable[[T], T]:
+    """Return the decorator of `Registry.register`, whose arguments these are."""
+    check_name(registry, name)
+
+    def add(target: T) -> T:
+        module = target.__module__  # type: ignore[attr-defined]
+        entry = Entry(
+            target,
+            options,
+            registry.section.format(name=name),
+            plugin=getattr(sys.modules.get(module), "__file__", None) or "",
+            module=module,
+            families=tuple(getattr(target, "families", ())),
+            columns=tuple(getattr(target, "columns", ())),
+            forms=tuple(getattr(target, "forms", ())),
+            holds=tuple(getattr(target, "holds", ("documents", "records"))),
+            has_prefix=getattr(target, "has_prefix", False),
+            predicts_every_token=getattr(target, "predicts_every_token", False),
+            objectives=objectives,
+        )
+        check_entry(registry, name, entry)
+        registry.entries[name] = entry
+        registry.version += 1
+        return target
+
+    return add
 
 
 def check_name(registry: Registry, name: str) -> None:

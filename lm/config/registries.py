@@ -227,7 +227,7 @@ OPTIMIZERS = Registry(
     ("optimizer.name",),
     "optimizer.{name}",
     {
-        "adamw": Entry("lm.optim.optimizers:adamw", AdamwOptions),
+        "adamw": Entry("lm.optim.optimizers:adamw", AdamwOptions, shared_with=("muon",)),
         "adafactor": Entry("lm.optim.further_optimizers:adafactor", AdafactorOptions),
         "sgd": Entry("lm.optim.further_optimizers:sgd", SgdOptions),
         "lion": Entry("lm.optim.further_optimizers:lion", LionOptions),

@@ -22,7 +22,6 @@ import difflib
 import importlib
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,8 @@ class Key:
         choices: allowed values; (): any.
         free: may differ between two starts of the same run, because it changes how the run is
             executed and not what it learns.
+        needs: another key, and the values of it with which this key has an effect; no values: all
+            but its default. (): the key always has one.
     """
 
     default: Any
@@ -54,6 +55,7 @@ class Key:
     high: float | None = None
     choices: tuple[str, ...] = ()
     free: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def type(self) -> type:
@@ -104,7 +106,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     Args:
         default: default value; its type is the key's.
         help: one sentence for `lm config --keys`.
-        **limits: the other fields of `Key`: low, high, choices, free.
+        **limits: the other fields of `Key`: low, high, choices, free, needs.
 
     Returns:
         The dataclass field.
@@ -125,6 +127,7 @@ class Entry:
         target: the class or function, or "module:attribute".
         options: dataclass of the keys that the entry adds (fields by `option`), or None.
         section: section of the configuration that holds those keys.
+        shared_with: names of further entries that use those keys.
         plugin: file that registered the entry, "" for those of the library.
         module: module that registered the entry, "" for those of the library.
         families: of an objective: model families that it trains.
@@ -139,6 +142,7 @@ class Entry:
     target: Any
     options: type | None = None
     section: str = ""
+    shared_with: tuple[str, ...] = ()
     plugin: str = ""
     module: str = ""
     families: tuple[str, ...] = ()
@@ -197,33 +201,9 @@ class Registry(Mapping[str, Any]):
         Raises:
             UserError: the name, or a key of the options, is taken or not well formed.
         """
-        from lm.config.registration import check_entry, check_name
+        from lm.config.registration import registering
 
-        check_name(self, name)
-
-        def add(target: T) -> T:
-            module = target.__module__  # type: ignore[attr-defined]
-            plugin = getattr(sys.modules.get(module), "__file__", None) or ""
-            entry = Entry(
-                target,
-                options,
-                self.section.format(name=name),
-                plugin,
-                module,
-                families=tuple(getattr(target, "families", ())),
-                columns=tuple(getattr(target, "columns", ())),
-                forms=tuple(getattr(target, "forms", ())),
-                holds=tuple(getattr(target, "holds", ("documents", "records"))),
-                has_prefix=getattr(target, "has_prefix", False),
-                predicts_every_token=getattr(target, "predicts_every_token", False),
-                objectives=objectives,
-            )
-            check_entry(self, name, entry)
-            self.entries[name] = entry
-            self.version += 1
-            return target
-
-        return add
+        return registering(self, name, options, objectives)
 
     def __getitem__(self, name: str) -> Any:
         """Return the class or function; UserError for an unknown name."""
@@ -252,22 +232,30 @@ class Registry(Mapping[str, Any]):
 
     def is_used(self, name: str, config: Mapping[str, Any]) -> bool:
         """Return whether a configuration uses a name of this registry."""
-        return any(name in _names(config, key) for key in self.keys_of_names)
+        return name in self.names_in(config)
+
+    def names_in(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the names that a configuration uses, in lists of NAME or NAME:ARGUMENT."""
+        values = (config_value(config, key) for key in self.keys_of_names)
+        parts = (part for value in values for part in str(value).split(","))
+        return [part.partition(":")[0].strip() for part in parts]
 
     def keys_added(self) -> dict[str, Key]:
         """Return the configuration keys that all entries declare, by dotted path."""
         found: dict[str, Key] = {}
-        for entry in self.entries.values():
-            found |= entry.keys_added()
+        for name, entry in self.entries.items():
+            needs = (self.keys_of_names[0], name, *entry.shared_with)
+            for path, key in entry.keys_added().items():
+                found[path] = dataclasses.replace(key, needs=key.needs or needs)
         return found
 
 
-def _names(config: Mapping[str, Any], key: str) -> list[str]:
-    """Return the names in a list of NAME or NAME:ARGUMENT, separated by commas."""
+def config_value(config: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a dotted path; an empty dictionary where it leads to none."""
     value: Any = config
-    for part in key.split("."):
+    for part in path.split("."):
         value = value.get(part, {})
-    return [part.partition(":")[0].strip() for part in str(value).split(",")]
+    return value
 
 
 def listed(text: str) -> list[str]:

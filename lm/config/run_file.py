@@ -66,7 +66,7 @@ def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, An
             )
         try:
             _import(file, plugin["module"])
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise error_in(file, error) from error
         for registry, name in used:
             if name not in registry:

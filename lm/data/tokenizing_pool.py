@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
-from lm.parallel.hosts import end_with_parent
+from lm.parallel.hosts import end_with_parent, starting_workers
 
 if TYPE_CHECKING:
     from lm.data.sources import Chunk
@@ -36,19 +36,21 @@ def encode_in_processes(
         UserError: a process was killed.
     """
     # Spawned, because JAX has threads and a forked process may inherit a lock that one holds.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (_tokenizer_plugins(), pickle.dumps(encode)),
-    )
+    spawn, plugins = multiprocessing.get_context("spawn"), _tokenizer_plugins()
+    with starting_workers():
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (plugins, pickle.dumps(encode)))
+    waiting: deque[Future[TokenBlock]] = deque()
+
+    def submit(n: int) -> None:
+        for group in islice(groups, n):
+            with starting_workers():
+                waiting.append(pool.submit(_encode_in_worker, group))
+
     try:
-        waiting = deque(
-            pool.submit(_encode_in_worker, group) for group in islice(groups, 2 * workers)
-        )
+        submit(2 * workers)
         while waiting:
             block = waiting.popleft().result()
-            waiting.extend(pool.submit(_encode_in_worker, group) for group in islice(groups, 1))
+            submit(1)
             yield block
     except BrokenProcessPool as error:
         raise UserError(

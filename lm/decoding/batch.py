@@ -54,6 +54,7 @@ def decode_best(
     tokenizer: Tokenizer,
     inputs: Sequence[TokenIds],
     options: BeamOptions,
+    progress: Progress = lambda n: None,
 ) -> list[list[int]]:
     """Return the best hypothesis of each input as token ids.
 
@@ -63,8 +64,9 @@ def decode_best(
         tokenizer: tokenizer of the data.
         inputs: token ids of sources (eos included) or, without an encoder, of prompts.
         options: beam size, lengths and controls.
+        progress: called with the number of inputs of each finished batch.
     """
-    found = search_batches(experiment, params, tokenizer, inputs, options)
+    found = search_batches(experiment, params, tokenizer, inputs, options, progress=progress)
     return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
 

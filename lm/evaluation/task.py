@@ -24,13 +24,14 @@ from lm.experiment import Experiment
 from lm.models.variables import Params
 from lm.objectives.objective import Answer
 from lm.parallel.mesh import is_primary_host, on_all_hosts
+from lm.progress import progress_bar, track
 from lm.storage import storage_path
 
-Task = Callable[[Experiment, Params, Sequence[RecordStore]], list[Answer]]
+Task = Callable[[Experiment, Params, Sequence[RecordStore], bool], list[Answer]]
 
 
 def evaluate_task(
-    experiment: Experiment, params: Params, stores: Sequence[RecordStore]
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer and score all records.
 
@@ -38,6 +39,7 @@ def evaluate_task(
         experiment: experiment, built with its tokenizer.
         params: trained parameters.
         stores: stores of records.
+        progress: show on stderr how many records are answered.
 
     Returns:
         The scores by `eval.metrics`, or else by the objective's metrics, and "n"; a score that is
@@ -48,7 +50,7 @@ def evaluate_task(
     for store in stores:
         objective.require_columns(store)
     records = list(chain.from_iterable(stores))
-    predictions = TASKS[objective.task](experiment, params, stores)
+    predictions = TASKS[objective.task](experiment, params, stores, progress)
     references = [objective.reference(record) for record in records]
     names = listed(experiment.config.eval.metrics) or objective.metrics
     measured = score_predictions(names, predictions, references, experiment.config.eval)
@@ -94,29 +96,35 @@ def write_task_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[
 
 
 def _generate(
-    experiment: Experiment, params: Params, stores: Sequence[RecordStore]
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool
 ) -> list[Answer]:
     """Decode the answers from the sources of the records."""
     tokenizer = experiment.tokenizer
     assert tokenizer is not None
     sources = [experiment.objective.source(record) for record in chain.from_iterable(stores)]
     options = BeamOptions.from_config(experiment.config, tokenizer)
-    outputs = decode_best(experiment, params, tokenizer, sources, options)
+    with progress_bar("decoding", len(sources), shown=progress, unit="record") as bar:
+        outputs = decode_best(experiment, params, tokenizer, sources, options, bar.update)
     return [text_after(tokenizer, [], ids) for ids in outputs]
 
 
-def _predict(experiment: Experiment, params: Params, stores: Sequence[RecordStore]) -> list[Answer]:
+def _predict(
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool
+) -> list[Answer]:
     """Read the answers from the outputs of the objective's `predict`."""
-    return experiment.objective.answers(stores, predict(experiment, params, stores))
+    return experiment.objective.answers(stores, predict(experiment, params, stores, progress))
 
 
-def predict(experiment: Experiment, params: Params, stores: Sequence[RecordStore]) -> np.ndarray:
+def predict(
+    experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool = False
+) -> np.ndarray:
     """Return the outputs of the objective's `predict` for every example, [examples, …]."""
     batches = experiment.evaluation_batches(stores)
     dispatches = [range(i, i + 1) for i in range(len(batches))]
+    arrays = prefetch(batches, dispatches, experiment.batch_sharding)
     outputs = [
         jax.device_get(experiment.predict_steps(params, batch))[0]
-        for batch in prefetch(batches, dispatches, experiment.batch_sharding)
+        for batch in track(arrays, len(dispatches), description="predicting", shown=progress)
     ]
     return np.concatenate(outputs)[: len(batches.examples)]
 

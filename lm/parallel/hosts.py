@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,12 +10,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
+from jax._src import distributed  # its client is not public
 
 from lm.errors import LostPeerError, UserError
 
@@ -24,6 +28,10 @@ _LOST = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "gloo", "heartbeat"),
     *("Connection closed by peer", "Connection reset", "Connection refused"),
 )
+COMPILING = "lm-compile"  # name of threads that may still compile when all else is done
+_INTACT = "saved checkpoints are intact, the same command continues"
+_BEATS = "lm/alive/"
+_KEPT: list = []  # a handler that C calls must not be collected
 _WAIT_SECONDS = 300.0  # for the other processes at the start
 
 
@@ -97,6 +105,7 @@ def initialize_distributed(
         raise LostPeerError(f"{line} 0 ({first_line(error)})") from error
     finally:
         timer.cancel()
+    _explain_aborts(heartbeat_seconds)
 
 
 def _give_up(line: str) -> None:
@@ -139,8 +148,65 @@ def lost_peer(error: Exception) -> str | None:
         return None
     return (
         f"another process of the run has ended or does not answer ({first_line(error)}); its own "
-        "output says why. Saved checkpoints are intact, the same command continues"
+        f"output says why; {_INTACT}"
     )
+
+
+class _Peers:
+    """Signs of life of the processes of a run, which a thread exchanges by the coordinator."""
+
+    def __init__(self, heartbeat_seconds: int):
+        state: Any = distributed.global_state
+        self._client, self._own = state.client, state.process_id
+        self._address = state.coordinator_address
+        self._silence, self._period = heartbeat_seconds / 2, min(heartbeat_seconds / 8, 10.0)
+        self._beats = dict.fromkeys(range(state.num_processes), "")
+        self._seen = dict.fromkeys(self._beats, time.monotonic())
+        threading.Thread(target=self._exchange, daemon=True).start()
+
+    def _exchange(self) -> None:
+        beat = 0
+        while True:
+            with suppress(RuntimeError):  # the coordinator may be gone
+                self._client.key_value_set(f"{_BEATS}{self._own}", str(beat), allow_overwrite=True)
+                for key, value in self._client.key_value_dir_get(_BEATS):
+                    peer = int(key.rpartition("/")[2])
+                    if self._beats[peer] != value:
+                        self._beats[peer], self._seen[peer] = value, time.monotonic()
+            beat += 1
+            time.sleep(self._period)
+
+    def silent(self) -> list[int]:
+        """Return the processes without a sign of life: 0 alone where it passes none on."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+        except OSError:
+            return [0]
+        since = time.monotonic() - self._silence
+        found = [peer for peer, seen in self._seen.items() if seen < since]
+        return [0] if 0 in found else found
+
+
+def _explain_aborts(heartbeat_seconds: int) -> None:
+    """End this process with a line and code 1 where JAX aborts it because of a silent peer.
+
+    JAX's own callback for that cannot be a function of Python. Other aborts stay what they are.
+    """
+    peers, libc = _Peers(heartbeat_seconds), ctypes.CDLL(None)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(number: int) -> None:
+        if silent := peers.silent():
+            _give_up(
+                f"process {', '.join(map(str, silent))} of the run does not answer: it has ended, "
+                f"is frozen (--heartbeat_seconds {heartbeat_seconds}) or cut off; {_INTACT}"
+            )
+        libc.signal(number, 0)  # the default
+        os.abort()
+
+    _KEPT.append(on_abort)
+    libc.signal(signal.SIGABRT, on_abort)
 
 
 def _in_cluster() -> bool:
@@ -163,11 +229,17 @@ def _in_cluster() -> bool:
 
 
 def exit_at_once(code: int) -> None:
-    """End a failed process of several without JAX's shutdown barrier.
+    """End a process at once whose usual end would wait for ever, or crash.
 
-    The barrier waits for the other processes, which wait for a step of this one.
+    JAX's shutdown barrier waits for the other processes of a run, which wait for a step of one that
+    failed. A thread that still compiles may crash while the interpreter ends.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    several = jax.distributed.is_initialized()
+    failed = code in (1, 2) and several and jax.process_count() > 1
+    compiling = any(thread.name == COMPILING for thread in threading.enumerate())
+    if several and compiling and not failed:
+        jax.distributed.shutdown()
+    if failed or compiling:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -178,6 +250,28 @@ def _end_later(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
+_OF_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent to a parent and its workers
+_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start worker processes inside, which then import quietly until `end_with_parent` is called.
+
+    They do not get signals of the whole group, and the process that cleans up after them does not
+    warn of what it cleans up where the parent was asked to stop.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, _QUIET)))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        del os.environ["PYTHONWARNINGS"]
+        os.environ |= {} if before is None else {"PYTHONWARNINGS": before}
+
+
 def end_with_parent() -> None:
     """End this worker process of `multiprocessing` as soon as its parent is gone.
 
@@ -185,7 +279,7 @@ def end_with_parent() -> None:
     parent was killed. Signals to the whole group are the parent's to obey: SIGTERM, by which it
     also ends workers, waits for that.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _OF_GROUP:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
     parent = multiprocessing.parent_process()

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -321,12 +322,15 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     Raises:
         UserError: `to` is not empty.
     """
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{to} is not empty; name another folder")
+    is_empty = not to.exists() or not any(to.iterdir())
+    if not on_all_hosts(is_empty):
+        where = "" if not is_empty else " on another host"
+        raise UserError(f"{to} is not empty{where}; name another folder")
     config = load_run_config(workdir, MERGED_OVERRIDES)
     experiment = build(load_run_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
     params, step = restore_params(experiment, workdir, log, average)
-    state = replace(experiment.init_state(), step=jnp.asarray(step, jnp.int32))
+    count = jax.device_put(np.int32(step), experiment.replicated)
+    state = replace(experiment.init_state(), step=count)
     state = state.with_inference_params(params)
     saved = saved_checkpoints(workdir, log)[0].metadata
     kept = {name: saved[name] for name in ("given", "history") if name in saved}

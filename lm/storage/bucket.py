@@ -19,6 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from lm.errors import UserError, missing_package
+from lm.storage import parse_json
 
 _SCHEME = "gs://"
 _NOT_COPIED = {"checkpoints", "damaged", "tensorboard", ".lock"}
@@ -213,11 +214,9 @@ class _Lease:
             _, content = self._fs.call("GET", path, self._bucket, self._key, alt="media")
         except FileNotFoundError:
             return "0", {}
-        try:
-            lease = json.loads(content)
-        except (ValueError, RecursionError):  # another program's
-            lease = None
-        return found["generation"], lease if isinstance(lease, dict) else {}
+        with suppress(UserError):  # another program's
+            return found["generation"], parse_json(content, self._key)
+        return found["generation"], {}
 
     def write(self) -> None:
         """Write the object in place of the generation that is known.

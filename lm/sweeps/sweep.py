@@ -11,15 +11,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from lm import config as configs
 from lm.errors import UserError
-from lm.storage import short_name, write_atomically
+from lm.storage import read_json, short_name, write_atomically
 
 LONGEST_NAME = 200  # bytes; a file beside the run's folder has up to ten more, and 255 in all
+
+
+def _require_types(owner: Any, **kinds: Any) -> None:
+    """Raise UserError unless the attributes of a declaration have the types that they need."""
+    for name, kind in kinds.items():
+        value = getattr(owner, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            shown = getattr(kind, "__name__", str(kind))
+            text = f"{type(owner).__name__}: {name} is {type(value).__name__}, not {shown}"
+            raise UserError(text)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class Halving:
     factor: int = 3
     metric: str = "eval/validation/loss"
     highest: bool = False
+
+    def __post_init__(self) -> None:
+        _require_types(self, first=Integral, factor=Integral, metric=str)
+        for name, low in (("first", 1), ("factor", 2)):
+            if getattr(self, name) < low:
+                raise UserError(f"Halving: {name}={getattr(self, name)} is below {low}")
 
     def rungs(self, steps: int) -> list[int]:
         """Return the steps at which runs are compared, all below `steps`."""
@@ -65,6 +83,9 @@ class Sweep:
     runs: Mapping[str, Mapping[str, Any]]
     halving: Halving | None = None
 
+    def __post_init__(self) -> None:
+        _require_types(self, config=str, runs=Mapping, halving=Halving | None)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -86,6 +107,11 @@ class Search:
     metric: str = "eval/validation/loss"
     highest: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_types(
+            self, config=str, suggest=Callable, trials=Integral, metric=str, seed=Integral
+        )
 
 
 @dataclass(frozen=True)
@@ -208,7 +234,11 @@ def record_runs(runs: Sequence[SweepRun], folder: Path) -> None:
     """
     file = folder / "sweep.json"
     now = {run.name: {"config": run.config, "overrides": dict(run.overrides)} for run in runs}
-    before = json.loads(file.read_text())["runs"] if file.exists() else {}
+    before: Any = {}
+    with suppress(FileNotFoundError):
+        before = read_json(file).get("runs")
+        if not isinstance(before, dict):
+            raise UserError(f"{file}: damaged (it names no runs)")
     for name, was in before.items():
         if now.get(name, was) != was:
             raise UserError(

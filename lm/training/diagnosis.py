@@ -1,18 +1,46 @@
-"""Causes of training that cannot go on: values that are not finite, and nothing to learn."""
+"""Causes of training that is in doubt or cannot go on: no rate, nothing to learn, not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lm.data.batches import Batches, prefetch
+from lm.data.dataset import Store
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Params, flat
 
 _LOOK_AHEAD = 100  # batches
+
+
+def doubts(experiment: Experiment, stores: Sequence[Store]) -> Iterator[str]:
+    """Yield what is probably not meant in a run that can be trained.
+
+    Args:
+        experiment: experiment of the run.
+        stores: its training data.
+    """
+    config, rate = experiment.config, experiment.steps.schedule
+    steps, size = config.train.steps, config.data.batch_size
+    # Step t, from 0, uses rate(t); at the last steps it does not rise.
+    first = bisect_left(range(steps), True, key=lambda t: not rate(t)) if not rate(steps - 1) else 0
+    if 0 < first < steps:
+        yield (
+            f"the learning rate is 0 from step {first + 1} to the last, {steps}, which learn "
+            "nothing: look at --config.schedule.decay_steps and --config.schedule.final_ratio"
+        )
+    if config.data.order == "contiguous":
+        return
+    n_rows = sum(len(experiment.objective.examples(s, training=True)) for s in stores)
+    if n_rows < size:
+        yield (
+            f"the training data are {n_rows} row(s), fewer than --config.data.batch_size={size}: "
+            "each batch holds some of them several times"
+        )
 
 
 def require_learning(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from lm.data.batches import Batches
@@ -14,6 +16,7 @@ from lm.data.dataset import Store
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss, figure_text
 from lm.experiment import Experiment
+from lm.parallel.hosts import COMPILING
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.workdir import saved_metadata
 from lm.storage import storage_path
@@ -95,6 +98,11 @@ class Outputs:
     heartbeat: Heartbeat
 
 
+# States of a process that evaluates; the largest over all processes is what they act upon.
+READY, BUSY, STOPPING = range(3)
+_POLL_SECONDS = 0.5
+
+
 class _AskedToStop(Exception):
     """End of an evaluation that is not finished."""
 
@@ -105,7 +113,7 @@ def evaluate_state(
     step: int,
     validation: tuple[Batches, Sequence[Store]],
     outputs: Outputs,
-    asked_to_stop: Callable[[], bool],
+    agree: Callable[[int], int],
 ) -> dict[str, float] | None:
     """Evaluate the validation data, and hand the figures to the outputs of the run.
 
@@ -115,7 +123,8 @@ def evaluate_state(
         step: number of updates so far.
         validation: batches to evaluate, and the stores that they are made of.
         outputs: destinations of the figures, of the best checkpoint, and of signs of life.
-        asked_to_stop: returns whether a process was asked to stop, on all of them alike.
+        agree: returns the largest of the given states (READY, BUSY) over all processes; STOPPING
+            if one was asked to stop.
 
     Returns:
         The figures of `evaluate_loss`; None if asked to stop.
@@ -125,10 +134,16 @@ def evaluate_state(
         shown = outputs.writer.track(batches, total, f"evaluating after step {step}")
         for number, batch in enumerate(shown):
             outputs.heartbeat(f"validation batch {number} after step {step}")
-            if asked_to_stop():
+            if agree(READY) == STOPPING:
                 raise _AskedToStop
+            sizes = next(iter(batch.values())).shape
+            if sizes not in compiled:
+                carry = experiment.init_carry(validation[0].batch_size)
+                _compile(experiment.eval_steps, (params, carry, batch), agree)
+                compiled.add(sizes)
             yield batch
 
+    compiled: set[tuple[int, ...]] = set()
     config, writer, best = experiment.config, outputs.writer, outputs.best
     last = step == config.train.steps
     n_batches = config.eval.final_batches if last else config.eval.max_batches
@@ -146,6 +161,35 @@ def evaluate_state(
     figures = (f"{name} {result[name]:{f}}" for name, f in shown.items() if name in result)
     writer.print_line(f"step {step}: validation {', '.join(figures) or 'no targets'}")
     return result
+
+
+def _compile(function: Wrapped, arguments: tuple, agree: Callable[[int], int]) -> None:
+    """Compile a function, in a thread so that a request to stop needs not wait for it.
+
+    JAX keeps the program; where there is one already, nothing is compiled.
+
+    Raises:
+        _AskedToStop: a process was asked to stop; the thread goes on.
+    """
+    problems: list[Exception] = []
+
+    def work() -> None:
+        try:
+            function.lower(*arguments).compile()
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name=COMPILING)
+    thread.start()
+    while True:
+        thread.join(_POLL_SECONDS)
+        state = agree(BUSY if thread.is_alive() else READY)
+        if state == STOPPING:
+            raise _AskedToStop
+        if state == READY:
+            break
+    if problems:
+        raise problems[0]
 
 
 def summarize(

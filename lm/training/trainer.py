@@ -38,7 +38,13 @@ from lm.runs.workdir import first_row, require_no_lost_steps, set_lost_run_aside
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
 from lm.training.monitor import Clock, MetricsWriter, StopRequest, watchdog
-from lm.training.results import BestCheckpoint, Outputs, evaluate_state, summarize
+from lm.training.results import (
+    STOPPING,
+    BestCheckpoint,
+    Outputs,
+    evaluate_state,
+    summarize,
+)
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 
@@ -94,6 +100,13 @@ def train(
         metadata = _open_run(experiment, dataset, workdir, config, restart, change, fork, log)
         config = experiment.config
         log(describe(experiment))
+        data, n_tokens = config.data, sum(store.n_tokens for store in dataset.train)
+        few = n_tokens <= data.batch_size * (data.sequence_length + data.target_length)
+        if few or not experiment.steps.schedule(config.train.steps - 1):
+            from lm.training.diagnosis import doubts
+
+            for line in doubts(experiment, dataset.train):
+                log(f"note: {line}")
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state, first_row = _restore(experiment, dataset.tokenizer, workdir, checkpoints, log)
         first_step = int(jax.device_get(state.step))
@@ -429,7 +442,7 @@ class Loop:
             self.step,
             (self._validation, self._dataset.validation),
             self._outputs,
-            lambda: bool(self._max(self._start_max(bool(self._stop)))),
+            lambda busy: self._max(self._start_max(STOPPING if self._stop else busy)),
         )
         self.last_evaluation = result or self.last_evaluation
         self._read_at = time.monotonic()

@@ -205,6 +205,11 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
         ("def get_config():\n    return 1 / 0\n", r"experiment\.py:2: ZeroDivisionError"),
         ("def get_config(:\n", r"experiment\.py.*SyntaxError"),
         ("x = 1\n", r"experiment\.py has no get_config"),
+        ("import sys\nsys.exit(0)\n", r"experiment\.py:2: SystemExit"),
+        (
+            "class Odd(BaseException): pass\ndef get_config():\n    raise Odd('x')\n",
+            r"experiment\.py:3: Odd: x",
+        ),
         ("def get_config():\n    return {}\n", r"get_config returned dict, not a ConfigDict"),
         (
             "from lm.config import default\ndef get_config():\n    c = default()\n"

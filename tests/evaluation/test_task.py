@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import jax
 import pytest
@@ -43,6 +44,7 @@ def lm(tmp_path, capsys):
     def lm(verb, *words):
         code = main([verb, "--workdir", str(tmp_path / "run"), *map(str, words)])
         printed = capsys.readouterr()
+        lm.error = printed.err
         if code == 0:
             return printed.out
         assert code == 2
@@ -50,6 +52,13 @@ def lm(tmp_path, capsys):
         return printed.err.splitlines()[-1].removeprefix("error: ")
 
     return lm
+
+
+@pytest.fixture
+def shown_progress(monkeypatch, lm):
+    """Shows progress without waiting for a minute; gives what the last verb showed."""
+    monkeypatch.setattr("lm.progress._SECONDS_A_LINE", 0.0)
+    return lambda: lm.error
 
 
 @pytest.fixture
@@ -96,7 +105,7 @@ CLASSIFY = {
 }
 
 
-def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path):
+def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path, shown_progress):
     write("train.tsv", sentences(160, seed=0))
     write("test.tsv", sentences(41, seed=1))
     task = {"data.test_source": "tsv:test.tsv", "train.steps": 60}
@@ -104,6 +113,7 @@ def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path):
 
     report = json.loads(lm("eval", "--task", "--split", "test", "--json"))
     assert report == {"step": 60, "split": "test", "n": 41, "accuracy": 100.0}
+    assert re.search(r"predicting: [1-9]\d* of ", shown_progress())
     folder = tmp_path / "run" / "eval" / "test-60"
     assert json.loads((folder / "report.json").read_text()) == report
     found = predictions(folder)
@@ -150,7 +160,7 @@ def backwards():
 
 
 @pytest.mark.parametrize("family", ["encoder_decoder", "lstm_encoder_decoder"])
-def test_a_model_learns_to_reverse(write, train, lm, tmp_path, family):
+def test_a_model_learns_to_reverse(write, train, lm, tmp_path, family, shown_progress):
     lines = backwards()
     write("train.tsv", lines[40:])
     write("test.tsv", lines[:40])
@@ -167,6 +177,7 @@ def test_a_model_learns_to_reverse(write, train, lm, tmp_path, family):
         }
     )
     report = json.loads(lm("eval", "--task", "--split", "test", "--json"))
+    assert "decoding: 32 of 40 (80 %)" in shown_progress()
     assert report["n"] == 40
     assert report["exact_match"] >= 90
     assert report["bleu_signature"].startswith("nrefs:1")

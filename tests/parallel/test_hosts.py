@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import pytest
@@ -87,3 +91,15 @@ def test_waiting_for_a_process_that_never_comes_ends_with_a_line():
     assert f"error: process 0 of 2 did not meet the others at --coordinator 127.0.0.1:{port}" in (
         found.stderr
     )
+
+
+def test_workers_start_without_the_signals_of_their_group():
+    environment, mask = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with hosts.starting_workers():
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with hosts.starting_workers():
+        future = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+    with pool:
+        assert {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} <= future.result()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    assert dict(os.environ) == environment

@@ -25,11 +25,14 @@ def arguments(experiment_file: Path, workdir: Path, **config: object) -> list[st
     return ["train", "--config", str(experiment_file), "--workdir", str(workdir), *overrides]
 
 
-def start(words: list[str]) -> subprocess.Popen:
+LM = [sys.executable, "-m", "lm"]
+
+
+def start(words: list[str], begin: list[str] = LM) -> subprocess.Popen:
     """Start `lm` in a process of its own."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "lm", *words],
+        [*begin, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,14 +40,16 @@ def start(words: list[str]) -> subprocess.Popen:
     )
 
 
-def together(*words: list[str], processes: int = 2) -> list[subprocess.Popen]:
+def together(
+    *words: list[str], processes: int = 2, begin: list[str] = LM
+) -> list[subprocess.Popen]:
     """Start `lm` as processes of one run, each with the words of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ["--cpu_devices", "1", "--coordinator", f"127.0.0.1:{port}"]
     common += ["--num_processes", str(processes)]
-    return [start([*each, *common, "--process_id", str(i)]) for i, each in enumerate(words)]
+    return [start([*each, *common, "--process_id", str(i)], begin) for i, each in enumerate(words)]
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:

@@ -1,5 +1,8 @@
 """Training that learns nothing, or cannot go on, ends with a line that names the cause."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,6 +37,26 @@ def test_a_learning_rate_of_zero_ends_at_the_first_step():
     values = {"target_tokens": 8.0, "grad_norm": 1.0, "learning_rate": 0.0}
     with pytest.raises(UserError, match=r"learning rate of the first step is 0.*lm eval"):
         require_learning(values, None, None, None)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_steps_without_a_rate_and_batches_beyond_the_corpus_are_said(tiny_config, tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 9)
+    config = tiny_config(
+        data__source=f"text:{tmp_path}/text.txt",
+        data__batch_size=16,
+        data__validation_fraction=0.0,
+        schedule__final_ratio=0.0,
+        schedule__decay_steps=2,
+        train__steps=4,
+    )
+    lines = []
+    train(config, tmp_path / "run", log=lines.append)
+    notes = [line for line in lines if line.startswith("note:")]
+    assert "the learning rate is 0 from step 3 to the last, 4," in notes[0]
+    assert re.search(r"are [1-9] row\(s\), fewer than --config.data.batch_size=16", notes[1])
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [rate > 0 for rate in rates] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

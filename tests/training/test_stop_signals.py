@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +105,33 @@ def test_an_evaluation_is_dropped_and_made_up_for(
     assert main(words) == 0
     assert losses(run) == losses(undisturbed)
     assert evaluations(run) == evaluations(undisturbed)
+
+
+COMPILES_FOR_A_MINUTE = """
+import sys, time
+from types import SimpleNamespace
+from lm.cli import main
+from lm.training import results
+slow = SimpleNamespace(lower=lambda *_: time.sleep(60))
+whole = results._compile
+results._compile = lambda function, *others: whole(slow, *others)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evaluation_that_compiles_is_dropped_too(experiment_file, tmp_path, processes):
+    words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=0)
+    begin = [sys.executable, "-c", COMPILES_FOR_A_MINUTE]
+    run = together(*[words] * processes, processes=processes, begin=begin)
+    wait_for_step(tmp_path / "run", 20, run[0])
+    time.sleep(1.0)
+    began = time.monotonic()
+    run[-1].terminate()
+    finish(*run, code=75)
+    assert time.monotonic() - began < 15
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["20"]
+    assert not evaluations(tmp_path / "run")
 
 
 @pytest.mark.parametrize("step", [40, 60])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -111,15 +112,26 @@ class Tpu:
     keep_open: tuple[int, ...] = ()
 
     def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
-        name = "lm-" + re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:50]
         script = str(_script("tpu/train.sh"))
-        return [script, "--name", name, *self.options, "--", *words]
+        return [script, "--name", slice_name(run.name), *self.options, "--", *words]
 
     def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         return _child(self.command(run, words, slot), run, os.environ, self.keep_open)
 
     def find(self, note: str) -> None:
         return None
+
+
+def slice_name(run: str) -> str:
+    """Return the name of a run's TPU slice: a-z, 0-9 and "-", at most 63 of them.
+
+    A name from which more than punctuation is lost gets the start of its digest.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    if len(plain) <= 50 and re.fullmatch(r"[a-z0-9._,=+ -]+", run) and plain:
+        return f"lm-{plain}"
+    digest = hashlib.sha256(run.encode()).hexdigest()[:8]
+    return f"lm-{plain[:41]}-{digest}".replace("--", "-")
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,8 @@ class Slurm:
     options: tuple[str, ...] = ()
 
     def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
-        name, log = f"--job-name={run.name}", f"--output={run.log}"
+        log = str(run.log).replace("%", "%%")  # sbatch would fill in numbers of the job
+        name, log = f"--job-name={run.name}", f"--output={log}"
         script = str(_script("scripts/train.sbatch"))
         return ["sbatch", "--parsable", name, log, *self.options, script, *words]
 

@@ -243,12 +243,23 @@ class Trials:
         self.rejected: list[RunStatus] = []  # those whose configuration is wrong
         self._overrides, self._options, self._stored = overrides, options, stored
         self._optuna = _import_optuna()
-        self._study = self._optuna.create_study(
-            storage=f"sqlite:///{folder.resolve()}/study.db" if stored else None,
-            study_name="sweep",
-            direction="maximize" if search.highest else "minimize",
-            load_if_exists=True,
-        )
+        self._study = self._open_study()
+
+    def _open_study(self) -> Any:
+        file = self.folder.resolve() / "study.db"
+        try:
+            return self._optuna.create_study(
+                storage=f"sqlite:///{file}" if self._stored else None,
+                study_name="sweep",
+                direction="maximize" if self.search.highest else "minimize",
+                load_if_exists=True,
+            )
+        except Exception as error:  # of SQLAlchemy, or of Optuna where it is of another search
+            problem = str(error).partition("\n")[0]
+            raise UserError(
+                f"{file}: no study of this search ({problem}): remove the file, and the search "
+                "proposes the same runs again"
+            ) from error
 
     def ask(self, count: int) -> list[SweepRun]:
         """Return at most `count` runs without a result: those proposed before, then new ones.
@@ -309,7 +320,9 @@ class Trials:
             (run,) = make_runs(sweep, self.folder, self._overrides, self._options)
         except UserError as error:
             problem = str(error).removeprefix(f"run {name}: ")
-        except Exception as error:  # of the user's function
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of the user's function, which may exit too
             problem = f"{type(error).__name__}: {error}"
         else:
             return run, ""

@@ -11,11 +11,13 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.storage import write_atomically
+from lm.errors import UserError
+from lm.storage import parse_json, read_json, write_atomically
 from lm.sweeps.sweep import Halving, SweepRun
 from lm.tools.launching.launchers import SAVE_SECONDS, Job, Launcher
 from lm.tools.launching.processes import ERROR_LINE, USER_ERROR
@@ -23,6 +25,7 @@ from lm.tools.launching.supervise import newest_checkpoint
 from lm.training.monitor import RESUMABLE, StopRequest
 
 WAITING, RUNNING, DONE, FAILED, DROPPED = "waiting", "running", "done", "failed", "dropped"
+STATES = (WAITING, RUNNING, DONE, FAILED, DROPPED)
 TAIL_BYTES = 65536
 
 
@@ -63,12 +66,20 @@ class RunStatus:
     def read(cls, run: SweepRun) -> RunStatus:
         """Build the status of a run with the state that an earlier start left."""
         status = cls(run)
-        status.state, status.reason = status.saved()["state"], status.saved()["reason"]
+        saved = status.saved()
+        status.state, status.reason = saved.get("state", WAITING), saved.get("reason", "")
         return status
 
     def saved(self) -> dict[str, str]:
-        """Read `state`, `reason` and `job` of an earlier start; empty if there was none."""
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
+        """Read `state`, `reason` and `job` of an earlier start; empty if there was none.
+
+        A damaged file is none: a run that is started again continues, also one that was done.
+        """
+        with suppress(UserError, FileNotFoundError):
+            saved = read_json(self.file)
+            if saved.get("state") in STATES and all(type(x) is str for x in saved.values()):
+                return {"reason": "", "job": ""} | saved
+        return {}
 
     @property
     def step(self) -> int:
@@ -79,18 +90,17 @@ class RunStatus:
 def last_values(workdir: Path) -> dict[str, Any]:
     """Return the newest value of every metric of a run, and `step`; empty before the first."""
     values: dict[str, Any] = {}
-    for line in _tail(workdir / "metrics.jsonl"):
-        try:
-            values.update(json.loads(line))
-        except json.JSONDecodeError:  # the first line is cut, or the last is being written
-            continue
+    for row in _rows(_tail(workdir / "metrics.jsonl")):
+        values |= row
     return values
 
 
 def value_at(workdir: Path, metric: str, step: int) -> float | None:
     """Return the last value of a metric up to a step; of "loss" the mean of the last tenth."""
     found: list[float] = []
-    for row in _rows(workdir / "metrics.jsonl"):
+    file = workdir / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    for row in _rows(lines):
         recent = metric != "loss" or row["step"] > 0.9 * step
         if row["step"] <= step and recent and row.get(metric) is not None:
             found.append(row[metric])
@@ -106,10 +116,15 @@ def last_error(log: Path) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text().splitlines(keepends=True) if file.exists() else []:
-        if line.endswith("\n"):
-            yield json.loads(line)
+def _rows(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
+    """Yield the metrics in lines, without those that are cut or damaged."""
+    for line in lines:
+        with suppress(UserError):
+            row = parse_json(line, "metrics")
+            if type(row.get("step")) is int and all(
+                value is None or type(value) in (int, float) for value in row.values()
+            ):
+                yield row
 
 
 def _tail(file: Path) -> list[str]:

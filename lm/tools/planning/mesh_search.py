@@ -28,7 +28,7 @@ from lm.config.registries import SCHEMA, TRANSFORMERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
-from lm.parallel.hosts import end_with_parent
+from lm.parallel.hosts import end_with_parent, starting_workers
 from lm.parallel.mesh import AXES, make_mesh
 from lm.tools.planning.cost_model import CostModel, Estimate, Settings
 from lm.tools.planning.plan import Plan, make_plan
@@ -330,13 +330,16 @@ class _Pool:
         given = dict(flatten(self.config))
         plugins = SCHEMA.plugins(), self.config.to_dict()
         spawn = get_context("spawn")
-        with ProcessPoolExecutor(self.n_workers, spawn, _start_worker, plugins) as pool:
+        with starting_workers():
+            new = ProcessPoolExecutor(self.n_workers, spawn, _start_worker, plugins)
+        with new as pool:
             running: deque[tuple[Candidate, Future[Plan]]] = deque()
             for i in track(range(limit), total=limit):
                 for _ in range(min(self.n_workers - len(running), limit - i - len(running))):
                     candidate = queue.take()
                     values = {**given, **candidate.overrides}
-                    future = pool.submit(_plan, values, self.topology, self.n_slices)
+                    with starting_workers():
+                        future = pool.submit(_plan, values, self.topology, self.n_slices)
                     running.append((candidate, future))
                 candidate, future = running.popleft()
                 try:

@@ -115,7 +115,8 @@ class Plan:
         compiled_flops: FLOPs of the compiled program, likewise.
         memory_traffic: Bytes read from and written to main memory, likewise.
         collectives: Communication, largest first.
-        time: Bound on the time; None where the chip's rates are unknown (CPUs).
+        time: Bound on the time; None where the chip's rates are unknown (CPUs), or where there is
+            no program because it would not fit.
         tokens: Tokens of a step on all devices, of sources and targets.
         peak_flops: FLOP/s of the chip.
         attention_kernel: Kernel that the program calls.

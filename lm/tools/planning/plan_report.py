@@ -90,7 +90,10 @@ def _collectives(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     compiled = f"compiled in {plan.compile_seconds:.0f} s"
     if plan.time is None:
-        return f"{compiled}; no bound on the time: the rates of the chip are unknown"
+        # XLA compiles nothing that is too large.
+        ran = plan.compiled_flops is not None
+        reason = "the rates of the chip are unknown" if ran else "there is no program that fits"
+        return f"{compiled}; no bound on the time: {reason}"
     t = plan.time
     return (
         f"time bound {t.bound:.4f} s a step ({plan.bottleneck}): compute {t.compute:.4f}, memory "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def _summary(runs: Sequence[RunRecord]) -> dict[str, str]:
     useful = sum(run.clock.get("goodput", 0.0) * run.total_seconds for run in runs)
     tiles = {}
     if best:
-        tiles[f"{'best ' if len(runs) > 1 else ''}{name}"] = f"{best.final(metric):.4f}"
+        tiles[f"{'best ' if len(runs) > 1 else ''}{name}"] = _figure(metric, best.final(metric))
     if len(runs) > 1:
         if best:
             tiles["by run"] = best.name
@@ -172,9 +173,9 @@ def _runs_table(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) ->
         rows.append(
             [
                 Cell(run.name, color=color),
-                _number(run.final(metric), "{:.4f}".format),
+                _number(run.final(metric), partial(_figure, metric)),
                 *(_value(run.config.get(group[0])) for group in groups),
-                *(_number(run.final(name), "{:.4f}".format) for name in metrics),
+                *(_number(run.final(name), partial(_figure, name)) for name in metrics),
                 _number(run.last_step, "{:,}".format),
                 *(_number(value, short) for value in sizes),
                 _number(run.total_seconds or None, duration),
@@ -194,6 +195,11 @@ def _value(value: Any) -> Cell:
         return Cell(shown(value), "")
     is_number = isinstance(value, int | float) and abs(value) < 1e300
     return Cell(shown(value), float(value) if is_number else None)
+
+
+def _figure(metric: str, value: float | None) -> str:
+    """Return the value of a metric: perplexities with five significant digits."""
+    return f"{value:.5g}" if metric.endswith("perplexity") else f"{value:.4f}"
 
 
 def _number(value: float | None, form: Callable[[Any], str]) -> Cell:

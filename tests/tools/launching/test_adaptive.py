@@ -118,3 +118,16 @@ def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
     search, _ = load_sweep(str(file), tmp_path / "s", {})
     with pytest.raises(UserError, match=r"pip install .*\[sweep\]'"):
         Trials(search, tmp_path / "s", {}, ())
+
+
+def test_a_damaged_study_is_one_line_that_says_what_to_do(search_file, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.db").write_bytes(b"no database" * 99)
+    with pytest.raises(UserError, match=r"study\.db: no study of this search .*: remove the file"):
+        run(search_file, tmp_path / "s")
+
+
+def test_a_trial_that_exits_is_a_failed_one(search_file, tmp_path):
+    search_file.write_text(search_file.read_text().replace("return {", "exit()\n    return {"))
+    assert run(f"{search_file}:2", tmp_path / "s") == 1
+    assert {row["state"] for row in table(tmp_path / "s").values()} == {"failed"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lm.cli import main
+from lm.errors import UserError
 from lm.sweeps.sets import grid, named
 from lm.sweeps.sweep import Halving, Sweep, load_sweep, make_runs
 from lm.tools.launching import launchers
@@ -177,6 +179,18 @@ def test_rungs_are_below_the_last_step():
             f"    return Sweep('{EXPERIMENT}', {{'a': 3}})",
             "run a: its overrides are int",
         ),
+        (
+            "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n    return Sweep('a', [{}])",
+            "s.py: Sweep: runs is list, not Mapping",
+        ),
+        (
+            "from lm.sweeps.sweep import Halving\ndef get_sweep():\n    return Halving(5, 1)",
+            "s.py: Halving: factor=1 is below 2",
+        ),
+        (
+            "from lm.sweeps.sweep import Search\ndef get_sweep():\n    return Search('a', 1, 2)",
+            "s.py: Search: suggest is int, not Callable",
+        ),
     ],
 )
 def test_a_wrong_sweep_file_is_one_line(tmp_path, capsys, body, expected):
@@ -199,6 +213,46 @@ def test_any_name_of_a_run_is_a_folder_of_its_own(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == len(names)
 
 
+def test_any_name_of_a_run_is_words_of_its_launcher(tmp_path):
+    names = [
+        "lr=1e-3",
+        "LR=1e-3",
+        "50%j",
+        "é",
+        "语",
+        "x" * 100,
+        "x" * 100 + "y",
+        "a b",
+        "'",
+        '"$HOME`ls`',
+    ]
+    commands = [Tpu(()).command(load_run(name, tmp_path), [], 0)[2] for name in names]
+    assert commands[0] == "lm-lr-1e-3"
+    assert len(set(commands)) == len(names)
+    assert all(re.fullmatch(r"lm-[a-z0-9]([a-z0-9-]{,58}[a-z0-9])?", word) for word in commands)
+    words = Slurm().command(load_run("50%j", tmp_path), [], 0)
+    assert f"--output={tmp_path}/logs/50%%j.log" in words
+
+
+def test_damaged_files_of_a_sweep_are_a_line_or_built_again(sweep_file, tmp_path, capsys):
+    folder = tmp_path / "s"
+    assert run(sweep_file, folder) == 0
+    before = (folder / "results.csv").read_bytes()
+    damages = [b"", b"[3]", b"\xff", b'{"state": 3}', b"[" * 99_999]
+    *again, done = sorted(folder.glob("status/*.json"))
+    for status, damage in zip(again, damages, strict=True):
+        status.write_bytes(damage)
+    metrics = folder / "runs" / done.stem / "metrics.jsonl"
+    wrong = b'{"step": 1, "loss": "x"}\n3\n\xff\n{"loss": 1}\n'
+    metrics.write_bytes(wrong + metrics.read_bytes() + wrong)
+    assert run(sweep_file, folder) == 0
+    assert (folder / "results.csv").read_bytes() == before
+    for damage in [*damages[:3], b'{"runs": 3}']:
+        (folder / "sweep.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"sweep\.json: damaged"):
+            run(sweep_file, folder)
+
+
 @pytest.mark.parametrize("options", ["'", '"a', "a\\"])
 def test_launcher_options_with_an_open_quote_are_one_line(sweep_file, tmp_path, capsys, options):
     words = ["sweep", "--config", str(sweep_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
@@ -207,7 +261,6 @@ def test_launcher_options_with_an_open_quote_are_one_line(sweep_file, tmp_path, 
 
 
 def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):
-    from lm.errors import UserError
     from lm.tools.launching import run_sweep as command
 
     monkeypatch.setattr(command, "LOCK_SECONDS", 0.0)
