@@ -69,6 +69,9 @@ class PieceCache:
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Return bytes of a file."""
+        with self._lock:
+            if self._size is None:  # the limit may be lower than it was
+                self._clean()
         parts = []
         for number in range(start // PIECE, -(-stop // PIECE)):
             piece = number * PIECE
@@ -113,8 +116,8 @@ class PieceCache:
             temporary.unlink(missing_ok=True)
             return
         with self._lock:
-            self._size = None if self._size is None else self._size + len(content)
-            if self._size is None or self._size > self._limit:
+            self._size = (self._size or 0) + len(content)
+            if self._size > self._limit:
                 self._clean()
 
     def _clean(self) -> None:

@@ -24,7 +24,7 @@ from lm.errors import UserError
 
 BLOCK = 2**16  # bytes under one checksum
 INDEX_READ = 2**17  # bytes at a file's end that hold the index of most
-_TRAILER = struct.Struct("<8sQQI")  # magic, bytes of the index and of the JSON, their CRC-32
+_TRAILER = struct.Struct("<QQI8s")  # bytes of the index and of the JSON, their CRC-32, magic
 _MAGIC = b"lmshard1"
 _OPEN = 256  # shards whose index is kept
 _KEPT = 64  # blocks of tokens, and as many of offsets
@@ -69,7 +69,7 @@ class ShardWriter:
         about = {**about, "dtype": self._dtype.name, "sizes": self.sizes.tolist()}
         text = json.dumps(about).encode()
         self._file.write(index + text)
-        self._file.write(_TRAILER.pack(_MAGIC, len(index), len(text), zlib.crc32(index + text)))
+        self._file.write(_TRAILER.pack(len(index), len(text), zlib.crc32(index + text), _MAGIC))
 
     def _write(self, content: bytes) -> None:
         content = self._rest + content
@@ -118,7 +118,7 @@ def parse_index(end: bytes, where: str) -> ShardIndex | int:
     damage = DamagedShard(f"{where} is not as it was written: its index is damaged")
     if len(end) < _TRAILER.size:
         raise damage
-    magic, n_index, n_text, checksum = _TRAILER.unpack(end[-_TRAILER.size :])
+    n_index, n_text, checksum, magic = _TRAILER.unpack(end[-_TRAILER.size :])
     n = n_index + n_text + _TRAILER.size
     if magic != _MAGIC or n > 2**32:
         raise damage

@@ -5,6 +5,7 @@ A file appears there as a whole or not at all.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -151,6 +152,7 @@ class _RemoteFolder(SharedFolder):
     def _open(self) -> None:
         import fsspec
 
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about missing permissions
         try:
             options = {} if self.place.startswith("memory:") else {"use_listings_cache": False}
             self._fs, self._path = fsspec.core.url_to_fs(self.place, **options)
@@ -168,13 +170,13 @@ class _RemoteFolder(SharedFolder):
         return f"_RemoteFolder({self.place!r})"
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Convert the errors of a store that cannot be used to one line."""
+    def _errors(self, *expected: type[Exception]) -> Iterator[None]:
+        """Convert errors of the store to one line, but those that the caller expects."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError, UserError):
-            raise
         except Exception as error:  # each package has its own
+            if isinstance(error, (UserError, *expected)):
+                raise
             problem = " ".join(str(error).split())
             raise UserError(f"{self.place}: {type(error).__name__}: {problem}") from error
 
@@ -182,16 +184,16 @@ class _RemoteFolder(SharedFolder):
         return f"{self._path}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        with self._errors():
-            try:
+        try:
+            with self._errors(FileNotFoundError):
                 found = self._fs.ls(self._path, detail=True)
-            except FileNotFoundError:
-                return {}
+        except FileNotFoundError:
+            return {}
         files = {row["name"].rpartition("/")[2]: row for row in found if row["type"] == "file"}
         return {name: row["size"] for name, row in files.items() if name}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        with self._errors():
+        with self._errors(FileNotFoundError):
             return self._fs.cat_file(self._at(name), start=start or None, end=stop)
 
     def read_each(self, names: Sequence[str], starts: Sequence[int] = ()) -> list[bytes]:
@@ -204,15 +206,15 @@ class _RemoteFolder(SharedFolder):
             self._fs.pipe_file(self._at(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        with self._errors():
-            try:
+        try:
+            with self._errors(FileExistsError):
                 self._fs.pipe_file(self._at(name), content, mode="create")
-            except FileExistsError:
-                return False
+        except FileExistsError:
+            return False
         return True
 
     def remove(self, name: str) -> None:
-        with self._errors(), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._errors(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
     @contextmanager
