@@ -15,6 +15,8 @@ from lm.data.batches import Batches
 from lm.runs.workdir import first_row, metadata_at
 from lm.tools.reports.run_records import read_run
 
+pytestmark = pytest.mark.usefixtures("one_device_in_module")
+
 PIECE = {"train__steps": 8, "eval__every_steps": 0, "checkpoint__every_steps": 4}
 
 
@@ -27,7 +29,7 @@ def run_file(run: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(experiment_file, tmp_path_factory) -> Path:
+def finished(experiment_file, tmp_path_factory, one_device_in_module) -> Path:
     """The workdir of a run of 8 steps."""
     run = tmp_path_factory.mktemp("finished") / "run"
     lm(*arguments(experiment_file, run, **PIECE))
@@ -280,7 +282,7 @@ def test_names_that_are_empty_or_no_step(experiment_file, run, tmp_path, capsys)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_merged_run_goes_on_where_its_source_was(experiment_file, run, tmp_path, one_device):
+def test_a_merged_run_goes_on_where_its_source_was(experiment_file, run, tmp_path):
     changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
     lm(*arguments(experiment_file, run, **changed), "--change")
     lm("merge", "--workdir", run, "--to", tmp_path / "merged")
