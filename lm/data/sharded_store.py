@@ -176,7 +176,8 @@ class _Build:
         tokens: Any = ShardedTokens(reader, lengths, self.dtype, manifest.delimiter)
         documents = [n_documents for *_, n_documents in manifest.shards]
         offsets: Any = ShardedOffsets(reader, documents, tokens.starts)
-        return TokenStore(Path(folder.place), manifest, tokens, offsets)
+        directory: Any = folder.place if "://" in folder.place else Path(folder.place)
+        return TokenStore(directory, manifest, tokens, offsets)
 
     # --- building it
 
@@ -300,16 +301,25 @@ def _read_indices(
 ) -> list[ShardIndex]:
     """Return the index of each shard."""
     starts = [max(sizes[name] - INDEX_READ, 0) for name in names]
-    found = []
-    for name, end in zip(names, folder.read_each(names, starts), strict=True):
-        index = parse_index(end, f"{folder.place}/{name}")
-        if isinstance(index, int):
-            end = folder.read(name, max(sizes[name] - index, 0))
-            index = parse_index(end, f"{folder.place}/{name}")
-        if isinstance(index, int) or index.size != sizes[name]:
-            raise DamagedShard(f"{folder.place}/{name} is not as it was written: remove it")
-        found.append(index)
-    return found
+    ends = folder.read_each(names, starts)
+    return [
+        read_index(folder, name, sizes[name], end) for name, end in zip(names, ends, strict=True)
+    ]
+
+
+def read_index(folder: SharedFolder, name: str, size: int, end: bytes = b"") -> ShardIndex:
+    """Return the index of a shard's file, of which the last bytes may be known.
+
+    Raises:
+        DamagedShard: it is not as it was written.
+    """
+    where = f"{folder.place}/{name}"
+    index = parse_index(end or folder.read(name, max(size - INDEX_READ, 0)), where)
+    if isinstance(index, int):
+        index = parse_index(folder.read(name, max(size - index, 0)), where)
+    if isinstance(index, int) or index.size != size:
+        raise DamagedShard(f"{where} is not as it was written: remove this file")
+    return index
 
 
 # --- tasks

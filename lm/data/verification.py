@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 
 from lm.config.registry import listed
+from lm.data import shards
 from lm.data.dataset import open_sources, open_tokenizer, open_validation
+from lm.data.sharded_store import ShardedManifest, read_index
+from lm.data.shared_folder import SharedFolder, open_shared_folder
 from lm.data.store import BLOCK
 from lm.errors import UserError
 from lm.storage import cache_directory, read_json
+
+_NO_STORES = {".partial", ".shards", ".counts"}  # endings of folders
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
     """
     cache = cache_directory(data)
     there = sorted([*cache.glob("stores/*"), *cache.glob("records/*")])
-    folders = [path for path in there if path.is_dir() and path.suffix != ".partial"]
+    folders = [path for path in there if path.is_dir() and path.suffix not in _NO_STORES]
+    folders = [path for path in folders if path.name != "by_name"]
     if not of_config:
         yield from (verify_store(folder) for folder in folders)
         return
@@ -80,6 +86,8 @@ def verify_store(folder: Path, vocab_size: int | None = None) -> StoreReport:
 
 
 def _verify(folder: Path, manifest: dict[str, Any], vocab_size: int | None) -> StoreReport:
+    if "shards" in manifest:
+        return _verify_shards(folder, ShardedManifest(**manifest), vocab_size)
     checksums, columns = manifest["checksums"], manifest["n_tokens"]
     tokens = [f"{name}.bin" for name in (columns if isinstance(columns, dict) else ["tokens"])]
     problems: list[str] = []
@@ -92,6 +100,49 @@ def _verify(folder: Path, manifest: dict[str, Any], vocab_size: int | None) -> S
         problems += _file_problems(folder / name, checksums[name], manifest["dtype"], size)
         n_bytes += (folder / name).stat().st_size
     return StoreReport(manifest["source"], folder, n_bytes, tuple(problems))
+
+
+def _verify_shards(folder: Path, manifest: ShardedManifest, vocab_size: int | None) -> StoreReport:
+    """Read all shards of a store."""
+    files = open_shared_folder(folder.parent, manifest.folder)
+    there, n_bytes = files.sizes(), 0
+    problems: list[str] = []
+    for name, size, *_ in manifest.shards:
+        if there.get(name) != size:
+            problems.append(f"{name} has {there.get(name, 0)} bytes instead of {size}")
+            continue
+        problems += _shard_problems(files, name, size, vocab_size)
+        n_bytes += size
+    return StoreReport(manifest.source, Path(files.place), n_bytes, tuple(problems))
+
+
+def _shard_problems(
+    files: SharedFolder, name: str, size: int, vocab_size: int | None
+) -> Iterator[str]:
+    """Yield the blocks of a shard that are not as they were written, or have wrong ids."""
+    try:
+        index = read_index(files, name, size)
+    except UserError as error:
+        yield str(error)
+        return
+    dtype = index.about["dtype"]
+    for number, expected in enumerate(index.checksums.tolist()):
+        start = number * shards.BLOCK
+        content = files.read(name, start, start + shards.BLOCK)
+        where = f"{name}: block {number} (bytes {start:,} to {start + len(content):,})"
+        if zlib.crc32(content) != expected:
+            yield f"{where} is not as it was written"
+        if vocab_size is None or number >= index.n_token_blocks:
+            continue
+        yield from _id_problems(where, np.frombuffer(content, dtype), vocab_size)
+
+
+def _id_problems(where: str, ids: np.ndarray, vocab_size: int) -> Iterator[str]:
+    if beyond := int((ids >= vocab_size).sum()):
+        yield (
+            f"{where} has {beyond:,} token ids beyond the vocabulary of {vocab_size:,}, "
+            f"such as {int(ids.max())}"
+        )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -118,9 +169,4 @@ def _file_problems(
                 yield f"{where} is not as it was written"
             if vocab_size is None or len(content) % np.dtype(dtype).itemsize:
                 continue
-            ids = np.frombuffer(content, dtype)
-            if beyond := int((ids >= vocab_size).sum()):
-                yield (
-                    f"{where} has {beyond:,} token ids beyond the vocabulary of {vocab_size:,}, "
-                    f"such as {int(ids.max())}"
-                )
+            yield from _id_problems(where, np.frombuffer(content, dtype), vocab_size)
