@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train under a real SLURM on this machine: a job of two processes is signaled, requeued and resumed;
-# its losses equal those of an undisturbed job. Debian or Ubuntu, as root.
+# its losses equal those of an undisturbed job. Then `lm corpus`: the same files as without SLURM. Debian or Ubuntu, as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "error: installs and starts SLURM: run it as root" >&2 && exit 2; }
@@ -46,7 +46,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 KillWait=2
 ReturnToService=2
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=4000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 mkdir "$folder/state" "$folder/spool"
@@ -91,4 +91,26 @@ losses() { grep '"loss"' "$folder/$1/metrics.jsonl" | grep -oE '"(step|loss)": [
 diff <(losses calm) <(losses shaken)
 [ "$(losses calm | wc -l)" = "$((2 * ${STEPS:-200}))" ]
 echo "queued again once, ${STEPS:-200} equal losses"
+
+# --- a corpus, whose stages are jobs that wait for each other
+cat >"$folder/corpus.py" <<PYTHON
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict()
+    config.sources = {"python": {"source": "stdlib"}}
+    config.rules = ("exact_duplicates", "near_duplicates")
+    config.cluster = {"partition": "all", "time": "30", "mem_per_cpu_gb": 1}
+    return config
+PYTHON
+corpus=("$lm" corpus --config "$folder/corpus.py")
+"${corpus[@]}" --output "$folder/local"
+"${corpus[@]}" --output "$folder/slurm" --executor slurm --workers 2
+for _ in $(seq 900); do
+    [ ! -e "$folder/slurm/card.json" ] || break
+    sleep 1
+done
+"${corpus[@]}" --output "$folder/slurm" # it is complete: what was in between is removed
+diff -r "$folder/local" "$folder/slurm"
+echo "the same corpus from SLURM"
 rm -r "$folder"

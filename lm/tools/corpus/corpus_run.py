@@ -73,6 +73,7 @@ def make_corpus(
         page = folder.resolve_paths(PAGE)
         if folder.isfile(CARD):
             log(f"{output} is complete")
+            _remove_work(folder)
             return page
         stages = plan_stages(config, output)
         stages.append(CorpusStage("card", (CardMaker(config, sources, output),), 1))
@@ -81,9 +82,13 @@ def make_corpus(
         run(stages, config, output, workers, log)
         if executor == "slurm":
             return ""
-        with contextlib.suppress(FileNotFoundError):
-            folder.rm("work", recursive=True)
+        _remove_work(folder)
         return page
+
+
+def _remove_work(folder: DataFolder) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        folder.rm("work", recursive=True)
 
 
 @contextlib.contextmanager

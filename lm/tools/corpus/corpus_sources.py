@@ -178,15 +178,13 @@ class SourceReader(PipelineStep):
 
 
 class StageReader(JsonlReader):
-    """Reader of what the same task of an earlier stage wrote: nothing if it kept no document.
+    """Reader of the file that the same task of an earlier stage wrote.
 
-    datatrove's own divides the files that exist among the tasks, so that a task without a file
-    would get that of another, and signatures would name the wrong documents.
+    datatrove's own divides the files that exist among the tasks: were there none of a task, the
+    next would get that of another, and signatures would name the wrong documents.
     """
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
     ) -> DocumentsPipeline:
-        name = f"{rank:05d}.jsonl.gz"
-        if self.data_folder.isfile(name):
-            yield from self.read_files_shard([name])
+        yield from self.read_files_shard([f"{rank:05d}.jsonl.gz"])

@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 
-from datatrove.data import Document
+from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 from datatrove.pipeline.writers.disk_base import DiskWriter
@@ -92,7 +92,7 @@ def plan_stages(config: Config, output: str) -> list[CorpusStage]:
         before += [CorpusStage(f"{label}: {s.name}", (s.block,), s.tasks) for s in rule.before]
         if rule.collect is not None:
             documents = f"{work_folder(output)}/documents/{label}"
-            blocks += [JsonlWriter(documents, "${rank}.jsonl.gz", GZIP), rule.collect]
+            blocks += [StageWriter(documents, "${rank}.jsonl.gz", GZIP), rule.collect]
             stages.append(CorpusStage(", ".join(labels), tuple(blocks), n_tasks))
             stages += [CorpusStage(f"{label}: {s.name}", (s.block,), s.tasks) for s in rule.between]
             blocks, labels = [StageReader(documents)], []
@@ -147,6 +147,19 @@ def _shard_writer(options: Mapping[str, Any], output: str) -> PipelineStep:
         compression=compression,
         max_file_size=largest,
     )
+
+
+class StageWriter(JsonlWriter):
+    """Writer of the documents between two stages: a file for each task, also of none.
+
+    A task that loads it has this module's GZIP.
+    """
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        yield from super().run(data, rank, world_size)
+        name = self.output_filename.substitute(rank=f"{rank:05d}")
+        if not self.output_folder.isfile(name):
+            self.output_folder.open(name, "wb", compression=GZIP).close()
 
 
 class _Shards(DiskWriter):

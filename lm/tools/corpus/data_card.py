@@ -77,7 +77,7 @@ class CardMaker(PipelineStep):
             "shards": list(self._shards()),
             "sources": {name: self._about(name, name) for name in config["sources"]},
             "tests": {name: self._about(f"test {name}", name) for name in config["tests"]},
-            "config": config,
+            "config": {name: values for name, values in config.items() if name != "cluster"},
             "versions": {"datatrove": importlib.metadata.version("datatrove")},
         }
 
