@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -30,7 +30,7 @@ from lm.models.transformer_config import make_model
 from lm.models.variables import nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
-from lm.runs.saved_params import load_tokenizer, mean_params, saved_checkpoints
+from lm.runs.saved_params import load_tokenizer, mean_params, require_empty, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
@@ -50,7 +50,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     Raises:
         UserError: `workdir` is not empty, or `source` cannot be read.
     """
-    _check_empty(workdir)
+    require_empty(workdir)
     found = open_model_folder(source)
     try:
         config = run_config(found)
@@ -68,7 +68,9 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     if tokenizer is not None:
         check_vocabulary(tokenizer, found.config.vocab_size)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(jax.devices()))
-    params = found.params(make_mesh(sizes, jax.devices()))
+    mesh = make_mesh(sizes, jax.devices())
+    params = found.params(mesh)
+    step = jax.device_put(np.int32(0), NamedSharding(mesh, PartitionSpec()))
     metadata = {
         "config": json.loads(config.to_json()),
         "fingerprint": {"tokenizer": tokenizer.digest if tokenizer else ""},
@@ -79,7 +81,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
             tokenizer.save(workdir / "tokenizer")
         write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
-    checkpoints.save(0, TrainState(jnp.zeros((), jnp.int32), params, {}, {}))
+    checkpoints.save(0, TrainState(step, params, {}, {}))
     checkpoints.close()
     log(_describe(found, tokenizer, workdir))
 
@@ -166,7 +168,7 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         UserError: `to` is not empty, or no architecture of `transformers` computes what the model
             does.
     """
-    _check_empty(to)
+    require_empty(to)
     config = resolve(load_run_config(workdir, MERGED_OVERRIDES), "cpu")
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
@@ -205,11 +207,6 @@ def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     if config.model.position_offset:
         del ids["pad"]  # RobertaModel counts positions from it
     return {f"{role}_token_id": i for role, i in ids.items() if i is not None and i < known}
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder; name another")
 
 
 def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) -> str:

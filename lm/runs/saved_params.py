@@ -306,6 +306,17 @@ def _divide(total: FlatParams, n: int) -> FlatParams:
 # --- merged run
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UserError, on all processes, unless a folder is empty or not there.
+
+    No process returns before all have looked, so that one may write there then.
+    """
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not on_all_hosts(is_empty):
+        where = " on another host" if is_empty else ""
+        raise UserError(f"{folder} is not an empty folder{where}; name another")
+
+
 def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], log: Log) -> int:
     """Write the run in `workdir` to the folder `to` with its LoRA updates merged into the kernels.
 
@@ -322,10 +333,7 @@ def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], 
     Raises:
         UserError: `to` is not empty.
     """
-    is_empty = not to.exists() or not any(to.iterdir())
-    if not on_all_hosts(is_empty):
-        where = "" if not is_empty else " on another host"
-        raise UserError(f"{to} is not empty{where}; name another folder")
+    require_empty(to)
     config = load_run_config(workdir, MERGED_OVERRIDES)
     experiment = build(load_run_config(workdir, MERGED_OVERRIDES | overrides), jax.devices())
     params, step = restore_params(experiment, workdir, log, average)
