@@ -5,12 +5,14 @@
     python scripts/check_kills.py run [--kills 10]      # SIGKILL, SIGTERM and SIGUSR1 to a run
     python scripts/check_kills.py bucket [--kills 5]    # the same, of a run in an emulated bucket
     python scripts/check_kills.py disk [--kills 10]     # files that cannot grow, as on a full disk
+    python scripts/check_kills.py data [--kills 10]     # SIGKILL to two builds of one token store
 
-All train a model of a few thousand parameters that is evaluated for half of the time, first
-undisturbed and then disturbed, and compare the losses and evaluations of every step, and of a sweep
-the results table. A signal must end a run within --seconds with exit code 75, a full disk with 2
-and one line. Options: --workdir (in which a new folder is made), --seed of the moments, --steps of
-a run. Exit code 1 if anything differs.
+All but `data` train a model of a few thousand parameters that is evaluated for half of the time,
+first undisturbed and then disturbed, and compare the losses and evaluations of every step, and of a
+sweep the results table. A signal must end a run within --seconds with exit code 75, a full disk
+with 2 and one line. `data` compares the bytes of shards, and that none is made twice. Options:
+--workdir (in which a new folder is made), --seed of the moments, --steps of a run. Exit code 1 if
+anything differs.
 """
 
 import argparse
@@ -50,6 +52,13 @@ import resource, sys
 from lm.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.exit(main(sys.argv[2:]))
+"""
+SHARDED = """
+import sys
+from lm.cli import main
+from lm.data import dataset, file_parts, sharded_store
+dataset.ONE_STORE, file_parts.RANGE, sharded_store.SHARD = 0, 20_000, 20_000
+sys.exit(main(sys.argv[1:]))
 """
 SWEEP = """
 from lm.sweeps.sets import grid, named
@@ -234,12 +243,67 @@ def check_disk(folder, experiment, args, chance):
     return True
 
 
+def shard_states(cache):
+    """Return content and identity of the shards in a cache, by name."""
+    paths = cache.glob("stores/*.shards/*.shard")
+    return {path.relative_to(cache): (path.read_bytes(), path.stat().st_ino) for path in paths}
+
+
+def check_data(folder, experiment, args, chance):
+    """Kill one of two builds, or a worker process of one, and start it again, several times."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(f"{i} times 7 is {7 * i}\n" for i in range(200_000)))
+    words = [sys.executable, "-c", SHARDED, "data", "build", "--config", experiment]
+    words += [f"--config.data.source=text:{corpus}", "--config.data.documents=line"]
+    words += ["--json", "--config.data.workers"]
+
+    def build(cache, workers):
+        options = [str(workers), f"--config.data.cache_directory={cache}"]
+        log = subprocess.DEVNULL
+        return subprocess.Popen([*map(str, words), *options], stdout=log, stderr=log)
+
+    began = time.monotonic()
+    finish(build(folder / "calm", 1))
+    whole = time.monotonic() - began
+    kills, again, before = Counter(), 0, {}
+    while sum(kills.values()) < args.kills:
+        pair = [build(folder / "shaken", 4) for _ in range(2)]
+        time.sleep(chance.uniform(0.3, 1.0) * whole)
+        victim = chance.choice(pair)
+        children = Path(f"/proc/{victim.pid}/task/{victim.pid}/children")
+        pids = children.read_text().split() if children.exists() else []
+        if pids and chance.random() < 0.5:
+            os.kill(int(chance.choice(pids)), signal.SIGKILL)
+            kills["workers"] += 1
+        else:
+            victim.kill()
+            kills["builds"] += 1
+        time.sleep(chance.uniform(0, 0.3) * whole)
+        for process in pair:
+            process.kill()
+            process.wait()
+        now = shard_states(folder / "shaken")
+        again += sum(now.get(name) != state for name, state in before.items())
+        before = now
+    finish(build(folder / "shaken", 1))
+    calm, shaken = (
+        {name: content for name, (content, _) in shard_states(folder / each).items()}
+        for each in ("calm", "shaken")
+    )
+    print(
+        f"killed: {dict(kills)}; {len(calm)} shards equal: {calm == shaken}; finished shards that "
+        f"were made again: {again}"
+    )
+    return calm == shaken and not again
+
+
 CHECKS = {
     "sweep": (check_sweep, 6),
     "launch": (check_launch, 10),
     "run": (check_run, 10),
     "bucket": (check_bucket, 5),
     "disk": (check_disk, 10),
+    "data": (check_data, 10),
 }
 
 

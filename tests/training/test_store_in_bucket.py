@@ -149,6 +149,20 @@ def test_processes_build_a_store_in_the_bucket_together(bucket, open_cached, tmp
     np.testing.assert_array_equal(found.train[0].tokens, expected.train[0].tokens)
 
 
+def test_a_corpus_in_the_bucket_gives_the_same_tokens(bucket, open_cached, tmp_path):
+    expected = open_cached(tmp_path / "whole", 0)
+    fs, _ = fsspec.core.url_to_fs(bucket)
+    for path in (tmp_path / "corpus").iterdir():
+        fs.pipe_file(f"stores/corpus/{path.name}", path.read_bytes())
+    options = {"source": f"text:{bucket}/corpus/*.txt"}
+    for _ in range(2):
+        found = open_cached(tmp_path / "remote", **options)
+        for split in ("train", "validation"):
+            (ours,), (theirs,) = getattr(found, split), getattr(expected, split)
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            assert ours.manifest.source_digest == theirs.manifest.source_digest
+
+
 def test_a_bucket_that_is_not_there_is_a_line(bucket, open_cached):
     with pytest.raises(UserError, match="gs://no-such-bucket"):
         open_cached("gs://no-such-bucket/x")
