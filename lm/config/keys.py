@@ -273,9 +273,9 @@ COMMON_KEYS: dict[str, Key] = {
     "data.source": Key(
         "stdlib",
         "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
-        "tfds:NAME. For seq2seq, classification, span_qa and token_classification one of tsv:FILE, "
-        "csv:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, parallel:FILE|FILE, squad:FILE, "
-        "conll:FILE.",
+        "tfds:NAME, nanogpt:FILE, megatron:PREFIX. For seq2seq, classification, span_qa and "
+        "token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
+        "parallel:FILE|FILE, squad:FILE, conll:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
     "data.directory": Key(
@@ -298,6 +298,18 @@ COMMON_KEYS: dict[str, Key] = {
         "validation",
         "Split to validate on, of a source with splits.",
         needs=("data.source", "tfds", "parquet", "arrow"),
+    ),
+    "data.token_dtype": Key(
+        "",
+        "Type of the ids in a token file without a header (nanogpt): uint16 or uint32.",
+        choices=("", "uint16", "uint32", "int32", "int64"),
+        needs=("data.source", "nanogpt"),
+    ),
+    "data.end_token": Key(
+        "",
+        "Token between the documents of token files (nanogpt), an id or an entry of the "
+        "vocabulary; empty: the tokenizer's end; none: they are one document.",
+        needs=("data.source", "nanogpt"),
     ),
     "data.validation_source": Key("", "Corpora for validation, written as data.source."),
     "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),

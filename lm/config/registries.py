@@ -40,6 +40,12 @@ SOURCES = Registry(
         "conll": Entry(f"{_RECORD_FILES}:ConllFiles", forms=("conll:PATH",), holds=_RECORDS),
         "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
         "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
+        "nanogpt": Entry(
+            "lm.data.text.token_files:NanogptFiles", forms=("nanogpt:PATH",), holds=_DOCUMENTS
+        ),
+        "megatron": Entry(
+            "lm.data.text.token_files:MegatronFiles", forms=("megatron:PREFIX",), holds=_DOCUMENTS
+        ),
     },
     is_choice=False,
 )

@@ -80,10 +80,8 @@ def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
 
     Arguments are those of `open_dataset`.
     """
-    sources: tuple[Source, ...] = ()
-    if is_fitted(data.tokenizer):
-        sources = open_sources(listed(data.source), data, "train", records)
-    return make_tokenizer(data, _corpora(sources))
+    specs = listed(data.source) if is_fitted(data.tokenizer) else []
+    return make_tokenizer(data, _corpora(open_sources(specs, data, "train", records)))
 
 
 def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
@@ -170,12 +168,14 @@ def build_store(
         records: the source holds a task's records rather than documents.
         progress: show a progress bar on stderr.
     """
-    cache = cache_directory(data)
+    cache, whole = cache_directory(data), getattr(source, "corpus", source)
     if records:
         from lm.data.record_store import build_record_store
 
         return build_record_store(source, tokenizer, cache, progress)
-    sizes = [part.size or 0 for part in getattr(source, "corpus", source).parts()]
+    if hasattr(whole, "build_store"):  # of tokens, which need no tokenizing
+        return whole.build_store(source, tokenizer, data, progress)
+    sizes = [part.size or 0 for part in whole.parts()]
     if (len(sizes) > 1 and sum(sizes) > ONE_STORE) or "://" in chosen_cache(data):
         from lm.data.sharded_store import open_sharded_store
 

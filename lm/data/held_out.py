@@ -48,9 +48,9 @@ class HeldOut:
     def chunks(self) -> Iterator[Chunk]:
         n_documents, n_characters = self._counts
         if n_documents == 1:
-            yield from cut_document(self._characters(self._border(n_characters, "characters")))
+            yield from cut_document(self._characters(self.border(n_characters, "characters")))
         else:
-            chosen = frozenset(self._chosen(n_documents).tolist())
+            chosen = frozenset(self.chosen(n_documents).tolist())
             yield from _documents(self.corpus.chunks(), chosen, self.split == "validation")
 
     def sides_of(self, parts: Sequence[Part], n_documents: Sequence[int]) -> list[PartSide]:
@@ -60,7 +60,7 @@ class HeldOut:
             parts: the parts.
             n_documents: documents of each.
         """
-        chosen = np.sort(self._chosen(sum(n_documents)))
+        chosen = np.sort(self.chosen(sum(n_documents)))
         starts = np.concatenate([[0], np.cumsum(n_documents)])
         borders = chosen.searchsorted(starts)
         return [
@@ -68,7 +68,7 @@ class HeldOut:
             for part, start, low, high in zip(parts, starts, borders, borders[1:], strict=False)
         ]
 
-    def _border(self, total: int, unit: str) -> int:
+    def border(self, total: int, unit: str) -> int:
         border = int(total * (1 - self.fraction))
         if not 0 < border < total:
             raise UserError(
@@ -77,9 +77,9 @@ class HeldOut:
             )
         return border
 
-    def _chosen(self, n_documents: int) -> np.ndarray:
+    def chosen(self, n_documents: int) -> np.ndarray:
         """Return the indices of the documents that are held out."""
-        n = n_documents - self._border(n_documents, "documents")
+        n = n_documents - self.border(n_documents, "documents")
         return np.random.default_rng(0).choice(n_documents, n, replace=False)
 
     @cached_property

@@ -112,7 +112,7 @@ def build_token_store(
     """
     return open_or_build(
         Path(cache_directory) / "stores" / store_key(corpus.digest, tokenizer.digest),
-        _open,
+        open_token_store,
         lambda folder: _write(folder, corpus, tokenizer, workers, progress),
     )
 
@@ -169,7 +169,8 @@ def make_manifest(
     return Manifest(_FORMAT, *origin, *totals, delimiter(tokenizer), checksums)
 
 
-def _open(folder: Path) -> TokenStore:
+def open_token_store(folder: Path) -> TokenStore:
+    """Open a store of one piece; DamagedFolder if it is not as it was written."""
     try:
         manifest = Manifest(**read_json(folder / "manifest.json"))
         require_checksums(folder, manifest.checksums)

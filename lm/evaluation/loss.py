@@ -69,8 +69,9 @@ def evaluate_loss(
     if experiment.objective.has_perplexity:
         result["perplexity"] = perplexity(nats, targets)
     texts = [store for store in stores if isinstance(store, TokenStore)]
-    if n == len(batches) and texts and experiment.objective.predicts_every_token:
-        manifests = [store.manifest for store in texts]
+    manifests = [store.manifest for store in texts]
+    has_text = texts and all(m.n_bytes for m in manifests)  # that of token files is not known
+    if n == len(batches) and has_text and experiment.objective.predicts_every_token:
         if experiment.tokenizer is not None and stores_have_words(texts, experiment.tokenizer):
             result["word_perplexity"] = perplexity(nats, sum(m.n_words for m in manifests))
         result["bits_per_byte"] = nats / (math.log(2) * sum(m.n_bytes for m in manifests))

@@ -18,6 +18,8 @@ def make_data(tmp_path):
                 "directory": str(tmp_path),
                 "field": "text",
                 "documents": "file",
+                "token_dtype": "",
+                "end_token": "",
                 "split": "train",
                 "validation_split": "validation",
                 "validation_source": "",
