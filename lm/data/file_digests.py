@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lm.data.compression import file_name
 from lm.errors import UserError
@@ -29,6 +30,8 @@ _SPARE_LINES = 1000  # that are out of date, before the file is written anew
 # State of the files when they were hashed, to notice that one changes while it is read.
 _hashed: dict[Path, State] = {}
 _cache: Callable[[], Path] | None = None
+_hashes_reads = False
+_while_read: dict[tuple[Path, State], str] = {}  # digests of files that were read just now
 _mode = "read"  # or "identity", "known"
 
 
@@ -59,8 +62,10 @@ def file_digest(path: Path) -> str:
             return known
         if _mode == "known":
             raise UnknownDigestError(path)
-        with raw_file(path) as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = _while_read.pop((path, state), "")
+        if not content:
+            with raw_file(path) as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
         if not isinstance(path, Path):
             require_unchanged(path)  # its state is that of its listing
     except OSError as error:
@@ -148,11 +153,64 @@ def raw_file(path: Path) -> io.BufferedReader:
         OSError: it cannot be opened.
         UserError: it is a URL that cannot be read; from `read` too.
     """
+    file = _opened_file(path)
+    if not _hashes_reads:
+        return file
+    return io.BufferedReader(_HashedReads(file.detach(), path), 2**20)
+
+
+def _opened_file(path: Path) -> io.BufferedReader:
     if isinstance(path, Path):
         return open(path, "rb")
     from lm.data.remote import open_remote
 
     return open_remote(path)
+
+
+@contextmanager
+def hashing_reads() -> Iterator[None]:
+    """Hash files while they are read to the end; `file_digest` then need not read them."""
+    global _hashes_reads
+    _hashes_reads = True
+    try:
+        yield
+    finally:
+        _hashes_reads = False
+        _while_read.clear()
+
+
+class _HashedReads(io.RawIOBase):
+    """File whose digest is known once it was read in order to its end."""
+
+    def __init__(self, file: Any, path: Path):
+        self._file, self._key = file, (path, file_state(path))
+        self._hash, self._hashed = hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        in_order = self._hashed == self._file.tell()
+        n = self._file.readinto(buffer)
+        if in_order and n:
+            self._hash.update(memoryview(buffer)[:n])
+            self._hashed += n
+        elif in_order:
+            _while_read[self._key] = self._hash.hexdigest()
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _is_racy(state: State) -> bool:

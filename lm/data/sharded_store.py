@@ -358,13 +358,14 @@ class PartGroup:
         Raises:
             UserError: a file changed since the work was planned.
         """
-        for part, path, state, is_file in self.parts:
-            if path is not None:
-                require_unchanged(path, state)
-            yield part.chunks()
-            if path is not None:
-                require_unchanged(path, state)
-            digests.append(file_digest(path) if path is not None and is_file else "")
+        with file_digests.hashing_reads():
+            for part, path, state, is_file in self.parts:
+                if path is not None:
+                    require_unchanged(path, state)
+                yield part.chunks()
+                if path is not None:
+                    require_unchanged(path, state)
+                digests.append(file_digest(path) if path is not None and is_file else "")
 
     def remember(self, digests: Sequence[str]) -> None:
         """Remember the digests of the files, which other processes may have found."""

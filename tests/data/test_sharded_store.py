@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,25 @@ def test_any_division_gives_the_same_tokens(
                     assert found == expected
                 else:
                     same(found, expected)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2])
+def test_a_build_reads_files_once_for_tokens_and_digests(
+    tmp_path, make_data, small, monkeypatch, fraction
+):
+    monkeypatch.setattr(file_parts, "RANGE", 10**6)
+    write(tmp_path, [["some", "text", "of a file"] * 9, [], ["more of it"], ["é\n"] * 5], {2})
+    data = make_data(validation_fraction=fraction)
+    found = []
+    for reads in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if reads:  # none beside those of the documents
+                patch.setattr(file_digests.hashlib, "file_digest", None)
+            corpus = open_corpus("jsonl:*", data, "train")
+            open_sharded_store(corpus, ByteTokenizer(), data, False)
+            found.append(corpus.digest)
+        shutil.rmtree(tmp_path / "cache")
+    assert found[0] == open_corpus("jsonl:*", data, "train").digest == found[1]
 
 
 # --- several processes
