@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Sequence
 
 from lm.cli.arguments import parse
-from lm.cli.used_keys import require_used
 from lm.errors import LostPeerError, UserError
 
 # What `lm --help` says of each verb; lm/cli/VERB_command.py is imported when it is used.
@@ -83,6 +82,8 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
+        from lm.cli.used_keys import require_used  # not before `lm --help` has ended
+
         require_used(args.verb, args.module.used_keys(args), overrides)
         _set_up_jax(args)
         from lm.storage import local_copies
