@@ -31,17 +31,16 @@ At commit a5d4a05:
                    workdir through export         6 (14, 8)        142 (187, 45)
                    args through generate          0 (3, 3)         127 (181, 54)
 
-At commit 7564dbd, with roles, model state, layer types, registries, validation, changes of runs,
-signals and trackers added:
+At commit 5d1e5b7, with roles, model state, layer types, registries, validation, changes of runs,
+signals and trackers added (call-paths: c840d9d):
 
-    imports        202 files, 32,463 lines, 21,081 of code; one lazy cycle of two files; edges with
-                   lazy ones: files 787, folders 168, different folders 175, top-level
-                   folders 134
-    trainer-path   32 files, 7,551 lines, 4,582 of code
-    call-paths     config through training        42 (61, 19)      283 (314, 31)
+    imports        206 files, 34,496 lines, 22,448 of code; no cycle; edges with lazy ones: files
+                   847, folders 151, different folders 150, top-level folders 123
+    trainer-path   32 files, 7,577 lines, 4,599 of code
+    call-paths     config through training        42 (62, 20)      277 (308, 31)
                    a batch                                         3 (6, 3)
-                   workdir through export         9 (18, 9)        188 (225, 37)
-                   args through generate          0 (3, 3)         188 (222, 34)
+                   workdir through export         10 (19, 9)       180 (219, 39)
+                   args through generate          1 (4, 3)         164 (199, 35)
 """
 
 from __future__ import annotations
