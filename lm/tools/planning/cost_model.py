@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import inf, prod
 from typing import Any
 
@@ -135,10 +135,19 @@ class CostModel:
         return held / sum(size for _, _, size in self._leaves)
 
     def _parameters(self, sizes: Sizes) -> int:
-        return sum(
-            size // count_parameter_shards(sizes, names, shape)
-            for names, shape, size in self._leaves
-        )
+        """Return the bytes of the parameters on a device."""
+        return self._parameters_by_sizes(tuple(sizes.items()))
+
+    @cached_property
+    def _parameters_by_sizes(self) -> Callable[[tuple[tuple[str, int], ...]], int]:
+        @cache
+        def parameters(sizes: tuple[tuple[str, int], ...]) -> int:
+            return sum(
+                size // count_parameter_shards(dict(sizes), names, shape)
+                for names, shape, size in self._leaves
+            )
+
+        return parameters
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
         """Return least and likely bytes of activations kept for the backward pass.

@@ -35,7 +35,8 @@ from lm.tools.planning.plan import Plan, make_plan
 from lm.tools.planning.topologies import Topology, interconnect, topology
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
-MICROBATCHES = (1, 2, 4, 8, 16, 32)
+# More microbatches than these only while a device has so many tokens in each.
+MICROBATCHES, TOKENS_OF_MICROBATCH = 32, 1024
 # Microbatches a pipeline stage: more of them shrink the bubble, and the matrix products.
 MICROBATCHES_PER_STAGE = (1, 4)
 
@@ -115,7 +116,12 @@ def search_meshes(
     target = topology(name, n_slices)
     considered = list(candidates(config, target, n_slices))
     if not considered:
-        raise UserError(f"no mesh of {len(target.devices)} devices suits this configuration")
+        n, data = len(target.devices), config.data
+        raise UserError(
+            f"no mesh of {n} devices suits this configuration: batch size {data.batch_size}, "
+            f"length {data.sequence_length}, layers, width, heads and experts cannot be divided "
+            "among them"
+        )
     capacity = target.chip.memory or 0
     possible = [c for c in considered if c.estimate.least <= capacity]
     pool = _Pool(config, name, n_slices, n_workers)
@@ -140,8 +146,9 @@ class CandidateQueue:
     """Queue of the candidates, the most promising first by what was compiled so far.
 
     Times and memory of the cost model are multiplied by what they were wrong by for the compiled
-    candidates, weighed by similarity. Candidates that likely do not fit come last: by that
-    estimate, or because one of the same rematerialization did not that likely needs no more.
+    candidates, weighed by similarity. Candidates that likely do not fit come last, those that need
+    least memory first: by that estimate, or because one of the same rematerialization did not fit
+    that likely needs no more.
     """
 
     def __init__(self, candidates: Iterable[Candidate], capacity: float = inf):
@@ -169,14 +176,11 @@ class CandidateQueue:
         errors = np.log(np.maximum(actual, 1e-9) / np.maximum(_figures(estimate), 1e-9))
         self._errors.append((candidate, errors))
 
-    def _rank(self, candidate: Candidate) -> tuple[bool, bool, float, float]:
+    def _rank(self, candidate: Candidate) -> tuple[bool, float, float, float]:
         likely, *seconds = _figures(candidate.estimate) * self._correction(candidate)
-        return (
-            candidate.estimate.likely >= self._too_large.get(candidate.remat, inf),
-            likely > self._capacity,
-            max(seconds),
-            sum(seconds),
-        )
+        failed = self._too_large.get(candidate.remat, inf)
+        doubtful = candidate.estimate.likely >= failed or likely > self._capacity
+        return doubtful, likely if doubtful else 0.0, max(seconds), sum(seconds)
 
     def _correction(self, candidate: Candidate) -> np.ndarray:
         """Return the factors of memory and times by the compiled candidates."""
@@ -210,10 +214,13 @@ def _figures(estimate: Estimate) -> np.ndarray:
     return np.array([estimate.likely, estimate.compute, estimate.memory, estimate.network])
 
 
-def _order(found: tuple[Overrides, Plan]) -> tuple[float, float]:
-    """Order by the bound on the time; without one, by memory."""
+def _order(found: tuple[Overrides, Plan]) -> tuple[float, float, float]:
+    """Order by the bound on the time; equal ones by what is hidden only by overlap, then memory."""
     _, plan = found
-    return (plan.time.bound if plan.time else 0.0, plan.memory.total)
+    bound, together = 0.0, 0.0
+    if time := plan.time:
+        bound, together = float(f"{time.bound:.3g}"), time.compute + time.memory + time.network
+    return bound, together, plan.memory.total
 
 
 def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[Candidate]:
@@ -232,7 +239,7 @@ def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[
         on_mesh = {f"parallel.mesh.{axis}": sizes[axis] for axis in AXES}
         bandwidth = axis_bandwidth(sizes, target)
         choices = itertools.product(
-            sorted({*MICROBATCHES, config.train.microbatches}),
+            microbatches_of(config, len(target.devices)),
             (False, True)[: sizes["tensor"]],
             MICROBATCHES_PER_STAGE[: sizes["stage"]],
         )
@@ -254,6 +261,14 @@ def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[
                     yield Candidate({**overrides, "train.remat": remat}, estimate)
             except UserError:
                 continue
+
+
+def microbatches_of(config: ConfigDict, n_devices: int) -> list[int]:
+    """Return the numbers of microbatches worth trying: divisors of the batch, and the given one."""
+    data = config.data
+    most = data.batch_size * data.sequence_length / n_devices / TOKENS_OF_MICROBATCH
+    found = [d for d in _divisors(data.batch_size) if d <= max(most, MICROBATCHES)]
+    return sorted({*found, config.train.microbatches})
 
 
 def axis_bandwidth(sizes: Mapping[str, int], target: Topology) -> Callable[..., float]:

@@ -210,8 +210,14 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
         UserError: The configuration does not suit the devices.
     """
     experiment = build(config, topology.devices)
+    return plan_of(experiment, compile_step(experiment), topology, n_slices)
+
+
+def plan_of(
+    experiment: Experiment, compiled: Program | OutOfMemory, topology: Topology, n_slices: int = 1
+) -> Plan:
+    """Analyze the compiled training step of an experiment, as `make_plan` does."""
     config, chip = experiment.config, topology.chip
-    compiled = compile_step(experiment)
     # The only conditional of a step chooses between attention with and without a window.
     m = config.model
     taken = global_layers(m.n_layers, m.window, m.global_every).mean()
@@ -276,7 +282,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
     parameters, optimizer, gradients, arguments = state_memory(experiment)
     of_state = {"parameters": parameters, "optimizer": optimizer, "gradients": gradients}
     if isinstance(compiled, OutOfMemory):
-        temporaries = compiled.temporaries or max(compiled.total - arguments, 0)
+        temporaries = max(compiled.total - arguments, 0)
         return Memory(
             **of_state,
             arguments=arguments,
@@ -284,7 +290,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
             outputs=None,
             code=None,
             host=None,
-            total=compiled.total or arguments + temporaries,
+            total=arguments + temporaries,
             capacity=compiled.capacity,
         )
     parts = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.code)

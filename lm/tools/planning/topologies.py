@@ -40,7 +40,7 @@ TPU_VARIABLES = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 EXAMPLES = "v5p:4x4x4, v5p-128, v5e:16x16, v5litepod-256, h100:1x8, 8xh100, cpu:8"
-GPUS_A_HOST = 8
+GPUS_A_HOST, MOST_CPU_DEVICES = 8, 4096
 GOOGLE_CLOUD_TYPES = ("v4", "v5p", "v5e", "v6e")
 _COUNTED, _SIZES = (*GPUS, "cpu"), r"\d{1,6}(?:x\d{1,6})*"
 
@@ -143,6 +143,8 @@ def _slice_shape(name: str, kind: str, number: int) -> str:
 def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:
     if n_slices > 1 or len(sides) > 1:
         raise UserError(f"--topology {name}: CPU devices are simulated as cpu:8, without --slices")
+    if sides[0] > MOST_CPU_DEVICES:
+        raise UserError(f"--topology {name}: at most {MOST_CPU_DEVICES} CPU devices are simulated")
     with contextlib.suppress(RuntimeError):  # a backend that is initialized keeps its number
         jax.config.update("jax_num_cpu_devices", sides[0])
     devices = jax.devices("cpu")

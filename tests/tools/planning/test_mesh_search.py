@@ -21,6 +21,7 @@ from lm.tools.planning.mesh_search import (
     candidates,
     command_line,
     meshes,
+    microbatches_of,
     overridden,
     search_meshes,
 )
@@ -58,6 +59,34 @@ def test_candidates_suit_the_model_and_need_at_least_their_state(tiny_config):
     for candidate in found[:: len(found) // 4]:
         experiment = build(overridden(tiny_config(), candidate.overrides), jax.devices())
         assert candidate.estimate.least > sum(state_memory(experiment)[:2])
+
+
+def test_microbatches_are_divisors_of_the_batch(tiny_config):
+    """nanoGPT's 480 rows fit on sixteen v5e chips in five microbatches, which is no power of two;
+    of 1,024 rows of 4,096 tokens on eight chips 1,024 tokens are left in each of 512."""
+    config = tiny_config(data__batch_size=480, data__sequence_length=1024)
+    assert microbatches_of(config, 16)[:5] == [1, 2, 3, 4, 5]
+    assert microbatches_of(config, 16)[-1] == 32 - 2
+    config = tiny_config(data__batch_size=1024, data__sequence_length=4096)
+    assert microbatches_of(config, 8) == [2**n for n in range(10)]
+    tried = {c.overrides["train.microbatches"] for c in searched(tiny_config(data__batch_size=24))}
+    assert tried >= {1, 2, 3, 4, 6, 8, 12, 24}
+
+
+def searched(config):
+    return candidates(config, topology("cpu:8"), 1)
+
+
+def test_of_plans_of_the_same_bound_the_one_with_less_beneath_it_is_chosen():
+    """Bounds that differ by a rounding: what overlaps imperfectly decides, then memory."""
+    plans = {
+        "much traffic": planned(bound=0.28201, memory=0.23, total=1),
+        "little": planned(bound=0.28202, memory=0.11, total=3),
+        "as little, less memory": planned(bound=0.28202, memory=0.11, total=2),
+        "faster": planned(bound=0.271, memory=0.27, total=9),
+    }
+    found = sorted(plans, key=lambda name: searching._order(({}, plans[name])))
+    assert found == ["faster", "as little, less memory", "little", "much traffic"]
 
 
 def test_arithmetic_agrees_with_the_shardings(tiny_config):
@@ -192,6 +221,15 @@ def test_what_likely_does_not_fit_comes_last_and_a_plan_may_say_otherwise():
     queue = CandidateQueue([queued("seen", likely=6, compute=0.5), fast, slow], capacity=8)
     queue.learn(queue.take(), planned(total=3, compute=0.5))
     assert queue.take() is fast
+
+
+def test_where_hardly_anything_fits_the_smallest_is_tried_first():
+    """By the estimates nothing fits; the fastest three need most."""
+    sizes = {"none": 40, "dots": 20, "offload_dots": 16, "full": 9}
+    slow = {"full": 4.0}
+    waiting = [queued(r, r, likely=n, compute=slow.get(r, 1.0)) for r, n in sizes.items()]
+    queue = CandidateQueue(waiting, capacity=8)
+    assert [queue.take().remat for _ in waiting] == ["full", "offload_dots", "dots", "none"]
 
 
 def test_small_microbatches_and_full_remat_are_found_where_traffic_decides():

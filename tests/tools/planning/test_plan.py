@@ -70,7 +70,7 @@ def test_errors_are_one_line(experiment_file, capsys):
 
 def test_what_does_not_fit_is_an_answer_with_numbers(tiny_config, monkeypatch):
     largest = ((5 * 10**9, "f32[2,3] attention"),)
-    found = OutOfMemory(20 * 10**9, 0, 16 * 10**9, largest, seconds=1.0)
+    found = OutOfMemory(20 * 10**9, 16 * 10**9, largest, seconds=1.0)
     monkeypatch.setattr(planning, "compile_step", lambda experiment: found)
     plan = make_plan(tiny_config(), topology("cpu:8"))
     assert not plan.fits

@@ -26,6 +26,7 @@ from lm.tools.planning.topologies import interconnect, kind_and_shape, target_co
         ("cpu:2x2", 1, "simulated as cpu:8"),
         ("cpu:2", 2, "without --slices"),
         ("cpu:64", 1, "this process has 8 CPU devices already"),
+        ("cpu:99999999", 1, "at most 4096 CPU devices are simulated"),
     ],
 )
 def test_a_name_that_is_no_topology_is_an_error_that_says_what_is(name, slices, message):
