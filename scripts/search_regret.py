@@ -39,7 +39,13 @@ from ml_collections import ConfigDict
 
 from lm.config import default, flatten, load_config
 from lm.experiment import build
-from lm.tools.planning.mesh_search import Candidate, CandidateQueue, candidates, overridden
+from lm.tools.planning.mesh_search import (
+    Candidate,
+    CandidateQueue,
+    candidates,
+    order,
+    overridden,
+)
 from lm.tools.planning.plan import plan_of, state_memory
 from lm.tools.planning.program import Program, lower
 from lm.tools.planning.topologies import Topology, topology
@@ -238,12 +244,17 @@ def choice(case: Case, limit: int, workers: int) -> tuple[Candidate, Plan] | Non
         plan = case.plan(candidate)
         if "error" in plan:
             continue
-        time_ = SimpleNamespace(**plan["time"])
-        memory = SimpleNamespace(**plan["memory"])
-        queue.learn(candidate, SimpleNamespace(fits=plan["fits"], time=time_, memory=memory))  # type: ignore[arg-type]
+        seen = _as_object(plan)
+        queue.learn(candidate, seen)
         if plan["fits"]:
-            fitting.append((candidate, plan))
-    return min(fitting, key=lambda found: bound(found[1])) if fitting else None
+            fitting.append((order(seen), candidate, plan))
+    return min(fitting, key=lambda found: found[0])[1:] if fitting else None
+
+
+def _as_object(plan: Plan) -> Any:
+    """Return what a search reads of a plan."""
+    parts = {name: SimpleNamespace(**plan[name]) for name in ("time", "memory")}
+    return SimpleNamespace(fits=plan["fits"], **parts)
 
 
 def bound(plan: Plan) -> float:

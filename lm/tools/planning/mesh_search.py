@@ -128,7 +128,7 @@ def search_meshes(
     compiled = list(pool.compile(CandidateQueue(possible, capacity), limit, track))
     plans = [(c.overrides, plan) for c, plan in compiled if isinstance(plan, Plan)]
     fitting = [(overrides, plan) for overrides, plan in plans if plan.fits]
-    fitting.sort(key=_order)
+    fitting.sort(key=lambda found: order(found[1]))
     return SearchResult(
         ranked=tuple(fitting),
         considered=len(considered),
@@ -214,9 +214,8 @@ def _figures(estimate: Estimate) -> np.ndarray:
     return np.array([estimate.likely, estimate.compute, estimate.memory, estimate.network])
 
 
-def _order(found: tuple[Overrides, Plan]) -> tuple[float, float, float]:
+def order(plan: Plan) -> tuple[float, float, float]:
     """Order by the bound on the time; equal ones by what is hidden only by overlap, then memory."""
-    _, plan = found
     bound, together = 0.0, 0.0
     if time := plan.time:
         bound, together = float(f"{time.bound:.3g}"), time.compute + time.memory + time.network
