@@ -68,8 +68,8 @@ Written by `python scripts/plans.py`. Every figure is of one device and one step
 themselves ({compilers}) and the published rates of the chips; none was measured.
 The bound is the longest of compute, memory and network, each alone; a real step is slower. Compile
 times are by the clock, many of them beside other work: on a quiet core about a minute.
-Memory of TPUs is the sum of arguments and temporaries in libtpu's analysis, an upper bound; since
-2026-11-29 `lm plan` takes its peak, which is lower by up to half of the temporaries.
+Memory is the sum of arguments and temporaries in the compiler's analysis; on TPUs what lives at
+once is less, and `lm plan` says that too.
 
 """
 COLUMNS = (

@@ -136,7 +136,9 @@ def _optimized_plan(config: ConfigDict, target: Topology) -> Plan:
         text = programs[0].read_text()
         total = sum(map(int, re.findall(r"color=0\)\s+Total bytes: (\d+)", reports[0].read_text())))
     arguments = state_memory(experiment)[3]
-    program = Program(text, arguments, 0, max(total - arguments, 0), 0, 0, time.monotonic() - start)
+    program = Program(
+        text, arguments, 0, max(total - arguments, 0), 0, None, 0, time.monotonic() - start
+    )
     return plan_of(experiment, program, target).as_json()
 
 

@@ -172,7 +172,7 @@ class CandidateQueue:
             known = self._too_large.get(candidate.remat, inf)
             self._too_large[candidate.remat] = min(known, estimate.likely)
         times = (time.compute, time.memory, time.network) if time and plan.fits else (np.nan,) * 3
-        actual = plan.memory.total, *times
+        actual = plan.memory.needed, *times
         errors = np.log(np.maximum(actual, 1e-9) / np.maximum(_figures(estimate), 1e-9))
         self._errors.append((candidate, errors))
 
@@ -219,7 +219,7 @@ def order(plan: Plan) -> tuple[float, float, float]:
     bound, together = 0.0, 0.0
     if time := plan.time:
         bound, together = float(f"{time.bound:.3g}"), time.compute + time.memory + time.network
-    return bound, together, plan.memory.total
+    return bound, together, plan.memory.needed
 
 
 def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[Candidate]:

@@ -50,6 +50,7 @@ class Memory:
         code: Program.
         host: Bytes offloaded to the host, which are not part of the total.
         total: Sum of arguments, temporaries, outputs and code.
+        needed: What of it lives at once, by the compiler's peak; the total where there is none.
         capacity: Memory of the device.
     """
 
@@ -62,6 +63,7 @@ class Memory:
     code: int | None
     host: int | None
     total: int
+    needed: int
     capacity: int
 
 
@@ -235,7 +237,7 @@ def plan_of(
         n_devices=n_devices,
         mesh={axis: size for axis, size in experiment.mesh.shape.items() if size > 1},
         parameters=sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)),
-        fits=module is not None and memory.total <= memory.capacity,
+        fits=module is not None and memory.needed <= memory.capacity,
         memory=memory,
         model_flops=model_flops_per_token(experiment) * tokens / n_devices,
         compiled_flops=done,
@@ -291,6 +293,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
             code=None,
             host=None,
             total=arguments + temporaries,
+            needed=arguments + temporaries,
             capacity=compiled.capacity,
         )
     parts = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.code)
@@ -299,6 +302,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
         **dict(zip(MEMORY_PARTS, parts, strict=True)),
         host=compiled.host,
         total=sum(parts),
+        needed=sum(parts) if compiled.peak is None else compiled.peak + compiled.code,
         capacity=chip.memory or 0,
     )
 

@@ -31,7 +31,7 @@ def _mesh(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     m = plan.memory
-    left = m.capacity - m.total
+    left = m.capacity - m.needed
     verdict = f"fits, {_gb(left)} to spare" if plan.fits else f"DOES NOT FIT, {_gb(-left)} too much"
     sizes = {
         "parameters": m.parameters,
@@ -42,6 +42,7 @@ def _memory(plan: Plan) -> str:
         "outputs not in place": m.outputs,
         "program": m.code,
         "total": m.total,
+        "at the peak": m.needed if m.needed != m.total else None,
         "capacity": m.capacity,
         "offloaded to the host": m.host or None,
     }
@@ -124,7 +125,7 @@ def search_text(found: SearchResult) -> str:
             _mesh(plan) + ", sequence" * overrides["parallel.sequence"],
             overrides["train.remat"],
             str(overrides["train.microbatches"]),
-            _gb(plan.memory.total),
+            _gb(plan.memory.needed),
             f"{plan.time.bound:.4f} s" if plan.time else "-",
             "-" if plan.mfu is None else f"{plan.mfu:.1%}",
             plan.bottleneck or "",

@@ -11,7 +11,6 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.stages import Lowered
@@ -33,6 +32,7 @@ class Program:
         outputs: Outputs outside of the memory of the donated state.
         temporaries: Temporaries.
         code: Machine code.
+        peak: Most of all these but the code that live at once; None where that is not known.
         host: Temporaries and arguments in the host's memory.
         seconds: Time to lower and compile.
     """
@@ -42,6 +42,7 @@ class Program:
     outputs: int
     temporaries: int
     code: int
+    peak: int | None
     host: int
     seconds: float
 
@@ -98,24 +99,13 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
         text=compiled.as_text() or "",
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporaries=live_temporaries(memory) if on_tpu else memory.temp_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
+        # libtpu refuses a program by its peak, less than the sum; that of CPUs is too small.
+        peak=memory.peak_memory_in_bytes or None if on_tpu else None,
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         seconds=time.monotonic() - start,
     )
-
-
-def live_temporaries(memory: Any) -> int:
-    """Return the bytes of a TPU program's temporaries at the peak.
-
-    libtpu's sum of temporaries exceeds by up to half what its buffer assignment takes and what it
-    refuses a program by; its peak does not. The peak of CPU programs is too small.
-    """
-    if not memory.peak_memory_in_bytes:
-        return memory.temp_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    at_peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - outputs
-    return min(max(at_peak, 0), memory.temp_size_in_bytes)
 
 
 def _dumped_arrays(lowered: Lowered) -> tuple[tuple[int, str], ...]:

@@ -145,7 +145,7 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
     )
     assert len(found.ranked) == 2
     assert found.considered == found.not_compiled + 2
-    memory = [plan.memory.total for _, plan in found.ranked]
+    memory = [plan.memory.needed for _, plan in found.ranked]
     assert memory == sorted(memory)
 
     winner, _ = found.ranked[0]
@@ -191,7 +191,7 @@ def queued(name, remat="none", likely=4, compute=1.0, memory=0.0, microbatches=1
 
 def planned(fits=True, total=4, **times):
     time = SimpleNamespace(**{"compute": 1.0, "memory": 0.0, "network": 0.0, **times})
-    return SimpleNamespace(fits=fits, time=time, memory=SimpleNamespace(total=total))
+    return SimpleNamespace(fits=fits, time=time, memory=SimpleNamespace(needed=total))
 
 
 def test_what_needs_as_much_as_one_that_did_not_fit_waits():
