@@ -67,7 +67,7 @@ TOKENIZERS = Registry(
         ),
         "gpt2": Entry("lm.data.tokenizers.hf:Gpt2Tokenizer", forms=("gpt2:DIR",)),
         "folder": Entry("lm.data.tokenizers.folder:FolderTokenizer", forms=("folder:DIR",)),
-        "run": Entry("lm.data.tokenizer:SavedTokenizer", forms=("run:WORKDIR",)),
+        "run": Entry("lm.data.tokenizers.saved:SavedTokenizer", forms=("run:WORKDIR",)),
     },
     is_choice=False,
 )

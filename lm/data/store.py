@@ -285,8 +285,9 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> 
     parts: list[np.ndarray] = []
     starts: list[int] = []
     n = n_bytes = n_characters = n_words = 0
-    for chunk in group:
-        tokens = _with_special_tokens(tokenizer, chunk)
+    encoded = tokenizer.encode_batch([chunk.text for chunk in group])
+    for chunk, ids in zip(group, encoded, strict=True):
+        tokens = _with_special_tokens(tokenizer, chunk, ids)
         # A document without tokens, such as spaces under a vocabulary that drops them, is left out.
         if chunk.first and (len(tokens) or not chunk.last):
             starts.append(n)
@@ -299,9 +300,8 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> 
     return TokenBlock(np.concatenate(parts), borders, n_bytes, n_characters, n_words)
 
 
-def _with_special_tokens(tokenizer: Tokenizer, chunk: Chunk) -> np.ndarray:
+def _with_special_tokens(tokenizer: Tokenizer, chunk: Chunk, tokens: np.ndarray) -> np.ndarray:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    tokens = tokenizer.encode(chunk.text)
     before = [bos] if chunk.first and bos is not None else []
     # Where a newline is the eos, a last newline has ended the document already.
     ended = len(tokens) > 0 and tokens[-1] == eos

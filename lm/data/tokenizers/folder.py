@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -22,6 +22,7 @@ import numpy as np
 
 from lm.data.files import find_file
 from lm.data.tokenizer import Template, Tokenizer
+from lm.data.tokenizers.byte_level import QWEN_WORDS
 from lm.data.tokenizers.hf import HuggingFaceTokenizer, package_errors, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.data.tokenizers.tiktoken_file import LLAMA3_TOKENS, is_tiktoken, tiktoken_definition
@@ -361,6 +362,11 @@ class FolderTokenizer(Tokenizer):
         ]
         return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._split is None:
+            return self.base.encode_batch(texts)
+        return super().encode_batch(texts)
+
     @cached_property
     def _bytes(self) -> dict[int, int]:
         """Byte of each id that stands for one, under a SentencePiece model."""
@@ -512,13 +518,6 @@ def _word_pieces(
     return made.to_str().encode()
 
 
-# Words of Qwen 2 (Qwen team 2024): digits one by one, newlines with the space before them.
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[str, Any]) -> bytes:
     """Return the tokenizer.json of a byte-level BPE, as GPT-2, RoBERTa and Qwen 2 read theirs."""
     package = _package()
@@ -534,7 +533,7 @@ def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[s
     space = bool(_setting(settings, "add_prefix_space", False))
     if kind == "Qwen2":
         made.normalizer = package.normalizers.NFC()
-        words = package.pre_tokenizers.Split(package.Regex(_QWEN_WORDS), "isolated")
+        words = package.pre_tokenizers.Split(package.Regex(QWEN_WORDS), "isolated")
         letters = package.pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
         made.pre_tokenizer = package.pre_tokenizers.Sequence([words, letters])
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 
 from lm.data.files import find_file
 from lm.data.tokenizer import Template, Tokenizer
+from lm.data.tokenizers.byte_level import TiktokenEncoder, tiktoken_encoder
 from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 
@@ -21,6 +23,8 @@ _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
 
 
 def _package() -> Any:
+    # Processes share the cores already. Read by the package at each call.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import tokenizers
     except ImportError as error:
@@ -45,6 +49,7 @@ def package_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({error})") from error
 
 
+_MANY = 2**19  # characters for which preparing the fast encoder takes less time than it saves
 _UNUSABLE = "the tokenizer cannot be used"
 
 
@@ -84,6 +89,17 @@ class _HuggingFace(Tokenizer):
         with package_errors(_UNUSABLE):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
+
+    @cached_property
+    def _fast(self) -> TiktokenEncoder | None:
+        return tiktoken_encoder(self._tokenizer, BYTE_CHARACTERS)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with package_errors(_UNUSABLE):
+            if sum(map(len, texts)) >= _MANY and self._fast:
+                return self._fast.encode_batch(texts)
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         with package_errors(_UNUSABLE):

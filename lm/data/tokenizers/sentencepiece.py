@@ -6,9 +6,10 @@ import heapq
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -56,13 +57,13 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError("not a SentencePiece model file") from error
 
     @cached_property
-    def _space_mark_ids(self) -> list[int] | None:
+    def _space_mark_ids(self) -> np.ndarray | None:
         """Byte ids of a literal space mark; None if the model does not keep texts as they are."""
         processor = self._processor
         ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         probe = " a  b "
         lossless = "".join(processor.encode(probe, out_type=str)) == probe.replace(" ", _SPACE_MARK)
-        return ids if lossless and all(map(processor.is_byte, ids)) else None
+        return np.asarray(ids, np.int32) if lossless and all(map(processor.is_byte, ids)) else None
 
     @cached_property
     def _ends_before_space(self) -> bool:
@@ -82,19 +83,29 @@ class SentencePieceTokenizer(Tokenizer):
         return _present(self._processor.eos_id())
 
     def encode(self, text: str) -> np.ndarray:
-        if self._space_mark_ids is None:
-            return np.asarray(self._processor.encode(text), np.int32)
-        first, *rest = map(self._encode_part, text.split(_SPACE_MARK))
-        for ids in rest:
-            first += self._space_mark_ids + ids
-        return np.asarray(first, np.int32)
+        return self.encode_batch([text])[0]
 
-    def _encode_part(self, text: str) -> list[int]:
-        if len(text) <= _STRETCH or not self._ends_before_space:
-            return self._processor.encode(text)
-        # SentencePiece takes more than twice as long for the same text in one stretch.
-        stretches = _cut_before_spaces(text)
-        return [i for ids in self._processor.encode(stretches, num_threads=1) for i in ids]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        marks = [] if self._space_mark_ids is None else [self._space_mark_ids]
+        parts = [text.split(_SPACE_MARK) if marks else [text] for text in texts]
+        stretches = [[self._cut(part) for part in of_text] for of_text in parts]
+        flat = list(chain.from_iterable(chain.from_iterable(stretches)))
+        ids = iter(self._processor.encode(flat, num_threads=1, return_type="numpy"))
+        found = []
+        for of_text in stretches:
+            runs = ([*marks, *islice(ids, len(part))] for part in of_text)
+            found.append(np.concatenate([*chain.from_iterable(runs)][len(marks) :]))
+        return found
+
+    def _cut(self, text: str) -> list[str]:
+        """Cut a text where it encodes alike, because it takes less than half of the time."""
+        if self._space_mark_ids is None or not self._ends_before_space:
+            return [text]
+        stretches, start = [], 0
+        while cut := _BEFORE_SPACE.search(text, start + _STRETCH):
+            stretches.append(text[start : cut.end()])
+            start = cut.end()
+        return [*stretches, text[start:]]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -112,14 +123,6 @@ class SentencePieceTokenizer(Tokenizer):
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
         return cls(files["tokenizer.model"])
-
-
-def _cut_before_spaces(text: str) -> list[str]:
-    stretches, start = [], 0
-    while cut := _BEFORE_SPACE.search(text, start + _STRETCH):
-        stretches.append(text[start : cut.end()])
-        start = cut.end()
-    return [*stretches, text[start:]]
 
 
 def _present(special_id: int) -> int | None:

@@ -8,15 +8,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lm.data.tokenizers.byte_level import LLAMA3_WORDS
 from lm.data.tokenizers.hf import BYTE_CHARACTERS, package_errors
 from lm.errors import UserError, missing_package
 
 _FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?(\n|\Z)")
-# Llama 3 (Llama Team 2024): how a text is cut into words, and the ids after the ranks.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Ids after the ranks, in Llama 3 (Llama Team 2024).
 _NAMED = (
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>"),
@@ -56,7 +53,7 @@ def tiktoken_definition(content: bytes, special: Sequence[str]) -> bytes:
     ids: dict[str, int] = {name: i for i, name in enumerate(names)}
     with package_errors("not a tiktoken file"):
         made: Any = package.Tokenizer(package.models.BPE(ids, pairs, ignore_merges=True))
-        words = package.pre_tokenizers.Split(package.Regex(_WORDS), "isolated")
+        words = package.pre_tokenizers.Split(package.Regex(LLAMA3_WORDS), "isolated")
         letters = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.pre_tokenizer = package.pre_tokenizers.Sequence([words, letters])
         made.decoder = package.decoders.ByteLevel()
