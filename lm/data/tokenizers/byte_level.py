@@ -90,7 +90,7 @@ class TiktokenEncoder:
             if any(name in text or name in normal[at] for name in self.names):
                 ids = self.tokenizer.encode(text, add_special_tokens=False).ids
                 left[at], normal[at] = np.asarray(ids, np.int32), ""
-        found = self._encode(normal)
+        found = self._encode(normal) if normal else []
         return [left.get(at, ids) for at, ids in enumerate(found)] if left else found
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
