@@ -273,9 +273,9 @@ COMMON_KEYS: dict[str, Key] = {
     "data.source": Key(
         "stdlib",
         "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
-        "tfds:NAME, nanogpt:FILE, megatron:PREFIX. For seq2seq, classification, span_qa and "
-        "token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
-        "parallel:FILE|FILE, squad:FILE, conll:FILE.",
+        "datasets:NAME, tfds:NAME, warc:FILE, nanogpt:FILE, megatron:PREFIX. For seq2seq, "
+        "classification, span_qa and token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, "
+        "parquet:FILE, arrow:FOLDER, datasets:NAME, parallel:FILE|FILE, squad:FILE, conll:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
     "data.directory": Key(
@@ -284,7 +284,7 @@ COMMON_KEYS: dict[str, Key] = {
     "data.field": Key(
         "text",
         "Field or column that holds the text; dots lead into nested ones (meta.text).",
-        needs=("data.source", "jsonl", "tfds", "parquet", "arrow"),
+        needs=("data.source", "jsonl", "tfds", "parquet", "arrow", "datasets"),
     ),
     "data.documents": Key(
         "file", "A text file's document.", choices=("file", "line"), needs=("data.source", "text")
@@ -292,12 +292,12 @@ COMMON_KEYS: dict[str, Key] = {
     "data.split": Key(
         "train",
         "Split to train on, of a source with splits.",
-        needs=("data.source", "tfds", "parquet", "arrow"),
+        needs=("data.source", "tfds", "arrow", "datasets"),
     ),
     "data.validation_split": Key(
         "validation",
         "Split to validate on, of a source with splits.",
-        needs=("data.source", "tfds", "parquet", "arrow"),
+        needs=("data.source", "tfds", "arrow", "datasets"),
     ),
     "data.token_dtype": Key(
         "",

@@ -40,6 +40,8 @@ SOURCES = Registry(
         "conll": Entry(f"{_RECORD_FILES}:ConllFiles", forms=("conll:PATH",), holds=_RECORDS),
         "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
         "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
+        "datasets": Entry("lm.data.text.hf_datasets:HuggingFaceDatasets", forms=("datasets:NAME",)),
+        "warc": Entry("lm.data.text.warc_files:WarcFiles", forms=("warc:PATH",), holds=_DOCUMENTS),
         "nanogpt": Entry(
             "lm.data.text.token_files:NanogptFiles", forms=("nanogpt:PATH",), holds=_DOCUMENTS
         ),

@@ -77,10 +77,13 @@ class Decompressed(io.BufferedIOBase):
             file.close()
             raise
         self._decompressor: Any = None  # None between two streams
-        self._input, self._first = b"", True
+        self._input, self._first, self._place = b"", True, 0
 
     def readable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self._place
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -127,6 +130,7 @@ class Decompressed(io.BufferedIOBase):
         except self._errors as error:
             raise self._damage(str(error)) from error
         self._input = b""
+        self._place += len(found)
         if self._decompressor.eof:
             self._input, self._decompressor = self._decompressor.unused_data, None
         return found

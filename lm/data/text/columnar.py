@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -95,16 +95,12 @@ class ColumnFiles(RowDocuments, RecordSource):
             with self._open(path, self._record_columns) as table:
                 labels = class_names(table.schema)
                 for row in _rows(path, table):
-                    values = {
-                        column: _named(value, labels.get(column))
-                        for column, value in row.values.items()
-                    }
-                    yield _question(row) if self.has_answers else row._replace(values=values)
+                    yield as_question(row) if self.has_answers else as_named(row, labels)
 
     @cached_property
     def has_answers(self) -> bool:  # type: ignore[override]
         """Kind of the rows: questions and answers, as `datasets` has those of SQuAD."""
-        return not self.columns and set(_QA_COLUMNS) <= self._names
+        return not self.columns and is_qa(self._names)
 
     @cached_property
     def _names(self) -> set[str]:
@@ -353,7 +349,18 @@ def _row_or_problem(one: pa.RecordBatch) -> dict[str, Any] | str:
         return f"not UTF-8 at byte {error.start}"
 
 
-def _question(row: Row) -> Row:
+def is_qa(names: Iterable[str]) -> bool:
+    """Return whether columns are those of SQuAD as `datasets` has it."""
+    return set(_QA_COLUMNS) <= set(names)
+
+
+def as_named(row: Row, labels: dict[str, list[str]]) -> Row:
+    """Return a row with the names of classes in place of their numbers, by column."""
+    values = {name: _named(value, labels.get(name)) for name, value in row.values.items()}
+    return row._replace(values=values)
+
+
+def as_question(row: Row) -> Row:
     """Return a row of SQuAD as `records.SquadFiles` has it."""
     values = row.values
     try:

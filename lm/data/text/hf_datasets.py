@@ -1,0 +1,168 @@
+"""Source `datasets`: data sets of Hugging Face's library, from its hub or from a folder.
+
+They are streamed. No code of a data set is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lm.data.file_digests import hash_files
+from lm.data.files import is_folder, resolve_file
+from lm.data.row_documents import RowDocuments
+from lm.data.sources import Chunk, RecordSource, Row
+from lm.data.text.columnar import ArrowFiles, as_named, as_question, feature_names, is_qa
+from lm.errors import UserError, missing_package
+
+
+class HuggingFaceDatasets(RowDocuments, RecordSource):
+    """Split of NAME, NAME:CONFIG or a folder: documents in `data.field`, or records.
+
+    A folder is what `save_to_disk` wrote (read as `arrow:FOLDER`), or holds files that
+    `datasets.load_dataset` knows.
+    """
+
+    row_word = "rows"
+
+    def __init__(self, argument: str, data: Any, split: str):
+        self.name, self.columns = f"datasets:{argument}", data.columns
+        self.set_field(data)
+        self.saved = ArrowFiles(argument, data, split) if _is_saved(argument, data) else None
+        if self.saved:
+            return
+        self.place, self.config = _place(argument, data)
+        self.split = data.validation_split if split == "validation" else data.split
+        with _errors(self.name):
+            splits = _splits(self._builder)
+        if self.split not in splits:
+            known = ", ".join(splits) or "none"
+            raise UserError(f"{self.name}: no split {self.split!r} (there are: {known})")
+
+    @classmethod
+    def has_validation_split(cls, argument: str, data: Any) -> bool:
+        """Return whether the data set has the split `data.validation_split`."""
+        if _is_saved(argument, data):
+            return ArrowFiles.has_validation_split(argument, data)
+        name = f"datasets:{argument}"
+        with _errors(name):
+            return data.validation_split in _splits(_open_builder(name, *_place(argument, data)))
+
+    @cached_property
+    def _builder(self) -> Any:
+        return _open_builder(self.name, self.place, self.config)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the contents, as the hub states them for its files."""
+        if self.saved:
+            return self.saved.digest
+        with _errors(self.name):
+            files = (self._builder.config.data_files or {})[self.split]
+            if not any("://" in str(file) for file in files):
+                settings = (self.config or "", self.split, self.field)
+                return hash_files(map(Path, files), "datasets", *settings)
+            stated = [_stated_content(str(file)) for file in files]
+        recipe = [self.place, self.config, self.split, self.field, stated]
+        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        if self.saved:
+            yield from self.saved.chunks()
+        else:
+            yield from self.row_documents(Path(self.name), self._read((self.field,)))
+
+    def rows(self) -> Iterator[Row]:
+        if self.saved:
+            yield from self.saved.rows()
+            return
+        labels = feature_names(self._features.to_dict() if self._features else {})
+        for row in self._read(()):
+            yield as_question(row) if self.has_answers else as_named(row, labels)
+
+    @property
+    def has_answers(self) -> bool:  # type: ignore[override]
+        """Kind of the rows: questions and answers of SQuAD."""
+        if self.saved:
+            return self.saved.has_answers
+        return not self.columns and is_qa(self._features or ())
+
+    @cached_property
+    def _features(self) -> Any:
+        with _errors(self.name):
+            return self._stream.features
+
+    @cached_property
+    def _stream(self) -> Any:
+        return self._builder.as_streaming_dataset(self.split)
+
+    def _read(self, fields: tuple[str, ...]) -> Iterator[Row]:
+        """Yield the rows; only the columns of these fields where the columns are known."""
+        with _errors(self.name):
+            stream, features = self._stream, self._features
+            wanted = [
+                name for name in features or () for f in fields if f"{f}.".startswith(f"{name}.")
+            ]
+            if wanted:
+                stream = stream.select_columns(sorted(set(wanted)))
+            for number, values in enumerate(stream, start=1):
+                yield Row(f"{self.name}: row {number}", values)
+
+
+def _is_saved(argument: str, data: Any) -> bool:
+    """Return whether an argument is a folder that `save_to_disk` wrote."""
+    folder = resolve_file(argument, data)
+    marks = ("state.json", "dataset_dict.json")
+    return isinstance(folder, Path) and any((folder / mark).is_file() for mark in marks)
+
+
+def _place(argument: str, data: Any) -> tuple[str, str | None]:
+    """Return folder or name, and the configuration of NAME:CONFIG."""
+    folder = resolve_file(argument, data)
+    if is_folder(folder):
+        return str(folder), None
+    name, _, config = argument.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"datasets:{argument}: neither a folder nor a name of the hub")
+    return name, config or None
+
+
+def _open_builder(name: str, place: str, config: str | None) -> Any:
+    try:
+        from datasets import load_dataset_builder
+    except ImportError as error:
+        raise missing_package(name, "datasets", "datasets") from error
+    with _errors(name):
+        return load_dataset_builder(place, config)
+
+
+def _splits(builder: Any) -> list[str]:
+    return sorted(map(str, builder.info.splits or builder.config.data_files or ()))
+
+
+def _stated_content(url: str) -> list[str]:
+    """Return the name of a file of the hub, and the digest of its content that the hub states."""
+    from huggingface_hub import HfFileSystem
+
+    info = HfFileSystem().info(url)
+    lfs = info.get("lfs") or {}
+    name = re.sub(r"@[0-9a-f]{40}(?=/)", "", url)
+    return [name, str(lfs.get("sha256") or info.get("blob_id") or info.get("size"))]
+
+
+@contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """Turn any error of the library, or of the hub, into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: {type(error).__name__}: {problem}") from error
