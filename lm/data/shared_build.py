@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from lm.config.run_file import import_plugins
 from lm.data.shared_folder import SharedFolder
 from lm.errors import UserError
-from lm.parallel.hosts import end_with_parent
+from lm.parallel.worker_processes import end_with_parent, starting_workers
 from lm.progress import progress_bar
 from lm.storage.bucket import has_ended, machine_name
 
@@ -213,7 +213,8 @@ def _work_in_processes(
         for _ in range(workers):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_worker, args=(plugins, payload, sender), daemon=True)
-            process.start()
+            with starting_workers():
+                process.start()
             sender.close()
             alive.append(_Worker(process, receiver))
         while alive:

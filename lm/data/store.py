@@ -16,15 +16,18 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm.data.batches import Arrays
 from lm.data.sources import CHUNK, Chunk, Corpus
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
+
+if TYPE_CHECKING:  # worker processes do without JAX
+    from lm.data.batches import Arrays
 
 _FORMAT = 4
 BLOCK = 2**24  # bytes under one checksum

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
-from lm.parallel.hosts import end_with_parent, starting_workers
+from lm.parallel.worker_processes import end_with_parent, starting_workers
 
 if TYPE_CHECKING:
     from lm.data.sources import Chunk

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -243,53 +241,6 @@ def exit_at_once(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    time.sleep(1.0)
-    os._exit(1)
-
-
-_OF_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent to a parent and its workers
-_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
-
-
-@contextmanager
-def starting_workers() -> Iterator[None]:
-    """Start worker processes inside, which then import quietly until `end_with_parent` is called.
-
-    They do not get signals of the whole group, and the process that cleans up after them does not
-    warn of what it cleans up where the parent was asked to stop.
-    """
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, _QUIET)))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        del os.environ["PYTHONWARNINGS"]
-        os.environ |= {} if before is None else {"PYTHONWARNINGS": before}
-
-
-def end_with_parent() -> None:
-    """End this worker process of `multiprocessing` as soon as its parent is gone.
-
-    A worker waits for its next task on a pipe that the other workers keep open, for ever if the
-    parent was killed. Signals to the whole group are the parent's to obey: SIGTERM, by which it
-    also ends workers, waits for that.
-    """
-    for number in _OF_GROUP:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- the network between hosts

@@ -15,6 +15,7 @@ import pytest
 
 from lm.errors import LostPeerError, UserError
 from lm.parallel import hosts
+from lm.parallel.worker_processes import starting_workers
 
 
 @pytest.fixture
@@ -95,9 +96,9 @@ def test_waiting_for_a_process_that_never_comes_ends_with_a_line():
 
 def test_workers_start_without_the_signals_of_their_group():
     environment, mask = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with hosts.starting_workers():
+    with starting_workers():
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with hosts.starting_workers():
+    with starting_workers():
         future = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
     with pool:
         assert {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} <= future.result()

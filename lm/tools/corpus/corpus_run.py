@@ -25,7 +25,7 @@ from datatrove.io import DataFolder, get_datafolder
 from datatrove.utils.logging import logger
 
 from lm.errors import UserError, missing_package
-from lm.parallel.hosts import end_with_parent
+from lm.parallel.worker_processes import end_with_parent
 from lm.progress import progress_bar
 from lm.storage import lock
 from lm.tools.corpus.corpus_config import FREE, Config, named_sources

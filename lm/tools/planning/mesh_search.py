@@ -28,8 +28,8 @@ from lm.config.registries import SCHEMA, TRANSFORMERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
 from lm.experiment import Experiment, build, resolve_parallelism
-from lm.parallel.hosts import end_with_parent, starting_workers
 from lm.parallel.mesh import AXES, make_mesh
+from lm.parallel.worker_processes import end_with_parent, starting_workers
 from lm.tools.planning.cost_model import CostModel, Estimate, Settings
 from lm.tools.planning.plan import Plan, make_plan
 from lm.tools.planning.topologies import Topology, interconnect, topology
