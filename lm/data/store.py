@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
-
-if TYPE_CHECKING:  # worker processes do without JAX
-    from lm.data.batches import Arrays
 
 _FORMAT = 4
 BLOCK = 2**24  # bytes under one checksum
@@ -346,7 +342,7 @@ class TokenWindows:
             return max((n_targets - self.length) // self.stride + 1, 0)
         return max(-(-n_targets // self.stride), 0)
 
-    def __getitem__(self, index: int) -> Arrays:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         size = self.length + 1
