@@ -68,6 +68,7 @@ def open_dataset(
     fingerprint = {"tokenizer": tokenizer.digest}  # after the stores, whose builders hash
     for split, sources in (("train", training), ("validation", validation)):
         fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
+        fingerprint |= {f"card {s.name}": s.card for s in sources if hasattr(s, "card") and s.card}
     if holds_out_records(data, records):
         from lm.data.held_out import split_records
 

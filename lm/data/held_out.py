@@ -40,6 +40,11 @@ class HeldOut:
     def name(self) -> str:
         return f"{self.corpus.name} ({self.split})"
 
+    @property
+    def card(self) -> str:
+        """Digest of the data card of the corpus; "" without one."""
+        return getattr(self.corpus, "card", "")
+
     @cached_property
     def digest(self) -> str:
         parts = (self.corpus.digest, "held out at random", self.fraction, self.split)

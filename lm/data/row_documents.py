@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from lm.data.file_digests import file_digest
 from lm.data.files import tell_once
 from lm.data.sources import Chunk, DocumentSource, Row, cut_document
 from lm.errors import UserError
+from lm.storage import read_json
 
 MISSING: Final = object()
+CARD_KIND = "lm corpus"  # "kind" in a card.json of `lm corpus`
 
 
 def field_value(values: Mapping[str, Any], field: str) -> Any:
@@ -38,12 +41,27 @@ class RowDocuments(DocumentSource):
     Attributes:
         field: name of the field (`field_value`).
         skip: skip bad rows, which are errors otherwise.
+        files: the files; a tuple of files that are read side by side may stand for each.
         row_word: plural of what a row is called, for messages.
     """
 
     row_word = "lines"
     field: str
     skip: bool
+    files: Any
+
+    @property
+    def card(self) -> str:
+        """Digest of the data card that `lm corpus` wrote beside the files; "" without one."""
+        first = next(iter(self.files))
+        card = (first[0] if isinstance(first, tuple) else first).parent / "card.json"
+        if not card.is_file():
+            return ""
+        try:
+            kind = read_json(card).get("kind")
+        except UserError:
+            return ""  # another file of this name
+        return file_digest(card) if kind == CARD_KIND else ""
 
     def set_field(self, data: Any) -> None:
         """Take field and policy from section `data` of the configuration."""
@@ -59,7 +77,7 @@ class RowDocuments(DocumentSource):
         for row in rows:
             problem = row.problem or self._problem(row.values)
             if not problem:
-                yield from cut_document([_without_lone_surrogates(self._text(row.values))])
+                yield from cut_document([without_lone_surrogates(self._text(row.values))])
             elif self.skip:
                 n_skipped, first = n_skipped + 1, first or f"{row.where}: {problem}"
             else:
@@ -86,6 +104,6 @@ def no_field(field: str, names: Any) -> str:
     return f"no field {field!r} (there are: {known}): set --config.data.field"
 
 
-def _without_lone_surrogates(text: str) -> str:
+def without_lone_surrogates(text: str) -> str:
     r"""Replace half surrogate pairs, which JSON can escape ("\ud83d"), by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

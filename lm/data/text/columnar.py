@@ -97,6 +97,12 @@ class ColumnFiles(RowDocuments, RecordSource):
                 for row in _rows(path, table):
                     yield as_question(row) if self.has_answers else as_named(row, labels)
 
+    def all_rows(self) -> Iterator[Row]:
+        """Yield the rows with all their columns, also those that no record has."""
+        for path in self.files:
+            with self._open(path, ()) as table:
+                yield from _rows(path, table)
+
     @cached_property
     def has_answers(self) -> bool:  # type: ignore[override]
         """Kind of the rows: questions and answers, as `datasets` has those of SQuAD."""

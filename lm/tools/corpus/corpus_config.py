@@ -89,7 +89,7 @@ def named_sources(config: Config, section: str) -> dict[str, NamedSource]:
         found[name] = NamedSource(name, values["source"], values["license"], data)
         try:
             found[name].open()
-        except UserError as error:
+        except (UserError, ImportError) as error:
             raise UserError(f"config.{section}.{name}: {error}") from error
     return found
 

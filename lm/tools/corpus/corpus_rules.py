@@ -160,6 +160,8 @@ def _near_duplicates(
     hashes_per_bucket: int = 8,
     seed: int = 1,
 ) -> PlannedRule:
+    if min(n_grams, num_buckets, hashes_per_bucket) < 1:
+        raise UserError("n_grams, num_buckets and hashes_per_bucket are at least 1")
     config = MinhashConfig(n_grams, num_buckets, hashes_per_bucket, seed, hash_config=_SHA1)
     signatures, pairs, clusters = (
         f"{context.folder}/{name}" for name in ("signatures", "pairs", "clusters")

@@ -65,7 +65,10 @@ def make_corpus(
             something else.
     """
     logger.remove()  # datatrove logs in files
-    folder = get_datafolder(output)
+    try:
+        folder = get_datafolder(output)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--output {output}: {error}") from error
     output = folder.resolve_paths("")
     with _locked(folder):
         sources = _digests(config)

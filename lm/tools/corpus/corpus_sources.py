@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from datatrove.data import Document, DocumentsPipeline
@@ -14,7 +15,8 @@ from datatrove.pipeline.readers import CSVReader, JsonlReader, ParquetReader, Wa
 
 from lm import config as configs
 from lm.config.registries import SOURCES
-from lm.data.sources import Chunk, RecordSource
+from lm.data.row_documents import field_value, without_lone_surrogates
+from lm.data.sources import Chunk, RecordSource, Row
 from lm.errors import UserError
 
 # Readers of datatrove, for what our sources do not read. They leave a damaged line out.
@@ -26,6 +28,9 @@ DATATROVE = {
 }
 # Keys of section `data` that say how a source is read.
 SOURCE_KEYS = ("directory", "field", "documents", "bad_rows", "header", "split")
+
+
+SOURCE_NAME = "source_name"  # metadata; "source" is a column of the source's own, if it has one
 
 
 class NamedSource(NamedTuple):
@@ -68,12 +73,14 @@ class NamedSource(NamedTuple):
         data.update(self.data)
         return data
 
-    def files(self) -> int:
+    def n_parts(self) -> int:
         """Return into how many parts tasks can divide the source."""
         source = self.open()
         if isinstance(source, PipelineStep):
             return len(source.data_folder.list_files(glob_pattern=source.glob_pattern))
-        return len(getattr(source, "files", "1"))
+        if isinstance(source, RecordSource):
+            return len(getattr(source, "files", "1"))
+        return len(source.parts())
 
     def digest(self) -> str:
         """Return the digest of the contents; of a reader of datatrove, of names and sizes."""
@@ -98,51 +105,57 @@ class NamedSource(NamedTuple):
         Raises:
             UserError: a file is damaged, or a row has no text.
         """
-        source, prefix = self.open(), f"{self.name}/{rank}"
+        source = self.open()
         if isinstance(source, PipelineStep):
             documents = source.run(None, rank, world_size)
-        elif hasattr(source, "files"):
-            source.files = source.files[rank::world_size]
-            documents = _documents(source, self.settings, prefix, report)
+        elif isinstance(source, RecordSource):
+            rows = _rows(source, rank, world_size)
+            documents = _from_rows(rows, self.settings, f"{self.name}/{rank}", report)
         else:
-            documents = _documents(source, self.settings, prefix, report) if rank == 0 else ()
+            parts = list(enumerate(source.parts()))[rank::world_size]
+            documents = chain.from_iterable(
+                _from_chunks(part.chunks(), f"{self.name}/{n}", report) for n, part in parts
+            )
         for document in documents:
-            document.metadata = {"source": self.name, **document.metadata}
+            named = {"source": self.name, **document.metadata, SOURCE_NAME: self.name}
+            document.metadata = named
             if self.license:
                 document.metadata.setdefault("license", self.license)
             document.metadata.pop("file_path", None)
             yield document
 
 
-def _documents(
-    source: Any, data: Any, prefix: str, report: Callable[[str], object]
+def _from_chunks(
+    chunks: Iterator[Chunk], prefix: str, report: Callable[[str], object]
 ) -> Iterator[Document]:
-    """Yield the documents of a source: of its rows, if it has any, with their other columns."""
-    if isinstance(source, RecordSource):
-        yield from _from_rows(source, data, prefix, report)
-    else:
-        for number, text in enumerate(_joined(source.chunks())):
+    parts: list[str] = []
+    for number, chunk in enumerate(chunks):
+        parts.append(chunk.text)
+        if chunk.last:
+            text = "".join(parts)
+            parts = []
             if text.strip():
                 yield Document(text, f"{prefix}/{number}")
             else:
                 report("empty")
 
 
-def _joined(chunks: Iterator[Chunk]) -> Iterator[str]:
-    parts: list[str] = []
-    for chunk in chunks:
-        parts.append(chunk.text)
-        if chunk.last:
-            yield "".join(parts)
-            parts = []
+def _rows(source: Any, rank: int, world_size: int) -> Iterator[Row]:
+    """Return the rows of every `world_size`-th file; a source without files is one part."""
+    if hasattr(source, "files"):
+        source.files = source.files[rank::world_size]
+    elif rank:
+        return iter(())
+    return getattr(source, "all_rows", source.rows)()
 
 
 def _from_rows(
-    source: RecordSource, data: Any, prefix: str, report: Callable[[str], object]
+    rows: Iterator[Row], data: Any, prefix: str, report: Callable[[str], object]
 ) -> Iterator[Document]:
-    for number, row in enumerate(source.rows()):
+    for number, row in enumerate(rows):
         values = {k: v for k, v in row.values.items() if isinstance(v, str | int | float | bool)}
-        text, problem = values.pop(data.field, None), row.problem
+        text, problem = field_value(row.values, data.field), row.problem
+        values.pop(data.field, None)
         if problem or not isinstance(text, str):
             there = ", ".join(row.values)
             problem = problem or f"no text in field {data.field!r} (there are: {there})"
@@ -154,8 +167,7 @@ def _from_rows(
             report("empty")
             continue
         name = str(values.pop("id", f"{prefix}/{number}"))
-        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        yield Document(whole, name, [], values)
+        yield Document(without_lone_surrogates(text), name, [], values)
 
 
 class SourceReader(PipelineStep):

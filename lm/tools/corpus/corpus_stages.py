@@ -16,7 +16,7 @@ from fsspec.compression import register_compression
 from lm.errors import UserError, missing_package
 from lm.tools.corpus.corpus_config import WORDS, Config, named_sources
 from lm.tools.corpus.corpus_rules import RULES, RuleContext
-from lm.tools.corpus.corpus_sources import SourceReader, StageReader
+from lm.tools.corpus.corpus_sources import SOURCE_NAME, SourceReader, StageReader
 from lm.tools.corpus.rule_tally import Observed
 from lm.tools.corpus.text_blocks import UnicodeWords
 
@@ -70,14 +70,13 @@ def plan_stages(config: Config, output: str) -> list[CorpusStage]:
         UserError: a source is missing, an option is wrong, or a package is not installed.
     """
     sources = tuple(named_sources(config, "sources").values())
-    n_tasks = config["tasks"] or min(MOST_TASKS, max(source.files() for source in sources))
+    n_tasks = config["tasks"] or min(MOST_TASKS, max(source.n_parts() for source in sources))
     words, tests = _words(config["words"]), named_sources(config, "tests")
     card = config["card"]
 
     def observed(block: PipelineStep, label: str) -> Observed:
-        return Observed(
-            block, label, tally_folder(output, label), card["columns"], card["examples"]
-        )
+        columns = (SOURCE_NAME, *card["columns"]) if label == READ else card["columns"]
+        return Observed(block, label, tally_folder(output, label), columns, card["examples"])
 
     before: list[CorpusStage] = []
     stages: list[CorpusStage] = []

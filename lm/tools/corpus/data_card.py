@@ -18,8 +18,10 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
+from lm.data.row_documents import CARD_KIND
 from lm.errors import UserError
 from lm.tools.corpus.corpus_config import Config
+from lm.tools.corpus.corpus_sources import SOURCE_NAME
 from lm.tools.corpus.corpus_stages import READ, WRITTEN, tally_folder
 from lm.tools.corpus.rule_tally import Figures, merge_figures
 from lm.tools.formatting import printable
@@ -69,7 +71,7 @@ class CardMaker(PipelineStep):
             by = ", ".join(f"{label} {n:,}" for label, n in removed.items() if n)
             raise UserError(f"all {read['counts']['kept']:,} documents were removed: {by}")
         return {
-            "kind": "lm corpus",
+            "kind": CARD_KIND,
             "title": config["card"]["title"],
             "read": read,
             "rules": rules,
@@ -97,7 +99,7 @@ class CardMaker(PipelineStep):
 
 def require_documents(read: Figures, sources: Any) -> None:
     """Raise UserError if a source gave no document."""
-    found = read["values"].get("source", {})
+    found = read["values"].get(SOURCE_NAME, {})  # nothing at all was read
     for name in sources:
         if not found.get(name):
             raise UserError(f"config.sources.{name} holds no text")

@@ -8,6 +8,8 @@ import random
 import pytest
 
 from lm.cli import main
+from lm.config import default
+from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.tools.corpus import corpus_run
 from lm.tools.corpus.corpus_config import load_corpus_config
@@ -169,6 +171,24 @@ def test_card_has_both_sides_escaped_and_no_personal_data(corpus, mixed):
     assert kept["text"] == gone["text"]
 
 
+def test_runs_know_the_card_of_their_corpus(corpus, mixed):
+    _, place = corpus(rules=("exact_duplicates",))
+    spec = f"jsonl:{place}/*.jsonl.gz"
+    digest = hashlib.sha256((place / "card.json").read_bytes()).hexdigest()
+
+    def make_data(**values):
+        data = default().data
+        data.update(tokenizer="byte", **values)
+        return data
+
+    assert open_dataset(make_data(source=spec)).fingerprint[f"card {spec}"] == digest
+    held_out = open_dataset(make_data(source=spec, validation_fraction=0.3)).fingerprint
+    assert held_out[f"card {spec} (train)"] == digest
+    for other in ('{"kind": "another"}', "[]", "no JSON"):
+        (place / "card.json").write_text(other)
+        assert len(open_dataset(make_data(source=spec)).fingerprint) == 2
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_other_formats(corpus, mixed, form):
     code, place = corpus(write={"format": form, "megabytes": 1}, rules=("exact_duplicates",))
@@ -247,6 +267,7 @@ def test_banned_words_of_a_file(corpus, tmp_path):
         ({"rules": ("personal_data",), "personal_data": {"regions": ("XY",)}}, "region 'XY'"),
         ({"rules": ("decontamination",)}, "name test sets"),
         ({"rules": ("sample",), "sample": {"fraction": 0.0}}, "fraction=0.0 is not above 0"),
+        ({"rules": ("near_duplicates",), "near_duplicates": {"num_buckets": 0}}, "at least 1"),
         ({"sources": {}}, "config.sources is empty"),
         ({"sources": {"a": {"source": "jsonl:none*"}}}, "config.sources.a: no file matches"),
         ({"sources": {"a": {"source": "what:x"}}}, "unknown data source 'what'"),
@@ -294,6 +315,19 @@ def test_a_folder_with_something_else_stays_as_it_is(corpus, mixed, tmp_path, ca
     (tmp_path / "mine" / "file").touch()
     assert corpus("mine")[0] == 2
     assert "holds other files (file)" in capsys.readouterr().err
+
+
+def test_shards_can_be_read_again_beside_their_own_columns(corpus, mixed, tmp_path):
+    _, shards = corpus("shards", write={"format": "parquet"})
+    sources = {"again": {"source": f"parquet:{shards}/*.parquet"}}
+    sources["reader"] = {"source": f"datatrove-jsonl:{tmp_path}/in/*.jsonl"}
+    code, place = corpus(sources=sources, rules=("exact_duplicates",))
+    read = json.loads((place / "card.json").read_text())["read"]["values"]
+    assert code == 0
+    assert read["source_name"] == {"again": {"kept": 10}, "reader": {"kept": 10}}
+    assert read["source"] == {"web": {"kept": 10}, "reader": {"kept": 10}}
+    assert read["license"] == {"MIT": {"kept": 12}, "": {"kept": 8}}
+    assert removed(place) == {"exact_duplicates": 11}
 
 
 def test_command_line_changes_the_configuration(corpus, mixed, tmp_path):
