@@ -75,7 +75,7 @@ def served(folder: Path) -> Iterator[Server]:
             if not head:
                 self.wfile.write(part)
 
-    with _running(Handler) as address:
+    with running(Handler) as address:
         server = Server(folder, address)
         yield server
 
@@ -91,12 +91,12 @@ def served_in_order(folder: Path) -> Iterator[str]:
         def log_message(self, *args):
             pass
 
-    with _running(Handler) as address:
+    with running(Handler) as address:
         yield address
 
 
 @contextmanager
-def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     class Quiet(ThreadingHTTPServer):
         def handle_error(self, *args):
             pass  # clients that have read enough hang up

@@ -1,8 +1,12 @@
 """Hugging Face's library as a source: folders of files, saved data sets, and wrong ones."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from hub import served_hub
 
 from lm.data.dataset import open_corpus
 from lm.data.records import open_records
@@ -78,6 +82,43 @@ def test_questions_and_answers(make_data, tmp_path):
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "qa" / "train.parquet")
     ((record, _),) = open_records("datasets:qa", make_data())
     assert record["answers"] == [{"text": "b", "start": 2}]
+
+
+_CHILD = """
+import json, sys
+from lm.config import default
+from lm.data.dataset import open_corpus
+for spec in sys.argv[1:]:
+    corpus = open_corpus(spec, default().data, "train")
+    print(json.dumps([[chunk.text for chunk in corpus.chunks()], corpus.digest]))
+"""
+
+
+def test_files_and_a_data_set_of_the_hub(make_data, folder, tmp_path):
+    """In a process of its own, because the library reads the address when it is imported."""
+    (folder / "more.jsonl").write_text('{"text": "x"}\n' * 9)
+    with served_hub("us/corpus", folder) as address:
+        specs = ["datasets:us/corpus"]
+        files = ["more.jsonl", "more.json*", "data/train-*.parquet"]
+        specs += [
+            f"{f.split('.')[-1].replace('*', 'l')}:hf://datasets/us/corpus/{f}" for f in files
+        ]
+        variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, *specs],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+    assert child.returncode == 0, child.stderr
+    (of_set, digest), *others = map(json.loads, child.stdout.splitlines())
+    assert of_set == [row["text"] for row in ROWS]
+    assert len(digest) == 64
+    local = ["jsonl:corpus/more.jsonl"] * 2 + ["parquet:corpus/data/train-*.parquet"]
+    for spec, (found, digest) in zip(local, others, strict=True):
+        corpus = open_corpus(spec, make_data(), "train")
+        assert found == [chunk.text for chunk in corpus.chunks()]
+        assert digest == corpus.digest
 
 
 def test_what_cannot_be_opened_is_one_line(make_data, tmp_path, monkeypatch):
