@@ -59,10 +59,11 @@ def _readers():
     return readers
 
 
-# Keys of objectives and sources that these runs do not have, of checks against the mesh, and one
+# Keys of objectives, sources and caches that these runs do not have, of checks against the mesh, and one
 # that has an error of its own.
 OTHERS = {
     *("data.doc_stride", "data.field", "data.validation_split", "data.source", "data.tokenizer"),
+    *("data.end_token", "data.token_dtype", "data.shard_cache"),
     *(
         key
         for key in SCHEMA
