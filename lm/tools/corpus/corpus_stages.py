@@ -11,7 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 from datatrove.utils.word_tokenizers import WordTokenizer, load_tokenizer_assignments
-from fsspec.compression import register_compression
+from fsspec.compression import available_compressions, register_compression
 
 from lm.errors import UserError, missing_package
 from lm.tools.corpus.corpus_config import WORDS, Config, named_sources
@@ -134,11 +134,8 @@ def _shard_writer(options: Mapping[str, Any], output: str) -> PipelineStep:
             schema=schema,
         )
     compression = {"jsonl.gz": GZIP, "jsonl.zst": "zstd", "jsonl": None}[kind]
-    if compression == "zstd":
-        try:
-            import zstandard  # noqa: F401
-        except ImportError as error:
-            raise missing_package("config.write.format=jsonl.zst", "zstandard", "corpus") from error
+    if compression == "zstd" and compression not in available_compressions():
+        raise missing_package("config.write.format=jsonl.zst", "backports.zstd", "corpus")
     return JsonShards(
         columns,
         output,

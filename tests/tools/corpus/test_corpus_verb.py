@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 
+import fsspec
 import pytest
 
 from lm.cli import main
@@ -189,7 +190,7 @@ def test_runs_know_the_card_of_their_corpus(corpus, mixed):
         assert len(open_dataset(make_data(source=spec)).fingerprint) == 2
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.zst", "parquet"])
 def test_other_formats(corpus, mixed, form):
     code, place = corpus(write={"format": form, "megabytes": 1}, rules=("exact_duplicates",))
     assert code == 0
@@ -202,7 +203,13 @@ def test_other_formats(corpus, mixed, form):
             for r in pyarrow.parquet.read_table(f).to_pylist()
         ]
     else:
-        lines = [line for path in place.glob("*.jsonl") for line in path.read_text().splitlines()]
+        opened = [
+            fsspec.open(str(path), "rt", compression="infer") for path in place.glob(f"*.{form}")
+        ]
+        lines = []
+        for file in opened:
+            with file as text:
+                lines += text.readlines()
         rows = [json.loads(line) for line in lines]
     assert len(rows) == 9
     assert {row["license"] for row in rows if row.get("license")} == {"MIT"}
