@@ -13,7 +13,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -52,7 +53,7 @@ from lm.data.store import (
 )
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.storage import cache_directory, chosen_cache, parse_json
+from lm.storage import cache_directory, chosen_cache, parse_json, read_json
 
 SHARD = 2**28  # bytes of the source in a shard, about
 _VERSION = 1
@@ -144,11 +145,12 @@ class _Build:
     def _may_exist(self) -> bool:
         if any(name.startswith(self.mark) for name in self.by_name.sizes()):
             return True
-        folders = Path(self.place).glob("*/manifest.json") if "://" not in self.place else ()
-        for file in folders:
-            about = parse_json(file.read_bytes(), file)
-            if about.get("source") == self.corpus.name and "shards" not in about:
-                return True
+        files = Path(self.place).glob("*/manifest.json") if "://" not in self.place else ()
+        for file in files:
+            with suppress(OSError, UserError):  # damaged, and not of this source
+                about = read_json(file)
+                if about.get("source") == self.corpus.name and "shards" not in about:
+                    return True
         return False
 
     def _is_of_one_piece(self, key: str) -> bool:
@@ -194,11 +196,14 @@ class _Build:
             ShardTask(f"{i:05d}.shard", group, self.tokenizer, self.dtype, workers)
             for i, group in enumerate(groups)
         ]
-        self._run(folder, shards, f"tokenizing {self.corpus.name}")
+        indices: list[ShardIndex] = []
+
+        def digests() -> list[list[str]]:
+            indices[:] = _read_indices(folder, [shard.name for shard in shards], folder.sizes())
+            return [index.about["digests"] for index in indices]
+
+        self._run(folder, shards, f"tokenizing {self.corpus.name}", digests)
         sizes = folder.sizes()
-        indices = _read_indices(folder, [shard.name for shard in shards], sizes)
-        for group, index in zip(groups, indices, strict=True):
-            group.remember(index.about["digests"])
         of_each = np.asarray([index.about["sizes"] for index in indices])
         whole = make_manifest(self.corpus, self.tokenizer, of_each.sum(0), {})
         rows = [
@@ -223,18 +228,29 @@ class _Build:
         folder = open_shared_folder(self.place, _hash(_identity(whole), plan) + ".counts")
         groups = _group(parts)
         tasks = [CountTask(f"{i:05d}.json", group) for i, group in enumerate(groups)]
-        self._run(folder, tasks, f"counting the documents of {whole.name}")
-        counts: list[tuple[int, int]] = []
-        contents = folder.read_each([task.name for task in tasks])
-        for group, content in zip(groups, contents, strict=True):
-            found = parse_json(content, folder.place)
-            counts += found["counts"]
-            group.remember(found["digests"])
+        found: list[dict[str, Any]] = []
+
+        def digests() -> list[list[str]]:
+            contents = folder.read_each([task.name for task in tasks])
+            found[:] = [parse_json(content, folder.place) for content in contents]
+            return [each["digests"] for each in found]
+
+        self._run(folder, tasks, f"counting the documents of {whole.name}", digests)
+        counts = [count for each in found for count in each["counts"]]
         n_documents = [n for n, _ in counts]
         return (corpus,) if sum(n_documents) == 1 else corpus.sides_of(parts, n_documents)
 
-    def _run(self, folder: SharedFolder, tasks: Sequence[Any], description: str) -> None:
-        """Run tasks, and the hashing of the files that are more than one part."""
+    def _run(
+        self,
+        folder: SharedFolder,
+        tasks: Sequence[Any],
+        description: str,
+        read_digests: Callable[[], list[list[str]]],
+    ) -> None:
+        """Run tasks, and the hashing of the files that are more than one part.
+
+        What was made of other contents, of files with the same sizes and times, is made again.
+        """
         cut = {
             each.path: each.state
             for task in tasks
@@ -256,8 +272,22 @@ class _Build:
             plugins,
             partial(_use_cache, cache_directory(self.data)),
         )
-        for task, content in zip(hashing, folder.read_each([t.name for t in hashing]), strict=True):
-            file_digests.remember_digest(task.path, task.state, content.decode())
+        cut_files = [task.path for task in hashing]
+        contents = folder.read_each([task.name for task in hashing])
+        found = dict(zip(cut_files, (content.decode() for content in contents), strict=True))
+        stale: set[str] = set()
+        for task, digests in zip(tasks, read_digests(), strict=True):
+            for each, digest in zip(task.sources.parts, digests, strict=True):
+                digest = digest or found.get(each.path, "")
+                known = digest and file_digests.known_digest(each.path, each.state)
+                if known and known != digest:
+                    stale.add(task.name)
+                elif digest:
+                    remember_digest(each.path, each.state, digest)
+        if stale:
+            for name in [*stale, *(task.name for task in hashing)]:
+                folder.remove(name)
+            self._run(folder, tasks, description, read_digests)
 
 
 def _use_cache(folder: Path) -> None:
@@ -366,12 +396,6 @@ class PartGroup:
                 if path is not None:
                     require_unchanged(path, state)
                 digests.append(file_digest(path) if path is not None and is_file else "")
-
-    def remember(self, digests: Sequence[str]) -> None:
-        """Remember the digests of the files, which other processes may have found."""
-        for each, digest in zip(self.parts, digests, strict=True):
-            if digest:
-                remember_digest(each.path, each.state, digest)
 
 
 @dataclass(frozen=True)

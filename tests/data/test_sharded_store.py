@@ -119,6 +119,36 @@ def test_any_division_gives_the_same_tokens(
                     same(found, expected)
 
 
+def test_a_store_of_one_piece_that_is_there_is_used(tmp_path, make_data, small):
+    write(tmp_path, [["some", "text", "of a file"] * 9, ["more of it"]])
+    data = make_data()
+    whole = build_token_store(
+        open_corpus("jsonl:*", data, "train"), ByteTokenizer(), tmp_path / "cache"
+    )
+    (tmp_path / "cache" / "digests.jsonl").unlink()
+    (tmp_path / "cache" / "stores" / "other").mkdir()
+    (tmp_path / "cache" / "stores" / "other" / "manifest.json").write_text("[")
+    found = open_sharded_store(open_corpus("jsonl:*", data, "train"), ByteTokenizer(), data, False)
+    assert found.directory == whole.directory
+    assert not list((tmp_path / "cache" / "stores").glob("*.shards"))
+
+
+@pytest.mark.parametrize("size", [20, 10**6])
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_other_contents_with_the_same_size_and_time_are_noticed(
+    tmp_path, make_data, small, monkeypatch, size, fraction
+):
+    monkeypatch.setattr(file_parts, "RANGE", size)
+    for text in ("text", "tixt"):
+        write(tmp_path, [["some", text, "of a file"] * 9, ["more of it"]])
+        data = make_data(validation_fraction=fraction)
+        corpus = open_corpus("jsonl:*", data, "train")
+        found = open_sharded_store(corpus, ByteTokenizer(), data, False)
+        expected = build_token_store(corpus, ByteTokenizer(), tmp_path / "whole", 1)
+        assert found.manifest.source_digest == expected.manifest.source_digest
+        assert found.tokens.tolist() == expected.tokens.tolist()
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
 def test_a_build_reads_files_once_for_tokens_and_digests(
     tmp_path, make_data, small, monkeypatch, fraction
