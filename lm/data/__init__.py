@@ -9,4 +9,7 @@ state). A large corpus, or one whose cache is in a bucket, is divided: `sources.
 `sharded_store` (what is built), `shared_build` (by whom), `shared_folder` (where), `shards` (a
 file, and arrays over all). `dataset` opens all of it from a configuration, `splits` what evaluation
 needs.
+
+Files are found and opened by `files` (`compression` by their endings, `remote` by URL). A source of
+files reads through `files.open_file`, hashes with `file_digests.hash_files`, and so works with all.
 """

@@ -4,17 +4,17 @@
 that derives from `DocumentSource` (documents to pretrain on), from `RecordSource` (records of a
 task), or from both. A class of your own, in a file that your experiment file imports:
 
-    @SOURCES.register("parquet")
-    class Parquet(DocumentSource):
-        forms = ("parquet:PATH",)
+    @SOURCES.register("orc")
+    class Orc(DocumentSource):
+        forms = ("orc:PATH",)
 
         def __init__(self, argument, data, split):
-            self.name, self.column = f"parquet:{argument}", data.field
+            self.name, self.column = f"orc:{argument}", data.field
             self.files = find_files(argument, data)
 
         @cached_property
         def digest(self):
-            return hash_files(self.files, "parquet", self.column)
+            return hash_files(self.files, "orc", self.column)
 
         def chunks(self):
             for path in self.files:
@@ -98,7 +98,7 @@ class _Source(ABC):
     """Base of both kinds of sources.
 
     Attributes:
-        forms: how a configuration writes the source, such as ("parquet:PATH",), for messages and
+        forms: how a configuration writes the source, such as ("orc:PATH",), for messages and
             validation; () for any. Plug-ins only: the registry has those of the library.
         holds: "documents", "records" or both, set for each class.
         name: source as the configuration names it, for messages and manifests; set by `__init__`.

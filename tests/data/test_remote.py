@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -152,7 +153,10 @@ def test_addresses_that_cannot_be(make_data, folder):
 def test_a_bucket_of_google(make_data, folder):
     from emulated_bucket import emulated_bucket
 
-    with emulated_bucket("corpora", 9312) as address:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with emulated_bucket("corpora", port) as address:
         import gcsfs
 
         gcsfs.GCSFileSystem.clear_instance_cache()
