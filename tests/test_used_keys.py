@@ -59,8 +59,8 @@ def _readers():
     return readers
 
 
-# Keys of objectives, sources and caches that these runs do not have, of checks against the mesh, and one
-# that has an error of its own.
+# Keys of objectives, sources and caches that these runs do not have, of checks against the mesh,
+# and one that has an error of its own.
 OTHERS = {
     *("data.doc_stride", "data.field", "data.validation_split", "data.source", "data.tokenizer"),
     *("data.end_token", "data.token_dtype", "data.shard_cache"),
