@@ -24,10 +24,15 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 SECONDS = 60
 MEMORY = 16 << 30
+MERGES = [("t", "h"), ("th", "e"), ("a", "t")]
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+TOKENIZER_CLASSES = ("GPT2", "Llama", "Qwen2", "Bert", "Roberta", "T5")
 TEXT = "the cat sat on the mat, and 12 dogs ran\n"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 64}
@@ -53,118 +58,143 @@ HOSTILE = [
 # --- folders
 
 
-def build_folders(place):
-    """Return {name: folder} of intact models."""
-    import sentencepiece
+def write_byte_level(folder, special):
+    """Write the tokenizer.json of a byte-level BPE whose texts begin with the first special one."""
     import tokenizers
-    import torch
-    import transformers as t
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, normalizers
     from tokenizers import pre_tokenizers as pre
 
-    torch.manual_seed(0)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_ids(), MERGES))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(special)
+    first = special[0]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        f"{first} $A", f"{first} $A {first}:1 $B:1", [(first, made.token_to_id(first))]
+    )
+    made.save(str(folder / "tokenizer.json"))
 
-    def byte_level(folder, special, files=False):
-        ids = {c: i for i, c in enumerate(sorted(pre.ByteLevel.alphabet()))}
-        merges = [("t", "h"), ("th", "e"), ("a", "t")]
-        ids |= {"".join(pair): len(ids) + i for i, pair in enumerate(merges)}
-        if files:
-            ids |= {name: len(ids) + i for i, name in enumerate(special)}
-            (folder / "vocab.json").write_text(json.dumps(ids))
-            text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
-            (folder / "merges.txt").write_text(text)
-            return
-        made = tokenizers.Tokenizer(models.BPE(ids, merges))
-        made.normalizer = normalizers.NFC()
-        made.pre_tokenizer, made.decoder = (
-            pre.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
+
+def write_merges(folder, special):
+    """Write the vocab.json and merges.txt of a byte-level BPE."""
+    ids = byte_ids()
+    ids |= {name: len(ids) + i for i, name in enumerate(special)}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    lines = ["#version: 0.2", *map(" ".join, MERGES)]
+    (folder / "merges.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def byte_ids():
+    """Return the ids of bytes and of what `MERGES` make of them."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    names = [*sorted(ByteLevel.alphabet()), *map("".join, MERGES)]
+    return {name: i for i, name in enumerate(names)}
+
+
+def write_sentencepiece(name, kind):
+    """Return a function that writes a SentencePiece model and a token beyond it."""
+    import sentencepiece
+
+    def write(folder, special):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 50),
+            model_writer=model,
+            vocab_size=276,
+            model_type=kind,
+            byte_fallback=True,
+            minloglevel=3,
         )
-        made.add_special_tokens(special)
-        first = special[0]
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            f"{first} $A", f"{first} $A {first}:1 $B:1", [(first, made.token_to_id(first))]
-        )
-        made.save(str(folder / "tokenizer.json"))
+        (folder / name).write_bytes(model.getvalue())
+        (folder / "added_tokens.json").write_text(json.dumps({"NEW": 276}))
 
-    def sentencepiece_model(name, kind):
-        def write(folder, special):
-            model = io.BytesIO()
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter([TEXT] * 50),
-                model_writer=model,
-                vocab_size=276,
-                model_type=kind,
-                byte_fallback=True,
-                minloglevel=3,
-            )
-            (folder / name).write_bytes(model.getvalue())
-            (folder / "added_tokens.json").write_text(json.dumps({"NEW": 276}))
+    return write
 
-        return write
 
-    def word_pieces(folder, special):
-        pieces = [*special, *"abcdefghijklmnoprstuvwxyz12,", *(f"##{c}" for c in "aehnst"), "the"]
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+def write_word_pieces(folder, special):
+    """Write the vocab.txt of a BERT."""
+    pieces = [*special, *"abcdefghijklmnoprstuvwxyz12,", *(f"##{c}" for c in "aehnst"), "the"]
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
 
-    def plain(folder, special):
-        byte_level(folder, special, files=True)
 
+class Kind(NamedTuple):
+    """A family with one kind of vocabulary.
+
+    Attributes:
+        model: class in transformers.
+        values: its configuration.
+        write: writes the files of the vocabulary, from a folder and the special tokens.
+        special: special tokens; the first is eos.
+        tokenizer: keys of tokenizer_config.json.
+    """
+
+    model: str
+    values: dict
+    write: Callable
+    special: list
+    tokenizer: dict = FAST
+
+
+def kinds():
+    """Return {name: Kind}."""
     bert = [f"[{role}]" for role in ("PAD", "UNK", "CLS", "SEP", "MASK")]
     roberta = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     end, llama = ["<|endoftext|>"], ["<s>", "</s>", "<unk>"]
     sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
     gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    windows = {"sliding_window": 8, "query_pre_attn_scalar": 8}
-    kinds = {
-        "gpt2": (t.GPT2LMHeadModel, gpt2, byte_level, end),
-        "gpt2-files": (t.GPT2LMHeadModel, gpt2, plain, end),
-        "llama": (t.LlamaForCausalLM, sizes, byte_level, llama),
-        "llama-model": (
-            t.LlamaForCausalLM,
-            sizes,
-            sentencepiece_model("tokenizer.model", "bpe"),
-            llama,
+    windows = sizes | {"sliding_window": 8, "query_pre_attn_scalar": 8}
+    experts, grouped = sizes | {"num_local_experts": 2}, SIZES | {"num_key_value_heads": 1}
+    bpe = write_sentencepiece("tokenizer.model", "bpe")
+    unigram = write_sentencepiece("spiece.model", "unigram")
+    of = {name: {"tokenizer_class": f"{name}Tokenizer"} for name in TOKENIZER_CLASSES}
+    with_bos = of["Llama"] | {"add_bos_token": True}
+    return {
+        "gpt2": Kind("GPT2LMHeadModel", gpt2, write_byte_level, end, of["GPT2"]),
+        "gpt2-files": Kind("GPT2LMHeadModel", gpt2, write_merges, end, of["GPT2"]),
+        "llama": Kind("LlamaForCausalLM", sizes, write_byte_level, llama),
+        "llama-model": Kind("LlamaForCausalLM", sizes, bpe, llama, with_bos),
+        "mistral": Kind("MistralForCausalLM", sizes, write_byte_level, llama),
+        "mixtral": Kind("MixtralForCausalLM", experts, write_byte_level, llama),
+        "qwen2": Kind("Qwen2ForCausalLM", grouped, write_merges, end, of["Qwen2"]),
+        "qwen3": Kind("Qwen3ForCausalLM", sizes, write_byte_level, end),
+        "gemma": Kind("GemmaForCausalLM", sizes, write_byte_level, llama),
+        "gemma2": Kind("Gemma2ForCausalLM", windows, write_byte_level, llama),
+        "gemma3": Kind("Gemma3ForCausalLM", windows, write_byte_level, llama),
+        "bert": Kind("BertForMaskedLM", SIZES, write_word_pieces, bert, of["Bert"]),
+        "bert-classes": Kind(
+            "BertForSequenceClassification", SIZES, write_word_pieces, bert, of["Bert"]
         ),
-        "mistral": (t.MistralForCausalLM, sizes, byte_level, llama),
-        "mixtral": (t.MixtralForCausalLM, sizes | {"num_local_experts": 2}, byte_level, llama),
-        "qwen2": (t.Qwen2ForCausalLM, SIZES | {"num_key_value_heads": 1}, plain, end),
-        "qwen3": (t.Qwen3ForCausalLM, sizes, byte_level, end),
-        "gemma": (t.GemmaForCausalLM, sizes, byte_level, llama),
-        "gemma2": (t.Gemma2ForCausalLM, sizes | windows, byte_level, llama),
-        "gemma3": (t.Gemma3ForCausalLM, sizes | windows, byte_level, llama),
-        "bert": (t.BertForMaskedLM, SIZES, word_pieces, bert),
-        "bert-classes": (t.BertForSequenceClassification, SIZES, word_pieces, bert),
-        "roberta": (t.RobertaForMaskedLM, SIZES, plain, roberta),
-        "t5": (
-            t.T5ForConditionalGeneration,
-            t5,
-            sentencepiece_model("spiece.model", "unigram"),
-            llama,
-        ),
+        "roberta": Kind("RobertaForMaskedLM", SIZES, write_merges, roberta, of["Roberta"]),
+        "t5": Kind("T5ForConditionalGeneration", t5, unigram, llama, of["T5"]),
     }
+
+
+def build_folders(place):
+    """Return {name: folder} of intact models."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
     found = {}
-    for name, (model, values, write, special) in kinds.items():
-        folder = place / name
+    for name, kind in kinds().items():
+        folder = found[name] = place / name
         folder.mkdir(parents=True)
-        write(folder, special)
-        made = model(model.config_class(vocab_size=320, **values))
+        kind.write(folder, kind.special)
+        model = getattr(transformers, kind.model)
+        made = model(model.config_class(vocab_size=320, **kind.values))
         made.save_pretrained(folder, **({"max_shard_size": "20KB"} if name == "qwen3" else {}))
         settings = {"add_bos_token": False, "model_max_length": 64, "clean_up": False}
-        classes = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer", "roberta": "RobertaTokenizer"}
-        kind = made.config.model_type
-        settings["tokenizer_class"] = classes.get(kind, "PreTrainedTokenizerFast")
-        if name == "llama-model":
-            settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
-        settings |= {"t5": {"tokenizer_class": "T5Tokenizer"}}.get(kind, {})
-        settings |= {"qwen2": {"tokenizer_class": "Qwen2Tokenizer"}}.get(kind, {})
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        roles = {"eos_token": special[0]}
-        (folder / "special_tokens_map.json").write_text(json.dumps(roles if kind != "bert" else {}))
-        generation = {"eos_token_id": [1, 2], "do_sample": True}
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-        found[name] = folder
+        roles = {"eos_token": kind.special[0]} if kind.write is not write_word_pieces else {}
+        stated = {
+            "tokenizer_config.json": settings | kind.tokenizer,
+            "special_tokens_map.json": roles,
+            "generation_config.json": {"eos_token_id": [1, 2], "do_sample": True},
+        }
+        for file, value in stated.items():
+            (folder / file).write_text(json.dumps(value))
     return found
 
 

@@ -26,6 +26,7 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -85,205 +86,248 @@ def added(first, names, special=True):
     }
 
 
-def families(data, packages):
-    """Return {name: (files, tokenizer_config, further files, model class, its configuration)}."""
+def stated_token(name):
+    """Return a special token of tokenizer_config.json as an object."""
+    return {"__type": "AddedToken", "content": name, "normalized": True}
+
+
+# --- what families release
+
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA_TOKENIZER = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "added_tokens_decoder": added(0, ["<unk>", "<s>", "</s>"]),
+    "additional_special_tokens": [],
+    "bos_token": "<s>",
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "</s>",
+    "legacy": True,
+    "model_max_length": 1000000000000000019884624838656,
+    "pad_token": None,
+    "sp_model_kwargs": {},
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": "<unk>",
+    "use_default_system_prompt": False,
+}
+LLAMA3_TOKENIZER = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|eot_id|>",
+    "model_max_length": 131072,
+}
+QWEN_ENDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_NAMES = (
+    *("object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end"),
+    *("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+)
+QWEN2_TOKENIZER = {
+    "add_prefix_space": False,
+    "added_tokens_decoder": added(151643, QWEN_ENDS),
+    "additional_special_tokens": QWEN_ENDS[1:],
+    "bos_token": None,
+    "chat_template": "{{ messages[0]['content'] }}",
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "<|im_end|>",
+    "errors": "replace",
+    "model_max_length": 32768,
+    "pad_token": "<|endoftext|>",
+    "split_special_tokens": False,
+    "tokenizer_class": "Qwen2Tokenizer",
+    "unk_token": None,
+}
+QWEN3_TOKENIZER = QWEN2_TOKENIZER | {
+    "add_bos_token": False,
+    "added_tokens_decoder": {
+        **added(151643, [*QWEN_ENDS, *(f"<|{name}|>" for name in QWEN_NAMES)]),
+        **added(151657, ["<tool_call>", "</tool_call>", "<think>", "</think>"], special=False),
+    },
+}
+QWEN_GENERATION = {
+    **{"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643]},
+    **{"pad_token_id": 151643, "repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8},
+}
+DEEPSEEK_TOKENIZER = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": stated_token("<｜begin▁of▁sentence｜>"),
+    "eos_token": stated_token("<｜end▁of▁sentence｜>"),
+    "pad_token": stated_token("<｜end▁of▁sentence｜>"),
+    "clean_up_tokenization_spaces": False,
+    "legacy": True,
+    "model_max_length": 16384,
+    "tokenizer_class": "LlamaTokenizerFast",
+}
+BERT_TOKENIZER = {
+    **{"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
+}
+T5_TOKENIZER = {
+    **{"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100},
+    **{"tokenizer_class": "T5Tokenizer", "model_max_length": 512},
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+T5 |= {"pad_token_id": 0, "decoder_start_token_id": 0}
+LLAMA = DECODER | {"bos_token_id": 1, "eos_token_id": 2}
+LLAMA3_ENDS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
+
+
+class Family(NamedTuple):
+    """A folder as a family releases it.
+
+    Attributes:
+        vocabulary: its files of the vocabulary, in `vocabularies`.
+        settings: tokenizer_config.json; None: among the files of the vocabulary.
+        kind: class of the model.
+        values: its configuration.
+        special_map: special_tokens_map.json, if there is one.
+        generation: generation_config.json, if there is one.
+    """
+
+    vocabulary: str
+    settings: dict | None
+    kind: type
+    values: dict
+    special_map: dict | None = None
+    generation: dict | None = None
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "gpt2",
+        {"model_max_length": 1024, "tokenizer_class": "GPT2Tokenizer"},
+        t.GPT2LMHeadModel,
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50257},
+        generation={"bos_token_id": 50256, "eos_token_id": 50256},
+    ),
+    "roberta": Family(
+        "roberta",
+        {"model_max_length": 512, "tokenizer_class": "RobertaTokenizer"},
+        t.RobertaForMaskedLM,
+        BERT | {"vocab_size": 50261, "max_position_embeddings": 514},
+    ),
+    "bert": Family("bert", BERT_TOKENIZER, t.BertForMaskedLM, BERT | {"vocab_size": 30522}),
+    "bert-cased": Family(
+        "bert",
+        BERT_TOKENIZER | {"do_lower_case": False},
+        t.BertForMaskedLM,
+        BERT | {"vocab_size": 30522},
+    ),
+    "minilm": Family("minilm", None, t.BertModel, BERT | {"vocab_size": 30522}),
+    "llama2": Family(
+        "stories", LLAMA_TOKENIZER, t.LlamaForCausalLM, LLAMA | {"vocab_size": 512}, ROLES
+    ),
+    "llama2-32k": Family(
+        "v1-model", LLAMA_TOKENIZER, t.LlamaForCausalLM, LLAMA | {"vocab_size": 32000}, ROLES
+    ),
+    "mistral": Family(
+        "v1",
+        LLAMA_TOKENIZER,
+        t.MistralForCausalLM,
+        LLAMA | {"vocab_size": 32000, "sliding_window": None},
+        ROLES,
+        {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "mistral-v3": Family(
+        "v3",
+        LLAMA_TOKENIZER | {"legacy": False},
+        t.MistralForCausalLM,
+        LLAMA | {"vocab_size": 32768, "sliding_window": None},
+        ROLES,
+    ),
+    "mixtral": Family(
+        "v1",
+        LLAMA_TOKENIZER,
+        t.MixtralForCausalLM,
+        LLAMA | {"vocab_size": 32000, "num_local_experts": 2},
+        ROLES,
+    ),
+    "llama3": Family(
+        "llama3",
+        LLAMA3_TOKENIZER,
+        t.LlamaForCausalLM,
+        DECODER | LLAMA3_ENDS | {"vocab_size": 128256},
+        generation=LLAMA3_ENDS | {"do_sample": True, "temperature": 0.6},
+    ),
+    "qwen2": Family(
+        "qwen",
+        QWEN2_TOKENIZER,
+        t.Qwen2ForCausalLM,
+        DECODER | {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645},
+        generation=QWEN_GENERATION,
+    ),
+    "qwen3": Family(
+        "qwen",
+        QWEN3_TOKENIZER,
+        t.Qwen3ForCausalLM,
+        DECODER | {"vocab_size": 151936, "head_dim": 8, "eos_token_id": 151645},
+        generation=QWEN_GENERATION,
+    ),
+    "deepseek": Family(
+        "deepseek",
+        DEEPSEEK_TOKENIZER,
+        t.LlamaForCausalLM,
+        DECODER | {"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},
+    ),
+    "t5": Family(
+        "t5",
+        T5_TOKENIZER | {"pad_token": "<unk>"},
+        t.T5ForConditionalGeneration,
+        T5 | {"vocab_size": 1128, "eos_token_id": 2},
+    ),
+    "albert": Family(
+        "albert",
+        T5_TOKENIZER | {"eos_token": "[SEP]", "extra_ids": 0},
+        t.T5ForConditionalGeneration,
+        T5 | {"vocab_size": 30128, "eos_token_id": 3},
+    ),
+}
+
+
+def roberta_ids(content):
+    """Return vocab.json of RoBERTa from GPT-2's: four special tokens first, the mask last."""
+    names = [name for name in json.loads(content) if name != "<|endoftext|>"]
+    names = ["<s>", "<pad>", "</s>", "<unk>", *names, "<mask>"]
+    return json.dumps({name: i for i, name in enumerate(names)}).encode()
+
+
+def vocabularies(data, packages):
+    """Return {name: {file: its content}}.
+
+    Args:
+        data: folder of data sets.
+        packages: folder of unpacked packages.
+    """
 
     def package(pattern):
         return next(iter(sorted(packages.rglob(pattern)))).read_bytes()
 
-    gpt2 = {
-        "vocab.json": (data / "gpt2_bpe/encoder.json").read_bytes(),
-        "merges.txt": (data / "gpt2_bpe/vocab.bpe").read_bytes(),
-    }
-    ids = json.loads(gpt2["vocab.json"])
-    ids.pop("<|endoftext|>")
-    roberta = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    roberta |= {name: i + 4 for i, name in enumerate(ids)} | {"<mask>": len(ids) + 4}
-    roberta_files = gpt2 | {"vocab.json": json.dumps(roberta).encode()}
-    pieces = (data / "bert_vocab/vocab.txt").read_bytes()
+    ids = (data / "gpt2_bpe/encoder.json").read_bytes()
+    merges = {"merges.txt": (data / "gpt2_bpe/vocab.bpe").read_bytes()}
+    pieces = {"vocab.txt": (data / "bert_vocab/vocab.txt").read_bytes()}
+    minilm = (data / "minilm/tokenizer_config.json").read_bytes()
+    roles = {k: v for k, v in json.loads(minilm).items() if k.endswith("_token")}
     v1, v3 = package("tokenizer.model.v1"), package("*240323.model.v3")
-    mistral = {"tokenizer.model": v1, "tokenizer.json": definition_of(v1)}
-    llama = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": added(0, ["<unk>", "<s>", "</s>"]),
-        "additional_special_tokens": [],
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
-        "legacy": True,
-        "model_max_length": 1000000000000000019884624838656,
-        "pad_token": None,
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-        "use_default_system_prompt": False,
-    }
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    qwen = ranks_to_files(package("qwen.tiktoken"))
-    ends = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    qwen_config = {
-        "add_prefix_space": False,
-        "added_tokens_decoder": added(151643, ends),
-        "additional_special_tokens": ends[1:],
-        "bos_token": None,
-        "chat_template": "{{ messages[0]['content'] }}",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 32768,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    names = ["object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end"]
-    names += ["vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
-    more = added(151643, [*ends, *(f"<|{name}|>" for name in names)])
-    more |= added(151657, ["<tool_call>", "</tool_call>", "<think>", "</think>"], special=False)
-    qwen3_config = qwen_config | {"add_bos_token": False, "added_tokens_decoder": more}
-    generation = {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643]}
-    generation |= {"pad_token_id": 151643, "repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8}
-    begin, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-    deepseek = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": {"__type": "AddedToken", "content": begin, "normalized": True},
-        "eos_token": {"__type": "AddedToken", "content": end, "normalized": True},
-        "pad_token": {"__type": "AddedToken", "content": end, "normalized": True},
-        "clean_up_tokenization_spaces": False,
-        "legacy": True,
-        "model_max_length": 16384,
-        "tokenizer_class": "LlamaTokenizerFast",
-    }
-    bert = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
-    minilm = json.loads((data / "minilm/tokenizer_config.json").read_bytes())
-    t5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
-    t5 |= {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
-    t5_values = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    llama3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
-    llama3 |= {"eos_token": "<|eot_id|>", "model_max_length": 131072}
-    llama3_ends = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
-    eos = {"bos_token_id": 1, "eos_token_id": 2}
-    window = {"sliding_window": None}
+    models = data / "sentencepiece"
     return {
-        "gpt2": (
-            gpt2,
-            {"model_max_length": 1024, "tokenizer_class": "GPT2Tokenizer"},
-            {"generation_config.json": {"bos_token_id": 50256, "eos_token_id": 50256}},
-            t.GPT2LMHeadModel,
-            {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50257},
-        ),
-        "roberta": (
-            roberta_files,
-            {"model_max_length": 512, "tokenizer_class": "RobertaTokenizer"},
-            {},
-            t.RobertaForMaskedLM,
-            BERT | {"vocab_size": len(roberta), "max_position_embeddings": 514},
-        ),
-        "bert": (
-            {"vocab.txt": pieces},
-            bert,
-            {},
-            t.BertForMaskedLM,
-            BERT | {"vocab_size": 30522},
-        ),
-        "bert-cased": (
-            {"vocab.txt": pieces},
-            bert | {"do_lower_case": False},
-            {},
-            t.BertForMaskedLM,
-            BERT | {"vocab_size": 30522},
-        ),
-        "minilm": (
-            {"vocab.txt": pieces, "tokenizer.json": package("model/tokenizer.json")},
-            minilm,
-            {"special_tokens_map.json": {k: v for k, v in minilm.items() if k.endswith("_token")}},
-            t.BertModel,
-            BERT | {"vocab_size": 30522},
-        ),
-        "llama2": (
-            {"tokenizer.model": (data / "stories260K/tok512.model").read_bytes()},
-            llama,
-            {"special_tokens_map.json": roles},
-            t.LlamaForCausalLM,
-            DECODER | eos | {"vocab_size": 512},
-        ),
-        "llama2-32k": (
-            {"tokenizer.model": v1},
-            llama,
-            {"special_tokens_map.json": roles},
-            t.LlamaForCausalLM,
-            DECODER | eos | {"vocab_size": 32000},
-        ),
-        "mistral": (
-            mistral,
-            llama,
-            {"special_tokens_map.json": roles, "generation_config.json": eos},
-            t.MistralForCausalLM,
-            DECODER | eos | window | {"vocab_size": 32000},
-        ),
-        "mistral-v3": (
-            {"tokenizer.model": v3, "tokenizer.json": definition_of(v3)},
-            llama | {"legacy": False},
-            {"special_tokens_map.json": roles},
-            t.MistralForCausalLM,
-            DECODER | eos | window | {"vocab_size": 32768},
-        ),
-        "mixtral": (
-            mistral,
-            llama,
-            {"special_tokens_map.json": roles},
-            t.MixtralForCausalLM,
-            DECODER | eos | {"vocab_size": 32000, "num_local_experts": 2},
-        ),
-        "llama3": (
-            {"tokenizer.model": package("llama_models/llama3/tokenizer.model")},
-            llama3,
-            {"generation_config.json": llama3_ends | {"do_sample": True, "temperature": 0.6}},
-            t.LlamaForCausalLM,
-            DECODER | llama3_ends | {"vocab_size": 128256},
-        ),
-        "qwen2": (
-            qwen,
-            qwen_config,
-            {"generation_config.json": generation},
-            t.Qwen2ForCausalLM,
-            DECODER | {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645},
-        ),
-        "qwen3": (
-            qwen,
-            qwen3_config,
-            {"generation_config.json": generation},
-            t.Qwen3ForCausalLM,
-            DECODER | {"vocab_size": 151936, "head_dim": 8, "eos_token_id": 151645},
-        ),
-        "deepseek": (
-            {"tokenizer.json": package("deepseek_tokenizer/tokenizer.json")},
-            deepseek,
-            {},
-            t.LlamaForCausalLM,
-            DECODER | {"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},
-        ),
-        "t5": (
-            {"spiece.model": (data / "sentencepiece/test_model.model").read_bytes()},
-            t5 | {"pad_token": "<unk>"},
-            {},
-            t.T5ForConditionalGeneration,
-            t5_values
-            | {"vocab_size": 1128, "pad_token_id": 0, "eos_token_id": 2}
-            | {"decoder_start_token_id": 0},
-        ),
-        "albert": (
-            {"spiece.model": (data / "sentencepiece/albert_spiece.model").read_bytes()},
-            t5 | {"eos_token": "[SEP]", "extra_ids": 0},
-            {},
-            t.T5ForConditionalGeneration,
-            t5_values
-            | {"vocab_size": 30128, "pad_token_id": 0, "eos_token_id": 3}
-            | {"decoder_start_token_id": 0},
-        ),
+        "gpt2": merges | {"vocab.json": ids},
+        "roberta": merges | {"vocab.json": roberta_ids(ids)},
+        "bert": pieces,
+        "minilm": pieces
+        | {"tokenizer.json": package("model/tokenizer.json"), "tokenizer_config.json": minilm}
+        | {"special_tokens_map.json": json.dumps(roles).encode()},
+        "stories": {"tokenizer.model": (data / "stories260K/tok512.model").read_bytes()},
+        "v1-model": {"tokenizer.model": v1},
+        "v1": {"tokenizer.model": v1, "tokenizer.json": definition_of(v1)},
+        "v3": {"tokenizer.model": v3, "tokenizer.json": definition_of(v3)},
+        "llama3": {"tokenizer.model": package("llama_models/llama3/tokenizer.model")},
+        "qwen": ranks_to_files(package("qwen.tiktoken")),
+        "deepseek": {"tokenizer.json": package("deepseek_tokenizer/tokenizer.json")},
+        "t5": {"spiece.model": (models / "test_model.model").read_bytes()},
+        "albert": {"spiece.model": (models / "albert_spiece.model").read_bytes()},
     }
+
+
+# --- comparison
 
 
 def hostile_texts(n, special):
@@ -326,10 +370,10 @@ def hostile_texts(n, special):
     return texts[:n]
 
 
-def make_folder(folder, files, settings, further, kind, values):
-    """Write a folder as it is released; return its model."""
+def make_folder(folder, family, files):
+    """Write a folder as it is released, with a random model."""
     torch.manual_seed(0)
-    model = kind(kind.config_class(**values)).eval()
+    model = family.kind(family.kind.config_class(**family.values)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -339,8 +383,14 @@ def make_folder(folder, files, settings, further, kind, values):
     (folder / "config.json").write_text(json.dumps(about))
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    for name, value in {"tokenizer_config.json": settings, **further}.items():
-        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2))
+    stated = {
+        "tokenizer_config.json": family.settings,
+        "special_tokens_map.json": family.special_map,
+        "generation_config.json": family.generation,
+    }
+    for name, value in stated.items():
+        if value:
+            (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def quietly(*words):
@@ -372,10 +422,11 @@ def greedy(folder, kind, tokenizer):
     return found
 
 
-def differences(name, texts, place, files, settings, further, kind, values):
+def differences(name, texts, place, files):
     """Yield what differs between original, export and lm."""
     folder, run, out = place / "in", place / "run", place / "out"
-    make_folder(folder, files, settings, further, kind, values)
+    family, kind = FAMILIES[name], FAMILIES[name].kind
+    make_folder(folder, family, files)
     quietly("import", "--from", folder, "--workdir", run)
     quietly("export", "--workdir", run, "--to", out)
     for file in folder.iterdir():
@@ -448,12 +499,13 @@ def main():
     parser.add_argument("--only", default="")
     args = parser.parse_args()
     wrong = 0
-    for name, parts in families(args.data, args.packages).items():
+    files = vocabularies(args.data, args.packages)
+    for name, family in FAMILIES.items():
         if args.only and name not in args.only.split(","):
             continue
         place = Path(tempfile.mkdtemp())
         try:
-            problems = list(differences(name, args.texts, place, *parts))
+            problems = list(differences(name, args.texts, place, files[family.vocabulary]))
         except Exception as error:
             problems = [f"{type(error).__name__}: {str(error)[:600]}"]
         shutil.rmtree(place)

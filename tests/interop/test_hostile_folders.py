@@ -137,6 +137,24 @@ def test_any_file_of_a_tokenizer_is_used_or_refused(vocabularies, kind, data, tm
     assert message is None or (str(folder) in message or "vocabulary" in message)
 
 
+@pytest.mark.parametrize("kind", ["definition", "model"])
+def test_any_value_in_the_files_beside_a_vocabulary_is_used_or_refused(
+    vocabularies, kind, tmp_path
+):
+    """Each of the hostile values in each place, all other files as they are."""
+    stated = {name: json.dumps(value).encode() for name, value in SETTINGS.items()}
+    files = vocabularies[kind] | stated
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name, value in SETTINGS.items():
+        for path in places(value):
+            for new in HOSTILE:
+                (tmp_path / name).write_text(json.dumps(replaced(value, path, new)))
+                message = outcome(use_tokenizer, tmp_path)
+                assert message is None or "\n" not in message, (name, path, new)
+        (tmp_path / name).write_bytes(stated[name])
+
+
 SAVED = [CharTokenizer("abc"), WordTokenizer.from_list(b"<eos>\n<unk>\na\n", False)]
 
 

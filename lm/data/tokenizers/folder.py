@@ -294,7 +294,9 @@ class FolderTokenizer(Tokenizer):
             )
             found = Template(before, after, (*after, *before))
         # transformers reads these keys where there is no tokenizer.json.
-        adds = {role: self._settings.get(f"add_{role}_token") for role in ("bos", "eos")}
+        adds = {
+            role: _setting(self._settings, f"add_{role}_token", None) for role in ("bos", "eos")
+        }
         has_own = _DEFINITION in self.files() or self._class in _OWN_TEMPLATE
         if has_own or set(adds.values()) == {None}:
             return found
