@@ -95,7 +95,11 @@ def _read_parts(folder: Path) -> dict[str, StoredTensor]:
     for part in sorted(set(parts.values())):
         if Path(part).name != part or not os.path.isfile(folder / part):
             raise UserError(f"{folder} lacks the file {part[:200]} that {INDEX} names")
-        found |= read_tensor_file(folder / part)
+        tensors = read_tensor_file(folder / part)
+        if twice := found.keys() & tensors.keys():
+            first = found[name := min(twice)].file.name
+            raise UserError(f"{folder}: the tensor {name} is in two files, {first} and {part}")
+        found |= tensors
     for name, part in parts.items():
         if name not in found:
             raise UserError(f"{folder / part} lacks the tensor {name} that {INDEX} names")

@@ -111,3 +111,13 @@ def test_a_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
     write_tensors(tmp_path, [PendingTensor(n, (2,), lambda: np.ones(2)) for n in "ab"], "float32")
     assert (tmp_path / INDEX).is_file()
     assert read_tensors(tmp_path)["a"].rows(0, 2).tolist() == [1, 1]
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path):
+    """Which of them counts is not said: transformers takes the last."""
+    write(tmp_path, largest=64)
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    safetensors.save_file(safetensors.load_file(last) | {"a": np.ones(7, np.float32)}, last)
+    assert "a" in safetensors.load_file(first)
+    with pytest.raises(UserError, match=f"tensor a is in two files, {first.name} and {last.name}"):
+        read_tensors(tmp_path)
