@@ -78,6 +78,7 @@ class Decompressed(io.BufferedIOBase):
             raise
         self._decompressor: Any = None  # None between two streams
         self._input, self._first, self._place = b"", True, 0
+        self._begins = False  # the stream has the magic bytes of its kind
 
     def readable(self) -> bool:
         return True
@@ -121,6 +122,7 @@ class Decompressed(io.BufferedIOBase):
         other = _kind(self._input)
         if other not in (self._kind, ""):
             raise self._damage(f"its content is {other}")
+        self._begins = other == self._kind
         self._decompressor, self._first = self._new(), False
         return True
 
@@ -128,7 +130,8 @@ class Decompressed(io.BufferedIOBase):
         try:
             found = self._decompressor.decompress(self._input, size)
         except self._errors as error:
-            raise self._damage(str(error)) from error
+            problem = str(error) if self._begins else f"its content is no {self._kind}"
+            raise self._damage(problem) from error
         self._input = b""
         self._place += len(found)
         if self._decompressor.eof:

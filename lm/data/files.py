@@ -180,6 +180,8 @@ def _missing(path: str, data: Any) -> UserError:
         return UserError("the path after ':' is empty: name a file, such as text:input.txt")
     if "://" in path:
         return UserError(f"no file matches {path}")
+    if os.path.isdir(place := resolve_file(path, data)):
+        return UserError(f"{place}: is a folder: name its files, such as {place}/*")
     folder = "" if Path(path).is_absolute() else f" in {_absolute(data)}"
     advice = (
         "set LM_DATA_DIR or --config.data.directory to the folder that holds it"

@@ -156,7 +156,7 @@ class _RemoteFolder(SharedFolder):
         try:
             options = {} if self.place.startswith("memory:") else {"use_listings_cache": False}
             self._fs, self._path = fsspec.core.url_to_fs(self.place, **options)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:
             raise UserError(f"{self.place}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import pytest
 
 from lm.cli import main
 from lm.data import dataset, file_parts, sharded_store
+from lm.data.shared_folder import open_shared_folder
+from lm.errors import UserError
 
 
 @pytest.fixture(params=["whole", "shards", "records"])
@@ -83,6 +85,11 @@ def test_a_damaged_shard_is_named_and_built_again_alone(kind, capsys, tmp_path):
     assert [path.read_bytes() for path in paths] == before
     assert [path.stat().st_ino for path in paths[0].parent.glob("00000.shard")] == others
     assert run(capsys, "data", "verify", "--config", file)[0] == 0
+
+
+def test_a_cache_that_cannot_be_reached_is_a_line():
+    with pytest.raises(UserError, match=r"ftp://127\.0\.0\.1:1/x: "):
+        open_shared_folder("ftp://127.0.0.1:1/x")
 
 
 def test_a_picture_of_another_kind_is_a_line(kind, capsys, tmp_path):

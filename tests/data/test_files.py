@@ -71,6 +71,12 @@ def test_paths_that_cannot_be(tmp_path, name):
         find_files(name, _data(tmp_path))
 
 
+def test_a_folder_in_place_of_files_is_said(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(UserError, match=r"corpus: is a folder: name its files, such as .*/\*"):
+        find_files("corpus", _data(tmp_path))
+
+
 def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied")

@@ -4,11 +4,12 @@ import bz2
 import gzip
 import json
 import socket
+from http.server import BaseHTTPRequestHandler
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from served import served, served_in_order
+from served import running, served, served_in_order
 
 from lm.data import file_parts, remote
 from lm.data.dataset import open_corpus
@@ -86,6 +87,23 @@ def test_a_server_without_ranges_that_lists_its_files(make_data, folder, monkeyp
         assert away == _chunks(f"jsonl:{folder}/f.json*", make_data())
         assert len(away) > 400
         with pytest.raises(UserError, match="no ranges"):
+            _chunks(f"parquet:{url}/f.parquet", make_data())
+
+
+def test_a_server_that_tells_no_length(make_data, folder):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((folder / self.path[1:]).read_bytes())
+
+        def log_message(self, *args):
+            pass
+
+    with running(Handler) as url:
+        away = _chunks(f"jsonl:{url}/f.jsonl", make_data())
+        assert away == _chunks(f"jsonl:{folder}/f.jsonl", make_data())
+        with pytest.raises(UserError, match="does not tell its length"):
             _chunks(f"parquet:{url}/f.parquet", make_data())
 
 

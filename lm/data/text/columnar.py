@@ -144,6 +144,8 @@ class ColumnFiles(RowDocuments, RecordSource):
             raise UserError(f"{path}: decompress it: {self.kind} files are compressed inside")
         try:
             with open_file(path) as file:
+                if not file.seekable():
+                    raise UserError(f"{path}: the server does not tell its length: copy it first")
                 yield self._table(path, file, columns, groups)
             require_unchanged(path)
         except (pa.ArrowException, OSError, ValueError, EOFError) as error:

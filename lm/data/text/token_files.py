@@ -196,6 +196,8 @@ class NanogptFiles(TokenFiles):
         size, stated = file_state(path)[2], self.data.token_dtype
         magic, version, n = struct.unpack("<3i", header[:12].ljust(12, b"\0"))
         dtype = _HEADERS.get((magic, version))
+        if dtype is None and magic in dict(_HEADERS.keys()):
+            raise UserError(f"{path}: has a header of llm.c of an unknown version, {version}")
         if dtype is None:
             if not stated:
                 raise UserError(

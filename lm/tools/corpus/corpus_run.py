@@ -67,7 +67,7 @@ def make_corpus(
     logger.remove()  # datatrove logs in files
     try:
         folder = get_datafolder(output)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"--output {output}: {error}") from error
     output = folder.resolve_paths("")
     with _locked(folder):

@@ -40,4 +40,5 @@ def draw_data(found: Sequence[StoreStatistics], file: Path) -> None:
     left.set(xscale="log", xlabel="tokens of a document", ylabel="% of documents")
     right.set(xscale="log", yscale="log", xlabel="rank of a token", ylabel="share of tokens")
     legend(left, len(rows))
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
