@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -159,7 +159,7 @@ def build_record_store(
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     store = open_or_build(
         Path(cache_directory) / "records" / key,
-        _open,
+        partial(_open, source=records.name),
         lambda folder: _write(folder, records, tokenizer, progress),
     )
     if skipped := store.manifest.n_skipped:
@@ -240,9 +240,9 @@ class _Writers:
             write_durably(self._folder / f"{name}.offsets.bin", offsets.tobytes())
 
 
-def _open(folder: Path) -> RecordStore:
+def _open(folder: Path, source: str) -> RecordStore:
     try:
-        manifest = RecordManifest(**read_json(folder / "manifest.json"))
+        manifest = RecordManifest(**(read_json(folder / "manifest.json") | {"source": source}))
         require_checksums(folder, manifest.checksums)
         dtypes = dict.fromkeys(manifest.n_tokens, manifest.dtype) | {"raw": "uint8"}
         if WITH_OFFSETS & dtypes.keys():

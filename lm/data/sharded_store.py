@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -179,6 +179,7 @@ class _Build:
         documents = [n_documents for *_, n_documents in manifest.shards]
         offsets: Any = ShardedOffsets(reader, documents, tokens.starts)
         directory: Any = folder.place if "://" in folder.place else Path(folder.place)
+        manifest = replace(manifest, source=self.corpus.name)
         return TokenStore(directory, manifest, tokens, offsets)
 
     # --- building it

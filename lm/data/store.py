@@ -111,7 +111,7 @@ def build_token_store(
     """
     return open_or_build(
         Path(cache_directory) / "stores" / store_key(corpus.digest, tokenizer.digest),
-        open_token_store,
+        partial(open_token_store, source=corpus.name),
         lambda folder: _write(folder, corpus, tokenizer, workers, progress),
     )
 
@@ -168,10 +168,15 @@ def make_manifest(
     return Manifest(_FORMAT, *origin, *totals, delimiter(tokenizer), checksums)
 
 
-def open_token_store(folder: Path) -> TokenStore:
-    """Open a store of one piece; DamagedFolder if it is not as it was written."""
+def open_token_store(folder: Path, source: str) -> TokenStore:
+    """Open a store of one piece; DamagedFolder if it is not as it was written.
+
+    Args:
+        folder: the store.
+        source: name of the corpus; another of equal content may have been the first.
+    """
     try:
-        manifest = Manifest(**read_json(folder / "manifest.json"))
+        manifest = Manifest(**(read_json(folder / "manifest.json") | {"source": source}))
         require_checksums(folder, manifest.checksums)
         tokens = map_array(folder / "tokens.bin", manifest.dtype, manifest.n_tokens)
         offsets = map_array(folder / "offsets.bin", "int64", manifest.n_documents + 1)

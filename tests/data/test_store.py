@@ -251,3 +251,12 @@ def test_progress_is_shown_on_stderr(tmp_path, capfd, monkeypatch):
     assert captured.err.count("tokenizing texts") >= 1
     build_token_store(Texts(("one",)), ByteTokenizer(), tmp_path / "c", progress=False)
     assert capfd.readouterr().err == ""
+
+
+def test_a_store_of_equal_content_has_the_name_that_was_asked_for(tmp_path):
+    stores = [
+        build_token_store(Texts(("a", "b"), name=name), ByteTokenizer(), tmp_path, 1)
+        for name in ("first", "second")
+    ]
+    assert [store.manifest.source for store in stores] == ["first", "second"]
+    assert stores[0].directory == stores[1].directory

@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -143,7 +143,8 @@ class TokenFiles(DocumentSource):
             write_durably(folder / "manifest.json", content)
 
         key = store_key(side.digest, tokenizer.digest)
-        return open_or_build(cache_directory(data) / "stores" / key, open_token_store, write)
+        read = partial(open_token_store, source=side.name)
+        return open_or_build(cache_directory(data) / "stores" / key, read, write)
 
     def _side(self, side: Any, tokenizer: Tokenizer) -> Iterator[FlaggedTokens]:
         """Yield the tokens of one side: of some of the documents, or a stretch of the only one."""
