@@ -101,8 +101,9 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.rope_scaling": Key(
         "none",
-        "Rotary wavelengths times rope_factor: of all, or of the long ones (Llama 3.1).",
-        choices=("none", "linear", "llama3"),
+        "Rotary wavelengths times rope_factor: of all, or of the long ones (llama3: Llama 3.1; "
+        "yarn: YaRN); dynamic: more the longer a text is; longrope: times factors for each (Phi).",
+        choices=("none", "linear", "llama3", "yarn", "dynamic", "longrope"),
         needs=("model.positions", "rotary"),
     ),
     "model.rope_factor": Key(
@@ -110,21 +111,43 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.rope_low_frequency": Key(
         1.0,
-        "llama3: fewer turns than this in rope_original_length are stretched whole.",
+        "llama3, yarn (beta_slow): fewer turns than this in rope_original_length are stretched "
+        "whole.",
         low=1e-6,
-        needs=("model.rope_scaling", "llama3"),
+        needs=("model.rope_scaling", "llama3", "yarn"),
     ),
     "model.rope_high_frequency": Key(
         4.0,
-        "llama3: more turns than this in rope_original_length stay.",
+        "llama3, yarn (beta_fast; YaRN has 32): more turns than this in rope_original_length stay.",
         low=1e-6,
-        needs=("model.rope_scaling", "llama3"),
+        needs=("model.rope_scaling", "llama3", "yarn"),
     ),
     "model.rope_original_length": Key(
         8192,
-        "llama3: context before the stretching.",
+        "Context before the stretching.",
         low=1,
-        needs=("model.rope_scaling", "llama3"),
+        needs=("model.rope_scaling", "llama3", "yarn", "dynamic", "longrope"),
+    ),
+    "model.rope_attention_factor": Key(
+        0.0,
+        "yarn, longrope: factor of rotated queries and keys; 0: by rope_factor, as the papers do.",
+        low=0.0,
+        needs=("model.rope_scaling", "yarn", "longrope"),
+    ),
+    "model.rope_truncate": Key(
+        True,
+        "yarn: stretch between whole indices of wavelengths.",
+        needs=("model.rope_scaling", "yarn"),
+    ),
+    "model.rope_short_factor": Key(
+        (),
+        "longrope: head_dim / 2 factors, one a wavelength, up to rope_original_length.",
+        needs=("model.rope_scaling", "longrope"),
+    ),
+    "model.rope_long_factor": Key(
+        (),
+        "longrope: such factors of texts longer than that.",
+        needs=("model.rope_scaling", "longrope"),
     ),
     "model.activation": Key(
         "gelu_tanh",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,16 +17,12 @@ def model_problems(config: ConfigDict) -> Iterator[str]:
     """
     for rules in (_shape_rules, _expert_rules, _window_rules, _mup_rules):
         yield from rules(config)
+    yield from rotary_problems(config.model)
 
 
 def _shape_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
     transformer = model.family in TRANSFORMERS
-    if model.rope_scaling == "llama3" and model.rope_high_frequency <= model.rope_low_frequency:
-        yield (
-            f"--config.model.rope_high_frequency={model.rope_high_frequency} must be above "
-            f"--config.model.rope_low_frequency={model.rope_low_frequency}"
-        )
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "--config.model.positions=sinusoidal needs an even --config.model.d_model"
     if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
@@ -55,6 +52,41 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield "--config.model.residual=concat needs --config.model.norm_placement=pre or both"
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
+
+
+def rotary_problems(model: Any) -> Iterator[str]:
+    """Yield what is wrong between the keys of RoPE.
+
+    Args:
+        model: section "model", or a TransformerConfig.
+    """
+    scaling = model.rope_scaling
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    is_ramp = scaling in ("llama3", "yarn")
+    if is_ramp and model.rope_high_frequency <= model.rope_low_frequency:
+        yield (
+            f"--config.model.rope_high_frequency={model.rope_high_frequency} must be above "
+            f"--config.model.rope_low_frequency={model.rope_low_frequency}"
+        )
+    if scaling == "yarn" and model.rope_theta <= 1:
+        yield "--config.model.rope_scaling=yarn needs --config.model.rope_theta above 1"
+    if scaling == "dynamic" and head_dim < 4:
+        yield f"--config.model.rope_scaling=dynamic needs heads of 4 or more, not {head_dim}"
+    if scaling == "longrope":
+        if model.rope_original_length < 2:
+            yield "--config.model.rope_scaling=longrope needs a longer rope_original_length"
+        for name in ("rope_short_factor", "rope_long_factor"):
+            factors = getattr(model, name)
+            if len(factors) != head_dim // 2 or not all(0 < f < float("inf") for f in factors):
+                yield (
+                    f"--config.model.{name}: expected {head_dim // 2} positive numbers, half of "
+                    f"head_dim, not {len(factors)}: {' '.join(map(str, factors[:4]))}"
+                )
+    if model.rope_theta_local and scaling in ("yarn", "longrope"):
+        yield (
+            f"--config.model.rope_theta_local={model.rope_theta_local}: with "
+            f"--config.model.rope_scaling={scaling} local layers rotate as global ones"
+        )
 
 
 def _expert_rules(config: ConfigDict) -> Iterator[str]:

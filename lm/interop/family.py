@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lm.config.model_rules import rotary_problems
 from lm.errors import UserError
 from lm.interop.tensor_mapping import TensorMapping
+from lm.models.rotary import SCALING_FIELDS, attention_factor
 from lm.models.transformer_config import InitConfig, TransformerConfig
 
 Values = dict[str, Any]
@@ -115,7 +117,10 @@ class Family:
             if width % heads:
                 raise UserError(f"{width} numbers of a token are not divisible by {heads} heads")
             found["head_dim"] = width // heads
-        return TransformerConfig(**found)
+        config = TransformerConfig(**found)
+        for problem in rotary_problems(config):
+            raise UserError(f"config.json: {problem.replace('--config.model.', '')}")
+        return config
 
     def lost_fields(self, config: TransformerConfig) -> list[str]:
         """Return the fields lost in a Hugging Face round trip, as "model.key=value"."""
@@ -254,13 +259,11 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     if not c.n_experts:
         unused |= {"experts_per_token", "experts_every"}
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
-    scaling = of_rope - {"rope_theta", "rope_theta_local", "rope_scaling"}
-    if c.positions != "rotary":
-        unused |= of_rope
-    elif c.rope_scaling == "none":
-        unused |= scaling
-    elif c.rope_scaling == "linear":
-        unused |= scaling - {"rope_factor"}
+    if c.positions == "rotary":
+        of_rope -= {"rope_theta", "rope_theta_local", "rope_scaling"}
+        of_rope -= set(SCALING_FIELDS[c.rope_scaling])
+    unused |= of_rope
+    values["rope_attention_factor"] = attention_factor(c)
     if c.positions != "relative":
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:

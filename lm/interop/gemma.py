@@ -107,12 +107,13 @@ def _read_gemma3(hf: Values) -> Values:
     require_equal(hf, attn_logit_softcapping=None)
     found = _read_later(hf, None, None, hf.get("sliding_window_pattern") or 6)
     by_type = hf.get("rope_parameters") or {}
+    lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
     old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
-    far = read_rope({"rope_parameters": by_type.get(GLOBAL) or old}, 1e6)
+    far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, 1e6)
     if not found["window"]:
         return found | far
     old = {"rope_theta": hf.get("rope_local_base_freq")}
-    near = read_rope({"rope_parameters": by_type.get(LOCAL) or old}, 1e4)
+    near = read_rope(lengths | {"rope_parameters": by_type.get(LOCAL) or old}, 1e4)
     if near == far:
         return found | far
     if near["rope_scaling"] != "none":
@@ -121,10 +122,12 @@ def _read_gemma3(hf: Values) -> Values:
 
 
 def _write_gemma3(config: TransformerConfig) -> Values:
-    far = write_rope(config)["rope_parameters"]
+    rope = write_rope(config)
+    far = rope["rope_parameters"]
     local = {"rope_type": "default", "rope_theta": config.rope_theta_local}
     near = local if config.rope_theta_local else far
-    return _write_later(config) | {"rope_parameters": {GLOBAL: far, LOCAL: near}}
+    del rope["rope_theta"], rope["rope_scaling"]
+    return _write_later(config) | rope | {"rope_parameters": {GLOBAL: far, LOCAL: near}}
 
 
 GEMMA = decoder("gemma", "Gemma", _read_gemma, _write_gemma, **_ALWAYS)

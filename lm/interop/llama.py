@@ -7,8 +7,11 @@ halves of a head on both sides, so that projections need no permutation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from lm.errors import UserError
 from lm.interop.family import (
     DECODER_HEADS,
     Family,
@@ -47,13 +50,22 @@ _OF_EXPERTS = [
     *linear_mappings(f"{_EXPERTS}.experts.{{}}.w2", f"{_FEED_FORWARD}/experts/out"),
 ]
 
-_LLAMA3 = {  # keys of `rope_parameters` by field
-    "factor": "rope_factor",
-    "low_freq_factor": "rope_low_frequency",
-    "high_freq_factor": "rope_high_frequency",
-    "original_max_position_embeddings": "rope_original_length",
+_LINEAR = {"factor": "rope_factor"}  # fields by key of `rope_parameters`
+_ORIGINAL = "original_max_position_embeddings"
+_SCALINGS: Mapping[str, Mapping[str, str]] = {  # by rope_type
+    "default": {},
+    "linear": _LINEAR,
+    "dynamic": _LINEAR,  # from max_position_embeddings on
+    "llama3": _LINEAR
+    | {"low_freq_factor": "rope_low_frequency", "high_freq_factor": "rope_high_frequency"}
+    | {_ORIGINAL: "rope_original_length"},
+    "yarn": _LINEAR
+    | {"beta_slow": "rope_low_frequency", "beta_fast": "rope_high_frequency"}
+    | {_ORIGINAL: "rope_original_length", "truncate": "rope_truncate"},
+    "longrope": _LINEAR
+    | {"short_factor": "rope_short_factor", "long_factor": "rope_long_factor"}
+    | {_ORIGINAL: "rope_original_length"},
 }
-_SCALINGS = {"default": {}, "linear": {"factor": "rope_factor"}, "llama3": _LLAMA3}
 
 
 def layer_types(n_layers: int, window: int, global_every: int) -> list[str]:
@@ -95,23 +107,64 @@ def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
         )
     require_equal(hf | rope, partial_rotary_factor=1.0)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
-    found = {"rope_theta": float(theta), "rope_scaling": "none" if kind == "default" else kind}
+    found: Values = {"rope_theta": _number("rope_theta", theta)}
+    found["rope_scaling"] = "none" if kind == "default" else kind
+    longest = hf.get("max_position_embeddings")
+    original = hf.get(_ORIGINAL) or rope.get(_ORIGINAL) or longest
+    stated = {k: v for k, v in rope.items() if v is not None} | {_ORIGINAL: original}
+    if kind == "yarn":
+        stated = {"beta_slow": 1, "beta_fast": 32, "truncate": True} | stated
+    if kind in ("yarn", "longrope"):
+        if "factor" not in stated:
+            stated["factor"] = _number(_ORIGINAL, longest) / _number(_ORIGINAL, original)
+        found["rope_attention_factor"] = _attention_factor(stated)
+    if kind == "dynamic":
+        found["rope_original_length"] = longest
     for name, field in _SCALINGS[kind].items():
-        value = require(rope, name)
-        found[field] = int(value) if field == "rope_original_length" else float(value)
+        value = require(stated, name)
+        if field in ("rope_short_factor", "rope_long_factor"):
+            value = value if isinstance(value, list | tuple) else [value]
+            found[field] = tuple(_number(name, factor) for factor in value)
+        elif field in ("rope_truncate", "rope_original_length"):
+            found[field] = value
+        else:
+            found[field] = _number(name, value)
     return found
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a value of config.json as a number; UserError if it is none above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 2.0**63:
+        raise UserError(f"config.json: {name}={str(value)[:40]} is no number above 0")
+    return float(value)
+
+
+def _attention_factor(rope: Values) -> float:
+    """Return `rope_attention_factor` of YaRN or LongRoPE; 0 where it follows from the factor."""
+    if "attention_factor" in rope:
+        return _number("attention_factor", rope["attention_factor"])
+    if not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        return 0.0
+    growth = 0.1 * math.log(max(1.0, _number("factor", rope["factor"])))
+    above, below = (_number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
+    return (above * growth + 1) / (below * growth + 1)
 
 
 def write_rope(config: TransformerConfig) -> Values:
     """Write `rope_parameters`, and `rope_theta` and `rope_scaling` for transformers before 5."""
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
     scaling = {name: getattr(config, field) for name, field in _SCALINGS[kind].items()}
+    if kind in ("yarn", "longrope") and config.rope_attention_factor:
+        scaling["attention_factor"] = config.rope_attention_factor
     parameters = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling
     old = {"rope_type": kind} | scaling if scaling else None
+    lengths = {"max_position_embeddings": config.rope_original_length} if kind == "dynamic" else {}
     return {
         "rope_parameters": parameters,
         "rope_theta": config.rope_theta,
         "rope_scaling": old,
+        **lengths,
     }
 
 

@@ -1,4 +1,4 @@
-"""Positions beside plain RoPE (`attention.py`): its scaling, sinusoids, relative biases, ALiBi.
+"""Positions beside RoPE (`rotary.py`): sinusoids, relative biases, ALiBi.
 
 Shape letters: B batch, L queries, S keys, D model, H heads.
 """
@@ -6,7 +6,6 @@ Shape letters: B batch, L queries, S keys, D model, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -110,25 +109,3 @@ def alibi_bias(n_heads: int, n_queries: int, n_keys: int, offset: jax.Array | in
     distances_LS = jnp.abs(jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None])
     slopes_H = jnp.asarray(alibi_slopes(n_heads))
     return -slopes_H[:, None, None] * distances_LS
-
-
-def rope_scaling(config: TransformerConfig) -> Callable[[jax.Array], jax.Array]:
-    """Return the function that scales RoPE frequencies to a longer context.
-
-    "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those with fewer than
-    `rope_low_frequency` periods in the original context, keeps those with more than
-    `rope_high_frequency`, and interpolates linearly in between (Llama 3.1's released code).
-    """
-    c = config
-
-    def llama3(frequencies: jax.Array) -> jax.Array:
-        n_periods = c.rope_original_length * frequencies / (2 * math.pi)
-        low, high = c.rope_low_frequency, c.rope_high_frequency
-        kept = jnp.clip((n_periods - low) / (high - low), 0, 1)
-        return frequencies * (kept + (1 - kept) / c.rope_factor)
-
-    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "linear": lambda frequencies: frequencies / c.rope_factor,
-        "llama3": llama3,
-    }
-    return kinds[c.rope_scaling]

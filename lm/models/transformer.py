@@ -19,11 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.config.registries import MIXERS
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import MixerInputs, layer_angles
+from lm.models.attention import MixerInputs
 from lm.models.cache import Cache, CrossKeyValue, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.remat import REMAT_POLICIES
+from lm.models.rotary import layer_angles
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
 from lm.parallel.mesh import constrain, current_pipeline
@@ -305,7 +306,7 @@ class Stack(nn.Module):
         if c.positions == "rotary":
             if cache is None and current_pipeline():  # one row of positions for each row
                 positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
-            angles_BLK, local_BLK = layer_angles(c, positions_BL)
+            angles_BLK, local_BLK = layer_angles(c, positions_BL, mask.segments_BL)
             inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
         n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
         if c.positions == "relative":

@@ -179,6 +179,10 @@ class TransformerConfig(InitConfig):
     rope_low_frequency: float = 1.0
     rope_high_frequency: float = 4.0
     rope_original_length: int = 8192
+    rope_attention_factor: float = 0.0
+    rope_truncate: bool = True
+    rope_short_factor: tuple[float, ...] = ()
+    rope_long_factor: tuple[float, ...] = ()
     relative_buckets: int = 32
     relative_max_distance: int = 128
     token_types: int = 0

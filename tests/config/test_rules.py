@@ -170,6 +170,22 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         ({"model.global_every": "2"}, "--config.model.global_every=2 needs --config.model.window"),
         (
+            {"model.rope_scaling": "yarn", "model.rope_high_frequency": "1"},
+            "--config.model.rope_high_frequency=1.0 must be above --config.model.rope_low",
+        ),
+        (
+            {"model.rope_scaling": "longrope", "model.rope_long_factor": "1,2"},
+            "rope_short_factor: expected 4 positive numbers, half of head_dim, not 0",
+        ),
+        (
+            {"model.rope_scaling": "yarn", "model.window": "4", "model.rope_theta_local": "10"},
+            "with --config.model.rope_scaling=yarn local layers rotate as global ones",
+        ),
+        (
+            {"model.rope_scaling": "dynamic", "model.n_heads": "8"},
+            "--config.model.rope_scaling=dynamic needs heads of 4 or more, not 2",
+        ),
+        (
             {"init.from": "run", "init.vectors": "glove.txt"},
             "--config.init.from and --config.init.vectors exclude each other",
         ),
@@ -223,6 +239,12 @@ def test_a_broken_rule_is_one_message(overrides, expected):
         },
         {"model.max_length": "8", "data.target_length": "8"},
         {"model.attention": "tiled"},
+        {"model.rope_scaling": "yarn", "model.rope_high_frequency": "32"},
+        {
+            "model.rope_scaling": "longrope",
+            "model.rope_short_factor": "1,1,1,1",
+            "model.rope_long_factor": "1,2,4,8",
+        },
         {"model.n_experts": "4", "model.experts_every": "2"},
     ],
 )

@@ -54,6 +54,28 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ALL_ROPE = YARN_ROPE | {
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "mscale": 2.0,
+    "mscale_all_dim": 0.7,
+    "truncate": False,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "short_factor": [1.0, 1.05, 1.2, 1.5],
+    "long_factor": [1.0, 2.0, 5.0, 7.5],
+    "original_max_position_embeddings": 12,
+}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
 
 MIXTRAL = LLAMA | {"num_local_experts": 4, "num_key_value_heads": 2}
 GEMMA = LLAMA | {"num_key_value_heads": 1, "head_dim": 10, "pad_token_id": None}
@@ -94,6 +116,12 @@ DECODERS = {
     "llama-attention-biases": ("LlamaForCausalLM", LLAMA | {"attention_bias": True}),
     "llama-3.1": ("LlamaForCausalLM", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear": ("LlamaForCausalLM", LLAMA | {"rope_parameters": LINEAR_ROPE}),
+    "llama-yarn": ("LlamaForCausalLM", LLAMA | {"rope_parameters": YARN_ROPE}),
+    "llama-longrope": ("LlamaForCausalLM", LLAMA | {"rope_parameters": LONG_ROPE}),
+    "llama-dynamic": (
+        "LlamaForCausalLM",
+        LLAMA | {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 12},
+    ),
     "mistral": (
         "MistralForCausalLM",
         LLAMA | {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 12},
@@ -128,6 +156,14 @@ DECODERS = {
         "Qwen2ForCausalLM",
         LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "qwen2-yarn": (
+        "Qwen2ForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "rope_parameters": YARN_ALL_ROPE},
+    ),
+    "gemma-longrope": (
+        "GemmaForCausalLM",
+        GEMMA | {"rope_parameters": LONG_ROPE | {"attention_factor": 1.7}, "head_dim": 8},
+    ),
     "qwen3": ("Qwen3ForCausalLM", LLAMA | {"num_key_value_heads": 2, "head_dim": 10}),
     "qwen3-biases": (
         "Qwen3ForCausalLM",
@@ -151,6 +187,7 @@ ENCODER_DECODERS = {
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
 }
+BY_LENGTH = {"llama-longrope", "llama-dynamic", "gemma-longrope"}  # there of the longest in a batch
 KINDS = DECODERS | ENCODERS | ENCODER_DECODERS
 
 

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from hf_models import DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
+from hf_models import BY_LENGTH, DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
 
+from lm.decoding.controls import Controls
+from lm.decoding.sampling import Sampling, sample_steps
 from lm.interop import huggingface
 
 LENGTHS = np.array([17, 9, 1])
@@ -15,7 +17,16 @@ def tokens(seed=0, length=17):
     return np.random.default_rng(seed).integers(4, 96, (3, length))
 
 
+def forget_lengths(model):
+    """Let "dynamic" RoPE forget the longest text: it keeps that one's angles until a short one."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        with torch.no_grad():
+            model(torch.tensor([[4]]))
+
+
 def their_logits(model, ids, **inputs):
+    forget_lengths(model)
     with torch.no_grad():
         out = model(torch.tensor(ids), **{k: torch.tensor(v) for k, v in inputs.items()})
     return (out.prediction_logits if "prediction_logits" in out else out.logits).numpy()
@@ -35,8 +46,35 @@ def assert_equal_where(ours, theirs, seen):
 def test_a_decoder_gives_their_logits(make_theirs, name):
     theirs, folder = make_theirs(name)
     ids = tokens()
-    expected = their_logits(theirs, ids, attention_mask=SEGMENTS)
-    assert_equal_where(our_logits(folder, ids, None, SEGMENTS), expected, SEGMENTS == 1)
+    ours = our_logits(folder, ids, None, SEGMENTS)
+    if name in BY_LENGTH:
+        for row, n in enumerate(LENGTHS):
+            expected = their_logits(theirs, ids[row : row + 1, :n])
+            assert_equal_where(ours[row : row + 1, :n], expected, np.ones((1, n), bool))
+    else:
+        expected = their_logits(theirs, ids, attention_mask=SEGMENTS)
+        assert_equal_where(ours, expected, SEGMENTS == 1)
+
+
+@pytest.mark.parametrize("length", [5, 15])
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen2-yarn", *sorted(BY_LENGTH)])
+def test_a_text_that_grows_past_its_context_is_continued_as_there(make_theirs, name, length):
+    """Its original context is 12 or 16; each step of both reads keys from a cache."""
+    theirs, folder = make_theirs(name)
+    prompt, n_new = tokens(length=length)[:1], 12
+    forget_lengths(theirs)
+    with torch.no_grad():
+        found = theirs.generate(
+            torch.tensor(prompt),
+            attention_mask=torch.ones((1, length)),
+            max_new_tokens=n_new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    model, params = huggingface.load(folder)
+    steps = sample_steps(model, params, prompt, n_new, Sampling(temperature=0), 0, Controls())
+    new = [int(np.asarray(ids)[0]) for ids in steps]
+    assert new == found[0, length:].tolist()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -83,10 +121,13 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3.1", "mixtral", "gemma3", "bert", "roberta"])
+PACKED = ["gpt2", "llama-3.1", "mixtral", "gemma3", "bert", "roberta"]
+
+
+@pytest.mark.parametrize("name", [*PACKED, "llama-dynamic", "llama-longrope"])
 def test_packed_texts_give_the_logits_of_each_alone(make_theirs, name):
     theirs, folder = make_theirs(name)
-    ids, cut = tokens()[:1], 7
+    ids, cut = tokens()[:1], 3  # the second is longer than the original context of some
     segments = np.where(np.arange(17) < cut, 1, 2)[None]
     positions = np.concatenate([np.arange(cut), np.arange(17 - cut)])[None]
     ours = our_logits(folder, ids, positions, segments)

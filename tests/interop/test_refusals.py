@@ -62,7 +62,33 @@ SPOILT = {
     ),
     "wrong size": (lambda f: set_config(f, hidden_size=36), r"has the shape \(96, 32\), not"),
     "activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act=relu is not supported"),
-    "rope": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type=yarn"),
+    "rope": (lambda f: set_config(f, rope_parameters={"rope_type": "axial"}), "rope_type=axial"),
+    "yarn": (
+        lambda f: set_config(f, rope_parameters={"rope_type": "yarn", "factor": 4, "beta_fast": 1}),
+        "rope_high_frequency=1.0 must be above rope_low_frequency=1.0",
+    ),
+    "yarn scale": (
+        lambda f: set_config(
+            f, rope_parameters={"rope_type": "yarn", "factor": 4, "attention_factor": -1}
+        ),
+        "attention_factor=-1 is no number above 0",
+    ),
+    "longrope": (
+        lambda f: set_config(
+            f, rope_parameters={"type": "longrope", "short_factor": [1] * 4, "long_factor": [2] * 3}
+        ),
+        "rope_long_factor: expected 4 positive numbers, half of head_dim, not 3",
+    ),
+    "longrope text": (
+        lambda f: set_config(
+            f, rope_parameters={"type": "longrope", "short_factor": ["1"], "long_factor": "2"}
+        ),
+        "short_factor=1 is no number above 0",
+    ),
+    "dynamic": (
+        lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "factor": "4"}),
+        "factor=4 is no number above 0",
+    ),
     "layer types": (
         lambda f: set_config(
             f, model_type="qwen3", sliding_window=8, layer_types=["full_attention"] * 2 + [LOCAL]

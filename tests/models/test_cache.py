@@ -19,7 +19,8 @@ MIXES = {
     "alibi": {"positions": "alibi", "n_heads": 6, "n_kv_heads": 3, "head_dim": 8, "bias": False},
     "wide heads": {
         "positions": "rotary", "norm_bias": False, "activation": "gelu_erf", "head_dim": 16,
-        "n_kv_heads": 2, "attention": "tiled", "scan_unroll": 0,
+        "n_kv_heads": 2, "attention": "tiled", "scan_unroll": 0, "rope_scaling": "yarn",
+        "rope_factor": 4.0, "rope_original_length": 8, "rope_high_frequency": 32.0,
     },
     "gemma 3": {
         "positions": "rotary", "norm": "rmsnorm", "norm_unit_offset": True,
