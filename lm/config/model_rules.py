@@ -72,9 +72,10 @@ def rotary_problems(model: Any) -> Iterator[str]:
         yield "--config.model.rope_scaling=yarn needs --config.model.rope_theta above 1"
     if scaling == "dynamic" and head_dim < 4:
         yield f"--config.model.rope_scaling=dynamic needs heads of 4 or more, not {head_dim}"
+    shortest = 2 if scaling == "longrope" else 1
+    if scaling != "none" and model.rope_original_length < shortest:
+        yield f"--config.model.rope_original_length must be {shortest} or more"
     if scaling == "longrope":
-        if model.rope_original_length < 2:
-            yield "--config.model.rope_scaling=longrope needs a longer rope_original_length"
         for name in ("rope_short_factor", "rope_long_factor"):
             factors = getattr(model, name)
             if len(factors) != head_dim // 2 or not all(0 < f < float("inf") for f in factors):

@@ -125,7 +125,9 @@ def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
         if field in ("rope_short_factor", "rope_long_factor"):
             value = value if isinstance(value, list | tuple) else [value]
             found[field] = tuple(_number(name, factor) for factor in value)
-        elif field in ("rope_truncate", "rope_original_length"):
+        elif field == "rope_original_length":
+            found[field] = int(_number(name, value))
+        elif field == "rope_truncate":
             found[field] = value
         else:
             found[field] = _number(name, value)
