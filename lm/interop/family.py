@@ -103,7 +103,7 @@ class Family:
             UserError: a key is missing, or its value is not supported.
         """
         hf = {**self.defaults, **hf}
-        found = {field: _size(hf, name) for name, field in self.keys.items()}
+        found: Values = {field: read_size(hf, name) for name, field in self.keys.items()}
         _check_layers(found["n_layers"])
         found = dict(self.fixed) | found | self.read(hf)
         heads, width = found["n_heads"], found["d_model"]
@@ -118,8 +118,10 @@ class Family:
                 raise UserError(f"{width} numbers of a token are not divisible by {heads} heads")
             found["head_dim"] = width // heads
         config = TransformerConfig(**found)
+        if config.positions == "rotary" and config.head_dim % 2:
+            raise UnsupportedConfig(f"config.json: RoPE has no head_dim={config.head_dim}: odd")
         for problem in rotary_problems(config):
-            raise UserError(f"config.json: {problem.replace('--config.model.', '')}")
+            raise UnsupportedConfig(f"config.json: {problem.replace('--config.model.', '')}")
         return config
 
     def lost_fields(self, config: TransformerConfig) -> list[str]:
@@ -204,7 +206,8 @@ def _check_layers(n_layers: int) -> None:
         raise UserError(f"config.json: {n_layers} layers are more than {_MOST_LAYERS:,}")
 
 
-def _size(hf: Values, name: str) -> Any:
+def read_size(hf: Values, name: str) -> int:
+    """Return an integer of config.json; UserError if it is none, negative or too large."""
     value = require(hf, name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
         raise UserError(f"config.json: {name} is not a number from 0 to {_LARGEST}")
@@ -281,6 +284,14 @@ def require(hf: Values, name: str) -> Any:
     if hf.get(name) is None:
         raise UserError(f"config.json has no {name}")
     return hf[name]
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a value of config.json as a number; UserError if it is none above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 2.0**63:
+        raise UserError(f"config.json: {name}={value!r:.40} is no number above 0")
+    return float(value)
 
 
 def require_equal(hf: Values, **expected: Any) -> None:

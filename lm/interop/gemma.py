@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.interop.family import UnsupportedConfig, Values, lm_word, require_equal
+from lm.interop.family import (
+    UnsupportedConfig,
+    Values,
+    lm_word,
+    positive_number,
+    require_equal,
+)
 from lm.interop.llama import (
     GLOBAL,
     LOCAL,
@@ -68,15 +74,21 @@ def _read_later(hf: Values, scores: float | None, logits: float | None, every: i
     """Read the settings shared by Gemma 2 and 3; the arguments are the defaults of missing keys."""
     n_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     types = hf.get("layer_types") or layer_types(n_layers, window or 0, every)
+    scalar = "query_pre_attn_scalar"
     return (
         _read(hf, "hidden_activation", exact=True)
         | read_windows(hf | {"sliding_window": window}, types)
         | {
-            "attention_scale": float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
-            "attention_softcap": float(hf.get("attn_logit_softcapping", scores) or 0),
-            "logit_softcap": float(hf.get("final_logit_softcapping", logits) or 0),
+            "attention_scale": positive_number(scalar, hf.get(scalar, 256)) ** -0.5,
+            "attention_softcap": _softcap(hf, "attn_logit_softcapping", scores),
+            "logit_softcap": _softcap(hf, "final_logit_softcapping", logits),
         }
     )
+
+
+def _softcap(hf: Values, name: str, default: float | None) -> float:
+    value = hf.get(name, default)
+    return 0.0 if value is None or value == 0 else positive_number(name, value)
 
 
 def _write_later(config: TransformerConfig) -> Values:
@@ -106,7 +118,9 @@ def _read_gemma3(hf: Values) -> Values:
     # The fused attention of transformers silently ignores it.
     require_equal(hf, attn_logit_softcapping=None)
     found = _read_later(hf, None, None, hf.get("sliding_window_pattern") or 6)
-    by_type = hf.get("rope_parameters") or {}
+    by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
+    if not isinstance(by_type, dict):
+        raise UnsupportedConfig(f"config.json: the rotary settings {by_type} are no object")
     lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
     old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
     far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, 1e6)

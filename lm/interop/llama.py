@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from lm.errors import UserError
 from lm.interop.family import (
     DECODER_HEADS,
     Family,
@@ -19,6 +17,8 @@ from lm.interop.family import (
     Values,
     decoder_classes,
     lm_word,
+    positive_number,
+    read_size,
     require,
     require_equal,
 )
@@ -96,8 +96,9 @@ def read_windows(hf: Values, types: Sequence[str]) -> Values:
 
 
 def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
-    """Read RoPE theta and scaling: `rope_parameters`, or the older `rope_theta`, `rope_scaling`."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    """Read RoPE theta and scaling: `rope_theta`, `rope_scaling`, or the later `rope_parameters`."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters")  # as in transformers
+    rope = {} if rope is None else rope
     if not isinstance(rope, dict):
         raise UnsupportedConfig(f"config.json: the rotary settings {rope} are no object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -107,49 +108,44 @@ def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
         )
     require_equal(hf | rope, partial_rotary_factor=1.0)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
-    found: Values = {"rope_theta": _number("rope_theta", theta)}
+    found: Values = {"rope_theta": positive_number("rope_theta", theta)}
     found["rope_scaling"] = "none" if kind == "default" else kind
     longest = hf.get("max_position_embeddings")
-    original = hf.get(_ORIGINAL) or rope.get(_ORIGINAL) or longest
-    stated = {k: v for k, v in rope.items() if v is not None} | {_ORIGINAL: original}
+    originals = (hf.get(_ORIGINAL), rope.get(_ORIGINAL), longest)
+    original = next((length for length in originals if length is not None), None)
+    rope = {key: value for key, value in rope.items() if value is not None}
+    rope |= {_ORIGINAL: original}
     if kind == "yarn":
-        stated = {"beta_slow": 1, "beta_fast": 32, "truncate": True} | stated
+        rope = {"beta_slow": 1, "beta_fast": 32, "truncate": True} | rope
     if kind in ("yarn", "longrope"):
-        if "factor" not in stated:
-            stated["factor"] = _number(_ORIGINAL, longest) / _number(_ORIGINAL, original)
-        found["rope_attention_factor"] = _attention_factor(stated)
+        if "factor" not in rope:
+            longest = positive_number("max_position_embeddings", longest)
+            rope["factor"] = longest / positive_number(_ORIGINAL, original)
+        found["rope_attention_factor"] = _attention_factor(rope)
     if kind == "dynamic":
         found["rope_original_length"] = longest
     for name, field in _SCALINGS[kind].items():
-        value = require(stated, name)
+        value = require(rope, name)
         if field in ("rope_short_factor", "rope_long_factor"):
             value = value if isinstance(value, list | tuple) else [value]
-            found[field] = tuple(_number(name, factor) for factor in value)
+            found[field] = tuple(positive_number(name, factor) for factor in value)
         elif field == "rope_original_length":
-            found[field] = int(_number(name, value))
+            found[field] = int(positive_number(name, value))
         elif field == "rope_truncate":
             found[field] = value
         else:
-            found[field] = _number(name, value)
+            found[field] = positive_number(name, value)
     return found
-
-
-def _number(name: str, value: Any) -> float:
-    """Return a value of config.json as a number; UserError if it is none above 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2.0**63:
-        raise UserError(f"config.json: {name}={str(value)[:40]} is no number above 0")
-    return float(value)
 
 
 def _attention_factor(rope: Values) -> float:
     """Return `rope_attention_factor` of YaRN or LongRoPE; 0 where it follows from the factor."""
     if "attention_factor" in rope:
-        return _number("attention_factor", rope["attention_factor"])
+        return positive_number("attention_factor", rope["attention_factor"])
     if not (rope.get("mscale") and rope.get("mscale_all_dim")):
         return 0.0
-    growth = 0.1 * math.log(max(1.0, _number("factor", rope["factor"])))
-    above, below = (_number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
+    growth = 0.1 * math.log(max(1.0, positive_number("factor", rope["factor"])))
+    above, below = (positive_number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
     return (above * growth + 1) / (below * growth + 1)
 
 
@@ -233,14 +229,15 @@ def _write_mistral(config: TransformerConfig) -> Values:
 
 
 def _read_mixtral(hf: Values) -> Values:
-    if hf.get("num_experts_per_tok", 2) < 2:
+    hf = {"num_experts_per_tok": 2, "num_local_experts": 8} | hf
+    if read_size(hf, "num_experts_per_tok") < 2:
         raise UnsupportedConfig("config.json: num_experts_per_tok=1 is weighted by 1 there")
     return (
         _read(hf, 1e6)
         | _one_window(hf, None)
         | {
-            "n_experts": hf.get("num_local_experts", 8),
-            "experts_per_token": hf.get("num_experts_per_tok", 2),
+            "n_experts": read_size(hf, "num_local_experts"),
+            "experts_per_token": hf["num_experts_per_tok"],
             "balance_loss": hf.get("router_aux_loss_coef", 0.001),
             "router_jitter": hf.get("router_jitter_noise", 0.0),
             "norm_eps": hf.get("rms_norm_eps", 1e-5),

@@ -30,6 +30,8 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import nested
 from lm.storage import read_json
 
+ADAPTER = "adapter_config.json"
+
 Params = Any
 
 # Families that are imported and exported, by `model_type`.
@@ -137,6 +139,11 @@ def open_model_folder(path: Path) -> ModelFolder:
         found = ModelFolder(llama2c.FAMILY, config, frozenset(), stored, {})
         found.check(path)
         return found
+    if (path / ADAPTER).exists():
+        raise UserError(
+            f"{path} holds an adapter of another model ({ADAPTER}), which is not supported: save "
+            "the model with the adapter merged into it"
+        )
     about = _read_config(path)
     kind = about.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

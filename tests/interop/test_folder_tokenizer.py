@@ -17,6 +17,7 @@ from lm.cli import main
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import load_saved_tokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
+from lm.errors import UserError
 from lm.interop.tokenizer_files import read_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -429,6 +430,23 @@ def test_added_tokens_beside_a_sentencepiece_model_have_their_ids(tmp_path, stat
     again = load_saved_tokenizer(tmp_path / "saved")
     assert np.array_equal(again.encode("the NEW cat"), ids)
     assert again.digest == tokenizer.digest
+
+
+def test_a_piece_of_the_vocabulary_may_be_an_added_token(tmp_path):
+    """A text is cut at it, as in transformers; another id than the vocabulary's is an error."""
+    made = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3}, [("a", "b")]))
+    (tmp_path / "tokenizer.json").write_text(made.to_str())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    stated = FAST | {"added_tokens_decoder": {"1": {"content": "b", "normalized": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = read_tokenizer(tmp_path)
+    assert ours.encode("abcab").tolist() == theirs("abcab")["input_ids"] == [0, 1, 3, 0, 1]
+    for number, message in (("2", "has the id 2, but .* has 1"), ("99999999", "is not an id")):
+        stated["added_tokens_decoder"] = {number: {"content": "b"}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+        with pytest.raises(UserError, match=message):
+            read_tokenizer(tmp_path)
 
 
 def test_ids_that_texts_can_have_need_a_row(tmp_path, capsys, make_theirs):

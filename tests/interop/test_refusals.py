@@ -63,6 +63,23 @@ SPOILT = {
     "wrong size": (lambda f: set_config(f, hidden_size=36), r"has the shape \(96, 32\), not"),
     "activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act=relu is not supported"),
     "rope": (lambda f: set_config(f, rope_parameters={"rope_type": "axial"}), "rope_type=axial"),
+    "odd heads": (lambda f: set_config(f, head_dim=7), "RoPE has no head_dim=7: odd"),
+    "scale of scores": (
+        lambda f: set_config(f, model_type="gemma2", query_pre_attn_scalar=-8),
+        "query_pre_attn_scalar=-8 is no number above 0",
+    ),
+    "cap": (
+        lambda f: set_config(f, model_type="gemma2", final_logit_softcapping="30"),
+        "final_logit_softcapping='30' is no number above 0",
+    ),
+    "list of experts": (
+        lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=[2]),
+        "num_experts_per_tok is not a number",
+    ),
+    "adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "holds an adapter of another model",
+    ),
     "yarn": (
         lambda f: set_config(f, rope_parameters={"rope_type": "yarn", "factor": 4, "beta_fast": 1}),
         "rope_high_frequency=1.0 must be above rope_low_frequency=1.0",
@@ -83,11 +100,11 @@ SPOILT = {
         lambda f: set_config(
             f, rope_parameters={"type": "longrope", "short_factor": ["1"], "long_factor": "2"}
         ),
-        "short_factor=1 is no number above 0",
+        "short_factor='1' is no number above 0",
     ),
     "dynamic": (
         lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "factor": "4"}),
-        "factor=4 is no number above 0",
+        "factor='4' is no number above 0",
     ),
     "layer types": (
         lambda f: set_config(

@@ -197,7 +197,8 @@ class FolderTokenizer(Tokenizer):
         for number, about in stated.items():
             place = f"{_SETTINGS}: added_tokens_decoder"
             content = about.get("content") if isinstance(about, dict) else None
-            if not number.isdecimal() or len(number) > 9 or not isinstance(content, str):
+            is_id = re.fullmatch("[0-9]{1,8}", number) and int(number) < _MOST_IDS
+            if not is_id or not isinstance(content, str):
                 raise UserError(f"{place}: {number[:20]!r} is not an id with its content")
             flags = {
                 name: about.get(name, default)
@@ -435,34 +436,42 @@ def _ids(file: str, key: str, value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in values if i >= 0))
 
 
+_MOST_IDS = 2**24  # a vocabulary is a list with a place for each id
+
+
 def _as_id(place: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise UserError(f"{place} has no id")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST_IDS:
+        raise UserError(f"{place} has no id below {_MOST_IDS:,}")
     return value
 
 
 def _load(tokenizer: Tokenizer, file: str) -> None:
     try:
-        tokenizer.vocab_size  # noqa: B018  loads it
+        size = tokenizer.vocab_size
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    if size > _MOST_IDS:
+        raise UserError(f"{file}: the id {size - 1} is not below {_MOST_IDS:,}")
 
 
 def _from_definition(
     file: str, definition: bytes, added: Mapping[int, Mapping[str, Any]]
 ) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a tokenizer.json with the added tokens that it lacks."""
+    """Return the tokenizer of a tokenizer.json with the added tokens that it lacks.
+
+    A text is cut at an added token, also at one that the vocabulary has as an ordinary piece.
+    """
     found = HuggingFaceTokenizer(definition)
     _load(found, file)
-    missing = {i: t for i, t in added.items() if found.token_id(t["content"]) is None}
-    if not missing:
-        return found
-    extended = HuggingFaceTokenizer(found.with_added_tokens(list(missing.values())))
-    for i, token in missing.items():
+    missing = [t for t in added.values() if t["content"] not in found.added_tokens]
+    extended = HuggingFaceTokenizer(found.with_added_tokens(missing)) if missing else found
+    for i, token in added.items():
         if extended.token_id(token["content"]) != i:
+            of_file = found.token_id(token["content"])
+            other = f"ends at {found.vocab_size - 1}" if of_file is None else f"has {of_file}"
             raise UserError(
                 f"the added token {token['content']!r} has the id {i}, but the vocabulary of "
-                f"{file} ends at {found.vocab_size - 1}"
+                f"{file} {other}"
             )
     return extended
 

@@ -152,13 +152,17 @@ class HuggingFaceTokenizer(_HuggingFace):
                 return Template(ids[: inside[0]], ids[inside[-1] + 1 :], between)
         return Template()
 
+    @property
+    def added_tokens(self) -> set[str]:
+        """Tokens at which a text is cut before the model of the file sees it."""
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+
     def with_added_tokens(self, tokens: Iterable[Mapping[str, Any]]) -> bytes:
         """Return the file with tokens added: their `content` and flags of AddedToken."""
         package = _package()
         with package_errors(_UNUSABLE):
             extended = package.Tokenizer.from_buffer(self.definition)
-            for token in tokens:
-                extended.add_tokens([package.AddedToken(**token)])
+            extended.add_tokens([package.AddedToken(**token) for token in tokens])
             return extended.to_str().encode()
 
     def files(self) -> dict[str, bytes]:
