@@ -87,7 +87,14 @@ def test_every_registered_name_leads_to_its_code(registry, name):
 
 
 # What some choices need beside them.
-COMPANIONS = {("model.init", "uniform"): {"model.family": "lstm"}}
+FACTORS = (1.0,) * 16  # half of the default head dimension
+COMPANIONS = {
+    ("model.init", "uniform"): {"model.family": "lstm"},
+    ("model.rope_scaling", "longrope"): {
+        "model.rope_short_factor": FACTORS,
+        "model.rope_long_factor": FACTORS,
+    },
+}
 for objective in OBJECTIVES:
     COMPANIONS["objective.name", objective] = {"model.family": families_of(objective)[0]}
     for family in families_of(objective):
