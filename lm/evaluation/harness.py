@@ -256,6 +256,8 @@ def evaluate_tasks(
     Raises:
         UserError: there is no such task, its data cannot be read, or it does not fit the model.
     """
+    if include_path is not None and not os.path.isdir(include_path):
+        raise UserError(f"--include_path {include_path}: there is no such folder")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
