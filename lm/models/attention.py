@@ -6,7 +6,7 @@ G key/value heads, K head dim, N layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
 from lm.models.cache import write_layer
 from lm.models.layers import Linear, make_norm
-from lm.models.rotary import attention_factor, rotate
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
 from lm.parallel.mesh import constrain, count_shards, current_mesh
@@ -197,7 +196,11 @@ class Attention(DotProductAttention, TokenMixer):
         q_BLHK = self.queries(x_BLW)
         keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
         if inputs.angles_BLK is not None:
-            factor = attention_factor(self.config)
+            factor = 1.0
+            if self.config.rope_scaling != "none":
+                from lm.models.rotary import attention_factor
+
+                factor = attention_factor(self.config)
             q_BLHK = rotate(q_BLHK, inputs.angles_BLK, factor)
             keys_values = rotate(k_BSGK, inputs.angles_BLK, factor), v_BSGK
         if cache is not None:
@@ -326,3 +329,69 @@ def _problems(
         from lm.models.sharded_attention import kernel_problems
 
         yield from kernel_problems(kernel, across == "ring", config, context)
+
+
+# --- rotary position embeddings
+
+
+def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array, factor: float = 1.0) -> jax.Array:
+    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout).
+
+    Args:
+        x_BLHK: queries or keys.
+        angles_BLK: angles [B, L, K/2].
+        factor: what they are multiplied by beside (`attention_factor`).
+    """
+    cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
+    sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
+    if factor != 1:
+        cos_BL1K, sin_BL1K = cos_BL1K * factor, sin_BL1K * factor
+    a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1
+    )
+    return rotated.astype(x_BLHK.dtype)
+
+
+def rotary_angles(
+    positions_BL: jax.Array,
+    head_dim: int,
+    theta: float,
+    scale: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
+
+    Args:
+        positions_BL: positions.
+        head_dim: K.
+        theta: base of the wavelengths.
+        scale: maps the frequencies [K/2] to those of a longer context, [K/2] or [B, L, K/2].
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+    return positions_BL[..., None] * (scale(frequencies) if scale else frequencies)
+
+
+def layer_angles(
+    config: TransformerConfig, positions_BL: jax.Array, segments_BL: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the RoPE angles [B, L, K/2], and those of local layers where they differ.
+
+    Local layers with a theta of their own are never scaled to a longer context: their distances
+    stay inside the window.
+
+    Args:
+        config: configuration of the stack.
+        positions_BL: positions of the tokens.
+        segments_BL: segment ids of the tokens; None: one text a row.
+    """
+    c = config
+    scale = None
+    if c.rope_scaling != "none":
+        from lm.models.rotary import rope_scaling
+
+        scale = rope_scaling(c, positions_BL, segments_BL)
+    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, scale)
+    if not (c.window and c.rope_theta_local):
+        return angles, None
+    local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
+    return (angles, local) if c.global_every else (local, None)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE), and their scaling to contexts beyond the original one.
+"""Scaling of rotary position embeddings (RoPE) to contexts beyond the original one.
 
 Two kinds of scaling, "dynamic" and "longrope", depend on the length of the text, that of each text
 of a packed row. While decoding it is the length so far, as in `transformers`: tokens in the cache
@@ -40,63 +40,6 @@ SCALING_FIELDS: Mapping[str, tuple[str, ...]] = {
         *("rope_short_factor", "rope_long_factor"),
     ),
 }
-
-
-def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array, factor: float = 1.0) -> jax.Array:
-    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout).
-
-    Args:
-        x_BLHK: queries or keys.
-        angles_BLK: angles [B, L, K/2].
-        factor: what they are multiplied by beside (`attention_factor`).
-    """
-    cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
-    sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
-    if factor != 1:
-        cos_BL1K, sin_BL1K = cos_BL1K * factor, sin_BL1K * factor
-    a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1
-    )
-    return rotated.astype(x_BLHK.dtype)
-
-
-def rotary_angles(
-    positions_BL: jax.Array, head_dim: int, theta: float, scale: Scale | None = None
-) -> jax.Array:
-    """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
-
-    Args:
-        positions_BL: positions.
-        head_dim: K.
-        theta: base of the wavelengths.
-        scale: maps the frequencies [K/2] to those of a longer context, [K/2] or [B, L, K/2].
-    """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-    return positions_BL[..., None] * (scale(frequencies) if scale else frequencies)
-
-
-def layer_angles(
-    config: TransformerConfig, positions_BL: jax.Array, segments_BL: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the RoPE angles [B, L, K/2], and those of local layers where they differ.
-
-    Local layers with a theta of their own are never scaled to a longer context: their distances
-    stay inside the window.
-
-    Args:
-        config: configuration of the stack.
-        positions_BL: positions of the tokens.
-        segments_BL: segment ids of the tokens; None: one text a row.
-    """
-    c = config
-    angles = rotary_angles(
-        positions_BL, c.head_dim, c.rope_theta, rope_scaling(c, positions_BL, segments_BL)
-    )
-    if not (c.window and c.rope_theta_local):
-        return angles, None
-    local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
-    return (angles, local) if c.global_every else (local, None)
 
 
 def text_lengths(positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:

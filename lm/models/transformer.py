@@ -19,12 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.config.registries import MIXERS
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import MixerInputs
+from lm.models.attention import MixerInputs, layer_angles
 from lm.models.cache import Cache, CrossKeyValue, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.remat import REMAT_POLICIES
-from lm.models.rotary import layer_angles
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
 from lm.parallel.mesh import constrain, current_pipeline

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformer_reference import draw, t5_bias, t5_buckets
 
+from lm.models.attention import rotary_angles, rotate
 from lm.models.encoder import Encoder
 from lm.models.positions import (
     RelativeBias,
@@ -16,7 +17,6 @@ from lm.models.positions import (
     relative_buckets,
     sinusoidal,
 )
-from lm.models.rotary import rotary_angles, rotate
 from lm.models.transformer_config import TransformerConfig
 
 
