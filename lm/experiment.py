@@ -238,11 +238,7 @@ class Experiment:
         """`Steps.eval_steps`, sharded."""
         return jax.jit(
             self._on_mesh(self.steps.eval_steps),
-            in_shardings=(
-                self.inference_sharding,
-                self.carry_sharding,
-                self.batch_sharding,
-            ),
+            in_shardings=(self.inference_sharding, self.carry_sharding, self.batch_sharding),
             out_shardings=(self.carry_sharding, self.replicated),
         )
 

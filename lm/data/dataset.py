@@ -42,10 +42,7 @@ class Dataset:
 
 
 def open_dataset(
-    data: Any,
-    records: bool = False,
-    progress: bool = False,
-    tokenizer: Tokenizer | None = None,
+    data: Any, records: bool = False, progress: bool = False, tokenizer: Tokenizer | None = None
 ) -> Dataset:
     """Open tokenizer and stores, building what the cache does not hold.
 

@@ -293,11 +293,7 @@ class Stack(nn.Module):
         return x_BLD.astype(c.dtype), cache
 
     def _inputs(
-        self,
-        x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        mask: AttentionMask,
-        cache: Cache | None,
+        self, x_BLD: jax.Array, positions_BL: jax.Array, mask: AttentionMask, cache: Cache | None
     ) -> StackInputs:
         """Build the attention mask, RoPE angles and position bias."""
         c, L = self.config, x_BLD.shape[1]

@@ -38,13 +38,7 @@ from lm.runs.workdir import first_row, require_no_lost_steps, set_lost_run_aside
 from lm.storage import AnyPath, open_run_folder, resolve_path, run_lock, storage_path
 from lm.train_step import Metrics, TrainState
 from lm.training.monitor import Clock, MetricsWriter, StopRequest, watchdog
-from lm.training.results import (
-    STOPPING,
-    BestCheckpoint,
-    Outputs,
-    evaluate_state,
-    summarize,
-)
+from lm.training.results import STOPPING, BestCheckpoint, Outputs, evaluate_state, summarize
 
 CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
 
