@@ -197,8 +197,13 @@ class Attention(DotProductAttention, TokenMixer):
         q_BLHK = self.queries(x_BLW)
         keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
         if inputs.angles_BLK is not None:
-            q_BLHK = rotate(q_BLHK, inputs.angles_BLK)
-            keys_values = rotate(k_BSGK, inputs.angles_BLK), v_BSGK
+            factor = 1.0
+            if self.config.rope_scaling != "none":
+                from lm.models.rotary import attention_factor
+
+                factor = attention_factor(self.config)
+            q_BLHK = rotate(q_BLHK, inputs.angles_BLK, factor)
+            keys_values = rotate(k_BSGK, inputs.angles_BLK, factor), v_BSGK
         if cache is not None:
             assert layer is not None
             cache, keys_values = write_layer(cache, layer, keys_values, inputs.mask.offset)
@@ -330,10 +335,18 @@ def _problems(
 # --- rotary position embeddings
 
 
-def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
-    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout)."""
+def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array, factor: float = 1.0) -> jax.Array:
+    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout).
+
+    Args:
+        x_BLHK: queries or keys.
+        angles_BLK: angles [B, L, K/2].
+        factor: what they are multiplied by beside (`attention_factor`).
+    """
     cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
     sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
+    if factor != 1:
+        cos_BL1K, sin_BL1K = cos_BL1K * factor, sin_BL1K * factor
     a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
         [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from lm.models.transformer_config import TransformerConfig
+from lm.models.transformer_config import TransformerConfig
 
 Scale = Callable[[jax.Array], jax.Array]
 

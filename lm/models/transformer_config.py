@@ -235,12 +235,7 @@ class TransformerConfig(InitConfig):
     @property
     def score_scale(self) -> float:
         """Scale of the attention scores."""
-        scale = self.attention_scale or self.head_dim**-0.5
-        if self.positions == "rotary" and self.rope_scaling in ("yarn", "longrope"):
-            from lm.models.rotary import attention_factor
-
-            scale *= attention_factor(self) ** 2  # of queries and of keys
-        return scale
+        return self.attention_scale or self.head_dim**-0.5
 
     def is_global(self, n_layers: int) -> np.ndarray | None:
         """Return `global_layers` of a stack of `n_layers`, or None if all layers are alike."""
