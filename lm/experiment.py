@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from lm.config import fill_defaults, validate
 from lm.config.registries import OBJECTIVES
 from lm.config.rules import data_problems
-from lm.data.batches import Batches, MakeFeatures, all_in_order, shuffle_and_mix
+from lm.data.batches import Batches, MakeFeatures, all_in_order, shuffle_endlessly
 from lm.data.dataset import Dataset, Store, open_dataset, open_tokenizer
 from lm.data.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
@@ -253,17 +253,24 @@ class Experiment:
 
     # --- data
 
+    def training_parts(self, dataset: Dataset) -> Sequence[Any]:
+        """Return the examples of each training store."""
+        return [self.objective.examples(store, training=True) for store in dataset.train]
+
     def train_batches(self, dataset: Dataset, first_row: int = 0) -> Batches:
         """Return the batches of training; `first_row` is that of `Batches`."""
         config, features = self.config, self._features
-        parts: Sequence[Any] = [self.objective.examples(s, training=True) for s in dataset.train]
+        parts = self.training_parts(dataset)
         if config.data.order == "contiguous":
             from lm.data.contiguous import contiguous_rows
 
             examples = contiguous_rows(parts, config.data.batch_size, endless=True)
+        elif len(parts) > 1:
+            from lm.data.mixture import shuffle_and_mix
+
+            examples = shuffle_and_mix(parts, dataset, config, first_row)
         else:
-            shares = dataset.weights or [store.n_tokens for store in dataset.train]
-            examples = shuffle_and_mix(parts, shares, config.seed)
+            examples = shuffle_endlessly(parts[0], config.seed)
         return Batches(examples, features, config.data.batch_size, config.seed, first_row)
 
     def evaluation_batches(self, stores: Sequence[Store]) -> Batches:

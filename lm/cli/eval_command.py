@@ -63,6 +63,8 @@ _READING = (
     "-data.tokenizer_*",
     "-data.lowercase",
     "-data.weights",
+    "-data.schedule",
+    "-data.epochs",
     "-data.stride",
     "-data.prefetch",
     "-data.split",
@@ -72,6 +74,7 @@ _READING = (
     "objective.*",
     "seed",
 )
+_OF_LOSS = ("eval.max_batches", "eval.by_source", "train.steps_per_dispatch")
 _OF_TASK = (
     *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "decode.*"),
     *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
@@ -90,7 +93,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
     if args.harness:
         return (*MESH, *MODEL, "decode.*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
-    scored = _OF_TASK if args.task else ("eval.max_batches", "train.steps_per_dispatch")
+    scored = _OF_TASK if args.task else _OF_LOSS
     return (*MESH, *MODEL, *_READING, *read, *scored)
 
 
@@ -154,7 +157,7 @@ def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Ove
 def _evaluate_loss(
     args: argparse.Namespace, name: str, experiment: Any, params: Any, step: int, stores: Any
 ) -> dict[str, Any]:
-    from lm.evaluation.loss import evaluate_loss
+    from lm.evaluation.loss import evaluate_loss, losses_by_source
     from lm.parallel.mesh import is_primary_host
     from lm.progress import track
 
@@ -164,6 +167,7 @@ def _evaluate_loss(
     result = evaluate_loss(experiment, params, batches, stores, limit, shown)
     if not result["targets"]:
         raise UserError(f"{name}: no token of the data is to be predicted, so there is no loss")
+    result |= losses_by_source(experiment, params, stores, limit, shown)
     source = {"source": name} if args.source else {}
     return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}
 

@@ -301,6 +301,12 @@ COMMON_KEYS: dict[str, Key] = {
         "parquet:FILE, arrow:FOLDER, datasets:NAME, parallel:FILE|FILE, squad:FILE, conll:FILE.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
+    "data.schedule": Key(
+        "",
+        "Mixture weights that change: STEP: WEIGHT WEIGHT …; STEP: …, linear in between, at once "
+        "where a step stands twice.",
+    ),
+    "data.epochs": Key((), "Passes over each corpus, in proportion, instead of weights."),
     "data.directory": Key(
         "", "Where relative paths start; empty: $LM_DATA_DIR, else the current folder.", free=True
     ),
@@ -509,6 +515,9 @@ COMMON_KEYS: dict[str, Key] = {
     # --- evaluation
     "eval.every_steps": Key(
         0, "Validate every so many steps; 0: only at the end.", low=0, free=True
+    ),
+    "eval.by_source": Key(
+        False, "The loss of each validation corpus too, by another pass over it.", free=True
     ),
     "eval.batch_size": Key(
         0, "Sequences of a validation batch; 0: data.batch_size.", low=0, free=True

@@ -151,13 +151,10 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.data.batch_size={data.batch_size} is not divisible by "
             f"--config.train.microbatches={train.microbatches}"
         )
-    if data.weights and len(data.weights) != len(data.source.split(",")):
-        yield (
-            f"--config.data.weights has {len(data.weights)} numbers for "
-            f"{len(data.source.split(','))} corpora in --config.data.source"
-        )
-    if any(not 0 < weight < float("inf") for weight in data.weights):
-        yield f"--config.data.weights={data.weights}: every weight must be above 0"
+    if data.weights or data.schedule or data.epochs:
+        from lm.config.mixture_rules import mixture_problems
+
+        yield from mixture_problems(data)
 
 
 def _source_rules(config: ConfigDict) -> Iterator[str]:

@@ -34,31 +34,23 @@ class Examples(Protocol[ExampleT_co]):
 _LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
 
 
-def shuffle_and_mix(
-    parts: Sequence[Examples], shares: Sequence[float], seed: int
-) -> grain.MapDataset:
-    """Mix endless examples of several parts, each shuffled anew every epoch.
+def shuffle_endlessly(part: Examples, seed: int, index: int = 0) -> grain.MapDataset:
+    """Return the endless examples of a part, shuffled anew every epoch.
 
     Args:
-        parts: examples of each source.
-        shares: weight of each part, which Grain keeps to about 1 %.
-        seed: seed of the orders.
+        part: examples of a source.
+        seed: seed of the order.
+        index: index of the source, whose order is its own.
 
     Raises:
-        UserError: a part is too long to shuffle.
+        UserError: the part is too long to shuffle.
     """
-    streams = []
-    for index, part in enumerate(parts):
-        if len(part) > _LONGEST_SHUFFLE:
-            raise UserError(
-                f"a source has {len(part)} windows, more than 2**32: "
-                "use a larger --config.data.stride"
-            )
-        (part_seed,) = np.random.SeedSequence((seed, index)).generate_state(1)
-        streams.append(ExampleSource(part).shuffle(seed=int(part_seed)).repeat())
-    if len(streams) == 1:
-        return streams[0]
-    return grain.MapDataset.mix(streams, [float(share) for share in shares])
+    if len(part) > _LONGEST_SHUFFLE:
+        raise UserError(
+            f"a source has {len(part)} windows, more than 2**32: use a larger --config.data.stride"
+        )
+    (part_seed,) = np.random.SeedSequence((seed, index)).generate_state(1)
+    return ExampleSource(part).shuffle(seed=int(part_seed)).repeat()
 
 
 def all_in_order(parts: Sequence[Examples]) -> grain.MapDataset:

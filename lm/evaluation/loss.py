@@ -78,6 +78,32 @@ def evaluate_loss(
     return result
 
 
+def losses_by_source(
+    experiment: Experiment,
+    params: Params,
+    stores: Sequence[Store],
+    max_batches: int = 0,
+    track: Callable[..., Iterable] = lambda batches, total: batches,
+) -> dict[str, float]:
+    """Return the loss of each store as "SOURCE/loss", with `--config.eval.by_source`.
+
+    The only store of a split is evaluated with it already.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        stores: stores of the split.
+        max_batches: evaluate only the first batches of each; 0: all.
+        track: as for `evaluate_loss`.
+    """
+    found: dict[str, float] = {}
+    for store in stores if experiment.config.eval.by_source and len(stores) > 1 else ():
+        batches = experiment.evaluation_batches([store])
+        result = evaluate_loss(experiment, params, batches, [store], max_batches, track)
+        found[f"{store.manifest.source}/loss"] = result.get("loss", math.nan)
+    return found
+
+
 def perplexity(nats: float, n: float) -> float:
     """Return exp(nats / n), limited to a finite number."""
     return math.exp(min(nats / max(n, 1.0), 700.0))

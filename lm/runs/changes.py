@@ -115,8 +115,10 @@ def _record(
     if not changed:
         return now
     fixed = [path for path in changed if not path.startswith(_CHANGEABLE) or path in _FIXED]
-    if BATCH_SIZE in changed and experiment.config.data.order == "contiguous":
-        fixed.append(BATCH_SIZE)  # each row of the batches reads a stretch of its own
+    data = experiment.config.data
+    if BATCH_SIZE in changed and (data.order == "contiguous" or data.schedule):
+        # Each row of the batches reads a stretch of its own, or the schedule's steps move.
+        fixed.append(BATCH_SIZE)
     if fixed:
         raise UserError(
             f"a run cannot change {', '.join(f'--config.{path}' for path in fixed)} in its course: "

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lm.data.batches import Batches
 from lm.data.dataset import Store
 from lm.errors import UserError
-from lm.evaluation.loss import evaluate_loss, figure_text
+from lm.evaluation.loss import evaluate_loss, figure_text, losses_by_source
 from lm.experiment import Experiment
 from lm.parallel.hosts import COMPILING
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
@@ -151,6 +151,8 @@ def evaluate_state(
     try:
         with outputs.clock.part("eval"):
             result = evaluate_loss(experiment, params, *validation, n_batches, track=until_stop)
+            stores = validation[1]
+            result |= losses_by_source(experiment, params, stores, n_batches, track=until_stop)
     except _AskedToStop:
         return None
     if best is not None:  # before the metrics, which tell the next start that all is done

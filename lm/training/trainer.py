@@ -292,6 +292,12 @@ class Loop:
         self._flops_per_token = model_flops_per_token(experiment)
         self._peak_flops = peak_flops(devices[0])
         self._n_devices = len(devices)
+        self._epochs: Callable[[int], dict[str, float]] = lambda step: {}
+        if len(dataset.train) > 1:
+            from lm.data.mixture import epochs_by_step
+
+            parts = experiment.training_parts(dataset)
+            self._epochs = epochs_by_step(parts, dataset, self.config.data, first_row)
 
     def run(self) -> bool:
         """Train to the last step.
@@ -391,7 +397,8 @@ class Loop:
                 elif step == 0 and not values["grad_norm"] * values["learning_rate"]:
                     self._require_learning(values)
                 written = is_due(step + 1, self.config.log.every_steps)
-                self._outputs.writer.step(step + 1, values | speed, written)
+                values |= speed | self._epochs(step + 1)
+                self._outputs.writer.step(step + 1, values, written)
             self._outputs.writer.flush()
         self._outputs.checkpoints.check()
         return action

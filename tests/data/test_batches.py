@@ -3,6 +3,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grain
 import jax
@@ -11,14 +12,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lm
+from lm.config import default
 from lm.data.batches import (
     Batches,
     addressable_rows,
     all_in_order,
     prefetch,
-    shuffle_and_mix,
+    shuffle_endlessly,
     to_device,
 )
+from lm.data.mixture import shuffle_and_mix
 from lm.errors import UserError
 
 
@@ -45,7 +48,7 @@ def noisy(example, generator):
 
 @pytest.fixture
 def batches():
-    return Batches(shuffle_and_mix([Numbers(62)], (1,), seed=1), noisy, batch_size=8, seed=5)
+    return Batches(shuffle_endlessly(Numbers(62), seed=1), noisy, batch_size=8, seed=5)
 
 
 @pytest.fixture
@@ -72,9 +75,9 @@ def test_a_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(batches):
-    again = Batches(shuffle_and_mix([Numbers(62)], (1,), 1), noisy, 8, seed=5)
+    again = Batches(shuffle_endlessly(Numbers(62), 1), noisy, 8, seed=5)
     equal(again.rows(3, range(8)), batches.rows(3, range(8)))
-    other_order = shuffle_and_mix([Numbers(62)], (1,), 2)
+    other_order = shuffle_endlessly(Numbers(62), 2)
     assert firsts(other_order, 0, 20) != firsts(batches.examples, 0, 20)
     other_noise = Batches(batches.examples, noisy, 8, seed=6)
     assert (other_noise.rows(3, [0])["noise"] != batches.rows(3, [0])["noise"]).all()
@@ -93,7 +96,8 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(batches):
     ("shares", "share"), [((4000, 1000), 0.8), ((1.0, 3.0), 0.25), ((0.7, 0.3), 0.7)]
 )
 def test_mixtures_keep_their_proportions(shares, share):
-    examples = shuffle_and_mix([Numbers(250), Numbers(60, first=10_000)], shares, 0)
+    parts = [Numbers(250), Numbers(60, first=10_000)]
+    examples = shuffle_and_mix(parts, SimpleNamespace(weights=shares), default())
     drawn = np.asarray(firsts(examples, 0, 2000))
     assert np.mean(drawn < 10_000) == pytest.approx(share, abs=0.01)
     head = np.asarray(firsts(examples, 0, 40))
@@ -119,7 +123,7 @@ def test_examples_may_come_from_any_grain_dataset():
 
 def test_too_many_examples_to_shuffle_are_said():
     with pytest.raises(UserError, match=r"more than 2\*\*32: use a larger --config.data.stride"):
-        shuffle_and_mix([Numbers(2**32 + 1, stride=1)], (1,), 0)
+        shuffle_endlessly(Numbers(2**32 + 1, stride=1), 0)
 
 
 def all_of(sharding):

@@ -12,7 +12,7 @@ from emulated_bucket import emulated_bucket
 
 from lm.config import default
 from lm.data import dataset, file_parts, shard_cache, sharded_store
-from lm.data.batches import Batches, shuffle_and_mix
+from lm.data.batches import Batches, shuffle_endlessly
 from lm.data.dataset import open_dataset
 from lm.data.store import token_windows
 from lm.errors import UserError
@@ -55,7 +55,7 @@ def open_cached(tmp_path, monkeypatch):
 
 def batches(store):
     examples = token_windows(store, 32, 32, isolate=True, drop_remainder=True)
-    order = shuffle_and_mix([examples], [1.0], seed=3)
+    order = shuffle_endlessly(examples, seed=3)
     made = Batches(order, lambda example, rng: dict(example), 4, seed=3)
     return [made.rows(step, range(4)) for step in (7, 0, 40, 7)]
 
