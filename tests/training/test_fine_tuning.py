@@ -142,7 +142,7 @@ def test_a_merged_run_is_whole(adapted, tune, tmp_path):
     assert curves[0] == curves[1]
     found, mean = flat(plain(merged)[1]), flat(plain(adapted, average=2)[1])
     assert_same(found, mean, list(mean))
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         merge_run(adapted, merged, 1, {}, print)
 
 
