@@ -12,12 +12,15 @@ _DISTRIBUTION = "lm-jax"  # the name `lm` on PyPI is another project's
 class UserError(Exception):
     """Mistake that the user can correct; the message says what, where and what to do.
 
-    The command line prints it and exits with code 2. It is one line, whatever it quotes: control
-    characters are shown as Python writes them.
+    The command line prints it and exits with code 2. It is one line, whatever it quotes: line ends
+    become spaces, and other control characters are shown as Python writes them.
     """
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return "".join(
+            c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1]
+            for c in super().__str__()
+        )
 
 
 class LostPeerError(Exception):
