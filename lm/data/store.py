@@ -310,8 +310,6 @@ def _with_special_tokens(tokenizer: Tokenizer, chunk: Chunk, tokens: np.ndarray)
     # Where a newline is the eos, a last newline has ended the document already.
     ended = len(tokens) > 0 and tokens[-1] == eos
     after = [eos] if chunk.last and eos is not None and eos != bos and not ended else []
-    if not before and not after:
-        return tokens
     return np.concatenate([np.asarray(part, np.int32) for part in (before, tokens, after)])
 
 

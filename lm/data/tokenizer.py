@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from lm.config.rules import spec_problem
 from lm.data.sources import Corpus
 from lm.errors import UserError
 from lm.storage import DamagedFolder, cache_directory, open_or_build, read_json
+
+MOST_TO_FIT = 2**30  # bytes of a corpus; of a larger one a sample is enough for some tokenizers
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Tokenizer(ABC):
     Attributes:
         kind: name in the registry, which a saved tokenizer is opened by.
         is_fitted: whether NAME alone is fitted to the training text.
+        fits_sample: whether a sample of a large corpus is enough to fit to.
         states_template: whether `template` is what a model folder states.
         forms: how a configuration writes the tokenizer, such as ("words", "words:FILE"), for
             messages and validation; () for any. Plug-ins only: the registry has those of the
@@ -56,6 +59,7 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     is_fitted: ClassVar[bool] = False
+    fits_sample: ClassVar[bool] = False
     states_template: ClassVar[bool] = False
     forms: ClassVar[tuple[str, ...]] = ()
 
@@ -228,13 +232,14 @@ def _fitted(cls: type[Tokenizer], data: Any, training: tuple[Corpus, ...]) -> To
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
-        cls.fit(_texts(training), **settings).save(folder)
+        texts: Iterable[str] = (c.text for corpus in training for c in corpus.chunks())
+        if cls.fits_sample and sum(corpus.size or 0 for corpus in training) > MOST_TO_FIT:
+            from lm.data.fit_sample import read_sample
+
+            texts = read_sample(training, MOST_TO_FIT, folder)
+        cls.fit(texts, **settings).save(folder)
 
     return open_or_build(cache_directory(data) / "tokenizers" / key, _read, build)
-
-
-def _texts(corpora: Iterable[Corpus]) -> Iterator[str]:
-    return (chunk.text for corpus in corpora for chunk in corpus.chunks())
 
 
 def _read(folder: Path) -> Tokenizer:
@@ -255,9 +260,8 @@ def _read(folder: Path) -> Tokenizer:
 
 
 def _is_file_inside(folder: Path, name: Any) -> bool:
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        return False
-    return (folder / name).is_file()
+    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and (folder / name).is_file()
 
 
 def _digest(kind: str, files: Mapping[str, bytes]) -> str:

@@ -115,6 +115,7 @@ class WordTokenizer(Tokenizer):
     lowercase: bool = False
     kind: ClassVar[str] = "words"
     is_fitted: ClassVar[bool] = True
+    fits_sample: ClassVar[bool] = True
 
     @classmethod
     def from_argument(cls, argument: str, data: Any) -> Self:

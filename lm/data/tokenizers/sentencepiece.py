@@ -33,6 +33,7 @@ class SentencePieceTokenizer(Tokenizer):
     model: bytes = field(repr=False)
     kind: ClassVar[str] = "sentencepiece"
     is_fitted: ClassVar[bool] = True
+    fits_sample: ClassVar[bool] = True
 
     @classmethod
     def from_argument(cls, argument: str, data: Any) -> Self:
@@ -196,5 +197,4 @@ def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
 def _stretches(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         text = text.replace(_SPACE_MARK, "").replace("\0", "")
-        for start in range(0, len(text), _STRETCH):
-            yield text[start : start + _STRETCH]
+        yield from (text[at : at + _STRETCH] for at in range(0, len(text), _STRETCH))
