@@ -50,8 +50,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if not reports and not args.json:
         print("there is no store yet: data are tokenized when a run starts")
     if damaged := [report for report in reports if report.problems]:
+        first = damaged[0]
+        remove = f"{first.folder}/{first.damaged}" if first.damaged else first.folder
         raise UserError(
             f"{len(damaged)} of {len(reports)} stores are damaged, the first at "
-            f"{damaged[0].problems[0]}: remove {damaged[0].folder}, and it is built again"
+            f"{first.problems[0]}: remove {remove}, and it is built again"
         )
     return 0

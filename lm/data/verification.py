@@ -13,12 +13,15 @@ import numpy as np
 from lm.config.registry import listed
 from lm.data import shards
 from lm.data.dataset import open_sources, open_tokenizer, open_validation
-from lm.data.sharded_store import ShardedManifest, read_index
+from lm.data.sharded_store import ShardedManifest, read_index, read_manifest, store_place
 from lm.data.shared_folder import SharedFolder, open_shared_folder
 from lm.data.store import BLOCK
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory, read_json
 
+_NO_MANIFEST = "manifest.json is damaged, or of another version"
+_BLOCKS_READ = 64  # of a shard, at once
 _NO_STORES = {".partial", ".shards", ".counts"}  # endings of folders
 
 
@@ -28,15 +31,17 @@ class StoreReport:
 
     Attributes:
         source: name of its source; "" if the manifest cannot be read.
-        folder: folder of the store.
+        folder: folder of the store, or its URL.
         n_bytes: bytes that were read.
         problems: what is wrong, a line each; () if the store is as it was written.
+        damaged: file to be removed so that it is built again; "" for the folder.
     """
 
     source: str
-    folder: Path
+    folder: Path | str
     n_bytes: int
     problems: tuple[str, ...]
+    damaged: str = ""
 
 
 def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreReport]:
@@ -57,6 +62,7 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
     folders = [path for path in folders if path.name != "by_name"]
     if not of_config:
         yield from (verify_store(folder) for folder in folders)
+        yield from _verify_remote(data, None, None)
         return
     sources = open_sources(listed(data.source), data, "train", records)
     sources += open_validation(data, records)
@@ -69,6 +75,26 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
         if manifest.get("source_digest", None) in {*digests, None}:
             same = manifest.get("tokenizer_digest") == tokenizer.digest
             yield verify_store(folder, tokenizer.vocab_size if same else None)
+    yield from _verify_remote(data, digests, tokenizer)
+
+
+def _verify_remote(
+    data: Any, digests: set[str] | None, tokenizer: Tokenizer | None
+) -> Iterator[StoreReport]:
+    """Verify the stores in a bucket: all, or those of some sources."""
+    place = store_place(data)
+    if "://" not in place:
+        return
+    for mark in sorted(open_shared_folder(place, "by_name").sizes()):
+        folder = open_shared_folder(place, mark.partition(".")[2])
+        manifest = read_manifest(folder)
+        if manifest is None:
+            yield StoreReport("", folder.place, 0, (_NO_MANIFEST,))
+        elif digests is None or manifest.source_digest in digests:
+            vocab_size = None
+            if tokenizer and manifest.tokenizer_digest == tokenizer.digest:
+                vocab_size = tokenizer.vocab_size
+            yield _verify_shards(place, manifest, vocab_size)
 
 
 def verify_store(folder: Path, vocab_size: int | None = None) -> StoreReport:
@@ -82,12 +108,12 @@ def verify_store(folder: Path, vocab_size: int | None = None) -> StoreReport:
     try:
         return _verify(folder, manifest, vocab_size)
     except (KeyError, TypeError, ValueError, AttributeError):
-        return StoreReport("", folder, 0, ("manifest.json is damaged, or of another version",))
+        return StoreReport("", folder, 0, (_NO_MANIFEST,))
 
 
 def _verify(folder: Path, manifest: dict[str, Any], vocab_size: int | None) -> StoreReport:
     if "shards" in manifest:
-        return _verify_shards(folder, ShardedManifest(**manifest), vocab_size)
+        return _verify_shards(folder.parent, ShardedManifest(**manifest), vocab_size)
     checksums, columns = manifest["checksums"], manifest["n_tokens"]
     tokens = [f"{name}.bin" for name in (columns if isinstance(columns, dict) else ["tokens"])]
     problems: list[str] = []
@@ -102,18 +128,23 @@ def _verify(folder: Path, manifest: dict[str, Any], vocab_size: int | None) -> S
     return StoreReport(manifest["source"], folder, n_bytes, tuple(problems))
 
 
-def _verify_shards(folder: Path, manifest: ShardedManifest, vocab_size: int | None) -> StoreReport:
+def _verify_shards(
+    place: Path | str, manifest: ShardedManifest, vocab_size: int | None
+) -> StoreReport:
     """Read all shards of a store."""
-    files = open_shared_folder(folder.parent, manifest.folder)
-    there, n_bytes = files.sizes(), 0
+    files = open_shared_folder(place, manifest.folder)
+    there, n_bytes, damaged = files.sizes(), 0, ""
     problems: list[str] = []
     for name, size, *_ in manifest.shards:
-        if there.get(name) != size:
-            problems.append(f"{name} has {there.get(name, 0)} bytes instead of {size}")
-            continue
-        problems += _shard_problems(files, name, size, vocab_size)
-        n_bytes += size
-    return StoreReport(manifest.source, Path(files.place), n_bytes, tuple(problems))
+        if there.get(name) == size:
+            found = list(_shard_problems(files, name, size, vocab_size))
+            n_bytes += size
+        else:
+            found = [f"{name} has {there.get(name, 0):,} bytes instead of {size:,}"]
+        problems += found
+        damaged = damaged or (name if found else "")
+    folder = files.place if "://" in files.place else Path(files.place)
+    return StoreReport(manifest.source, folder, n_bytes, tuple(problems), damaged)
 
 
 def _shard_problems(
@@ -125,16 +156,17 @@ def _shard_problems(
     except UserError as error:
         yield str(error)
         return
-    dtype = index.about["dtype"]
+    content = b""
     for number, expected in enumerate(index.checksums.tolist()):
-        start = number * shards.BLOCK
-        content = files.read(name, start, start + shards.BLOCK)
-        where = f"{name}: block {number} (bytes {start:,} to {start + len(content):,})"
-        if zlib.crc32(content) != expected:
+        start, stop = number * shards.BLOCK, (number + 1) * shards.BLOCK
+        if not content:
+            content = files.read(name, start, start + _BLOCKS_READ * shards.BLOCK)
+        block, content = content[: shards.BLOCK], content[shards.BLOCK :]
+        where = f"{name}: block {number} (bytes {start:,} to {stop:,})"
+        if zlib.crc32(block) != expected:
             yield f"{where} is not as it was written"
-        if vocab_size is None or number >= index.n_token_blocks:
-            continue
-        yield from _id_problems(where, np.frombuffer(content, dtype), vocab_size)
+        if vocab_size is not None and number < index.n_token_blocks:
+            yield from _id_problems(where, np.frombuffer(block, index.about["dtype"]), vocab_size)
 
 
 def _id_problems(where: str, ids: np.ndarray, vocab_size: int) -> Iterator[str]:

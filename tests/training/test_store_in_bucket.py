@@ -15,6 +15,7 @@ from lm.data import dataset, file_parts, shard_cache, sharded_store
 from lm.data.batches import Batches, shuffle_endlessly
 from lm.data.dataset import open_dataset
 from lm.data.store import token_windows
+from lm.data.verification import verify_stores
 from lm.errors import UserError
 
 
@@ -107,6 +108,11 @@ def test_a_flipped_bit_is_named_and_a_damaged_local_piece_is_fetched_again(
         piece.write_bytes(content)
     np.testing.assert_array_equal(open_cached(f"{bucket}/c").train[0].tokens[:], expected)
     flip(store.directory, "00001.shard", 5)
+    data = default().data
+    data.cache_directory = f"{bucket}/c"
+    first, second = verify_stores(data, records=False, of_config=False)
+    assert len(first.problems) + len(second.problems) == 1
+    assert "00001.shard: block 0 (bytes 0 to 65,536)" in str(first.problems + second.problems)
     for piece in (tmp_path / "local" / "pieces").rglob("*/0"):
         piece.unlink()
     store = open_cached(f"{bucket}/c").train[0]
