@@ -12,9 +12,9 @@ from lm.errors import UserError
 
 
 class Knot(NamedTuple):
-    """Weights of all parts at a row."""
+    """Weights of all parts at a step, or at a row of their order."""
 
-    row: int
+    at: int
     weights: tuple[float, ...]
 
 
@@ -47,8 +47,8 @@ def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
             raise UserError(f"{where}: {len(knot.weights)} weights for {n_parts} sources")
         if not all(0 <= weight < float("inf") for weight in knot.weights) or not any(knot.weights):
             raise UserError(f"{where}: weights are 0 or more, and not all 0: {part.strip()!r}")
-        if knot.row < (knots[-1].row if knots else 0):
-            raise UserError(f"{where}: steps must ascend from 0, and {knot.row} does not")
+        if knot.at < (knots[-1].at if knots else 0):
+            raise UserError(f"{where}: steps must ascend from 0, and {knot.at} does not")
         knots.append(knot)
     if not knots:
         raise UserError(f"{where}: no weights")

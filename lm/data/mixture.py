@@ -39,7 +39,7 @@ class Schedule:
     @cached_property
     def _pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows [S] where the pieces begin, shares [S, P] there, and slopes [S, P] after them."""
-        rows = np.array([0, *(knot.row for knot in self.knots)], np.float64)
+        rows = np.array([0, *(knot.at for knot in self.knots)], np.float64)
         weights = np.array([self.knots[0].weights, *(knot.weights for knot in self.knots)])
         shares = weights / weights.sum(1, keepdims=True)
         lengths = np.diff(rows)
@@ -147,7 +147,7 @@ def _schedule(
     """Return the schedule of a configuration; constant shares without one."""
     if data.schedule:
         knots = parse_schedule(data.schedule, len(parts))
-        return Schedule(tuple(Knot(first_row + k.row * data.batch_size, k.weights) for k in knots))
+        return Schedule(tuple(Knot(first_row + k.at * data.batch_size, k.weights) for k in knots))
     if data.epochs:
         shares = [len(part) * passes for part, passes in zip(parts, data.epochs, strict=True)]
     else:

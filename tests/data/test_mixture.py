@@ -25,7 +25,7 @@ schedules = st.lists(st.tuples(st.integers(0, 3000), weights), min_size=1, max_s
 def exact(schedule, row):
     """Examples of each part before a row, by summing areas exactly."""
     knots = [
-        (k.row, [Fraction(w) / Fraction(sum(k.weights)) for w in map(Fraction, k.weights)])
+        (k.at, [Fraction(w) / Fraction(sum(k.weights)) for w in map(Fraction, k.weights)])
         for k in schedule.knots
     ]
     knots = [(0, knots[0][1]), *knots, (10**9, knots[-1][1])]
