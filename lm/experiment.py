@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from math import prod
 from typing import Any
 
@@ -314,6 +314,7 @@ class Experiment:
         return compiler_options(device)
 
     def _on_mesh(self, function: Callable) -> Callable:
+        @wraps(function)  # profiles show its name
         def on_mesh(*args: Any) -> Any:
             with use_mesh(self.mesh, self.config.parallel.sequence, self.pipeline):
                 return function(*args)

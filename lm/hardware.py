@@ -285,3 +285,14 @@ def set_xla_flags(chip: str) -> None:
     """Set the flags of a chip for this process, before JAX starts; flags set already win."""
     name = flags_variable(chip)
     os.environ[name] = " ".join([*chip_flags(chip), os.environ.get(name, "")]).strip()
+
+
+def dump_programs(folder: str) -> None:
+    """Let XLA write every program that this process compiles to a folder; call before JAX starts.
+
+    Programs come from the compiler and not from its cache.
+    """
+    os.makedirs(folder, exist_ok=True)
+    flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -173,7 +173,8 @@ class Steps:
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         updated = optax.apply_updates(trained, updates)
         updated, opt_state, after = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -59,6 +59,10 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         from lm.hardware import set_xla_flags
 
         set_xla_flags(chip)
+    if folder := getattr(args, "dump_hlo", None):
+        from lm.hardware import dump_programs
+
+        dump_programs(folder)
     devices = getattr(args, "cpu_devices", None)
     if args.verb not in WITHOUT_JAX:
         from lm.parallel.hosts import use_cpu_without_accelerators

@@ -118,11 +118,14 @@ def process_arguments(parser: Parser) -> None:
     )
 
 
-def xla_flags_argument(parser: Parser) -> None:
-    """Add --xla_flags."""
+def compiler_arguments(parser: Parser) -> None:
+    """Add --xla_flags and --dump_hlo."""
     from lm.hardware import GPUS, TPUS
 
     parser.add_argument("--xla_flags", choices=TPUS + GPUS, help="compiler flags for this chip")
+    parser.add_argument(
+        "--dump_hlo", metavar="DIR", help="write the programs that are compiled, as HLO texts"
+    )
 
 
 def topology_arguments(parser: Parser, required: bool = True) -> None:

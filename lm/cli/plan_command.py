@@ -14,10 +14,10 @@ from lm.cli.arguments import (
     Overrides,
     Parser,
     at_least,
+    compiler_arguments,
     config_argument,
     json_argument,
     topology_arguments,
-    xla_flags_argument,
 )
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=LIMIT)
     parser.add_argument("--workers", type=at_least(0), metavar="N", help=WORKERS)
     parser.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
-    xla_flags_argument(parser)
+    compiler_arguments(parser)
     json_argument(parser)
 
 

@@ -8,9 +8,9 @@ from lm import config as configs
 from lm.cli.arguments import (
     Overrides,
     Parser,
+    compiler_arguments,
     config_argument,
     process_arguments,
-    xla_flags_argument,
 )
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.config.registries import SCHEMA
@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="RUN[@STEP]",
         help="start a new run from a checkpoint of another one: its state, data position and step",
     )
-    xla_flags_argument(parser)
+    compiler_arguments(parser)
     process_arguments(parser)
 
 

@@ -512,6 +512,12 @@ COMMON_KEYS: dict[str, Key] = {
         low=0.0,
         free=True,
     ),
+    "train.profile": Key(
+        "",
+        "START:STEPS: trace these steps, the first counted from 0, for xprof and Perfetto, to "
+        "WORKDIR/profile, with a profile of the devices' memory.",
+        free=True,
+    ),
     # --- evaluation
     "eval.every_steps": Key(
         0, "Validate every so many steps; 0: only at the end.", low=0, free=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
@@ -75,6 +76,8 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
             "--config.schedule.name=inverse never reaches 0: "
             "set --config.schedule.final_ratio above"
         )
+    if config.train.profile and not re.fullmatch(r"[0-9]+:[1-9][0-9]*", config.train.profile):
+        yield f"--config.train.profile={config.train.profile}: expected START:STEPS, as in 100:5"
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "--config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"

@@ -50,6 +50,7 @@ def cross_entropy(
     return _cross_entropy_forward(logits_BLV, targets_BL, label_smoothing, z_loss)[0]
 
 
+@jax.named_scope("cross_entropy")
 def _cross_entropy_forward(
     logits_BLV: jax.Array, targets_BL: jax.Array, label_smoothing: float, z_loss: float
 ) -> tuple[TokenLosses, tuple]:
@@ -67,6 +68,7 @@ def _cross_entropy_forward(
     return TokenLosses(loss_BL, nll_BL, correct_BL), (logits_BLV, targets_BL, log_z_BL)
 
 
+@jax.named_scope("cross_entropy")
 def _cross_entropy_backward(
     label_smoothing: float, z_loss: float, residuals: tuple, g: TokenLosses
 ) -> tuple[jax.Array, None]:

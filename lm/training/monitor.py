@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar, track
-from lm.storage import upload_changes, write_atomically
+from lm.storage import AnyPath, upload_changes, write_atomically
 
 if TYPE_CHECKING:  # imported only where a run has some
     from lm.training.trackers import BackgroundTracker
@@ -55,7 +55,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def watchdog(seconds: float, end: Callable[[int], None] = os._exit) -> Iterator[Heartbeat]:
+def watchdog(
+    seconds: float, workdir: AnyPath, end: Callable[[int], None] = os._exit
+) -> Iterator[Heartbeat]:
     """End the process with an error when it makes no progress.
 
     A collective whose peer never arrives blocks the main thread forever, so a second thread
@@ -64,6 +66,7 @@ def watchdog(seconds: float, end: Callable[[int], None] = os._exit) -> Iterator[
 
     Args:
         seconds: longest time between two calls of the heartbeat; 0 disables the watchdog.
+        workdir: folder of the run, whose incidents get the stacks of all threads.
         end: called with exit code 1 after the message was printed.
 
     Yields:
@@ -86,13 +89,9 @@ def watchdog(seconds: float, end: Callable[[int], None] = os._exit) -> Iterator[
         while not finished.wait(tick):
             silent += tick
             if silent > seconds:
-                print(
-                    f"error: nothing happened for {seconds:g} s since {last}: a peer or a device "
-                    "does not answer (--config.train.stall_seconds); saved checkpoints are intact, "
-                    "the same command continues",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                from lm.runs.incidents import report_stall
+
+                report_stall(workdir, f"nothing happened for {seconds:g} s since {last}")
                 end(1)
                 return
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -119,9 +119,13 @@ def train(
                 workdir, config.eval.best, config.checkpoint, checkpoints.metadata
             )
         try:
-            with watchdog(config.train.stall_seconds) as heartbeat:
+            with watchdog(config.train.stall_seconds, storage_path(workdir)) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
                 loop = Loop(experiment, dataset, state, first_step, outputs, stop, first_row)
+                if config.train.profile:
+                    from lm.training.profiling import profile
+
+                    stack.enter_context(profile(loop, config.train.profile, workdir, log))
                 finished = loop.run()
                 with clock.part("checkpoint"):
                     checkpoints.close()
@@ -248,7 +252,14 @@ class InFlight(NamedTuple):
 
 
 class Loop:
-    """Training loop from a state to the last step, or until it is asked to stop."""
+    """Training loop from a state to the last step, or until it is asked to stop.
+
+    Attributes:
+        state: newest state.
+        step: steps dispatched so far.
+        dispatches: ranges of steps to dispatch.
+        last_evaluation: figures of the last evaluation.
+    """
 
     def __init__(
         self,
@@ -268,6 +279,7 @@ class Loop:
         self.config = experiment.config
         self.state = state
         self.step = self._saved_step = first_step
+        self.dispatches: Iterable[range] = dispatches(first_step, experiment.config)
         self.last_evaluation: dict[str, float] = {}
         self._dataset = dataset
         self._first_row = first_row
@@ -320,7 +332,7 @@ class Loop:
             self.experiment.batch_sharding,
             config.data.prefetch,
         )
-        for steps in dispatches(self.step, config):
+        for steps in self.dispatches:
             self._outputs.heartbeat(f"step {self.step}")
             with self._clock.part("data"):
                 batch = next(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 
@@ -10,25 +11,40 @@ from commands import arguments
 import lm.progress
 from lm import load_config, train
 from lm.cli import main
+from lm.runs.incidents import report_stall
 from lm.training.monitor import watchdog
 
 
-def test_silence_ends_the_process_and_says_since_when(capsys):
+def test_silence_ends_the_process_and_says_since_when(tmp_path, capsys):
     ends: list[int] = []
-    with watchdog(0.2, ends.append) as beat:
+    with watchdog(0.2, tmp_path, ends.append) as beat:
         beat("step 12")
         time.sleep(1.0)
     assert ends == [1]
     assert "nothing happened for 0.2 s since step 12" in capsys.readouterr().err
+    incident = json.loads((tmp_path / "incidents.jsonl").read_text())
+    assert "since step 12" in incident["incident"]
+    assert "thread MainThread:" in incident["stacks"]
+    assert "time.sleep(1.0)" in incident["stacks"]
 
 
-def test_beats_keep_it_quiet_and_zero_watches_nothing(capsys):
+def test_the_stacks_of_a_stall_are_printed_where_they_cannot_be_written(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lm.runs.incidents.SECONDS_TO_WRITE", 0.1)
+    report_stall(tmp_path / "is not there", "nothing happened")
+    stacks, error = capsys.readouterr().err.rsplit("error: ", 1)
+    assert "thread MainThread:" in stacks
+    assert error.startswith("nothing happened: a peer")
+
+
+def test_beats_keep_it_quiet_and_zero_watches_nothing(tmp_path, capsys):
     ends: list[int] = []
-    with watchdog(0.4, ends.append) as beat:
+    with watchdog(0.4, tmp_path, ends.append) as beat:
         for step in range(10):
             beat(f"step {step}")
             time.sleep(0.08)
-    with watchdog(0.0, ends.append) as beat:
+    with watchdog(0.0, tmp_path, ends.append) as beat:
         beat("step 1")
     assert ends == []
     assert capsys.readouterr().err == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError
+from lm.runs.incidents import append_incident
 from lm.storage import AnyPath, is_committed, is_step, resolve_path
 from lm.tools.launching.processes import USER_ERROR, ExitStatus, run_group
 from lm.training.monitor import RESUMABLE, StopRequest
@@ -116,10 +116,7 @@ def record_incident(workdir: AnyPath | None, message: str) -> None:
     print(f"launch: {message}", file=sys.stderr, flush=True)
     try:
         if workdir and workdir.is_dir():
-            file = workdir / "incidents.jsonl"
-            before = file.read_text() if file.exists() else ""
-            line = json.dumps({"time": time.time(), "incident": message})
-            file.write_text(f"{before}{line}\n")  # objects of a bucket cannot be appended to
+            append_incident(workdir, message)
     except Exception as error:  # of a full disk or a bucket: the run goes on
         reason = " ".join(str(error).split())
         print(f"launch: incidents.jsonl: {reason}", file=sys.stderr, flush=True)

@@ -1,0 +1,52 @@
+"""Incidents of a run: WORKDIR/incidents.jsonl, one JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+import traceback
+
+from lm.storage import AnyPath
+
+SECONDS_TO_WRITE = 10.0
+
+
+def append_incident(workdir: AnyPath, message: str, **details: str) -> None:
+    """Append an incident with its time; OSError, or a bucket's error, if that cannot be written."""
+    file = workdir / "incidents.jsonl"
+    before = file.read_text() if file.exists() else ""
+    line = json.dumps({"time": time.time(), "incident": message, **details})
+    file.write_text(f"{before}{line}\n")  # objects of a bucket cannot be appended to
+
+
+def thread_stacks() -> str:
+    """Return what each thread of this process is doing, as tracebacks do, under the name of it."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+def report_stall(workdir: AnyPath, what: str) -> None:
+    """Print the error of a run that hangs; its incident holds the stacks of all threads."""
+    message = (
+        f"{what}: a peer or a device does not answer (--config.train.stall_seconds); saved "
+        "checkpoints are intact, the same command continues"
+    )
+    stacks = thread_stacks()
+    written = threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(Exception):  # of a full disk or a bucket
+            append_incident(workdir, message, stacks=stacks)
+            written.set()
+
+    # The disk or the bucket may be what the run waits for.
+    threading.Thread(target=write, daemon=True).start()
+    if not written.wait(SECONDS_TO_WRITE):
+        print(stacks, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""Profile of some training steps: a trace for xprof and Perfetto, and the memory of the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from lm.parallel.mesh import is_primary_host
+from lm.runs.checkpoints import Log, disk_errors
+from lm.storage import storage_path, upload_changes
+from lm.train_step import TrainState
+
+
+class Dispatching(Protocol):
+    """Training loop.
+
+    Attributes:
+        state: newest state.
+        dispatches: ranges of steps, each to be run by one call of the compiled program.
+    """
+
+    state: TrainState
+    dispatches: Iterable[range]
+
+
+@contextmanager
+def profile(loop: Dispatching, steps: str, workdir: Path, log: Log) -> Iterator[None]:
+    """Let a loop that runs inside the context trace the dispatches with a step of `train.profile`.
+
+    The trace goes to WORKDIR/profile, where xprof finds it. The lead process writes
+    perfetto_trace.json.gz too, and every process memory-PROCESS.pprof: what the memory of its
+    devices holds after these steps.
+
+    Args:
+        loop: the loop, before it runs.
+        steps: START:STEPS, the first step, counted from 0, and how many.
+        workdir: folder of the run.
+        log: receives the line that says where the trace is.
+    """
+    ranges = _profiled(loop, loop.dispatches, steps, workdir / "profile", log)
+    loop.dispatches = ranges
+    with closing(ranges):
+        yield
+
+
+def _profiled(
+    loop: Dispatching, planned: Iterable[range], steps: str, folder: Path, log: Log
+) -> Generator[range]:
+    first, n_steps = map(int, steps.split(":"))
+    last = first + n_steps - 1
+    traced: list[int] = []
+
+    def finish() -> None:
+        jax.block_until_ready(loop.state)
+        with disk_errors(storage_path(folder)):
+            jax.profiler.stop_trace()
+            jax.profiler.save_device_memory_profile(folder / f"memory-{jax.process_index()}.pprof")
+            upload_changes()
+        log(f"profile of steps {traced[0]} to {traced[-1]}: {storage_path(folder)}")
+
+    tracing = False
+    try:
+        for dispatch in planned:
+            if tracing and dispatch.start > last:
+                tracing = False
+                finish()
+            elif not traced and first < dispatch.stop and dispatch.start <= last:
+                jax.block_until_ready(loop.state)
+                jax.profiler.start_trace(folder, create_perfetto_trace=is_primary_host())
+                tracing = True
+            if tracing:
+                traced += dispatch
+            with jax.profiler.StepTraceAnnotation("train", step_num=dispatch.start):
+                yield dispatch
+    finally:
+        if tracing:
+            finish()
+        elif not traced:
+            log(f"note: --config.train.profile={steps}: these steps were not trained now")
