@@ -108,9 +108,15 @@ def hashing(mode: str) -> Iterator[None]:
 
 
 def _identity(path: Path) -> str:
-    """Return size and modification time, the same for copies on several hosts."""
+    """Return size and modification time, the same for copies on several hosts.
+
+    Of a file that has just changed they are waited for until they tell it from what it becomes.
+    """
     try:
         state = file_state(path)
+        if 0 <= (age := time.time_ns() - state[0]) < _RACY_NS:
+            time.sleep((_RACY_NS - age) / 1e9)
+            state = file_state(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     mtime, _, size, _ = state
@@ -154,7 +160,7 @@ def raw_file(path: Path) -> io.BufferedReader:
         UserError: it is a URL that cannot be read; from `read` too.
     """
     file = _opened_file(path)
-    if not _hashes_reads:
+    if not _hashes_reads or known_digest(path, file_state(path)):
         return file
     return io.BufferedReader(_HashedReads(file.detach(), path), 2**20)
 

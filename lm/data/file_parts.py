@@ -14,7 +14,9 @@ from lm.data.file_digests import file_state, raw_file
 from lm.data.sources import Chunk, Part
 from lm.errors import UserError
 
-RANGE = 2**28  # bytes of a range, about
+RANGE = 2**28  # bytes of a range, at most about
+_PIECES = 64  # that the work on a small corpus is divided into
+_LEAST = 2**24  # bytes of one
 _BLOCK = 2**24
 
 
@@ -128,6 +130,16 @@ class LinePlace(NamedTuple):
         return f"{self.range.path}:{self.range.n_lines_before + self.number}"
 
 
+def piece_size(total: int, most: int) -> int:
+    """Return the bytes of a piece of work: of a small corpus fewer, so that processes end together.
+
+    Args:
+        total: bytes of the corpus.
+        most: bytes of a piece of a large one.
+    """
+    return min(most, max(total // _PIECES, _LEAST))
+
+
 def file_parts(
     source: Any,
     files: Iterable[Path],
@@ -144,13 +156,16 @@ def file_parts(
         UserError: a file is gone.
     """
     parts: list[Part] = []
+    sizes: dict[Path, int] = {}
     for path in files:
         try:
-            size = file_state(path)[2]
+            sizes[path] = file_state(path)[2]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        if read_range and size > RANGE and not compression_of(path):
-            n = -(-size // RANGE)
+    piece = piece_size(sum(sizes.values()), RANGE)
+    for path, size in sizes.items():
+        if read_range and size > min(2 * piece, RANGE) and not compression_of(path):
+            n = -(-size // piece)
             cuts = [size * i // n for i in range(n + 1)]
             parts += [LineRange(read_range, path, *cut) for cut in pairwise(cuts)]
         else:

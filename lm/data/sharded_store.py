@@ -1,16 +1,15 @@
 """Token stores in shards: large corpora, and any corpus whose cache is in a bucket.
 
-The parts of a source are divided into shards of about 256 MiB, which any number of processes build
-together (`shared_build`) in a folder that is named by the names, sizes and times of the files. The
-contents are hashed by whoever reads them; when all shards are there, the manifest is written under
-the key of the contents, where the next start finds it.
+The parts of a source are divided into shards, of about 256 MiB unless the corpus is small, which
+any number of processes build together (`shared_build`) in a folder that is named by the names,
+sizes and times of the files. The contents are hashed by whoever reads them; when all shards are
+there, the manifest is written under the key of the contents, where the next start finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from lm.config.registries import SCHEMA, SOURCES, TOKENIZERS
 from lm.data import file_digests
 from lm.data.file_digests import file_digest, file_state, remember_digest, require_unchanged
+from lm.data.file_parts import piece_size
 from lm.data.held_out import HeldOut
 from lm.data.shard_cache import shard_files
 from lm.data.shards import (
@@ -55,7 +55,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory, chosen_cache, parse_json, read_json
 
-SHARD = 2**28  # bytes of the source in a shard, about
+SHARD = 2**28  # bytes of a large source in a shard, about
 _VERSION = 1
 
 
@@ -116,7 +116,7 @@ class _Build:
 
     def __post_init__(self) -> None:
         self.place = store_place(self.data)
-        self.workers = self.data.workers or os.cpu_count() or 1
+        self.workers = self.data.workers
         self.dtype = token_dtype(self.tokenizer)
         # Stores of the same source and tokenizer: only then it is worth hashing to find one.
         named = _hash(self.corpus.name, self.tokenizer.digest)
@@ -188,8 +188,7 @@ class _Build:
         """Build the store, together with the processes that do the same."""
         parts: Sequence[Part] = self._parts()
         identity = _identity(self.corpus)
-        plan = [_VERSION, SHARD, [(part.name, part.size) for part in parts]]
-        name = _hash(self.tokenizer.digest, identity, plan) + ".shards"
+        name = _hash(self.tokenizer.digest, identity, _plan(parts)) + ".shards"
         folder = open_shared_folder(self.place, name)
         groups = _group(parts)
         workers = self.workers if len(groups) == 1 else 1
@@ -225,8 +224,7 @@ class _Build:
             return corpus.parts() if isinstance(corpus, DocumentSource) else (corpus,)
         whole: Any = corpus.corpus
         parts = whole.parts()
-        plan = [_VERSION, SHARD, [(part.name, part.size) for part in parts]]
-        folder = open_shared_folder(self.place, _hash(_identity(whole), plan) + ".counts")
+        folder = open_shared_folder(self.place, _hash(_identity(whole), _plan(parts)) + ".counts")
         groups = _group(parts)
         tasks = [CountTask(f"{i:05d}.json", group) for i, group in enumerate(groups)]
         found: list[dict[str, Any]] = []
@@ -309,16 +307,25 @@ def _hash(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
+def _shard_size(parts: Sequence[Part]) -> int:
+    return piece_size(sum(part.size or 0 for part in parts), SHARD)
+
+
+def _plan(parts: Sequence[Part]) -> list[Any]:
+    """Return what tells a division into shards from others."""
+    return [_VERSION, _shard_size(parts), [(part.name, part.size) for part in parts]]
+
+
 def _group(parts: Sequence[Part]) -> list[PartGroup]:
-    """Group consecutive parts to about `SHARD` bytes; this depends on names and sizes only."""
+    """Group consecutive parts to shards; this depends on names and sizes only."""
     paths = [getattr(part, "path", None) for part in parts]
     n_parts = Counter(paths)
     states = {path: file_state(path) for path in n_parts if path is not None}
     groups: list[list[GroupedPart]] = []
-    size = 0
+    size, most = 0, _shard_size(parts)
     for part, path in zip(parts, paths, strict=True):
         n = part.size or 0
-        if not groups or size + n > SHARD:
+        if not groups or size + n > most:
             groups.append([])
             size = 0
         state = None if path is None else states[path]

@@ -12,11 +12,12 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,7 @@ from lm.data.shared_folder import SharedFolder
 from lm.errors import UserError
 from lm.parallel.worker_processes import end_with_parent, starting_workers
 from lm.progress import progress_bar
+from lm.storage import lock
 from lm.storage.bucket import has_ended, machine_name
 
 RENEW_SECONDS = 10.0
@@ -66,7 +68,8 @@ def build_together(
     Args:
         folder: folder of the files.
         tasks: tasks, the first of which are begun first.
-        workers: processes of this one's own; 1 works in this process.
+        workers: processes of this one's own; 1 works in this process; 0: one for each core that no
+            other build on this host has, such as that of another training process.
         description: what goes on, for the progress bar.
         progress: show a bar on stderr, of the work of all processes.
         plugins: files that worker processes import before they unpickle the tasks.
@@ -79,16 +82,37 @@ def build_together(
     left = [task for task in tasks if task.name not in there]
     if not left:
         return
-    with _shown(folder, tasks, description, progress):
-        if workers == 1 or len(left) == 1:
+    most = min(workers or os.cpu_count() or 1, len(left))
+    cores = nullcontext(most) if workers else free_cores(most)
+    with _shown(folder, tasks, description, progress), cores as n:
+        if n == 1:
             _work(folder, left)
         else:
-            _work_in_processes(folder, left, min(workers, len(left)), plugins, prepare)
+            _work_in_processes(folder, left, n, plugins, prepare)
+
+
+@contextmanager
+def free_cores(most: int) -> Iterator[int]:
+    """Hold cores of this host that no other build holds; yield how many, but at least 1.
+
+    A core is the lock of a file, which is free when its process has ended, however it ended.
+
+    Args:
+        most: cores that are of use.
+    """
+    folder, n = Path(tempfile.gettempdir(), f"lm-cores-{os.getuid()}"), 0
+    with ExitStack() as held:
+        for core in range(os.cpu_count() or 1):
+            with suppress(UserError, OSError):  # it is held
+                if n < most:
+                    held.enter_context(lock(folder / f"{core}.lock", "held", seconds=-1.0))
+                    n += 1
+        yield max(n, 1)
 
 
 def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
     """Make free files until all are there."""
-    claims = _Claims(folder)
+    claims, waited = _Claims(folder), 0.0
     while True:
         there = folder.sizes()
         tasks = [task for task in tasks if task.name not in there]
@@ -99,7 +123,7 @@ def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
         for task in unclaimed:
             if claims.take(task.name):
                 claims.make(task)
-                made = True
+                made, waited = True, 0.0
                 break  # look again what is there
         if made:
             continue
@@ -108,7 +132,9 @@ def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
                 claims.make(task)
                 break
         else:
-            time.sleep(POLL_SECONDS)
+            pause = min(POLL_SECONDS, 0.05 + waited / 10)
+            time.sleep(pause)
+            waited += pause
 
 
 class _Claims:

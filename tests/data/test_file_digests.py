@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -89,6 +90,7 @@ def test_a_damaged_file_of_digests_is_read_as_far_as_it_is_whole(files, monkeypa
 def test_processes_add_to_one_file(files, tmp_path):
     code = """
 import sys
+import time
 from pathlib import Path
 from lm.data import file_digests
 file_digests.use_cache(lambda: Path(sys.argv[1], "cache"))
@@ -128,3 +130,25 @@ def test_a_cache_that_cannot_be_written_costs_time_only(files, tmp_path, monkeyp
     new_start(monkeypatch)
     assert file_digest(first) == before
     assert read == ["a.txt", "a.txt"]
+
+
+def test_a_file_that_was_just_written_has_the_identity_that_it_keeps(files, monkeypatch):
+    (first, _), read = files
+    monkeypatch.setattr(file_digests, "_RACY_NS", 3 * 10**8)
+    first.write_bytes(b"new text")  # now
+    with file_digests.hashing("identity"):
+        before = hash_files([first])
+        new_start(monkeypatch)
+        time.sleep(0.4)
+        assert hash_files([first]) == before
+    assert not read
+
+
+def test_a_known_file_is_not_hashed_while_it_is_read(files):
+    (first, second), _ = files
+    file_digest(first)
+    with file_digests.hashing_reads():
+        for path in (first, second):
+            with file_digests.raw_file(path) as file:
+                file.read()
+        assert [path for path, _ in file_digests._while_read] == [second]

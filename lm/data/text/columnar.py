@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lm.data.compression import compression_of
 from lm.data.file_digests import file_state, hash_files, require_unchanged
-from lm.data.file_parts import RANGE, FilePart
+from lm.data.file_parts import RANGE, FilePart, piece_size
 from lm.data.files import find_files, is_folder, open_file, resolve_file
 from lm.data.records import RECORD_COLUMNS, parse_columns
 from lm.data.row_documents import MISSING, RowDocuments, field_value, no_field
@@ -173,19 +173,22 @@ class ParquetFiles(ColumnFiles):
 
     def parts(self) -> Sequence[Part]:
         parts: list[Part] = []
-        for part in super().parts():
+        files = super().parts()
+        piece = piece_size(sum(part.size or 0 for part in files), RANGE)
+        for part in files:
             assert isinstance(part, FilePart)
-            parts += self._group_parts(part) if part.size > RANGE else [part]
+            is_large = part.size > min(2 * piece, RANGE)
+            parts += self._group_parts(part, piece) if is_large else [part]
         return parts
 
-    def _group_parts(self, part: FilePart) -> Iterator[Part]:
+    def _group_parts(self, part: FilePart, piece: int) -> Iterator[Part]:
         """Yield the row groups of a large file, several small ones together."""
         with self._open(part.path, (), range(0)) as table:
             sizes = [group.total_byte_size for group in table.groups]
         first, size = 0, 0
         for number, group_size in enumerate(sizes):
             size += group_size
-            if size >= RANGE or number == len(sizes) - 1:
+            if size >= piece or number == len(sizes) - 1:
                 groups = range(first, number + 1)
                 yield RowGroups(self.of_file(), part.path, groups, size)
                 first, size = number + 1, 0
