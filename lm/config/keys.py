@@ -488,7 +488,7 @@ COMMON_KEYS: dict[str, Key] = {
         1, "Layers inlined in one turn of the scan over layers; 0: all.", low=0, free=True
     ),
     "train.loss_chunk": Key(
-        0, "Columns of a batch whose logits exist at once; 0: all.", low=0, free=True
+        0, "Columns of a batch whose logits a device has at once; 0: all.", low=0, free=True
     ),
     "train.steps_per_dispatch": Key(
         1, "Steps run by one call of the compiled program.", low=1, high=1000

@@ -14,6 +14,7 @@ each, T queries of a tile, K head dim, N tiles, stacked on a first axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.elementwise import softcap as apply_softcap
 
 LONGEST_TILE, SHORTEST_TILE = 512, 64
+
+Segments = tuple[jax.Array, jax.Array] | None  # of queries [B, L] and keys [B, S]
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -39,7 +43,12 @@ def count_tiles(length: int) -> int:
 
 
 def blockwise_attention(
-    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, scale: float
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Compute attention tile by tile.
 
@@ -47,8 +56,9 @@ def blockwise_attention(
         q_BLHK: queries; `count_tiles(L)` and `count_tiles(S)` must not be 0.
         k_BSGK: keys.
         v_BSGK: values.
-        mask: which keys each query attends to.
+        mask: which keys each query attends to; its offset is a constant.
         scale: factor of the scores.
+        softcap: bound of the scores; 0 for none.
 
     Returns:
         The output [B, L, H, K].
@@ -56,85 +66,184 @@ def blockwise_attention(
     Raises:
         ValueError: the mask is not supported.
     """
-    if mask.prefix_BS is not None or (mask.causal and q_BLHK.shape[1] != k_BSGK.shape[1]):
+    if mask.prefix_BS is not None or (mask.causal and not _is_aligned(q_BLHK, k_BSGK, mask)):
         raise ValueError('attention kernel "blockwise" supports neither prefixes nor a cache')
-    if mask.window:
-        raise ValueError('attention kernel "blockwise" does not support windows')
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     own, other = mask.segments_BL, mask.key_segments_BS
-    return _blockwise(q_BLHK, k_BSGK, v_BSGK, own, own if other is None else other, mask.causal)
+    ids = None if own is None else (own, own if other is None else other)
+    tiles = BlockwiseTiles(softcap, mask.window)
+    return _blockwise(q_BLHK, k_BSGK, v_BSGK, ids, mask.causal, tiles)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _is_aligned(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) -> bool:
+    """Return whether the last query stands at the last key."""
+    return isinstance(mask.offset, int) and mask.offset + q_BLHK.shape[1] == k_BSGK.shape[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blockwise(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    segments_BL: jax.Array | None,
-    key_segments_BS: jax.Array | None,
+    ids: Segments,
     causal: bool,
+    tiles: BlockwiseTiles,
 ) -> jax.Array:
-    return _forward(q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, causal)[0]
+    return _forward(q_BLHK, k_BSGK, v_BSGK, ids, causal, tiles)[0]
 
 
 def _forward(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    segments_BL: jax.Array | None,
-    key_segments_BS: jax.Array | None,
+    ids: Segments,
     causal: bool,
+    tiles: BlockwiseTiles,
 ) -> tuple[jax.Array, tuple]:
-    n, m, G = count_tiles(q_BLHK.shape[1]), count_tiles(k_BSGK.shape[1]), k_BSGK.shape[2]
-    queries = split_queries(q_BLHK, segments_BL, G, n)
-    keys = split_keys(k_BSGK, v_BSGK, key_segments_BS, m)
-
-    def step(partials: Any, pair: Any, diagonal: bool) -> Any:
-        return attend_tile(partials, queries, keys, pair, diagonal)
-
-    out, log_z = normalize(_scan_tile_pairs(step, empty_partial(queries), n, m, causal))
-    return merge_tiles(out).astype(q_BLHK.dtype), (queries, keys, out, log_z)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
+    out, log_z = tiles.forward(q, k, v, ids, causal)
+    # A query that attends to no key has no gradient.
+    log_z = jnp.where(log_z > NEG_INF / 2, log_z, jnp.inf)
+    return out.swapaxes(1, 2).astype(q_BLHK.dtype), (q, k, v, ids, out, log_z)
 
 
-def _backward(causal: bool, residuals: tuple, g_BLHK: jax.Array) -> tuple:
-    queries, keys, out, log_z = residuals
-    n, _, G = queries.q_BGRTK.shape[:3]
-    of_queries = tile_residuals(split_queries(g_BLHK, None, G, n).q_BGRTK, out, log_z)
-
-    def step(grads: Any, pair: Any, diagonal: bool) -> Any:
-        return attend_tile_backward(grads, queries, of_queries, keys, pair, diagonal)
-
-    zeros = zero_grads(queries, keys)
-    dq, (dk, dv, _) = _scan_tile_pairs(step, zeros, n, len(keys.k_BGSK), causal)
-    # `merge_tiles` expects the axis of query heads, which keys do not have.
-    dk, dv = (merge_tiles(d[:, :, :, None]) for d in (dk, dv))
-    return *(d.astype(g_BLHK.dtype) for d in (merge_tiles(dq), dk, dv)), None, None
+def _backward(causal: bool, tiles: BlockwiseTiles, residuals: tuple, g_BLHK: jax.Array) -> tuple:
+    q, k, v, ids, out, log_z = residuals
+    g = g_BLHK.swapaxes(1, 2)
+    delta = jnp.sum(g * out, axis=-1, dtype=jnp.float32)
+    grads = tiles.backward(q, k, v, ids, causal, log_z, delta, g)
+    return *(d.swapaxes(1, 2).astype(g_BLHK.dtype) for d in grads), None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _scan_tile_pairs(step: Callable, start: Any, n: int, m: int, causal: bool) -> Any:
-    """Scan `step` over the pairs of query and key tiles that are not masked throughout."""
-    for diagonal, pairs in _tile_pairs(n, m, causal):
+@dataclass(frozen=True)
+class BlockwiseTiles:
+    """Attention tile by tile, of which `ring_attention` makes its steps too.
 
-        def body(carry: Any, pair: Any, diagonal: bool = diagonal) -> tuple[Any, None]:
-            return step(carry, pair, diagonal), None
+    Arrays are [B, H, L, K]; queries come scaled. Results are float32.
 
-        start, _ = jax.lax.scan(body, start, pairs)
-    return start
+    Attributes:
+        softcap: bound of the scores; 0 for none.
+        window: a causal query attends to the last `window` keys; 0 for all.
+    """
+
+    softcap: float = 0.0
+    window: int = 0
+
+    def forward(
+        self, q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments, causal: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the attention of queries to keys.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query, the last query standing at the last key.
+
+        Returns:
+            The output, and log Z, which is very small for a query without keys.
+        """
+        queries, keys = _split(q_BHLK, k_BGSK, v_BGSK, ids)
+
+        def step(partials: Any, pair: Any, band: Band | None) -> Any:
+            return attend_tile(partials, queries, keys, pair, band, self.softcap)
+
+        out, log_z = normalize(self._scan(step, empty_partial(queries), queries, keys, causal))
+        return _join(out), _join(log_z)
+
+    def backward(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: Segments,
+        causal: bool,
+        log_z_BHL: jax.Array,
+        delta_BHL: jax.Array,
+        g_BHLK: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the gradients of queries, keys and values.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query; else all pairs are visible.
+            log_z_BHL: log-normalizer of each query's scores over all keys.
+            delta_BHL: Σ gradient · output of each query.
+            g_BHLK: gradient of the output over all keys.
+
+        Returns:
+            The parts of the gradients that these keys give.
+        """
+        queries, keys = _split(q_BHLK, k_BGSK, v_BGSK, ids)
+        n, G = len(queries.q_BGRTK), k_BGSK.shape[1]
+        of_queries = (split_queries(x, G, n) for x in (g_BHLK, delta_BHL, log_z_BHL))
+        residuals = QueryResiduals(*of_queries)
+
+        def step(grads: Any, pair: Any, band: Band | None) -> Any:
+            return attend_tile_backward(grads, queries, residuals, keys, pair, band, self.softcap)
+
+        dq, (dk, dv, _) = self._scan(step, zero_grads(queries, keys), queries, keys, causal)
+        # `_join` expects the axis of query heads, which keys do not have.
+        return _join(dq), _join(dk[:, :, :, None]), _join(dv[:, :, :, None])
+
+    def _scan(self, step: Callable, start: Any, queries: Queries, keys: Keys, causal: bool) -> Any:
+        """Scan `step` over the pairs of query and key tiles that are not masked throughout."""
+        sizes = queries.q_BGRTK.shape[-2], keys.k_BGSK.shape[-2]
+        n, m = len(queries.q_BGRTK), len(keys.k_BGSK)
+        band = Band(m * sizes[1] - n * sizes[0], self.window) if causal else None
+        for is_cut, pairs in _tile_pairs(n, m, sizes, band):
+
+            def body(carry: Any, pair: Any, band: Any = band if is_cut else None) -> Any:
+                return step(carry, pair, band), None
+
+            start, _ = jax.lax.scan(body, start, pairs)
+        return start
+
+
+class Band(NamedTuple):
+    """Causal mask: keys from a query's own back to the first of its window.
+
+    Attributes:
+        offset: position of the first query among the keys.
+        window: number of keys; 0 for all.
+    """
+
+    offset: int
+    window: int
+
+    def visible(self, queries: Any, keys: Any) -> Any:
+        """Return whether queries attend to keys, by the numbers of both."""
+        before = queries + self.offset - keys
+        return (before >= 0) & (before < self.window) if self.window else before >= 0
 
 
 def _tile_pairs(
-    n: int, m: int, causal: bool
-) -> Iterator[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
-    """Yield whether the causal mask cuts through the tiles, and their (query, key) indices."""
-    if causal:
-        yield True, (np.arange(n), np.arange(n))
-        yield False, np.tril_indices(n, -1)
-    else:
+    n: int, m: int, sizes: tuple[int, int], band: Band | None
+) -> Iterator[tuple[bool, tuple[np.ndarray, ...]]]:
+    """Yield whether the mask cuts through the tiles, and their (query, key) indices."""
+    if band is None:
         rows, columns = np.indices((n, m))
         yield False, (rows.ravel(), columns.ravel())
+        return
+    # A tile lies inside a band if all its corners do, beside it if its nearest corner does not.
+    T, S = sizes
+    first, last = np.arange(n)[:, None] * T, np.arange(m) * S
+    corners = [
+        band.visible(first + row, last + column) for row in (0, T - 1) for column in (0, S - 1)
+    ]
+    whole = np.logical_and.reduce(corners)
+    newest, oldest = first + T - 1 + band.offset - last, first + band.offset - last - S + 1
+    seen = (newest >= 0) & ((oldest < band.window) if band.window else True)
+    yield True, np.nonzero(seen & ~whole)
+    if whole.any():
+        yield False, np.nonzero(whole)
 
 
 class Queries(NamedTuple):
@@ -179,7 +288,8 @@ def attend_tile(
     queries: Queries,
     keys: Keys,
     pair: tuple[Any, Any],
-    diagonal: bool,
+    band: Band | None,
+    softcap: float,
 ) -> PartialAttention:
     """Accumulate the attention of one query tile to one key tile.
 
@@ -188,14 +298,15 @@ def attend_tile(
         queries: query tiles, stacked.
         keys: key tiles, stacked.
         pair: index of the query tile and of the key tile.
-        diagonal: whether query i attends to keys 0 … i of the tile only.
+        band: mask that cuts through the pair, if any.
+        softcap: bound of the scores; 0 for none.
 
     Returns:
         `partials` with that of the query tile updated.
     """
     a, b = pair
     here, tile = _at(queries, a), _at(keys, b)
-    scores = _scores(here, tile, diagonal)
+    scores, _ = _scores(here, tile, pair, band, softcap)
     largest = scores.max(-1)
     e_BGRTS = jnp.exp(scores - largest[..., None])
     values = _einsum("BGRTS,BGSK->BGRTK", e_BGRTS.astype(tile.v_BGSK.dtype), tile.v_BGSK)
@@ -204,18 +315,11 @@ def attend_tile(
 
 
 def normalize(partials: PartialAttention) -> tuple[jax.Array, jax.Array]:
-    """Return the attention output [N, B, G, R, T, K] and log Z [N, B, G, R, T], both float32.
-
-    A query that attends to no key has log Z = ∞, and so no gradient.
-    """
-    log_z = jnp.where(partials.max_BGRT > NEG_INF, partials.max_BGRT, jnp.inf)
-    out = partials.values_BGRTK / partials.normalizer_BGRT[..., None]
-    return out, log_z + jnp.log(partials.normalizer_BGRT)
-
-
-def tile_residuals(g: jax.Array, out: jax.Array, log_z: jax.Array) -> QueryResiduals:
-    """Return the residuals for `attend_tile_backward`; `g` is the gradient of `out`."""
-    return QueryResiduals(g, jnp.sum(g * out, axis=-1, dtype=jnp.float32), log_z)
+    """Return the attention output [N, B, G, R, T, K] and log Z [N, B, G, R, T], both float32."""
+    # A window may reach no key of the tiles.
+    normalizer = jnp.maximum(partials.normalizer_BGRT, jnp.finfo(jnp.float32).tiny)
+    out = partials.values_BGRTK / normalizer[..., None]
+    return out, partials.max_BGRT + jnp.log(normalizer)
 
 
 def attend_tile_backward(
@@ -224,7 +328,8 @@ def attend_tile_backward(
     residuals: QueryResiduals,
     keys: Keys,
     pair: tuple[Any, Any],
-    diagonal: bool,
+    band: Band | None,
+    softcap: float,
 ) -> tuple[jax.Array, Keys]:
     """Accumulate the gradients of one pair of tiles.
 
@@ -234,7 +339,8 @@ def attend_tile_backward(
         residuals: residuals of all query tiles, stacked.
         keys: key tiles, stacked.
         pair: index of the query tile and of the key tile.
-        diagonal: whether query i attends to keys 0 … i of the tile only.
+        band: mask that cuts through the pair, if any.
+        softcap: bound of the scores; 0 for none.
 
     Returns:
         `grads` with those of the pair added.
@@ -242,9 +348,11 @@ def attend_tile_backward(
     a, b = pair
     here, tile, of = _at(queries, a), _at(keys, b), _at(residuals, a)
     dtype = here.q_BGRTK.dtype
-    p_BGRTS = jnp.exp(_scores(here, tile, diagonal) - of.log_z_BGRT[..., None])
+    scores, slope = _scores(here, tile, pair, band, softcap)
+    p_BGRTS = jnp.exp(scores - of.log_z_BGRT[..., None])
     dp_BGRTS = _einsum("BGRTK,BGSK->BGRTS", of.g_BGRTK, tile.v_BGSK)
-    ds_BGRTS = (p_BGRTS * (dp_BGRTS - of.delta_BGRT[..., None])).astype(dtype)
+    ds_BGRTS = p_BGRTS * (dp_BGRTS - of.delta_BGRT[..., None])
+    ds_BGRTS = (ds_BGRTS if slope is None else ds_BGRTS * slope).astype(dtype)
     dq, (dk, dv, _) = grads
     dq = dq.at[a].add(_einsum("BGRTS,BGSK->BGRTK", ds_BGRTS, tile.k_BGSK))
     dk = dk.at[b].add(_einsum("BGRTS,BGRTK->BGSK", ds_BGRTS, here.q_BGRTK))
@@ -258,27 +366,27 @@ def zero_grads(queries: Queries, keys: Keys) -> tuple[jax.Array, Keys]:
     return zeros(queries.q_BGRTK), Keys(zeros(keys.k_BGSK), zeros(keys.v_BGSK), None)
 
 
-def split_queries(q_BLHK: jax.Array, segments_BL: jax.Array | None, G: int, n: int) -> Queries:
-    """Split queries into `n` equal tiles, [N, B, G, R, T, K]."""
-    B, L, H, K = q_BLHK.shape
-    q_BNTGRK = q_BLHK.reshape(B, n, L // n, G, H // G, K)
-    return Queries(q_BNTGRK.transpose(1, 0, 3, 4, 2, 5), _split_segments(segments_BL, n))
+def _split(
+    q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments
+) -> tuple[Queries, Keys]:
+    """Split queries, keys and values into equal tiles."""
+    n, m = (count_tiles(x.shape[2]) or 1 for x in (q_BHLK, k_BGSK))
+    own, others = (None, None) if ids is None else ids
+    k, v = (split_queries(x, x.shape[1], m)[:, :, :, 0] for x in (k_BGSK, v_BGSK))
+    queries = Queries(split_queries(q_BHLK, k_BGSK.shape[1], n), _split_segments(own, n))
+    return queries, Keys(k, v, _split_segments(others, m))
 
 
-def split_keys(k_BSGK: jax.Array, v_BSGK: jax.Array, segments_BS: jax.Array | None, n: int) -> Keys:
-    """Split keys and values into `n` equal tiles, [N, B, G, S, K]."""
-
-    def tiles(x_BSGK: jax.Array) -> jax.Array:
-        B, S, G, K = x_BSGK.shape
-        return x_BSGK.reshape(B, n, S // n, G, K).transpose(1, 0, 3, 2, 4)
-
-    return Keys(tiles(k_BSGK), tiles(v_BSGK), _split_segments(segments_BS, n))
+def split_queries(x_BHL: jax.Array, G: int, n: int) -> jax.Array:
+    """Split [B, H, L, …] into `n` equal tiles, [N, B, G, R, T, …]."""
+    B, H, L = x_BHL.shape[:3]
+    return jnp.moveaxis(x_BHL.reshape(B, G, H // G, n, L // n, *x_BHL.shape[3:]), 3, 0)
 
 
-def merge_tiles(out_NBGRTK: jax.Array) -> jax.Array:
-    """Concatenate the tiles of an output again: [B, L, H, K]."""
-    N, B, G, R, T, K = out_NBGRTK.shape
-    return out_NBGRTK.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * T, G * R, K)
+def _join(x_NBGRT: jax.Array) -> jax.Array:
+    """Concatenate tiles [N, B, G, R, T, …] again: [B, H, L, …]."""
+    N, B, G, R, T = x_NBGRT.shape[:5]
+    return jnp.moveaxis(x_NBGRT, 0, 3).reshape(B, G * R, N * T, *x_NBGRT.shape[5:])
 
 
 def _split_segments(segments_BL: jax.Array | None, n: int) -> jax.Array | None:
@@ -287,16 +395,25 @@ def _split_segments(segments_BL: jax.Array | None, n: int) -> jax.Array | None:
     return segments_BL.reshape(len(segments_BL), n, -1).swapaxes(0, 1)
 
 
-def _scores(queries: Queries, keys: Keys, diagonal: bool) -> jax.Array:
-    """Return the scores of a pair of tiles, [B, G, R, T, S], `NEG_INF` where masked."""
-    scores = _einsum("BGRTK,BGSK->BGRTS", queries.q_BGRTK, keys.k_BGSK)
-    if diagonal:
+def _scores(
+    queries: Queries, keys: Keys, pair: tuple[Any, Any], band: Band | None, softcap: float
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the scores of a pair of tiles, [B, G, R, T, S], and the derivative of their cap.
+
+    Masked scores are `NEG_INF`.
+    """
+    scores, slope = _einsum("BGRTK,BGSK->BGRTS", queries.q_BGRTK, keys.k_BGSK), None
+    if softcap:
+        scores = apply_softcap(scores, softcap)
+        slope = 1 - jnp.square(scores / softcap)
+    if band is not None:
         T, S = scores.shape[-2:]
-        scores = jnp.where(jnp.tri(T, S, dtype=bool), scores, NEG_INF)
+        rows, columns = pair[0] * T + jnp.arange(T), pair[1] * S + jnp.arange(S)
+        scores = jnp.where(band.visible(rows[:, None], columns), scores, NEG_INF)
     if queries.segments_BT is not None and keys.segments_BS is not None:
         same_BTS = queries.segments_BT[:, :, None] == keys.segments_BS[:, None, :]
         scores = jnp.where(same_BTS[:, None, None], scores, NEG_INF)
-    return scores
+    return scores, slope
 
 
 def _combine(one: PartialAttention, other: PartialAttention) -> PartialAttention:

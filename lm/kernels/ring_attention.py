@@ -1,39 +1,105 @@
 """Ring attention: attention over a sequence that is sharded over a mesh axis.
 
 Every device keeps its queries and, in C steps, attends to the keys of all C devices; each device
-sends the keys it has to the next one while it uses them (Liu et al. 2023). Causal attention runs
-in zig-zag order, in which every device has the same work. The sequence is cut into 2 C parts for
-C devices. In its own order device d has parts 2 d and 2 d + 1, so that the last device attends to
-almost all keys and the first to almost none; in zig-zag order it has parts d and 2 C - 1 - d
-(Llama 3, §3.3.2), and computes the same two of four pairs of half parts in every step.
+sends the keys it has to the next one while it uses them (Liu et al. 2023). A kernel (`Tiles`)
+computes a step; partial results are added by their log-normalizers, and the gradients of a step
+need only that of the whole (Dao et al. 2022, alg. 4).
 
-All functions but `zigzag_order` run inside `jax.shard_map`, on a device's part of arrays [B, L, …].
+Causal attention runs in zig-zag order, in which every device has the same work. The sequence is cut
+into 2 C parts for C devices. In its own order device d has parts 2 d and 2 d + 1, so that the last
+device attends to almost all keys and the first to almost none; in zig-zag order it has parts d and
+2 C - 1 - d (Llama 3, §3.3.2), and computes the same two of four pairs of half parts in every step:
+of keys from a device earlier in the ring, the early half for all queries; of keys from a later one,
+all for the late half of the queries.
 
-Letters as in `blockwise_attention`; N is 2 half parts in zig-zag order, or 1 whole part.
+Attention with a window needs no ring: a device gets the keys before its own that the window of its
+first query reaches (`keys_before`), and its queries stay in order.
+
+All functions but `zigzag_order` run inside `jax.shard_map`, on a device's part of arrays.
+
+Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from lm.kernels.blockwise_attention import (
-    Keys,
-    Queries,
-    attend_tile,
-    attend_tile_backward,
-    empty_partial,
-    merge_tiles,
-    normalize,
-    split_keys,
-    split_queries,
-    tile_residuals,
-    zero_grads,
-)
+SAVED = "ring_attention"  # name by which rematerialization keeps the output
+NOWHERE = -1  # segment of keys that no query attends to
+
+Segments = tuple[jax.Array, jax.Array] | None  # of queries [B, L] and keys [B, S]
+Partial = tuple[jax.Array, jax.Array]  # output over some of the keys [B, H, L, K], log Z [B, H, L]
+Grads = tuple[jax.Array, jax.Array, jax.Array]  # of queries, keys and values
+
+
+class Tiles(Protocol):
+    """Hashable attention kernel on queries and keys; all pairs are visible, or the causal ones."""
+
+    def forward(
+        self, q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments, causal: bool
+    ) -> Partial:
+        """Return the attention of queries to keys.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query; else all pairs are visible.
+
+        Returns:
+            The output, and log Z, which is very small for a query without keys.
+        """
+
+    def backward(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: Segments,
+        causal: bool,
+        log_z_BHL: jax.Array,
+        delta_BHL: jax.Array,
+        g_BHLK: jax.Array,
+    ) -> Grads:
+        """Return the gradients of queries, keys and values.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query; else all pairs are visible.
+            log_z_BHL: log-normalizer of each query's scores over all keys.
+            delta_BHL: Σ gradient · output of each query.
+            g_BHLK: gradient of the output over all keys.
+
+        Returns:
+            The parts of the gradients that these keys give.
+        """
+
+
+class RingKeys(NamedTuple):
+    """Keys and values with their segments, and their segments for queries before them.
+
+    Attributes:
+        k_BGSK: keys.
+        v_BGSK: values.
+        ids_BS: segment ids, or None.
+        prefix_ids_BS: the same but `NOWHERE` outside of prefixes; None without prefixes.
+    """
+
+    k_BGSK: jax.Array
+    v_BGSK: jax.Array
+    ids_BS: jax.Array | None
+    prefix_ids_BS: jax.Array | None
 
 
 def ring_attention(
@@ -41,9 +107,11 @@ def ring_attention(
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
     segments_BL: jax.Array | None,
+    prefix_BL: jax.Array | None = None,
     *,
     causal: bool,
     axis: str,
+    tiles: Tiles,
 ) -> jax.Array:
     """Compute attention over the whole sequence from a device's part of it.
 
@@ -52,99 +120,213 @@ def ring_attention(
         k_BLGK: this device's keys.
         v_BLGK: this device's values.
         segments_BL: segments that attention stays within, or None.
+        prefix_BL: true for keys that causal queries before them attend to as well, or None.
         causal: mask keys after the query.
         axis: mesh axis that the sequence is sharded over.
+        tiles: kernel that computes a step.
 
     Returns:
         This device's part of the output, [B, L, H, K].
     """
-    inputs: Any = (q_BLHK, k_BLGK, v_BLGK, segments_BL)
-    n = 2 if causal else 1
-    if causal:
-        inputs = jax.tree.map(partial(to_zigzag, axis=axis), inputs)
-    q_BLHK, k_BLGK, v_BLGK, segments_BL = inputs
-    queries = split_queries(q_BLHK, segments_BL, k_BLGK.shape[2], n)
-    out_BLHK = merge_tiles(_ring(queries, split_keys(k_BLGK, v_BLGK, segments_BL, n), axis))
-    return from_zigzag(out_BLHK, axis) if causal else out_BLHK
+    prefix_ids_BL = None
+    if causal and prefix_BL is not None:
+        if segments_BL is None:
+            segments_BL = jnp.zeros(prefix_BL.shape, jnp.int32)
+        prefix_ids_BL = jnp.where(prefix_BL.astype(bool), segments_BL, NOWHERE)
+    zigzag = causal and prefix_ids_BL is None
+    arrays: Any = (q_BLHK, k_BLGK, v_BLGK, segments_BL)
+    if zigzag:
+        arrays = jax.tree.map(partial(to_zigzag, axis=axis), arrays)
+    q_BHLK, k_BGLK, v_BGLK = (x.swapaxes(1, 2) for x in arrays[:3])
+    keys = RingKeys(k_BGLK, v_BGLK, arrays[3], prefix_ids_BL)
+    out_BLHK = _ring(q_BHLK, keys, causal, axis, tiles).swapaxes(1, 2)
+    return from_zigzag(out_BLHK, axis) if zigzag else out_BLHK
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ring(queries: Queries, keys: Keys, axis: str) -> jax.Array:
-    return _forward(queries, keys, axis)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _ring(q_BHLK: jax.Array, keys: RingKeys, causal: bool, axis: str, tiles: Tiles) -> jax.Array:
+    return _forward(q_BHLK, keys, causal, axis, tiles)[0]
 
 
-def _forward(queries: Queries, keys: Keys, axis: str) -> tuple[jax.Array, tuple]:
-    n = len(queries.q_BGRTK)
-    partials = empty_partial(queries)
-    for pair, diagonal in _local_pairs(n):
-        partials = attend_tile(partials, queries, keys, pair, diagonal)
+def _forward(
+    q_BHLK: jax.Array, keys: RingKeys, causal: bool, axis: str, tiles: Tiles
+) -> tuple[jax.Array, tuple]:
+    ids_BL, arriving = keys.ids_BS, _send_to_next(keys, axis)
+    parts = [
+        tiles.forward(q_BHLK, own.k_BGSK, own.v_BGSK, _pair(ids_BL, own.ids_BS), is_cut)
+        for own, is_cut in _own_keys(keys, causal)
+    ]
+    total = parts[0][0].astype(jnp.float32), parts[0][1]
+    for part in parts[1:]:
+        total = _add(total, part)
+
+    def attend(total: Partial, here: RingKeys, number: Any) -> Partial:
+        def pair(rows: slice, columns: slice) -> Partial:
+            q, k, v, ids = _cut(q_BHLK, here, ids_BL, rows, columns)
+            added = _add(
+                (total[0][:, :, rows], total[1][:, :, rows]), tiles.forward(q, k, v, ids, False)
+            )
+            out_BHLK, log_z_BHL = (
+                lax.dynamic_update_slice_in_dim(whole, new, rows.start, axis=2)
+                for whole, new in zip(total, added, strict=True)
+            )
+            return out_BHLK, log_z_BHL
+
+        return _on_visible(pair, here, causal, number, axis)
+
+    def step(
+        carry: tuple[Partial, RingKeys], number: jax.Array
+    ) -> tuple[tuple[Partial, RingKeys], None]:
+        total, here = carry
+        arriving = _send_to_next(here, axis)
+        return (attend(total, _seen(here, number, axis), number), arriving), None
+
+    last = lax.axis_size(axis) - 1
+    (total, here), _ = lax.scan(step, (total, arriving), jnp.arange(1, last))
+    out_BHLK, log_z_BHL = attend(total, _seen(here, last, axis), last)
+    out_BHLK = checkpoint_name(out_BHLK.astype(q_BHLK.dtype), SAVED)
+    log_z_BHL = checkpoint_name(log_z_BHL, SAVED)
+    return out_BHLK, (q_BHLK, keys, out_BHLK, log_z_BHL)
+
+
+def _backward(
+    causal: bool, axis: str, tiles: Tiles, residuals: tuple, g_BHLK: jax.Array
+) -> tuple[jax.Array, RingKeys]:
+    q_BHLK, keys, out_BHLK, log_z_BHL = residuals
+    ids_BL, arriving = keys.ids_BS, _send_to_next(keys, axis)
+    delta_BHL = jnp.sum(g_BHLK * out_BHLK, axis=-1, dtype=jnp.float32)
+    whole = slice(0, q_BHLK.shape[2])
+
+    def of_pair(here: RingKeys, is_cut: bool, rows: slice, columns: slice) -> Grads:
+        q, k, v, ids = _cut(q_BHLK, here, ids_BL, rows, columns)
+        of_rows = (x[:, :, rows] for x in (log_z_BHL, delta_BHL, g_BHLK))
+        return tiles.backward(q, k, v, ids, is_cut, *of_rows)
+
+    grads: Any = [of_pair(own, is_cut, whole, whole) for own, is_cut in _own_keys(keys, causal)]
+    dq, *dkeys = (sum(x.astype(jnp.float32) for x in parts) for parts in zip(*grads, strict=True))
+
+    def attend(dq: jax.Array, here: RingKeys, number: Any) -> Grads:
+        def pair(rows: slice, columns: slice) -> Grads:
+            dq_part, *of_keys = of_pair(here, False, rows, columns)
+            empty = here.k_BGSK.shape[2] - columns.stop
+            dk, dv = (jnp.pad(x, ((0, 0), (0, 0), (0, empty), (0, 0))) for x in of_keys)
+            return dq.at[:, :, rows].add(dq_part), dk, dv
+
+        return _on_visible(pair, here, causal, number, axis)
 
     def step(carry: Any, number: jax.Array) -> tuple[Any, None]:
-        partials, here = carry
-        incoming = _send_to_next(here, axis)
-        for pair in _remote_pairs(n, number, axis):
-            partials = attend_tile(partials, queries, here, pair, False)
-        return (partials, incoming), None
-
-    (partials, _), _ = jax.lax.scan(step, (partials, _send_to_next(keys, axis)), _steps(axis))
-    out, log_z = normalize(partials)
-    out = out.astype(queries.q_BGRTK.dtype)
-    return out, (queries, keys, out, log_z)
-
-
-def _backward(axis: str, residuals: tuple, g: jax.Array) -> tuple[Queries, Keys]:
-    queries, keys, out, log_z = residuals
-    n = len(queries.q_BGRTK)
-    of_queries = tile_residuals(g, out, log_z)
-    grads = zero_grads(queries, keys)
-    for pair, diagonal in _local_pairs(n):
-        grads = attend_tile_backward(grads, queries, of_queries, keys, pair, diagonal)
-
-    def step(carry: Any, number: jax.Array) -> tuple[Any, None]:
-        (dq, dkeys), here = carry
-        incoming = _send_to_next(here, axis)
+        dq, dkeys, here = carry
+        arriving = _send_to_next(here, axis)
         # The gradients of keys travel with them.
-        grads = dq, _send_to_next(dkeys, axis)
-        for pair in _remote_pairs(n, number, axis):
-            grads = attend_tile_backward(grads, queries, of_queries, here, pair, False)
-        return (grads, incoming), None
+        dkeys = _send_to_next(dkeys, axis)
+        dq, *added = attend(dq, _seen(here, number, axis), number)
+        return (dq, jax.tree.map(jnp.add, dkeys, added), arriving), None
 
-    ((dq, dkeys), _), _ = jax.lax.scan(step, (grads, _send_to_next(keys, axis)), _steps(axis))
-    dk, dv, _ = _send_to_next(dkeys, axis)  # back to the device that owns the keys
-    dtype = g.dtype
-    return Queries(dq.astype(dtype), None), Keys(dk.astype(dtype), dv.astype(dtype), None)
+    last = lax.axis_size(axis) - 1
+    (dq, dkeys, here), _ = lax.scan(step, (dq, dkeys, arriving), jnp.arange(1, last))
+    dkeys = _send_to_next(dkeys, axis)
+    dq, *added = attend(dq, _seen(here, last, axis), last)
+    # The last step ends at the device before the one that owns the keys.
+    dk, dv = _send_to_next(jax.tree.map(jnp.add, dkeys, added), axis)
+    dtype = g_BHLK.dtype
+    return dq.astype(dtype), RingKeys(dk.astype(dtype), dv.astype(dtype), None, None)
 
 
 _ring.defvjp(_forward, _backward)
 
 
-def _steps(axis: str) -> jax.Array:
-    """Return the numbers of the steps after the first, in which keys of other devices arrive."""
-    return jnp.arange(1, jax.lax.axis_size(axis))
+def _own_keys(keys: RingKeys, causal: bool) -> list[tuple[RingKeys, bool]]:
+    """Return a device's own keys, and whether the causal mask cuts them.
 
-
-def _local_pairs(n: int) -> list[tuple[tuple[int, int], bool]]:
-    """Return the pairs of a device's own tiles, and whether each is cut by the causal mask."""
-    return [((0, 0), False)] if n == 1 else [((0, 0), True), ((1, 0), False), ((1, 1), True)]
-
-
-def _remote_pairs(n: int, step: jax.Array, axis: str) -> list[tuple[Any, Any]]:
-    """Return the pairs of tiles to compute in a later step, none of which the causal mask cuts.
-
-    The late half always attends to the early keys. To keys from a device earlier in the ring, the
-    early half attends to the early keys too; from a later device, the late half to the late keys.
+    Keys of prefixes, which it does not cut, are apart from the others.
     """
-    if n == 1:
-        return [(0, 0)]
-    from_earlier = step <= jax.lax.axis_index(axis)
-    half = jnp.where(from_earlier, 0, 1)
-    return [(1, 0), (half, half)]
+    if keys.ids_BS is None or keys.prefix_ids_BS is None:
+        return [(keys, causal)]
+    others_BS = jnp.where(keys.prefix_ids_BS == NOWHERE, keys.ids_BS, NOWHERE)
+    return [
+        (keys._replace(ids_BS=others_BS), True),
+        (keys._replace(ids_BS=keys.prefix_ids_BS), False),
+    ]
+
+
+def _seen(here: RingKeys, step: Any, axis: str) -> RingKeys:
+    """Return the keys that came in a step; with prefixes, only those if they are later ones."""
+    if here.ids_BS is None or here.prefix_ids_BS is None:
+        return here
+    from_earlier = step <= lax.axis_index(axis)
+    return here._replace(ids_BS=jnp.where(from_earlier, here.ids_BS, here.prefix_ids_BS))
+
+
+def _on_visible(compute: Any, here: RingKeys, causal: bool, step: Any, axis: str) -> Any:
+    """Call `compute` with the rows of queries and the columns of keys that see each other."""
+    n = here.k_BGSK.shape[2]
+    if not causal or here.prefix_ids_BS is not None:
+        return compute(slice(0, n), slice(0, n))
+    return lax.cond(
+        step <= lax.axis_index(axis),
+        lambda: compute(slice(0, n), slice(0, n // 2)),
+        lambda: compute(slice(n // 2, n), slice(0, n)),
+    )
+
+
+def _cut(
+    q_BHLK: jax.Array, here: RingKeys, ids_BL: jax.Array | None, rows: slice, columns: slice
+) -> tuple[jax.Array, jax.Array, jax.Array, Segments]:
+    k, v = (x[:, :, columns] for x in here[:2])
+    if ids_BL is None or here.ids_BS is None:
+        return q_BHLK[:, :, rows], k, v, None
+    return q_BHLK[:, :, rows], k, v, (ids_BL[:, rows], here.ids_BS[:, columns])
+
+
+def _pair(ids_BL: jax.Array | None, ids_BS: jax.Array | None) -> Segments:
+    return None if ids_BL is None or ids_BS is None else (ids_BL, ids_BS)
+
+
+def _add(one: Partial, other: Partial) -> Partial:
+    """Add attention over some keys and over others, float32."""
+    log_z_BHL = jnp.logaddexp(one[1], other[1])
+    scaled = (out * jnp.exp(log_z - log_z_BHL)[..., None] for out, log_z in (one, other))
+    return sum(scaled), log_z_BHL  # type: ignore[return-value]
 
 
 def _send_to_next(tree: Any, axis: str) -> Any:
     """Send arrays to the next device of the ring; return those of the previous one."""
-    n = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(tree, axis, [(d, (d + 1) % n) for d in range(n)])
+    n = lax.axis_size(axis)
+    return lax.ppermute(tree, axis, [(d, (d + 1) % n) for d in range(n)])
+
+
+# --- windows
+
+
+def keys_before(
+    k_BLGK: jax.Array, v_BLGK: jax.Array, segments_BL: jax.Array | None, n: int, axis: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return a device's keys with the `n` keys before them.
+
+    Args:
+        k_BLGK: this device's keys.
+        v_BLGK: this device's values.
+        segments_BL: their segments, or None.
+        n: number of keys, at most those of all other devices.
+        axis: mesh axis that the sequence is sharded over.
+
+    Returns:
+        Keys and values [B, n + L, G, K] and their segments [B, n + L], `NOWHERE` before the first.
+    """
+    if segments_BL is None:
+        segments_BL = jnp.zeros(k_BLGK.shape[:2], jnp.int32)
+    here = k_BLGK, v_BLGK, segments_BL
+    parts = [here]
+    for hop in range(1, -(-n // k_BLGK.shape[1]) + 1):
+        wanted = min(n - (hop - 1) * k_BLGK.shape[1], k_BLGK.shape[1])
+        k, v, ids = _send_to_next(jax.tree.map(lambda x, w=wanted: x[:, -w:], here), axis)
+        ids = jnp.where(hop <= lax.axis_index(axis), ids, NOWHERE)
+        here = k, v, ids
+        parts.insert(0, here)
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
+
+
+# --- zig-zag order
 
 
 def _zigzag_owner(part: int, n_devices: int) -> int:
@@ -175,12 +357,12 @@ def from_zigzag(x: jax.Array, axis: str) -> jax.Array:
 
 def _send(half: jax.Array, axis: str, which: int, back: bool = False) -> jax.Array:
     """Send first (0) or second (1) halves to their devices in zig-zag order, or `back`."""
-    n = jax.lax.axis_size(axis)
+    n = lax.axis_size(axis)
     route = [(d, _zigzag_owner(2 * d + which, n)) for d in range(n)]
-    return jax.lax.ppermute(half, axis, [pair[::-1] for pair in route] if back else route)
+    return lax.ppermute(half, axis, [pair[::-1] for pair in route] if back else route)
 
 
 def _order_halves(one: jax.Array, other: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
     """Order the halves by position: the first half comes first on even devices, last on odd."""
-    even = jax.lax.axis_index(axis) % 2 == 0
+    even = lax.axis_index(axis) % 2 == 0
     return jnp.where(even, one, other), jnp.where(even, other, one)

@@ -7,6 +7,7 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from lm.kernels.ring_attention import zigzag_order
 
 LANES = 128  # lengths must be multiples of a TPU's lanes
 LARGEST_BLOCK = 512
+# The fused backward kernel writes the gradient of queries once for each of these blocks of keys;
+# they fill the memory of a core.
+LARGEST_HELD = 256 * 1024  # elements
 
 
 def make_splash_kernel(
@@ -25,6 +29,7 @@ def make_splash_kernel(
     *,
     causal: bool,
     window: int = 0,
+    offset: int = 0,
     softcap: float = 0.0,
     head_shards: int = 1,
     query_shards: int = 1,
@@ -39,6 +44,7 @@ def make_splash_kernel(
         causal: mask keys after the query. With several shards of queries, these come in zig-zag
             order.
         window: a causal query attends to the last `window` keys; 0 for all.
+        offset: position of the first query among the keys.
         softcap: bound of the scores; 0 for none.
         head_shards: devices that the heads are sharded over.
         query_shards: devices that the queries are sharded over.
@@ -50,12 +56,12 @@ def make_splash_kernel(
     splash = _splash()
     mask: Any = splash.FullMask((length, n_keys))
     if causal:
-        mask = splash.CausalMask((length, n_keys))
+        mask = splash.CausalMask((length, n_keys), offset)
         if window:
-            mask = splash.LocalMask((length, n_keys), (window - 1, 0), 0)
+            mask = splash.LocalMask((length, n_keys), (window - 1, 0), offset)
         if query_shards > 1:
             mask.q_sequence = zigzag_order(length, query_shards).astype("int32")
-    block_q, block_kv = _block(length // query_shards), _block(n_keys)
+    block_q, block_kv = largest_block(length // query_shards), largest_block(n_keys)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * n_heads),
         block_sizes=splash.BlockSizes(
@@ -102,6 +108,126 @@ def splash_attention(
     return jax.vmap(kernel)(*by_head, segments).swapaxes(1, 2)
 
 
+@dataclass(frozen=True)
+class SplashTiles:
+    """Steps of `ring_attention` by the splash kernel, with one kernel for all three gradients.
+
+    Attributes:
+        softcap: bound of the scores; 0 for none.
+        interpret: run on any platform, slowly, for tests.
+    """
+
+    softcap: float = 0.0
+    interpret: bool = False
+
+    def forward(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: tuple[jax.Array, jax.Array] | None,
+        causal: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the attention of queries to keys.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query; else all pairs are visible.
+
+        Returns:
+            The output, and log Z, which is very small for a query without keys.
+        """
+        kernel = self._kernel(q_BHLK, k_BGSK, causal)
+        out_BHLK, (log_z_BHL,) = jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSK, self._segments(ids))
+        return out_BHLK, log_z_BHL
+
+    def backward(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: tuple[jax.Array, jax.Array] | None,
+        causal: bool,
+        log_z_BHL: jax.Array,
+        delta_BHL: jax.Array,
+        g_BHLK: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the gradients of queries, keys and values.
+
+        Args:
+            q_BHLK: scaled queries.
+            k_BGSK: keys.
+            v_BGSK: values.
+            ids: segments that attention stays within, of queries and of keys.
+            causal: mask keys after the query; else all pairs are visible.
+            log_z_BHL: log-normalizer of each query's scores over all keys.
+            delta_BHL: Σ gradient · output of each query.
+            g_BHLK: gradient of the output over all keys.
+
+        Returns:
+            The parts of the gradients that these keys give.
+        """
+        # The kernel's public function takes log Z from its own forward pass.
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+        kernel = self._kernel(q_BHLK, k_BGSK, causal)
+        given = kernel.kwargs
+        sizes = given["block_sizes"]
+
+        def of_row(q: Any, k: Any, v: Any, segments: Any, *of_queries: Any) -> Any:
+            return splash_attention_kernel._splash_attention_bwd_dkv(
+                q,
+                k,
+                v,
+                segments,
+                None,
+                *of_queries,
+                bq=sizes.block_q_dkv,
+                bkv=sizes.block_kv_dkv,
+                bkv_compute=sizes.block_kv_dkv_compute,
+                mask_info=kernel.dkv_mask_info,
+                use_fused_bwd_kernel=True,
+                q_layout=sizes.q_layout,
+                k_layout=sizes.k_layout,
+                v_layout=sizes.v_layout,
+                **{name: given[name] for name in OF_BACKWARD},
+            )
+
+        segments = self._segments(ids)
+        return jax.vmap(of_row)(q_BHLK, k_BGSK, v_BGSK, segments, log_z_BHL, g_BHLK, delta_BHL)
+
+    def _kernel(self, q_BHLK: jax.Array, k_BGSK: jax.Array, causal: bool) -> Any:
+        splash, shape = _splash(), (q_BHLK.shape[2], k_BGSK.shape[2])
+        mask: Any = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+        block_q, block_kv = map(largest_block, shape)
+        held = largest_block(shape[1], LARGEST_HELD // max(k_BGSK.shape[3], LANES))
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * q_BHLK.shape[1]),
+            block_sizes=splash.BlockSizes(
+                block_q=block_q,
+                block_kv=block_kv,
+                block_q_dkv=block_q,
+                block_kv_dkv=held,
+                block_kv_dkv_compute=block_kv,
+                use_fused_bwd_kernel=True,
+            ),
+            save_residuals=True,
+            attn_logits_soft_cap=self.softcap or None,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=self.interpret,
+        )
+
+    def _segments(self, ids: tuple[jax.Array, jax.Array] | None) -> Any:
+        return None if ids is None else _splash().SegmentIds(*ids)
+
+
+OF_BACKWARD = ("is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function", "interpret")
+
+
 def _splash() -> Any:
     # Imported on use: the import takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -109,9 +235,8 @@ def _splash() -> Any:
     return splash
 
 
-def _block(length: int) -> int:
+def largest_block(length: int, block: int = LARGEST_BLOCK) -> int:
     """Return the largest block, a power of two times 128, that divides a length."""
-    block = LARGEST_BLOCK
     while length % block:
         block //= 2
     return block

@@ -322,7 +322,7 @@ def _problems(
         return
     if PLATFORM_OF.get(kernel, platform) != platform:
         yield f"{platform} devices"
-    if context > 1 and kernel in ("tiled", "blockwise", "cudnn"):
+    if context > 1 and kernel == "tiled":
         yield f"--config.parallel.mesh.context={context}"
     if kernel == "tiled" and (problem := tiled_attention_problem(config)):
         yield problem

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import lcm
 from typing import Any
 
@@ -21,10 +22,16 @@ from ml_collections import ConfigDict
 
 from lm.config.registries import OBJECTIVES
 from lm.config.rules import POSITION_BIASES
-from lm.kernels.blockwise_attention import blockwise_attention, count_tiles
+from lm.kernels.blockwise_attention import BlockwiseTiles, blockwise_attention, count_tiles
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention, cudnn_attention
-from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag
-from lm.kernels.splash_attention import LANES, make_splash_kernel, splash_attention
+from lm.kernels.ring_attention import from_zigzag, keys_before, ring_attention, to_zigzag
+from lm.kernels.splash_attention import (
+    LANES,
+    SplashTiles,
+    largest_block,
+    make_splash_kernel,
+    splash_attention,
+)
 from lm.parallel.mesh import LENGTH_AXIS, activation_sharding, constrain, count_shards, current_mesh
 
 QUERIES = ("batch", "length", "heads", "head_dim")
@@ -74,15 +81,35 @@ def attend_on_mesh(
         return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
     if not (bias_HLS is None and dropout is None):
         raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
+    if softcap and kernel == "cudnn":
+        raise ValueError('attention kernel "cudnn" has no soft-cap')
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
-    inputs = (q_BLHK, k_BSGK, v_BSGK, mask)
-    if kernel == "splash" and not ring:
-        return _splash_layer(*inputs, scale, softcap)
-    if softcap:
-        raise ValueError(f'attention "{context_attention if ring else kernel}" has no soft-cap')
-    if ring:
-        return _ring(*inputs, scale)
-    return _by_rows_and_heads(*inputs, kernel, scale)
+    run = _across if ring else _splash if kernel == "splash" else _by_rows_and_heads
+    layer = partial(run, kernel=kernel, scale=scale, softcap=softcap)
+    return _by_window(layer, q_BLHK, k_BSGK, v_BSGK, mask)
+
+
+def _by_window(
+    attend: Callable[..., jax.Array],
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+) -> jax.Array:
+    """Run the kernel of a local or a global layer.
+
+    Its tiles are chosen at compile time, so a layer with a window needs another kernel, and
+    `mask.is_global` selects one of the two.
+    """
+
+    def with_window(window: int) -> Callable[..., jax.Array]:
+        own_mask = replace(mask, window=window, is_global=None)
+        return lambda q, k, v: attend(q, k, v, own_mask)
+
+    here = with_window(mask.window if mask.window < k_BSGK.shape[1] else 0)
+    if mask.is_global is None:
+        return here(q_BLHK, k_BSGK, v_BSGK)
+    return lax.cond(mask.is_global, with_window(0), here, q_BLHK, k_BSGK, v_BSGK)
 
 
 def _for_every_shard(x_BSGK: jax.Array) -> jax.Array:
@@ -98,55 +125,63 @@ def _by_rows_and_heads(
     mask: AttentionMask,
     kernel: str,
     scale: float,
+    softcap: float,
 ) -> jax.Array:
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, own_mask: AttentionMask) -> jax.Array:
-        run = cudnn_attention if kernel == "cudnn" else blockwise_attention
-        return run(q, k, v, own_mask, scale)
+    def local(q: Any, k: Any, v: Any, arrays: Any) -> jax.Array:
+        segments, key_segments, prefix = arrays
+        own_mask = replace(
+            mask, segments_BL=segments, key_segments_BS=key_segments, prefix_BS=prefix
+        )
+        if kernel == "cudnn":
+            return cudnn_attention(q, k, v, own_mask, scale)
+        return blockwise_attention(q, k, v, own_mask, scale, softcap)
 
-    # The arrays of a mask are [B, length]; the offset is a number.
-    by_rows = activation_sharding("batch", "keys").spec
-    whole = activation_sharding().spec
-    rows = jax.tree.map(lambda x: by_rows if jnp.ndim(x) else whole, mask)
-    arguments = (q_BLHK, k_BSGK, v_BSGK, mask)
-    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows))
-
-
-def _ring(
-    q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, scale: float
-) -> jax.Array:
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        causal = mask.causal
-        return ring_attention(q, k, v, segments, causal=causal, axis=LENGTH_AXIS)
-
-    if mask.prefix_BS is not None or mask.window:
-        raise ValueError("ring attention has no prefixes and no windows")
-    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
-    arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
-    return _shard_mapped(local, arguments, (QUERIES, QUERIES, QUERIES, ("batch", "length")))
+    # Where the length is sharded, the keys are those of another sequence.
+    rows, keys = (activation_sharding("batch", name).spec for name in ("length", "keys"))
+    arrays = [mask.segments_BL, mask.key_segments_BS, mask.prefix_BS]
+    arguments = (q_BLHK, k_BSGK, v_BSGK, arrays)
+    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, [rows, keys, keys]))
 
 
-def _splash_layer(
+def _across(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     mask: AttentionMask,
+    kernel: str,
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Run the splash kernel of a local or a global layer.
+    """Run self-attention of a sharded sequence, by a ring or from the parts in the window."""
+    by_splash = kernel == "splash"
+    if mask.prefix_BS is not None and mask.window:
+        raise ValueError("across parts of the sequence, attention has prefixes or windows")
 
-    Its tiles are chosen at compile time, so a layer with a window needs another kernel, and
-    `mask.is_global` selects one of the two.
-    """
+    def ring(q: Any, k: Any, v: Any, ids: Any, prefix: Any) -> jax.Array:
+        tiles = SplashTiles(softcap) if by_splash else BlockwiseTiles(softcap)
+        causal = mask.causal
+        return ring_attention(q, k, v, ids, prefix, causal=causal, axis=LENGTH_AXIS, tiles=tiles)
 
-    def with_window(window: int) -> Callable[..., jax.Array]:
-        own_mask = replace(mask, window=window, is_global=None)
-        return lambda q, k, v: _splash(q, k, v, own_mask, scale, softcap)
+    def local(q: Any, k: Any, v: Any, ids: Any, _: Any) -> jax.Array:
+        L, reach = q.shape[1], mask.window - 1
+        unit = largest_block(L) if by_splash else 1
+        n = min(-(-reach // unit) * unit, k_BSGK.shape[1] - L)
+        k, v, key_ids = keys_before(k, v, ids, n, LENGTH_AXIS)
+        ids = key_ids[:, n:]
+        if not by_splash:
+            own_mask = AttentionMask(True, ids, key_ids, n, window=mask.window)
+            return blockwise_attention(q, k, v, own_mask, 1.0, softcap)
+        sizes = q.shape[2], L, L + n
+        kernel = make_splash_kernel(
+            *sizes, causal=True, window=mask.window, offset=n, softcap=softcap
+        )
+        return splash_attention(kernel, q, k, v, ids, key_ids)
 
-    here = with_window(mask.window)
-    if mask.is_global is None:
-        return here(q_BLHK, k_BSGK, v_BSGK)
-    return lax.cond(mask.is_global, with_window(0), here, q_BLHK, k_BSGK, v_BSGK)
+    q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL, mask.prefix_BS)
+    rows = ("batch", "length")
+    names = (QUERIES, QUERIES, QUERIES, rows, rows)
+    return _shard_mapped(local if mask.window else ring, arguments, names)
 
 
 def _splash(
@@ -154,6 +189,7 @@ def _splash(
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     mask: AttentionMask,
+    kernel: str,
     scale: float,
     softcap: float,
 ) -> jax.Array:
@@ -161,7 +197,7 @@ def _splash(
         raise ValueError('attention kernel "splash" has no prefixes')
     causal, axis = mask.causal, LENGTH_AXIS
     zigzag = causal and count_shards("length") > 1
-    kernel = make_splash_kernel(
+    splash = make_splash_kernel(
         q_BLHK.shape[2],
         q_BLHK.shape[1],
         k_BSGK.shape[1],
@@ -172,18 +208,18 @@ def _splash(
         query_shards=count_shards("length"),
     )
 
-    def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, kernel: Any) -> jax.Array:
+    def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, splash: Any) -> jax.Array:
         if zigzag:
             q, segments = jax.tree.map(lambda x: to_zigzag(x, axis), (q, segments))
-        out = splash_attention(kernel, q, k, v, segments, key_segments)
+        out = splash_attention(splash, q, k, v, segments, key_segments)
         return from_zigzag(out, axis) if zigzag else out
 
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     segments_BL, key_segments_BS = mask.segments_BL, mask.key_segments_BS
     if key_segments_BS is None:
         key_segments_BS = segments_BL
-    arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, kernel)
-    of_kernel = kernel.manual_sharding_spec(activation_sharding("heads", "length"))
+    arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, splash)
+    of_kernel = splash.manual_sharding_spec(activation_sharding("heads", "length"))
     rows, keys = ("batch", "length"), ("batch", "keys")
     return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
 
@@ -229,18 +265,19 @@ def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -
         context: parts of the sequence.
     """
     model, objective = config.model, OBJECTIVES[config.objective.name]
-    if ring and kernel != "xla":
-        yield "--config.parallel.context_attention=ring"
+    if context > 1 and kernel in ("blockwise", "cudnn") and not (ring and kernel == "blockwise"):
+        across = "ring" if ring else "gather"
+        yield f"--config.parallel.context_attention={across}"
     if model.attention_dropout:
         yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
     if model.positions in POSITION_BIASES:
         yield _ring_or(ring, f"--config.model.positions={model.positions}")
-    if model.window and (kernel == "blockwise" or ring):
+    if model.attention_softcap and kernel == "cudnn":
+        yield f"--config.model.attention_softcap={model.attention_softcap}"
+    if objective.has_prefix and (kernel in ("blockwise", "splash") and not ring):
+        yield f"--config.objective.name={config.objective.name}"
+    if objective.has_prefix and ring and model.window:
         yield _ring_or(ring, f"--config.model.window={model.window}")
-    if model.attention_softcap and (kernel != "splash" or ring):
-        yield _ring_or(ring, f"--config.model.attention_softcap={model.attention_softcap}")
-    if (kernel in ("blockwise", "splash") or ring) and objective.has_prefix:
-        yield _ring_or(ring, f"--config.objective.name={config.objective.name}")
     if kernel == "cudnn":
         if model.dtype != "bfloat16":
             yield f"--config.model.dtype={model.dtype}"
@@ -251,7 +288,7 @@ def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
         if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
             yield f"{name}: {length} tokens, not a multiple of {parts}"
-        if kernel == "blockwise" and not count_tiles(length):
+        if kernel == "blockwise" and not count_tiles(length // context):
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
 
 

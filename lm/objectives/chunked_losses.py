@@ -30,8 +30,8 @@ def in_chunks(
 
     The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
     faster than reading them back, and anywhere it saves the memory. Chunks are of columns because
-    rows are sharded over devices; where columns are too (over C devices), a chunk takes some
-    columns of every device.
+    rows are sharded over devices; where columns are too (over C devices), a chunk takes
+    `loss_chunk` columns of every device.
 
     Args:
         compute: returns the losses of some targets from the model, hidden states and targets.
@@ -41,7 +41,7 @@ def in_chunks(
     """
     B, T = targets_BT.shape
     C = count_shards("length") if T % count_shards("length") == 0 else 1
-    n = n_chunks(T // C, -(-model.config.loss_chunk // C))
+    n = n_chunks(T // C, model.config.loss_chunk)
     if n == 1:
         return compute(model, x_BTD, targets_BT)
 

@@ -111,7 +111,7 @@ Rules = dict[str, tuple[str, ...]]
 
 PARAMETERS: Rules = {
     "layers": ("stage",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "residual": (),  # the outputs of a kernel from residual stream to residual stream
     "vocab": ("tensor",),
     "positions": (),
@@ -213,6 +213,9 @@ def parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str,
     """Return the mesh axes that shard a parameter's dimension, or None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)
+    if LENGTH_AXIS in axes and (size % n or sizes[LENGTH_AXIS] == 1):  # shards where it divides
+        axes = axes[:-1]
+        n = prod(sizes[axis] for axis in axes)
     if size % n == 0:
         return axes or None
     if name in MAY_REPLICATE:

@@ -45,19 +45,22 @@ CROSS = AttentionMask(False, jnp.minimum(make_segments(24), SOURCE.max(1, keepdi
 
 
 @pytest.mark.parametrize(
-    ("visibility", "length", "n_keys"),
+    ("visibility", "length", "n_keys", "softcap"),
     [
-        (AttentionMask(True, make_segments(40)), 40, 40),
-        (AttentionMask(True), 40, 40),
-        (CROSS, 24, 40),
+        (AttentionMask(True, make_segments(40)), 40, 40, 0.0),
+        (AttentionMask(True), 40, 40, 0.7),
+        (CROSS, 24, 40, 0.0),
+        (AttentionMask(True, make_segments(40), window=5), 40, 40, 0.7),
+        (AttentionMask(True, window=21), 40, 40, 0.0),
+        (AttentionMask(True, SOURCE[:, 16:], SOURCE, 16, window=11), 24, 40, 0.0),
     ],
 )
-def test_blockwise_equals_xla(visibility, length, n_keys, monkeypatch):
+def test_blockwise_equals_xla(visibility, length, n_keys, softcap, monkeypatch):
     monkeypatch.setattr(blockwise, "LONGEST_TILE", 8)
     monkeypatch.setattr(blockwise, "SHORTEST_TILE", 4)
     inputs = make_inputs(length, n_keys)
     found, expected = (
-        output_and_gradients(partial(attend, mask=visibility, scale=0.3), *inputs)
+        output_and_gradients(partial(attend, mask=visibility, scale=0.3, softcap=softcap), *inputs)
         for attend in (blockwise.blockwise_attention, attention)
     )
     equal(found, expected)
@@ -86,8 +89,15 @@ def test_fused_kernels_refuse_what_they_cannot_do():
         dropout = Dropout(jax.random.key(0), 0.1)
         with pytest.raises(ValueError, match="neither bias nor dropout"):
             attend(q, k, v, AttentionMask(True), dropout=dropout)
-        with pytest.raises(ValueError, match="no soft-cap"):
-            attend(q, k, v, AttentionMask(True), softcap=1.0)
-    for mask in (AttentionMask(True, window=2), AttentionMask(True, prefix_BS=jnp.ones((2, 8)))):
+    with pytest.raises(ValueError, match="no soft-cap"):
+        attend(q, k, v, AttentionMask(True), softcap=1.0)
+    for mask in (AttentionMask(True, offset=2), AttentionMask(True, prefix_BS=jnp.ones((2, 8)))):
         with pytest.raises(ValueError, match="blockwise"):
             blockwise.blockwise_attention(q, k, v, mask, 1.0)
+
+
+def test_tiles_outside_of_a_window_are_never_computed():
+    """Of 8 × 8 tiles the window reaches the diagonal and two before it."""
+    pairs = dict(blockwise._tile_pairs(8, 8, (4, 4), blockwise.Band(0, 6)))
+    assert {q - k for q, k in zip(*pairs[True], strict=True)} == {0, 1, 2}
+    assert False not in pairs

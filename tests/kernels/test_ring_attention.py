@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from lm.kernels.blockwise_attention import BlockwiseTiles
 from lm.kernels.dot_product_attention import AttentionMask, attention
-from lm.kernels.ring_attention import from_zigzag, ring_attention, to_zigzag, zigzag_order
+from lm.kernels.ring_attention import (
+    NOWHERE,
+    from_zigzag,
+    keys_before,
+    ring_attention,
+    to_zigzag,
+    zigzag_order,
+)
+from lm.kernels.splash_attention import SplashTiles
 
 LENGTH = 32
 
@@ -23,29 +32,84 @@ def on_ring(function, n_devices, n_arguments):
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 
-@pytest.mark.parametrize(
-    ("n_devices", "causal", "segmented"), [(8, True, True), (2, True, False), (4, False, True)]
-)
-def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, causal, segmented):
-    rng = np.random.default_rng(n_devices)
-    q, g = jnp.asarray(rng.normal(size=(2, 2, LENGTH, 4, 8)), jnp.float32)
-    k, v = jnp.asarray(rng.normal(size=(2, 2, LENGTH, 2, 8)), jnp.float32)
-    segments = jnp.asarray(np.cumsum(rng.random((2, LENGTH)) < 0.1, axis=1))
-    segments = segments if segmented else None
+def make_inputs(length, head_dim, seed):
+    """Queries and the gradient of the output, keys, values, and documents of uneven lengths."""
+    rng = np.random.default_rng(seed)
+    q, g = jnp.asarray(rng.normal(size=(2, 2, length, 4, head_dim)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, length, 2, head_dim)), jnp.float32)
+    segments = np.cumsum(rng.random((2, length)) < 3.2 / length, axis=1)
+    prefix = rng.random((2, length)) < 0.3
+    return (0.3 * q, k, v), g, jnp.asarray(segments, jnp.int32), jnp.asarray(prefix)
+
+
+def results(function, inputs, g):
+    """Output and gradients."""
+    out, back = jax.vjp(function, *inputs)
+    return out, back(g)
+
+
+def equal(found, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+
+
+# Devices, mask, soft-cap.
+CASES = [
+    (8, {"causal": True, "segments": True}, 0.0),
+    (2, {"causal": True}, 0.7),
+    (4, {"causal": False, "segments": True}, 0.7),
+    (4, {"causal": True, "segments": True, "prefix": True}, 0.0),
+    (2, {"causal": True, "prefix": True}, 0.0),
+]
+
+
+def check_ring(n_devices, mask, softcap, tiles, length, head_dim):
+    inputs, g, segments, prefix = make_inputs(length, head_dim, n_devices)
+    causal = mask["causal"]
+    segments = segments if "segments" in mask else None
+    prefix = prefix if "prefix" in mask else None
 
     def plain(q, k, v):
-        return attention(q, k, v, AttentionMask(causal, segments), scale=1.0)
+        described = AttentionMask(causal, segments, prefix_BS=prefix)
+        return attention(q, k, v, described, scale=1.0, softcap=softcap)
 
     def ring(q, k, v):
-        run = partial(ring_attention, causal=causal, axis="ring")
-        return on_ring(run, n_devices, 4)(q, k, v, segments)
+        run = partial(ring_attention, causal=causal, axis="ring", tiles=tiles)
+        return on_ring(run, n_devices, 5)(q, k, v, segments, prefix)
 
-    @jax.jit
-    def results(q, k, v):
-        return [(out, back(g)) for out, back in (jax.vjp(f, q, k, v) for f in (ring, plain))]
+    run = jax.jit(results, static_argnums=0)
+    equal(run(ring, inputs, g), run(plain, inputs, g))
 
-    found, expected = results(q, k, v)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+
+@pytest.mark.parametrize(("n_devices", "mask", "softcap"), CASES)
+def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, mask, softcap):
+    check_ring(n_devices, mask, softcap, BlockwiseTiles(softcap), LENGTH, 8)
+
+
+@pytest.mark.parametrize(("n_devices", "mask", "softcap"), CASES[1:])
+def test_a_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap):
+    tiles = SplashTiles(softcap, interpret=True)
+    check_ring(n_devices, mask, softcap, tiles, 256 * n_devices, 16)
+
+
+@pytest.mark.parametrize(("n_devices", "n"), [(2, 3), (4, 8), (8, 13), (8, 28)])
+def test_a_window_gets_the_keys_before_a_device_and_none_before_the_first(n_devices, n):
+    tokens = jnp.arange(LENGTH)[None]
+    mesh = jax.make_mesh((n_devices,), ("ring",), axis_types=(AxisType.Auto,))
+    before = jax.shard_map(
+        lambda x: jnp.stack(keys_before(x, 2 * x, 3 * x, n, "ring")),
+        mesh=mesh,
+        in_specs=PartitionSpec(None, "ring"),
+        out_specs=PartitionSpec(None, None, "ring"),
+        check_vma=False,
+    )
+    k, v, ids = jax.jit(before)(tokens).reshape(3, n_devices, -1)
+    size = LENGTH // n_devices
+    for device in range(n_devices):
+        expected = np.arange(device * size - n, device * size + size)
+        real = expected >= 0
+        assert (k[device][real] == expected[real]).all()
+        assert (v[device] == 2 * k[device]).all()
+        assert (ids[device] == np.where(real, 3 * expected, NOWHERE)).all()
 
 
 @pytest.mark.parametrize("n_devices", [2, 4, 8])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.splash_attention import make_splash_kernel
+from lm.kernels.splash_attention import SplashTiles, make_splash_kernel
 from lm.models import sharded_attention
 from lm.models.attention import attend
 from lm.parallel.mesh import axis_sizes, make_mesh, use_mesh
@@ -19,14 +19,21 @@ LENGTH = 512
 
 
 @pytest.mark.parametrize(
-    ("kernel", "mesh", "visible", "softcap"),
+    ("kernel", "across", "mesh", "visible", "softcap"),
     [
-        ("splash", {"context": 2, "tensor": 2}, {"causal": True}, 0.0),
-        ("splash", {"context": 2, "tensor": 2}, {"causal": True, "window": 100}, 1.5),
-        ("blockwise", {"data": 2, "tensor": 4}, {"causal": False}, 0.0),
+        ("splash", "gather", {"context": 2, "tensor": 2}, {"causal": True}, 0.0),
+        ("splash", "gather", {"context": 2, "tensor": 2}, {"causal": True, "window": 100}, 1.5),
+        ("splash", "ring", {"context": 2, "tensor": 4}, {"causal": True, "window": 100}, 1.5),
+        ("splash", "ring", {"context": 4}, {"causal": False}, 0.0),
+        ("blockwise", "ring", {"context": 4, "tensor": 2}, {"causal": True, "window": 300}, 1.5),
+        ("xla", "ring", {"context": 8}, {"causal": True, "window": 150}, 0.0),
+        ("blockwise", "", {"data": 2, "tensor": 4}, {"causal": False}, 0.0),
+        ("blockwise", "", {"data": 2}, {"causal": True, "window": 100}, 0.0),
     ],
 )
-def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softcap, monkeypatch):
+def test_kernels_on_a_mesh_equal_xla_on_one_device(
+    kernel, across, mesh, visible, softcap, monkeypatch
+):
     """Splash is interpreted; with two parts of the sequence its queries come in zig-zag order.
 
     With a window, for a local layer and for a global one.
@@ -34,6 +41,7 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
     monkeypatch.setattr(
         sharded_attention, "make_splash_kernel", partial(make_splash_kernel, interpret=True)
     )
+    monkeypatch.setattr(sharded_attention, "SplashTiles", partial(SplashTiles, interpret=True))
     rng = np.random.default_rng(0)
     # The mesh divides the four query heads, not always the two key/value heads.
     q, k, v, g = (
@@ -49,7 +57,7 @@ def test_kernels_on_a_mesh_equal_xla_on_one_device(kernel, mesh, visible, softca
             v,
             visibility,
             kernel=kernel,
-            context_attention="gather",
+            context_attention=across,
             scale=0.3,
             softcap=softcap,
         )

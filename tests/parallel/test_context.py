@@ -32,6 +32,7 @@ CASES = [
         {"parallel__sequence": True, "train__remat": "full"},
         "ring",
     ),
+    ("causal decoder", {"context": 8}, {"model__attention": "blockwise"}, "ring"),
     ("masked encoder", {"context": 4, "fsdp": 2}, {}, "ring"),
     ("span_corruption encoder_decoder", {"context": 4, "tensor": 2}, {}, "gather"),
     ("seq2seq encoder_decoder", {"context": 4, "fsdp": 2}, {}, "ring"),

@@ -113,10 +113,9 @@ def test_fsdp_gathers_parameters():
 
 
 def test_a_ring_gathers_no_sequence():
-    """Keys pass from device to device; only gradients and sums are added up over all."""
+    """Keys pass from device to device; parameters, which all of them share, are gathered."""
     plain = {"model__attention_dropout": 0.0, "model__n_kv_heads": 4}
     text = compiled_text({"context": 8}, **plain)
-    assert collectives(text) == {"all-reduce"}
     assert "collective-permute" in text
     assert "f32[8,16,32]" not in text  # nowhere a whole sequence of activations
 
@@ -136,6 +135,19 @@ def test_fsdp_keeps_an_eighth_of_every_large_parameter_and_its_moments():
     for leaf in jax.tree.leaves(state):
         if leaf.size >= 8 * 32 and leaf.ndim > 2:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
+def test_parts_of_a_sequence_share_parameters_where_they_divide_the_width():
+    def parts(**overrides):
+        experiment = experiment_on({"fsdp": 2, "context": 4}, **overrides)
+        path = "stack/layers/feed_forward/out/kernel"
+        leaf = flat(experiment.state_shapes.params)[path]
+        return leaf.size // np.prod(
+            flat(experiment.state_sharding.params)[path].shard_shape(leaf.shape)
+        )
+
+    assert parts() == 8
+    assert parts(model__d_model=36, model__head_dim=8) == 2
 
 
 def test_factored_statistics_lie_like_what_is_left_of_their_parameter():

@@ -28,6 +28,8 @@ KINDS = (
     "collective-broadcast",
 )
 
+WORK = ("fusion", "custom-call", "dot", "convolution", "while", "conditional", "call")
+
 
 @dataclass(frozen=True)
 class Route:
@@ -97,7 +99,22 @@ def _is_asynchronous(
 ) -> bool:
     if '"is_sync":true' in part.attributes:
         return False
+    if part is outer and part.opcode.endswith("-start") and not _is_covered(around, part):
+        return False
     return part.opcode.endswith("-start") or _starts_here(inside) or "async" in around.name
+
+
+def _is_covered(around: Computation, start: Instruction) -> bool:
+    """Return whether the schedule has work between the start of a collective and its end."""
+    names = list(around.instructions)
+    first = names.index(start.name) + 1
+    ends = {user.name for user in around.users(start.name) if user.opcode.endswith("-done")}
+    for name in names[first:]:
+        if name in ends:
+            return False
+        if around.instructions[name].opcode in WORK:
+            return True
+    return True
 
 
 def _size(inside: Computation, instruction: Instruction) -> int:

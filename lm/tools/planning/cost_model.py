@@ -220,7 +220,7 @@ class CostModel:
     def _traffic(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         """Return the bytes read from and written to main memory: state, logits and layers."""
         model, tensor = self.experiment.config.model, sizes["tensor"]
-        gathered = self._parameters({**sizes, "fsdp": 1})
+        gathered = self._parameters({**sizes, "fsdp": 1, "context": 1})
         passes = TRAFFIC_OF_TICK * schedule.iterations if sizes["stage"] > 1 else 1
         uses = settings.microbatches * passes
         moved = 10.0 * self._parameters(sizes) + 5.0 * uses * gathered
@@ -256,11 +256,13 @@ class CostModel:
         layers = model.n_layers / sizes["stage"]
         part = {axis: (size - 1) / size for axis, size in sizes.items()}  # that is sent on a ring
         seconds = 0.0
-        if sizes["fsdp"] > 1:  # all-gathers of parameters, reduce-scatters of gradients
-            gathered = self._parameters({**sizes, "fsdp": 1})
-            sent = 3.5 * settings.microbatches * gathered * part["fsdp"]
-            seconds += sent / bandwidth("fsdp")
-        copies = [axis for axis in ("slice", "data", "context") if sizes[axis] > 1]
+        # All-gathers of parameters, reduce-scatters of gradients.
+        if shards := [axis for axis in ("fsdp", "context") if sizes[axis] > 1]:
+            gathered = self._parameters({**sizes, "fsdp": 1, "context": 1})
+            n = prod(sizes[axis] for axis in shards)
+            sent = 3.5 * settings.microbatches * gathered * (n - 1) / n
+            seconds += sent / bandwidth(*shards)
+        copies = [axis for axis in ("slice", "data") if sizes[axis] > 1]
         if copies:  # all-reduces of gradients, in every microbatch
             n = prod(sizes[axis] for axis in copies)
             iterations = schedule.iterations if sizes["stage"] > 1 else 1

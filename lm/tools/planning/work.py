@@ -137,7 +137,8 @@ def _attention(computation: Computation, call: Instruction) -> int:
     Queries and keys are [B, H, L, K] or [B, L, H, K]; without B for a single row. The forward pass
     has two products, the backward pass five: the scores again and four gradients. Splash computes
     the scores and the gradient of the weights in both of its backward kernels (dq: 3 products,
-    dkv: 4).
+    dkv: 4), unless one computes all gradients (dkv; that of the queries has a part for each block
+    of keys).
     """
     name = call.target + call.name
     operands = [operand.shapes[0] for operand in computation.operands(call)]
@@ -148,7 +149,7 @@ def _attention(computation: Computation, call: Instruction) -> int:
     length, n_keys = queries[sequence], keys[sequence]
     products = 2
     if "dkv" in name:
-        products = 4
+        products = 5 if any(len(s.dims) > len(queries) for s in call.shapes) else 4
     elif "dq" in name:
         products = 3
     elif "ackward" in name or "bwd" in name:
