@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.errors import UserError
 
+_LARGEST = 1e30  # weight; sums of many and their products with sizes stay finite
+
 
 class Knot(NamedTuple):
     """Weights of all parts at a step, or at a row of their order."""
@@ -45,8 +47,10 @@ def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
             raise UserError(f"{where}: expected STEP: WEIGHT WEIGHT …, not {part.strip()!r}")
         if len(knot.weights) != n_parts:
             raise UserError(f"{where}: {len(knot.weights)} weights for {n_parts} sources")
-        if not all(0 <= weight < float("inf") for weight in knot.weights) or not any(knot.weights):
-            raise UserError(f"{where}: weights are 0 or more, and not all 0: {part.strip()!r}")
+        if not all(0 <= weight <= _LARGEST for weight in knot.weights) or not any(knot.weights):
+            raise UserError(
+                f"{where}: weights are 0 to {_LARGEST:g}, and not all 0: {part.strip()!r}"
+            )
         if knot.at < (knots[-1].at if knots else 0):
             raise UserError(f"{where}: steps must ascend from 0, and {knot.at} does not")
         knots.append(knot)
@@ -72,5 +76,8 @@ def mixture_problems(data: ConfigDict) -> Iterator[str]:
                 f"--config.data.{name} has {len(data[name])} numbers for "
                 f"{len(listed(data.source))} corpora in --config.data.source"
             )
-        if any(not 0 < number < float("inf") for number in data[name]):
-            yield f"--config.data.{name}={data[name]}: every {name[:-1]} must be above 0"
+        if any(not 0 < number <= _LARGEST for number in data[name]):
+            yield (
+                f"--config.data.{name}={data[name]}: every {name[:-1]} must be above 0, "
+                f"and at most {_LARGEST:g}"
+            )

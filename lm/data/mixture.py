@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import grain
@@ -20,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config.mixture_rules import Knot, parse_schedule
+from lm.config.registry import listed
 from lm.data.batches import Examples, shuffle_endlessly
 from lm.data.dataset import Dataset
 
@@ -160,7 +162,7 @@ def epochs_by_step(
 ) -> Callable[[int], dict[str, float]]:
     """Return the function from a step to the passes over each corpus before it, "epoch/NAME".
 
-    Arguments are those of `shuffle_and_mix`.
+    A corpus that is several parts has the sum of them. Arguments are those of `shuffle_and_mix`.
     """
     schedule = _schedule(parts, dataset, data, first_row)
     names = [f"epoch/{store.manifest.source}" for store in dataset.train]
@@ -168,6 +170,36 @@ def epochs_by_step(
 
     def epochs(step: int) -> dict[str, float]:
         read = schedule.epochs(first_row + step * data.batch_size, sizes)
-        return dict(zip(names, read, strict=True))
+        sums = dict.fromkeys(names, 0.0)
+        for name, passes in zip(names, read, strict=True):
+            sums[name] += passes
+        return sums
 
     return epochs
+
+
+def continues_mixture(before: ConfigDict, after: ConfigDict, step: int) -> bool:
+    """Return whether a mixture has been another one until a step.
+
+    Sources may be added at the end, of no weight until then. Only a schedule says what was before;
+    a single source has been that of a constant weight.
+
+    Args:
+        before: section `data` of the other mixture.
+        after: that of the mixture.
+        step: first step whose batch may differ.
+    """
+    sources, more = listed(before.source), listed(after.source)
+    has_past = before.schedule or len(sources) == 1
+    if not (has_past and after.schedule and more[: len(sources)] == sources):
+        return False
+    none = (0.0,) * (len(more) - len(sources))
+    knots = parse_schedule(before.schedule or "0: 1", len(sources))
+    old = Schedule(tuple(Knot(knot.at, knot.weights + none) for knot in knots))
+    new = Schedule(parse_schedule(after.schedule, len(more)))
+    ends = sorted({0, step, *(k.at for k in (*old.knots, *new.knots) if k.at < step)})
+    middles = [(a + b) / 2 for a, b in pairwise(ends)]  # between ends the counts are quadratic
+    return all(
+        np.allclose(old.examples_before(at), new.examples_before(at), rtol=1e-9, atol=1e-6)
+        for at in (*ends, *middles)
+    )

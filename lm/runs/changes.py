@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.errors import UserError
@@ -31,10 +32,12 @@ from lm.runs.workdir import (
     checkpoint_steps,
     damaged_steps,
     differences,
+    first_row,
     has_steps,
     history_of,
     read_run_metadata,
     saved_metadata,
+    with_changes,
 )
 from lm.storage import (
     COMMITTED,
@@ -65,6 +68,8 @@ _CHANGEABLE = (
     "train.",
 )
 _FIXED = ("optimizer.name", "optimizer.freeze")
+# Keys that may change if no batch before the change would have been another one.
+_MIXTURE = frozenset(f"data.{name}" for name in ("source", "weights", "epochs", "schedule"))
 
 
 def change_of(
@@ -116,6 +121,12 @@ def _record(
         return now
     fixed = [path for path in changed if not path.startswith(_CHANGEABLE) or path in _FIXED]
     data = experiment.config.data
+    if _MIXTURE.intersection(fixed):
+        from lm.data.mixture import continues_mixture
+
+        then = ConfigDict(before["config"]["data"])
+        if not first_row(before) and continues_mixture(then, data, step):
+            fixed = [path for path in fixed if path not in _MIXTURE]
     if BATCH_SIZE in changed and (data.order == "contiguous" or data.schedule):
         # Each row of the batches reads a stretch of its own, or the schedule's steps move.
         fixed.append(BATCH_SIZE)
@@ -131,7 +142,10 @@ def _record(
     _require_same_state(experiment, changed)
     named = differences(before["config"], now["config"])
     log(f"changed from step {step} on: {'; '.join(named)}")
-    entry = {"step": step, "changed": {path: list(values) for path, values in changed.items()}}
+    entry: dict[str, Any] = {"step": step}
+    entry["changed"] = {path: list(values) for path, values in changed.items()}
+    if "data.source" in changed:
+        entry["added"] = sorted(now["fingerprint"].keys() - before["fingerprint"].keys())
     return now | {"history": [*history_of(now), entry]}
 
 
@@ -222,7 +236,7 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
         raise UserError(f"--fork {source}: {checkpoint} is damaged (metadata); fork another step")
     history = [*history_of(before), {"step": step, "forked_from": f"{name}@{step}"}]
     changed = _record(experiment, step, log, before, now | {"history": history})
-    check_same(run, before | {"config": changed["config"]}, now)
+    check_same(run, with_changes(before, changed), now)
     problem = _damage(experiment, checkpoint, before)
     if not on_all_hosts(not problem):
         problem = problem or "on another host"

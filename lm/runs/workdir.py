@@ -70,12 +70,14 @@ def _is_entry(entry: Any) -> bool:
 
 
 def metadata_at(metadata: Metadata, step: int) -> Metadata:
-    """Return the metadata of a run with the configuration of its checkpoint of a step, flat."""
-    values = dict(configs.flatten(metadata["config"]))
+    """Return the metadata of a run as its checkpoint of a step has it, the configuration flat."""
+    values, digests = dict(configs.flatten(metadata["config"])), dict(metadata["fingerprint"])
     for entry in reversed(history_of(metadata)):
         if entry["step"] >= step:
             values |= {path: old for path, (old, _) in entry.get("changed", {}).items()}
-    return metadata | {"config": values}
+            for name in entry.get("added", ()):
+                digests.pop(name, None)
+    return metadata | {"config": values, "fingerprint": digests}
 
 
 def first_row(metadata: Mapping[str, Any]) -> int:
@@ -122,7 +124,7 @@ def continued(
         metadata |= {"history": before["history"]} if "history" in before else {}
         if change is not None:
             metadata = change(before, metadata)
-            before = before | {"config": metadata["config"]}
+            before = with_changes(before, metadata)
         check_same(workdir, before, metadata, "continue it with --change, or ")
     return metadata
 
@@ -282,6 +284,14 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
+
+
+def with_changes(before: Metadata, now: Metadata) -> Metadata:
+    """Return the metadata of a run with the configuration of now, and sources that it adds."""
+    old, new = before["config"]["data"]["source"], now["config"]["data"]["source"]
+    added = now["fingerprint"] if old != new else {}
+    fingerprint = {**added, **before.get("fingerprint", {})}
+    return before | {"config": now["config"], "fingerprint": fingerprint}
 
 
 def check_same(

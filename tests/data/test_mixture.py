@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.config import default, validate
 from lm.config.mixture_rules import Knot, parse_schedule
-from lm.data.mixture import Schedule, shuffle_and_mix
+from lm.data.mixture import Schedule, continues_mixture, epochs_by_step, shuffle_and_mix
 from lm.errors import UserError
 from lm.training.trainer import train
 
@@ -80,8 +80,8 @@ def test_weights_change_linearly_and_at_once():
         ("5: 1 1; 4: 1 1", "4 does not"),
         ("-1: 1 1", "-1 does not"),
         ("0: 0 0", "not all 0"),
-        ("0: 1 nan", "0 or more"),
-        ("0: 1 -1", "0 or more"),
+        ("0: 1 nan", "0 to 1e.30"),
+        ("0: 1 -1", "0 to 1e.30"),
         ("0 1 1", "expected STEP"),
         ("x: 1 1", "expected STEP"),
     ],
@@ -142,9 +142,42 @@ def test_passes_over_each_corpus_are_kept(two_texts):
     assert schedule.epochs(350, [50, 100]) == pytest.approx([1.0, 3.0])
 
 
+def test_passes_over_a_corpus_that_is_two_parts_are_added():
+    config = default()
+    config.data.schedule = "0: 1 3"
+    store = SimpleNamespace(manifest=SimpleNamespace(source="text:a"))
+    dataset = SimpleNamespace(train=(store, store))
+    epochs = epochs_by_step([range(40), range(40)], dataset, config.data, 0)
+    assert epochs(10)["epoch/text:a"] == pytest.approx(10 * config.data.batch_size / 40)
+
+
+@pytest.mark.parametrize(
+    ("source", "schedule", "step", "same"),
+    [
+        ("text:a", "0: 1 0; 5: 1 0; 9: 0 1", 5, True),
+        ("text:a", "0: 2 0; 5: 7 0; 5: 0 1", 5, True),
+        ("text:a", "0: 1 0; 5: 1 0; 9: 0 1", 6, False),
+        ("text:a", "", 5, False),
+        ("text:b", "0: 1 0", 5, False),
+        ("text:a,text:b", "0: 1 0; 4: 0 1; 8: 0 1; 9: 1 0", 8, True),
+        ("text:a,text:b", "0: 1 0; 2: 0.5 0.5; 4: 0 1; 9: 1 0", 4, True),
+        ("text:a,text:b", "0: 1 0; 2: 0 1; 4: 0 1", 4, False),
+        ("text:b,text:a", "0: 1 0; 4: 0 1", 4, False),
+    ],
+)
+def test_only_the_future_of_a_mixture_may_change(source, schedule, step, same):
+    before, after = default().data, default().data
+    before.source, after.source = source, "text:a,text:b"
+    before.schedule = "0: 1 0; 4: 0 1" if "," in source else ""
+    after.schedule = schedule
+    assert continues_mixture(before, after, step) == same
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"data__epochs": (1e308, 1e308)}, "at most 1e.30"),
+        ({"data__schedule": "0: 1e308 1"}, "0 to 1e.30"),
         ({"data__schedule": "0: 1"}, "1 weights for 2 sources"),
         ({"data__schedule": "0: 1 1", "data__weights": (1, 1)}, "give one of them"),
         ({"data__epochs": (1.0,)}, "has 1 numbers for 2 corpora"),

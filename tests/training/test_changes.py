@@ -299,3 +299,28 @@ def test_the_best_by_another_figure_is_not_compared(experiment_file, run, capsys
     lm(*longer, "--change", "--config.eval.best=-loss")
     lm(*longer, "--change", "--config.eval.best=accuracy", code=2)
     assert "is the best by -loss" in capsys.readouterr().err
+
+
+def test_a_source_is_added_at_the_end_of_training_as_if_it_had_been_planned(
+    experiment_file, run, tmp_path, capsys
+):
+    (tmp_path / "better.txt").write_text("".join(f"{i} is even\n" for i in range(0, 900, 2)))
+    before = load_config(str(experiment_file)).data.source
+    annealed = PIECE | {
+        "data__source": f"{before},text:{tmp_path / 'better.txt'}",
+        "data__validation_fraction": 0.1,
+        "data__schedule": "0: 1 0; 4: 1 0; 8: 1 3",
+    }
+    fork, whole = tmp_path / "fork", tmp_path / "whole"
+    lm(*arguments(experiment_file, whole, **annealed))
+    early = annealed | {"data__schedule": "0: 1 0; 3: 1 0; 8: 1 3"}
+    lm(*arguments(experiment_file, fork, **early), "--fork", f"{run}@4", code=2)
+    error = capsys.readouterr().err
+    assert "a run cannot change --config.data.schedule, --config.data.source in its" in error
+    lm(*arguments(experiment_file, fork, **annealed), "--fork", f"{run}@4")
+    assert losses(fork) == losses(whole)
+    steps = range(1, 5)
+    assert [losses(fork)[step] for step in steps] == [losses(run)[step] for step in steps]
+    (tmp_path / "better.txt").write_text("6 is odd\n" * 99)
+    lm(*arguments(experiment_file, fork, **annealed), code=2)
+    assert "better.txt" in capsys.readouterr().err
