@@ -1,6 +1,6 @@
 """Measure stores of large corpora: memory and time of a build, start-up, and scaling.
 
-    python scripts/bench_store.py [--megabytes 200 2000] [--tokenizer byte] [--folder DIR]
+    python scripts/bench_store.py [--megabytes 200 2000] [--tokenizer byte] [--folder DIR] [--kill]
 
 makes a corpus of JSON lines of each size in a new folder below --folder, 25 MB a file, and prints
 for each
@@ -8,10 +8,14 @@ for each
     memory    largest resident size of any process, and of the main one
     start     seconds to open a store that is there, of `open_dataset` alone
 
-Each in processes of its own, through `lm data build`.
+Each in processes of its own, through `lm data build`. With --kill, instead, a build with two
+processes gets SIGKILL at half of the time that a whole one takes, goes on, and is started again:
+seconds, the largest process and the shards that were made in each. Exit code 1 if a finished shard
+is made again, or one differs from those of the whole build.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -80,9 +84,8 @@ def resident(pid):
     return sizes
 
 
-def build(experiment, cache, workers):
-    """Build a store; return seconds and the largest resident sizes of main and any process."""
-    shutil.rmtree(cache, ignore_errors=True)
+def build(experiment, cache, workers, kill_after=float("inf")):
+    """Build a store, or kill that; return seconds and the largest sizes of main and any process."""
     words = [sys.executable, "-m", "lm", "data", "build", "--config", experiment, "--json"]
     words += [f"--config.data.cache_directory={cache}", f"--config.data.workers={workers}"]
     began, main, most = time.perf_counter(), 0.0, 0.0
@@ -91,8 +94,41 @@ def build(experiment, cache, workers):
             sizes = resident(process.pid)
             main, most = max(main, *sizes[:1], 0.0), max(most, *sizes, 0.0)
             time.sleep(0.1)
-    assert process.returncode == 0
+            if time.perf_counter() - began > kill_after:
+                process.kill()
+    assert process.returncode == (0 if kill_after == float("inf") else -9)
     return time.perf_counter() - began, main, most
+
+
+def shards(cache):
+    """Return identity and checksum of the shards in a cache, by name."""
+    found = {}
+    for path in sorted(cache.glob("stores/*.shards/*.shard")):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(cache)] = path.stat().st_ino, digest
+    return found
+
+
+def kill(experiment, cache):
+    """Build a whole store and one that is killed, continued and started again; print them."""
+    whole, _, most = build(experiment, cache, 2)
+    expected = {name: digest for name, (_, digest) in shards(cache).items()}
+    row = {"whole": round(whole, 1), "most MB": round(most), "shards": len(expected)}
+    shutil.rmtree(cache)
+    made, kept = {}, True
+    for name, seconds in (
+        ("killed", whole / 2),
+        ("continued", float("inf")),
+        ("again", float("inf")),
+    ):
+        taken, _, most = build(experiment, cache, 2, seconds)
+        before, made = made, shards(cache)
+        kept &= before.items() <= made.items()
+        row[name] = f"{taken:.1f} s, {most:.0f} MB, {len(made) - len(before)} shards"
+    same = {name: digest for name, (_, digest) in made.items()} == expected
+    print(json.dumps(row | {"finished ones kept": kept, "the same": same}), flush=True)
+    return kept and same
 
 
 def start(experiment, cache):
@@ -106,22 +142,37 @@ def main():
     parser.add_argument("--megabytes", type=int, nargs="+", default=[200, 2000])
     parser.add_argument("--tokenizer", default="byte")
     parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--kill", action="store_true", help="kill builds instead")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="bench_store_", dir=args.folder))
+    with tempfile.TemporaryDirectory(prefix="bench_store_", dir=args.folder) as folder:
+        sys.exit(0 if measure(args, Path(folder)) else 1)
+
+
+def measure(args, folder):
+    """Print a row for each size; return whether all is as it should be."""
+    good = True
     for megabytes in args.megabytes:
         corpus, cache = folder / f"{megabytes}", folder / "cache"
         make_corpus(corpus, megabytes)
         experiment = folder / "experiment.py"
         experiment.write_text(EXPERIMENT.format(folder=corpus, tokenizer=args.tokenizer))
         size = sum(path.stat().st_size for path in corpus.iterdir()) / 1e6
+        if args.kill:
+            print(json.dumps({"MB": round(size)}), flush=True)
+            good &= kill(experiment, cache)
+            shutil.rmtree(corpus)
+            shutil.rmtree(cache)
+            continue
         one, *_ = build(experiment, cache, 1)
+        shutil.rmtree(cache)
         two, main_size, most = build(experiment, cache, 2)
         row = {"MB": round(size), "seconds, 1": round(one, 1), "seconds, 2": round(two, 1)}
         row |= {"MB/s, 1": round(size / one, 1), "scaling": round(one / two, 2)}
         row |= {"main MB": round(main_size), "most MB": round(most)}
         print(json.dumps(row | {"start": round(start(experiment, cache), 2)}), flush=True)
         shutil.rmtree(corpus)
-    shutil.rmtree(folder)
+        shutil.rmtree(cache)
+    return good
 
 
 if __name__ == "__main__":

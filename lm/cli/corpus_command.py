@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]")
     parser.add_argument("--output", metavar="PLACE", help="folder for shards and data card")
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
-    workers = "tasks at a time: as many as cores, or as the cluster gives"
+    workers = "tasks at a time (default: as many as cores, or as the cluster gives)"
     parser.add_argument("--workers", type=at_least(1), default=0, metavar="N", help=workers)
     parser.add_argument("--rules", action="store_true", help="list every rule and its options")
 

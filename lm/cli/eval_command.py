@@ -21,7 +21,8 @@ from lm.cli.arguments import (
 )
 from lm.cli.used_keys import MESH, MODEL, Patterns
 from lm.errors import UserError
-from lm.storage import is_step, open_run_folder, short_name, storage_path
+from lm.storage import is_step, open_run_folder, storage_path
+from lm.storage.folder_names import short_name
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,7 +33,10 @@ def add_arguments(parser: Parser) -> None:
         "--source", metavar="SOURCE", help="evaluate on this instead, written as data.source"
     )
     parser.add_argument(
-        "--step", type=_steps, metavar="K[,K…]", help="checkpoints of these steps; the newest"
+        "--step",
+        type=_steps,
+        metavar="K[,K…]",
+        help="checkpoints of these steps (default: the newest)",
     )
     parser.add_argument("--task", action="store_true", help="scores and predictions of a task")
     parser.add_argument(
@@ -42,7 +46,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="of --harness: documents")
     parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
     parser.add_argument(
-        "--output", metavar="DIR", help="for --task and --harness; WORKDIR/eval/SPLIT-STEP"
+        "--output",
+        metavar="DIR",
+        help="for --task and --harness (default: WORKDIR/eval/SPLIT-STEP)",
     )
     weights_arguments(parser)
     json_argument(parser)

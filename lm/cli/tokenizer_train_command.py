@@ -13,6 +13,7 @@ from lm.cli.arguments import (
     at_least,
 )
 from lm.cli.used_keys import Patterns
+from lm.errors import UserError
 
 # Those by which a corpus is read.
 _READING = (
@@ -58,7 +59,11 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         for spec in listed(config.data.source)
         for chunk in open_corpus(spec, config.data, "train").chunks()
     )
-    model = train_sentencepiece(texts, args.vocab_size, args.model_type)
+    try:
+        model = train_sentencepiece(texts, args.vocab_size, args.model_type)
+    except UserError as error:  # of a size that does not fit
+        message = str(error).replace("--config.data.tokenizer_vocab_size", "--vocab_size")
+        raise UserError(message) from error
     output.write_bytes(model)
     print(f"{output}: {args.vocab_size} pieces; use --config.data.tokenizer=sentencepiece:{output}")
     return 0

@@ -379,7 +379,8 @@ COMMON_KEYS: dict[str, Key] = {
     "data.tokenizer": Key(
         "byte",
         "byte, char, words (of the corpus), words:FILE, sentencepiece (trained on the corpus), "
-        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, run:WORKDIR (that of a run).",
+        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, folder:DIR (of a model), "
+        "run:WORKDIR (that of a run).",
     ),
     "data.tokenizer_vocab_size": Key(
         4096,

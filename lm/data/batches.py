@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import takewhile
+from queue import SimpleQueue
+from threading import Event
 from typing import Any, Protocol, TypeVar
 
 import grain
@@ -111,8 +112,7 @@ class Batches:
             Arrays [len(rows), …] by name; rows beyond the last example are zeros.
         """
         start = self.first_row + step * self.batch_size
-        indices = [start + int(row) for row in rows]
-        found = [self._row(index) for index in indices]
+        found = [self._row(start + int(row)) for row in rows]
         return {name: np.stack([row[name] for row in found]) for name in found[0]}
 
     def _row(self, index: int) -> Mapping[str, np.ndarray]:
@@ -186,18 +186,24 @@ def prefetch(
         depth: sequences prepared ahead.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="lm-batches")
-    waiting = iter(dispatches)
-    pending: deque[Future] = deque()
+    ready: SimpleQueue[Any] = SimpleQueue()  # batches, and at the end the thread's future
+    wanted, ended = Event(), Event()
 
-    def submit(n: int) -> None:
-        for steps in islice(waiting, n):
-            pending.append(thread.submit(to_device, batches, steps, shardings))
+    def prepare() -> None:
+        for steps in takewhile(lambda _: not ended.is_set(), dispatches):
+            ready.put(to_device(batches, steps, shardings))
+            # It looks by itself, since a thread that wakes another one may lose its core to that.
+            while ready.qsize() >= depth and not ended.is_set():
+                wanted.wait(0.005)
+                wanted.clear()
 
+    thread.submit(prepare).add_done_callback(ready.put)
     try:
-        submit(depth)
-        while pending:
-            result = pending.popleft().result()
-            submit(1)
+        while not isinstance(result := ready.get(), Future):
+            if ready.empty():
+                wanted.set()
             yield result
+        result.result()  # its error
     finally:
-        thread.shutdown(cancel_futures=True)
+        ended.set()
+        thread.shutdown()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import tarfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,20 @@ def compression_of(path: Path) -> str:
 
 
 def refuse_compressed(start: bytes, path: Path) -> None:
-    """Raise UserError if a file without such an ending starts as a compressed one."""
+    """Raise UserError if a file without such an ending starts as a compressed one or an archive."""
+    _refuse_archive(start, path)
     kind = _kind(start)
     if kind:
         ending = next((ending for ending, name in ENDINGS.items() if name == kind), "")
         advice = f"give its name the ending {ending}" if ending else "use gzip and .gz"
         raise UserError(f"{path}: compressed ({kind}): decompress it, or {advice}")
+
+
+def _refuse_archive(start: bytes, path: Path) -> None:
+    if b"\0" in start[:512]:
+        with suppress(tarfile.HeaderError):
+            tarfile.TarInfo.frombuf(start[:512], "utf-8", "replace")
+            raise UserError(f"{path}: is a tar archive: unpack it, and name the files in it")
 
 
 def _kind(start: bytes) -> str:
@@ -133,6 +143,8 @@ class Decompressed(io.BufferedIOBase):
             problem = str(error) if self._begins else f"its content is no {self._kind}"
             raise self._damage(problem) from error
         self._input = b""
+        if not self._place:
+            _refuse_archive(found, self._path)
         self._place += len(found)
         if self._decompressor.eof:
             self._input, self._decompressor = self._decompressor.unused_data, None

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm.data.compression import compression_of
+from lm.data.compression import compression_of, refuse_compressed
 from lm.data.file_digests import file_state, raw_file
 from lm.data.sources import Chunk, Part
 from lm.errors import UserError
@@ -91,6 +91,8 @@ class LineRange:
         """
         try:
             with raw_file(self.path) as file:
+                if not self.start:
+                    refuse_compressed(file.peek(512), self.path)
                 place = max(self.start - 1, 0)
                 file.seek(place)
                 if self.start:

@@ -17,7 +17,7 @@ from typing import Any
 from lm.data.compression import Decompressed, compression_of, refuse_compressed
 from lm.data.file_digests import forget_file, raw_file, require_unchanged, use_cache
 from lm.errors import UserError
-from lm.storage import cache_directory
+from lm.storage import cache_directory, plain_place
 
 _CHUNK = 2**20
 
@@ -45,6 +45,7 @@ def resolve_file(path: str, data: Any = None) -> Any:
         UserError: the home is unknown, or the kind of URL.
     """
     directory = "" if data is None else _directory(data)
+    path, directory = plain_place(path), plain_place(directory)
     if "://" not in path + directory:
         return _expand(directory) / _expand(path)
     from lm.data.remote import is_url, remote_path
@@ -255,7 +256,7 @@ def open_file(path: Path) -> io.BufferedIOBase:
     if kind:
         return Decompressed(file, kind, path)
     try:
-        refuse_compressed(file.peek(10), path)
+        refuse_compressed(file.peek(512), path)
     except BaseException:
         file.close()
         raise

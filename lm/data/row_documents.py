@@ -17,7 +17,7 @@ CARD_KIND = "lm corpus"  # "kind" in a card.json of `lm corpus`
 
 
 def field_value(values: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field, MISSING if there is none.
+    """Return the value of a field, MISSING if there is none, None if it would be in a null.
 
     Args:
         values: values by name; some may be mappings of such values.
@@ -27,7 +27,9 @@ def field_value(values: Mapping[str, Any], field: str) -> Any:
     if field in values:
         return values[field]
     for dot in (place for place, character in enumerate(field) if character == "."):
-        inner = values.get(field[:dot])
+        inner = values.get(field[:dot], MISSING)
+        if inner is None:
+            return None
         if isinstance(inner, Mapping):
             found = field_value(inner, field[dot + 1 :])
             if found is not MISSING:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.storage import plain_place
 
 
 class SharedFolder(ABC):
@@ -69,9 +70,10 @@ def open_shared_folder(place: str | Path, *names: str) -> SharedFolder:
     Raises:
         UserError: the URL's scheme is unknown, or its package is not installed.
     """
-    if "://" not in str(place):
+    place = plain_place(str(place))
+    if "://" not in place:
         return _DiskFolder(Path(place, *names))
-    return _RemoteFolder("/".join((str(place).rstrip("/"), *names)))
+    return _RemoteFolder("/".join((place.rstrip("/"), *names)))
 
 
 class _DiskFolder(SharedFolder):

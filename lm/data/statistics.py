@@ -93,6 +93,8 @@ def measure(split: str, store: Any, tokenizer: Tokenizer, n_samples: int) -> Sto
     manifest = store.manifest
     names = ("n_tokens", "n_documents", "n_bytes", "n_characters", "n_words")
     sizes = {name.removeprefix("n_"): getattr(manifest, name) for name in names}
+    if not manifest.n_bytes:  # of token files, whose text is not known
+        sizes = {name: sizes[name] for name in ("tokens", "documents")}
     chosen = _choose(manifest.n_documents, _DOCUMENTS, rng)
     ends = np.stack([store.offsets[i : i + 2] for i in chosen.tolist()])
     samples = []

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -108,18 +107,6 @@ def is_committed(checkpoint: AnyPath) -> bool:
     return isinstance(checkpoint, Path) or (checkpoint / COMMITTED).exists()
 
 
-def short_name(name: str) -> str:
-    """Return a name as a folder's: letters, digits and `._=+-`, at most 80 of them.
-
-    A name that has to change gets the start of its digest, so that two names stay two folders.
-    """
-    safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:64].lstrip(".-")
-    if safe and safe == name:
-        return name
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
-    return f"{safe}-{digest}".lstrip("-")
-
-
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file; readers and crashes see the old or the new text, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
@@ -137,15 +124,20 @@ class DamagedFolder(Exception):
     """Error of a finished folder that does not have its expected content."""
 
 
+def plain_place(place: str) -> str:
+    """Return the path of file:///PATH; another URL, or a path, as it is."""
+    return urllib.parse.unquote(place[7:]) if place.startswith("file:///") else place
+
+
 def chosen_cache(data: Any) -> str:
     """Return `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm; in a bucket, a URL."""
-    return data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm"
+    return plain_place(data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm")
 
 
 def cache_directory(data: Any) -> Path:
     """Return the local cache folder: the first of the same places that is no URL."""
     places = data.cache_directory, os.environ.get("LM_CACHE_DIR"), "~/.cache/lm"
-    chosen = next(place for place in places if place and "://" not in place)
+    chosen = next(p for p in map(plain_place, filter(None, places)) if "://" not in p)
     try:
         return Path(chosen).expanduser()
     except RuntimeError as error:

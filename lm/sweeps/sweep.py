@@ -19,7 +19,8 @@ from typing import Any
 
 from lm import config as configs
 from lm.errors import UserError
-from lm.storage import read_json, short_name, write_atomically
+from lm.storage import read_json, write_atomically
+from lm.storage.folder_names import short_name
 
 LONGEST_NAME = 200  # bytes; a file beside the run's folder has up to ten more, and 255 in all
 

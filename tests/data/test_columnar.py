@@ -227,3 +227,24 @@ def test_compressed_tables_are_refused(make_data, tmp_path):
     (tmp_path / "f.parquet.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="decompress it"):
         _chunks("parquet:f.parquet.gz", make_data())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_field_of_a_null_is_a_null(kind, make_data, tmp_path):
+    meta = pa.array([{"text": "x"}, None, {"text": "y"}], pa.struct([("text", pa.string())]))
+    table = pa.table({"meta": meta})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "f.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "f.arrow", table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=r"row 2: field 'meta\.text' is of type NoneType"):
+        _chunks(f"{kind}:f.{kind}", make_data(field="meta.text"))
+    assert _texts(f"{kind}:f.{kind}", make_data(field="meta.text", bad_rows="skip")) == ["x", "y"]
+
+
+def test_a_file_of_no_bytes_ends_too_early(make_data, tmp_path):
+    for content in (b"", b"abcd"):
+        (tmp_path / "f.arrow").write_bytes(content)
+        with pytest.raises(UserError, match=r"f\.arrow: damaged arrow file \(it ends too early"):
+            _chunks("arrow:f.arrow", make_data())

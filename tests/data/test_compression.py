@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
 
 import pytest
 from backports import zstd
@@ -135,3 +137,18 @@ def test_windows_of_zstd_long_are_read(tmp_path):
     with zstd.open(tmp_path / "f.zst", "wb", options=options) as file:
         file.write(content)
     assert _read(tmp_path / "f.zst") == content
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_archive_is_not_text(make_data, tmp_path, kind, ending, layout):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=layout) as file:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 5
+        file.addfile(member, io.BytesIO(b"some\n"))
+    content = archive.getvalue()
+    (tmp_path / f"a.tar{ending}").write_bytes(COMPRESS.get(ending, bytes)(content))
+    with pytest.raises(UserError, match=rf"a\.tar{ending}: is a tar archive: unpack it"):
+        open_corpus(f"{kind}:a.tar{ending}", make_data(documents="line"), "train")

@@ -10,14 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.config import default
+from lm.data import file_parts
 from lm.data.dataset import open_corpus
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_text
 from lm.data.records import open_records
+from lm.data.shared_folder import open_shared_folder
 from lm.data.store import build_token_store
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
-from lm.storage import cache_directory
+from lm.storage import cache_directory, chosen_cache
 
 
 def _data(folder: Path, **options):
@@ -230,3 +232,28 @@ def test_store_with_a_flipped_bit_is_built_again(tmp_path, capsys):
     file.write_bytes(content)
     assert (build().tokens == tokens).all()
     assert "tokens.bin is not as it was written" in capsys.readouterr().err
+
+
+def test_a_file_url_is_the_path(make_data, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text")
+    url = (folder / "a.txt").as_uri()
+    assert "%20" in url
+    data = make_data(cache_directory=(tmp_path / "cache").as_uri())
+    assert find_files(url, data) == find_files(f"file://{folder}/*", data) == (folder / "a.txt",)
+    assert find_files("a.txt", make_data(directory=folder.as_uri())) == (folder / "a.txt",)
+    assert cache_directory(data) == tmp_path / "cache"
+    assert chosen_cache(data) == str(tmp_path / "cache")
+    folder = open_shared_folder(data.cache_directory, "x")
+    folder.write("f", b"1")
+    assert (tmp_path / "cache" / "x" / "f").read_bytes() == b"1"
+
+
+def test_a_large_file_among_others_is_no_archive_either(make_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_parts, "RANGE", 4)
+    (tmp_path / "a.txt").write_text("some lines\nof text\n")
+    (tmp_path / "b.txt").write_bytes(gzip.compress(b"more lines\n"))
+    parts = open_corpus("text:*.txt", make_data(documents="line"), "train").parts()
+    with pytest.raises(UserError, match=r"b\.txt: compressed \(gzip\)"):
+        [list(part.chunks()) for part in parts]

@@ -148,7 +148,7 @@ class ColumnFiles(RowDocuments, RecordSource):
                     raise UserError(f"{path}: the server does not tell its length: copy it first")
                 yield self._table(path, file, columns, groups)
             require_unchanged(path)
-        except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        except (pa.ArrowException, OSError, ValueError, EOFError, MemoryError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: damaged {self.kind} file ({problem})") from error
 
@@ -199,7 +199,8 @@ class ParquetFiles(ColumnFiles):
         import pyarrow.parquet as pq
 
         # Without pre-buffering and with a small buffer a column is read page by page.
-        table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+        options: Any = {"pre_buffer": False, "buffer_size": 2**20}
+        table = pq.ParquetFile(file, page_checksum_verification=True, **options)
         schema = table.schema_arrow
         complete = all(_has_field(schema, column) for column in columns)
         chosen = list(columns) if columns and complete else None
@@ -278,7 +279,7 @@ class ArrowFiles(ColumnFiles):
             reader = pa.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            file.seek(-8, 2)
+            file.seek(max(file.seek(0, 2) - 8, 0))
             if not file.read(8).endswith(_END_OF_STREAM):
                 raise ValueError("it ends too early, or is no stream of Arrow")
             file.seek(0)
@@ -330,11 +331,11 @@ def _has_field(schema: pa.Schema, field: str) -> bool:
 
 
 def _shape(kind: pa.DataType) -> Any:
-    """Return the names in a nested type, as nested dictionaries."""
+    """Return the names in a nested type, as nested dictionaries; () of another type."""
     import pyarrow as pa
 
     if not pa.types.is_struct(kind):
-        return None
+        return ()
     return {kind.field(i).name: _shape(kind.field(i).type) for i in range(kind.num_fields)}
 
 
@@ -342,6 +343,8 @@ def _rows(path: Path, table: Table) -> Iterator[Row]:
     """Yield rows with their values as Python's, numbered from 1 in the file."""
     number = table.n_before
     for batch in table.batches:
+        for column in batch.columns:
+            _require_sound(column)
         try:
             found: list[Any] = batch.to_pylist()
         except UnicodeDecodeError:
@@ -350,6 +353,17 @@ def _rows(path: Path, table: Table) -> Iterator[Row]:
             number += 1
             where = f"{path}: row {number}"
             yield Row(where, {}, values) if isinstance(values, str) else Row(where, values)
+
+
+def _require_sound(column: pa.Array) -> None:
+    """Raise ArrowInvalid if reading the values could leave the memory of the column."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # which the row is named for, or skipped
+            raise
 
 
 def _row_or_problem(one: pa.RecordBatch) -> dict[str, Any] | str:

@@ -356,7 +356,9 @@ def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
     item = np.dtype(dtype).itemsize
     if (lengths < 0).any() or (pointers != places[:-1] * item).any():
         raise UserError(f"{path}: its sequences do not lie one after the other: merge them again")
-    is_whole = len(bounds) and bounds[0] == 0 and bounds[-1] == n and (np.diff(bounds) >= 0).all()
+    is_whole = (
+        len(bounds) and bounds[0] == 0 and bounds[-1] == n and (bounds[1:] >= bounds[:-1]).all()
+    )
     if not is_whole:
         raise UserError(f"{path}: damaged: its documents are not made of all its sequences")
     run = TokenRun(tokens, dtype, 0, int(places[-1]))

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm import config as configs
 from lm.errors import missing_package
-from lm.storage import short_name
+from lm.storage.folder_names import short_name
 from lm.tools.formatting import duration, printable, short, shown
 from lm.tools.reports.plotting import (
     COLORS,
