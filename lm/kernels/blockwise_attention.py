@@ -111,7 +111,7 @@ def _backward(causal: bool, tiles: BlockwiseTiles, residuals: tuple, g_BLHK: jax
     q, k, v, ids, out, log_z = residuals
     g = g_BLHK.swapaxes(1, 2)
     delta = jnp.sum(g * out, axis=-1, dtype=jnp.float32)
-    grads = tiles.backward(q, k, v, ids, causal, log_z, delta, g)
+    grads = tiles.backward(q, k, v, ids, causal, log_z, delta, out, g)
     return *(d.swapaxes(1, 2).astype(g_BLHK.dtype) for d in grads), None
 
 
@@ -164,6 +164,7 @@ class BlockwiseTiles:
         causal: bool,
         log_z_BHL: jax.Array,
         delta_BHL: jax.Array,
+        out_BHLK: jax.Array,
         g_BHLK: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the gradients of queries, keys and values.
@@ -176,7 +177,8 @@ class BlockwiseTiles:
             causal: mask keys after the query; else all pairs are visible.
             log_z_BHL: log-normalizer of each query's scores over all keys.
             delta_BHL: Σ gradient · output of each query.
-            g_BHLK: gradient of the output over all keys.
+            out_BHLK: output over all keys.
+            g_BHLK: its gradient.
 
         Returns:
             The parts of the gradients that these keys give.

@@ -67,6 +67,7 @@ class Tiles(Protocol):
         causal: bool,
         log_z_BHL: jax.Array,
         delta_BHL: jax.Array,
+        out_BHLK: jax.Array,
         g_BHLK: jax.Array,
     ) -> Grads:
         """Return the gradients of queries, keys and values.
@@ -79,7 +80,8 @@ class Tiles(Protocol):
             causal: mask keys after the query; else all pairs are visible.
             log_z_BHL: log-normalizer of each query's scores over all keys.
             delta_BHL: Σ gradient · output of each query.
-            g_BHLK: gradient of the output over all keys.
+            out_BHLK: output over all keys.
+            g_BHLK: its gradient.
 
         Returns:
             The parts of the gradients that these keys give.
@@ -158,12 +160,12 @@ def _forward(
     ]
     total = parts[0][0].astype(jnp.float32), parts[0][1]
     for part in parts[1:]:
-        total = _add(total, part)
+        total = add_partial(total, part)
 
     def attend(total: Partial, here: RingKeys, number: Any) -> Partial:
         def pair(rows: slice, columns: slice) -> Partial:
             q, k, v, ids = _cut(q_BHLK, here, ids_BL, rows, columns)
-            added = _add(
+            added = add_partial(
                 (total[0][:, :, rows], total[1][:, :, rows]), tiles.forward(q, k, v, ids, False)
             )
             out_BHLK, log_z_BHL = (
@@ -199,7 +201,7 @@ def _backward(
 
     def of_pair(here: RingKeys, is_cut: bool, rows: slice, columns: slice) -> Grads:
         q, k, v, ids = _cut(q_BHLK, here, ids_BL, rows, columns)
-        of_rows = (x[:, :, rows] for x in (log_z_BHL, delta_BHL, g_BHLK))
+        of_rows = (x[:, :, rows] for x in (log_z_BHL, delta_BHL, out_BHLK, g_BHLK))
         return tiles.backward(q, k, v, ids, is_cut, *of_rows)
 
     grads: Any = [of_pair(own, is_cut, whole, whole) for own, is_cut in _own_keys(keys, causal)]
@@ -282,7 +284,7 @@ def _pair(ids_BL: jax.Array | None, ids_BS: jax.Array | None) -> Segments:
     return None if ids_BL is None or ids_BS is None else (ids_BL, ids_BS)
 
 
-def _add(one: Partial, other: Partial) -> Partial:
+def add_partial(one: Partial, other: Partial) -> Partial:
     """Add attention over some keys and over others, float32."""
     log_z_BHL = jnp.logaddexp(one[1], other[1])
     scaled = (out * jnp.exp(log_z - log_z_BHL)[..., None] for out, log_z in (one, other))

@@ -153,6 +153,7 @@ class SplashTiles:
         causal: bool,
         log_z_BHL: jax.Array,
         delta_BHL: jax.Array,
+        out_BHLK: jax.Array,
         g_BHLK: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the gradients of queries, keys and values.
@@ -165,7 +166,8 @@ class SplashTiles:
             causal: mask keys after the query; else all pairs are visible.
             log_z_BHL: log-normalizer of each query's scores over all keys.
             delta_BHL: Σ gradient · output of each query.
-            g_BHLK: gradient of the output over all keys.
+            out_BHLK: output over all keys.
+            g_BHLK: its gradient.
 
         Returns:
             The parts of the gradients that these keys give.

@@ -158,8 +158,7 @@ def _across(
         raise ValueError("across parts of the sequence, attention has prefixes or windows")
 
     def ring(q: Any, k: Any, v: Any, ids: Any, prefix: Any) -> jax.Array:
-        tiles = SplashTiles(softcap) if by_splash else BlockwiseTiles(softcap)
-        causal = mask.causal
+        causal, tiles = mask.causal, _ring_tiles(kernel, softcap)
         return ring_attention(q, k, v, ids, prefix, causal=causal, axis=LENGTH_AXIS, tiles=tiles)
 
     def local(q: Any, k: Any, v: Any, ids: Any, _: Any) -> jax.Array:
@@ -182,6 +181,15 @@ def _across(
     rows = ("batch", "length")
     names = (QUERIES, QUERIES, QUERIES, rows, rows)
     return _shard_mapped(local if mask.window else ring, arguments, names)
+
+
+def _ring_tiles(kernel: str, softcap: float) -> Any:
+    """Return what computes the steps of a ring."""
+    if kernel == "cudnn":
+        from lm.kernels.cudnn_tiles import CudnnTiles
+
+        return CudnnTiles()
+    return SplashTiles(softcap) if kernel == "splash" else BlockwiseTiles(softcap)
 
 
 def _splash(
@@ -265,9 +273,13 @@ def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -
         context: parts of the sequence.
     """
     model, objective = config.model, OBJECTIVES[config.objective.name]
-    if context > 1 and kernel in ("blockwise", "cudnn") and not (ring and kernel == "blockwise"):
-        across = "ring" if ring else "gather"
-        yield f"--config.parallel.context_attention={across}"
+    if context > 1 and kernel in ("blockwise", "cudnn") and not ring:
+        yield "--config.parallel.context_attention=gather"
+    if ring and kernel == "cudnn":
+        if model.window:
+            yield _ring_or(ring, f"--config.model.window={model.window}")
+        if model.family != "decoder" or objective.has_prefix:
+            yield _ring_or(ring, f"--config.model.family={model.family} (all pairs of tokens)")
     if model.attention_dropout:
         yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
     if model.positions in POSITION_BIASES:

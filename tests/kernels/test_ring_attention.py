@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from lm.kernels import cudnn_tiles
 from lm.kernels.blockwise_attention import BlockwiseTiles
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.kernels.ring_attention import (
@@ -89,6 +90,47 @@ def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, mask, sof
 def test_a_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap):
     tiles = SplashTiles(softcap, interpret=True)
     check_ring(n_devices, mask, softcap, tiles, 256 * n_devices, 16)
+
+
+def cudnn_reference(q, k, v, log_z=None, g=None, causal=False, lengths=None, mask_BLS=None):
+    """Return output and log Z, anything beyond the number of queries; or the gradients."""
+    L, S = q.shape[2], k.shape[2]
+    mask = jnp.ones((1, L, S), bool) if mask_BLS is None else mask_BLS
+    mask = mask & jnp.tri(L, dtype=bool) if causal else mask
+    here = jnp.ones((1, L), bool)
+    if lengths is not None:
+        here = jnp.arange(L) < lengths[0][:, None]
+        mask = mask & here[:, :, None] & (jnp.arange(S) < lengths[1][:, None])[:, None]
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = jnp.where(mask[:, None], jnp.einsum("bhlk,bhsk->bhls", q, k), -jnp.inf)
+    if g is None:
+        log_z = jnp.where(here[:, None], jax.nn.logsumexp(scores, -1), 7.0)
+        out = jnp.einsum("bhls,bhsk->bhlk", jnp.exp(scores - log_z[..., None]), v)
+        return jnp.where(here[:, None, :, None], out, 1e3), log_z
+    weights = jnp.exp(scores - log_z[..., None])
+    return weights, jnp.einsum("bhlk,bhsk->bhls", g, v)
+
+
+def cudnn_gradients(q, k, v, log_z, delta, out, g, **mask):
+    delta = (out * g).sum(-1)
+    weights, of_weights = cudnn_reference(q, k, v, log_z, g, **mask)
+    of_scores = weights * (of_weights - delta[..., None])
+    dk = jnp.einsum("bhls,bhlk->bhsk", of_scores, q)
+    dv = jnp.einsum("bhls,bhlk->bhsk", weights, g)
+    dk, dv = (x.reshape(*k.shape[:2], -1, *k.shape[2:]).sum(2) for x in (dk, dv))
+    repeated = jnp.repeat(k, q.shape[1] // k.shape[1], 1)
+    return jnp.einsum("bhls,bhsk->bhlk", of_scores, repeated), dk, dv
+
+
+@pytest.mark.parametrize(("n_devices", "mask", "softcap"), [CASES[0], (2, {"causal": True}, 0.0)])
+def test_a_ring_of_cudnn_calls_it_for_all_pairs_and_no_others(
+    n_devices, mask, softcap, monkeypatch
+):
+    """With a stand-in for the kernel, which needs a GPU."""
+    monkeypatch.setattr(cudnn_tiles, "LONGEST_SQUARE", 2)
+    monkeypatch.setattr(cudnn_tiles, "_attend", cudnn_reference)
+    monkeypatch.setattr(cudnn_tiles, "_gradients", cudnn_gradients)
+    check_ring(n_devices, mask, softcap, cudnn_tiles.CudnnTiles(), 2 * LENGTH, 8)
 
 
 @pytest.mark.parametrize(("n_devices", "n"), [(2, 3), (4, 8), (8, 13), (8, 28)])

@@ -164,6 +164,8 @@ class CostModel:
         # The least counts one expert a token.
         more_experts = (self._experts_multiplied - 1) * model.d_ff
         likely = least + (more_experts / tensor if settings.remat == "dots" else 0)
+        if settings.remat == "full" and sizes["context"] > 1:  # the output of a ring
+            likely += model.n_heads * model.head_dim / tensor
         if settings.remat == "none":
             gated = model.activation in ("swiglu", "geglu")
             inside = kept_width(model, "dots", 1) - model.d_model
@@ -175,7 +177,7 @@ class CostModel:
     def _logits(self, sizes: Sizes, settings: Settings) -> float:
         """Return the bytes of the logits and their gradient, float32."""
         config = self.experiment.config
-        length = config.data.sequence_length
+        length = config.data.sequence_length / sizes["context"]
         shown = min(config.train.loss_chunk or length, length) / length
         tokens = self._tokens(sizes) / sizes["stage"] / settings.microbatches
         return 8 * tokens * shown * config.model.vocab_size / sizes["tensor"]
