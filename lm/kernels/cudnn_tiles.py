@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import NEG_INF
-from lm.kernels.ring_attention import Grads, Partial, Segments, add_partial
+from lm.kernels.ring_attention import (
+    Grads,
+    Partial,
+    Segments,
+    add_partial,
+    halves,
+    join_halves,
+)
 
 LONGEST_SQUARE = 512
 
@@ -53,8 +60,8 @@ class CudnnTiles:
         half, odd = divmod(q_BHLK.shape[2], 2)
         if odd or 2 * half <= LONGEST_SQUARE:
             return _attend(q_BHLK, k_BGSK, v_BGSK, mask_BLS=_square_mask(*ids))
-        q, k, v, of_squares = _halves((q_BHLK, k_BGSK, v_BGSK, ids))
-        out_BHLK, log_z_BHL = _whole(self.forward(q, k, v, of_squares, True))
+        q, k, v, of_squares = halves((q_BHLK, k_BGSK, v_BGSK, ids))
+        out_BHLK, log_z_BHL = join_halves(self.forward(q, k, v, of_squares, True))
         early, late = slice(0, half), slice(half, None)
         rectangle = self.forward(
             q_BHLK[:, :, late],
@@ -113,8 +120,8 @@ class CudnnTiles:
         half, odd = divmod(q_BHLK.shape[2], 2)
         if odd or 2 * half <= LONGEST_SQUARE:
             return _gradients(q_BHLK, k_BGSK, v_BGSK, *of_queries, mask_BLS=_square_mask(*ids))
-        arrays = *_halves((q_BHLK, k_BGSK, v_BGSK, ids)), True, *_halves(of_queries)
-        dq, dk, dv = _whole(self.backward(*arrays))
+        arrays = *halves((q_BHLK, k_BGSK, v_BGSK, ids)), True, *halves(of_queries)
+        dq, dk, dv = join_halves(self.backward(*arrays))
         early, late = slice(0, half), slice(half, None)
         added = self.backward(
             q_BHLK[:, :, late],
@@ -154,28 +161,6 @@ def _square_mask(ids_BL: jax.Array, ids_BS: jax.Array) -> jax.Array:
 
 def _take(x_BGSK: jax.Array, order_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BGSK, order_BS[:, None, :, None], axis=2)
-
-
-def _halves(tree: Any) -> Any:
-    """Reshape arrays [B, H, L, …] and segments [B, L] to two rows of half the length each."""
-
-    def halves(x: jax.Array) -> jax.Array:
-        axis = 1 if x.ndim == 2 else 2
-        parts = x.reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
-        rows = jnp.moveaxis(parts, axis, 1)
-        return rows.reshape(2 * len(x), *rows.shape[2:])
-
-    return jax.tree.map(halves, tree)
-
-
-def _whole(tree: Any) -> Any:
-    """Invert `_halves` for arrays [B, H, L, …]."""
-
-    def whole(x: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 2)
-        return parts.reshape(*parts.shape[:2], -1, *x.shape[3:])
-
-    return jax.tree.map(whole, tree)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, **mask: Any) -> Partial:

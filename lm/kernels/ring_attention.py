@@ -328,6 +328,38 @@ def keys_before(
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
 
 
+# --- squares of causal attention
+
+
+def halves(tree: Any) -> Any:
+    """Cut the two squares on the diagonal from a square of causal attention.
+
+    Args:
+        tree: arrays [B, H, L, …] and segments [B, L].
+
+    Returns:
+        The arrays with two rows of half the length for each.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        axis = min(x.ndim - 1, 2)
+        parts = x.reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
+        rows = jnp.moveaxis(parts, axis, 1)
+        return rows.reshape(2 * len(x), *rows.shape[2:])
+
+    return jax.tree.map(cut, tree)
+
+
+def join_halves(tree: Any) -> Any:
+    """Invert `halves` for arrays [B, H, L, …]."""
+
+    def join(x: jax.Array) -> jax.Array:
+        parts = jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 2)
+        return parts.reshape(*parts.shape[:2], -1, *x.shape[3:])
+
+    return jax.tree.map(join, tree)
+
+
 # --- zig-zag order
 
 

@@ -13,13 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.ring_attention import zigzag_order
+from lm.kernels.ring_attention import (
+    Grads,
+    Partial,
+    Segments,
+    halves,
+    join_halves,
+    zigzag_order,
+)
 
 LANES = 128  # lengths must be multiples of a TPU's lanes
 LARGEST_BLOCK = 512
 # The fused backward kernel writes the gradient of queries once for each of these blocks of keys;
 # they fill the memory of a core.
 LARGEST_HELD = 256 * 1024  # elements
+LONGEST_KEYS = 8192  # of one call of that kernel, so that these gradients stay few
 
 
 def make_splash_kernel(
@@ -125,9 +133,9 @@ class SplashTiles:
         q_BHLK: jax.Array,
         k_BGSK: jax.Array,
         v_BGSK: jax.Array,
-        ids: tuple[jax.Array, jax.Array] | None,
+        ids: Segments,
         causal: bool,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Partial:
         """Return the attention of queries to keys.
 
         Args:
@@ -149,13 +157,13 @@ class SplashTiles:
         q_BHLK: jax.Array,
         k_BGSK: jax.Array,
         v_BGSK: jax.Array,
-        ids: tuple[jax.Array, jax.Array] | None,
+        ids: Segments,
         causal: bool,
         log_z_BHL: jax.Array,
         delta_BHL: jax.Array,
         out_BHLK: jax.Array,
         g_BHLK: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> Grads:
         """Return the gradients of queries, keys and values.
 
         Args:
@@ -172,6 +180,66 @@ class SplashTiles:
         Returns:
             The parts of the gradients that these keys give.
         """
+        own = q_BHLK, k_BGSK, v_BGSK
+        of_queries = log_z_BHL, delta_BHL, out_BHLK, g_BHLK
+        half, S = q_BHLK.shape[2] // 2, k_BGSK.shape[2]
+        if S <= LONGEST_KEYS or S % (LONGEST_KEYS if not causal else 2 * LANES):
+            return self._backward(*own, ids, causal, log_z_BHL, delta_BHL, g_BHLK)
+        if not causal:
+            return self._by_keys(*own, ids, *of_queries)
+        # Two squares on the diagonal, and the square of late queries and early keys.
+        q, k, v, of_squares, *rest = halves((*own, ids, *of_queries))
+        dq, dk, dv = join_halves(self.backward(q, k, v, of_squares, True, *rest))
+        late, early = slice(half, None), slice(0, half)
+        added = self.backward(
+            q_BHLK[:, :, late],
+            k_BGSK[:, :, early],
+            v_BGSK[:, :, early],
+            None if ids is None else (ids[0][:, late], ids[1][:, early]),
+            False,
+            *(x[:, :, late] for x in of_queries),
+        )
+        return (
+            dq.at[:, :, late].add(added[0]),
+            dk.at[:, :, early].add(added[1]),
+            dv.at[:, :, early].add(added[2]),
+        )
+
+    def _by_keys(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: Segments,
+        *of_queries: jax.Array,
+    ) -> Grads:
+        """Return the gradients of `backward`, from some of the keys at a time."""
+
+        def parts(x: jax.Array, axis: int) -> jax.Array:
+            cut = x.reshape(*x.shape[:axis], -1, LONGEST_KEYS, *x.shape[axis + 1 :])
+            return jnp.moveaxis(cut, axis, 0)
+
+        def step(dq: jax.Array, keys: Any) -> tuple[jax.Array, Any]:
+            k, v, key_ids = keys
+            here = None if ids is None else (ids[0], key_ids)
+            added, *of_keys = self.backward(q_BHLK, k, v, here, False, *of_queries)
+            return dq + added, of_keys
+
+        key_ids = None if ids is None else parts(ids[1], 1)
+        keys = parts(k_BGSK, 2), parts(v_BGSK, 2), key_ids
+        dq, of_keys = jax.lax.scan(step, jnp.zeros(q_BHLK.shape, jnp.float32), keys)
+        dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k_BGSK.shape) for x in of_keys)
+        return dq, dk, dv
+
+    def _backward(
+        self,
+        q_BHLK: jax.Array,
+        k_BGSK: jax.Array,
+        v_BGSK: jax.Array,
+        ids: Segments,
+        causal: bool,
+        *of_queries: jax.Array,
+    ) -> Grads:
         # The kernel's public function takes log Z from its own forward pass.
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
@@ -199,6 +267,7 @@ class SplashTiles:
             )
 
         segments = self._segments(ids)
+        log_z_BHL, delta_BHL, g_BHLK = of_queries
         return jax.vmap(of_row)(q_BHLK, k_BGSK, v_BGSK, segments, log_z_BHL, g_BHLK, delta_BHL)
 
     def _kernel(self, q_BHLK: jax.Array, k_BGSK: jax.Array, causal: bool) -> Any:
@@ -223,7 +292,7 @@ class SplashTiles:
             interpret=self.interpret,
         )
 
-    def _segments(self, ids: tuple[jax.Array, jax.Array] | None) -> Any:
+    def _segments(self, ids: Segments) -> Any:
         return None if ids is None else _splash().SegmentIds(*ids)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from lm.kernels import cudnn_tiles
+from lm.kernels import cudnn_tiles, splash_attention
 from lm.kernels.blockwise_attention import BlockwiseTiles
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.kernels.ring_attention import (
@@ -87,7 +87,8 @@ def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, mask, sof
 
 
 @pytest.mark.parametrize(("n_devices", "mask", "softcap"), CASES[1:])
-def test_a_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap):
+def test_a_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap, monkeypatch):
+    monkeypatch.setattr(splash_attention, "LONGEST_KEYS", 128)
     tiles = SplashTiles(softcap, interpret=True)
     check_ring(n_devices, mask, softcap, tiles, 256 * n_devices, 16)
 
