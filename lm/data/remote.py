@@ -272,15 +272,20 @@ class _EndsEarly(OSError):
 
 
 @contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Turn any error of a store or of the network into a UserError of one line."""
+def storage_errors(url: str, scheme: str = "") -> Iterator[None]:
+    """Turn any error of a store, of the network or of a library into a UserError of one line.
+
+    Args:
+        url: URL, or name of a source.
+        scheme: store behind the name of a source; "": that of the URL.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         problem = " ".join(str(error).split())[:300]
-        login = _SCHEMES[url.partition("://")[0]].login
+        login = _SCHEMES[scheme or url.partition("://")[0]].login
         advice = f": log in ({login})" if login and _lacks_permission(error) else ""
         name = "" if isinstance(error, _EndsEarly) else f"{type(error).__name__}: "
         raise UserError(f"{url}: cannot be read ({name}{problem}){advice}") from error

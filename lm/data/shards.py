@@ -242,24 +242,25 @@ def _slice(
 # --- arrays over all shards
 
 
-class ShardedTokens:
-    """Tokens of all shards, by slices.
+class _Sharded:
+    """Elements of all shards, and those that follow them, by slices.
 
     Attributes:
-        dtype: dtype of the tokens.
-        starts: [shards + 1] int64, the tokens before each shard.
+        dtype: dtype of the elements.
+        starts: [shards + 1] int64, the elements before each shard.
     """
 
-    def __init__(
-        self, reader: ShardReader, lengths: Sequence[int], dtype: np.dtype, last: int | None
-    ):
-        """Join shards of some lengths; the id `last`, if any, follows them."""
-        self._reader, self.dtype = reader, dtype
+    def __init__(self, lengths: Sequence[int], after: np.ndarray):
+        """Join shards of some lengths, which `after` follows."""
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        self._last = np.asarray([] if last is None else [last], dtype)
+        self._after, self.dtype = after, after.dtype
+
+    def _of_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Return elements of a shard."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
-        return int(self.starts[-1]) + len(self._last)
+        return int(self.starts[-1]) + len(self._after)
 
     @property
     def shape(self) -> tuple[int]:
@@ -272,69 +273,57 @@ class ShardedTokens:
         start, stop, step = index.indices(len(self))
         end = int(self.starts[-1])
         parts = [
-            self._reader.tokens(shard, low, high)
+            self._of_shard(shard, low, high)
             for shard, low, high in _pieces(self.starts, start, min(stop, end))
         ]
         if stop > end:
-            parts.append(self._last[max(start - end, 0) :])
-        found = parts[0] if len(parts) == 1 else np.concatenate([self._last[:0], *parts])
+            parts.append(self._after[max(start - end, 0) : stop - end])
+        found = parts[0] if len(parts) == 1 else np.concatenate([self._after[:0], *parts])
         return found[::step]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
     def tolist(self) -> list[int]:
-        """Return all tokens."""
+        """Return all elements."""
         return self[:].tolist()
 
 
-class ShardedOffsets:
+class ShardedTokens(_Sharded):
+    """Tokens of all shards."""
+
+    def __init__(
+        self, reader: ShardReader, lengths: Sequence[int], dtype: np.dtype, last: int | None
+    ):
+        """Join shards of some lengths; the id `last`, if any, follows them."""
+        super().__init__(lengths, np.asarray([] if last is None else [last], dtype))
+        self._reader = reader
+
+    def _of_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
+        return self._reader.tokens(shard, start, stop)
+
+
+class ShardedOffsets(_Sharded):
     """Offsets of all documents, and the number of tokens after them, by slices and search."""
 
     def __init__(self, reader: ShardReader, lengths: Sequence[int], token_starts: np.ndarray):
         """Join shards with `lengths` documents that begin at `token_starts`."""
+        super().__init__(lengths, token_starts[-1:])
         self._reader, self._token_starts = reader, token_starts
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1]) + 1
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
-
-    def __getitem__(self, index: slice | int) -> Any:
-        if not isinstance(index, slice):
-            index = range(len(self))[index]
-            return self[index : index + 1][0]
-        start, stop, step = index.indices(len(self))
-        end = int(self._starts[-1])
-        parts = [
-            self._reader.offsets(shard, low, high) + self._token_starts[shard]
-            for shard, low, high in _pieces(self._starts, start, min(stop, end))
-        ]
-        if start <= end < stop:
-            parts.append(self._token_starts[-1:])
-        found = parts[0] if len(parts) == 1 else np.concatenate([self._token_starts[:0], *parts])
-        return found[::step]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
-    def tolist(self) -> list[int]:
-        """Return all offsets."""
-        return self[:].tolist()
+    def _of_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
+        return self._reader.offsets(shard, start, stop) + self._token_starts[shard]
 
     def searchsorted(self, value: int, side: str = "left") -> int:
         """Return how many offsets are below a token, or (side "right") not above it."""
         n_tokens = int(self._token_starts[-1])
         if value >= n_tokens:
-            return int(self._starts[-1]) + (value > n_tokens or side == "right")
+            return int(self.starts[-1]) + (value > n_tokens or side == "right")
         shard = int(np.searchsorted(self._token_starts, value, "right")) - 1
         if shard < 0:
             return 0
         relative = value - int(self._token_starts[shard])
-        return int(self._starts[shard]) + self._reader.count_offsets(shard, relative, side)
+        return int(self.starts[shard]) + self._reader.count_offsets(shard, relative, side)
 
 
 def _pieces(starts: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:

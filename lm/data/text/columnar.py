@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lm.data.compression import compression_of
 from lm.data.file_digests import file_state, hash_files, require_unchanged
@@ -97,11 +97,16 @@ class ColumnFiles(RowDocuments, RecordSource):
                 for row in _rows(path, table):
                     yield as_question(row) if self.has_answers else as_named(row, labels)
 
-    def all_rows(self) -> Iterator[Row]:
-        """Yield the rows with all their columns, also those that no record has."""
-        for path in self.files:
-            with self._open(path, ()) as table:
-                yield from _rows(path, table)
+    def row_parts(self) -> list[Callable[[], Iterator[Row]]]:
+        """Return functions that yield the rows of the parts, with all of their columns."""
+        return [
+            partial(self._all_rows, part.path, getattr(part, "groups", None))
+            for part in cast("Sequence[FilePart | RowGroups]", self.parts())
+        ]
+
+    def _all_rows(self, path: Path, groups: range | None) -> Iterator[Row]:
+        with self._open(path, (), groups) as table:
+            yield from _rows(path, table)
 
     @cached_property
     def has_answers(self) -> bool:  # type: ignore[override]

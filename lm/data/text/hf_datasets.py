@@ -9,13 +9,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lm.data.file_digests import hash_files
 from lm.data.files import is_folder, resolve_file
+from lm.data.remote import storage_errors
 from lm.data.row_documents import RowDocuments
 from lm.data.sources import Chunk, RecordSource, Row
 from lm.data.text.columnar import ArrowFiles, as_named, as_question, feature_names, is_qa
@@ -39,7 +39,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
             return
         self.place, self.config = _place(argument, data)
         self.split = data.validation_split if split == "validation" else data.split
-        with _errors(self.name):
+        with storage_errors(self.name, "hf"):
             splits = _splits(self._builder)
         if self.split not in splits:
             known = ", ".join(splits) or "none"
@@ -51,7 +51,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
         if _is_saved(argument, data):
             return ArrowFiles.has_validation_split(argument, data)
         name = f"datasets:{argument}"
-        with _errors(name):
+        with storage_errors(name, "hf"):
             return data.validation_split in _splits(_open_builder(name, *_place(argument, data)))
 
     @cached_property
@@ -63,7 +63,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
         """sha256 of the contents, as the hub states them for its files."""
         if self.saved:
             return self.saved.digest
-        with _errors(self.name):
+        with storage_errors(self.name, "hf"):
             files = (self._builder.config.data_files or {})[self.split]
             if not any("://" in str(file) for file in files):
                 settings = (self.config or "", self.split, self.field)
@@ -95,7 +95,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     @cached_property
     def _features(self) -> Any:
-        with _errors(self.name):
+        with storage_errors(self.name, "hf"):
             return self._stream.features
 
     @cached_property
@@ -104,7 +104,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     def _read(self, fields: tuple[str, ...]) -> Iterator[Row]:
         """Yield the rows; only the columns of these fields where the columns are known."""
-        with _errors(self.name):
+        with storage_errors(self.name, "hf"):
             stream, features = self._stream, self._features
             wanted = [
                 name for name in features or () for f in fields if f"{f}.".startswith(f"{name}.")
@@ -138,7 +138,7 @@ def _open_builder(name: str, place: str, config: str | None) -> Any:
         from datasets import load_dataset_builder
     except ImportError as error:
         raise missing_package(name, "datasets", "datasets") from error
-    with _errors(name):
+    with storage_errors(name, "hf"):
         return load_dataset_builder(place, config)
 
 
@@ -154,15 +154,3 @@ def _stated_content(url: str) -> list[str]:
     lfs = info.get("lfs") or {}
     name = re.sub(r"@[0-9a-f]{40}(?=/)", "", url)
     return [name, str(lfs.get("sha256") or info.get("blob_id") or info.get("size"))]
-
-
-@contextmanager
-def _errors(name: str) -> Iterator[None]:
-    """Turn any error of the library, or of the hub, into a UserError of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        problem = " ".join(str(error).split())[:300]
-        raise UserError(f"{name}: {type(error).__name__}: {problem}") from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lm.data.compression import compression_of
 from lm.data.file_digests import file_state, hash_files
-from lm.data.file_parts import Line, LineRange, file_parts
+from lm.data.file_parts import FilePart, Line, LineRange, file_parts
 from lm.data.files import find_files, not_utf8, read_lines, read_text, without_mark
 from lm.data.records import RowFiles, decode_line, jsonl_rows, read_jsonl_rows
 from lm.data.row_documents import RowDocuments
@@ -91,6 +91,15 @@ class JsonLines(RowDocuments, RowFiles):
         empty = self._with_files()
         return file_parts(empty, (path for (path,) in self.files), empty.read_range)
 
+    def row_parts(self) -> list[Callable[[], Iterator[Row]]]:
+        """Return functions that yield the rows of the parts."""
+        return [
+            partial(_range_rows, part)
+            if isinstance(part, LineRange)
+            else partial(read_jsonl_rows, cast(FilePart, part).path)
+            for part in self.parts()
+        ]
+
     def of_file(self, path: Path) -> JsonLines:
         """Return the source of one file alone."""
         return self._with_files(path)
@@ -103,12 +112,15 @@ class JsonLines(RowDocuments, RowFiles):
 
     def read_range(self, lines: LineRange) -> Iterator[Chunk]:
         """Yield the documents of a range of lines."""
-        texts = (
-            (lines.place_of(line), decode_line(line.content, line.start == 0, lines.path))
-            for line in lines.lines()
-        )
-        rows = jsonl_rows(texts)
-        yield from self.row_documents(lines.path, rows)
+        yield from self.row_documents(lines.path, _range_rows(lines))
+
+
+def _range_rows(lines: LineRange) -> Iterator[Row]:
+    texts = (
+        (lines.place_of(line), decode_line(line.content, line.start == 0, lines.path))
+        for line in lines.lines()
+    )
+    return jsonl_rows(texts)
 
 
 def _line_documents(lines: Iterable[str]) -> Iterator[Chunk]:

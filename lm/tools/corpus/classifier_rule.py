@@ -5,6 +5,8 @@ A toxicity or quality filter is trained by `lm train` on labelled texts, and nam
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,8 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from lm.config.registry import listed
 from lm.errors import UserError, nearest
-from lm.storage import read_json
+from lm.runs.workdir import checkpoint_steps, saved_metadata
+from lm.storage import open_run_folder, read_json, storage_path
 
 
 class Classifier(BaseFilter):
@@ -58,14 +61,27 @@ class Classifier(BaseFilter):
             if label not in labels:
                 raise UserError(f"{workdir} has no class {label!r}{nearest(label, labels)}")
         self.workdir, self.threshold, self.windows = workdir, threshold, windows
+        self.digest = self.digest_of(workdir)
         self.remove = tuple(remove)
         self.columns = [labels.index(label) for label in remove]
+
+    @staticmethod
+    def digest_of(workdir: str, **options: object) -> str:
+        """Return the digest of the weights, of the run's newest checkpoint."""
+        _labels(workdir)
+        folder = open_run_folder(workdir)
+        step = max(checkpoint_steps(folder), default=-1)
+        metadata = saved_metadata(storage_path(folder / "checkpoints") / str(step)) or {}
+        if "checksums" not in metadata:
+            raise UserError(f"no readable checkpoint in {workdir}")
+        known = [metadata[name] for name in ("checksums", "config", "fingerprint")]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return self.filter_batch([doc])[0]
 
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
-        run = _load(self.workdir, self.batch_size)
+        run = _load(self.workdir, self.batch_size, self.digest)
         length = run.experiment.objective.length - 2  # [CLS] and [SEP]
         tokens, owners = [], []
         for owner, document in enumerate(batch):
@@ -99,13 +115,16 @@ def _labels(workdir: str) -> list[str]:
 
 
 @cache
-def _load(workdir: str, batch_size: int) -> Any:
+def _load(workdir: str, batch_size: int, digest: str) -> Any:
     import jax
 
     from lm.api import load_run
 
     jax.config.update("jax_platforms", "cpu")
-    return load_run(workdir, {"eval.batch_size": str(batch_size)})
+    run = load_run(workdir, {"eval.batch_size": str(batch_size)})
+    if Classifier.digest_of(workdir) != digest:
+        raise UserError(f"{workdir} has been trained on since the corpus was begun: use a copy")
+    return run
 
 
 def _probabilities(run: Any, tokens: Sequence[np.ndarray], batch_size: int) -> np.ndarray:

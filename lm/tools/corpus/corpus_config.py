@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lm import config as configs
 from lm.errors import UserError, nearest
-from lm.tools.corpus.corpus_rules import RULES
+from lm.tools.corpus.corpus_rules import BY_LANGUAGE, RULES
 from lm.tools.corpus.corpus_sources import SOURCE_KEYS, NamedSource
 
 FORMATS = ("jsonl.gz", "jsonl.zst", "jsonl", "parquet")
@@ -178,8 +178,11 @@ def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
         known = ", ".join(options) or "none"
         hint = nearest(unknown[0], options)
         raise UserError(f"rule {rule} has no option {unknown[0]!r}{hint} (there are: {known})")
-    found = {}
+    found: dict[str, Any] = {}
     for name, parameter in options.items():
+        if name == BY_LANGUAGE:
+            found[name] = _options_by_language(rule, values)
+            continue
         needed = parameter.default is inspect.Parameter.empty
         is_tuple = "Sequence" in str(parameter.annotation)
         if is_used and needed and name not in values:
@@ -194,6 +197,28 @@ def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
             found[name] = None  # the part of the rule is left out
         else:
             found[name] = _value(f"{rule}.{name}", value, () if default is None else default)
+    return found
+
+
+def _options_by_language(rule: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return all options of a rule for each language for which some differ."""
+    by_language = values.get(BY_LANGUAGE, {})
+    if not isinstance(by_language, Mapping):
+        raise UserError(f"config.{rule}.{BY_LANGUAGE}: expected {{LANGUAGE: {{OPTION: …}}}}")
+    own = (BY_LANGUAGE, "languages")
+    common = {name: value for name, value in values.items() if name not in own}
+    found = {}
+    for language, differing in by_language.items():
+        path = f"config.{rule}.{BY_LANGUAGE}.{language}"
+        if not isinstance(differing, Mapping):
+            raise UserError(f"{path} is a section, not a value")
+        if wrong := [name for name in own if name in differing]:
+            raise UserError(f"{path}.{wrong[0]}: an option of the rule, not of a language")
+        try:
+            options = _options(rule, {**common, **differing}, is_used=True)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        found[language] = {name: options[name] for name in options if name not in own}
     return found
 
 

@@ -6,9 +6,9 @@ The options of most rules are the arguments of datatrove's block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -31,6 +31,7 @@ from datatrove.pipeline.filters import (
     GopherQualityFilter,
     GopherRepetitionFilter,
 )
+from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
@@ -40,8 +41,10 @@ from lm.tools.corpus.corpus_sources import NamedSource
 from lm.tools.corpus.decontamination import Decontamination, DecontaminationIndex
 from lm.tools.corpus.document_sample import Sample, SampleKeys, SampleLimit
 from lm.tools.corpus.rule_tally import CLUSTER, NO_CLUSTER
-from lm.tools.corpus.text_blocks import BannedWords, Language, PersonalData
+from lm.tools.corpus.text_blocks import BannedWords, ByLanguage, Language, PersonalData
 
+BY_LANGUAGE = "by_language"  # option: what differs for a language
+ENGLISH = ("en",)  # of rules with English stop words, punctuation or thresholds
 # Arguments that are not options of a configuration.
 _OWN = ("self", "exclusion_writer")
 _SHA1 = HashConfig(64, "sha1")  # xxhash from 4 on takes no text, as datatrove gives it
@@ -99,11 +102,14 @@ class RuleKind(NamedTuple):
         build: function of a context and of options by name.
         about: one sentence for `lm corpus --rules`.
         options: the parameters that are options.
+        digest: function of options that returns the digest of what the rule reads beside the
+            sources, such as a list of words; None if it reads nothing.
     """
 
     build: Callable[..., PlannedRule]
     about: str
     options: dict[str, inspect.Parameter]
+    digest: Callable[..., str] | None = None
 
 
 def _of_block(cls: type[PipelineStep], about: str) -> RuleKind:
@@ -115,7 +121,43 @@ def _of_block(cls: type[PipelineStep], about: str) -> RuleKind:
         words = {"language": context.words} if "language" in parameters else {}
         return PlannedRule(cls(**options, **words))
 
-    return RuleKind(build, about, options)
+    return RuleKind(build, about, options, getattr(cls, "digest_of", None))
+
+
+def _by_language(block: type[BaseFilter], about: str, languages: tuple[str, ...]) -> RuleKind:
+    """Return the kind of a rule that judges some languages, each with options of its own.
+
+    Args:
+        block: filter of datatrove.
+        about: one sentence for `lm corpus --rules`.
+        languages: languages that its defaults fit; () for all.
+    """
+    kind, keyword = _of_block(block, about), inspect.Parameter.KEYWORD_ONLY
+    named = {
+        name: inspect.Parameter(name, keyword, default=default, annotation=annotation)
+        for name, default, annotation in (
+            ("languages", languages, "Sequence[str]"),
+            (BY_LANGUAGE, {}, "Mapping"),
+        )
+    }
+
+    def build(
+        context: RuleContext,
+        *,
+        languages: Sequence[str],
+        by_language: Mapping[str, Any],
+        **options: Any,
+    ) -> PlannedRule:
+        common = kind.build(context, **options)
+        if not languages and not by_language:
+            return common
+        others = {
+            name: cast(BaseFilter, kind.build(context, **own).block)
+            for name, own in by_language.items()
+        }
+        return PlannedRule(ByLanguage(cast(BaseFilter, common.block), languages, others))
+
+    return RuleKind(build, about, named | kind.options)
 
 
 def _of_function(build: Callable[..., PlannedRule], about: str) -> RuleKind:
@@ -156,10 +198,15 @@ def _near_duplicates(
     context: RuleContext,
     *,
     n_grams: int = 5,
-    num_buckets: int = 14,
-    hashes_per_bucket: int = 8,
+    num_buckets: int = 20,
+    hashes_per_bucket: int = 5,
     seed: int = 1,
 ) -> PlannedRule:
+    """Plan MinHash: a pair of Jaccard similarity s is found with probability 1 - (1 - s^h)^b.
+
+    The default finds half of the pairs that share 0.51 of their n-grams; experiments/RESULTS.md
+    has what it and others find and take out wrongly (FineWeb's 14 × 8: half at 0.68).
+    """
     if min(n_grams, num_buckets, hashes_per_bucket) < 1:
         raise UserError("n_grams, num_buckets and hashes_per_bucket are at least 1")
     config = MinhashConfig(n_grams, num_buckets, hashes_per_bucket, seed, hash_config=_SHA1)
@@ -210,16 +257,25 @@ def _sample(
 
 RULES: dict[str, RuleKind] = {
     "language": _of_block(Language, "Keep documents in some languages (py3langid)."),
-    "c4_quality": _of_block(C4QualityFilter, "C4's rules: cuts lines, removes documents."),
-    "c4_paragraphs": _of_block(C4ParagraphFilter, "mC4's rule: 3 paragraphs of 200 characters."),
-    "gopher_quality": _of_block(GopherQualityFilter, "Gopher's rules of words, lines and symbols."),
-    "gopher_repetition": _of_block(GopherRepetitionFilter, "Gopher's rules of repetition."),
-    "fineweb_quality": _of_block(FineWebQualityFilter, "FineWeb's rules of lines."),
+    "c4_quality": _by_language(
+        C4QualityFilter, "C4's rules: cuts lines, removes documents.", ENGLISH
+    ),
+    "c4_paragraphs": _by_language(
+        C4ParagraphFilter, "mC4's rule: 3 paragraphs of 200 characters.", ()
+    ),
+    "gopher_quality": _by_language(
+        GopherQualityFilter, "Gopher's rules of words, lines and symbols.", ENGLISH
+    ),
+    "gopher_repetition": _by_language(GopherRepetitionFilter, "Gopher's rules of repetition.", ()),
+    "fineweb_quality": _by_language(FineWebQualityFilter, "FineWeb's rules of lines.", ENGLISH),
     "personal_data": _of_block(PersonalData, "Mask e-mail, IP, phone, card numbers and IBANs."),
     "banned_words": _of_block(BannedWords, "Remove documents with a word of a file."),
     "classifier": _of_block(Classifier, "Remove documents of classes by a run of `lm train`."),
     "exact_duplicates": _of_function(_exact_duplicates, "Keep one of equal documents."),
-    "near_duplicates": _of_function(_near_duplicates, "Keep one of similar documents (MinHash)."),
+    "near_duplicates": _of_function(
+        _near_duplicates,
+        "Keep one of similar documents (MinHash, num_buckets × hashes_per_bucket).",
+    ),
     "decontamination": _of_function(
         _decontamination, "Remove documents with n-grams or short texts of the test sets."
     ),

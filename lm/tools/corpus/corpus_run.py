@@ -29,6 +29,7 @@ from lm.parallel.worker_processes import end_with_parent
 from lm.progress import progress_bar
 from lm.storage import lock
 from lm.tools.corpus.corpus_config import FREE, Config, named_sources
+from lm.tools.corpus.corpus_rules import RULES
 from lm.tools.corpus.corpus_stages import (
     READ,
     CorpusStage,
@@ -100,6 +101,10 @@ def _locked(folder: DataFolder) -> Iterator[None]:
     if not folder.is_local():
         yield
         return
+    try:
+        Path(folder.path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder.path} cannot be made: {error.strerror}") from error
     with lock(Path(folder.path) / ".lock", f"another `lm corpus` works in {folder.path}"):
         yield
 
@@ -110,7 +115,11 @@ def _locked(folder: DataFolder) -> Iterator[None]:
 def _digests(config: Config) -> dict[str, str]:
     sources, tests = (named_sources(config, section) for section in ("sources", "tests"))
     found = {name: source.digest() for name, source in sources.items()}
-    return found | {f"test {name}": source.digest() for name, source in tests.items()}
+    found |= {f"test {name}": source.digest() for name, source in tests.items()}
+    for name in config["rules"]:
+        if digest := RULES[name].digest:
+            found[f"rule {name}"] = digest(**config[name])
+    return found
 
 
 def _state(config: Config, sources: dict[str, str]) -> dict[str, Any]:

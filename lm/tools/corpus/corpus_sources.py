@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class NamedSource(NamedTuple):
         if isinstance(source, PipelineStep):
             return len(source.data_folder.list_files(glob_pattern=source.glob_pattern))
         if isinstance(source, RecordSource):
-            return len(getattr(source, "files", "1"))
+            return len(_row_parts(source))
         return len(source.parts())
 
     def digest(self) -> str:
@@ -109,8 +110,11 @@ class NamedSource(NamedTuple):
         if isinstance(source, PipelineStep):
             documents = source.run(None, rank, world_size)
         elif isinstance(source, RecordSource):
-            rows = _rows(source, rank, world_size)
-            documents = _from_rows(rows, self.settings, f"{self.name}/{rank}", report)
+            row_parts = list(enumerate(_row_parts(source)))[rank::world_size]
+            documents = chain.from_iterable(
+                _from_rows(rows(), self.settings, f"{self.name}/{n}", report)
+                for n, rows in row_parts
+            )
         else:
             parts = list(enumerate(source.parts()))[rank::world_size]
             documents = chain.from_iterable(
@@ -140,13 +144,16 @@ def _from_chunks(
                 report("empty")
 
 
-def _rows(source: Any, rank: int, world_size: int) -> Iterator[Row]:
-    """Return the rows of every `world_size`-th file; a source without files is one part."""
-    if hasattr(source, "files"):
-        source.files = source.files[rank::world_size]
-    elif rank:
-        return iter(())
-    return getattr(source, "all_rows", source.rows)()
+def _row_parts(source: Any) -> list[Callable[[], Iterator[Row]]]:
+    """Return functions that yield the rows of parts: ranges of large files, files, or all."""
+    if hasattr(source, "row_parts"):
+        return source.row_parts()
+    parts = []
+    for file in getattr(source, "files", ()):
+        part = copy(source)
+        part.files = (file,)
+        parts.append(part.rows)
+    return parts or [source.rows]
 
 
 def _from_rows(
@@ -171,7 +178,7 @@ def _from_rows(
 
 
 class SourceReader(PipelineStep):
-    """Reader of all sources; a task reads its share of the files of each."""
+    """Reader of all sources; a task reads its share of the parts of each."""
 
     type = "📖 - READER"
     name = "sources"

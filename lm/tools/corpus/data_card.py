@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
@@ -24,10 +23,11 @@ from lm.tools.corpus.corpus_config import Config
 from lm.tools.corpus.corpus_sources import SOURCE_NAME
 from lm.tools.corpus.corpus_stages import READ, WRITTEN, tally_folder
 from lm.tools.corpus.rule_tally import Figures, merge_figures
-from lm.tools.formatting import printable
+from lm.tools.html_pages import page_template
 
 CARD, PAGE = "card.json", "index.html"
-TEMPLATE = "data_card.html"
+TEMPLATE = Path(__file__).with_name("data_card.html")
+PACKAGES = ("datatrove", "phonenumbers", "py3langid")  # whose versions decide what rules do
 
 
 class CardMaker(PipelineStep):
@@ -40,7 +40,7 @@ class CardMaker(PipelineStep):
 
         Args:
             config: configuration of the corpus.
-            digests: digests of the sources and test sets by name.
+            digests: digests of the sources, test sets and files of rules by name.
             output: folder of the corpus.
         """
         super().__init__()
@@ -79,8 +79,13 @@ class CardMaker(PipelineStep):
             "shards": list(self._shards()),
             "sources": {name: self._about(name, name) for name in config["sources"]},
             "tests": {name: self._about(f"test {name}", name) for name in config["tests"]},
+            "rule_inputs": {
+                name: self.digests[f"rule {name}"]
+                for name in config["rules"]
+                if f"rule {name}" in self.digests
+            },
             "config": {name: values for name, values in config.items() if name != "cluster"},
-            "versions": {"datatrove": importlib.metadata.version("datatrove")},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
 
     def _about(self, key: str, name: str) -> dict[str, str]:
@@ -115,15 +120,7 @@ def _sha256(folder: Any, name: str) -> str:
 
 def render_page(card: Figures) -> str:
     """Return the card as a page that loads nothing else and runs no script."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # documents are not markup
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["printable"] = printable
-    return environment.get_template(TEMPLATE).render(
+    return page_template(TEMPLATE).render(
         card=card,
         title=card["title"] or "Data card",
         rules=[_about_rule(rule) for rule in card["rules"]],
@@ -158,7 +155,7 @@ def _histogram(read: dict[int, int], written: dict[int, int]) -> list[dict[str, 
     highest = max([*read.values(), 1])
     return [
         {
-            "from": f"{2 ** (n - 1):,}" if n else "0",
+            "from": _short(2 ** (n - 1)) if n else "0",
             "read": read.get(n, 0),
             "written": written.get(n, 0),
             "height": read.get(n, 0) / highest,
@@ -166,6 +163,14 @@ def _histogram(read: dict[int, int], written: dict[int, int]) -> list[dict[str, 
         }
         for n in bits
     ]
+
+
+def _short(n: int) -> str:
+    """Return a power of two, as 512, 64K or 2M."""
+    for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
+        if n >= size:
+            return f"{n // size}{unit}"
+    return str(n)
 
 
 def _columns(card: Figures) -> dict[str, list[tuple[str, int, int]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -46,6 +47,10 @@ class UnicodeWords(WhitespaceTokenizer):
 
 # --- language
 
+_LONGEST = 10_000  # characters of a document by which its language is told
+LIKELY = 0.65  # least probability of a language
+NO_LANGUAGE = "zxx"  # of numbers, markup and the like, by ISO 639-2
+
 
 class Language(BaseFilter):
     """Documents in one of some languages, by py3langid, whose package carries its model.
@@ -55,9 +60,8 @@ class Language(BaseFilter):
     """
 
     name = "🌍 language"
-    longest = 10_000  # characters that are looked at
 
-    def __init__(self, languages: Sequence[str] = ("en",), language_threshold: float = 0.65):
+    def __init__(self, languages: Sequence[str] = ("en",), language_threshold: float = LIKELY):
         """Create the filter.
 
         Args:
@@ -69,18 +73,72 @@ class Language(BaseFilter):
         """
         super().__init__()
         self.languages, self.language_threshold = tuple(languages), language_threshold
-        known = sorted(map(str, _identifier().labels))
         for name in languages:
-            if name not in known:
-                raise UserError(f"unknown language {name!r}{nearest(name, known)}")
+            require_language(name)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        ranked = _identifier().rank(doc.text[: self.longest])
-        scores = {str(language): float(score) for language, score in ranked}
-        best = max(scores, key=lambda name: scores[name])
+        scores = note_language(doc)
         probability = sum(scores[name] for name in self.languages)
-        doc.metadata |= {"language": best, "language_score": round(scores[best], 4)}
-        return probability > self.language_threshold or (False, best)
+        return probability > self.language_threshold or (False, doc.metadata["language"])
+
+
+class ByLanguage(BaseFilter):
+    """Filter with options of its own for some languages, which leaves further ones alone.
+
+    How many documents of which languages are left alone is counted. Text whose language cannot be
+    told, or that is in none, is judged as that of the rule's languages.
+    """
+
+    name = "🌍 by language"
+
+    def __init__(
+        self, common: BaseFilter, languages: Sequence[str], by_language: Mapping[str, BaseFilter]
+    ):
+        """Create the filter.
+
+        Args:
+            common: filter of `languages`.
+            languages: languages; () for all.
+            by_language: filter of each language that has another one.
+
+        Raises:
+            UserError: a language is unknown.
+        """
+        super().__init__()
+        for name in (*languages, *by_language):
+            require_language(name)
+        self.common, self.languages, self.by_language = common, languages, dict(by_language)
+        for one in (common, *by_language.values()):
+            one.stats = self.stats  # counts of theirs are shown with the rule
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if not {"language", "language_score"} <= doc.metadata.keys():
+            note_language(doc)
+        language, score = doc.metadata["language"], doc.metadata["language_score"]
+        if score < LIKELY or language == NO_LANGUAGE:
+            return self.common.filter(doc)
+        if language in self.by_language:
+            return self.by_language[language].filter(doc)
+        if not self.languages or language in self.languages:
+            return self.common.filter(doc)
+        self.stat_update(f"not judged: {language}")
+        return True
+
+
+def require_language(name: str) -> None:
+    """Raise UserError unless the model knows a language."""
+    known = sorted(map(str, _identifier().labels))
+    if name not in known:
+        raise UserError(f"unknown language {name!r}{nearest(name, known)}")
+
+
+def note_language(document: Document) -> dict[str, float]:
+    """Note the language of a document in it; return the probabilities of all."""
+    ranked = _identifier().rank(document.text[:_LONGEST])
+    scores = {str(language): float(score) for language, score in ranked}
+    best = max(scores, key=lambda name: scores[name])
+    document.metadata |= {"language": best, "language_score": round(scores[best], 4)}
+    return scores
 
 
 @cache
@@ -94,6 +152,15 @@ Span = tuple[int, int]
 
 # Where an e-mail address may be: datatrove's own pattern takes quadratic time on long base64.
 _NEAR_AT = regex.compile(r"[^\s@]{0,64}@[^\s@]{1,255}")
+# datatrove's pattern with letters of all scripts (RFC 6531) but those without spaces between words,
+# where an address would take the words beside it along.
+_ALNUM = rf"[[\w]--[_{_UNSPACED}]]"
+_ATOM = rf"[[\w!#$%&'*+/=?^`{{|}}~\-]--[{_UNSPACED}]]+"
+_LABEL = rf"{_ALNUM}(?:(?:{_ALNUM}|-)*{_ALNUM})?"
+_EMAIL = regex.compile(
+    rf"{_ATOM}(?:\.{_ATOM})*@(?:(?:{_LABEL}\.)+{_LABEL}|\[(?:\d{{1,3}}\.){{3}}\d{{1,3}}\])",
+    regex.V1,
+)
 _IP = regex.compile(
     r"(?<![\w.:-])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\.?\w)|(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:]))"
 )
@@ -148,7 +215,7 @@ class PersonalData(PIIFormatter):
         for kind, replacer in (("email", self.emails_replacer), ("ip", self.ip_replacer)):
             replacer.replacements = (self._masked(kind),)
             replacer.validator = partial(self._is_counted, kind)
-        self.ip_replacer.regex = _IP
+        self.emails_replacer.regex, self.ip_replacer.regex = _EMAIL, _IP
 
     def _masked(self, kind: str) -> str:
         return self._mask.replace("{kind}", kind)
@@ -239,6 +306,14 @@ class BannedWords(C4BadWordsFilter):
         if not found:
             raise UserError(f"{path}: holds no word")
         self._pattern = _any_of(found)
+
+    @staticmethod
+    def digest_of(words: str, **options: object) -> str:
+        """Return the digest of the file."""
+        try:
+            return hashlib.sha256(Path(words).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"no file of words {words!r}") from error
 
     def _get_badwords(self, lang: str) -> regex.Pattern:
         return self._pattern

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm import config as configs
-from lm.errors import missing_package
 from lm.storage.folder_names import short_name
 from lm.tools.formatting import duration, printable, short, shown
+from lm.tools.html_pages import page_template
 from lm.tools.reports.plotting import (
     COLORS,
     FAINT,
@@ -45,7 +43,7 @@ from lm.tools.reports.run_records import (
 from lm.training.monitor import CLOCK_PARTS
 
 N_SAMPLES = 6  # predictions shown of each split
-TEMPLATE = "page.html"
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 class Cell(NamedTuple):
@@ -62,7 +60,7 @@ def write_page(workdirs: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: There is no run in one of `workdirs`, or the extra "report" is not installed.
     """
-    template, runs = _template(), find_runs(*workdirs, n_samples=N_SAMPLES)
+    template, runs = page_template(TEMPLATE), find_runs(*workdirs, n_samples=N_SAMPLES)
     groups = swept_keys(runs)
     several = len(runs) > 1
     loss = loss_curves(runs)
@@ -96,27 +94,6 @@ def write_page(workdirs: Sequence[Path], output: Path) -> Path:
     page = output / "index.html"
     page.write_bytes(text.encode(errors="replace"))
     return page
-
-
-def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing_package("the report page", "jinja2", "report") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names and texts of runs are not markup
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["digest"] = _digest
-    return environment.get_template(TEMPLATE)
-
-
-def _digest(script: str) -> str:
-    """Return the source of a script in a Content-Security-Policy: no other script may run."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _lead(runs: Sequence[RunRecord]) -> str:

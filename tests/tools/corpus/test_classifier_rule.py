@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -73,6 +74,18 @@ def test_documents_of_a_class_are_removed_wherever_the_word_stands(classifier, t
     assert not kept & {*bad, late}
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert list(card["rules"][0]["reasons"]) == ["bad"]
+
+
+def test_other_weights_make_another_corpus(classifier, tmp_path, capsys):
+    copied = shutil.copytree(classifier, tmp_path / "films")
+    options = {"workdir": str(copied), "remove": ("bad",), "batch_size": 8}
+    assert run(tmp_path, ["lovely"], **options)[0] == 0
+    metadata = copied / "checkpoints" / "40" / "metadata" / "metadata"
+    saved = json.loads(metadata.read_text())
+    saved["checksums"] = {name: 1 + value for name, value in saved["checksums"].items()}
+    metadata.write_text(json.dumps(saved))
+    assert run(tmp_path, ["lovely"], **options)[0] == 2
+    assert "sources.rule classifier: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import json
 import random
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lm.cli import main
 from lm.config import default
+from lm.data import file_parts
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.tools.corpus import corpus_run
@@ -146,8 +149,8 @@ def test_a_start_after_a_kill_skips_the_tasks_that_are_complete(corpus, mixed, m
     monkeypatch.setattr(corpus_run, "_run_task", lambda t, r: (again.append(r), run_task(t, r)))
     assert corpus(rules=RULES)[0] == 0
     assert digests(place) == digests(whole)
-    # The stages: 3 tasks, find, 3 tasks, 14 pairs, cluster, 3 tasks, card.
-    assert len(done) + len(again) == 3 + 1 + 3 + 14 + 1 + 3 + 1
+    # The stages: 3 tasks, find, 3 tasks, 20 pairs, cluster, 3 tasks, card.
+    assert len(done) + len(again) == 3 + 1 + 3 + 20 + 1 + 3 + 1
     again.clear()
     assert corpus(rules=RULES)[0] == 0
     assert again == []
@@ -275,6 +278,9 @@ def test_banned_words_of_a_file(corpus, tmp_path):
         ({"rules": ("decontamination",)}, "name test sets"),
         ({"rules": ("sample",), "sample": {"fraction": 0.0}}, "fraction=0.0 is not above 0"),
         ({"rules": ("near_duplicates",), "near_duplicates": {"num_buckets": 0}}, "at least 1"),
+        ({"gopher_quality": {"by_language": 5}}, "expected {LANGUAGE: {OPTION: …}}"),
+        ({"gopher_quality": {"by_language": {"de": {"min": 1}}}}, "by_language.de: rule gopher"),
+        ({"rules": ("gopher_quality",), "gopher_quality": {"languages": ("xx",)}}, "'xx'"),
         ({"sources": {}}, "config.sources is empty"),
         ({"sources": {"a": {"source": "jsonl:none*"}}}, "config.sources.a: no file matches"),
         ({"sources": {"a": {"source": "what:x"}}}, "unknown data source 'what'"),
@@ -355,3 +361,66 @@ def test_shipped_configurations(monkeypatch, tmp_path):
     monkeypatch.setenv("LM_DATA_DIR", str(tmp_path))
     for variant in ("web", "stdlib"):
         assert load_corpus_config(f"experiments/corpora/clean.py:{variant}", {})["rules"]
+
+
+CHINESE = "昨天我们去了故宫，那里有很多人，天气也非常好，所以我们走了很久。"
+
+
+def test_rules_for_english_leave_other_languages_alone_and_count_them(corpus, tmp_path):
+    rows = [{"text": CHINESE * 3 + str(i), "id": f"zh{i}"} for i in range(3)]
+    rows += [{"text": prose(i), "id": f"en{i}"} for i in range(3)]
+    rows += [{"text": "0.125 7.5 | " * 30, "id": "numbers", "language": "English"}]
+    write_jsonl(tmp_path / "in" / "1.jsonl", rows)
+    rules = ("c4_quality", "gopher_quality", "fineweb_quality")
+    code, place = corpus(rules=rules, c4_quality={"min_num_sentences": 2})
+    card = json.loads((place / "card.json").read_text())
+    assert code == 0
+    assert set(documents(place)) == {row["id"] for row in rows[:-1]}
+    assert [rule["details"]["not judged: zh"] for rule in card["rules"]] == [3, 3, 3]
+
+    own = {"by_language": {"zh": {"stop_words": ("的",), "min_avg_word_length": 1}}}
+    _, place = corpus("own", rules=("gopher_quality",), gopher_quality=own)
+    card = json.loads((place / "card.json").read_text())
+    assert card["rules"][0]["reasons"]["gopher_enough_stop_words"]["documents"] == 3
+    assert card["config"]["gopher_quality"]["by_language"]["zh"]["min_doc_words"] == 50
+    _, place = corpus("all", rules=("gopher_quality",), gopher_quality={"languages": ()})
+    assert not any(name.startswith("zh") for name in documents(place))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_large_file_is_divided_among_the_tasks(corpus, tmp_path, monkeypatch, form):
+    rows = [{"text": prose(i), "number": i} for i in range(12)]
+    if form == "jsonl":
+        write_jsonl(tmp_path / "in" / "1.jsonl", rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in/1.parquet", row_group_size=3)
+    monkeypatch.setattr(file_parts, "_LEAST", 2000)
+    columns = {"format": "jsonl.gz", "columns": ("number",)}
+    sources = {"web": {"source": f"{form}:{tmp_path}/in/*"}}
+    code, place = corpus(sources=sources, write=columns)
+    assert code == 0
+    assert len(list(place.glob("*.jsonl.gz"))) >= 4
+    found = documents(place)
+    assert [row["number"] for row in found.values()] == list(range(12))
+    _, place = corpus("one", sources=sources, write=columns, tasks=1)
+    assert documents(place) == found
+
+
+def test_a_place_that_cannot_be_written_is_one_line(corpus, mixed, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/corpus", "file", "file/inner"):
+        assert corpus(place, rules=())[0] == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "cannot be made: " in line
+
+
+def test_another_list_of_words_is_another_corpus(corpus, mixed, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("deutscher\n")
+    values = {"rules": ("banned_words",), "banned_words": {"words": str(words)}}
+    _, place = corpus(**values)
+    card = json.loads((place / "card.json").read_text())
+    assert card["rule_inputs"] == {"banned_words": hashlib.sha256(b"deutscher\n").hexdigest()}
+    words.write_text("river\n")
+    assert corpus(**values)[0] == 2
+    assert "sources.rule banned_words: " in capsys.readouterr().err

@@ -17,6 +17,8 @@ MASKED = PersonalData(regions=("US", "GB", "DE"))
     ("text", "masked"),
     [
         ("jane.doe@example.org, mailto:x@y.co.uk.", "<email>, mailto:<email>."),
+        ("anna.müller@grün.de, иван@почта.рф", "<email>, <email>"),
+        ("请联系anna@firma.de谢谢", "请联系<email>谢谢"),
         ("8.8.8.8, 10.0.0.1, 127.0.0.1", "<ip>, 10.0.0.1, 127.0.0.1"),
         ("v1.2.3.4 and 1.2.3.4.5 and 8.8.8.8.", "v1.2.3.4 and 1.2.3.4.5 and <ip>."),
         ("2001:4860:4860::8888 at 12:30:45, std::dead::beef", "<ip> at 12:30:45, std::dead::beef"),
