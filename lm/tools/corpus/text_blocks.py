@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import ipaddress
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -112,16 +114,15 @@ class ByLanguage(BaseFilter):
             one.stats = self.stats  # counts of theirs are shown with the rule
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if not {"language", "language_score"} <= doc.metadata.keys():
-            note_language(doc)
-        language, score = doc.metadata["language"], doc.metadata["language_score"]
-        if score < LIKELY or language == NO_LANGUAGE:
+        likely = likely_languages(doc)
+        for language in likely:
+            if language in self.by_language:
+                return self.by_language[language].filter(doc)
+            if language in self.languages:
+                return self.common.filter(doc)
+        if not self.languages or not likely or NO_LANGUAGE in likely:
             return self.common.filter(doc)
-        if language in self.by_language:
-            return self.by_language[language].filter(doc)
-        if not self.languages or language in self.languages:
-            return self.common.filter(doc)
-        self.stat_update(f"not judged: {language}")
+        self.stat_update(f"not judged: {likely[0]}")
         return True
 
 
@@ -130,6 +131,22 @@ def require_language(name: str) -> None:
     known = sorted(map(str, _identifier().labels))
     if name not in known:
         raise UserError(f"unknown language {name!r}{nearest(name, known)}")
+
+
+def likely_languages(document: Document) -> list[str]:
+    """Return the fewest languages, at most three, that are likely together; [] if none are.
+
+    Close languages share their probability, as zh, yue and lzh do.
+    """
+    noted = document.metadata
+    if not {"language", "language_score"} <= noted.keys():
+        note_language(document)
+    if noted["language_score"] >= LIKELY:
+        return [noted["language"]]
+    scores = note_language(document)
+    best = heapq.nlargest(3, scores, key=lambda name: scores[name])
+    sums = itertools.accumulate(scores[name] for name in best)
+    return next((best[: n + 1] for n, together in enumerate(sums) if together >= LIKELY), [])
 
 
 def note_language(document: Document) -> dict[str, float]:

@@ -8,7 +8,7 @@ from datatrove.data import Document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.tools.corpus.text_blocks import Language, PersonalData, UnicodeWords
+from lm.tools.corpus.text_blocks import Language, PersonalData, UnicodeWords, likely_languages
 
 MASKED = PersonalData(regions=("US", "GB", "DE"))
 
@@ -72,3 +72,18 @@ def test_language_is_noted_and_the_reason():
         assert block.filter(document) is True
         assert document.metadata["language"] == language
     assert block.filter(Document("Das ist ein deutscher Satz über Hunde.", "id")) == (False, "de")
+
+
+@pytest.mark.parametrize(
+    ("text", "likely"),
+    [
+        ("睿澤先寰海，功成展武韶。戈鋋清外壘，文物盛中朝。", {"zh", "wuu", "yue", "lzh"}),
+        ("The garden of my teacher is near the sea.", {"en"}),
+        ("Home Log in Cart (0)\n" * 5, set()),
+        (" ".join(f"{i / 151:.4f}" for i in range(150)), {"zxx"}),
+    ],
+)
+def test_close_languages_share_their_probability(text, likely):
+    found = set(likely_languages(Document(text, "x")))
+    assert found <= likely
+    assert bool(found) == bool(likely)
