@@ -368,7 +368,8 @@ def build_untraced(
     platform = devices[0].platform
     config = _with_defaults(config, platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
-    pipeline, attention = resolve_parallelism(config, platform, sizes)
+    capability = getattr(devices[0], "compute_capability", "")
+    pipeline, attention = resolve_parallelism(config, platform, sizes, capability)
     objective, tokenizer = _objective(config, tokenizer)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = None
@@ -398,7 +399,7 @@ def build_untraced(
 
 
 def resolve_parallelism(
-    config: ConfigDict, platform: str, sizes: Mapping[str, int]
+    config: ConfigDict, platform: str, sizes: Mapping[str, int], capability: str = ""
 ) -> tuple[PipelineSchedule, AttentionChoice]:
     """Return the pipeline and the attention of a configuration on a mesh.
 
@@ -406,6 +407,7 @@ def resolve_parallelism(
         config: valid configuration with its defaults filled in.
         platform: "cpu", "tpu" or "gpu".
         sizes: sizes of all mesh axes.
+        capability: compute capability of a GPU; "": unknown.
 
     Raises:
         UserError: the configuration cannot run on the mesh.
@@ -418,7 +420,7 @@ def resolve_parallelism(
     schedule, stages, options = PipelineSchedule(1, 1, 1), sizes["stage"], config.parallel.pipeline
     if stages > 1:
         schedule = PipelineSchedule(stages, options.microbatches or stages, options.repeats)
-    return schedule, choose_attention(config, platform, sizes)
+    return schedule, choose_attention(config, platform, sizes, capability)
 
 
 def reads_records(config: ConfigDict) -> bool:

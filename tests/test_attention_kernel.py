@@ -16,7 +16,9 @@ from lm.training.trainer import describe
 
 ONE = dict.fromkeys(AXES, 1)
 LONG = {"data.sequence_length": 1024, "model.head_dim": 128, "model.vocab_size": 64}
+ONE_TEXT = {"data.isolate_documents": False}
 ALIBI = {"model.positions": "alibi"}
+WIDE = {"model.head_dim": 256}
 T5 = {
     "model.family": "encoder_decoder",
     "objective.name": "span_corruption",
@@ -25,11 +27,11 @@ T5 = {
 GEMMA = {"model.window": 128, "model.global_every": 2, "model.attention_softcap": 50.0}
 
 
-def choice(platform, values=None, **sizes):
+def choice(platform, values=None, capability="", **sizes):
     config = default()
     for path, value in {**LONG, **(values or {})}.items():
         set_value(config, path, value)
-    return choose_attention(resolve(config, platform), platform, {**ONE, **sizes})
+    return choose_attention(resolve(config, platform), platform, {**ONE, **sizes}, capability)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +39,9 @@ def choice(platform, values=None, **sizes):
     [
         ("cpu", {}, {}, "tiled", "the one for cpu"),
         ("tpu", {}, {}, "splash", "the one for tpu"),
-        ("gpu", {}, {}, "cudnn", "the one for gpu"),
-        ("cuda", {}, {}, "cudnn", "the one for gpu"),
+        ("gpu", ONE_TEXT, {}, "cudnn", "the one for gpu"),
+        ("cuda", ONE_TEXT, {}, "cudnn", "the one for gpu"),
+        ("gpu", {}, {}, "tokamax", "cudnn cannot be used with several texts or padding in a row"),
         ("cpu", T5, {}, "xla", "tiled cannot be used with --config.model.family=encoder_decoder"),
         ("tpu", T5, {}, "xla", "splash cannot be used with --config.model.positions=relative"),
         ("cpu", ALIBI, {}, "xla", "tiled cannot be used with --config.model.positions=alibi"),
@@ -67,14 +70,36 @@ def choice(platform, values=None, **sizes):
             "gpu",
             GEMMA,
             {},
-            "xla",
+            "tokamax",
             "cudnn cannot be used with --config.model.attention_softcap=50.0",
         ),
-        ("gpu", {"model.window": 128}, {}, "cudnn", "the one for gpu"),
+        ("gpu", ONE_TEXT | {"model.window": 128}, {}, "cudnn", "the one for gpu"),
+        ("gpu", {"data.sequence_length": 960}, {}, "triton", "960 tokens, not a multiple of 128"),
+        ("gpu", {"data.sequence_length": 1000}, {}, "xla", "1000 tokens, not a multiple of 64"),
     ],
 )
 def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes, kernel, why):
     found = choice(platform, values, **sizes)
+    assert found.kernel == kernel
+    assert re.search(why, found.why), found.why
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "kernel", "why"),
+    [
+        ("8.0", ONE_TEXT, "cudnn", "the one for gpu"),
+        ("8.0", {}, "triton", r"tokamax cannot be used with GPUs of compute capability 8\.0"),
+        ("8.0", ONE_TEXT | WIDE, "triton", "cudnn .*head_dim=256 .a multiple of 8 up to 128"),
+        ("9.0", ONE_TEXT | WIDE, "cudnn", "the one for gpu"),
+        ("9.0", WIDE | GEMMA, "tokamax", "cudnn cannot .*softcap"),
+        ("9.0", {"model.attention": "cudnn"}, "cudnn", "as configured"),
+        ("10.0", ONE_TEXT | WIDE, "triton", "cudnn .*up to 128"),
+        ("10.0", {}, "triton", r"capability 10\.0"),
+        ("9.0", {"model.attention_dropout": 0.1}, "xla", "triton cannot .*dropout=0.1"),
+    ],
+)
+def test_gpus_have_different_kernels(capability, values, kernel, why):
+    found = choice("gpu", values, capability=capability)
     assert found.kernel == kernel
     assert re.search(why, found.why), found.why
 
@@ -106,7 +131,8 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
     [
         ("cpu", {"model.attention": "splash"}, {}, "splash cannot be used with cpu devices"),
         ("tpu", {"model.attention": "cudnn"}, {}, "cudnn cannot be used with tpu devices"),
-        ("gpu", {"model.attention": "cudnn", "model.head_dim": 256}, {}, "head_dim=256"),
+        ("gpu", {"model.attention": "cudnn", "model.head_dim": 512}, {}, "head_dim=512"),
+        ("gpu", {"model.attention": "triton", **ALIBI}, {}, "triton cannot .*positions=alibi"),
         ("tpu", {"model.attention": "splash", "data.sequence_length": 1000}, {}, "1000 tokens"),
         ("tpu", {"model.attention": "splash"}, {"context": 8}, "not a multiple of 2048"),
         ("cpu", {"model.attention": "tiled"}, {"context": 2}, "tiled cannot .*context=2"),

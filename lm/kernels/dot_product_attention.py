@@ -1,7 +1,8 @@
-"""Dot-product attention: the mask of any kernel, attention with all scores, and NVIDIA's kernel.
+"""Dot-product attention: the mask of any kernel, and attention with all scores.
 
 `tiled_attention` is faster on CPUs, `blockwise_attention` has tiles with O(L) memory,
-`splash_attention` is the Pallas kernel for TPUs, and `ring_attention` computes across devices.
+`splash_attention` is the Pallas kernel for TPUs, `gpu_attention` has those for GPUs, and
+`ring_attention` computes across devices.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, R = H/G, K head dim.
 """
@@ -24,7 +25,8 @@ class AttentionMask:
     """Description of which keys each query attends to.
 
     Query i stands at key position `offset` + i. A query attends to keys of its own segment and, if
-    causal, to none after itself.
+    causal, to none after itself. The tokens of a segment are neighbors, its prefix comes first; so
+    every query attends to a range of keys (`mask_ranges`).
 
     Attributes:
         causal: mask keys after the query.
@@ -125,35 +127,3 @@ def attention(
         preferred_element_type=jnp.float32,
     )
     return out_BLGRK.reshape(B, L, H, K).astype(q_BLHK.dtype)
-
-
-def cudnn_attention(
-    q_BLHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    mask: AttentionMask,
-    scale: float,
-) -> jax.Array:
-    """Call NVIDIA's fused kernel, which has a flag for causal masks and takes others as arrays.
-
-    Args:
-        q_BLHK: queries.
-        k_BSGK: keys.
-        v_BSGK: values.
-        mask: which keys each query attends to.
-        scale: factor of the scores.
-    """
-    only_causal = mask.causal and mask.segments_BL is None
-    only_causal &= mask.prefix_BS is None and not mask.window
-    mask_BLS = None
-    if not only_causal:
-        mask_BLS = mask.materialize(q_BLHK.shape[1], k_BSGK.shape[1])
-    return jax.nn.dot_product_attention(
-        q_BLHK,
-        k_BSGK,
-        v_BSGK,
-        mask=None if mask_BLS is None else mask_BLS[:, None],
-        scale=scale,
-        is_causal=only_causal,
-        implementation="cudnn",
-    )

@@ -253,9 +253,10 @@ def attend(
 
 # --- choice of the kernel
 
-BEST_ON = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn"}
+# The best first.
+FUSED_ON = {"cpu": ("tiled",), "tpu": ("splash",), "gpu": ("cudnn", "tokamax", "triton")}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
-PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
+PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu", "triton": "gpu"}
 
 
 @dataclass(frozen=True)
@@ -274,48 +275,44 @@ class AttentionChoice:
 
 
 def choose_attention(
-    config: ConfigDict, platform: str, sizes: Mapping[str, int]
+    config: ConfigDict, platform: str, sizes: Mapping[str, int], capability: str = ""
 ) -> AttentionChoice:
     """Choose the attention kernel.
 
-    "auto" takes the platform's own kernel if that can run, else "xla"; and ring attention if the
-    kernel supports it.
+    "auto" takes the first of the platform's own kernels that can run, else "xla"; and ring
+    attention if the kernel supports it.
 
     Args:
         config: valid configuration with its defaults filled in.
         platform: "cpu", "tpu" or "gpu".
         sizes: sizes of all mesh axes.
+        capability: compute capability of a GPU; "": unknown.
 
     Raises:
         UserError: no kernel that the configuration allows can run.
     """
     platform = CALLED.get(platform, platform)
     named, across = config.model.attention, config.parallel.context_attention
-    kernels = (BEST_ON[platform], "xla") if named == "auto" else (named,)
+    kernels = (*FUSED_ON[platform], "xla") if named == "auto" else (named,)
     ways = ("ring", "gather") if across == "auto" else (across,)
-    ways = ways if sizes["context"] > 1 else ("",)
+    ways = ways if (context := sizes["context"]) > 1 else ("",)
     problems: list[str] = []
     for kernel in kernels:
         for way in ways:
-            problem = next(_problems(kernel, way, config, platform, sizes), "")
+            problem = next(_problems(kernel, way, config, platform, context, capability), "")
             if not problem:
-                return AttentionChoice(kernel, way, _why(named, kernel, platform, problems))
+                best = kernel == kernels[0]
+                why = f"the one for {platform}" if best else "; ".join(problems)
+                return AttentionChoice(kernel, way, why if named == "auto" else "as configured")
             problems.append(f"{kernel} cannot be used with {problem}")
     raise UserError(f"--config.model.attention={problems[-1]}: use auto, or change that")
 
 
-def _why(named: str, kernel: str, platform: str, problems: list[str]) -> str:
-    if named != "auto":
-        return "as configured"
-    best = BEST_ON[platform]
-    return f"the one for {platform}" if kernel == best else problems[0]
-
-
 def _problems(
-    kernel: str, across: str, config: ConfigDict, platform: str, sizes: Mapping[str, int]
+    kernel: str, across: str, config: ConfigDict, platform: str, context: int, capability: str
 ) -> Iterator[str]:
     """Yield the settings that keep a kernel from running, as the end of "cannot be used with"."""
-    model, context = config.model, sizes["context"]
+    model = config.model
     if model.family not in TRANSFORMERS:
         if kernel != "xla":
             yield f"--config.model.family={model.family}"
@@ -326,10 +323,10 @@ def _problems(
         yield f"--config.parallel.mesh.context={context}"
     if kernel == "tiled" and (problem := tiled_attention_problem(config)):
         yield problem
-    if kernel in ("blockwise", "cudnn", "splash") or across == "ring":
+    if kernel not in ("xla", "tiled") or across == "ring":
         from lm.models.sharded_attention import kernel_problems
 
-        yield from kernel_problems(kernel, across == "ring", config, context)
+        yield from kernel_problems(kernel, across == "ring", config, context, capability)
 
 
 # --- rotary position embeddings

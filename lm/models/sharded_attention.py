@@ -9,7 +9,7 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import lcm
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from lm.config.registries import OBJECTIVES
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.blockwise_attention import BlockwiseTiles, blockwise_attention, count_tiles
-from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention, cudnn_attention
+from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.ring_attention import from_zigzag, keys_before, ring_attention, to_zigzag
 from lm.kernels.splash_attention import (
     LANES,
@@ -132,9 +132,18 @@ def _by_rows_and_heads(
         own_mask = replace(
             mask, segments_BL=segments, key_segments_BS=key_segments, prefix_BS=prefix
         )
+        inputs = (q, k, v, own_mask, scale)
+        if kernel == "blockwise":
+            return blockwise_attention(*inputs, softcap)
+        if kernel == "triton":
+            from lm.kernels.triton_attention import triton_attention
+
+            return triton_attention(*inputs, softcap)
+        from lm.kernels.gpu_attention import cudnn_attention, tokamax_attention
+
         if kernel == "cudnn":
-            return cudnn_attention(q, k, v, own_mask, scale)
-        return blockwise_attention(q, k, v, own_mask, scale, softcap)
+            return cudnn_attention(*inputs)
+        return tokamax_attention(*inputs, softcap)
 
     # Where the length is sharded, the keys are those of another sequence.
     rows, keys = (activation_sharding("batch", name).spec for name in ("length", "keys"))
@@ -260,21 +269,27 @@ def _shard_mapped(
 
 # --- validation
 
-CUDNN_WIDEST_HEAD = 128
+GPU_KERNELS = ("cudnn", "tokamax", "triton")
 
 
-def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -> Iterator[str]:
+def kernel_problems(
+    kernel: str, ring: bool, config: ConfigDict, context: int, capability: str = ""
+) -> Iterator[str]:
     """Yield the settings that keep a kernel, or the ring, from running.
 
     Args:
-        kernel: "blockwise", "cudnn", "splash", or any kernel with the ring.
+        kernel: "blockwise", "cudnn", "splash", "tokamax", "triton", or any with the ring.
         ring: keys and values are passed on in a ring.
         config: valid configuration with its defaults filled in.
         context: parts of the sequence.
+        capability: compute capability of a GPU; "": unknown.
     """
     model, objective = config.model, OBJECTIVES[config.objective.name]
-    if context > 1 and kernel in ("blockwise", "cudnn") and not ring:
+    of_gpu = kernel in GPU_KERNELS
+    if context > 1 and (of_gpu or kernel == "blockwise") and not ring:
         yield "--config.parallel.context_attention=gather"
+    if ring and kernel in ("tokamax", "triton"):
+        yield "--config.parallel.context_attention=ring"
     if ring and kernel == "cudnn":
         if model.window:
             yield _ring_or(ring, f"--config.model.window={model.window}")
@@ -290,18 +305,47 @@ def kernel_problems(kernel: str, ring: bool, config: ConfigDict, context: int) -
         yield f"--config.objective.name={config.objective.name}"
     if objective.has_prefix and ring and model.window:
         yield _ring_or(ring, f"--config.model.window={model.window}")
-    if kernel == "cudnn":
-        if model.dtype != "bfloat16":
-            yield f"--config.model.dtype={model.dtype}"
-        if model.head_dim % 8 or model.head_dim > CUDNN_WIDEST_HEAD:
-            yield f"--config.model.head_dim={model.head_dim} (a multiple of 8 up to 128)"
-    for name, length in objective.attention_lengths(config).items():
+    lengths = objective.attention_lengths(config)
+    if of_gpu:
+        yield from _gpu_problems(kernel, ring, config, lengths, capability)
+    for name, length in lengths.items():
         if ring and length % (2 * context):
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
         if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
             yield f"{name}: {length} tokens, not a multiple of {parts}"
         if kernel == "blockwise" and not count_tiles(length // context):
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"
+
+
+def _gpu_problems(
+    kernel: str, ring: bool, config: ConfigDict, lengths: Mapping[str, int], capability: str
+) -> Iterator[str]:
+    """Yield what keeps a kernel from running on a GPU, or cuDNN from being the best there."""
+    from lm.kernels.gpu_attention import TILE, gpu_library_problems
+    from lm.kernels.triton_attention import SHORTEST_TILE, WIDEST_HEAD
+
+    model = config.model
+    if model.dtype != "bfloat16":
+        yield f"--config.model.dtype={model.dtype}"
+    if kernel == "triton":
+        if model.head_dim > WIDEST_HEAD:
+            yield f"--config.model.head_dim={model.head_dim} (up to {WIDEST_HEAD})"
+    else:
+        yield from gpu_library_problems(kernel, model.head_dim, capability)
+    if kernel == "cudnn":
+        # Named, it gets them as an array of all pairs; in a ring as lengths.
+        if model.attention == "auto" and not ring and _has_segments(config):
+            yield "several texts or padding in a row"
+        return
+    tile = TILE if kernel == "tokamax" else 4 * SHORTEST_TILE
+    for name, length in lengths.items():
+        if length % tile:
+            yield f"{name}: {length} tokens, not a multiple of {tile}"
+
+
+def _has_segments(config: ConfigDict) -> bool:
+    """Return whether rows have several segments or padding: all but plain language models' do."""
+    return config.objective.name != "causal" or config.data.isolate_documents
 
 
 def _ring_or(ring: bool, problem: str) -> str:

@@ -16,6 +16,7 @@ import jax
 from jax.stages import Lowered
 
 from lm.experiment import Experiment
+from lm.tools.planning.described_gpu import kernels_for
 from lm.tools.planning.hlo import FREE, Instruction, Module, Shape, parse_hlo
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -75,7 +76,8 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 def lower(experiment: Experiment) -> Lowered:
     """Lower one dispatch of training for the devices of the experiment."""
-    return experiment.train_steps.lower(experiment.state_shapes, batch_shapes(experiment))
+    with kernels_for(experiment.mesh.devices.flat[0]):
+        return experiment.train_steps.lower(experiment.state_shapes, batch_shapes(experiment))
 
 
 def compile_step(experiment: Experiment) -> Program | OutOfMemory:
@@ -168,6 +170,7 @@ def _shape_text(shape: Shape) -> str:
 def _operation(instruction: Instruction) -> str:
     """Return the name of the operation in the model, or of an argument, without JAX's scopes."""
     name = re.sub(r"\[\\?'([^'\\]*)\\?'\]", r"/\1", instruction.op_name)
+    name = re.sub(r"tokamax:\{.*\}(?=/|$)", "tokamax", name)
     name = re.sub(r"^args\[(\d)\]", lambda found: ("state", "batch")[int(found[1])], name)
     scopes = [
         scope

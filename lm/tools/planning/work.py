@@ -128,17 +128,25 @@ def _matrix_library(computation: Computation, call: Instruction) -> int:
 
 def is_attention(call: Instruction) -> bool:
     """Return whether a custom call is a fused attention kernel."""
-    return bool(re.search(r"fmha|splash|flash|attention", call.target + call.name))
+    names = call.target + call.name
+    return bool(re.search(r"fmha|splash|flash|attention", names) or _stated_pairs(call))
+
+
+def _stated_pairs(call: Instruction) -> int | None:
+    """Return the pairs of query and key of a row and head, if the model's scope states them."""
+    found = re.search(r"attention_pairs_(\d+)", call.op_name)
+    is_kernel = re.search("fmha|mosaic_gpu|triton", call.target)
+    return int(found.group(1)) if found and is_kernel else None
 
 
 def _attention(computation: Computation, call: Instruction) -> int:
     """Return the FLOPs of a fused attention kernel.
 
     Queries and keys are [B, H, L, K] or [B, L, H, K]; without B for a single row. The forward pass
-    has two products, the backward pass five: the scores again and four gradients. Splash computes
-    the scores and the gradient of the weights in both of its backward kernels (dq: 3 products,
-    dkv: 4), unless one computes all gradients (dkv; that of the queries has a part for each block
-    of keys).
+    has two products, the backward pass five: the scores again and four gradients. Splash and the
+    kernels of Pallas for GPUs compute the scores and the gradient of the weights in each of two
+    backward kernels (dq: 3 products, dkv: 4), unless one of splash computes all gradients (dkv;
+    that of the queries has a part for each block of keys).
     """
     name = call.target + call.name
     operands = [operand.shapes[0] for operand in computation.operands(call)]
@@ -147,7 +155,12 @@ def _attention(computation: Computation, call: Instruction) -> int:
     # The longer one of these dimensions is the sequence, in every model worth planning.
     sequence = -2 if queries[-2] >= queries[-3] else -3
     length, n_keys = queries[sequence], keys[sequence]
-    products = 2
+    products, n_pairs = 2, length * n_keys // 2
+    stated = _stated_pairs(call)
+    if stated and "fmha" not in name:
+        products = _products_of_pallas(call, operands)
+        n_pairs = _pairs_of_pallas(call, stated, products, length * n_keys)
+        return 2 * products * prod(queries) // length * n_pairs
     if "dkv" in name:
         products = 5 if any(len(s.dims) > len(queries) for s in call.shapes) else 4
     elif "dq" in name:
@@ -156,11 +169,29 @@ def _attention(computation: Computation, call: Instruction) -> int:
         products = 5
     if "splash" in name:
         n_pairs = _splash_pairs(name, operands, length, n_keys)
-    else:
-        masked = re.search(r'"mask_type":"(\w+)"', call.attributes)
-        everything = masked and "CAUSAL" not in masked.group(1)
-        n_pairs = length * n_keys // (1 if everything else 2)
+    elif stated:
+        n_pairs = stated
+    elif masked := re.search(r'"mask_type":"(\w+)"', call.attributes):
+        n_pairs = length * n_keys // (2 if "CAUSAL" in masked.group(1) else 1)
     return 2 * products * prod(queries) // length * n_pairs
+
+
+def _products_of_pallas(call: Instruction, operands: list[Shape]) -> int:
+    """Return the products of a kernel of Pallas for GPUs, which gets q, k, v, and backward more."""
+    if sum("f" in shape.dtype for shape in operands) == 3:
+        return 2
+    return {1: 3, 2: 4}.get(len(call.shapes), 5)
+
+
+def _pairs_of_pallas(call: Instruction, stated: int, products: int, n_pairs: int) -> int:
+    """Return the pairs that a kernel computes, of those that the mask has.
+
+    Tokamax 0.0.12 skips no tiles in the backward pass but those that are masked on Hopper because
+    the mask is causal; on Blackwell, where one kernel has all five products, none.
+    """
+    if "mosaic" not in call.target or products == 2 or stated == n_pairs:
+        return stated
+    return n_pairs if products == 5 else n_pairs // 2
 
 
 def _splash_pairs(name: str, operands: list[Shape], length: int, n_keys: int) -> int:
@@ -256,9 +287,10 @@ def _numbers(text: str, pattern: str) -> tuple[int, ...]:
 
 
 def attention_kernel(module: Module) -> str:
-    """Return the attention kernel of a program: "splash", "cudnn" or "flash", else "xla"."""
+    """Return the attention kernel of a program: "splash", "cudnn" …, else "xla"."""
     for _, call, _ in module.executions():
         if call.opcode == "custom-call" and is_attention(call):
             name = call.target + call.name
-            return "cudnn" if "fmha" in name else "splash" if "splash" in name else "flash"
+            known = {"fmha": "cudnn", "splash": "splash", "mosaic": "tokamax", "triton": "triton"}
+            return next((kernel for part, kernel in known.items() if part in name), "flash")
     return "xla"

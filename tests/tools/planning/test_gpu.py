@@ -56,5 +56,31 @@ def test_other_gpus_compile(kind):
     assert plan_on(f"{kind}:1x2", model__n_layers=1).fits
 
 
-def test_attention_is_cudnns():
-    assert plan_on("h100:1x2").attention_kernel == "cudnn"
+LONG = {"data__sequence_length": 2048, "data__batch_size": 2, "model__n_layers": 1}
+ONE_TEXT = {"data__isolate_documents": False}
+GEMMA = {"model__window": 512, "model__attention_softcap": 50.0}
+
+
+def test_packed_documents_cost_what_one_text_a_row_does():
+    packed, one = (plan_on("h100:1x2", **LONG, **values) for values in ({}, ONE_TEXT))
+    assert (packed.attention_kernel, one.attention_kernel) == ("tokamax", "cudnn")
+    assert not [name for _, name in packed.largest if name.count("2048") > 1]
+    assert packed.memory.needed <= 1.05 * one.memory.needed
+    extra = 2 * 4 * 2048 * 2048 // 2 * 64 * 2  # two of nine products more, 4 heads of 64 numbers
+    assert packed.compiled_flops - one.compiled_flops == extra
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kernel"),
+    [
+        ("h100:1x2", ONE_TEXT | {"model__window": 512}, "cudnn"),
+        ("h100:1x2", ONE_TEXT | {"model__head_dim": 256}, "cudnn"),
+        ("h100:1x2", GEMMA | {"model__head_dim": 256, "model__global_every": 2}, "tokamax"),
+        ("a100:1x2", {"model__window": 512}, "triton"),
+        ("b200:1x2", GEMMA | {"model__head_dim": 256}, "triton"),
+    ],
+)
+def test_windows_softcaps_and_wide_heads_are_fused(name, values, kernel):
+    plan = plan_on(name, **(LONG | {"model__n_layers": 2} | values))
+    assert plan.attention_kernel == kernel
+    assert not [name for _, name in plan.largest if name.count("2048") > 1]

@@ -85,6 +85,31 @@ def test_cudnn_says_whether_its_attention_is_causal(mask, part):
     assert done == 2 * 2 * (64 * 64 // part) * 8 * 2
 
 
+def stated(pairs):
+    return f', metadata={{op_name="jit(f)/attention_pairs_{pairs}/call"}}'
+
+
+HALF, BAND, ALL = 64 * 64 // 2, 700, 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("target", "operands", "pairs", "expected"),
+    [
+        ("__cudnn$fmhaSoftmax", "%q, %k, %k", BAND, 2 * BAND),
+        ("__cudnn$fmhaSoftmaxBackward", "%q, %k, %k, %q, %q", BAND, 5 * BAND),
+        ("mosaic_gpu_v2", "%q, %k, %k, %s", BAND, 2 * BAND),
+        # The backward pass skips only what a causal mask does: here dq's three products.
+        ("mosaic_gpu_v2", "%q, %k, %k, %q, %q, %s", BAND, 3 * HALF),
+        ("mosaic_gpu_v2", "%q, %k, %k, %q, %q, %s", ALL, 3 * ALL),
+        ("__gpu$xla.gpu.triton", "%s, %q, %k, %k", BAND, 2 * BAND),
+        ("__gpu$xla.gpu.triton", "%s, %q, %k, %k, %q, %q", BAND, 3 * BAND),
+    ],
+)
+def test_kernels_for_gpus_do_the_pairs_that_the_model_states(target, operands, pairs, expected):
+    done = kernel_flops("2,64,8", "call", operands, target=target, config=stated(pairs))
+    assert done == expected * 2 * 8 * 2
+
+
 CONVOLUTION = """
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> f32[{out}] {{
   %a = bf16[{lhs}]{{0}} parameter(0)

@@ -1,0 +1,309 @@
+"""Check of this machine's GPU: kernels against plain attention, and speed beside what was planned.
+
+    python scripts/check_gpu.py [--output check_gpu.json] [--minutes 8] [--dry-run]
+
+On the first GPU, in at most `--minutes`: values and gradients of each attention kernel that the GPU
+has, and their time; training steps of GPT-2 1558m, Llama 3.2 1B with packed documents and a
+mixture of experts, each beside the bound that `lm plan` computes from the same compiled program;
+decoding.
+One line a check is printed, and all figures are in the output. Parts that the time does not suffice
+for are named there. The exit code is 1 if a kernel is wrong or a part fails, and 2 without a GPU.
+
+With --dry-run the same code runs on this machine's CPU with tiny shapes, and the kernel that can be
+interpreted there; the times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import load_config, set_value
+from lm.decoding.controls import Controls
+from lm.decoding.sampling import Sampling, sample_steps
+from lm.experiment import Experiment, build
+from lm.hardware import CHIPS, Chip, chip_name
+from lm.kernels.dot_product_attention import AttentionMask, attention
+from lm.kernels.gpu_attention import (
+    cudnn_attention,
+    cudnn_takes_arrays,
+    gpu_library_problems,
+    tokamax_attention,
+)
+from lm.kernels.mask_ranges import most_pairs
+from lm.kernels.triton_attention import triton_attention
+from lm.tools.planning.plan import plan_of
+from lm.tools.planning.program import batch_shapes, lower, program_of
+from lm.tools.planning.topologies import Topology
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+# Of values and gradients, relative to the largest number of the plain kernel in float32.
+TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
+
+
+class Size(NamedTuple):
+    """Shapes of the checks: of attention rows, length, heads, key heads; then what is trained."""
+
+    attention: tuple[int, int, int, int]
+    head_dims: tuple[int, ...]
+    training: dict[str, tuple[str, dict[str, Any]]]
+    decoding: tuple[str, dict[str, Any], int, int, int]
+
+
+MIXTURE = {"model.n_layers": 4, "data.sequence_length": 4096, "data.batch_size": 2}
+FULL = Size(
+    (2, 2048, 16, 4),
+    (64, 128, 256),
+    {
+        "GPT-2 1558m": ("gpt2.py:1558m", {"data.batch_size": 8, "train.microbatches": 1}),
+        "Llama 3.2 1B, packed documents": (
+            "llama.py:3.2-1b",
+            {"data.batch_size": 4, "data.sequence_length": 4096, "train.microbatches": 1},
+        ),
+        "Mixtral's experts, 4 layers of 1024": (
+            "mixtral.py:8x7b",
+            MIXTURE
+            | {"model.d_model": 1024, "model.n_heads": 8, "model.n_kv_heads": 2}
+            | {"model.d_ff": 3584, "train.microbatches": 1},
+        ),
+    },
+    ("gpt2.py:124m", {"data.sequence_length": 1024}, 8, 512, 64),
+)
+SMALL = {"data.sequence_length": 128, "data.batch_size": 2, "model.vocab_size": 256}
+TINY = Size(
+    (1, 32, 2, 1),
+    (16,),
+    {
+        name: (config, SMALL)
+        for name, config in {
+            "Llama tiny": "llama.py:tiny",
+            "Mixtral tiny": "mixtral.py:tiny",
+        }.items()
+    },
+    ("llama.py:tiny", SMALL, 2, 16, 4),
+)
+
+
+def masks(rows: int, length: int) -> Iterator[tuple[str, AttentionMask, float]]:
+    """Yield masks by name, with the soft-cap of their scores."""
+    segments = np.sort(np.random.default_rng(0).integers(1, 9, (rows, length)), 1)
+    documents = jnp.asarray(segments, jnp.int32)
+    yield "causal", AttentionMask(True), 0.0
+    yield "window", AttentionMask(True, window=length // 4), 0.0
+    yield "packed", AttentionMask(True, documents), 0.0
+    yield "packed, window, soft-cap", AttentionMask(True, documents, window=length // 4), 50.0
+    yield "full, padded", AttentionMask(False, jnp.where(documents == 8, 0, documents)), 0.0
+
+
+def check_kernels(size: Size, dry: bool) -> Iterator[dict[str, Any]]:
+    """Yield the error and time of every kernel with every mask, forward and backward."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    kernels: dict[str, Callable] = {"triton": partial(triton_attention, interpret=dry)}
+    if not dry:
+        kernels |= {"cudnn": cudnn_attention, "tokamax": tokamax_attention}
+    rows, length, heads, groups = size.attention
+    for head_dim in size.head_dims:
+        shapes = [(rows, length, n, head_dim) for n in (heads, groups, groups, heads)]
+        dtype = "float32" if dry else "bfloat16"
+        keys = jax.random.split(jax.random.key(0), 4)
+        inputs = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+        for name, kernel in kernels.items():
+            for of_mask, mask, softcap in masks(rows, length):
+                row = {"kernel": name, "mask": of_mask, "head_dim": head_dim}
+                problem = next(
+                    gpu_library_problems(name, head_dim, capability)
+                    if name != "triton"
+                    else iter(()),
+                    "",
+                )
+                if name == "cudnn" and (softcap or cudnn_takes_arrays(mask)):
+                    problem = "this mask or soft-cap"
+                if problem:
+                    yield row | {"skipped": f"not with {problem}"}
+                    continue
+                more = {} if name == "cudnn" else {"softcap": softcap}
+                scale = head_dim**-0.5
+                found, seconds = _timed(
+                    partial(kernel, mask=mask, scale=scale, **more), inputs, dry
+                )
+                wide = [x.astype(jnp.float32) for x in inputs]
+                plain = partial(attention, mask=mask, scale=scale, softcap=softcap)
+                with jax.default_matmul_precision("highest"):
+                    expected, _ = _timed(plain, wide, True)
+                worst = max(map(_error, found, expected))
+                pairs = most_pairs(mask, length, length)
+                flops = 2 * 7 * rows * heads * head_dim * pairs  # of cuDNN: 2 and 5 products
+                yield row | {
+                    "error": worst,
+                    "ok": worst < TOLERANCE[dtype],
+                    "ms": 1e3 * seconds,
+                    "tflop/s": flops / seconds / 1e12,
+                }
+
+
+def _timed(attend: Callable, inputs: list[jax.Array], once: bool) -> tuple[list[jax.Array], float]:
+    """Return the output and gradients, and the median time of both passes."""
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
+        out, back = jax.vjp(attend, q, k, v)
+        return [out, *back(g)]
+
+    found = jax.block_until_ready(run(*inputs))
+    return found, _median(lambda: jax.block_until_ready(run(*inputs)), 1 if once else 10)
+
+
+def _median(run: Callable[[], Any], n: int) -> float:
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _error(found: jax.Array, expected: jax.Array) -> float:
+    difference = jnp.abs(found.astype(jnp.float32) - expected).max()
+    return float(difference / jnp.abs(expected).max())
+
+
+def built(file: str, values: dict[str, Any]) -> Experiment:
+    """Return the experiment of a configuration file on the first device."""
+    config = load_config(str(EXPERIMENTS / file), {})
+    for path, value in values.items():
+        set_value(config, path, value)
+    return build(config, jax.devices()[:1])
+
+
+def check_training(file: str, values: dict[str, Any], n: int) -> dict[str, Any]:
+    """Return the time of a step and what was planned for the same program."""
+    experiment = built(file, values)
+    device = jax.devices()[0]
+    chip = CHIPS.get(chip_name(device.device_kind) or "", Chip(None))
+    start = time.monotonic()
+    compiled = lower(experiment).compile()
+    program = program_of(compiled, experiment, time.monotonic() - start)
+    plan = plan_of(experiment, program, Topology(device.device_kind, chip, (1, 1), [device]))
+    state, batch = experiment.init_state(), _batch(experiment)
+    state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "attention": experiment.attention.kernel,
+        "why": experiment.attention.why,
+        "ms": 1e3 * seconds,
+        "tokens/s": plan.tokens / seconds,
+        "mfu": plan.model_flops / seconds / plan.peak_flops if plan.peak_flops else None,
+        "peak_bytes": used,
+        "loss_is_finite": all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(metrics)),
+        "planned": {
+            "ms": 1e3 * plan.time.bound if plan.time else None,
+            "mfu": plan.mfu,
+            "bottleneck": plan.bottleneck,
+            "bytes": plan.memory.needed,
+            "compile_seconds": plan.compile_seconds,
+        },
+    }
+
+
+def _batch(experiment: Experiment) -> dict[str, jax.Array]:
+    """Return a batch of random tokens in eight documents a row."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, shape in batch_shapes(experiment).items():
+        x = np.ones(shape.shape, shape.dtype)
+        if name in ("inputs", "targets"):
+            x = rng.integers(0, experiment.config.model.vocab_size, shape.shape)
+        elif name == "segment_ids":
+            x = np.sort(rng.integers(1, 9, shape.shape))
+        elif name == "positions":
+            x = np.broadcast_to(np.arange(shape.shape[-1]) % (shape.shape[-1] // 8), shape.shape)
+        made[name] = x.astype(shape.dtype)
+    return jax.device_put(made, experiment.batch_sharding)
+
+
+def check_decoding(
+    file: str, values: dict[str, Any], rows: int, cached: int, steps: int
+) -> dict[str, Any]:
+    """Return the tokens a second of greedy decoding."""
+    experiment = built(file, values)
+    params, n_ids = experiment.init_state().params, experiment.config.model.vocab_size
+    prompts = np.random.default_rng(0).integers(0, n_ids, (rows, cached)).tolist()
+    arguments = (experiment.model, params, prompts, steps, Sampling(0.0), 0, Controls())
+    for _ in sample_steps(*arguments):  # compiles
+        pass
+    start = time.perf_counter()
+    n = sum(1 for _ in sample_steps(*arguments))
+    return {"rows": rows, "prompt": cached, "tokens/s": rows * n / (time.perf_counter() - start)}
+
+
+def parts(size: Size, dry: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the checks by name, the most important first."""
+    for name, (file, values) in size.training.items():
+        yield f"training: {name}", partial(check_training, file, values, 2 if dry else 10)
+    yield "decoding", partial(check_decoding, *size.decoding)
+    yield "kernels", lambda: list(check_kernels(size, dry))
+
+
+def text(result: Any) -> str:
+    """Format a result as words; nested ones in brackets."""
+    if isinstance(result, dict):
+        return ", ".join(
+            f"{key} ({text(x)})" if isinstance(x, dict) else f"{key} {text(x)}"
+            for key, x in result.items()
+            if x is not None
+        )
+    return f"{result:,.4g}" if isinstance(result, float) else str(result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="check_gpu.json")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    if args.dry_run:
+        jax.config.update("jax_platforms", "cpu")
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not args.dry_run:
+        print("error: no GPU in this machine (JAX's CUDA plugin: pip install 'lm-jax[cuda12]')")
+        return 2
+    found: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
+    failed, end = False, time.monotonic() + 60 * args.minutes
+    for name, run in parts(TINY if args.dry_run else FULL, args.dry_run):
+        if time.monotonic() > end:
+            found[name] = {"skipped": "no time left"}
+            continue
+        try:
+            found[name] = run()
+        except Exception:  # the other parts' figures are wanted too
+            found[name], failed = {"error": traceback.format_exc()}, True
+        for row in found[name] if isinstance(found[name], list) else [found[name]]:
+            failed |= not row.get("ok", True)
+            print(f"{name}: {text(row)}", flush=True)
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
