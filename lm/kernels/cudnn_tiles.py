@@ -121,7 +121,8 @@ class CudnnTiles:
         if odd or 2 * half <= LONGEST_SQUARE:
             return _gradients(q_BHLK, k_BGSK, v_BGSK, *of_queries, mask_BLS=_square_mask(*ids))
         arrays = *halves((q_BHLK, k_BGSK, v_BGSK, ids)), True, *halves(of_queries)
-        dq, dk, dv = join_halves(self.backward(*arrays))
+        squares = join_halves(self.backward(*arrays))
+        dq, dk, dv = (x.astype(jnp.float32) for x in squares)
         early, late = slice(0, half), slice(half, None)
         added = self.backward(
             q_BHLK[:, :, late],

@@ -189,7 +189,8 @@ class SplashTiles:
             return self._by_keys(*own, ids, *of_queries)
         # Two squares on the diagonal, and the square of late queries and early keys.
         q, k, v, of_squares, *rest = halves((*own, ids, *of_queries))
-        dq, dk, dv = join_halves(self.backward(q, k, v, of_squares, True, *rest))
+        squares = join_halves(self.backward(q, k, v, of_squares, True, *rest))
+        dq, dk, dv = (x.astype(jnp.float32) for x in squares)
         late, early = slice(half, None), slice(0, half)
         added = self.backward(
             q_BHLK[:, :, late],
