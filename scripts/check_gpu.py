@@ -107,51 +107,51 @@ def masks(rows: int, length: int) -> Iterator[tuple[str, AttentionMask, float]]:
     yield "full, padded", AttentionMask(False, jnp.where(documents == 8, 0, documents)), 0.0
 
 
-def check_kernels(size: Size, dry: bool) -> Iterator[dict[str, Any]]:
+def check_kernels(size: Size, dry: bool, end: float) -> Iterator[dict[str, Any]]:
     """Yield the error and time of every kernel with every mask, forward and backward."""
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "")
     kernels: dict[str, Callable] = {"triton": partial(triton_attention, interpret=dry)}
     if not dry:
-        kernels |= {"cudnn": cudnn_attention, "tokamax": tokamax_attention}
+        kernels = {"cudnn": cudnn_attention, "tokamax": tokamax_attention} | kernels
     rows, length, heads, groups = size.attention
+    dtype = "float32" if dry else "bfloat16"
     for head_dim in size.head_dims:
         shapes = [(rows, length, n, head_dim) for n in (heads, groups, groups, heads)]
-        dtype = "float32" if dry else "bfloat16"
         keys = jax.random.split(jax.random.key(0), 4)
         inputs = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
-        for name, kernel in kernels.items():
-            for of_mask, mask, softcap in masks(rows, length):
+        wide = [x.astype(jnp.float32) for x in inputs]
+        for of_mask, mask, softcap in masks(rows, length):
+            if time.monotonic() > end:
+                yield {"mask": of_mask, "head_dim": head_dim, "skipped": "no time left"}
+                continue
+            how = {"mask": mask, "scale": head_dim**-0.5}
+            with jax.default_matmul_precision("highest"):
+                expected, _ = _timed(partial(attention, softcap=softcap, **how), wide, True)
+            for name, kernel in kernels.items():
                 row = {"kernel": name, "mask": of_mask, "head_dim": head_dim}
-                problem = next(
-                    gpu_library_problems(name, head_dim, capability)
-                    if name != "triton"
-                    else iter(()),
-                    "",
-                )
-                if name == "cudnn" and (softcap or cudnn_takes_arrays(mask)):
-                    problem = "this mask or soft-cap"
-                if problem:
+                if problem := _problem(name, mask, softcap, head_dim):
                     yield row | {"skipped": f"not with {problem}"}
                     continue
                 more = {} if name == "cudnn" else {"softcap": softcap}
-                scale = head_dim**-0.5
-                found, seconds = _timed(
-                    partial(kernel, mask=mask, scale=scale, **more), inputs, dry
-                )
-                wide = [x.astype(jnp.float32) for x in inputs]
-                plain = partial(attention, mask=mask, scale=scale, softcap=softcap)
-                with jax.default_matmul_precision("highest"):
-                    expected, _ = _timed(plain, wide, True)
+                found, seconds = _timed(partial(kernel, **how, **more), inputs, dry)
                 worst = max(map(_error, found, expected))
-                pairs = most_pairs(mask, length, length)
-                flops = 2 * 7 * rows * heads * head_dim * pairs  # of cuDNN: 2 and 5 products
+                # Two products forward, five backward, as cuDNN has.
+                flops = 2 * 7 * rows * heads * head_dim * most_pairs(mask, length, length)
                 yield row | {
                     "error": worst,
                     "ok": worst < TOLERANCE[dtype],
                     "ms": 1e3 * seconds,
                     "tflop/s": flops / seconds / 1e12,
                 }
+
+
+def _problem(kernel: str, mask: AttentionMask, softcap: float, head_dim: int) -> str:
+    """Return why a kernel has no such attention, or ""."""
+    if kernel == "triton":
+        return ""
+    if kernel == "cudnn" and (softcap or cudnn_takes_arrays(mask)):
+        return "this mask or soft-cap"
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return next(gpu_library_problems(kernel, head_dim, capability), "")
 
 
 def _timed(attend: Callable, inputs: list[jax.Array], once: bool) -> tuple[list[jax.Array], float]:
@@ -257,12 +257,12 @@ def check_decoding(
     return {"rows": rows, "prompt": cached, "tokens/s": rows * n / (time.perf_counter() - start)}
 
 
-def parts(size: Size, dry: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+def parts(size: Size, dry: bool, end: float) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the checks by name, the most important first."""
     for name, (file, values) in size.training.items():
         yield f"training: {name}", partial(check_training, file, values, 2 if dry else 10)
     yield "decoding", partial(check_decoding, *size.decoding)
-    yield "kernels", lambda: list(check_kernels(size, dry))
+    yield "kernels", lambda: list(check_kernels(size, dry, end))
 
 
 def text(result: Any) -> str:
@@ -290,7 +290,7 @@ def main() -> int:
         return 2
     found: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
     failed, end = False, time.monotonic() + 60 * args.minutes
-    for name, run in parts(TINY if args.dry_run else FULL, args.dry_run):
+    for name, run in parts(TINY if args.dry_run else FULL, args.dry_run, end):
         if time.monotonic() > end:
             found[name] = {"skipped": "no time left"}
             continue

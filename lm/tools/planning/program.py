@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from lm.experiment import Experiment
 from lm.tools.planning.described_gpu import kernels_for
@@ -94,6 +94,11 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
             raise
         found = read_out_of_memory(str(error), time.monotonic() - start)
         return found if found.largest else replace(found, largest=_dumped_arrays(lowered))
+    return program_of(compiled, experiment, time.monotonic() - start)
+
+
+def program_of(compiled: Compiled, experiment: Experiment, seconds: float) -> Program:
+    """Describe a compiled step of an experiment, which took so many seconds to compile."""
     memory = compiled.memory_analysis()
     assert memory is not None
     on_tpu = experiment.mesh.devices.flat[0].platform == "tpu"
@@ -106,7 +111,7 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
         # libtpu refuses a program by its peak, less than the sum; that of CPUs is too small.
         peak=memory.peak_memory_in_bytes or None if on_tpu else None,
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )
 
 
