@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -282,11 +283,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    if args.dry_run:
-        jax.config.update("jax_platforms", "cpu")
-    device = jax.devices()[0]
-    if device.platform != "gpu" and not args.dry_run:
-        print("error: no GPU in this machine (JAX's CUDA plugin: pip install 'lm-jax[cuda12]')")
+    jax.config.update("jax_platforms", "cpu" if args.dry_run else "cuda")
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+    try:
+        device = jax.devices()[0]
+    except (AssertionError, RuntimeError):  # the former where the plugin finds no driver
+        hint = "JAX's CUDA plugin: pip install 'lm-jax[cuda12]'"
+        print(f"error: no GPU in this machine, or not {hint}", file=sys.stderr)
         return 2
     found: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
     failed, end = False, time.monotonic() + 60 * args.minutes
