@@ -24,7 +24,7 @@ T5 = {
     "objective.name": "span_corruption",
     "model.positions": "relative",
 }
-GEMMA = {"model.window": 128, "model.global_every": 2, "model.attention_softcap": 50.0}
+GEMMA = {"model.window": 512, "model.global_every": 2, "model.attention_softcap": 50.0}
 
 
 def choice(platform, values=None, capability="", **sizes):
@@ -92,6 +92,13 @@ def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes,
         ("8.0", ONE_TEXT | WIDE, "triton", "cudnn .*head_dim=256 .a multiple of 8 up to 128"),
         ("9.0", ONE_TEXT | WIDE, "cudnn", "the one for gpu"),
         ("9.0", WIDE | GEMMA, "tokamax", "cudnn cannot .*softcap"),
+        ("9.0", {"model.window": 512}, "tokamax", "cudnn cannot .*several texts"),
+        (
+            "9.0",
+            {"model.window": 256},
+            "triton",
+            "tokamax cannot .*window=256 .backward it does all",
+        ),
         ("9.0", {"model.attention": "cudnn"}, "cudnn", "as configured"),
         ("10.0", ONE_TEXT | WIDE, "triton", "cudnn .*up to 128"),
         ("10.0", {}, "triton", r"capability 10\.0"),
@@ -143,7 +150,7 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
             "cpu",
             {"parallel.context_attention": "ring", "objective.name": "prefix", **GEMMA},
             {"context": 2},
-            "ring and .*window=128",
+            "ring and .*window=512",
         ),
         (
             "cpu",

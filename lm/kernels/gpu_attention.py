@@ -11,9 +11,9 @@ Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ TILE = 128  # lengths must be multiples of the tile of queries that share a rang
 CUDNN_WIDEST_HEAD = {9: 256}
 CUDNN_WIDEST_HEAD_ELSEWHERE = 128
 HOPPER, TOKAMAX_WIDEST_HEAD = 9, 256
+TOKAMAX = "0.0.12"  # whose operation and mask, which are private, were tried
 
 
 def cudnn_attention(
@@ -138,8 +139,8 @@ def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterato
     """
     major = int(float(capability or HOPPER))
     if kernel == "tokamax":
-        if not importlib.util.find_spec("tokamax"):
-            yield "the packages installed (pip install tokamax==0.0.12)"
+        if (installed := _tokamax_version()) != TOKAMAX:
+            yield f"{installed or 'no'} tokamax (pip install tokamax=={TOKAMAX})"
         if major != HOPPER:
             yield f"GPUs of compute capability {capability}, only with Hopper's, 9.0"
     widest = TOKAMAX_WIDEST_HEAD
@@ -147,3 +148,10 @@ def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterato
         widest = CUDNN_WIDEST_HEAD.get(major, CUDNN_WIDEST_HEAD_ELSEWHERE)
     if head_dim % 8 or head_dim > widest:
         yield f"--config.model.head_dim={head_dim} (a multiple of 8 up to {widest})"
+
+
+def _tokamax_version() -> str:
+    try:
+        return metadata.version("tokamax")
+    except metadata.PackageNotFoundError:
+        return ""

@@ -339,6 +339,8 @@ def _gpu_problems(
         return
     tile = TILE if kernel == "tokamax" else 4 * SHORTEST_TILE
     for name, length in lengths.items():
+        if kernel == "tokamax" and model.attention == "auto" and 0 < 4 * model.window <= length:
+            yield f"--config.model.window={model.window} (backward it does all of {length} tokens)"
         if length % tile:
             yield f"{name}: {length} tokens, not a multiple of {tile}"
 

@@ -58,7 +58,7 @@ def test_other_gpus_compile(kind):
 
 LONG = {"data__sequence_length": 2048, "data__batch_size": 2, "model__n_layers": 1}
 ONE_TEXT = {"data__isolate_documents": False}
-GEMMA = {"model__window": 512, "model__attention_softcap": 50.0}
+GEMMA = {"model__window": 1024, "model__attention_softcap": 50.0}
 
 
 def test_packed_documents_cost_what_one_text_a_row_does():
