@@ -57,6 +57,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "train.remat": "none",
         },
     ),
+    "llama-context-fsdp": (
+        "llama.py:2-7b",
+        "v5e:2x2",
+        {
+            "parallel.mesh.data": 1,
+            "parallel.mesh.fsdp": 2,
+            "parallel.mesh.context": 2,
+            "data.sequence_length": 1024,
+            "train.remat": "full",
+        },
+    ),
     "mixtral-expert": (
         "mixtral.py:8x7b",
         "v5e:2x2",
@@ -140,6 +151,18 @@ def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter(case):
     added = 2 * config.model.n_heads * config.data.sequence_length**2 * 4
     few = 2 * TINY["model.d_model"] ** 2 + added * (config.model.positions == "relative")
     assert sizes["all-reduce"] < few
+
+
+def test_parts_of_a_sequence_share_parameters_and_pass_keys_on():
+    """Arguments are a quarter of the state, and nothing is as large as a row of all queries."""
+    plan = plan_of("llama-context-fsdp")
+    assert plan.memory.arguments < 12 * plan.parameters / 4 * 1.1
+    assert plan.memory.temporaries < 12e6
+    moved = {(c.kind, c.axis) for c in plan.collectives if c.bytes > 1e5}
+    assert ("collective-permute", "context") in moved
+    assert not {kind for kind, axis in moved if axis == "context"} - {"collective-permute"}
+    assert plan.attention_kernel == "splash"
+    assert plan.compiled_flops < 1.4 * plan.model_flops
 
 
 def test_experts_exchange_tokens_and_stay_where_they_are():
