@@ -5,62 +5,119 @@ Shape letters: T rows, S slots, K slots of a row, E groups, D inputs, F outputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax import RaggedDotDimensionNumbers
+from jax.lax import RaggedDotDimensionNumbers, ragged_dot_general
 
-_ragged = partial(jax.lax.ragged_dot_general, preferred_element_type=jnp.float32)
-_FORWARD = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
-_BY_INPUT = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-_BY_KERNEL = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+# Dimensions of the products: of rows by kernels, and of both gradients.
+_DIMENSIONS = {
+    "forward": RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0]),
+    "by_input": RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]),
+    "by_kernel": RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], []),
+}
+_KINDS = ("forward", "by_input")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@dataclass(frozen=True)
+class GroupedKernel:
+    """Kernel of grouped products.
+
+    Attributes:
+        name: "xla", or "megablox" for TPUs.
+        n_rows: rows that groups of the usual sizes have together, by which megablox chooses tiles.
+        interpret: run megablox on any platform, slowly, for tests.
+    """
+
+    name: str = "xla"
+    n_rows: int = 0
+    interpret: bool = False
+
+    @property
+    def is_call(self) -> bool:
+        """True if the compiler calls a library, and cannot fuse products with what is around."""
+        return self.name != "xla"
+
+    def __call__(
+        self, kind: str, a: jax.Array, b: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype
+    ) -> jax.Array:
+        """Multiply, as `megablox.grouped_product` does; rows after the last group give 0."""
+        if self.name == "megablox":
+            from lm.kernels.megablox import grouped_product
+
+            y = grouped_product(kind, a, b, sizes_E, self.n_rows, dtype, self.interpret)
+        else:
+            y = ragged_dot_general(
+                a, b, sizes_E, _DIMENSIONS[kind], preferred_element_type=jnp.float32
+            )
+        if kind != "by_kernel":
+            y = jnp.where((jnp.arange(len(y)) < sizes_E.sum())[:, None], y, 0)
+        return y.astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def grouped_matmul(
-    x_TD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype
+    x_TD: jax.Array,
+    kernel_EDF: jax.Array,
+    sizes_E: jax.Array,
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+    multiply: GroupedKernel,
+    transposed: bool = False,
 ) -> jax.Array:
     """Multiply each group of rows by its own kernel.
 
-    Dtypes are those of `dense.matmul`: operands and gradients are rounded to `dtype`, sums are
-    float32.
+    Operands and gradients are rounded to `dtype`, sums are float32, as in `dense.matmul`; so is the
+    kernel's gradient.
 
     Args:
         x_TD: rows, sorted by group.
         kernel_EDF: kernels.
         sizes_E: rows of each group; rows after the last group give 0.
         dtype: compute dtype.
+        out_dtype: dtype of the result.
+        multiply: kernel of the products.
+        transposed: whether kernels are stored as [E, F, D].
 
     Returns:
-        The products, [T, F] float32.
+        The products, [T, F].
     """
-    return _forward(x_TD, kernel_EDF, sizes_E, dtype)[0]
+    return _forward(x_TD, kernel_EDF, sizes_E, dtype, out_dtype, multiply, transposed)[0]
 
 
 def _forward(
-    x_TD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype
+    x_TD: jax.Array,
+    kernel_EDF: jax.Array,
+    sizes_E: jax.Array,
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+    multiply: GroupedKernel,
+    transposed: bool,
 ) -> tuple[jax.Array, tuple]:
     x, kernel = x_TD.astype(dtype), kernel_EDF.astype(dtype)
-    y = _zero_ungrouped(_ragged(x, kernel, sizes_E, _FORWARD), sizes_E)
+    y = multiply(_KINDS[transposed], x, kernel, sizes_E, out_dtype)
     return y, (x, kernel, sizes_E, jnp.zeros_like(x_TD, shape=(0,)))
 
 
 def _backward(
-    dtype: jnp.dtype, residuals: tuple, g_TF: jax.Array
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+    multiply: GroupedKernel,
+    transposed: bool,
+    residuals: tuple,
+    g_TF: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
     x, kernel, sizes_E, like_x = residuals
     g = g_TF.astype(dtype)
-    dx = _zero_ungrouped(_ragged(g, kernel, sizes_E, _BY_INPUT), sizes_E)
-    return dx.astype(like_x.dtype), _ragged(x, g, sizes_E, _BY_KERNEL), None
+    dx = multiply(_KINDS[not transposed], g, kernel, sizes_E, like_x.dtype)
+    if transposed:
+        x, g = g, x
+    return dx, multiply("by_kernel", x, g, sizes_E, jnp.dtype(jnp.float32)), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-def _zero_ungrouped(y_TF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Zero the undefined rows outside all groups."""
-    return jnp.where((jnp.arange(len(y_TF)) < sizes_E.sum())[:, None], y_TF, 0)
 
 
 @jax.custom_vjp

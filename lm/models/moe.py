@@ -128,7 +128,8 @@ class Experts(nn.Module):
 
     def _feed_forward(self, p: ExpertParams, x: jax.Array, product: ExpertMatmul) -> jax.Array:
         def linear(name: str, x: jax.Array) -> jax.Array:
-            return product(x, p[f"{name}/kernel"], p.get(f"{name}/bias"))
+            parameters = p[f"{name}/kernel"], p.get(f"{name}/bias")
+            return product(x, *parameters, is_last=name == "out")
 
         act = ACTIVATIONS[self.config.activation]
         gated = self.config.activation in GATED

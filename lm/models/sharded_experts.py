@@ -15,9 +15,10 @@ E experts, C capacity, S slots of all experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.dense import matmul
-from lm.kernels.grouped_matmul import grouped_matmul, permute_rows
+from lm.kernels.grouped_matmul import GroupedKernel, grouped_matmul, permute_rows
 from lm.parallel.mesh import ACTIVATIONS, PARAMETERS, Rules, current_mesh, current_pipeline
 
 
@@ -43,15 +44,31 @@ class Routing(NamedTuple):
     weights_BLK: jax.Array
 
 
-ExpertParams = Mapping[str, jax.Array]
-# (rows sorted by expert, kernels, biases) → each row times its expert's kernel, plus its bias.
-ExpertMatmul = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+class LocalParam(NamedTuple):
+    """Parameter of a device's experts; a kernel may be transposed, [E, outputs, inputs]."""
+
+    value: jax.Array
+    transposed: bool = False
+
+
+class ExpertMatmul(Protocol):
+    """Linear map of rows sorted by expert, each by its expert's kernel and bias.
+
+    That of the network's output may weight the rows, so that the backward pass needs no outputs.
+    """
+
+    def __call__(
+        self, x: jax.Array, kernel: LocalParam, bias: LocalParam | None, *, is_last: bool
+    ) -> jax.Array: ...
+
+
+ExpertParams = Mapping[str, LocalParam]
 ExpertFeedForward = Callable[[ExpertParams, jax.Array, ExpertMatmul], jax.Array]
 
 
 def mixture_of_experts(
     feed_forward: ExpertFeedForward,
-    parameters: ExpertParams,
+    parameters: Mapping[str, jax.Array],
     names: Mapping[str, Sequence[str]],
     x_BLD: jax.Array,
     routing: Routing,
@@ -70,27 +87,35 @@ def mixture_of_experts(
     Returns:
         The sums [B, L, D] float32; 0 for a token without experts.
     """
-    mesh = current_mesh()
-    dispatch = partial(_with_capacity, capacity) if capacity else _dropless
+    mesh, parts = current_mesh(), _sharded_axes(PARAMETERS, "mlp")
+    kernel = _grouped_kernel()
+    dispatch = partial(_with_capacity, capacity) if capacity else partial(_dropless, kernel)
 
-    def on_device(parameters: ExpertParams, x_BLD: jax.Array, routing: Routing) -> jax.Array:
+    def on_device(shards: Mapping[str, jax.Array], x_BLD: jax.Array, routing: Routing) -> jax.Array:
         local = {
-            name: _local_params(parameter, names[name]) for name, parameter in parameters.items()
+            name: _local_params(shard, names[name], kernel.is_call)
+            for name, shard in shards.items()
         }
-        own = _axes(ACTIVATIONS, ("batch", "length"))
-        x_BLD, routing = jax.tree.map(lambda x: _mark_varying(x, own), (x_BLD, routing))
-        n_local = len(next(iter(local.values())))
+        n_local = len(next(iter(shards.values())))
         y_BLD = dispatch(partial(feed_forward, local), n_local, x_BLD, routing)
-        return lax.psum(y_BLD, _sharded_axes(PARAMETERS, "mlp"))
+        return y_BLD[None] if parts else y_BLD
 
     if mesh is None:
         return on_device(parameters, x_BLD, routing)
     tokens = _spec(ACTIVATIONS, ("batch", "length"))
     of_parameters = {name: _spec(PARAMETERS, names[name]) for name in parameters}
-    shard_map = _shard_map_in_pipeline if current_pipeline() else jax.shard_map
+    shard_map = _shard_map_in_pipeline if current_pipeline() else _shard_map
+    # What the parts of "mlp" give is summed outside, so that its gradient needs no communication.
+    out_specs = PartitionSpec(parts, *tokens) if parts else tokens
     in_specs = (of_parameters, tokens, tokens)
-    on_devices = shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=tokens)
-    return on_devices(parameters, x_BLD, routing)
+    on_devices = shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    y = on_devices(parameters, x_BLD, routing)
+    return y.sum(0) if parts else y
+
+
+# The check of varying axes (check_vma) does not support Pallas. Without it every output names all
+# axes that it varies over, and the gradient of an input is summed over those that it does not name.
+_shard_map = partial(jax.shard_map, check_vma=False)
 
 
 def _shard_map_in_pipeline(
@@ -108,15 +133,10 @@ def _shard_map_in_pipeline(
     def of_stage(*args: Any) -> jax.Array:
         return on_device(*jax.tree.map(lambda x: x[0], args))[None]
 
-    of_stages = jax.shard_map(
-        of_stage,
-        mesh=mesh,
-        in_specs=jax.tree.map(
-            by_stage, in_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-        ),
-        out_specs=by_stage(out_specs),
-    )
-    on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    stage_specs = jax.tree.map(by_stage, (in_specs, out_specs), is_leaf=is_spec)
+    of_stages = _shard_map(of_stage, mesh=mesh, in_specs=stage_specs[0], out_specs=stage_specs[1])
+    on_devices = _shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     mapped = jax.custom_batching.custom_vmap(on_devices)
 
     @mapped.def_vmap
@@ -134,34 +154,23 @@ def _spec(rules: Rules, names: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(_sharded_axes(rules, name) or None for name in names))
 
 
-def _axes(rules: Rules, names: Sequence[str]) -> set[str]:
-    """Return the axes of the current mesh that shard an array."""
-    return {axis for name in names for axis in _sharded_axes(rules, name)}
+def _local_params(parameter: jax.Array, names: Sequence[str], may_transpose: bool) -> LocalParam:
+    """Gather the FSDP shards of the local experts.
 
-
-def _mark_varying(x: jax.Array, own: set[str]) -> jax.Array:
-    """Mark as device-varying, so that gradients are all-reduced over the axes that replicate `x`.
-
-    `own` are the mesh axes that shard it.
+    What is gathered may become the second dimension. Gathered into the last one, a whole kernel
+    would have to be copied for a product that is a call, and so its gradient.
     """
-    all_axes = _axes(ACTIVATIONS, ("batch", "length")) | _axes(
-        PARAMETERS, ("experts", "embed", "mlp")
-    )
-    return lax.pcast(x, tuple(sorted(all_axes - own)), to="varying")
-
-
-def _local_params(parameter: jax.Array, names: Sequence[str]) -> jax.Array:
-    """Gather the FSDP shards of the local experts."""
-    for dimension, name in enumerate(names):
-        if name == "embed" and _sharded_axes(PARAMETERS, name):
-            axes = _sharded_axes(PARAMETERS, name)
-            parameter = lax.all_gather(parameter, axes, axis=dimension, tiled=True)
-    parameter = _mark_varying(parameter, _axes(PARAMETERS, names))
+    axes, transposed = _sharded_axes(PARAMETERS, "embed"), False
+    if axes and "embed" in names:
+        dimension = names.index("embed")
+        if may_transpose and dimension == 2:
+            parameter, dimension, transposed = parameter.swapaxes(1, 2), 1, True
+        parameter = lax.all_gather(parameter, axes, axis=dimension, tiled=True)
     parts = _sharded_axes(PARAMETERS, "mlp")
-    if "mlp" in names or not parts:
-        return parameter
-    # Only one of the devices whose outputs are summed adds the output bias.
-    return jnp.where(lax.axis_index(parts) == 0, parameter, 0)
+    if parts and "mlp" not in names:
+        # Only one of the devices whose outputs are summed adds the output bias.
+        parameter = jnp.where(lax.axis_index(parts) == 0, parameter, 0)
+    return LocalParam(parameter, transposed)
 
 
 def _with_capacity(
@@ -191,12 +200,12 @@ def _with_capacity(
         y_EBCD = lax.all_to_all(y_EBCD, shared, split_axis=1, concat_axis=0, tiled=True)
     if length_parts:
         y_EBCD = lax.all_gather(y_EBCD, length_parts, axis=2, tiled=True)
-    y_TD = _combine_choices(y_EBCD.reshape(E * B * C, -1), slot_TK, choice_S, routing)
+    y_TD = _combine_choices(y_EBCD.reshape(E * B * C, -1), slot_TK, choice_S, routing.weights_BLK)
     return y_TD.reshape(B, L, -1)
 
 
 def _dropless(
-    feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
+    kernel: GroupedKernel, feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
 ) -> jax.Array:
     """Gather the tokens of all devices that share the experts, and sort those of this device's."""
     shared, first = _sharded_axes(PARAMETERS, "experts"), jnp.zeros((), jnp.int32)
@@ -214,8 +223,15 @@ def _dropless(
     choice_S = jnp.where(jnp.arange(S) < sizes_E.sum(), order[:S], T * K)
     slot_TK = jnp.where(expert_TK < E, _inverse(order, T * K).reshape(T, K), S)
     x_SD = permute_rows(x_BLD.reshape(T, D), choice_S // K, slot_TK)
-    y_SD = feed_forward(x_SD, partial(_grouped_linear, sizes_E))
-    y_BLD = _combine_choices(y_SD, slot_TK, choice_S, routing).reshape(B, L, -1)
+    n_rows = -(-T * K // _size(shared))  # of an even load
+    weights_BLK, weights_S1 = routing.weights_BLK, None
+    multiply = replace(kernel, n_rows=n_rows)
+    if kernel.is_call:
+        flat = weights_BLK.reshape(-1, 1)
+        weights_S1 = permute_rows(flat, choice_S, slot_TK.reshape(-1, 1))
+    y_SD = feed_forward(x_SD, partial(_grouped_linear, sizes_E, multiply, weights_S1))
+    after = weights_BLK if weights_S1 is None else None
+    y_BLD = _combine_choices(y_SD, slot_TK, choice_S, after).reshape(B, L, -1)
     if shared:
         y_BLD = lax.psum_scatter(y_BLD, shared, scatter_dimension=0, tiled=True)
     return y_BLD
@@ -233,32 +249,57 @@ def _inverse(slots: jax.Array, n: int) -> jax.Array:
 
 
 def _combine_choices(
-    y_SD: jax.Array, slot_TK: jax.Array, choice_S: jax.Array, routing: Routing
+    y_SD: jax.Array, slot_TK: jax.Array, choice_S: jax.Array, weights_BLK: jax.Array | None
 ) -> jax.Array:
-    """Sum the weighted outputs of each token's choices, [T, D]."""
+    """Sum the outputs of each token's choices, weighted unless they already are, [T, D] float32."""
     T, K = slot_TK.shape
     y_TKD = permute_rows(y_SD, slot_TK.reshape(-1), choice_S[:, None]).reshape(T, K, -1)
-    return (y_TKD * routing.weights_BLK.reshape(T, K, 1)).sum(1)
+    if weights_BLK is None:
+        return y_TKD.sum(1, dtype=jnp.float32)
+    return (y_TKD * weights_BLK.reshape(T, K, 1)).sum(1)
 
 
 def _batched_linear(
-    x_ETD: jax.Array, kernel_EDF: jax.Array, bias_EF: jax.Array | None
+    x_ETD: jax.Array, kernel: LocalParam, bias: LocalParam | None, *, is_last: bool
 ) -> jax.Array:
     """Apply the linear layer of each expert to its rows."""
-    y_ETF = jax.vmap(partial(matmul, dtype=x_ETD.dtype))(x_ETD, kernel_EDF)
-    return (y_ETF if bias_EF is None else y_ETF + bias_EF[:, None]).astype(x_ETD.dtype)
+    del is_last
+    product = partial(matmul, dtype=x_ETD.dtype, transposed=kernel.transposed)
+    y_ETF = jax.vmap(product)(x_ETD, kernel.value)
+    return (y_ETF if bias is None else y_ETF + bias.value[:, None]).astype(x_ETD.dtype)
 
 
 def _grouped_linear(
-    sizes_E: jax.Array, x_SD: jax.Array, kernel_EDF: jax.Array, bias_EF: jax.Array | None
+    sizes_E: jax.Array,
+    multiply: GroupedKernel,
+    weights_S1: jax.Array | None,
+    x_SD: jax.Array,
+    kernel: LocalParam,
+    bias: LocalParam | None,
+    *,
+    is_last: bool,
 ) -> jax.Array:
     """Apply the linear layers of the experts to rows sorted by expert."""
-    y_SF = grouped_matmul(x_SD, kernel_EDF, sizes_E, x_SD.dtype)
-    if bias_EF is not None:
+    dtype, float32 = x_SD.dtype, jnp.dtype(jnp.float32)
+    ones_S1 = jnp.ones_like(x_SD, shape=(len(x_SD), 1))
+    if is_last and weights_S1 is not None:
+        x_SD, ones_S1 = (x_SD * weights_S1).astype(dtype), weights_S1
+    out_dtype = dtype if bias is None else float32
+    y_SF = grouped_matmul(
+        x_SD, kernel.value, sizes_E, dtype, out_dtype, multiply, kernel.transposed
+    )
+    if bias is not None:
         # The bias is a product too, whose gradient sums over groups.
-        ones = jnp.ones_like(x_SD, shape=(len(x_SD), 1))
-        y_SF += grouped_matmul(ones, bias_EF[:, None], sizes_E, jnp.float32)
-    return y_SF.astype(x_SD.dtype)
+        kernel_E1F = bias.value[:, None]
+        y_SF += grouped_matmul(ones_S1, kernel_E1F, sizes_E, float32, float32, GroupedKernel())
+    return y_SF.astype(dtype)
+
+
+def _grouped_kernel() -> GroupedKernel:
+    """Return the kernel of grouped products for the devices of the mesh, or of this process."""
+    mesh = current_mesh()
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    return GroupedKernel("megablox" if platform == "tpu" else "xla")
 
 
 def _sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build_with_data, reads_records
+from lm.kernels.grouped_matmul import GroupedKernel
+from lm.models import sharded_experts
 from lm.models.moe import MixtureOfExperts
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel.mesh import ACTIVATIONS, axis_sizes, make_mesh, use_mesh
@@ -115,33 +117,52 @@ def test_losses_gradients_and_reports_equal_those_of_one_device(run, kind):
         assert_equal(run(kind, {"data": 2, "expert": 4}), expected)
 
 
-@pytest.mark.parametrize("capacity", [0.0, 1.0])
-def test_a_length_in_parts(monkeypatch, capacity):
-    """Where the context axis divides sequences, an expert's places for a row are still shared."""
-    monkeypatch.setitem(ACTIVATIONS, "length", ("context",))
+def assert_layer_equal_on(mesh, capacity=0.0, between=lambda: None):
+    """Assert that loss and gradients of a layer on a mesh equal those on one device.
+
+    `between` is called between the two.
+    """
     config = TransformerConfig(
         n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=6, vocab_size=32,
         max_length=10, n_experts=4, experts_per_token=2, expert_capacity=capacity, init_std=0.5,
     )  # fmt: skip
     layer = MixtureOfExperts(config, deterministic=False)
-    x = np.float32(np.random.default_rng(0).normal(size=(4, 10, 8)))
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(size=(8, 10, 8)))
     params = jax.jit(layer.init)(jax.random.key(0), x)
-    mesh = make_mesh(
-        axis_sizes("custom", {"expert": 2, "context": 2, "tensor": 2}, 8), jax.devices()
-    )
+    params = jax.tree.map(lambda p: np.float32(rng.normal(0, 0.5, p.shape)), params)
 
-    @jax.value_and_grad
     def loss(params, x):
         return (layer.apply(params, x) ** 2).sum()
 
-    expected = jax.jit(loss)(params, x)
-    with use_mesh(mesh):
-        found = jax.jit(loss)(params, x)
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    between()
+    n_devices = int(np.prod([*mesh.values()]))
+    with use_mesh(make_mesh(axis_sizes("custom", mesh, n_devices), jax.devices()[:n_devices])):
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     jax.tree.map(
         lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5 * abs(e).max()),
         found,
         expected,
     )
+
+
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+def test_a_length_in_parts(monkeypatch, capacity):
+    """Where the context axis divides sequences, an expert's places for a row are still shared."""
+    monkeypatch.setitem(ACTIVATIONS, "length", ("context",))
+    assert_layer_equal_on({"expert": 2, "context": 2, "tensor": 2}, capacity)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1}, ALL_AXES, {"data": 2, "fsdp": 2}])
+def test_the_kernel_of_tpus(monkeypatch, mesh):
+    """Interpreted: it multiplies weighted rows, biases included."""
+
+    def use_megablox():
+        kernel = GroupedKernel("megablox", interpret=True)
+        monkeypatch.setattr(sharded_experts, "_grouped_kernel", lambda: kernel)
+
+    assert_layer_equal_on(mesh, between=use_megablox)
 
 
 def collectives(experiment):

@@ -107,8 +107,16 @@ def _meeting(
     return sum(0 <= position < span and position % dilate == 0 for position in positions)
 
 
+def _cost(call: Instruction) -> tuple[int, int] | None:
+    """Return FLOPs and bytes of a kernel whose operation has them in its name (`megablox.py`)."""
+    found = re.search(r"cost_flops_(\d+)_bytes_(\d+)/.*pallas_call$", call.op_name)
+    return (int(found.group(1)), int(found.group(2))) if found else None
+
+
 def _kernel(computation: Computation, call: Instruction) -> int:
-    """Return the FLOPs of a custom call: cuBLAS, a stated cost estimate, or attention."""
+    """Return the FLOPs of a custom call: cuBLAS, a stated cost or estimate, or attention."""
+    if cost := _cost(call):
+        return cost[0]
     if call.target.startswith("__cublas"):
         return _matrix_library(computation, call)
     stated = re.search(r'"?cost_estimate"?:\s*\{[^}]*"?flops"?:\s*"?(\d+)', call.attributes)
@@ -214,6 +222,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     opcode, results = instruction.opcode, instruction.shapes
     if opcode in NOTHING_MOVES or opcode.endswith(("-done", "-update")):
         return 0
+    if opcode == "custom-call" and (cost := _cost(instruction)):
+        return cost[1]
     operands = [shape for operand in computation.operands(instruction) for shape in operand.shapes]
     if opcode == "fusion":
         return _fusion_traffic(module, computation, instruction)
@@ -236,17 +246,18 @@ def _fusion_traffic(module: Module, computation: Computation, fusion: Instructio
     passed = _passed_through(fusion)
     total = 0
     for number, operand in enumerate(computation.operands(fusion)):
-        if number not in passed:
+        if number not in passed.values():
             total += min(_bytes(operand.shapes), _read(inside, inside.parameters[number]))
-    return total + _written(inside, inside.root, fusion.shapes)
+    return total + _written(inside, inside.root, fusion.shapes, frozenset(passed))
 
 
-def _passed_through(fusion: Instruction) -> set[int]:
-    """Return the operands that a step of an asynchronous collective only passes through."""
+def _passed_through(fusion: Instruction) -> dict[int, int]:
+    """Return the results, with their operands, that a step of a collective only passes through."""
     if "async" not in fusion.name and "async_collective" not in fusion.attributes:
-        return set()
+        return {}
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}\s*,?\s*calls", fusion.attributes)
-    return {int(n) for n in re.findall(r"\((\d+), \{", aliases.group(1))} if aliases else set()
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), \{", aliases.group(1)) if aliases else []
+    return {int(result or 0): int(operand) for result, operand in pairs}
 
 
 def _read(inside: Computation, parameter: Instruction) -> int:
@@ -265,16 +276,24 @@ def _read(inside: Computation, parameter: Instruction) -> int:
     return total
 
 
-def _written(inside: Computation, root: Instruction, results: tuple[Shape, ...]) -> int:
-    """Return the bytes that a fusion writes: its results, or the update of an in-place update."""
+def _written(
+    inside: Computation,
+    root: Instruction,
+    results: tuple[Shape, ...],
+    passed: frozenset[int] = frozenset(),
+) -> int:
+    """Return the bytes that a fusion writes: its results, or the update of an in-place update.
+
+    The results `passed` are those that it only passes through.
+    """
     while root.opcode == "bitcast":
         root = inside.operands(root)[0]
     if root.opcode == "tuple" and len(root.operands) == len(results):
-        parts = zip(inside.operands(root), results, strict=True)
-        return sum(_written(inside, part, (result,)) for part, result in parts)
+        parts = enumerate(zip(inside.operands(root), results, strict=True))
+        return sum(_written(inside, part, (out,)) for i, (part, out) in parts if i not in passed)
     if root.opcode == "dynamic-update-slice" and not results[0].space:
         return inside.operands(root)[1].shapes[0].bytes
-    return _bytes(results)
+    return _bytes([result for i, result in enumerate(results) if i not in passed])
 
 
 def _bytes(shapes: tuple[Shape, ...] | list[Shape]) -> int:

@@ -110,6 +110,21 @@ def test_kernels_for_gpus_do_the_pairs_that_the_model_states(target, operands, p
     assert done == expected * 2 * 8 * 2
 
 
+def test_a_kernel_may_state_its_cost_in_its_name():
+    """As grouped products do; other operations of their scope do not repeat it."""
+    scope = "jit(step)/experts/cost_flops_700_bytes_90/jit(gmm)"
+    for operation, expected in ((f"{scope}/pallas_call", (700, 90)), (f"{scope}/gather", None)):
+        estimate = 'backend_config={"cost_estimate":{"flops":"5"}}'
+        config = f', metadata={{op_name="{operation}"}}, {estimate}'
+        text = KERNEL.format(
+            shape="2,64,8", tiles="1,1,1", name="gmm", operands="%q, %k",
+            target="tpu_custom_call", config=config,
+        )  # fmt: skip
+        module = parse_hlo(text)
+        arrays = 3 * 2 * 64 * 8 * 2
+        assert (flops(module), memory_traffic(module)) == (expected or (5, arrays))
+
+
 CONVOLUTION = """
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> f32[{out}] {{
   %a = bf16[{lhs}]{{0}} parameter(0)
@@ -175,3 +190,24 @@ def test_a_fusion_moves_the_slice_that_it_reads_and_the_update_that_it_writes():
     """The copy reads 400 bytes into near memory; the fusion reads and writes a row of 400 and
     reads the index of 4."""
     assert memory_traffic(parse_hlo(TRAFFIC)) == 400 + 400 + 4 + 400
+
+
+STEP = """
+%step (p0: f32[10,100], p1: f32[100]) -> (f32[100], f32[10,100]) {
+  %p0 = f32[10,100]{1,0} parameter(0)
+  %p1 = f32[100]{0} parameter(1)
+  %twice = f32[100]{0} add(%p1, %p1)
+  ROOT %both = (f32[100]{0}, f32[10,100]{1,0}) tuple(%twice, %p0)
+}
+
+ENTRY %main (x: f32[10,100], y: f32[100]) -> (f32[100], f32[10,100]) {
+  %x = f32[10,100]{1,0} parameter(0)
+  %y = f32[100]{0} parameter(1)
+  ROOT %async = (f32[100]{0}, f32[10,100]{1,0}) fusion(%x, %y), kind=kOutput, ALIASING, calls=%step
+}
+""".replace("ALIASING", "output_to_operand_aliasing={{1}: (0, {})}")
+
+
+def test_a_step_of_a_collective_does_not_move_the_whole_array():
+    """It passes the array on, and moves 400 bytes twice."""
+    assert memory_traffic(parse_hlo(STEP)) == 400 + 400

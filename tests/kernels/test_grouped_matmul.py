@@ -1,0 +1,80 @@
+"""Grouped products: JAX's kernels for TPUs, interpreted, against a product for each group."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.kernels.grouped_matmul import GroupedKernel, grouped_matmul
+from lm.kernels.megablox import VMEM, choose_tiling
+
+D, F = 24, 40
+SIZES = {
+    "ragged": (37, 100, 3, 60),  # tiles are shared, and 50 rows belong to no group
+    "empty": (0, 130, 0, 70),
+    "one takes all": (0, 0, 250, 0),
+    "nothing": (0, 0, 0, 0),
+    "whole tiles": (128, 0, 122, 0),
+}
+
+
+def expected(x, kernel, sizes, g):
+    """The products, and the gradients of rows and kernels from those of the products."""
+    y, dx, dkernel = np.zeros((len(x), F)), np.zeros(x.shape), np.zeros(kernel.shape)
+    first = 0
+    for group, size in enumerate(sizes):
+        rows = slice(first, first + size)
+        y[rows], dx[rows] = x[rows] @ kernel[group], g[rows] @ kernel[group].T
+        dkernel[group] = x[rows].T @ g[rows]
+        first += size
+    return y, dx, dkernel
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["xla", "megablox"])
+@pytest.mark.parametrize("case", SIZES)
+def test_values_and_gradients_are_those_of_every_group(name, case, transposed):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(250, D)), rng.normal(size=(250, F))
+    kernel = rng.normal(size=(len(SIZES[case]), D, F))
+    multiply = GroupedKernel(name, 250, interpret=True)
+
+    @jax.jit
+    def run(x, kernel, g):
+        def product(x, kernel):
+            kernel = kernel.swapaxes(1, 2) if transposed else kernel
+            sizes, float32 = jnp.array(SIZES[case]), jnp.dtype(jnp.float32)
+            return grouped_matmul(x, kernel, sizes, float32, float32, multiply, transposed)
+
+        y, pullback = jax.vjp(product, x, kernel)
+        return y, *pullback(g)
+
+    found = run(*map(np.float32, (x, kernel, g)))
+    for one, other in zip(found, expected(x, kernel, SIZES[case], g), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * (abs(other).max() or 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_groups", "rows"),
+    [
+        ((8192, 4096, 14336), 8, 128),
+        ((8192, 14336, 4096), 8, 128),
+        ((65536, 4096, 14336), 8, 512),
+        ((32768, 6144, 16384), 128, 128),
+        ((8192, 128, 176), 8, 128),
+        ((8, 4096, 14336), 8, 16),
+    ],
+)
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_tiles_fit_and_few_are_shared(by_kernel, sizes, n_groups, rows):
+    """Every boundary between groups may add a tile: small ones, unless the rows are many."""
+    tiling = choose_tiling(by_kernel, sizes, n_groups, sizes[0], (2, 4 if by_kernel else 2))
+    assert tiling.rows == rows
+    assert tiling.vmem <= VMEM
+    n_tiles = -(-sizes[0] // rows) + n_groups - 1
+    assert tiling.flops == 2 * n_tiles * rows * sizes[1] * sizes[2]
+    operands = {"x": sizes[0] * sizes[1], "y": sizes[0] * sizes[2]}
+    kernels = n_groups * sizes[1] * sizes[2]
+    assert tiling.traffic >= 2 * (sum(operands.values()) + kernels)
