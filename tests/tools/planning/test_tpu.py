@@ -75,8 +75,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "parallel.mesh.data": 1,
             "parallel.mesh.expert": 4,
             "model.n_experts": 4,
-            "model.expert_capacity": 1.0,  # without one, grouped products compile for long
+            "model.expert_capacity": 1.0,
             "train.remat": "none",
+        },
+    ),
+    "mixtral-expert-fsdp": (
+        "mixtral.py:8x7b",
+        "v5e:2x4",
+        {
+            "parallel.mesh.data": 1,
+            "parallel.mesh.expert": 2,
+            "parallel.mesh.fsdp": 4,
+            "train.remat": "full",
         },
     ),
     "bert-fsdp": ("bert.py:base", "v5e:2x2", FSDP),
@@ -168,6 +178,16 @@ def test_parts_of_a_sequence_share_parameters_and_pass_keys_on():
 def test_experts_exchange_tokens_and_stay_where_they_are():
     found = {c.kind for c in plan_of("mixtral-expert").collectives if c.bytes > 1000}
     assert found == {"all-to-all", "all-reduce"}
+
+
+def test_without_capacity_tokens_are_gathered_and_gradients_of_experts_scattered():
+    plan = plan_of("mixtral-expert-fsdp")
+    found = {(c.kind, c.axis) for c in plan.collectives if c.bytes > 1e5}
+    assert {("all-gather", "expert"), ("reduce-scatter", "expert")} <= found
+    assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")} <= found
+    kernels = 3 * 8 * TINY["model.d_model"] * TINY["model.d_ff"] * TINY["model.n_layers"]
+    summed = sum(c.bytes for c in plan.collectives if c.kind == "all-reduce")
+    assert summed < kernels / 2
 
 
 def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():
