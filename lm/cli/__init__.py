@@ -37,6 +37,7 @@ VERBS = {
     "corpus": "Clean documents, drop duplicates and test data; write shards and a data card.",
     "data build": "Tokenize the data of a configuration; several at once share the work.",
     "data show": "Print sizes, lengths and samples of the data of a configuration.",
+    "data clean": "List what the data cache holds that nothing needs; remove it with --delete.",
     "data verify": "Compare whole token stores with their checksums, of a configuration or all.",
     "vectors": "Write the word vectors of a run or file; score them by similarity and analogies.",
     "report": "Write a page and pictures of a run, or of all runs in a folder.",

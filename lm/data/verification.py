@@ -64,11 +64,7 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
         yield from (verify_store(folder) for folder in folders)
         yield from _verify_remote(data, None, None)
         return
-    sources = open_sources(listed(data.source), data, "train", records)
-    sources += open_validation(data, records)
-    own = "validation" if records else "test"
-    sources += open_sources(listed(data.test_source), data, own, records)
-    digests = {source.digest for source in sources}
+    digests = {source.digest for source in sources_of(data, records)}
     tokenizer = open_tokenizer(data, records)
     for folder in folders:
         manifest = _manifest(folder)
@@ -76,6 +72,24 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
             same = manifest.get("tokenizer_digest") == tokenizer.digest
             yield verify_store(folder, tokenizer.vocab_size if same else None)
     yield from _verify_remote(data, digests, tokenizer)
+
+
+def sources_of(data: Any, records: bool) -> tuple[Any, ...]:
+    """Open the sources of all splits of a configuration.
+
+    Args:
+        data: section `data` of the configuration.
+        records: they hold records.
+
+    Raises:
+        UserError: a source cannot be opened.
+    """
+    own = "validation" if records else "test"
+    return (
+        *open_sources(listed(data.source), data, "train", records),
+        *open_validation(data, records),
+        *open_sources(listed(data.test_source), data, own, records),
+    )
 
 
 def _verify_remote(
