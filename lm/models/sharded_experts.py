@@ -27,7 +27,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.dense import matmul
 from lm.kernels.grouped_matmul import GroupedKernel, grouped_matmul, permute_rows
-from lm.parallel.mesh import ACTIVATIONS, PARAMETERS, Rules, current_mesh, current_pipeline
+from lm.parallel.mesh import (
+    ACTIVATIONS,
+    PARAMETERS,
+    Rules,
+    current_mesh,
+    current_pipeline,
+    parameter_axes,
+)
 
 
 class Routing(NamedTuple):
@@ -89,11 +96,12 @@ def mixture_of_experts(
     """
     mesh, parts = current_mesh(), _sharded_axes(PARAMETERS, "mlp")
     kernel = _grouped_kernel()
+    widths = {name: _width_axes(x.shape, names[name]) for name, x in parameters.items()}
     dispatch = partial(_with_capacity, capacity) if capacity else partial(_dropless, kernel)
 
     def on_device(shards: Mapping[str, jax.Array], x_BLD: jax.Array, routing: Routing) -> jax.Array:
         local = {
-            name: _local_params(shard, names[name], kernel.is_call)
+            name: _local_params(shard, names[name], widths[name], kernel.is_call)
             for name, shard in shards.items()
         }
         n_local = len(next(iter(shards.values())))
@@ -103,7 +111,9 @@ def mixture_of_experts(
     if mesh is None:
         return on_device(parameters, x_BLD, routing)
     tokens = _spec(ACTIVATIONS, ("batch", "length"))
-    of_parameters = {name: _spec(PARAMETERS, names[name]) for name in parameters}
+    of_parameters = {
+        name: _spec({**PARAMETERS, "embed": widths[name]}, names[name]) for name in parameters
+    }
     shard_map = _shard_map_in_pipeline if current_pipeline() else _shard_map
     # What the parts of "mlp" give is summed outside, so that its gradient needs no communication.
     out_specs = PartitionSpec(parts, *tokens) if parts else tokens
@@ -154,14 +164,25 @@ def _spec(rules: Rules, names: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(_sharded_axes(rules, name) or None for name in names))
 
 
-def _local_params(parameter: jax.Array, names: Sequence[str], may_transpose: bool) -> LocalParam:
+def _width_axes(shape: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the current mesh's axes of more than one device that shard a parameter's width."""
+    mesh = current_mesh()
+    if mesh is None or "embed" not in names:
+        return ()
+    axes = parameter_axes(mesh.shape, "embed", shape[names.index("embed")]) or ()
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _local_params(
+    parameter: jax.Array, names: Sequence[str], axes: tuple[str, ...], may_transpose: bool
+) -> LocalParam:
     """Gather the FSDP shards of the local experts.
 
     What is gathered may become the second dimension. Gathered into the last one, a whole kernel
     would have to be copied for a product that is a call, and so its gradient.
     """
-    axes, transposed = _sharded_axes(PARAMETERS, "embed"), False
-    if axes and "embed" in names:
+    transposed = False
+    if axes:
         dimension = names.index("embed")
         if may_transpose and dimension == 2:
             parameter, dimension, transposed = parameter.swapaxes(1, 2), 1, True

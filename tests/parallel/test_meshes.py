@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from lm.config import default
@@ -91,13 +92,17 @@ def test_microbatches_on_a_mesh_equal_one_batch_on_one_device(one_device_losses)
     np.testing.assert_allclose(found, one_device_losses, rtol=1e-5)
 
 
-def compiled_text(mesh: dict[str, int], **overrides: object) -> str:
+def lowered(mesh: dict[str, int], **overrides: object) -> Lowered:
     experiment = experiment_on(mesh, **overrides)
     shapes = {
         name: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
         for name, s in experiment.batch_shapes.items()
     }
-    return experiment.train_steps.lower(experiment.state_shapes, shapes).compile().as_text()
+    return experiment.train_steps.lower(experiment.state_shapes, shapes)
+
+
+def compiled_text(mesh: dict[str, int], **overrides: object) -> str:
+    return lowered(mesh, **overrides).compile().as_text()
 
 
 def collectives(text: str) -> set[str]:
@@ -148,6 +153,12 @@ def test_parts_of_a_sequence_share_parameters_where_they_divide_the_width():
 
     assert parts() == 8
     assert parts(model__d_model=36, model__head_dim=8) == 2
+
+
+def test_experts_whose_width_the_parts_of_a_sequence_do_not_divide_are_gathered_over_fsdp():
+    """36 is not divisible by 8; the program would be refused when it is traced."""
+    options = {"model__d_model": 36, "model__head_dim": 8, "model__n_experts": 4}
+    assert "all_gather" in lowered({"fsdp": 2, "context": 4}, **options).as_text()
 
 
 def test_factored_statistics_lie_like_what_is_left_of_their_parameter():
