@@ -45,7 +45,7 @@ from lm.kernels.gpu_attention import (
 )
 from lm.kernels.mask_ranges import most_pairs
 from lm.kernels.triton_attention import triton_attention
-from lm.tools.planning.plan import plan_of
+from lm.tools.planning.plan import bytes_of, plan_of
 from lm.tools.planning.program import batch_shapes, lower, program_of
 from lm.tools.planning.topologies import Topology
 
@@ -193,11 +193,10 @@ def check_training(file: str, values: dict[str, Any], n: int) -> dict[str, Any]:
     """Return the time of a step and what was planned for the same program."""
     experiment = built(file, values)
     device = jax.devices()[0]
-    chip = CHIPS.get(chip_name(device.device_kind) or "", Chip(None))
     start = time.monotonic()
     compiled = lower(experiment).compile()
     program = program_of(compiled, experiment, time.monotonic() - start)
-    plan = plan_of(experiment, program, Topology(device.device_kind, chip, (1, 1), [device]))
+    plan = plan_of(experiment, program, Topology(device.device_kind, _chip(), (1, 1), [device]))
     state, batch = experiment.init_state(), _batch(experiment)
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
@@ -246,7 +245,7 @@ def _batch(experiment: Experiment) -> dict[str, jax.Array]:
 def check_decoding(
     file: str, values: dict[str, Any], rows: int, cached: int, steps: int
 ) -> dict[str, Any]:
-    """Return the tokens a second of greedy decoding."""
+    """Return the tokens a second of greedy decoding, and how many weights alone would allow."""
     experiment = built(file, values)
     params, n_ids = experiment.init_state().params, experiment.config.model.vocab_size
     prompts = np.random.default_rng(0).integers(0, n_ids, (rows, cached)).tolist()
@@ -255,7 +254,18 @@ def check_decoding(
         pass
     start = time.perf_counter()
     n = sum(1 for _ in sample_steps(*arguments))
-    return {"rows": rows, "prompt": cached, "tokens/s": rows * n / (time.perf_counter() - start)}
+    seconds = (time.perf_counter() - start) / n
+    bandwidth = _chip().memory_bandwidth
+    return {
+        "rows": rows,
+        "prompt": cached,
+        "tokens/s": rows / seconds,
+        "planned": {"tokens/s": rows * bandwidth / bytes_of(params) if bandwidth else None},
+    }
+
+
+def _chip() -> Chip:
+    return CHIPS.get(chip_name(jax.devices()[0].device_kind) or "", Chip(None))
 
 
 def parts(size: Size, dry: bool, end: float) -> Iterator[tuple[str, Callable[[], Any]]]:

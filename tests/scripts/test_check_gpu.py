@@ -1,0 +1,21 @@
+"""The check of a machine's GPU, where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_gpu.py"
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no GPU in this machine")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
