@@ -121,3 +121,32 @@ def test_configurations_take_values_and_text(tmp_path):
 def test_build_gives_the_experiment(text_file):
     experiment = lm.build(make_config(text_file), jax.devices()[:1])
     assert experiment.param_shapes["tokens"]["embedding"].shape == (257, 16)
+
+
+SCRIPT = """
+from lm.data.tokenizing_pool import encode_in_processes
+from lm.storage import lock
+from pathlib import Path
+
+def own(group):
+    return group
+
+with lock(Path("lock")):  # that of a store
+    print(*encode_in_processes(iter([[1, 2], [3]]), {encode}, 2))
+"""
+
+
+@pytest.mark.parametrize(("encode", "code"), [("sum", 0), ("own", 1)])
+def test_a_script_without_a_guard_does_not_run_twice(encode, code, tmp_path):
+    """Workers import the script only for its own classes, and then it is an error of one line."""
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT.format(encode=encode))
+    words = [sys.executable, str(file)]
+    for given in (words, [sys.executable, "-m", "script"]):
+        done = subprocess.run(
+            given, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ("" if code else "3 3\n")
+        last = done.stderr.splitlines()[-1:]
+        assert not code or "script.py: worker processes import it" in last[0]

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from lm.config.run_file import import_plugins
 from lm.data.shared_folder import SharedFolder
 from lm.errors import UserError
-from lm.parallel.worker_processes import end_with_parent, starting_workers
+from lm.parallel.worker_processes import end_with_parent, starting_workers_for
 from lm.progress import progress_bar
 from lm.storage import lock
 from lm.storage.bucket import has_ended, machine_name
@@ -239,7 +239,7 @@ def _work_in_processes(
         for _ in range(workers):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_worker, args=(plugins, payload, sender), daemon=True)
-            with starting_workers():
+            with starting_workers_for(payload + pickle.dumps(plugins)):
                 process.start()
             sender.close()
             alive.append(_Worker(process, receiver))

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
-from lm.parallel.worker_processes import end_with_parent, starting_workers
+from lm.parallel.worker_processes import end_with_parent, starting_workers_for
 
 if TYPE_CHECKING:
     from lm.data.sources import Chunk
@@ -37,13 +38,15 @@ def encode_in_processes(
     """
     # Spawned, because JAX has threads and a forked process may inherit a lock that one holds.
     spawn, plugins = multiprocessing.get_context("spawn"), _tokenizer_plugins()
-    with starting_workers():
-        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (plugins, pickle.dumps(encode)))
+    given = plugins, pickle.dumps(encode)
+    start = partial(starting_workers_for, pickle.dumps(given))
+    with start():
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker, given)
     waiting: deque[Future[TokenBlock]] = deque()
 
     def submit(n: int) -> None:
         for group in islice(groups, n):
-            with starting_workers():
+            with start():
                 waiting.append(pool.submit(_encode_in_worker, group))
 
     try:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from lm.errors import UserError
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:
@@ -37,6 +41,41 @@ def starting_workers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         del os.environ["PYTHONWARNINGS"]
         os.environ |= {} if before is None else {"PYTHONWARNINGS": before}
+
+
+@contextmanager
+def starting_workers_for(payload: bytes) -> Iterator[None]:
+    """Start worker processes inside, without the main script unless their payload is of it.
+
+    A worker that imports a script without `if __name__ == "__main__":` would run all of it, and
+    wait for what its parent holds.
+
+    Args:
+        payload: pickled objects that the workers receive.
+
+    Raises:
+        UserError: they are of such a script.
+    """
+    main = sys.modules["__main__"]
+    given = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    if b"__main__" in payload:
+        file = given.get("__file__")
+        if file and Path(file).is_file() and b"__name__" not in Path(file).read_bytes():
+            raise UserError(
+                f"{file}: worker processes import it for its classes, and would run all of it: put "
+                'what it runs under `if __name__ == "__main__":`, or set data.workers=1'
+            )
+        with starting_workers():
+            yield
+        return
+    for name in given:
+        setattr(main, name, None)
+    try:
+        with starting_workers():
+            yield
+    finally:
+        for name, value in given.items():
+            setattr(main, name, value)
 
 
 def end_with_parent() -> None:
