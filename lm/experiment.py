@@ -225,8 +225,13 @@ class Experiment:
     @cached_property
     def train_steps(self) -> Wrapped:
         """`Steps.train_steps`, sharded; the state given to it is donated."""
+        train_steps = self.steps.train_steps
+        if (precision := self.config.train.precision) != "none":
+            from lm.models.low_precision import in_low_precision
+
+            train_steps = in_low_precision(train_steps, precision)
         return jax.jit(
-            self._on_mesh(self.steps.train_steps),
+            self._on_mesh(train_steps),
             in_shardings=(self.state_sharding, self.batch_sharding),
             out_shardings=(self.state_sharding, self.replicated),
             donate_argnums=0,

@@ -10,7 +10,8 @@ and MaxText's library. Imports no JAX: the flags have to be set before it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,8 @@ class Chip:
         dimensions: Dimensions of the torus; 0 for GPUs.
         ring: A dimension of the torus is a ring if its length is divisible by this.
         longest_side: Longest dimension of a slice, in chips.
+        peak_8bit: Dense FLOP/s of products in 8 bits, by the beginning of the dtype's name in HLO:
+            "s8" for int8, "f8" for float8.
     """
 
     memory: int | None
@@ -45,19 +48,50 @@ class Chip:
     dimensions: int = 0
     ring: int = 0
     longest_side: int = 0
+    peak_8bit: Mapping[str, float] = field(default_factory=dict)
 
 
 V5E, V5P, V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")
 CHIPS: dict[str, Chip] = {
     "v4": Chip(32 * GIB, ("TPU v4",), 275e12, 1.2e12, 50e9, None, 3, 4, 64),
-    "v5e": Chip(16 * GIB, V5E, 197e12, 819e9, 50e9, 3.125e9, 2, 16, 16),
-    "v5p": Chip(95 * GIB, V5P, 459e12, 2.765e12, 100e9, 6.25e9, 3, 4, 64),
-    "v6e": Chip(32 * GIB, V6E, 918e12, 1.638e12, 100e9, 12.5e9, 2, 16, 16),
-    "7x": Chip(96 * GIB, ("TPU7x",), 1153.5e12, 3.69e12, 50e9, 6.25e9, 3, 4, 64),
-    "a100": Chip(85_100_068_864, ("NVIDIA A100",), 312e12, 2.039e12, 300e9, 25e9),
-    "h100": Chip(84_942_979_072, ("NVIDIA H100",), 989e12, 3.35e12, 450e9, 50e9),
-    "h200": Chip(151_397_597_184, ("NVIDIA H200",), 989e12, 4.8e12, 450e9, 50e9),
-    "b200": Chip(191_514_411_008, ("NVIDIA B200",), 2250e12, 7.7e12, 900e9, 50e9),
+    "v5e": Chip(16 * GIB, V5E, 197e12, 819e9, 50e9, 3.125e9, 2, 16, 16, peak_8bit={"s8": 394e12}),
+    "v5p": Chip(95 * GIB, V5P, 459e12, 2.765e12, 100e9, 6.25e9, 3, 4, 64, peak_8bit={"s8": 918e12}),
+    "v6e": Chip(
+        32 * GIB, V6E, 918e12, 1.638e12, 100e9, 12.5e9, 2, 16, 16, peak_8bit={"s8": 1836e12}
+    ),
+    "7x": Chip(
+        96 * GIB, ("TPU7x",), 1153.5e12, 3.69e12, 50e9, 6.25e9, 3, 4, 64, peak_8bit={"f8": 2307e12}
+    ),
+    "a100": Chip(
+        85_100_068_864, ("NVIDIA A100",), 312e12, 2.039e12, 300e9, 25e9, peak_8bit={"s8": 624e12}
+    ),
+    "h100": Chip(
+        84_942_979_072,
+        ("NVIDIA H100",),
+        989e12,
+        3.35e12,
+        450e9,
+        50e9,
+        peak_8bit={"s8": 1979e12, "f8": 1979e12},
+    ),
+    "h200": Chip(
+        151_397_597_184,
+        ("NVIDIA H200",),
+        989e12,
+        4.8e12,
+        450e9,
+        50e9,
+        peak_8bit={"s8": 1979e12, "f8": 1979e12},
+    ),
+    "b200": Chip(
+        191_514_411_008,
+        ("NVIDIA B200",),
+        2250e12,
+        7.7e12,
+        900e9,
+        50e9,
+        peak_8bit={"s8": 4500e12, "f8": 4500e12},
+    ),
 }
 # By the beginning of `device_kind`. The MFU of v3 can be measured, but no slice of it described.
 PEAK_FLOPS = {"TPU v3": 61.5e12} | {

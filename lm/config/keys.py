@@ -456,6 +456,11 @@ COMMON_KEYS: dict[str, Key] = {
         "What decays: kernels and embeddings, kernels only, or every parameter.",
         choices=("matrices", "kernels", "all"),
     ),
+    "optimizer.moments": Key(
+        "float32",
+        "Dtype that the moments of weight matrices are kept in; int8 has a scale for each row.",
+        choices=("float32", "bfloat16", "int8"),
+    ),
     "optimizer.clip_norm": Key(1.0, "Largest global gradient norm; 0: no clipping.", low=0.0),
     # --- schedule
     "schedule.name": Key("cosine", "Learning rate after the warm-up."),
@@ -512,6 +517,12 @@ COMMON_KEYS: dict[str, Key] = {
         "A run in which nothing happens for so long ends with an error; 0: never.",
         low=0.0,
         free=True,
+    ),
+    "train.precision": Key(
+        "none",
+        "Products of the layers' matrices in training: in 8 bits, scaled by row, or none: in "
+        "model.dtype, as evaluation and decoding always are.",
+        choices=("none", "int8", "fp8"),
     ),
     "train.profile": Key(
         "",

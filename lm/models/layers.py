@@ -57,14 +57,17 @@ class Linear(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        y = matmul(
+        y = self.product(
             x.reshape(*flat_leading(leading), prod(self.in_shape)),
             self.kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
-            self.dtype,
         )
         if self.use_bias:
             y = add_bias(y, self.bias.reshape(-1))
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
+
+    def product(self, x_TD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+        """Return the product [..., T, F], float32; `low_precision.py` has another."""
+        return matmul(x_TD, kernel_DF, self.dtype)
 
 
 class Norm(nn.Module):

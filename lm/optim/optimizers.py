@@ -79,6 +79,10 @@ def make_optimizer(
         whole update, decoupled weight decay included.
     """
     optimizer = OPTIMIZERS[options.name](schedule, options, table)
+    if options.moments != "float32":
+        from lm.optim.compact_state import compact
+
+        optimizer = compact(optimizer, options.moments)
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     if options.layer_decay != 1 or (trainable is not None and trainable.has_patterns):

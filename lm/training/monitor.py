@@ -218,7 +218,7 @@ class MetricsFile:
 
 
 class MetricsWriter:
-    """Writer of metrics to the file, TensorBoard and the progress bar of the lead process."""
+    """Writer of metrics to the file, TensorBoard and the progress bar; of the lead process only."""
 
     def __init__(
         self,
@@ -228,7 +228,6 @@ class MetricsWriter:
         *,
         log_periods: Mapping[int, int],
         progress: bool,
-        silent: bool,
     ):
         """Open the files of a run.
 
@@ -238,10 +237,9 @@ class MetricsWriter:
             config: configuration; it names the trackers.
             log_periods: as in `Clock`.
             progress: show a progress bar on stderr.
-            silent: discard everything (all processes but the lead).
         """
-        self._silent = silent
-        if silent:
+        self._silent = not is_primary_host()
+        if self._silent:
             return
         log = config.log
         self._file = MetricsFile(workdir / "metrics.jsonl", first_step, log_periods)

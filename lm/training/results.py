@@ -27,19 +27,19 @@ from lm.training.monitor import Clock, Heartbeat, MetricsWriter
 class BestCheckpoint:
     """Best state so far by a validation figure; restarts continue the comparison."""
 
-    def __init__(self, workdir: Path, figure: str, options: ConfigDict, metadata: dict[str, Any]):
+    def __init__(self, workdir: Path, config: ConfigDict, metadata: dict[str, Any]):
         """Open the folder "best" of a run.
 
         Args:
             workdir: folder of the run.
-            figure: name of the figure, such as "accuracy"; "-loss" where lower is better.
-            options: section "checkpoint" of the configuration.
+            config: configuration; `eval.best` names the figure, such as "accuracy", or "-loss"
+                where lower is better.
             metadata: metadata of the run, written into the checkpoint.
         """
-        self._figure = figure
+        self._figure = figure = config.eval.best
         self._name = figure.removeprefix("-")
         self._sign = -1.0 if figure.startswith("-") else 1.0
-        options = ConfigDict({**options, "keep_last": 1, "keep_every_steps": 0})
+        options = ConfigDict({**config.checkpoint, "keep_last": 1, "keep_every_steps": 0})
         self._checkpoints = Checkpoints(workdir / BEST_FOLDER / "checkpoints", options, metadata)
         self._value = -float("inf")
         if (step := self._checkpoints.latest_step) is not None:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,13 +110,8 @@ def train(
             config,
             log_periods=clock.log_periods,
             progress=progress,
-            silent=not is_primary_host(),
         )
-        best = None
-        if config.eval.best:
-            best = BestCheckpoint(
-                workdir, config.eval.best, config.checkpoint, checkpoints.metadata
-            )
+        best = BestCheckpoint(workdir, config, checkpoints.metadata) if config.eval.best else None
         try:
             with watchdog(config.train.stall_seconds, storage_path(workdir)) as heartbeat:
                 outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
@@ -223,7 +217,7 @@ def describe(experiment: Experiment) -> str:
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     devices = mesh.devices.flatten()
     lines = [
-        f"{config.model.family} of {n_params:,} parameters on {prod(mesh.devices.shape)} "
+        f"{config.model.family} of {n_params:,} parameters on {mesh.size} "
         f"{devices[0].device_kind} ({axes or 'one device'}), {jax.process_count()} process(es); "
         f"{config.model.dtype}, {_attention(experiment)}"
     ]

@@ -92,6 +92,18 @@ def test_microbatches_on_a_mesh_equal_one_batch_on_one_device(one_device_losses)
     np.testing.assert_allclose(found, one_device_losses, rtol=1e-5)
 
 
+def test_8_bits_learn_the_same_on_a_mesh(one_device_losses):
+    narrow = {"optimizer__moments": "int8", "train__precision": "fp8"}
+    experiment = experiment_on({"fsdp": 2, "tensor": 2}, **narrow)
+    found = losses(experiment, 8)
+    np.testing.assert_allclose(found, one_device_losses[:8], rtol=0.01)
+    assert not np.array_equal(found, one_device_losses[:8])
+    wanted = flat(experiment.state_sharding.params)["stack/layers/feed_forward/in/kernel"].spec
+    state = experiment.state_sharding.opt_state
+    specs = [x.spec for path, x in jax.tree.leaves_with_path(state) if "'in'" in str(path)]
+    assert specs.count(wanted) >= 2
+
+
 def lowered(mesh: dict[str, int], **overrides: object) -> Lowered:
     experiment = experiment_on(mesh, **overrides)
     shapes = {

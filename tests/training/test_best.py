@@ -39,7 +39,9 @@ def offer(tmp_path):
 
     def offer(figure: str, found: dict[int, dict[str, float]]) -> Path:
         metadata = {"config": {}, "fingerprint": {}}
-        best = BestCheckpoint(tmp_path, figure, default().checkpoint, metadata)
+        config = default()
+        config.eval.best = figure
+        best = BestCheckpoint(tmp_path, config, metadata)
         for step, figures in found.items():
             best.offer(step, state_at(step), figures)
         best.close()

@@ -8,7 +8,7 @@ the bound counts the FLOPs of `lm/accounting/flops.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from lm.tools.planning.program import (
     largest_arrays,
 )
 from lm.tools.planning.topologies import Topology, interconnect
-from lm.tools.planning.work import attention_kernel, flops, memory_traffic
+from lm.tools.planning.work import attention_kernel, flops_by_dtype, memory_traffic
 
 Tree = Any
 MEMORY_PARTS = ("arguments", "temporaries", "outputs", "code")
@@ -228,7 +228,8 @@ def plan_of(
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
     tokens = config.data.batch_size * tokens_per_row(experiment)
     moved = _traffic(module, experiment.mesh, topology, n_steps) if module else ()
-    done = flops(module) / n_steps if module else None
+    each = {d: n / n_steps for d, n in flops_by_dtype(module).items()} if module else None
+    done = sum(each.values()) if each is not None else None
     touched = round(memory_traffic(module) / n_steps) if module else None
     return Plan(
         config={key: _value(config, key) for key in SHOWN},
@@ -243,7 +244,7 @@ def plan_of(
         compiled_flops=done,
         memory_traffic=touched,
         collectives=moved,
-        time=_time(chip, done, touched, moved),
+        time=_time(chip, each, touched, moved),
         tokens=tokens,
         peak_flops=chip.peak_flops,
         attention_kernel=attention_kernel(module) if module else None,
@@ -329,7 +330,7 @@ def _traffic(module: Module, mesh: Mesh, topology: Topology, n_steps: int) -> tu
 
 
 def _time(
-    chip: Chip, done: float | None, touched: int | None, moved: Sequence[Traffic]
+    chip: Chip, done: Mapping[str, float] | None, touched: int | None, moved: Sequence[Traffic]
 ) -> Time | None:
     if done is None or touched is None or not chip.peak_flops or not chip.memory_bandwidth:
         return None
@@ -337,11 +338,18 @@ def _time(
     for traffic in moved:
         networks[traffic.network] = networks.get(traffic.network, 0.0) + (traffic.seconds or 0.0)
     terms = (
-        done / chip.peak_flops,
+        sum(n / _peak(chip, dtype) for dtype, n in done.items()),
         touched / chip.memory_bandwidth,
         max(networks.values(), default=0.0),
     )
     return Time(*terms, bound=max(terms))
+
+
+def _peak(chip: Chip, dtype: str) -> float:
+    """Return the FLOP/s of products of a dtype, by its name in HLO."""
+    assert chip.peak_flops
+    faster = (rate for name, rate in chip.peak_8bit.items() if dtype.startswith(name))
+    return next(faster, chip.peak_flops)
 
 
 def _value(config: ConfigDict, path: str) -> Any:

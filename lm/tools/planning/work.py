@@ -20,11 +20,19 @@ NOTHING_MOVES = (*FREE, "copy-done", "opt-barrier", "add-dependency", "replica-i
 
 def flops(module: Module) -> float:
     """Return the FLOPs of the whole program."""
-    return sum(
-        times * _flops(computation, part)
-        for around, instruction, times in module.executions()
-        for computation, part in module.inside(around, instruction)
-    )
+    return sum(flops_by_dtype(module).values())
+
+
+def flops_by_dtype(module: Module) -> dict[str, float]:
+    """Return the FLOPs of the whole program by the dtype that is multiplied; "" in kernels."""
+    found: dict[str, float] = {}
+    for around, instruction, times in module.executions():
+        for computation, part in module.inside(around, instruction):
+            if n := _flops(computation, part):
+                is_kernel = part.opcode == "custom-call" and not part.target.startswith("__cublas")
+                dtype = "" if is_kernel else computation.operands(part)[0].shapes[0].dtype
+                found[dtype] = found.get(dtype, 0.0) + times * n
+    return found
 
 
 def memory_traffic(module: Module) -> float:
