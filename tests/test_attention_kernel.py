@@ -24,6 +24,12 @@ T5 = {
     "objective.name": "span_corruption",
     "model.positions": "relative",
 }
+BERT = {
+    "model.family": "encoder",
+    "objective.name": "masked",
+    "model.attention_dropout": 0.1,
+}
+PREFIX = {"objective.name": "prefix"}
 GEMMA = {"model.window": 512, "model.global_every": 2, "model.attention_softcap": 50.0}
 
 
@@ -43,9 +49,11 @@ def choice(platform, values=None, capability="", **sizes):
         ("cuda", ONE_TEXT, {}, "cudnn", "the one for gpu"),
         ("gpu", {}, {}, "tokamax", "cudnn cannot be used with several texts or padding in a row"),
         ("cpu", T5, {}, "xla", "tiled cannot be used with --config.model.family=encoder_decoder"),
-        ("tpu", T5, {}, "xla", "splash cannot be used with --config.model.positions=relative"),
+        ("tpu", T5, {}, "flash", "splash cannot be used with --config.model.positions=relative"),
         ("cpu", ALIBI, {}, "xla", "tiled cannot be used with --config.model.positions=alibi"),
-        ("tpu", ALIBI, {}, "xla", "splash cannot be used with --config.model.positions=alibi"),
+        ("tpu", ALIBI, {}, "flash", "splash cannot be used with --config.model.positions=alibi"),
+        ("tpu", BERT, {}, "flash", "splash cannot be used with --config.model.attention_dropout"),
+        ("tpu", PREFIX, {}, "flash", "splash cannot be used with --config.objective.name=prefix"),
         ("gpu", ALIBI, {}, "xla", "cudnn cannot be used with --config.model.positions=alibi"),
         (
             "gpu",
@@ -56,7 +64,7 @@ def choice(platform, values=None, capability="", **sizes):
         ),
         ("gpu", {}, {"context": 2}, "cudnn", "the one for gpu"),
         ("gpu", {"model.window": 9}, {"context": 2}, "xla", "cudnn cannot .*ring and .*window=9"),
-        ("tpu", {"data.sequence_length": 1000}, {}, "xla", "1000 tokens, not a multiple of 128"),
+        ("tpu", {"data.sequence_length": 1000}, {}, "flash", "1000 tokens, not a multiple of 128"),
         ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
         ("tpu", GEMMA, {}, "splash", "the one for tpu"),
         (
@@ -125,6 +133,7 @@ def test_gpus_have_different_kernels(capability, values, kernel, why):
         ("tpu", {"objective.name": "prefix"}, "splash", "ring"),
         ("cpu", {"model.attention": "blockwise", **GEMMA}, "blockwise", "ring"),
         ("cpu", {"objective.name": "prefix", **GEMMA}, "xla", "gather"),
+        ("tpu", ALIBI, "flash", "gather"),
         ("gpu", {"model.window": 128}, "xla", "ring"),
     ],
 )
@@ -142,6 +151,13 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
         ("gpu", {"model.attention": "triton", **ALIBI}, {}, "triton cannot .*positions=alibi"),
         ("tpu", {"model.attention": "splash", "data.sequence_length": 1000}, {}, "1000 tokens"),
         ("tpu", {"model.attention": "splash"}, {"context": 8}, "not a multiple of 2048"),
+        ("cpu", {"model.attention": "flash"}, {}, "flash cannot be used with cpu devices"),
+        (
+            "tpu",
+            {"model.attention": "flash", "data.sequence_length": 1000},
+            {"context": 2},
+            "1000 tokens, not a multiple of 256",
+        ),
         ("cpu", {"model.attention": "tiled"}, {"context": 2}, "tiled cannot .*context=2"),
         ("cpu", {"model.attention": "blockwise", "data.sequence_length": 1021}, {}, "no divisor"),
         ("cpu", {"model.attention": "blockwise", **ALIBI}, {}, "blockwise cannot .*=alibi"),

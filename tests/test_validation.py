@@ -223,7 +223,7 @@ VALUES = {
     "model.experts_every": (1, 2),
     "model.experts_per_token": (1, 2),
     "model.dense_layers": (0, 1, 3),
-    "model.attention": ("auto", "xla", "tiled", "blockwise", "splash"),
+    "model.attention": ("auto", "xla", "tiled", "blockwise", "splash", "flash"),
     "model.dropout": (0.0, 0.1),
     "model.attention_dropout": (0.0, 0.1),
     "model.attention_softcap": (0.0, 5.0),

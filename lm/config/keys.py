@@ -287,9 +287,12 @@ COMMON_KEYS: dict[str, Key] = {
     "model.attention": Key(
         "auto",
         "Attention kernel: plain XLA; tiles that skip the masked half (for CPUs); blockwise: the "
-        "scores of one tile at a time; splash (TPU), cudnn, tokamax and triton (GPU): fused; auto: "
-        "the platform's own if it can run, else xla.",
-        choices=("auto", "xla", "tiled", "blockwise", "splash", "cudnn", "tokamax", "triton"),
+        "scores of one tile at a time; splash, flash (TPU), cudnn, tokamax, triton (GPU): fused; "
+        "auto: the platform's own if it can run, else xla.",
+        choices=(
+            *("auto", "xla", "tiled", "blockwise", "splash", "flash"),
+            *("cudnn", "tokamax", "triton"),
+        ),
         free=True,
     ),
     # --- data

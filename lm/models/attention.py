@@ -39,7 +39,7 @@ class MixerInputs:
         mask: visible keys. `segments_BL` are the segment ids of the tokens, 0 for padding; `offset`
             is the cache slot of the first; the mask knows the window of the layer.
         angles_BLK: RoPE angles of the tokens.
-        bias_HLS: position bias of the scores.
+        bias_HLS: position bias of the scores; for the kernel "flash" by distance (`position_bias`).
     """
 
     mask: AttentionMask
@@ -254,9 +254,9 @@ def attend(
 # --- choice of the kernel
 
 # The best first.
-FUSED_ON = {"cpu": ("tiled",), "tpu": ("splash",), "gpu": ("cudnn", "tokamax", "triton")}
+FUSED_ON = {"cpu": ("tiled",), "tpu": ("splash", "flash"), "gpu": ("cudnn", "tokamax", "triton")}
 CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
-PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu", "triton": "gpu"}
+PLATFORM_OF = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu", "tokamax": "gpu", "triton": "gpu"}
 
 
 @dataclass(frozen=True)

@@ -64,19 +64,18 @@ class RelativeBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
-        """Return the bias [H, L, S], float32; query i is at key slot `offset` + i."""
+    def __call__(self, distances: jax.Array) -> jax.Array:
+        """Return the bias [H, …] of distances of any shape, float32."""
         c = self.config
         role = Role(Kind.POSITION_BIAS, c.stream, "input", inputs=1)
         init, shape = c.kernel_init(c.output_std(c.n_heads)), (c.relative_buckets, c.n_heads)
         table = param(self, "embedding", init, shape, ("positions", "heads"), role)
-        distances_LS = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
-        buckets_LS = relative_buckets(
-            distances_LS, self.bidirectional, c.relative_buckets, c.relative_max_distance
+        buckets = relative_buckets(
+            distances, self.bidirectional, c.relative_buckets, c.relative_max_distance
         )
         # A product with the buckets' indicators: the gradient of a look-up would be a scatter.
-        indicators = jax.nn.one_hot(buckets_LS, c.relative_buckets, dtype=jnp.float32)
-        return jnp.einsum("LSR,RH->HLS", indicators, table)
+        indicators = jax.nn.one_hot(buckets, c.relative_buckets, dtype=jnp.float32)
+        return jnp.einsum("...R,RH->H...", indicators, table)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:
@@ -92,20 +91,47 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     return np.concatenate([slopes, between[: n_heads - power]]).astype(np.float32)
 
 
-def alibi_bias(n_heads: int, n_queries: int, n_keys: int, offset: jax.Array | int) -> jax.Array:
+def alibi_bias(n_heads: int, distances: jax.Array) -> jax.Array:
     """Return the position bias of ALiBi, slope times -|i - j| (Press et al. 2022, §3).
 
     Keys after the query, which a prefix or an encoder shows, are as far as those before it.
 
     Args:
         n_heads: number of query heads H.
+        distances: distances of any shape; as in `RelativeBias`, they count tokens of the row.
+
+    Returns:
+        The bias [H, …], float32.
+    """
+    slopes = jnp.asarray(alibi_slopes(n_heads)).reshape(-1, *(1,) * distances.ndim)
+    return -slopes * jnp.abs(distances)
+
+
+def position_bias(
+    config: TransformerConfig,
+    bidirectional: bool,
+    n_queries: int,
+    n_keys: int,
+    offset: jax.Array | int,
+    by_distance: bool,
+) -> jax.Array:
+    """Return the position bias of a stack's scores, inside its module.
+
+    Args:
+        config: configuration of the stack, whose positions are "relative" or "alibi".
+        bidirectional: keys after the query are shown.
         n_queries: number of queries L.
         n_keys: number of keys S.
         offset: index of the first query among the keys.
+        by_distance: one number for each distance, for the kernel "flash".
 
     Returns:
-        The bias [H, L, S], float32. As in `RelativeBias`, indices count tokens of the row.
+        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1].
     """
-    distances_LS = jnp.abs(jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None])
-    slopes_H = jnp.asarray(alibi_slopes(n_heads))
-    return -slopes_H[:, None, None] * distances_LS
+    if by_distance:
+        distances = jnp.arange(1 - n_queries, n_keys)
+    else:
+        distances = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
+    if config.positions == "alibi":
+        return alibi_bias(config.n_heads, distances)
+    return RelativeBias(config, bidirectional, name="relative_bias")(distances)

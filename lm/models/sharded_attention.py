@@ -62,7 +62,7 @@ def attend_on_mesh(
         context_attention: "ring" or "gather".
         scale: factor of the scores.
         softcap: soft-cap of the scores; 0: none.
-        bias_HLS: position bias of the scores.
+        bias_HLS: position bias of the scores; for the kernel "flash" by distance, [H, L + S - 1].
         dropout: dropout of the attention weights.
 
     Returns:
@@ -79,6 +79,9 @@ def attend_on_mesh(
         k_BSGK, v_BSGK = (constrain(x, *names) for x in (k_BSGK, v_BSGK))
         more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "dropout": dropout}
         return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
+    if kernel == "flash" and not ring:
+        keys_values = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
+        return _flash(q_BLHK, *keys_values, mask, scale, softcap, bias_HLS, dropout)
     if not (bias_HLS is None and dropout is None):
         raise ValueError(f'attention kernel "{kernel}" has neither bias nor dropout')
     if softcap and kernel == "cudnn":
@@ -150,6 +153,46 @@ def _by_rows_and_heads(
     arrays = [mask.segments_BL, mask.key_segments_BS, mask.prefix_BS]
     arguments = (q_BLHK, k_BSGK, v_BSGK, arrays)
     return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, [rows, keys, keys]))
+
+
+def _flash(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float,
+    bias_HD: jax.Array | None,
+    dropout: Dropout | None,
+) -> jax.Array:
+    from lm.kernels.flash_attention import flash_attention
+
+    (B, L, H, _), parts = q_BLHK.shape, count_shards("length")
+    words_BHW = None if dropout is None else jax.random.bits(dropout.key, (B, H, 2), "uint32")
+    options: Any = {"scale": scale, "softcap": softcap, "total_length": L}
+    options["rate"] = dropout.rate if dropout else 0.0
+
+    def local(q: Any, k: Any, v: Any, own: Any, keys: Any, first: Any, *more: Any) -> jax.Array:
+        prefix_BS, is_global, bias_HD, words_BHW = more
+        shown = replace(
+            mask,
+            segments_BL=own,
+            key_segments_BS=keys,
+            offset=first[0],
+            prefix_BS=prefix_BS,
+            is_global=is_global,
+        )
+        arrays: Any = {"bias_HD": bias_HD, "words_BHW": words_BHW}
+        return flash_attention(q, k, v, shown, **arrays, **options)
+
+    key_segments_BS = mask.segments_BL if mask.key_segments_BS is None else mask.key_segments_BS
+    arguments = (
+        *(q_BLHK, k_BSGK, v_BSGK, mask.segments_BL, key_segments_BS),
+        *(jnp.arange(parts) * (L // parts), mask.prefix_BS, mask.is_global, bias_HD, words_BHW),
+    )
+    keys, heads = ("batch", "keys"), ("heads", "positions")
+    rows = (("batch", "length"), keys, ("length",), keys, (), heads, ("batch", "heads"))
+    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, *rows))
 
 
 def _across(
@@ -278,7 +321,8 @@ def kernel_problems(
     """Yield the settings that keep a kernel, or the ring, from running.
 
     Args:
-        kernel: "blockwise", "cudnn", "splash", "tokamax", "triton", or any with the ring.
+        kernel: "blockwise", "cudnn", "flash", "splash", "tokamax", "triton", or any with the
+            ring.
         ring: keys and values are passed on in a ring.
         config: valid configuration with its defaults filled in.
         context: parts of the sequence.
@@ -288,16 +332,16 @@ def kernel_problems(
     of_gpu = kernel in GPU_KERNELS
     if context > 1 and (of_gpu or kernel == "blockwise") and not ring:
         yield "--config.parallel.context_attention=gather"
-    if ring and kernel in ("tokamax", "triton"):
+    if ring and kernel in ("flash", "tokamax", "triton"):
         yield "--config.parallel.context_attention=ring"
     if ring and kernel == "cudnn":
         if model.window:
             yield _ring_or(ring, f"--config.model.window={model.window}")
         if model.family != "decoder" or objective.has_prefix:
             yield _ring_or(ring, f"--config.model.family={model.family} (all pairs of tokens)")
-    if model.attention_dropout:
+    if model.attention_dropout and kernel != "flash":
         yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
-    if model.positions in POSITION_BIASES:
+    if model.positions in POSITION_BIASES and kernel != "flash":
         yield _ring_or(ring, f"--config.model.positions={model.positions}")
     if model.attention_softcap and kernel == "cudnn":
         yield f"--config.model.attention_softcap={model.attention_softcap}"
@@ -311,7 +355,10 @@ def kernel_problems(
     for name, length in lengths.items():
         if ring and length % (2 * context):
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
-        if kernel == "splash" and length % (parts := LANES * (2 * context if context > 1 else 1)):
+        # Splash cuts queries in zig-zag order, the flash kernel in parts of whole tiles.
+        parts = LANES * context if context > 1 else 1
+        parts *= {"splash": 2 if context > 1 else LANES}.get(kernel, 1)
+        if kernel in ("flash", "splash") and length % parts:
             yield f"{name}: {length} tokens, not a multiple of {parts}"
         if kernel == "blockwise" and not count_tiles(length // context):
             yield f"{name}: {length} tokens, which has no divisor between 64 and 512"

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.config.registries import MIXERS
+from lm.config.rules import POSITION_BIASES
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.attention import MixerInputs, layer_angles
 from lm.models.cache import Cache, CrossKeyValue, cache_indices
@@ -26,7 +27,7 @@ from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.remat import REMAT_POLICIES
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
-from lm.parallel.mesh import constrain, current_pipeline
+from lm.parallel.mesh import constrain, current_mesh, current_pipeline
 
 
 @flax.struct.dataclass
@@ -37,7 +38,7 @@ class StackInputs:
         mask: mask of self-attention, without windows.
         angles_BLK: RoPE angles.
         local_angles_BLK: RoPE angles of local layers, where they differ.
-        bias_HLS: position bias of the scores.
+        bias_HLS: position bias of the scores, as in `MixerInputs`.
         encoded_BSD: encoder output; None in later steps of decoding, which read cached keys.
         source_mask: mask of cross-attention; None in a stack without it.
     """
@@ -304,15 +305,12 @@ class Stack(nn.Module):
             angles_BLK, local_BLK = layer_angles(c, positions_BL, mask.segments_BL)
             inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
         n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
-        if c.positions == "relative":
-            from lm.models.positions import RelativeBias
+        if c.positions in POSITION_BIASES:
+            from lm.models.positions import position_bias
 
-            bias = RelativeBias(c, not self.causal, name="relative_bias")
-            inputs = replace(inputs, bias_HLS=bias(L, n_keys, mask.offset))
-        if c.positions == "alibi":
-            from lm.models.positions import alibi_bias
-
-            inputs = replace(inputs, bias_HLS=alibi_bias(c.n_heads, L, n_keys, mask.offset))
+            by_distance = c.attention == "flash" and cache is None and current_mesh() is not None
+            bias = position_bias(c, not self.causal, L, n_keys, mask.offset, by_distance)
+            inputs = replace(inputs, bias_HLS=bias)
         return inputs
 
     def _run(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:

@@ -11,9 +11,9 @@ from transformer_reference import draw, t5_bias, t5_buckets
 from lm.models.attention import rotary_angles, rotate
 from lm.models.encoder import Encoder
 from lm.models.positions import (
-    RelativeBias,
     alibi_bias,
     alibi_slopes,
+    position_bias,
     relative_buckets,
     sinusoidal,
 )
@@ -87,18 +87,32 @@ def test_relative_buckets_are_those_of_t5(causal):
     np.testing.assert_array_equal(buckets, t5_buckets(distances, causal))
 
 
+class Bias(nn.Module):
+    """Module of a position bias, as a stack is."""
+
+    config: TransformerConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, *args):
+        return position_bias(self.config, self.bidirectional, *args)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_relative_bias_is_the_table_by_bucket_wherever_the_queries_start(causal):
     config = TransformerConfig(
         n_layers=1, d_model=8, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, vocab_size=8,
-        max_length=8,
+        max_length=8, positions="relative",
     )  # fmt: skip
-    module = RelativeBias(config, not causal)
-    params = nn.meta.unbox(module.init(jax.random.key(0), 4, 4, 0))
-    apply = jax.jit(module.apply, static_argnums=(1, 2))
-    expected = t5_bias(np.asarray(params["params"]["embedding"]), 300, causal)
-    np.testing.assert_allclose(apply(params, 300, 300, 0), expected, atol=1e-6)
-    np.testing.assert_allclose(apply(params, 7, 300, 190), expected[:, 190:197], atol=1e-6)
+    module = Bias(config, not causal)
+    params = nn.meta.unbox(module.init(jax.random.key(0), 4, 4, 0, False))
+    apply = jax.jit(module.apply, static_argnums=(1, 2, 4))
+    expected = t5_bias(np.asarray(params["params"]["relative_bias"]["embedding"]), 300, causal)
+    np.testing.assert_allclose(apply(params, 300, 300, 0, False), expected, atol=1e-6)
+    np.testing.assert_allclose(apply(params, 7, 300, 190, False), expected[:, 190:197], atol=1e-6)
+    by_distance = apply(params, 300, 300, 0, True)
+    np.testing.assert_allclose(by_distance[:, :300], expected[:, -1], atol=1e-6)
+    np.testing.assert_allclose(by_distance[:, 299:], expected[:, 0], atol=1e-6)
 
 
 def released_slopes(n):
@@ -124,11 +138,11 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 def test_alibi_bias_falls_with_the_distance():
     expected = -0.0625 * np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])  # slope 2^-4, the first of two
-    bias = alibi_bias(2, 3, 3, 0)
+    bias = alibi_bias(2, jnp.arange(3) - jnp.arange(3)[:, None])
     assert (bias.shape, bias.dtype) == ((2, 3, 3), jnp.float32)
     np.testing.assert_array_equal(bias, [expected, expected / 16])
     np.testing.assert_array_equal(
-        alibi_bias(2, 2, 9, 5)[0],
+        alibi_bias(2, jnp.arange(9) - jnp.arange(5, 7)[:, None])[0],
         -0.0625 * np.array([[5, 4, 3, 2, 1, 0, 1, 2, 3], [6, 5, 4, 3, 2, 1, 0, 1, 2]]),
     )
 

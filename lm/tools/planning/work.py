@@ -127,12 +127,17 @@ def _kernel(computation: Computation, call: Instruction) -> int:
         return cost[0]
     if call.target.startswith("__cublas"):
         return _matrix_library(computation, call)
-    stated = re.search(r'"?cost_estimate"?:\s*\{[^}]*"?flops"?:\s*"?(\d+)', call.attributes)
-    if stated:
-        return int(stated.group(1))
+    if stated := _stated(call, "flops"):
+        return stated
     if is_attention(call):
         return _attention(computation, call)
     return 0
+
+
+def _stated(call: Instruction, what: str) -> int:
+    """Return a number of a kernel's own cost estimate, 0 without one."""
+    found = re.search(rf'"?cost_estimate"?:\s*\{{[^}}]*"?{what}"?:\s*"?(\d+)', call.attributes)
+    return int(found.group(1)) if found else 0
 
 
 def _matrix_library(computation: Computation, call: Instruction) -> int:
@@ -245,7 +250,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         return 2 * _bytes(computation.operands(instruction)[1].shapes)
     if opcode == "scatter":
         return 3 * _bytes(computation.operands(instruction)[-1].shapes)
-    return _bytes(operands) + _bytes(results)
+    # A kernel may read an operand several times, tile by tile.
+    return max(_bytes(operands) + _bytes(results), _stated(instruction, "bytes_accessed"))
 
 
 def _fusion_traffic(module: Module, computation: Computation, fusion: Instruction) -> int:

@@ -1,0 +1,707 @@
+"""Flash attention with dropout and position biases: a Pallas kernel for what no library fuses.
+
+Beside masks, segments, prefixes, windows, soft-caps and grouped heads, which splash and cuDNN have
+in part, this kernel draws the dropout of the attention weights itself, and adds a bias of the
+distance between query and key (T5's buckets, ALiBi's slopes) from one row of numbers a head, so
+that nothing of the size [L, S] is in main memory (Dao et al. 2022, alg. 1 and 4).
+
+Dropout: the weight of query q and key k is dropped if a 16-bit number is below rate · 2^16. The
+number is a quarter of the 64 bits of Threefry-2x32 with 13 rounds (Salmon et al. 2011, found
+crush-resistant there) of the counter (8 ⌊q / 32⌋ + q mod 8, k), quarter
+⌊q / 8⌋ mod 4, under a key of row and head. So the bits depend neither on tiles nor on the mesh, and
+the backward pass draws them again.
+
+Bias: a tile of T × S scores holds T + S - 1 distances. They are one row of the tile's bias; a
+rotation of row i by i puts every distance in its place, and the inverse rotation sums the gradient.
+
+Heads stay where the projections put them, [B, L, H K]: a block is some heads whose numbers fill the
+lanes, and no operand is transposed.
+
+Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim, T queries of a
+tile, C columns: keys of a tile, D distances, N blocks of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.elementwise import softcap as apply_softcap
+
+LANES, QUERY_GROUP = 128, 32  # of a TPU's vectors; queries that share counters of Threefry
+LARGEST_TILE = 512
+RESOLUTION = 2**16  # of the dropout rate
+# Numbers of a tile of queries, and of all queries whose gradients stay on the chip, that leave room
+# for scores in the 16 MiB of a TPU v4.
+LARGEST_BLOCK, WHOLE_QUERIES = 2**18, 2**19
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+N_ROUNDS = 13
+
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Static part of a call.
+
+    Attributes:
+        n_heads: query heads H.
+        n_kv_heads: key/value heads G.
+        head_dim: K.
+        length: queries L of this device.
+        n_keys: keys S.
+        total_length: queries of all devices, of which this one has consecutive ones.
+        causal: mask keys after the query.
+        window: a causal query attends to the last `window` keys; 0 for all.
+        scale: factor of the scores.
+        softcap: bound of the scores; 0 for none.
+        rate: dropout rate of the weights.
+        interpret: run on any platform, slowly, for tests.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    length: int
+    n_keys: int
+    total_length: int
+    causal: bool
+    window: int
+    scale: float
+    softcap: float
+    rate: float
+    interpret: bool
+
+    @property
+    def kv_block(self) -> int:
+        """Key/value heads of a block: the fewest that fill lanes, or all."""
+        G, K = self.n_kv_heads, self.head_dim
+        return next((m for m in range(1, G) if G % m == 0 and m * K % LANES == 0), G)
+
+    @property
+    def head_block(self) -> int:
+        """Query heads of a block."""
+        return self.kv_block * (self.n_heads // self.n_kv_heads)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of heads N."""
+        return self.n_kv_heads // self.kv_block
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Queries T and keys C of a tile."""
+        largest = LARGEST_TILE
+        while largest > LANES and largest * self.head_block * self.head_dim > LARGEST_BLOCK:
+            largest //= 2
+        short = -(-self.length // QUERY_GROUP) * QUERY_GROUP
+        return short if short < largest else _tile(self.length, largest), _tile(
+            self.n_keys, largest
+        )
+
+    @property
+    def n_tiles(self) -> tuple[int, int]:
+        """Tiles of queries and of keys."""
+        T, C = self.tile
+        return -(-self.length // T), -(-self.n_keys // C)
+
+    @property
+    def threshold(self) -> int:
+        """Smallest 16-bit number that keeps a weight."""
+        return round(self.rate * RESOLUTION)
+
+    @property
+    def keep_scale(self) -> float:
+        """Factor of the weights that are kept."""
+        return RESOLUTION / (RESOLUTION - self.threshold)
+
+    @property
+    def zero_distance(self) -> int:
+        """Place of distance 0 in the row of biases: a multiple of the lanes."""
+        before = self.total_length - self.length + self.n_tiles[0] * self.tile[0]
+        return -(-before // LANES) * LANES
+
+    def needed_pairs(self) -> float:
+        """Return the number of tiles that a device computes, on average; with prefixes more."""
+        (T, C), (n, m) = self.tile, self.n_tiles
+        shards = self.total_length // self.length
+        starts = [shard * self.length + i * T for shard in range(shards) for i in range(n)]
+        pairs = [(q, j * C) for q in starts for j in range(m)]
+        needed = [self.needed(*pair, self.window) for pair in pairs] if self.causal else pairs
+        return sum(map(bool, needed)) / shards
+
+    def needed(self, query: Any, key: Any, window: Any) -> Any:
+        """Return whether a tile whose first query and key these are has a score to compute."""
+        (T, C) = self.tile
+        below = key <= query + T - 1
+        return below & (key + C > query - window + 1) if self.window else below
+
+
+def _tile(length: int, largest: int) -> int:
+    """Return the tile of a length that pads it least; few tiles count as 128 more numbers each."""
+    sizes = range(LANES, largest + 1, LANES)
+    return min(sizes, key=lambda size: (-(-length // size) * (size + LANES), -size))
+
+
+def flash_attention(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    bias_HD: jax.Array | None = None,
+    words_BHW: jax.Array | None = None,
+    rate: float = 0.0,
+    total_length: int = 0,
+    interpret: bool = False,
+) -> jax.Array:
+    """Compute attention with scores, mask, bias and dropout in tiles on the chip.
+
+    Args:
+        q_BLHK: queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        mask: which keys each query attends to; `offset` is the index of the first query among the
+            queries of all devices. A query that sees no key gets a finite value and no gradient.
+        scale: factor of the scores.
+        softcap: bound of the scores; 0 for none.
+        bias_HD: bias of the scores by distance, key minus query, from 1 - total_length to S - 1.
+        words_BHW: two random uint32 for each row and head, the key of its dropout; None for none.
+        rate: dropout rate of the attention weights.
+        total_length: queries of all devices; 0 if this one has all.
+        interpret: run on any platform, slowly, for tests.
+
+    Returns:
+        The output [B, L, H, K]. Scores and softmax are computed in float32.
+    """
+    (B, L, H, K), (S, G) = q_BLHK.shape, k_BSGK.shape[1:3]
+    layout = Layout(
+        n_heads=H,
+        n_kv_heads=G,
+        head_dim=K,
+        length=L,
+        n_keys=S,
+        total_length=total_length or L,
+        causal=mask.causal,
+        window=mask.window if mask.causal else 0,
+        scale=scale,
+        softcap=softcap,
+        rate=0.0 if words_BHW is None else rate,
+        interpret=interpret,
+    )
+    # Many query heads of few key/value heads are a block too wide: keys and values are repeated.
+    groups = (G * f for f in range(1, H // G + 1) if H // G % f == 0)
+    layouts = (replace(layout, n_kv_heads=group) for group in groups)
+    layout = next((c for c in layouts if c.head_block * K <= LARGEST_BLOCK // LANES), layout)
+    k_BSGK, v_BSGK = (jnp.repeat(x, layout.n_kv_heads // G, axis=2) for x in (k_BSGK, v_BSGK))
+    n = layout.head_block
+    lengths = [count * size for count, size in zip(layout.n_tiles, layout.tile, strict=True)]
+    arrays = {"q": q_BLHK.reshape(B, L, H * K)}
+    arrays |= {"k": k_BSGK.reshape(B, S, -1), "v": v_BSGK.reshape(B, S, -1)}
+    if mask.segments_BL is not None:
+        keys_BS = mask.segments_BL if mask.key_segments_BS is None else mask.key_segments_BS
+        arrays["segments"] = _row(mask.segments_BL, lengths[0])
+        arrays["key_segments"] = _row(keys_BS, lengths[1])
+    if mask.causal and mask.prefix_BS is not None:
+        arrays["prefix"] = _row(mask.prefix_BS, lengths[1])
+    if bias_HD is not None:
+        before = layout.zero_distance - layout.total_length + 1
+        after = layout.zero_distance + lengths[1] - bias_HD.shape[1] - before
+        padded = jnp.pad(bias_HD.astype(jnp.float32), ((0, 0), (before, after)))
+        arrays["bias"] = padded.reshape(layout.n_blocks, n, -1)
+    window = jnp.asarray(layout.window)
+    if mask.is_global is not None:
+        window = jnp.where(mask.is_global, L + S + layout.total_length, window)
+    # Numbers that indices of blocks depend on: first query, window, keys of the dropout.
+    numbers = [jnp.asarray(mask.offset)[None], window[None]]
+    if words_BHW is not None:
+        numbers.append(jax.lax.bitcast_convert_type(words_BHW, jnp.int32).reshape(-1))
+    arrays["numbers"] = jnp.concatenate([x.astype(jnp.int32) for x in numbers])
+    return _attention(layout, arrays).reshape(B, L, H, K)
+
+
+def _row(x_BL: jax.Array, length: int) -> jax.Array:
+    """Return numbers of tokens as rows [B, 1, length], padded with -1."""
+    x_BL = x_BL.astype(jnp.int32)
+    return jnp.pad(x_BL, ((0, 0), (0, length - x_BL.shape[1])), constant_values=-1)[:, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(layout: Layout, arrays: Arrays) -> jax.Array:
+    return _forward(layout, arrays)[0]
+
+
+def _forward(layout: Layout, arrays: Arrays) -> tuple[jax.Array, Arrays]:
+    q, T, n = arrays["q"], layout.tile[0], layout.head_block
+    outputs = {"o": q, "log_z": jax.ShapeDtypeStruct(_statistic_shape(layout, q), jnp.float32)}
+    scratch = [(T, n * layout.head_dim), (n, T, LANES), (n, T, LANES)]
+    results = _call(layout, _forward_kernel, arrays, outputs, scratch, 2, keys_inner=True)
+    return results["o"], arrays | results
+
+
+def _backward(layout: Layout, residuals: Arrays, g: jax.Array) -> tuple[Arrays]:
+    arrays = residuals | {"g": g}
+    (T, C), K = layout.tile, layout.head_dim
+    width, kv_width = layout.head_block * K, layout.kv_block * K
+    n_queries = layout.n_tiles[0] * T
+    of_keys = {"dk": arrays["k"], "dv": arrays["v"]}
+    if "bias" in arrays:
+        of_keys["dbias"] = arrays["bias"]
+    key_scratch = [(C, kv_width), (C, kv_width)]
+    call = partial(_call, layout, _backward_kernel, arrays)
+    if n_queries * width <= WHOLE_QUERIES:
+        outputs = {"dq": arrays["q"], **of_keys}
+        grads = call(outputs, [*key_scratch, (n_queries, width)], 5, keys_inner=False)
+    else:
+        grads = call({"dq": arrays["q"]}, [(T, width)], 3, keys_inner=True)
+        grads |= call(of_keys, key_scratch, 4, keys_inner=False)
+    grads = {name.removeprefix("d"): grad for name, grad in grads.items()}
+    inputs = residuals.keys() - {"o", "log_z"}
+    return ({name: grads.get(name) for name in inputs},)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _statistic_shape(layout: Layout, q: jax.Array) -> tuple[int, ...]:
+    """Return the shape [B, N, heads of a block, L] of a number a query and head."""
+    return len(q), layout.n_blocks, layout.head_block, layout.n_tiles[0] * layout.tile[0]
+
+
+def _call(
+    layout: Layout,
+    kernel: Callable[..., None],
+    arrays: Arrays,
+    outputs: Arrays,
+    scratch: Sequence[tuple[int, ...]],
+    n_products: int,
+    keys_inner: bool,
+) -> Arrays:
+    """Run a kernel over blocks of heads, rows, and tiles of queries and keys.
+
+    Args:
+        layout: static part of the call.
+        kernel: body of the kernel.
+        arrays: operands by name; "numbers" are scalars.
+        outputs: shapes and types of the results by name.
+        scratch: shapes of float32 accumulators.
+        n_products: matrix products of a pair of tiles.
+        keys_inner: keys are the innermost loop, else queries.
+
+    Returns:
+        The results by name.
+    """
+    # Imported on use: the import takes half a second.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (T, C), K, n = layout.tile, layout.head_dim, layout.head_block
+    n_q, n_k = layout.n_tiles
+    width, kv_width = n * K, layout.kv_block * K
+    inputs = {name: x for name, x in arrays.items() if name != "numbers"}
+
+    def index(of: str) -> Callable[..., tuple[Any, ...]]:
+        """Return the map from a step of the grid to a block of queries, keys or heads."""
+
+        def block(h: Any, b: Any, outer: Any, inner: Any, numbers: Any) -> tuple[Any, ...]:
+            i, j = (outer, inner) if keys_inner else (inner, outer)
+            if layout.causal and "prefix" not in arrays:
+                # A tile that is skipped is not fetched: the nearest that is needed stands for it.
+                if keys_inner and n_k > 1:
+                    last = jax.lax.div(numbers[0] + i * T + T - 1, C)
+                    j = jnp.minimum(j, jnp.minimum(last, n_k - 1))
+                    if layout.window:
+                        first = jnp.maximum(numbers[0] + i * T - numbers[1] + 1, 0)
+                        j = jnp.maximum(j, jax.lax.div(first, C))
+                elif not keys_inner and n_q > 1:
+                    first = jax.lax.div(jnp.maximum(j * C - numbers[0], 0), T)
+                    i = jnp.maximum(i, jnp.minimum(first, n_q - 1))
+            places = {
+                "query": (b, i, h),
+                "key": (b, j, h),
+                "statistic": (b, h, 0, i),
+                "query_row": (b, 0, i),
+                "key_row": (b, 0, j),
+                "bias": (h, 0, 0),
+                "queries": (b, 0, h),
+            }
+            return places[of]
+
+        return block
+
+    shapes = {
+        "query": (1, T, width),
+        "key": (1, C, kv_width),
+        "statistic": (1, 1, n, T),
+        "query_row": (1, 1, T),
+        "key_row": (1, 1, C),
+        "queries": (1, n_q * T, width),
+    }
+    kinds = {
+        **dict.fromkeys(("q", "o", "g"), "query"),
+        **dict.fromkeys(("k", "v", "dk", "dv"), "key"),
+        **{
+            "log_z": "statistic",
+            "segments": "query_row",
+            "dq": "query" if keys_inner else "queries",
+        },
+        **dict.fromkeys(("key_segments", "prefix"), "key_row"),
+        **dict.fromkeys(("bias", "dbias"), "bias"),
+    }
+
+    def specs(of: Arrays) -> Arrays:
+        def spec(name: str, x: Any) -> Any:
+            kind = kinds[name]
+            return pl.BlockSpec(shapes.get(kind, (1, *x.shape[1:])), index(kind))
+
+        return {name: spec(name, x) for name, x in of.items()}
+
+    pairs, B = layout.needed_pairs() * len(arrays["q"]), len(arrays["q"])
+    size = arrays["q"].dtype.itemsize
+    fetched = dict.fromkeys(("query", "key", "queries"), float(B))
+    if keys_inner and n_k > 1:
+        fetched["key"] = pairs / n_k
+    if not keys_inner and n_q > 1:
+        fetched["query"] = pairs / n_q
+    moved = sum(
+        fetched.get(kinds[name], B) * np.prod(x.shape[1:]) * size
+        for name, x in (inputs | outputs).items()
+        if kinds[name] in fetched
+    )
+    grid = (layout.n_blocks, B, *((n_q, n_k) if keys_inner else (n_k, n_q)))
+    return pl.pallas_call(
+        partial(kernel, layout, keys_inner),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[specs(inputs)],
+            out_specs=specs(outputs),
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape={name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=int(2 * n_products * pairs * T * C * K * layout.n_heads),
+            bytes_accessed=int(moved),
+            transcendentals=int(pairs * T * C * layout.n_heads),
+        ),
+        name=f"flash_attention{kernel.__name__.removesuffix('_kernel')}",
+        interpret=layout.interpret,
+    )(arrays["numbers"], inputs)
+
+
+# --- kernel bodies
+
+
+def _forward_kernel(
+    layout: Layout, keys_inner: bool, numbers: Any, inputs: Arrays, outputs: Arrays, *scratch: Any
+) -> None:
+    from jax.experimental import pallas as pl
+
+    acc, maxima, sums = scratch
+    pair = _Pair(layout, keys_inner, numbers, inputs)
+    K = layout.head_dim
+
+    @pl.when(pair.inner == 0)
+    def start() -> None:
+        acc[...] = jnp.zeros(acc.shape, acc.dtype)
+        maxima[...] = jnp.full(maxima.shape, NEG_INF)
+        sums[...] = jnp.zeros(sums.shape, sums.dtype)
+
+    @pl.when(pair.is_needed)
+    def step() -> None:
+        mask = pair.mask()
+        for h in range(layout.head_block):
+            here = slice(h * K, (h + 1) * K)
+            scores, _ = pair.scores(h, mask)
+            before, largest = maxima[h, :, :1], scores.max(1, keepdims=True)
+            largest = jnp.maximum(before, largest)
+            weights, fade = jnp.exp(scores - largest), jnp.exp(before - largest)
+            total = sums[h, :, :1] * fade + weights.sum(1, keepdims=True)
+            if layout.rate:
+                weights = jnp.where(pair.keep(h), weights, 0.0)
+            v = pair.keys("v", h)
+            acc[:, here] = acc[:, here] * fade + _dot(weights.astype(v.dtype), v, 1, 0)
+            maxima[h] = jnp.broadcast_to(largest, maxima.shape[1:])
+            sums[h] = jnp.broadcast_to(total, sums.shape[1:])
+
+    @pl.when(pair.inner == pl.num_programs(3) - 1)
+    def end() -> None:
+        for h in range(layout.head_block):
+            here = slice(h * K, (h + 1) * K)
+            total, largest = sums[h, :, :1], maxima[h, :, :1]
+            factor = layout.keep_scale if layout.rate else 1.0
+            out = acc[:, here] * (factor / total)
+            outputs["o"][0, :, here] = out.astype(outputs["o"].dtype)
+            log_z = jnp.where(largest > NEG_INF / 2, largest + jnp.log(total), jnp.inf)
+            outputs["log_z"][0, 0, h : h + 1, :] = _to_row(log_z)
+
+
+def _backward_kernel(
+    layout: Layout, keys_inner: bool, numbers: Any, inputs: Arrays, outputs: Arrays, *scratch: Any
+) -> None:
+    """Compute the gradients that `outputs` has: of queries, of keys and bias, or of all."""
+    from jax.experimental import pallas as pl
+
+    pair = _Pair(layout, keys_inner, numbers, inputs)
+    (T, _), K = layout.tile, layout.head_dim
+    dk_acc, dv_acc = scratch[:2] if "dk" in outputs else (None, None)
+    dq_acc = scratch[-1] if "dq" in outputs else None
+    first = pair.inner == 0
+    queries = slice(None) if keys_inner else pl.ds(pair.i * T, T)
+
+    @pl.when(first)
+    def start() -> None:
+        for acc in scratch[:2] if "dk" in outputs else scratch:
+            acc[...] = jnp.zeros(acc.shape, acc.dtype)
+
+    if dq_acc is not None and dk_acc is not None:
+
+        @pl.when(pair.j == 0)
+        def start_queries() -> None:
+            dq_acc[queries, :] = jnp.zeros((T, dq_acc.shape[1]), dq_acc.dtype)
+
+    if "dbias" in outputs:
+
+        @pl.when(first & (pair.j == 0) & (pl.program_id(1) == 0))
+        def start_bias() -> None:
+            outputs["dbias"][...] = jnp.zeros(outputs["dbias"].shape, jnp.float32)
+
+    @pl.when(pair.is_needed)
+    def step() -> None:
+        mask = pair.mask()
+        for h in range(layout.head_block):
+            here, kv_here = slice(h * K, (h + 1) * K), pair.kv_slice(h)
+            scores, slope = pair.scores(h, mask)
+            q, g, o = (pair.queries(name, h) for name in ("q", "g", "o"))
+            k, v = pair.keys("k", h), pair.keys("v", h)
+            delta = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), 1, keepdims=True)
+            weights = jnp.exp(scores - pair.log_z(h))
+            dweights = _dot(g, v, 1, 1)
+            kept = weights
+            if layout.rate:
+                keep = pair.keep(h)
+                kept = jnp.where(keep, weights * layout.keep_scale, 0.0)
+                dweights = jnp.where(keep, dweights * layout.keep_scale, 0.0)
+            dscores = weights * (dweights - delta)
+            if "dbias" in outputs:
+                pair.add_bias_gradient(outputs["dbias"], h, dscores)
+            if slope is not None:
+                dscores *= slope
+            dscores = dscores.astype(q.dtype)
+            if dq_acc is not None:
+                dq_acc[queries, here] += _dot(dscores, k, 1, 0) * layout.scale
+            if dk_acc is not None:
+                dk_acc[:, kv_here] += _dot(dscores, q, 0, 0)
+                dv_acc[:, kv_here] += _dot(kept.astype(g.dtype), g, 0, 0)
+
+    @pl.when(pair.inner == pl.num_programs(3) - 1)
+    def end() -> None:
+        if dk_acc is not None:
+            outputs["dk"][0] = dk_acc[...].astype(outputs["dk"].dtype)
+            outputs["dv"][0] = dv_acc[...].astype(outputs["dv"].dtype)
+        elif dq_acc is not None:
+            outputs["dq"][0] = dq_acc[...].astype(outputs["dq"].dtype)
+
+    if dq_acc is not None and dk_acc is not None:
+
+        @pl.when(pair.j == pl.num_programs(2) - 1)
+        def end_queries() -> None:
+            outputs["dq"][0, queries, :] = dq_acc[queries, :].astype(outputs["dq"].dtype)
+
+
+class _Pair:
+    """Pair of a query tile and a key tile in a kernel, for a row and a block of heads."""
+
+    def __init__(self, layout: Layout, keys_inner: bool, numbers: Any, inputs: Arrays) -> None:
+        from jax.experimental import pallas as pl
+
+        self.layout, self.numbers, self.inputs = layout, numbers, inputs
+        (T, C), outer, self.inner = layout.tile, pl.program_id(2), pl.program_id(3)
+        self.i, self.j = (outer, self.inner) if keys_inner else (self.inner, outer)
+        self.query, self.key = numbers[0] + self.i * T, self.j * C
+        self.is_needed: Any = True
+        if layout.causal:
+            self.is_needed = layout.needed(self.query, self.key, numbers[1])
+            if "prefix" in inputs:
+                self.is_needed |= jnp.max(inputs["prefix"][0]) > 0
+        self.block = pl.program_id(1) * layout.n_blocks + pl.program_id(0)
+
+    def kv_slice(self, h: int) -> slice:
+        """Return the place of the key/value head of a query head in its block."""
+        K, group = self.layout.head_dim, h // (self.layout.n_heads // self.layout.n_kv_heads)
+        return slice(group * K, (group + 1) * K)
+
+    def keys(self, name: str, h: int) -> jax.Array:
+        """Return keys or values [C, K], zero beyond the last."""
+        x_CK = self.inputs[name][0, :, self.kv_slice(h)]
+        return _zero_beyond(x_CK, self.layout.n_keys, self.key, self.layout.tile[1])
+
+    def queries(self, name: str, h: int) -> jax.Array:
+        """Return scaled queries, outputs or their gradients [T, K], zero beyond the last."""
+        K = self.layout.head_dim
+        x_TK = self.inputs[name][0, :, h * K : (h + 1) * K]
+        if name == "q":
+            x_TK *= jnp.asarray(self.layout.scale, x_TK.dtype)
+        T = self.layout.tile[0]
+        return _zero_beyond(x_TK, self.layout.length, self.i * T, T)
+
+    def log_z(self, h: int) -> jax.Array:
+        """Return the logarithm of the normalizer [T, 1], infinite beyond the last query."""
+        T, length = self.layout.tile[0], self.layout.length
+        row = self.inputs["log_z"][0, 0, h : h + 1, :]
+        if length % T:
+            place = self.i * T + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
+            row = jnp.where(place < length, row, jnp.inf)
+        return _to_column(row)
+
+    def mask(self) -> jax.Array | None:
+        """Return the mask [T, C] that all heads share, None if there is nothing to mask."""
+        layout, inputs = self.layout, self.inputs
+        query = self.query + jax.lax.broadcasted_iota(jnp.int32, layout.tile, 0)
+        key = self.key + jax.lax.broadcasted_iota(jnp.int32, layout.tile, 1)
+        mask = None
+        if layout.causal:
+            mask = key <= query
+            if "prefix" in inputs:
+                mask |= inputs["prefix"][0] > 0
+            if layout.window:
+                mask &= key > query - self.numbers[1]
+        if "segments" in inputs:
+            same = _to_column(inputs["segments"][0]) == inputs["key_segments"][0]
+            mask = same if mask is None else mask & same
+        if layout.n_keys % layout.tile[1]:
+            exists = key < layout.n_keys
+            mask = exists if mask is None else mask & exists
+        return mask
+
+    def scores(self, h: int, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Return masked scores [T, C], and the derivative of the soft-cap where there is one."""
+        scores, slope = _dot(self.queries("q", h), self.keys("k", h), 1, 1), None
+        if self.layout.softcap:
+            scores = apply_softcap(scores, self.layout.softcap)
+            slope = 1 - jnp.square(scores / self.layout.softcap)
+        if "bias" in self.inputs:
+            scores += self._bias(h)
+        return scores if mask is None else jnp.where(mask, scores, NEG_INF), slope
+
+    def _distances(self) -> tuple[Any, int, int]:
+        """Return a slice of the row of biases with the tile's distances, and its parts' widths.
+
+        The slice starts at the distance of the first key to a query `before` behind the first.
+        """
+        from jax.experimental import pallas as pl
+
+        T, C = self.layout.tile
+        before = -(-T // LANES) * LANES
+        start = self.key - self.query - before + self.layout.zero_distance
+        return pl.ds(pl.multiple_of(start, LANES), before + C), before, C
+
+    def _bias(self, h: int) -> jax.Array:
+        """Return the bias [T, C]: row i is the row of distances, rotated by i."""
+        from jax.experimental.pallas import tpu as pltpu
+
+        where, before, C = self._distances()
+        row = self.inputs["bias"][0, h : h + 1, where]
+        rows = jnp.broadcast_to(row, (8, before + C))
+        place = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+        for bit in (1, 2, 4):
+            rows = jnp.where(place & bit > 0, pltpu.roll(rows, bit, 1), rows)
+        parts = [pltpu.roll(rows, C + i, 1) for i in range(0, self.layout.tile[0], 8)]
+        return jnp.concatenate(parts)[:, :C]
+
+    def add_bias_gradient(self, dbias: Any, h: int, dscores: jax.Array) -> None:
+        """Add the gradient of the tile's scores, summed by distance."""
+        from jax.experimental.pallas import tpu as pltpu
+
+        where, before, C = self._distances()
+        rows = jnp.concatenate([jnp.zeros((len(dscores), before), jnp.float32), dscores], axis=1)
+        # The later half of the rows is rotated onto the earlier one, again and again.
+        while len(rows) % 2 == 0:
+            half, width = len(rows) // 2, before + C
+            rows = rows[:half] + pltpu.roll(rows[half:], width - half, 1)
+        for i in range(len(rows)):
+            row = rows[i : i + 1]
+            dbias[0, h : h + 1, where] += pltpu.roll(row, before + C - i, 1) if i else row
+
+    def keep(self, h: int) -> jax.Array:
+        """Return which weights [T, C] of a head are kept."""
+        layout, (T, C) = self.layout, self.layout.tile
+        first = 2 + 2 * (self.block * layout.head_block + h)
+        key = [self.numbers[first + w].astype(jnp.uint32) for w in range(2)]
+        return keep_weights(key, self.query, self.key, T, C, layout.threshold)
+
+
+def keep_weights(
+    key: list[jax.Array], query: Any, first_key: Any, T: int, C: int, threshold: int
+) -> jax.Array:
+    """Return which weights of a tile dropout keeps.
+
+    Args:
+        key: two words of a row and head, uint32.
+        query: index of the first query, a multiple of 32.
+        first_key: index of the first key.
+        T: queries, a multiple of 32.
+        C: keys.
+        threshold: numbers below it are dropped, of 2^16.
+
+    Returns:
+        [T, C], boolean.
+    """
+    shape = (T // 4, C)
+    counters = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + jax.lax.div(query, 4)
+    keys = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + first_key
+    words = threefry(key, [counters.astype(jnp.uint32), keys.astype(jnp.uint32)])
+    quarters = [part for word in words for part in (word & 0xFFFF, word >> 16)]
+    grouped = [part.astype(jnp.int32).reshape(T // QUERY_GROUP, 1, 8, C) for part in quarters]
+    return jnp.concatenate(grouped, axis=1).reshape(T, C) >= threshold
+
+
+def threefry(key: list[Any], counter: list[Any]) -> list[Any]:
+    """Return the two words of Threefry-2x32 with 13 rounds, of uint32 of any shape.
+
+    Salmon et al. 2011, §2.2; as `jax.random` has it with 20 rounds.
+    """
+    keys = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
+    x, y = (word + k for word, k in zip(counter, key, strict=True))
+    for i in range(N_ROUNDS):
+        r = ROTATIONS[i % 8]
+        x = x + y
+        y = ((y << np.uint32(r)) | (y >> np.uint32(32 - r))) ^ x
+        if i % 4 == 3:
+            n = i // 4 + 1
+            x, y = x + keys[n % 3], y + keys[(n + 1) % 3] + np.uint32(n)
+    return [x, y]
+
+
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    dimensions = (((x_axis,), (y_axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _zero_beyond(x: jax.Array, length: int, first: Any, tile: int) -> jax.Array:
+    """Zero what a tile has beyond a length, which is undefined."""
+    if length % tile == 0:
+        return x
+    return jnp.where(first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < length, x, 0)
+
+
+def _to_row(column: jax.Array) -> jax.Array:
+    """Transpose [T, 1] to [1, T]."""
+    return jnp.broadcast_to(column, (len(column), LANES)).T[:1]
+
+
+def _to_column(row: jax.Array) -> jax.Array:
+    """Transpose [1, T] to [T, 1]."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
