@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lm.data.splits import open_split
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts
 from lm.decoding.sampling import Sampling
+from lm.decoding.weights import prepare
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, reads_records
 from lm.kernels.dot_product_attention import AttentionMask, attention
@@ -63,6 +64,11 @@ class Run:
     def variables(self) -> dict[str, Any]:
         """Variables of the module: `run.model.apply(run.variables, …)`."""
         return as_variables(self.params)
+
+    @cached_property
+    def decoding(self) -> tuple[Experiment, Params]:
+        """Experiment and parameters as decoding takes them (`lm/decoding/weights.py`)."""
+        return prepare(self.experiment, self.params)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids [L] of a text, without special tokens."""
@@ -212,11 +218,11 @@ def generate(
         UserError: the model cannot generate, or a prompt does not fit.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    experiment = run.experiment
+    experiment, params = run.decoding
     if max_new_tokens:
         config = run.config.copy_and_resolve_references()
         config.decode.max_length = max_new_tokens
         experiment = replace(experiment, config=config)
     sampling = None if hasattr(run.model, "start") else Sampling(temperature, top_k, top_p)
-    found = generate_texts(experiment, run.params, run.tokenizer, texts, sampling, seed)
+    found = generate_texts(experiment, params, run.tokenizer, texts, sampling, seed)
     return [hypotheses[0].text if hypotheses else "" for hypotheses in found]

@@ -2,6 +2,7 @@
 
     python scripts/bench.py [--json] [--sizes 10m 124m] [--dtypes float32 bfloat16]
                             [--nanodo CHECKOUT]
+    OMP_NUM_THREADS=1 taskset -c 0 python scripts/bench.py --transformers [--rows 1 8 32] …
 
 For each size and dtype: milliseconds and tokens a second of the compiled step, and the fraction of
 the FLOP/s of a plain matrix product on this machine that it reaches (model FLOPs, causal attention
@@ -12,6 +13,10 @@ eight rows with 900 tokens in the cache.
 With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed at
 the same shapes. Figures are medians; both steps alternate, so that their ratio holds on a noisy
 machine.
+
+With --transformers, decoding alone is timed, beside Hugging Face's GPT-2 in PyTorch: greedy, 64 new
+tokens after 32, 124M parameters, for each dtype and number of rows. `times_transformers` is the
+median of the ratios of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from lm.accounting.flops import model_flops_per_token
 from lm.config import default
 from lm.decoding.controls import Controls
 from lm.decoding.sampling import Sampling, sample_steps
+from lm.decoding.weights import prepare
 from lm.experiment import Experiment, build
 
 SIZES = {  # layers, d_model, heads, vocabulary, length, batch
@@ -193,11 +199,73 @@ def bench_decode(rows: int = 8, cached: int = 900, steps: int = 20) -> dict:
     config = bench_config("124m", "float32")
     config.data.sequence_length = 1024
     experiment = build(config, jax.devices()[:1])
-    params = experiment.init_state().params
+    experiment, params = prepare(experiment, experiment.init_state().params)
     prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, cached)).tolist()
-    found = sample_steps(experiment.model, params, prompts, steps, Sampling(0.0), 0, Controls())
+    options = Sampling(0.0), 0, Controls()
+    found = sample_steps(experiment.model, params, prompts, steps, *options, per_dispatch=1)
     times = [time.perf_counter() for _ in found]
     return {"decoded_rows": rows, "decode_ms": 1e3 * float(np.median(np.diff(times[1:])))}
+
+
+def our_decoding(rows: int, dtype: str, prompt: int, new: int) -> Callable[[], None]:
+    """Return a function that continues random prompts greedily with GPT-2 124M."""
+    config = default()
+    config.model.update(n_layers=12, d_model=768, n_heads=12, vocab_size=50257, dtype=dtype)
+    config.data.sequence_length = 1024
+    config.train.scan_unroll = 0
+    experiment = build(config, jax.devices()[:1])
+    experiment, params = prepare(experiment, experiment.init_state().params)
+    prompts = np.random.default_rng(0).integers(0, 50257, (rows, prompt)).tolist()
+
+    def run() -> None:
+        options = new, Sampling(0.0), 0, Controls()
+        assert len(list(sample_steps(experiment.model, params, prompts, *options))) == new
+
+    return run
+
+
+def their_decoding(rows: int, dtype: str, prompt: int, new: int) -> Callable[[], None]:
+    """Return a function that does the same with transformers."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(1)
+    model = GPT2LMHeadModel(GPT2Config()).eval().to(getattr(torch, dtype))
+    ids = torch.randint(0, 50257, (rows, prompt))
+    lengths = {"max_new_tokens": new, "min_new_tokens": new}
+
+    def run() -> None:
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
+
+    return run
+
+
+def bench_transformers(
+    rows: int, dtype: str, seconds: float, prompt: int = 32, new: int = 64
+) -> dict:
+    """Time decoding and that of transformers in turn, at least three times each."""
+    runs = [make(rows, dtype, prompt, new) for make in (our_decoding, their_decoding)]
+    for run in runs:
+        run()
+    times: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        times.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            times[-1].append(time.perf_counter() - start)
+    ours, theirs = (rows * new / statistics.median(spent) for spent in zip(*times, strict=True))
+    result = {
+        "decoded_rows": rows,
+        "dtype": dtype,
+        "tokens_per_second": ours,
+        "transformers_tokens_per_second": theirs,
+        "times_transformers": statistics.median(b / a for a, b in times),
+    }
+    print(shown(result), file=sys.stderr)
+    return result
 
 
 def main() -> None:
@@ -206,7 +274,14 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--nanodo", metavar="CHECKOUT")
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     args = parser.parse_args()
+    if args.transformers:
+        pairs = [(rows, dtype) for dtype in args.dtypes for rows in args.rows]
+        found = [bench_transformers(*pair, seconds=20.0) for pair in pairs]
+        print(json.dumps(found) if args.json else "\n".join(map(shown, found)))
+        return
     rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
     steps = [
         bench_step(size, dtype, rates[dtype], args.nanodo)

@@ -30,6 +30,7 @@ def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     config_argument(parser)
     topology_arguments(parser)
+    parser.add_argument("--decode", action="store_true", help="a step of decoding, not of training")
     parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=LIMIT)
     parser.add_argument("--workers", type=at_least(0), metavar="N", help=WORKERS)
@@ -58,6 +59,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     jax.config.update("jax_platforms", "cpu")
     config = configs.load_config(args.config, overrides)
     print_without_effect(config, overrides)
+    if args.decode:
+        from lm.tools.planning.decode_plan import decode_plan_text, plan_decoding
+
+        if args.search:
+            raise UserError("--search ranks meshes for training; leave out --decode")
+        planned = plan_decoding(config, topology(args.topology, args.slices))
+        print(json.dumps(planned.as_json()) if args.json else decode_plan_text(planned))
+        return 0
     if args.search:
         return _search(args, config)
     made = make_plan(config, topology(args.topology, args.slices), args.slices)

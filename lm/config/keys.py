@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lm.config.registry import Key
 
+KEPT = ("auto", "float32", "bfloat16", "int8")  # dtypes of what decoding reads
 COMMON_KEYS: dict[str, Key] = {
     "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
     "paper": Key("", "Name of the published model that this configuration reproduces.", free=True),
@@ -565,6 +566,8 @@ COMMON_KEYS: dict[str, Key] = {
     "decode.repetition_penalty": Key(1.0, "Above 1 repeats get less likely.", low=0.01, free=True),
     "decode.banned": Key("", "Words that are never written, comma-separated.", free=True),
     "decode.batch_size": Key(32, "Inputs decoded together.", low=1, free=True),
+    "decode.weights": Key("auto", "Dtype of kernels; auto: model.dtype.", choices=KEPT, free=True),
+    "decode.cache": Key("auto", "Dtype of keys and values.", choices=KEPT, free=True),
     # --- checkpoints
     "checkpoint.every_steps": Key(1000, "Save every so many steps; 0: never.", low=0, free=True),
     "checkpoint.every_seconds": Key(

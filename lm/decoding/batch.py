@@ -31,7 +31,8 @@ from lm.decoding.prompts import (
     pad_ids,
     padded_length,
 )
-from lm.decoding.sampling import Sampling, sample_steps
+from lm.decoding.sampling import Sampling, decode_last, sample_steps
+from lm.decoding.weights import prepare
 from lm.experiment import Experiment
 from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import BATCH_AXES
@@ -90,6 +91,7 @@ def search_batches(
         start: index of the first input whose hypotheses are yielded.
         progress: called with the number of inputs of each finished batch.
     """
+    experiment, params = prepare(experiment, params)
     model, batch_size = experiment.model, experiment.config.decode.batch_size
     context = context_length(model)
     if not is_encoder_decoder(model):
@@ -129,6 +131,7 @@ def sample_batches(
         start: index of the first prompt whose continuation is yielded.
         progress: called with the number of prompts of each finished batch.
     """
+    experiment, params = prepare(experiment, params)
     config = experiment.config
     check_prompts(prompts, context_length(experiment.model))
 
@@ -231,7 +234,7 @@ def _search(
     def decode(
         tokens_R1: jax.Array, positions_R1: jax.Array, cache: DecodingCache
     ) -> tuple[jax.Array, DecodingCache]:
-        return call(tokens_R1, positions_R1, jnp.ones_like(tokens_R1), cache, method="decode")
+        return decode_last(model, params, tokens_R1, positions_R1, jnp.ones_like(tokens_R1), cache)
 
     B, L = tokens_BL.shape
     lengths_B = segments_BL.sum(-1)
@@ -245,8 +248,8 @@ def _search(
         positions_BL = jnp.maximum(jnp.arange(L) - (L - lengths_B)[:, None], 0)
         cache = call(B, L + options.max_length, method="empty_cache")
         prefix = (segments_BL,) if has_prefix else ()
-        logits_BLV, cache = call(
-            tokens_BL, positions_BL, segments_BL, cache, *prefix, method="decode"
+        logits_BLV, cache = decode_last(
+            model, params, tokens_BL, positions_BL, segments_BL, cache, *prefix
         )
         limits_B = room - lengths_B
     found = beam_search(decode, cache, logits_BLV[:, -1], lengths_B, limits_B, options)

@@ -135,8 +135,9 @@ def beam_search(
         # Where all hypotheses have ended, the next position may be beyond the model's context.
         position_B = positions_B + jnp.minimum(state.step, limits_B) - 1
         position_R1 = jnp.repeat(position_B, K)[:, None]
-        reordered = _reorder(cache, state.rows)
-        logits_R1V, cache = decode(jnp.maximum(last_R1, 0), position_R1, reordered)
+        if K > 1:
+            cache = _reorder(cache, state.rows)
+        logits_R1V, cache = decode(jnp.maximum(last_R1, 0), position_R1, cache)
         return _advance(state, logits_R1V[:, 0], limits_B, options), cache
 
     state, _ = jax.lax.while_loop(can_improve, body, (state, cache))

@@ -72,8 +72,10 @@ def generate_file(
                 yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
 
     # The batch size does not change the output.
-    options = experiment.config.decode.items()
-    decode = {name: value for name, value in options if name != "batch_size"}
+    options = dict(experiment.config.decode)
+    del options["batch_size"]
+    dtypes = {f"decode.{name}": options.pop(name) for name in ("weights", "cache")}
+    decode = options | {name: dtype for name, dtype in dtypes.items() if dtype != "auto"}
     sampled = {} if sampling is None else {**vars(sampling), "seed": seed}
     stops = {"stop": list(stop)} if stop else {}
     made_by = {**weights, **decode, **sampled, **stops, "n_best": n_best}

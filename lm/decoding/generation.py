@@ -14,8 +14,11 @@ from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
+from lm.decoding.weights import prepare
 from lm.experiment import Experiment
 from lm.models.variables import Params
+
+_STREAMED = 4  # tokens that appear together
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def stream_continuations(
         seed: seed of the samples.
         stop: texts before the first of which a continuation ends.
     """
+    experiment, params = prepare(experiment, params)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     byte_ids = _byte_ids(tokenizer)
     stopped = [False] * len(ids)
@@ -129,6 +133,7 @@ def stream_continuations(
         seed,
         Controls.from_config(experiment.config, tokenizer),
         has_prefix=experiment.objective.has_prefix,
+        per_dispatch=_STREAMED,
     )
     for tokens in steps:
         parts = []

@@ -1,16 +1,17 @@
-"""Sampling: choose the next token from the logits, one step of a key/value cache at a time.
+"""Sampling: choose the next token from the logits, several steps of a cache in one dispatch.
 
-Shape letters: B batch, L prompt length, T most new tokens, V vocabulary.
+Shape letters: B batch, L prompt length, T most new tokens, C columns of a dispatch, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,12 @@ from lm.decoding.prompts import (
     pad_ids,
     padded_length,
 )
+from lm.decoding.weights import unroll
+from lm.models.layers import Embedding, Linear
 from lm.models.variables import Params, as_variables
+
+STEPS_PER_DISPATCH = 16
+_SHORTEST_CACHE = 256
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,40 @@ def sample_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
+@flax.struct.dataclass
+class Rows:
+    """Numbers, key and lengths of the rows of a batch, which no step changes.
+
+    Attributes:
+        key: random key of the batch.
+        numbers_B: numbers of the rows, part of their random keys.
+        lengths_B: lengths of the prompts.
+        limits_B: most new tokens of each row.
+    """
+
+    key: jax.Array
+    numbers_B: jax.Array
+    lengths_B: jax.Array
+    limits_B: jax.Array
+
+
+@flax.struct.dataclass
+class State:
+    """State after `n` new tokens of every row; donated to the next step.
+
+    Attributes:
+        written_BT: the new tokens, then `UNSET`.
+        n: their number.
+        alive_B: rows that have not ended.
+        cache: cache of the prompts and of all new tokens but the last.
+    """
+
+    written_BT: jax.Array
+    n: jax.Array
+    alive_B: jax.Array
+    cache: DecodingCache
+
+
 def sample_steps(
     model: nn.Module,
     params: Params,
@@ -78,6 +118,7 @@ def sample_steps(
     controls: Controls,
     has_prefix: bool = False,
     numbers: Sequence[int] | None = None,
+    per_dispatch: int = STEPS_PER_DISPATCH,
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of each step, int32 [B]; -1 for rows that have ended.
 
@@ -95,7 +136,9 @@ def sample_steps(
         controls: constraints on the new tokens.
         has_prefix: tokens of a prompt attend to each other in both directions.
         numbers: numbers of the rows, part of their random keys; None: 0 … B-1.
+        per_dispatch: steps of one call of the compiled program.
     """
+    model, params = unroll(model, params)
     context = context_length(model)
     check_prompts(prompts, context)
     check_ids(prompts, model)
@@ -107,49 +150,153 @@ def sample_steps(
     limits_B = np.minimum(T, context - lengths_B) if context else np.full(B, T)
     n_steps = int(limits_B.max())
 
-    cache = model.apply({}, B, L + T, method="empty_cache")
     numbers_B = np.arange(B) if numbers is None else np.asarray(numbers)
-    step = partial(_next_tokens, model, sampling, controls, params, numbers_B)
-    start: Any = (tokens_BL, positions_BL, segments_BL, segments_BL if has_prefix else None)
-    written_BT = jnp.full((B, T), UNSET, jnp.int32)
-    written_BT, cache = step(start, written_BT, cache, 0, jax.random.key(seed))
+    of_rows = map(jnp.asarray, (numbers_B, lengths_B, limits_B))
+    rows = Rows(jax.random.key(seed), *of_rows)
+    inputs: Any = (tokens_BL, positions_BL, segments_BL, segments_BL if has_prefix else None)
+    room = _cache_length(L, L + T)
+    # A dispatch returns as many columns, of which the last may be beyond T.
+    written_BT = jnp.full((B, T + per_dispatch), UNSET, jnp.int32)
+    cache: Any = model.apply({}, B, room, method="empty_cache")
+    state = _start(model, sampling, controls, params, rows, inputs, written_BT, cache)
+    new_BC, n_new, n, i = state.written_BT[:, :1], 1, 1, 0
     alive_B = np.ones(B, bool)
-    for i in range(n_steps):
-        # The next step is dispatched before this one's tokens are read.
-        current_B = written_BT[:, i]
-        if i + 1 < n_steps:
-            position_B = lengths_B + np.minimum(i, limits_B - 1)
-            one = (current_B[:, None], position_B[:, None], np.ones((B, 1), np.int32), None)
-            written_BT, cache = step(one, written_BT, cache, i + 1, jax.random.key(seed))
-        ids_B = np.asarray(jax.device_get(current_B))
-        alive_B &= ~np.isin(ids_B, controls.end_ids) & (i < limits_B)
-        if not alive_B.any():
-            return
-        yield np.where(alive_B, ids_B, UNSET)
+    while n_new:
+        read_BC, n_read, n_new = new_BC, n_new, min(per_dispatch, n_steps - n)
+        if n_new:  # the next steps are dispatched before the tokens of these are read
+            if L + n > room:
+                room = _cache_length(L + n, L + T)
+                longer: Any = _lengthen(model, B, room, state.cache)
+                state = replace(state, cache=longer)
+            n_new = min(n_new, room - L - n + 1)
+            n += n_new
+            state, new_BC = _continue(
+                model, sampling, controls, per_dispatch, params, rows, state, n
+            )
+        for ids_B in np.asarray(jax.device_get(read_BC)).T[:n_read]:
+            alive_B &= ~np.isin(ids_B, controls.end_ids) & (i < limits_B)
+            if not alive_B.any():
+                return
+            yield np.where(alive_B, ids_B, UNSET)
+            i += 1
+
+
+def _cache_length(needed: int, most: int) -> int:
+    """Return the next power of two, so that attention reads few slots that are not yet written."""
+    return min(most, max(_SHORTEST_CACHE, padded_length(needed)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _lengthen(model: nn.Module, batch: int, length: int, cache: DecodingCache) -> DecodingCache:
+    """Return the cache with room for more tokens."""
+
+    def copy(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+
+    empty: Any = model.apply({}, batch, length, method="empty_cache")
+    return jax.tree.map(copy, cache, empty)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames=("written_BT", "cache"))
-def _next_tokens(
+def _start(
     model: nn.Module,
     sampling: Sampling,
     controls: Controls,
     params: Params,
-    numbers_B: jax.Array,
+    rows: Rows,
     inputs: tuple[jax.Array, ...],
     written_BT: jax.Array,
     cache: DecodingCache,
-    n: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, DecodingCache]:
-    """Return the `n` written tokens and one more, and the cache with the inputs."""
+) -> State:
+    """Read the prompts and choose the first token."""
     tokens_BL, positions_BL, segments_BL, prefix_BL = inputs
     prefix = () if prefix_BL is None else (prefix_BL,)
-    outputs: Any = model.apply(
-        as_variables(params), tokens_BL, positions_BL, segments_BL, cache, *prefix, method="decode"
+    logits_B1V, cache = decode_last(
+        model, params, tokens_BL, positions_BL, segments_BL, cache, *prefix
     )
-    logits_BLV, cache = outputs
-    logits_BV = controls.penalized(logits_BLV[:, -1].astype(jnp.float32), written_BT)
+    state = State(written_BT, jnp.zeros((), jnp.int32), rows.limits_B > 0, cache)
+    return _append(sampling, controls, rows, state, logits_B1V)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state",))
+def _continue(
+    model: nn.Module,
+    sampling: Sampling,
+    controls: Controls,
+    n_columns: int,
+    params: Params,
+    rows: Rows,
+    state: State,
+    stop: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Choose tokens until there are `stop`, or all rows have ended.
+
+    Returns:
+        The state, and the next `n_columns` columns of the tokens; those after `stop` are not set.
+    """
+
+    def goes_on(state: State) -> jax.Array:
+        return (state.n < stop) & state.alive_B.any()
+
+    def step(state: State) -> State:
+        return next_token(model, sampling, controls, params, rows, state)
+
+    after = jax.lax.while_loop(goes_on, step, state)
+    return after, jax.lax.dynamic_slice_in_dim(after.written_BT, state.n, n_columns, axis=1)
+
+
+def next_token(
+    model: nn.Module,
+    sampling: Sampling,
+    controls: Controls,
+    params: Params,
+    rows: Rows,
+    state: State,
+) -> State:
+    """Return the state with one more token of every row.
+
+    Args:
+        model: unrolled model.
+        sampling: options.
+        controls: constraints on the new tokens.
+        params: parameters of the model.
+        rows: the rows.
+        state: state after at least one token.
+    """
+    tokens_B1 = jax.lax.dynamic_slice_in_dim(state.written_BT, state.n - 1, 1, axis=1)
+    position_B1 = (rows.lengths_B + jnp.minimum(state.n, rows.limits_B) - 1)[:, None]
+    inputs = tokens_B1, position_B1, jnp.ones_like(tokens_B1), state.cache
+    logits_B1V, cache = decode_last(model, params, *inputs)
+    return _append(sampling, controls, rows, replace(state, cache=cache), logits_B1V)
+
+
+def decode_last(model: nn.Module, params: Params, *inputs: Any) -> tuple[jax.Array, Any]:
+    """Run `decode` of a model, with logits of the last token alone: [B, 1, V], and the cache."""
+
+    def lean(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, name = context.module, context.method_name
+        if name == "logits" and not module.path:
+            args = (args[0][:, -1:], *args[1:])
+        is_product = (type(module), name) in ((Linear, "__call__"), (Embedding, "attend"))
+        if is_product and module.dtype == jnp.bfloat16 and args[0].shape[:2] == (1, 1):
+            # XLA's CPU backend has a library for bfloat16 matrices, and none for a vector.
+            return method(jnp.concatenate([args[0]] * 2))[:1]
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(lean):
+        outputs: Any = model.apply(as_variables(params), *inputs, method="decode")
+    return outputs
+
+
+def _append(
+    sampling: Sampling, controls: Controls, rows: Rows, state: State, logits_B1V: jax.Array
+) -> State:
+    """Return the state with one more token of each row."""
+    n, written_BT = state.n, state.written_BT
+    logits_BV = controls.penalized(logits_B1V[:, -1].astype(jnp.float32), written_BT)
     logits_BV = controls.masked(logits_BV, written_BT, n)
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, n)))(numbers_B)
-    tokens_B = sample_tokens(logits_BV, sampling, keys_B)
-    return jax.lax.dynamic_update_slice(written_BT, tokens_B[:, None], (0, n)), cache
+    fold_in = partial(jax.random.fold_in, jax.random.fold_in(rows.key, n))
+    tokens_B = sample_tokens(logits_BV, sampling, jax.vmap(fold_in)(rows.numbers_B))
+    written_BT = jax.lax.dynamic_update_slice(written_BT, tokens_B[:, None], (0, n))
+    alive_B = state.alive_B & ~controls.ends(tokens_B) & (n + 1 < rows.limits_B)
+    return State(written_BT, n + 1, alive_B, state.cache)

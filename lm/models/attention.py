@@ -21,7 +21,7 @@ from lm.config.rules import tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
-from lm.models.cache import write_layer
+from lm.models.cached_attention import attend_and_cache, empty_keys_values
 from lm.models.layers import Linear, make_norm
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
@@ -67,11 +67,14 @@ class TokenMixer(nn.Module):
 
     @classmethod
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
-        """Return an empty cache: any pytree of arrays [n_layers, batch, …]."""
+        """Return an empty cache: any pytree of arrays [n_layers, batch, …].
+
+        A cache for more tokens holds what a shorter one holds at the same places.
+        """
         raise NotImplementedError
 
     def __call__(
-        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | None
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | int | None
     ) -> tuple[jax.Array, Any]:
         """Mix tokens.
 
@@ -183,15 +186,12 @@ class Attention(DotProductAttention, TokenMixer):
     """Self-attention; its cache holds keys and values of all tokens so far."""
 
     @classmethod
-    def init_cache(
-        cls, config: TransformerConfig, n_layers: int, batch: int, length: int
-    ) -> KeyValue:
-        """Return empty keys and values, [N, B, S, G, K] each."""
-        shape = (n_layers, batch, length, config.n_kv_heads, config.head_dim)
-        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
+        """Return empty keys and values, [N, B, G, S, K] each."""
+        return empty_keys_values(config, n_layers, batch, length)
 
     def __call__(
-        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | None
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | int | None
     ) -> tuple[jax.Array, Any]:
         """Attend to the tokens themselves and those in the cache."""
         q_BLHK = self.queries(x_BLW)
@@ -204,10 +204,10 @@ class Attention(DotProductAttention, TokenMixer):
                 factor = attention_factor(self.config)
             q_BLHK = rotate(q_BLHK, inputs.angles_BLK, factor)
             keys_values = rotate(k_BSGK, inputs.angles_BLK, factor), v_BSGK
-        if cache is not None:
-            assert layer is not None
-            cache, keys_values = write_layer(cache, layer, keys_values, inputs.mask.offset)
-        return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), cache
+        if cache is None:
+            return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), None
+        o_BLHK, cache = attend_and_cache(self.config, q_BLHK, keys_values, inputs, cache, layer)
+        return self.out(o_BLHK), cache
 
 
 def attend(

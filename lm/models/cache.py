@@ -16,14 +16,17 @@ from lm.config.registries import MIXERS
 from lm.models.transformer_config import LayerType, TransformerConfig
 
 Tree = TypeVar("Tree")
-CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; of several layers [N, B, T, G, K]
+CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
 
 
 @flax.struct.dataclass
 class CrossCache:
-    """Keys and values of an encoded source, of all layers, and its segment ids."""
+    """Keys and values of an encoded source, heads first, of all layers, and its segment ids.
 
-    keys_values: CrossKeyValue
+    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [1, B, G, T, K].
+    """
+
+    keys_values: Any
     segment_ids_BS: jax.Array
 
 
@@ -33,7 +36,8 @@ class Cache:
 
     Attributes:
         mixers: by name of the mixer a pytree of its own making, whose leaves are [N, B, …], N being
-            the number of layers with this mixer (`TokenMixer.init_cache`).
+            the number of layers with this mixer (`TokenMixer.init_cache`); in an unrolled stack
+            one for each of these layers, [1, B, …], so that no step slices them.
         segment_ids_BS: segment ids of the cached tokens; 0 where a slot is padding or not yet
             written, which no query sees.
         index: number of slots that are written, in every row.
@@ -47,16 +51,27 @@ class Cache:
 
     def advance(
         self,
+        config: TransformerConfig,
         mixers: dict[str, Any],
         length: int,
-        source: CrossKeyValue | None,
+        source: Any,
         source_segments_BS: jax.Array | None,
     ) -> Cache:
-        """Return the cache after `length` more tokens, with the source if it was just encoded."""
+        """Return the cache after more tokens, with the source if it was just encoded.
+
+        Args:
+            config: configuration of the stack.
+            mixers: caches of the token mixers.
+            length: number of the tokens.
+            source: keys and values of the source, [..., B, T, G, K], that was just encoded.
+            source_segments_BS: its segment ids.
+        """
+        from lm.models.cached_attention import heads_first
+
         cross = self.source
         if source is not None:
             assert source_segments_BS is not None
-            cross = CrossCache(source, source_segments_BS)
+            cross = CrossCache(heads_first(config, source), source_segments_BS)
         return Cache(mixers, self.segment_ids_BS, self.index + length, cross)
 
     def take(self, rows: jax.Array) -> Cache:
@@ -79,7 +94,11 @@ class Cache:
 
 
 def write_layer(
-    cache: Tree, layer: jax.Array | int, new: Tree, start: jax.Array | int | None = None
+    cache: Tree,
+    layer: jax.Array | int,
+    new: Tree,
+    start: jax.Array | int | None = None,
+    axis: int = 1,
 ) -> tuple[Tree, Tree]:
     """Write the new cache entries of one layer, in place where the compiler can.
 
@@ -90,15 +109,17 @@ def write_layer(
         layer: number of the layer.
         new: the same pytree of arrays [B, L, …]; without `start` [B, …].
         start: slot that the L new entries begin at; None: all of a layer is written.
+        axis: axis of the L new entries.
 
     Returns:
         The cache, and the entries of the layer alone, [B, …].
     """
 
     def write_leaf(cache_NB: jax.Array, new_B: jax.Array) -> jax.Array:
-        at = (layer, 0) if start is None else (layer, 0, start)
-        zeros = (0,) * (cache_NB.ndim - len(at))
-        return lax.dynamic_update_slice(cache_NB, new_B[None].astype(cache_NB.dtype), (*at, *zeros))
+        at = [layer, *[0] * (cache_NB.ndim - 1)]
+        if start is not None:
+            at[axis + 1] = start
+        return lax.dynamic_update_slice(cache_NB, new_B[None].astype(cache_NB.dtype), at)
 
     cache = jax.tree.map(write_leaf, cache, new)
     return cache, jax.tree.map(lambda x: x[layer], cache)
@@ -112,12 +133,17 @@ def cache_indices(layer_types: tuple[LayerType, ...]) -> list[int]:
 
 def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int) -> Cache:
     """Return an empty cache for `batch` rows of up to `length` tokens."""
-    mixers = [t.mixer for t in config.layer_types(n_layers)]
+    types = config.layer_types(n_layers)
+    mixers = [t.mixer for t in types]
+
+    def empty(name: str) -> Any:
+        make, n = MIXERS[name].init_cache, mixers.count(name)
+        if types[0].scannable:
+            return make(config, n, batch, length)
+        return tuple(make(config, 1, batch, length) for _ in range(n))
+
     return Cache(
-        mixers={
-            name: MIXERS[name].init_cache(config, mixers.count(name), batch, length)
-            for name in sorted(set(mixers))
-        },
+        mixers={name: empty(name) for name in sorted(set(mixers))},
         segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
     )

@@ -129,6 +129,11 @@ def layer_numbers(path: str, leaf: Any) -> np.ndarray | None:
     return first + step * np.arange(leaf.shape[0])
 
 
+def layer_path(path: str, number: int) -> str:
+    """Return the path of one layer of a stacked parameter, as if it were not stacked."""
+    return _LAYERS.sub(f"layers/{number}/", path, count=1)
+
+
 def _shape(layers: np.ndarray | None) -> tuple[int, ...]:
     return () if layers is None else layers.shape
 
@@ -142,7 +147,7 @@ def _hits(pattern: re.Pattern, path: str, leaf: Any) -> np.ndarray:
     layers = layer_numbers(path, leaf)
     if pattern.search(path) or layers is None or not layers.ndim:
         return np.full(_shape(layers), bool(pattern.search(path)))
-    names = (_LAYERS.sub(f"layers/{i}/", path, count=1) for i in layers)
+    names = (layer_path(path, i) for i in layers)
     return np.array([bool(pattern.search(name)) for name in names])
 
 

@@ -21,7 +21,7 @@ from lm.config.registries import MIXERS
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.attention import MixerInputs, layer_angles
-from lm.models.cache import Cache, CrossKeyValue, cache_indices
+from lm.models.cache import Cache, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.remat import REMAT_POLICIES
@@ -58,18 +58,18 @@ class LayerInputs:
     Attributes:
         cache_index: index of the layer in the cache of its token mixer.
         is_global: true if the layer ignores the window, where some layers do.
-        source: cached cross-attention keys and values.
+        source: cached cross-attention keys and values, heads first.
     """
 
-    cache_index: jax.Array | None = None
+    cache_index: jax.Array | int | None = None
     is_global: jax.Array | None = None
-    source: CrossKeyValue | None = None
+    source: Any = None
 
 
 # Residual stream [B, L, W], and the caches of all layers by token mixer.
 ScanCarry = tuple[jax.Array, dict[str, Any] | None]
 # Carry after some layers, and their cross-attention keys and values if they were just computed.
-BlockOutput = tuple[ScanCarry, CrossKeyValue | None]
+BlockOutput = tuple[ScanCarry, Any]
 
 
 class Block(nn.Module):
@@ -117,11 +117,10 @@ class Block(nn.Module):
             attend = CrossAttention(
                 c, self.deterministic, *widths, "source", name="cross_attention"
             )
+            assert inputs.source_mask is not None
             if inputs.encoded_BSD is not None:
                 source = attend.keys_values(inputs.encoded_BSD)
-            assert source is not None
-            assert inputs.source_mask is not None
-            return attend(y_BLW, source, inputs.source_mask)
+            return attend(y_BLW, source, inputs.source_mask, inputs.encoded_BSD is None)
 
         feed_forward: Callable[[jax.Array], jax.Array]
         if kind.feed_forward == "experts":
@@ -284,7 +283,7 @@ class Stack(nn.Module):
             layers = replace(layers, cache_index=index_N, source=source)
             (x_BLD, mixers), source = self._run((x_BLD, cache.mixers), inputs, layers)
             assert mixers is not None
-            cache = cache.advance(mixers, x_BLD.shape[1], source, source_segments_BS)
+            cache = cache.advance(c, mixers, x_BLD.shape[1], source, source_segments_BS)
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         if c.residual == "concat":
@@ -332,9 +331,12 @@ class Stack(nn.Module):
         """Run one segment, as a scan over its stacked parameters if it is scannable."""
         c = self.config
         if not segment.is_scanned:
-            numbers = range(segment.first, segment.first + segment.n_layers)
-            names = tuple(map(str, numbers))
+            names = tuple(str(segment.first + i) for i in range(segment.n_layers))
             fields = c, self.deterministic, segment.period, names
+            if carry[1] is not None:
+                from lm.models.unrolled import CachedBlocks
+
+                return CachedBlocks(*fields, name=segment.name)(carry, inputs, layers)
             return Blocks(*fields, in_scan=False, name=segment.name)(carry, inputs, layers)
         layer, fields = self._scanned(segment)
         n = len(segment.period)

@@ -141,7 +141,10 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 @dataclass(frozen=True)
 class TransformerConfig(InitConfig):
-    """Transformer stack; the meaning of each field is in `lm/config/keys.py`."""
+    """Transformer stack; the meaning of each field is in `lm/config/keys.py`.
+
+    `unrolled` (no layers are stacked) and `cache_dtype` are set by `lm/decoding/weights.py`.
+    """
 
     n_layers: int
     d_model: int
@@ -213,6 +216,8 @@ class TransformerConfig(InitConfig):
     remat: str = "none"
     scan_unroll: int = 1
     loss_chunk: int = 0
+    unrolled: bool = False
+    cache_dtype: str = ""
 
     def layer_types(self, n_layers: int) -> tuple[LayerType, ...]:
         """Return the type of each layer of a stack of `n_layers`."""
@@ -226,7 +231,7 @@ class TransformerConfig(InitConfig):
                     feed_forward="experts" if sparse else "dense",
                     mixer=self.mixer,
                     is_local=not is_global_N[i],
-                    scannable=self.residual == "sum",
+                    scannable=self.residual == "sum" and not self.unrolled,
                     group=int(after >= 0),
                 )
             )
@@ -326,10 +331,9 @@ def model_config(config: ConfigDict, kind: type, chosen: Mapping[str, Any]) -> A
         "scan_unroll": config.train.scan_unroll,
         "loss_chunk": config.train.loss_chunk,
         "mixer_options": mixer_options(config),
-        "stream": "target",
         **chosen,
     }
-    return kind(**{field.name: values[field.name] for field in fields(kind)})
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 
 def mixer_options(config: ConfigDict) -> Any:

@@ -97,6 +97,6 @@ def test_the_cache_counts_and_does_not_change_its_shape(make_model):
     assert after.index == 5
     before, now = (jax.tree.map(lambda x: (x.shape, x.dtype), c) for c in (cache, after))
     assert before == now
-    assert [x.shape for x in jax.tree.leaves(after.mixers)] == 2 * [(2, 3, LENGTH, 2, 8)]
+    assert [x.shape for x in jax.tree.leaves(after.mixers)] == 2 * [(2, 3, 2, LENGTH, 8)]
     np.testing.assert_array_equal(after.segment_ids_BS[:, :5], 1)
     np.testing.assert_array_equal(after.segment_ids_BS[:, 5:], 0)

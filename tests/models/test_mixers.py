@@ -141,7 +141,7 @@ def test_cached_decoding_gives_the_full_forward_pass(model, params):
 
 def test_each_mixer_has_a_cache_for_its_own_layers(model):
     shapes = jax.tree.map(lambda x: x.shape, model.empty_cache(3, 7).mixers)
-    linear, attention = (3, 4, 8, 8), (3, 7, 4, 8)
+    linear, attention = (3, 4, 8, 8), (3, 4, 7, 8)
     expected = {
         "latent": {"latent": (4, 3, 7, 6)},
         "linear": {"linear": (4, *linear)},

@@ -30,6 +30,18 @@ def experiment_file(tmp_path):
     return str(path)
 
 
+def test_a_step_of_decoding_reads_weights_and_cache(experiment_file, capsys):
+    rows, length = 3, 16
+    words = ["--topology", "cpu:1", "--decode", f"--config.decode.batch_size={rows}"]
+    assert main(["plan", "--config", experiment_file, *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["cache"] == 4 * (2 * 2 * rows * length * 32 + rows * length + 1)
+    assert plan["bound"] == plan["weights"] + plan["cache"]
+    assert plan["traffic"] > 0.5 * plan["weights"]
+    assert main(["plan", "--config", experiment_file, *words, "--search"]) == 2
+    assert "--decode" in capsys.readouterr().err
+
+
 def test_json_has_what_scripts_rely_on(experiment_file, capsys):
     words = ["--topology", "cpu:8", "--config.parallel.preset=fsdp", "--json"]
     assert main(["plan", "--config", experiment_file, *words]) == 0

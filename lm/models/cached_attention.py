@@ -1,0 +1,127 @@
+"""Attention of decoding: keys and values in a cache, heads first, so that no step transposes them.
+
+Shape letters: N layers, B batch, L queries, S cache length, H heads, G key/value heads, R = H/G,
+K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.elementwise import softcap
+from lm.models.cache import CrossKeyValue, write_layer
+from lm.models.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from lm.models.attention import MixerInputs
+
+KeyValueCache = Any  # keys and values, [B, G, S, K] each; int8 ones with a scale, [B, G, S, 1]
+INT8_MAX = 127
+
+
+def empty_keys_values(
+    config: TransformerConfig, n_layers: int, batch: int, length: int
+) -> KeyValueCache:
+    """Return zeros as the keys and values of `n_layers` layers, with a first axis for these."""
+    c = config
+    shape = (n_layers, batch, length, c.n_kv_heads, c.head_dim)
+    return heads_first(c, (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)))
+
+
+def heads_first(config: TransformerConfig, keys_values: CrossKeyValue) -> KeyValueCache:
+    """Return keys and values [..., S, G, K] as a cache holds them: [..., G, S, K], in its dtype.
+
+    An int8 vector of a head has a scale of its own.
+    """
+
+    def stored(x: jax.Array) -> Any:
+        x = x.swapaxes(-3, -2)
+        if config.cache_dtype != "int8":
+            return x.astype(config.cache_dtype or config.dtype)
+        scale = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / INT8_MAX
+        return jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale
+
+    return jax.tree.map(stored, keys_values)
+
+
+def attend_and_cache(
+    config: TransformerConfig,
+    q_BLHK: jax.Array,
+    keys_values: CrossKeyValue,
+    inputs: MixerInputs,
+    cache: KeyValueCache,
+    layer: jax.Array | int | None,
+) -> tuple[jax.Array, KeyValueCache]:
+    """Write keys and values to the cache of a layer, and attend to what is in it then.
+
+    Args:
+        config: configuration of the stack.
+        q_BLHK: queries.
+        keys_values: keys and values of the same tokens, [B, L, G, K] each.
+        inputs: mask, whose offset is the slot of the first token, and bias of the scores.
+        cache: cache of all layers.
+        layer: index of the layer in it.
+
+    Returns:
+        The output [B, L, H, K], and the cache.
+    """
+    assert layer is not None
+    new = heads_first(config, keys_values)
+    cache, held = write_layer(cache, layer, new, inputs.mask.offset, axis=2)
+    return attend_to_cache(config, q_BLHK, held, inputs.mask, inputs.bias_HLS), cache
+
+
+def attend_to_cache(
+    config: TransformerConfig,
+    q_BLHK: jax.Array,
+    held: KeyValueCache,
+    mask: AttentionMask,
+    bias_HLS: jax.Array | None = None,
+) -> jax.Array:
+    """Compute attention to the cached keys and values of one layer, as `attention` does.
+
+    The R query heads of a group are rows of one product with its keys, which are never repeated.
+    Scores, softmax and sums are in float32; operands have the dtype of the queries, or that of a
+    wider cache.
+
+    Args:
+        config: configuration of the stack.
+        q_BLHK: queries.
+        held: keys and values of the layer.
+        mask: visible keys.
+        bias_HLS: bias of the scores.
+
+    Returns:
+        The output [B, L, H, K].
+    """
+    B, L, H, K = q_BLHK.shape
+    (k_BGSK, k_scale), (v_BGSK, v_scale) = (x if isinstance(x, tuple) else (x, None) for x in held)
+    G, S = k_BGSK.shape[1:3]
+    dtype = jnp.promote_types(q_BLHK.dtype, k_BGSK.dtype)
+    q_BLGRK = (q_BLHK * jnp.asarray(config.score_scale, q_BLHK.dtype)).reshape(B, L, G, -1, K)
+    q_BGTK = q_BLGRK.transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K).astype(dtype)
+
+    def product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(axes, x, y.astype(dtype), preferred_element_type=jnp.float32)
+
+    scores = product("BGTK,BGSK->BGTS", q_BGTK, k_BGSK)
+    if k_scale is not None:
+        scores *= k_scale.swapaxes(2, 3)
+    scores_BGRLS = scores.reshape(B, G, -1, L, S)
+    if config.attention_softcap:
+        scores_BGRLS = softcap(scores_BGRLS, config.attention_softcap)
+    if bias_HLS is not None:
+        scores_BGRLS += bias_HLS.reshape(G, H // G, *bias_HLS.shape[1:])
+    mask_BLS = mask.materialize(L, S)
+    if mask_BLS is not None:
+        scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
+    weights_BGTS = jax.nn.softmax(scores_BGRLS, axis=-1).reshape(B, G, -1, S)
+    if v_scale is not None:
+        weights_BGTS *= v_scale.swapaxes(2, 3)
+    out_BGTK = product("BGTS,BGSK->BGTK", weights_BGTS.astype(dtype), v_BGSK)
+    out_BLGRK = out_BGTK.reshape(B, G, -1, L, K).transpose(0, 3, 1, 2, 4)
+    return out_BLGRK.reshape(B, L, H, K).astype(q_BLHK.dtype)

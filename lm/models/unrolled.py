@@ -1,0 +1,48 @@
+"""Layers of a stack one after the other in decoding, each with parameters and a cache of its own.
+
+Slices of stacked parameters or caches would be copied in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lm.models.cache import cache_indices
+from lm.models.transformer import Block, BlockOutput, LayerInputs, ScanCarry, StackInputs
+from lm.models.transformer_config import LayerType, TransformerConfig
+
+
+class CachedBlocks(nn.Module):
+    """Blocks of an unrolled stack with its cache; parameters are those of `Blocks`.
+
+    The cache of a mixer is a tuple of those of its layers, and so are the keys and values of
+    cross-attention; each has a first axis of one layer (`lm/models/cache.py`).
+    """
+
+    config: TransformerConfig
+    deterministic: bool
+    layer_types: tuple[LayerType, ...]
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
+        x_BLW, caches = carry
+        assert caches is not None
+        parts: dict[str, list[Any]] = {mixer: list(own) for mixer, own in caches.items()}
+        sources: list[Any] = []
+        numbers = cache_indices(self.layer_types)
+        for i, (kind, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
+            of_mixer, number = parts[kind.mixer], numbers[i]
+            source = None if layers.source is None else layers.source[i]
+            source = jax.tree.map(lambda x: x[0], source)
+            is_global = None if layers.is_global is None else layers.is_global[i]
+            layer = LayerInputs(0, is_global, source)
+            block: Any = Block(self.config, self.deterministic, kind, name=name)
+            (x_BLW, after), source = block((x_BLW, {kind.mixer: of_mixer[number]}), inputs, layer)
+            of_mixer[number] = after[kind.mixer]
+            sources.append(jax.tree.map(lambda x: x[None], source))
+        made = None if sources[0] is None else tuple(sources)
+        return (x_BLW, {mixer: tuple(own) for mixer, own in parts.items()}), made
