@@ -28,11 +28,12 @@ def continuations(
     """What stream_continuations gives when the model generates these rows of bytes."""
     seen = {}
 
-    def fake_steps(model, params, ids, max_new_tokens, sampling, seed, controls, has_prefix):
+    def fake_steps(model, params, ids, max_new_tokens, sampling, seed, controls, **options):
         seen["ids"], seen["end_ids"] = [list(row) for row in ids], controls.end_ids
         yield from np.array(rows).T
 
     monkeypatch.setattr(generation, "sample_steps", fake_steps)
+    monkeypatch.setattr(generation, "prepare", lambda *parts: parts)
     steps = stream_continuations(experiment, None, tokenizer, prompts, Sampling(), 0, stop)
     return [list(parts) for parts in zip(*steps, strict=True)], seen
 
