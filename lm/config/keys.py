@@ -638,7 +638,7 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("parallel.mesh.context",),
     ),
     "parallel.sequence": Key(
-        False,
+        True,
         "Between the sublayers, activations are cut along the sequence over tensor too.",
         free=True,
         needs=("parallel.mesh.tensor",),

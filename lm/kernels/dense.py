@@ -6,6 +6,7 @@ Shape letters: T tokens, D inputs, F outputs; other leading dimensions may come 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +32,29 @@ def matmul(
     Returns:
         The product, [..., T, F] float32.
     """
-    return _matmul_forward(x_TD, kernel, dtype, transposed)[0]
+    return matmul_forward(x_TD, kernel, dtype, transposed)[0]
 
 
-def _matmul_forward(
-    x_TD: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool
-) -> tuple:
+def matmul_forward(
+    x_TD: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool, out_dtype: Any = jnp.float32
+) -> tuple[jax.Array, tuple]:
+    """Return the product as `out_dtype`, and what its gradient needs."""
     kernel_axes = "fd" if transposed else "df"
     x, kernel = x_TD.astype(dtype), kernel.astype(dtype)
     # An empty array carries the dtype that the gradient of x must have.
     like_x = jnp.zeros((0,), x_TD.dtype)
-    return _einsum(f"...d,{kernel_axes}->...f", x, kernel), (x, kernel, like_x)
+    y = _einsum(f"...d,{kernel_axes}->...f", x, kernel, preferred_element_type=out_dtype)
+    return y, (x, kernel, like_x)
 
 
-def _matmul_backward(
-    dtype: jnp.dtype, transposed: bool, residuals: tuple, g_TF: jax.Array
+def matmul_backward(
+    dtype: Any, transposed: bool, residuals: tuple, g_TF: jax.Array, grad_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of x, its sums rounded to `grad_dtype`, and of the kernel."""
     x, kernel, like_x = residuals
     g = g_TF.astype(dtype)
     kernel_axes = "fd" if transposed else "df"
-    dx = _einsum(f"...f,{kernel_axes}->...d", g, kernel)
+    dx = _einsum(f"...f,{kernel_axes}->...d", g, kernel, preferred_element_type=grad_dtype)
     # With a leading batch dimension of 1, XLA's CPU backend keeps its bfloat16 library, which has
     # no product of two transposed matrices.
     if x.ndim == 2:
@@ -60,4 +64,4 @@ def _matmul_backward(
     return dx.astype(like_x.dtype), dkernel
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(matmul_forward, matmul_backward)

@@ -16,25 +16,39 @@ from lm.kernels.dense import matmul
 from lm.kernels.elementwise import ACTIVATIONS, GATED, add_bias
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Initializer, Kind, Part, Role, param
-from lm.parallel.mesh import constrain, count_shards, current_mesh
+from lm.parallel.mesh import constrain, current_mesh
 
 
-def flat_leading(leading: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the leading dimensions of the input of a linear map, flattened into one if possible.
+def multiply(
+    x: jax.Array, kernel: jax.Array, names: tuple[str, str], dtypes: tuple, transposed: bool
+) -> jax.Array:
+    """Multiply the last dimension of x by a kernel.
 
-    One dimension is what the backward pass multiplies fastest. A length that is sharded stays a
-    dimension of its own: flattened with the rows, it would have to be gathered first.
+    Args:
+        x: [..., D].
+        kernel: [D, F], or [F, D] if `transposed`.
+        names: logical axes D and F.
+        dtypes: compute dtype, and the dtype in which the product is used.
+        transposed: whether the kernel is stored as [F, D].
+
+    Returns:
+        The product [T, F] with leading dimensions flattened into one, which the backward pass
+        multiplies fastest; or [B, L, F] on meshes that shard the length.
     """
-    cut = len(leading) == 2 and count_shards("residual_length") > 1
-    return leading if cut else (prod(leading),)
+    mesh = current_mesh()
+    if mesh is None or (mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"):
+        return matmul(x.reshape(-1, x.shape[-1]), kernel, dtypes[0], transposed)
+    from lm.models.sharded_linear import product_on_mesh
+
+    return product_on_mesh(x, kernel, names, dtypes, transposed)
 
 
 class Linear(nn.Module):
     """Linear map of the last `len(in_shape)` dimensions to `out_shape`.
 
     The kernel is [*in_shape, *out_shape], with the logical axes `names`. It is applied as one
-    matrix product with the leading dimensions flattened, accumulated in float32. `role` is the
-    kernel's; its numbers of axes follow from the shapes.
+    matrix product, accumulated in float32. `role` is the kernel's; its numbers of axes follow from
+    the shapes.
     """
 
     in_shape: tuple[int, ...]
@@ -56,18 +70,17 @@ class Linear(nn.Module):
             self.bias = param(self, "bias", self.bias_init, self.out_shape, axes, role.bias())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        leading = x.shape[: x.ndim - len(self.in_shape)]
-        y = self.product(
-            x.reshape(*flat_leading(leading), prod(self.in_shape)),
-            self.kernel.reshape(prod(self.in_shape), prod(self.out_shape)),
-        )
+        width, n_leading = prod(self.in_shape), x.ndim - len(self.in_shape)
+        leading, kernel = x.shape[:n_leading], self.kernel.reshape(width, prod(self.out_shape))
+        y = self.product(x.reshape(*leading, width), kernel)
         if self.use_bias:
-            y = add_bias(y, self.bias.reshape(-1))
+            y = add_bias(y.astype(jnp.float32), self.bias.reshape(-1))
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
 
-    def product(self, x_TD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-        """Return the product [..., T, F], float32; `low_precision.py` has another."""
-        return matmul(x_TD, kernel_DF, self.dtype)
+    def product(self, x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+        """Return the product, flattened or not; `low_precision.py` has another."""
+        names = self.names[0], self.names[len(self.in_shape)]
+        return multiply(x, kernel_DF, names, (self.dtype, self.out_dtype or self.dtype), False)
 
 
 class Norm(nn.Module):
@@ -135,9 +148,8 @@ class Embedding(nn.Module):
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Return logits [B, L, rows], float32."""
-        leading = flat_leading(x_BLD.shape[:-1])
-        logits = matmul(x_BLD.reshape(*leading, self.width), self.embedding, self.dtype, True)
-        return logits.reshape(*x_BLD.shape[:-1], self.rows)
+        names, dtypes = ("embed", self.row_name), (self.dtype, jnp.float32)
+        return multiply(x_BLD, self.embedding, names, dtypes, True).reshape(*x_BLD.shape[:-1], -1)
 
 
 class FeedForward(nn.Module):

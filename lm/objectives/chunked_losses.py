@@ -40,8 +40,10 @@ def in_chunks(
         targets_BT: token ids, int32.
     """
     B, T = targets_BT.shape
-    C = count_shards("length") if T % count_shards("length") == 0 else 1
-    n = n_chunks(T // C, model.config.loss_chunk)
+    shards = count_shards("residual_length"), count_shards("length"), 1
+    C = next(n for n in shards if T % n == 0)
+    # Devices of tensor parallelism share the columns of a chunk, and each has part of its logits.
+    n = n_chunks(T // C, -(-model.config.loss_chunk // max(1, C // shards[1])))
     if n == 1:
         return compute(model, x_BTD, targets_BT)
 
@@ -61,7 +63,7 @@ def in_chunks(
     def join(x_NBT: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
 
-    x_BTD = constrain(x_BTD, "rows", "length", "embed")
+    x_BTD = constrain(x_BTD, "rows", "residual_length", "embed")
     _, losses = scan(model, None, (split(x_BTD), split(targets_BT)))
     return jax.tree.map(join, losses)
 

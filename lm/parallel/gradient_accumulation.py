@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lm.parallel.mesh import select_rows
+from lm.parallel.mesh import unpack_row_key, wrap_row_key
 
 if TYPE_CHECKING:
     from lm.train_step import Between
@@ -54,3 +54,10 @@ def accumulate(
     (sums, model_state), carries = jax.lax.scan(add, start, (parts, jnp.arange(n)))
     carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
     return sums, before._replace(carry=carry, model_state=model_state)
+
+
+def select_rows(key: jax.Array, first: jax.Array | int, step: int) -> jax.Array:
+    """Return the key of rows first, first + step, … of the rows that a per-row key is for."""
+    plain, rows = unpack_row_key(jax.random.key_data(key))
+    first = jnp.asarray(first).astype(jnp.uint32)
+    return wrap_row_key(plain, jnp.stack([rows[0] + rows[1] * first, rows[1] * step]))

@@ -261,10 +261,6 @@ class ShardingContext:
     rules: Rules
     pipeline: PipelineSchedule | None
 
-    def spec(self, names: Sequence[str]) -> PartitionSpec:
-        """Return the PartitionSpec of an activation from the logical names of its axes."""
-        return PartitionSpec(*(_rule(self.rules, name) or None for name in names))
-
 
 _context: ContextVar[ShardingContext | None] = ContextVar("sharding", default=None)
 
@@ -311,7 +307,8 @@ def activation_sharding(*names: str) -> NamedSharding:
     """Return the sharding of an activation with these logical axes, inside `use_mesh`."""
     context = _context.get()
     assert context is not None
-    return NamedSharding(context.mesh, context.spec(names))
+    axes = (_rule(context.rules, name) or None for name in names)
+    return NamedSharding(context.mesh, PartitionSpec(*axes))
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
@@ -333,17 +330,11 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 def per_row_key(key: jax.Array) -> jax.Array:
     """Return the per-row key of a whole batch."""
-    return _wrap(key, jnp.array([0, 1], jnp.uint32))
+    return wrap_row_key(key, jnp.array([0, 1], jnp.uint32))
 
 
-def select_rows(key: jax.Array, first: jax.Array | int, step: int) -> jax.Array:
-    """Return the key of rows first, first + step, … of the rows that `key` is for."""
-    plain, rows = _unpack(jax.random.key_data(key))
-    first = jnp.asarray(first).astype(jnp.uint32)
-    return _wrap(plain, jnp.stack([rows[0] + rows[1] * first, rows[1] * step]))
-
-
-def _unpack(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpack_row_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the Threefry key of the words of a per-row key, and its rows: first and stride."""
     return jax.random.wrap_key_data(words[:2], impl="threefry2x32"), words[2:]
 
 
@@ -352,7 +343,8 @@ def _pack(plain: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.concatenate([data, jnp.broadcast_to(rows, data.shape)], axis=-1)
 
 
-def _wrap(plain: jax.Array, rows: jax.Array) -> jax.Array:
+def wrap_row_key(plain: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return the per-row key of a Threefry key and its rows."""
     return jax.random.wrap_key_data(_pack(plain, rows), impl=_PER_ROW)
 
 
@@ -361,17 +353,17 @@ def _seed(seed: Any) -> jax.Array:
 
 
 def _split(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    plain, rows = _unpack(words)
+    plain, rows = unpack_row_key(words)
     return _pack(jax.random.split(plain, shape), rows)
 
 
 def _fold_in(words: jax.Array, number: Any) -> jax.Array:
-    plain, rows = _unpack(words)
+    plain, rows = unpack_row_key(words)
     return _pack(jax.random.fold_in(plain, number), rows)
 
 
 def _random_bits(words: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
-    plain, (first, step) = _unpack(words)
+    plain, (first, step) = unpack_row_key(words)
     dtype = jnp.dtype(f"uint{bit_width}")
     if not shape:
         return jax.random.bits(plain, (), dtype)

@@ -82,21 +82,20 @@ def _batch_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
 
 
 def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
-    context, tensor = sizes["context"], sizes["tensor"]
+    context = sizes["context"]
     if context > 1 and config.model.family not in TRANSFORMERS:
         yield (
             f"--config.parallel.mesh.context={context} needs attention: "
             f"--config.model.family={config.model.family} has none over the sequence"
         )
     # The ring gives every device two chunks of the sequence, so that causal work is even.
-    divisors = {"2 × --config.parallel.mesh.context": 2 * context if context > 1 else 1}
-    if config.parallel.sequence:
-        product = "--config.parallel.mesh.context × --config.parallel.mesh.tensor"
-        divisors[product] = context * tensor
+    divisor = 2 * context if context > 1 else 1
     for name in OBJECTIVES[config.objective.name].length_keys:
-        for what, n in divisors.items():
-            if config.data[name] % n:
-                yield f"--config.data.{name}={config.data[name]} is not divisible by {n} ({what})"
+        if config.data[name] % divisor:
+            yield (
+                f"--config.data.{name}={config.data[name]} is not divisible by {divisor} "
+                "(2 × --config.parallel.mesh.context)"
+            )
 
 
 def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -36,7 +36,8 @@ from flax.core.scope import LazyRng
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.parallel.mesh import BATCH_AXES, current_mesh, current_pipeline, select_rows
+from lm.parallel.gradient_accumulation import select_rows
+from lm.parallel.mesh import BATCH_AXES, current_mesh, current_pipeline
 
 Tree = Any
 

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.mesh import LENGTH_AXIS, ROW_AXES, current_mesh, parameter_sharding
+from lm.parallel.mesh import (
+    LENGTH_AXIS,
+    ROW_AXES,
+    activation_sharding,
+    count_shards,
+    current_mesh,
+    parameter_sharding,
+)
 
 Axes = tuple[str, ...]
 
@@ -78,18 +85,29 @@ def sharded_lookup(
         ids_BL -= lax.axis_index(row_axes) * len(table_VD)
         is_local_BL = (ids_BL >= 0) & (ids_BL < len(table_VD))
         rows_BLD = jnp.take(table_VD, jnp.where(is_local_BL, ids_BL, 0), axis=0)
-        return lax.psum(jnp.where(is_local_BL[..., None], rows_BLD, 0), row_axes)
+        rows_BLD = jnp.where(is_local_BL[..., None], rows_BLD, 0)
+        if scattered:
+            return lax.psum_scatter(rows_BLD, row_axes, scatter_dimension=1, tiled=True)
+        return lax.psum(rows_BLD, row_axes)
 
     id_axes = [
         axes if size % prod(mesh.shape[axis] for axis in axes) == 0 else None
         for axes, size in zip((ROW_AXES, (LENGTH_AXIS,)), ids_BL.shape, strict=True)
     ]
+    # Where the same devices share the length of the residual stream, each gets its part.
+    length_axes = activation_sharding("residual_length").spec[0] or ()
+    scattered = (
+        bool(row_axes)
+        and length_axes == (LENGTH_AXIS, *row_axes)
+        and ids_BL.shape[1] % count_shards("residual_length") == 0
+    )
+    out_axes = (id_axes[0], length_axes if scattered else id_axes[1])
     # The check of varying axes (check_vma) does not know that all devices gathered the same.
     return jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(table, PartitionSpec(*id_axes)),
-        out_specs=PartitionSpec(*id_axes, None),
+        out_specs=PartitionSpec(*out_axes, None),
         check_vma=False,
     )(table_VD, ids_BL)
 

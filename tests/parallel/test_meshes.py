@@ -138,7 +138,14 @@ def test_a_ring_gathers_no_sequence():
 
 
 def test_sequence_parallelism_cuts_what_lies_between_products():
-    assert "f32[8,4,32]" in compiled_text({"tensor": 4}, parallel__sequence=True)
+    assert "f32[8,4,32]" in compiled_text({"tensor": 4})
+    assert "f32[8,4,32]" not in compiled_text({"tensor": 4}, parallel__sequence=False)
+
+
+def test_a_length_that_the_tensor_axis_does_not_divide():
+    odd = {"data__sequence_length": 18, "train__loss_chunk": 9}
+    found = losses(experiment_on({"data": 2, "tensor": 4}, **odd), 3)
+    np.testing.assert_allclose(found, losses(experiment_on({}, **odd), 3), rtol=1e-5)
 
 
 def test_batches_are_cut_by_rows_and_by_length():

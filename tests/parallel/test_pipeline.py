@@ -14,7 +14,8 @@ from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
 from lm.experiment import build_with_data, reads_records
-from lm.parallel.mesh import AXES, per_row_key, select_rows, use_mesh
+from lm.parallel.gradient_accumulation import select_rows
+from lm.parallel.mesh import AXES, per_row_key, use_mesh
 from lm.parallel.pipeline import PipelineSchedule, exchange_rounds, run_pipeline
 
 # What each stage does in each iteration: microbatch and, after it, repeat; "--" is idle.

@@ -1,8 +1,9 @@
 """Plans for TPUs by the real TPU compiler: collectives and shardings.
 
 `golden/NAME.json` holds the sharding of every parameter and the collectives of an experiment, made
-tiny, on a small slice; a difference names what changed. After a change that is meant:
-`python tests/tools/planning/test_tpu.py` writes the files again.
+tiny, on a small slice, `golden/memory.json` the temporaries of some; a difference names what
+changed. After a change that is meant: `python tests/tools/planning/test_tpu.py` writes the files
+again.
 """
 
 from __future__ import annotations
@@ -63,6 +64,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "train.remat": "none",
         },
     ),
+    "llama-tensor": (
+        "llama.py:2-7b",
+        "v5e:2x2",
+        {
+            "parallel.mesh.data": 1,
+            "parallel.mesh.tensor": 4,
+            "model.n_heads": 4,
+            "model.n_kv_heads": 4,
+            "train.remat": "full",
+            "train.loss_chunk": 128,
+        },
+    ),
     "llama-context-fsdp": (
         "llama.py:2-7b",
         "v5e:2x2",
@@ -98,6 +111,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-fsdp": ("bert.py:base", "v5e:2x2", FSDP),
     "t5-fsdp": ("t5.py:1.1-small", "v5e:2x2", {**FSDP, "model.n_decoder_layers": 2}),
 }
+WITH_MEMORY = ("llama-fsdp", "llama-fsdp-tensor", "llama-tensor")
 
 
 @cache
@@ -134,6 +148,12 @@ def golden_of(case: str) -> dict[str, Any]:
 def test_golden_shardings_and_collectives(case):
     expected = json.loads((GOLDEN / f"{case}.json").read_text())
     assert golden_of(case) == expected
+
+
+@pytest.mark.parametrize("case", WITH_MEMORY)
+def test_golden_memory(case):
+    expected = json.loads((GOLDEN / "memory.json").read_text())
+    assert plan_of(case).memory.temporaries == expected[case]
 
 
 def bytes_by_kind(case: str) -> dict[str, int]:
@@ -198,6 +218,24 @@ def test_a_table_sharded_by_vocabulary_is_looked_up_without_gathering_it():
     gathered = [c for c in plan.collectives if c.kind == "all-gather" and "tensor" in c.axis]
     table = TINY["model.vocab_size"] * TINY["model.d_model"] * 2
     assert all(c.bytes / c.count < table / 2 for c in gathered)
+
+
+@pytest.mark.parametrize("case", ["llama-fsdp-tensor", "llama-tensor"])
+def test_activations_cross_the_tensor_axis_in_bfloat16_gathered_and_scattered(case):
+    """Two gathers and two scatters a layer forward and backward, and what remat repeats of them;
+    embeddings and logits one each. Megatron's all-reduces of float32 would be four times as much.
+    """
+    fsdp = 2 if "fsdp" in case else 1
+    stream = 8 * TINY["data.sequence_length"] * TINY["model.d_model"] * 2 // fsdp
+    crossed = {"all-gather": 0, "reduce-scatter": 0, "all-reduce": 0}
+    for c in plan_of(case).collectives:
+        if c.axis == "tensor":
+            crossed[c.kind] += c.bytes
+    scattered = 5 if config_of(case).train.remat == "full" else 4
+    # The gradient of the logits gathers its chunk again.
+    assert crossed["all-gather"] <= (6 * TINY["model.n_layers"] + 3) * stream
+    assert crossed["reduce-scatter"] <= (scattered * TINY["model.n_layers"] + 2) * stream
+    assert crossed["all-reduce"] < stream
 
 
 def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
@@ -268,3 +306,5 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for case in CASES:
         (GOLDEN / f"{case}.json").write_text(json.dumps(golden_of(case), indent=1) + "\n")
+    memory = {case: plan_of(case).memory.temporaries for case in WITH_MEMORY}
+    (GOLDEN / "memory.json").write_text(json.dumps(memory, indent=1) + "\n")

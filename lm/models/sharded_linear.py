@@ -1,0 +1,119 @@
+"""Products of linear maps on accelerators and on meshes.
+
+A TPU or GPU accumulates a product in float32 and rounds its sums to the dtype in which they are
+used, before they are stored or sent: partial sums of several devices are added in that dtype. A CPU
+multiplies fastest into float32.
+
+With sequence parallelism the residual stream is sharded along the length over the devices of tensor
+parallelism too (Korthikanti et al. 2022, §4.2.2). A map out of it gathers the length of its input,
+a map into it scatters that of its output while it sums, and their gradients do the reverse. Nothing
+that is gathered is kept for the backward pass, which gathers it again.
+
+Shape letters: B batch, L length, D inputs, F outputs; instead of B and L, T tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.dense import matmul_backward, matmul_forward
+from lm.parallel.mesh import PARAMETERS, constrain, count_shards, current_mesh
+
+STREAM = "embed"  # width of the residual stream
+
+
+class Map(NamedTuple):
+    """Settings of a linear map.
+
+    Attributes:
+        dtype: compute dtype.
+        out_dtype: dtype of the sums of the product.
+        grad_dtype: dtype of the sums of the gradient of x.
+        transposed: whether the kernel is stored as [F, D].
+        rows: logical axis of the rows.
+        gathers: x is part of the residual stream, and gathered along the length.
+        scatters: the product is, and scattered along the length.
+    """
+
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype
+    grad_dtype: jnp.dtype
+    transposed: bool
+    rows: str
+    gathers: bool
+    scatters: bool
+
+
+def product_on_mesh(
+    x: jax.Array,
+    kernel: jax.Array,
+    names: tuple[str, str],
+    dtypes: tuple,
+    transposed: bool,
+) -> jax.Array:
+    """Multiply the last dimension of x by a kernel, inside `use_mesh`.
+
+    Args:
+        x: [..., D].
+        kernel: float32 [D, F], or [F, D] if `transposed`.
+        names: logical axes D and F.
+        dtypes: compute dtype, and the dtype in which the product is used.
+        transposed: whether the kernel is stored as [F, D].
+
+    Returns:
+        The product, [B, L, F] if the length is sharded: flattened with the rows, it would have to
+        be gathered first. Otherwise [T, F].
+    """
+    mesh = current_mesh()
+    assert mesh is not None
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype, out_dtype = dtypes
+    sums = (jnp.float32, jnp.float32) if on_cpu else (out_dtype, dtype)
+    keeps_length = x.ndim == 3 and count_shards("residual_length") > 1
+    is_cut = keeps_length and count_shards("residual_length") > count_shards("length")
+    # Maps from stream to stream have no part that is sharded over the tensor axis.
+    is_cut = is_cut and any("tensor" in PARAMETERS[name] for name in names)
+    rows = "rows" if "vocab" in names else "batch"
+    gathers, scatters = (is_cut and name == STREAM for name in names)
+    x = x if keeps_length else x.reshape(-1, x.shape[-1])
+    return _product(x, kernel, Map(dtype, *sums, transposed, rows, gathers, scatters))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, how: Map) -> jax.Array:
+    return _forward(x, kernel, how)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, how: Map) -> tuple[jax.Array, tuple]:
+    part = x.astype(how.dtype)
+    whole = _whole(part, how) if how.gathers else part
+    y, (_, kernel, _) = matmul_forward(whole, kernel, how.dtype, how.transposed, how.out_dtype)
+    # Unless it is told what to keep, the compiler keeps the gathered array. An empty array carries
+    # the dtype that the gradient of x must have.
+    part = _part(part, how) if how.gathers else part
+    residuals = part, kernel, jnp.zeros((0,), x.dtype)
+    return (_part(y, how) if how.scatters else y), residuals
+
+
+def _backward(how: Map, residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel, like_x = residuals
+    g = g.astype(how.dtype)
+    g = _whole(g, how) if how.scatters else g
+    x = _whole(_part(x, how), how) if how.gathers else x
+    dx, dkernel = matmul_backward(how.dtype, how.transposed, (x, kernel, like_x), g, how.grad_dtype)
+    return (_part(dx, how) if how.gathers else dx), dkernel
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _whole(x_BLD: jax.Array, how: Map) -> jax.Array:
+    return constrain(x_BLD, how.rows, "length", STREAM)
+
+
+def _part(x_BLD: jax.Array, how: Map) -> jax.Array:
+    return constrain(x_BLD, how.rows, "residual_length", STREAM)
