@@ -38,7 +38,15 @@ def matmul(
 def matmul_forward(
     x_TD: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool, out_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, tuple]:
-    """Return the product as `out_dtype`, and what its gradient needs."""
+    """Return the product, and what its gradient needs.
+
+    Args:
+        x_TD: activations [..., T, D].
+        kernel: kernel, as for `matmul`.
+        dtype: compute dtype.
+        transposed: whether the kernel is stored as [F, D].
+        out_dtype: dtype that the sums are rounded to.
+    """
     kernel_axes = "fd" if transposed else "df"
     x, kernel = x_TD.astype(dtype), kernel.astype(dtype)
     # An empty array carries the dtype that the gradient of x must have.
@@ -50,7 +58,15 @@ def matmul_forward(
 def matmul_backward(
     dtype: Any, transposed: bool, residuals: tuple, g_TF: jax.Array, grad_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of x, its sums rounded to `grad_dtype`, and of the kernel."""
+    """Return the gradients of x and of the kernel, float32.
+
+    Args:
+        dtype: compute dtype.
+        transposed: whether the kernel is stored as [F, D].
+        residuals: what `matmul_forward` returned for it.
+        g_TF: gradient of the product.
+        grad_dtype: dtype that the sums of the gradient of x are rounded to.
+    """
     x, kernel, like_x = residuals
     g = g_TF.astype(dtype)
     kernel_axes = "fd" if transposed else "df"
