@@ -17,8 +17,8 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE.py[:VARIANT]",
-        help="of their sources, list stores of other contents than today's, or with other settings "
-        "(name every configuration that shares a source; default: leave these out)",
+        help="of their sources, by name, list stores of other contents or settings than today's "
+        "(give all configurations with a source of that name, of other folders too; default: none)",
     )
     parser.add_argument(
         "--delete",
@@ -70,5 +70,6 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     free = [each for each in found if not each.kept]
     done = "removed" if args.delete else "not needed; --delete removes them"
-    print(f"{len(free)} folders, {sum(each.n_bytes for each in free):,} bytes: {done}")
+    folders = "1 folder" if len(free) == 1 else f"{len(free)} folders"
+    print(f"{folders}, {sum(each.n_bytes for each in free):,} bytes: {done}")
     return 0

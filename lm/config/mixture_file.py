@@ -40,6 +40,8 @@ _OF_PART: dict[str, tuple[type, ...]] = {
 def read_mixture(config: ConfigDict, file: str | Path) -> None:
     """Set the keys of section `data` that a mixture file says: sources, weights, schedule.
 
+    Without `validation` in any part, `data.validation_source` stays as it is.
+
     Args:
         config: configuration to change, in `get_config`.
         file: TOML file; relative to the current folder.
@@ -48,14 +50,14 @@ def read_mixture(config: ConfigDict, file: str | Path) -> None:
         UserError: the file is missing, or something in it is wrong.
     """
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"mixture {file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # of TOML, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML, or of UTF-8
         raise UserError(f"mixture {file}: {error}") from error
     try:
         _fill(config.data, content)
-    except UserError as error:
+    except (UserError, OverflowError) as error:  # of a number of 400 digits
         raise UserError(f"mixture {file}: {error}") from error
 
 
@@ -64,17 +66,19 @@ def _fill(data: ConfigDict, content: Mapping[str, Any]) -> None:
     parts, schedule = content.get("parts", {}), content.get("schedule", [])
     if not isinstance(parts, dict) or not parts:
         raise UserError("no parts: [parts.NAME] with a source")
+    if "step" in parts:
+        raise UserError("part step: call it otherwise, the schedule has a key of that name")
     for name, part in parts.items():
         if not isinstance(part, dict) or "source" not in part:
             raise UserError(f"part {name} has no source")
         _require_known(part, _OF_PART, f"key of part {name}:")
         for key, value in part.items():
-            if not isinstance(value, _OF_PART[key]) or isinstance(value, bool):
+            if not isinstance(value, _OF_PART[key]) or isinstance(value, bool) or value == "":
                 raise UserError(f"part {name}: {key} = {value!r}")
     data.source = listing(part["source"] for part in parts.values())
-    data.validation_source = listing(
-        part["validation"] for part in parts.values() if "validation" in part
-    )
+    validation = [part["validation"] for part in parts.values() if "validation" in part]
+    if validation:
+        data.validation_source = listing(validation)
     data.weights, data.epochs = (
         tuple(_of_all(parts, key) if any(key in part for part in parts.values()) else ())
         for key in ("weight", "epochs")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.errors import UserError
 
-_LARGEST = 1e30  # weight; sums of many and their products with sizes stay finite
+_LARGEST = 1e30  # weight or step; sums of many and their products with sizes stay finite
 
 
 class Knot(NamedTuple):
@@ -51,8 +51,10 @@ def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
             raise UserError(
                 f"{where}: weights are 0 to {_LARGEST:g}, and not all 0: {part.strip()!r}"
             )
-        if knot.at < (knots[-1].at if knots else 0):
-            raise UserError(f"{where}: steps must ascend from 0, and {knot.at} does not")
+        if not (knots[-1].at if knots else 0) <= knot.at <= _LARGEST:
+            raise UserError(
+                f"{where}: steps must ascend from 0 to at most {_LARGEST:g}, and {knot.at} does not"
+            )
         knots.append(knot)
     if not knots:
         raise UserError(f"{where}: no weights")

@@ -177,7 +177,8 @@ def prefetch(
 ) -> Generator[dict[str, jax.Array], None, None]:
     """Yield `to_device` of each sequence of steps, prepared ahead by a thread.
 
-    Errors of the thread are raised here; closing the generator stops the thread.
+    Errors of the thread are raised here; closing the generator stops the thread. No process ends
+    before that: where a step may fail, close it (`contextlib.closing`).
 
     Args:
         batches: batches of all steps.

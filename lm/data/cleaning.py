@@ -116,17 +116,20 @@ def _look(folder: Path, reason: str, names: re.Pattern[str], kept: str = "") -> 
 
 def _find(cache: Path, digests: dict[str, set[str]]) -> Iterator[Unneeded]:
     needed, unknown = set[str](), ""
-    for file in sorted(
-        file for parent in _PLACES for file in cache.glob(f"{parent}/*/manifest.json")
-    ):
+    folders = sorted(folder for parent in _PLACES for folder in cache.glob(f"{parent}/*"))
+    for file in (folder / "manifest.json" for folder in folders):
         try:
             manifest = read_json(file)
-        except (UserError, FileNotFoundError):
+        except FileNotFoundError:
+            continue
+        except UserError:
             unknown = unknown or f"{file} cannot be read, and may name it"
             continue
         name, digest = (str(manifest.get(key)) for key in ("source", "source_digest"))
         if digest not in digests.get(name, {digest}):
-            found = _look(file.parent, f"{name} has changed since", _files_of(manifest))
+            found = _look(
+                file.parent, f"{name} has other contents or settings now", _files_of(manifest)
+            )
             yield found
             if not found.kept:
                 continue

@@ -190,11 +190,12 @@ def continues_mixture(before: ConfigDict, after: ConfigDict, step: int) -> bool:
         step: first step whose batch may differ.
     """
     sources, more = listed(before.source), listed(after.source)
-    has_past = before.schedule or len(sources) == 1
+    schedule = before.get("schedule", "")  # runs of older versions have none
+    has_past = schedule or len(sources) == 1
     if not (has_past and after.schedule and more[: len(sources)] == sources):
         return False
     none = (0.0,) * (len(more) - len(sources))
-    knots = parse_schedule(before.schedule or "0: 1", len(sources))
+    knots = parse_schedule(schedule or "0: 1", len(sources))
     old = Schedule(tuple(Knot(knot.at, knot.weights + none) for knot in knots))
     new = Schedule(parse_schedule(after.schedule, len(more)))
     ends = sorted({0, step, *(k.at for k in (*old.knots, *new.knots) if k.at < step)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -55,11 +56,12 @@ def evaluate_loss(
     totals: dict[str, float] = {}
     carry = experiment.init_carry(batches.batch_size)
     arrays = prefetch(batches, dispatches, experiment.batch_sharding)
-    for batch in track(arrays, total=len(dispatches)):
-        carry, sums = experiment.eval_steps(params, carry, batch)
-        sums = jax.device_get(sums)
-        for name, values in {"loss": sums.loss, "targets": sums.weight, **sums.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + float(values.sum(dtype=np.float64))
+    with closing(arrays):
+        for batch in track(arrays, total=len(dispatches)):
+            carry, sums = experiment.eval_steps(params, carry, batch)
+            sums = jax.device_get(sums)
+            for name, values in {"loss": sums.loss, "targets": sums.weight, **sums.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + float(values.sum(dtype=np.float64))
     targets = totals.pop("targets")
     if not targets:
         return {"targets": 0.0}

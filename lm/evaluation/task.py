@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -122,10 +123,11 @@ def predict(
     batches = experiment.evaluation_batches(stores)
     dispatches = [range(i, i + 1) for i in range(len(batches))]
     arrays = prefetch(batches, dispatches, experiment.batch_sharding)
-    outputs = [
-        jax.device_get(experiment.predict_steps(params, batch))[0]
-        for batch in track(arrays, len(dispatches), description="predicting", shown=progress)
-    ]
+    with closing(arrays):
+        outputs = [
+            jax.device_get(experiment.predict_steps(params, batch))[0]
+            for batch in track(arrays, len(dispatches), description="predicting", shown=progress)
+        ]
     return np.concatenate(outputs)[: len(batches.examples)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 _OF_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent to a parent and its workers
 _QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
+_OF_MAIN = b"\x8c\x08__main__"  # name of a module as pickle writes it; files may be named so too
+_GUARD = re.compile(rb"__name__\s*==|==\s*__name__")
 
 
 @contextmanager
@@ -58,9 +61,9 @@ def starting_workers_for(payload: bytes) -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     given = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    if b"__main__" in payload:
+    if _OF_MAIN in payload:
         file = given.get("__file__")
-        if file and Path(file).is_file() and b"__name__" not in Path(file).read_bytes():
+        if file and Path(file).is_file() and not _GUARD.search(Path(file).read_bytes()):
             raise UserError(
                 f"{file}: worker processes import it for its classes, and would run all of it: put "
                 'what it runs under `if __name__ == "__main__":`, or set data.workers=1'

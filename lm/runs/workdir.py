@@ -288,8 +288,8 @@ def _plain(value: Any) -> Any:
 
 def with_changes(before: Metadata, now: Metadata) -> Metadata:
     """Return the metadata of a run with the configuration of now, and sources that it adds."""
-    old, new = before["config"]["data"]["source"], now["config"]["data"]["source"]
-    added = now["fingerprint"] if old != new else {}
+    changed = changed_keys(before["config"], now["config"])
+    added = now["fingerprint"] if "data.source" in changed else {}
     fingerprint = {**added, **before.get("fingerprint", {})}
     return before | {"config": now["config"], "fingerprint": fingerprint}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -66,10 +67,12 @@ def require_learning(
             "--config.lora.alpha), a single class, or frozen parameters"
         )
     carry = experiment.init_carry(batches.batch_size)
-    for batch in prefetch(batches, [[i] for i in range(_LOOK_AHEAD)], experiment.batch_sharding):
-        carry, sums = experiment.eval_steps(params, carry, batch)
-        if sums.weight.sum() > 0:
-            return
+    first = [[i] for i in range(_LOOK_AHEAD)]
+    with closing(prefetch(batches, first, experiment.batch_sharding)) as arrays:
+        for batch in arrays:
+            carry, sums = experiment.eval_steps(params, carry, batch)
+            if sums.weight.sum() > 0:
+                return
     raise UserError(
         f"the first {_LOOK_AHEAD} batches hold no target, so that nothing would be learned: no "
         "token of the data is to be predicted (documents of one token under "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -326,6 +326,11 @@ class Loop:
             self.experiment.batch_sharding,
             config.data.prefetch,
         )
+        with closing(batches):
+            return self._run(batches)
+
+    def _run(self, batches: Iterator[dict[str, jax.Array]]) -> bool:
+        config = self.config
         for steps in self.dispatches:
             self._outputs.heartbeat(f"step {self.step}")
             with self._clock.part("data"):
@@ -347,10 +352,8 @@ class Loop:
                 self._save()
             if due_eval and not self._evaluate():
                 self._save()
-                batches.close()
                 return False
             if action == STOP and not last:
-                batches.close()
                 return False
         return True
 

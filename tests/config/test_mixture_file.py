@@ -26,7 +26,15 @@ def test_parts_have_names_weights_and_a_schedule(tmp_path):
     assert data.schedule == "0: 0.5 0; 9: 1 2"
     data = read(tmp_path, f"{WEB}weight = 3\n{BOOKS}weight = 0.5\n")
     assert (data.weights, data.epochs, data.schedule) == ((3.0, 0.5), (), "")
-    assert read(tmp_path, f"{WEB}epochs = 2\n").epochs == (2.0,)
+    assert read(tmp_path, f"\ufeff{WEB}epochs = 2\n").epochs == (2.0,)  # a byte order mark
+
+
+def test_validation_data_of_the_experiment_file_stay(tmp_path):
+    config = default()
+    config.data.validation_source = "text:v.txt"
+    (tmp_path / "mixture.toml").write_text(WEB)
+    read_mixture(config, tmp_path / "mixture.toml")
+    assert config.data.validation_source == "text:v.txt"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,10 @@ def test_parts_have_names_weights_and_a_schedule(tmp_path):
         ("", "no parts"),
         ("parts = 5", "no parts"),
         ("[parts.web", "end of document"),
+        (f"a = {'[' * 10000}", "recursion"),
+        (f"{WEB}weight = {'9' * 400}", "too large"),
+        ("[parts.web]\nsource = ''", "part web: source = ''"),
+        ("[parts.step]\nsource = 'stdlib'", "part step: call it otherwise"),
         ("[part.web]\nsource = 'stdlib'", "unknown key part; did you mean parts"),
         ("[parts.web]\nweight = 1", "part web has no source"),
         (f"{WEB}wieght = 1", "did you mean weight"),

@@ -126,7 +126,9 @@ def test_stores_of_a_changed_source_are_not_needed(built, capsys):
     assert len(list(cache.glob("stores/by_name/*"))) == (2 if kind == "shards" else 0)
 
 
-@pytest.mark.parametrize("why", ["recent", "future", "claimed", "locked", "unreadable manifest"])
+@pytest.mark.parametrize(
+    "why", ["recent", "future", "claimed", "locked", "no manifest", "no store"]
+)
 def test_what_may_be_in_use_is_left_alone(why, tmp_path, capsys):
     cache = tmp_path / "cache"
     name = f"stores/{KEYS[1]}.{'partial' if why == 'locked' else 'shards'}"
@@ -138,8 +140,10 @@ def test_what_may_be_in_use_is_left_alone(why, tmp_path, capsys):
         claim = {"machine": machine_name(), "process": os.getpid()}
         (folder / "00001.shard.claim").write_text(json.dumps(claim))
         make_old(folder)
-    if why == "unreadable manifest":
+    if why == "no manifest":
         make(cache, f"stores/{KEYS[2]}/manifest.json")
+    if why == "no store":  # that can be read
+        (cache / f"stores/{KEYS[2]}").symlink_to(KEYS[2])
     words = [f"--config.data.cache_directory={cache}", "--delete"]
     with lock(cache / f"stores/{KEYS[1 if why == 'locked' else 2]}.lock"):
         (row,) = rows_of(capsys, *words).values()

@@ -79,6 +79,7 @@ def test_weights_change_linearly_and_at_once():
         ("0: 1", "1 weights for 2 sources"),
         ("5: 1 1; 4: 1 1", "4 does not"),
         ("-1: 1 1", "-1 does not"),
+        (f"0: 1 1; {'9' * 400}: 1 1", "at most 1e.30, and 9"),
         ("0: 0 0", "not all 0"),
         ("0: 1 nan", "0 to 1e.30"),
         ("0: 1 -1", "0 to 1e.30"),
@@ -171,6 +172,10 @@ def test_only_the_future_of_a_mixture_may_change(source, schedule, step, same):
     before.schedule = "0: 1 0; 4: 0 1" if "," in source else ""
     after.schedule = schedule
     assert continues_mixture(before, after, step) == same
+    if not before.schedule:  # a run of a version without the key
+        with before.unlocked():
+            del before.schedule
+        assert continues_mixture(before, after, step) == same
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Loss, perplexities and bits a byte over a whole split."""
 
 import math
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import scipy.special
 
 from lm.evaluation.loss import evaluate_loss
+from lm.evaluation.task import predict
 from lm.experiment import build_with_data
 
 
@@ -68,3 +71,26 @@ def test_perplexity_knows_no_smoothing(make_evaluation):
 def test_of_a_part_of_the_split_no_figure_by_word_or_byte_is_given(make_evaluation):
     found = make_evaluation("causal decoder", max_batches=1)[-1]
     assert set(found) == {"loss", "accuracy", "perplexity", "targets"}
+
+
+def test_a_step_that_fails_ends_the_thread_that_prepares_batches(make_kind):
+    """A process waits for that thread, and its traceback keeps the loop."""
+    config = make_kind("causal decoder", data__validation_fraction=0.3, eval__batch_size=1)
+    experiment, dataset = build_with_data(config, jax.devices()[:1])
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    names = "config", "init_carry", "batch_sharding", "evaluation_batches"
+    same = {name: getattr(experiment, name) for name in names}
+    failing = SimpleNamespace(**same, eval_steps=fail, predict_steps=fail)
+    batches, stores = experiment.evaluation_batches(dataset.validation), dataset.validation
+    assert len(batches) > 9
+    for step in (
+        lambda: evaluate_loss(failing, None, batches, stores),
+        lambda: predict(failing, None, stores),
+    ):
+        with pytest.raises(RuntimeError, match="no memory") as error:
+            step()
+        assert error.tb is not None
+        assert not [t for t in threading.enumerate() if t.name.startswith("lm-batches")]

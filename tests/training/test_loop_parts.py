@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import signal
+import threading
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from lm.cli import main
 from lm.config import default
 from lm.training.monitor import Clock, MetricsFile
 from lm.training.stop_signals import stop_requests
-from lm.training.trainer import dispatches
+from lm.training.trainer import Loop, dispatches, train
 
 periods = st.integers(0, 12)
 
@@ -193,3 +194,18 @@ def test_a_line_that_goes_back_is_damage(tmp_path, capsys):
     MetricsFile(file, 4).close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
     assert "(line 4)" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_ends_the_thread_that_prepares_batches(
+    tiny_config, one_device, tmp_path, monkeypatch
+):
+    """A process waits for that thread, and its traceback keeps the loop."""
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Loop, "_program", fail)
+    with pytest.raises(RuntimeError, match="no memory") as error:
+        train(tiny_config(train__steps=50), tmp_path / "run")
+    assert error.tb is not None
+    assert not [t for t in threading.enumerate() if t.name.startswith("lm-batches")]

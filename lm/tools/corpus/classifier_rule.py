@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,8 @@ def _probabilities(run: Any, tokens: Sequence[np.ndarray], batch_size: int) -> n
     records = [Record({"label": label}, {"text": ids}, None, None) for ids in tokens]
     batches = Batches(all_in_order([records]), experiment.objective.features, batch_size, 0)
     dispatches = [range(i, i + 1) for i in range(len(batches))]
-    scores = np.concatenate(
-        [
-            jax.device_get(experiment.predict_steps(run.params, batch))[0]
-            for batch in prefetch(batches, dispatches, experiment.batch_sharding)
-        ]
-    )[: len(tokens), : len(experiment.objective.labels)]
+    with closing(prefetch(batches, dispatches, experiment.batch_sharding)) as arrays:
+        found = [jax.device_get(experiment.predict_steps(run.params, batch))[0] for batch in arrays]
+    scores = np.concatenate(found)[: len(tokens), : len(experiment.objective.labels)]
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
     return exponents / exponents.sum(-1, keepdims=True)

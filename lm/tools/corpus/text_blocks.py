@@ -128,9 +128,14 @@ class ByLanguage(BaseFilter):
 
 def require_language(name: str) -> None:
     """Raise UserError unless the model knows a language."""
-    known = sorted(map(str, _identifier().labels))
-    if name not in known:
-        raise UserError(f"unknown language {name!r}{nearest(name, known)}")
+    if name not in known_languages():
+        raise UserError(f"unknown language {name!r}{nearest(name, known_languages())}")
+
+
+@cache
+def known_languages() -> tuple[str, ...]:
+    """Return the languages that the model knows."""
+    return tuple(sorted(map(str, _identifier().labels)))
 
 
 def likely_languages(document: Document) -> list[str]:
@@ -138,11 +143,9 @@ def likely_languages(document: Document) -> list[str]:
 
     Close languages share their probability, as zh, yue and lzh do.
     """
-    noted = document.metadata
-    if not {"language", "language_score"} <= noted.keys():
-        note_language(document)
-    if noted["language_score"] >= LIKELY:
-        return [noted["language"]]
+    language, score = (document.metadata.get(name) for name in ("language", "language_score"))
+    if isinstance(score, float) and 1 >= score >= LIKELY and language in known_languages():
+        return [language]  # as noted before, here or where the document comes from
     scores = note_language(document)
     best = heapq.nlargest(3, scores, key=lambda name: scores[name])
     sums = itertools.accumulate(scores[name] for name in best)

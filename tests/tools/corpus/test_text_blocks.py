@@ -87,3 +87,12 @@ def test_close_languages_share_their_probability(text, likely):
     found = set(likely_languages(Document(text, "x")))
     assert found <= likely
     assert bool(found) == bool(likely)
+
+
+@pytest.mark.parametrize("score", ["0.9", None, True, 98.7, float("nan"), 0.9])
+def test_a_language_that_the_source_names_otherwise_is_told_anew(score):
+    """Columns of data sets have other names of languages, and scores of other kinds."""
+    noted = {"language": "eng_Latn" if score == 0.9 else "de", "language_score": score}
+    assert likely_languages(Document("The garden of my teacher is near.", "x", [], noted)) == ["en"]
+    noted = {"language": "de", "language_score": 0.9}
+    assert likely_languages(Document("The garden of my teacher is near.", "x", [], noted)) == ["de"]
