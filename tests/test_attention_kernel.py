@@ -110,6 +110,8 @@ def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes,
         ("9.0", {"model.attention": "cudnn"}, "cudnn", "as configured"),
         ("10.0", ONE_TEXT | WIDE, "triton", "cudnn .*up to 128"),
         ("10.0", {}, "triton", r"capability 10\.0"),
+        ("7.5", {}, "xla", r"capability 7\.5, only with NVIDIA's from 8\.0"),
+        ("gfx942", ONE_TEXT, "xla", r"capability gfx942"),
         ("9.0", {"model.attention_dropout": 0.1}, "xla", "triton cannot .*dropout=0.1"),
     ],
 )
@@ -180,6 +182,12 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
             {"context": 2},
             "ring and .*relative",
         ),
+        (
+            "gpu",
+            {"model.attention": "cudnn", "model.window": 9},
+            {"context": 2},
+            "=ring and --config.model.window=9; cudnn .*context_attention=gather: use auto",
+        ),
     ],
 )
 def test_a_named_kernel_that_cannot_run_is_an_error(platform, values, sizes, message):
@@ -199,11 +207,6 @@ def built(**overrides):
     ("overrides", "message"),
     [
         ({"data__sequence_length": 36, "parallel__mesh__context": 8}, r"36 is not divisible by 16"),
-        (
-            {"data__sequence_length": 36, "parallel__mesh__tensor": 8, "model__n_heads": 8}
-            | {"parallel__sequence": True},
-            r"36 is not divisible by 8 \(--config.parallel.mesh.context × --config.parallel.mesh.t",
-        ),
         ({"model__family": "lstm", "parallel__mesh__context": 8}, "context=8 needs attention"),
     ],
 )

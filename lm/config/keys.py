@@ -525,7 +525,7 @@ COMMON_KEYS: dict[str, Key] = {
     "train.precision": Key(
         "none",
         "Products of the layers' matrices in training: in 8 bits, scaled by row, or none: in "
-        "model.dtype, as evaluation and decoding always are.",
+        "model.dtype, as in evaluation.",
         choices=("none", "int8", "fp8"),
     ),
     "train.profile": Key(

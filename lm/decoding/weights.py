@@ -39,6 +39,11 @@ class Int8Kernel(nn.meta.AxisMetadata[jax.Array]):
     scale: jax.Array
     dtype: Any = flax.struct.field(pytree_node=False)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self.values.shape
+
     @classmethod
     def quantize(cls, kernel: jax.Array, info: ParamInfo, dtype: Any) -> Int8Kernel:
         """Round a kernel of a role to multiples of max |w| / 127 of each output."""
@@ -85,7 +90,7 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
 
     def store(path: str, x: jax.Array) -> Any:
         info = experiment.param_infos.get(path)
-        if info is None or info.role.kind not in CAST:
+        if info is None or info.role.kind not in CAST or isinstance(x, Int8Kernel):
             return x
         if weights == "int8" and info.role.kind in QUANTIZED:
             return Int8Kernel.quantize(x, info, dtype)

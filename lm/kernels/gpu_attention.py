@@ -26,6 +26,7 @@ TILE = 128  # lengths must be multiples of the tile of queries that share a rang
 CUDNN_WIDEST_HEAD = {9: 256}
 CUDNN_WIDEST_HEAD_ELSEWHERE = 128
 HOPPER, TOKAMAX_WIDEST_HEAD = 9, 256
+OLDEST = 8.0  # compute capability of cuDNN's fused attention, and of Triton
 TOKAMAX = "0.0.12"  # whose operation and mask, which are private, were tried
 
 
@@ -129,13 +130,24 @@ def _is_no_cache_miss(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Autotuning cache miss")
 
 
+def capability_problem(capability: str) -> str:
+    """Return what keeps every fused kernel from running on a GPU, or "".
+
+    Args:
+        capability: compute capability of the GPU, of AMD's a name; "": unknown.
+    """
+    if capability and not (capability[0].isdigit() and float(capability) >= OLDEST):
+        return f"GPUs of compute capability {capability}, only with NVIDIA's from {OLDEST} on"
+    return ""
+
+
 def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterator[str]:
     """Yield what keeps "cudnn" or "tokamax" from running on a GPU.
 
     Args:
         kernel: name of the kernel.
         head_dim: head dim K.
-        capability: compute capability of the GPU; None: unknown, taken as Hopper's.
+        capability: compute capability of the GPU; "": unknown, taken as Hopper's.
     """
     major = int(float(capability or HOPPER))
     if kernel == "tokamax":

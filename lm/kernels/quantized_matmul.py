@@ -86,8 +86,9 @@ def quantize(x: jax.Array, dtype: Any, axes: int | tuple[int, ...]) -> Quantized
     is_integer = jnp.issubdtype(dtype, jnp.integer)
     limit = float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
     x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axes, keepdims=True)
-    scales = jnp.where(largest > 0, largest / limit, 1)
+    # Smaller scales would be flushed to 0; that of a NaN stays NaN, which int8 values cannot be.
+    smallest = jnp.finfo(jnp.float32).tiny
+    scales = jnp.maximum(jnp.abs(x).max(axes, keepdims=True) / limit, smallest)
     x = jnp.clip(x / scales, -limit, limit)
     return Quantized((jnp.round(x) if is_integer else x).astype(dtype), scales)
 

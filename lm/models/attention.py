@@ -305,7 +305,8 @@ def choose_attention(
                 why = f"the one for {platform}" if best else "; ".join(problems)
                 return AttentionChoice(kernel, way, why if named == "auto" else "as configured")
             problems.append(f"{kernel} cannot be used with {problem}")
-    raise UserError(f"--config.model.attention={problems[-1]}: use auto, or change that")
+    found = "; ".join(dict.fromkeys(problems))
+    raise UserError(f"--config.model.attention={found}: use auto, or change that")
 
 
 def _problems(

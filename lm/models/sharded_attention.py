@@ -368,10 +368,12 @@ def _gpu_problems(
     kernel: str, ring: bool, config: ConfigDict, lengths: Mapping[str, int], capability: str
 ) -> Iterator[str]:
     """Yield what keeps a kernel from running on a GPU, or cuDNN from being the best there."""
-    from lm.kernels.gpu_attention import TILE, gpu_library_problems
+    from lm.kernels.gpu_attention import TILE, capability_problem, gpu_library_problems
     from lm.kernels.triton_attention import SHORTEST_TILE, WIDEST_HEAD
 
     model = config.model
+    if problem := capability_problem(capability):
+        yield problem
     if model.dtype != "bfloat16":
         yield f"--config.model.dtype={model.dtype}"
     if kernel == "triton":

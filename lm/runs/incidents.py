@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from lm.storage import AnyPath
 
@@ -17,9 +20,13 @@ SECONDS_TO_WRITE = 10.0
 def append_incident(workdir: AnyPath, message: str, **details: str) -> None:
     """Append an incident with its time; OSError, or a bucket's error, if that cannot be written."""
     file = workdir / "incidents.jsonl"
+    line = json.dumps({"time": time.time(), "incident": message, **details}) + "\n"
+    if isinstance(file, Path):  # all processes of a run that hangs write at once
+        with file.open("a") as stream:
+            stream.write(line)
+        return
     before = file.read_text() if file.exists() else ""
-    line = json.dumps({"time": time.time(), "incident": message, **details})
-    file.write_text(f"{before}{line}\n")  # objects of a bucket cannot be appended to
+    file.write_text(before + line)  # objects of a bucket cannot be appended to
 
 
 def thread_stacks() -> str:
@@ -42,7 +49,8 @@ def report_stall(workdir: AnyPath, what: str) -> None:
 
     def write() -> None:
         with contextlib.suppress(Exception):  # of a full disk or a bucket
-            append_incident(workdir, message, stacks=stacks)
+            process = f"{socket.gethostname()}, {os.getpid()}"
+            append_incident(workdir, message, process=process, stacks=stacks)
             written.set()
 
     # The disk or the bucket may be what the run waits for.

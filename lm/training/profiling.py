@@ -31,7 +31,8 @@ class Dispatching(Protocol):
 def profile(loop: Dispatching, steps: str, workdir: Path, log: Log) -> Iterator[None]:
     """Let a loop that runs inside the context trace the dispatches with a step of `train.profile`.
 
-    The trace goes to WORKDIR/profile, where xprof finds it. The lead process writes
+    The trace goes to WORKDIR/profile, where xprof finds it; of several processes each has a folder
+    there, because JAX names files by the host and the second. The lead process writes
     perfetto_trace.json.gz too, and every process memory-PROCESS.pprof: what the memory of its
     devices holds after these steps.
 
@@ -53,12 +54,14 @@ def _profiled(
     first, n_steps = map(int, steps.split(":"))
     last = first + n_steps - 1
     traced: list[int] = []
+    number = jax.process_index()
+    trace_folder = folder / f"process-{number}" if jax.process_count() > 1 else folder
 
     def finish() -> None:
         jax.block_until_ready(loop.state)
         with disk_errors(storage_path(folder)):
             jax.profiler.stop_trace()
-            jax.profiler.save_device_memory_profile(folder / f"memory-{jax.process_index()}.pprof")
+            jax.profiler.save_device_memory_profile(folder / f"memory-{number}.pprof")
             upload_changes()
         log(f"profile of steps {traced[0]} to {traced[-1]}: {storage_path(folder)}")
 
@@ -70,7 +73,7 @@ def _profiled(
                 finish()
             elif not traced and first < dispatch.stop and dispatch.start <= last:
                 jax.block_until_ready(loop.state)
-                jax.profiler.start_trace(folder, create_perfetto_trace=is_primary_host())
+                jax.profiler.start_trace(trace_folder, create_perfetto_trace=is_primary_host())
                 tracing = True
             if tracing:
                 traced += dispatch

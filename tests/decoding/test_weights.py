@@ -101,6 +101,10 @@ def test_kernels_are_stored_as_the_option_says():
     assert isinstance(found, Int8Kernel)
     assert found.values.dtype == jnp.int8
     assert found.scale.shape == (1, 4, 8)
+    *again, kept = prepared(**{"decode.weights": "int8", "model.family": "lstm"})
+    twice = prepare(again[-1], kept)[1]  # as the Python API does
+    assert jax.tree.structure(twice) == jax.tree.structure(kept)
+    assert {str(x.dtype) for x in jax.tree.leaves(twice)} == {"int8", "float32"}
     *_, kept = prepared(**{"model.dtype": "bfloat16"})
     dtypes = {path: x.dtype for path, x in flat(kept).items()}
     assert dtypes[kernel] == dtypes["tokens/embedding"] == jnp.bfloat16

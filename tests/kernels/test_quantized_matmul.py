@@ -35,6 +35,20 @@ def test_a_rounded_array_is_within_half_a_step(dtype, seed, power, axes):
 
 
 @pytest.mark.parametrize("precision", FORMATS)
+def test_tiny_rows_give_no_nan_and_nan_is_not_hidden(precision):
+    """A step whose loss is NaN is skipped; one with a tiny gradient is not."""
+    x, kernel, g = operands((4, 8), 8)
+    g = g.at[0].multiply(1e-37).at[1].set(0)
+    multiply = lambda x, kernel: quantized_matmul(x, kernel, jnp.float32, precision)  # noqa: E731
+    y, pullback = jax.vjp(multiply, x.at[2, 3].set(jnp.nan), kernel)
+    np.testing.assert_array_equal(jnp.isnan(y).any(1), np.arange(4) == 2)
+    dx, _ = pullback(g)
+    assert jnp.isfinite(dx).all()
+    dx, _ = pullback(g.at[3, 0].set(jnp.nan))
+    np.testing.assert_array_equal(jnp.isnan(dx).any(1), np.arange(4) == 3)
+
+
+@pytest.mark.parametrize("precision", FORMATS)
 def test_products_of_small_integers_are_exact(precision):
     """Powers of two survive any scale; the largest of each row is the format's own largest."""
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -24,6 +25,7 @@ def test_silence_ends_the_process_and_says_since_when(tmp_path, capsys):
     assert "nothing happened for 0.2 s since step 12" in capsys.readouterr().err
     incident = json.loads((tmp_path / "incidents.jsonl").read_text())
     assert "since step 12" in incident["incident"]
+    assert incident["process"].endswith(f", {os.getpid()}")
     assert "thread MainThread:" in incident["stacks"]
     assert "time.sleep(1.0)" in incident["stacks"]
 

@@ -8,7 +8,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from commands import arguments, start
+from commands import arguments, finish, start, together
 
 from lm import load_config
 from lm.cli import main
@@ -70,6 +70,18 @@ def test_a_run_writes_trace_and_memory(experiment_file, tmp_path, one_device):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
     assert steps == {"1", "2"}
+
+
+def test_each_of_two_processes_has_a_trace_of_its_own(experiment_file, tmp_path):
+    """JAX names files by host and second: in one folder one would overwrite the other's."""
+    run = tmp_path / "run"
+    few = {"train__steps": 3, "train__profile": "1:1", "train__steps_per_dispatch": 1}
+    words = arguments(experiment_file, run, **few)
+    finish(*together(words, words))
+    for number in range(2):
+        assert list(run.glob(f"profile/process-{number}/plugins/profile/*/*.xplane.pb"))
+        assert (run / f"profile/memory-{number}.pprof").stat().st_size
+    assert list(run.glob("profile/process-0/plugins/profile/*/perfetto_trace.json.gz"))
 
 
 @pytest.mark.parametrize("spec", ["5", "5:0", ":5", "a:b", "-1:2", "1:2:3", "1.5:2"])

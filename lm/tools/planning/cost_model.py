@@ -34,7 +34,7 @@ REPEATED = {"none": 0.0, "dots": 0.06, "offload_dots": 0.3, "full": 1.0, "offloa
 TRAFFIC = {"none": 34.0, "dots": 21.0, "offload_dots": 21.0, "full": 13.0, "offload": 13.0}
 TRAFFIC_UNIT, TRAFFIC_GROWTH = 50e6, 0.35
 TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # more passes, of layers and of their inputs
-MEMORY_OF_ALL_EXPERTS = 2.0  # of experts without a capacity, as of Mixtral 8x7b on v5p:4x4x4
+MEMORY_OF_ALL_EXPERTS = 2.0  # where XLA multiplies by all experts, as of Mixtral 8x7b's plan
 TRAFFIC_OF_TICK = 10.0  # passes of a stage's parameters and gradients in a tick of the pipeline
 # Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
 FLOPS_PER_BYTE = 4000.0
@@ -191,12 +191,9 @@ class CostModel:
 
     @cached_property
     def _idle_experts(self) -> float:
-        """FLOPs of the experts that a token does not use, as a part of the model's.
-
-        Without a capacity the compiler multiplies every token with every expert.
-        """
+        """FLOPs of multiplied experts that a token does not use, as a part of the model's."""
         model = self.experiment.config.model
-        if not model.n_experts or model.expert_capacity:
+        if not self._multiplies_all_experts:
             return 0.0
         infos = self.experiment.param_infos
         shapes = flat(self.experiment.state_shapes.params)
@@ -217,7 +214,14 @@ class CostModel:
     def _experts_multiplied(self) -> int:
         """Experts that a token is multiplied with; 1 without experts."""
         model = self.experiment.config.model
-        return max(model.experts_per_token if model.expert_capacity else model.n_experts, 1)
+        used = model.n_experts if self._multiplies_all_experts else model.experts_per_token
+        return used if model.n_experts else 1
+
+    @property
+    def _multiplies_all_experts(self) -> bool:
+        """True if every token is multiplied with every expert: no capacity, no kernel of TPUs."""
+        model, on_tpu = self.experiment.config.model, self.chip.dimensions > 0
+        return bool(model.n_experts and not model.expert_capacity and not on_tpu)
 
     def _traffic(self, sizes: Sizes, schedule: PipelineSchedule, settings: Settings) -> float:
         """Return the bytes read from and written to main memory: state, logits and layers."""

@@ -162,17 +162,18 @@ def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
     assert config.parallel.sequence == winner["parallel.sequence"]
 
 
-def test_experts_without_a_capacity_are_all_multiplied(tiny_config):
-    """Compiled for TPUs they are: every token with every expert, Mixtral's FLOPs 4.8 times."""
+def test_without_a_capacity_gpus_multiply_by_all_experts_and_tpus_do_not(tiny_config):
+    """XLA's own lowering does, Mixtral's FLOPs 4.8 times; TPUs have a kernel."""
 
-    def estimate(**changes):
+    def estimate(chip, **changes):
         config = tiny_config(model__n_experts=4, model__experts_per_token=1, **changes)
         experiment = build(config, jax.devices()[:1])
         settings = Settings("none", 1, False)
-        model = CostModel(experiment, CHIPS["v5p"])
+        model = CostModel(experiment, CHIPS[chip])
         return model.estimate(experiment.mesh.shape, experiment.pipeline, settings)
 
-    limited, all_of_them = estimate(model__expert_capacity=1.0), estimate()
+    assert estimate("v5p") == estimate("v5p", model__expert_capacity=1.0)
+    limited, all_of_them = estimate("h100", model__expert_capacity=1.0), estimate("h100")
     assert all_of_them.least == limited.least
     assert all_of_them.likely > 1.5 * limited.likely
     assert all_of_them.compute > 1.5 * limited.compute
