@@ -20,6 +20,7 @@ from lm.cli.arguments import (
     weights_arguments,
 )
 from lm.cli.used_keys import MESH, MODEL, Patterns
+from lm.config.registries import SAFETY_SETS
 from lm.errors import UserError
 from lm.storage import is_step, open_run_folder, storage_path
 from lm.storage.folder_names import short_name
@@ -46,9 +47,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="of --harness: documents")
     parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
     parser.add_argument(
+        "--safety",
+        nargs="?",
+        const="",
+        metavar="SET[,SET…]",
+        help=f"safety sets instead, or all that fit: {', '.join(SAFETY_SETS)}",
+    )
+    parser.add_argument(
         "--output",
         metavar="DIR",
-        help="for --task and --harness (default: WORKDIR/eval/SPLIT-STEP)",
+        help="for --task, --harness and --safety (default: in WORKDIR/eval)",
     )
     weights_arguments(parser)
     json_argument(parser)
@@ -85,6 +93,7 @@ _OF_TASK = (
     *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "decode.*"),
     *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
 )
+_OF_SAFETY = ("safety.*", "decode.*", "data.*", "-data.tokenizer*", "-data.batch_size")
 
 
 def _steps(text: str) -> list[int]:
@@ -96,6 +105,8 @@ def _steps(text: str) -> list[int]:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
+    if args.safety is not None:
+        return (*MESH, *MODEL, *_OF_SAFETY)
     if args.harness:
         return (*MESH, *MODEL, "decode.*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
@@ -105,6 +116,8 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    if args.safety is not None:
+        return _evaluate_safety(args, overrides)
     if args.harness:
         return _evaluate_harness(args, overrides)
     for option in ("shots", "limit", "include_path"):
@@ -223,4 +236,45 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
     if is_primary_host():
         print(f"results are in {storage_path(folder)}", file=sys.stderr)
         print_result({"step": step, **figures(results)}, args.json)
+    return 0
+
+
+def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run safety sets on checkpoints and write the page of their trend; return the exit code."""
+    for option in ("split", "source", "task", "harness", "shots", "limit", "include_path"):
+        if getattr(args, option):
+            raise UserError(f"--safety has data of its own: without --{option}")
+    if args.step and args.best:
+        raise UserError("--step and --best choose different checkpoints: give one of them")
+    from lm.evaluation.safety.suite import Subject, safety_figures
+    from lm.evaluation.task import require_writable
+    from lm.parallel.mesh import is_primary_host, print_on_primary_host
+    from lm.progress import progress_bar
+    from lm.runs.saved_params import restore_params
+    from lm.tools.reports.safety_page import record_figures, write_safety_page
+
+    workdir = open_run_folder(args.workdir)
+    names = args.safety or ",".join(SAFETY_SETS)
+    first, *others = args.step or [None]
+    experiment, params, step = open_run(args, overrides | {"eval.safety": names}, step=first)
+    folder = Path(args.output or workdir / "eval" / "safety")
+    require_writable(folder)
+    reports = []
+    for later in (None, *others):
+        if later is not None:
+            options = {"average": args.average, "step": later}
+            params, step = restore_params(experiment, workdir, print_on_primary_host, **options)
+        with progress_bar(f"step {step}", None, shown=is_primary_host(), unit="row") as bar:
+            subject = Subject(experiment, params, experiment.tokenizer, bar.update)
+            figures = safety_figures(subject, print_on_primary_host, require=bool(args.safety))
+        reports.append({"step": step, **figures})
+        if is_primary_host():
+            record_figures(args.workdir, folder, step, figures, args.average)
+    if is_primary_host():
+        print(f"trend: {storage_path(write_safety_page(workdir, folder))}", file=sys.stderr)
+        if args.json:
+            print(json.dumps(reports if others else reports[0]))
+        else:
+            for report in reports:
+                print_result(report, as_json=False)
     return 0

@@ -556,6 +556,20 @@ COMMON_KEYS: dict[str, Key] = {
     "eval.best": Key(
         "", "Keep the best checkpoint by this validation figure too, such as accuracy or -loss."
     ),
+    "eval.safety": Key(
+        "",
+        "Safety sets that are run with the validation, comma-separated (lm eval --safety lists "
+        "them); empty: none.",
+        free=True,
+    ),
+    "eval.safety_every": Key(
+        0,
+        "Run them at validations at every so many steps, and at the last; 0: at each.",
+        low=0,
+        free=True,
+        needs=("eval.safety",),
+    ),
+    "safety.limit": Key(0, "Items of a safety set, evenly spaced; 0: all.", low=0, free=True),
     # --- decoding
     "decode.beam_size": Key(1, "Hypotheses of a search; 1: greedy.", low=1, high=1000, free=True),
     "decode.length_penalty": Key(

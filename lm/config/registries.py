@@ -317,6 +317,36 @@ METRICS = Registry(
     is_choice=False,
 )
 
+_SAFETY = "lm.evaluation.safety"
+
+
+@dataclass(frozen=True)
+class CrowsPairsOptions:
+    """Options of CrowS-Pairs (Nangia et al. 2020)."""
+
+    crows_pairs: str = option(
+        "safety/crows_pairs_anonymized.csv", "CrowS-Pairs: its file.", free=True
+    )
+
+
+@dataclass(frozen=True)
+class WinoBiasOptions:
+    """Options of WinoBias (Zhao et al. 2018)."""
+
+    winobias: str = option("safety/winobias", "WinoBias: folder of its files.", free=True)
+
+
+SAFETY_SETS = Registry(
+    "safety set",
+    ("eval.safety",),
+    "safety",
+    {
+        "crows_pairs": Entry(f"{_SAFETY}.bias:CrowsPairs", CrowsPairsOptions),
+        "winobias": Entry(f"{_SAFETY}.bias:WinoBias", WinoBiasOptions),
+    },
+    is_choice=False,
+)
+
 TRACKERS = Registry(
     "tracker",
     ("log.trackers",),
@@ -328,6 +358,7 @@ TRACKERS = Registry(
     },
     is_choice=False,
 )
+LISTS = (METRICS, SAFETY_SETS, TRACKERS)  # of whose names a key has several
 REGISTRIES = (
     SOURCES,
     TOKENIZERS,
@@ -336,8 +367,7 @@ REGISTRIES = (
     OBJECTIVES,
     OPTIMIZERS,
     SCHEDULES,
-    METRICS,
-    TRACKERS,
+    *LISTS,
 )
 
 # --- schema

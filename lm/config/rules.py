@@ -8,16 +8,15 @@ from collections.abc import Iterable, Iterator
 from ml_collections import ConfigDict
 
 from lm.config.registries import (
-    METRICS,
+    LISTS,
     MODELS,
     OBJECTIVES,
     SCHEMA,
     SOURCES,
     TOKENIZERS,
-    TRACKERS,
     TRANSFORMERS,
 )
-from lm.config.registry import Registry, listed
+from lm.config.registry import Registry, config_value, listed
 
 # Values of --config.model.positions that add a bias to attention scores.
 POSITION_BIASES = ("relative", "alibi")
@@ -64,11 +63,12 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
                 f"--config.eval.best={config.eval.best} compares whole evaluations: "
                 f"--config.eval.{name}={config.eval[name]} must be 0"
             )
-    for registry, path in ((METRICS, "eval.metrics"), (TRACKERS, "log.trackers")):
-        section, key = path.split(".")
-        for name in listed(config[section][key]):
+    for registry in LISTS:
+        (path,) = registry.keys_of_names
+        chosen = config_value(config, path)
+        for name in listed(chosen):
             if name not in registry:
-                yield f"--config.{path}={config[section][key]}: {registry.unknown(name)}"
+                yield f"--config.{path}={chosen}: {registry.unknown(name)}"
     if config.init.vectors and config.init["from"]:
         yield "--config.init.from and --config.init.vectors exclude each other"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:

@@ -195,7 +195,7 @@ class MetricsFile:
             from lm.training.earlier import keep_good_lines
 
             last = keep_good_lines(file, first_step, log_periods or {})
-            self.has_evaluation = any(b'"eval/' in line for line in last)
+            self.has_evaluation = any(b'"eval/validation/' in line for line in last)
         self._stream = file.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

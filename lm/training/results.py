@@ -16,6 +16,7 @@ from lm.data.dataset import Store
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss, figure_text, losses_by_source
 from lm.experiment import Experiment
+from lm.models.variables import Params
 from lm.parallel.hosts import COMPILING
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.workdir import saved_metadata
@@ -153,16 +154,41 @@ def evaluate_state(
             result = evaluate_loss(experiment, params, *validation, n_batches, track=until_stop)
             stores = validation[1]
             result |= losses_by_source(experiment, params, stores, n_batches, track=until_stop)
+            safety = _safety_figures(experiment, params, step, outputs, agree)
     except _AskedToStop:
         return None
     if best is not None:  # before the metrics, which tell the next start that all is done
         with outputs.clock.part("checkpoint"):
             best.offer(step, state, result)
-    writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()})
+    writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()} | safety)
     shown = {"loss": ".4f", "perplexity": ".5g", "accuracy": ".4f"}
     figures = (f"{name} {result[name]:{f}}" for name, f in shown.items() if name in result)
     writer.print_line(f"step {step}: validation {', '.join(figures) or 'no targets'}")
     return result
+
+
+def _safety_figures(
+    experiment: Experiment,
+    params: Params,
+    step: int,
+    outputs: Outputs,
+    agree: Callable[[int], int],
+) -> dict[str, float]:
+    """Return the figures of `--config.eval.safety`, {} where no set is due."""
+    config = experiment.config
+    is_last, period = step == config.train.steps, config.eval.safety_every
+    if not config.eval.safety or not (is_last or not period or step % period == 0):
+        return {}
+    from lm.evaluation.safety.suite import Subject, safety_figures
+
+    def until_stop(rows: int) -> None:
+        outputs.heartbeat(f"safety sets after step {step}")
+        if agree(READY) == STOPPING:
+            raise _AskedToStop
+
+    assert experiment.tokenizer is not None
+    subject = Subject(experiment, params, experiment.tokenizer, until_stop)
+    return safety_figures(subject, outputs.writer.print_line)
 
 
 def _compile(function: Wrapped, arguments: tuple, agree: Callable[[int], int]) -> None:

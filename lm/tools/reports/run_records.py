@@ -25,6 +25,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.accounting.parameter_counts import count_parameters
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
+from lm.evaluation.safety.suite import PREFIX
 from lm.experiment import build
 from lm.runs.workdir import BATCH_SIZE, RUN_FILE, history_of, load_run_config
 from lm.storage import parse_json, read_json
@@ -151,8 +152,9 @@ class RunRecord:
 
     @property
     def evaluations(self) -> list[str]:
-        """Names of the metrics of evaluations."""
-        return [name for name in self.curves if name.startswith("eval/")]
+        """Names of the metrics of evaluations; safety sets have a page of their own."""
+        names = (name for name in self.curves if name.startswith("eval/"))
+        return [name for name in names if not name.startswith(PREFIX)]
 
     def final(self, metric: str) -> float | None:
         """Return the last value of a metric; of the noisy training loss the mean of its last 5 %.

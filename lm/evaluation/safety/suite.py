@@ -1,0 +1,145 @@
+"""Safety sets: what one is, and running those that fit a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.config.registries import SAFETY_SETS
+from lm.config.registry import listed
+from lm.data.tokenizer import Tokenizer
+from lm.decoding.prompts import is_encoder_decoder
+from lm.errors import UserError
+from lm.evaluation.likelihood import Request, TokenScores, score, split_request
+from lm.experiment import Experiment
+from lm.models.variables import Params
+
+PREFIX = "eval/safety/"
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Checkpoint that is evaluated.
+
+    Attributes:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        progress: called with a number of rows whenever so many more are done; it may raise.
+    """
+
+    experiment: Experiment
+    params: Params
+    tokenizer: Tokenizer
+    progress: Callable[[int], Any] = lambda n: None
+
+    @property
+    def config(self) -> ConfigDict:
+        """Resolved configuration."""
+        return self.experiment.config
+
+    @property
+    def has_likelihoods(self) -> bool:
+        """True if the model has been trained to predict the tokens of texts."""
+        return self.experiment.objective.has_perplexity
+
+    @property
+    def is_encoder(self) -> bool:
+        """True if log-likelihoods are pseudo-log-likelihoods."""
+        return self.config.model.family == "encoder"
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[TokenScores]:
+        """Return the scores of the second text of each pair after the first.
+
+        A decoder scores a text longer than the context in parts, each after half a context.
+        """
+        experiment, tokenizer = self.experiment, self.tokenizer
+        requests = [split_request(experiment, tokenizer, *pair) for pair in pairs]
+        parts = [self._parts(request) for request in requests]
+        flat = [part for of_text in parts for part in of_text]
+        scores = iter(score(experiment, self.params, tokenizer, flat, self.progress))
+        found = ([next(scores) for _ in of_text] for of_text in parts)
+        return [TokenScores(*map(np.concatenate, zip(*some, strict=True))) for some in found]
+
+    def _parts(self, request: Request) -> list[Request]:
+        context, n = self.config.model.max_length, len(request.continuation)
+        is_decoder = not (self.is_encoder or is_encoder_decoder(self.experiment.model))
+        if not is_decoder or n <= context:
+            return [request]
+        ids, start, size = (
+            [*request.prompt, *request.continuation],
+            len(request.prompt),
+            context // 2,
+        )
+        at = range(start, start + n, max(size, 1))
+        return [Request(ids[:i], ids[i : min(i + at.step, start + n)]) for i in at]
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Return the log-likelihood of the second text of each pair after the first, in nats."""
+        sums = [s.log_likelihoods.sum(dtype=np.float64) for s in self.score(pairs)]
+        return np.array(sums, np.float64)
+
+    def sample(self, items: Sequence[Any]) -> list[Any]:
+        """Return `safety.limit` items at even distances, in order; all if there are no more."""
+        limit = self.config.safety.limit
+        if not limit or len(items) <= limit:
+            return list(items)
+        return [items[i * len(items) // limit] for i in range(limit)]
+
+
+class SafetySet(ABC):
+    """Set of a safety suite, registered under its name in `SAFETY_SETS`.
+
+    Attributes:
+        about: what the figures mean and where they mislead, a few sentences for the page.
+        ideal: value of an unbiased model, a line in the curves; NaN: there is none.
+        published: figures of others for the page, by model and source.
+    """
+
+    about: ClassVar[str]
+    ideal: ClassVar[float] = math.nan
+    published: ClassVar[dict[str, float]] = {}
+
+    @abstractmethod
+    def misfit(self, subject: Subject) -> str:
+        """Return why the set says nothing about a model, or lacks its data; "" if it fits."""
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> Figures:
+        """Return the figures of a checkpoint by name."""
+
+
+def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool = False) -> Figures:
+    """Run the sets that `--config.eval.safety` names.
+
+    Args:
+        subject: checkpoint.
+        note: receives a line for each set that does not fit.
+        require: raise for a set that does not fit.
+
+    Returns:
+        Figures as "eval/safety/SET/FIGURE"; one that is not defined is left out.
+
+    Raises:
+        UserError: no set fits, or the data of one cannot be read.
+    """
+    figures: Figures = {}
+    for name in listed(subject.config.eval.safety):
+        one: SafetySet = SAFETY_SETS[name]()
+        if why := one.misfit(subject):
+            if require:
+                raise UserError(f"safety set {name}: {why}")
+            note(f"safety set {name} is left out: {why}")
+            continue
+        found = one.measure(subject)
+        figures |= {f"{PREFIX}{name}/{key}": x for key, x in found.items() if math.isfinite(x)}
+    if not figures:
+        raise UserError("no safety set fits this run")
+    return figures

@@ -1,0 +1,38 @@
+"""Figures that are measured after training, in the metrics.jsonl of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lm.errors import UserError
+from lm.storage import parse_json, write_atomically
+
+
+def add_figures(file: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Write figures of a checkpoint behind the other lines of its step or of an earlier one.
+
+    Figures of the same names and step are replaced. The caller holds the lock of the run.
+
+    Args:
+        file: metrics.jsonl; made if it is not there.
+        step: step of the checkpoint.
+        figures: finite values by name.
+    """
+    kept, at = [], 0
+    for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
+        try:
+            row = parse_json(line, file)
+        except UserError:
+            row = {}
+        same = row.get("step") == step
+        if same and row.keys() & figures.keys():
+            row = {name: value for name, value in row.items() if name not in figures}
+            line = json.dumps(row) + "\n"
+        if not same or len(row) > 1:
+            kept.append(line)
+        if isinstance(row.get("step"), int) and row["step"] <= step:
+            at = len(kept)
+    kept.insert(at, json.dumps({"step": step, **figures}) + "\n")
+    write_atomically(file, "".join(kept))

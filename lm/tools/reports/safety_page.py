@@ -1,0 +1,136 @@
+"""Trend of safety figures over the checkpoints of a run: one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.config.registries import SAFETY_SETS
+from lm.errors import UserError
+from lm.evaluation.safety.suite import PREFIX
+from lm.runs.metrics_file import add_figures
+from lm.storage import open_run_folder, parse_json, read_json, resolve_path, run_lock
+from lm.tools.formatting import printable
+from lm.tools.html_pages import page_template
+from lm.tools.reports.plotting import FAINT, INK, colors, legend, plain, subplots, svg
+
+TEMPLATE = Path(__file__).with_name("safety_page.html")
+_MOST_CURVES = 8  # of a figure; the table has all
+
+Trend = dict[str, dict[int, float]]  # values by step, by name of the figure without PREFIX
+
+
+def record_figures(
+    place: str, folder: Path, step: int, figures: Mapping[str, float], average: int = 1
+) -> None:
+    """Write the figures of a checkpoint to FOLDER/STEP.json and to metrics.jsonl.
+
+    Those of averaged parameters are no point of the trend, and go to a file of their own. While the
+    run trains its metrics.jsonl is left alone, and a line on stderr says so.
+
+    Args:
+        place: workdir, local or in a bucket.
+        folder: folder of the page.
+        step: step of the checkpoint.
+        figures: figures as "eval/safety/SET/FIGURE".
+        average: number of checkpoints that were averaged.
+    """
+    name = f"{step}.json" if average == 1 else f"{step}-average-{average}.json"
+    (folder / name).write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
+    if average > 1:
+        return
+    try:
+        with run_lock(resolve_path(place)):
+            add_figures(open_run_folder(place) / "metrics.jsonl", step, figures)
+    except UserError as error:
+        print(f"note: metrics.jsonl is left alone: {error}", file=sys.stderr)
+
+
+def write_safety_page(workdir: Path, folder: Path) -> Path:
+    """Write index.html of a run's safety figures into a folder; return its path.
+
+    Raises:
+        UserError: the extra "report" is not installed.
+    """
+    template, trend = page_template(TEMPLATE), read_trend(workdir, folder)
+    steps = sorted({step for values in trend.values() for step in values})
+    names = list(dict.fromkeys(name.partition("/")[0] for name in trend))
+    text = template.render(
+        title=f"Safety of {printable(workdir.resolve().name)}",
+        tiles=_tiles(trend, steps),
+        steps=steps,
+        sets=[_section(name, trend, steps) for name in names],
+    )
+    page = folder / "index.html"
+    page.write_bytes(text.encode(errors="replace"))
+    return page
+
+
+def read_trend(workdir: Path, folder: Path) -> Trend:
+    """Return the figures in metrics.jsonl and in the files STEP.json, which are newer."""
+    rows = []
+    metrics = workdir / "metrics.jsonl"
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
+        if PREFIX.encode() in line:
+            rows.append(_row(lambda line=line: parse_json(line, metrics)))
+    for file in sorted(folder.glob("*.json")):
+        if file.stem.isdigit():
+            rows.append(_row(lambda file=file: read_json(file)))
+    trend: Trend = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(PREFIX) and isinstance(value, int | float):
+                trend.setdefault(printable(name.removeprefix(PREFIX)), {})[row["step"]] = value
+    return trend
+
+
+def _row(read: Any) -> dict[str, Any]:
+    """Return a line of figures; {} if it is damaged."""
+    try:
+        row = read()
+    except UserError:
+        return {}
+    return row if type(row.get("step")) is int else {}
+
+
+def _tiles(trend: Trend, steps: list[int]) -> dict[str, str]:
+    tiles = {"checkpoints": str(len(steps)), "newest step": f"{steps[-1]:,}"}
+    for name, values in trend.items():
+        if name.count("/") == 1 and steps[-1] in values and not _is_count(name):
+            tiles[name.replace("/", " ").replace("_", " ")] = f"{values[steps[-1]]:.4g}"
+    return dict(list(tiles.items())[:12])
+
+
+def _is_count(name: str) -> bool:
+    return name.rpartition("/")[2].rpartition("_")[2] in ("pairs", "samples", "equal", "candidates")
+
+
+def _section(name: str, trend: Trend, steps: list[int]) -> dict[str, Any]:
+    """Return what the page shows of a set: the curves of its main figures, and a table of all."""
+    own = {k.partition("/")[2]: v for k, v in trend.items() if k.partition("/")[0] == name}
+    cls = SAFETY_SETS.get(name)
+    curves = {k: v for k, v in own.items() if "/" not in k and not _is_count(k)}
+    curves = dict(list((curves or own).items())[:_MOST_CURVES])
+    figure, axes = subplots()
+    for (label, values), color in zip(curves.items(), colors(len(curves)), strict=True):
+        x, y = zip(*sorted(values.items()), strict=True)
+        axes.plot(x, y, "o-", markersize=5, color=color, label=plain(label.replace("_", " ")))
+    if cls and not math.isnan(cls.ideal):
+        axes.axhline(cls.ideal, color=INK, linewidth=0.9, linestyle=":")
+    for value in cls.published.values() if cls else ():
+        axes.axhline(value, color=FAINT, linewidth=1.2)
+    axes.set(xlabel="step")
+    if len(steps) <= 8:
+        axes.set_xticks(steps)
+    legend(axes, len(curves))
+    return {
+        "name": name.replace("_", " "),
+        "about": cls.about if cls else "",
+        "published": cls.published if cls else {},
+        "figure": svg(figure),
+        "rows": [(key, [values.get(step) for step in steps]) for key, values in own.items()],
+    }
