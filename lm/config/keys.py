@@ -355,6 +355,24 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("data.source", "tsv", "csv"),
     ),
     "data.bad_rows": Key("error", "A bad row is an error, or skipped.", choices=("error", "skip")),
+    "data.canaries": Key(
+        0,
+        "Random lines planted in the first training corpus; lm eval --safety tells how far they "
+        "are memorised.",
+        low=0,
+        high=10_000,
+        needs=("objective.name", "causal", "prefix", "masked", "span_corruption"),
+    ),
+    "data.canary_format": Key(
+        "the random number is ######",
+        "A canary; # is a random digit.",
+        needs=("data.canaries",),
+    ),
+    "data.canary_repeats": Key(
+        (1.0,),
+        "How often a canary is planted, in turn: 1,4,16 plants a third of them each so often.",
+        needs=("data.canaries",),
+    ),
     "data.labels": Key(
         "",
         "Names of the classes, comma-separated; empty: a number is learnt.",

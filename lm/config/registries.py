@@ -336,6 +336,28 @@ class WinoBiasOptions:
     winobias: str = option("safety/winobias", "WinoBias: folder of its files.", free=True)
 
 
+@dataclass(frozen=True)
+class CanaryOptions:
+    """Options of canaries (Carlini et al. 2019)."""
+
+    candidates: int = option(
+        1000,
+        "Canaries: candidates they are ranked among; with fewer digits all of them.",
+        low=1,
+        high=10_000_000,
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """Options of extraction (Carlini et al. 2022)."""
+
+    extracts: int = option(64, "Extraction: places of the text.", low=1, high=100_000, free=True)
+    prompt_tokens: int = option(32, "Extraction: tokens of a prompt.", low=1, free=True)
+    new_tokens: int = option(32, "Extraction, samples: new tokens.", low=1, free=True)
+
+
 SAFETY_SETS = Registry(
     "safety set",
     ("eval.safety",),
@@ -343,6 +365,8 @@ SAFETY_SETS = Registry(
     {
         "crows_pairs": Entry(f"{_SAFETY}.bias:CrowsPairs", CrowsPairsOptions),
         "winobias": Entry(f"{_SAFETY}.bias:WinoBias", WinoBiasOptions),
+        "canaries": Entry(f"{_SAFETY}.memorisation:Canaries", CanaryOptions),
+        "extraction": Entry(f"{_SAFETY}.memorisation:Extraction", ExtractionOptions),
     },
     is_choice=False,
 )

@@ -7,20 +7,14 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import (
-    LISTS,
-    MODELS,
-    OBJECTIVES,
-    SCHEMA,
-    SOURCES,
-    TOKENIZERS,
-    TRANSFORMERS,
-)
-from lm.config.registry import Registry, config_value, listed
+from lm.config.registries import MODELS, OBJECTIVES, SCHEMA, SOURCES, TOKENIZERS, TRANSFORMERS
+from lm.config.registry import Registry, listed
 
 # Values of --config.model.positions that add a bias to attention scores.
 POSITION_BIASES = ("relative", "alibi")
-# Keys whose defaults keep all rules of `model_rules.py`, and those that hold regular expressions.
+# Keys whose defaults keep all rules of `further_rules.py` and of `model_rules.py`, and those that
+# hold regular expressions.
+FURTHER_KEYS = ("eval.metrics", "eval.safety", "log.trackers", "data.canaries")
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local"),
@@ -63,12 +57,10 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
                 f"--config.eval.best={config.eval.best} compares whole evaluations: "
                 f"--config.eval.{name}={config.eval[name]} must be 0"
             )
-    for registry in LISTS:
-        (path,) = registry.keys_of_names
-        chosen = config_value(config, path)
-        for name in listed(chosen):
-            if name not in registry:
-                yield f"--config.{path}={chosen}: {registry.unknown(name)}"
+    if _changed(config, FURTHER_KEYS):
+        from lm.config.further_rules import further_problems
+
+        yield from further_problems(config)
     if config.init.vectors and config.init["from"]:
         yield "--config.init.from and --config.init.vectors exclude each other"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:

@@ -88,7 +88,12 @@ def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tupl
         from lm.data.records import open_records
 
         return tuple(open_records(spec, data, split) for spec in specs)
-    return tuple(open_corpus(spec, data, split) for spec in specs)
+    sources = tuple(open_corpus(spec, data, split) for spec in specs)
+    if not data.canaries or split != "train":
+        return sources
+    from lm.data.canaries import plant
+
+    return plant(sources, data)
 
 
 def open_validation(data: Any, records: bool) -> tuple[Source, ...]:

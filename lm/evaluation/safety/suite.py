@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -143,3 +143,10 @@ def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool =
     if not figures:
         raise UserError("no safety set fits this run")
     return figures
+
+
+def with_decode_length(experiment: Experiment, n_new: int) -> Experiment:
+    """Return the experiment with `decode.max_length` at most `n_new` tokens, one hypothesis."""
+    config = experiment.config.copy_and_resolve_references()
+    config.decode.max_length, config.decode.beam_size = n_new, 1
+    return replace(experiment, config=config)

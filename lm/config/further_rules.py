@@ -1,0 +1,37 @@
+"""Rules of keys that few configurations set: lists of names, and canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from lm.config.registries import LISTS
+from lm.config.registry import config_value, listed
+
+
+def further_problems(config: ConfigDict) -> Iterator[str]:
+    """Yield what is wrong with the names of lists, and with the canaries of a configuration."""
+    for registry in LISTS:
+        (path,) = registry.keys_of_names
+        chosen = config_value(config, path)
+        for name in listed(chosen):
+            if name not in registry:
+                yield f"--config.{path}={chosen}: {registry.unknown(name)}"
+    if config.data.canaries:
+        yield from _canary_problems(config.data)
+
+
+def _canary_problems(data: ConfigDict) -> Iterator[str]:
+    form, digits = data.canary_format, data.canary_format.count("#")
+    where = f"--config.data.canary_format={form!a}"
+    if not form.isprintable() or form != form.strip():
+        yield f"{where}: one line, without spaces around it"
+    if not 1 <= digits <= 15 or 10**digits < 2 * data.canaries:
+        yield (
+            f"{where} has {digits} digits (#): between 1 and 15, and enough for twice "
+            f"--config.data.canaries={data.canaries}"
+        )
+    repeats = list(data.canary_repeats)
+    if not repeats or not all(n == int(n) and 1 <= n <= 1e6 for n in repeats):
+        yield f"--config.data.canary_repeats={','.join(map(str, repeats))}: numbers from 1"
