@@ -25,6 +25,7 @@ def make_data(tmp_path):
                 "validation_source": "",
                 "test_source": "",
                 "validation_fraction": 0.0,
+                "canaries": 0,
                 "columns": "",
                 "header": True,
                 "bad_rows": "error",
