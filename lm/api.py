@@ -1,4 +1,4 @@
-"""Python API: load a run, compute its logits, hidden states and attention, evaluate and generate.
+"""Python API: load a run, compute its logits and what is inside, evaluate and generate.
 
 Shape letters: B batch, L length, S source length, D model, N layers, H heads, V vocabulary.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,11 +23,8 @@ from lm.decoding.sampling import Sampling
 from lm.decoding.weights import prepare
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, reads_records
-from lm.kernels.dot_product_attention import AttentionMask, attention
-from lm.models.attention import Attention
-from lm.models.parameter_groups import layer_numbers
-from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Params, as_variables, flat
+from lm.insight.capture import run_and_capture
+from lm.models.variables import Params, as_variables
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import load_tokenizer, restore_run
 from lm.storage import open_run_folder
@@ -95,57 +91,35 @@ class Run:
         hidden = jax.jit(partial(self.model.apply, method="hidden"))
         return hidden(self.variables, np.asarray(tokens_BL))
 
+    def activations(self, *inputs: Any, capture: Sequence[str] = ("attention",)) -> dict[str, Any]:
+        """Compute logits, and capture what is inside the model on the way.
+
+        Args:
+            *inputs: as for `logits`.
+            capture: what to capture: "attention", "cross_attention", "residual", "updates" or
+                "neurons"; `lm.insight.capture.CAPTURES` has their shapes.
+
+        Returns:
+            Arrays by name, float32: "logits", and what was captured; of an encoder–decoder under
+            "encoder/NAME" and "decoder/NAME".
+
+        Raises:
+            UserError: a name is unknown, or the model is no Transformer.
+        """
+        arrays = tuple(map(np.asarray, inputs))
+
+        def run(variables: Any) -> tuple[jax.Array, dict[str, Any]]:
+            return run_and_capture(self.model, variables, capture, lambda model: model(*arrays))
+
+        logits_BLV, captured = jax.jit(run)(self.variables)
+        return jax.tree.map(np.asarray, {"logits": logits_BLV, **captured})
+
     def attention_weights(self, tokens_BL: Any) -> np.ndarray:
         """Return the self-attention weights [N, B, H, L, L] of token ids [B, L], float32.
 
         Of a decoder or an encoder with `--config.model.mixer=attention`.
         """
-
-        def sow_weights(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module = context.module
-            if isinstance(module, Attention) and context.method_name == "_attend":
-                module.sow("intermediates", "weights", _weights(module.config, *args))
-            return method(*args, **kwargs)
-
-        with nn.intercept_methods(sow_weights):
-            _, sown = self.model.apply(
-                self.variables,
-                np.asarray(tokens_BL),
-                method="hidden",
-                mutable=["intermediates"],
-            )
-        found: dict[int, np.ndarray] = {}
-        for path, (weights,) in flat(sown["intermediates"]).items():
-            numbers = np.atleast_1d(np.asarray(layer_numbers(path, weights)))
-            by_layer = np.asarray(weights).reshape(len(numbers), *weights.shape[-4:])
-            found |= dict(zip(numbers.tolist(), by_layer, strict=True))
-        return np.stack([found[number] for number in sorted(found)])
-
-
-def _weights(
-    config: TransformerConfig,
-    q_BLHK: jax.Array,
-    keys_values: tuple[jax.Array, jax.Array],
-    mask: AttentionMask,
-    bias_HLS: jax.Array | None = None,
-) -> jax.Array:
-    """Return the attention weights [B, H, L, S]: attention to values that are one-hot keys."""
-    k_BSGK, _ = keys_values
-    B, S, G, K = k_BSGK.shape
-    identity_SS = jnp.eye(S, -(-S // K) * K)  # values are K wide: so many keys at a time
-    parts_BLHK = [
-        attention(
-            q_BLHK.astype(jnp.float32),
-            k_BSGK.astype(jnp.float32),
-            jnp.broadcast_to(one_hot_SK[:, None], (B, S, G, K)),
-            mask,
-            scale=config.score_scale,
-            softcap=config.attention_softcap,
-            bias_HLS=bias_HLS,
-        )
-        for one_hot_SK in jnp.split(identity_SS, identity_SS.shape[1] // K, axis=1)
-    ]
-    return jnp.concatenate(parts_BLHK, axis=-1)[..., :S].swapaxes(1, 2)
+        return self.activations(tokens_BL, capture=("attention",))["attention"]
 
 
 def load_run(

@@ -74,10 +74,10 @@ from typing import Any, NamedTuple
 # Folders and top-level modules of lm/, from the top floor to the ground; "" is lm/__init__.py.
 FLOORS = (
     ("cli", "__main__"),
-    ("tools", "serving", "inspect"),
+    ("tools", "serving"),
     ("", "api"),
     ("training",),
-    ("evaluation",),
+    ("evaluation", "insight"),
     ("decoding", "interop"),
     ("runs",),
     ("experiment", "train_step", "accounting"),
@@ -89,7 +89,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 RECORDER = Path(__file__).with_name("record_calls.py")
-NOT_FOR_TRAINING = ("lm.tools.", "lm.interop.", "lm.serving.", "lm.inspect.")
+NOT_FOR_TRAINING = ("lm.tools.", "lm.interop.", "lm.serving.", "lm.insight.")
 TINY = {
     "model.n_layers": 2,
     "model.d_model": 48,

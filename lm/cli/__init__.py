@@ -27,6 +27,7 @@ VERBS = {
     "eval": "Evaluate a run on a whole split: loss and perplexity, or with --task its scores.",
     "score": "Score continuations of prompts: the log-likelihood of every token.",
     "generate": "Continue prompts, or make targets of sources, with a trained model.",
+    "inspect": "Write a page of what a model makes of texts: attention, logit lens, attribution.",
     "merge": "Write parameters as a run of their own: LoRA updates merged, or an average.",
     "import": "Make a run of a Hugging Face model folder, or of a .bin file of llama2.c.",
     "export": "Write a run as a folder that Hugging Face's transformers loads, tokenizer included.",

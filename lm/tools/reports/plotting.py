@@ -5,6 +5,7 @@ Figures are small and their letters large, so that they stay readable on a phone
 
 from __future__ import annotations
 
+import base64
 import colorsys
 import io
 import re
@@ -156,6 +157,16 @@ def svg(figure: Any) -> SvgText:
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
     return SvgText(re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest)
+
+
+def gray_png(values: np.ndarray) -> str:
+    """Return a data URL of the picture of values [height, width], uint8, from black to white."""
+    _matplotlib()  # which brings Pillow
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def save_png(figure: Any, file: Path) -> None:

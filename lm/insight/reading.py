@@ -1,0 +1,431 @@
+"""Reading of one text by a model: predictions, where they come from, and what is inside.
+
+An encoder has no order: each of its tokens is masked in turn and predicted from all others, as in
+`lm/evaluation/likelihood.py`; its attention and norms are those of the text without masks.
+
+Shape letters: R rows, Q predictions, L length, S source length, D model, W width of the residual
+stream, V vocabulary, N layers, K alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.special_tokens import special_tokens
+from lm.data.tokenizer import Tokenizer
+from lm.decoding.batch import decode_best
+from lm.decoding.beam import BeamOptions
+from lm.decoding.prompts import (
+    check_ids,
+    context_length,
+    is_encoder_decoder,
+    prompt_ids,
+    source_ids,
+)
+from lm.errors import UserError
+from lm.experiment import Experiment
+from lm.insight.capture import require_transformer, run_and_capture
+from lm.models.transformer import Stack
+from lm.models.variables import Params, as_variables
+
+MOST_TOKENS = 512  # that are shown of a text: maps grow with its square
+N_ALTERNATIVES, N_LENS = 10, 3
+_CAPTURED = ("attention", "cross_attention", "residual", "updates")
+_MULTIPLE = 16  # lengths are rounded up to it, so that few programs serve many texts
+_MASKS = ("[MASK]", "<mask>")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of a text as the model reads them, and what it is to predict.
+
+    Attributes:
+        tokens: input of a decoder or an encoder [L]; of an encoder–decoder the target, after the
+            id that starts it.
+        positions: columns of `tokens` at which something is predicted [Q].
+        targets: ids that are predicted there [Q]; -1: not known, the likeliest is taken.
+        source: input of the encoder [S] of an encoder–decoder.
+        mask: id that hides a predicted token of an encoder; -1 in others.
+        n_prefix: tokens that see each other (prefix LM).
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    source: np.ndarray | None = None
+    mask: int = -1
+    n_prefix: int = 0
+
+
+@flax.struct.dataclass
+class PredictionScores:
+    """PredictionScores of predictions, by their logits.
+
+    Attributes:
+        loss: negative log-likelihood of the target, in nats; of the likeliest where none is known.
+        rank: 1 for a target that is the likeliest of the vocabulary.
+        entropy: of the distribution, in nats.
+        ids: likeliest ids, the best first [..., K].
+        probabilities: their probabilities.
+    """
+
+    loss: Any
+    rank: Any
+    entropy: Any
+    ids: Any
+    probabilities: Any
+
+
+@flax.struct.dataclass
+class Predictions:
+    """Predictions of a passage.
+
+    Attributes:
+        scores: of each, [Q].
+        lens: logit lens (nostalgebraist 2020): scores of the same targets if the model ended after
+            the embedding, and after each layer, [Q, N+1].
+        attribution: gradient × input (Shrikumar et al. 2016) of the target's log-likelihood: by
+            tokens [Q, L].
+        source_attribution: by tokens of the source [Q, S], or None.
+    """
+
+    scores: PredictionScores
+    lens: PredictionScores
+    attribution: Any
+    source_attribution: Any = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Result of running a model on a passage.
+
+    Attributes:
+        passage: the passage.
+        predictions: its predictions; None for a model without a vocabulary to predict.
+        arrays: maps of attention [N, H, L, S] by name, "attention" and "cross_attention", and norms
+            of vectors: "residual" [N+1, L] and "updates" [N, U, L]; as in `CAPTURES`.
+    """
+
+    passage: Passage
+    predictions: Predictions | None
+    arrays: Mapping[str, Any]
+
+
+# --- texts to passages
+
+
+def make_passage(
+    experiment: Experiment, params: Params, tokenizer: Tokenizer, text: str, target: str | None
+) -> Passage:
+    """Return the passage of a text.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters, by which an encoder–decoder finds a target that is not given.
+        tokenizer: its tokenizer.
+        text: the text; of an encoder–decoder the source; of an encoder "[MASK]" is its mask.
+        target: of an encoder–decoder the target; of a decoder the continuation.
+
+    Raises:
+        UserError: a text is empty or too long, or the model reads no target.
+    """
+    model, special = experiment.model, special_tokens(tokenizer)
+    require_transformer(model)
+    source: np.ndarray | None = None
+    tokens: Any
+    mask, n_prefix = -1, 0
+    if is_encoder_decoder(model):
+        source = _checked("source", source_ids(tokenizer, text, 10**9), model)
+        if target is None:
+            options = BeamOptions.from_config(experiment.config, tokenizer)
+            (found,) = decode_best(experiment, params, tokenizer, [source], options)
+        else:
+            found = list(tokenizer.encode(target))
+        tokens = _checked("target", [special.bos, *found], model)
+        targets = [*tokens[1:], special.eos]
+        if not experiment.objective.has_perplexity:  # encoder and decoder read the same text
+            tokens, source = source, None
+    elif experiment.config.model.family == "encoder":
+        if target is not None:
+            raise UserError("an encoder reads one text: --target is of the other families")
+        ids = [special.cls, *_with_masks(tokenizer, text, special.mask), special.sep]
+        tokens, mask = _checked("prompt", ids, model), special.mask
+        targets = [-1 if i == mask else i for i in tokens]
+    else:
+        tokens = _checked("prompt", prompt_ids(tokenizer, text + (target or "")), model)
+        if experiment.objective.has_prefix and target is not None:
+            n_prefix = len(prompt_ids(tokenizer, text))
+        targets = [*tokens[1:], -1]
+    positions = np.arange(len(tokens), dtype=np.int32)
+    if mask >= 0:
+        positions = positions[1:-1]
+    n_rows = model.config.vocab_size  # type: ignore[attr-defined]
+    if not experiment.objective.has_perplexity or mask >= n_rows:
+        positions = positions[:0]
+    chosen = np.asarray(targets, np.int32)[positions]
+    return Passage(tokens, positions, chosen, source, mask, n_prefix)
+
+
+def _checked(what: str, ids: Sequence[int], model: nn.Module) -> np.ndarray:
+    """Return token ids; UserError if there are none, too many, or ids that the model lacks."""
+    most = min(MOST_TOKENS, context_length(model) or MOST_TOKENS)
+    if not ids:
+        raise UserError(f"the {what} is empty, and the tokenizer has no token to start with")
+    if len(ids) > most:
+        raise UserError(f"the {what} has {len(ids)} tokens; {most} at most can be shown")
+    check_ids([ids], model)
+    return np.asarray(ids, np.int32)
+
+
+def _with_masks(tokenizer: Tokenizer, text: str, mask: int) -> list[int]:
+    """Return the ids of a text in which "[MASK]" or "<mask>" stands for the mask."""
+    name = next((name for name in _MASKS if name in text), _MASKS[0])
+    first, *others = text.split(name)
+    ids = list(map(int, tokenizer.encode(first.rstrip() if others else first)))
+    for part in others:
+        ids += [mask, *map(int, tokenizer.encode(part))]
+    return ids
+
+
+def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], str]:
+    """Return the function from an id to its text, with the space before it.
+
+    Args:
+        tokenizer: the tokenizer.
+        anchor: ids of any text; a token's text is what it adds to one of them, since a space may
+            depend on what is before.
+    """
+    special = special_tokens(tokenizer)
+    names = {getattr(special, n): f"[{n}]" for n in ("pad", "mask", "sep", "cls", "eos", "bos")}
+    known = (int(i) for i in anchor if i < tokenizer.vocab_size)
+    before = next(([i] for i in known if tokenizer.decode([i]).strip().strip("\ufffd")), [])
+    start = tokenizer.decode(before)
+    texts: dict[int, str] = {}
+
+    def text_of(number: int) -> str:
+        if number not in texts:
+            inside = number < tokenizer.vocab_size
+            text = tokenizer.decode([*before, number])[len(start) :] if inside else ""
+            texts[number] = text or names.get(number) or f"#{number}"
+        return texts[number]
+
+    return text_of
+
+
+# --- passages to readings
+
+
+class _Rows(flax.struct.PyTreeNode):
+    """Arrays of a passage: rows that the model reads, and what is predicted in each.
+
+    `prefix` and `source` may be None; the source is that of every row.
+    """
+
+    tokens_RL: Any
+    segments_RL: Any
+    positions_RQ: Any
+    targets_RQ: Any
+    prefix_L: Any = None
+    source_S: Any = None
+    source_segments_S: Any = None
+
+
+def read(experiment: Experiment, params: Params, passage: Passage) -> Reading:
+    """Run the model on a passage.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters.
+        passage: the passage.
+    """
+    model, variables = experiment.model, as_variables(params)
+    n, n_predictions = len(passage.tokens), len(passage.positions)
+    rows = _rows(passage, model)
+    plain = _rows(Passage(passage.tokens, *(np.zeros(0, np.int32),) * 2, passage.source), model)
+    plain = plain.replace(prefix_L=rows.prefix_L)
+    arrays = jax.device_get(_arrays(model, variables, plain, n_predictions > 0))
+    n_source = n if passage.source is None else len(passage.source)
+
+    def cut(path: str, x: np.ndarray) -> np.ndarray:
+        in_source = path.startswith("encoder/")
+        queries = n_source if in_source else n
+        if not path.endswith("attention"):
+            return x[..., :queries]
+        keys = n_source if in_source or path.endswith("cross_attention") else n
+        return x[..., :queries, :keys]
+
+    arrays = {path: cut(path, x) for path, x in arrays.items()}
+    if not n_predictions:
+        return Reading(passage, None, arrays)
+    found = jax.device_get(_predict(model, variables, rows))
+    found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n_predictions], found)
+    of_source = found.source_attribution
+    found = found.replace(
+        attribution=found.attribution[:, :n],
+        source_attribution=None if of_source is None else of_source[:, :n_source],
+    )
+    return Reading(passage, found, arrays)
+
+
+def _rows(passage: Passage, model: nn.Module) -> _Rows:
+    """Return the arrays of a passage, padded: one row, or of an encoder one a prediction."""
+    context = context_length(model)
+
+    def padded(ids: np.ndarray, fill: int = 0) -> np.ndarray:
+        width = max(1, -(-len(ids) // _MULTIPLE) * _MULTIPLE)
+        return np.pad(ids, (0, min(width, context or width) - len(ids)), constant_values=fill)
+
+    positions, targets = padded(passage.positions), padded(passage.targets, -1)
+    tokens, segments = padded(passage.tokens), padded(np.ones(len(passage.tokens), np.int32))
+    prefix = (np.arange(len(tokens)) < passage.n_prefix).astype(np.int32)
+    source = passage.source
+    of_source: dict[str, Any] = {}
+    if source is not None:
+        of_source = {"source_S": padded(source)}
+        of_source["source_segments_S"] = padded(np.ones(len(source), np.int32))
+    if passage.mask < 0:
+        parts = (tokens[None], segments[None], positions[None], targets[None])
+        return _Rows(*parts, prefix_L=prefix if passage.n_prefix else None, **of_source)
+    masked = np.tile(tokens, (len(positions), 1))
+    masked[np.arange(len(positions)), positions] = passage.mask
+    return _Rows(masked, np.tile(segments, (len(masked), 1)), positions[:, None], targets[:, None])
+
+
+def _call(model: Any, rows: _Rows, tokens_BL: Any, segments_BL: Any, predicts: bool = True) -> Any:
+    """Run a bound model on rows of tokens; return logits [B, L, V], or hidden states."""
+    if rows.source_S is not None:
+        source, segments = rows.source_S[None], rows.source_segments_S[None]
+        return model(source, tokens_BL, segments, segments_BL)
+    more = {} if rows.prefix_L is None else {"prefix_BL": rows.prefix_L[None]}
+    return (model if predicts else model.hidden)(tokens_BL, None, segments_BL, **more)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _arrays(model: nn.Module, variables: Any, rows: _Rows, predicts: bool) -> dict[str, Any]:
+    """Return the maps and norms of `Reading.arrays` for the first row, by path."""
+
+    def run(model: Any) -> Any:
+        return _call(model, rows, rows.tokens_RL[:1], rows.segments_RL[:1], predicts)
+
+    _, captured = run_and_capture(model, variables, _CAPTURED, run)
+    norm = partial(jnp.linalg.norm, axis=-1)
+    found: dict[str, Any] = {}
+    for path, x in captured.items():
+        if path.endswith("attention"):
+            found[path] = x[:, 0]
+        elif path.endswith("residual"):
+            found[path] = jnp.stack([norm(layer_BLW[0]) for layer_BLW in x])
+        else:
+            found[path] = norm(x[:, :, 0])
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
+    """Return the predictions of all rows, [R, Q, …]."""
+    config: Any = model.config  # type: ignore[attr-defined]
+
+    def of_row(row: tuple[jax.Array, ...]) -> Predictions:
+        tokens_L, segments_L, positions_Q, targets_Q = row
+
+        def log_likelihoods(changes: list[jax.Array]) -> tuple[jax.Array, Any]:
+            embedded: list[jax.Array] = []
+
+            def add_change(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+                result = method(*args, **kwargs)
+                if context.method_name != "embed":
+                    return result
+                x_BLD, positions_BL = result  # an encoder–decoder embeds its source first
+                embedded.append(x_BLD + changes[len(embedded)])
+                return embedded[-1], positions_BL
+
+            def run(model: Any) -> jax.Array:
+                return _call(model, rows, tokens_L[None], segments_L[None])
+
+            with nn.intercept_methods(add_change):
+                logits_BLV, captured = run_and_capture(model, variables, ("residual",), run)
+            logits_QV = logits_BLV[0, positions_Q]
+            chosen_Q = jnp.where(targets_Q < 0, logits_QV.argmax(-1), targets_Q)
+            residual = captured["decoder/residual" if len(changes) > 1 else "residual"]
+            found_Q = _at(jax.nn.log_softmax(logits_QV), chosen_Q)
+            at_N = [x_BLW[0, positions_Q] for x_BLW in residual]
+            return found_Q, (logits_QV, chosen_Q, at_N, embedded)
+
+        texts = [x for x in (rows.source_S, tokens_L) if x is not None]
+        zeros = [jnp.zeros((1, len(x), config.d_model), config.dtype) for x in texts]
+        log_likelihood_Q, vjp, aux = jax.vjp(log_likelihoods, zeros, has_aux=True)
+        logits_QV, chosen_Q, residual_N, embedded = aux
+
+        def attribute(one_hot_Q: jax.Array) -> list[jax.Array]:
+            (gradients,) = vjp(one_hot_Q)
+            pairs = zip(gradients, embedded, strict=True)
+            return [(g[0] * x[0]).astype(jnp.float32).sum(-1) for g, x in pairs]
+
+        one_hot_QQ = jnp.eye(len(positions_Q), dtype=log_likelihood_Q.dtype)
+        *of_source, attribution = jax.lax.map(attribute, one_hot_QQ)
+        widest = residual_N[-1].shape[-1]  # what later layers append is not there yet
+        residual_NQW = jnp.stack(
+            [jnp.pad(x, ((0, 0), (0, widest - x.shape[-1]))) for x in residual_N]
+        )
+        lens = jax.lax.map(
+            lambda x_QW: _score(_end(model, variables, x_QW), chosen_Q, N_LENS), residual_NQW
+        )
+        return Predictions(
+            _score(logits_QV, chosen_Q, N_ALTERNATIVES),
+            jax.tree.map(lambda x: x.swapaxes(0, 1), lens),
+            attribution,
+            of_source[0] if of_source else None,
+        )
+
+    parts = (rows.tokens_RL, rows.segments_RL, rows.positions_RQ, rows.targets_RQ)
+    return jax.lax.map(of_row, parts)
+
+
+def _end(model: nn.Module, variables: Any, x_QW: jax.Array) -> jax.Array:
+    """Return the logits [Q, V] that the model computes if its layers end in `x_QW`."""
+
+    def replace_layers(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if type(context.module) is not Stack or context.method_name != "_run":
+            return method(*args, **kwargs)
+        (x_BLW, caches), *_ = args
+        is_encoder = context.module.name == "encoder"  # of an encoder–decoder: nobody reads it
+        x_BLW = x_BLW if is_encoder else x_QW[None].astype(x_BLW.dtype)
+        return (x_BLW, caches), None
+
+    n_texts = 2 if is_encoder_decoder(model) else 1
+    with nn.intercept_methods(replace_layers):
+        logits_BLV: Any = model.apply(variables, *[jnp.zeros((1, 1), jnp.int32)] * n_texts)
+    return logits_BLV[0]
+
+
+def _score(logits_QV: jax.Array, chosen_Q: jax.Array, n: int) -> PredictionScores:
+    """Return the scores of predictions.
+
+    Args:
+        logits_QV: logits.
+        chosen_Q: ids that are scored.
+        n: number of alternatives.
+    """
+    scores_QV = jax.nn.log_softmax(logits_QV)
+    own_Q = _at(scores_QV, chosen_Q)
+    best_QK, ids_QK = jax.lax.top_k(scores_QV, min(n, scores_QV.shape[-1]))
+    return PredictionScores(
+        loss=-own_Q,
+        rank=1 + (scores_QV > own_Q[:, None]).sum(-1),
+        entropy=-(jnp.exp(scores_QV) * scores_QV).sum(-1),
+        ids=ids_QK,
+        probabilities=jnp.exp(best_QK),
+    )
+
+
+def _at(values_QV: jax.Array, ids_Q: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values_QV, ids_Q[:, None], axis=-1)[:, 0]
