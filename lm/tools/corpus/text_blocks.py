@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import ipaddress
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,15 +17,22 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters.pii import PIIFormatter
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
-from stdnum import iban, luhn
 
-from lm.data.files import read_lines
+from lm.data.personal_data import (
+    EMAIL,
+    IP,
+    NEAR_AT,
+    Span,
+    find_cards,
+    find_ibans,
+    find_phones,
+    is_public,
+)
+from lm.data.unwanted_words import UNSPACED, read_words, words_pattern
 from lm.errors import UserError, nearest
 
-# Scripts without spaces between words: each character counts as a word.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(
-    rf"[{_UNSPACED}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]+(?:['’]\p{{L}}+)*|\S",
+    rf"[{UNSPACED}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]+(?:['’]\p{{L}}+)*|\S",
     regex.V1,
 )
 
@@ -168,32 +174,6 @@ def _identifier() -> LanguageIdentifier:
 
 # --- personal data
 
-Span = tuple[int, int]
-
-# Where an e-mail address may be: datatrove's own pattern takes quadratic time on long base64.
-_NEAR_AT = regex.compile(r"[^\s@]{0,64}@[^\s@]{1,255}")
-# datatrove's pattern with letters of all scripts (RFC 6531) but those without spaces between words,
-# where an address would take the words beside it along.
-_ALNUM = rf"[[\w]--[_{_UNSPACED}]]"
-_ATOM = rf"[[\w!#$%&'*+/=?^`{{|}}~\-]--[{_UNSPACED}]]+"
-_LABEL = rf"{_ALNUM}(?:(?:{_ALNUM}|-)*{_ALNUM})?"
-_EMAIL = regex.compile(
-    rf"{_ATOM}(?:\.{_ATOM})*@(?:(?:{_LABEL}\.)+{_LABEL}|\[(?:\d{{1,3}}\.){{3}}\d{{1,3}}\])",
-    regex.V1,
-)
-_IP = regex.compile(
-    r"(?<![\w.:-])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\.?\w)|(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:]))"
-)
-_IBAN = regex.compile(r"\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{1,4}){3,8}\b")
-_CARD = regex.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-# First digits and numbers of digits of Visa, Mastercard, American Express, Diners, Discover, JCB.
-_ISSUER = regex.compile(
-    r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d)\d{12}|35\d{14}"
-)
-_MANY_DIGITS = regex.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
-_SEPARATOR = regex.compile(r"[^\d]")
-_LINE = regex.compile(r"[^\n]+")
-
 
 class PersonalData(PIIFormatter):
     """Mask e-mail and public IP addresses, phone and card numbers and IBANs.
@@ -220,9 +200,9 @@ class PersonalData(PIIFormatter):
         """
         super().__init__("email" in kinds, "ip" in kinds)
         finders: dict[str, Callable[[str], Iterator[Span]]] = {
-            "iban": _ibans,
-            "card": _cards,
-            "phone": partial(_phones, regions=regions),
+            "iban": find_ibans,
+            "card": find_cards,
+            "phone": partial(find_phones, regions=regions),
         }
         for kind in kinds:
             if kind not in (known := ("email", "ip", *finders)):
@@ -235,20 +215,20 @@ class PersonalData(PIIFormatter):
         for kind, replacer in (("email", self.emails_replacer), ("ip", self.ip_replacer)):
             replacer.replacements = (self._masked(kind),)
             replacer.validator = partial(self._is_counted, kind)
-        self.emails_replacer.regex, self.ip_replacer.regex = _EMAIL, _IP
+        self.emails_replacer.regex, self.ip_replacer.regex = EMAIL, IP
 
     def _masked(self, kind: str) -> str:
         return self._mask.replace("{kind}", kind)
 
     def _is_counted(self, kind: str, match: str) -> bool:
-        if kind == "ip" and not _is_public(match):
+        if kind == "ip" and not is_public(match):
             return False
         self.stat_update(f"masked_{kind}")
         return True
 
     def format(self, text: str) -> str:
         if self.remove_emails and "@" in text:
-            text = _NEAR_AT.sub(lambda match: self.emails_replacer.replace(match.group()), text)
+            text = NEAR_AT.sub(lambda match: self.emails_replacer.replace(match.group()), text)
         if self.remove_ips:
             text = self.ip_replacer.replace(text)
         for kind, find in self._finders.items():
@@ -259,48 +239,6 @@ class PersonalData(PIIFormatter):
                 end = stop
             text = "".join([*parts, text[end:]])
         return text
-
-
-def _is_public(address: str) -> bool:
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return ip.is_global and (ip.version == 4 or address[0] in "23")  # 2000::/3
-
-
-def _ibans(text: str) -> Iterator[Span]:
-    for match in _IBAN.finditer(text):
-        # A word in capitals after the number looks like a part of it.
-        ends = [match.start() + gap.start() for gap in regex.finditer(r"[ -]", match.group())]
-        for end in (match.end(), *reversed(ends)):
-            if iban.is_valid(text[match.start() : end]):
-                yield match.start(), end
-                break
-
-
-def _cards(text: str) -> Iterator[Span]:
-    for match in _CARD.finditer(text):
-        digits = _SEPARATOR.sub("", match.group())
-        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits):
-            yield match.span()
-
-
-def _phones(text: str, regions: Sequence[str]) -> Iterator[Span]:
-    for line in _LINE.finditer(text):  # by line: the matcher gives up after 65,535 tries
-        if not _MANY_DIGITS.search(line.group()):
-            continue
-        found = [
-            (line.start() + match.start, line.start() + match.end)
-            for region in regions or (None,)
-            for match in phonenumbers.PhoneNumberMatcher(line.group(), region)
-            if _SEPARATOR.search(match.raw_string)
-        ]
-        end = 0
-        for start, stop in sorted(found):
-            if start >= end:
-                yield start, stop
-                end = stop
 
 
 # --- words that are not wanted
@@ -319,13 +257,7 @@ class BannedWords(C4BadWordsFilter):
             UserError: the file is missing, or holds no word.
         """
         super().__init__()
-        path = Path(words)
-        if not path.is_file():
-            raise UserError(f"no file of words {words!r}")
-        found = sorted({line.strip().lower() for line in read_lines(path)} - {""})
-        if not found:
-            raise UserError(f"{path}: holds no word")
-        self._pattern = _any_of(found)
+        self._pattern = words_pattern(read_words(Path(words)))
 
     @staticmethod
     def digest_of(words: str, **options: object) -> str:
@@ -337,13 +269,3 @@ class BannedWords(C4BadWordsFilter):
 
     def _get_badwords(self, lang: str) -> regex.Pattern:
         return self._pattern
-
-
-def _any_of(words: Iterable[str]) -> regex.Pattern:
-    """Return the pattern of whole words; those of scripts without spaces are found anywhere."""
-    unspaced = regex.compile(f"[{_UNSPACED}]")
-    whole = [word for word in words if not unspaced.search(word)]
-    anywhere = [word for word in words if unspaced.search(word)]
-    return regex.compile(
-        r"(?<!\w)\L<whole>(?!\w)|\L<anywhere>", whole=whole or ["\0"], anywhere=anywhere or ["\0"]
-    )
