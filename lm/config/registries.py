@@ -358,6 +358,34 @@ class ExtractionOptions:
     new_tokens: int = option(32, "Extraction, samples: new tokens.", low=1, free=True)
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of samples."""
+
+    samples: int = option(64, "Samples: unprompted ones.", low=1, high=1_000_000, free=True)
+    prompts: str = option("", "Samples: file of prompts, one a line.", free=True)
+    unsafe_words: str = option("", "Samples: file of words or phrases, one a line.", free=True)
+    classifier: str = option("", "Samples: workdir of a run with classes.", free=True)
+    unsafe_labels: str = option(
+        "", "Samples: classes of it that are unsafe, comma-separated.", free=True
+    )
+
+
+@dataclass(frozen=True)
+class RobustnessOptions:
+    """Options of robustness."""
+
+    task: str = option(
+        "", 'Robustness: JSON lines with "question", "choices" and "answer", an index.', free=True
+    )
+    templates: str = option(
+        "", "Robustness: file of prompts, one a line, with fields as {question}.", free=True
+    )
+    typos: float = option(
+        0.3, "Robustness: part of the words with a typo.", low=0.0, high=1.0, free=True
+    )
+
+
 SAFETY_SETS = Registry(
     "safety set",
     ("eval.safety",),
@@ -366,7 +394,11 @@ SAFETY_SETS = Registry(
         "crows_pairs": Entry(f"{_SAFETY}.bias:CrowsPairs", CrowsPairsOptions),
         "winobias": Entry(f"{_SAFETY}.bias:WinoBias", WinoBiasOptions),
         "canaries": Entry(f"{_SAFETY}.memorisation:Canaries", CanaryOptions),
-        "extraction": Entry(f"{_SAFETY}.memorisation:Extraction", ExtractionOptions),
+        "extraction": Entry(
+            f"{_SAFETY}.memorisation:Extraction", ExtractionOptions, shared_with=("samples",)
+        ),
+        "samples": Entry(f"{_SAFETY}.samples:Samples", SampleOptions),
+        "robustness": Entry(f"{_SAFETY}.robustness:Robustness", RobustnessOptions),
     },
     is_choice=False,
 )

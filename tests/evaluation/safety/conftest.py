@@ -15,6 +15,8 @@ def get_config():
     config.data.validation_fraction, config.data.workers = 0.2, 1
     config.data.sequence_length, config.data.batch_size = 32, 8
     config.train.steps, config.checkpoint.every_steps, config.checkpoint.keep_last = 6, 3, 2
+    config.eval.every_steps, config.eval.safety, config.eval.safety_every = 3, "winobias", 6
+    config.safety.winobias, config.safety.limit = "{data}/winobias", 2
     config.log.tensorboard = False
     return config
 """
@@ -42,10 +44,10 @@ def safety_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def run_folder(text_file, tmp_path_factory):
-    """A trained run with checkpoints of the steps 3 and 6."""
+def run_folder(text_file, safety_data, tmp_path_factory):
+    """A trained run with checkpoints of the steps 3 and 6, and a safety set at the last."""
     folder = tmp_path_factory.mktemp("safety")
-    (folder / "config.py").write_text(CONFIG.format(text=text_file))
+    (folder / "config.py").write_text(CONFIG.format(text=text_file, data=safety_data))
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *args: first)
@@ -59,7 +61,11 @@ def evaluate(run_folder, safety_data, capsys):
     """Runs `lm eval --safety` on the run; gives stdout, or the error's one line."""
 
     def evaluate(*words, **keys):
-        keys = {"safety.crows_pairs": "pairs.csv", "safety.winobias": "winobias"} | keys
+        keys = {
+            "safety.crows_pairs": "pairs.csv",
+            "safety.winobias": "winobias",
+            "safety.limit": 0,
+        } | keys
         keys = {"data.directory": str(safety_data)} | keys
         options = [f"--config.{path.replace('__', '.')}={value}" for path, value in keys.items()]
         code = main(["eval", "--workdir", str(run_folder), *words, *options])

@@ -28,6 +28,9 @@ def test_shared_tokens_are_those_that_both_sentences_have_in_order():
 
 def test_two_checkpoints_their_figures_and_their_page(evaluate, run_folder):
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    while_training = [json.loads(line) for line in lines if "eval/validation/loss" in line]
+    assert ["eval/safety/winobias/type1" in row for row in while_training] == [False, True]
+    assert while_training[1]["eval/safety/winobias/type1_pairs"] == 2
     first, last = json.loads(evaluate("--safety", "--step", "3,6", "--json"))
     assert [first["step"], last["step"]] == [3, 6]
     assert last["eval/safety/crows_pairs/pairs"] == 3
