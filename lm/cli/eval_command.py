@@ -19,7 +19,7 @@ from lm.cli.arguments import (
     process_arguments,
     weights_arguments,
 )
-from lm.cli.used_keys import MESH, MODEL, Patterns
+from lm.cli.used_keys import MESH, MODEL, READING, Patterns
 from lm.config.registries import SAFETY_SETS
 from lm.errors import UserError
 from lm.storage import is_step, open_run_folder, storage_path
@@ -71,23 +71,6 @@ _VALIDATION = (
     "data.validation_fraction",
     "data.validation_split",
 )
-# data.tokenizer has an error of its own; training alone mixes corpora and overlaps windows.
-_READING = (
-    "data.*",
-    "-data.tokenizer_*",
-    "-data.lowercase",
-    "-data.weights",
-    "-data.schedule",
-    "-data.epochs",
-    "-data.stride",
-    "-data.prefetch",
-    "-data.split",
-    "-data.source",
-    "-data.test_source",
-    "-data.validation_*",
-    "objective.*",
-    "seed",
-)
 _OF_LOSS = ("eval.max_batches", "eval.by_source", "train.steps_per_dispatch")
 _OF_TASK = (
     *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "decode.*"),
@@ -111,7 +94,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
         return (*MESH, *MODEL, "decode.*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
     scored = _OF_TASK if args.task else _OF_LOSS
-    return (*MESH, *MODEL, *_READING, *read, *scored)
+    return (*MESH, *MODEL, *READING, *read, *scored)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

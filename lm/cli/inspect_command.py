@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lm.cli.arguments import Overrides, Parser, open_run, weights_arguments
-from lm.cli.used_keys import MESH, MODEL, Patterns
+from lm.cli.used_keys import MESH, MODEL, READING, Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
 
@@ -22,6 +22,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--input", metavar="FILE.jsonl", help='{"prompt": TEXT, "target": TEXT} a line'
     )
+    corpus = "find the neurons that fire most over it; written as data.source"
+    parser.add_argument("--corpus", metavar="SOURCE", help=corpus)
     output = "for index.html and text-N.npz; WORKDIR/inspect"
     parser.add_argument("--output", metavar="DIR", help=output)
     weights_arguments(parser)
@@ -29,12 +31,15 @@ def add_arguments(parser: Parser) -> None:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
-    return (*MESH, *MODEL, "decode.*", "data.sequence_length")
+    reading = (*READING, "eval.max_batches") if args.corpus else ("data.sequence_length",)
+    return (*MESH, *MODEL, "decode.*", *reading)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    from lm.data.splits import open_split
     from lm.evaluation.task import require_writable
+    from lm.experiment import reads_records
     from lm.tools.reports.inspect_page import Text, read_texts, write_inspect_page
 
     if bool(args.prompt) == bool(args.input):
@@ -46,7 +51,15 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     folder = open_run_folder(args.workdir)
     output = Path(args.output or folder / "inspect")
     require_writable(output)
-    experiment, params, step = open_run(args, overrides, any_batch=True)
+    if args.corpus is not None:
+        overrides = {"eval.max_batches": "0", **overrides, "data.test_source": args.corpus}
+    experiment, params, step = open_run(args, overrides, any_batch=args.corpus is None)
+    corpus = None
+    if args.corpus is not None:
+        config, tokenizer = experiment.config, experiment.tokenizer
+        stores = open_split(config.data, "test", tokenizer, reads_records(config), progress=True)
+        corpus = experiment.evaluation_batches(stores)
     title = storage_path(folder).name
-    print(storage_path(write_inspect_page(experiment, params, step, texts, output, title)))
+    page = write_inspect_page(experiment, params, step, texts, output, title, corpus)
+    print(storage_path(page))
     return 0

@@ -215,6 +215,8 @@ def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], 
         if number not in texts:
             inside = number < tokenizer.vocab_size
             text = tokenizer.decode([*before, number])[len(start) :] if inside else ""
+            if number in names and not text.isspace():
+                text = text.strip()  # a name such as " [CLS]", or nothing
             texts[number] = text or names.get(number) or f"#{number}"
         return texts[number]
 

@@ -5,6 +5,7 @@ Shape letters: N layers, H heads, U sublayers, L query length, S key length, Q p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.data.batches import Batches
 from lm.data.records import read_jsonl_rows
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.prompts import is_encoder_decoder
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.insight.capture import require_transformer
+from lm.insight.neurons import Neuron, top_neurons
 from lm.insight.reading import Passage, Predictions, Reading, make_passage, read, token_texts
 from lm.models.variables import Params
 from lm.progress import track
 from lm.tools.formatting import short
 from lm.tools.html_pages import page_template
-from lm.tools.reports.plotting import COLORS, gray_png, legend, subplots, svg
+from lm.tools.reports.plotting import COLORS, count_axis, gray_png, legend, subplots, svg
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
 TextOf = Callable[[int], str]
@@ -80,8 +84,9 @@ def write_inspect_page(
     texts: Sequence[Text],
     output: Path,
     title: str,
+    corpus: Batches | None = None,
 ) -> Path:
-    """Write index.html and text-1.npz, text-2.npz, … to a folder; return the path of the page.
+    """Write index.html, text-1.npz, text-2.npz, … and neurons.json; return the path of the page.
 
     Args:
         experiment: experiment on a mesh, with its tokenizer.
@@ -90,6 +95,7 @@ def write_inspect_page(
         texts: what the model reads.
         output: the folder.
         title: title of the page.
+        corpus: batches in which the neurons that fire most are looked for.
 
     Raises:
         UserError: the model cannot read a text, or the extra "report" is not installed.
@@ -111,18 +117,26 @@ def write_inspect_page(
         ids = [*passage.tokens, *(() if passage.source is None else passage.source)]
         text_of = token_texts(tokenizer, list(map(int, ids)))
         readings.append((read(experiment, params, passage), text_of))
+    neurons = []
+    if corpus is not None:
+        most = experiment.config.eval.max_batches
+        found = top_neurons(experiment, params, corpus, most)
+        neurons = [_shown_neuron(neuron, tokenizer) for neuron in found]
     page = template.render(
         title=title,
         lead=_lead(experiment, step),
         tiles=_tiles(experiment, [reading for reading, _ in readings]),
         texts=[_shown(reading, text_of) for reading, text_of in readings],
         norms=[svg(_norms(reading)) for reading, _ in readings],
-        neurons=[],
+        neurons=neurons,
     )
     output.mkdir(parents=True, exist_ok=True)
     for number, (reading, text_of) in enumerate(readings, 1):
         arrays: dict[str, Any] = _arrays(reading, text_of)
         np.savez_compressed(output / f"text-{number}.npz", **arrays)
+    if corpus is not None:
+        listed = json.dumps(neurons, indent=1, ensure_ascii=False)
+        (output / "neurons.json").write_bytes(listed.encode(errors="replace"))
     file = output / "index.html"
     file.write_bytes(page.encode(errors="replace"))
     return file
@@ -248,11 +262,26 @@ def _rounded_all(values: np.ndarray) -> list[float]:
     return [_rounded(value) for value in values]
 
 
+def _shown_neuron(neuron: Neuron, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what the page shows of a neuron: each token with the opacity of its shade."""
+    stack = f"{neuron.stack} " if neuron.stack else ""
+    contexts = []
+    for context in neuron.contexts:
+        text_of = token_texts(tokenizer, context.ids.tolist())
+        shades = np.clip(context.activations / neuron.peak, 0, 1).round(3)
+        texts = [text_of(int(i)).replace("\n", "⏎") for i in context.ids]
+        contexts.append(list(zip(texts, shades.tolist(), strict=True)))
+    return {
+        "name": f"{stack}layer {neuron.layer + 1}, neuron {neuron.index}".capitalize(),
+        "about": f"peak {neuron.peak:.3g}, fires at {neuron.share:.1%} of the tokens",
+        "contexts": contexts,
+    }
+
+
 def _norms(reading: Reading) -> Any:
     """Plot the norms of the residual stream and of what the sublayers add, by layer."""
-    stacks = [
-        p.rpartition("residual")[0] for p in sorted(reading.arrays, reverse=True) if "residual" in p
-    ]
+    paths = sorted(reading.arrays, reverse=True)  # an encoder before its decoder
+    stacks = [path.removesuffix("residual") for path in paths if path.endswith("residual")]
     figure, grid = subplots(1, len(stacks), sharey=True, figsize=(5.6 * len(stacks), 3.6))
     for axes, stack in zip(np.atleast_1d(grid), stacks, strict=True):
         residual, updates = reading.arrays[f"{stack}residual"], reading.arrays[f"{stack}updates"]
@@ -263,10 +292,14 @@ def _norms(reading: Reading) -> Any:
         for i, name in enumerate(order):
             x = np.arange(1, len(updates) + 1)
             _band(axes, x, updates[:, i], names[name], f"{name} update")
-        axes.set(xlabel=f"{stack.rstrip('/')} layer".strip(), ylabel="norm", yscale="log")
+        axes.set(xlabel=f"{stack.rstrip('/')} layer".strip(), ylabel="norm")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         legend(axes, 1 + len(order))
+    norms = [x.reshape(-1) for path, x in reading.arrays.items() if not path.endswith("attention")]
+    low, high = np.quantile(np.concatenate(norms), (0.1, 0.9))
+    if low > 0 and high / low >= 5:
+        for axes in np.atleast_1d(grid):
+            count_axis(axes.yaxis)
     return figure
 
 
