@@ -29,6 +29,7 @@ from lm.decoding.prompts import (
 from lm.decoding.weights import unroll
 from lm.models.layers import Embedding, Linear
 from lm.models.variables import Params, as_variables
+from lm.parallel.mesh import current_mesh
 
 STEPS_PER_DISPATCH = 16
 _SHORTEST_CACHE = 256
@@ -59,19 +60,44 @@ def sample_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -
         keys_B: random key of each row.
     """
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
+        return first_largest(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
     if sampling.top_p < 1:
-        descending_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-        probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
-        before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        # The most likely token stays, however small p is.
-        kept_BV = jnp.where(before_BV < max(sampling.top_p, 1e-9), descending_BV, jnp.inf)
-        logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), -jnp.inf, logits_BV)
+        logits_BV = jnp.where(in_nucleus(logits_BV, sampling.top_p), logits_BV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def in_nucleus(logits_BV: jax.Array, p: float) -> jax.Array:
+    """Return the smallest sets of most likely tokens whose probability reaches p, bool [B, V].
+
+    A token belongs to it if those that are likelier have a probability below p together. The least
+    likely one is found by bisection, without sorting: probabilities are ordered as their bits are.
+    """
+    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
+    bits_BV = jax.lax.bitcast_convert_type(probabilities_BV, jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B1, high_B1 = bounds  # the least likely token is above `low` and at most `high`
+        middle_B1 = low_B1 + (high_B1 - low_B1) // 2
+        likelier_BV = jnp.where(bits_BV > middle_B1, probabilities_BV, 0)
+        is_in = likelier_BV.sum(-1, keepdims=True) < max(p, 1e-9)  # always true of the likeliest
+        return jnp.where(is_in, low_B1, middle_B1), jnp.where(is_in, middle_B1, high_B1)
+
+    high_B1 = bits_BV.max(-1, keepdims=True)
+    _, least_B1 = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(high_B1, -1), high_B1))
+    return bits_BV >= least_B1
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+    """Return the index of the largest value along the last axis, the first of equal ones, int32.
+
+    XLA's CPU backend vectorizes these two reductions, but not `argmax`.
+    """
+    n, largest = x.shape[-1], x.max(-1, keepdims=True)
+    return jnp.where(x < largest, n, jnp.arange(n, dtype=jnp.int32)).min(-1)
 
 
 @flax.struct.dataclass
@@ -157,8 +183,7 @@ def sample_steps(
     room = _cache_length(L, L + T)
     # A dispatch returns as many columns, of which the last may be beyond T.
     written_BT = jnp.full((B, T + per_dispatch), UNSET, jnp.int32)
-    cache: Any = model.apply({}, B, room, method="empty_cache")
-    state = _start(model, sampling, controls, params, rows, inputs, written_BT, cache)
+    state = _start(model, sampling, controls, room, params, rows, inputs, written_BT)
     new_BC, n_new, n, i = state.written_BT[:, :1], 1, 1, 0
     alive_B = np.ones(B, bool)
     while n_new:
@@ -197,19 +222,20 @@ def _lengthen(model: nn.Module, batch: int, length: int, cache: DecodingCache) -
     return jax.tree.map(copy, cache, empty)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames=("written_BT", "cache"))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("written_BT",))
 def _start(
     model: nn.Module,
     sampling: Sampling,
     controls: Controls,
+    cache_length: int,
     params: Params,
     rows: Rows,
     inputs: tuple[jax.Array, ...],
     written_BT: jax.Array,
-    cache: DecodingCache,
 ) -> State:
     """Read the prompts and choose the first token."""
     tokens_BL, positions_BL, segments_BL, prefix_BL = inputs
+    cache: Any = model.apply({}, len(tokens_BL), cache_length, method="empty_cache")
     prefix = () if prefix_BL is None else (prefix_BL,)
     logits_B1V, cache = decode_last(
         model, params, tokens_BL, positions_BL, segments_BL, cache, *prefix
@@ -272,11 +298,18 @@ def next_token(
 
 def decode_last(model: nn.Module, params: Params, *inputs: Any) -> tuple[jax.Array, Any]:
     """Run `decode` of a model, with logits of the last token alone: [B, 1, V], and the cache."""
+    mesh = current_mesh()
+    on_one_device = mesh is None or mesh.size == 1
 
     def lean(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         if name == "logits" and not module.path:
             args = (args[0][:, -1:], *args[1:])
+        is_lookup = (type(module), name) == (Embedding, "__call__")
+        if is_lookup and on_one_device and module.embedding.dtype == jnp.bfloat16:
+            # XLA's CPU backend would convert the whole table to float32.
+            table_VD, ids_BL = jax.lax.optimization_barrier((module.embedding, args[0]))
+            return table_VD[ids_BL]
         is_product = (type(module), name) in ((Linear, "__call__"), (Embedding, "attend"))
         if is_product and module.dtype == jnp.bfloat16 and args[0].shape[:2] == (1, 1):
             # XLA's CPU backend has a library for bfloat16 matrices, and none for a vector.

@@ -21,6 +21,7 @@ from lm.config.rules import tiled_attention_problem
 from lm.errors import UserError
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
+from lm.models.cache import Layer
 from lm.models.cached_attention import attend_and_cache, empty_keys_values
 from lm.models.layers import Linear, make_norm
 from lm.models.transformer_config import TransformerConfig
@@ -74,7 +75,7 @@ class TokenMixer(nn.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | int | None
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
     ) -> tuple[jax.Array, Any]:
         """Mix tokens.
 
@@ -83,7 +84,8 @@ class TokenMixer(nn.Module):
             inputs: mask, RoPE angles and position bias.
             cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write_layer`
                 writes the entries of one layer without a copy of the others.
-            layer: index of this layer in the cache.
+            layer: index of this layer in the cache; (), which takes an array whole, if the cache is
+                of this layer alone.
 
         Returns:
             Output [B, L, D], and the cache with these tokens.
@@ -191,7 +193,7 @@ class Attention(DotProductAttention, TokenMixer):
         return empty_keys_values(config, n_layers, batch, length)
 
     def __call__(
-        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: jax.Array | int | None
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
     ) -> tuple[jax.Array, Any]:
         """Attend to the tokens themselves and those in the cache."""
         q_BLHK = self.queries(x_BLW)

@@ -16,6 +16,7 @@ from lm.config.registries import MIXERS
 from lm.models.transformer_config import LayerType, TransformerConfig
 
 Tree = TypeVar("Tree")
+Layer = jax.Array | int | tuple[()]  # index of a layer in a cache; () in that of one layer
 CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
 
 
@@ -23,7 +24,7 @@ CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
 class CrossCache:
     """Keys and values of an encoded source, heads first, of all layers, and its segment ids.
 
-    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [1, B, G, T, K].
+    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [B, G, T, K].
     """
 
     keys_values: Any
@@ -37,7 +38,7 @@ class Cache:
     Attributes:
         mixers: by name of the mixer a pytree of its own making, whose leaves are [N, B, …], N being
             the number of layers with this mixer (`TokenMixer.init_cache`); in an unrolled stack
-            one for each of these layers, [1, B, …], so that no step slices them.
+            one for each of these layers, [B, …]: XLA copies what it updates and also slices.
         segment_ids_BS: segment ids of the cached tokens; 0 where a slot is padding or not yet
             written, which no query sees.
         index: number of slots that are written, in every row.
@@ -48,6 +49,7 @@ class Cache:
     segment_ids_BS: jax.Array
     index: jax.Array
     source: CrossCache | None = None
+    row_axis: int = flax.struct.field(pytree_node=False, default=1)
 
     def advance(
         self,
@@ -72,7 +74,8 @@ class Cache:
         if source is not None:
             assert source_segments_BS is not None
             cross = CrossCache(heads_first(config, source), source_segments_BS)
-        return Cache(mixers, self.segment_ids_BS, self.index + length, cross)
+        index = self.index + length
+        return self.replace(mixers=mixers, index=index, source=cross)  # type: ignore[attr-defined,no-any-return]
 
     def take(self, rows: jax.Array) -> Cache:
         """Return the cache whose row i is row `rows[i]` of this one, as beam search needs."""
@@ -82,8 +85,10 @@ class Cache:
 
         source = self.source
         if source is not None:
-            source = CrossCache(take(1, source.keys_values), take(0, source.segment_ids_BS))
-        return Cache(take(1, self.mixers), take(0, self.segment_ids_BS), self.index, source)
+            held = take(self.row_axis, source.keys_values)
+            source = CrossCache(held, take(0, source.segment_ids_BS))
+        mixers, segments_BS = take(self.row_axis, self.mixers), take(0, self.segment_ids_BS)
+        return Cache(mixers, segments_BS, self.index, source, self.row_axis)
 
     def with_segments(self, segment_ids_BL: jax.Array) -> Cache:
         """Return the cache with the segment ids of the tokens that are about to be written."""
@@ -95,7 +100,7 @@ class Cache:
 
 def write_layer(
     cache: Tree,
-    layer: jax.Array | int,
+    layer: Layer,
     new: Tree,
     start: jax.Array | int | None = None,
     axis: int = 1,
@@ -105,8 +110,8 @@ def write_layer(
     All layers pass the whole cache on: a slice for each layer would be copied.
 
     Args:
-        cache: pytree of arrays [N, B, …].
-        layer: number of the layer.
+        cache: pytree of arrays [N, B, …], or [B, …].
+        layer: number of the layer, or ().
         new: the same pytree of arrays [B, L, …]; without `start` [B, …].
         start: slot that the L new entries begin at; None: all of a layer is written.
         axis: axis of the L new entries.
@@ -116,10 +121,12 @@ def write_layer(
     """
 
     def write_leaf(cache_NB: jax.Array, new_B: jax.Array) -> jax.Array:
-        at = [layer, *[0] * (cache_NB.ndim - 1)]
+        layers = [layer] * (cache_NB.ndim - new_B.ndim)
+        at: list[Any] = layers + [0] * new_B.ndim
         if start is not None:
-            at[axis + 1] = start
-        return lax.dynamic_update_slice(cache_NB, new_B[None].astype(cache_NB.dtype), at)
+            at[len(layers) + axis] = start
+        new_B = jnp.expand_dims(new_B, range(len(layers)))
+        return lax.dynamic_update_slice(cache_NB, new_B.astype(cache_NB.dtype), at)
 
     cache = jax.tree.map(write_leaf, cache, new)
     return cache, jax.tree.map(lambda x: x[layer], cache)
@@ -140,10 +147,11 @@ def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int
         make, n = MIXERS[name].init_cache, mixers.count(name)
         if types[0].scannable:
             return make(config, n, batch, length)
-        return tuple(make(config, 1, batch, length) for _ in range(n))
+        return tuple(jax.tree.map(lambda x: x[0], make(config, 1, batch, length)) for _ in range(n))
 
     return Cache(
         mixers={name: empty(name) for name in sorted(set(mixers))},
         segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+        row_axis=int(types[0].scannable),
     )

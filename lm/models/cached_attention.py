@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
 from lm.kernels.elementwise import softcap
-from lm.models.cache import CrossKeyValue, write_layer
+from lm.models.cache import CrossKeyValue, Layer, write_layer
 from lm.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def attend_and_cache(
     keys_values: CrossKeyValue,
     inputs: MixerInputs,
     cache: KeyValueCache,
-    layer: jax.Array | int | None,
+    layer: Layer | None,
 ) -> tuple[jax.Array, KeyValueCache]:
     """Write keys and values to the cache of a layer, and attend to what is in it then.
 

@@ -21,7 +21,7 @@ from lm.config.registries import MIXERS
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.attention import MixerInputs, layer_angles
-from lm.models.cache import Cache, cache_indices
+from lm.models.cache import Cache, Layer, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, Linear, make_norm
 from lm.models.remat import REMAT_POLICIES
@@ -56,12 +56,12 @@ class LayerInputs:
     """Per-layer inputs; for several layers, arrays stacked on a first axis.
 
     Attributes:
-        cache_index: index of the layer in the cache of its token mixer.
+        cache_index: index of the layer in the cache of its token mixer; () in one of its own.
         is_global: true if the layer ignores the window, where some layers do.
         source: cached cross-attention keys and values, heads first.
     """
 
-    cache_index: jax.Array | int | None = None
+    cache_index: Layer | None = None
     is_global: jax.Array | None = None
     source: Any = None
 
@@ -278,9 +278,8 @@ class Stack(nn.Module):
         elif cache is None:
             (x_BLD, _), _ = self._run((x_BLD, None), inputs, layers)
         else:
-            index_N = jnp.asarray(cache_indices(layer_types))
             source = None if cache.source is None else cache.source.keys_values
-            layers = replace(layers, cache_index=index_N, source=source)
+            layers = LayerInputs(jnp.asarray(cache_indices(layer_types)), layers.is_global, source)
             (x_BLD, mixers), source = self._run((x_BLD, cache.mixers), inputs, layers)
             assert mixers is not None
             cache = cache.advance(c, mixers, x_BLD.shape[1], source, source_segments_BS)

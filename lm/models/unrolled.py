@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from lm.models.cache import cache_indices
 from lm.models.transformer import Block, BlockOutput, LayerInputs, ScanCarry, StackInputs
@@ -19,7 +18,7 @@ class CachedBlocks(nn.Module):
     """Blocks of an unrolled stack with its cache; parameters are those of `Blocks`.
 
     The cache of a mixer is a tuple of those of its layers, and so are the keys and values of
-    cross-attention; each has a first axis of one layer (`lm/models/cache.py`).
+    cross-attention; none has an axis of layers (`lm/models/cache.py`).
     """
 
     config: TransformerConfig
@@ -37,12 +36,11 @@ class CachedBlocks(nn.Module):
         for i, (kind, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             of_mixer, number = parts[kind.mixer], numbers[i]
             source = None if layers.source is None else layers.source[i]
-            source = jax.tree.map(lambda x: x[0], source)
             is_global = None if layers.is_global is None else layers.is_global[i]
-            layer = LayerInputs(0, is_global, source)
+            layer = LayerInputs((), is_global, source)
             block: Any = Block(self.config, self.deterministic, kind, name=name)
             (x_BLW, after), source = block((x_BLW, {kind.mixer: of_mixer[number]}), inputs, layer)
             of_mixer[number] = after[kind.mixer]
-            sources.append(jax.tree.map(lambda x: x[None], source))
+            sources.append(source)
         made = None if sources[0] is None else tuple(sources)
         return (x_BLW, {mixer: tuple(own) for mixer, own in parts.items()}), made

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lm.decoding.sampling import Sampling, sample_tokens
+from lm.decoding.sampling import Sampling, first_largest, in_nucleus, sample_tokens
 
 # Probabilities 0.4, 0.3, 0.15, 0.1, 0.05 of tokens 3, 0, 4, 1, 2.
 PROBABILITIES = np.array([0.3, 0.1, 0.05, 0.4, 0.15])
@@ -82,3 +84,20 @@ def test_a_draw_does_not_depend_on_the_other_rows():
         key = jax.random.key(seed)
         assert choose(logits, Sampling(), key)[0] == choose(others, Sampling(), key)[0]
     assert len(np.unique(draw(Sampling()))) == 5  # but rows do not all draw the same
+
+
+# Few values, so that many are equal; -inf is a token that is ruled out.
+ROWS = st.lists(st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 2.0]), min_size=6, max_size=6)
+nucleus = jax.jit(in_nucleus, static_argnums=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(row=ROWS, p=st.sampled_from([0.0, 0.3, 0.6, 0.95]))
+def test_a_nucleus_is_what_sorting_finds(row, p):
+    row[0] = 0.0
+    probabilities = scipy.special.softmax(np.asarray(row))
+    likelier = (probabilities * (probabilities[None] > probabilities[:, None])).sum(1)
+    expected = (likelier < p - 1e-6) | (probabilities == probabilities.max())
+    if np.abs(likelier - p).min() > 1e-5:
+        assert nucleus(np.float32([row]), p)[0].tolist() == expected.tolist()
+    assert first_largest(jnp.float32(row)) == np.argmax(row)

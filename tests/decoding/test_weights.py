@@ -1,5 +1,7 @@
 """Models and parameters as decoding takes them: unrolled, cast, in int8."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm.config import default
+from lm.decoding import sampling
 from lm.decoding.controls import Controls
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import Int8Kernel, prepare, unroll
@@ -109,3 +112,20 @@ def test_kernels_are_stored_as_the_option_says():
     dtypes = {path: x.dtype for path, x in flat(kept).items()}
     assert dtypes[kernel] == dtypes["tokens/embedding"] == jnp.bfloat16
     assert dtypes["stack/final_norm/scale"] == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_copies_neither_cache_nor_table(dtype, monkeypatch):
+    *_, made, kept = prepared(**{"model.dtype": dtype})
+    programs = []
+
+    def compiled(*args):
+        programs.append(proceed.lower(*args).compile().as_text())
+        return proceed(*args)
+
+    proceed = sampling._continue
+    monkeypatch.setattr(sampling, "_continue", compiled)
+    tokens_of(made.model, kept, n=4)
+    cache, table = r"f32\[(1,)?3,2,20,8\]\S* ", r"f32\[48,32\]\S* "
+    assert re.search(cache + "fusion", programs[0])
+    assert not re.search(f"{cache}copy|{table}(copy|fusion)", programs[0])
