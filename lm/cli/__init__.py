@@ -28,6 +28,7 @@ VERBS = {
     "score": "Score continuations of prompts: the log-likelihood of every token.",
     "generate": "Continue prompts, or make targets of sources, with a trained model.",
     "inspect": "Write a page of what a model makes of texts: attention, logit lens, attribution.",
+    "probe": "Fit linear probes of labels to the states of every layer, with a control task.",
     "merge": "Write parameters as a run of their own: LoRA updates merged, or an average.",
     "import": "Make a run of a Hugging Face model folder, or of a .bin file of llama2.c.",
     "export": "Write a run as a folder that Hugging Face's transformers loads, tokenizer included.",
