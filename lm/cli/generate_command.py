@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lm.cli.arguments import (
     Overrides,
@@ -22,6 +23,9 @@ from lm.cli.arguments import (
 )
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.decoding.guard import Guard
 
 
 def add_arguments(parser: Parser) -> None:
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
+    from lm.decoding.guard import open_guard
     from lm.decoding.prompts import is_encoder_decoder
     from lm.decoding.sampling import Sampling
 
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = experiment.tokenizer
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.input:
         sampled = None if searches or args.greedy else sampling
@@ -83,11 +89,13 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         files = Path(args.input), Path(args.output)
         seed, n_best, stop = args.seed, args.n_best, args.stop
         generate_file(experiment, params, tokenizer, *files, sampled, seed, n_best, made_by, stop)
+        _print_guard(guard)
         return 0
     prompts = args.prompt or [piped]
-    if searches:
+    if searches or guard:  # a guard judges whole outputs
+        sampled = None if searches else sampling
         found = generate_texts(
-            experiment, params, tokenizer, prompts, None, args.seed, stop=args.stop
+            experiment, params, tokenizer, prompts, sampled, args.seed, stop=args.stop
         )
         role = "source" if is_encoder_decoder(model) else "prompt"
         records = [
@@ -95,12 +103,20 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
             for prompt, generations in zip(prompts, found, strict=True)
         ]
         _print_records(records, args.json)
+        _print_guard(guard)
     else:
         steps = stream_continuations(
             experiment, params, tokenizer, prompts, sampling, args.seed, args.stop
         )
         _print_continuations(prompts, steps, args.json)
     return 0
+
+
+def _print_guard(guard: Guard | None) -> None:
+    from lm.parallel.mesh import print_on_primary_host
+
+    if guard:
+        print_on_primary_host(guard.summary())
 
 
 def _piped_text() -> str:

@@ -597,6 +597,32 @@ COMMON_KEYS: dict[str, Key] = {
     "decode.max_length": Key(0, "Most tokens; 0: data.target_length.", low=0, free=True),
     "decode.repetition_penalty": Key(1.0, "Above 1 repeats get less likely.", low=0.01, free=True),
     "decode.banned": Key("", "Words that are never written, comma-separated.", free=True),
+    "decode.allowed": Key(
+        "", "Words of which alone an output consists, comma-separated, in any case.", free=True
+    ),
+    "decode.banned_pattern": Key(
+        "", "Regular expression (Rust's, without look-around) that no output matches.", free=True
+    ),
+    "decode.grammar": Key(
+        "",
+        "Language that an output belongs to: json:FILE (a JSON schema), lark:FILE or "
+        "regex:PATTERN.",
+        free=True,
+    ),
+    "decode.guard": Key(
+        "", "Workdir of a classifier, which withholds outputs of some classes.", free=True
+    ),
+    "decode.guard_labels": Key(
+        "", "Those classes, comma-separated.", free=True, needs=("decode.guard",)
+    ),
+    "decode.guard_threshold": Key(
+        0.5,
+        "Largest probability of these classes together that is shown.",
+        low=0.0,
+        high=1.0,
+        free=True,
+        needs=("decode.guard",),
+    ),
     "decode.batch_size": Key(32, "Inputs decoded together.", low=1, free=True),
     "decode.weights": Key("auto", "Dtype of kernels; auto: model.dtype.", choices=KEPT, free=True),
     "decode.cache": Key("auto", "Dtype of keys and values.", choices=KEPT, free=True),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
+from lm.decoding.text_limits import TextLimits, text_limits
 
 UNSET = -1  # in a buffer of new tokens: not written yet
 
@@ -29,12 +30,14 @@ class Controls:
             less likely.
         banned: sequences of token ids that are never written.
         min_length: tokens before an end token is allowed.
+        limits: limits of the text: allowed words, a banned pattern, a grammar.
     """
 
     end_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     banned: tuple[tuple[int, ...], ...] = ()
     min_length: int = 0
+    limits: TextLimits | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> Controls:
@@ -47,7 +50,8 @@ class Controls:
             end_ids = (special_tokens(tokenizer).eos,)
         words = [word for word in map(str.strip, decode.banned.split(",")) if word]
         banned = banned_sequences(tokenizer, words)
-        return cls(end_ids, decode.repetition_penalty, banned, decode.min_length)
+        limits = text_limits(decode, tokenizer, tuple(end_ids))
+        return cls(end_ids, decode.repetition_penalty, banned, decode.min_length, limits)
 
     def penalized(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:
         """Return the logits after the repetition penalty."""
@@ -63,7 +67,7 @@ class Controls:
         if self.min_length and self.end_ids:
             is_end_V = np.isin(np.arange(scores_BV.shape[-1]), self.end_ids)
             scores_BV = jnp.where((n < self.min_length) & is_end_V, -jnp.inf, scores_BV)
-        return scores_BV
+        return self.limits.masked(scores_BV, written_BT, n) if self.limits else scores_BV
 
     def ends(self, tokens: jax.Array) -> jax.Array:
         """Return which tokens end a row, bool of the same shape."""

@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from lm.data.files import read_lines
 from lm.data.records import Row, read_jsonl_rows
 from lm.data.tokenizer import Tokenizer
+from lm.decoding.controls import Controls
 from lm.decoding.generation import generate_texts, generation_record
+from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder
 from lm.decoding.sampling import Sampling
+from lm.decoding.text_limits import KEYS
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Params
@@ -29,6 +33,8 @@ from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
 from lm.runs.checkpoints import checksums
 from lm.storage import read_json
+
+LIMIT_KEYS = (*KEYS, "guard", "guard_labels", "guard_threshold")
 
 
 def generate_file(
@@ -74,12 +80,26 @@ def generate_file(
     # The batch size does not change the output.
     options = dict(experiment.config.decode)
     del options["batch_size"]
+    limits = _limits(experiment.config, tokenizer)
+    for name in LIMIT_KEYS:
+        del options[name]
     dtypes = {f"decode.{name}": options.pop(name) for name in ("weights", "cache")}
     decode = options | {name: dtype for name, dtype in dtypes.items() if dtype != "auto"}
     sampled = {} if sampling is None else {**vars(sampling), "seed": seed}
     stops = {"stop": list(stop)} if stop else {}
-    made_by = {**weights, **decode, **sampled, **stops, "n_best": n_best}
+    made_by = {**weights, **decode, **limits, **sampled, **stops, "n_best": n_best}
     continue_file(output, inputs, made_by, lines_from)
+
+
+def _limits(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the limits and the guard that an output depends on; {} if there are none."""
+    found: dict[str, Any] = {}
+    if limits := Controls.from_config(config, tokenizer).limits:
+        found["limits"] = hashlib.sha256(json.dumps(limits.grammars).encode()).hexdigest()
+    if guard := open_guard(config.decode):
+        found |= {name: config.decode[name] for name in ("guard_labels", "guard_threshold")}
+        found["guard"] = guard.digest
+    return found
 
 
 def read_inputs(file: Path, role: str, columns: str) -> list[str]:

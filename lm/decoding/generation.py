@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
+from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare
@@ -23,10 +24,27 @@ _STREAMED = 4  # tokens that appear together
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated text, and its score; None if it was sampled."""
+    """Generated text.
+
+    Attributes:
+        text: the text; "" if a guard withholds it.
+        score: its score; None if it was sampled.
+        withheld: a guard withholds it.
+    """
 
     text: str
     score: float | None
+    withheld: bool = False
+
+    def without_text(self) -> Generation:
+        """Return what is left of it where a guard withholds it."""
+        return replace(self, text="", withheld=True)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return {"text": self.text, "score": self.score} | (
+            {"withheld": True} if self.withheld else {}
+        )
 
 
 def generate_texts(
@@ -40,7 +58,7 @@ def generate_texts(
     progress: Callable[[int], Any] = lambda n: None,
     stop: Sequence[str] = (),
 ) -> Iterator[list[Generation]]:
-    """Yield the texts generated for each input, best first, in the inputs' order.
+    """Return the texts generated for each input, best first, in the inputs' order, one by one.
 
     Args:
         experiment: experiment on a mesh.
@@ -53,6 +71,22 @@ def generate_texts(
         progress: called with the number of inputs of each finished batch.
         stop: texts before the first of which the output ends.
     """
+    guard = open_guard(experiment.config.decode)
+    found = _generate(experiment, params, tokenizer, texts, sampling, seed, start, progress, stop)
+    return guard.screened(found) if guard else found
+
+
+def _generate(
+    experiment: Experiment,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    sampling: Sampling | None,
+    seed: int,
+    start: int,
+    progress: Callable[[int], Any],
+    stop: Sequence[str],
+) -> Iterator[list[Generation]]:
     config = experiment.config
     has_source = is_encoder_decoder(experiment.model)
     if has_source:
@@ -86,12 +120,12 @@ def generation_record(
     """
     if not generations:
         found: dict[str, Any] = {role: text, "text": ""}
-    elif generations[0].score is None:
-        found = {role: text, "text": generations[0].text}
     else:
-        found = {role: text, **asdict(generations[0])}
+        found = {role: text, **generations[0].record()}
+        if found["score"] is None:
+            del found["score"]
     if n_best > 1:
-        found["hypotheses"] = [asdict(generation) for generation in generations[:n_best]]
+        found["hypotheses"] = [generation.record() for generation in generations[:n_best]]
     return found
 
 
@@ -118,6 +152,10 @@ def stream_continuations(
         seed: seed of the samples.
         stop: texts before the first of which a continuation ends.
     """
+    if open_guard(experiment.config.decode):  # which judges whole texts
+        found = generate_texts(experiment, params, tokenizer, prompts, sampling, seed, stop=stop)
+        yield [generations[0].text for generations in found]
+        return
     experiment, params = prepare(experiment, params)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     byte_ids = _byte_ids(tokenizer)

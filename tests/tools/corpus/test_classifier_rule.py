@@ -9,6 +9,8 @@ import pytest
 import lm
 from lm.cli import main
 from lm.config import default, set_value
+from lm.decoding.guard import Guard
+from lm.errors import UserError
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -100,3 +102,13 @@ def test_other_weights_make_another_corpus(classifier, tmp_path, capsys):
 def test_wrong_classifiers_are_one_line(classifier, tmp_path, capsys, options, message):
     assert run(tmp_path, ["text"], **{"workdir": str(classifier)} | options)[0] == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_guard_of_such_a_run_reads_whole_outputs(classifier):
+    guard = Guard(str(classifier), "bad", 0.5)
+    late = "this film was very long " * 9 + "awful"
+    assert guard.withholds(["this film was lovely", "this film was awful", late]) == [0, 1, 1]
+    with pytest.raises(UserError, match="did you mean bad"):
+        Guard(str(classifier), "bat", 0.5)
+    with pytest.raises(UserError, match="name the classes to withhold"):
+        Guard(str(classifier), "", 0.5)

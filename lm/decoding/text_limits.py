@@ -1,0 +1,239 @@
+r"""Limits of the text that is written: allowed words, a banned pattern, a grammar or JSON schema.
+
+Each limit is a grammar of llguidance, which tells the tokens that may follow those of a row. The
+compiled loops of sampling and of beam search call it on the host before each token.
+
+Shape letters: B rows, T most new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config.registry import listed
+from lm.data.files import read_text
+from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
+from lm.data.tokenizers.hf import BYTE_CHARACTERS
+from lm.errors import UserError, missing_package
+from lm.storage import parse_json
+
+KEYS = ("allowed", "banned_pattern", "grammar")  # of the section `decode`
+_MOST_STATES = 16_384  # of matchers that are kept, by what was written
+_LEAST = np.float32(-1e30)  # score of the end of a row that nothing else may follow
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # a model that may write more writes it for ever
+_ANYTHING = "(?s:.*)"
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """Limits on the text of a row; equal ones share their compiled programs.
+
+    Attributes:
+        grammars: grammars of llguidance, all of which the text obeys.
+        end_ids: tokens each of which ends a row.
+        digest: digest of the tokenizer.
+        tokenizer: the tokenizer.
+    """
+
+    grammars: tuple[str, ...]
+    end_ids: tuple[int, ...]
+    digest: str
+    tokenizer: Tokenizer = field(compare=False, repr=False)
+    _states: OrderedDict[tuple[int, ...], list[Any]] = field(
+        default_factory=OrderedDict, compare=False, repr=False
+    )
+    _lock: Any = field(default_factory=Lock, compare=False, repr=False)
+
+    def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
+        """Return the scores with -inf at tokens that may not follow the `n` written ones.
+
+        A row that nothing may follow ends.
+        """
+        B, V = scores_BV.shape
+        shape = jax.ShapeDtypeStruct((B, V), np.bool_)
+        allowed_BV = jax.pure_callback(partial(self.allowed, V), shape, written_BT, n)
+        found_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
+        is_stuck_B1 = (found_BV == -jnp.inf).all(-1, keepdims=True)
+        is_end_V = np.isin(np.arange(V), self.end_ids)
+        return jnp.where(is_stuck_B1 & is_end_V, jnp.maximum(scores_BV, _LEAST), found_BV)
+
+    def allowed(self, n_ids: int, written_BT: Any, n: Any) -> np.ndarray:
+        """Return which tokens may follow the first `n` of each row, bool [B, n_ids]."""
+        rows = np.asarray(written_BT)[:, : int(n)].tolist()
+        with self._lock:
+            return np.stack([self._row(n_ids, tuple(row)) for row in rows])
+
+    def _row(self, n_ids: int, ids: tuple[int, ...]) -> np.ndarray:
+        if not set(ids).isdisjoint(self.end_ids):
+            return np.ones(n_ids, bool)  # the row has ended
+        allowed = np.ones(n_ids, bool)
+        for matcher in self._matchers(ids):
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            own = np.zeros(n_ids, bool)
+            known = np.unpackbits(bits, bitorder="little")[:n_ids].astype(bool)
+            own[: len(known)] = known
+            end = _vocabulary(self).eos_token
+            own[list(self.end_ids)] = end < len(known) and known[end]
+            # What has gone wrong, such as a grammar that is too complex, lets nothing pass.
+            allowed &= own & (not matcher.is_error())
+        return allowed
+
+    def _matchers(self, ids: tuple[int, ...]) -> list[Any]:
+        """Return the matchers after some tokens."""
+        found = self._states.get(ids)
+        if found is None:
+            before = self._states.get(ids[:-1]) if ids else None
+            if before is None:
+                before, new = [_matcher(self, grammar) for grammar in self.grammars], ids
+            else:
+                new = ids[-1:]
+            found = [matcher.deep_copy() for matcher in before]
+            for matcher in found:
+                matcher.consume_tokens(list(new))
+            self._states[ids] = found
+            if len(self._states) > _MOST_STATES:
+                self._states.popitem(last=False)
+        self._states.move_to_end(ids)
+        return found
+
+
+def text_limits(decode: Any, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> TextLimits | None:
+    """Return the limits of the section `decode` of a configuration; None if it has none.
+
+    Raises:
+        UserError: a limit cannot be read, or llguidance is not installed.
+    """
+    if not any(decode[key] for key in KEYS):
+        return None
+    if decode.grammar and not end_ids:
+        raise UserError("--config.decode.grammar: the run's tokenizer has no token for the end")
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise missing_package("a limit of decoding", "llguidance", "grammar") from error
+    grammars = dict(_grammars(decode))
+    limits = TextLimits(tuple(grammars.values()), end_ids, tokenizer.digest, tokenizer)
+    for key, grammar in grammars.items():
+        if problem := LLMatcher.validate_grammar(grammar, _vocabulary(limits)):
+            lines = [line.strip() for line in problem.splitlines() if line.strip()]
+            said = "; ".join(dict.fromkeys([lines[0], *(x for x in lines if "error:" in x)]))
+            raise UserError(f"--config.decode.{key}={decode[key]}: {said}")
+    return limits
+
+
+def _grammars(decode: Any) -> Iterator[tuple[str, str]]:
+    """Yield the grammar of each limit by its key."""
+    from llguidance import LLMatcher
+
+    if decode.allowed:
+        words = "|".join(map(_escaped, listed(decode.allowed)))
+        if not words:
+            raise UserError(f"--config.decode.allowed={decode.allowed!a}: no word")
+        text = rf"\W*((?i:{words})(\W+(?i:{words}))*)?\W*"
+        yield "allowed", LLMatcher.grammar_from_regex(text)
+    if decode.banned_pattern:
+        pattern = re.sub(r"(?<!\\)/", r"\/", decode.banned_pattern).replace("\n", r"\n")
+        anywhere = f"/{_ANYTHING}/ & ~/{_ANYTHING}({pattern}){_ANYTHING}/"
+        yield "banned_pattern", f"start: TEXT\nTEXT: {anywhere}\n"
+    if decode.grammar:
+        yield "grammar", _stated_grammar(decode.grammar)
+
+
+def _stated_grammar(spec: str) -> str:
+    from llguidance import LLMatcher
+
+    kind, _, argument = spec.partition(":")
+    if kind == "regex" and argument:
+        return LLMatcher.grammar_from_regex(argument)
+    if kind not in ("json", "lark") or not argument:
+        raise UserError(
+            f"--config.decode.grammar={spec}: write json:FILE (a JSON schema), lark:FILE or "
+            "regex:PATTERN"
+        )
+    if not Path(argument).is_file():
+        raise UserError(f"--config.decode.grammar={spec}: no file {argument}")
+    text = "".join(read_text(Path(argument)))
+    if kind == "json":
+        parse_json(text, argument)
+        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+    return LLMatcher.grammar_from_lark(text)
+
+
+def _escaped(word: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", word)
+
+
+# --- vocabularies
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
+    """Return the bytes that each token adds to a text; None for one that adds none.
+
+    A token is decoded behind another one, because its space may depend on that.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return [bytes([i]) if i < 256 else None for i in range(tokenizer.vocab_size)]
+    special = {tokenizer.bos_id, tokenizer.token_id("<unk>"), *tokenizer.stop_ids}
+    byte_of = {letter: byte for byte, letter in enumerate(BYTE_CHARACTERS)}
+    first = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalpha()), None)
+    before = [] if first is None else [first]
+    start = tokenizer.decode(before)
+
+    def of_token(i: int, piece: str) -> bytes | None:
+        text = tokenizer.decode([*before, i])
+        if i in special or text == start:
+            return None
+        if text.startswith(start) and "\ufffd" not in text:
+            return text[len(start) :].encode()
+        if found := _BYTE.fullmatch(piece):
+            return bytes([int(found[1], 16)])
+        return bytes(map(byte_of.__getitem__, piece)) if byte_of.keys() >= set(piece) else None
+
+    return [of_token(i, piece) for i, piece in enumerate(tokenizer.pieces())]
+
+
+class _Vocabulary:
+    """Vocabulary as llguidance takes it; one without an end gets one behind all tokens."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: tuple[int, ...]):
+        found = token_bytes(tokenizer)
+        found += [None] * (max([len(found), *end_ids]) + 1 - len(found))
+        self.eos_token_id = end_ids[0] if end_ids else len(found) - 1
+        self.special_token_ids = [i for i, text in enumerate(found) if text is None]
+        self.tokens = [f"<|{i}|>".encode() if x is None else x for i, x in enumerate(found)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        whole = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode(whole).tolist()
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(limits: TextLimits) -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    own = _Vocabulary(limits.tokenizer, limits.end_ids)
+    return LLTokenizer(TokenizerWrapper(own), n_vocab=len(own.tokens), eos_token=own.eos_token_id)
+
+
+@lru_cache(maxsize=64)
+def _matcher(limits: TextLimits, grammar: str) -> Any:
+    """Return a matcher of an empty text; it is copied before it consumes a token."""
+    from llguidance import LLMatcher
+
+    return LLMatcher(_vocabulary(limits), grammar, log_level=0)
