@@ -235,6 +235,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     opcode, results = instruction.opcode, instruction.shapes
     if opcode in NOTHING_MOVES or opcode.endswith(("-done", "-update")):
         return 0
+    if instruction.target == "AllocateBuffer":
+        return 0
     if opcode == "custom-call" and (cost := _cost(instruction)):
         return cost[1]
     operands = [shape for operand in computation.operands(instruction) for shape in operand.shapes]
@@ -261,8 +263,8 @@ def _fusion_traffic(module: Module, computation: Computation, fusion: Instructio
     total = 0
     for number, operand in enumerate(computation.operands(fusion)):
         if number not in passed.values():
-            total += min(_bytes(operand.shapes), _read(inside, inside.parameters[number]))
-    return total + _written(inside, inside.root, fusion.shapes, frozenset(passed))
+            total += min(_bytes(operand.shapes), _read(module, inside, number))
+    return total + _written(module, inside, inside.root, fusion.shapes, frozenset(passed))
 
 
 def _passed_through(fusion: Instruction) -> dict[int, int]:
@@ -274,23 +276,29 @@ def _passed_through(fusion: Instruction) -> dict[int, int]:
     return {int(result or 0): int(operand) for result, operand in pairs}
 
 
-def _read(inside: Computation, parameter: Instruction) -> int:
-    """Return the bytes that a fusion reads of a parameter: all, or the slices that it takes."""
-    total = 0
-    for user in inside.users(parameter.name):
-        if user.opcode in ("dynamic-slice", "slice", "gather"):
-            space = parameter.shapes[0].space
-            total += sum(Shape(s.dtype, s.dims, space).bytes for s in user.shapes if not space)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            total += 0
-        elif user.opcode == "bitcast":
-            total += _read(inside, user)
-        else:
-            return _bytes(parameter.shapes)
+def _read(module: Module, inside: Computation, number: int) -> int:
+    """Return the bytes that a fusion reads of a parameter: all, or the slices that it takes.
+
+    Slices may be in a fusion inside this one.
+    """
+    read, total = [inside.parameters[number]], 0
+    for array in read:
+        for user in inside.users(array.name):
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                space = array.shapes[0].space
+                total += sum(Shape(s.dtype, s.dims, space).bytes for s in user.shapes if not space)
+            elif user.opcode == "bitcast":
+                read.append(user)
+            elif nested := module.fused(user):
+                places = (i for i, operand in enumerate(user.operands) if operand == array.name)
+                total += sum(_read(module, nested, i) for i in places)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+                return _bytes(array.shapes)
     return total
 
 
 def _written(
+    module: Module,
     inside: Computation,
     root: Instruction,
     results: tuple[Shape, ...],
@@ -302,9 +310,12 @@ def _written(
     """
     while root.opcode == "bitcast":
         root = inside.operands(root)[0]
+    if nested := module.fused(root):
+        return _written(module, nested, nested.root, results, passed)
     if root.opcode == "tuple" and len(root.operands) == len(results):
         parts = enumerate(zip(inside.operands(root), results, strict=True))
-        return sum(_written(inside, part, (out,)) for i, (part, out) in parts if i not in passed)
+        shown = ((part, out) for i, (part, out) in parts if i not in passed)
+        return sum(_written(module, inside, part, (out,)) for part, out in shown)
     if root.opcode == "dynamic-update-slice" and not results[0].space:
         return inside.operands(root)[1].shapes[0].bytes
     return _bytes([result for i, result in enumerate(results) if i not in passed])

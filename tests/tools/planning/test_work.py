@@ -192,6 +192,35 @@ def test_a_fusion_moves_the_slice_that_it_reads_and_the_update_that_it_writes():
     assert memory_traffic(parse_hlo(TRAFFIC)) == 400 + 400 + 4 + 400
 
 
+NESTED = """
+%inner (q0: f32[10,100], q1: s32[]) -> f32[100] {
+  %q0 = f32[10,100]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,100]{1,0} dynamic-slice(%q0, %q1, %zero), dynamic_slice_sizes={1,100}
+  ROOT %flat = f32[100]{0} bitcast(%row)
+}
+
+%outer (p0: f32[10,100], p1: s32[]) -> f32[100] {
+  %p0 = f32[10,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %taken = f32[100]{0} fusion(%p0, %p1), kind=kLoop, calls=%inner
+  ROOT %sum = f32[100]{0} add(%taken, %taken)
+}
+
+ENTRY %main (i: s32[]) -> f32[100] {
+  %i = s32[] parameter(0)
+  %x = f32[10,100]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %fusion = f32[100]{0} fusion(%x, %i), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_in_a_fusion_inside_another_moves_no_more():
+    """A row of 400 bytes, an index of 4 and a result of 400; to reserve memory moves nothing."""
+    assert memory_traffic(parse_hlo(NESTED)) == 400 + 4 + 400
+
+
 STEP = """
 %step (p0: f32[10,100], p1: f32[100]) -> (f32[100], f32[10,100]) {
   %p0 = f32[10,100]{1,0} parameter(0)
