@@ -46,6 +46,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("lm inspect: give either --prompt TEXT or --input FILE.jsonl")
     if args.target is not None and len(args.prompt) != 1:
         raise UserError("--target is that of one --prompt; give several as an --input FILE.jsonl")
+    if args.corpus is not None and not args.corpus.strip():
+        raise UserError("--corpus is empty; give NAME:ARGUMENT, such as text:FILE")
     texts = [Text(text, args.target) for text in args.prompt]
     texts = texts or read_texts(Path(args.input))
     folder = open_run_folder(args.workdir)

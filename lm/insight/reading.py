@@ -136,10 +136,14 @@ def make_passage(
         target: of an encoder–decoder the target; of a decoder the continuation.
 
     Raises:
-        UserError: a text is empty or too long, or the model reads no target.
+        UserError: a text is empty, too long or not UTF-8, or the model reads no target.
     """
     model, special = experiment.model, special_tokens(tokenizer)
     require_transformer(model)
+    try:
+        (text + (target or "")).encode()
+    except UnicodeEncodeError:
+        raise UserError("it is not UTF-8") from None
     source: np.ndarray | None = None
     tokens: Any
     mask, n_prefix = -1, 0

@@ -126,8 +126,9 @@ def write_inspect_page(
         title=title,
         lead=_lead(experiment, step),
         tiles=_tiles(experiment, [reading for reading, _ in readings]),
+        names=[text.text[:40] for text in texts],
         texts=[_shown(reading, text_of) for reading, text_of in readings],
-        norms=[svg(_norms(reading)) for reading, _ in readings],
+        norms=[list(map(svg, _norms(reading))) for reading, _ in readings],
         neurons=neurons,
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -278,29 +279,30 @@ def _shown_neuron(neuron: Neuron, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _norms(reading: Reading) -> Any:
-    """Plot the norms of the residual stream and of what the sublayers add, by layer."""
-    paths = sorted(reading.arrays, reverse=True)  # an encoder before its decoder
-    stacks = [path.removesuffix("residual") for path in paths if path.endswith("residual")]
-    figure, grid = subplots(1, len(stacks), sharey=True, figsize=(5.6 * len(stacks), 3.6))
-    for axes, stack in zip(np.atleast_1d(grid), stacks, strict=True):
-        residual, updates = reading.arrays[f"{stack}residual"], reading.arrays[f"{stack}updates"]
+def _norms(reading: Reading) -> list[Any]:
+    """Plot the norms of each stack's residual stream and of what its sublayers add, by layer."""
+    figures = []
+    for path in sorted(reading.arrays, reverse=True):  # an encoder before its decoder
+        if not path.endswith("residual"):
+            continue
+        stack = path.removesuffix("residual")
+        residual, updates = reading.arrays[path], reading.arrays[f"{stack}updates"]
+        colors = {"attention": COLORS[1], "feed-forward": COLORS[2], "cross-attention": COLORS[3]}
+        has_source = updates.shape[1] == len(colors)
+        names = sorted(colors) if has_source else ["attention", "feed-forward"]
+        figure, axes = subplots()
         _band(axes, np.arange(len(residual)), residual, COLORS[0], "residual stream")
-        names = {"attention": COLORS[1], "feed-forward": COLORS[2], "cross-attention": COLORS[3]}
-        has_source = updates.shape[1] == len(names)
-        order = sorted(names) if has_source else ["attention", "feed-forward"]
-        for i, name in enumerate(order):
+        for i, name in enumerate(names):
             x = np.arange(1, len(updates) + 1)
-            _band(axes, x, updates[:, i], names[name], f"{name} update")
+            _band(axes, x, updates[:, i], colors[name], f"{name} update")
         axes.set(xlabel=f"{stack.rstrip('/')} layer".strip(), ylabel="norm")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        legend(axes, 1 + len(order))
-    norms = [x.reshape(-1) for path, x in reading.arrays.items() if not path.endswith("attention")]
-    low, high = np.quantile(np.concatenate(norms), (0.1, 0.9))
-    if low > 0 and high / low >= 5:
-        for axes in np.atleast_1d(grid):
+        legend(axes, 1 + len(names))
+        low, high = np.quantile(np.concatenate([residual.ravel(), updates.ravel()]), (0.1, 0.9))
+        if low > 0 and high / low >= 5:
             count_axis(axes.yaxis)
-    return figure
+        figures.append(figure)
+    return figures
 
 
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
