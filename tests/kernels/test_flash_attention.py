@@ -12,6 +12,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from lm.kernels import flash_attention as flash
+from lm.kernels import flash_tiles
 from lm.kernels.dot_product_attention import NEG_INF, AttentionMask, Dropout
 from lm.models.sharded_attention import attend_on_mesh
 from lm.parallel.mesh import AXES, make_mesh, per_row_key, use_mesh
@@ -78,7 +79,7 @@ def keep_of(words_BHW, L, S, rate):
     T, threshold = -(-L // 32) * 32, round(rate * 2**16)
 
     def one(words):
-        return flash.keep_weights([words[0], words[1]], 0, 0, T, S, threshold)[:L]
+        return flash_tiles.keep_weights([words[0], words[1]], 0, 0, T, S, threshold)[:L]
 
     return jax.vmap(jax.vmap(one))(words_BHW)
 
@@ -100,7 +101,7 @@ def output_and_gradients(attend, g, *inputs):
     ("case", "fused"), [*((case, True) for case in CASES), ("everything", False), ("cross", False)]
 )
 def test_values_and_gradients_equal_those_of_all_scores(case, fused, monkeypatch):
-    monkeypatch.setattr(flash, "LARGEST_TILE", 128)
+    monkeypatch.setattr(flash_tiles, "LARGEST_TILE", 128)
     if not fused:
         monkeypatch.setattr(flash, "WHOLE_QUERIES", 0)
     mask, sizes = CASES[case]
@@ -131,7 +132,7 @@ def test_the_bits_of_dropout_are_those_of_the_generator():
     words_BHW = jax.random.bits(jax.random.key(0), (1, 2, 2))
     expected = reference_keep(words_BHW, 100, 9, 0.25)
     np.testing.assert_array_equal(keep_of(words_BHW, 100, 9, 0.25), expected)
-    tile = flash.keep_weights([*words_BHW[0, 1]], jnp.asarray(64), 5, 32, 4, 2**14)
+    tile = flash_tiles.keep_weights([*words_BHW[0, 1]], jnp.asarray(64), 5, 32, 4, 2**14)
     np.testing.assert_array_equal(tile, expected[0, 1, 64:96, 5:])
 
 
@@ -139,13 +140,13 @@ def test_the_generator_gives_the_known_answers():
     """Those of Random123's `kat_vectors` for threefry2x32 with 13 rounds."""
     for word, answer in ((0, [0x9D1C5EC6, 0x8BD50731]), (2**32 - 1, [0xFD36D048, 0x2D17272C])):
         words = [np.asarray([word], np.uint32)] * 2
-        assert [int(x[0]) for x in flash.threefry(words, words)] == answer
+        assert [int(x[0]) for x in flash_tiles.threefry(words, words)] == answer
 
 
 def test_with_twenty_rounds_the_generator_is_that_of_jax(monkeypatch):
-    monkeypatch.setattr(flash, "N_ROUNDS", 20)
+    monkeypatch.setattr(flash_tiles, "N_ROUNDS", 20)
     key, counter = np.array([7, 1 << 31], np.uint32), np.arange(8, dtype=np.uint32)
-    found = flash.threefry([*key], [counter[:4], counter[4:]])
+    found = flash_tiles.threefry([*key], [counter[:4], counter[4:]])
     np.testing.assert_array_equal(np.concatenate(found), threefry_2x32(key, counter))
 
 
