@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -20,7 +21,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        key = re.search(r"unrecognized.* (--)?(\w+(\.\w+)+)(?(1)|=)", message)
+        hint = f"a key of the configuration is --config.{key[2]}=VALUE; " if key else ""
+        raise UserError(f"{self.prog}: {message}; {hint}see {self.prog} --help")
 
 
 def parse(
