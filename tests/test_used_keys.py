@@ -64,6 +64,7 @@ def _readers():
 OTHERS = {
     *("data.doc_stride", "data.field", "data.validation_split", "data.source", "data.tokenizer"),
     *("data.end_token", "data.token_dtype", "data.shard_cache"),
+    *("decode.guard_labels", "decode.guard_threshold"),
     *(
         key
         for key in SCHEMA

@@ -73,7 +73,8 @@ _VALIDATION = (
 )
 _OF_LOSS = ("eval.max_batches", "eval.by_source", "train.steps_per_dispatch")
 _OF_TASK = (
-    *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "decode.*"),
+    *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "-eval.safety*"),
+    *("decode.*", "-decode.guard*"),
     *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
 )
 _OF_SAFETY = ("safety.*", "decode.*", "data.*", "-data.tokenizer*", "-data.batch_size")
@@ -91,7 +92,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
     if args.safety is not None:
         return (*MESH, *MODEL, *_OF_SAFETY)
     if args.harness:
-        return (*MESH, *MODEL, "decode.*", "data.sequence_length")
+        return (*MESH, *MODEL, "decode.*", "-decode.guard*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
     scored = _OF_TASK if args.task else _OF_LOSS
     return (*MESH, *MODEL, *READING, *read, *scored)

@@ -47,6 +47,7 @@ READING: Patterns = (
     "-data.weights",
     "-data.schedule",
     "-data.epochs",
+    "-data.canar*",
     "-data.stride",
     "-data.prefetch",
     "-data.split",

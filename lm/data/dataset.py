@@ -89,7 +89,7 @@ def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tupl
 
         return tuple(open_records(spec, data, split) for spec in specs)
     sources = tuple(open_corpus(spec, data, split) for spec in specs)
-    if not data.canaries or split != "train":
+    if split != "train" or not data.canaries:
         return sources
     from lm.data.canaries import plant
 

@@ -149,11 +149,12 @@ def _open_run(
     `given` is the configuration before it was resolved; the other arguments are as for `train`.
     """
     config = experiment.config
-    if config.eval.best and not dataset.validation:
-        raise UserError(
-            f"--config.eval.best={config.eval.best} needs validation data: set "
-            "--config.data.validation_source or --config.data.validation_fraction"
-        )
+    for key in ("best", "safety"):
+        if config.eval[key] and not dataset.validation:
+            raise UserError(
+                f"--config.eval.{key}={config.eval[key]} needs validation data: set "
+                "--config.data.validation_source or --config.data.validation_fraction"
+            )
     if restart:
         set_lost_run_aside(workdir)
     metadata = run_metadata(config, dataset.fingerprint, given)

@@ -69,16 +69,15 @@ class Subject:
         return [TokenScores(*map(np.concatenate, zip(*some, strict=True))) for some in found]
 
     def _parts(self, request: Request) -> list[Request]:
-        context, n = self.config.model.max_length, len(request.continuation)
-        is_decoder = not (self.is_encoder or is_encoder_decoder(self.experiment.model))
-        if not is_decoder or n <= context:
+        if self.is_encoder or is_encoder_decoder(self.experiment.model):
             return [request]
-        ids, start, size = (
-            [*request.prompt, *request.continuation],
-            len(request.prompt),
-            context // 2,
-        )
-        at = range(start, start + n, max(size, 1))
+        # A vocabulary may have no token to start with: a text then follows a new line.
+        prompt = request.prompt if len(request.prompt) else self.tokenizer.encode("\n")
+        context, n = self.config.model.max_length, len(request.continuation)
+        if n <= context:
+            return [request._replace(prompt=prompt)]
+        ids, start = [*prompt, *request.continuation], len(prompt)
+        at = range(start, start + n, max(context // 2, 1))
         return [Request(ids[:i], ids[i : min(i + at.step, start + n)]) for i in at]
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

@@ -9,8 +9,8 @@ import pytest
 
 from lm.api import load_run
 from lm.config import default
-from lm.data.tokenizers.basic import ByteTokenizer
-from lm.evaluation.likelihood import TokenScores
+from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
+from lm.evaluation.likelihood import Request, TokenScores
 from lm.evaluation.safety.bias import CrowsPairs, preferred, shared_tokens
 from lm.evaluation.safety.suite import Subject
 from lm.runs.metrics_file import add_figures
@@ -59,6 +59,19 @@ def test_a_long_sentence_is_scored_in_parts_that_sum_to_the_whole(run_folder):
     assert len(scores.log_likelihoods) == 110
     (start,) = subject.score([("", ("the small model reads " * 5)[:16])])
     np.testing.assert_allclose(scores.log_likelihoods[:16], start.log_likelihoods, rtol=1e-4)
+
+
+def test_a_text_that_no_token_starts_follows_a_new_line():
+    config = default()
+    config.model.max_length = 2
+    experiment = SimpleNamespace(config=config, model=None)
+    subject = Subject(experiment, {}, CharTokenizer("\nab"))
+    parts = subject._parts(Request([], np.array([1, 2, 1])))
+    assert [(list(before), list(after)) for before, after in parts] == [
+        ([0], [1]),
+        ([0, 1], [2]),
+        ([0, 1, 2], [1]),
+    ]
 
 
 def test_figures_go_behind_the_lines_of_their_step_and_replace_earlier_ones(tmp_path):
