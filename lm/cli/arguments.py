@@ -190,8 +190,17 @@ def open_run(
     overrides: Overrides,
     any_batch: bool = False,
     step: int | None = None,
+    heads_optional: bool = False,
 ) -> tuple[Any, Any, int]:
-    """Load the run that `--workdir`, `--average` and `--best` name; see `restore_run`."""
+    """Load the run that `--workdir`, `--average` and `--best` name.
+
+    Args:
+        args: options of the command line.
+        overrides: configuration keys of the command line.
+        any_batch: as in `restore_run`.
+        step: as in `restore_run`.
+        heads_optional: as in `restore_params`.
+    """
     from lm.cli.used_keys import print_without_effect
     from lm.parallel.mesh import print_on_primary_host
     from lm.runs.saved_params import load_tokenizer, restore_run
@@ -199,7 +208,7 @@ def open_run(
 
     workdir = open_run_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
-    options |= {"step": step}
+    options |= {"step": step, "heads_optional": heads_optional}
     experiment, params, step = restore_run(workdir, overrides, print_on_primary_host, **options)
     print_without_effect(experiment.config, overrides, print_on_primary_host)
     if experiment.tokenizer is None:

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     require_writable(output)
     if args.corpus is not None:
         overrides = {"eval.max_batches": "0", **overrides, "data.test_source": args.corpus}
-    experiment, params, step = open_run(args, overrides, any_batch=args.corpus is None)
+    options = {"any_batch": args.corpus is None, "heads_optional": True}
+    experiment, params, step = open_run(args, overrides, **options)
     corpus = None
     if args.corpus is not None:
         config, tokenizer = experiment.config, experiment.tokenizer

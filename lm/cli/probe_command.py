@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.insight.probes import probe
     from lm.tools.formatting import plain_text, text_table
 
-    experiment, params, _ = open_run(args, overrides, any_batch=True)
+    experiment, params, _ = open_run(args, overrides, any_batch=True, heads_optional=True)
     report = probe(experiment, params, args.labels, args.held_out, args.seed)
     if args.json:
         layers = [asdict(score) | {"selectivity": score.selectivity} for score in report.layers]

@@ -35,7 +35,7 @@ from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.insight.capture import require_transformer, run_and_capture
 from lm.models.transformer import Stack
-from lm.models.variables import Params, as_variables
+from lm.models.variables import Params, as_variables, flat
 
 MOST_TOKENS = 512  # that are shown of a text: maps grow with its square
 N_ALTERNATIVES, N_LENS = 10, 3
@@ -173,7 +173,8 @@ def make_passage(
     if mask >= 0:
         positions = positions[1:-1]
     n_rows = model.config.vocab_size  # type: ignore[attr-defined]
-    if not experiment.objective.has_perplexity or mask >= n_rows:
+    has_heads = flat(params).keys() >= experiment.param_infos.keys()
+    if not (experiment.objective.has_perplexity and has_heads) or mask >= n_rows:
         positions = positions[:0]
     chosen = np.asarray(targets, np.int32)[positions]
     return Passage(tokens, positions, chosen, source, mask, n_prefix)

@@ -65,6 +65,7 @@ def restore_run(
     best: bool = False,
     any_batch: bool = False,
     step: int | None = None,
+    heads_optional: bool = False,
 ) -> tuple[Experiment, Params, int]:
     """Restore a run on all devices, replicated unless the overrides name a mesh.
 
@@ -76,6 +77,7 @@ def restore_run(
         best: read the checkpoint that `--config.eval.best` kept.
         any_batch: set the batch sizes to one example a device (for decoding).
         step: read the checkpoint of this step; None: the newest.
+        heads_optional: as in `restore_params`.
 
     Returns:
         The experiment, with the run's tokenizer if it has one; the parameters, with LoRA updates
@@ -90,7 +92,9 @@ def restore_run(
     config = load_run_config(workdir, changed | dict(overrides))
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     experiment = build_untraced(config, jax.devices(), tokenizer)
-    return experiment, *restore_params(experiment, workdir, log, average, best, step)
+    return experiment, *restore_params(
+        experiment, workdir, log, average, best, step, heads_optional
+    )
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -110,6 +114,7 @@ def restore_params(
     average: int = 1,
     best: bool = False,
     step: int | None = None,
+    heads_optional: bool = False,
 ) -> tuple[Params, int]:
     """Restore the parameters of a run, sharded as `experiment` shards them.
 
@@ -120,6 +125,8 @@ def restore_params(
         average: number of newest checkpoints whose parameters are averaged.
         best: read the checkpoint that `--config.eval.best` kept.
         step: read the checkpoint of this step, and older ones for an average; None: the newest.
+        heads_optional: leave out heads that either the model or the run does not have, as of a
+            model that was imported without any.
 
     Returns:
         The nested parameters and the step of the newest checkpoint read.
@@ -138,13 +145,21 @@ def restore_params(
                 f"no checkpoint of step {step} in {storage_path(workdir)}; there are {there}"
             )
     found = checkpoints[0].shapes
+    if heads_optional:
+        infos = experiment.param_infos
+        heads = {path for path in shapes if infos[path].role.part in ("pretraining", "task")}
+        modules = {path.partition("/")[0] for path in shapes}
+        shapes = {path: x for path, x in shapes.items() if path in found or path not in heads}
+        found = {path: x for path, x in found.items() if path.partition("/")[0] in modules}
     for path in sorted({*shapes, *found}):
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(
                 f"{path} is not as in the run in {storage_path(workdir)}: "
                 "leave its model configuration alone"
             )
-    shardings = flat(experiment.inference_sharding)
+    shardings = {
+        path: x for path, x in flat(experiment.inference_sharding).items() if path in shapes
+    }
     params, steps = mean_params(checkpoints, average, shardings, log)
     if step is not None and steps[0] != step:
         raise UserError(f"the checkpoint of step {step} in {storage_path(workdir)} is damaged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config import default
 from lm.errors import UserError
-from lm.models.variables import nested
+from lm.models.variables import Kind, ParamInfo, Role, flat, nested
 from lm.runs.checkpoints import Checkpoints
-from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.runs.saved_params import mean_params, restore_params, saved_checkpoints
 from lm.train_step import TrainState
 
 ALPHA, RANK = 6.0, 2
@@ -149,3 +150,30 @@ def test_adapted_kernels_are_merged_before_they_are_averaged(tmp_path):
     np.testing.assert_allclose(
         found["stack/layers/out/kernel"], np.mean(merged, axis=0), rtol=1e-5, atol=1e-5
     )
+
+
+def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
+    """Parameters of layers, and those of a module that both have, never are."""
+    source = save(tmp_path, [1], SHAPES | {"pooler/kernel": (4, 4)})
+
+    def restore(extra, part, **options):
+        shapes = {path: jax.ShapeDtypeStruct(x, "float32") for path, x in (SHAPES | extra).items()}
+        infos = {path: ParamInfo(Role(Kind.MATRIX), ()) for path in shapes}
+        infos |= {path: ParamInfo(Role(Kind.HEAD, part=part), ()) for path in extra}
+        experiment = SimpleNamespace(
+            inference_shapes=nested(shapes),
+            inference_sharding=nested(dict.fromkeys(shapes, ONE)),
+            param_infos=infos,
+        )
+        params, _ = restore_params(experiment, source, print, **options)
+        return flat(params)
+
+    head = {"logit_bias/bias": (4,)}
+    assert restore(head, "pretraining", heads_optional=True).keys() == SHAPES.keys()
+    for extra, part, options in (
+        (head, "pretraining", {}),
+        (head, "body", {"heads_optional": True}),
+        ({"pooler/bias": (4,)}, "task", {"heads_optional": True}),
+    ):
+        with pytest.raises(UserError, match="is not as in the run"):
+            restore(extra, part, **options)

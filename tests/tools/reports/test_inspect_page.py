@@ -35,6 +35,7 @@ def experiment(model, family="decoder", has_perplexity=True):
         objective=objective,
         tokenizer=ByteTokenizer(),
         param_shapes={"w": np.zeros(3)},
+        param_infos={},
     )
 
 
@@ -83,6 +84,9 @@ def test_a_mask_is_written_in_the_text_of_an_encoder():
     assert passage.targets.tolist() == [ord("a"), -1, ord(".")]
     classifier = experiment(model, "encoder", has_perplexity=False)
     assert not len(make_passage(classifier, {}, ByteTokenizer(), "a", None).positions)
+    headless = experiment(model, "encoder")
+    headless.param_infos = {"logit_bias/bias": None}
+    assert not len(make_passage(headless, {}, ByteTokenizer(), "a", None).positions)
 
 
 def test_texts_of_tokens_join_to_the_text():
