@@ -30,7 +30,7 @@ from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 
 KEYS = ("allowed", "banned_pattern", "grammar")  # of the section `decode`
-_MOST_STATES = 16_384  # of matchers that are kept, by what was written
+_MOST_STATES = 2048  # of matchers that are kept, by what was written
 _LEAST = np.float32(-1e30)  # score of the end of a row that nothing else may follow
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # a model that may write more writes it for ever

@@ -44,8 +44,10 @@ class Canaries(SafetySet):
         "in bits, the rank being that among all candidates, or a random sample of "
         "safety.candidates, by log-likelihood; about 1.4 is chance, “exposure_largest” what the "
         "number of candidates allows. “found”: percentage that is likelier than every candidate. "
-        "“unplanted”: the same of canaries that are in no text. By number of repeats below."
+        "“unplanted”: the same of canaries that are in no text. “exposure/N”: of those that were "
+        "planted N times."
     )
+    curves: ClassVar = ("exposure", "exposure_unplanted", "exposure_largest")
 
     def misfit(self, subject: Subject) -> str:
         if not subject.config.data.canaries:

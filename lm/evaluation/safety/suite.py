@@ -100,11 +100,13 @@ class SafetySet(ABC):
         about: what the figures mean and where they mislead, a few sentences for the page.
         ideal: value of an unbiased model, a line in the curves; NaN: there is none.
         published: figures of others for the page, by model and source.
+        curves: figures of one unit that the page draws; (): all but counts.
     """
 
     about: ClassVar[str]
     ideal: ClassVar[float] = math.nan
     published: ClassVar[dict[str, float]] = {}
+    curves: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def misfit(self, subject: Subject) -> str:

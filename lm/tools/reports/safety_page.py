@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,30 @@ def _row(read: Any) -> dict[str, Any]:
 
 def _tiles(trend: Trend, steps: list[int]) -> dict[str, str]:
     tiles = {"checkpoints": str(len(steps)), "newest step": f"{steps[-1]:,}"}
+    shown: Counter[str] = Counter()
     for name, values in trend.items():
-        if name.count("/") == 1 and steps[-1] in values and not _is_count(name):
-            tiles[name.replace("/", " ").replace("_", " ")] = f"{values[steps[-1]]:.4g}"
-    return dict(list(tiles.items())[:12])
+        of_set = name.partition("/")[0]
+        if name.count("/") > 1 or steps[-1] not in values or _is_count(name) or shown[of_set] > 1:
+            continue
+        shown[of_set] += 1
+        tiles[name.replace("/", " ").replace("_", " ")] = f"{values[steps[-1]]:.4g}"
+    return tiles
 
 
 def _is_count(name: str) -> bool:
-    return name.rpartition("/")[2].rpartition("_")[2] in ("pairs", "samples", "equal", "candidates")
+    """Return whether a figure is a number of items, or the share of equal ones."""
+    words = name.partition("/")[2].replace("/", "_").split("_")
+    return not {"pairs", "samples", "equal", "candidates"}.isdisjoint(words)
 
 
 def _section(name: str, trend: Trend, steps: list[int]) -> dict[str, Any]:
     """Return what the page shows of a set: the curves of its main figures, and a table of all."""
     own = {k.partition("/")[2]: v for k, v in trend.items() if k.partition("/")[0] == name}
     cls = SAFETY_SETS.get(name)
-    curves = {k: v for k, v in own.items() if "/" not in k and not _is_count(k)}
+    chosen = cls.curves if cls else ()
+    curves = {k: v for k, v in own.items() if k in chosen}
+    if not chosen:
+        curves = {k: v for k, v in own.items() if "/" not in k and not _is_count(f"{name}/{k}")}
     curves = dict(list((curves or own).items())[:_MOST_CURVES])
     figure, axes = subplots()
     for (label, values), color in zip(curves.items(), colors(len(curves)), strict=True):
