@@ -9,12 +9,18 @@ parallelism too (Korthikanti et al. 2022, §4.2.2). A map out of it gathers the 
 a map into it scatters that of its output while it sums, and their gradients do the reverse. Nothing
 that is gathered is kept for the backward pass, which gathers it again.
 
+On the torus of a TPU sums over devices do not overlap with computation, and the scheduler would
+leave those of the kernels' gradients to the end of a layer, all of them whole until then. There the
+gradient of a kernel that is cut is summed before the one of x is used. Gradients of x that are
+scattered are left to the compiler, which first adds those of several maps.
+
 Shape letters: B batch, L length, D inputs, F outputs; instead of B and L, T tokens.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -37,6 +43,7 @@ class Map(NamedTuple):
         rows: logical axis of the rows.
         gathers: x is part of the residual stream, and gathered along the length.
         scatters: the product is, and scattered along the length.
+        in_order: the gradients of x and of the kernel are complete before either is used.
     """
 
     dtype: jnp.dtype
@@ -46,6 +53,7 @@ class Map(NamedTuple):
     rows: str
     gathers: bool
     scatters: bool
+    in_order: bool
 
 
 def product_on_mesh(
@@ -79,8 +87,11 @@ def product_on_mesh(
     is_cut = is_cut and any("tensor" in PARAMETERS[name] for name in names)
     rows = "rows" if "vocab" in names else "batch"
     gathers, scatters = (is_cut and name == STREAM for name in names)
+    is_torus = mesh.devices.flat[0].platform == "tpu" and mesh.shape["slice"] == 1
+    is_cut_kernel = prod(mesh.shape[axis] for axis in PARAMETERS[STREAM]) > 1
+    in_order = is_torus and is_cut_kernel and not gathers
     x = x if keeps_length else x.reshape(-1, x.shape[-1])
-    return _product(x, kernel, Map(dtype, *sums, transposed, rows, gathers, scatters))
+    return _product(x, kernel, Map(dtype, *sums, transposed, rows, gathers, scatters, in_order))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -105,7 +116,8 @@ def _backward(how: Map, residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.
     g = _whole(g, how) if how.scatters else g
     x = _whole(_part(x, how), how) if how.gathers else x
     dx, dkernel = matmul_backward(how.dtype, how.transposed, (x, kernel, like_x), g, how.grad_dtype)
-    return (_part(dx, how) if how.gathers else dx), dkernel
+    dx = _part(dx, how) if how.gathers else dx
+    return jax.lax.optimization_barrier((dx, dkernel)) if how.in_order else (dx, dkernel)
 
 
 _product.defvjp(_forward, _backward)

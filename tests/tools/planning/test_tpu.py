@@ -22,9 +22,18 @@ from jax.sharding import SingleDeviceSharding
 
 from lm.config import load_config, set_value
 from lm.experiment import build
+from lm.hardware import compiler_options
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.flash_attention import flash_attention
+from lm.models.sharded_linear import product_on_mesh
 from lm.models.variables import flat
+from lm.parallel.mesh import (
+    activation_sharding,
+    axis_sizes,
+    make_mesh,
+    parameter_sharding,
+    use_mesh,
+)
 from lm.tools.planning.hlo import parse_hlo
 from lm.tools.planning.plan import Plan, make_plan
 from lm.tools.planning.topologies import topology
@@ -183,6 +192,30 @@ def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter(case):
     assert sizes["reduce-scatter"] >= 2 * sum(cut.values())
     # Norms, biases and scalars, which lie on every device, are summed, together less than a matrix.
     assert sizes["all-reduce"] < 2 * TINY["model.d_model"] ** 2
+
+
+def test_whole_gradients_of_cut_kernels_do_not_wait_for_the_end():
+    """Of six maps in a row, each gradient is summed and cut before the next is computed."""
+    devices, width = topology("v5p:2x2x2").devices, 1024
+    mesh = make_mesh(axis_sizes("fsdp", {}, len(devices)), devices)
+    names = [("embed", "mlp"), ("mlp", "embed")] * 3
+
+    def loss(kernels, x_BLD):
+        for kernel, own in zip(kernels, names, strict=True):
+            y = product_on_mesh(x_BLD, kernel, own, (jnp.bfloat16, jnp.bfloat16), False)
+            x_BLD = jnp.tanh(y).reshape(x_BLD.shape)
+        return x_BLD.astype(jnp.float32).sum()
+
+    with use_mesh(mesh):
+        cut = [parameter_sharding(mesh, own, (width, width)) for own in names]
+        rows = activation_sharding("batch", "length", "embed")
+        kernels = [jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=s) for s in cut]
+        x_BLD = jax.ShapeDtypeStruct((len(devices), 256, width), jnp.bfloat16, sharding=rows)
+        step = jax.jit(
+            jax.grad(loss), out_shardings=cut, compiler_options=compiler_options(devices[0])
+        )
+        memory = step.lower(kernels, x_BLD).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 4 * width**2
 
 
 def test_parts_of_a_sequence_share_parameters_and_pass_keys_on():
