@@ -73,7 +73,14 @@ _VALIDATION = (
 )
 _OF_LOSS = ("eval.max_batches", "eval.by_source", "train.steps_per_dispatch")
 _OF_TASK = (
-    *("eval.*", "-eval.*batches", "-eval.every_steps", "-eval.best", "-eval.safety*"),
+    *(
+        "eval.*",
+        "-eval.*batches",
+        "-eval.every_steps",
+        "-eval.best",
+        "-eval.safety*",
+        "-eval.harness*",
+    ),
     *("decode.*", "-decode.guard*"),
     *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
 )
@@ -199,9 +206,11 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
     if len(args.step or ()) > 1:
         raise UserError("--harness evaluates one checkpoint: give one --step")
     from lm.decoding.generate_file import weights_identity
-    from lm.evaluation.harness import evaluate_tasks, figures
+    from lm.evaluation.beside_validation import HARNESS
+    from lm.evaluation.harness import evaluate_tasks, task_figures
     from lm.evaluation.task import require_writable
     from lm.parallel.mesh import is_primary_host
+    from lm.runs.metrics_file import record_figures
 
     experiment, params, step = open_run(args, overrides, step=(args.step or [None])[0])
     folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"harness-{step}")
@@ -219,8 +228,24 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
     )
     if is_primary_host():
         print(f"results are in {storage_path(folder)}", file=sys.stderr)
-        print_result({"step": step, **figures(results)}, args.json)
+        figures = task_figures(results)
+        if args.average == 1:
+            record_figures(args.workdir, step, {HARNESS + k: x for k, x in figures.items()})
+        print_result({"step": step, **figures}, args.json)
     return 0
+
+
+def _write_figures(args: argparse.Namespace, folder: Path, step: int, figures: Any) -> None:
+    """Write safety figures to FOLDER/STEP.json and metrics.jsonl.
+
+    Those of averaged parameters are no point of the trend, and go to a file of their own.
+    """
+    from lm.runs.metrics_file import record_figures
+
+    name = f"{step}.json" if args.average == 1 else f"{step}-average-{args.average}.json"
+    (folder / name).write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
+    if args.average == 1:
+        record_figures(args.workdir, step, figures)
 
 
 def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -235,7 +260,7 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.parallel.mesh import is_primary_host, print_on_primary_host
     from lm.progress import progress_bar
     from lm.runs.saved_params import restore_params
-    from lm.tools.reports.safety_page import record_figures, write_safety_page
+    from lm.tools.reports.safety_page import write_safety_page
 
     workdir = open_run_folder(args.workdir)
     names = args.safety or ",".join(SAFETY_SETS)
@@ -253,7 +278,7 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
             figures = safety_figures(subject, print_on_primary_host, require=bool(args.safety))
         reports.append({"step": step, **figures})
         if is_primary_host():
-            record_figures(args.workdir, folder, step, figures, args.average)
+            _write_figures(args, folder, step, figures)
     if is_primary_host():
         print(f"trend: {storage_path(write_safety_page(workdir, folder))}", file=sys.stderr)
         if args.json:

@@ -587,6 +587,18 @@ COMMON_KEYS: dict[str, Key] = {
         free=True,
         needs=("eval.safety",),
     ),
+    "eval.harness": Key(
+        "",
+        "Tasks of lm-eval, or their YAML files, that are run with the validation, comma-separated; "
+        "empty: none.",
+        free=True,
+    ),
+    "eval.harness_every": Key(
+        0, "The same as safety_every of them.", low=0, free=True, needs=("eval.harness",)
+    ),
+    "eval.harness_limit": Key(
+        0, "Documents of each of them; 0: all.", low=0, free=True, needs=("eval.harness",)
+    ),
     "safety.limit": Key(0, "Items of a safety set, evenly spaced; 0: all.", low=0, free=True),
     # --- decoding
     "decode.beam_size": Key(1, "Hypotheses of a search; 1: greedy.", low=1, high=1000, free=True),

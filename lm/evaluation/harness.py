@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ except ImportError as error:
     raise missing_package("lm eval --harness", "lm-eval", "harness") from error
 
 _WINDOW = 1024  # requests that are sorted by length together; fewer are lost in a crash
+_TASK_FILES = (".yaml", ".yml")
 _NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
 
 
@@ -112,14 +113,20 @@ class HarnessModel(LM):
         params: its parameters.
         tokenizer: its tokenizer.
         answers: answers of earlier starts.
+        progress: called with the number of rows of each finished batch; it may raise.
     """
 
     def __init__(
-        self, experiment: Experiment, params: Params, tokenizer: Tokenizer, answers: Answers
+        self,
+        experiment: Experiment,
+        params: Params,
+        tokenizer: Tokenizer,
+        answers: Answers,
+        progress: Callable[[int], Any] = lambda n: None,
     ):
         super().__init__()
         self._experiment, self._params, self._tokenizer = experiment, params, tokenizer
-        self._answers = answers
+        self._answers, self._progress = answers, progress
 
     @property
     def max_length(self) -> int:
@@ -133,7 +140,7 @@ class HarnessModel(LM):
 
         def compute(numbers: Sequence[int]) -> list[Any]:
             split = [split_request(experiment, tokenizer, *pairs[i]) for i in numbers]
-            scores = score(experiment, self._params, tokenizer, split)
+            scores = score(experiment, self._params, tokenizer, split, self._progress)
             return [
                 [float(s.log_likelihoods.sum(dtype=np.float64)), bool(s.greedy.all())]
                 for s in scores
@@ -149,7 +156,8 @@ class HarnessModel(LM):
         def compute(numbers: Sequence[int]) -> list[Any]:
             windows = [self._windows(texts[i]) for i in numbers]
             flat = [window for of_text in windows for window in of_text]
-            scores = iter(score(self._experiment, self._params, self._tokenizer, flat))
+            parts = self._experiment, self._params, self._tokenizer
+            scores = iter(score(*parts, flat, self._progress))
             return [
                 sum(float(next(scores).log_likelihoods.sum(dtype=np.float64)) for _ in of_text)
                 for of_text in windows
@@ -202,7 +210,7 @@ class HarnessModel(LM):
             special = special_tokens(tokenizer)
             ids = [special.source(tokenizer.encode(p), self.max_length).tolist() for p in prompts]
             beam = BeamOptions.from_config(config, tokenizer)
-            outputs = decode_best(experiment, self._params, tokenizer, ids, beam)
+            outputs = decode_best(experiment, self._params, tokenizer, ids, beam, self._progress)
             written = [text_after(tokenizer, [], new) for new in outputs]
         else:
             room = self.max_length - n_new
@@ -216,13 +224,66 @@ class HarnessModel(LM):
                 temperature, int(chosen.get("top_k", 0)), float(chosen.get("top_p", 1.0))
             )
             controls = Controls.from_config(config, tokenizer)
-            sampled = sample_batches(experiment, self._params, ids, sampling, 0, controls)
+            sampled = sample_batches(
+                experiment, self._params, ids, sampling, 0, controls, progress=self._progress
+            )
             written = [
                 text_after(tokenizer, prompt, hypotheses[0].tokens)
                 for prompt, hypotheses in zip(ids, sampled, strict=True)
             ]
         stop = [text for text in chosen["until"] if text]
         return [text_before(stop, text) for text in written]
+
+
+def load_tasks(
+    experiment: Experiment,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    option: str = "--harness ",
+) -> Any:
+    """Read tasks of lm-eval and their data.
+
+    Args:
+        experiment: experiment on a mesh, which has to fit them.
+        tasks: names of tasks or groups, or paths of their YAML files.
+        include_path: folder of further task files, which may hold code that is run.
+        option: what named the tasks, for messages.
+
+    Returns:
+        lm-eval's manager of tasks.
+
+    Raises:
+        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+    """
+    if include_path is not None and not os.path.isdir(include_path):
+        raise UserError(f"--include_path {include_path}: there is no such folder")
+    from lm_eval.tasks import TaskManager
+
+    for package in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a fork beside JAX's threads may hang
+    with _errors_of_tasks(option, tasks):
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        names = {task for task in tasks if Path(task).suffix not in _TASK_FILES}
+        if not names <= set(manager.all_tasks):  # reading its thousands takes seconds
+            manager = TaskManager(include_path=include_path)
+        _require_known(tasks, manager.all_tasks)
+        _require_fitting(experiment, manager.load(list(tasks))["tasks"])
+    return manager
+
+
+@contextmanager
+def _errors_of_tasks(option: str, tasks: Sequence[str]) -> Iterator[None]:
+    """Convert what tasks, which are code, and the libraries that read data raise to UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{option}{','.join(tasks)}: {type(error).__name__}: {' '.join(lines[:1])}"
+        ) from error
 
 
 def evaluate_tasks(
@@ -236,6 +297,9 @@ def evaluate_tasks(
     shots: int | None = None,
     limit: int | None = None,
     include_path: str | None = None,
+    resamples: int = 100_000,
+    progress: Callable[[int], Any] = lambda n: None,
+    option: str = "--harness ",
 ) -> dict[str, Any]:
     """Evaluate a run on tasks of lm-eval, and write its files of results.
 
@@ -249,6 +313,9 @@ def evaluate_tasks(
         shots: examples in a prompt; None: as the task says.
         limit: evaluate only the first documents of each task; None: all.
         include_path: folder of further task files, which may hold code that is run.
+        resamples: bootstrap samples of a standard error; 0: no standard errors.
+        progress: called with the number of rows of each finished batch; it may raise.
+        option: what named the tasks, for messages.
 
     Returns:
         lm-eval's results.
@@ -256,34 +323,20 @@ def evaluate_tasks(
     Raises:
         UserError: there is no such task, its data cannot be read, or it does not fit the model.
     """
-    if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include_path {include_path}: there is no such folder")
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    for package in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a fork beside JAX's threads may hang
-    try:
-        manager = TaskManager(include_path=include_path, include_defaults=False)
-        if not set(tasks) <= set(manager.all_tasks):  # reading its thousands takes seconds
-            manager = TaskManager(include_path=include_path)
-        _require_known(tasks, manager.all_tasks)
-        model = HarnessModel(
-            experiment, params, tokenizer, Answers(folder / "answers.jsonl", weights)
+    manager = load_tasks(experiment, tasks, include_path, option)
+    answers = Answers(folder / "answers.jsonl", weights)
+    model = HarnessModel(experiment, params, tokenizer, answers, progress)
+    with _errors_of_tasks(option, tasks), redirect_stdout(sys.stderr):
+        results: Any = simple_evaluate(
+            model,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=resamples,
         )
-        _require_fitting(experiment, manager.load(list(tasks))["tasks"])
-        with redirect_stdout(sys.stderr):
-            results: Any = simple_evaluate(
-                model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager
-            )
-    except UserError:
-        raise
-    except Exception as error:  # of tasks, which are code, and of the libraries that read data
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"--harness {','.join(tasks)}: {type(error).__name__}: {' '.join(lines[:1])}"
-        ) from error
     if is_primary_host():
         _write_results(folder, results)
     return results
@@ -328,7 +381,7 @@ def _write_results(folder: Path, results: dict[str, Any]) -> None:
     (folder / "results.json").write_text(text(results, 2), encoding="utf-8")
 
 
-def figures(results: Mapping[str, Any]) -> dict[str, float]:
+def task_figures(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of all tasks as TASK/METRIC, with standard errors as METRIC_stderr."""
     found = {}
     for task, metrics in results["results"].items():

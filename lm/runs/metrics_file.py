@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from lm.errors import UserError
-from lm.storage import parse_json, write_atomically
+from lm.storage import open_run_folder, parse_json, resolve_path, run_lock, write_atomically
+
+
+def record_figures(place: str, step: int, figures: Mapping[str, float]) -> None:
+    """Write figures of a checkpoint to the metrics.jsonl of a run.
+
+    While the run trains the file is left alone, and a line on stderr says so.
+
+    Args:
+        place: workdir, local or in a bucket.
+        step: step of the checkpoint.
+        figures: finite values by name.
+    """
+    try:
+        with run_lock(resolve_path(place)):
+            add_figures(open_run_folder(place) / "metrics.jsonl", step, figures)
+    except UserError as error:
+        print(f"note: metrics.jsonl is left alone: {error}", file=sys.stderr)
 
 
 def add_figures(file: Path, step: int, figures: Mapping[str, float]) -> None:

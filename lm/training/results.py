@@ -16,7 +16,6 @@ from lm.data.dataset import Store
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss, figure_text, losses_by_source
 from lm.experiment import Experiment
-from lm.models.variables import Params
 from lm.parallel.hosts import COMPILING
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.workdir import saved_metadata
@@ -90,6 +89,7 @@ class Outputs:
         writer: metrics.jsonl, TensorBoard and progress bar.
         clock: wall time by part.
         heartbeat: called whenever the run makes progress.
+        workdir: local folder of the run.
     """
 
     checkpoints: Checkpoints
@@ -97,6 +97,7 @@ class Outputs:
     writer: MetricsWriter
     clock: Clock
     heartbeat: Heartbeat
+    workdir: Path
 
 
 # States of a process that evaluates; the largest over all processes is what they act upon.
@@ -104,8 +105,8 @@ READY, BUSY, STOPPING = range(3)
 _POLL_SECONDS = 0.5
 
 
-class _AskedToStop(Exception):
-    """End of an evaluation that is not finished."""
+class _AskedToStop(BaseException):
+    """End of an evaluation that is not finished; no error, so that no library takes it for one."""
 
 
 def evaluate_state(
@@ -144,6 +145,11 @@ def evaluate_state(
                 compiled.add(sizes)
             yield batch
 
+    def until_now(n_rows: int) -> None:
+        outputs.heartbeat(f"further evaluations after step {step}")
+        if agree(READY) == STOPPING:
+            raise _AskedToStop
+
     compiled: set[tuple[int, ...]] = set()
     config, writer, best = experiment.config, outputs.writer, outputs.best
     last = step == config.train.steps
@@ -154,41 +160,22 @@ def evaluate_state(
             result = evaluate_loss(experiment, params, *validation, n_batches, track=until_stop)
             stores = validation[1]
             result |= losses_by_source(experiment, params, stores, n_batches, track=until_stop)
-            safety = _safety_figures(experiment, params, step, outputs, agree)
+            further: dict[str, float] = {}
+            if config.eval.safety or config.eval.harness:
+                from lm.evaluation.beside_validation import further_figures
+
+                print_line, folder = writer.print_line, outputs.workdir / "eval"
+                further = further_figures(experiment, params, step, folder, print_line, until_now)
     except _AskedToStop:
         return None
     if best is not None:  # before the metrics, which tell the next start that all is done
         with outputs.clock.part("checkpoint"):
             best.offer(step, state, result)
-    writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()} | safety)
+    writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()} | further)
     shown = {"loss": ".4f", "perplexity": ".5g", "accuracy": ".4f"}
     figures = (f"{name} {result[name]:{f}}" for name, f in shown.items() if name in result)
     writer.print_line(f"step {step}: validation {', '.join(figures) or 'no targets'}")
     return result
-
-
-def _safety_figures(
-    experiment: Experiment,
-    params: Params,
-    step: int,
-    outputs: Outputs,
-    agree: Callable[[int], int],
-) -> dict[str, float]:
-    """Return the figures of `--config.eval.safety`, {} where no set is due."""
-    config = experiment.config
-    is_last, period = step == config.train.steps, config.eval.safety_every
-    if not config.eval.safety or not (is_last or not period or step % period == 0):
-        return {}
-    from lm.evaluation.safety.suite import Subject, safety_figures
-
-    def until_stop(rows: int) -> None:
-        outputs.heartbeat(f"safety sets after step {step}")
-        if agree(READY) == STOPPING:
-            raise _AskedToStop
-
-    assert experiment.tokenizer is not None
-    subject = Subject(experiment, params, experiment.tokenizer, until_stop)
-    return safety_figures(subject, outputs.writer.print_line)
 
 
 def _compile(function: Wrapped, arguments: tuple, agree: Callable[[int], int]) -> None:

@@ -114,7 +114,7 @@ def train(
         best = BestCheckpoint(workdir, config, checkpoints.metadata) if config.eval.best else None
         try:
             with watchdog(config.train.stall_seconds, storage_path(workdir)) as heartbeat:
-                outputs = Outputs(checkpoints, best, writer, clock, heartbeat)
+                outputs = Outputs(checkpoints, best, writer, clock, heartbeat, workdir)
                 loop = Loop(experiment, dataset, state, first_step, outputs, stop, first_row)
                 if config.train.profile:
                     from lm.training.profiling import profile
@@ -149,12 +149,16 @@ def _open_run(
     `given` is the configuration before it was resolved; the other arguments are as for `train`.
     """
     config = experiment.config
-    for key in ("best", "safety"):
+    for key in ("best", "safety", "harness"):
         if config.eval[key] and not dataset.validation:
             raise UserError(
                 f"--config.eval.{key}={config.eval[key]} needs validation data: set "
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
+    if config.eval.harness:
+        from lm.evaluation.beside_validation import require_tasks
+
+        require_tasks(experiment)
     if restart:
         set_lost_run_aside(workdir)
     metadata = run_metadata(config, dataset.fingerprint, given)

@@ -12,6 +12,7 @@ from lm.errors import UserError
 from lm.evaluation.harness import Answers, HarnessModel
 from lm.evaluation.likelihood import Request, score, split_request
 from lm.evaluation.score_file import Question, score_questions
+from lm.training.trainer import train
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -262,6 +263,8 @@ def task(tmp_path_factory):
 
 def test_lm_eval_harness_writes_what_lm_eval_writes(make, task, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    # Reading the thousands of tasks of the package, for a name that is near, takes 10 s.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))
     workdir = make("gpt2")[1]
     words = ["eval", "--workdir", str(workdir), "--include_path", str(task), "--json"]
     output = ["--output", str(tmp_path / "out")]
@@ -330,3 +333,45 @@ def test_a_bad_line_of_lm_score_is_named(make, line, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"{tmp_path / 'in.jsonl'}:2: " in error
     assert message in error
+
+
+def test_tasks_while_training_are_those_of_the_verb(
+    task, tiny_config, tmp_path, one_device, capsys
+):
+    file = str(task / "words.yaml")
+    options = {"eval__every_steps": 2, "eval__harness_every": 4, "eval__harness_limit": 2}
+    plain = tiny_config(eval__every_steps=2)
+    train(plain, tmp_path / "plain", progress=False)
+    train(tiny_config(eval__harness=file, **options), tmp_path / "run", progress=False)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row for row in rows if "eval/harness/words_choice/acc" in row}
+    assert list(found) == [4, 6]
+    assert not any(name.endswith("_stderr") for name in found[6])
+    before = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x).get("loss") for x in before] == [row.get("loss") for row in rows]
+    assert (tmp_path / "run" / "eval" / "harness-4" / "samples_words_choice.jsonl").exists()
+    words = ["eval", "--workdir", str(tmp_path / "run"), "--harness", file, "--json"]
+    assert main([*words, "--limit", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (row,) = [x for x in map(json.loads, rows) if "eval/harness/words_choice/acc_stderr" in x]
+    for name in ("words_choice/acc", "words_choice/acc_norm"):
+        assert found[6][f"eval/harness/{name}"] == figures[name] == row[f"eval/harness/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eval__harness": "nowhere.yaml"}, "lm-eval knows no task 'nowhere.yaml'"),
+        ({"eval__harness": "{folder}/lost.yaml"}, "--config.eval.harness=.*lost.yaml: "),
+        ({"data__validation_fraction": 0.0, "eval__harness": "a"}, "needs validation data"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_the_first_step(
+    task, values, message, tiny_config, tmp_path, one_device, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    values = {k: v.format(folder=task) if isinstance(v, str) else v for k, v in values.items()}
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(**values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

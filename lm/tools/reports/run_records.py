@@ -152,9 +152,9 @@ class RunRecord:
 
     @property
     def evaluations(self) -> list[str]:
-        """Names of the metrics of evaluations; safety sets have a page of their own."""
+        """Names of the metrics of evaluations but errors; safety sets have a page of their own."""
         names = (name for name in self.curves if name.startswith("eval/"))
-        return [name for name in names if not name.startswith(PREFIX)]
+        return [x for x in names if not x.startswith(PREFIX) and not x.endswith("_stderr")]
 
     def final(self, metric: str) -> float | None:
         """Return the last value of a metric; of the noisy training loss the mean of its last 5 %.

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lm.config.registries import SAFETY_SETS
 from lm.errors import UserError
 from lm.evaluation.safety.suite import PREFIX
-from lm.runs.metrics_file import add_figures
-from lm.storage import open_run_folder, parse_json, read_json, resolve_path, run_lock
+from lm.storage import parse_json, read_json
 from lm.tools.formatting import printable
 from lm.tools.html_pages import page_template
 from lm.tools.reports.plotting import FAINT, INK, colors, legend, plain, subplots, svg
@@ -23,32 +19,6 @@ TEMPLATE = Path(__file__).with_name("safety_page.html")
 _MOST_CURVES = 8  # of a figure; the table has all
 
 Trend = dict[str, dict[int, float]]  # values by step, by name of the figure without PREFIX
-
-
-def record_figures(
-    place: str, folder: Path, step: int, figures: Mapping[str, float], average: int = 1
-) -> None:
-    """Write the figures of a checkpoint to FOLDER/STEP.json and to metrics.jsonl.
-
-    Those of averaged parameters are no point of the trend, and go to a file of their own. While the
-    run trains its metrics.jsonl is left alone, and a line on stderr says so.
-
-    Args:
-        place: workdir, local or in a bucket.
-        folder: folder of the page.
-        step: step of the checkpoint.
-        figures: figures as "eval/safety/SET/FIGURE".
-        average: number of checkpoints that were averaged.
-    """
-    name = f"{step}.json" if average == 1 else f"{step}-average-{average}.json"
-    (folder / name).write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
-    if average > 1:
-        return
-    try:
-        with run_lock(resolve_path(place)):
-            add_figures(open_run_folder(place) / "metrics.jsonl", step, figures)
-    except UserError as error:
-        print(f"note: metrics.jsonl is left alone: {error}", file=sys.stderr)
 
 
 def write_safety_page(workdir: Path, folder: Path) -> Path:

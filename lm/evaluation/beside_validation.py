@@ -1,0 +1,78 @@
+"""Evaluations of a run beside its validation, while it trains: safety sets and tasks of lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm.config.registry import listed
+from lm.experiment import Experiment
+from lm.models.variables import Params
+
+HARNESS = "eval/harness/"
+_OPTION = "--config.eval.harness="
+
+
+def require_tasks(experiment: Experiment) -> None:
+    """Read the tasks of `--config.eval.harness` and their data, before the first step.
+
+    Raises:
+        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+    """
+    from lm.evaluation.harness import load_tasks
+
+    load_tasks(experiment, listed(experiment.config.eval.harness), option=_OPTION)
+
+
+def further_figures(
+    experiment: Experiment,
+    params: Params,
+    step: int,
+    folder: Path,
+    note: Callable[[str], Any],
+    progress: Callable[[int], Any],
+) -> dict[str, float]:
+    """Return the figures that are due after a step, {} if there are none.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters for inference.
+        step: number of updates so far.
+        folder: gets a folder `harness-STEP` with the results of lm-eval.
+        note: receives lines for the user.
+        progress: called with a number of rows whenever so many more are done; it may raise.
+
+    Returns:
+        Figures as "eval/safety/SET/FIGURE" and "eval/harness/TASK/METRIC".
+    """
+    config, tokenizer = experiment.config, experiment.tokenizer
+    assert tokenizer is not None
+    figures: dict[str, float] = {}
+
+    def is_due(period: int) -> bool:
+        return step == config.train.steps or not period or step % period == 0
+
+    if config.eval.safety and is_due(config.eval.safety_every):
+        from lm.evaluation.safety.suite import Subject, safety_figures
+
+        subject = Subject(experiment, params, tokenizer, progress)
+        figures |= safety_figures(subject, note)
+    if config.eval.harness and is_due(config.eval.harness_every):
+        from lm.decoding.generate_file import weights_identity
+        from lm.evaluation.harness import evaluate_tasks, task_figures
+
+        results = evaluate_tasks(
+            experiment,
+            params,
+            tokenizer,
+            listed(config.eval.harness),
+            folder / f"harness-{step}",
+            weights_identity(params, step),
+            limit=config.eval.harness_limit or None,
+            resamples=0,
+            progress=progress,
+            option=_OPTION,
+        )
+        figures |= {HARNESS + name: value for name, value in task_figures(results).items()}
+    return figures
