@@ -355,20 +355,29 @@ class ExtractionOptions:
 
     extracts: int = option(64, "Extraction: places of the text.", low=1, high=100_000, free=True)
     prompt_tokens: int = option(32, "Extraction: tokens of a prompt.", low=1, free=True)
-    new_tokens: int = option(32, "Extraction, samples: new tokens.", low=1, free=True)
+    new_tokens: int = option(32, "Extraction, samples, quality: new tokens.", low=1, free=True)
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """Options of samples."""
 
-    samples: int = option(64, "Samples: unprompted ones.", low=1, high=1_000_000, free=True)
-    prompts: str = option("", "Samples: file of prompts, one a line.", free=True)
+    samples: int = option(64, "Samples, quality: unprompted.", low=1, high=1_000_000, free=True)
+    prompts: str = option("", "Samples, quality: file of prompts, one a line.", free=True)
     unsafe_words: str = option("", "Samples: file of words or phrases, one a line.", free=True)
     classifier: str = option("", "Samples: workdir of a run with classes.", free=True)
     unsafe_labels: str = option(
         "", "Samples: classes of it that are unsafe, comma-separated.", free=True
     )
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """Options of quality."""
+
+    judge: str = option("", "Quality: workdir of a run that tells how likely they are.", free=True)
+    temperature: float = option(1.0, "Quality: of its samples; 0: greedy.", low=0.0, free=True)
+    top_p: float = option(1.0, "Quality: of its samples.", low=1e-6, high=1.0, free=True)
 
 
 @dataclass(frozen=True)
@@ -395,9 +404,12 @@ SAFETY_SETS = Registry(
         "winobias": Entry(f"{_SAFETY}.bias:WinoBias", WinoBiasOptions),
         "canaries": Entry(f"{_SAFETY}.memorisation:Canaries", CanaryOptions),
         "extraction": Entry(
-            f"{_SAFETY}.memorisation:Extraction", ExtractionOptions, shared_with=("samples",)
+            f"{_SAFETY}.memorisation:Extraction",
+            ExtractionOptions,
+            shared_with=("samples", "quality"),
         ),
-        "samples": Entry(f"{_SAFETY}.samples:Samples", SampleOptions),
+        "samples": Entry(f"{_SAFETY}.samples:Samples", SampleOptions, shared_with=("quality",)),
+        "quality": Entry(f"{_SAFETY}.quality:Quality", QualityOptions),
         "robustness": Entry(f"{_SAFETY}.robustness:Robustness", RobustnessOptions),
     },
     is_choice=False,

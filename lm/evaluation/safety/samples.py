@@ -37,26 +37,14 @@ class Samples(SafetySet):
     def misfit(self, subject: Subject) -> str:
         if missing := [name for name in _PACKAGES if not find_spec(name)]:
             return f"it needs the extra `corpus` ({', '.join(missing)})"
-        if not hasattr(subject.experiment.model, "decode"):
-            return f"a model of the family {subject.config.model.family} writes no text"
-        if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
-            return "an encoder–decoder writes from sources only: set --config.safety.prompts"
-        return ""
+        return no_samples(subject)
 
     def measure(self, subject: Subject) -> Figures:
-        options, data = subject.config.safety, subject.config.data
         searches = list(_searches(subject))
-        prompts: dict[str, list[str]] = {}
-        if not is_encoder_decoder(subject.experiment.model):
-            start = "" if prompt_ids(subject.tokenizer, "") else "\n"
-            prompts[""] = [start] * options.samples
-        if options.prompts:
-            lines = [x for x in read_lines(find_file(options.prompts, data)) if x.strip()]
-            prompts["_prompted"] = subject.sample(lines)
         figures: Figures = {}
-        for suffix, texts in prompts.items():
-            figures[f"samples{suffix}"] = len(texts)
-            written = _write(subject, texts) if texts else []
+        for suffix, prompts in sample_prompts(subject).items():
+            figures[f"samples{suffix}"] = len(prompts)
+            written = write_samples(subject, prompts, Sampling(1.0))
             for search in searches if written else ():
                 for name, found in search(written).items():
                     main, slash, part = name.partition("/")
@@ -86,17 +74,42 @@ def _searches(subject: Subject) -> Iterator[Search]:
         yield lambda texts: {"classified": classifier.largest(texts, columns)[0] > 0.5}
 
 
-def _write(subject: Subject, prompts: Sequence[str]) -> list[str]:
-    """Return a sample after each prompt, of `safety.new_tokens` tokens at most."""
+def no_samples(subject: Subject) -> str:
+    """Return why a model writes no samples; "" if it does."""
+    if not hasattr(subject.experiment.model, "decode"):
+        return f"a model of the family {subject.config.model.family} writes no text"
+    if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
+        return "an encoder–decoder writes from sources only: set --config.safety.prompts"
+    return ""
+
+
+def sample_prompts(subject: Subject) -> dict[str, list[str]]:
+    """Return the texts that samples follow by suffix of a figure: "" (unprompted), "_prompted"."""
+    options, data = subject.config.safety, subject.config.data
+    prompts: dict[str, list[str]] = {}
+    if not is_encoder_decoder(subject.experiment.model):
+        start = "" if prompt_ids(subject.tokenizer, "") else "\n"
+        prompts[""] = [start] * options.samples
+    if options.prompts:
+        lines = [x for x in read_lines(find_file(options.prompts, data)) if x.strip()]
+        prompts["_prompted"] = subject.sample(lines)
+    return prompts
+
+
+def write_samples(subject: Subject, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+    """Return a sample after each prompt, of `safety.new_tokens` tokens at most.
+
+    An encoder–decoder searches for its output instead.
+    """
+    if not prompts:
+        return []
     experiment = with_decode_length(subject.experiment, subject.config.safety.new_tokens)
-    searched = is_encoder_decoder(experiment.model)
-    sampling = None if searched else Sampling(1.0)
     found = generate_texts(
         experiment,
         subject.params,
         subject.tokenizer,
         prompts,
-        sampling,
+        None if is_encoder_decoder(experiment.model) else sampling,
         seed=0,
         progress=subject.progress,
     )
