@@ -73,22 +73,20 @@ def test_logits_and_hidden_states_are_the_models(run):
     assert run.decode(tokens_BL[0]) == "the model reads"
 
 
-@pytest.mark.parametrize("window", [0, 2])
-def test_attention_weights_reproduce_the_output(text_file, tmp_path, window):
-    """Rows sum to 1, nothing attends to later tokens or beyond a window, and layers differ."""
-    overrides = {"model.window": window, "model.global_every": 3 if window else 0}
-    lm.train(make_config(text_file, **overrides), tmp_path / "run")
-    run = lm.load_run(tmp_path / "run")
-    weights = run.attention_weights(run.encode("the model")[None])
+def test_activations_are_captured_on_the_way_to_the_logits(run):
+    tokens_BL = run.encode("the model")[None]
+    found = run.activations(tokens_BL, capture=("attention", "residual"))
+    assert set(found) == {"logits", "attention", "residual"}
+    np.testing.assert_allclose(found["logits"], run.logits(tokens_BL), atol=1e-5)
+    weights = run.attention_weights(tokens_BL)
     N, B, H, L, S = weights.shape
     assert (N, B, H, L) == (3, 1, 4, S)
-    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-    distance = np.arange(L)[:, None] - np.arange(S)
-    assert not weights[..., distance < 0].any()
-    if window:
-        assert not weights[:2][..., distance >= window].any()
-        assert weights[2][..., distance >= window].all()
+    np.testing.assert_array_equal(weights, found["attention"])
+    assert not weights[..., np.triu_indices(L, 1)[0], np.triu_indices(L, 1)[1]].any()
     assert np.abs(weights[0] - weights[1]).max() > 1e-4
+    assert found["residual"].shape == (4, 1, L, 16)
+    with pytest.raises(lm.UserError, match="nothing called 'atention' can be captured: attention,"):
+        run.activations(tokens_BL, capture=("atention",))
 
 
 def test_generation_is_that_of_the_seed_and_length(run):

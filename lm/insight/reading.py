@@ -4,7 +4,7 @@ An encoder has no order: each of its tokens is masked in turn and predicted from
 `lm/evaluation/likelihood.py`; its attention and norms are those of the text without masks.
 
 Shape letters: R rows, Q predictions, L length, S source length, D model, W width of the residual
-stream, V vocabulary, N layers, K alternatives.
+stream, V vocabulary, N layers, K alternatives, X tokens that the end of the model reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.data.record_store import Record
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import decode_best
@@ -36,6 +37,7 @@ from lm.experiment import Experiment
 from lm.insight.capture import require_transformer, run_and_capture
 from lm.models.transformer import Stack
 from lm.models.variables import Params, as_variables, flat
+from lm.objectives.classification import Classification
 
 MOST_TOKENS = 512  # that are shown of a text: maps grow with its square
 N_ALTERNATIVES, N_LENS = 10, 3
@@ -56,6 +58,7 @@ class Passage:
         source: input of the encoder [S] of an encoder–decoder.
         mask: id that hides a predicted token of an encoder; -1 in others.
         n_prefix: tokens that see each other (prefix LM).
+        classes: names of the classes of which one is predicted for the text, instead of tokens.
     """
 
     tokens: np.ndarray
@@ -64,6 +67,7 @@ class Passage:
     source: np.ndarray | None = None
     mask: int = -1
     n_prefix: int = 0
+    classes: tuple[str, ...] = ()
 
 
 @flax.struct.dataclass
@@ -144,9 +148,20 @@ def make_passage(
         (text + (target or "")).encode()
     except UnicodeEncodeError:
         raise UserError("it is not UTF-8") from None
+    objective, has_heads = (
+        experiment.objective,
+        flat(params).keys() >= experiment.param_infos.keys(),
+    )
     source: np.ndarray | None = None
     tokens: Any
     mask, n_prefix = -1, 0
+    if isinstance(objective, Classification) and not is_encoder_decoder(model):
+        if target is not None:
+            raise UserError("a classifier reads one text: --target is of other models")
+        record = Record({}, {"text": tokenizer.encode(text)}, None, None)
+        tokens = _checked("prompt", objective.row(record)[0].tolist(), model)
+        one = np.zeros(1 if has_heads and objective.labels else 0, np.int32)
+        return Passage(tokens, one, one - 1, classes=objective.labels)
     if is_encoder_decoder(model):
         source = _checked("source", source_ids(tokenizer, text, 10**9), model)
         if target is None:
@@ -156,7 +171,7 @@ def make_passage(
             found = list(tokenizer.encode(target))
         tokens = _checked("target", [special.bos, *found], model)
         targets = [*tokens[1:], special.eos]
-        if not experiment.objective.has_perplexity:  # encoder and decoder read the same text
+        if not objective.has_perplexity:  # encoder and decoder read the same text
             tokens, source = source, None
     elif experiment.config.model.family == "encoder":
         if target is not None:
@@ -166,15 +181,14 @@ def make_passage(
         targets = [-1 if i == mask else i for i in tokens]
     else:
         tokens = _checked("prompt", prompt_ids(tokenizer, text + (target or "")), model)
-        if experiment.objective.has_prefix and target is not None:
+        if objective.has_prefix and target is not None:
             n_prefix = len(prompt_ids(tokenizer, text))
         targets = [*tokens[1:], -1]
     positions = np.arange(len(tokens), dtype=np.int32)
     if mask >= 0:
         positions = positions[1:-1]
     n_rows = model.config.vocab_size  # type: ignore[attr-defined]
-    has_heads = flat(params).keys() >= experiment.param_infos.keys()
-    if not (experiment.objective.has_perplexity and has_heads) or mask >= n_rows:
+    if not (objective.has_perplexity and has_heads) or mask >= n_rows:
         positions = positions[:0]
     chosen = np.asarray(targets, np.int32)[positions]
     return Passage(tokens, positions, chosen, source, mask, n_prefix)
@@ -211,6 +225,7 @@ def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], 
     """
     special = special_tokens(tokenizer)
     names = {getattr(special, n): f"[{n}]" for n in ("pad", "mask", "sep", "cls", "eos", "bos")}
+    names_of_bytes = {tokenizer.token_id(f"<0x{byte:02X}>"): f"<{byte:02X}>" for byte in range(256)}
     known = (int(i) for i in anchor if i < tokenizer.vocab_size)
     before = next(([i] for i in known if tokenizer.decode([i]).strip().strip("\ufffd")), [])
     start = tokenizer.decode(before)
@@ -222,6 +237,8 @@ def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], 
             text = tokenizer.decode([*before, number])[len(start) :] if inside else ""
             if number in names and not text.isspace():
                 text = text.strip()  # a name such as " [CLS]", or nothing
+            if text == "\ufffd":
+                text = names_of_bytes.get(number, text)
             texts[number] = text or names.get(number) or f"#{number}"
         return texts[number]
 
@@ -244,6 +261,7 @@ class _Rows(flax.struct.PyTreeNode):
     prefix_L: Any = None
     source_S: Any = None
     source_segments_S: Any = None
+    is_class: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def read(experiment: Experiment, params: Params, passage: Passage) -> Reading:
@@ -259,7 +277,8 @@ def read(experiment: Experiment, params: Params, passage: Passage) -> Reading:
     rows = _rows(passage, model)
     plain = _rows(Passage(passage.tokens, *(np.zeros(0, np.int32),) * 2, passage.source), model)
     plain = plain.replace(prefix_L=rows.prefix_L)
-    arrays = jax.device_get(_arrays(model, variables, plain, n_predictions > 0))
+    predicts = n_predictions > 0 and not passage.classes
+    arrays = jax.device_get(_arrays(model, variables, plain, predicts))
     n_source = n if passage.source is None else len(passage.source)
 
     def cut(path: str, x: np.ndarray) -> np.ndarray:
@@ -291,7 +310,9 @@ def _rows(passage: Passage, model: nn.Module) -> _Rows:
         width = max(1, -(-len(ids) // _MULTIPLE) * _MULTIPLE)
         return np.pad(ids, (0, min(width, context or width) - len(ids)), constant_values=fill)
 
-    positions, targets = padded(passage.positions), padded(passage.targets, -1)
+    positions, targets = passage.positions, passage.targets
+    if not passage.classes:
+        positions, targets = padded(positions), padded(targets, -1)
     tokens, segments = padded(passage.tokens), padded(np.ones(len(passage.tokens), np.int32))
     prefix = (np.arange(len(tokens)) < passage.n_prefix).astype(np.int32)
     source = passage.source
@@ -301,14 +322,21 @@ def _rows(passage: Passage, model: nn.Module) -> _Rows:
         of_source["source_segments_S"] = padded(np.ones(len(source), np.int32))
     if passage.mask < 0:
         parts = (tokens[None], segments[None], positions[None], targets[None])
-        return _Rows(*parts, prefix_L=prefix if passage.n_prefix else None, **of_source)
+        prefixed = prefix if passage.n_prefix else None
+        return _Rows(*parts, prefix_L=prefixed, is_class=bool(passage.classes), **of_source)
     masked = np.tile(tokens, (len(positions), 1))
     masked[np.arange(len(positions)), positions] = passage.mask
     return _Rows(masked, np.tile(segments, (len(masked), 1)), positions[:, None], targets[:, None])
 
 
 def _call(model: Any, rows: _Rows, tokens_BL: Any, segments_BL: Any, predicts: bool = True) -> Any:
-    """Run a bound model on rows of tokens; return logits [B, L, V], or hidden states."""
+    """Run a bound model on rows of tokens; return logits [B, L, V], or hidden states.
+
+    Logits of classes are [B, 1, C].
+    """
+    if rows.is_class:
+        x_BLD = model.hidden(tokens_BL, None, segments_BL)
+        return model.classify(model.pooled(x_BLD, segments_BL))[:, None]
     if rows.source_S is not None:
         source, segments = rows.source_S[None], rows.source_segments_S[None]
         return model(source, tokens_BL, segments, segments_BL)
@@ -364,8 +392,9 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
             chosen_Q = jnp.where(targets_Q < 0, logits_QV.argmax(-1), targets_Q)
             residual = captured["decoder/residual" if len(changes) > 1 else "residual"]
             found_Q = _at(jax.nn.log_softmax(logits_QV), chosen_Q)
-            at_N = [x_BLW[0, positions_Q] for x_BLW in residual]
-            return found_Q, (logits_QV, chosen_Q, at_N, embedded)
+            seen = slice(None) if rows.is_class else positions_Q
+            read_N = [x_BLW[0, seen] for x_BLW in residual]
+            return found_Q, (logits_QV, chosen_Q, read_N, embedded)
 
         texts = [x for x in (rows.source_S, tokens_L) if x is not None]
         zeros = [jnp.zeros((1, len(x), config.d_model), config.dtype) for x in texts]
@@ -380,12 +409,19 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
         one_hot_QQ = jnp.eye(len(positions_Q), dtype=log_likelihood_Q.dtype)
         *of_source, attribution = jax.lax.map(attribute, one_hot_QQ)
         widest = residual_N[-1].shape[-1]  # what later layers append is not there yet
-        residual_NQW = jnp.stack(
+        residual_NXW = jnp.stack(
             [jnp.pad(x, ((0, 0), (0, widest - x.shape[-1]))) for x in residual_N]
         )
-        lens = jax.lax.map(
-            lambda x_QW: _score(_end(model, variables, x_QW), chosen_Q, N_LENS), residual_NQW
-        )
+
+        def end(model: Any) -> jax.Array:
+            return _call(model, rows, jnp.zeros_like(tokens_L)[None], segments_L[None])
+
+        def lens_of(x_XW: jax.Array) -> PredictionScores:
+            with nn.intercept_methods(_replace_layers(x_XW)):
+                logits_BQV: Any = nn.apply(end, model)(variables)
+            return _score(logits_BQV[0], chosen_Q, N_LENS)
+
+        lens = jax.lax.map(lens_of, residual_NXW)
         return Predictions(
             _score(logits_QV, chosen_Q, N_ALTERNATIVES),
             jax.tree.map(lambda x: x.swapaxes(0, 1), lens),
@@ -397,21 +433,20 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
     return jax.lax.map(of_row, parts)
 
 
-def _end(model: nn.Module, variables: Any, x_QW: jax.Array) -> jax.Array:
-    """Return the logits [Q, V] that the model computes if its layers end in `x_QW`."""
+def _replace_layers(x_XW: jax.Array) -> Callable[..., Any]:
+    """Return the interceptor of a model whose layers, not run, end in `x_XW`.
+
+    What follows may read any number X of tokens: those at which something is predicted.
+    """
 
     def replace_layers(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if type(context.module) is not Stack or context.method_name != "_run":
             return method(*args, **kwargs)
         (x_BLW, caches), *_ = args
         is_encoder = context.module.name == "encoder"  # of an encoder–decoder: nobody reads it
-        x_BLW = x_BLW if is_encoder else x_QW[None].astype(x_BLW.dtype)
-        return (x_BLW, caches), None
+        return (x_BLW if is_encoder else x_XW[None].astype(x_BLW.dtype), caches), None
 
-    n_texts = 2 if is_encoder_decoder(model) else 1
-    with nn.intercept_methods(replace_layers):
-        logits_BLV: Any = model.apply(variables, *[jnp.zeros((1, 1), jnp.int32)] * n_texts)
-    return logits_BLV[0]
+    return replace_layers
 
 
 def _score(logits_QV: jax.Array, chosen_Q: jax.Array, n: int) -> PredictionScores:

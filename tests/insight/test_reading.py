@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -144,6 +145,14 @@ def test_rows_of_attention_sum_to_1_and_see_what_the_mask_shows(known):
         assert later == (known.kind == "encoder" or path not in ("attention", "decoder/attention"))
 
 
+def test_windows_are_those_of_the_layers(known):
+    if known.kind == "decoder":  # the first layer sees three tokens, the second all before
+        local, everything = known.found.arrays["attention"]
+        far = np.subtract.outer(np.arange(len(TOKENS)), np.arange(len(TOKENS))) >= 3
+        assert not local[..., far].any()
+        assert everything[..., far].all()
+
+
 def test_norms_add_up(known):
     """The stream after a layer is at most as long as before it and all that is added."""
     arrays = known.found.arrays
@@ -153,3 +162,37 @@ def test_norms_add_up(known):
     assert updates.shape == (2, 3 if prefix else 2, len(TOKENS))
     if known.kind == "encoder_decoder":  # a sum, not normalized after each layer
         assert (residual[1:] <= residual[:-1] + updates.sum(1) + 1e-5).all()
+
+
+def test_a_class_is_predicted_from_the_whole_text():
+    config = default()
+    values = {"model.n_layers": 1, "model.family": "encoder", "model.n_classes": 3}
+    values |= {"objective.name": "classification", "data.labels": "x,y,z"}
+    for path, value in (TINY | values).items():
+        set_value(config, path, value)
+    model = make_model(fill_defaults(config, "cpu"), "xla", "")
+
+    def scores(model, scale=1.0):
+        def scaled(method, args, kwargs, context):
+            found = method(*args, **kwargs)
+            is_embedded = context.method_name == "embed"
+            return (found[0] * scale, found[1]) if is_embedded else found
+
+        with nn.intercept_methods(scaled):
+            x_BLD = model.hidden(TOKENS[None], None, np.ones((1, len(TOKENS)), np.int32))
+        return model.classify(model.pooled(x_BLD, np.ones((1, len(TOKENS)), np.int32)))[0]
+
+    variables = nn.meta.unbox(jax.jit(partial(model.init, method=scores))(jax.random.key(0)))
+    passage = Passage(TOKENS, *np.array([[0], [-1]], np.int32), classes=("x", "y", "z"))
+    reading = read(SimpleNamespace(model=model), variables["params"], passage)
+    found = reading.predictions
+
+    @jax.jit
+    @jax.value_and_grad
+    def likeliest(scale):
+        return jax.nn.log_softmax(model.apply(variables, scale, method=scores)).max()
+
+    expected, derivative = likeliest(1.0)
+    np.testing.assert_allclose(found.scores.loss, [-expected], atol=1e-5)
+    np.testing.assert_allclose(found.lens.loss[:, -1], [-expected], atol=1e-5)
+    np.testing.assert_allclose(found.attribution.sum(), derivative, atol=1e-4)

@@ -184,6 +184,8 @@ def _arrays(reading: Reading, text_of: TextOf) -> dict[str, np.ndarray]:
     if found is not None:
         arrays |= {"positions": passage.positions, "targets": passage.targets}
         arrays["attribution"] = found.attribution
+        if passage.classes:
+            arrays["classes"] = np.array(passage.classes)
         if found.source_attribution is not None:
             arrays["source_attribution"] = found.source_attribution
         for prefix, scores in (("", found.scores), ("lens_", found.lens)):
@@ -218,8 +220,10 @@ def _picture(weights_NHLS: np.ndarray) -> dict[str, Any]:
 
 
 def _predictions(passage: Passage, found: Predictions, text_of: TextOf) -> list[dict[str, Any]]:
-    """Return the predictions as JSON values; "token" is the index of what is predicted."""
+    """Return the predictions as JSON values; "token" is its index in the text, -1 of a class."""
     ahead = 0 if passage.mask >= 0 else 1
+    if passage.classes:
+        text_of = passage.classes.__getitem__
     rows = []
     for q, (position, target) in enumerate(zip(passage.positions, passage.targets, strict=True)):
         scores, lens = (jax.tree.map(lambda x, q=q: x[q], x) for x in (found.scores, found.lens))
@@ -227,7 +231,7 @@ def _predictions(passage: Passage, found: Predictions, text_of: TextOf) -> list[
         rows.append(
             {
                 "position": int(position),
-                "token": int(position) + ahead,
+                "token": -1 if passage.classes else int(position) + ahead,
                 "target": text_of(int(scores.ids[0] if target < 0 else target)),
                 "known": bool(target >= 0),
                 "loss": _rounded(scores.loss),

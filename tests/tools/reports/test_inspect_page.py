@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.config import default
-from lm.data.tokenizers.basic import ByteTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.insight.capture import require_transformer
 from lm.insight.reading import Predictions, PredictionScores, Reading, make_passage, token_texts
@@ -92,6 +92,8 @@ def test_a_mask_is_written_in_the_text_of_an_encoder():
 def test_texts_of_tokens_join_to_the_text():
     text_of = token_texts(ByteTokenizer(), [256, 10, 65])
     assert "".join(map(text_of, b"a b\n")) == "a b\n"
+    words = WordTokenizer(("a", "[CLS]", "<unk>", "<eos>"), (1, 1, 1, 1))
+    assert list(map(token_texts(words, [0]), [0, 1])) == [" a", "[CLS]"]
     assert (text_of(256), text_of(257), text_of(300)) == ("[bos]", "[mask]", "#300")
 
 
