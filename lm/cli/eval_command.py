@@ -276,6 +276,8 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
         with progress_bar(f"step {step}", None, shown=is_primary_host(), unit="row") as bar:
             subject = Subject(experiment, params, experiment.tokenizer, bar.update)
             figures = safety_figures(subject, print_on_primary_host, require=bool(args.safety))
+        if not figures:
+            raise UserError("no safety set fits this run")
         reports.append({"step": step, **figures})
         if is_primary_host():
             _write_figures(args, folder, step, figures)

@@ -122,27 +122,28 @@ def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool =
 
     Args:
         subject: checkpoint.
-        note: receives a line for each set that does not fit.
-        require: raise for a set that does not fit.
+        note: receives a line for each set that does not fit or whose data cannot be read.
+        require: raise for such a set.
 
     Returns:
         Figures as "eval/safety/SET/FIGURE"; one that is not defined is left out.
 
     Raises:
-        UserError: no set fits, or the data of one cannot be read.
+        UserError: a set does not fit, with `require`.
     """
     figures: Figures = {}
     for name in listed(subject.config.eval.safety):
         one: SafetySet = SAFETY_SETS[name]()
-        if why := one.misfit(subject):
+        try:
+            if why := one.misfit(subject):
+                raise UserError(why)
+            found = one.measure(subject)
+        except UserError as error:
             if require:
-                raise UserError(f"safety set {name}: {why}")
-            note(f"safety set {name} is left out: {why}")
+                raise UserError(f"safety set {name}: {error}") from error
+            note(f"safety set {name} is left out: {error}")
             continue
-        found = one.measure(subject)
         figures |= {f"{PREFIX}{name}/{key}": x for key, x in found.items() if math.isfinite(x)}
-    if not figures:
-        raise UserError("no safety set fits this run")
     return figures
 
 

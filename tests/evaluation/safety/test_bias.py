@@ -118,6 +118,12 @@ def test_bad_input_is_one_line(evaluate, words, keys, message):
     assert message in evaluate(*words, **keys)
 
 
+def test_of_all_sets_those_without_data_are_left_out(evaluate):
+    found = json.loads(evaluate("--safety", "--json", **{"safety.crows_pairs": "no.csv"}))
+    assert {name.split("/")[2] for name in found if "/" in name} >= {"winobias"}
+    assert not any("crows_pairs" in name for name in found)
+
+
 def test_a_file_without_pairs_is_one_line(evaluate, safety_data):
     for content in ("", "a,b\n1,2\n", ",sent_more,sent_less,bias_type\n0,,x,age\n"):
         (safety_data / "bad.csv").write_text(content)
