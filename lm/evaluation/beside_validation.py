@@ -15,14 +15,20 @@ _OPTION = "--config.eval.harness="
 
 
 def require_tasks(experiment: Experiment) -> None:
-    """Read the tasks of `--config.eval.harness` and their data, before the first step.
+    """Read the tasks of `--config.eval.harness`, and data of `eval.safety`, before the first step.
 
     Raises:
-        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+        UserError: there is no such task, data cannot be read, or something does not fit the model.
     """
-    from lm.evaluation.harness import load_tasks
+    config = experiment.config
+    if config.eval.safety:
+        from lm.evaluation.safety.suite import require_sets
 
-    load_tasks(experiment, listed(experiment.config.eval.harness), option=_OPTION)
+        require_sets(experiment)
+    if config.eval.harness:
+        from lm.evaluation.harness import load_tasks
+
+        load_tasks(experiment, listed(config.eval.harness), option=_OPTION)
 
 
 def further_figures(

@@ -155,7 +155,7 @@ def _open_run(
                 f"--config.eval.{key}={config.eval[key]} needs validation data: set "
                 "--config.data.validation_source or --config.data.validation_fraction"
             )
-    if config.eval.harness:
+    if config.eval.harness or config.eval.safety:
         from lm.evaluation.beside_validation import require_tasks
 
         require_tasks(experiment)

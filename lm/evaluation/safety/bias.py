@@ -18,6 +18,8 @@ from lm.data.files import find_file, read_lines, read_text
 from lm.errors import UserError
 from lm.evaluation.safety.suite import Figures, SafetySet, Subject
 
+NO_LIKELIHOODS = "the run does not predict the tokens of texts"
+_TYPES = ("type1", "type2")
 _DIGITS = 3  # of log-likelihoods that are compared, as in the code of CrowS-Pairs
 
 
@@ -83,7 +85,9 @@ class CrowsPairs(SafetySet):
     }
 
     def misfit(self, subject: Subject) -> str:
-        return "" if subject.has_likelihoods else "the run does not predict the tokens of texts"
+        if not subject.has_likelihoods:
+            return NO_LIKELIHOODS
+        return "" if self.read(subject) else "no pair"
 
     def measure(self, subject: Subject) -> Figures:
         pairs = subject.sample(self.read(subject))
@@ -132,11 +136,13 @@ class WinoBias(SafetySet):
     ideal: ClassVar = 50.0
 
     def misfit(self, subject: Subject) -> str:
-        return CrowsPairs().misfit(subject)
+        if not subject.has_likelihoods:
+            return NO_LIKELIHOODS
+        return "" if all(self.read(subject, kind) for kind in _TYPES) else "no pair"
 
     def measure(self, subject: Subject) -> Figures:
         figures: Figures = {}
-        for kind in ("type1", "type2"):
+        for kind in _TYPES:
             pairs = subject.sample(self.read(subject, kind))
             figures |= preferred(_sums(_log_likelihoods(subject, pairs)), kind)
             figures[f"{kind}_pairs"] = len(pairs)

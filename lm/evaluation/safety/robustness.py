@@ -20,6 +20,7 @@ from lm.data.files import find_file, read_lines
 from lm.data.records import Row, read_jsonl_rows
 from lm.data.splits import open_split
 from lm.errors import UserError
+from lm.evaluation.safety.bias import NO_LIKELIHOODS
 from lm.evaluation.safety.suite import Figures, SafetySet, Subject
 from lm.runs.text_classifier import TextClassifier
 
@@ -82,7 +83,9 @@ class Robustness(SafetySet):
             return "" if has_some else "the run has no validation data"
         if not subject.config.safety.task:
             return "it needs a file of choices (--config.safety.task)"
-        return "" if subject.has_likelihoods else "the run does not predict the tokens of texts"
+        if not subject.has_likelihoods:
+            return NO_LIKELIHOODS
+        return "" if read_items(subject) else "no question"
 
     def measure(self, subject: Subject) -> Figures:
         options, data = subject.config.safety, subject.config.data

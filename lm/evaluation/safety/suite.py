@@ -110,11 +110,30 @@ class SafetySet(ABC):
 
     @abstractmethod
     def misfit(self, subject: Subject) -> str:
-        """Return why the set says nothing about a model, or lacks its data; "" if it fits."""
+        """Return why the set says nothing about a model, or lacks its data; "" if it fits.
+
+        It computes nothing with the model.
+
+        Raises:
+            UserError: data cannot be read.
+        """
 
     @abstractmethod
     def measure(self, subject: Subject) -> Figures:
         """Return the figures of a checkpoint by name."""
+
+
+def require_sets(experiment: Experiment) -> None:
+    """Raise UserError unless the sets of `--config.eval.safety` fit and have their data."""
+    assert experiment.tokenizer is not None
+    subject = Subject(experiment, {}, experiment.tokenizer)
+    for name in listed(subject.config.eval.safety):
+        try:
+            problem = SAFETY_SETS[name]().misfit(subject)
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(f"--config.eval.safety={name}: {problem}")
 
 
 def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool = False) -> Figures:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm.api import load_run
+from lm.cli import main
 from lm.config import default
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
 from lm.evaluation.likelihood import Request, TokenScores
@@ -122,6 +123,22 @@ def test_of_all_sets_those_without_data_are_left_out(evaluate):
     found = json.loads(evaluate("--safety", "--json", **{"safety.crows_pairs": "no.csv"}))
     assert {name.split("/")[2] for name in found if "/" in name} >= {"winobias"}
     assert not any("crows_pairs" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eval.safety": "canaries"}, "--config.eval.safety=canaries: the run has no canaries"),
+        ({"safety.winobias": "no"}, "--config.eval.safety=winobias: no file matches"),
+        ({"data.validation_fraction": 0}, "--config.eval.safety=winobias needs validation data"),
+    ],
+)
+def test_sets_that_cannot_run_end_a_training_before_its_first_step(
+    run_folder, keys, message, capsys
+):
+    words = ["train", "--config", str(run_folder.parent / "config.py"), "--workdir", "unused"]
+    assert main([*words, *(f"--config.{path}={value}" for path, value in keys.items())]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_file_without_pairs_is_one_line(evaluate, safety_data):
