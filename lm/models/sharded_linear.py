@@ -11,8 +11,8 @@ that is gathered is kept for the backward pass, which gathers it again.
 
 On the torus of a TPU sums over devices do not overlap with computation, and the scheduler would
 leave those of the kernels' gradients to the end of a layer, all of them whole until then. There the
-gradient of a kernel that is cut is summed before the one of x is used. Gradients of x that are
-scattered are left to the compiler, which first adds those of several maps.
+gradient of a kernel that is cut is summed before the one of x is used, and a large one in parts.
+Gradients of x that are scattered are left to the compiler, which first adds those of several maps.
 
 Shape letters: B batch, L length, D inputs, F outputs; instead of B and L, T tokens.
 """
@@ -30,6 +30,9 @@ from lm.kernels.dense import matmul_backward, matmul_forward
 from lm.parallel.mesh import PARAMETERS, constrain, count_shards, current_mesh
 
 STREAM = "embed"  # width of the residual stream
+PART = 2**27  # bytes of a gradient that are summed over devices at a time
+MOST_PARTS = 8
+LANES = 128  # of a TPU
 
 
 class Map(NamedTuple):
@@ -43,7 +46,9 @@ class Map(NamedTuple):
         rows: logical axis of the rows.
         gathers: x is part of the residual stream, and gathered along the length.
         scatters: the product is, and scattered along the length.
-        in_order: the gradients of x and of the kernel are complete before either is used.
+        parts: parts of the kernel's gradient, each complete before the next, and all before the
+            gradient of x is used; 0: in any order.
+        cuts_x: the parts are of the columns of x; else of its gradient's.
     """
 
     dtype: jnp.dtype
@@ -53,7 +58,8 @@ class Map(NamedTuple):
     rows: str
     gathers: bool
     scatters: bool
-    in_order: bool
+    parts: int
+    cuts_x: bool
 
 
 def product_on_mesh(
@@ -87,11 +93,14 @@ def product_on_mesh(
     is_cut = is_cut and any("tensor" in PARAMETERS[name] for name in names)
     rows = "rows" if "vocab" in names else "batch"
     gathers, scatters = (is_cut and name == STREAM for name in names)
+    cuts_x, parts = names[0] != STREAM, 0
     is_torus = mesh.devices.flat[0].platform == "tpu" and mesh.shape["slice"] == 1
-    is_cut_kernel = prod(mesh.shape[axis] for axis in PARAMETERS[STREAM]) > 1
-    in_order = is_torus and is_cut_kernel and not gathers
+    if is_torus and not gathers and prod(mesh.shape[axis] for axis in PARAMETERS[STREAM]) > 1:
+        width = kernel.shape[0 if cuts_x != transposed else 1]
+        parts = _n_parts(width, 4 * kernel.size) if mesh.shape["tensor"] == 1 else 1
     x = x if keeps_length else x.reshape(-1, x.shape[-1])
-    return _product(x, kernel, Map(dtype, *sums, transposed, rows, gathers, scatters, in_order))
+    how = Map(dtype, *sums, transposed, rows, gathers, scatters, parts, cuts_x)
+    return _product(x, kernel, how)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -117,10 +126,34 @@ def _backward(how: Map, residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.
     x = _whole(_part(x, how), how) if how.gathers else x
     dx, dkernel = matmul_backward(how.dtype, how.transposed, (x, kernel, like_x), g, how.grad_dtype)
     dx = _part(dx, how) if how.gathers else dx
-    return jax.lax.optimization_barrier((dx, dkernel)) if how.in_order else (dx, dkernel)
+    if not how.parts:
+        return dx, dkernel
+    if how.parts > 1:
+        dkernel = _in_parts(x, g, how)
+    return jax.lax.optimization_barrier((dx, dkernel))
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _n_parts(width: int, n_bytes: int) -> int:
+    """Return the number of parts of a gradient, each of whole lanes of its width."""
+    most = min(MOST_PARTS, -(-n_bytes // PART))
+    return next((n for n in range(most, 1, -1) if width % (n * LANES) == 0), 1)
+
+
+def _in_parts(x: jax.Array, g: jax.Array, how: Map) -> jax.Array:
+    """Return the gradient of the kernel, float32, computed from some columns at a time."""
+    x, g = (a if a.ndim == 3 else a[None] for a in (x, g))
+    axes, parts = "fd" if how.transposed else "df", []
+    width = (x if how.cuts_x else g).shape[-1] // how.parts
+    for i in range(how.parts):
+        own = slice(i * width, (i + 1) * width)
+        factors = (x[..., own], g) if how.cuts_x else (x, g[..., own])
+        part = jnp.einsum(f"btd,btf->{axes}", *factors, preferred_element_type=jnp.float32)
+        part, x, g = jax.lax.optimization_barrier((part, x, g))
+        parts.append(part)
+    return jnp.concatenate(parts, axes.index("d" if how.cuts_x else "f"))
 
 
 def _whole(x_BLD: jax.Array, how: Map) -> jax.Array:
