@@ -133,11 +133,13 @@ def test_of_all_sets_those_without_data_are_left_out(evaluate):
         ({"data.validation_fraction": 0}, "--config.eval.safety=winobias needs validation data"),
     ],
 )
-def test_sets_that_cannot_run_end_a_training_before_its_first_step(
-    run_folder, keys, message, capsys
+def test_sets_that_cannot_run_end_a_training_before_it_begins(
+    run_folder, keys, message, tmp_path, capsys
 ):
-    words = ["train", "--config", str(run_folder.parent / "config.py"), "--workdir", "unused"]
-    assert main([*words, *(f"--config.{path}={value}" for path, value in keys.items())]) == 2
+    words = ["--config", str(run_folder.parent / "config.py"), "--workdir", str(tmp_path / "run")]
+    assert (
+        main(["train", *words, *(f"--config.{path}={value}" for path, value in keys.items())]) == 2
+    )
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
