@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from lm.data.files import read_text
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.data.tokenizers.hf import BYTE_CHARACTERS
+from lm.data.unspaced_scripts import UNSPACED
 from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 
@@ -139,11 +140,7 @@ def _grammars(decode: Any) -> Iterator[tuple[str, str]]:
     from llguidance import LLMatcher
 
     if decode.allowed:
-        words = "|".join(map(_escaped, listed(decode.allowed)))
-        if not words:
-            raise UserError(f"--config.decode.allowed={decode.allowed!a}: no word")
-        text = rf"\W*((?i:{words})(\W+(?i:{words}))*)?\W*"
-        yield "allowed", LLMatcher.grammar_from_regex(text)
+        yield "allowed", LLMatcher.grammar_from_regex(_words_alone(listed(decode.allowed)))
     if decode.banned_pattern:
         pattern = re.sub(r"(?<!\\)/", r"\/", decode.banned_pattern).replace("\n", r"\n")
         anywhere = f"/{_ANYTHING}/ & ~/{_ANYTHING}({pattern}){_ANYTHING}/"
@@ -170,6 +167,23 @@ def _stated_grammar(spec: str) -> str:
         parse_json(text, argument)
         return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
     return LLMatcher.grammar_from_lark(text)
+
+
+def _words_alone(words: Sequence[str]) -> str:
+    r"""Return the pattern of texts of some words, with anything between them that is no word.
+
+    Nothing needs to be between words of scripts that have no spaces.
+    """
+    kinds: dict[bool, list[str]] = {False: [], True: []}
+    for word in words:
+        kinds[bool(UNSPACED.search(word))].append(_escaped(word))
+    if not words:
+        raise UserError("--config.decode.allowed: no word")
+    between = "|".join([r"\W", *kinds[True]])
+    spaced = f"(?i:{'|'.join(kinds[False])})"
+    if not kinds[False]:
+        return f"({between})*"
+    return f"({between})*({spaced}(({between})+{spaced})*({between})*)?"
 
 
 def _escaped(word: str) -> str:

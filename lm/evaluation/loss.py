@@ -14,15 +14,11 @@ from lm.data.batches import Batches, prefetch
 from lm.data.dataset import Store
 from lm.data.store import TokenStore
 from lm.data.tokenizer import Tokenizer
+from lm.data.unspaced_scripts import UNSPACED
 from lm.experiment import Experiment
 from lm.models.variables import Params
 
 _PLACES, _TOKENS = 8, 2000  # of a sample from each store
-# Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer; Korean has spaces.
-_UNSPACED = re.compile(
-    r"[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    r"\U00020000-\U0003ffff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]"
-)
 _OF_CODE = re.compile(r"[_(){}\[\]<>=;\\*#@$%^&|~+/]")
 
 
@@ -121,7 +117,7 @@ def has_spaced_words(text: str) -> bool:
     n_letters = sum(character.isalpha() for character in text)
     n_visible = sum(not character.isspace() for character in text)
     return (
-        10 * len(_UNSPACED.findall(text)) < max(n_letters, 1)
+        10 * len(UNSPACED.findall(text)) < max(n_letters, 1)
         and 15 * len(_OF_CODE.findall(text)) < n_visible
     )
 

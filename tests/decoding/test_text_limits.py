@@ -67,6 +67,18 @@ def test_a_banned_pattern_is_nowhere_and_allowed_words_are_all():
         assert {word.lower() for word in words} <= {"cat", "i'm"}
 
 
+def test_words_of_scripts_without_spaces_may_follow_one_another():
+    limits = limits_of(allowed="猫,喜欢,cat")
+    for text, fits in (("猫喜欢cat猫, cat cat", True), ("猫喜", False), ("catcat", False)):
+        ids = [*text.encode(), 256]
+        written = np.full((1, len(ids)), -1)
+        steps = []
+        for i, token in enumerate(ids):
+            steps.append(limits.allowed(257, written, i)[0, token])
+            written[0, i] = token
+        assert all(steps) == fits
+
+
 def test_the_bytes_of_tokens():
     assert token_bytes(ByteTokenizer())[200:] == [*(bytes([i]) for i in range(200, 256)), None]
     assert token_bytes(CharTokenizer("aé猫")) == [b"a", "é".encode(), "猫".encode()]
