@@ -317,6 +317,23 @@ def test_a_continuation_ends_before_a_stop_text_and_continues_what_is_piped_in(
         assert generate() == f"to{text}\n"
 
 
+def test_two_runs_are_compared_on_a_page(trained, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("to\n\nbe\n")
+    runs = ["--workdir", trained, trained]
+    words = ["compare", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "page"]
+    assert main([*map(str, [*words, *runs]), "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page' / 'index.html'}\n"
+    key = json.loads((tmp_path / "page" / "key.json").read_text())
+    assert key["runs"] == [f"{trained}@2"] * 2
+    assert len(key["first"]) == 2
+    assert "--workdir A B" in error_of(capsys, *words, *runs[:2])
+    assert "--workdir A B" in error_of(capsys, *words, *runs, trained)
+    assert "no run in" in error_of(capsys, *words, *runs[:2], tmp_path / "none")
+    assert "none.txt" in error_of(capsys, *words, *runs, "--prompts", tmp_path / "none.txt")
+    (tmp_path / "prompts.txt").write_text("\n")
+    assert "holds no prompt" in error_of(capsys, *words, *runs)
+
+
 def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
     train = ["train", "--config", experiment, "--workdir", trained]
     line = error_of(capsys, *train, "--config.model.n_layers=3", "--config.optimizer.name=lion")

@@ -50,6 +50,8 @@ class Quality(SafetySet):
     def misfit(self, subject: Subject) -> str:
         if not find_spec("sacrebleu"):
             return "it needs the extra `eval` (sacrebleu)"
+        if subject.config.safety.judge:
+            load_judge(subject.config.safety.judge)
         return no_samples(subject)
 
     def measure(self, subject: Subject) -> Figures:

@@ -75,11 +75,12 @@ def _searches(subject: Subject) -> Iterator[Search]:
 
 
 def no_samples(subject: Subject) -> str:
-    """Return why a model writes no samples; "" if it does."""
+    """Return why a model writes no samples, "" if it does; UserError without the prompts."""
     if not hasattr(subject.experiment.model, "decode"):
         return f"a model of the family {subject.config.model.family} writes no text"
     if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
         return "an encoder–decoder writes from sources only: set --config.safety.prompts"
+    sample_prompts(subject)  # raises UserError where their file is not there
     return ""
 
 

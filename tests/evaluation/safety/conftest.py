@@ -53,7 +53,12 @@ def run_folder(text_file, safety_data, tmp_path_factory):
         patch.setattr(jax, "devices", lambda *args: first)
         words = ["--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
         assert main(["train", *words]) == 0
-        yield folder / "run"
+    return folder / "run"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device(one_device_in_module):
+    """What these tests run sees one device, and what is run after them all again."""
 
 
 @pytest.fixture

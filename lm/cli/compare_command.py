@@ -1,0 +1,108 @@
+"""`lm compare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    json_argument,
+    only_cpu,
+    open_run,
+    print_result,
+    probability,
+    weights_arguments,
+)
+from lm.cli.used_keys import MODEL, Patterns
+from lm.errors import UserError
+from lm.storage import storage_path
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--workdir", nargs="+", metavar="DIR", help="the two runs")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts or sources: a line, or .jsonl")
+    output = "for index.html, the page, and key.json, which tells the runs apart"
+    parser.add_argument("--output", required=True, metavar="DIR", help=output)
+    answers = "what the page has downloaded: print the win rate instead"
+    parser.add_argument("--answers", nargs="+", metavar="FILE", help=answers)
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), metavar="N", help="same as --config.decode.max_length"
+    )
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
+    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of samples and of their order")
+    weights_arguments(parser)
+    json_argument(parser)
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return () if args.answers else ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    from lm.tools.reports.compare_page import win_rate
+
+    if args.answers:
+        if args.workdir or args.prompts:
+            raise UserError("--answers are to a page that is there: without --workdir, --prompts")
+        only_cpu()
+        print_result(win_rate(Path(args.output), [Path(file) for file in args.answers]), args.json)
+        return 0
+    if len(args.workdir or ()) != 2 or not args.prompts:
+        raise UserError("lm compare: give --workdir A B and --prompts FILE, or --answers FILE")
+    _write_page(args, overrides)
+    return 0
+
+
+def _write_page(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Have both runs write a text after each prompt, and write the page."""
+    from lm.decoding.generate_file import read_inputs
+    from lm.evaluation.task import require_writable
+    from lm.tools.html_pages import page_template
+    from lm.tools.reports.compare_page import TEMPLATE, write_compare_page
+
+    page_template(TEMPLATE)  # raises UserError without its package, before the texts are written
+    folder, prompts = Path(args.output), read_inputs(Path(args.prompts), "prompt", "")
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise UserError(f"{args.prompts} holds no prompt")
+    require_writable(folder)
+    if args.max_new_tokens is not None:
+        overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
+    runs, texts = [], []
+    for workdir in args.workdir:
+        written, step = _texts(args, workdir, prompts, overrides)
+        runs.append(f"{workdir}@{step}")
+        texts.append(written)
+    page = write_compare_page(folder, runs, prompts, (texts[0], texts[1]), args.seed)
+    print(storage_path(page))
+
+
+def _texts(
+    args: argparse.Namespace, workdir: str, prompts: Any, overrides: Overrides
+) -> tuple[list[str], int]:
+    """Return what a run writes after each prompt, and its step."""
+    from lm.decoding.generation import generate_texts
+    from lm.decoding.prompts import is_encoder_decoder
+    from lm.decoding.sampling import Sampling
+    from lm.progress import progress_bar
+
+    one = argparse.Namespace(**vars(args) | {"workdir": workdir})
+    experiment, params, step = open_run(one, overrides, any_batch=True)
+    config, model = experiment.config, experiment.model
+    if not hasattr(model, "decode"):
+        raise UserError(f"{workdir}: a model of the family {config.model.family} writes no text")
+    searches = is_encoder_decoder(model) or config.decode.beam_size > 1
+    sampling = None if searches else Sampling(args.temperature, top_p=args.top_p)
+    with progress_bar(workdir, len(prompts)) as bar:
+        found = generate_texts(
+            experiment, params, experiment.tokenizer, prompts, sampling, args.seed, 0, bar.update
+        )
+        return [generations[0].text if generations else "" for generations in found], step
