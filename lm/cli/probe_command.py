@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
-    records = ("columns", "header", "bad_rows", "labels", "cache_directory")
+    records = ("columns", "header", "bad_rows", "directory", "cache_directory")
     return (*MESH, *MODEL, *(f"data.{key}" for key in records))
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
+from lm.experiment import Experiment
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.models.attention import DotProductAttention
 from lm.models.cross_attention import CrossAttention
@@ -27,7 +28,7 @@ from lm.models.layers import FeedForward, Linear
 from lm.models.parameter_groups import layer_numbers, stack_of
 from lm.models.transformer import Block, Stack
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import flat
+from lm.models.variables import Params, flat
 
 Captured = dict[str, Any]
 _INTERMEDIATES = "intermediates"  # the collection that `Stack` stacks over layers
@@ -50,6 +51,11 @@ def require_transformer(model: nn.Module) -> None:
             f"a model of the class {type(model).__name__} has no Transformer layers to look into: "
             "decoders, encoders and encoder–decoders have"
         )
+
+
+def has_all_params(experiment: Experiment, params: Params) -> bool:
+    """Return whether there are parameters of all heads; an import may be without."""
+    return flat(params).keys() >= experiment.param_infos.keys()
 
 
 def run_and_capture(

@@ -20,7 +20,7 @@ import numpy as np
 from lm.data.batches import Batches
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.insight.capture import require_transformer, run_and_capture
+from lm.insight.capture import has_all_params, require_transformer, run_and_capture
 from lm.models.variables import Params, as_variables
 from lm.progress import track
 
@@ -125,10 +125,15 @@ def top_neurons(
 
 
 def _capture(experiment: Experiment, variables: Any, batch: Any) -> dict[str, jax.Array]:
-    """Return the activations [N, B, L, F] of each stack while the objective's loss is computed."""
+    """Return the activations [N, B, L, F] of each stack while the objective's loss is computed.
+
+    A model that was imported without output layers, which has no loss, only reads the inputs.
+    """
 
     def run(model: Any) -> Any:
-        return experiment.objective.loss(model, batch).loss
+        if has_all_params(experiment, variables["params"]):
+            return experiment.objective.loss(model, batch).loss
+        return model.hidden(batch["inputs"], None, batch["segment_ids"])
 
     _, captured = run_and_capture(experiment.model, variables, ("neurons",), run)
     return {path.rpartition("/")[0]: x for path, x in captured.items()}

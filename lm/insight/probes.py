@@ -141,6 +141,8 @@ def probe(
         raise UserError(
             f"{labels}: {len(classes)} different labels; classes are {MOST_CLASSES} at most"
         )
+    if not any(span.label in classes for row in test for span in row.spans):
+        raise UserError(f"{held_out}: none of its labels is one of {labels}")
     states = [
         _states(experiment, params, part, name)
         for part, name in ((train, "states"), (test, "held-out states"))
@@ -198,8 +200,7 @@ def _read_rows(experiment: Experiment, source: str) -> list[LabelledRow]:
     assert tokenizer is not None
     (records,) = open_sources([source], data, "train", records=True)
     assert isinstance(records, Records)
-    if not records.labels:
-        records = replace(records, labels=_find_labels(records))
+    records = replace(records, labels=_find_labels(records))
     store = build_record_store(records, tokenizer, cache_directory(data), progress=True)
     make = partial(_row, experiment, tokenizer)
     return [row for record in store if (row := make(record)).spans]
@@ -225,8 +226,10 @@ def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> Labell
     raw, special = record.raw, special_tokens(tokenizer)
     column = next((name for name in ("words", "text") if name in record.tokens), "")
     if not column or ("tags" if column == "words" else "label") not in raw:
-        there = ", ".join(raw)
-        raise UserError(f"a record has {there}: probes need text and label, or words and tags")
+        raise UserError(
+            f"a record has {', '.join(raw)}; a probe needs text and label, or words and tags: "
+            "name their columns in --config.data.columns"
+        )
     before: tuple[int, ...] = tokenizer.template.before
     after: tuple[int, ...] = ()
     if experiment.config.model.family == "encoder":

@@ -34,9 +34,9 @@ from lm.decoding.prompts import (
 )
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.insight.capture import require_transformer, run_and_capture
+from lm.insight.capture import has_all_params, require_transformer, run_and_capture
 from lm.models.transformer import Stack
-from lm.models.variables import Params, as_variables, flat
+from lm.models.variables import Params, as_variables
 from lm.objectives.classification import Classification
 
 MOST_TOKENS = 512  # that are shown of a text: maps grow with its square
@@ -148,10 +148,7 @@ def make_passage(
         (text + (target or "")).encode()
     except UnicodeEncodeError:
         raise UserError("it is not UTF-8") from None
-    objective, has_heads = (
-        experiment.objective,
-        flat(params).keys() >= experiment.param_infos.keys(),
-    )
+    objective, has_heads = experiment.objective, has_all_params(experiment, params)
     source: np.ndarray | None = None
     tokens: Any
     mask, n_prefix = -1, 0

@@ -46,7 +46,7 @@ def made():
         x = model.hidden(batch["inputs"], None, batch["segment_ids"])
         return SimpleNamespace(loss=x.sum())
 
-    experiment = SimpleNamespace(model=model, objective=SimpleNamespace(loss=loss))
+    experiment = SimpleNamespace(model=model, objective=SimpleNamespace(loss=loss), param_infos={})
     return experiment, params, Corpus(), tokens, segments
 
 
