@@ -46,6 +46,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--shots", type=at_least(0), metavar="K", help="of --harness: examples")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="of --harness: documents")
     parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
+    chat = "of --harness: prompts by the chat template of the tokenizer"
+    parser.add_argument("--apply_chat_template", action="store_true", help=chat)
     parser.add_argument(
         "--safety",
         nargs="?",
@@ -63,6 +65,7 @@ def add_arguments(parser: Parser) -> None:
     process_arguments(parser)
 
 
+_OF_HARNESS = ("shots", "limit", "include_path", "apply_chat_template")
 # What a run says of the evaluations during its training.
 _WHOLE_SPLIT = {"eval.max_batches": "0", "eval.final_batches": "0", "eval.best": ""}
 _VALIDATION = (
@@ -111,8 +114,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         return _evaluate_safety(args, overrides)
     if args.harness:
         return _evaluate_harness(args, overrides)
-    for option in ("shots", "limit", "include_path"):
-        if getattr(args, option) is not None:
+    for option in _OF_HARNESS:
+        if getattr(args, option) not in (None, False):
             raise UserError(f"--{option} is of --harness: name its tasks too")
     from lm.data.splits import open_split
     from lm.evaluation.task import check_task
@@ -225,6 +228,7 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
         shots=args.shots,
         limit=args.limit,
         include_path=args.include_path,
+        chat=args.apply_chat_template,
     )
     if is_primary_host():
         print(f"results are in {storage_path(folder)}", file=sys.stderr)
@@ -250,7 +254,7 @@ def _write_figures(args: argparse.Namespace, folder: Path, step: int, figures: A
 
 def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run safety sets on checkpoints and write the page of their trend; return the exit code."""
-    for option in ("split", "source", "task", "harness", "shots", "limit", "include_path"):
+    for option in ("split", "source", "task", "harness", *_OF_HARNESS):
         if getattr(args, option):
             raise UserError(f"--safety has data of its own: without --{option}")
     if args.step and args.best:

@@ -30,6 +30,7 @@ from lm.decoding.generation import text_after, text_before
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError, missing_package
+from lm.evaluation.chat_template import ChatTokenizer, chat_tokenizer, render_chat
 from lm.evaluation.likelihood import Request, first_ids, score, split_request
 from lm.experiment import Experiment
 from lm.models.variables import Params
@@ -132,6 +133,25 @@ class HarnessModel(LM):
     def max_length(self) -> int:
         """Tokens of the context."""
         return self._experiment.config.model.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Identity of the tokenizer."""
+        return self._tokenizer.digest
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the Jinja source of the chat template."""
+        assert isinstance(self._tokenizer, ChatTokenizer)
+        return self._tokenizer.chat_template
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return messages as a prompt, without the bos that every prompt starts with anyway."""
+        assert isinstance(self._tokenizer, ChatTokenizer)
+        text = render_chat(self._tokenizer, chat_history, add_generation_prompt)
+        bos = self._tokenizer.special_names.get("bos")
+        return text.removeprefix(bos) if bos and prompt_ids(self._tokenizer, "") else text
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Return log-likelihood and greediness of each continuation."""
@@ -298,6 +318,7 @@ def evaluate_tasks(
     limit: int | None = None,
     include_path: str | None = None,
     resamples: int = 100_000,
+    chat: bool = False,
     progress: Callable[[int], Any] = lambda n: None,
     option: str = "--harness ",
 ) -> dict[str, Any]:
@@ -314,6 +335,7 @@ def evaluate_tasks(
         limit: evaluate only the first documents of each task; None: all.
         include_path: folder of further task files, which may hold code that is run.
         resamples: bootstrap samples of a standard error; 0: no standard errors.
+        chat: make the prompts by the chat template of the tokenizer.
         progress: called with the number of rows of each finished batch; it may raise.
         option: what named the tasks, for messages.
 
@@ -325,6 +347,8 @@ def evaluate_tasks(
     """
     from lm_eval import simple_evaluate
 
+    if chat:
+        tokenizer = chat_tokenizer(tokenizer)
     manager = load_tasks(experiment, tasks, include_path, option)
     answers = Answers(folder / "answers.jsonl", weights)
     model = HarnessModel(experiment, params, tokenizer, answers, progress)
@@ -336,6 +360,7 @@ def evaluate_tasks(
             limit=limit,
             task_manager=manager,
             bootstrap_iters=resamples,
+            apply_chat_template=chat,
         )
     if is_primary_host():
         _write_results(folder, results)

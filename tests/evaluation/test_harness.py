@@ -9,7 +9,8 @@ import pytest
 from lm.api import load_run
 from lm.cli import main
 from lm.errors import UserError
-from lm.evaluation.harness import Answers, HarnessModel
+from lm.evaluation.chat_template import chat_tokenizer
+from lm.evaluation.harness import Answers, HarnessModel, evaluate_tasks
 from lm.evaluation.likelihood import Request, score, split_request
 from lm.evaluation.score_file import Question, score_questions
 from lm.training.trainer import train
@@ -375,3 +376,44 @@ def test_what_cannot_be_evaluated_is_said_before_the_first_step(
     with pytest.raises(UserError, match=message):
         train(tiny_config(**values), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}\n{% if m.role == 'system' %}"
+    "{{ raise_exception('no') }}{% endif %}{{ '<' + m.role + '>' + m.content | trim }}"
+    "{{ eos_token }}{% generation %}{% endgeneration %}{% endfor %}\n"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_chat_templates_make_the_prompts_of_lm_evals_own_model(make, task, tmp_path, capsys):
+    theirs, workdir = make("llama")
+    model = ours(workdir, tmp_path)
+    tokenizer = model._tokenizer
+    files = tokenizer.files() | {"chat_template.jinja": CHAT.encode()}
+    model._tokenizer = chat_tokenizer(type(tokenizer).from_files(files))
+    theirs.tokenizer.chat_template = CHAT
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": " the cat "}]
+    begun = [*history[1:], {"role": "assistant", "content": "sat "}]
+    try:
+        for messages, ends in ((history, True), (history[1:], True), (begun, False)):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=ends)
+            assert expected.startswith("<s>")
+            prompt = model.apply_chat_template(messages, add_generation_prompt=ends)
+            assert prompt == expected.removeprefix("<s>")
+            request = instances("loglikelihood", [(expected, " on")])
+            ((likelihood, _),) = theirs.loglikelihood(request, disable_tqdm=True)
+            ((found, _),) = model.loglikelihood(instances("loglikelihood", [(prompt, " on")]))
+            assert found == pytest.approx(likelihood, rel=1e-4)
+    finally:
+        theirs.tokenizer.chat_template = None
+    run, tokenizer, tasks = model._experiment, model._tokenizer, [str(task / "words.yaml")]
+    evaluate_tasks(run, model._params, tokenizer, tasks, tmp_path, {}, limit=1, chat=True)
+    (line,) = (tmp_path / "samples_words_choice.jsonl").read_text().splitlines()
+    prompt = json.loads(line)["arguments"][0][0]
+    assert prompt == "<user>the cat</s><assistant>"
+    words = ["eval", "--workdir", str(workdir), "--apply_chat_template"]
+    assert main([*words, "--harness", "words_choice"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "is of --harness" in capsys.readouterr().err

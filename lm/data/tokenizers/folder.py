@@ -232,6 +232,23 @@ class FolderTokenizer(Tokenizer):
                     found[role] = defaults.get(role)
         return found
 
+    @property
+    def special_names(self) -> Mapping[str, str | None]:
+        """Special tokens by role, such as bos; None for one that the files say is not there."""
+        return self._names
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the default chat template; None if the folder has none."""
+        files, (of_text, of_json, _) = self.files(), _TEMPLATES
+        if of_text in files:
+            return files[of_text].decode("utf-8", errors="replace")
+        found = (self.stated(of_json) or self._settings).get("chat_template")
+        if isinstance(found, list):  # several by name
+            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
     def _of_tiktoken(self, name: str) -> dict[str, bytes]:
         """Return the files that a folder with a tiktoken file lacks, as Llama 3 means them."""
         try:
