@@ -1,5 +1,7 @@
 """Attention maps and residual streams of imported models, against those of `transformers`."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ def test_maps_of_every_head_are_theirs(make_theirs, name):
     capture = ("attention", "cross_attention", "residual")
     run = jax.jit(lambda v: run_and_capture(model, v, capture, lambda model: model(*inputs))[1])
     ours = run({"params": params})
+    theirs = copy.deepcopy(theirs)  # other tests compare the bits of its own attention
     theirs.set_attn_implementation("eager")
     options = {"output_attentions": True, "output_hidden_states": True}
     if name in ENCODER_DECODERS:
