@@ -280,6 +280,11 @@ class Trials:
         return []
 
     def _open_trials(self, count: int) -> list[Any]:
+        """Return the trials of the first batch that is not done, after asking for those it lacks.
+
+        A batch is `count` trials from a multiple of `count`. So none is proposed from some of the
+        results of the batch before, wherever the search was killed.
+        """
         states = self._optuna.trial.TrialState
         found = self._study.get_trials(deepcopy=False)
         open_trials = [
@@ -287,7 +292,9 @@ class Trials:
             for trial in found
             if trial.state == states.RUNNING
         ]
-        for number in range(len(found), self.search.trials)[: max(0, count - len(open_trials))]:
+        first = open_trials[0].number if open_trials else len(found)
+        end = first // count * count + count
+        for number in range(len(found), min(end, self.search.trials)):
             self._study.sampler = self._sampler(number)
             open_trials.append(self._study.ask())
         return open_trials

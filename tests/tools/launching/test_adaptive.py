@@ -79,6 +79,31 @@ def test_it_goes_where_the_loss_is_low_and_kill_9_changes_nothing(search_file, t
     assert {name: starts(calm, name) for name in done} == before
 
 
+@pytest.mark.parametrize("method", ["tell", "_try_run", "_sampler"])
+def test_a_search_killed_within_a_batch_proposes_the_same(
+    method, search_file, tmp_path, monkeypatch
+):
+    assert run(search_file, tmp_path / "calm") == 1
+    usual, calls = getattr(Trials, method), []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) in (3, 14, 30):
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(Trials, method, dies)
+    while True:
+        try:
+            run(search_file, tmp_path / "shaken")
+            break
+        except KeyboardInterrupt:
+            pass
+    found = [(tmp_path / name / "results.csv").read_text() for name in ("calm", "shaken")]
+    assert found[0] == found[1]
+    assert len(calls) > 14
+
+
 def test_trials_that_are_no_run_fail_and_the_search_goes_on(search_file, tmp_path):
     bad = """
     if trial.number in (0, 1, 2, 3):
