@@ -69,7 +69,9 @@ themselves ({compilers}) and the published rates of the chips; none was measured
 The bound is the longest of compute, memory and network, each alone; a real step is slower. Compile
 times are by the clock, many of them beside other work: on a quiet core about a minute.
 Memory is the sum of arguments and temporaries in the compiler's analysis; on TPUs what lives at
-once is less, and `lm plan` says that too.
+once is less, and `lm plan` says that too. Below an MFU of 40 % are narrow models, whose arrays are
+moved for few products each, and large ones at a paper's batch of few tokens a chip, bound by the
+network.
 
 """
 COLUMNS = (
