@@ -19,8 +19,10 @@ from ml_collections import ConfigDict
 from lm.data.splits import open_split
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.generation import generate_texts
+from lm.decoding.prompts import check_ids
 from lm.decoding.sampling import Sampling
 from lm.decoding.weights import prepare
+from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, reads_records
 from lm.insight.capture import run_and_capture
@@ -104,9 +106,12 @@ class Run:
             "encoder/NAME" and "decoder/NAME".
 
         Raises:
-            UserError: a name is unknown, or the model is no Transformer.
+            UserError: a name or a token id is unknown, or the model is no Transformer.
         """
         arrays = tuple(map(np.asarray, inputs))
+        if any(ids.ndim != 2 for ids in arrays):
+            raise UserError("token ids are [B, L]: run.encode(text)[None] is a batch of one text")
+        check_ids([row for ids in arrays for row in ids], self.model)
 
         def run(variables: Any) -> tuple[jax.Array, dict[str, Any]]:
             return run_and_capture(self.model, variables, capture, lambda model: model(*arrays))

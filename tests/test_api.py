@@ -87,6 +87,10 @@ def test_activations_are_captured_on_the_way_to_the_logits(run):
     assert found["residual"].shape == (4, 1, L, 16)
     with pytest.raises(lm.UserError, match="nothing called 'atention' can be captured: attention,"):
         run.activations(tokens_BL, capture=("atention",))
+    with pytest.raises(lm.UserError, match="token id 99999"):
+        run.activations([[99999]])
+    with pytest.raises(lm.UserError, match="batch of one text"):
+        run.activations([1, 2])
 
 
 def test_generation_is_that_of_the_seed_and_length(run):

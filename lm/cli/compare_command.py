@@ -53,7 +53,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         if args.workdir or args.prompts:
             raise UserError("--answers are to a page that is there: without --workdir, --prompts")
         only_cpu()
-        print_result(win_rate(Path(args.output), [Path(file) for file in args.answers]), args.json)
+        files = [Path(file) for file in args.answers]
+        if len({file.resolve() for file in files}) < len(files):
+            raise UserError("--answers: a file is given twice")
+        print_result(win_rate(Path(args.output), files), args.json)
         return 0
     if len(args.workdir or ()) != 2 or not args.prompts:
         raise UserError("lm compare: give --workdir A B and --prompts FILE, or --answers FILE")
@@ -74,6 +77,8 @@ def _write_page(args: argparse.Namespace, overrides: Overrides) -> None:
     if not prompts:
         raise UserError(f"{args.prompts} holds no prompt")
     require_writable(folder)
+    if (folder / "key.json").exists():
+        raise UserError(f"{folder} has a page that answers may be to: give another --output")
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     runs, texts = [], []

@@ -44,12 +44,12 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
-    """Raise UserError for an id beyond the token table of a model."""
+    """Raise UserError for an id that the token table of a model has not."""
     rows = model.config.vocab_size  # type: ignore[attr-defined]
-    largest = max((max(map(int, ids), default=0) for ids in inputs), default=0)
-    if largest >= rows:
+    wrong = next((int(i) for ids in inputs for i in ids if not 0 <= i < rows), None)
+    if wrong is not None:
         raise UserError(
-            f"the token id {largest} is beyond the model's table of {rows}: this model and this "
+            f"the token id {wrong} is beyond the model's table of {rows}: this model and this "
             "tokenizer do not belong together"
         )
 
