@@ -72,39 +72,30 @@ def generate_texts(
         stop: texts before the first of which the output ends.
     """
     guard = open_guard(experiment.config.decode)
-    found = _generate(experiment, params, tokenizer, texts, sampling, seed, start, progress, stop)
-    return guard.screened(found) if guard else found
 
+    def generate() -> Iterator[list[Generation]]:
+        config = experiment.config
+        has_source = is_encoder_decoder(experiment.model)
+        if has_source:
+            ids = [source_ids(tokenizer, text, config.data.sequence_length) for text in texts]
+        else:
+            ids = [prompt_ids(tokenizer, text) for text in texts]
+        if sampling is None:
+            options = BeamOptions.from_config(config, tokenizer)
+            found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
+        else:
+            controls = Controls.from_config(config, tokenizer)
+            found = sample_batches(
+                experiment, params, ids, sampling, seed, controls, start, progress
+            )
+        for prompt, hypotheses in zip(ids[start:], found, strict=True):
+            before = [] if has_source else prompt
+            yield [
+                Generation(text_before(stop, text_after(tokenizer, before, h.tokens)), h.score)
+                for h in hypotheses
+            ]
 
-def _generate(
-    experiment: Experiment,
-    params: Params,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    sampling: Sampling | None,
-    seed: int,
-    start: int,
-    progress: Callable[[int], Any],
-    stop: Sequence[str],
-) -> Iterator[list[Generation]]:
-    config = experiment.config
-    has_source = is_encoder_decoder(experiment.model)
-    if has_source:
-        ids = [source_ids(tokenizer, text, config.data.sequence_length) for text in texts]
-    else:
-        ids = [prompt_ids(tokenizer, text) for text in texts]
-    if sampling is None:
-        options = BeamOptions.from_config(config, tokenizer)
-        found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
-    else:
-        controls = Controls.from_config(config, tokenizer)
-        found = sample_batches(experiment, params, ids, sampling, seed, controls, start, progress)
-    for prompt, hypotheses in zip(ids[start:], found, strict=True):
-        before = [] if has_source else prompt
-        yield [
-            Generation(text_before(stop, text_after(tokenizer, before, h.tokens)), h.score)
-            for h in hypotheses
-        ]
+    return guard.screened(generate()) if guard else generate()
 
 
 def generation_record(

@@ -43,6 +43,7 @@ class Cache:
             written, which no query sees.
         index: number of slots that are written, in every row.
         source: keys and values of cross-attention.
+        row_axis: axis of the rows in `mixers` and `source`; 0 in an unrolled stack.
     """
 
     mixers: dict[str, Any]
