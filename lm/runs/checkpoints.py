@@ -13,8 +13,8 @@ so that silent corruption is detected on any.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -37,8 +37,7 @@ from lm.train_step import TrainState
 
 BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_SIGNS = ("No space left", "quota exceeded", "File too large")  # of errors without a number
+_FULL_SIGNS = ("No space left", "quota exceeded", "File too large")  # a system's or TensorStore's
 
 Log = Callable[[str], None]
 
@@ -227,19 +226,26 @@ def one_line(error: Exception) -> str:
 def disk_errors(folder: AnyPath) -> Iterator[None]:
     """Convert the errors of a full disk to UserError; an unfinished checkpoint is not kept."""
     hook, sys.unraisablehook = sys.unraisablehook, _unless_loop_is_closed
+    logging.getLogger("asyncio").addFilter(_unless_disk_is_full)
     try:
         yield
         sys.unraisablehook = hook
-    except UserError:
-        raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in _FULL
-        if full or any(sign in str(error) for sign in _FULL_SIGNS):
+        if not isinstance(error, UserError) and _is_full_disk(error):
             raise UserError(
                 f"the disk of {folder} is full; older checkpoints are intact: "
                 "free some space and start the same command again"
             ) from error
         raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return any(sign in str(error) for sign in _FULL_SIGNS)
+
+
+def _unless_disk_is_full(record: logging.LogRecord) -> bool:
+    """Leave out the errors of other writes that failed at the same time."""
+    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
 
 
 def _unless_loop_is_closed(unraisable: Any) -> None:

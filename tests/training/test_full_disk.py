@@ -22,7 +22,7 @@ LIMITED += "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n
 LIMITED += "sys.exit(main(sys.argv[2:]))"
 
 
-@pytest.mark.parametrize(("every", "limit"), [(0, 9_000), (6, 60_000)])
+@pytest.mark.parametrize(("every", "limit"), [(0, 9_000), (6, 40_000)])
 def test_metrics_and_checkpoints_that_cannot_be_written_are_one_line(
     experiment_file, undisturbed, tmp_path, one_device, every, limit
 ):
