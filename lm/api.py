@@ -24,7 +24,7 @@ from lm.decoding.sampling import Sampling
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
-from lm.experiment import Experiment, reads_records
+from lm.experiment import Experiment, record_columns
 from lm.insight.capture import run_and_capture
 from lm.models.variables import Params, as_variables
 from lm.runs.checkpoints import ignore_line
@@ -164,7 +164,7 @@ def evaluate(run: Run, split: str = "validation", max_batches: int = 0) -> dict[
         Loss (nats a target), perplexity, accuracy, targets and what else the objective reports.
     """
     experiment, data = run.experiment, run.config.data
-    stores = open_split(data, split, run.tokenizer, reads_records(run.config))
+    stores = open_split(data, split, run.tokenizer, record_columns(run.config))
     batches = experiment.evaluation_batches(stores)
     return evaluate_loss(experiment, run.params, batches, stores, max_batches)
 

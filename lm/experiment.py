@@ -91,7 +91,7 @@ def _objective(
     The tokenizer is opened if it is not given and the size of the vocabulary depends on it.
     """
     if not config.model.vocab_size and tokenizer is None:
-        tokenizer = open_tokenizer(config.data, reads_records(config))
+        tokenizer = open_tokenizer(config.data, record_columns(config))
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
     if not config.model.vocab_size and tokenizer is not None:
         config.model.vocab_size = tokenizer.vocab_size + objective.n_extra_ids
@@ -359,11 +359,11 @@ def build_with_data(
         UserError: the configuration, the mesh or the data do not fit.
     """
     check(config, devices[0].platform, len(devices))
-    records = reads_records(config)
-    tokenizer = open_tokenizer(config.data, records)
+    columns = record_columns(config)
+    tokenizer = open_tokenizer(config.data, columns)
     experiment = build(config, devices, tokenizer)
     experiment._features  # noqa: B018  its error comes before the data are read
-    return experiment, open_dataset(experiment.config.data, records, progress, tokenizer)
+    return experiment, open_dataset(experiment.config.data, columns, progress, tokenizer)
 
 
 def build_untraced(
@@ -428,9 +428,9 @@ def resolve_parallelism(
     return schedule, choose_attention(config, platform, sizes, capability)
 
 
-def reads_records(config: ConfigDict) -> bool:
-    """Return whether the objective learns from records of a task rather than from documents."""
-    return bool(OBJECTIVES.entries[config.objective.name].columns)
+def record_columns(config: ConfigDict) -> tuple[str, ...]:
+    """Return the columns of the records that the objective reads; () if it reads documents."""
+    return OBJECTIVES.entries[config.objective.name].columns
 
 
 def _zeros(shapes: Tree) -> Tree:

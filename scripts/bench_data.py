@@ -245,9 +245,9 @@ def build(folder: Path, data: Path, tokenizer: str, workers: int, cache: str) ->
     section.source, section.tokenizer = f"jsonl:{folder}/*.jsonl", tokenizer
     section.validation_fraction = 0.0
     section.directory, section.workers, section.cache_directory = str(data), workers, cache
-    (source,) = open_sources([section.source], section, "train", records=False)
+    (source,) = open_sources([section.source], section, "train", columns=())
     start = time.perf_counter()
-    store = build_store(source, open_tokenizer(section), section, records=False, progress=False)
+    store = build_store(source, open_tokenizer(section), section, progress=False)
     print(json.dumps({"tokens": store.n_tokens, "seconds": time.perf_counter() - start}))
 
 

@@ -24,10 +24,10 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.statistics import open_stores
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
 
     config = configs.load_config(args.config, overrides)
-    _, stores = open_stores(config.data, reads_records(config), progress=not args.json)
+    _, stores = open_stores(config.data, record_columns(config), progress=not args.json)
     rows = [
         {
             "split": split,

@@ -36,14 +36,14 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.cleaning import find_unneeded
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
 
     given = [configs.load_config(spec, overrides) for spec in args.config]
     default = configs.default()
     for path, text in overrides.items() if not given else ():
         configs.set_value(default, path, configs.parse_value(path, text))
     data = [config.data for config in given or [default]]
-    found = find_unneeded(data, [reads_records(config) for config in given])
+    found = find_unneeded(data, [record_columns(config) for config in given])
     rows = []
     for each in found:
         if args.delete and not each.kept:

@@ -28,10 +28,10 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.statistics import measure, open_stores
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
 
     config = configs.load_config(args.config, overrides)
-    tokenizer, stores = open_stores(config.data, reads_records(config), progress=not args.json)
+    tokenizer, stores = open_stores(config.data, record_columns(config), progress=not args.json)
     found = [measure(split, store, tokenizer, args.samples) for split, store in stores]
     if args.picture:
         from lm.tools.reports.data_picture import draw_data

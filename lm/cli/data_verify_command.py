@@ -26,7 +26,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.verification import verify_stores
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
 
     if args.config:
         config = configs.load_config(args.config, overrides)
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         config = configs.default()
         for path, text in overrides.items():
             configs.set_value(config, path, configs.parse_value(path, text))
-    records = reads_records(config)
+    columns = record_columns(config)
     reports = []
-    for report in verify_stores(config.data, records, of_config=bool(args.config)):
+    for report in verify_stores(config.data, columns, of_config=bool(args.config)):
         reports.append(report)
         for problem in report.problems:
             print(f"{report.folder}: {problem}", file=sys.stderr)

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
             raise UserError(f"--{option} is of --harness: name its tasks too")
     from lm.data.splits import open_split
     from lm.evaluation.task import check_task
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
     from lm.parallel.mesh import is_primary_host, print_on_primary_host
     from lm.runs.saved_params import restore_params
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.task:
         check_task(experiment)
     config, tokenizer = experiment.config, experiment.tokenizer
-    stores = open_split(config.data, split, tokenizer, reads_records(config), progress=True)
+    stores = open_split(config.data, split, tokenizer, record_columns(config), progress=True)
     name = args.source or split
     evaluate = _evaluate_task if args.task else _evaluate_loss
     reports = [evaluate(args, name, experiment, params, step, stores)]

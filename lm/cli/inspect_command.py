@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.data.splits import open_split
     from lm.evaluation.task import require_writable
-    from lm.experiment import reads_records
+    from lm.experiment import record_columns
     from lm.tools.reports.inspect_page import Text, read_texts, write_inspect_page
 
     if bool(args.prompt) == bool(args.input):
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     corpus = None
     if args.corpus is not None:
         config, tokenizer = experiment.config, experiment.tokenizer
-        stores = open_split(config.data, "test", tokenizer, reads_records(config), progress=True)
+        stores = open_split(config.data, "test", tokenizer, record_columns(config), progress=True)
         corpus = experiment.evaluation_batches(stores)
     title = storage_path(folder).name
     page = write_inspect_page(experiment, params, step, texts, output, title, corpus)

@@ -75,13 +75,13 @@ class Unneeded:
             raise UserError(problem) from error
 
 
-def find_unneeded(configs: Sequence[Any], records: Sequence[bool]) -> list[Unneeded]:
+def find_unneeded(configs: Sequence[Any], columns: Sequence[tuple[str, ...]]) -> list[Unneeded]:
     """Return the folders of a cache that nothing needs, in the order in which to remove them.
 
     Args:
         configs: sections `data` of configurations with one cache.
-        records: whether the sources of each hold records. What the sources were before they changed
-            is not needed; () leaves it out.
+        columns: columns of the records of each, () for documents. What the sources were before
+            they changed is not needed; () leaves it out.
 
     Raises:
         UserError: the cache is in a bucket, or a source cannot be opened.
@@ -96,8 +96,8 @@ def find_unneeded(configs: Sequence[Any], records: Sequence[bool]) -> list[Unnee
     if len(caches) > 1:
         raise UserError(f"the configurations have several caches: {', '.join(sorted(caches))}")
     digests: dict[str, set[str]] = {}
-    for data, of_records in zip(configs, records, strict=False):
-        for source in sources_of(data, of_records):
+    for data, names in zip(configs, columns, strict=False):
+        for source in sources_of(data, names):
             digests.setdefault(source.name, set()).add(source.digest)
     return list(_find(next(iter(caches.values())), digests))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported only where a task is trained
 
 ONE_STORE = 2**28  # bytes of the parts of a corpus whose store is not divided into shards
 
+Columns: TypeAlias = tuple[str, ...]  # of the records that an objective reads; () for documents
 Store: TypeAlias = "TokenStore | RecordStore"
 Source: TypeAlias = "Corpus | Records"
 
@@ -42,52 +43,52 @@ class Dataset:
 
 
 def open_dataset(
-    data: Any, records: bool = False, progress: bool = False, tokenizer: Tokenizer | None = None
+    data: Any, columns: Columns = (), progress: bool = False, tokenizer: Tokenizer | None = None
 ) -> Dataset:
     """Open tokenizer and stores, building what the cache does not hold.
 
     Args:
         data: section `data` of the configuration.
-        records: the sources hold a task's records rather than documents.
+        columns: columns of the records that the sources hold; () for documents.
         progress: show progress bars on stderr.
         tokenizer: tokenizer of the section, if it was opened already.
 
     Raises:
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
-    training = open_sources(listed(data.source), data, "train", records)
+    training = open_sources(listed(data.source), data, "train", columns)
     tokenizer = tokenizer or make_tokenizer(data, _corpora(training))
-    validation = open_validation(data, records)
+    validation = open_validation(data, columns)
     train, held_out = (
-        tuple(build_store(source, tokenizer, data, records, progress) for source in sources)
+        tuple(build_store(source, tokenizer, data, progress) for source in sources)
         for sources in (training, validation)
     )
     fingerprint = {"tokenizer": tokenizer.digest}  # after the stores, whose builders hash
     for split, sources in (("train", training), ("validation", validation)):
         fingerprint |= {f"{split} {source.name}": source.digest for source in sources}
         fingerprint |= {f"card {s.name}": s.card for s in sources if hasattr(s, "card") and s.card}
-    if holds_out_records(data, records):
+    if holds_out_records(data, columns):
         from lm.data.held_out import split_records
 
         train, held_out = zip(*(split_records(store, data) for store in train), strict=True)
     return Dataset(tokenizer, train, held_out, tuple(data.weights), fingerprint)
 
 
-def open_tokenizer(data: Any, records: bool = False) -> Tokenizer:
+def open_tokenizer(data: Any, columns: Columns = ()) -> Tokenizer:
     """Open the tokenizer alone, and the training text only if it is fitted to that.
 
     Arguments are those of `open_dataset`.
     """
     specs = listed(data.source) if is_fitted(data.tokenizer) else []
-    return make_tokenizer(data, _corpora(open_sources(specs, data, "train", records)))
+    return make_tokenizer(data, _corpora(open_sources(specs, data, "train", columns)))
 
 
-def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tuple[Source, ...]:
+def open_sources(specs: list[str], data: Any, split: str, columns: Columns) -> tuple[Source, ...]:
     """Open a split of each source, of documents or of records."""
-    if records:
+    if columns:
         from lm.data.records import open_records
 
-        return tuple(open_records(spec, data, split) for spec in specs)
+        return tuple(open_records(spec, data, split, columns) for spec in specs)
     sources = tuple(open_corpus(spec, data, split) for spec in specs)
     if split != "train" or not data.canaries:
         return sources
@@ -96,18 +97,18 @@ def open_sources(specs: list[str], data: Any, split: str, records: bool) -> tupl
     return plant(sources, data)
 
 
-def open_validation(data: Any, records: bool) -> tuple[Source, ...]:
+def open_validation(data: Any, columns: Columns) -> tuple[Source, ...]:
     """Open the sources of the validation data, () if there are none beside the training data."""
     if data.validation_source:
-        return open_sources(listed(data.validation_source), data, "validation", records)
-    specs = [spec for spec in listed(data.source) if has_validation(spec, data, records)]
-    return open_sources(specs, data, "validation", records)
+        return open_sources(listed(data.validation_source), data, "validation", columns)
+    specs = [spec for spec in listed(data.source) if has_validation(spec, data, columns)]
+    return open_sources(specs, data, "validation", columns)
 
 
-def has_validation(spec: str, data: Any, records: bool = False) -> bool:
+def has_validation(spec: str, data: Any, columns: Columns = ()) -> bool:
     """Return whether a source has validation data; of records, in a split of its own."""
-    cls, argument = find_source(spec, "records" if records else "documents")
-    held_out = bool(data.validation_fraction) and not records
+    cls, argument = find_source(spec, "records" if columns else "documents")
+    held_out = bool(data.validation_fraction) and not columns
     return held_out or cls.has_validation_split(argument, data)
 
 
@@ -147,11 +148,11 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     return HeldOut(corpus, data.validation_fraction, split)
 
 
-def holds_out_records(data: Any, records: bool) -> bool:
+def holds_out_records(data: Any, columns: Columns) -> bool:
     """Return whether the validation records are taken out of the training stores."""
-    if not records or not data.validation_fraction or data.validation_source:
+    if not columns or not data.validation_fraction or data.validation_source:
         return False
-    return not any(has_validation(spec, data, True) for spec in listed(data.source))
+    return not any(has_validation(spec, data, columns) for spec in listed(data.source))
 
 
 def _corpora(sources: tuple[Any, ...]) -> tuple[Corpus, ...]:
@@ -159,24 +160,17 @@ def _corpora(sources: tuple[Any, ...]) -> tuple[Corpus, ...]:
     return tuple(getattr(source, "record_texts", source) for source in sources)
 
 
-def build_store(
-    source: Any, tokenizer: Tokenizer, data: Any, records: bool, progress: bool
-) -> Store:
+def build_store(source: Any, tokenizer: Tokenizer, data: Any, progress: bool) -> Store:
     """Open the store of a source, building it if the cache does not hold it.
 
     Args:
         source: documents or records.
         tokenizer: tokenizer of the store.
         data: section `data` of the configuration.
-        records: the source holds a task's records rather than documents.
         progress: show a progress bar on stderr.
     """
     cache, whole = cache_directory(data), getattr(source, "corpus", source)
-    if records:
-        from lm.data.record_store import build_record_store
-
-        return build_record_store(source, tokenizer, cache, progress)
-    if hasattr(whole, "build_store"):  # of tokens, which need no tokenizing
+    if hasattr(whole, "build_store"):  # of records, or of tokens, which need no tokenizing
         return whole.build_store(source, tokenizer, data, progress)
     sizes = [part.size or 0 for part in whole.parts()]
     if (len(sizes) > 1 and sum(sizes) > ONE_STORE) or "://" in chosen_cache(data):

@@ -9,15 +9,15 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from lm.data.records import TEXT_COLUMNS, Fields, Records
+from lm.data.records import TEXT_COLUMNS, BadRow, Fields, Records
 from lm.data.store import map_array, require_checksums, store_checksums
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -52,6 +52,11 @@ class RecordManifest:
         n_tokens: tokens by column.
         n_bytes: bytes of UTF-8 text by column.
         checksums: CRC-32 of each block of each file.
+        turns: columns that are conversations.
+        n_cut: conversations of which the last turns were cut off, because they did not fit.
+        n_dropped: conversations of which no turn that is learnt fits.
+        n_lost: tokens that would have been learnt, of those turns.
+        length: longest conversation in tokens; 0: any.
     """
 
     format: int
@@ -65,6 +70,11 @@ class RecordManifest:
     n_tokens: dict[str, int]
     n_bytes: dict[str, int]
     checksums: dict[str, list[int]]
+    turns: list[str] = field(default_factory=list)
+    n_cut: int = 0
+    n_dropped: int = 0
+    n_lost: int = 0
+    length: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +87,15 @@ class Record:
         starts: int32 [n]: token i of the context is raw["context"][starts[i]:ends[i]], and token
             i of words is of word starts[i]; None without a context or words.
         ends: see `starts`.
+        turns: what is learnt of the conversations by column, int32 [n, 3]: first token, the token
+            after the last, index of the message.
     """
 
     raw: Fields
     tokens: dict[str, np.ndarray]
     starts: np.ndarray | None
     ends: np.ndarray | None
+    turns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +129,9 @@ class RecordStore:
         tokens = {column: self._row(column, index).astype(np.int32) for column in columns}
         raw = json.loads(self._row("raw", index).tobytes())
         if not WITH_OFFSETS & columns.keys():
-            return Record(raw, tokens, None, None)
+            names = self.manifest.turns
+            turns = {name: self._row(f"{name}.turns", index).reshape(-1, 3) for name in names}
+            return Record(raw, tokens, None, None, turns)
         return Record(raw, tokens, self._row("starts", index), self._row("ends", index))
 
     @property
@@ -155,13 +170,18 @@ def build_record_store(
     Raises:
         UserError: rows are bad or cannot be encoded, or the disk is full.
     """
-    recipe = json.dumps([_FORMAT, tokenizer.digest, records.digest])
+    encoder = records.encoder(tokenizer)
+    settings = [encoder.key] if encoder else []
+    recipe = json.dumps([_FORMAT, tokenizer.digest, records.digest, *settings])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     store = open_or_build(
         Path(cache_directory) / "records" / key,
         partial(_open, source=records.name),
-        lambda folder: _write(folder, records, tokenizer, progress),
+        lambda folder: _write(folder, records, tokenizer, encoder, progress),
     )
+    manifest = store.manifest
+    if manifest.n_cut or manifest.n_dropped:
+        print(f"{records.name}: {what_was_cut(manifest)}", file=sys.stderr)
     if skipped := store.manifest.n_skipped:
         of = skipped + len(store)
         first = store.manifest.first_skipped
@@ -169,32 +189,76 @@ def build_record_store(
     return store
 
 
-def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool) -> None:
+def what_was_cut(manifest: RecordManifest) -> str:
+    """Return what was cut off or dropped of the conversations of a store, for people."""
+    n = manifest.n_rows + manifest.n_dropped
+    return (
+        f"of {n:,} conversations {manifest.n_cut:,} cut after a turn and {manifest.n_dropped:,} "
+        f"dropped, with {manifest.n_lost:,} tokens to learn: longer than {manifest.length:,} tokens"
+    )
+
+
+class EncodedRecord(NamedTuple):
+    """Record as a store has it.
+
+    Attributes:
+        raw: the record.
+        tokens: token ids by column.
+        turns: of columns that are conversations: what is learnt, int32 [n, 3] (`Record.turns`).
+        n_bytes: bytes of UTF-8 text by column.
+        n_lost: tokens that would be learnt, but were cut off.
+        cut: turns were cut off.
+    """
+
+    raw: Fields
+    tokens: dict[str, np.ndarray]
+    turns: dict[str, np.ndarray]
+    n_bytes: dict[str, int]
+    n_lost: int
+    cut: bool
+
+
+class RecordEncoder(Protocol):
+    """Function from a record to what the store has of it, for records that are conversations.
+
+    Attributes:
+        key: all that it depends on beside the tokenizer.
+        length: longest conversation in tokens; 0: any.
+    """
+
+    @property
+    def key(self) -> list[Any]: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def __call__(self, record: Fields) -> EncodedRecord | int:
+        """Return the record as it is stored, or how many tokens to learn are dropped with it.
+
+        Raises:
+            BadRow: it cannot be encoded.
+        """
+        ...
+
+
+def _write(
+    folder: Path,
+    records: Records,
+    tokenizer: Tokenizer,
+    encoder: RecordEncoder | None,
+    progress: bool,
+) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    encode = lru_cache(2**16)(tokenizer.encode)  # contexts repeat, and so do their words
-    tokenize_context = lru_cache(16)(tokenize_with_offsets)
-    n_bytes: Counter[str] = Counter()
     skipped: list[str] = []
     rows = records.read(skipped.append)
-    writers = _Writers(folder)
-    name = f"tokenizing {records.name}"
-    for record, where in track(rows, None, description=name, shown=progress, unit="row"):
-        for column in (column for column in TEXT_COLUMNS if column in record):
-            try:
-                if column in WITH_OFFSETS:
-                    tokenize = tokenize_context if column == "context" else tokenize_words
-                    tokens, starts, ends = tokenize(record[column], encode)
-                    writers.append("starts", starts)
-                    writers.append("ends", ends)
-                else:
-                    tokens = tokenizer.encode(record[column])
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            writers.append(column, tokens.astype(dtype))
-            n_bytes[column] += len(record[column].encode())
-        writers.append("raw", np.frombuffer(json.dumps(record).encode(), np.uint8))
+    writers = _Writers(folder, dtype)
+    shown = track(rows, None, description=f"tokenizing {records.name}", shown=progress, unit="row")
+    if encoder:
+        counts = _write_conversations(shown, records, encoder, writers, skipped)
+    else:
+        counts = _write_texts(shown, tokenizer, writers)
     writers.close()
-    n_tokens = {column: writers.size(column) for column in n_bytes}
+    n_tokens = {column: writers.size(column) for column in writers.n_bytes}
     for column in (column for column, size in n_tokens.items() if not size):
         raise UserError(f"{records.name}: the vocabulary has no token for any {column}")
     manifest = RecordManifest(
@@ -207,17 +271,75 @@ def _write(folder: Path, records: Records, tokenizer: Tokenizer, progress: bool)
         n_skipped=len(skipped),
         first_skipped=skipped[0] if skipped else "",
         n_tokens=n_tokens,
-        n_bytes=dict(n_bytes),
+        n_bytes=dict(writers.n_bytes),
         checksums=store_checksums(folder),
+        **counts,
     )
     write_durably(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+
+
+def _write_texts(
+    rows: Iterable[tuple[Fields, str]], tokenizer: Tokenizer, writers: _Writers
+) -> dict[str, Any]:
+    encode = lru_cache(2**16)(tokenizer.encode)  # contexts repeat, and so do their words
+    tokenize_context = lru_cache(16)(tokenize_with_offsets)
+    for record, where in rows:
+        for column in (column for column in TEXT_COLUMNS if column in record):
+            try:
+                if column in WITH_OFFSETS:
+                    tokenize = tokenize_context if column == "context" else tokenize_words
+                    tokens, starts, ends = tokenize(record[column], encode)
+                    writers.append("starts", starts)
+                    writers.append("ends", ends)
+                else:
+                    tokens = tokenizer.encode(record[column])
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            writers.append_tokens(column, tokens, len(record[column].encode()))
+        writers.append_raw(record)
+    return {}
+
+
+def _write_conversations(
+    rows: Iterable[tuple[Fields, str]],
+    records: Records,
+    encoder: RecordEncoder,
+    writers: _Writers,
+    skipped: list[str],
+) -> dict[str, Any]:
+    """Write the conversations; return what the manifest says of them."""
+    counts = Counter(n_cut=0, n_dropped=0, n_lost=0)
+    names: set[str] = set()
+    for record, where in rows:
+        try:
+            found = encoder(record)
+        except BadRow as bad:
+            records.skip_or_raise(f"{where}: {bad}", skipped.append)
+            continue
+        if isinstance(found, int):
+            counts.update(n_dropped=1, n_lost=found)
+            continue
+        counts.update(n_cut=found.cut, n_lost=found.n_lost)
+        for column, tokens in found.tokens.items():
+            writers.append_tokens(column, tokens, found.n_bytes[column])
+        for column, turns in found.turns.items():
+            writers.append(f"{column}.turns", turns.astype(np.int32).reshape(-1))
+            names.add(column)
+        writers.append_raw(found.raw)
+    if "raw" not in writers.lengths:
+        raise UserError(
+            f"{records.name}: no turn of any conversation fits into {encoder.length} tokens: set "
+            "--config.data.sequence_length"
+        )
+    return {"turns": sorted(names), "length": encoder.length, **counts}
 
 
 class _Writers:
     """Writer of ragged arrays: NAME.bin holds the rows, NAME.offsets.bin their offsets."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self._folder, self._dtype = folder, dtype
+        self.n_bytes: Counter[str] = Counter()
         self._files: dict[str, BinaryIO] = {}
         self.lengths: dict[str, list[int]] = {}
 
@@ -227,6 +349,13 @@ class _Writers:
             self.lengths[name] = []
         self._files[name].write(row.tobytes())
         self.lengths[name].append(len(row))
+
+    def append_tokens(self, column: str, tokens: np.ndarray, n_bytes: int) -> None:
+        self.append(column, tokens.astype(self._dtype))
+        self.n_bytes[column] += n_bytes
+
+    def append_raw(self, record: Fields) -> None:
+        self.append("raw", np.frombuffer(json.dumps(record).encode(), np.uint8))
 
     def size(self, name: str) -> int:
         return sum(self.lengths[name])
@@ -247,6 +376,7 @@ def _open(folder: Path, source: str) -> RecordStore:
         dtypes = dict.fromkeys(manifest.n_tokens, manifest.dtype) | {"raw": "uint8"}
         if WITH_OFFSETS & dtypes.keys():
             dtypes |= {"starts": "int32", "ends": "int32"}
+        dtypes |= {f"{column}.turns": "int32" for column in manifest.turns}
         arrays = {}
         for name, dtype in dtypes.items():
             offsets = map_array(folder / f"{name}.offsets.bin", "int64", manifest.n_rows + 1)

@@ -13,12 +13,13 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lm.config.registry import listed
 from lm.data.file_digests import hash_files
@@ -26,10 +27,16 @@ from lm.data.files import find_files, read_bytes, without_mark
 from lm.data.row_documents import MISSING, field_value
 from lm.data.sources import Chunk, RecordSource, Row, cut_document, find_source
 from lm.errors import UserError
-from lm.storage import parse_json
+from lm.storage import cache_directory, parse_json
+
+if TYPE_CHECKING:
+    from lm.data.record_store import RecordEncoder, RecordStore
+    from lm.data.tokenizer import Tokenizer
 
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
+# Kinds of records beside `Records`, by the first column that an objective reads.
+KINDS: dict[str, str] = {}
 
 Fields = dict[str, Any]
 
@@ -47,13 +54,31 @@ class Records:
         header: whether tables name their columns, part of the digest.
         labels: names of the classes; () if a label is a number.
         skip: skip bad rows, which are errors otherwise.
+        known: record columns that rows of this kind may have.
     """
+
+    known: ClassVar[tuple[str, ...]] = RECORD_COLUMNS
 
     source: RecordSource
     columns: tuple[tuple[str, str], ...]
     header: bool
     labels: tuple[str, ...]
     skip: bool
+
+    @classmethod
+    def of_source(cls, source: RecordSource, data: Any, **more: Any) -> Self:
+        """Return the records of a source.
+
+        Args:
+            source: source of the rows.
+            data: section `data` of the configuration.
+            **more: attributes of a derived class.
+
+        Raises:
+            UserError: `data.columns` is wrong.
+        """
+        columns, labels = parse_columns(data.columns, cls.known), tuple(listed(data.labels))
+        return cls(source, columns, data.header, labels, data.bad_rows == "skip", **more)
 
     @property
     def name(self) -> str:
@@ -62,8 +87,27 @@ class Records:
     @cached_property
     def digest(self) -> str:
         """sha256 of the source and of all settings that the records depend on."""
-        settings = (self.columns, self.header, self.labels, self.skip)
-        return self.source.digest_with(repr(settings))
+        return self.source.digest_with(repr(self._settings))
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.columns, self.header, self.labels, self.skip
+
+    def build_store(
+        self, source: Records, tokenizer: Tokenizer, data: Any, progress: bool
+    ) -> RecordStore:
+        """Open the store of these records, as `dataset.build_store` does."""
+        from lm.data.record_store import build_record_store
+
+        return build_record_store(source, tokenizer, cache_directory(data), progress)
+
+    def encoder(self, tokenizer: Tokenizer) -> RecordEncoder | None:
+        """Return what encodes the records; None: the text of each column by itself."""
+        return None
+
+    def texts(self, record: Fields) -> list[str]:
+        """Return the texts of a record that a tokenizer is fitted to."""
+        return [record[name] for name in TEXT_COLUMNS if name in record]
 
     @property
     def record_texts(self) -> RecordTexts:
@@ -85,25 +129,38 @@ class Records:
         columns, empty = dict(self.columns), True
         for row in self.source.rows():
             if not row.problem:
-                columns = columns or _columns_of_same_name(row)
+                columns = columns or self._same_named(row)
             try:
                 record = self._record(row, columns)
-            except _BadRow as bad:
-                message = f"{row.where}: {bad}"
-                if not self.skip:
-                    advice = "correct it, or set --config.data.bad_rows=skip"
-                    raise UserError(f"{message}: {advice}") from bad
-                report(message)
+            except BadRow as bad:
+                self.skip_or_raise(f"{row.where}: {bad}", report)
             else:
                 yield record, str(row.where)
                 empty = False
         if empty:
             raise UserError(f"{self.name} holds no usable record")
 
+    def skip_or_raise(self, message: str, report: Callable[[str], object]) -> None:
+        """Report a bad row that is to be skipped; UserError otherwise."""
+        if not self.skip:
+            raise UserError(f"{message}: correct it, or set --config.data.bad_rows=skip")
+        report(message)
+
+    def _same_named(self, row: Row) -> dict[str, str]:
+        """Map the columns of the source that are named like record columns."""
+        found = {name: name for name in self.known if name in row.values}
+        if not found:
+            there = ", ".join(row.values) or "none"
+            raise UserError(
+                f"{row.where}: no column has a known name (there are: {there}): set "
+                f"--config.data.columns, such as text={next(iter(row.values), 'NAME')}"
+            )
+        return found
+
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
-        """Return the record of a row; raise _BadRow if there is none."""
+        """Return the record of a row; raise BadRow if there is none."""
         if row.problem:
-            raise _BadRow(row.problem)
+            raise BadRow(row.problem)
         if self.source.has_answers:
             return _check_answers(row.values)
         record = {}
@@ -112,17 +169,17 @@ class Records:
             if value is MISSING:
                 problem = f"no column {column!r} (there are: {', '.join(row.values) or 'none'})"
                 if not self.source.same_columns:
-                    raise _BadRow(problem)
+                    raise BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")
             record[name] = _check_value(name, column, value)
         if "label" in record:
             record["label"] = self._check_label(record["label"])
         if "words" in record and "context" in record:
-            raise _BadRow("a record has words or a context, not both")
+            raise BadRow("a record has words or a context, not both")
         if "words" in record and "tags" in record:
             words, tags = split_words(record["words"]), split_words(record["tags"])
             if len(words) != len(tags):
-                raise _BadRow(f"{len(words)} words have {len(tags)} tags")
+                raise BadRow(f"{len(words)} words have {len(tags)} tags")
             record |= {"words": " ".join(words), "tags": " ".join(map(self._check_label, tags))}
         return record
 
@@ -130,9 +187,9 @@ class Records:
         label = text.strip()
         if self.labels and label not in self.labels:
             known = ", ".join(self.labels)
-            raise _BadRow(f"label {label!r} is none of --config.data.labels={known}")
+            raise BadRow(f"label {label!r} is none of --config.data.labels={known}")
         if not self.labels and not _is_number(label):
-            raise _BadRow(f"label {label!r} is not a number: name the --config.data.labels")
+            raise BadRow(f"label {label!r} is not a number: name the --config.data.labels")
         return label
 
 
@@ -144,11 +201,13 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[^ \t\r\n]+", text)
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """Problem with a row."""
 
 
-def open_records(spec: str, data: Any, split: str = "train") -> Records:
+def open_records(
+    spec: str, data: Any, split: str = "train", columns: Sequence[str] = ("text",)
+) -> Records:
     """Open a source of records, such as tsv:PATH.
 
     The content is checked as it is read.
@@ -157,76 +216,74 @@ def open_records(spec: str, data: Any, split: str = "train") -> Records:
         spec: NAME or NAME:ARGUMENT.
         data: section `data` of the configuration.
         split: "train" or "validation", for a source with a validation split of its own.
+        columns: columns of the records that the objective reads, of which the first says what kind
+            of records they are (`KINDS`).
 
     Raises:
         UserError: the source is unknown or missing, or `data.columns` is wrong.
     """
     cls, argument = find_source(spec, "records")
+    module, _, name = KINDS.get(columns[0], "").partition(":")
+    kind = getattr(import_module(module), name) if module else Records
     source = cls(argument, data, split)
-    columns = parse_columns(data.columns)
-    labels = tuple(listed(data.labels))
-    return Records(source, columns, data.header, labels, data.bad_rows == "skip")
+    source.known_columns = kind.known
+    return kind.of_source(source, data)
 
 
-def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
-    """Parse "text=sentence,label=gold" into (record column, column of the source) pairs."""
+def parse_columns(text: str, known: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
+    """Parse "text=sentence,label=gold" into (record column, column of the source) pairs.
+
+    Args:
+        text: value of `--config.data.columns`.
+        known: record columns that there are; () for any.
+
+    Raises:
+        UserError: it is not well formed, or names a column that is not known.
+    """
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     columns = {name.strip(): column.strip() for name, _, column in pairs}
     if len(columns) < len(pairs) or not all(columns.values()):
         raise UserError(f"--config.data.columns={text}: write NAME=COLUMN, each name once")
-    unknown = [name for name in columns if name not in RECORD_COLUMNS]
-    if unknown:
-        known = ", ".join(RECORD_COLUMNS)
+    unknown = [name for name in columns if name not in known]
+    if known and unknown:
         raise UserError(
-            f"--config.data.columns={text}: unknown name {unknown[0]!r} (known: {known})"
+            f"--config.data.columns={text}: unknown name {unknown[0]!r} (known: {', '.join(known)})"
         )
     return tuple(columns.items())
 
 
-def _columns_of_same_name(row: Row) -> dict[str, str]:
-    """Map the columns of the source that are named like record columns."""
-    found = {name: name for name in RECORD_COLUMNS if name in row.values}
-    if not found:
-        there = ", ".join(row.values) or "none"
-        raise UserError(
-            f"{row.where}: no column has a known name (there are: {there}): set "
-            f"--config.data.columns, such as text={next(iter(row.values), 'NAME')}"
-        )
-    return found
-
-
 def _check_value(name: str, column: str, value: Any) -> str:
-    """Return a value as text; raise _BadRow if it is none."""
+    """Return a value as text; raise BadRow if it is none."""
     if name in ("label", "id") and isinstance(value, int | float):
         value = json.dumps(value)
     if name in ("words", "tags") and isinstance(value, list):
         if not all(isinstance(part, str) and len(split_words(part)) == 1 for part in value):
-            raise _BadRow(f"{column!r} holds something else than words without spaces")
+            raise BadRow(f"{column!r} holds something else than words without spaces")
         value = " ".join(value)
     if not isinstance(value, str):
-        raise _BadRow(f"{column!r} is of type {type(value).__name__}, not a string")
+        raise BadRow(f"{column!r} is of type {type(value).__name__}, not a string")
     if not value.strip():
-        raise _BadRow(f"{column!r} is empty")
+        raise BadRow(f"{column!r} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # bytes that are not UTF-8, or half an escaped pair
-        raise _BadRow(f"{column!r} is not UTF-8 at character {error.start}") from error
+        raise BadRow(f"{column!r} is not UTF-8 at character {error.start}") from error
     return value
 
 
 def _check_answers(values: Fields) -> Fields:
-    """Return a record of span QA; raise _BadRow if an answer is not in the context."""
+    """Return a record of span QA; raise BadRow if an answer is not in the context."""
     columns = ("id", "question", "context")
     texts = {name: _check_value(name, name, values[name]) for name in columns}
     context = texts["context"]
     for answer in values["answers"]:
         text, start = answer["text"], answer["start"]
         if not isinstance(text, str) or not isinstance(start, int) or start < 0:
-            raise _BadRow("an answer is not a text with its answer_start")
+            raise BadRow("an answer is not a text with its answer_start")
         if context[start : start + len(text)] != text:
-            raise _BadRow(f"the answer {text!r} is not at character {start} of the context")
+            raise BadRow(f"the answer {text!r} is not at character {start} of the context")
     if not values["answers"] and not values["is_impossible"]:
-        raise _BadRow("no answers, and not is_impossible")
+        raise BadRow("no answers, and not is_impossible")
     return {**values, **texts}
 
 
@@ -255,9 +312,8 @@ class RecordTexts:
 
     def chunks(self) -> Iterator[Chunk]:
         for record, _ in self.records:
-            for name in TEXT_COLUMNS:
-                if name in record:
-                    yield from cut_document([record[name]])
+            for text in self.records.texts(record):
+                yield from cut_document([text])
 
 
 # --- files of records

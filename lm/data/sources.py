@@ -156,9 +156,14 @@ class DocumentSource(_Source):
 
 
 class RecordSource(_Source):
-    """Source of records: rows of columns, which `records.Records` checks and renames."""
+    """Source of records: rows of columns, which `records.Records` checks and renames.
+
+    Attributes:
+        known_columns: columns that the records may have, set before rows are read; (): any.
+    """
 
     same_columns: ClassVar[bool] = True  # all rows have the same columns, unlike in JSON lines
+    known_columns: tuple[str, ...] = ()
     has_answers: ClassVar[bool] = False  # rows are whole records of span QA, as in SQuAD
 
     @abstractmethod

@@ -12,7 +12,7 @@ from lm.errors import UserError
 
 
 def open_split(
-    data: Any, split: str, tokenizer: Tokenizer, records: bool, progress: bool = False
+    data: Any, split: str, tokenizer: Tokenizer, columns: tuple[str, ...], progress: bool = False
 ) -> tuple[Store, ...]:
     """Open the stores of one split.
 
@@ -20,21 +20,21 @@ def open_split(
         data: section `data` of the configuration.
         split: "validation" or "test".
         tokenizer: tokenizer of the stores.
-        records: the sources hold a task's records rather than documents.
+        columns: columns of the records that the sources hold; () for documents.
         progress: show progress bars on stderr.
 
     Raises:
         UserError: the configuration has no such split, or its source is missing or damaged.
     """
-    if split == "validation" and holds_out_records(data, records):
-        training = open_sources(listed(data.source), data, "train", records)
-        stores = (build_store(source, tokenizer, data, records, progress) for source in training)
+    if split == "validation" and holds_out_records(data, columns):
+        training = open_sources(listed(data.source), data, "train", columns)
+        stores = (build_store(source, tokenizer, data, progress) for source in training)
         return tuple(split_records(store, data)[1] for store in stores)
     if split == "test":
-        own_split = "validation" if records else "test"
-        sources = open_sources(listed(data.test_source), data, own_split, records)
+        own_split = "validation" if columns else "test"
+        sources = open_sources(listed(data.test_source), data, own_split, columns)
     else:
-        sources = open_validation(data, records)
+        sources = open_validation(data, columns)
     if not sources:
         raise UserError(f"the configuration has no {split} data; set --config.data.{split}_source")
-    return tuple(build_store(source, tokenizer, data, records, progress) for source in sources)
+    return tuple(build_store(source, tokenizer, data, progress) for source in sources)

@@ -32,10 +32,10 @@ class StoreStatistics:
         source: name of its source.
         folder: its folder.
         n_shards: files that it is divided into.
-        sizes: numbers of tokens, documents or records, bytes and others, by name.
+        sizes: numbers of tokens, documents or columns, bytes and others, by name.
         lengths: tokens of sampled documents, or of the records' texts by column.
         counts: how often each id is in sampled tokens.
-        samples: starts of some documents or records, decoded.
+        samples: starts of some documents or columns, decoded.
     """
 
     split: str
@@ -56,24 +56,24 @@ class StoreStatistics:
 
 
 def open_stores(
-    data: Any, records: bool, progress: bool
+    data: Any, columns: tuple[str, ...], progress: bool
 ) -> tuple[Tokenizer, list[tuple[str, Any]]]:
     """Open the stores of all splits of a configuration, building what is not there.
 
     Args:
         data: section `data` of the configuration.
-        records: the sources hold records.
+        columns: columns of the records that the sources hold; () for documents.
         progress: show progress bars on stderr.
 
     Returns:
         The tokenizer, and the stores with the names of their splits.
     """
-    opened = open_dataset(data, records, progress)
+    opened = open_dataset(data, columns, progress)
     stores: list[tuple[str, Any]] = [("train", store) for store in opened.train]
     stores += [("validation", store) for store in opened.validation]
-    own = "validation" if records else "test"
-    for source in open_sources(listed(data.test_source), data, own, records):
-        stores.append(("test", build_store(source, opened.tokenizer, data, records, progress)))
+    own = "validation" if columns else "test"
+    for source in open_sources(listed(data.test_source), data, own, columns):
+        stores.append(("test", build_store(source, opened.tokenizer, data, progress)))
     return opened.tokenizer, stores
 
 

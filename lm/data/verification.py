@@ -44,12 +44,12 @@ class StoreReport:
     damaged: str = ""
 
 
-def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreReport]:
+def verify_stores(data: Any, columns: tuple[str, ...], of_config: bool) -> Iterator[StoreReport]:
     """Verify the stores of the sources of a configuration, or all of its cache.
 
     Args:
         data: section `data` of the configuration.
-        records: its sources hold records.
+        columns: columns of the records that the sources hold; () for documents.
         of_config: verify the stores of the configuration's sources only, and their token ids
             against its tokenizer where they are of that.
 
@@ -64,8 +64,8 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
         yield from (verify_store(folder) for folder in folders)
         yield from _verify_remote(data, None, None)
         return
-    digests = {source.digest for source in sources_of(data, records)}
-    tokenizer = open_tokenizer(data, records)
+    digests = {source.digest for source in sources_of(data, columns)}
+    tokenizer = open_tokenizer(data, columns)
     for folder in folders:
         manifest = _manifest(folder)
         if manifest.get("source_digest", None) in {*digests, None}:
@@ -74,21 +74,21 @@ def verify_stores(data: Any, records: bool, of_config: bool) -> Iterator[StoreRe
     yield from _verify_remote(data, digests, tokenizer)
 
 
-def sources_of(data: Any, records: bool) -> tuple[Any, ...]:
+def sources_of(data: Any, columns: tuple[str, ...]) -> tuple[Any, ...]:
     """Open the sources of all splits of a configuration.
 
     Args:
         data: section `data` of the configuration.
-        records: they hold records.
+        columns: columns of the records that the sources hold; () for documents.
 
     Raises:
         UserError: a source cannot be opened.
     """
-    own = "validation" if records else "test"
+    own = "validation" if columns else "test"
     return (
-        *open_sources(listed(data.source), data, "train", records),
-        *open_validation(data, records),
-        *open_sources(listed(data.test_source), data, own, records),
+        *open_sources(listed(data.source), data, "train", columns),
+        *open_validation(data, columns),
+        *open_sources(listed(data.test_source), data, own, columns),
     )
 
 

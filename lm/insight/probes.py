@@ -198,7 +198,7 @@ def _at_most(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
 def _read_rows(experiment: Experiment, source: str) -> list[LabelledRow]:
     data, tokenizer = experiment.config.data, experiment.tokenizer
     assert tokenizer is not None
-    (records,) = open_sources([source], data, "train", records=True)
+    (records,) = open_sources([source], data, "train", columns=("text", "label"))
     assert isinstance(records, Records)
     records = replace(records, labels=_find_labels(records))
     store = build_record_store(records, tokenizer, cache_directory(data), progress=True)

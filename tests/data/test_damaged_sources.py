@@ -138,7 +138,7 @@ def test_a_damaged_file_is_a_line_or_the_same_documents(
         corpus = open_corpus(spec, data, "train")
         if kind in ("nanogpt", "megatron"):
             data.cache_directory = str(tmp_path / f"cache {corpus.digest}")
-            store = build_store(corpus, ByteTokenizer(), data, False, False)
+            store = build_store(corpus, ByteTokenizer(), data, progress=False)
             return np.asarray(store.tokens).tolist(), np.asarray(store.offsets).tolist()
         return list(corpus.chunks())
 

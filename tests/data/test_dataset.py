@@ -68,16 +68,16 @@ def records(make_data, tmp_path):
 
 
 def test_records_are_validated_on_a_source_of_their_own(records):
-    dataset = open_dataset(records(validation_source="tsv:b.tsv"), records=True)
+    dataset = open_dataset(records(validation_source="tsv:b.tsv"), columns=("text",))
     assert [rows(store) for store in dataset.train] == [list("abcdefghij")]
     assert [rows(store) for store in dataset.validation] == [["x", "y", "z"]]
     assert set(dataset.fingerprint) == {"tokenizer", "train tsv:a.tsv", "validation tsv:b.tsv"}
-    assert open_dataset(records(), records=True).validation == ()
+    assert open_dataset(records(), columns=("text",)).validation == ()
 
 
 def test_a_part_of_the_records_of_each_source_is_held_out(records):
     data = records(source="tsv:a.tsv,tsv:b.tsv", validation_fraction=0.4)
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text",))
     assert [store.n_tokens for store in dataset.train] == [6, 1]
     assert [store.n_tokens for store in dataset.validation] == [4, 2]
     for train, held_out, letters in zip(
@@ -86,20 +86,20 @@ def test_a_part_of_the_records_of_each_source_is_held_out(records):
         assert sorted(rows(train) + rows(held_out)) == list(letters)
         assert rows(held_out) == sorted(rows(held_out))
     assert rows(dataset.validation[0]) != list("ghij")  # files of tasks are often sorted
-    stores = open_split(data, "validation", dataset.tokenizer, records=True)
+    stores = open_split(data, "validation", dataset.tokenizer, columns=("text",))
     assert [rows(store) for store in stores] == [rows(store) for store in dataset.validation]
 
 
 def test_a_tokenizer_is_fitted_to_the_texts_of_records(records):
     data = records(tokenizer="words", validation_source="tsv:b.tsv")
-    assert set(open_tokenizer(data, records=True).words) == {"<eos>", "<unk>", *"abcdefghij"}
+    assert set(open_tokenizer(data, columns=("text",)).words) == {"<eos>", "<unk>", *"abcdefghij"}
 
 
 def test_a_split_that_is_not_named_is_said(records):
     data, tokenizer = records(), open_tokenizer(records())
     for split in ("validation", "test"):
         with pytest.raises(UserError, match=f"no {split} data; set --config.data.{split}_source"):
-            open_split(data, split, tokenizer, records=True)
+            open_split(data, split, tokenizer, columns=("text",))
     data = records(test_source="tsv:b.tsv")
-    (store,) = open_split(data, "test", tokenizer, records=True)
+    (store,) = open_split(data, "test", tokenizer, columns=("text",))
     assert rows(store) == ["x", "y", "z"]

@@ -55,7 +55,7 @@ def test_an_alphabet_needs_the_whole_corpus(files, make_data, monkeypatch):
 def test_the_same_sources_give_the_same_sample(files, make_data, tmp_path):
     from lm.data.dataset import open_sources
 
-    sources = open_sources(["text:*.txt"], make_data(), "train", records=False)
+    sources = open_sources(["text:*.txt"], make_data(), "train", columns=())
     one, two = (list(read_sample(sources, 10_000, tmp_path)) for _ in range(2))
     assert one == two
     assert 10_000 <= sum(map(len, one)) < 20_000

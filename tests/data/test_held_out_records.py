@@ -32,7 +32,7 @@ def texts(store):
 def test_random_records_are_held_out_and_all_keep_their_order(data, rows, tmp_path):
     sort = "".join(f"{'abc'[i // 100]} {i}\t{i}\n" for i in range(300))
     (tmp_path / "a.tsv").write_text(sort)
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
     (train,), (validation,) = dataset.train, dataset.validation
     numbers = [[int(record.raw["label"]) for record in part] for part in (train, validation)]
     assert sorted(numbers[0] + numbers[1]) == list(range(300))
@@ -40,12 +40,12 @@ def test_random_records_are_held_out_and_all_keep_their_order(data, rows, tmp_pa
     assert all(found == sorted(found) for found in numbers)
     thirds = np.bincount(np.array(numbers[1]) // 100)
     assert thirds == pytest.approx(np.full(3, 30), abs=13)  # 3.5 standard deviations
-    again = open_dataset(data, records=True)
+    again = open_dataset(data, columns=("text", "label"))
     assert texts(again.validation[0]) == texts(validation)
 
 
 def test_a_part_is_a_store_of_its_records(data, rows):
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
     (train,), (validation,) = dataset.train, dataset.validation
     for store, n in ((train, 7), (validation, 3)):
         assert len(store) == n
@@ -66,21 +66,21 @@ def test_a_part_is_a_store_of_its_records(data, rows):
 def test_each_source_gives_a_part_of_its_own(data, rows, tmp_path):
     (tmp_path / "b.tsv").write_text("".join(f"b{i}\t{i}\n" for i in range(20)))
     data.source = "tsv:a.tsv,tsv:b.tsv"
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
     assert [len(store) for store in dataset.train] == [7, 14]
     assert [len(store) for store in dataset.validation] == [3, 6]
     assert all(text[0] == "b" for text in texts(dataset.validation[1]))
 
 
 def test_the_split_opened_by_itself_is_the_same(data):
-    dataset = open_dataset(data, records=True)
-    (split,) = open_split(data, "validation", dataset.tokenizer, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
+    (split,) = open_split(data, "validation", dataset.tokenizer, columns=("text", "label"))
     assert texts(split) == texts(dataset.validation[0])
 
 
 def test_words_of_the_held_out_records_are_known(data):
     """A fitted tokenizer sees them all, as the source is one text."""
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
     for record in dataset.validation[0]:
         assert dataset.tokenizer.unknown_id not in record.tokens["text"]
 
@@ -88,19 +88,19 @@ def test_words_of_the_held_out_records_are_known(data):
 def test_a_validation_source_replaces_holding_out(data, rows, tmp_path):
     (tmp_path / "b.tsv").write_text("one text\t1\n")
     data.validation_source = "tsv:b.tsv"
-    dataset = open_dataset(data, records=True)
+    dataset = open_dataset(data, columns=("text", "label"))
     assert texts(dataset.train[0]) == rows
     assert texts(dataset.validation[0]) == ["one text"]
     data.validation_source, data.validation_fraction = "", 0.0
-    assert not open_dataset(data, records=True).validation
+    assert not open_dataset(data, columns=("text", "label")).validation
 
 
 def test_a_small_part_is_a_record_at_least(data):
     data.validation_fraction = 0.05
-    assert len(open_dataset(data, records=True).validation[0]) == 1
+    assert len(open_dataset(data, columns=("text", "label")).validation[0]) == 1
 
 
 def test_a_split_without_records_is_said(data, tmp_path):
     (tmp_path / "a.tsv").write_text("x\t0\n")
     with pytest.raises(UserError, match=r"validation_fraction=0\.3 of tsv:a\.tsv leaves a split"):
-        open_dataset(data, records=True)
+        open_dataset(data, columns=("text", "label"))

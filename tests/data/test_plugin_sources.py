@@ -159,7 +159,7 @@ def test_a_part_is_held_out_of_documents_and_of_records(folder):
     documents = open_dataset(data)
     sizes = [s.manifest.n_documents for s in (*documents.train, *documents.validation)]
     assert sizes == [30, 10]
-    records = open_dataset(data, records=True)
+    records = open_dataset(data, columns=("text", "label"))
     assert [len(store) for store in (*records.train, *records.validation)] == [30, 10]
     texts = [
         record.raw["text"] for store in (*records.train, *records.validation) for record in store
@@ -173,9 +173,9 @@ def test_a_validation_split_of_its_own_is_used(folder):
     documents = open_dataset(data)
     sizes = [s.manifest.n_documents for s in (*documents.train, *documents.validation)]
     assert sizes == [30, 10]
-    records = open_dataset(data, records=True)
+    records = open_dataset(data, columns=("text", "label"))
     assert [len(store) for store in (*records.train, *records.validation)] == [30, 10]
-    (again,) = open_split(data, "validation", records.tokenizer, records=True)
+    (again,) = open_split(data, "validation", records.tokenizer, columns=("text", "label"))
     assert again[0].raw == {"text": "splits/validation text 0, some more of it", "label": "bad"}
 
 
@@ -183,7 +183,7 @@ def test_a_bad_row_is_an_error_at_its_place(folder):
     table = {"text": ["good row", " "], "label": ["good", "bad"]}
     (folder / "a.columns").write_text(json.dumps(table))
     with pytest.raises(UserError, match=r"a.columns:row 2: 'text' is empty"):
-        open_dataset(load(folder, labels="good,bad"), records=True)
+        open_dataset(load(folder, labels="good,bad"), columns=("text", "label"))
 
 
 def test_messages_name_the_sources_of_plugins(folder):

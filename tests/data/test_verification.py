@@ -17,7 +17,8 @@ def opened(request, make_kind, tmp_path, monkeypatch):
     for module in (store, verification):
         monkeypatch.setattr(module, "BLOCK", 256)
     config = make_kind(request.param, data__cache_directory=str(tmp_path / "cache"))
-    dataset = open_dataset(config.data, records=request.param.startswith("class"))
+    columns = ("text",) if request.param.startswith("class") else ()
+    dataset = open_dataset(config.data, columns)
     file = tmp_path / "kind.py"
     lines = ["import json", "from ml_collections import ConfigDict", "def get_config():"]
     lines += [f"    config = ConfigDict(json.loads({config.to_json()!r}))"]

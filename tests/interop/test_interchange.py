@@ -130,7 +130,7 @@ def test_a_model_imported_trained_and_exported_on_a_mesh_has_the_same_loss_there
     experiment = build_experiment(load_run_config(trained, {}), jax.devices(), tokenizer)
     assert experiment.mesh.shape["fsdp"] * experiment.mesh.shape["tensor"] == 8
     config = experiment.config
-    stores = open_split(config.data, "validation", tokenizer, False)
+    stores = open_split(config.data, "validation", tokenizer, ())
     arrays = to_device(experiment.evaluation_batches(stores), [0], experiment.batch_sharding)
     params, _ = restore_params(experiment, trained, pytest.fail)
     carry = experiment.init_carry(config.eval.batch_size)

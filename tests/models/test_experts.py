@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import build_with_data, reads_records
+from lm.experiment import build_with_data, record_columns
 from lm.kernels.grouped_matmul import GroupedKernel
 from lm.models import sharded_experts
 from lm.models.moe import MixtureOfExperts
@@ -75,7 +75,7 @@ def run(build_on):
 
     def run(kind, mesh, **changes):
         experiment = build_on(kind, mesh, **changes)
-        dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+        dataset = open_dataset(experiment.config.data, record_columns(experiment.config))
         batches = experiment.train_batches(dataset)
         arrays = to_device(batches, range(2), experiment.batch_sharding)
         state = random_state(experiment)
@@ -214,7 +214,7 @@ def test_router_biases_even_out_the_loads_on_any_mesh(build_on):
     biases, loads = [], {}
     for name, mesh, rate in (("one", {}, 0.02), ("eight", ALL_AXES, 0.02), ("without", {}, 0.0)):
         experiment = build_on("mixtral", mesh, **changes | {"model.router_bias_rate": rate})
-        dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+        dataset = open_dataset(experiment.config.data, record_columns(experiment.config))
         batches = experiment.train_batches(dataset)
         arrays = to_device(batches, range(24), experiment.batch_sharding)
         state, metrics = experiment.train_steps(random_state(experiment), arrays)

@@ -10,7 +10,7 @@ import pytest
 
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
-from lm.experiment import build_with_data, reads_records
+from lm.experiment import build_with_data, record_columns
 
 STEPS = 3
 MERGED_OVERRIDES = {
@@ -54,7 +54,7 @@ def make(make_kind):
 
 def train(experiment, start):
     """The losses from a state on, and the parameters after them."""
-    dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+    dataset = open_dataset(experiment.config.data, record_columns(experiment.config))
     batches = experiment.train_batches(dataset)
     arrays = to_device(batches, range(STEPS), experiment.batch_sharding)
     state = jax.device_put(start, experiment.state_sharding)

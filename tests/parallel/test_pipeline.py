@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from lm.data.batches import to_device
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import build_with_data, reads_records
+from lm.experiment import build_with_data, record_columns
 from lm.parallel.gradient_accumulation import select_rows
 from lm.parallel.mesh import AXES, per_row_key, use_mesh
 from lm.parallel.pipeline import PipelineSchedule, exchange_rounds, run_pipeline
@@ -141,7 +141,7 @@ def experiment_on(make_kind):
 
 
 def batch(experiment, step):
-    dataset = open_dataset(experiment.config.data, reads_records(experiment.config))
+    dataset = open_dataset(experiment.config.data, record_columns(experiment.config))
     return to_device(experiment.train_batches(dataset), [step], experiment.batch_sharding)
 
 

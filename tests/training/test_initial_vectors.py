@@ -8,7 +8,7 @@ import pytest
 
 from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import build, reads_records
+from lm.experiment import build, record_columns
 from lm.models.variables import flat
 from lm.training.warm_start import initial_state
 
@@ -42,7 +42,7 @@ def start(tiny_config, tmp_path):
         }
         config = tiny_config(**values | changes)
         experiment = build(config, jax.devices()[:n_devices])
-        tokenizer = open_dataset(experiment.config.data, reads_records(config)).tokenizer
+        tokenizer = open_dataset(experiment.config.data, record_columns(config)).tokenizer
         said: list[str] = []
         state = initial_state(experiment, tokenizer, said.append)
         return experiment, flat(jax.device_get(state.params)), tokenizer, said

@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_named_and_a_damaged_local_piece_is_fetched_again(
     flip(store.directory, "00001.shard", 5)
     data = default().data
     data.cache_directory = f"{bucket}/c"
-    first, second = verify_stores(data, records=False, of_config=False)
+    first, second = verify_stores(data, columns=(), of_config=False)
     assert len(first.problems) + len(second.problems) == 1
     assert "00001.shard: block 0 (bytes 0 to 65,536)" in str(first.problems + second.problems)
     for piece in (tmp_path / "local" / "pieces").rglob("*/0"):

@@ -20,7 +20,7 @@ from lm.data.compression import compression_of
 from lm.data.file_digests import file_state, hash_files, require_unchanged
 from lm.data.file_parts import RANGE, FilePart, piece_size
 from lm.data.files import find_files, is_folder, open_file, resolve_file
-from lm.data.records import RECORD_COLUMNS, parse_columns
+from lm.data.records import parse_columns
 from lm.data.row_documents import MISSING, RowDocuments, field_value, no_field
 from lm.data.sources import Chunk, Part, RecordSource, Row
 from lm.errors import UserError, missing_package
@@ -123,7 +123,7 @@ class ColumnFiles(RowDocuments, RecordSource):
     def _record_columns(self) -> tuple[str, ...]:
         if self.columns:
             return tuple(column for _, column in parse_columns(self.columns))
-        known = _QA_COLUMNS if self.has_answers else RECORD_COLUMNS
+        known = _QA_COLUMNS if self.has_answers else self.known_columns
         return tuple(column for column in known if column in self._names)
 
     def documents(self, path: Path, groups: range | None = None) -> Iterator[Chunk]:

@@ -80,6 +80,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     def rows(self) -> Iterator[Row]:
         if self.saved:
+            self.saved.known_columns = self.known_columns
             yield from self.saved.rows()
             return
         labels = feature_names(self._features.to_dict() if self._features else {})

@@ -114,8 +114,8 @@ class Extraction(SafetySet):
 
     def measure(self, subject: Subject) -> Figures:
         data, n = subject.config.data, subject.config.safety.prompt_tokens
-        training = open_sources(listed(data.source), data, "train", records=False)
-        validation = open_validation(data, records=False)
+        training = open_sources(listed(data.source), data, "train", columns=())
+        validation = open_validation(data, columns=())
         figures: Figures = {}
         for suffix, sources in (("", training), ("_validation", validation)):
             rows = list(self._extracts(subject, sources))
@@ -136,8 +136,7 @@ class Extraction(SafetySet):
         data, options = subject.config.data, subject.config.safety
         length = options.prompt_tokens + options.new_tokens
         stores: list[Any] = [
-            build_store(source, subject.tokenizer, data, records=False, progress=False)
-            for source in sources
+            build_store(source, subject.tokenizer, data, progress=False) for source in sources
         ]
         sizes = np.array([store.n_tokens for store in stores])
         if not len(sizes) or not sizes.sum():

@@ -130,7 +130,9 @@ def _task(subject: Subject) -> tuple[list[Item], Answer]:
     classifier = TextClassifier(subject.experiment, subject.params, subject.tokenizer)
     if not classifier.labels:
         raise UserError("safety set robustness: the classifier has no --config.data.labels")
-    stores: Any = open_split(subject.config.data, "validation", subject.tokenizer, records=True)
+    stores: Any = open_split(
+        subject.config.data, "validation", subject.tokenizer, columns=("text", "label")
+    )
     columns = range(len(classifier.labels))
     items = [
         Item({_TEXT: record.raw[_TEXT]}, (), list(classifier.labels).index(record.raw["label"]))

@@ -1,0 +1,259 @@
+"""Messages of a conversation, made of the rows of files in the forms that are in use.
+
+A message is a mapping with "role" and "content", as chat templates take it: content is a text, a
+list of parts that are texts, or None beside "tool_calls". Its "weight" (0 or 1, as OpenAI's files
+have it) says whether an assistant's message is learnt. Forms of rows:
+
+    messages                     "messages": [{"role", "content"}, …]; Hugging Face, OpenAI
+    ShareGPT                     "conversations": [{"from", "value"}, …]
+    Alpaca                       "instruction", "input", "output", "history"
+    prompt and completion        texts, or lists of messages of which the completion's are learnt
+
+All may have "system" (a text) and "tools" (a list of JSON schemas). Problems raise BadRow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lm.data.records import BadRow
+from lm.errors import UserError
+from lm.storage import parse_json
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Names of roles in ShareGPT's files and those of its descendants.
+_SAME_ROLE = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_FUNCTION_CALL = "function_call"  # an assistant's message of which the value is a call, in JSON
+
+
+class Conversation(NamedTuple):
+    """Conversation of a row.
+
+    Attributes:
+        messages: its messages.
+        tools: JSON schemas of the tools that it may call; None: none.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None
+
+
+def conversation_of(values: Mapping[str, Any]) -> Conversation:
+    """Return the conversation of a row, in the first of the forms whose columns it has.
+
+    Args:
+        values: values by column; None as if there were none.
+
+    Raises:
+        BadRow: the row has no conversation, nothing in it is learnt, or it is not well formed.
+    """
+    values = {name: value for name, value in values.items() if value is not None}
+    for columns, read in FORMS.items():
+        if all(column in values for column in columns):
+            messages = read(values)
+            break
+    else:
+        raise BadRow(f"no conversation: neither {' nor '.join(map(' and '.join, FORMS))}")
+    if values.get("system"):
+        messages = [text_message("system", values["system"]), *messages]
+    if not messages:
+        raise BadRow("no messages")
+    if not any(is_learnt(message) and says_something(message) for message in messages):
+        raise BadRow("no message of the assistant to learn from")
+    return Conversation(messages, tools_of(values))
+
+
+def is_learnt(message: Message) -> bool:
+    """Return whether a message is one that the assistant learns to say."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def says_something(message: Message) -> bool:
+    """Return whether a message has a text that is not blank, or calls a tool."""
+    return bool(content_text(message["content"]).strip() or message.get("tool_calls"))
+
+
+def from_messages(values: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a column "messages"."""
+    return messages_of(values["messages"])
+
+
+def from_sharegpt(values: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a column "conversations"."""
+    return messages_of(values["conversations"])
+
+
+def from_alpaca(values: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of an instruction, its input if there is one, and the output.
+
+    Earlier turns are in "history", a list of pairs of texts.
+    """
+    messages = []
+    for turn in values.get("history") or ():
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise BadRow("'history' holds something else than pairs of texts")
+        messages += [text_message("user", turn[0]), text_message("assistant", turn[1])]
+    parts = [_text("instruction", values["instruction"]), _text("input", values.get("input", ""))]
+    question = "\n\n".join(part for part in parts if part.strip())
+    reply = text_message("assistant", values["output"], "output")
+    return [*messages, text_message("user", question), reply]
+
+
+def from_prompt(values: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a prompt, of which none is learnt, and of its completion."""
+    prompt = as_messages("prompt", values["prompt"], "user")
+    completion = as_messages("completion", values["completion"], "assistant")
+    return [*map(not_learnt, prompt), *completion]
+
+
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]] = {
+    ("messages",): from_messages,
+    ("conversations",): from_sharegpt,
+    ("instruction", "output"): from_alpaca,
+    ("prompt", "completion"): from_prompt,
+}
+COLUMNS = (
+    *("messages", "conversations", "instruction", "input", "output", "history"),
+    *("prompt", "completion", "system", "tools"),
+)
+
+
+def as_messages(column: str, value: Any, role: str) -> list[Message]:
+    """Return the messages of a column that holds a text, which one of `role` says, or messages."""
+    if isinstance(value, list | tuple):
+        return messages_of(value)
+    return [text_message(role, value, column)]
+
+
+def messages_of(value: Any) -> list[Message]:
+    """Return the messages of a list of mappings, or of JSON text of one.
+
+    A mapping has "role" and "content", or "from" and "value"; without what is null in it.
+    """
+    if isinstance(value, str):
+        value = _parsed("messages", value)
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"messages are of type {type(value).__name__}, not a list")
+    return [_message(number, entry) for number, entry in enumerate(value, start=1)]
+
+
+def text_message(role: str, text: Any, column: str = "") -> Message:
+    """Return a message of a text; BadRow if it is none."""
+    return {"role": role, "content": _text(column or role, text)}
+
+
+def not_learnt(message: Message) -> Message:
+    """Return a message that is read but not learnt."""
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
+
+
+def tools_of(values: Mapping[str, Any]) -> list[Any] | None:
+    """Return the tools of a row: a list of JSON schemas, or JSON text of one; None without any."""
+    tools = values.get("tools") or None
+    if isinstance(tools, str):
+        tools = _parsed("tools", tools)
+    if not isinstance(tools, list | None):
+        raise BadRow(f"tools are of type {type(tools).__name__}, not a list")
+    return _as_json("tools", tools) or None
+
+
+def _message(number: int, entry: Any) -> Message:
+    """Return a message with its role as templates call it."""
+    where = f"message {number}"
+    if not isinstance(entry, Mapping):
+        raise BadRow(f"{where} is of type {type(entry).__name__}, not a mapping")
+    message = {name: _as_json(where, value) for name, value in entry.items() if value is not None}
+    if "role" not in message and "from" in message:
+        message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
+    role = message.get("role")
+    if role == _FUNCTION_CALL:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(where, message)}
+    role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise BadRow(f"{where}: unknown role {role!r} (known: {', '.join((*ROLES, *_SAME_ROLE))})")
+    content: Any = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise BadRow(f"{where}: no content")
+    _check_content(where, content)
+    if message.get("weight", 1) not in (0, 1):
+        raise BadRow(f"{where}: weight {message['weight']!r} is neither 0 nor 1")
+    return {**message, "role": role, "content": content}
+
+
+def _check_content(where: str, content: Any) -> None:
+    for part in content if isinstance(content, list) else [content]:
+        text = part
+        if isinstance(part, Mapping):
+            if part.get("type", "text") != "text":
+                raise BadRow(f"{where}: content of type {part.get('type')!r} is not text")
+            text = part.get("text")
+        if not isinstance(text, str) and (text is not None or isinstance(content, list)):
+            raise BadRow(f"{where}: content is of type {type(text).__name__}, not text")
+
+
+def _calls(where: str, message: Message) -> list[dict[str, Any]]:
+    """Return the calls of ShareGPT's function_call as Hugging Face's templates take them."""
+    found: Any = message.get("content")
+    found = _parsed(f"{where}: {_FUNCTION_CALL}", found) if isinstance(found, str) else found
+    calls: list[Any] = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise BadRow(f"{where}: {_FUNCTION_CALL} is no JSON object with a name and arguments")
+    return [
+        {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call.get("arguments", {})},
+        }
+        for call in calls
+    ]
+
+
+def _text(column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is of type {type(value).__name__}, not a string")
+    return _as_json(repr(column), value)
+
+
+def _as_json(where: str, value: Any) -> Any:
+    """Return a value as JSON has it, what JSON does not have as text; BadRow if it is not UTF-8."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where} is not UTF-8: half of a surrogate pair") from error
+    return json.loads(text)
+
+
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return parse_json(text, where, object)
+    except UserError as error:
+        raise BadRow(f"{where}: not valid JSON") from error
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content; that of a list of parts one after the other."""
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    return content or ""
+
+
+def all_text(messages: Iterable[Message], tools: list[Any] | None) -> str:
+    """Return the roles and texts of a conversation, for a tokenizer that is fitted to them."""
+    lines = []
+    for message in messages:
+        lines += [message["role"], content_text(message["content"])]
+        lines += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([*lines, *(json.dumps(tool, ensure_ascii=False) for tool in tools or ()), ""])
