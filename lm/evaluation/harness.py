@@ -15,14 +15,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lm.data.chat.chat_encoder import ChatEncoder, role_names
+from lm.data.chat.chat_template import ChatTemplate
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizers.folder import FolderTokenizer
 from lm.decoding.batch import decode_best, sample_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
@@ -30,7 +34,6 @@ from lm.decoding.generation import text_after, text_before
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError, missing_package
-from lm.evaluation.chat_template import ChatTokenizer, chat_tokenizer, render_chat
 from lm.evaluation.likelihood import Request, first_ids, score, split_request
 from lm.experiment import Experiment
 from lm.models.variables import Params
@@ -106,6 +109,24 @@ class Answers:
         return [self._known.get(key) for key in keys]
 
 
+class ChatTokenizer(FolderTokenizer):
+    """Tokenizer for the prompts of a chat template: special tokens in a text are read as such."""
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoder.encode(text, None, {}).ids
+
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(FolderTokenizer(self.content))
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> ChatTokenizer:
+    """Return a tokenizer for chats; UserError if it has no chat template."""
+    if not isinstance(tokenizer, FolderTokenizer) or not tokenizer.chat_templates:
+        raise UserError("--apply_chat_template: the tokenizer of the run has no chat template")
+    return ChatTokenizer.from_files(tokenizer.files())
+
+
 class HarnessModel(LM):
     """Model of lm-eval that is a run of ours.
 
@@ -141,16 +162,33 @@ class HarnessModel(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the Jinja source of the chat template."""
-        assert isinstance(self._tokenizer, ChatTokenizer)
-        return self._tokenizer.chat_template
+        return self._chat.source
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate.of(self._tokenizer)
+
+    @cache  # noqa: B019  once a model
+    def _drops_system(self) -> None:
+        logging.warning("the chat template takes no system message: prompts are without it")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return messages as a prompt, without the bos that every prompt starts with anyway."""
-        assert isinstance(self._tokenizer, ChatTokenizer)
-        text = render_chat(self._tokenizer, chat_history, add_generation_prompt)
-        bos = self._tokenizer.special_names.get("bos")
+        ends: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            text = self._chat.render(chat_history, **ends)
+        except UserError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            text = self._chat.render(others, **ends)
+            self._drops_system()
+        bos = role_names(self._tokenizer).get("bos")
         return text.removeprefix(bos) if bos and prompt_ids(self._tokenizer, "") else text
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

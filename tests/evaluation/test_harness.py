@@ -9,8 +9,7 @@ import pytest
 from lm.api import load_run
 from lm.cli import main
 from lm.errors import UserError
-from lm.evaluation.chat_template import chat_tokenizer
-from lm.evaluation.harness import Answers, HarnessModel, evaluate_tasks
+from lm.evaluation.harness import Answers, HarnessModel, chat_tokenizer, evaluate_tasks
 from lm.evaluation.likelihood import Request, score, split_request
 from lm.evaluation.score_file import Question, score_questions
 from lm.training.trainer import train

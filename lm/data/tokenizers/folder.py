@@ -238,16 +238,25 @@ class FolderTokenizer(Tokenizer):
         return self._names
 
     @property
-    def chat_template(self) -> str | None:
-        """Jinja source of the default chat template; None if the folder has none."""
-        files, (of_text, of_json, _) = self.files(), _TEMPLATES
-        if of_text in files:
-            return files[of_text].decode("utf-8", errors="replace")
-        found = (self.stated(of_json) or self._settings).get("chat_template")
-        if isinstance(found, list):  # several by name
-            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-            found = named.get("default")
-        return found if isinstance(found, str) else None
+    def added_tokens(self) -> dict[str, bool]:
+        """Added tokens that the settings state; True if special."""
+        return {token["content"]: bool(token["special"]) for token in self._added.values()}
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Jinja sources of the chat templates by name; "default" is for what has no other."""
+        of_text, of_json, _ = _TEMPLATES
+        found = {
+            "default" if name == of_text else Path(name).stem: content.decode(errors="replace")
+            for name, content in self.files().items()
+            if name.endswith(".jinja")
+        }
+        if found:
+            return found
+        stated = (self.stated(of_json) or self._settings).get("chat_template")
+        several = stated if isinstance(stated, list) else [{"name": "default", "template": stated}]
+        named = {x.get("name"): x.get("template") for x in several if isinstance(x, dict)}
+        return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
     def _of_tiktoken(self, name: str) -> dict[str, bytes]:
         """Return the files that a folder with a tiktoken file lacks, as Llama 3 means them."""

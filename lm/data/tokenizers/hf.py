@@ -101,6 +101,14 @@ class _HuggingFace(Tokenizer):
             found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in found]
 
+    def reading(self, names: Iterable[str]) -> Any:
+        """Return the tokenizer of the package that reads tokens of these names in a text."""
+        package = _package()
+        with package_errors(_UNUSABLE):
+            found = package.Tokenizer.from_str(self._tokenizer.to_str())
+            found.add_special_tokens([package.AddedToken(name, normalized=False) for name in names])
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         with package_errors(_UNUSABLE):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -153,9 +161,10 @@ class HuggingFaceTokenizer(_HuggingFace):
         return Template()
 
     @property
-    def added_tokens(self) -> set[str]:
-        """Tokens at which a text is cut before the model of the file sees it."""
-        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+    def added_tokens(self) -> dict[str, bool]:
+        """Tokens at which a text is cut before the model of the file sees it; True if special."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: token.special for token in added.values()}
 
     def with_added_tokens(self, tokens: Iterable[Mapping[str, Any]]) -> bytes:
         """Return the file with tokens added: their `content` and flags of AddedToken."""

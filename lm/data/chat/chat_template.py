@@ -1,0 +1,444 @@
+"""Chat templates: the tokens of a conversation, and which of them an assistant says.
+
+A template is the tokenizer's own, as `apply_chat_template` of transformers reads it, or the one
+shipped here. What a message says is text and nothing else: the name of a special token in it is
+encoded as its characters, so that no text ends a turn or begins another. Where a template marks
+turns by words alone ("### Assistant:"), a text can hold the same words; `has_role_tokens` is False.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data.chat.chat_encoder import ChatEncoder, Tokens, role_names
+from lm.data.chat.jinja_templates import JinjaTemplate, jinja_template
+from lm.data.chat.ownership import (
+    MARKS,
+    Traced,
+    compare,
+    first_difference,
+    longest_of,
+    replaced,
+)
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+
+DEFAULT_TEMPLATE = Path(__file__).with_name("default_template.jinja")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_TAG = "\U0010fffb "  # after a message that is continued; the space shows whether it was trimmed
+_ABSENT = "\U0010fffa"  # in place of an empty message
+_PROBE = ({"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "\ufdd1"})
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Tokens of a conversation.
+
+    Attributes:
+        ids: int32 [L].
+        assistant: bool [L]: said by an assistant, the token that ends its turn included.
+        message: int32 [L]: index of the message that a token belongs to, with what stands around
+            it; the number of messages for the beginning of an answer.
+    """
+
+    ids: np.ndarray
+    assistant: np.ndarray
+    message: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Chat template of a tokenizer.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        sources: Jinja sources by name, "default" and perhaps "tool_use".
+        reads_markers: read special tokens in messages too, as transformers does by default.
+    """
+
+    tokenizer: Tokenizer
+    sources: Mapping[str, str] = field(repr=False)
+    reads_markers: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, *, reads_markers: bool = False) -> ChatTemplate:
+        """Return the template of a tokenizer; the shipped one if it has none."""
+        found = getattr(tokenizer, "chat_templates", {})
+        return cls(tokenizer, found or {"default": DEFAULT_TEMPLATE.read_text()}, reads_markers)
+
+    @property
+    def source(self) -> str:
+        """Jinja source, of all templates if there are several."""
+        return "\n".join(text for _, text in sorted(self.sources.items()))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Return a conversation as text.
+
+        Args:
+            messages: as in `encode`, like all others.
+            tools: JSON schemas.
+            add_generation_prompt: end with what an answer follows.
+            continue_final_message: the last message is the beginning of an answer.
+            documents: texts.
+            **variables: further variables.
+        """
+        work = _Conversation.of(messages, tools, documents, variables, continue_final_message)
+        return self._text(work, add_generation_prompt, datetime.now())
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> EncodedChat:
+        """Return the tokens of a conversation.
+
+        Args:
+            messages: "role", "content" and what else the template reads of each.
+            tools: JSON schemas of functions that may be called.
+            add_generation_prompt: end with what an answer follows.
+            continue_final_message: the last message is the beginning of an answer.
+            documents: texts for the template's own use.
+            **variables: further variables of the template.
+
+        Raises:
+            UserError: the template does not take the conversation, or the text of a message
+                cannot be told from its own.
+        """
+        work = _Conversation.of(messages, tools, documents, variables, continue_final_message)
+        traced, places = self._traced(work, add_generation_prompt)
+        owned = None if self.reads_markers else traced.owner >= 0
+        tokens = self._encoder.encode(traced.text, owned, self._guarded)
+        said, message = self._layout(work, traced, places, add_generation_prompt)
+        first = np.minimum(tokens.starts, len(message) - 1)
+        return EncodedChat(tokens.ids, _any_of(said, tokens), message[first])
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant's turn."""
+        end = self._end_of_turn
+        own = () if end is None else (self._guarded[end],)
+        return tuple(dict.fromkeys((*own, *self.tokenizer.stop_ids)))
+
+    @cached_property
+    def has_role_tokens(self) -> bool:
+        """True if tokens mark the turns, rather than words, which a text can hold too."""
+        return any(name in self._turns for name in self._guarded)
+
+    # --- what the template is like
+
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer)
+
+    @cached_property
+    def _turns(self) -> str:
+        """Text of a short conversation without what is said."""
+        try:
+            return self._text(_Conversation.of([*_PROBE, _PROBE[0]]), False, datetime.now())
+        except UserError:
+            return ""
+
+    @cached_property
+    def _guarded(self) -> dict[str, int]:
+        """Tokens that only the template writes: special ones, and others that mark turns.
+
+        A word that the template looks for in a text, as "</think>", is not among the latter.
+        """
+        looked_for = [text for template in self._templates for text in template.inspected]
+        return self._encoder.special | {
+            name: i
+            for name, i in self._encoder.ordinary.items()
+            if name.strip() and name in self._turns and not any(name in text for text in looked_for)
+        }
+
+    @property
+    def _templates(self) -> list[JinjaTemplate]:
+        return [jinja_template(source) for source in self.sources.values()]
+
+    @cached_property
+    def _end_of_turn(self) -> str | None:
+        """Name of the token that follows what an assistant says."""
+        names = longest_of(self._guarded)
+        for last in (_PROBE, (*_PROBE, _PROBE[0])):
+            try:
+                text = self._text(_Conversation.of(last), False, datetime.now())
+            except UserError:
+                continue
+            _, _, after = text.partition(_PROBE[1]["content"])
+            if names and (found := names.search(after)):
+                return found[0]
+        return None
+
+    @cached_property
+    def _prompt(self) -> str:
+        """Text that an answer follows."""
+        try:
+            texts = [
+                self._text(_Conversation.of(_PROBE[:1]), ends, datetime.now())
+                for ends in (False, True)
+            ]
+        except UserError:
+            return ""
+        return texts[1].removeprefix(texts[0]) if texts[1].startswith(texts[0]) else ""
+
+    # --- rendering
+
+    def _template(self, has_tools: bool) -> JinjaTemplate:
+        name = "tool_use" if has_tools and "tool_use" in self.sources else "default"
+        if name not in self.sources:
+            names = ", ".join(sorted(self.sources))
+            raise UserError(f"the tokenizer has no default chat template, only {names}")
+        return jinja_template(self.sources[name])
+
+    def _text(
+        self, work: _Conversation, add_generation_prompt: bool, now: datetime, **more: Any
+    ) -> str:
+        names = {f"{role}_token": name for role, name in self._roles.items()}
+        values = {
+            "tools": work.tools,
+            "documents": work.documents,
+            "messages": work.tagged if work.goes_on else work.messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._template(work.tools is not None)
+        text = template.render({**names, **work.variables, **values, **more}, now)
+        return _cut(text) if work.goes_on else text
+
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        return role_names(self.tokenizer)
+
+    def _traced(
+        self, work: _Conversation, add_generation_prompt: bool
+    ) -> tuple[Traced, dict[int, int]]:
+        """Return the text with its owners, and where messages without characters are."""
+        now = datetime.now()
+        text = self._text(work, add_generation_prompt, now)
+        template = self._template(work.tools is not None)
+        names = longest_of(self._guarded)
+        for words in ((), template.inspected, template.constants):
+            kept = longest_of([word for word in words if not (names and names.search(word))])
+            other = work.replaced(names, kept)
+
+            def outline(work: _Conversation) -> str:
+                return self._text(work, add_generation_prompt, now, generation_marks=MARKS)
+
+            try:
+                found = compare(text, outline(other), work.n_owners)
+            except UserError:  # it takes the messages, but not without these words
+                continue
+            if found:
+                places = {}
+                for i in set(range(len(work.messages))) - set(found.owner.tolist()):
+                    if (at := first_difference(found, outline(other.with_sign(i)))) is not None:
+                        places[i] = at
+                return found, places
+        raise UserError(
+            "the chat template changes the text of messages so that it cannot be told from its own"
+        )
+
+    # --- who says what
+
+    def _layout(
+        self, work: _Conversation, traced: Traced, places: Mapping[int, int], has_prompt: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what an assistant says, bool [L], and the message of each character, int32 [L]."""
+        text, length = traced.outline, len(traced.text)
+        names = longest_of(self._guarded)
+        marked = self._template(work.tools is not None).marks_generation
+        said = traced.said.copy() if marked else np.zeros(length, bool)
+        message = np.zeros(length, np.int32)
+        spans = _spans(traced.owner, len(work.messages), places)
+        before = 0  # end of what belongs to earlier messages
+        for number, (i, start, stop) in enumerate(spans):
+            is_last = number + 1 == len(spans)
+            limit = length if is_last else spans[number + 1][1]
+            if is_last and has_prompt and text.endswith(self._prompt):
+                limit = max(stop, length - len(self._prompt))
+            found = list(names.finditer(text, stop, limit)) if names else []
+            ends = [name.end() for name in found]
+            end = stop
+            if work.messages[i]["role"] == "assistant":
+                own = [name.end() for name in found if name[0] == self._end_of_turn]
+                if is_last and not has_prompt:
+                    end = max([stop, *ends])
+                elif ends:
+                    end = min(own or ends)
+                if marked:
+                    end = max([end, *(stop + 1 + np.flatnonzero(said[stop:limit]))])
+                else:
+                    said[self._beginning(text, before, start) : end] = True
+            elif len(ends) > 1:
+                end = ends[0]
+            if is_last:
+                end = limit
+            elif end > stop or not ends:
+                end += len(text[end:limit]) - len(text[end:limit].lstrip())
+            message[before:end] = i
+            before = end
+        message[before:] = (
+            len(work.messages) if has_prompt else message[before - 1 : before].max(initial=0)
+        )
+        return said, message
+
+    def _beginning(self, text: str, start: int, stop: int) -> int:
+        """Return where an answer begins whose first own character is at `stop`."""
+        prompt, names = self._prompt, longest_of(self._guarded)
+        ends = {len(prompt), *(line.end() for line in re.finditer("\n", prompt))}
+        ends |= {name.end() for name in names.finditer(prompt)} if names else set()
+        for end in sorted(ends - {0}, reverse=True):
+            if (at := text.rfind(prompt[:end], start, stop)) >= 0:
+                return at + end
+        return stop
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """Values that a template is given, of plain JSON types.
+
+    Attributes:
+        messages: the messages, without what is None in them.
+        tools: JSON schemas, None for none.
+        documents: texts for the template's own use, None for none.
+        variables: further variables.
+        goes_on: the last message is the beginning of an answer.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: Any = None
+    documents: Any = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        messages: Any,
+        tools: Any = None,
+        documents: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
+    ) -> _Conversation:
+        found = []
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise UserError(f"message {number} is no object with a text as its role")
+            known = {name: value for name, value in message.items() if value is not None}
+            reasoning = next((known[name] for name in _REASONING if name in known), None)
+            if reasoning is not None:
+                known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
+            found.append(_plain(known))
+        if not found:
+            raise UserError("the conversation has no message")
+        made = cls(found, _plain(tools), _plain(documents), _plain(dict(variables or {})), goes_on)
+        try:
+            json.dumps([found, made.tools, made.documents], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the conversation is no valid Unicode ({error.reason})") from error
+        return made
+
+    @property
+    def n_owners(self) -> int:
+        """Number of messages, and one for everything else."""
+        return len(self.messages) + 1
+
+    def replaced(
+        self, names: re.Pattern[str] | None, kept: re.Pattern[str] | None
+    ) -> _Conversation:
+        """Return the conversation with signs of its owners instead of characters."""
+        rest = len(self.messages)
+        return replace(
+            self,
+            messages=[replaced(each, i, names, kept) for i, each in enumerate(self.messages)],
+            tools=replaced(self.tools, rest, names, kept),
+            documents=replaced(self.documents, rest, names, kept),
+            variables=replaced(self.variables, rest, names, kept),
+        )
+
+    def with_sign(self, i: int) -> _Conversation:
+        """Return the conversation with a sign as the text of a message."""
+        messages = [*self.messages]
+        messages[i] = messages[i] | {"content": _ABSENT}
+        return replace(self, messages=messages)
+
+    @property
+    def tagged(self) -> list[dict[str, Any]]:
+        """Messages, with a tag after the text of the last."""
+        last, content = self.messages[-1], self.messages[-1].get("content")
+        if isinstance(content, str):
+            return [*self.messages[:-1], last | {"content": content + _TAG}]
+        parts = content if isinstance(content, list) else []
+        texts = [at for at, part in enumerate(parts) if isinstance(part, dict) and "text" in part]
+        if not texts:
+            raise UserError("the last message has no text that an answer could go on from")
+        at = texts[-1]
+        part = parts[at] | {"text": parts[at]["text"] + _TAG}
+        return [*self.messages[:-1], last | {"content": [*parts[:at], part, *parts[at + 1 :]]}]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists and objects of plain types."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _cut(text: str) -> str:
+    """Return the text before the tag; UserError if the template leaves it out."""
+    at = text.rfind(_TAG.strip())
+    if at < 0:
+        raise UserError("the chat template leaves the beginning of an answer out")
+    return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()
+
+
+def _spans(
+    owner: np.ndarray, n_messages: int, places: Mapping[int, int]
+) -> list[tuple[int, int, int]]:
+    """Return where messages are, in order: index, first character, after the last.
+
+    Args:
+        owner: int32 [L], index of a message or another number.
+        n_messages: number of messages.
+        places: where messages without characters are.
+    """
+    at = np.flatnonzero((owner >= 0) & (owner < n_messages))
+    firsts = np.flatnonzero(np.diff(owner[at], prepend=-1))
+    lasts = np.append(firsts[1:], len(at))[: len(firsts)] - 1
+    spans = [
+        (int(owner[at[a]]), int(at[a]), int(at[b]) + 1) for a, b in zip(firsts, lasts, strict=True)
+    ]
+    spans += [(i, place, place) for i, place in places.items()]
+    return sorted(spans, key=lambda span: (span[1], span[2], span[0]))
+
+
+def _any_of(said: np.ndarray, tokens: Tokens) -> np.ndarray:
+    """Return for each token whether a character of it is said, bool."""
+    before = np.concatenate([[0], np.cumsum(said)])
+    return before[tokens.ends] > before[tokens.starts]

@@ -1,0 +1,131 @@
+"""Owners of the characters of a rendered conversation: a message, or the template.
+
+A template is rendered twice: with the values as they are, and with each character of a message's
+texts replaced by one that stands for the message. Both texts are of one length, so that the second
+says whose each character of the first is, whatever the template does with a text: it trims, splits,
+joins, repeats and drops. White space and what JSON escapes stay, and where a template looks for
+words in a text, such as "</think>", those words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_FIRST = 0xF0000  # of the private characters that stand for owners
+MARKS = ("\U0010fffc", "\U0010fffd")  # around what an assistant says; in the second text only
+_REPLACED = re.compile(r'[^\s"\\\x00-\x1f\x7f]+')
+_AS_THEY_ARE = ("role", "type")  # keys whose values say what kind of thing something is
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Text of a conversation.
+
+    Attributes:
+        text: the text, L characters.
+        owner: int32 [L]: index of the message whose text a character is; -1: the template's.
+        said: bool [L]: within `{% generation %}`.
+        outline: the text in which other characters stand for those of messages.
+    """
+
+    text: str
+    owner: np.ndarray
+    said: np.ndarray
+    outline: str
+
+
+def replaced(
+    value: Any, owner: int, guarded: re.Pattern[str] | None, kept: re.Pattern[str] | None
+) -> Any:
+    """Return a value of JSON types with the characters of its texts replaced.
+
+    Args:
+        value: the value.
+        owner: number of the owner.
+        guarded: matches names of tokens, of which no character stays, also in keys of objects.
+        kept: matches what stays otherwise.
+    """
+    sign = chr(_FIRST + owner)
+
+    def plain(text: str) -> str:
+        return _REPLACED.sub(lambda found: sign * len(found[0]), text)
+
+    def outside(text: str) -> str:
+        if kept is None:
+            return plain(text)
+        return "".join(
+            part if number % 2 else plain(part) for number, part in enumerate(kept.split(text))
+        )
+
+    def of_text(text: str, rest: Callable[[str], str] = outside) -> str:
+        if guarded is None:
+            return rest(text)
+        return "".join(
+            sign * len(part) if number % 2 else rest(part)
+            for number, part in enumerate(guarded.split(text))
+        )
+
+    def of_value(value: Any, key: str = "") -> Any:
+        if isinstance(value, str):
+            return of_text(value, str) if key in _AS_THEY_ARE else of_text(value)
+        if isinstance(value, list):
+            return [of_value(item) for item in value]
+        if isinstance(value, Mapping):
+            return {
+                of_text(name, str) if isinstance(name, str) else name: of_value(item, name)
+                for name, item in value.items()
+            }
+        return value
+
+    return of_value(value)
+
+
+def longest_of(texts: Collection[str]) -> re.Pattern[str] | None:
+    """Return an expression with one group that matches the longest of some texts."""
+    longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def compare(text: str, traced: str, n_owners: int) -> Traced | None:
+    """Return the owners of a text's characters; None if the texts do not correspond.
+
+    Args:
+        text: text that the template makes of the values.
+        traced: text that it makes of their replacements.
+        n_owners: number of owners.
+    """
+    found, (plain, said) = codes(text), _without_marks(traced)
+    if len(plain) != len(found):
+        return None
+    owner = plain.astype(np.int64) - _FIRST
+    is_owned = (owner >= 0) & (owner < n_owners)
+    if not np.array_equal(found[~is_owned], plain[~is_owned]):
+        return None
+    owner = np.where(is_owned, owner, -1).astype(np.int32)
+    return Traced(text, owner, said, plain.tobytes().decode("utf-32-le"))
+
+
+def first_difference(traced: Traced, other: str) -> int | None:
+    """Return where another text begins to differ from the outline; None if it does not."""
+    one, two = codes(traced.outline), _without_marks(other)[0]
+    n = min(len(one), len(two))
+    unlike = np.flatnonzero(one[:n] != two[:n])
+    return int(unlike[0]) if len(unlike) else None if len(one) == len(two) else n
+
+
+def _without_marks(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the code points of a text without marks, and which were between two, [L] each."""
+    found = codes(text)
+    start, end = (found == ord(mark) for mark in MARKS)
+    between = np.cumsum(start.astype(np.int32) - end) > 0
+    return found[~(start | end)], between[~(start | end)]
+
+
+def codes(text: str) -> np.ndarray:
+    """Return the code points of a text, uint32 [L]."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
