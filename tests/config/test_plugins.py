@@ -147,12 +147,12 @@ def test_a_run_remembers_its_plugins(folder, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_beside_a_plugin_does_not_depend_on_it(folder, tmp_path, capsys):
+def test_a_run_beside_a_plugin_does_not_depend_on_it(folder, tmp_path, text_file):
     """In a process that imported a plug-in for another run."""
     configs.load_config(f"{folder}/config.py")
     plain = tmp_path / "plain"
     plain.mkdir()
-    text = CONFIG.replace("import my_plugin", "").replace('"counting"', '"stdlib"')
+    text = CONFIG.replace("import my_plugin", "").replace('"counting"', f"'text:{text_file}'")
     text = text.replace('config.model.gain = "gain", 1.5', 'unused = "nplm", 0')
     (plain / "config.py").write_text(text)
     run = tmp_path / "run"
