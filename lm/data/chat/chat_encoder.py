@@ -64,6 +64,8 @@ def role_names(tokenizer: Tokenizer) -> dict[str, str]:
     match tokenizer:
         case FolderTokenizer():
             return {role: name for role, name in tokenizer.special_names.items() if name}
+        case WordTokenizer():
+            return {}  # its end is a newline
         case _:
             ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
             ids |= {role: tokenizer.role_id(role) for role in ("pad", "cls", "sep", "mask")}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lm.data.chat.ownership import (
     Traced,
     compare,
     first_difference,
+    keys_of,
     longest_of,
     replaced,
 )
@@ -36,7 +38,8 @@ DEFAULT_TEMPLATE = Path(__file__).with_name("default_template.jinja")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TAG = "\U0010fffb "  # after a message that is continued; the space shows whether it was trimmed
 _ABSENT = "\U0010fffa"  # in place of an empty message
-_PROBE = ({"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "\ufdd1"})
+_USER = {"role": "user", "content": "\ufdd0"}  # of short conversations, to learn of a template
+_ANSWER = {"role": "assistant", "content": "\ufdd1"}
 
 Message = Mapping[str, Any]
 
@@ -140,8 +143,13 @@ class ChatTemplate:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an assistant's turn."""
-        end = self._end_of_turn
-        own = () if end is None else (self._guarded[end],)
+        before_next = self._parts[2]
+        pairs = zip(self._last_end, before_next, strict=False)
+        common = self._last_end[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        texts = (common, self._last_end, before_next)
+        found = [self._names.findall(text) if self._names else [] for text in texts]
+        end = found[0][-1:] or found[1][:1] or found[2][:1]
+        own = [self._guarded[name] for name in end]
         return tuple(dict.fromkeys((*own, *self.tokenizer.stop_ids)))
 
     @cached_property
@@ -155,13 +163,54 @@ class ChatTemplate:
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer)
 
-    @cached_property
-    def _turns(self) -> str:
-        """Text of a short conversation without what is said."""
+    def _probe(self, *messages: Message, add_generation_prompt: bool = False) -> str:
+        """Return a short conversation; "" if the template refuses it."""
         try:
-            return self._text(_Conversation.of([*_PROBE, _PROBE[0]]), False, datetime.now())
+            return self._text(_Conversation.of(messages), add_generation_prompt, datetime.now())
         except UserError:
             return ""
+
+    @cached_property
+    def _prompt(self) -> str:
+        """Text that an answer follows."""
+        before, after = (
+            self._probe(_USER, add_generation_prompt=has_prompt) for has_prompt in (False, True)
+        )
+        return after.removeprefix(before) if after.startswith(before) else ""
+
+    @cached_property
+    def _parts(self) -> tuple[str, str, str, str]:
+        """Texts of the template around a question, an answer and a question."""
+        text = self._probe(_USER, _ANSWER, _USER)
+        before, _, rest = text.partition(_USER["content"])
+        header, _, rest = rest.partition(_ANSWER["content"])
+        return before, header, *rest.partition(_USER["content"])[::2]
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """Texts that an assistant's turn begins with, the longest first.
+
+        They are what the prompt of an answer and an earlier turn have in common, and what that
+        begins with.
+        """
+        prompt, names = self._prompt, self._added
+        ends = {len(prompt), *(line.end() for line in re.finditer("\n", prompt))}
+        ends |= {name.end() for name in names.finditer(prompt)} if names else set()
+        cuts = [prompt[:end] for end in sorted(ends - {0}, reverse=True)]
+        return [cut for cut in cuts if cut in self._parts[1]]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        return longest_of({**self._encoder.special, **self._encoder.ordinary})
+
+    @cached_property
+    def _turns(self) -> str:
+        """Text of a short conversation around what is said in it, as far as it opens turns."""
+        before, header, *after = self._parts
+        for cut in self._headers[:1]:
+            opening = self._added.search(cut) if self._added else None
+            header = header[: header.index(cut) + (opening.end() if opening else len(cut))]
+        return "\0".join((before, header, *after))
 
     @cached_property
     def _guarded(self) -> dict[str, int]:
@@ -181,30 +230,19 @@ class ChatTemplate:
         return [jinja_template(source) for source in self.sources.values()]
 
     @cached_property
-    def _end_of_turn(self) -> str | None:
-        """Name of the token that follows what an assistant says."""
-        names = longest_of(self._guarded)
-        for last in (_PROBE, (*_PROBE, _PROBE[0])):
-            try:
-                text = self._text(_Conversation.of(last), False, datetime.now())
-            except UserError:
-                continue
-            _, _, after = text.partition(_PROBE[1]["content"])
-            if names and (found := names.search(after)):
-                return found[0]
-        return None
+    def _last_end(self) -> str:
+        """Text of the template after an answer that is the last message."""
+        return self._probe(_USER, _ANSWER).partition(_ANSWER["content"])[2]
 
     @cached_property
-    def _prompt(self) -> str:
-        """Text that an answer follows."""
-        try:
-            texts = [
-                self._text(_Conversation.of(_PROBE[:1]), ends, datetime.now())
-                for ends in (False, True)
-            ]
-        except UserError:
-            return ""
-        return texts[1].removeprefix(texts[0]) if texts[1].startswith(texts[0]) else ""
+    def _ends(self) -> list[str]:
+        """Texts up to a special token that end an assistant's turn, the longest first."""
+        names = self._names.finditer(self._last_end) if self._names else ()
+        return [self._last_end[: name.end()].lstrip() for name in names][::-1]
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        return longest_of(self._guarded)
 
     # --- rendering
 
@@ -240,7 +278,7 @@ class ChatTemplate:
         now = datetime.now()
         text = self._text(work, add_generation_prompt, now)
         template = self._template(work.tools is not None)
-        names = longest_of(self._guarded)
+        names = self._names
         for words in ((), template.inspected, template.constants):
             kept = longest_of([word for word in words if not (names and names.search(word))])
             other = work.replaced(names, kept)
@@ -269,7 +307,7 @@ class ChatTemplate:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return what an assistant says, bool [L], and the message of each character, int32 [L]."""
         text, length = traced.outline, len(traced.text)
-        names = longest_of(self._guarded)
+        names = self._names
         marked = self._template(work.tools is not None).marks_generation
         said = traced.said.copy() if marked else np.zeros(length, bool)
         message = np.zeros(length, np.int32)
@@ -284,11 +322,12 @@ class ChatTemplate:
             ends = [name.end() for name in found]
             end = stop
             if work.messages[i]["role"] == "assistant":
-                own = [name.end() for name in found if name[0] == self._end_of_turn]
-                if is_last and not has_prompt:
-                    end = max([stop, *ends])
-                elif ends:
-                    end = min(own or ends)
+                known = (
+                    text.find(last, stop, limit) + len(last)
+                    for last in self._ends
+                    if last in text[stop:limit]
+                )
+                end = next(known, min(ends, default=stop))
                 if marked:
                     end = max([end, *(stop + 1 + np.flatnonzero(said[stop:limit]))])
                 else:
@@ -308,13 +347,8 @@ class ChatTemplate:
 
     def _beginning(self, text: str, start: int, stop: int) -> int:
         """Return where an answer begins whose first own character is at `stop`."""
-        prompt, names = self._prompt, longest_of(self._guarded)
-        ends = {len(prompt), *(line.end() for line in re.finditer("\n", prompt))}
-        ends |= {name.end() for name in names.finditer(prompt)} if names else set()
-        for end in sorted(ends - {0}, reverse=True):
-            if (at := text.rfind(prompt[:end], start, stop)) >= 0:
-                return at + end
-        return stop
+        places = ((text.rfind(header, start, stop), len(header)) for header in self._headers)
+        return next((at + length for at, length in places if at >= 0), stop)
 
 
 @dataclass(frozen=True)
@@ -371,14 +405,13 @@ class _Conversation:
         self, names: re.Pattern[str] | None, kept: re.Pattern[str] | None
     ) -> _Conversation:
         """Return the conversation with signs of its owners instead of characters."""
-        rest = len(self.messages)
-        return replace(
-            self,
-            messages=[replaced(each, i, names, kept) for i, each in enumerate(self.messages)],
-            tools=replaced(self.tools, rest, names, kept),
-            documents=replaced(self.documents, rest, names, kept),
-            variables=replaced(self.variables, rest, names, kept),
+        rest: list[Any] = [self.tools, self.documents, self.variables]
+        keys = keys_of([*(list(each.values()) for each in self.messages), *rest]) if kept else ()
+        messages = [replaced(x, i, names, kept, keys) for i, x in enumerate(self.messages)]
+        tools, documents, variables = (
+            replaced(value, len(messages), names, kept, keys) for value in rest
         )
+        return _Conversation(messages, tools, documents, variables, self.goes_on)
 
     def with_sign(self, i: int) -> _Conversation:
         """Return the conversation with a sign as the text of a message."""

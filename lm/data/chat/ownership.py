@@ -40,15 +40,21 @@ class Traced:
 
 
 def replaced(
-    value: Any, owner: int, guarded: re.Pattern[str] | None, kept: re.Pattern[str] | None
+    value: Any,
+    owner: int,
+    guarded: re.Pattern[str] | None,
+    kept: re.Pattern[str] | None = None,
+    keys: Collection[str] = (),
 ) -> Any:
     """Return a value of JSON types with the characters of its texts replaced.
 
     Args:
         value: the value.
         owner: number of the owner.
-        guarded: matches names of tokens, of which no character stays, also in keys of objects.
+        guarded: matches names of tokens, of which no character stays; in the key of an object, by
+            which objects may be sorted, the first alone.
         kept: matches what stays otherwise.
+        keys: texts that stay if they are the whole.
     """
     sign = chr(_FIRST + owner)
 
@@ -56,33 +62,47 @@ def replaced(
         return _REPLACED.sub(lambda found: sign * len(found[0]), text)
 
     def outside(text: str) -> str:
-        if kept is None:
-            return plain(text)
-        return "".join(
-            part if number % 2 else plain(part) for number, part in enumerate(kept.split(text))
-        )
+        return text if text in keys else _parts(kept, text, plain, str)
 
-    def of_text(text: str, rest: Callable[[str], str] = outside) -> str:
-        if guarded is None:
-            return rest(text)
-        return "".join(
-            sign * len(part) if number % 2 else rest(part)
-            for number, part in enumerate(guarded.split(text))
-        )
+    def of_text(text: str) -> str:
+        return _parts(guarded, text, outside, lambda name: sign * len(name))
 
-    def of_value(value: Any, key: str = "") -> Any:
+    def of_key(text: str) -> str:
+        return _parts(guarded, text, str, lambda name: name[0] + sign * (len(name) - 1))
+
+    def of_value(value: Any, key: Any = None) -> Any:
         if isinstance(value, str):
-            return of_text(value, str) if key in _AS_THEY_ARE else of_text(value)
+            return of_key(value) if key in _AS_THEY_ARE else of_text(value)
         if isinstance(value, list):
             return [of_value(item) for item in value]
         if isinstance(value, Mapping):
             return {
-                of_text(name, str) if isinstance(name, str) else name: of_value(item, name)
+                of_key(name) if isinstance(name, str) else name: of_value(item, name)
                 for name, item in value.items()
             }
         return value
 
     return of_value(value)
+
+
+def _parts(
+    pattern: re.Pattern[str] | None,
+    text: str,
+    between: Callable[[str], str],
+    found: Callable[[str], str],
+) -> str:
+    """Return a text with functions applied to what a pattern with one group finds, and between."""
+    if pattern is None:
+        return between(text)
+    parts = enumerate(pattern.split(text))
+    return "".join(found(part) if number % 2 else between(part) for number, part in parts)
+
+
+def keys_of(value: Any) -> set[str]:
+    """Return the keys of all objects in a value of JSON types."""
+    if isinstance(value, Mapping):
+        return {str(key) for key in value}.union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
 
 
 def longest_of(texts: Collection[str]) -> re.Pattern[str] | None:

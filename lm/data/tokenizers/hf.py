@@ -106,7 +106,9 @@ class _HuggingFace(Tokenizer):
         package = _package()
         with package_errors(_UNUSABLE):
             found = package.Tokenizer.from_str(self._tokenizer.to_str())
-            found.add_special_tokens([package.AddedToken(name, normalized=False) for name in names])
+            known = {token.content for token in found.get_added_tokens_decoder().values()}
+            new = [name for name in names if name not in known]
+            found.add_special_tokens([package.AddedToken(name, normalized=False) for name in new])
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
