@@ -19,6 +19,7 @@ import pytest
 from absl import logging
 from kinds import KINDS
 
+from lm.cli import main
 from lm.config import default, set_value
 
 jax.config.update("jax_num_cpu_devices", 8)  # of this process only
@@ -120,6 +121,33 @@ def one_device_in_module():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *args: first)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, text_file):
+    """Workdir of a decoder of bytes that was trained for two steps; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    (folder / "config.py").write_text(TINY_RUN.format(text=text_file))
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args: first)
+        words = ["--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
+        assert main(["train", *words]) == 0
+    return folder / "run"
+
+
+TINY_RUN = """
+from lm.config import default
+
+def get_config():
+    config = default()
+    config.model.n_layers, config.model.d_model, config.model.n_heads = 1, 16, 2
+    config.data.source, config.data.validation_fraction = "text:{text}", 0.1
+    config.data.sequence_length, config.data.batch_size = 256, 4
+    config.train.steps, config.decode.max_length = 2, 8
+    config.log.tensorboard = False
+    return config
+"""
 
 
 @pytest.fixture

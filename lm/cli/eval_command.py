@@ -19,6 +19,8 @@ from lm.cli.arguments import (
     process_arguments,
     weights_arguments,
 )
+from lm.cli.code_evaluation import OPTIONS as CODE_OPTIONS
+from lm.cli.code_evaluation import add_code_arguments, evaluate_code
 from lm.cli.used_keys import MESH, MODEL, READING, Patterns
 from lm.config.registries import SAFETY_SETS
 from lm.errors import UserError
@@ -28,7 +30,7 @@ from lm.storage.folder_names import short_name
 
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--workdir", metavar="DIR")
     parser.add_argument("--split", choices=("validation", "test"))
     parser.add_argument(
         "--source", metavar="SOURCE", help="evaluate on this instead, written as data.source"
@@ -44,9 +46,11 @@ def add_arguments(parser: Parser) -> None:
         "--harness", metavar="TASK[,TASK…]", help="tasks of lm-eval instead, or their YAML files"
     )
     parser.add_argument("--shots", type=at_least(0), metavar="K", help="of --harness: examples")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="of --harness: documents")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="of --harness: documents; --code: problems"
+    )
     parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
-    chat = "of --harness: prompts by the chat template of the tokenizer"
+    chat = "of --harness and --code: prompts by the chat template of the tokenizer"
     parser.add_argument("--apply_chat_template", action="store_true", help=chat)
     parser.add_argument(
         "--safety",
@@ -55,10 +59,11 @@ def add_arguments(parser: Parser) -> None:
         metavar="SET[,SET…]",
         help=f"safety sets instead, or all that fit: {', '.join(SAFETY_SETS)}",
     )
+    add_code_arguments(parser)
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="for --task, --harness and --safety (default: in WORKDIR/eval)",
+        help="for --task, --harness, --safety and --code (default: in WORKDIR/eval)",
     )
     weights_arguments(parser)
     json_argument(parser)
@@ -101,7 +106,9 @@ def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
     if args.safety is not None:
         return (*MESH, *MODEL, *_OF_SAFETY)
-    if args.harness:
+    if args.code and args.samples:
+        return ()
+    if args.harness or args.code:
         return (*MESH, *MODEL, "decode.*", "-decode.guard*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
     scored = _OF_TASK if args.task else _OF_LOSS
@@ -110,6 +117,13 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    if not args.workdir and not (args.code and args.samples):
+        raise UserError("lm eval: the following arguments are required: --workdir")
+    if args.code:
+        return _evaluate_code(args, overrides)
+    for option in CODE_OPTIONS:
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is of --code: name a file of problems too")
     if args.safety is not None:
         return _evaluate_safety(args, overrides)
     if args.harness:
@@ -237,6 +251,18 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
             record_figures(args.workdir, step, {HARNESS + k: x for k, x in figures.items()})
         print_result({"step": step, **figures}, args.json)
     return 0
+
+
+def _evaluate_code(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Evaluate on problems of programming; return the exit code."""
+    for option in ("split", "source", "task", "harness", "safety", "shots", "include_path"):
+        if getattr(args, option) not in (None, False):
+            raise UserError(f"--code has data of its own: without --{option}")
+    if args.samples and args.workdir:
+        raise UserError("--samples are given, and --workdir would write others: give one of them")
+    if args.step and args.best:
+        raise UserError("--step and --best choose different checkpoints: give one of them")
+    return evaluate_code(args, overrides)
 
 
 def _write_figures(args: argparse.Namespace, folder: Path, step: int, figures: Any) -> None:
