@@ -118,7 +118,8 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     if not args.workdir and not (args.code and args.samples):
-        raise UserError("lm eval: the following arguments are required: --workdir; see lm eval --help")
+        missing = "the following arguments are required: --workdir"
+        raise UserError(f"lm eval: {missing}; see lm eval --help")
     if args.code:
         return _evaluate_code(args, overrides)
     for option in CODE_OPTIONS:

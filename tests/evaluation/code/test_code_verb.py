@@ -62,7 +62,8 @@ def test_given_samples_are_run(run, problems, tmp_path):
     assert run(*words, "--k", "3") == "error: --k 3 needs as many samples of each problem, not 2"
     assert "give one of them" in run(*words, "--workdir", tmp_path)
     assert "--k is of --code" in run("--workdir", tmp_path, "--k", "1")
-    assert run() == "error: lm eval: the following arguments are required: --workdir; see lm eval --help"
+    missing = "the following arguments are required: --workdir"
+    assert run() == f"error: lm eval: {missing}; see lm eval --help"
     assert "without --task" in run(*words, "--task")
 
 
