@@ -107,6 +107,22 @@ def tagged_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory):
+    """48 conversations of one or two turns: a question after a colour, and the colour."""
+    colours = ["red", "green", "blue", "white"]
+    path = tmp_path_factory.mktemp("chat") / "colours.jsonl"
+    rows = []
+    for i in range(48):
+        answers = [colours[i % 4], colours[(i + 1) % 4]][: 1 + i % 2]
+        rows.append([])
+        for colour in answers:
+            rows[-1] += [{"role": "user", "content": colour}]
+            rows[-1] += [{"role": "assistant", "content": colour}]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """What runs as the command line does sees one of the eight devices."""
@@ -151,7 +167,7 @@ def get_config():
 
 
 @pytest.fixture
-def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file):
+def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file, chat_file):
     """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
 
     All have words for tokens and a vocabulary of 128, which any mesh divides.
@@ -161,6 +177,7 @@ def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file)
         "classification": f"tsv:{labelled_file}",
         "span_qa": f"squad:{squad_file}",
         "token_classification": f"conll:{tagged_file}",
+        "chat": f"jsonl:{chat_file}",
     }
     labels = {"classification": "good,bad", "token_classification": "O,B-PER,B-LOC"}
 

@@ -20,6 +20,12 @@ KINDS: dict[str, dict[str, object]] = {
         "model.positions": "relative",
         "model.activation": "relu",
     },
+    "chat decoder": {
+        "objective.neftune": 5.0,
+        "objective.z_loss": 1e-4,
+        "model.positions": "rotary",
+        "train.loss_chunk": 8,
+    },
     "prefix decoder": {"model.positions": "alibi"},
     "masked encoder": {
         "objective.next_sentence": True,

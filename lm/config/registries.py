@@ -132,6 +132,20 @@ class SkipGramOptions:
     )
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of learning what the assistant of a conversation says."""
+
+    last_turn_only: bool = option(False, "Chat: only the assistant's last message is learnt.")
+    neftune: float = option(
+        0.0,
+        "Chat: alpha of the noise that embeddings get in training, uniform in ± alpha / sqrt(n d), "
+        "with n tokens of a conversation and d_model d (Jain et al. 2023); 0: none.",
+        low=0.0,
+        high=1e4,
+    )
+
+
 OBJECTIVES = Registry(
     "objective",
     ("objective.name",),
@@ -141,6 +155,9 @@ OBJECTIVES = Registry(
             "lm.objectives.causal:Causal",
             families=("decoder", "lstm", "nplm"),
             predicts_every_token=True,
+        ),
+        "chat": Entry(
+            "lm.objectives.chat:Chat", ChatOptions, families=("decoder",), columns=("messages",)
         ),
         "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),
         "masked": Entry("lm.objectives.masked:Masked", MaskedOptions, families=("encoder",)),

@@ -508,3 +508,17 @@ def pack_records(lengths: np.ndarray, limits: Sequence[int], seed: int) -> Packs
     counts = np.bincount(pack_of, minlength=n_packs)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return Packs(order[np.argsort(pack_of, kind="stable")], offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRecords:
+    """Records of a store, several to a row as `packs` has them."""
+
+    store: RecordStore
+    packs: Packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, list[Record]]:
+        return {"records": [self.store[int(i)] for i in self.packs[index]]}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
 # Kinds of records beside `Records`, by the first column that an objective reads.
-KINDS: dict[str, str] = {}
+KINDS = {"messages": "lm.data.chat.conversations:Conversations"}
 
 Fields = dict[str, Any]
 

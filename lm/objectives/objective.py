@@ -65,6 +65,11 @@ class BoundModel(Protocol):
     @property
     def config(self) -> LossConfig: ...
 
+    @property
+    def deterministic(self) -> bool:
+        """True without dropout, as in evaluation."""
+        ...
+
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Return the scores of the family's own inputs."""
         ...

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
-from lm.data.record_store import Packs, Record, RecordStore, pack_records
+from lm.data.record_store import PackedRecords, Record, RecordStore, pack_records
 from lm.data.special_tokens import SpecialTokens, special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.objectives.losses import token_loss
@@ -20,20 +20,6 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Refe
 
 SOURCE_FEATURES = ("source", "source_segments", "source_positions")
 TARGET_FEATURES = ("inputs", "targets", "target_segments", "target_positions")
-
-
-@dataclass(frozen=True, eq=False)
-class PackedRecords:
-    """Records of a store, several to a row as `packs` has them."""
-
-    store: RecordStore
-    packs: Packs
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> Example:
-        return {"records": [self.store[int(i)] for i in self.packs[index]]}
 
 
 @dataclass(frozen=True)
