@@ -235,9 +235,9 @@ class Steps:
         """Return the parameters of the model, low-rank updates added."""
         if LORA not in params:
             return params
-        from lm.models.lora import merge_lora
+        from lm.models.lora import adapted_params
 
-        return merge_lora(params, self.lora.alpha)
+        return adapted_params(params, self.lora.alpha)
 
     def _gradients(
         self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array

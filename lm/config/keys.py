@@ -460,6 +460,12 @@ COMMON_KEYS: dict[str, Key] = {
     "lora.targets": Key(
         "attention/(query|value)/kernel", "Pattern of the adapted kernels.", needs=("lora.rank",)
     ),
+    "lora.base": Key(
+        "float32",
+        "Dtype that the layers' frozen matrices are kept in; int8 has a scale for each output.",
+        choices=("float32", "int8"),
+        needs=("lora.rank",),
+    ),
     "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
     # --- optimizer
     "optimizer.freeze": Key(

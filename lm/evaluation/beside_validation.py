@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lm.config.registry import listed
 from lm.experiment import Experiment
-from lm.models.variables import Params
+from lm.models.variables import LORA, Params
 
 HARNESS = "eval/harness/"
 _OPTION = "--config.eval.harness="
@@ -43,7 +45,7 @@ def further_figures(
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters for inference.
+        params: its parameters for inference, in which updates of LoRA may be separate.
         step: number of updates so far.
         folder: gets a folder `harness-STEP` with the results of lm-eval.
         note: receives lines for the user.
@@ -59,6 +61,10 @@ def further_figures(
     def is_due(period: int) -> bool:
         return step == config.train.steps or not period or step % period == 0
 
+    if LORA in params:
+        from lm.models.lora import merge_lora
+
+        params = jax.jit(merge_lora, static_argnums=1)(params, config.lora.alpha)
     if config.eval.safety and is_due(config.eval.safety_every):
         from lm.evaluation.safety.suite import Subject, safety_figures
 

@@ -3,26 +3,46 @@
 The parameters of a model and its adaptation are one tree: {**base, "lora": {…}} with "a" and "b"
 in place of each adapted kernel. They are merged before the model is applied, so any model will do.
 
+With `lora.base=int8` the matrices of layers that do not train are int8 values, and "int8_scales" has
+their scales. Each layer makes float32 kernels of its own where it reads them, adaptation added
+(Dettmers et al. 2023 do so with 4 bits).
+
 Shape letters: N layers and experts, R rank; a kernel is [N, *inputs, *outputs], or without N
 outside a stack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from lm.config.patterns import compile_patterns
 from lm.errors import UserError
-from lm.models.variables import KERNELS, LORA, Kind, Param, flat, nested, param_infos
+from lm.models.int8_kernel import Int8Kernel
+from lm.models.parameter_groups import matching
+from lm.models.variables import (
+    KERNELS,
+    LORA,
+    Kind,
+    Param,
+    ParamInfo,
+    flat,
+    nested,
+    param_infos,
+)
 
 Tree = Any
+SCALES = "int8_scales"
 
 
 def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
@@ -37,7 +57,7 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
         rng: random key.
 
     Returns:
-        {**params, "lora": …}.
+        {**params, "lora": …}, and "int8_scales" with `lora.base=int8`.
 
     Raises:
         UserError: a pattern of `lora.targets` matches no kernel, or there is none.
@@ -55,20 +75,132 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     for key, path in zip(keys, sorted(targets), strict=True):
         a, b = _new_factors(boxes[path], infos[path].n_stacked, options.rank, key)
         adapters[f"{path}/a"], adapters[f"{path}/b"] = a, b
-    return {**params, LORA: nested(adapters)}
+    scales = {}
+    if options.base == "int8":
+        train = matching("lora.train", options.train, nn.meta.unbox(boxes), strict=False)
+        for path, info in infos.items():
+            if info.role.kind == Kind.MATRIX and info.role.part == "layers":
+                if not train[path].any():
+                    boxes[path], scales[path] = _in_int8(boxes[path], info)
+    return {**nested(boxes), LORA: nested(adapters), **({SCALES: nested(scales)} if scales else {})}
+
+
+def adapted_params(params: Tree, alpha: float) -> Tree:
+    """Return the parameters that the model is applied to; int8 kernels wait for their layer."""
+    if SCALES not in params:
+        return merge_lora(params, alpha)
+    base, adapters, scales = _parts(params)
+    for path, scale in scales.items():
+        base[path] = Int8Kernel(base[path], scale, jnp.float32)
+    for path in _adapted(adapters):
+        a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
+        kernel = base[path]
+        base[path] = (
+            AdaptedKernel(kernel, a, b, alpha) if path in scales else _add(kernel, a, b, alpha)
+        )
+    return nested(base)
 
 
 def merge_lora(params: Tree, alpha: float) -> Tree:
     """Return the parameters of the model alone, adapted kernels merged in float32."""
-    base = flat({name: leaf for name, leaf in params.items() if name != LORA})
-    adapters = flat(params[LORA])
-    for path in {path.rpartition("/")[0] for path in adapters}:
-        a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
-        product = partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-        for _ in range(a.ndim + b.ndim - 2 - base[path].ndim):  # layers and experts
-            product = jax.vmap(product)
-        base[path] = base[path] + alpha / a.shape[-1] * product(a, b)
+    base, adapters, scales = _parts(params)
+    for path, scale in scales.items():
+        base[path] = Int8Kernel(base[path], scale, jnp.float32).unbox()
+    for path in _adapted(adapters):
+        base[path] = _add(base[path], adapters[f"{path}/a"], adapters[f"{path}/b"], alpha)
     return nested(base)
+
+
+def kernel_of(path: str) -> str:
+    """Return the path of the kernel that a low-rank factor or a scale belongs to; "" of others."""
+    room, _, rest = path.partition("/")
+    return {LORA: rest.rpartition("/")[0], SCALES: rest}.get(room, "")
+
+
+def quantize_loaded(
+    loaded: Mapping[str, jax.Array],
+    shardings: Mapping[str, NamedSharding],
+    infos: Mapping[str, ParamInfo],
+) -> dict[str, jax.Array]:
+    """Return loaded parameters as this run keeps them, with the scales of those in 8 bits.
+
+    Args:
+        loaded: float32 parameters by path.
+        shardings: shardings of all parameters of this run by path.
+        infos: role and axes of the parameters.
+    """
+    kernels = {path: x for path, x in loaded.items() if f"{SCALES}/{path}" in shardings}
+
+    def quantize(kernels: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+        for path, kernel in kernels.items():
+            boxed = Int8Kernel.quantize(kernel, infos[path], jnp.float32)
+            found |= {path: boxed.values, f"{SCALES}/{path}": boxed.scale}
+        return found
+
+    paths = jax.eval_shape(quantize, kernels)
+    placed = {path: shardings[path] for path in paths}
+    return {**loaded, **jax.jit(quantize, out_shardings=placed)(kernels)}
+
+
+@flax.struct.dataclass
+class AdaptedKernel(nn.meta.AxisMetadata[jax.Array]):
+    """Kernel in 8 bits and its low-rank factors, added up where it is read.
+
+    Attributes:
+        kernel: the kernel; first, because its values have the shape that the model knows.
+        a: factor A, as of `add_lora`.
+        b: factor B.
+        alpha: the update is scaled by alpha / rank.
+    """
+
+    kernel: Int8Kernel
+    a: jax.Array
+    b: jax.Array
+    alpha: float = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> jax.Array:
+        """Return the adapted kernel, float32."""
+        return _add(self.kernel.unbox(), self.a, self.b, self.alpha)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Return a value in place of the kernel."""
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> AdaptedKernel:
+        """Return the kernel of a layer as that of a stack: axes have no names."""
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> AdaptedKernel:
+        """Return the kernel of a stack as that of a layer."""
+        return self
+
+
+def _parts(params: Tree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the parameters of the model, the factors and the scales, by path."""
+    base = {name: leaf for name, leaf in params.items() if name not in (LORA, SCALES)}
+    return flat(base), flat(params.get(LORA, {})), flat(params.get(SCALES, {}))
+
+
+def _adapted(adapters: Iterable[str]) -> set[str]:
+    return {path.rpartition("/")[0] for path in adapters}
+
+
+def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Array:
+    product = partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
+    for _ in range(a.ndim + b.ndim - 2 - kernel.ndim):  # layers and experts
+        product = jax.vmap(product)
+    return kernel + alpha / a.shape[-1] * product(a, b)
+
+
+def _in_int8(box: Param, info: ParamInfo) -> tuple[Param, Param]:
+    """Return the values and the scale of a kernel."""
+    assert box.role is not None
+    found = Int8Kernel.quantize(box.value, info, jnp.float32)
+    middle, end = info.n_stacked, info.n_stacked + info.role.inputs
+    axes = (*info.axes[:middle], *["one"] * info.role.inputs, *info.axes[end:])
+    scale = Param(found.scale, axes, role=replace(box.role, kind=Kind.SCALE))
+    return Param(found.values, box.names, role=box.role), scale
 
 
 def _new_factors(kernel: Param, n_stacked: int, rank: int, rng: jax.Array) -> tuple[Param, Param]:

@@ -55,6 +55,7 @@ class Kind(StrEnum):
     POSITION_BIAS = "position bias"  # table of attention biases by distance (T5)
     NORM = "norm"  # scale of a normalization
     BIAS = "bias"
+    SCALE = "scale"  # of a kernel in 8 bits
     LOW_RANK = "low rank"  # factor A or B of low-rank adaptation
 
 

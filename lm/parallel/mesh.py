@@ -124,6 +124,7 @@ PARAMETERS: Rules = {
     "pooled": (),
     "classes": (),
     "lora_rank": (),
+    "one": (),  # of a scale, whose other axes are those of its kernel
     "hidden": (),
     "gates": (),
     "experts": ("expert",),

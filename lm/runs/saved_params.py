@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, build_untraced
-from lm.models.lora import merge_lora
-from lm.models.variables import LORA, MODEL_STATE, Params, as_variables, flat, nested, with_state
+from lm.models.lora import kernel_of, merge_lora
+from lm.models.variables import MODEL_STATE, Params, as_variables, flat, nested, with_state
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log, checksums, one_line, run_metadata
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
@@ -42,7 +42,7 @@ class SavedCheckpoint:
         folder: folder of the checkpoint.
         metadata: its metadata file (lm/runs/checkpoints.py).
         shapes: shape and dtype of every parameter of the model, by path.
-        adapters: those of the LoRA updates.
+        adapters: those of the LoRA updates, and the scales of kernels in 8 bits.
     """
 
     folder: AnyPath
@@ -272,7 +272,7 @@ def _open(folder: AnyPath) -> SavedCheckpoint:
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(tree).items()
     }
-    adapters = {path: leaf for path, leaf in leaves.items() if path.startswith(f"{LORA}/")}
+    adapters = {path: leaf for path, leaf in leaves.items() if kernel_of(path)}
     shapes = {path: leaf for path, leaf in leaves.items() if path not in adapters}
     return SavedCheckpoint(folder, metadata, shapes, adapters)
 
@@ -285,8 +285,7 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
         for path, sharding in shardings.items()
     }
     for path, leaf in saved.adapters.items():
-        kernel = path.removeprefix(f"{LORA}/").rpartition("/")[0]
-        if kernel in shardings:
+        if (kernel := kernel_of(path)) in shardings:
             everywhere = NamedSharding(shardings[kernel].mesh, PartitionSpec())
             target[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
     item = as_variables(nested(target))

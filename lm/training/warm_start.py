@@ -16,8 +16,9 @@ from lm.data.tokenizers.basic import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.lora import SCALES, kernel_of, quantize_loaded
 from lm.models.parameter_groups import matching
-from lm.models.variables import LORA, flat, nested
+from lm.models.variables import flat, nested
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
 from lm.storage import resolve_path
@@ -72,7 +73,8 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
     )
     loaded = {path: found[name] for path, name in plan.loaded.items()}
     log(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
-    return state.with_inference_params(nested(params | loaded))
+    kept = quantize_loaded(loaded, shardings, experiment.param_infos)
+    return state.with_inference_params(nested(params | kept))
 
 
 def _with_vectors(
@@ -112,7 +114,7 @@ def map_parameters(
     Raises:
         UserError: a name or shape does not correspond, and the options do not allow it.
     """
-    base = {path: leaf for path, leaf in params.items() if not path.startswith(f"{LORA}/")}
+    base = {path: leaf for path, leaf in params.items() if not kernel_of(path)}
     stays_fresh = _named("init.fresh", options.fresh, base)
     may_be_left = _named("init.leave", options.leave, source)
     names = _renamed(options.rename, source)
@@ -140,7 +142,8 @@ def map_parameters(
             f"parameters of --config.init.from={options['from']}: {'; '.join(problems)}; "
             "--config.init.rename maps names"
         )
-    return ParamMapping(loaded, [path for path in params if path not in loaded], left)
+    fresh = [path for path in params if path not in loaded and not path.startswith(f"{SCALES}/")]
+    return ParamMapping(loaded, fresh, left)
 
 
 def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:

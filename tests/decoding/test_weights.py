@@ -12,7 +12,7 @@ from lm.config import default
 from lm.decoding import sampling
 from lm.decoding.controls import Controls
 from lm.decoding.sampling import Sampling, sample_steps
-from lm.decoding.weights import Int8Kernel, prepare, unroll
+from lm.decoding.weights import prepare, unroll
 from lm.experiment import build
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
