@@ -103,6 +103,9 @@ VARIANTS = {
     "causal lstm, carry": "model.family=lstm model.carry=true data.order=contiguous "
     "data.isolate_documents=false train.microbatches=2",
     "causal nplm": "model.family=nplm model.direct=true",
+    "causal decoder, LoRA in 8 bits": f"{LLAMA} lora.rank=2 lora.base=int8",
+    "chat decoder": f"{LLAMA} objective.name=chat data.source=jsonl:{{data}}/chat.jsonl "
+    "data.tokenizer=byte model.vocab_size=0 data.sequence_length=128 objective.neftune=5",
     "prefix decoder": "objective.name=prefix",
     "masked encoder": f"{MASKED} objective.whole_word=true model.init_truncated=true",
     "masked encoder, next sentence": f"{MASKED} objective.next_sentence=true model.token_types=2 "
@@ -164,7 +167,7 @@ def write_data(folder: Path) -> None:
     english = ["one", "two", "three", "four", "five"]
     german = ["eins", "zwei", "drei", "vier", "fünf"]
     files = {name: ["text\tlabel"] for name in ("labels.tsv", "scores.tsv")}
-    files["names.conll"] = []
+    files["names.conll"], files["chat.jsonl"] = [], []
     files["text.txt"] = [
         " ".join(words[(i * i + 3 * j * j + i * j) % 11] for j in range(20 + 3 * (i % 9)))
         for i in range(40)
@@ -178,6 +181,8 @@ def write_data(folder: Path) -> None:
         text = " ".join(words[: 2 + i % 4])
         files["labels.tsv"].append(f"{text} awful\tbad" if i % 3 else f"{text} lovely\tgood")
         files["scores.tsv"].append(f"{text} {english[i % 5]}\t{i % 5 / 2}")
+        said = [{"role": role, "content": english[i % 5]} for role in ("user", "assistant")]
+        files["chat.jsonl"].append(json.dumps({"messages": said * (1 + i % 2)}))
         name, city = ["Ann", "Bob", "Cid"][i % 3], ["Rome", "Oslo", "Bonn", "Graz"][i % 4]
         context = f"{'in the long winter ' * (i % 2)}{name} came to {city} and stayed there"
         answer = {"text": city, "answer_start": context.index(city)}

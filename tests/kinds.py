@@ -21,10 +21,13 @@ KINDS: dict[str, dict[str, object]] = {
         "model.activation": "relu",
     },
     "chat decoder": {
+        "data.tokenizer": "byte",
+        "data.sequence_length": 128,
+        "model.vocab_size": 512,
         "objective.neftune": 5.0,
         "objective.z_loss": 1e-4,
         "model.positions": "rotary",
-        "train.loss_chunk": 8,
+        "train.loss_chunk": 64,
     },
     "prefix decoder": {"model.positions": "alibi"},
     "masked encoder": {

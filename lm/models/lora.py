@@ -3,8 +3,8 @@
 The parameters of a model and its adaptation are one tree: {**base, "lora": {…}} with "a" and "b"
 in place of each adapted kernel. They are merged before the model is applied, so any model will do.
 
-With `lora.base=int8` the matrices of layers that do not train are int8 values, and "int8_scales" has
-their scales. Each layer makes float32 kernels of its own where it reads them, adaptation added
+With `lora.base=int8` the matrices of layers that do not train are int8 values, and "int8_scales"
+has their scales. Each layer makes float32 kernels of its own where it reads them, adaptation added
 (Dettmers et al. 2023 do so with 4 bits).
 
 Shape letters: N layers and experts, R rank; a kernel is [N, *inputs, *outputs], or without N
@@ -79,9 +79,9 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     if options.base == "int8":
         train = matching("lora.train", options.train, nn.meta.unbox(boxes), strict=False)
         for path, info in infos.items():
-            if info.role.kind == Kind.MATRIX and info.role.part == "layers":
-                if not train[path].any():
-                    boxes[path], scales[path] = _in_int8(boxes[path], info)
+            is_matrix = info.role.kind == Kind.MATRIX and info.role.part == "layers"
+            if is_matrix and not train[path].any():
+                boxes[path], scales[path] = _in_int8(boxes[path], info)
     return {**nested(boxes), LORA: nested(adapters), **({SCALES: nested(scales)} if scales else {})}
 
 

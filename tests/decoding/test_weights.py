@@ -15,6 +15,7 @@ from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare, unroll
 from lm.experiment import build
 from lm.models.decoder import Decoder
+from lm.models.int8_kernel import Int8Kernel
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import flat
 

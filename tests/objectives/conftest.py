@@ -27,7 +27,7 @@ def make_scorer():
     """Makes models that score whatever they are given the same; `calls` holds what that was."""
 
     class Scorer:
-        config = SimpleNamespace(loss_chunk=0)
+        config, deterministic = SimpleNamespace(loss_chunk=0), True
 
         def __init__(self, logits):
             self._logits, self.calls = jnp.asarray(logits, jnp.float32), []
