@@ -28,6 +28,9 @@ KINDS: dict[str, dict[str, object]] = {
         "objective.z_loss": 1e-4,
         "model.positions": "rotary",
         "train.loss_chunk": 64,
+        "lora.rank": 4,
+        "lora.base": "int8",
+        "lora.targets": "kernel",
     },
     "prefix decoder": {"model.positions": "alibi"},
     "masked encoder": {

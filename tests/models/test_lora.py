@@ -7,7 +7,7 @@ import pytest
 
 from lm.config import default
 from lm.errors import UserError
-from lm.models.lora import add_lora, merge_lora
+from lm.models.lora import SCALES, adapted_params, add_lora, merge_lora
 from lm.models.variables import Kind, Param, Role, flat, nested
 
 # path → (shape, logical names, number of input dimensions)
@@ -59,6 +59,48 @@ def options_of(targets="kernel", rank=RANK):
 
 def adapted(targets="kernel", rank=RANK):
     return add_lora(base(), options_of(targets, rank), jax.random.key(1))
+
+
+def test_a_base_in_8_bits_is_off_by_half_a_step_of_its_outputs_scale():
+    options = options_of("query,head")
+    options.base, options.train = "int8", "layers/1/feed_forward/in"
+    boxes = flat(add_lora(base(), options, jax.random.key(1)))
+    scales = {path for path in boxes if path.startswith(SCALES)}
+    matrices = {path for path in KERNELS if "attention" in path}  # no head, nothing that trains
+    assert scales == {f"{SCALES}/{path}" for path in matrices}
+    assert boxes[f"{SCALES}/stack/layers/attention/out/kernel"].names == (
+        *("layers", "one", "one", "embed"),
+    )
+    params = nested(nn.meta.unbox(boxes))
+    merged, before = flat(merge_lora(params, 16.0)), flat(nn.meta.unbox(base()))
+    for path, (shape, _, n_inputs) in KERNELS.items():
+        if path not in matrices:
+            np.testing.assert_array_equal(merged[path], before[path])
+            continue
+        values, scale = boxes[path].value, boxes[f"{SCALES}/{path}"].value
+        assert values.dtype == np.int8
+        largest = abs(before[path]).max(tuple(range(1, 1 + n_inputs)), keepdims=True)
+        np.testing.assert_allclose(scale, largest / 127, rtol=1e-6)
+        error = np.broadcast_to(0.501 * scale, shape)
+        assert (abs(merged[path] - before[path]) <= error).all()
+
+
+def test_layers_read_what_is_merged():
+    """With int8 kernels the model gets boxes, which are what merging would have made of them."""
+    options = options_of("query")
+    options.base = "int8"
+    params = nn.meta.unbox(add_lora(base(), options, jax.random.key(1)))
+    factors = params["lora"]["stack"]["layers"]["attention"]["query"]["kernel"]
+    factors["b"] = np.ones_like(factors["b"])
+    boxes = adapted_params(params, 6.0)
+    merged = flat(merge_lora(params, 6.0))
+    unboxed = flat(nn.meta.unbox(boxes))
+    assert unboxed.keys() == merged.keys()
+    for path, kernel in merged.items():
+        np.testing.assert_allclose(unboxed[path], kernel, rtol=1e-6)
+    path = "stack/layers/attention/query/kernel"
+    one_layer = jax.tree.map(lambda x: x[1], flat(boxes)[path])
+    np.testing.assert_allclose(one_layer.unbox(), merged[path][1], rtol=1e-6)
 
 
 def test_a_fresh_adaptation_changes_nothing():

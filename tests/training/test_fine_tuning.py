@@ -104,9 +104,32 @@ def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
     assert losses(tmp_path) == losses(adapted)
 
 
+def test_a_base_in_8_bits_learns_alike_and_goes_on_bit_for_bit(adapted, tune, source, tmp_path):
+    run = tune(tmp_path / "run", lora__base="int8", **LORA)
+    expected = losses(adapted)
+    np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=5e-3)
+    assert losses(run) != expected
+    start, state = saved_state(source), saved_state(run)
+    matrices = [path for path in state if path.startswith("params/stack") and "kernel" in path]
+    assert matrices
+    for path in matrices:
+        assert state[path].dtype == np.int8
+        scale = state[path.replace("params/", "params/int8_scales/")]
+        assert (abs(state[path] * scale - start[path]) <= scale * 0.501).all()
+    assert not any("kernel" in path and "lora" not in path for path in state if "opt" in path)
+    assert_merged_loss(run, tmp_path / "merged")
+    shutil.rmtree(run / "checkpoints" / "6")
+    train(load_run_config(run, {}), run)
+    found = saved_state(run)
+    assert_same(found, state, list(state))
+
+
 def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
     """Of the run itself, and of the run of its own that `lm merge` writes."""
-    merged = tmp_path / "merged"
+    assert_merged_loss(adapted, tmp_path / "merged")
+
+
+def assert_merged_loss(adapted: Path, merged: Path):
     assert merge_run(adapted, merged, 1, {}, print) == 6
     experiment = build(load_run_config(adapted, {}), jax.devices())
     rng = np.random.default_rng(0)
@@ -122,11 +145,14 @@ def test_merged_parameters_give_the_adapted_loss(adapted, tmp_path):
     names = flat(experiment.state_shapes.params)
     params = {path: state[f"params/{path}"] for path in names}
     expected = loss(experiment, nested(params))
-    base = {path: x for path, x in params.items() if not path.startswith("lora/")}
+    base = {path: x for path, x in params.items() if "lora/" not in path and "int8" not in path}
+    base = nested(base) | {"lora": jax.tree.map(np.zeros_like, nested(params)["lora"])}
+    if "int8_scales" in nested(params):
+        base["int8_scales"] = nested(params)["int8_scales"]
     for run in (adapted, merged):
         found = loss(*plain(run))
         assert found == pytest.approx(expected, rel=1e-6)
-    unadapted = loss(plain(merged)[0], nested(base))
+    unadapted = loss(experiment, base)
     assert abs(unadapted - expected) > 1e-3
 
 
