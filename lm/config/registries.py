@@ -157,7 +157,10 @@ OBJECTIVES = Registry(
             predicts_every_token=True,
         ),
         "chat": Entry(
-            "lm.objectives.chat:Chat", ChatOptions, families=("decoder",), columns=("messages",)
+            "lm.objectives.chat:ChatTuning",
+            ChatOptions,
+            families=("decoder",),
+            columns=("messages",),
         ),
         "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),
         "masked": Entry("lm.objectives.masked:Masked", MaskedOptions, families=("encoder",)),

@@ -24,7 +24,7 @@ _COLUMN = "messages"
 
 
 @dataclass(frozen=True)
-class Chat(Objective[RecordStore, Example]):
+class ChatTuning(Objective[RecordStore, Example]):
     """Next-token prediction in conversations, of the assistant's tokens with their end of turn.
 
     Attention and positions stay within a conversation.
@@ -53,7 +53,7 @@ class Chat(Objective[RecordStore, Example]):
     seed: int = 0
 
     @classmethod
-    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Chat:
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> ChatTuning:
         return cls(
             config.data.sequence_length,
             pack=config.data.pack,

@@ -18,7 +18,7 @@ from lm.data.tokenizers.basic import ByteTokenizer
 from lm.models.embedding_noise import embedding_noise
 from lm.models.layers import Embedding
 from lm.models.variables import Kind, Role
-from lm.objectives.chat import Chat
+from lm.objectives.chat import ChatTuning
 from lm.parallel.mesh import per_row_key
 
 BYTES = ByteTokenizer()
@@ -44,7 +44,7 @@ def store(tmp_path_factory):
 
 
 def rows_of(store, **options):
-    objective = Chat(LENGTH, **options)
+    objective = ChatTuning(LENGTH, **options)
     examples = objective.examples(store, training=True)
     found = [
         objective.features(examples[i], np.random.default_rng(0)) for i in range(len(examples))
@@ -103,7 +103,7 @@ def test_loss_is_the_cross_entropy_of_the_weighed_targets(store, make_scorer):
 
 
 def test_the_task_is_to_say_the_last_message(store):
-    objective = Chat(LENGTH)
+    objective = ChatTuning(LENGTH)
     prompts = [BYTES.decode(objective.source(record)) for record in store]
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
     assert "first" in prompts[0]

@@ -47,7 +47,7 @@ class Conversations(Records):
         return "conversations", self.columns, self.header, self.skip
 
     def _same_named(self, row: Row) -> dict[str, str]:
-        """Rows of one file may be of several forms."""
+        """Return {}: rows of one file may be of several forms."""
         return {}
 
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
