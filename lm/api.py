@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lm.data.splits import open_split
 from lm.data.tokenizer import Tokenizer
+from lm.decoding.best_of import open_best_of
 from lm.decoding.generation import generate_texts
 from lm.decoding.prompts import check_ids
 from lm.decoding.sampling import Sampling
@@ -26,6 +27,7 @@ from lm.errors import UserError
 from lm.evaluation.loss import evaluate_loss
 from lm.experiment import Experiment, record_columns
 from lm.insight.capture import run_and_capture
+from lm.models.frozen import without_frozen
 from lm.models.variables import Params, as_variables
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import load_tokenizer, restore_run
@@ -66,7 +68,7 @@ class Run:
     @cached_property
     def decoding(self) -> tuple[Experiment, Params]:
         """Experiment and parameters as decoding takes them (`lm/decoding/weights.py`)."""
-        return prepare(self.experiment, self.params)
+        return prepare(self.experiment, without_frozen(self.params))
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids [L] of a text, without special tokens."""
@@ -147,7 +149,13 @@ def load_run(
     """
     folder = open_run_folder(str(workdir))
     experiment, params, step = restore_run(
-        folder, dict(overrides or {}), ignore_line, average=average, best=best, any_batch=True
+        folder,
+        dict(overrides or {}),
+        ignore_line,
+        average=average,
+        best=best,
+        any_batch=True,
+        frozen=True,
     )
     return Run(experiment, params, step, load_tokenizer(folder))
 
@@ -178,6 +186,8 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    best_of: int = 1,
+    reward_model: str | Path = "",
 ) -> list[str]:
     """Continue prompts, or write the targets of sources with an encoder–decoder.
 
@@ -189,6 +199,8 @@ def generate(
         top_k: sample among the k likeliest tokens; 0: all.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of the sampling.
+        best_of: samples of each prompt, of which `reward_model` chooses one.
+        reward_model: workdir of a run of `objective.name=reward`.
 
     Returns:
         The generated text of each prompt, without the prompt.
@@ -203,5 +215,9 @@ def generate(
         config.decode.max_length = max_new_tokens
         experiment = replace(experiment, config=config)
     sampling = None if hasattr(run.model, "start") else Sampling(temperature, top_k, top_p)
-    found = generate_texts(experiment, params, run.tokenizer, texts, sampling, seed)
+    chosen = open_best_of(best_of, str(reward_model)) if best_of > 1 else None
+    if chosen and not temperature:
+        raise UserError("best_of chooses among samples: temperature must be above 0")
+    arguments = experiment, params, run.tokenizer, texts, sampling, seed
+    found = generate_texts(*arguments, best_of=chosen)
     return [hypotheses[0].text if hypotheses else "" for hypotheses in found]

@@ -27,7 +27,7 @@ from lm.data.tokenizer import Tokenizer, check_vocabulary
 from lm.errors import UserError
 from lm.models.attention import AttentionChoice, choose_attention
 from lm.models.transformer_config import make_model
-from lm.models.variables import MODEL_STATE, ParamInfo, flat, nested, with_state
+from lm.models.variables import MODEL_STATE, ParamInfo, as_variables, flat, nested, with_state
 from lm.objectives.objective import Objective
 from lm.optim.optimizers import ParamTable, make_optimizer, make_schedule
 from lm.parallel.mesh import (
@@ -130,8 +130,8 @@ class Experiment:
 
     @cached_property
     def param_shapes(self) -> Tree:
-        """Shape of every parameter."""
-        return nn.meta.unbox(self.steps.boxed_shapes[0])
+        """Shape of every parameter, but not those of frozen models beside."""
+        return as_variables(nn.meta.unbox(self.steps.boxed_shapes[0]))["params"]
 
     @property
     def param_infos(self) -> Mapping[str, ParamInfo]:
@@ -378,7 +378,7 @@ def build_untraced(
     objective, tokenizer = _objective(config, tokenizer)
     schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
     trainable = None
-    if config.optimizer.freeze or config.lora.rank or config.lora.train:
+    if config.optimizer.freeze or config.lora.rank or config.lora.train or objective.frozen:
         from lm.models.parameter_groups import TrainableMask
 
         trainable = TrainableMask(config.optimizer.freeze, config.lora.train)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from lm.models.variables import (
     COLLECTIONS,
+    FROZEN,
     LORA,
     MODEL_STATE,
     ParamInfo,
@@ -44,7 +45,8 @@ class TrainState:
 
     Attributes:
         step: number of updates so far.
-        params: the parameters, and those of low-rank adaptation under "lora".
+        params: the parameters, those of low-rank adaptation under "lora", and those of frozen
+            models under "frozen".
         opt_state: state of the optimizer.
         carry: arrays [B, …] that pass from one batch to the next, such as the state of a recurrent
             model; {} for most models.
@@ -64,8 +66,8 @@ class TrainState:
 
     def with_inference_params(self, params: Params) -> TrainState:
         """Return the state with these parameters and their model state."""
-        variables = as_variables(params)
-        return replace(self, params=variables["params"], model_state=variables.get(MODEL_STATE, {}))
+        own = {name: leaf for name, leaf in params.items() if name != MODEL_STATE}
+        return replace(self, params=own, model_state=params.get(MODEL_STATE, {}))
 
 
 class Between(NamedTuple):
@@ -132,7 +134,7 @@ class Steps:
         """
         rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
         variables: Any = nn.init(self.objective.loss, self.model)(rng, batch)
-        params = variables.pop("params")
+        params = with_state(variables.pop("params"), variables.pop(FROZEN, {}), FROZEN)
         if self.lora.rank:
             from lm.models.lora import add_lora
 
@@ -195,8 +197,7 @@ class Steps:
     def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
         """Return the objective's sums, [S], over each of the batches [S, B, …], without dropout."""
         params = self._merged(params)
-        variables = as_variables(params)
-        params, model_state = variables["params"], variables.get(MODEL_STATE, {})
+        model_state = params.get(MODEL_STATE, {})
 
         def step(carry: Carry, batch: Batch) -> tuple[Carry, LossSums]:
             sums, after = self._loss(params, Between(carry, model_state), batch, None)
@@ -237,7 +238,7 @@ class Steps:
             return params
         from lm.models.lora import adapted_params
 
-        return adapted_params(params, self.lora.alpha)
+        return adapted_params(params, self.lora.alpha, self.objective.frozen)
 
     def _gradients(
         self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array

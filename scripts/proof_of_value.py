@@ -129,6 +129,10 @@ VARIANTS = {
     "data.source=conll:{data}/names.conll data.labels=O,B-PER,B-LOC",
     "span_qa encoder": "objective.name=span_qa model.family=encoder model.token_types=2 "
     "data.source=squad:{data}/squad.json data.doc_stride=4",
+    "dpo decoder": "objective.name=dpo data.source=jsonl:{data}/pairs.jsonl",
+    "dpo decoder, LoRA": f"objective.name=dpo data.source=jsonl:{{data}}/pairs.jsonl {LLAMA} "
+    "lora.rank=2",
+    "kto decoder": "objective.name=kto data.source=jsonl:{data}/pairs.jsonl",
     "skip_gram skip_gram": "objective.name=skip_gram model.family=skip_gram objective.subsample=0",
 }
 # Meshes of 8 devices: of all variants, of those with experts, and further ones of some.
@@ -176,6 +180,15 @@ def write_data(folder: Path) -> None:
         [" ".join(language[i * k % 5] for k in range(1, 3 + i % 4)) for i in range(48)]
         for language in (english, german)
     )
+    pairs = [
+        {
+            "prompt": " ".join(words[: 2 + i % 5]),
+            "chosen": f" is {english[i % 5]} very good",
+            "rejected": f" is quite {english[i * i % 5]}",
+        }
+        for i in range(48)
+    ]
+    files["pairs.jsonl"] = list(map(json.dumps, pairs))
     paragraphs = []
     for i in range(48):
         text = " ".join(words[: 2 + i % 4])

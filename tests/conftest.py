@@ -123,6 +123,22 @@ def chat_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """Forty-eight prompts with a chosen and a rejected completion, told apart by their words."""
+    words, path = ["one", "two", "three", "four"], tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = (
+        {
+            "prompt": " ".join(words[(i + j * j) % 4] for j in range(2 + i % 3)) + " is",
+            "chosen": " very good" + " indeed" * (i % 2),
+            "rejected": f" quite {words[i * i % 4]} bad",
+        }
+        for i in range(48)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """What runs as the command line does sees one of the eight devices."""
@@ -167,7 +183,9 @@ def get_config():
 
 
 @pytest.fixture
-def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file, chat_file):
+def make_kind(
+    text_file, labelled_file, parallel_files, squad_file, tagged_file, chat_file, pairs_file
+):
     """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
 
     All have words for tokens and a vocabulary of 128, which any mesh divides.
@@ -178,6 +196,7 @@ def make_kind(text_file, labelled_file, parallel_files, squad_file, tagged_file,
         "span_qa": f"squad:{squad_file}",
         "token_classification": f"conll:{tagged_file}",
         "chat": f"jsonl:{chat_file}",
+        "dpo": f"jsonl:{pairs_file}",
     }
     labels = {"classification": "good,bad", "token_classification": "O,B-PER,B-LOC"}
 

@@ -72,5 +72,6 @@ KINDS: dict[str, dict[str, object]] = {
         "data.isolate_documents": False,
     },
     "causal nplm": {"model.direct": True},
+    "dpo decoder": {"objective.beta": 0.5},
     "skip_gram skip_gram": {"objective.subsample": 0.0},
 }

@@ -48,11 +48,11 @@ def tokens_per_row(experiment: Experiment) -> int:
 
 def stream_tokens(experiment: Experiment) -> dict[str, int]:
     """Return the numbers of source, target and predicted tokens, and of texts, of an example."""
-    length = experiment.config.data.sequence_length
     sizes = {name: shape[0] for name, (shape, _) in experiment.objective.shapes.items() if shape}
+    length = experiment.config.data.sequence_length
     return {
-        "source": length,
-        "target": sizes["inputs"] if "source" in sizes else length,
+        "source": length if "source" in sizes else sizes.get("inputs", length),
+        "target": sizes.get("inputs", length),
         "predicted": sizes.get("targets", 0),
         "text": 1,
     }

@@ -191,6 +191,7 @@ def open_run(
     any_batch: bool = False,
     step: int | None = None,
     heads_optional: bool = False,
+    frozen: bool = False,
 ) -> tuple[Any, Any, int]:
     """Load the run that `--workdir`, `--average` and `--best` name.
 
@@ -200,6 +201,7 @@ def open_run(
         any_batch: as in `restore_run`.
         step: as in `restore_run`.
         heads_optional: as in `restore_params`.
+        frozen: as in `restore_run`.
     """
     from lm.cli.used_keys import print_without_effect
     from lm.parallel.mesh import print_on_primary_host
@@ -208,7 +210,7 @@ def open_run(
 
     workdir = open_run_folder(args.workdir)
     options = {"average": args.average, "best": args.best, "any_batch": any_batch}
-    options |= {"step": step, "heads_optional": heads_optional}
+    options |= {"step": step, "heads_optional": heads_optional, "frozen": frozen}
     experiment, params, step = restore_run(workdir, overrides, print_on_primary_host, **options)
     print_without_effect(experiment.config, overrides, print_on_primary_host)
     if experiment.tokenizer is None:

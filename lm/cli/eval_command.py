@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     split, overrides = _evaluated(args, overrides)
     first, *others = args.step or [None]
-    experiment, params, step = open_run(args, overrides, step=first)
+    experiment, params, step = open_run(args, overrides, step=first, frozen=True)
     if args.task:
         check_task(experiment)
     config, tokenizer = experiment.config, experiment.tokenizer

@@ -51,6 +51,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--top_k", type=at_least(0), default=0, metavar="K")
     parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--best_of", type=at_least(1), metavar="N", help="of N samples the one of the best reward"
+    )
+    parser.add_argument("--reward_model", metavar="DIR", help="workdir of a run that rewards")
     weights_arguments(parser)
     json_argument(parser)
     process_arguments(parser)
@@ -63,6 +67,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    from lm.decoding.best_of import open_best_of
     from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.guard import open_guard
@@ -77,25 +82,31 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     config, model = experiment.config, experiment.model
     if not hasattr(model, "decode"):
         raise UserError(f"a model of the family {config.model.family} writes no text")
-    if args.n_best > config.decode.beam_size:
+    if args.n_best > max(config.decode.beam_size, args.best_of or 1):
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = experiment.tokenizer
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
+    best_of = open_best_of(args.best_of, args.reward_model)
+    if best_of and (searches or args.greedy):
+        raise UserError("--best_of chooses among samples: without beam search and --greedy")
     if args.input:
         sampled = None if searches or args.greedy else sampling
         made_by = weights_identity(params, step)
         files = Path(args.input), Path(args.output)
         seed, n_best, stop = args.seed, args.n_best, args.stop
-        generate_file(experiment, params, tokenizer, *files, sampled, seed, n_best, made_by, stop)
+        common = experiment, params, tokenizer, *files
+        generate_file(*common, sampled, seed, n_best, made_by, stop, best_of)
         _print_guard(guard)
         return 0
     prompts = args.prompt or [piped]
-    if searches or guard:  # a guard judges whole outputs
+    if searches or guard or best_of:  # which judge whole outputs
         sampled = None if searches else sampling
         found = generate_texts(
-            experiment, params, tokenizer, prompts, sampled, args.seed, stop=args.stop
+            *(experiment, params, tokenizer, prompts, sampled, args.seed),
+            stop=args.stop,
+            best_of=best_of,
         )
         role = "source" if is_encoder_decoder(model) else "prompt"
         records = [

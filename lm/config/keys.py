@@ -225,7 +225,7 @@ COMMON_KEYS: dict[str, Key] = {
         0,
         "Outputs of classification; 0: the number of data.labels.",
         low=0,
-        needs=("objective.name", "classification", "token_classification"),
+        needs=("objective.name", "classification", "token_classification", "reward"),
     ),
     "model.d_hidden": Key(
         0,
@@ -238,7 +238,7 @@ COMMON_KEYS: dict[str, Key] = {
         "What stands for a text of a Transformer: BERT's layer over the first token and elsewhere "
         "the last token, or the mean of its tokens.",
         choices=("family", "mean"),
-        needs=("objective.name", "classification"),
+        needs=("objective.name", "classification", "reward"),
     ),
     "model.bidirectional": Key(
         False,

@@ -6,7 +6,7 @@ Keys that several entries share are in `keys.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lm.config.keys import COMMON_KEYS
 from lm.config.registry import Entry, Registry, Schema, option
@@ -146,6 +146,60 @@ class ChatOptions:
     )
 
 
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """Options of preferences: DPO, IPO, KTO, ORPO and SimPO."""
+
+    beta: float = option(
+        0.1, "Preferences: strength of the penalty, or scale of rewards.", low=1e-6
+    )
+    loss_normalisation: str = option(
+        "auto",
+        "Preferences: log-probabilities of completions, the sum or the mean of their tokens; auto: "
+        "the sum for dpo and kto, the mean for ipo, orpo and simpo.",
+        choices=("auto", "sum", "mean"),
+    )
+    reference: str = option(
+        "beside",
+        "DPO, IPO, KTO: the model that training starts from is held beside (under LoRA the base "
+        "is), its log-probabilities are precomputed before step 1, or there is none.",
+        choices=("beside", "precomputed", "none"),
+        needs=("objective.name", "dpo", "ipo", "kto"),
+    )
+
+
+@dataclass(frozen=True)
+class KtoOptions:
+    """Options of KTO (Ethayarajh et al. 2024)."""
+
+    desirable_weight: float = option(1.0, "KTO: weight of desirable completions.", low=0.0)
+    undesirable_weight: float = option(1.0, "KTO: weight of undesirable completions.", low=0.0)
+
+
+@dataclass(frozen=True)
+class SimpoOptions:
+    """Options of SimPO (Meng et al. 2024)."""
+
+    simpo_gamma: float = option(0.5, "SimPO: margin of the reward that is aimed at.", low=0.0)
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Options of reward models."""
+
+    reward_centering: float = option(
+        0.0, "Reward: weight of the squared sum of both rewards of a pair.", low=0.0
+    )
+
+
+_PREFERENCES = "lm.objectives.preferences"
+_PAIRS = Entry(
+    f"{_PREFERENCES}:Preferences",
+    families=("decoder",),
+    columns=("chosen", "rejected"),
+)
+
+
 OBJECTIVES = Registry(
     "objective",
     ("objective.name",),
@@ -192,6 +246,19 @@ OBJECTIVES = Registry(
         "skip_gram": Entry(
             "lm.objectives.skip_gram:NegativeSampling", SkipGramOptions, families=("skip_gram",)
         ),
+        "dpo": replace(
+            _PAIRS, options=PreferenceOptions, shared_with=("ipo", "kto", "orpo", "simpo")
+        ),
+        "ipo": _PAIRS,
+        "kto": Entry(
+            f"{_PREFERENCES}:UnpairedPreferences",
+            KtoOptions,
+            families=("decoder",),
+            columns=("completion", "label"),
+        ),
+        "orpo": _PAIRS,
+        "reward": replace(_PAIRS, target="lm.objectives.reward:Reward", options=RewardOptions),
+        "simpo": replace(_PAIRS, options=SimpoOptions),
     },
 )
 

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
 # Kinds of records beside `Records`, by the first column that an objective reads.
-KINDS = {"messages": "lm.data.chat.conversations:Conversations"}
+KINDS: dict[str, str] = {
+    "messages": "lm.data.chat.conversations:Conversations",
+    "chosen": "lm.data.chat.preference_rows:PairRecords",
+    "completion": "lm.data.chat.preference_rows:LabelledRecords",
+}
 
 Fields = dict[str, Any]
 

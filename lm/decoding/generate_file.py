@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from lm.data.files import read_lines
 from lm.data.records import Row, read_jsonl_rows
 from lm.data.tokenizer import Tokenizer
+from lm.decoding.best_of import BestOf
 from lm.decoding.controls import Controls
 from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.guard import open_guard
@@ -48,6 +49,7 @@ def generate_file(
     n_best: int,
     weights: Mapping[str, Any],
     stop: Sequence[str] = (),
+    best_of: BestOf | None = None,
 ) -> None:
     """Write one line for each input, or those that are missing; a progress bar goes to stderr.
 
@@ -62,6 +64,7 @@ def generate_file(
         n_best: hypotheses in a JSON object.
         weights: identity of the parameters; an output is continued only with the same.
         stop: texts before the first of which an output ends.
+        best_of: take several samples of each input, and order them.
     """
     role = "source" if is_encoder_decoder(experiment.model) else "prompt"
     inputs = read_inputs(input, role, experiment.config.data.columns)
@@ -72,7 +75,7 @@ def generate_file(
         bar = progress_bar("generating", len(inputs), initial=start, shown=shown)
         with bar:
             arguments = inputs, sampling, seed, start, bar.update
-            found = generate_texts(experiment, params, tokenizer, *arguments, stop)
+            found = generate_texts(experiment, params, tokenizer, *arguments, stop, best_of)
             for text, generations in zip(inputs[start:], found, strict=True):
                 made = generation_record(role, text, generations, n_best)
                 yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
@@ -86,8 +89,10 @@ def generate_file(
     dtypes = {f"decode.{name}": options.pop(name) for name in ("weights", "cache")}
     decode = options | {name: dtype for name, dtype in dtypes.items() if dtype != "auto"}
     sampled = {} if sampling is None else {**vars(sampling), "seed": seed}
-    stops = {"stop": list(stop)} if stop else {}
-    made_by = {**weights, **decode, **limits, **sampled, **stops, "n_best": n_best}
+    chosen: dict[str, Any] = {"stop": list(stop)} if stop else {}
+    if best_of:
+        chosen |= {"best_of": best_of.n, "reward_model": best_of.reward.digest}
+    made_by = {**weights, **decode, **limits, **sampled, **chosen, "n_best": n_best}
     continue_file(output, inputs, made_by, lines_from)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare
 from lm.experiment import Experiment
 from lm.models.variables import Params
+
+if TYPE_CHECKING:
+    from lm.decoding.best_of import BestOf
 
 _STREAMED = 4  # tokens that appear together
 
@@ -57,6 +60,7 @@ def generate_texts(
     start: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
     stop: Sequence[str] = (),
+    best_of: BestOf | None = None,
 ) -> Iterator[list[Generation]]:
     """Return the texts generated for each input, best first, in the inputs' order, one by one.
 
@@ -70,7 +74,15 @@ def generate_texts(
         start: index of the first input whose texts are yielded.
         progress: called with the number of inputs of each finished batch.
         stop: texts before the first of which the output ends.
+        best_of: take several samples of each input, and order them.
     """
+    if best_of:
+
+        def sample(repeated: Sequence[str], start: int) -> Iterator[list[Generation]]:
+            arguments = repeated, sampling, seed, start
+            return generate_texts(experiment, params, tokenizer, *arguments, stop=stop)
+
+        return best_of.ordered(texts, start, sample, progress)
     guard = open_guard(experiment.config.decode)
 
     def generate() -> Iterator[list[Generation]]:

@@ -55,7 +55,7 @@ def require_transformer(model: nn.Module) -> None:
 
 def has_all_params(experiment: Experiment, params: Params) -> bool:
     """Return whether there are parameters of all heads; an import may be without."""
-    return flat(params).keys() >= experiment.param_infos.keys()
+    return flat(params).keys() >= flat(experiment.param_shapes).keys()
 
 
 def run_and_capture(

@@ -13,7 +13,7 @@ outside a stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from lm.config.patterns import compile_patterns
 from lm.errors import UserError
+from lm.models.frozen import REFERENCE, is_frozen, with_reference, without_reference
 from lm.models.int8_kernel import Int8Kernel
 from lm.models.parameter_groups import matching
 from lm.models.variables import (
@@ -62,8 +63,9 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     Raises:
         UserError: a pattern of `lora.targets` matches no kernel, or there is none.
     """
+    params = without_reference(params)
     infos = param_infos(params)
-    kernels = [path for path, info in infos.items() if info.role.kind in KERNELS]
+    kernels = [path for path, i in infos.items() if i.role.kind in KERNELS and not is_frozen(path)]
     targets: set[str] = set()
     for pattern in compile_patterns("lora.targets", options.targets):
         found = {path for path in kernels if pattern.search(path)}
@@ -80,25 +82,30 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
         train = matching("lora.train", options.train, nn.meta.unbox(boxes), strict=False)
         for path, info in infos.items():
             is_matrix = info.role.kind == Kind.MATRIX and info.role.part == "layers"
-            if is_matrix and not train[path].any():
+            if is_matrix and not train[path].any() and not is_frozen(path):
                 boxes[path], scales[path] = _in_int8(boxes[path], info)
     return {**nested(boxes), LORA: nested(adapters), **({SCALES: nested(scales)} if scales else {})}
 
 
-def adapted_params(params: Tree, alpha: float) -> Tree:
-    """Return the parameters that the model is applied to; int8 kernels wait for their layer."""
-    if SCALES not in params:
-        return merge_lora(params, alpha)
+def adapted_params(params: Tree, alpha: float, frozen: Collection[str] = ()) -> Tree:
+    """Return the parameters that the model is applied to; int8 kernels wait for their layer.
+
+    Args:
+        params: parameters of the base, its adaptation, and frozen models beside.
+        alpha: `lora.alpha`.
+        frozen: names of the frozen models that the loss needs; the reference is the base.
+    """
     base, adapters, scales = _parts(params)
     for path, scale in scales.items():
         base[path] = Int8Kernel(base[path], scale, jnp.float32)
+    start = nested(base)
     for path in _adapted(adapters):
         a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
         kernel = base[path]
         base[path] = (
             AdaptedKernel(kernel, a, b, alpha) if path in scales else _add(kernel, a, b, alpha)
         )
-    return nested(base)
+    return with_reference(nested(base), start) if REFERENCE in frozen else nested(base)
 
 
 def merge_lora(params: Tree, alpha: float) -> Tree:

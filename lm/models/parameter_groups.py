@@ -20,6 +20,7 @@ import numpy as np
 
 from lm.config.patterns import compile_patterns
 from lm.errors import UserError
+from lm.models.frozen import is_frozen
 from lm.models.variables import LORA, flat, nested
 
 Tree = Any
@@ -78,12 +79,13 @@ class TrainableMask:
         """
         leaves = flat(params)
         frozen = matching("optimizer.freeze", self.freeze, leaves, strict)
+        trains = {path: ~group & (not is_frozen(path)) for path, group in frozen.items()}
         if LORA not in params:
-            return {path: ~group for path, group in frozen.items()}
+            return trains
         beside = matching("lora.train", self.with_lora, leaves, strict)
         return {
-            path: ~group & (beside[path] | path.startswith(f"{LORA}/"))
-            for path, group in frozen.items()
+            path: group & (beside[path] | path.startswith(f"{LORA}/"))
+            for path, group in trains.items()
         }
 
 

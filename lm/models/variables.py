@@ -172,11 +172,12 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
 # --- model state
 
 MODEL_STATE = "model_state"  # collection of variables that `lm/models/model_state.py` creates
+FROZEN = "frozen"  # parameters of models beside the one that trains (`lm/models/frozen.py`)
 
 
-def with_state(params: Any, state: Any) -> Any:
-    """Return parameters and model state as one tree, the state under "model_state"."""
-    return {**params, MODEL_STATE: state} if state else params
+def with_state(params: Any, state: Any, name: str = MODEL_STATE) -> Any:
+    """Return parameters and another collection as one tree, the latter under its name."""
+    return {**params, name: state} if state else params
 
 
 def as_variables(params: Any) -> dict[str, Any]:
@@ -185,10 +186,8 @@ def as_variables(params: Any) -> dict[str, Any]:
     Args:
         params: tree of `with_state`, which evaluation and decoding are given.
     """
-    if MODEL_STATE not in params:
-        return {"params": params}
-    rest = {name: leaf for name, leaf in params.items() if name != MODEL_STATE}
-    return {"params": rest, MODEL_STATE: params[MODEL_STATE]}
+    beside = {name: params[name] for name in (MODEL_STATE, FROZEN) if name in params}
+    return {"params": {name: x for name, x in params.items() if name not in beside}, **beside}
 
 
 # --- values that layers report

@@ -156,6 +156,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
         has_prefix: the decoder attends to the prefix of its input in both directions.
         length_keys: keys of the section `data` that are lengths of its sequences.
         n_extra_ids: number of token ids beyond those of the tokenizer.
+        frozen: names of the frozen models that its loss compares with (`lm/models/frozen.py`).
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -166,6 +167,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
     has_prefix: ClassVar[bool] = False
     length_keys: ClassVar[tuple[str, ...]] = ("sequence_length",)
     n_extra_ids: ClassVar[int] = 0
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod

@@ -24,14 +24,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, build_untraced
+from lm.models.frozen import is_frozen, reference_path
 from lm.models.lora import kernel_of, merge_lora
-from lm.models.variables import MODEL_STATE, Params, as_variables, flat, nested, with_state
+from lm.models.variables import MODEL_STATE, Params, flat, nested, with_state
 from lm.parallel.mesh import AXES, is_primary_host, on_all_hosts
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log, checksums, one_line, run_metadata
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
 from lm.storage import AnyPath, is_committed, is_step, storage_path, write_atomically
 
 FlatParams = dict[str, jax.Array]
+
+# Overrides with which a model is restored alone.
+WITHOUT_FROZEN = {"objective.reference": "none"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class SavedCheckpoint:
         metadata: its metadata file (lm/runs/checkpoints.py).
         shapes: shape and dtype of every parameter of the model, by path.
         adapters: those of the LoRA updates, and the scales of kernels in 8 bits.
+        frozen: those of the frozen models that were beside it (`lm/models/frozen.py`).
     """
 
     folder: AnyPath
     metadata: Mapping[str, Any]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     adapters: Mapping[str, jax.ShapeDtypeStruct]
+    frozen: Mapping[str, jax.ShapeDtypeStruct]
 
     @property
     def step(self) -> int:
@@ -66,6 +72,7 @@ def restore_run(
     any_batch: bool = False,
     step: int | None = None,
     heads_optional: bool = False,
+    frozen: bool = False,
 ) -> tuple[Experiment, Params, int]:
     """Restore a run on all devices, replicated unless the overrides name a mesh.
 
@@ -78,6 +85,7 @@ def restore_run(
         any_batch: set the batch sizes to one example a device (for decoding).
         step: read the checkpoint of this step; None: the newest.
         heads_optional: as in `restore_params`.
+        frozen: restore the frozen models that its loss compares with, too.
 
     Returns:
         The experiment, with the run's tokenizer if it has one; the parameters, with LoRA updates
@@ -85,6 +93,8 @@ def restore_run(
     """
     changed = MERGED_OVERRIDES | {f"parallel.mesh.{axis}": "1" for axis in AXES}
     changed |= {"parallel.preset": "custom", "parallel.mesh.data": "-1"}
+    if not frozen:
+        changed |= WITHOUT_FROZEN
     if any_batch:
         one_a_device = str(len(jax.devices()))
         changed |= {"data.batch_size": one_a_device, "eval.batch_size": one_a_device}
@@ -144,7 +154,8 @@ def restore_params(
             raise UserError(
                 f"no checkpoint of step {step} in {storage_path(workdir)}; there are {there}"
             )
-    found = checkpoints[0].shapes
+    beside = {path: x for path, x in checkpoints[0].frozen.items() if path in shapes}
+    found = {**checkpoints[0].shapes, **beside}
     if heads_optional:
         infos = experiment.param_infos
         heads = {path for path in shapes if infos[path].role.part in ("pretraining", "task")}
@@ -273,22 +284,27 @@ def _open(folder: AnyPath) -> SavedCheckpoint:
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(tree).items()
     }
     adapters = {path: leaf for path, leaf in leaves.items() if kernel_of(path)}
-    shapes = {path: leaf for path, leaf in leaves.items() if path not in adapters}
-    return SavedCheckpoint(folder, metadata, shapes, adapters)
+    frozen = {path: leaf for path, leaf in leaves.items() if is_frozen(path)}
+    shapes = {path: x for path, x in leaves.items() if path not in adapters and path not in frozen}
+    if adapters:  # the reference is what they are added to
+        frozen |= {reference_path(path): leaf for path, leaf in shapes.items()}
+    return SavedCheckpoint(folder, metadata, shapes, adapters, frozen)
 
 
 def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> FlatParams:
+    base = {path for path in shardings if saved.adapters and path.startswith(reference_path(""))}
+    read = {path: sharding for path, sharding in shardings.items() if path not in base}
+    there = {**saved.shapes, **saved.frozen}
     target = {
-        path: jax.ShapeDtypeStruct(
-            saved.shapes[path].shape, saved.shapes[path].dtype, sharding=sharding
-        )
-        for path, sharding in shardings.items()
+        path: jax.ShapeDtypeStruct(there[path].shape, there[path].dtype, sharding=sharding)
+        for path, sharding in read.items()
     }
     for path, leaf in saved.adapters.items():
-        if (kernel := kernel_of(path)) in shardings:
-            everywhere = NamedSharding(shardings[kernel].mesh, PartitionSpec())
+        if (kernel := kernel_of(path)) in read:
+            everywhere = NamedSharding(read[kernel].mesh, PartitionSpec())
             target[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-    item = as_variables(nested(target))
+    own = nested(target)
+    item = with_state({}, own.pop(MODEL_STATE, {})) | {"params": own}
     args = ocp.args.PyTreeRestore(
         item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -300,11 +316,14 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
     if any(recorded[path] != value for path, value in checksums(restored).items()):
         raise ValueError("its arrays do not match their checksums")
     params = with_state(restored["params"], restored.get(MODEL_STATE))
-    if len(target) == len(shardings):
+    if len(target) == len(read):
         return flat(params)
     alpha = saved.metadata["config"]["lora"]["alpha"]
-    merged = jax.jit(lambda params: flat(merge_lora(params, alpha)), out_shardings=dict(shardings))
-    return merged(params)
+    merged = jax.jit(lambda params: flat(merge_lora(params, alpha)), out_shardings=read)
+    if not base:
+        return merged(params)
+    start = jax.jit(lambda params: flat(merge_lora(params, 0.0)), out_shardings=read)(params)
+    return merged(params) | {path: start[path.removeprefix(reference_path(""))] for path in base}
 
 
 @jax.jit

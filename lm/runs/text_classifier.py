@@ -122,8 +122,13 @@ def classes(workdir: str) -> list[str]:
 
 
 def weights_digest(workdir: str) -> str:
-    """Return the digest of the weights of the run's newest checkpoint."""
+    """Return the digest of the weights of a classifier's newest checkpoint."""
     classes(workdir)
+    return run_weights_digest(workdir)
+
+
+def run_weights_digest(workdir: str) -> str:
+    """Return the digest of the weights of a run's newest checkpoint."""
     folder = open_run_folder(workdir)
     step = max(checkpoint_steps(folder), default=-1)
     metadata = saved_metadata(storage_path(folder / "checkpoints") / str(step)) or {}

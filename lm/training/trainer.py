@@ -193,7 +193,8 @@ def _restore(
     if state is None:
         if storage_path(workdir / "damaged").exists():
             require_no_lost_steps(workdir)
-        if experiment.config.init["from"] or experiment.config.init.vectors:
+        options = experiment.config.init
+        if options["from"] or options.vectors or experiment.objective.frozen:
             from lm.training.warm_start import initial_state
 
             state = initial_state(experiment, tokenizer, log)

@@ -16,6 +16,7 @@ from lm.data.tokenizers.basic import WordTokenizer
 from lm.data.word_vectors import load_vectors, pretrained_embeddings, vocabulary_words
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.frozen import is_frozen
 from lm.models.lora import SCALES, kernel_of, quantize_loaded
 from lm.models.parameter_groups import matching
 from lm.models.variables import flat, nested
@@ -23,6 +24,7 @@ from lm.runs.checkpoints import Log
 from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
 from lm.storage import resolve_path
 from lm.train_step import TrainState
+from lm.training.frozen_models import with_frozen_models
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class ParamMapping:
 def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
     """Return the state before the first step, with parameters of `init.from` or `init.vectors`.
 
+    Frozen models beside are there too: the reference, a copy of what training starts from, and the
+    teacher.
+
     Args:
         experiment: the experiment.
         tokenizer: its tokenizer.
@@ -53,11 +58,18 @@ def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> Tra
             table was trained with another tokenizer.
     """
     state = experiment.init_state()
+    if experiment.config.init.vectors:
+        state = _with_vectors(experiment, state, tokenizer, log)
+    if experiment.config.init["from"]:
+        state = _warm_started(experiment, state, tokenizer, log)
+    return with_frozen_models(experiment, state, tokenizer, log)
+
+
+def _warm_started(
+    experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
+) -> TrainState:
+    """Return the state with the parameters of `init.from`."""
     options = experiment.config.init
-    if options.vectors:
-        return _with_vectors(experiment, state, tokenizer, log)
-    if not options["from"]:
-        return state
     checkpoints = saved_checkpoints(resolve_path(options["from"]), log)
     params = flat(state.inference_params)
     shardings = flat(experiment.inference_sharding)
@@ -114,7 +126,8 @@ def map_parameters(
     Raises:
         UserError: a name or shape does not correspond, and the options do not allow it.
     """
-    base = {path: leaf for path, leaf in params.items() if not kernel_of(path)}
+    beside = {path for path in params if kernel_of(path) or is_frozen(path)}
+    base = {path: leaf for path, leaf in params.items() if path not in beside}
     stays_fresh = _named("init.fresh", options.fresh, base)
     may_be_left = _named("init.leave", options.leave, source)
     names = _renamed(options.rename, source)
@@ -142,7 +155,8 @@ def map_parameters(
             f"parameters of --config.init.from={options['from']}: {'; '.join(problems)}; "
             "--config.init.rename maps names"
         )
-    fresh = [path for path in params if path not in loaded and not path.startswith(f"{SCALES}/")]
+    made = {path for path in params if path.startswith(f"{SCALES}/") or is_frozen(path)}
+    fresh = [path for path in params if path not in loaded and path not in made]
     return ParamMapping(loaded, fresh, left)
 
 

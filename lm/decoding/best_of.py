@@ -1,0 +1,63 @@
+"""Best of n: several samples of each prompt, ordered by a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from lm.errors import UserError
+from lm.runs.reward_model import RewardModel
+
+if TYPE_CHECKING:
+    from lm.decoding.generation import Generation
+
+
+def open_best_of(n: int | None, workdir: str | None) -> BestOf | None:
+    """Return the choice among n samples by the reward model of a run, None if neither is given.
+
+    Raises:
+        UserError: one is given without the other, or the run is no reward model.
+    """
+    if (n is None) != (workdir is None):
+        raise UserError("--best_of and --reward_model go together")
+    return None if n is None or workdir is None else BestOf(n, RewardModel(workdir))
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Choice among samples.
+
+    Attributes:
+        n: samples of each prompt.
+        reward: reward model.
+    """
+
+    n: int
+    reward: RewardModel
+
+    def ordered(
+        self,
+        texts: Sequence[str],
+        start: int,
+        sample: Callable[[Sequence[str], int], Iterator[list[Generation]]],
+        progress: Callable[[int], Any],
+    ) -> Iterator[list[Generation]]:
+        """Yield the samples of each prompt, the best first, with their rewards as scores.
+
+        What a guard withholds comes last.
+
+        Args:
+            texts: prompts.
+            start: index of the first prompt whose samples are yielded.
+            sample: returns one sample of each prompt of a list, from an index on.
+            progress: called with 1 for each finished prompt.
+        """
+        samples = sample([text for text in texts for _ in range(self.n)], start * self.n)
+        for text in texts[start:]:
+            found = [one for one, *_ in islice(samples, self.n)]
+            rewards = self.reward.scores([(text, one.text) for one in found]).tolist()
+            progress(1)
+            scored = [replace(one, score=r) for one, r in zip(found, rewards, strict=True)]
+            yield sorted(scored, key=lambda one: (one.withheld, -(one.score or 0.0)))

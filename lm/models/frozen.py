@@ -1,0 +1,81 @@
+"""Frozen models beside the one that trains: the reference of preferences, the teacher of a student.
+
+Their parameters are in the tree of the model's own, under "frozen/NAME": sharded by the same rules
+and saved with them, without a gradient and without optimizer state. Flax sees them as the
+collection "frozen". Under LoRA the reference is the base itself and takes no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lm.models.variables import FROZEN, MODEL_STATE
+
+Tree = Any
+
+REFERENCE, TEACHER = "reference", "teacher"
+
+
+def reference_of(model: Any) -> Any:
+    """Return a bound model with the parameters that it started from, without dropout.
+
+    Where the model is initialized, they become a copy of its own; call what its loss calls before.
+
+    Args:
+        model: the model that trains, bound.
+    """
+    if model.is_initializing():
+        model.put_variable(FROZEN, REFERENCE, model.variables["params"])
+    return _bound(model.clone(parent=None, deterministic=True), model, REFERENCE)
+
+
+def teacher_of(model: Any, teacher: nn.Module, *inputs: jax.Array) -> Any:
+    """Return a teacher, bound to the parameters that are kept beside those of a student.
+
+    Args:
+        model: the student, bound.
+        teacher: module of the teacher.
+        *inputs: arguments of its `__call__`; where the student is initialized, so is the teacher.
+    """
+    if model.is_initializing():
+        variables: Any = teacher.init(model.make_rng("params"), *inputs)
+        model.put_variable(FROZEN, TEACHER, variables["params"])
+    return _bound(teacher, model, TEACHER)
+
+
+def _bound(module: Any, beside: Any, name: str) -> Any:
+    variables = beside.variables
+    params = jax.lax.stop_gradient(variables[FROZEN][name])
+    state = {MODEL_STATE: variables[MODEL_STATE]} if MODEL_STATE in variables else {}
+    return module.bind({"params": params, **state})
+
+
+def is_frozen(path: str) -> bool:
+    """Return whether a path is that of a frozen model's parameter."""
+    return path.startswith(f"{FROZEN}/")
+
+
+def reference_path(path: str) -> str:
+    """Return the path of the reference's copy of a parameter."""
+    return f"{FROZEN}/{REFERENCE}/{path}"
+
+
+def with_reference(params: Tree, reference: Tree) -> Tree:
+    """Return nested parameters with others, without frozen models, as the reference beside them."""
+    own = {name: leaf for name, leaf in reference.items() if name not in (FROZEN, MODEL_STATE)}
+    return {**params, FROZEN: {**params.get(FROZEN, {}), REFERENCE: own}}
+
+
+def without_frozen(params: Tree) -> Tree:
+    """Return parameters without those of frozen models."""
+    return {name: leaf for name, leaf in params.items() if name != FROZEN}
+
+
+def without_reference(params: Tree) -> Tree:
+    """Return nested parameters without the copy that is the reference."""
+    beside = {name: x for name, x in params.get(FROZEN, {}).items() if name != REFERENCE}
+    own = without_frozen(params)
+    return {**own, FROZEN: beside} if beside else own

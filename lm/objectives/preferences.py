@@ -1,0 +1,388 @@
+"""Preferences: learn from pairs of completions, of which one is better, or from good and bad ones.
+
+A pair is one row of 2L tokens in two segments, prompt and chosen, prompt and rejected: attention
+and positions stay within a half, and meshes, dropout and microbatches see rows as of any text.
+Losses and metrics are those of TRL 1.16, a mean over the pairs.
+
+Shape letters: B batch, L length, P the two halves of a row, D model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import softplus
+from ml_collections import ConfigDict
+
+from lm.data.batches import Arrays
+from lm.data.files import tell_once
+from lm.data.record_store import Record, RecordStore
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+from lm.models.frozen import REFERENCE, reference_of
+from lm.objectives.losses import token_losses
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
+
+HALVES = 2
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities that a loss compares, of completions [B, P], float32.
+
+    Attributes:
+        policy_BP: log-probabilities under the model, sums or means over the tokens.
+        reference_BP: those under the frozen reference; 0 without one.
+        label_B: 1 where the first completion is desirable, else 0; None for pairs.
+        weights_B: 1 for a pair, 0 for padding.
+        prompt_nll: negative log-likelihood of prompt and first completion, a mean over tokens.
+    """
+
+    policy_BP: jax.Array
+    reference_BP: jax.Array
+    label_B: jax.Array | None
+    weights_B: jax.Array
+    prompt_nll: jax.Array
+
+    @property
+    def ratios_BP(self) -> jax.Array:
+        """Logarithms of the ratio of the model's probability to the reference's."""
+        return self.policy_BP - self.reference_BP
+
+    @property
+    def margin_B(self) -> jax.Array:
+        """Ratio of the first completion less that of the second."""
+        return self.ratios_BP[:, 0] - self.ratios_BP[:, 1]
+
+    @property
+    def kl(self) -> jax.Array:
+        """Estimate of the divergence from the reference, by completions of other prompts."""
+        ratios_B = jax.lax.stop_gradient(self.ratios_BP[:, 1])
+        n = jnp.maximum(self.weights_B.sum(), 1)
+        return jnp.maximum((ratios_B * self.weights_B).sum() / n, 0)
+
+    def divided_by(self, lengths_BP: jax.Array) -> LogProbs:
+        """Return the scores of means over so many tokens."""
+        return self._replace(
+            policy_BP=self.policy_BP / lengths_BP, reference_BP=self.reference_BP / lengths_BP
+        )
+
+    def metrics(self, beta: float) -> dict[str, jax.Array]:
+        """Return what is logged, each times the weight of the batch."""
+        weights_B, rewards_BP = self.weights_B, beta * self.ratios_BP
+        if self.label_B is None:
+            found = pair_metrics(rewards_BP) | _by_completion("logp", self.policy_BP)
+            return {name: (value_B * weights_B).sum() for name, value_B in found.items()}
+        # Means over the completions of either label, weighted like the mean over all.
+        better_B = weights_B * self.label_B
+        by_label_BP = jnp.stack([better_B, weights_B - better_B], axis=1)
+        by_label_BP *= weights_B.sum() / jnp.maximum(by_label_BP.sum(0), 1)
+        rewards_BP, log_probs_BP = rewards_BP[:, :1], self.policy_BP[:, :1]
+        rewards = _by_completion("reward", rewards_BP * by_label_BP)
+        figures = rewards | _by_completion("logp", log_probs_BP * by_label_BP)
+        margin_B = rewards["reward_chosen"] - rewards["reward_rejected"]
+        figures |= {"reward_margin": margin_B, "kl": self.kl * weights_B}
+        return {name: value_B.sum() for name, value_B in figures.items()}
+
+
+def pair_metrics(rewards_BP: jax.Array) -> dict[str, jax.Array]:
+    """Return what is logged of the rewards of pairs, [B] each."""
+    margin_B = rewards_BP[:, 0] - rewards_BP[:, 1]
+    found = {"reward_margin": margin_B, "accuracy": (margin_B > 0).astype(jnp.float32)}
+    return found | _by_completion("reward", rewards_BP)
+
+
+def _by_completion(name: str, x_BP: jax.Array) -> dict[str, jax.Array]:
+    return {f"{name}_chosen": x_BP[:, 0], f"{name}_rejected": x_BP[:, 1]}
+
+
+Loss = Callable[[LogProbs, Any], jax.Array]
+
+
+def dpo(scores: LogProbs, options: Any) -> jax.Array:
+    """Return the loss of DPO (Rafailov et al. 2023, eq. 7), smoothed as cDPO's (Mitchell 2023)."""
+    return _preferred(options.beta * scores.margin_B, options.label_smoothing)
+
+
+def ipo(scores: LogProbs, options: Any) -> jax.Array:
+    """Return the loss of IPO (Azar et al. 2023, eq. 17)."""
+    return (scores.margin_B - 1 / (2 * options.beta)) ** 2
+
+
+def simpo(scores: LogProbs, options: Any) -> jax.Array:
+    """Return the loss of SimPO (Meng et al. 2024, eq. 6)."""
+    logits_B = options.beta * scores.margin_B - options.simpo_gamma
+    return _preferred(logits_B, options.label_smoothing)
+
+
+def orpo(scores: LogProbs, options: Any) -> jax.Array:
+    """Return the loss of ORPO (Hong et al. 2024, eq. 6)."""
+    # Of a probability of 1 the odds are infinite: the nearest that float32 can tell from it.
+    policy_BP = jnp.minimum(scores.policy_BP, -1e-7)
+    log_odds_BP = policy_BP - jnp.log(-jnp.expm1(policy_BP))
+    ratio_B = softplus(log_odds_BP[:, 1] - log_odds_BP[:, 0])
+    return scores.prompt_nll + options.beta * ratio_B
+
+
+def kto(scores: LogProbs, options: Any) -> jax.Array:
+    """Return the loss of KTO (Ethayarajh et al. 2024, eq. 7)."""
+    assert scores.label_B is not None
+    sign_B = 2 * scores.label_B - 1
+    values_B = jax.nn.sigmoid(options.beta * sign_B * (scores.ratios_BP[:, 0] - scores.kl))
+    weight_B = jnp.where(sign_B > 0, options.desirable_weight, options.undesirable_weight)
+    return weight_B * (1 - values_B)
+
+
+def _preferred(logits_B: jax.Array, label_smoothing: float) -> jax.Array:
+    """Return the cross-entropy of the first being better, flipped with some probability."""
+    smoothed = label_smoothing * softplus(logits_B) if label_smoothing else 0.0
+    return (1 - label_smoothing) * softplus(-logits_B) + smoothed
+
+
+class PreferenceKind(NamedTuple):
+    """PreferenceKind of preference loss.
+
+    Attributes:
+        loss: loss of each pair.
+        has_reference: it compares with a frozen reference.
+        normalisation: what it does with the log-probabilities of tokens, "sum" or "mean".
+    """
+
+    loss: Loss
+    has_reference: bool
+    normalisation: str
+
+
+PREFERENCES: Mapping[str, PreferenceKind] = {
+    "dpo": PreferenceKind(dpo, has_reference=True, normalisation="sum"),
+    "ipo": PreferenceKind(ipo, has_reference=True, normalisation="mean"),
+    "kto": PreferenceKind(kto, has_reference=True, normalisation="sum"),
+    "orpo": PreferenceKind(orpo, has_reference=False, normalisation="mean"),
+    "simpo": PreferenceKind(simpo, has_reference=False, normalisation="mean"),
+}
+
+
+class Example(NamedTuple):
+    """Record of a store: the store, its row there, and the reference's log-probabilities [P]."""
+
+    store: RecordStore
+    row: int
+    reference: np.ndarray | None
+
+    @property
+    def record(self) -> Record:
+        """Record."""
+        return self.store[self.row]
+
+    @property
+    def previous(self) -> Record:
+        """Record before it; before the first the last."""
+        return self.store[(self.row or len(self.store)) - 1]
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceExamples:
+    """Examples of a store, in its order.
+
+    Attributes:
+        store: records whose prompts leave room for a completion.
+        reference: log-probabilities of their reference [n, P], or None.
+    """
+
+    store: RecordStore
+    reference: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.store, index, None if self.reference is None else self.reference[index])
+
+
+@dataclass(frozen=True)
+class Preferences(Objective[RecordStore, Example]):
+    """Preference of chosen over rejected completions.
+
+    A sequence of more than L + 1 tokens is cut at its end; a record whose prompt leaves no room for
+    a token of its completions is left out, which is told once.
+
+    Attributes:
+        name: kind of loss, a key of `PREFERENCES`.
+        length: tokens that the tokens of a completion are predicted from, with its prompt, L.
+        options: the configuration's section "objective".
+        precomputed: log-probabilities [n, P] of the reference by `reference_key`, if they were
+            computed before training.
+    """
+
+    families: ClassVar = ("decoder",)
+    columns: ClassVar = ("chosen", "rejected")
+    has_perplexity: ClassVar = False
+
+    name: str
+    length: int
+    options: Any
+    precomputed: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Preferences:
+        return cls(config.objective.name, config.data.sequence_length, config.objective)
+
+    @classmethod
+    def attention_lengths(cls, config: ConfigDict) -> dict[str, int]:
+        lengths = super().attention_lengths(config)
+        return {f"twice {key}": HALVES * length for key, length in lengths.items()}
+
+    @property
+    def kind(self) -> PreferenceKind:
+        """PreferenceKind of loss."""
+        return PREFERENCES[self.name]
+
+    @property
+    def reference_from(self) -> str:
+        """Source of its log-probabilities: `objective.reference`, or "none" without one."""
+        return self.options.reference if self.kind.has_reference else "none"
+
+    @property
+    def frozen(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (REFERENCE,) if self.reference_from == "beside" else ()
+
+    @property
+    def shapes(self) -> Shapes:
+        names, row = ("inputs", "targets", "segment_ids", "positions"), (HALVES * self.length,)
+        shapes = {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
+        known = (
+            {"reference": ((HALVES,), "float32")} if self.reference_from == "precomputed" else {}
+        )
+        return {**shapes, **known}
+
+    # --- data
+
+    def examples(self, store: RecordStore, training: bool) -> PreferenceExamples:
+        """Return the records whose prompts leave room for a completion."""
+        self.require_columns(store)
+        fits = store.lengths("prompt") <= self.length
+        if not fits.any():
+            raise UserError(
+                f"{store.manifest.source}: every prompt has more tokens than "
+                f"--config.data.sequence_length={self.length}"
+            )
+        if n := int((~fits).sum()):
+            left_out = f"{n} of {len(store)} records left out, whose prompts fill a sequence"
+            tell_once(left_out, store.directory)
+        reference = None
+        if self.reference_from == "precomputed":
+            reference = self.precomputed.get(reference_key(store))
+            if reference is None:
+                raise UserError(
+                    f"{store.manifest.source}: the log-probabilities of its reference were not "
+                    "computed (--config.objective.reference=precomputed)"
+                )
+        return PreferenceExamples(store.select(np.flatnonzero(fits)), reference)
+
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return arrays [2L], each half padded; weights are 1 for the tokens of completions."""
+        arrays = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
+        for half, (prompt, completion) in enumerate(self.sequences(example)):
+            tokens = np.concatenate([prompt, completion])[: self.length + 1]
+            n, start = len(tokens) - 1, half * self.length
+            row = slice(start, start + n)
+            arrays["inputs"][row], arrays["targets"][row] = tokens[:-1], tokens[1:]
+            arrays["segment_ids"][row], arrays["positions"][row] = half + 1, np.arange(n)
+            arrays["weights"][start + max(len(prompt) - 1, 0) : start + n] = 1
+        if "reference" in arrays:
+            arrays["reference"][:] = example.reference
+        return arrays
+
+    def sequences(self, example: Example) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Return prompt and completion of each half of a row."""
+        tokens = example.record.tokens
+        return tuple((tokens["prompt"], tokens[name]) for name in ("chosen", "rejected"))
+
+    # --- model
+
+    def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
+        """Return the sums [B, P] of the log-probabilities of completions."""
+        return self._log_probs(model, batch)[0]
+
+    def _log_probs(self, model: BoundModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Return `predict`, and the mean negative log-likelihood of tokens in first halves."""
+        x_BLD = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"])
+        nll_BL = token_losses(model, x_BLD, batch["targets"]).loss_BL
+        first_BL = batch["segment_ids"] == 1
+        mean = jnp.where(first_BL, nll_BL, 0).sum() / jnp.maximum(first_BL.sum(), 1)
+        return -in_halves(nll_BL * batch["weights"]).sum(-1), mean
+
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the loss of each pair, and what is logged of it."""
+        lengths_BP = in_halves(batch["weights"]).sum(-1)
+        weights_B = (lengths_BP[:, 0] > 0).astype(jnp.float32)
+        sums_BP, nll = self._log_probs(model, batch)
+        reference_BP = self._reference_log_probs(model, batch)
+        sums = LogProbs(sums_BP, reference_BP, batch.get("label"), weights_B, nll)
+        loss, metrics = self.compare(sums, lengths_BP)
+        return LossSums(loss, weights_B.sum(), metrics)
+
+    def compare(
+        self, sums: LogProbs, lengths_BP: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the summed loss, and what is logged times the weight of the batch.
+
+        Args:
+            sums: summed log-probabilities of completions.
+            lengths_BP: their tokens.
+        """
+        asked = self.options.loss_normalisation
+        means = (self.kind.normalisation if asked == "auto" else asked) == "mean"
+        scores = sums.divided_by(jnp.maximum(lengths_BP, 1)) if means else sums
+        loss_B = self.kind.loss(scores, self.options)
+        # As in TRL: rewards are sums, or what is compared where there is no reference.
+        metrics = (sums if self.kind.has_reference else scores).metrics(self.options.beta)
+        return (loss_B * sums.weights_B).sum(), metrics
+
+    def _reference_log_probs(self, model: BoundModel, batch: Batch) -> jax.Array:
+        if self.reference_from == "beside":
+            return jax.lax.stop_gradient(self.predict(reference_of(model), batch))
+        if self.reference_from == "precomputed":
+            return batch["reference"]
+        return jnp.zeros((len(batch["inputs"]), HALVES), jnp.float32)
+
+
+@dataclass(frozen=True)
+class UnpairedPreferences(Preferences):
+    """Preference of desirable over undesirable completions.
+
+    The second half of a row is the prompt with the completion of the record before it, by which the
+    loss estimates how far the model is from its reference.
+    """
+
+    columns: ClassVar = ("completion", "label")
+
+    @property
+    def shapes(self) -> Shapes:
+        return {**super().shapes, "label": ((), "float32")}
+
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return the arrays of `Preferences.features`, and the label, 1 if desirable."""
+        label = np.asarray(example.record.raw["label"], np.float32)
+        return {**super().features(example, rng), "label": label}
+
+    def sequences(self, example: Example) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Return the prompt, with its completion and with that of another record."""
+        tokens, other = example.record.tokens, example.previous.tokens
+        return tuple((tokens["prompt"], made["completion"]) for made in (tokens, other))
+
+
+def reference_key(store: RecordStore) -> str:
+    """Return the name of a store and of the records chosen from it."""
+    rows = hashlib.sha256(store.rows.tobytes()).hexdigest()[:16]
+    return f"{store.directory.name}-{rows}"
+
+
+def in_halves(x_BL: jax.Array) -> jax.Array:
+    """Return the halves of rows, [B, P, …]."""
+    return x_BL.reshape(len(x_BL), HALVES, -1, *x_BL.shape[2:])

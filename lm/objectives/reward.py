@@ -1,0 +1,120 @@
+"""Reward model: a number for a completion, larger for the chosen one of a pair.
+
+A row has both sequences as in `preferences.py`; the head reads the last token of each.
+
+Shape letters: B batch, L length, P the two halves of a row, D model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import softplus
+from ml_collections import ConfigDict
+
+from lm.data.batches import Arrays
+from lm.data.files import tell_once
+from lm.data.record_store import Record, RecordStore
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
+from lm.objectives.preferences import HALVES, in_halves, pair_metrics
+
+
+@dataclass(frozen=True)
+class Reward(Objective[RecordStore, Record]):
+    """Pairwise reward (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    The loss is -log σ(chosen - rejected - margin), with a margin of the record or 0 (Touvron et al.
+    2023, eq. 2). A record of which a sequence has more than L tokens is left out.
+
+    Attributes:
+        length: tokens of a prompt with its completion, L.
+        centering: weight of the squared sum of both rewards (Eisenstein et al. 2023, eq. 2).
+    """
+
+    families: ClassVar = ("decoder",)
+    columns: ClassVar = ("chosen", "rejected")
+    has_perplexity: ClassVar = False
+
+    length: int
+    centering: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Reward:
+        if config.model.n_classes > 1:
+            raise UserError(
+                f"--config.model.n_classes={config.model.n_classes}: a reward is one number"
+            )
+        return cls(config.data.sequence_length, config.objective.reward_centering)
+
+    @classmethod
+    def attention_lengths(cls, config: ConfigDict) -> dict[str, int]:
+        lengths = super().attention_lengths(config)
+        return {f"twice {key}": HALVES * length for key, length in lengths.items()}
+
+    @property
+    def shapes(self) -> Shapes:
+        row = ((HALVES * self.length,), "int32")
+        numbers = dict.fromkeys(("margin", "weights"), ((), "float32"))
+        return {**dict.fromkeys(("inputs", "segment_ids", "positions"), row), **numbers}
+
+    def examples(self, store: RecordStore, training: bool) -> RecordStore:
+        """Return the records of which both sequences fit."""
+        self.require_columns(store)
+        prompt = store.lengths("prompt")
+        longest = prompt + np.maximum(store.lengths("chosen"), store.lengths("rejected"))
+        fits = longest <= self.length
+        if not fits.any():
+            raise UserError(
+                f"{store.manifest.source}: every record has more tokens than "
+                f"--config.data.sequence_length={self.length}"
+            )
+        if n := int((~fits).sum()):
+            tell_once(f"{n} of {len(store)} records left out, which are too long", store.directory)
+        return store.select(np.flatnonzero(fits))
+
+    def features(self, example: Record, rng: np.random.Generator) -> Arrays:
+        """Return inputs, segment_ids and positions [2L], each half padded; margin; weight 1."""
+        tokens = example.tokens
+        whole = [np.concatenate([tokens["prompt"], tokens[k]]) for k in ("chosen", "rejected")]
+        margin = np.asarray(example.raw.get("margin", 0.0), np.float32)
+        return {**self.row(whole), "margin": margin, "weights": np.ones((), np.float32)}
+
+    def row(self, sequences: list[np.ndarray]) -> Arrays:
+        """Return inputs, segment_ids and positions [2L] of up to two sequences; ends are kept."""
+        arrays = {
+            name: np.zeros(HALVES * self.length, np.int32)
+            for name in ("inputs", "segment_ids", "positions")
+        }
+        for half, sequence in enumerate(sequences):
+            kept = sequence[-self.length :]
+            place = slice(half * self.length, half * self.length + len(kept))
+            arrays["inputs"][place], arrays["positions"][place] = kept, np.arange(len(kept))
+            arrays["segment_ids"][place] = half + 1
+        return arrays
+
+    def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
+        """Return the rewards [B, P], float32."""
+        segments_BL = batch["segment_ids"]
+        x_BLD = model.hidden(batch["inputs"], batch["positions"], segments_BL)
+        halves = (x.reshape(-1, *x.shape[2:]) for x in map(in_halves, (x_BLD, segments_BL)))
+        return model.classify(model.pooled(*halves)).reshape(-1, HALVES)
+
+    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
+        """Return the loss of each pair, and how often and by how much chosen is better."""
+        weights_B, rewards_BP = batch["weights"], self.predict(model, batch)
+        margin_B = rewards_BP[:, 0] - rewards_BP[:, 1]
+        loss_B = softplus(batch["margin"] - margin_B)
+        if self.centering:
+            loss_B += self.centering * jnp.square(rewards_BP.sum(-1))
+        figures = pair_metrics(rewards_BP)
+        return LossSums(
+            (loss_B * weights_B).sum(),
+            weights_B.sum(),
+            {name: (value_B * weights_B).sum() for name, value_B in figures.items()},
+        )
