@@ -146,6 +146,12 @@ class RecordStore:
         """Return the number of tokens of each record's text in a column, int64 [n]."""
         return np.diff(self.arrays[f"{column}.offsets"])[self.rows]
 
+    def n_learnt(self, column: str) -> np.ndarray:
+        """Return the number of tokens that are learnt of each conversation, int64 [n]."""
+        spans = self.arrays[f"{column}.turns"].reshape(-1, 3)
+        before = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
+        return np.diff(before[self.arrays[f"{column}.turns.offsets"] // 3])[self.rows]
+
     def _row(self, name: str, index: int) -> np.ndarray:
         start, end = self.arrays[f"{name}.offsets"][index : index + 2]
         return self.arrays[name][start:end]

@@ -5,6 +5,7 @@ They are of the whole store, or of a fixed random sample of a large one.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,19 +121,51 @@ def _of_records(
 ) -> StoreStatistics:
     columns = list(store.manifest.n_tokens)
     lengths = {column: store.lengths(column) for column in columns}
-    sizes = {"tokens": store.n_tokens, "records": len(store)}
+    sizes = {"tokens": store.n_tokens, "records": len(store)} | _of_turns(store)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for i in _choose(len(store), _DOCUMENTS, rng).tolist():
         for found in store[i].tokens.values():
             counts += np.bincount(found, minlength=len(counts))[: len(counts)]
     samples = [
         " | ".join(
-            f"{column}: {tokenizer.decode(found[:_SHOWN].tolist())}"
-            for column, found in store[i].tokens.items()
+            f"{column}: {_text_and_turns(tokenizer, found, record.turns.get(column))}"
+            for column, found in record.tokens.items()
         )
-        for i in _choose(len(store), n_samples, rng).tolist()
+        for record in (store[i] for i in _choose(len(store), n_samples, rng).tolist())
     ]
     return StoreStatistics(*common, 1, sizes, lengths, counts, samples)
+
+
+def _of_turns(store: RecordStore) -> dict[str, int]:
+    """Return the sizes of conversations; of those cut and dropped, in the whole store."""
+    manifest = store.manifest
+    if not manifest.turns:
+        return {}
+    return {
+        "tokens learnt": sum(int(store.n_learnt(column).sum()) for column in manifest.turns),
+        "records cut": manifest.n_cut,
+        "records dropped": manifest.n_dropped,
+        "tokens lost": manifest.n_lost,
+    }
+
+
+def _text_and_turns(tokenizer: Tokenizer, tokens: np.ndarray, turns: np.ndarray | None) -> str:
+    """Return the start of a text; of a conversation what is learnt is in ⟦⟧, and its ids follow."""
+    if turns is None or not len(turns):
+        return tokenizer.decode(tokens[:_SHOWN].tolist())
+    # As much as is shown of a text, and more only where nothing learnt would be among it.
+    end = max(_SHOWN, int(turns[0, 0]) + _SHOWN // 2)
+    borders = [int(x) for start, stop, _ in turns for x in (start, stop) if x < end]
+    borders = [0, *borders, min(end, len(tokens))]
+    parts = [tokens[start:stop].tolist() for start, stop in itertools.pairwise(borders)]
+    texts = (
+        f"⟦{tokenizer.decode(p)}⟧" if i % 2 else tokenizer.decode(p) for i, p in enumerate(parts)
+    )
+    ids = (
+        f"⟦{' '.join(map(str, p))}⟧" if i % 2 else " ".join(map(str, p))
+        for i, p in enumerate(parts)
+    )
+    return f"{''.join(texts)} | ids: {' '.join(ids)}"
 
 
 def _choose(n: int, most: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,59 @@
+"""Supervised fine-tuning on instructions: the quickstart's model learns to answer.
+
+| variant  | what trains                                                 | steps |
+|----------|-------------------------------------------------------------|-------|
+| full     | every parameter                                             | 600   |
+| lora     | low-rank updates of rank 16 of all matrices of layers       | 600   |
+| lora8    | the same; the matrices themselves are kept in 8 bits        | 600   |
+| tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
+
+Rows of 512 tokens hold several conversations each; those that are longer are cut after a turn of the
+assistant, or dropped, and counted (`lm data show`). Data: 8,354 short examples of T0's training
+mixture with their prompts and completions, and 930 more for validation, in a folder `instruct` under
+$LM_DATA_DIR; from yizhongw/self-instruct. RESULTS.md has the figures.
+
+    scripts/quickstart.sh runs/quickstart
+    LM_DATA_DIR=DIR lm train --config experiments/chat.py --workdir runs/chat \\
+        --config.init.from=runs/quickstart --config.data.tokenizer=run:runs/quickstart
+    LM_DATA_DIR=DIR lm eval --workdir runs/chat --task
+"""
+
+from lm.config import choose, default
+
+VARIANTS = {  # layers, d_model, heads, steps
+    "full": (4, 192, 6, 600),
+    "lora": (4, 192, 6, 600),
+    "lora8": (4, 192, 6, 600),
+    "tiny": (2, 64, 4, 60),
+}
+
+
+def get_config(variant="full"):
+    n_layers, d_model, n_heads, steps = choose(VARIANTS, variant)
+    config = default()
+
+    model = config.model  # that of stdlib.py
+    model.n_layers, model.d_model, model.n_heads = n_layers, d_model, n_heads
+    model.norm, model.positions, model.activation = "rmsnorm", "rotary", "gelu_tanh"
+    model.bias = model.norm_bias = False
+
+    config.objective.name = "chat"
+    data = config.data
+    data.source = "jsonl:instruct/t0_short_train.jsonl.gz"
+    data.validation_source = "jsonl:instruct/t0_short_dev.jsonl.gz"
+    data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 4096
+    data.sequence_length, data.batch_size = 512, 8
+
+    if variant.startswith("lora"):
+        config.lora.rank, config.lora.alpha = 16, 32.0
+        config.lora.targets = "layers/.*kernel"
+        config.lora.base = "int8" if variant == "lora8" else "float32"
+
+    config.train.steps = steps
+    config.train.scan_unroll, config.train.steps_per_dispatch = 0, 5
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 1e-3, 0.0
+    config.schedule.name, config.schedule.final_ratio = "linear", 0.0
+    config.schedule.warmup_steps = steps // 20
+    config.eval.every_steps = steps // 3
+    config.decode.max_length = 64
+    return config
