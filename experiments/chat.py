@@ -7,9 +7,9 @@
 | lora8    | the same; the matrices themselves are kept in 8 bits        | 600   |
 | tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
 
-Rows of 512 tokens hold several conversations each; those that are longer are cut after a turn of the
+Rows of 512 tokens hold several conversations each; longer ones are cut after a turn of the
 assistant, or dropped, and counted (`lm data show`). Data: 8,354 short examples of T0's training
-mixture with their prompts and completions, and 930 more for validation, in a folder `instruct` under
+mixture, prompts and completions, and 930 more for validation, in a folder `instruct` under
 $LM_DATA_DIR; from yizhongw/self-instruct. RESULTS.md has the figures.
 
     scripts/quickstart.sh runs/quickstart

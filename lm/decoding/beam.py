@@ -9,7 +9,7 @@ Shape letters: B inputs, K beam, R = B·K rows, T most new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -52,10 +52,12 @@ class BeamOptions:
     controls: Controls = field(default_factory=Controls)
 
     @classmethod
-    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> BeamOptions:
-        """Return the options of a resolved configuration."""
+    def from_config(
+        cls, config: ConfigDict, tokenizer: Tokenizer, further_ends: Sequence[int] = ()
+    ) -> BeamOptions:
+        """Return the options of a resolved configuration; arguments as of `Controls`."""
         decode = config.decode
-        controls = Controls.from_config(config, tokenizer)
+        controls = Controls.from_config(config, tokenizer, further_ends)
         return cls(decode.beam_size, decode.max_length, decode.length_penalty, controls)
 
     def norm(self, length: jax.Array | int) -> jax.Array:

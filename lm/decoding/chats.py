@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm.data.chat.messages import Message, as_messages, messages_of, tools_of
 from lm.data.records import BadRow
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.controls import Controls
-from lm.decoding.text_limits import text_limits
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,10 +78,7 @@ def chat_ids(template: ChatTemplate, chat: Chat) -> list[int]:
 
 def chat_controls(config: ConfigDict, tokenizer: Tokenizer, template: ChatTemplate) -> Controls:
     """Return the controls of a resolved configuration, with the ends of an assistant's turn."""
-    controls = Controls.from_config(config, tokenizer)
-    end_ids = tuple(dict.fromkeys((*template.stop_ids, *controls.end_ids)))
-    limits = text_limits(config.decode, tokenizer, end_ids)
-    return replace(controls, end_ids=end_ids, limits=limits)
+    return Controls.from_config(config, tokenizer, template.stop_ids)
 
 
 def bad_row(where: object, error: BadRow) -> UserError:

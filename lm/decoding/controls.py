@@ -6,6 +6,7 @@ prefixes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -40,17 +41,25 @@ class Controls:
     limits: TextLimits | None = None
 
     @classmethod
-    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> Controls:
-        """Return the controls of a resolved configuration."""
+    def from_config(
+        cls, config: ConfigDict, tokenizer: Tokenizer, further_ends: Sequence[int] = ()
+    ) -> Controls:
+        """Return the controls of a resolved configuration.
+
+        Args:
+            config: configuration.
+            tokenizer: tokenizer of the data.
+            further_ends: tokens that end a row as those of the tokenizer do.
+        """
         decode = config.decode
         # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
         has_targets = "encoder_decoder" in config.model.family
-        end_ids = tokenizer.stop_ids
+        end_ids = tuple(dict.fromkeys((*further_ends, *tokenizer.stop_ids)))
         if has_targets and not end_ids:
             end_ids = (special_tokens(tokenizer).eos,)
         words = [word for word in map(str.strip, decode.banned.split(",")) if word]
         banned = banned_sequences(tokenizer, words)
-        limits = text_limits(decode, tokenizer, tuple(end_ids))
+        limits = text_limits(decode, tokenizer, end_ids)
         return cls(end_ids, decode.repetition_penalty, banned, decode.min_length, limits)
 
     def penalized(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:

@@ -103,7 +103,8 @@ def _generate(
     tokenizer = experiment.tokenizer
     assert tokenizer is not None
     sources = [experiment.objective.source(record) for record in chain.from_iterable(stores)]
-    options = BeamOptions.from_config(experiment.config, tokenizer)
+    ends = experiment.objective.end_ids(tokenizer)
+    options = BeamOptions.from_config(experiment.config, tokenizer, ends)
     with progress_bar("decoding", len(sources), shown=progress, unit="record") as bar:
         outputs = decode_best(experiment, params, tokenizer, sources, options, bar.update)
     return [text_after(tokenizer, [], ids) for ids in outputs]

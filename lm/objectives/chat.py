@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
+from lm.data.chat.chat_template import ChatTemplate
 from lm.data.chat.messages import content_text
 from lm.data.record_store import PackedRecords, Record, RecordStore, pack_records
 from lm.data.tokenizer import Tokenizer
@@ -126,6 +127,10 @@ class ChatTuning(Objective[RecordStore, Example]):
         """Return what comes before the last message that the assistant learns to say."""
         turns = record.turns[_COLUMN]
         return record.tokens[_COLUMN][: turns[turns[:, 2] == turns[-1, 2]][0, 0]]
+
+    def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Return what ends the assistant's turn."""
+        return ChatTemplate.of(tokenizer).stop_ids
 
     def reference(self, record: Record) -> Reference:
         """Return the text of the last message that the assistant learns to say."""

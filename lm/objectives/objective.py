@@ -232,6 +232,10 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
         """Return the tokens from which the answer is decoded; for the task "generate"."""
         raise NotImplementedError
 
+    def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Return tokens that end an answer beside those that end any text; for "generate"."""
+        return ()
+
     def answers(self, stores: Sequence[StoreT], outputs: np.ndarray) -> list[Answer]:
         """Return the answer to each record of the stores; for the task "predict".
 

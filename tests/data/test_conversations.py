@@ -12,6 +12,7 @@ from lm.data.chat.chat_template import ChatTemplate
 from lm.data.chat.conversations import encode_messages
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
+from lm.data.statistics import measure
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 
@@ -136,6 +137,29 @@ def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, writ
     assert "of 2 conversations 0 cut after a turn and 1 dropped" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no turn of any conversation fits into 101 tokens: set"):
         build(write({"messages": long}), length=100)
+
+
+def test_statistics_mark_what_is_learnt_and_count_what_was_lost(build, write):
+    row = {"messages": TALK[1:2] + TALK[4:]}
+    whole = encode_messages(TEMPLATE, row["messages"], None)
+    store = build(write(row, row), length=len(whole.ids) - 3)
+    found = measure("train", store, BYTES, 1)
+    (end, _), learnt = whole.turns[:, 1], whole.turns[0, 1] - whole.turns[0, 0]
+    n_lost = whole.turns[1, 1] - whole.turns[1, 0]
+    assert found.sizes == {
+        "tokens": 2 * end,
+        "records": 2,
+        "tokens learnt": 2 * learnt,
+        "records cut": 2,
+        "records dropped": 0,
+        "tokens lost": 2 * n_lost,
+    }
+    text, ids = found.samples[0].split(" | ids: ")
+    assert text.startswith("messages: <|im_start|>user\nWeather?")
+    assert f"<|im_start|>assistant\n⟦12 °C, Ünïcode 😀{END}⟧" in text
+    marked = " ".join(map(str, whole.ids[slice(*whole.turns[0, :2])].tolist()))
+    assert f"⟦{marked}⟧" in ids
+    assert (store.select(np.arange(1)).n_learnt("messages") == learnt).all()
 
 
 def test_what_is_not_weighed_is_read_but_not_learnt(build, write):
