@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def check(name: str, source: str, training: str | None, kind: str, counts: Count
     with tempfile.TemporaryDirectory() as folder:
         theirs, tokenizer, special = make(source, Path(folder), kind)
         template = ChatTemplate.of(tokenizer)
-        marked = ChatTemplate.of(tokenizer, reads_markers=True)
+        marked = replace(template, reads_markers=True)
         for case, (messages, options) in CONVERSATIONS.items():
             expected, found = (
                 reference(theirs, messages, options),

@@ -43,6 +43,8 @@ MODEL: Patterns = (
 READING: Patterns = (
     "data.*",
     "-data.tokenizer_*",
+    "-data.added_tokens",
+    "-data.chat_*",
     "-data.lowercase",
     "-data.weights",
     "-data.schedule",

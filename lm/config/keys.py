@@ -419,6 +419,20 @@ COMMON_KEYS: dict[str, Key] = {
     "data.lowercase": Key(
         False, "The words tokenizer lower-cases.", needs=("data.tokenizer", "words")
     ),
+    "data.added_tokens": Key(
+        "",
+        "Special tokens added to the vocabulary, comma-separated; template: those that the shipped "
+        "chat template writes, unless the tokenizer has one of its own; empty: that for "
+        "objectives that learn from conversations, none for others.",
+    ),
+    "data.chat_template": Key(
+        "", "Jinja file of the chat template; empty: the tokenizer's, else the shipped one."
+    ),
+    "data.chat_markers": Key(
+        False,
+        "Read names of special tokens in messages as these tokens, as transformers does; otherwise "
+        "they are characters, so that no text can end a turn.",
+    ),
     "data.sequence_length": Key(256, "Tokens of an example.", low=1),
     "data.stride": Key(
         0, "Training windows start every so many tokens; 0: where the last one ended.", low=0

@@ -263,6 +263,10 @@ OBJECTIVES = Registry(
 )
 
 
+# Record columns that hold conversations, whose special tokens are added to the vocabulary.
+CONVERSATIONS = frozenset(("messages", "chosen", "rejected", "completion"))
+
+
 # --- optimization
 
 

@@ -163,7 +163,7 @@ class Tokenizer(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         files = self.files()
         for name, content in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
         about = {"kind": self.kind, "files": sorted(files), "digest": self.digest}
         (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -216,13 +216,18 @@ def make_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
         raise UserError(problem)
     name, _, argument = data.tokenizer.partition(":")
     cls = TOKENIZERS[name]
-    if not argument:
-        return _fitted(cls, data, tuple(training)) if cls.is_fitted else cls()
-    try:
-        tokenizer = cls.from_argument(argument, data)
-        tokenizer.vocab_size  # noqa: B018  # reads the file, so that the error names it
-    except UserError as error:
-        raise UserError(f"{data.tokenizer}: {error}") from error
+    if argument:
+        try:
+            tokenizer: Tokenizer = cls.from_argument(argument, data)
+            tokenizer.vocab_size  # noqa: B018  # reads the file, so that the error names it
+        except UserError as error:
+            raise UserError(f"{data.tokenizer}: {error}") from error
+    else:
+        tokenizer = _fitted(cls, data, tuple(training)) if cls.is_fitted else cls()
+    if data.added_tokens or data.chat_template:
+        from lm.data.chat.added_tokens import extended
+
+        return extended(tokenizer, data)
     return tokenizer
 
 

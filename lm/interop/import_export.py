@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm.config.registries import OBJECTIVES, SCHEMA
 from lm.config.registry import listed, listing
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
@@ -179,9 +180,10 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         raise missing_package("lm export", "tokenizers", "hf")
     about: dict[str, Any] = {}
     model_type: str | None = None
-    if isinstance(tokenizer, FolderTokenizer):
-        about |= model_settings(tokenizer)
-        model_type = (tokenizer.stated(CONFIG) or {}).get("model_type")
+    plain = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    if isinstance(plain, FolderTokenizer):
+        about |= model_settings(plain)
+        model_type = (plain.stated(CONFIG) or {}).get("model_type")
     elif tokenizer:
         about |= _special_ids(config, tokenizer)
     if "classifier" in nested(params):
@@ -194,7 +196,8 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     is_bounded = config.model.positions == "learned"
     length = config.model.max_length if is_bounded else None
     if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):
-        log(f"a {tokenizer.kind} tokenizer has no equivalent there and was left out")
+        kind = plain.kind if plain else ""
+        log(f"a {kind} tokenizer has no equivalent there and was left out")
     log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {dtype}")
 
 

@@ -12,14 +12,15 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer
-from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
+from lm.data.tokenizers.folder import CONFIG, GENERATION, FolderTokenizer
 from lm.data.tokenizers.hf import BYTE_CHARACTERS, Gpt2Tokenizer, HuggingFaceTokenizer, read_merges
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
-from lm.storage import parse_json
+from lm.storage import parse_json, read_json
 
 DELIMITER = "<|endoftext|>"
 # Further keys of config.json that transformers 4 kept settings of generation in, and the version,
@@ -83,6 +84,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int
         family: `--config.model.family`.
         length: most tokens of a text; None: any number.
     """
+    if isinstance(tokenizer, ExtendedTokenizer):
+        written = write_tokenizer(tokenizer.base, folder, family, length)
+        if written:
+            _write_added(tokenizer, folder)
+        return written
     if isinstance(tokenizer, FolderTokenizer):
         for name, content in tokenizer.files().items():
             if name != CONFIG:
@@ -108,6 +114,45 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return True
+
+
+def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
+    """Add tokens and a chat template to the files of a tokenizer; its turns end a generated text.
+
+    Raises:
+        UserError: the tokens would get other ids there.
+    """
+    import tokenizers
+
+    from lm.data.chat.chat_template import ChatTemplate
+
+    settings_file, definition_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    settings = read_json(settings_file) if settings_file.exists() else {}
+    ids = {name: tokenizer.base.vocab_size + i for i, name in enumerate(tokenizer.names)}
+    if definition_file.exists():
+        made = tokenizers.Tokenizer.from_file(str(definition_file))
+        made.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False, special=True) for name in ids]
+        )
+        for name, i in ids.items():
+            if (there := made.token_to_id(name)) != i:
+                raise UserError(f"the added token {name!r} has the id {i}, and would have {there}")
+        definition_file.write_text(made.to_str())
+    if "added_tokens_decoder" in settings or not definition_file.exists():
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        settings["added_tokens_decoder"] = settings.get("added_tokens_decoder", {}) | {
+            str(i): {"content": name, **flags, "special": True} for name, i in ids.items()
+        }
+    if tokenizer.jinja:
+        settings.pop("chat_template", None)
+        for other in folder.glob("additional_chat_templates/*.jinja"):
+            other.unlink()
+        (folder / "chat_template.jinja").write_text(tokenizer.jinja)
+    settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    generation_file = folder / GENERATION
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation["eos_token_id"] = list(ChatTemplate.of(tokenizer).stop_ids)
+    generation_file.write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _with_template(definition: bytes, tokenizer: Tokenizer, family: str) -> bytes:

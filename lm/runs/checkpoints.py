@@ -86,12 +86,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full.
         """
-        metadata = {
-            **self.metadata,
-            **(notes or {}),
-            "step": step,
-            "checksums": checksums(state),
-        }
+        metadata = {**self.metadata, **(notes or {}), "step": step, "checksums": checksums(state)}
         with disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm.config.patterns import rename_rules
@@ -21,8 +24,13 @@ from lm.models.lora import SCALES, kernel_of, quantize_loaded
 from lm.models.parameter_groups import matching
 from lm.models.variables import flat, nested
 from lm.runs.checkpoints import Log
-from lm.runs.saved_params import SavedCheckpoint, mean_params, saved_checkpoints
-from lm.storage import resolve_path
+from lm.runs.saved_params import (
+    SavedCheckpoint,
+    load_tokenizer,
+    mean_params,
+    saved_checkpoints,
+)
+from lm.storage import open_run_folder, resolve_path
 from lm.train_step import TrainState
 from lm.training.frozen_models import with_frozen_models
 
@@ -73,20 +81,83 @@ def _warm_started(
     checkpoints = saved_checkpoints(resolve_path(options["from"]), log)
     params = flat(state.inference_params)
     shardings = flat(experiment.inference_sharding)
-    plan = map_parameters(options, params, checkpoints[0].shapes)
-    _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
+    n_shared = _shared_ids(tokenizer, checkpoints[0])
+    axes = _vocabulary_axes(experiment) if n_shared else {}
+    plan = map_parameters(options, params, checkpoints[0].shapes, axes)
+    if not n_shared:
+        _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
     for path in plan.loaded:
         params[path].delete()  # so that old and new need not fit side by side
+    targets = {path: shardings[path] for path in plan.loaded}
+    targets |= {path: _without(axes[path], targets[path]) for path in plan.loaded if path in axes}
     found, steps = mean_params(
         checkpoints,
         options.average,
-        {name: shardings[path] for path, name in plan.loaded.items()},
+        {name: targets[path] for path, name in plan.loaded.items()},
         log,
     )
     loaded = {path: found[name] for path, name in plan.loaded.items()}
     log(_describe(options["from"], steps, plan, sum(x.size for x in loaded.values())))
-    kept = quantize_loaded(loaded, shardings, experiment.param_infos)
+    resized = {
+        path: _with_mean_rows(loaded[path], axis, n_shared, params[path], shardings[path])
+        for path, axis in axes.items()
+        if path in loaded
+    }
+    if resized and n_shared < tokenizer.vocab_size:
+        log(
+            f"rows of ids from {n_shared} on, of tokens added to its tokenizer, are the mean of "
+            f"the others: {', '.join(resized)}"
+        )
+    kept = quantize_loaded(loaded | resized, shardings, experiment.param_infos)
     return state.with_inference_params(nested(params | kept))
+
+
+def _shared_ids(tokenizer: Tokenizer, source: SavedCheckpoint) -> int:
+    """Return how many ids of a tokenizer are all those of a source with fewer; 0 if it is none."""
+    if source.metadata["fingerprint"]["tokenizer"] in ("", tokenizer.digest):
+        return 0
+    from lm.data.chat.extended_tokenizer import ExtendedTokenizer
+
+    folder = source.folder.parent.parent
+    if not isinstance(tokenizer, ExtendedTokenizer) or not (folder / "tokenizer").is_dir():
+        return 0
+    return tokenizer.shared_ids(load_tokenizer(open_run_folder(str(folder))))
+
+
+def _vocabulary_axes(experiment: Experiment) -> dict[str, int]:
+    """Return the axis of ids of each parameter that has one, by path."""
+    infos = experiment.param_infos
+    return {path: info.axes.index("vocab") for path, info in infos.items() if "vocab" in info.axes}
+
+
+def _without(axis: int, sharding: NamedSharding) -> NamedSharding:
+    """Return a sharding in which an axis, whose size may be another, is not divided."""
+    spec = [*sharding.spec, *[None] * (axis + 1 - len(sharding.spec))]
+    spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _with_mean_rows(
+    old: jax.Array, axis: int, n_kept: int, new: Any, sharding: NamedSharding
+) -> jax.Array:
+    """Return a parameter with rows of other ids, each the mean of those that are kept.
+
+    Args:
+        old: the parameter of the source.
+        axis: its axis of ids.
+        n_kept: number of rows that are kept.
+        new: array or shape that it gets.
+        sharding: sharding that it gets.
+    """
+    n_kept = min(n_kept, old.shape[axis], new.shape[axis])
+    shape = (*old.shape[:axis], new.shape[axis] - n_kept, *old.shape[axis + 1 :])
+
+    def resize(old: jax.Array) -> jax.Array:
+        kept = jax.lax.slice_in_dim(old, 0, n_kept, axis=axis)
+        mean = jnp.broadcast_to(kept.mean(axis, jnp.float32, keepdims=True), shape)
+        return jnp.concatenate([kept, mean.astype(old.dtype)], axis)
+
+    return jax.jit(resize, out_shardings=sharding)(old)
 
 
 def _with_vectors(
@@ -114,7 +185,10 @@ def _with_vectors(
 
 
 def map_parameters(
-    options: ConfigDict, params: Mapping[str, Any], source: Mapping[str, Any]
+    options: ConfigDict,
+    params: Mapping[str, Any],
+    source: Mapping[str, Any],
+    resizable: Mapping[str, int] = MappingProxyType({}),
 ) -> ParamMapping:
     """Match parameters of a source run with those of this one.
 
@@ -122,6 +196,7 @@ def map_parameters(
         options: the configuration's section "init".
         params: arrays or shapes of this run by path, model state included.
         source: those of the source.
+        resizable: axis whose size may be another there, of some parameters of this run.
 
     Raises:
         UserError: a name or shape does not correspond, and the options do not allow it.
@@ -139,7 +214,7 @@ def map_parameters(
     unlike = [
         f"{path} {tuple(base[path].shape)} from {tuple(source[name].shape)}"
         for path, name in loaded.items()
-        if base[path].shape != source[name].shape
+        if not _is_alike(base[path].shape, source[name].shape, resizable.get(path))
     ]
     problems = [
         f"{len(paths)} {what}: {', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}"
@@ -158,6 +233,12 @@ def map_parameters(
     made = {path for path in params if path.startswith(f"{SCALES}/") or is_frozen(path)}
     fresh = [path for path in params if path not in loaded and path not in made]
     return ParamMapping(loaded, fresh, left)
+
+
+def _is_alike(one: Sequence[int], two: Sequence[int], axis: int | None) -> bool:
+    """Return whether two shapes are equal, but for the size of an axis."""
+    alike = len(one) == len(two)
+    return alike and all(a == b or i == axis for i, (a, b) in enumerate(zip(one, two, strict=True)))
 
 
 def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:

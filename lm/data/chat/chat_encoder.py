@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 from lm.data.chat.ownership import codes, longest_of
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
@@ -62,6 +63,8 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
 def role_names(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the names of special tokens by role, such as bos, as templates use them."""
     match tokenizer:
+        case ExtendedTokenizer():
+            return role_names(tokenizer.base)
         case FolderTokenizer():
             return {role: name for role, name in tokenizer.special_names.items() if name}
         case WordTokenizer():
@@ -76,6 +79,8 @@ def role_names(tokenizer: Tokenizer) -> dict[str, str]:
 def added_tokens(tokenizer: Tokenizer) -> dict[str, bool]:
     """Return the names of tokens that are cut out of a text, and whether each is special."""
     match tokenizer:
+        case ExtendedTokenizer():
+            return added_tokens(tokenizer.base) | dict.fromkeys(tokenizer.names, True)
         case FolderTokenizer():
             return added_tokens(tokenizer.base) | tokenizer.added_tokens
         case HuggingFaceTokenizer():
@@ -126,7 +131,13 @@ class ChatEncoder:
             if not hasattr(base, "base"):
                 return None
             base = base.base
-        return base.reading(name for name in self.special)
+        return base.reading(self.special)
+
+    @cached_property
+    def _other_ids(self) -> dict[int, int]:
+        """Id of each special token that the package numbers otherwise, by its number there."""
+        made = {self._package.token_to_id(name): i for name, i in self.special.items()}
+        return {there: here for there, here in made.items() if there != here}
 
     def encode(self, text: str, is_owned: np.ndarray | None, guarded: Mapping[str, int]) -> Tokens:
         """Return the tokens of a text.
@@ -141,7 +152,7 @@ class ChatEncoder:
         """
         if self._package is None:
             return self._by_parts(text, is_owned, guarded)
-        found = _run(self._package, text, {})
+        found = _run(self._package, text, self._other_ids)
         if is_owned is None or not _forged(found, is_owned, guarded).any():
             return found
         return self._renamed(text, is_owned, guarded)

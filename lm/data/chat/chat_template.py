@@ -75,15 +75,21 @@ class ChatTemplate:
     reads_markers: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, *, reads_markers: bool = False) -> ChatTemplate:
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
         """Return the template of a tokenizer; the shipped one if it has none."""
         found = getattr(tokenizer, "chat_templates", {})
+        reads_markers = getattr(tokenizer, "reads_markers", False)
         return cls(tokenizer, found or {"default": DEFAULT_TEMPLATE.read_text()}, reads_markers)
 
     @property
     def source(self) -> str:
         """Jinja source, of all templates if there are several."""
         return "\n".join(text for _, text in sorted(self.sources.items()))
+
+    def check(self) -> None:
+        """Raise UserError if a template is no valid Jinja."""
+        for template in self._templates:
+            template.check()
 
     def render(
         self,

@@ -68,6 +68,10 @@ class JinjaTemplate:
         except TemplateError as error:
             raise UserError(f"the chat template: {_reason(error)}") from error
 
+    def check(self) -> None:
+        """Raise UserError if the source is no valid Jinja."""
+        self._compiled  # noqa: B018  compiles it
+
     @cached_property
     def _tree(self) -> Any:
         return self._environment.parse(self.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
@@ -17,3 +18,10 @@ class SavedTokenizer:
     def from_argument(argument: str, data: Any) -> Tokenizer:
         """Open the tokenizer of the run in a folder or bucket."""
         return load_saved_tokenizer(open_run_folder(argument) / "tokenizer")
+
+    @staticmethod
+    def from_files(files: Mapping[str, bytes]) -> Tokenizer:
+        """Return a tokenizer that only runs have: another one with added tokens."""
+        from lm.data.chat.extended_tokenizer import ExtendedTokenizer
+
+        return ExtendedTokenizer.from_files(files)

@@ -1,0 +1,64 @@
+"""Tokens and chat template that a configuration adds to a tokenizer.
+
+`data.added_tokens` names the tokens, or is "template": those that the chat template writes, unless
+it is the tokenizer's own. The template is that of `data.chat_template`, else the tokenizer's, else
+the shipped one. Both are saved with the tokenizer of a run, and exported with it; so is
+`data.chat_markers`, but for the export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lm.config.registry import listed
+from lm.data.chat.chat_template import DEFAULT_TEMPLATE, ChatTemplate
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
+from lm.data.files import find_file
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+
+OF_TEMPLATE = "template"
+_TOKENS = ("<|im_start|>", "<|im_end|>")  # of the shipped template
+
+
+def extended(tokenizer: Tokenizer, data: Any) -> Tokenizer:
+    """Return a tokenizer with the added tokens and the chat template of a configuration.
+
+    Args:
+        tokenizer: the tokenizer.
+        data: section `data` of the configuration.
+
+    Raises:
+        UserError: the template cannot be read, or a name is one of its texts.
+    """
+    old = tokenizer if isinstance(tokenizer, ExtendedTokenizer) else ExtendedTokenizer(tokenizer)
+    jinja = old.jinja
+    if data.chat_template:
+        jinja = _read(data.chat_template, data)
+    elif not old.chat_templates:
+        jinja = DEFAULT_TEMPLATE.read_text()
+    names = list(dict.fromkeys(listed(data.added_tokens)))
+    if names == [OF_TEMPLATE]:
+        names = [name for name in _TOKENS if name in jinja]
+    known = [name for name in names if name in old.names or _is_special(old.base, name)]
+    names = [*old.names, *(name for name in names if name not in known)]
+    made = replace(old, names=tuple(names), jinja=jinja, reads_markers=data.chat_markers)
+    if made == old:
+        return tokenizer
+    ChatTemplate.of(made).check()
+    return made
+
+
+def _is_special(tokenizer: Tokenizer, name: str) -> bool:
+    """Return whether a vocabulary has a token that no text gives."""
+    found = tokenizer.token_id(name)
+    return found is not None and found not in tokenizer.encode(name)
+
+
+def _read(path: str, data: Any) -> str:
+    file = find_file(path, data)
+    try:
+        return file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config.data.chat_template={path}: {error}") from error
