@@ -16,9 +16,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lm.data.records import BadRow
 from lm.data.splits import open_split
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.best_of import open_best_of
+from lm.decoding.chats import chat_of, chat_template
 from lm.decoding.generation import generate_texts
 from lm.decoding.prompts import check_ids
 from lm.decoding.sampling import Sampling
@@ -128,6 +130,33 @@ class Run:
         """
         return self.activations(tokens_BL, capture=("attention",))["attention"]
 
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """Answer a conversation.
+
+        Args:
+            messages: "role" and "content" of each, as transformers takes them, or one question;
+                if an assistant said the last one, it is continued.
+            tools: JSON schemas of functions that may be called.
+            **options: as `generate` takes them.
+
+        Returns:
+            The content of the assistant's next message.
+
+        Raises:
+            UserError: the model is no decoder, or the chat template refuses the messages.
+        """
+        template = chat_template(self.tokenizer, self.model)
+        try:
+            chat = chat_of({"prompt": messages, "tools": tools})
+        except BadRow as error:
+            raise UserError(str(error)) from error
+        return _generated(self, [chat], template, **options)[0]
+
 
 def load_run(
     workdir: str | Path,
@@ -209,6 +238,24 @@ def generate(
         UserError: the model cannot generate, or a prompt does not fit.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+    options |= {"top_p": top_p, "seed": seed, "best_of": best_of, "reward_model": reward_model}
+    return _generated(run, texts, None, **options)
+
+
+def _generated(
+    run: Run,
+    inputs: Sequence[Any],
+    template: Any,
+    max_new_tokens: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    best_of: int = 1,
+    reward_model: str | Path = "",
+) -> list[str]:
+    """Return the texts that are generated for inputs, which are conversations of a template."""
     experiment, params = run.decoding
     if max_new_tokens:
         config = run.config.copy_and_resolve_references()
@@ -218,6 +265,6 @@ def generate(
     chosen = open_best_of(best_of, str(reward_model)) if best_of > 1 else None
     if chosen and not temperature:
         raise UserError("best_of chooses among samples: temperature must be above 0")
-    arguments = experiment, params, run.tokenizer, texts, sampling, seed
-    found = generate_texts(*arguments, best_of=chosen)
+    arguments = experiment, params, run.tokenizer, inputs, sampling, seed
+    found = generate_texts(*arguments, best_of=chosen, template=template)
     return [hypotheses[0].text if hypotheses else "" for hypotheses in found]

@@ -148,6 +148,31 @@ def weights_arguments(parser: Parser) -> None:
     parser.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
 
 
+def sampling_arguments(parser: Parser) -> None:
+    """Add the options of sampling."""
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; or several"
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=at_least(1),
+        metavar="N",
+        help="same as --config.decode.max_length",
+    )
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
+    parser.add_argument("--greedy", action="store_true", help="temperature 0")
+    parser.add_argument("--top_k", type=at_least(0), default=0, metavar="K")
+    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise UserError for a text of the command line that is not UTF-8."""
+    for text in texts:
+        if text.encode(errors="ignore").decode() != text:
+            raise UserError(f"{text!a}: a text on the command line must be UTF-8")
+
+
 def json_argument(parser: Parser) -> None:
     """Add --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")

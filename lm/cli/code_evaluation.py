@@ -96,6 +96,7 @@ def _written(
     args: argparse.Namespace, overrides: Overrides, problems: Sequence[Any]
 ) -> tuple[list[Any], int]:
     """Return samples that a run writes, and its step."""
+    from lm.decoding.chats import chat_template
     from lm.decoding.prompts import is_encoder_decoder
     from lm.decoding.sampling import Sampling
     from lm.evaluation.code.completions import write_completions
@@ -108,11 +109,7 @@ def _written(
     model, tokenizer = experiment.model, experiment.tokenizer
     if not hasattr(model, "decode") or is_encoder_decoder(model):
         raise UserError(f"a model of the family {experiment.config.model.family} writes no code")
-    template = None
-    if args.apply_chat_template:
-        from lm.data.chat.chat_template import ChatTemplate
-
-        template = ChatTemplate.of(tokenizer)
+    template = chat_template(tokenizer, model) if args.apply_chat_template else None
     n_samples = args.n_samples or 1
     several = 0.0 if n_samples == 1 else 0.8
     temperature = several if args.temperature is None else args.temperature

@@ -9,16 +9,17 @@ import stat
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm.cli.arguments import (
     Overrides,
     Parser,
     at_least,
+    check_texts,
     json_argument,
     open_run,
-    probability,
     process_arguments,
+    sampling_arguments,
     weights_arguments,
 )
 from lm.cli.used_keys import MODEL, Patterns
@@ -34,23 +35,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="or several; without, what is piped in"
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this; or several"
-    )
     parser.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
     parser.add_argument("--output", metavar="FILE", help="a line an input, or .jsonl; continued")
     parser.add_argument("--n_best", type=at_least(1), default=1, metavar="N", help="in JSON only")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=at_least(1),
-        metavar="N",
-        help="same as --config.decode.max_length",
-    )
-    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
-    parser.add_argument("--greedy", action="store_true", help="temperature 0")
-    parser.add_argument("--top_k", type=at_least(0), default=0, metavar="K")
-    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--chat", action="store_true", help="the inputs are messages: answer them")
+    parser.add_argument("--system", metavar="TEXT", help="of --chat: system prompt")
+    sampling_arguments(parser)
     parser.add_argument(
         "--best_of", type=at_least(1), metavar="N", help="of N samples the one of the best reward"
     )
@@ -68,6 +58,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
     from lm.decoding.best_of import open_best_of
+    from lm.decoding.chats import chat_of, chat_template
     from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.guard import open_guard
@@ -86,6 +77,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = experiment.tokenizer
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    template = chat_template(tokenizer, model) if args.chat else None
     guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     best_of = open_best_of(args.best_of, args.reward_model)
@@ -97,29 +89,30 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         files = Path(args.input), Path(args.output)
         seed, n_best, stop = args.seed, args.n_best, args.stop
         common = experiment, params, tokenizer, *files
-        generate_file(*common, sampled, seed, n_best, made_by, stop, best_of)
+        of_chat: Any = {"template": template, "system": args.system}
+        generate_file(*common, sampled, seed, n_best, made_by, stop, best_of, **of_chat)
         _print_guard(guard)
         return 0
     prompts = args.prompt or [piped]
+    inputs: Sequence[Any] = prompts
+    if template:
+        inputs = [chat_of({"prompt": prompt}, args.system) for prompt in prompts]
     if searches or guard or best_of:  # which judge whole outputs
         sampled = None if searches else sampling
-        found = generate_texts(
-            *(experiment, params, tokenizer, prompts, sampled, args.seed),
-            stop=args.stop,
-            best_of=best_of,
-        )
+        options: Any = {"stop": args.stop, "best_of": best_of, "template": template}
+        found = generate_texts(experiment, params, tokenizer, inputs, sampled, args.seed, **options)
         role = "source" if is_encoder_decoder(model) else "prompt"
         records = [
             generation_record(role, prompt, generations, args.n_best)
             for prompt, generations in zip(prompts, found, strict=True)
         ]
-        _print_records(records, args.json)
+        _print_records(records, args.json, repeats=not template)
         _print_guard(guard)
     else:
         steps = stream_continuations(
-            experiment, params, tokenizer, prompts, sampling, args.seed, args.stop
+            experiment, params, tokenizer, inputs, sampling, args.seed, args.stop, template
         )
-        _print_continuations(prompts, steps, args.json)
+        _print_continuations(prompts, steps, args.json, repeats=not template)
     return 0
 
 
@@ -155,35 +148,46 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise UserError("--input and --output go together")
     if args.input and (args.prompt or args.json):
         raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
-    for text in (*(args.prompt or ()), *args.stop):
-        if text.encode(errors="ignore").decode() != text:
-            raise UserError(f"{text!a}: a text on the command line must be UTF-8")
+    if args.system is not None and not args.chat:
+        raise UserError("--system is of --chat: give both")
+    check_texts([*(args.prompt or ()), *args.stop, args.system or ""])
     if "" in args.stop:
         raise UserError("--stop is empty: every continuation would end before it begins")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
         raise UserError("--n_best needs --json, or --output FILE.jsonl")
 
 
-def _print_records(records: list[dict], as_json: bool) -> None:
+def _print_records(records: list[dict], as_json: bool, repeats: bool) -> None:
+    """Print records; texts behind their prompts, if `repeats`."""
     if as_json:
         print(json.dumps(records))
         return
     for made in records:
-        print(made.get("prompt", "") + made["text"])
+        print((made.get("prompt", "") if repeats else "") + made["text"])
 
 
-def _print_continuations(prompts: Sequence[str], steps: Iterable[list[str]], as_json: bool) -> None:
-    """One prompt streams as it grows; several are printed whole, one after the other."""
+def _print_continuations(
+    prompts: Sequence[str], steps: Iterable[list[str]], as_json: bool, repeats: bool
+) -> None:
+    """One prompt streams as it grows; several are printed whole, one after the other.
+
+    Args:
+        prompts: the prompts.
+        steps: new texts of each.
+        as_json: print records.
+        repeats: print the prompts before what continues them.
+    """
+    shown = prompts if repeats else [""] * len(prompts)
     streams = len(prompts) == 1 and not as_json
     texts = [""] * len(prompts)
     for number, parts in enumerate(steps):
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
         if streams:
-            print(parts[0] if number else prompts[0] + parts[0], end="", flush=True)
+            print(parts[0] if number else shown[0] + parts[0], end="", flush=True)
     if streams:
         print()
     elif as_json:
         print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]))
     else:
-        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        for number, (prompt, text) in enumerate(zip(shown, texts, strict=True), 1):
             print(f"--- {number}\n{prompt}{text}")

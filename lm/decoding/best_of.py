@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from lm.data.chat.messages import content_text
+from lm.decoding.chats import Chat
 from lm.errors import UserError
 from lm.runs.reward_model import RewardModel
 
@@ -39,9 +41,9 @@ class BestOf:
 
     def ordered(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | Sequence[Chat],
         start: int,
-        sample: Callable[[Sequence[str], int], Iterator[list[Generation]]],
+        sample: Callable[[Sequence[Any], int], Iterator[list[Generation]]],
         progress: Callable[[int], Any],
     ) -> Iterator[list[Generation]]:
         """Yield the samples of each prompt, the best first, with their rewards as scores.
@@ -49,7 +51,7 @@ class BestOf:
         What a guard withholds comes last.
 
         Args:
-            texts: prompts.
+            texts: prompts, or conversations.
             start: index of the first prompt whose samples are yielded.
             sample: returns one sample of each prompt of a list, from an index on.
             progress: called with 1 for each finished prompt.
@@ -57,7 +59,18 @@ class BestOf:
         samples = sample([text for text in texts for _ in range(self.n)], start * self.n)
         for text in texts[start:]:
             found = [one for one, *_ in islice(samples, self.n)]
-            rewards = self.reward.scores([(text, one.text) for one in found]).tolist()
+            rewards = self.reward.scores([_pair(text, one.text) for one in found]).tolist()
             progress(1)
             scored = [replace(one, score=r) for one, r in zip(found, rewards, strict=True)]
             yield sorted(scored, key=lambda one: (one.withheld, -(one.score or 0.0)))
+
+
+def _pair(text: str | Chat, answer: str) -> tuple[Any, Any]:
+    """Return what a reward model takes of an input and an answer: two texts, or messages."""
+    if not isinstance(text, Chat):
+        return text, answer
+    given, last = list(text.messages), text.messages[-1]
+    if last["role"] == "assistant":
+        given.pop()
+        answer = content_text(last["content"]) + answer
+    return given, [{"role": "assistant", "content": answer}]

@@ -1,4 +1,4 @@
-"""Inputs that are texts or conversations: their token ids, and what ends an output."""
+"""Conversations as inputs of decoding: their token ids, and what ends an answer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
+
 from lm.data.chat.messages import Message, as_messages, messages_of, tools_of
 from lm.data.records import BadRow
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.controls import Controls
+from lm.decoding.prompts import is_encoder_decoder
 from lm.errors import UserError
+from lm.parallel.mesh import print_on_primary_host
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from lm.data.chat.chat_template import ChatTemplate
+
+_PROBE = "\ufdd0"
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,6 @@ class Chat:
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        tools = {"tools": list(self.tools)} if self.tools else {}
-        return {"messages": list(self.messages)} | tools
 
 
 def chat_of(values: Mapping[str, Any], system: str | None = None) -> Chat:
@@ -55,9 +56,8 @@ def chat_of(values: Mapping[str, Any], system: str | None = None) -> Chat:
     if not messages:
         raise BadRow("no messages")
     first = messages[0]["role"]
-    before = system if first not in ("system", "developer") else None
-    start = [] if before is None else [{"role": "system", "content": before}]
-    return Chat([*start, *messages], tools_of(values))
+    before = [] if first in ("system", "developer") else system_message(system)
+    return Chat([*before, *messages], tools_of(values))
 
 
 def chat_ids(template: ChatTemplate, chat: Chat) -> list[int]:
@@ -81,6 +81,33 @@ def chat_controls(config: ConfigDict, tokenizer: Tokenizer, template: ChatTempla
     return Controls.from_config(config, tokenizer, template.stop_ids)
 
 
-def bad_row(where: object, error: BadRow) -> UserError:
-    """Return the error of a row that is no conversation."""
-    return UserError(f"{where}: {error}")
+def chat_template(tokenizer: Tokenizer, model: nn.Module) -> ChatTemplate:
+    """Return the template of a run's tokenizer, or the shipped one.
+
+    A line on stderr says so where words alone mark turns.
+
+    Raises:
+        UserError: the model does not continue texts, or jinja2 is not installed.
+    """
+    if not hasattr(model, "decode") or is_encoder_decoder(model):
+        raise UserError("a chat needs a decoder, which continues texts")
+    from lm.data.chat.chat_template import ChatTemplate
+
+    template = ChatTemplate.of(tokenizer)
+    if not template.has_role_tokens:
+        print_on_primary_host("note: the run has no tokens that mark turns; a text can forge them")
+    return template
+
+
+def stop_texts(template: ChatTemplate) -> tuple[str, ...]:
+    """Return what follows an assistant's turn, if it is words alone that mark turns."""
+    if template.has_role_tokens:
+        return ()
+    said = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
+    between = template.render(said).split(_PROBE)[2].strip()
+    return (between.splitlines()[0],) if between else ()
+
+
+def system_message(system: str | None) -> list[Message]:
+    """Return the message of a system prompt; [] if there is none."""
+    return [{"role": "system", "content": system}] if system else []

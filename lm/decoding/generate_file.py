@@ -11,16 +11,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lm.data.files import read_lines
-from lm.data.records import Row, read_jsonl_rows
+from lm.data.records import BadRow, Row, read_jsonl_rows
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.best_of import BestOf
+from lm.decoding.chats import Chat, chat_of
 from lm.decoding.controls import Controls
 from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.guard import open_guard
@@ -34,6 +35,9 @@ from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
 from lm.runs.checkpoints import checksums
 from lm.storage import read_json
+
+if TYPE_CHECKING:
+    from lm.data.chat.chat_template import ChatTemplate
 
 LIMIT_KEYS = (*KEYS, "guard", "guard_labels", "guard_threshold")
 
@@ -50,6 +54,8 @@ def generate_file(
     weights: Mapping[str, Any],
     stop: Sequence[str] = (),
     best_of: BestOf | None = None,
+    template: ChatTemplate | None = None,
+    system: str | None = None,
 ) -> None:
     """Write one line for each input, or those that are missing; a progress bar goes to stderr.
 
@@ -65,19 +71,28 @@ def generate_file(
         weights: identity of the parameters; an output is continued only with the same.
         stop: texts before the first of which an output ends.
         best_of: take several samples of each input, and order them.
+        template: chat template; the inputs are conversations, each line of a text file one of one
+            message.
+        system: system prompt of conversations that have none.
     """
-    role = "source" if is_encoder_decoder(experiment.model) else "prompt"
-    inputs = read_inputs(input, role, experiment.config.data.columns)
+    inputs: Sequence[Any]
+    if template is None:
+        role = "source" if is_encoder_decoder(experiment.model) else "prompt"
+        inputs = lines = read_inputs(input, role, experiment.config.data.columns)
+    else:
+        role, inputs = "messages", read_chats(input, system)
+        lines = [json.dumps(vars(chat)) for chat in inputs]
     as_json = output.suffix == ".jsonl"
 
     def lines_from(start: int) -> Iterable[str]:
         shown = is_primary_host()
         bar = progress_bar("generating", len(inputs), initial=start, shown=shown)
         with bar:
-            arguments = inputs, sampling, seed, start, bar.update
-            found = generate_texts(experiment, params, tokenizer, *arguments, stop, best_of)
+            arguments = inputs, sampling, seed, start, bar.update, stop, best_of, template
+            found = generate_texts(experiment, params, tokenizer, *arguments)
             for text, generations in zip(inputs[start:], found, strict=True):
-                made = generation_record(role, text, generations, n_best)
+                given = text.messages if isinstance(text, Chat) else text
+                made = generation_record(role, given, generations, n_best)
                 yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
 
     # The batch size does not change the output.
@@ -92,15 +107,21 @@ def generate_file(
     chosen: dict[str, Any] = {"stop": list(stop)} if stop else {}
     if best_of:
         chosen |= {"best_of": best_of.n, "reward_model": best_of.reward.digest}
+    if template:
+        chosen["chat_template"] = _digest(template.source)
     made_by = {**weights, **decode, **limits, **sampled, **chosen, "n_best": n_best}
-    continue_file(output, inputs, made_by, lines_from)
+    continue_file(output, lines, made_by, lines_from)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _limits(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the limits and the guard that an output depends on; {} if there are none."""
     found: dict[str, Any] = {}
     if limits := Controls.from_config(config, tokenizer).limits:
-        found["limits"] = hashlib.sha256(json.dumps(limits.grammars).encode()).hexdigest()
+        found["limits"] = _digest(json.dumps(limits.grammars))
     if guard := open_guard(config.decode):
         found |= {name: config.decode[name] for name in ("guard_labels", "guard_threshold")}
         found["guard"] = guard.digest
@@ -126,6 +147,31 @@ def read_inputs(file: Path, role: str, columns: str) -> list[str]:
     pairs = (column.partition("=") for column in columns.split(","))
     field = {of.strip(): name.strip() for of, _, name in pairs}.get(role, role)
     return [_text(row, field) for row in read_jsonl_rows(file)]
+
+
+def read_chats(file: Path, system: str | None = None) -> list[Chat]:
+    """Return the conversations of the objects of a .jsonl file, or of one message a line of a text.
+
+    Args:
+        file: file, which may be packed (.gz).
+        system: system prompt of a conversation that has none.
+
+    Raises:
+        UserError: the file cannot be read, or an object has no conversation.
+    """
+    if not file.is_file():
+        raise UserError(f"no file {file}")
+    if not file.name.removesuffix(".gz").endswith(".jsonl"):
+        return [chat_of({"prompt": line}, system) for line in read_lines(file)]
+    found = []
+    for row in read_jsonl_rows(file):
+        try:
+            if row.problem:
+                raise BadRow(row.problem)
+            found.append(chat_of(row.values, system))
+        except BadRow as error:
+            raise UserError(f"{row.where}: {error}") from error
+    return found
 
 
 def _text(row: Row, field: str) -> str:

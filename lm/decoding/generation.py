@@ -1,4 +1,4 @@
-"""Generation from text to text: continuations of prompts, or targets of sources."""
+"""Generation from text to text: continuations of prompts, targets of sources, or answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
+from lm.decoding.chats import Chat, chat_controls, chat_ids, stop_texts
 from lm.decoding.controls import Controls
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
@@ -20,6 +22,7 @@ from lm.experiment import Experiment
 from lm.models.variables import Params
 
 if TYPE_CHECKING:
+    from lm.data.chat.chat_template import ChatTemplate
     from lm.decoding.best_of import BestOf
 
 _STREAMED = 4  # tokens that appear together
@@ -54,13 +57,14 @@ def generate_texts(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Chat],
     sampling: Sampling | None,
     seed: int,
     start: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
     stop: Sequence[str] = (),
     best_of: BestOf | None = None,
+    template: ChatTemplate | None = None,
 ) -> Iterator[list[Generation]]:
     """Return the texts generated for each input, best first, in the inputs' order, one by one.
 
@@ -68,19 +72,21 @@ def generate_texts(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        texts: sources, or prompts, which are not repeated in the output.
+        texts: sources, prompts, which are not repeated in the output, or conversations.
         sampling: options of one sample an input; None: beam search.
         seed: seed of the samples.
         start: index of the first input whose texts are yielded.
         progress: called with the number of inputs of each finished batch.
         stop: texts before the first of which the output ends.
         best_of: take several samples of each input, and order them.
+        template: chat template of conversations; None: the inputs are texts.
     """
     if best_of:
 
-        def sample(repeated: Sequence[str], start: int) -> Iterator[list[Generation]]:
+        def sample(repeated: Sequence[Any], start: int) -> Iterator[list[Generation]]:
             arguments = repeated, sampling, seed, start
-            return generate_texts(experiment, params, tokenizer, *arguments, stop=stop)
+            options: Any = {"stop": stop, "template": template}
+            return generate_texts(experiment, params, tokenizer, *arguments, **options)
 
         return best_of.ordered(texts, start, sample, progress)
     guard = open_guard(experiment.config.decode)
@@ -88,36 +94,54 @@ def generate_texts(
     def generate() -> Iterator[list[Generation]]:
         config = experiment.config
         has_source = is_encoder_decoder(experiment.model)
+        controls, stops = _ends(config, tokenizer, stop, template)
         if has_source:
-            ids = [source_ids(tokenizer, text, config.data.sequence_length) for text in texts]
+            length = config.data.sequence_length
+            ids = [source_ids(tokenizer, str(text), length) for text in texts]
         else:
-            ids = [prompt_ids(tokenizer, text) for text in texts]
+            ids = [_input_ids(tokenizer, text, template) for text in texts]
         if sampling is None:
-            options = BeamOptions.from_config(config, tokenizer)
+            options = replace(BeamOptions.from_config(config, tokenizer), controls=controls)
             found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
         else:
-            controls = Controls.from_config(config, tokenizer)
             found = sample_batches(
                 experiment, params, ids, sampling, seed, controls, start, progress
             )
         for prompt, hypotheses in zip(ids[start:], found, strict=True):
             before = [] if has_source else prompt
             yield [
-                Generation(text_before(stop, text_after(tokenizer, before, h.tokens)), h.score)
+                Generation(text_before(stops, text_after(tokenizer, before, h.tokens)), h.score)
                 for h in hypotheses
             ]
 
     return guard.screened(generate()) if guard else generate()
 
 
+def _input_ids(tokenizer: Tokenizer, text: str | Chat, template: ChatTemplate | None) -> list[int]:
+    """Return the token ids of a prompt, or of a conversation."""
+    if isinstance(text, Chat):
+        assert template is not None
+        return chat_ids(template, text)
+    return prompt_ids(tokenizer, text)
+
+
+def _ends(
+    config: ConfigDict, tokenizer: Tokenizer, stop: Sequence[str], template: ChatTemplate | None
+) -> tuple[Controls, Sequence[str]]:
+    """Return the controls of an output, and the texts before which it ends."""
+    if template is None:
+        return Controls.from_config(config, tokenizer), stop
+    return chat_controls(config, tokenizer, template), (*stop, *stop_texts(template))
+
+
 def generation_record(
-    role: str, text: str, generations: Sequence[Generation], n_best: int
+    role: str, text: Any, generations: Sequence[Generation], n_best: int
 ) -> dict[str, Any]:
     """Return the generations of a text as a JSON object.
 
     Args:
-        role: name of the text: "source" or "prompt".
-        text: input.
+        role: name of the input: "source", "prompt" or "messages".
+        text: input, a JSON value.
         generations: generated texts, best first.
         n_best: number of them to list under "hypotheses"; 1: no list.
     """
@@ -136,10 +160,11 @@ def stream_continuations(
     experiment: Experiment,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Chat],
     sampling: Sampling,
     seed: int,
     stop: Sequence[str] = (),
+    template: ChatTemplate | None = None,
 ) -> Iterator[list[str]]:
     """Yield the new text of every prompt after each step; joined they are its continuation.
 
@@ -150,17 +175,20 @@ def stream_continuations(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        prompts: texts to continue.
+        prompts: texts to continue, or conversations to answer.
         sampling: options.
         seed: seed of the samples.
         stop: texts before the first of which a continuation ends.
+        template: chat template of conversations; None: the prompts are texts.
     """
     if open_guard(experiment.config.decode):  # which judges whole texts
-        found = generate_texts(experiment, params, tokenizer, prompts, sampling, seed, stop=stop)
+        options: Any = {"stop": stop, "template": template}
+        found = generate_texts(experiment, params, tokenizer, prompts, sampling, seed, **options)
         yield [generations[0].text for generations in found]
         return
     experiment, params = prepare(experiment, params)
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [_input_ids(tokenizer, prompt, template) for prompt in prompts]
+    controls, stop = _ends(experiment.config, tokenizer, stop, template)
     byte_ids = _byte_ids(tokenizer)
     stopped = [False] * len(ids)
     new: list[list[int]] = [[] for _ in ids]
@@ -172,7 +200,7 @@ def stream_continuations(
         experiment.config.decode.max_length,
         sampling,
         seed,
-        Controls.from_config(experiment.config, tokenizer),
+        controls,
         has_prefix=experiment.objective.has_prefix,
         per_dispatch=_STREAMED,
     )

@@ -1,0 +1,156 @@
+"""Terminal of `lm chat`: reads messages and commands, prints answers as they grow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.decoding.chat_session import ChatSession
+
+_QUOTES = '"""'
+# A model may write what a terminal obeys.
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*map(ord, "\t\n")}, "\ufffd")
+
+
+class _Left(Exception):
+    """End of the conversation."""
+
+
+class Terminal:
+    """Loop over messages and commands.
+
+    Args:
+        session: the conversation.
+        interactive: a person types: prompts are shown, and an error does not end the loop.
+        output: what answers are printed to.
+    """
+
+    def __init__(self, session: ChatSession, interactive: bool, output: TextIO):
+        self._session, self._interactive, self._output = session, interactive, output
+        self._n_forgotten = 0
+
+    def run(self) -> None:
+        """Read until the end of the input or /exit.
+
+        Raises:
+            UserError: of a message or command that is not typed by a person.
+        """
+        if self._interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401  gives `input` editing and a history
+            self._tell("/help lists commands; Ctrl-C ends an answer, Ctrl-D the conversation")
+        while True:
+            try:
+                self._take(self._read())
+            except (EOFError, _Left):
+                if self._interactive:
+                    print(file=self._output)
+                return
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                print(file=self._output)
+            except UserError as error:
+                if not self._interactive:
+                    raise
+                self._tell(f"error: {error}")
+
+    def _read(self) -> str:
+        """Return a message, of several lines if it begins with three quotes."""
+        prompt, more = (">>> ", "... ") if self._interactive else ("", "")
+        text = input(prompt)
+        if text.startswith(_QUOTES):
+            text = text.removeprefix(_QUOTES)
+            while not text.endswith(_QUOTES):
+                text += "\n" + input(more)
+            text = text.removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
+        if text.encode(errors="ignore").decode() != text:
+            raise UserError("what is said must be UTF-8")
+        return text
+
+    def _take(self, text: str) -> None:
+        if not text.strip():
+            return
+        if not text.startswith("/"):
+            self._print(self._session.say(text))
+            return
+        name, _, argument = text.partition(" ")
+        if name not in COMMANDS:
+            raise UserError(f"no command {name}; /help lists them")
+        run, about = COMMANDS[name]
+        takes = about.split(":")[0].split()
+        if bool(argument.strip()) != (len(takes) > 0) and takes != ["[TEXT]"]:
+            raise UserError(f"{name} {takes[0]}" if takes else f"{name} takes nothing more")
+        run(self, argument.strip())
+
+    def _print(self, parts: Generator[str]) -> None:
+        """Print an answer as it grows; Ctrl-C ends it, and what is written stays."""
+        if self._session.n_forgotten > self._n_forgotten:
+            number = self._session.n_forgotten
+            oldest = "oldest turn" if number == 1 else f"{number} oldest turns"
+            self._tell(f"note: the model forgets the {oldest}; the context has no room for more")
+        self._n_forgotten = self._session.n_forgotten
+        try:
+            with closing(parts):
+                for part in parts:
+                    shown = part.translate(_CONTROLS) if self._interactive else part
+                    print(shown, end="", file=self._output, flush=True)
+        finally:
+            print(file=self._output, flush=True)
+
+    def _tell(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    # --- commands
+
+    def _help(self, _: str) -> None:
+        for name, (_run, about) in COMMANDS.items():
+            takes, _colon, what = about.rpartition(":")
+            self._tell(f"{name} {takes}".ljust(18) + what.strip())
+        self._tell(f"{_QUOTES} begins and ends a message of several lines")
+
+    def _exit(self, _: str) -> None:
+        raise _Left
+
+    def _reset(self, _: str) -> None:
+        self._session.restart()
+
+    def _regenerate(self, _: str) -> None:
+        self._print(self._session.answer_again())
+
+    def _undo(self, _: str) -> None:
+        self._session.take_back()
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._session.system, self._session.n_forgotten = text, 0
+        else:
+            self._tell(self._session.system or "no system prompt")
+
+    def _save(self, file: str) -> None:
+        self._session.save(Path(file).expanduser())
+        self._tell(f"saved to {file}")
+
+    def _load(self, file: str) -> None:
+        self._session.load(Path(file).expanduser())
+        for message in self._session.messages:
+            self._tell(f"{message['role']}: {message['content']}")
+
+
+# Name, what runs it, and "what it takes: what it does".
+COMMANDS: dict[str, tuple[Callable[[Terminal, str], None], str]] = {
+    "/help": (Terminal._help, ":this list"),
+    "/exit": (Terminal._exit, ":leave"),
+    "/reset": (Terminal._reset, ":forget all that was said"),
+    "/regenerate": (Terminal._regenerate, ":answer the last message again"),
+    "/undo": (Terminal._undo, ":take the last message and its answer back"),
+    "/system": (Terminal._system, "[TEXT]:set the system prompt, or show it"),
+    "/save": (Terminal._save, "FILE:write the conversation, a row of chat data"),
+    "/load": (Terminal._load, "FILE:go on with the first conversation of a .jsonl file"),
+}
