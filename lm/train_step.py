@@ -207,8 +207,8 @@ class Steps:
 
     def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
         """Return the objective's predictions [S, B, …] for each row of the batches [S, B, …]."""
-        predict = nn.apply(self.objective.predict, self.model)
-        return jax.lax.map(lambda batch: predict(as_variables(params), batch), batches)
+        predict, variables = nn.apply(self.objective.predict, self.model), self._merged(params)
+        return jax.lax.map(lambda batch: predict(as_variables(variables), batch), batches)
 
     def _loss(
         self, params: Params, before: Between, batch: Batch, rng: jax.Array | None

@@ -145,6 +145,11 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         check_task(experiment)
     config, tokenizer = experiment.config, experiment.tokenizer
     stores = open_split(config.data, split, tokenizer, record_columns(config), progress=True)
+    if experiment.objective.precomputes:
+        from lm.training.precomputed import with_precomputed
+
+        workdir = open_run_folder(args.workdir)
+        experiment = with_precomputed(experiment, stores, workdir, print_on_primary_host)
     name = args.source or split
     evaluate = _evaluate_task if args.task else _evaluate_loss
     reports = [evaluate(args, name, experiment, params, step, stores)]

@@ -192,6 +192,24 @@ class RewardOptions:
     )
 
 
+@dataclass(frozen=True)
+class DistillationOptions:
+    """Options of distillation (Hinton et al. 2015)."""
+
+    teacher: str = option(
+        "", "Distillation: run that is learnt from: its workdir, or RUN/checkpoints/STEP."
+    )
+    distill_weight: float = option(
+        0.5, "Distillation: weight of the divergence; the rest is the loss.", low=0.0, high=1.0
+    )
+    distill_temperature: float = option(
+        1.0, "Distillation: what the logits of both are divided by.", low=1e-2, high=1e3
+    )
+    distill_top_k: int = option(
+        0, "Distillation: likeliest tokens of the teacher that count; 0: all.", low=0
+    )
+
+
 _PREFERENCES = "lm.objectives.preferences"
 _PAIRS = Entry(
     f"{_PREFERENCES}:Preferences",
@@ -245,6 +263,12 @@ OBJECTIVES = Registry(
         ),
         "skip_gram": Entry(
             "lm.objectives.skip_gram:NegativeSampling", SkipGramOptions, families=("skip_gram",)
+        ),
+        "distillation": Entry(
+            "lm.objectives.distillation:Distillation",
+            DistillationOptions,
+            families=("decoder",),
+            predicts_every_token=True,
         ),
         "dpo": replace(
             _PAIRS, options=PreferenceOptions, shared_with=("ipo", "kto", "orpo", "simpo")

@@ -29,11 +29,14 @@ def reference_of(model: Any) -> Any:
     """
     if model.is_initializing():
         model.put_variable(FROZEN, REFERENCE, model.variables["params"])
-    return _bound(model.clone(parent=None, deterministic=True), model, REFERENCE)
+    variables = model.variables
+    params = jax.lax.stop_gradient(variables[FROZEN][REFERENCE])
+    state = {MODEL_STATE: variables[MODEL_STATE]} if MODEL_STATE in variables else {}
+    return model.clone(parent=None, deterministic=True).bind({"params": params, **state})
 
 
-def teacher_of(model: Any, teacher: nn.Module, *inputs: jax.Array) -> Any:
-    """Return a teacher, bound to the parameters that are kept beside those of a student.
+def teacher_variables(model: Any, teacher: nn.Module, *inputs: Any) -> dict[str, Any]:
+    """Return the variables of a teacher, which are kept beside those of a student.
 
     Args:
         model: the student, bound.
@@ -43,14 +46,7 @@ def teacher_of(model: Any, teacher: nn.Module, *inputs: jax.Array) -> Any:
     if model.is_initializing():
         variables: Any = teacher.init(model.make_rng("params"), *inputs)
         model.put_variable(FROZEN, TEACHER, variables["params"])
-    return _bound(teacher, model, TEACHER)
-
-
-def _bound(module: Any, beside: Any, name: str) -> Any:
-    variables = beside.variables
-    params = jax.lax.stop_gradient(variables[FROZEN][name])
-    state = {MODEL_STATE: variables[MODEL_STATE]} if MODEL_STATE in variables else {}
-    return module.bind({"params": params, **state})
+    return {"params": jax.lax.stop_gradient(model.variables[FROZEN][TEACHER])}
 
 
 def is_frozen(path: str) -> bool:

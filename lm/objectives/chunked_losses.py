@@ -6,7 +6,7 @@ Shape letters: N chunks, B batch, T targets, D model, V vocabulary, C devices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,16 +16,12 @@ from lm.models.variables import MODEL_STATE
 from lm.parallel.mesh import constrain, count_shards
 
 if TYPE_CHECKING:
-    from lm.objectives.losses import TokenLosses
     from lm.objectives.objective import BoundModel
 
+Losses = TypeVar("Losses")
 
-def in_chunks(
-    compute: Callable[..., TokenLosses],
-    model: BoundModel,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-) -> TokenLosses:
+
+def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: jax.Array) -> Losses:
     """Return the loss of every target, computed chunk by chunk of columns.
 
     The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
@@ -34,20 +30,19 @@ def in_chunks(
     `loss_chunk` columns of every device.
 
     Args:
-        compute: returns the losses of some targets from the model, hidden states and targets.
+        compute: returns the losses of some targets, a tree of [B, T], from the model and columns.
         model: bound model.
-        x_BTD: hidden states at the targets.
-        targets_BT: token ids, int32.
+        *columns: arrays [B, T, …], the hidden states at the targets first.
     """
-    B, T = targets_BT.shape
+    B, T = columns[0].shape[:2]
     shards = count_shards("residual_length"), count_shards("length"), 1
     C = next(n for n in shards if T % n == 0)
     # Devices of tensor parallelism share the columns of a chunk, and each has part of its logits.
     n = n_chunks(T // C, -(-model.config.loss_chunk // max(1, C // shards[1])))
     if n == 1:
-        return compute(model, x_BTD, targets_BT)
+        return compute(model, *columns)
 
-    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple:
+    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, ...]) -> tuple:
         return None, compute(model, *chunk)
 
     scan = nn.scan(
@@ -63,8 +58,9 @@ def in_chunks(
     def join(x_NBT: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
 
-    x_BTD = constrain(x_BTD, "rows", "residual_length", "embed")
-    _, losses = scan(model, None, (split(x_BTD), split(targets_BT)))
+    first, *others = columns
+    columns = (constrain(first, "rows", "residual_length", "embed"), *others)
+    _, losses = scan(model, None, tuple(map(split, columns)))
     return jax.tree.map(join, losses)
 
 

@@ -157,6 +157,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
         length_keys: keys of the section `data` that are lengths of its sequences.
         n_extra_ids: number of token ids beyond those of the tokenizer.
         frozen: names of the frozen models that its loss compares with (`lm/models/frozen.py`).
+        precomputes: features of its examples are computed by the model before training.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -168,6 +169,7 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
     length_keys: ClassVar[tuple[str, ...]] = ("sequence_length",)
     n_extra_ids: ClassVar[int] = 0
     frozen: ClassVar[tuple[str, ...]] = ()
+    precomputes: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

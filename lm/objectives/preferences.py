@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -248,6 +249,16 @@ class Preferences(Objective[RecordStore, Example]):
         return self.options.reference if self.kind.has_reference else "none"
 
     @property
+    def precomputes(self) -> bool:  # type: ignore[override]
+        return self.reference_from == "precomputed"
+
+    def with_reference(self, source: str) -> Preferences:
+        """Return the objective with another `objective.reference`."""
+        options = copy(self.options)
+        options.reference = source
+        return replace(self, options=options)
+
+    @property
     def frozen(self) -> tuple[str, ...]:  # type: ignore[override]
         return (REFERENCE,) if self.reference_from == "beside" else ()
 
@@ -255,9 +266,7 @@ class Preferences(Objective[RecordStore, Example]):
     def shapes(self) -> Shapes:
         names, row = ("inputs", "targets", "segment_ids", "positions"), (HALVES * self.length,)
         shapes = {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
-        known = (
-            {"reference": ((HALVES,), "float32")} if self.reference_from == "precomputed" else {}
-        )
+        known = {"reference": ((HALVES,), "float32")} if self.precomputes else {}
         return {**shapes, **known}
 
     # --- data
@@ -275,12 +284,12 @@ class Preferences(Objective[RecordStore, Example]):
             left_out = f"{n} of {len(store)} records left out, whose prompts fill a sequence"
             tell_once(left_out, store.directory)
         reference = None
-        if self.reference_from == "precomputed":
+        if self.precomputes:
             reference = self.precomputed.get(reference_key(store))
             if reference is None:
                 raise UserError(
-                    f"{store.manifest.source}: the log-probabilities of its reference were not "
-                    "computed (--config.objective.reference=precomputed)"
+                    f"{store.manifest.source}: the log-probabilities of the reference were not "
+                    "computed for it before training (--config.objective.reference=precomputed)"
                 )
         return PreferenceExamples(store.select(np.flatnonzero(fits)), reference)
 
@@ -347,7 +356,7 @@ class Preferences(Objective[RecordStore, Example]):
     def _reference_log_probs(self, model: BoundModel, batch: Batch) -> jax.Array:
         if self.reference_from == "beside":
             return jax.lax.stop_gradient(self.predict(reference_of(model), batch))
-        if self.reference_from == "precomputed":
+        if self.precomputes:
             return batch["reference"]
         return jnp.zeros((len(batch["inputs"]), HALVES), jnp.float32)
 

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.frozen import REFERENCE
-from lm.models.variables import FROZEN
+from lm.models.frozen import REFERENCE, TEACHER
+from lm.models.variables import FROZEN, Params, flat, nested
 from lm.runs.checkpoints import Log
+from lm.runs.saved_params import mean_params, saved_checkpoints
+from lm.storage import resolve_path
 from lm.train_step import TrainState
 
 
@@ -35,4 +38,28 @@ def with_frozen_models(
         jax.tree.map(lambda x: x.delete(), frozen[REFERENCE])
         own = {name: params[name] for name in frozen[REFERENCE]}
         frozen[REFERENCE] = jax.tree.map(jnp.copy, own)
+    if TEACHER in frozen:
+        frozen[TEACHER] = _teacher(experiment, frozen[TEACHER], tokenizer, log)
     return replace(state, params={**params, FROZEN: frozen}) if frozen else state
+
+
+def _teacher(experiment: Experiment, fresh: Params, tokenizer: Tokenizer, log: Log) -> Params:
+    """Return the parameters of `objective.teacher`, which take the place of fresh ones."""
+    place = experiment.config.objective.teacher
+    checkpoints = saved_checkpoints(resolve_path(place), log)
+    theirs = checkpoints[0].metadata["fingerprint"]["tokenizer"]
+    if theirs and theirs != tokenizer.digest:
+        raise UserError(f"--config.objective.teacher={place} has another tokenizer: use its own")
+    prefix = f"{FROZEN}/{TEACHER}/"
+    shardings = {
+        path.removeprefix(prefix): sharding
+        for path, sharding in flat(experiment.inference_sharding).items()
+        if path.startswith(prefix)
+    }
+    missing = sorted(shardings.keys() - checkpoints[0].shapes.keys())
+    if missing:
+        raise UserError(f"--config.objective.teacher={place} has no parameter {missing[0]}")
+    jax.tree.map(lambda x: x.delete(), fresh)
+    found, (step,) = mean_params(checkpoints, 1, shardings, log)
+    log(f"teacher: {place}, step {step}: {sum(x.size for x in found.values()):,} numbers")
+    return nested(found)

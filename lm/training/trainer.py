@@ -103,13 +103,13 @@ def train(
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state, first_row = _restore(experiment, dataset.tokenizer, workdir, checkpoints, log)
         first_step = int(jax.device_get(state.step))
+        if experiment.objective.precomputes:
+            from lm.training.precomputed import precompute
+
+            experiment = precompute(experiment, dataset, state, workdir, log)
         clock = Clock(workdir / "clock.json", first_step, config.log.every_steps)
         writer = MetricsWriter(
-            workdir,
-            first_step,
-            config,
-            log_periods=clock.log_periods,
-            progress=progress,
+            workdir, first_step, config, log_periods=clock.log_periods, progress=progress
         )
         best = BestCheckpoint(workdir, config, checkpoints.metadata) if config.eval.best else None
         try:

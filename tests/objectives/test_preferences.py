@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.cli import main
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.experiment import build_with_data
 from lm.models.task_layers import last_of_row
 from lm.objectives.preferences import PREFERENCES, LogProbs, Preferences, UnpairedPreferences
 from lm.objectives.reward import Reward
-from lm.runs.saved_params import mean_params, saved_checkpoints
-from lm.training.trainer import train
 
 # Written by scripts/check_preferences.py, which also compares the gradients of all parameters.
 OF_TRL = json.loads(Path(__file__).with_name("trl_preferences.json").read_text())
@@ -155,55 +151,6 @@ def test_log_probabilities_are_sums_over_the_completion(objective):
         [log_probs[7, 8], log_probs[7, 9] + log_probs[9, 2]],
     ]
     np.testing.assert_allclose(objective.predict(Log(table), batch), expected, rtol=1e-5)
-
-
-PLAIN = {"model.dropout": 0.0, "model.attention_dropout": 0.0, "train.steps": 2}
-
-
-@pytest.fixture
-def saved():
-    """Returns the parameters of a run's checkpoint, by path."""
-
-    def saved(workdir, step):
-        checkpoints = {c.step: c for c in saved_checkpoints(workdir, lambda line: None)}
-        shapes = {**checkpoints[step].shapes, **checkpoints[step].frozen}
-        mesh = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
-        return mean_params([checkpoints[step]], 1, dict.fromkeys(shapes, mesh), print)[0]
-
-    return saved
-
-
-@pytest.mark.usefixtures("one_device")
-def test_the_reference_is_what_training_starts_from_and_under_lora_the_base(
-    make_kind, tmp_path, capsys, saved
-):
-    """Losses begin at log 2; what is evaluated and generated later is as in training."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert train(make_kind("dpo decoder", **PLAIN, **{"checkpoint.every_steps": 1}), first)
-    one, two = saved(first, 1), saved(first, 2)
-    frozen = [path for path in two if path.startswith("frozen/")]
-    assert 2 * len(frozen) == len(two)
-    for path in frozen:
-        assert one[path].tobytes() == two[path].tobytes()
-        assert two[path].tobytes() != two[path.removeprefix("frozen/reference/")].tobytes()
-    keys = {**PLAIN, "init.from": str(first), "lora.rank": 2, "data.tokenizer": f"run:{first}"}
-    assert train(make_kind("dpo decoder", **keys), second)
-    base = saved(second, 2)
-    assert not [path for path in base if path.startswith("lora/")]
-    for path in frozen:
-        own = two[path.removeprefix("frozen/reference/")]
-        assert base[path].tobytes() == own.tobytes()
-    for run in (first, second):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
-        assert main(["eval", "--workdir", str(run), "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        for name in ("loss", "accuracy", "reward_margin"):
-            figure = f"eval/validation/{name}"
-            expected = next(row[figure] for row in rows if figure in row)
-            assert found[figure] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    arguments = ("--prompt", "one", "--max_new_tokens", "2", "--json")
-    assert main(["generate", "--workdir", str(second), *arguments]) == 0
 
 
 def test_prompts_that_fill_a_sequence_are_left_out_and_told(make_kind, one_device, capsys):

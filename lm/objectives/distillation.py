@@ -1,0 +1,177 @@
+"""Distillation: learn the next token's distribution of a teacher beside the token itself.
+
+The teacher is a frozen model beside the student (`lm/models/frozen.py`), of any size.
+
+Shape letters: B batch, L length, D model, V vocabulary, K likeliest tokens of the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from lm.config import read_run_file
+from lm.data.store import TokenStore, TokenWindows
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+from lm.models.attention import choose_attention
+from lm.models.frozen import TEACHER, teacher_variables
+from lm.models.transformer_config import make_model
+from lm.objectives.causal import Causal
+from lm.objectives.chunked_losses import in_chunks
+from lm.objectives.losses import cross_entropy
+from lm.objectives.objective import Batch, BoundModel, LossSums
+from lm.parallel.mesh import AXES, current_mesh
+from lm.storage import is_step, resolve_path
+
+
+class TokenFigures(NamedTuple):
+    """Figures of each target, float32 [B, L]."""
+
+    loss_BL: jax.Array
+    nll_BL: jax.Array
+    correct_BL: jax.Array
+    divergence_BL: jax.Array
+
+
+def divergence(
+    logits_BLV: jax.Array,
+    teacher_BLK: jax.Array,
+    ids_BLK: jax.Array | None,
+    temperature: float,
+) -> jax.Array:
+    """Return KL(teacher ‖ student) of each token at a temperature, times its square, [B, L].
+
+    With K tokens of the teacher, its probabilities are those among them, the student's those among
+    all tokens (Hinton et al. 2015, §2, has the temperature and the square).
+
+    Args:
+        logits_BLV: logits of the student.
+        teacher_BLK: logits or log-probabilities of the teacher.
+        ids_BLK: the tokens they are of; None: all.
+        temperature: what logits are divided by.
+    """
+    log_q = jax.nn.log_softmax(logits_BLV.astype(jnp.float32) / temperature)
+    log_p = jax.nn.log_softmax(teacher_BLK.astype(jnp.float32) / temperature)
+    if ids_BLK is not None:
+        log_q = jnp.take_along_axis(log_q, ids_BLK, axis=-1)
+    return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Distillation(Causal):
+    """Next-token prediction, mixed with the divergence from a teacher.
+
+    Attributes:
+        options: the configuration's section "objective".
+    """
+
+    families: ClassVar[Any] = ("decoder",)
+
+    options: Any = None
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Distillation:
+        found = super().from_config(config, tokenizer)
+        assert isinstance(found, Distillation)
+        return replace(found, options=config.objective)
+
+    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
+        """Return the windows of L + 1 tokens."""
+        if training and not self.options.teacher:
+            raise UserError(
+                "--config.objective.name=distillation needs a run to learn from: set "
+                "--config.objective.teacher"
+            )
+        return super().examples(store, training)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (TEACHER,) if self.options.teacher else ()
+
+    def loss(self, model: Any, batch: Batch) -> LossSums:
+        """Return the mixed loss of every next token, and the divergence."""
+        arguments = batch["inputs"], batch.get("positions"), batch.get("segment_ids")
+        x_BLD, o = model.hidden(*arguments), self.options
+        columns: list[jax.Array] = [x_BLD, batch["targets"]]
+        of_teacher: Any = None
+        if self.frozen:
+            teacher: Any = teacher_module(o.teacher, self.length)
+            if teacher.config.vocab_size != model.config.vocab_size:
+                raise UserError(
+                    f"--config.objective.teacher={o.teacher} has a vocabulary of "
+                    f"{teacher.config.vocab_size} tokens, not of {model.config.vocab_size}"
+                )
+            variables = teacher_variables(model, teacher, *arguments)
+            columns.append(cast(jax.Array, teacher.apply(variables, *arguments, method="hidden")))
+            of_teacher = lambda x: teacher.apply(variables, x, method="logits")  # noqa: E731
+
+        def compute(
+            model: BoundModel, x_BLD: jax.Array, targets_BL: jax.Array, *rest: jax.Array
+        ) -> TokenFigures:
+            logits_BLV = model.logits(x_BLD)
+            losses = cross_entropy(logits_BLV, targets_BL, self.label_smoothing, self.z_loss)
+            apart_BL = jnp.zeros_like(losses.loss_BL)
+            if of_teacher is not None:
+                teacher_BLV, ids_BLK = of_teacher(*rest), None
+                if o.distill_top_k:
+                    teacher_BLV, ids_BLK = jax.lax.top_k(teacher_BLV, o.distill_top_k)
+                apart_BL = divergence(logits_BLV, teacher_BLV, ids_BLK, o.distill_temperature)
+            mixed_BL = (1 - o.distill_weight) * losses.loss_BL + o.distill_weight * apart_BL
+            return TokenFigures(mixed_BL, losses.nll_BL, losses.correct_BL, apart_BL)
+
+        figures = in_chunks(compute, model, *columns)
+        weights_BL = batch["weights"]
+        sums = jax.tree.map(lambda value_BL: (value_BL * weights_BL).sum(), figures)
+        metrics = {"nll": sums.nll_BL, "accuracy": sums.correct_BL, "kl": sums.divergence_BL}
+        return LossSums(sums.loss_BL, weights_BL.sum(), metrics)
+
+
+@cache
+def teacher_config(place: str) -> ConfigDict:
+    """Return the configuration of the run that is a teacher, its LoRA updates merged.
+
+    Args:
+        place: workdir of the run, or RUN/checkpoints/STEP.
+
+    Raises:
+        UserError: there is no such run, or it is no decoder.
+    """
+    folder = resolve_path(place)
+    workdir = folder.parent.parent if is_step(folder.name) else folder
+    if not (workdir / "run.json").is_file():
+        raise UserError(f"--config.objective.teacher={place}: no run there: it has no run.json")
+    config = read_run_file(workdir / "run.json")
+    if config.model.family != "decoder":
+        raise UserError(
+            f"--config.objective.teacher={place} is of the family {config.model.family}, no decoder"
+        )
+    return config
+
+
+def teacher_module(place: str, length: int) -> nn.Module:
+    """Return the module of a teacher for the mesh of the step that is being traced.
+
+    Args:
+        place: as for `teacher_config`.
+        length: tokens of a row.
+    """
+    config = teacher_config(place).copy_and_resolve_references()
+    model, mesh = config.model, current_mesh()
+    if model.positions == "learned" and model.max_length < length:
+        raise UserError(
+            f"--config.objective.teacher={place} reads at most {model.max_length} tokens, not "
+            f"--config.data.sequence_length={length}"
+        )
+    config.data.sequence_length, config.model.attention = length, "auto"
+    sizes = dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    chosen = choose_attention(config, device.platform, sizes, capability)
+    return make_model(config, chosen.kernel, chosen.across)

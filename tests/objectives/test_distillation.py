@@ -1,0 +1,71 @@
+"""Distillation: the divergence by its formula, and a teacher beside a student of another size."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.api import evaluate, load_run
+from lm.data.splits import open_split
+from lm.errors import UserError
+from lm.objectives.distillation import divergence
+from lm.training.trainer import train
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def by_formula(student, teacher, temperature, k=0):
+    ids = np.argsort(-teacher, -1)[..., : k or teacher.shape[-1]]
+    log_p = log_softmax(np.take_along_axis(teacher, ids, -1) / temperature)
+    log_q = np.take_along_axis(log_softmax(student / temperature), ids, -1)
+    return ids, temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [0, 3])
+def test_the_divergence_is_that_of_the_paper(temperature, k):
+    student, teacher = np.random.default_rng(0).normal(0, 2, (2, 4, 5, 9))
+    ids, expected = by_formula(student, teacher, temperature, k)
+    chosen = jnp.asarray(np.take_along_axis(teacher, ids, -1))
+    found = divergence(jnp.asarray(student), chosen, jnp.asarray(ids), temperature)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_student_learns_beside_its_teacher(tiny_config, tmp_path):
+    """What is evaluated later, in chunks, is the divergence of the two models' own logits."""
+    large, small = tmp_path / "teacher", tmp_path / "student"
+    assert train(tiny_config(train__steps=2), large)
+    keys = {"objective__distill_temperature": 2.0, "objective__distill_weight": 0.75}
+    config = tiny_config(model__d_model=16, objective__name="distillation", train__steps=2, **keys)
+    with pytest.raises(UserError, match=r"set --config\.objective\.teacher"):
+        train(config, tmp_path / "alone")
+    config.objective.teacher = str(large)
+    lines: list[str] = []
+    assert train(config, small, log=lines.append)
+    assert any(line.startswith(f"teacher: {large}, step 2") for line in lines)
+    teacher, student = load_run(large), load_run(small, {"train.loss_chunk": "8"})
+    beside = jax.tree.leaves(student.params["frozen"]["teacher"])
+    for found, expected in zip(beside, jax.tree.leaves(teacher.params), strict=True):
+        assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+    batches = student.experiment.evaluation_batches
+    stores = open_split(student.config.data, "validation", student.tokenizer, ())
+    rows = batches(stores).rows(0, range(len(batches(stores).examples)))
+    arrays = [rows[name] for name in ("inputs", "positions", "segment_ids")]
+    logits = [
+        np.asarray(run.model.apply({"params": run.params}, *arrays)) for run in (student, teacher)
+    ]
+    _, expected = by_formula(*logits, 2.0)
+    weights = rows["weights"]
+    nll = -np.take_along_axis(log_softmax(logits[0]), rows["targets"][..., None], -1)[..., 0]
+    found = evaluate(student)
+    n = weights.sum()
+    assert found["kl"] == pytest.approx((expected * weights).sum() / n, rel=1e-4)
+    mixed = 0.75 * expected + 0.25 * nll
+    assert found["loss"] == pytest.approx((mixed * weights).sum() / n, rel=1e-4)
