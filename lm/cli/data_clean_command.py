@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.data.cleaning import find_unneeded
     from lm.experiment import record_columns
 
-    given = [configs.load_config(spec, overrides) for spec in args.config]
+    loaded = (configs.load_config(spec, overrides) for spec in args.config)
+    given = [configs.fill_defaults(config, "cpu") for config in loaded]
     default = configs.default()
     for path, text in overrides.items() if not given else ():
         configs.set_value(default, path, configs.parse_value(path, text))

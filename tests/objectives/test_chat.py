@@ -15,6 +15,7 @@ from lm.config import default
 from lm.data.record_store import build_record_store
 from lm.data.records import open_records
 from lm.data.tokenizers.basic import ByteTokenizer
+from lm.experiment import build_with_data
 from lm.models.embedding_noise import embedding_noise
 from lm.models.layers import Embedding
 from lm.models.variables import Kind, Role
@@ -108,6 +109,18 @@ def test_the_task_is_to_say_the_last_message(store):
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
     assert "first" in prompts[0]
     assert [objective.reference(record) for record in store] == ["second", "third", "fourth"]
+
+
+def test_what_the_template_writes_is_added_to_the_vocabulary(make_kind):
+    """Of runs, which open the tokenizer before the other defaults are filled in."""
+    config = make_kind("chat decoder", model__vocab_size=0)
+    experiment, dataset = build_with_data(config, jax.devices()[:1])
+    names = ("<|im_start|>", "<|im_end|>")
+    ids = [dataset.tokenizer.token_id(name) for name in names]
+    assert ids == [experiment.config.model.vocab_size - 2, experiment.config.model.vocab_size - 1]
+    assert experiment.objective.end_ids(dataset.tokenizer)[0] == ids[1]
+    record = dataset.train[0][0]
+    assert record.tokens["messages"][0] == ids[0]
 
 
 # --- NEFTune
