@@ -37,7 +37,7 @@ class Tokens:
     Attributes:
         ids: int32 [L].
         starts: index of the first character of each, [L].
-        ends: index after its last, [L].
+        ends: index after its last, [L]. Of a character of several tokens it is the same for all.
     """
 
     ids: np.ndarray
@@ -223,8 +223,16 @@ def _run(package: Any, text: str, ids: Mapping[int, int]) -> Tokens:
     with package_errors(_UNUSABLE):
         encoding = package.encode(text, add_special_tokens=False)
     found = [ids.get(i, i) for i in encoding.ids] if ids else encoding.ids
-    places = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
-    return Tokens(np.asarray(found, np.int32), places[:, 0], places[:, 1])
+    return _tokens(np.asarray(found, np.int32), encoding.offsets, len(text))
+
+
+def _tokens(ids: np.ndarray, places: Sequence[tuple[int, int]], length: int) -> Tokens:
+    """Return tokens by the places of their characters in a text of `length`.
+
+    A token of no character, such as a byte before the last of one, is part of the next.
+    """
+    starts, ends = np.asarray(places, np.int32).reshape(-1, 2).T
+    return Tokens(ids, starts, np.maximum(ends, np.minimum(starts + 1, length)))
 
 
 def _forged(found: Tokens, is_owned: np.ndarray, guarded: Mapping[str, int]) -> np.ndarray:
@@ -283,13 +291,11 @@ def _located(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
         case CharTokenizer():
             return Tokens(ids, np.arange(len(text)), np.arange(len(text)) + 1)
         case WordTokenizer():
-            places = np.asarray([w.span() for w in re.finditer(r"[^\s]+|\n", text)]).reshape(-1, 2)
-            return Tokens(ids, places[:, 0], places[:, 1])
+            return _tokens(ids, [w.span() for w in re.finditer(r"[^\s]+|\n", text)], len(text))
         case SentencePieceTokenizer():
             found = _sentencepiece(tokenizer.model).encode(text, return_type="offset_mapping")
             if found["ids"] == ids.tolist():
-                places = np.asarray(found["offsets"]).reshape(-1, 2)
-                return Tokens(ids, places[:, 0], places[:, 1])
+                return _tokens(ids, found["offsets"], len(text))
     if hasattr(tokenizer, "base"):
         return _located(tokenizer.base, text, ids)
     return _by_decoding(tokenizer, text, ids)

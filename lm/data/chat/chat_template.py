@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -150,8 +150,7 @@ class ChatTemplate:
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an assistant's turn."""
         before_next = self._parts[2]
-        pairs = zip(self._last_end, before_next, strict=False)
-        common = self._last_end[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        common = before_next[: _n_common(self._last_end, before_next)]
         texts = (common, self._last_end, before_next)
         found = [self._names.findall(text) if self._names else [] for text in texts]
         end = found[0][-1:] or found[1][:1] or found[2][:1]
@@ -178,11 +177,16 @@ class ChatTemplate:
 
     @cached_property
     def _prompt(self) -> str:
-        """Text that an answer follows."""
-        before, after = (
-            self._probe(_USER, add_generation_prompt=has_prompt) for has_prompt in (False, True)
+        """Text that an answer follows: what a question has after it only if an answer is asked."""
+        plain, asking = (
+            self._probe(_USER, add_generation_prompt=asked).partition(_USER["content"])[2]
+            for asked in (False, True)
         )
-        return after.removeprefix(before) if after.startswith(before) else ""
+        n_same = _n_common(plain, asking)
+        for name in self._added.finditer(asking) if self._added else ():
+            if name.start() < n_same < name.end():
+                n_same = name.start()
+        return asking[n_same:]
 
     @cached_property
     def _parts(self) -> tuple[str, str, str, str]:
@@ -285,9 +289,8 @@ class ChatTemplate:
         text = self._text(work, add_generation_prompt, now)
         template = self._template(work.tools is not None)
         names = self._names
-        for words in ((), template.inspected, template.constants):
-            kept = longest_of([word for word in words if not (names and names.search(word))])
-            other = work.replaced(names, kept)
+        for words in (None, template.inspected, template.constants):
+            other = work.replaced(names, words)
 
             def outline(work: _Conversation) -> str:
                 return self._text(work, add_generation_prompt, now, generation_marks=MARKS)
@@ -321,6 +324,8 @@ class ChatTemplate:
         before = 0  # end of what belongs to earlier messages
         for number, (i, start, stop) in enumerate(spans):
             is_last = number + 1 == len(spans)
+            if work.messages[i]["role"] == "assistant":
+                stop = self._own_end(traced, start, stop)
             limit = length if is_last else spans[number + 1][1]
             if is_last and has_prompt and text.endswith(self._prompt):
                 limit = max(stop, length - len(self._prompt))
@@ -351,10 +356,29 @@ class ChatTemplate:
         )
         return said, message
 
+    def _own_end(self, traced: Traced, start: int, stop: int) -> int:
+        """Return where an assistant's text ends, before another's turn that quotes it."""
+        header = next(iter(self._headers), "")
+        opening = self._names.match(header) if self._names else None
+        if opening is None:
+            return stop
+        at = traced.outline.find(opening[0], start, stop)
+        while at >= 0 and traced.outline.startswith(header, at):
+            at = traced.outline.find(opening[0], at + 1, stop)
+        own = np.flatnonzero(traced.owner[start : max(at, start)] >= 0)
+        return stop if at < 0 else start + 1 + int(own[-1])
+
     def _beginning(self, text: str, start: int, stop: int) -> int:
-        """Return where an answer begins whose first own character is at `stop`."""
-        places = ((text.rfind(header, start, stop), len(header)) for header in self._headers)
-        return next((at + length for at, length in places if at >= 0), stop)
+        """Return where an answer begins whose first own character is at `stop`.
+
+        Where the template has no prompt, it follows the token before it, white space included.
+        """
+        for header in self._headers:
+            if (at := text.rfind(header, start, stop)) >= 0:
+                return at + len(header)
+        names = list(self._names.finditer(text, start, stop)) if self._names else []
+        after = names[-1].end() if names else stop
+        return stop if self._headers or text[after:stop].strip() else after
 
 
 @dataclass(frozen=True)
@@ -408,11 +432,19 @@ class _Conversation:
         return len(self.messages) + 1
 
     def replaced(
-        self, names: re.Pattern[str] | None, kept: re.Pattern[str] | None
+        self, names: re.Pattern[str] | None, words: Collection[str] | None
     ) -> _Conversation:
-        """Return the conversation with signs of its owners instead of characters."""
+        """Return the conversation with signs of its owners instead of characters.
+
+        Args:
+            names: matches names of tokens, of which no character stays.
+            words: texts that the template looks for, which stay, and so do names of keys; None:
+                it looks for none.
+        """
         rest: list[Any] = [self.tools, self.documents, self.variables]
-        keys = keys_of([*(list(each.values()) for each in self.messages), *rest]) if kept else ()
+        values = [list(message.values()) for message in self.messages]
+        keys = set() if words is None else keys_of([*values, *rest])
+        kept = longest_of([word for word in words or () if not (names and names.search(word))])
         messages = [replaced(x, i, names, kept, keys) for i, x in enumerate(self.messages)]
         tools, documents, variables = (
             replaced(value, len(messages), names, kept, keys) for value in rest
@@ -447,6 +479,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _n_common(one: str, two: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def _cut(text: str) -> str:
