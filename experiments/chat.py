@@ -2,9 +2,9 @@
 
 | variant  | what trains                                                 | steps |
 |----------|-------------------------------------------------------------|-------|
-| full     | every parameter                                             | 600   |
-| lora     | low-rank updates of rank 16 of all matrices of layers       | 600   |
-| lora8    | the same; the matrices themselves are kept in 8 bits        | 600   |
+| full     | every parameter                                             | 300   |
+| lora     | low-rank updates of rank 16 of all matrices of layers       | 300   |
+| lora8    | the same; the matrices themselves are kept in 8 bits        | 300   |
 | tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
 
 Rows of 512 tokens hold several conversations each; longer ones are cut after a turn of the
@@ -21,9 +21,9 @@ $LM_DATA_DIR; from yizhongw/self-instruct. RESULTS.md has the figures.
 from lm.config import choose, default
 
 VARIANTS = {  # layers, d_model, heads, steps
-    "full": (4, 192, 6, 600),
-    "lora": (4, 192, 6, 600),
-    "lora8": (4, 192, 6, 600),
+    "full": (4, 192, 6, 300),
+    "lora": (4, 192, 6, 300),
+    "lora8": (4, 192, 6, 300),
     "tiny": (2, 64, 4, 60),
 }
 

@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config.experiment_file import error_in, execute
-from lm.config.registries import CONVERSATIONS, OBJECTIVES, SCHEMA
+from lm.config.registries import SCHEMA
 from lm.config.registry import Key, listed
 from lm.config.rules import broken_rules
 from lm.errors import UserError
@@ -220,8 +220,6 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
     model.d_hidden = model.d_hidden or model.d_model
     model.n_classes = model.n_classes or max(1, len(listed(data.labels)))
     data.target_length = data.target_length or data.sequence_length
-    are_spoken = CONVERSATIONS.intersection(OBJECTIVES.entries[config.objective.name].columns)
-    data.added_tokens = data.added_tokens or ("template" if are_spoken else "")
     config.eval.batch_size = config.eval.batch_size or data.batch_size
     config.decode.max_length = config.decode.max_length or data.target_length
     if model.dtype == "auto":

@@ -57,7 +57,7 @@ def open_dataset(
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
     """
     training = open_sources(listed(data.source), data, "train", columns)
-    tokenizer = tokenizer or make_tokenizer(data, _corpora(training))
+    tokenizer = tokenizer or make_tokenizer(data, _corpora(training), columns)
     validation = open_validation(data, columns)
     train, held_out = (
         tuple(build_store(source, tokenizer, data, progress) for source in sources)
@@ -80,7 +80,7 @@ def open_tokenizer(data: Any, columns: Columns = ()) -> Tokenizer:
     Arguments are those of `open_dataset`.
     """
     specs = listed(data.source) if is_fitted(data.tokenizer) else []
-    return make_tokenizer(data, _corpora(open_sources(specs, data, "train", columns)))
+    return make_tokenizer(data, _corpora(open_sources(specs, data, "train", columns)), columns)
 
 
 def open_sources(specs: list[str], data: Any, split: str, columns: Columns) -> tuple[Source, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from lm.config.registries import TOKENIZERS
+from lm.config.registries import CONVERSATIONS, TOKENIZERS
 from lm.config.rules import spec_problem
 from lm.data.sources import Corpus
 from lm.errors import UserError
@@ -200,7 +200,9 @@ def is_fitted(spec: str) -> bool:
     return spec in TOKENIZERS and TOKENIZERS[spec].is_fitted
 
 
-def make_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
+def make_tokenizer(
+    data: Any, training: Iterable[Corpus], columns: Collection[str] = ()
+) -> Tokenizer:
     """Open or fit the tokenizer that `data.tokenizer` names.
 
     A fitted tokenizer is cached under the digest of its settings and of the training text.
@@ -208,6 +210,7 @@ def make_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
     Args:
         data: section `data` of the configuration.
         training: training text.
+        columns: columns of the records that are read.
 
     Raises:
         UserError: the name is unknown, or a file is missing or damaged.
@@ -224,10 +227,11 @@ def make_tokenizer(data: Any, training: Iterable[Corpus]) -> Tokenizer:
             raise UserError(f"{data.tokenizer}: {error}") from error
     else:
         tokenizer = _fitted(cls, data, tuple(training)) if cls.is_fitted else cls()
-    if data.added_tokens or data.chat_template:
-        from lm.data.chat.added_tokens import extended
+    is_spoken = not CONVERSATIONS.isdisjoint(columns)
+    if data.added_tokens or data.chat_template or is_spoken:
+        from lm.data.chat.added_tokens import OF_TEMPLATE, extended
 
-        return extended(tokenizer, data)
+        return extended(tokenizer, data, OF_TEMPLATE if is_spoken else "")
     return tokenizer
 
 

@@ -22,12 +22,13 @@ OF_TEMPLATE = "template"
 _TOKENS = ("<|im_start|>", "<|im_end|>")  # of the shipped template
 
 
-def extended(tokenizer: Tokenizer, data: Any) -> Tokenizer:
+def extended(tokenizer: Tokenizer, data: Any, default: str = "") -> Tokenizer:
     """Return a tokenizer with the added tokens and the chat template of a configuration.
 
     Args:
         tokenizer: the tokenizer.
         data: section `data` of the configuration.
+        default: tokens if `data.added_tokens` names none, as it does.
 
     Raises:
         UserError: the template cannot be read, or a name is one of its texts.
@@ -38,7 +39,7 @@ def extended(tokenizer: Tokenizer, data: Any) -> Tokenizer:
         jinja = _read(data.chat_template, data)
     elif not old.chat_templates:
         jinja = DEFAULT_TEMPLATE.read_text()
-    names = list(dict.fromkeys(listed(data.added_tokens)))
+    names = list(dict.fromkeys(listed(data.added_tokens or default)))
     if names == [OF_TEMPLATE]:
         names = [name for name in _TOKENS if name in jinja]
     known = [name for name in names if name in old.names or _is_special(old.base, name)]
