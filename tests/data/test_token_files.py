@@ -56,7 +56,7 @@ def megatron_index(documents, code=8, item=2, modes=False, fairseq=False):
 
 def store_of(spec, data, split="train"):
     source = open_corpus(spec, data, split)
-    return build_store(source, make_tokenizer(data, ()), data, False, False)
+    return build_store(source, make_tokenizer(data, ()), data, False)
 
 
 def documents_of(store):
