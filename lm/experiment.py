@@ -360,7 +360,7 @@ def build_with_data(
     """
     check(config, devices[0].platform, len(devices))
     columns = record_columns(config)
-    tokenizer = open_tokenizer(_with_defaults(config, devices[0].platform).data, columns)
+    tokenizer = open_tokenizer(config.data, columns)
     experiment = build(config, devices, tokenizer)
     experiment._features  # noqa: B018  its error comes before the data are read
     return experiment, open_dataset(experiment.config.data, columns, progress, tokenizer)

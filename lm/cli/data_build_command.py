@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.data.statistics import open_stores
     from lm.experiment import record_columns
 
-    config = configs.fill_defaults(configs.load_config(args.config, overrides), "cpu")
+    config = configs.load_config(args.config, overrides)
     _, stores = open_stores(config.data, record_columns(config), progress=not args.json)
     rows = [
         {

@@ -38,8 +38,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.data.cleaning import find_unneeded
     from lm.experiment import record_columns
 
-    loaded = (configs.load_config(spec, overrides) for spec in args.config)
-    given = [configs.fill_defaults(config, "cpu") for config in loaded]
+    given = [configs.load_config(spec, overrides) for spec in args.config]
     default = configs.default()
     for path, text in overrides.items() if not given else ():
         configs.set_value(default, path, configs.parse_value(path, text))

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.data.statistics import measure, open_stores
     from lm.experiment import record_columns
 
-    config = configs.fill_defaults(configs.load_config(args.config, overrides), "cpu")
+    config = configs.load_config(args.config, overrides)
     tokenizer, stores = open_stores(config.data, record_columns(config), progress=not args.json)
     found = [measure(split, store, tokenizer, args.samples) for split, store in stores]
     if args.picture:

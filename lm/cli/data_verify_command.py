@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.experiment import record_columns
 
     if args.config:
-        config = configs.fill_defaults(configs.load_config(args.config, overrides), "cpu")
+        config = configs.load_config(args.config, overrides)
     else:
         config = configs.default()
         for path, text in overrides.items():
