@@ -5,6 +5,7 @@
 | full     | every parameter                                             | 300   |
 | lora     | low-rank updates of rank 16 of all matrices of layers       | 300   |
 | lora8    | the same; the matrices themselves are kept in 8 bits        | 300   |
+| dpo      | every parameter, on pairs of a better and a worse answer    | 125   |
 | tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
 
 Rows of 512 tokens hold several conversations each; longer ones are cut after a turn of the
@@ -24,6 +25,7 @@ VARIANTS = {  # layers, d_model, heads, steps
     "full": (4, 192, 6, 300),
     "lora": (4, 192, 6, 300),
     "lora8": (4, 192, 6, 300),
+    "dpo": (4, 192, 6, 125),
     "tiny": (2, 64, 4, 60),
 }
 
@@ -49,9 +51,15 @@ def get_config(variant="full"):
         config.lora.targets = "layers/.*kernel"
         config.lora.base = "int8" if variant == "lora8" else "float32"
 
+    if variant == "dpo":  # its source, of pairs, is given on the command line
+        config.objective.name = "dpo"
+        data.source = data.validation_source = ""
+        data.sequence_length = 256
+
     config.train.steps = steps
     config.train.scan_unroll, config.train.steps_per_dispatch = 0, 5
-    config.optimizer.learning_rate, config.optimizer.weight_decay = 1e-3, 0.0
+    config.optimizer.learning_rate = 1e-4 if variant == "dpo" else 1e-3
+    config.optimizer.weight_decay = 0.0
     config.schedule.name, config.schedule.final_ratio = "linear", 0.0
     config.schedule.warmup_steps = steps // 20
     config.eval.every_steps = steps // 3

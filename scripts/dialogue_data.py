@@ -3,12 +3,13 @@
     python scripts/dialogue_data.py excerpts OUT.jsonl
     python scripts/dialogue_data.py prompts ROWS.jsonl.gz N SEED OUT.jsonl [--without ROWS.jsonl.gz]
     python scripts/dialogue_data.py pairs ROWS.jsonl REPLIES.jsonl OUT.jsonl [--matched OUT.jsonl]
+    python scripts/dialogue_data.py bits SCORES.jsonl
 
 `excerpts`: texts of the held-out files of the standard library, for `lm score`, so that it shows
 what fine-tuning forgets. `prompts`: rows drawn at random, each prompt once. `pairs`: preference
 pairs; chosen is the row's reference, rejected what a model replied. A pair is left out if both say
 the same but for white space, or the reply is blank. `--matched` writes those of which the lengths
-in characters differ by at most a tenth, at least one.
+in characters differ by at most a tenth, at least one. `bits`: bits a byte of scored texts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import random
 from pathlib import Path
 
@@ -65,6 +67,14 @@ def pairs(args: argparse.Namespace) -> None:
         print(f"{len(matched)} of them of like lengths")
 
 
+def bits(args: argparse.Namespace) -> None:
+    """Print the bits a byte of the texts that `lm score` scored."""
+    texts = [text for row in read(args.scores) for text in row["continuations"]]
+    nats = -sum(text["log_likelihood"] for text in texts)
+    n_bytes = sum(len(text["text"].encode()) for text in texts)
+    print(f"{args.scores}: {nats / math.log(2) / n_bytes:.4f} bits a byte")
+
+
 def alike(a: int, b: int) -> bool:
     """Return whether lengths differ by at most a tenth of the larger, at least one."""
     return abs(a - b) <= max(1, max(a, b) // 10)
@@ -90,6 +100,7 @@ def main() -> None:
         (excerpts, ("out",)),
         (prompts, ("rows", "n", "seed", "out", "--without")),
         (pairs, ("rows", "replies", "out", "--matched")),
+        (bits, ("scores",)),
     ):
         command = commands.add_parser(run.__name__)
         command.set_defaults(run=run)

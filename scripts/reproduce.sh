@@ -67,6 +67,49 @@ t5-small) # T5's span corruption, small, on Python's standard library
         --config.data.batch_size=16 --config.train.steps=1500 --config.schedule.hold_steps=500
     report
     ;;
+dialogue) # the quickstart's model answers, then prefers the references to what it said
+    base="$runs/quickstart" instruct="$LM_DATA_DIR/instruct/t0_short"
+    out="$(realpath -m "$runs/$name")" own="$(dirname "$0")/dialogue_data.py"
+    train stdlib.py quickstart
+    mkdir -p "$out"
+    python "$own" excerpts "$out/stdlib.jsonl"
+    python "$own" prompts "${instruct}_train.jsonl.gz" 1000 0 "$out/train.jsonl"
+    python "$own" prompts "${instruct}_dev.jsonl.gz" 400 0 "$out/dev.jsonl" \
+        --without "${instruct}_train.jsonl.gz"
+    forgotten() { # RUN SCORES [OVERRIDES…]
+        lm score --workdir "$1" --input "$out/stdlib.jsonl" --output "$2" "${@:3}"
+        python "$own" bits "$2"
+    }
+    forgotten "$base" "$out/stdlib-base.jsonl" --config.data.sequence_length=512 \
+        --config.model.max_length=512
+    prefers() { # RUN PAIRS: shares of pairs where the reference is likelier, by token
+        lm eval --workdir "$1" --config.objective.name=simpo --source "jsonl:$2"
+    }
+    for seed in 0 1 2; do
+        chat="$name/sft-$seed" dpo="$name/dpo-$seed" pairs="$out/pairs-$seed"
+        train chat.py "$chat" --config.seed=$seed --config.init.from="$base" \
+            --config.data.tokenizer="run:$base"
+        forgotten "$runs/$chat" "$out/stdlib-sft-$seed.jsonl"
+        for part in train dev; do
+            lm generate --workdir "$runs/$chat" --chat --seed $seed --max_new_tokens 64 \
+                --input "$out/$part.jsonl" --output "$out/$part-$seed.jsonl"
+            python "$own" pairs "$out/$part.jsonl" "$out/$part-$seed.jsonl" "$pairs-$part.jsonl" \
+                --matched "$pairs-$part-matched.jsonl"
+        done
+        train chat.py:dpo "$dpo" --config.seed=$seed --config.init.from="$runs/$chat" \
+            --config.data.tokenizer="run:$runs/$chat" \
+            --config.data.source="jsonl:$pairs-train.jsonl" \
+            --config.data.validation_source="jsonl:$pairs-dev.jsonl"
+        for run in "$runs/$chat" "$runs/$dpo"; do
+            prefers "$run" "$pairs-dev.jsonl"
+            prefers "$run" "$pairs-dev-matched.jsonl"
+        done
+        lm eval --workdir "$runs/$dpo" --source "jsonl:$pairs-dev-matched.jsonl"
+        lm eval --workdir "$runs/$dpo" --config.objective.name=chat \
+            --source "jsonl:${instruct}_dev.jsonl.gz"
+        forgotten "$runs/$dpo" "$out/stdlib-dpo-$seed.jsonl"
+    done
+    ;;
 *)
     echo "usage: scripts/reproduce.sh NAME [RUNS]; NAME is one of" >&2
     sed -n 's/^\([a-z0-9| -]*\))\( .*\)*$/  \1/p' "$0" >&2

@@ -28,7 +28,9 @@ def test_without_a_name_it_lists_the_names():
 def test_every_command_is_one_that_lm_accepts(tmp_path, name):
     log = tmp_path / "log"
     (tmp_path / "lm").write_text(f'#!/bin/bash\nprintf "%q " "$@" >>{log}; echo >>{log}\n')
-    (tmp_path / "lm").chmod(0o755)
+    (tmp_path / "python").write_text("#!/bin/bash\n")
+    for program in ("lm", "python"):
+        (tmp_path / program).chmod(0o755)
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LM_DATA_DIR": "data", "LM_MINILM": "minilm"}
     words = ["bash", SCRIPT, name, tmp_path / "runs"]
     subprocess.run(words, env=os.environ | own, check=True, capture_output=True)
