@@ -51,9 +51,10 @@ def get_config(variant="full"):
         config.lora.targets = "layers/.*kernel"
         config.lora.base = "int8" if variant == "lora8" else "float32"
 
-    if variant == "dpo":  # its source, of pairs, is given on the command line
+    if variant == "dpo":  # pairs as `scripts/reproduce.sh dialogue` makes them
         config.objective.name = "dpo"
-        data.source = data.validation_source = ""
+        data.source = "jsonl:instruct/pairs_train.jsonl"
+        data.validation_source = "jsonl:instruct/pairs_dev.jsonl"
         data.sequence_length = 256
 
     config.train.steps = steps
