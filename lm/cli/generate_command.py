@@ -80,9 +80,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     template = chat_template(tokenizer, model) if args.chat else None
     guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
-    best_of = open_best_of(args.best_of, args.reward_model)
-    if best_of and (searches or args.greedy):
-        raise UserError("--best_of chooses among samples: without beam search and --greedy")
+    if args.best_of and searches:
+        raise UserError("--best_of chooses among samples, which beam search does not draw")
+    best_of = open_best_of(args.best_of, args.reward_model) if args.best_of else None
     if args.input:
         sampled = None if searches or args.greedy else sampling
         made_by = weights_identity(params, step)
@@ -151,6 +151,10 @@ def _check_generate(args: argparse.Namespace) -> None:
     if args.system is not None and not args.chat:
         raise UserError("--system is of --chat: give both")
     check_texts([*(args.prompt or ()), *args.stop, args.system or ""])
+    if bool(args.best_of) != bool(args.reward_model):
+        raise UserError("--best_of and --reward_model go together")
+    if args.best_of and args.greedy:
+        raise UserError("--best_of chooses among samples: leave out --greedy")
     if "" in args.stop:
         raise UserError("--stop is empty: every continuation would end before it begins")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):

@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm.cli.arguments import Overrides, Parser, open_run, process_arguments, weights_arguments
-from lm.cli.used_keys import MESH, MODEL, Patterns
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    open_run,
+    process_arguments,
+    weights_arguments,
+)
+from lm.cli.used_keys import MESH, MODEL, READING, Patterns
+from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -14,17 +22,25 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
         "--input",
-        required=True,
         metavar="FILE.jsonl",
         help='{"prompt": TEXT, "continuations": [TEXT, …]} a line; without a prompt whole texts',
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="continued; without, stdout")
+    parser.add_argument(
+        "--top_logits",
+        type=at_least(1),
+        metavar="K",
+        help="instead: log-probabilities of the K likeliest tokens at every token of the data, "
+        "written to the folder --output for --config.objective.teacher_logits",
+    )
     weights_arguments(parser)
     process_arguments(parser)
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
+    if args.top_logits:
+        return (*MESH, *MODEL, *READING, "data.source", "data.validation_*", "-objective.*")
     return (*MESH, *MODEL, "data.sequence_length")
 
 
@@ -33,7 +49,19 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.decoding.generate_file import weights_identity
     from lm.evaluation.score_file import score_file
 
+    if bool(args.input) == bool(args.top_logits):
+        raise UserError("give --input, or --top_logits, of which --output is the folder")
+    if args.top_logits and not args.output:
+        raise UserError("--top_logits needs the folder --output")
     experiment, params, step = open_run(args, overrides)
+    if args.top_logits:
+        from lm.evaluation.top_logits import write_top_logits
+        from lm.parallel.mesh import print_on_primary_host
+
+        made_by, folder = weights_identity(params, step), Path(args.output)
+        for line in write_top_logits(experiment, params, args.top_logits, folder, made_by):
+            print_on_primary_host(line)
+        return 0
     files = Path(args.input), Path(args.output) if args.output else None
     made_by = weights_identity(params, step)
     score_file(experiment, params, experiment.tokenizer, *files, made_by)

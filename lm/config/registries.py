@@ -199,6 +199,9 @@ class DistillationOptions:
     teacher: str = option(
         "", "Distillation: run that is learnt from: its workdir, or RUN/checkpoints/STEP."
     )
+    teacher_logits: str = option(
+        "", "Distillation: folder of `lm score --top_logits` to learn from, instead of teacher."
+    )
     distill_weight: float = option(
         0.5, "Distillation: weight of the divergence; the rest is the loss.", low=0.0, high=1.0
     )

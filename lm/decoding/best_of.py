@@ -9,22 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lm.data.chat.messages import content_text
 from lm.decoding.chats import Chat
-from lm.errors import UserError
 from lm.runs.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from lm.decoding.generation import Generation
 
 
-def open_best_of(n: int | None, workdir: str | None) -> BestOf | None:
-    """Return the choice among n samples by the reward model of a run, None if neither is given.
-
-    Raises:
-        UserError: one is given without the other, or the run is no reward model.
-    """
-    if (n is None) != (workdir is None):
-        raise UserError("--best_of and --reward_model go together")
-    return None if n is None or workdir is None else BestOf(n, RewardModel(workdir))
+def open_best_of(n: int, workdir: str) -> BestOf:
+    """Return the choice among n samples by the reward model of a run; UserError if it is none."""
+    return BestOf(n, RewardModel(workdir))
 
 
 @dataclass(frozen=True)

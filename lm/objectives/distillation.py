@@ -1,6 +1,7 @@
 """Distillation: learn the next token's distribution of a teacher beside the token itself.
 
-The teacher is a frozen model beside the student (`lm/models/frozen.py`), of any size.
+The teacher is a frozen model beside the student (`lm/models/frozen.py`), of any size, or what it
+said of each token was stored before (`stored_teacher.py`).
 
 Shape letters: B batch, L length, D model, V vocabulary, K likeliest tokens of the teacher.
 """
@@ -14,10 +15,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config import read_run_file
-from lm.data.store import TokenStore, TokenWindows
+from lm.data.batches import Arrays, Example
+from lm.data.store import TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.models.attention import choose_attention
@@ -26,7 +29,8 @@ from lm.models.transformer_config import make_model
 from lm.objectives.causal import Causal
 from lm.objectives.chunked_losses import in_chunks
 from lm.objectives.losses import cross_entropy
-from lm.objectives.objective import Batch, BoundModel, LossSums
+from lm.objectives.objective import Batch, BoundModel, LossSums, Shapes
+from lm.objectives.stored_teacher import stored_settings, taught_windows
 from lm.parallel.mesh import AXES, current_mesh
 from lm.storage import is_step, resolve_path
 
@@ -82,14 +86,32 @@ class Distillation(Causal):
         assert isinstance(found, Distillation)
         return replace(found, options=config.objective)
 
-    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return the windows of L + 1 tokens."""
-        if training and not self.options.teacher:
+    @property
+    def shapes(self) -> Shapes:
+        if not self.options.teacher_logits:
+            return super().shapes
+        row = (self.length, stored_settings(self.options.teacher_logits)["top_k"])
+        stored = {"teacher_logps": (row, "float32"), "teacher_ids": (row, "int32")}
+        return {**super().shapes, **stored}
+
+    def examples(self, store: TokenStore, training: bool) -> Any:
+        """Return the windows of L + 1 tokens, with what is stored of the teacher."""
+        o, windows = self.options, super().examples(store, training)
+        if training and bool(o.teacher) == bool(o.teacher_logits):
             raise UserError(
-                "--config.objective.name=distillation needs a run to learn from: set "
-                "--config.objective.teacher"
+                "--config.objective.name=distillation needs a run or stored logits to learn from: "
+                "set --config.objective.teacher or --config.objective.teacher_logits"
             )
-        return super().examples(store, training)
+        if not o.teacher_logits:
+            return windows
+        return taught_windows(windows, store, o.teacher_logits, self.isolate_documents)
+
+    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
+        """Return the arrays of `Causal.features`, and what is stored of the teacher."""
+        stored = {
+            name: example[name] for name in ("teacher_logps", "teacher_ids") if name in example
+        }
+        return {**super().features(example, rng), **stored}
 
     @property
     def frozen(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -110,7 +132,17 @@ class Distillation(Causal):
                 )
             variables = teacher_variables(model, teacher, *arguments)
             columns.append(cast(jax.Array, teacher.apply(variables, *arguments, method="hidden")))
-            of_teacher = lambda x: teacher.apply(variables, x, method="logits")  # noqa: E731
+
+            def of_teacher(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+                found: Any = teacher.apply(variables, x_BLD, method="logits")
+                return jax.lax.top_k(found, o.distill_top_k) if o.distill_top_k else (found, None)
+
+        if o.teacher_logits:
+            columns += [batch["teacher_logps"], batch["teacher_ids"]]
+
+            def of_teacher(logps_BLK: jax.Array, ids_BLK: jax.Array) -> tuple[jax.Array, jax.Array]:
+                k = o.distill_top_k or ids_BLK.shape[-1]
+                return logps_BLK[..., :k], ids_BLK[..., :k]
 
         def compute(
             model: BoundModel, x_BLD: jax.Array, targets_BL: jax.Array, *rest: jax.Array
@@ -119,10 +151,8 @@ class Distillation(Causal):
             losses = cross_entropy(logits_BLV, targets_BL, self.label_smoothing, self.z_loss)
             apart_BL = jnp.zeros_like(losses.loss_BL)
             if of_teacher is not None:
-                teacher_BLV, ids_BLK = of_teacher(*rest), None
-                if o.distill_top_k:
-                    teacher_BLV, ids_BLK = jax.lax.top_k(teacher_BLV, o.distill_top_k)
-                apart_BL = divergence(logits_BLV, teacher_BLV, ids_BLK, o.distill_temperature)
+                of_BLK, ids_BLK = of_teacher(*rest)
+                apart_BL = divergence(logits_BLV, of_BLK, ids_BLK, o.distill_temperature)
             mixed_BL = (1 - o.distill_weight) * losses.loss_BL + o.distill_weight * apart_BL
             return TokenFigures(mixed_BL, losses.nll_BL, losses.correct_BL, apart_BL)
 

@@ -102,8 +102,12 @@ class Reward(Objective[RecordStore, Record]):
         """Return the rewards [B, P], float32."""
         segments_BL = batch["segment_ids"]
         x_BLD = model.hidden(batch["inputs"], batch["positions"], segments_BL)
-        halves = (x.reshape(-1, *x.shape[2:]) for x in map(in_halves, (x_BLD, segments_BL)))
-        return model.classify(model.pooled(*halves)).reshape(-1, HALVES)
+        x_BPLD, segments_BPL = in_halves(x_BLD), in_halves(segments_BL)
+        rewards = (
+            model.classify(model.pooled(x_BPLD[:, half], segments_BPL[:, half]))
+            for half in range(HALVES)
+        )
+        return jnp.concatenate([*rewards], axis=-1)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
         """Return the loss of each pair, and how often and by how much chosen is better."""

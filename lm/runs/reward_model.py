@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from lm.objectives.reward import Reward
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import load_tokenizer, restore_run
 from lm.runs.text_classifier import run_weights_digest
+from lm.runs.workdir import load_run_config
 from lm.storage import open_run_folder
 
 _ROWS = 8  # of two completions each, scored together
@@ -41,12 +42,11 @@ class RewardModel:
             UserError: there is no such run, or it has another objective.
         """
         folder = open_run_folder(workdir)
-        self._experiment, self._params, _ = restore_run(folder, {}, ignore_line, any_batch=True)
-        objective = self._experiment.objective
-        if not isinstance(objective, Reward):
-            name = self._experiment.config.objective.name
+        name = load_run_config(folder, {}).objective.name
+        if name != "reward":
             raise UserError(f"{workdir}: its objective is {name}, not reward")
-        self._objective = objective
+        self._experiment, self._params, _ = restore_run(folder, {}, ignore_line, any_batch=True)
+        self._objective = cast(Reward, self._experiment.objective)
         tokenizer = load_tokenizer(folder)
         self._encoder = PreferenceEncoder(tokenizer, ChatTemplate.of(tokenizer))
         self.digest = run_weights_digest(workdir)

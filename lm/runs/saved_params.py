@@ -35,7 +35,11 @@ from lm.storage import AnyPath, is_committed, is_step, storage_path, write_atomi
 FlatParams = dict[str, jax.Array]
 
 # Overrides with which a model is restored alone.
-WITHOUT_FROZEN = {"objective.reference": "none", "objective.teacher": ""}
+WITHOUT_FROZEN = {
+    "objective.reference": "none",
+    "objective.teacher": "",
+    "objective.teacher_logits": "",
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm.api import evaluate, load_run
+from lm.cli import main
 from lm.data.splits import open_split
 from lm.errors import UserError
 from lm.objectives.distillation import divergence
@@ -69,3 +70,14 @@ def test_a_student_learns_beside_its_teacher(tiny_config, tmp_path):
     assert found["kl"] == pytest.approx((expected * weights).sum() / n, rel=1e-4)
     mixed = 0.75 * expected + 0.25 * nll
     assert found["loss"] == pytest.approx((mixed * weights).sum() / n, rel=1e-4)
+
+    stored = tmp_path / "stored"
+    k = str(teacher.config.model.vocab_size)
+    score = ["score", "--workdir", str(large), "--top_logits", k, "--output", str(stored)]
+    assert main(score) == 0
+    instead = {"objective.teacher": "", "objective.teacher_logits": str(stored)}
+    again = evaluate(load_run(small, instead))
+    for name in ("kl", "loss"):
+        assert again[name] == pytest.approx(found[name], rel=1e-4)
+    with pytest.raises(UserError, match="stored with sequence_length 32, not 16"):
+        evaluate(load_run(small, {**instead, "data.sequence_length": "16"}))
