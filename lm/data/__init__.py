@@ -2,6 +2,7 @@
 
 Read in the order of the data: `sources` (the interface of documents and records), `text/` (the
 library's sources of documents), `records` (rows of a task, checked and renamed, and their files),
+`chat/` (`messages`: rows as messages; `conversations`: those as records; chat templates),
 `tokenizer` (the interface; `tokenizers/` has the library's) and `special_tokens` (ids around and in
 place of a text's), `store` and `record_store` (tokens on disk; windows of them, rows of several
 records), `batches` (rows of a step on the devices; `contiguous` orders them for models that carry

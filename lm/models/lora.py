@@ -81,7 +81,7 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     if options.base == "int8":
         train = matching("lora.train", options.train, nn.meta.unbox(boxes), strict=False)
         for path, info in infos.items():
-            is_matrix = info.role.kind == Kind.MATRIX and info.role.part == "layers"
+            is_matrix = info.role.kind == Kind.MATRIX and info.role.part in ("layers", "body")
             if is_matrix and not train[path].any() and not is_frozen(path):
                 boxes[path], scales[path] = _in_int8(boxes[path], info)
     return {**nested(boxes), LORA: nested(adapters), **({SCALES: nested(scales)} if scales else {})}

@@ -177,7 +177,7 @@ def test_bad_rows_are_one_line_or_skipped(build, write, capsys):
         ({"messages": []}, "no messages"),
         (
             {"talk": []},
-            r"no messages, conversations, instruction and output, prompt and completion",
+            r"no messages, no conversations, no instruction and output, no prompt and",
         ),
         ({"messages": [{"role": "boss", "content": ""}]}, "unknown role 'boss'"),
         ({"messages": None}, "no conversation"),
@@ -195,6 +195,10 @@ def test_a_table_without_a_conversation_is_an_error_even_where_rows_are_skipped(
         build("csv:a.csv", bad_rows="skip")
     with pytest.raises(UserError, match="unknown name 'text'"):
         build("csv:a.csv", columns="text=q")
+    with pytest.raises(UserError, match=r"columns=prompt=q: name messages, or conversations, or"):
+        build("csv:a.csv", columns="prompt=q")
+    with pytest.raises(UserError, match=r"no talk \(there are: q, a\): set --config.data.columns"):
+        build("csv:a.csv", columns="messages=talk", bad_rows="skip")
 
 
 def test_the_store_depends_on_the_length_and_on_the_form_of_the_rows(build, write):

@@ -40,7 +40,12 @@ class Conversations(Records):
 
     @classmethod
     def of_source(cls, source: RecordSource, data: Any, **more: Any) -> Self:
-        return super().of_source(source, data, length=data.sequence_length, **more)
+        made = super().of_source(source, data, length=data.sequence_length, **more)
+        named = {name for name, _ in made.columns}
+        if named and not any(named.issuperset(form) for form in FORMS):
+            forms = ", or ".join(" and ".join(form) for form in FORMS)
+            raise UserError(f"--config.data.columns={data.columns}: name {forms}")
+        return made
 
     @property
     def _settings(self) -> tuple[Any, ...]:
@@ -56,13 +61,14 @@ class Conversations(Records):
         columns = columns or {name: name for name in self.known}
         found = {name: field_value(row.values, column) for name, column in columns.items()}
         values = {name: value for name, value in found.items() if value is not MISSING}
-        if not any(all(name in values for name in form) for form in FORMS):
-            forms = ", ".join(" and ".join(columns.get(n, n) for n in form) for form in FORMS)
+        forms = [form for form in FORMS if all(name in columns for name in form)]
+        if not any(all(name in values for name in form) for form in forms):
+            wanted = ", no ".join(" and ".join(columns[n] for n in form) for form in forms)
             there = ", ".join(row.values) or "none"
-            problem = f"no {forms} (there are: {there}): set --config.data.columns"
+            problem = f"no {wanted} (there are: {there})"
             if not self.source.same_columns:
                 raise BadRow(problem)
-            raise UserError(f"{row.where}: {problem}")
+            raise UserError(f"{row.where}: {problem}: set --config.data.columns")
         if self.source.same_columns:  # of nested values too: what a row lacks is null
             values = without_nulls(values)
         messages, tools = conversation_of(values)
