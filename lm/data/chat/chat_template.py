@@ -86,11 +86,6 @@ class ChatTemplate:
         """Jinja source, of all templates if there are several."""
         return "\n".join(text for _, text in sorted(self.sources.items()))
 
-    def check(self) -> None:
-        """Raise UserError if a template is no valid Jinja."""
-        for template in self._templates:
-            template.check()
-
     def render(
         self,
         messages: Sequence[Message],
@@ -159,7 +154,13 @@ class ChatTemplate:
 
     @cached_property
     def has_role_tokens(self) -> bool:
-        """True if tokens mark the turns, rather than words, which a text can hold too."""
+        """True if tokens mark the turns, rather than words, which a text can hold too.
+
+        Raises:
+            UserError: a template is no valid Jinja.
+        """
+        for template in self._templates:
+            template.check()
         return any(name in self._turns for name in self._guarded)
 
     # --- what the template is like

@@ -74,7 +74,7 @@ def test_any_tokenizer_gets_the_tokens_of_the_shipped_template(kind, tmp_path):
     assert template.encode(CHAT).ids.tolist().count(start) == 6
 
 
-def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path):
+def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path, capsys):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}<|im_end|>{{ m.content }}{% endfor %}")
     tokenizer = extended(ByteTokenizer(), settings(template=str(file)))
@@ -82,6 +82,10 @@ def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path):
     assert ChatTemplate.of(tokenizer).render(CHAT[3:]) == "<|im_end|>the cat<|im_end|>sat"
     again = extended(tokenizer, settings("<|x|>", ""))
     assert (again.names, again.jinja) == (("<|im_end|>", "<|x|>"), tokenizer.jinja)
+    assert not capsys.readouterr().err
+    file.write_text("{% for m in messages %}### {{ m.role + m.content }}{% endfor %}")
+    extended(ByteTokenizer(), settings(template=str(file)))
+    assert "marks turns by words" in capsys.readouterr().err
     for content, problem in ((b"{% for %}", "TemplateSyntaxError"), (b"\xff", "mine.jinja")):
         file.write_bytes(content)
         with pytest.raises(UserError, match=problem):
