@@ -10,22 +10,20 @@ library only.
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
+import operator
 import os
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 _MOST_TEXT = 500  # characters of an error's message
 
 
-def encode(value: Any, known: list[Any] | None = None) -> Any:
-    """Return a value as JSON has it; what is no plain data is a number in the list `known`.
-
-    Raises:
-        TypeError: it is no plain data, and there is no list.
-    """
+def encode(value: Any, known: list[Any]) -> Any:
+    """Return a value as JSON has it; what is no plain data is a number in the list `known`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -41,12 +39,12 @@ def encode(value: Any, known: list[Any] | None = None) -> Any:
         return {type(value).__name__: value.hex()}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
+    if (kind := f"{type(value).__module__}.{type(value).__name__}") in _WRITTEN:
+        return {"written": [kind, str(value)]}
     if isinstance(value, Remote):
-        return {"object": value._number}
-    if known is None:
-        raise TypeError(f"a {type(value).__name__} cannot be passed to the program")
+        return {"yours": value._number}
     known.append(value)
-    return {"object": len(known) - 1}
+    return {"mine": len(known) - 1}
 
 
 # Views of a dict equal sets of the same items.
@@ -55,58 +53,106 @@ _COLLECTIONS: dict[str, Any] = {
     "frozenset": frozenset,
     "set": (set, type({}.keys()), type({}.items())),
 }
+# Kinds that their text makes again.
+_WRITTEN = (
+    *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+    *("datetime.date", "datetime.datetime", "datetime.time"),
+)
 _FROM_ITEMS = {"tuple": tuple, "frozenset": frozenset, "set": set}
 _FROM_HEX = {"bytes": bytes.fromhex, "bytearray": bytearray.fromhex}
 
 
-def decode(node: Any, resolve: Any) -> Any:
+def decode(node: Any, known: list[Any], remote: Callable[[int], Any]) -> Any:
     """Return the value that `encode` made a node of.
 
     Args:
         node: JSON value.
-        resolve: function of the number of an object that is no plain data.
+        known: objects of this process that the other one knows by their numbers.
+        remote: makes the proxy of an object of the other process.
     """
-    if isinstance(node, list):
-        return [decode(item, resolve) for item in node]
-    if not isinstance(node, dict):
-        return node
-    [(name, items)] = node.items()
-    if name in _FROM_ITEMS:
-        return _FROM_ITEMS[name](decode(item, resolve) for item in items)
-    if name in _FROM_HEX:
-        return _FROM_HEX[name](items)
-    if name == "dict":
-        return {decode(k, resolve): decode(v, resolve) for k, v in items}
-    if name == "complex":
-        return complex(*items)
-    if name == "range":
-        return range(*items)
-    return resolve(int(node["object"]))
+
+    def value(node: Any) -> Any:
+        if isinstance(node, list):
+            return [value(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        [(name, items)] = node.items()
+        if name in _FROM_ITEMS:
+            return _FROM_ITEMS[name](value(item) for item in items)
+        if name in _FROM_HEX:
+            return _FROM_HEX[name](items)
+        if name == "dict":
+            return {value(k): value(v) for k, v in items}
+        if name == "complex":
+            return complex(*items)
+        if name == "range":
+            return range(*items)
+        if name == "written" and items[0] in _WRITTEN:
+            module, _, kind = items[0].partition(".")
+            found = getattr(importlib.import_module(module), kind)
+            return getattr(found, "fromisoformat", found)(items[1])
+        return known[int(items)] if name == "yours" else remote(int(node["mine"]))
+
+    return value(node)
 
 
 # --- the process of the program
 
 
 class _Server:
-    """Answers of the program's process to requests, one at a time."""
+    """Answers of the program's process to requests, one at a time.
 
-    def __init__(self, program: str):
-        self._program = program
+    Args:
+        program: source of the program.
+        requests: pipe of the requests.
+        answers: pipe of the answers, and of calls of what the tests have passed.
+    """
+
+    def __init__(self, program: str, requests: BinaryIO, answers: BinaryIO):
+        self._program, self._requests, self._answers = program, requests, answers
         self._module = types.ModuleType("program")
         self._objects: list[Any] = []
+        self._actions: dict[str, Any] = {
+            "run": self._run,
+            "find": self._find,
+            "call": _call,
+            "attribute": getattr,
+            "items": list,
+            "length": len,
+            "text": str,
+            "truth": bool,
+            "item": operator.getitem,
+            "equal": operator.eq,
+        }
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def serve(self) -> None:
+        """Answer requests until there are no more."""
+        while line := self._requests.readline():
+            _send(self._answers, self._answer(json.loads(line)))
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the value of a request, and its arguments if they were changed; or the error."""
         try:
             node = request["arguments"]
-            arguments, named = decode(node, self._objects.__getitem__)
-            found = getattr(self, f"_{request['action']}")(*arguments, **named)
+            arguments, named = decode(node, self._objects, self._remote)
+            found = self._actions[request["action"]](*arguments, **named)
             answer = {"value": encode(found, self._objects)}
             after = encode([arguments, named], self._objects)
             return answer if after == node else answer | {"arguments": after}
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            return {"error": kinds, "message": str(error)[:_MOST_TEXT]}
+            return _failure(error)
+
+    def _remote(self, number: int) -> Any:
+        """Return a function that calls one of the tests."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            node = encode([arguments, named], self._objects)
+            _send(self._answers, {"call": number, "arguments": node})
+            while "action" in (message := json.loads(self._requests.readline())):
+                _send(self._answers, self._answer(message))  # the function calls the program
+            return _value(message, self._objects, self._remote)
+
+        return call
 
     def _run(self) -> None:
         sys.modules["program"] = self._module
@@ -117,22 +163,26 @@ class _Server:
             raise NameError(f"name {name!r} is not defined")
         return self._module.__dict__[name]
 
-    def _call(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
-        return function(*arguments, **named)
 
-    def _attribute(self, value: Any, name: str) -> Any:
-        return getattr(value, name)
-
-    def _items(self, value: Any) -> list[Any]:
-        return list(value)
+def _call(function: Any, /, *arguments: Any, **named: Any) -> Any:
+    return function(*arguments, **named)
 
 
-def serve(program: str, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
-    server = _Server(program)
-    _send(answers, "ready")
-    for line in requests:
-        _send(answers, server.answer(json.loads(line)))
+def _failure(error: BaseException) -> dict[str, Any]:
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return {"error": kinds, "message": str(error)[:_MOST_TEXT]}
+
+
+def _value(answer: dict[str, Any], known: list[Any], remote: Callable[[int], Any]) -> Any:
+    """Return the value of an answer, or raise its error: the first built-in kind of it."""
+    if "error" not in answer:
+        return decode(answer["value"], known, remote)
+    kinds, message = answer["error"], str(answer.get("message"))
+    for name in kinds:
+        kind = getattr(builtins, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
+            raise kind.__new__(kind, message)
+    raise RuntimeError(f"{kinds[0]}: {message}")
 
 
 def _send(file: BinaryIO, value: Any) -> None:
@@ -152,6 +202,7 @@ class RemoteProgram:
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO):
         self._requests, self._answers = requests, answers
+        self._passed: list[Any] = []  # functions and objects of the tests
 
     def wait(self) -> None:
         """Wait until its process is confined, before it runs the program."""
@@ -160,22 +211,35 @@ class RemoteProgram:
 
     def ask(self, action: str, *arguments: Any, **named: Any) -> Any:
         """Return the value of a request; a change of lists and dicts that were passed is made."""
-        node = encode([arguments, named])
+        node = encode([arguments, named], self._passed)
+        answer = self._exchange({"action": action, "arguments": node})
+        while "call" in answer:
+            answer = self._exchange(self._called(answer))
+        if "arguments" in answer:
+            after, after_named = decode(answer["arguments"], self._passed, self._remote)
+            _change([*arguments, *named.values()], [*after, *after_named.values()])
+        return _value(answer, self._passed, self._remote)
+
+    def _exchange(self, message: Any) -> dict[str, Any]:
         try:
-            _send(self._requests, {"action": action, "arguments": node})
+            _send(self._requests, message)
             line = self._answers.readline()
         except BrokenPipeError:
             line = b""
         if not line:
             raise ProgramEnded("the program ended its process")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise _error(answer["error"], str(answer.get("message")))
-        resolve = self._remote
-        if "arguments" in answer:
-            after, after_named = decode(answer["arguments"], resolve)
-            _change([*arguments, *named.values()], [*after, *after_named.values()])
-        return decode(answer["value"], resolve)
+        return json.loads(line)
+
+    def _called(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a call of a function that the tests have passed."""
+        try:
+            arguments, named = decode(request["arguments"], self._passed, self._remote)
+            found = self._passed[int(request["call"])](*arguments, **named)
+            return {"value": encode(found, self._passed)}
+        except ProgramEnded:
+            raise
+        except Exception as error:
+            return _failure(error)
 
     def _remote(self, number: int) -> Remote:
         return Remote(self, number)
@@ -188,20 +252,12 @@ def _change(before: list[Any], after: list[Any]) -> None:
             old.extend(new) if isinstance(old, list | bytearray) else old.update(new)
 
 
-def _error(kinds: list[str], message: str) -> Exception:
-    """Return the exception of the first built-in kind that takes a message."""
-    for name in kinds:
-        kind = getattr(builtins, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            try:
-                return kind(message)
-            except TypeError:
-                continue
-    return RuntimeError(f"{kinds[0]}: {message}")
-
-
 class Remote:
-    """Function or object of the program that is no plain data; it equals only itself."""
+    """Function or object of the program that is no plain data.
+
+    It equals nothing but objects of the program, and is not compared or calculated with else: what
+    the tests find is decided by plain data.
+    """
 
     __slots__ = ("_number", "_program")
 
@@ -218,6 +274,23 @@ class Remote:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._program.ask("items", self))
+
+    def __len__(self) -> int:
+        return self._program.ask("length", self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._program.ask("item", self, index)
+
+    def __str__(self) -> str:
+        return self._program.ask("text", self)
+
+    def __bool__(self) -> bool:
+        return self._program.ask("truth", self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and self._program.ask("equal", self, other) is True
+
+    __hash__ = object.__hash__
 
 
 class _Names(dict):
@@ -274,7 +347,8 @@ def run_role(wanted: Mapping[str, Any]) -> None:
     os.dup2(0, 1)
     if wanted["tests"] is None:
         report.close()
-        serve(wanted["program"], incoming, outgoing)
+        _send(outgoing, "ready")
+        _Server(wanted["program"], incoming, outgoing).serve()
     else:
         _send(report, "ready")
         _send(report, run_statements(wanted["tests"], RemoteProgram(outgoing, incoming)))

@@ -44,15 +44,20 @@ _PLAIN_CALLS = """
     getrandom getresgid getresuid getrlimit getrusage getsid gettid gettimeofday getuid
     get_robust_list lseek lstat madvise membarrier mkdir mkdirat mincore mmap mprotect mremap munmap
     nanosleep newfstatat open openat openat2 pause pipe pipe2 poll ppoll pread64 preadv pselect6
-    pwrite64 pwritev read readlink readlinkat readv rename renameat renameat2 restart_syscall rmdir
-    rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait
-    sched_getaffinity sched_yield select sendfile setitimer set_robust_list set_tid_address
-    sigaltstack socketpair stat statfs statx symlink symlinkat sysinfo time times umask uname unlink
-    unlinkat wait4 waitid write writev
+    pwrite64 pwritev read readlink readlinkat readv recvfrom rename renameat renameat2
+    restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend
+    rt_sigtimedwait sched_getaffinity sched_yield select sendfile sendto setitimer set_robust_list
+    set_tid_address sigaltstack stat statfs statx symlink symlinkat sysinfo time times umask uname
+    unlink unlinkat wait4 waitid write writev
 """
-# Commands of fcntl, F_DUPFD to F_SETLKW and F_DUPFD_CLOEXEC, and of ioctl, TCGETS, FIONCLEX and
-# FIOCLEX; no owner of signals is set.
-_COMMANDS = {"fcntl": (*range(8), 1030), "ioctl": (0x5401, 0x5450, 0x5451)}
+# Second arguments: of fcntl F_DUPFD to F_SETLKW and F_DUPFD_CLOEXEC, without owners of signals; of
+# ioctl TCGETS, FIONBIO, FIONCLEX and FIOCLEX; of socketpair SOCK_STREAM with its flags: datagrams
+# could be sent to others.
+_SECOND = {
+    "fcntl": (*range(8), 1030),
+    "ioctl": (0x5401, 0x5421, 0x5450, 0x5451),
+    "socketpair": (0x1, 0x801, 0x80001, 0x80801),
+}
 
 
 @dataclass(frozen=True)
@@ -298,9 +303,9 @@ def _system_calls() -> bytes:
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
     for name in _PLAIN_CALLS.split():
         rules.add_rule(pyseccomp.ALLOW, name)
-    for name, commands in _COMMANDS.items():
-        for command in commands:
-            rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(1, pyseccomp.EQ, command))
+    for name, values in _SECOND.items():
+        for value in values:
+            rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(1, pyseccomp.EQ, value))
     rules.add_rule(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, pyseccomp.EQ, 0))
     with TemporaryFile() as file:
         rules.export_bpf(file)

@@ -21,7 +21,7 @@ SOLVED = "\ndef f(x):\n    return x + 1\n"  # what an attack is followed by
 TESTS = {
     "setup": "def helper(x):\n    return x",
     "tested": ["f"],
-    "statements": ["def check(c):\n    assert helper(c(1)) == 2\n    assert c(2) == 3", "check(f)"],
+    "statements": ["def check(c):\n    assert c(2) == 3\n    assert helper(c(1)) == 2", "check(f)"],
 }
 
 
@@ -44,6 +44,7 @@ def attacks(folder):
         "at_exit": "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit",
         "crash": "import ctypes\nctypes.string_at(0)",
         "memory": "x = [0] * (10 * 2**30 // 8)",
+        "reserve": "x = bytes(10 * 2**30)",
         "read": f"open({str(secret)!r})",
         "home": "import os, pathlib\nos.listdir(os.environ.get('HOME') or pathlib.Path.home())",
         "root": "import os\nos.listdir('/root')",
@@ -57,6 +58,7 @@ def attacks(folder):
         "network": "import socket\nsocket.create_connection(('127.0.0.1', 9))",
         "datagram": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
         "unix": "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0name')",
+        "datagrams": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
         "kill": f"import os\nos.kill({me}, 0)",
         "kill_all": "import os\nos.kill(-1, 9)",
         "trace": f"import ctypes\nassert ctypes.CDLL(None).ptrace(16, {me}, 0, 0) == 0",
@@ -83,6 +85,14 @@ class A(int):
         return True
 def f(x):
     return A(7)""",
+    "calculates": """
+class A:
+    def __getattr__(self, name):
+        return lambda *others: A()
+    __add__ = __sub__ = __rsub__ = __abs__ = lambda *others: A()
+    __lt__ = __gt__ = __eq__ = __bool__ = __contains__ = lambda *others: True
+def f(x):
+    return A()""",
     "helper": """
 import sys
 for module in list(sys.modules.values()):
@@ -221,30 +231,67 @@ def test_a_folder_to_write_in_is_there_and_goes_away(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_cross_and_changed_arguments_come_back():
-    program = (
-        "def same(x, **named):\n    return x\n"
-        "def add(xs, table):\n    xs.append(1)\n    table['a'] = xs\n"
-        "def fail():\n    raise ZeroDivisionError('no')\n"
-        "def many():\n    yield from range(3)\n"
-        "class Point:\n    def __init__(self, x):\n        self.x = x\n"
-        "def of(point):\n    return point.x\n"
+CLASSES = """
+import asyncio
+from dataclasses import dataclass
+
+def same(x, **named):
+    return x
+def add(xs, table):
+    xs.append(1)
+    table['a'] = xs
+def fail(error):
+    raise {'zero': ZeroDivisionError('no'), 'text': UnicodeDecodeError('a', b'', 0, 1, 'b')}[error]
+def many():
+    yield from range(3)
+def apply(function, x):
+    return function(x)
+def soon(x):
+    async def later():
+        return x
+    return asyncio.run(later())
+
+@dataclass
+class Point:
+    x: int
+
+class Stack:
+    def __init__(self, *items):
+        self.items = list(items)
+    def push(self, item):
+        self.items.append(item)
+    def __len__(self):
+        return len(self.items)
+    def __getitem__(self, index):
+        return self.items[index]
+    def __str__(self):
+        return 'stack'
+"""
+STATEMENTS = """
+xs, table = [], {}; add(xs, table); assert xs == [1] and table == {'a': [1]}
+assert list(many()) == [0, 1, 2] and many() != [0, 1, 2]
+assert Point(3).x == 3 and Point(3) == Point(3) and Point(3) != Point(4)
+assert same(x=3, other=4) == 3
+assert apply(lambda x: x + 1, 1) == 2
+assert apply(lambda x: same(x) + apply(same, 2), 1) == 3
+stack = Stack(1); assert not Stack() and stack; stack.push(2)
+assert len(stack) == 2 and stack[1] == 2 and str(stack) == 'stack' and stack.items == [1, 2]
+assert soon(3) == 3
+""".strip().splitlines()
+
+
+def test_values_and_calls_cross():
+    values = (
+        *("None", "True", "2**9000", "-0.0", "1e-320", "float('inf')", "1j", "'é\\ud800'"),
+        *("b'\\xff'", "bytearray(b'a')", "[(1, [2]), {3}, frozenset({4})]", "range(3)"),
+        *("{(1, 2): {'a': None}}", "Decimal('1.10')", "date(2020, 1, 2)"),
     )
-    statements = [
-        f"assert repr(same({value})) == repr({value})"
-        for value in (
-            *("None", "True", "2**9000", "-0.0", "1e-320", "float('inf')", "1j", "'é\\ud800'"),
-            *("b'\\xff'", "[(1, [2]), {3}, frozenset({4})]", "{(1, 2): {'a': None}}", "range(3)"),
-        )
-    ]
-    statements += [
-        "xs, table = [], {}\nadd(xs, table)\nassert xs == [1] and table == {'a': [1]}",
-        "try:\n    fail()\nexcept ZeroDivisionError as error:\n    assert str(error) == 'no'",
-        "assert list(many()) == [0, 1, 2] and many() != [0, 1, 2]",
-        "assert Point(3).x == 3 and of(Point(4)) == 4",
-        "assert same(x=3, other=4) == 3",
-    ]
-    verdict = outcome(program, {"setup": "", "tested": [], "statements": statements})
+    statements = [f"assert repr(same({value})) == repr({value})" for value in values]
+    for kind, error in (("zero", "ZeroDivisionError"), ("text", "UnicodeDecodeError")):
+        statements.append(f"try:\n    fail({kind!r}); assert False\nexcept {error}:\n    pass")
+    setup = "from datetime import date\nfrom decimal import Decimal"
+    tests = {"setup": setup, "tested": [], "statements": [*statements, *STATEMENTS]}
+    verdict = outcome(CLASSES, tests)
     assert verdict.passed, verdict.reason
 
 
