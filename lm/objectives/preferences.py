@@ -2,7 +2,8 @@
 
 A pair is one row of 2L tokens in two segments, prompt and chosen, prompt and rejected: attention
 and positions stay within a half, and meshes, dropout and microbatches see rows as of any text.
-Losses and metrics are those of TRL 1.16, a mean over the pairs.
+Losses and metrics are those of TRL 1.16, a mean over the pairs. As there, KTO's divergence and
+ORPO's mean over tokens are those of a microbatch.
 
 Shape letters: B batch, L length, P the two halves of a row, D model.
 """

@@ -237,7 +237,7 @@ def plan_of(
         n_slices=n_slices,
         n_devices=n_devices,
         mesh={axis: size for axis, size in experiment.mesh.shape.items() if size > 1},
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shapes.params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(experiment.param_shapes)),
         fits=module is not None and memory.needed <= memory.capacity,
         memory=memory,
         model_flops=model_flops_per_token(experiment) * tokens / n_devices,
