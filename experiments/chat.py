@@ -3,7 +3,7 @@
 | variant  | what trains                                                 | steps |
 |----------|-------------------------------------------------------------|-------|
 | full     | every parameter                                             | 300   |
-| lora     | low-rank updates of rank 16 of all matrices of layers       | 300   |
+| lora     | token table, and updates of rank 16 of all matrices         | 300   |
 | lora8    | the same; the matrices themselves are kept in 8 bits        | 300   |
 | dpo      | every parameter, on pairs of a better and a worse answer    | 125   |
 | tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
@@ -50,6 +50,7 @@ def get_config(variant="full"):
         config.lora.rank, config.lora.alpha = 16, 32.0
         config.lora.targets = "layers/.*kernel"
         config.lora.base = "int8" if variant == "lora8" else "float32"
+        config.lora.train = "^tokens/"  # new tokens mark the turns
 
     if variant == "dpo":  # pairs as `scripts/reproduce.sh dialogue` makes them
         config.objective.name = "dpo"

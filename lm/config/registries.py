@@ -231,12 +231,6 @@ OBJECTIVES = Registry(
             families=("decoder", "lstm", "nplm"),
             predicts_every_token=True,
         ),
-        "chat": Entry(
-            "lm.objectives.chat:ChatTuning",
-            ChatOptions,
-            families=("decoder",),
-            columns=("messages",),
-        ),
         "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),
         "masked": Entry("lm.objectives.masked:Masked", MaskedOptions, families=("encoder",)),
         "span_corruption": Entry(
@@ -266,6 +260,12 @@ OBJECTIVES = Registry(
         ),
         "skip_gram": Entry(
             "lm.objectives.skip_gram:NegativeSampling", SkipGramOptions, families=("skip_gram",)
+        ),
+        "chat": Entry(
+            "lm.objectives.chat:ChatTuning",
+            ChatOptions,
+            families=("decoder",),
+            columns=("messages",),
         ),
         "distillation": Entry(
             "lm.objectives.distillation:Distillation",
