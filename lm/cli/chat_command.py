@@ -27,7 +27,8 @@ def add_arguments(parser: Parser) -> None:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
-    return ("parallel.*", *MODEL, "decode.*", "-decode.beam_size", "data.sequence_length")
+    unused = "-decode.beam_size", "-decode.length_penalty"
+    return ("parallel.*", *MODEL, "decode.*", *unused, "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
