@@ -188,7 +188,7 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
         ("parallel.pipeline.repeats", "0", "--config.parallel.pipeline.repeats=0 is below 1"),
         ("objective.mask_rate", "0", "--config.objective.mask_rate=0.0 is below 0.001"),
         ("objective.noise_density", "1", "--config.objective.noise_density=1.0 is above 0.9"),
-        ("objective.name", "mlm", "expected one of causal, chat, prefix"),
+        ("objective.name", "mlm", "expected one of causal, prefix, masked"),
         ("model.family", "encoder-decoder", "did you mean encoder_decoder?"),
         ("optimizer.layer_decay", "1.5", "--config.optimizer.layer_decay=1.5 is above 1"),
         ("lora.rank", "-1", "--config.lora.rank=-1 is below 0"),
