@@ -93,8 +93,10 @@ def _objective(
     if not config.model.vocab_size and tokenizer is None:
         tokenizer = open_tokenizer(config.data, record_columns(config))
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
-    if not config.model.vocab_size and tokenizer is not None:
-        config.model.vocab_size = tokenizer.vocab_size + objective.n_extra_ids
+    # Added tokens get rows too, in a model that was imported without them.
+    if tokenizer is not None and (tokenizer.kind == "run" or not config.model.vocab_size):
+        n_ids = tokenizer.vocab_size + objective.n_extra_ids
+        config.model.vocab_size = max(config.model.vocab_size, n_ids)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.model.vocab_size)
     validate(config)

@@ -25,7 +25,12 @@ COMMON_KEYS: dict[str, Key] = {
     "model.n_kv_heads": Key(0, "Key/value heads (grouped-query); 0: as many as n_heads.", low=0),
     "model.head_dim": Key(0, "Dimension of a head; 0: d_model / n_heads.", low=0),
     "model.d_ff": Key(0, "Width of the feed-forward layer; 0: 4 d_model.", low=0),
-    "model.vocab_size": Key(0, "Rows of the token table; 0: the tokenizer's size.", low=0),
+    "model.vocab_size": Key(
+        0,
+        "Rows of the token table; 0: the tokenizer's size. Tokens that data.added_tokens adds get "
+        "rows too.",
+        low=0,
+    ),
     "model.max_length": Key(0, "Longest context; 0: data.sequence_length.", low=0),
     "model.residual": Key(
         "sum",
