@@ -93,7 +93,8 @@ def write_task_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[
         ("report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
         ("predictions.jsonl", "".join(lines)),
     ):
-        (folder / name).write_text(text, encoding="utf-8")
+        # Half of a surrogate pair, which UTF-8 does not have, becomes its escape in JSON.
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _generate(

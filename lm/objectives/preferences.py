@@ -147,7 +147,7 @@ def _preferred(logits_B: jax.Array, label_smoothing: float) -> jax.Array:
 
 
 class PreferenceKind(NamedTuple):
-    """PreferenceKind of preference loss.
+    """Kind of preference loss.
 
     Attributes:
         loss: loss of each pair.
@@ -241,7 +241,7 @@ class Preferences(Objective[RecordStore, Example]):
 
     @property
     def kind(self) -> PreferenceKind:
-        """PreferenceKind of loss."""
+        """Its kind of loss."""
         return PREFERENCES[self.name]
 
     @property

@@ -46,7 +46,7 @@ def records(folder):
 
 
 def test_given_samples_are_run(run, problems, tmp_path):
-    right, wrong = "    return x + 1\n", "    return None\n"
+    right, wrong = "    return x + 1\n", "    raise OSError(chr(0xD800))  # \ud800\n"
     rows = [("Test/1", right), ("Test/1", wrong), ("Test/0", wrong), ("Test/0", right)]
     file = tmp_path / "samples.jsonl"
     text = "".join(json.dumps({"task_id": name, "completion": c}) + "\n" for name, c in rows)
@@ -59,6 +59,7 @@ def test_given_samples_are_run(run, problems, tmp_path):
     assert json.loads((folder / "report.json").read_text()) == found
     assert [row["passed"] for row in records(folder)] == [True, False, False, False]
     assert records(folder)[3]["reason"] == "AssertionError"
+    assert records(folder)[1]["completion"] == wrong
     assert run(*words, "--k", "3") == "error: --k 3 needs as many samples of each problem, not 2"
     assert "give one of them" in run(*words, "--workdir", tmp_path)
     assert "--k is of --code" in run("--workdir", tmp_path, "--k", "1")
