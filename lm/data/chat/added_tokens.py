@@ -9,6 +9,7 @@ the shipped one. Both are saved with the tokenizer of a run, and exported with i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +47,17 @@ def extended(tokenizer: Tokenizer, data: Any, default: str = "") -> Tokenizer:
     known = [name for name in names if name in old.names or _is_special(old.base, name)]
     names = [*old.names, *(name for name in names if name not in known)]
     made = replace(old, names=tuple(names), jinja=jinja, reads_markers=data.chat_markers)
-    if not ChatTemplate.of(made).has_role_tokens:
-        print(
-            "the chat template marks turns by words: a message can hold them too", file=sys.stderr
-        )
+    for line in _doubts(ChatTemplate.of(made)):
+        print(f"note: the chat template {line}", file=sys.stderr)
     return tokenizer if made == old else made
+
+
+def _doubts(template: ChatTemplate) -> Iterator[str]:
+    """Yield what a template does that a user may not expect."""
+    if not template.has_role_tokens:
+        yield "marks turns by words: a message can hold them too, and no token ends an answer"
+    if "strftime_now" in template.source:
+        yield "writes the date: stored conversations keep that of the day they were tokenized"
 
 
 def _is_special(tokenizer: Tokenizer, name: str) -> bool:
@@ -62,6 +69,9 @@ def _is_special(tokenizer: Tokenizer, name: str) -> bool:
 def _read(path: str, data: Any) -> str:
     file = find_file(path, data)
     try:
-        return file.read_bytes().decode()
+        text = file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config.data.chat_template={path}: {error}") from error
+    if not text.strip():
+        raise UserError(f"--config.data.chat_template={path}: the file is empty")
+    return text

@@ -83,10 +83,18 @@ def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path, cap
     again = extended(tokenizer, settings("<|x|>", ""))
     assert (again.names, again.jinja) == (("<|im_end|>", "<|x|>"), tokenizer.jinja)
     assert not capsys.readouterr().err
-    file.write_text("{% for m in messages %}### {{ m.role + m.content }}{% endfor %}")
+    file.write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}### {{ m.role + m.content }}{% endfor %}"
+    )
     extended(ByteTokenizer(), settings(template=str(file)))
-    assert "marks turns by words" in capsys.readouterr().err
-    for content, problem in ((b"{% for %}", "TemplateSyntaxError"), (b"\xff", "mine.jinja")):
+    said = capsys.readouterr().err
+    assert "marks turns by words" in said
+    assert "writes the date" in said
+    for content, problem in (
+        (b"{% for %}", "TemplateSyntaxError"),
+        (b"\xff", "mine.jinja"),
+        (b" \n", "empty"),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=problem):
             extended(ByteTokenizer(), settings(template=str(file)))
