@@ -13,7 +13,7 @@ from lm.errors import UserError
 if TYPE_CHECKING:
     from lm.decoding.chat_session import ChatSession
 
-_QUOTES = '"""'
+_QUOTES, _NOTHING = '"""', '""'
 # A model may write what a terminal obeys.
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*map(ord, "\t\n")}, "\ufffd")
 
@@ -47,7 +47,13 @@ class Terminal:
             self._tell("/help lists commands; Ctrl-C ends an answer, Ctrl-D the conversation")
         while True:
             try:
-                self._take(self._read())
+                text = self._read()
+                if text.startswith(_QUOTES):
+                    self._say(text.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n"))
+                elif text.startswith("/"):
+                    self._obey(text)
+                else:
+                    self._say(text)
             except (EOFError, _Left):
                 if self._interactive:
                     print(file=self._output)
@@ -62,24 +68,20 @@ class Terminal:
                 self._tell(f"error: {error}")
 
     def _read(self) -> str:
-        """Return a message, of several lines if it begins with three quotes."""
+        """Return a line, or the lines from three quotes to the next three."""
         prompt, more = (">>> ", "... ") if self._interactive else ("", "")
         text = input(prompt)
-        if text.startswith(_QUOTES):
-            text = text.removeprefix(_QUOTES)
-            while not text.endswith(_QUOTES):
-                text += "\n" + input(more)
-            text = text.removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
+        while text.startswith(_QUOTES) and not text.removeprefix(_QUOTES).endswith(_QUOTES):
+            text += "\n" + input(more)
         if text.encode(errors="ignore").decode() != text:
             raise UserError("what is said must be UTF-8")
         return text
 
-    def _take(self, text: str) -> None:
-        if not text.strip():
-            return
-        if not text.startswith("/"):
+    def _say(self, text: str) -> None:
+        if text.strip():
             self._print(self._session.say(text))
-            return
+
+    def _obey(self, text: str) -> None:
         name, _, argument = text.partition(" ")
         if name not in COMMANDS:
             raise UserError(f"no command {name}; /help lists them")
@@ -105,7 +107,7 @@ class Terminal:
             print(file=self._output, flush=True)
 
     def _tell(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(line.translate(_CONTROLS), file=sys.stderr, flush=True)
 
     # --- commands
 
@@ -129,18 +131,28 @@ class Terminal:
 
     def _system(self, text: str) -> None:
         if text:
-            self._session.system, self._session.n_forgotten = text, 0
+            self._session.system = "" if text == _NOTHING else text
+            self._session.n_forgotten = 0
         else:
             self._tell(self._session.system or "no system prompt")
 
     def _save(self, file: str) -> None:
-        self._session.save(Path(file).expanduser())
+        self._session.save(_path(file))
         self._tell(f"saved to {file}")
 
     def _load(self, file: str) -> None:
-        self._session.load(Path(file).expanduser())
+        n_chats = self._session.load(_path(file))
+        if n_chats > 1:
+            self._tell(f"note: the first of {n_chats} conversations")
         for message in self._session.messages:
             self._tell(f"{message['role']}: {message['content']}")
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}") from error
 
 
 # Name, what runs it, and "what it takes: what it does".
@@ -150,7 +162,7 @@ COMMANDS: dict[str, tuple[Callable[[Terminal, str], None], str]] = {
     "/reset": (Terminal._reset, ":forget all that was said"),
     "/regenerate": (Terminal._regenerate, ":answer the last message again"),
     "/undo": (Terminal._undo, ":take the last message and its answer back"),
-    "/system": (Terminal._system, "[TEXT]:set the system prompt, or show it"),
+    "/system": (Terminal._system, f"[TEXT]:set the system prompt, {_NOTHING} for none, or show it"),
     "/save": (Terminal._save, "FILE:write the conversation, a row of chat data"),
     "/load": (Terminal._load, "FILE:go on with the first conversation of a .jsonl file"),
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lm.data.chat.chat_template import ChatTemplate
 from lm.data.chat.messages import Message
@@ -32,6 +35,7 @@ class ChatSession:
         stop: texts before the first of which an answer ends.
         system: system prompt; "": none.
         messages: what was said, without the system prompt.
+        tools: JSON schemas of the tools that may be called; None: none.
         n_forgotten: oldest turns that no longer fit the context.
     """
 
@@ -43,6 +47,7 @@ class ChatSession:
     stop: Sequence[str] = ()
     system: str = ""
     messages: list[Message] = field(default_factory=list)
+    tools: Sequence[Any] | None = None
     n_forgotten: int = 0
 
     def say(self, text: str) -> Generator[str]:
@@ -81,17 +86,27 @@ class ChatSession:
         self.n_forgotten = 0
 
     def restart(self) -> None:
-        """Forget all that was said; the system prompt stays."""
+        """Forget all that was said; the system prompt and the tools stay."""
         self.messages.clear()
         self.n_forgotten = 0
 
     def save(self, file: Path) -> None:
-        """Write the conversation as a row of chat data, which `load` and objectives read."""
-        messages = [*system_message(self.system), *self.messages]
-        write_atomically(file, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        """Write the conversation as a row of chat data, which `load` and objectives read.
 
-    def load(self, file: Path) -> None:
-        """Take the first conversation of a .jsonl file.
+        Raises:
+            UserError: the file cannot be written.
+        """
+        row: dict[str, Any] = {"messages": [*system_message(self.system), *self.messages]}
+        row |= {"tools": self.tools} if self.tools else {}
+        try:
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            write_atomically(file, json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from error
+
+    def load(self, file: Path) -> int:
+        """Take the first conversation of a .jsonl file, and return how many it has.
 
         Raises:
             UserError: there is none.
@@ -102,7 +117,8 @@ class ChatSession:
         messages = list(chats[0].messages)
         has_system = messages[0]["role"] in ("system", "developer")
         self.system = str(messages.pop(0)["content"]) if has_system else ""
-        self.messages, self.n_forgotten = messages, 0
+        self.messages, self.tools, self.n_forgotten = messages, chats[0].tools, 0
+        return len(chats)
 
     def _starts(self) -> list[int]:
         """Return the indices of the messages that start turns: those of the user."""
@@ -111,7 +127,7 @@ class ChatSession:
     def _shown(self, first: int) -> Chat:
         """Return what the model reads if it forgets the turns before one."""
         start = self._starts()[first] if first else 0
-        return Chat([*system_message(self.system), *self.messages[start:]])
+        return Chat([*system_message(self.system), *self.messages[start:]], self.tools)
 
     def _first_turn(self) -> int:
         """Return the number of oldest turns to forget, so that an answer fits the context.

@@ -82,8 +82,19 @@ def test_a_saved_conversation_is_loaded(session, tmp_path):
     before = said(session)
     assert json.loads(file.read_text())["messages"][0] == {"role": "system", "content": "S"}
     session.system, _ = "", session.restart()
-    session.load(file)
+    assert session.load(file) == 1
     assert (session.system, said(session)) == ("S", before)
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": tools}) + "\n"
+    other = tmp_path / "tools.jsonl"
+    other.write_text(row + row)
+    assert session.load(other) == 2
+    session.save(other)
+    assert other.read_text() == row
+    session.load(file)
+    for place in (tmp_path, tmp_path / "no" / "where"):
+        with pytest.raises(UserError, match=str(place)):
+            session.save(place)
     for text, problem in (("", "no conversation"), ('{"a": 1}\n', "no field 'messages'")):
         file.write_text(text)
         with pytest.raises(UserError, match=problem):

@@ -116,6 +116,9 @@ def test_a_script_talks(lm, tmp_path):
     assert printed.endswith(messages[2]["content"] + "\n")
     assert lm("chat", "--greedy", "--system", "Be short.", stdin="hello\n") in printed
     assert lm("chat", stdin=f"/load {file}\n/undo\n/exit\nhello\n") == ""
+    lm("chat", stdin=f'/load {file}\n/system ""\n"""/etc\nis it?"""\n/save {file}\n')
+    said = [message["content"] for message in json.loads(file.read_text())["messages"]]
+    assert [said[0], said[2]] == ["hello", "/etc\nis it?"]
     help_of_commands = lm("chat", stdin="/help\n/exit now\n")
     assert help_of_commands == "error: /exit takes nothing more"
     assert set(chat_terminal.COMMANDS) >= {"/reset", "/regenerate", "/save", "/load", "/undo"}
@@ -127,7 +130,8 @@ def test_a_script_talks(lm, tmp_path):
         ("/nope\n", "no command /nope"),
         ("/save\n", "/save FILE"),
         ("/load /nowhere/x.jsonl\n", "no file /nowhere/x.jsonl"),
-        ("/save /nowhere/x.jsonl\n", "/nowhere"),
+        ("/save /nowhere/x.jsonl\n", "/nowhere/x.jsonl: No such file"),
+        ("/save ~nobody-here/x.jsonl\n", "~nobody-here/x.jsonl"),
         ("/regenerate\n", "nothing to answer"),
         ("x" * 300 + "\n", "the message has"),
         ("\udcff\n", "must be UTF-8"),
