@@ -83,7 +83,8 @@ dialogue) # the quickstart's model answers, then prefers the references to what 
     forgotten "$base" "$out/stdlib-base.jsonl" --config.data.sequence_length=512 \
         --config.model.max_length=512
     prefers() { # RUN PAIRS: shares of pairs where the reference is likelier, by token
-        lm eval --workdir "$1" --config.objective.name=simpo --source "jsonl:$2"
+        lm eval --workdir "$1" --config.objective.name=simpo --source "jsonl:$2" \
+            --config.data.sequence_length=256
     }
     for seed in 0 1 2; do
         chat="$name/sft-$seed" dpo="$name/dpo-$seed" pairs="$out/pairs-$seed"

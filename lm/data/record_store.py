@@ -200,7 +200,8 @@ def what_was_cut(manifest: RecordManifest) -> str:
     n = manifest.n_rows + manifest.n_dropped
     return (
         f"of {n:,} conversations {manifest.n_cut:,} cut after a turn and {manifest.n_dropped:,} "
-        f"dropped, with {manifest.n_lost:,} tokens to learn: longer than {manifest.length:,} tokens"
+        f"dropped, for more than {manifest.length:,} tokens: {manifest.n_lost:,} that were to be "
+        "learnt are lost"
     )
 
 

@@ -72,7 +72,7 @@ class Passage:
 
 @flax.struct.dataclass
 class PredictionScores:
-    """PredictionScores of predictions, by their logits.
+    """Scores of predictions, by their logits.
 
     Attributes:
         loss: negative log-likelihood of the target, in nats; of the likeliest where none is known.

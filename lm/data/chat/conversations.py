@@ -90,7 +90,7 @@ def without_nulls(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """RecordEncoder of conversations, which are cut to whole turns that fit.
+    """Encoder of conversations, which are cut to whole turns that fit.
 
     Attributes:
         template: chat template.

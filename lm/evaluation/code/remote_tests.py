@@ -198,7 +198,7 @@ class ProgramEnded(Exception):
 
 
 class RemoteProgram:
-    """RemoteProgram, seen from the process of the tests."""
+    """Program of another process, seen from the process of the tests."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO):
         self._requests, self._answers = requests, answers
