@@ -16,17 +16,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm.config.registries import OBJECTIVES, SCHEMA
+from lm.config.registries import CONVERSATIONS, OBJECTIVES, SCHEMA
 from lm.config.registry import listed, listing
 from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.errors import UserError, missing_package
-from lm.experiment import resolve
+from lm.experiment import record_columns, resolve
 from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
-from lm.interop.tokenizer_files import model_settings, read_tokenizer, write_tokenizer
+from lm.interop.tokenizer_files import (
+    model_settings,
+    read_tokenizer,
+    write_tokenizer,
+    write_turn_ends,
+)
 from lm.models.transformer_config import make_model
 from lm.models.variables import nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
@@ -198,6 +203,10 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
     if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):
         kind = plain.kind if plain else ""
         log(f"a {kind} tokenizer has no equivalent there and was left out")
+    elif tokenizer and (
+        tokenizer is not plain or CONVERSATIONS.intersection(record_columns(config))
+    ):
+        write_turn_ends(tokenizer, to)
     log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {dtype}")
 
 

@@ -117,14 +117,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int
 
 
 def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
-    """Add tokens and a chat template to the files of a tokenizer; its turns end a generated text.
+    """Add tokens and a chat template to the files of a tokenizer.
 
     Raises:
         UserError: the tokens would get other ids there.
     """
     import tokenizers
-
-    from lm.data.chat.chat_template import ChatTemplate
 
     settings_file, definition_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
@@ -149,6 +147,12 @@ def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
             other.unlink()
         (folder / "chat_template.jinja").write_text(tokenizer.jinja)
     settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_turn_ends(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write that what ends an assistant's turn ends a generated text."""
+    from lm.data.chat.chat_template import ChatTemplate
+
     generation_file = folder / GENERATION
     generation = read_json(generation_file) if generation_file.exists() else {}
     generation["eos_token_id"] = list(ChatTemplate.of(tokenizer).stop_ids)

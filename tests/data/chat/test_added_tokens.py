@@ -193,3 +193,12 @@ def test_transformers_generates_the_reply_of_an_exported_run_and_it_comes_back(
     assert ChatTemplate.of(back).stop_ids == (258, 256)
     again = SimpleNamespace(**vars(settings()), tokenizer=f"run:{tmp_path / 'back'}")
     assert make_tokenizer(again, []) == back
+
+    # A base model's folder has the template too, but ends texts by its own token alone.
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": 256}')
+    import_run(tmp_path / "hf", tmp_path / "base", {}, lines.append)
+    base = load_saved_tokenizer(tmp_path / "base" / "tokenizer")
+    write_run(make_config(objective__name="chat"), base, tmp_path / "tuned")
+    export_run(tmp_path / "tuned", tmp_path / "out", 1, False, "float32", lines.append)
+    stated = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert stated["eos_token_id"] == [258, 256]
