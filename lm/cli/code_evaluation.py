@@ -63,6 +63,9 @@ def evaluate_code(args: argparse.Namespace, overrides: Overrides) -> int:
     problems = read_problems(file)[: args.limit]
     name = file.name.split(".")[0]
     if args.samples:
+        for option in ("n_samples", "temperature", "top_p", "seed"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option} is of samples that a run writes: give no --samples")
         samples = read_completions(Path(args.samples), problems)
         made_by: dict[str, Any] = {"samples": args.samples}
         folder = Path(args.output or f"{args.samples}-results")

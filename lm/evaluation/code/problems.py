@@ -136,8 +136,8 @@ def _texts(where: str, row: dict[str, Any], field: str) -> list[str]:
 
 def _of_human_eval(where: str, row: dict[str, Any]) -> Problem:
     prompt, entry, test = (_text(where, x, row.get(x)) for x in ("prompt", "entry_point", "test"))
-    if "def check(" not in test:
-        raise UserError(f"{where}: the tests define no function check")
+    if "def check(" not in _compiled(test):
+        raise UserError(f"{where}: the tests are not Python that defines a function check")
     return Problem(
         str(row.get("task_id", where)),
         prompt,
@@ -172,6 +172,8 @@ def _of_mbpp(where: str, row: dict[str, Any]) -> Problem:
     tests = _texts(where, row, "test_list")
     if not tests:
         raise UserError(f"{where}: 'test_list' is empty")
+    if not _compiled("\n".join(tests)):
+        raise UserError(f"{where}: 'test_list' is not Python")
     setup = [*_texts(where, row, "test_imports"), str(row.get("test_setup_code", ""))]
     listed, reference = "\n".join(tests), str(row.get("code", ""))
     return Problem(

@@ -66,6 +66,7 @@ def test_given_samples_are_run(run, problems, tmp_path):
     missing = "the following arguments are required: --workdir"
     assert run() == f"error: lm eval: {missing}; see lm eval --help"
     assert "without --task" in run(*words, "--task")
+    assert "--seed is of samples that a run writes" in run(*words, "--seed", "1")
 
 
 def test_a_run_writes_samples_of_which_the_figures_are_kept(
