@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,19 +50,19 @@ def evaluate_loss(
     n = min(len(batches), max_batches or len(batches))
     size = experiment.config.train.steps_per_dispatch
     dispatches = [range(i, min(i + size, n)) for i in range(0, n, size)]
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     carry = experiment.init_carry(batches.batch_size)
     arrays = prefetch(batches, dispatches, experiment.batch_sharding)
     with closing(arrays):
         for batch in track(arrays, total=len(dispatches)):
             carry, sums = experiment.eval_steps(params, carry, batch)
-            sums = jax.device_get(sums)
-            for name, values in {"loss": sums.loss, "targets": sums.weight, **sums.metrics}.items():
-                totals[name] = totals.get(name, 0.0) + float(values.sum(dtype=np.float64))
-    targets = totals.pop("targets")
+            found = {"loss": sums.loss, "targets": sums.weight, **sums.metrics}
+            found = jax.tree.map(lambda x: x.sum(dtype=np.float64), jax.device_get(found))
+            totals = jax.tree.map(np.add, totals, found) if totals else found
+    targets = float(totals.pop("targets"))
     if not targets:
         return {"targets": 0.0}
-    result = {name: total / targets for name, total in totals.items()}
+    result = {name: float(total / targets) for name, total in totals.items()}
     result["targets"] = targets
     nats = result.pop("nll", result["loss"]) * targets
     if experiment.objective.has_perplexity:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,20 @@ StoreT = TypeVar("StoreT", TokenStore, RecordStore)
 ExampleT = TypeVar("ExampleT")
 
 
+class OwnMean(NamedTuple):
+    """Figure that is a mean over some rows alone: its sum, and its own weight.
+
+    It is summed over batches like any figure; divided by the weight of the loss, it is the mean by
+    its own weight.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+
+    def __truediv__(self, weight: Any) -> Any:
+        return self.sum / (self.weight + (self.weight == 0))
+
+
 class LossSums(NamedTuple):
     """Sums over the targets of a batch.
 
@@ -46,7 +60,7 @@ class LossSums(NamedTuple):
 
     loss: jax.Array
     weight: jax.Array
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, Any]  # jax.Array or OwnMean
 
 
 class LossConfig(Protocol):

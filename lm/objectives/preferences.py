@@ -29,7 +29,14 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.models.frozen import REFERENCE, reference_of
 from lm.objectives.losses import token_losses
-from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
+from lm.objectives.objective import (
+    Batch,
+    BoundModel,
+    LossSums,
+    Objective,
+    OwnMean,
+    Shapes,
+)
 
 HALVES = 2
 
@@ -74,22 +81,21 @@ class LogProbs(NamedTuple):
             policy_BP=self.policy_BP / lengths_BP, reference_BP=self.reference_BP / lengths_BP
         )
 
-    def metrics(self, beta: float) -> dict[str, jax.Array]:
-        """Return what is logged, each times the weight of the batch."""
+    def metrics(self, beta: float) -> dict[str, Any]:
+        """Return what is logged: sums over the pairs, or over the completions of either label."""
         weights_B, rewards_BP = self.weights_B, beta * self.ratios_BP
         if self.label_B is None:
             found = pair_metrics(rewards_BP) | _by_completion("logp", self.policy_BP)
             return {name: (value_B * weights_B).sum() for name, value_B in found.items()}
-        # Means over the completions of either label, weighted like the mean over all.
-        better_B = weights_B * self.label_B
-        by_label_BP = jnp.stack([better_B, weights_B - better_B], axis=1)
-        by_label_BP *= weights_B.sum() / jnp.maximum(by_label_BP.sum(0), 1)
-        rewards_BP, log_probs_BP = rewards_BP[:, :1], self.policy_BP[:, :1]
-        rewards = _by_completion("reward", rewards_BP * by_label_BP)
-        figures = rewards | _by_completion("logp", log_probs_BP * by_label_BP)
-        margin_B = rewards["reward_chosen"] - rewards["reward_rejected"]
-        figures |= {"reward_margin": margin_B, "kl": self.kl * weights_B}
-        return {name: value_B.sum() for name, value_B in figures.items()}
+        labels_BP = jnp.stack([self.label_B, 1 - self.label_B], axis=1) * weights_B[:, None]
+        figures = _by_completion("reward", rewards_BP[:, :1] * labels_BP)
+        figures |= _by_completion("logp", self.policy_BP[:, :1] * labels_BP)
+        n_chosen, n_rejected = labels_BP.sum(0)
+        n = {"chosen": n_chosen, "rejected": n_rejected}
+        means = {
+            name: OwnMean(x_B.sum(), n[name.rpartition("_")[2]]) for name, x_B in figures.items()
+        }
+        return {**means, "kl": self.kl * weights_B.sum()}
 
 
 def pair_metrics(rewards_BP: jax.Array) -> dict[str, jax.Array]:
@@ -241,7 +247,7 @@ class Preferences(Objective[RecordStore, Example]):
 
     @property
     def kind(self) -> PreferenceKind:
-        """Its kind of loss."""
+        """Kind of its loss."""
         return PREFERENCES[self.name]
 
     @property
@@ -337,10 +343,8 @@ class Preferences(Objective[RecordStore, Example]):
         loss, metrics = self.compare(sums, lengths_BP)
         return LossSums(loss, weights_B.sum(), metrics)
 
-    def compare(
-        self, sums: LogProbs, lengths_BP: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the summed loss, and what is logged times the weight of the batch.
+    def compare(self, sums: LogProbs, lengths_BP: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the summed loss, and the sums of what is logged.
 
         Args:
             sums: summed log-probabilities of completions.

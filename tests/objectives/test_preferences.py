@@ -66,7 +66,21 @@ def test_losses_and_figures_are_those_of_trl(case):
     loss, figures = objective.compare(scores, jnp.asarray(kept["lengths"]))
     assert float(loss) / 7 == pytest.approx(kept["loss"], rel=1e-5)
     for figure, expected in kept["figures"].items():
-        assert float(figures[figure]) / 7 == pytest.approx(expected, rel=1e-5, abs=1e-6), figure
+        assert float(figures[figure] / 7) == pytest.approx(expected, rel=1e-5, abs=1e-6), figure
+
+
+def test_figures_of_either_label_are_means_whatever_the_batches():
+    rewards, label = jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
+    scores = LogProbs(
+        jnp.stack([rewards, 0 * rewards], 1), jnp.zeros((4, 2)), label, jnp.ones(4), 0
+    )
+    parts = [scores._replace(policy_BP=scores.policy_BP[rows], reference_BP=jnp.zeros((2, 2)),
+                             label_B=label[rows], weights_B=jnp.ones(2)).metrics(0.5)
+             for rows in (jnp.array([0, 1]), jnp.array([3, 2]))]  # fmt: skip
+    total = jax.tree.map(jnp.add, *parts)
+    assert float(total["reward_chosen"] / 4) == pytest.approx(0.5 * 11 / 3)
+    assert float(total["reward_rejected"] / 4) == pytest.approx(0.5 * 4)
+    assert float(parts[0]["logp_rejected"] / 2) == 0
 
 
 @pytest.mark.parametrize("case", [case for case in OF_TRL if "reward" in case])
