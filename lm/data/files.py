@@ -22,7 +22,7 @@ from lm.storage import cache_directory, plain_place
 _CHUNK = 2**20
 
 
-_told: set[tuple[str, Path]] = set()
+_told: set[tuple[str, Path | str]] = set()
 
 
 def data_directory(data: Any) -> Path:
@@ -161,8 +161,8 @@ def _folders(start: str) -> Iterator[str]:
         waiting += sorted(filter(os.path.isdir, inner), key=os.path.islink)
 
 
-def tell_once(message: str, path: Path) -> None:
-    """Print a message about a file on stderr, the first time."""
+def tell_once(message: str, path: Path | str) -> None:
+    """Print a message about a file or source on stderr, the first time."""
     if (message, path) not in _told:
         _told.add((message, path))
         print(f"{path}: {message}", file=sys.stderr)

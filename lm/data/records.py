@@ -157,7 +157,7 @@ class Records:
             there = ", ".join(row.values) or "none"
             raise UserError(
                 f"{row.where}: no column has a known name (there are: {there}): set "
-                f"--config.data.columns, such as text={next(iter(row.values), 'NAME')}"
+                f"--config.data.columns, such as {self.known[0]}={next(iter(row.values), 'NAME')}"
             )
         return found
 

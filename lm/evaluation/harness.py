@@ -24,9 +24,9 @@ from jax.experimental import multihost_utils
 
 from lm.data.chat.chat_encoder import ChatEncoder, role_names
 from lm.data.chat.chat_template import ChatTemplate
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokenizers.folder import FolderTokenizer
 from lm.decoding.batch import decode_best, sample_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
@@ -109,22 +109,26 @@ class Answers:
         return [self._known.get(key) for key in keys]
 
 
-class ChatTokenizer(FolderTokenizer):
+class ChatTokenizer(ExtendedTokenizer):
     """Tokenizer for the prompts of a chat template: special tokens in a text are read as such."""
 
     def encode(self, text: str) -> np.ndarray:
         return self._encoder.encode(text, None, {}).ids
 
+    def encode_batch(self, texts: Any) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     @cached_property
     def _encoder(self) -> ChatEncoder:
-        return ChatEncoder(FolderTokenizer(self.content))
+        return ChatEncoder(ExtendedTokenizer(self.base, self.names, self.jinja))
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> ChatTokenizer:
     """Return a tokenizer for chats; UserError if it has no chat template."""
-    if not isinstance(tokenizer, FolderTokenizer) or not tokenizer.chat_templates:
+    plain = tokenizer if isinstance(tokenizer, ExtendedTokenizer) else ExtendedTokenizer(tokenizer)
+    if not plain.chat_templates:
         raise UserError("--apply_chat_template: the tokenizer of the run has no chat template")
-    return ChatTokenizer.from_files(tokenizer.files())
+    return ChatTokenizer(plain.base, plain.names, plain.jinja, plain.reads_markers)
 
 
 class HarnessModel(LM):

@@ -289,7 +289,7 @@ class Preferences(Objective[RecordStore, Example]):
             )
         if n := int((~fits).sum()):
             left_out = f"{n} of {len(store)} records left out, whose prompts fill a sequence"
-            tell_once(left_out, store.directory)
+            tell_once(left_out, store.manifest.source)
         reference = None
         if self.precomputes:
             reference = self.precomputed.get(reference_key(store))

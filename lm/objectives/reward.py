@@ -75,7 +75,8 @@ class Reward(Objective[RecordStore, Record]):
                 f"--config.data.sequence_length={self.length}"
             )
         if n := int((~fits).sum()):
-            tell_once(f"{n} of {len(store)} records left out, which are too long", store.directory)
+            left_out = f"{n} of {len(store)} records left out, which are too long"
+            tell_once(left_out, store.manifest.source)
         return store.select(np.flatnonzero(fits))
 
     def features(self, example: Record, rng: np.random.Generator) -> Arrays:

@@ -110,7 +110,7 @@ def is_committed(checkpoint: AnyPath) -> bool:
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file; readers and crashes see the old or the new text, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as stream:
+    with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

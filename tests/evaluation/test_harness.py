@@ -8,6 +8,8 @@ import pytest
 
 from lm.api import load_run
 from lm.cli import main
+from lm.data.chat.extended_tokenizer import ExtendedTokenizer
+from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
 from lm.evaluation.harness import Answers, HarnessModel, chat_tokenizer, evaluate_tasks
 from lm.evaluation.likelihood import Request, score, split_request
@@ -383,6 +385,15 @@ CHAT = (
     "{{ eos_token }}{% generation %}{% endgeneration %}{% endfor %}\n"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def test_a_run_with_added_tokens_reads_them_in_prompts():
+    tokenizer = ExtendedTokenizer(ByteTokenizer(), ("<|a|>",), CHAT)
+    ids = [257, *b"b", 257]
+    assert chat_tokenizer(tokenizer).encode("<|a|>b<|a|>").tolist() == ids
+    assert chat_tokenizer(tokenizer).encode_batch(["<|a|>"])[0].tolist() == [257]
+    with pytest.raises(UserError, match="no chat template"):
+        chat_tokenizer(ByteTokenizer())
 
 
 def test_chat_templates_make_the_prompts_of_lm_evals_own_model(make, task, tmp_path, capsys):

@@ -10,7 +10,13 @@ from typing import Any
 from lm.errors import UserError
 from lm.evaluation.code.pass_at_k import pass_at_k
 from lm.evaluation.code.problems import Completion
-from lm.evaluation.code.sandbox import Limits, available_layers, run_tests
+from lm.evaluation.code.sandbox import (
+    Limits,
+    NotConfinedError,
+    Verdict,
+    available_layers,
+    run_tests,
+)
 
 PUBLISHED_K = (1, 10, 100)
 
@@ -46,7 +52,10 @@ def run_samples(
         if completion is None:
             found = {"passed": False, "reason": "the prompt fills the context", "seconds": 0.0}
         else:
-            verdict = run_tests(problem.program(completion), problem.tests, limits)
+            try:
+                verdict = run_tests(problem.program(completion), problem.tests, limits)
+            except NotConfinedError as error:
+                verdict = Verdict(False, f"not run: {error}", 0.0)
             found = {**vars(verdict), "seconds": round(verdict.seconds, 3)}
         progress(1)
         return record | found

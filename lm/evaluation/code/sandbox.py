@@ -84,7 +84,7 @@ class Verdict:
     seconds: float
 
 
-class _NotConfinedError(Exception):
+class NotConfinedError(Exception):
     """Failure to confine a process; its text says why."""
 
 
@@ -109,7 +109,7 @@ def available_layers() -> tuple[str, ...]:
                 verdict = run_tests(_PROBE, tests, Limits(), (layer,))
             if not verdict.passed:
                 problems[layer] = verdict.reason
-        except _NotConfinedError as error:
+        except NotConfinedError as error:
             problems[layer] = str(error)
     if len(problems) == len(LAYERS):
         why = "; ".join(f"{layer}: {problem}" for layer, problem in problems.items())
@@ -139,7 +139,8 @@ def run_tests(
         layers: what closes the file system, of `LAYERS`; (): all that there is here.
 
     Raises:
-        UserError: a process cannot be confined here.
+        UserError: this kernel confines no process.
+        NotConfinedError: one of the processes could not be confined.
     """
     layers = layers or available_layers()
     started = time.monotonic()
@@ -160,12 +161,12 @@ def run_tests(
         if isinstance(lines, str):
             return Verdict(False, lines, time.monotonic() - started)
         if not lines:
-            raise _NotConfinedError(testing.problem())
+            raise NotConfinedError(testing.problem())
         report: dict[str, Any] = {"passed": False, "reason": "the tests ended without a report"}
         if len(lines) > 1:
             report = json.loads(lines[1])
         if report.get("unconfined"):
-            raise _NotConfinedError(served.problem())
+            raise NotConfinedError(served.problem())
         reason = served.end() if report.get("ended") else report.get("reason", "")
         return Verdict(report["passed"], reason, time.monotonic() - started)
 

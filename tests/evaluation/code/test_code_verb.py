@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from lm.cli import main
-from lm.evaluation.code import completions
+from lm.evaluation.code import completions, pass_rates
 from lm.evaluation.code.completions import write_completions
-from lm.evaluation.code.problems import read_problems
+from lm.evaluation.code.problems import Completion, read_problems
+from lm.evaluation.code.sandbox import Limits, NotConfinedError, Verdict
 
 PROBLEMS = [
     {
@@ -84,6 +85,22 @@ def test_a_run_writes_samples_of_which_the_figures_are_kept(
     found = run("--workdir", workdir, "--code", problems, "--apply_chat_template", "--json")
     assert found["programs"] == 2
     assert all("reply" in row for row in records(workdir / "eval" / "adds-2"))
+
+
+def test_a_process_that_cannot_be_confined_fails_its_sample_alone(monkeypatch, problems):
+    def fail_first(program, tests, limits, calls=[]):  # noqa: B006
+        calls.append(program)
+        if len(calls) == 1:
+            raise NotConfinedError("no memory")
+        return Verdict(True, "", 0.1)
+
+    monkeypatch.setattr(pass_rates, "run_tests", fail_first)
+    samples = [Completion(problem, "") for problem in read_problems(problems)]
+    found = pass_rates.run_samples(samples, Limits(), workers=1)
+    assert [(row["passed"], row["reason"]) for row in found] == [
+        (False, "not run: no memory"),
+        (True, ""),
+    ]
 
 
 def test_prompts_that_fill_the_context_fail(monkeypatch, problems):
