@@ -51,6 +51,12 @@ def test_system_input_and_history_are_said_in_their_order():
     ]
 
 
+def test_messages_keep_a_system_message_of_their_own():
+    own = [{"role": "system", "content": "Own."}, *HELLO]
+    assert said({"messages": own, "system": "Other."})[0] == ("system", "Own.")
+    assert len(said({"messages": own, "system": "Other."})) == len(own)
+
+
 def test_tools_and_their_calls():
     turns = [
         {"from": "system", "value": "You may look."},

@@ -9,7 +9,8 @@ have it) says whether an assistant's message is learnt. Forms of rows:
     Alpaca                       "instruction", "input", "output", "history"
     prompt and completion        texts, or lists of messages of which the completion's are learnt
 
-All may have "system" (a text) and "tools" (a list of JSON schemas). Problems raise BadRow.
+All may have "system" (a text, for messages that begin with none of their own) and "tools" (a list
+of JSON schemas). Problems raise BadRow.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
             break
     else:
         raise BadRow(f"no conversation: neither {' nor '.join(map(' and '.join, FORMS))}")
-    if values.get("system"):
+    has_own = bool(messages) and messages[0]["role"] in ("system", "developer")
+    if values.get("system") and not has_own:
         messages = [text_message("system", values["system"]), *messages]
     if not messages:
         raise BadRow("no messages")
