@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
 from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer, package_errors
-from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.data.tokenizers.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from lm.errors import UserError
 
 _PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16, but for their last characters
@@ -293,19 +294,38 @@ def _located(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
         case WordTokenizer():
             return _tokens(ids, [w.span() for w in re.finditer(r"[^\s]+|\n", text)], len(text))
         case SentencePieceTokenizer():
-            found = _sentencepiece(tokenizer.model).encode(text, return_type="offset_mapping")
-            if found["ids"] == ids.tolist():
-                return _tokens(ids, found["offsets"], len(text))
+            for parts in ([text], re.split(f"({SPACE_MARK})", text)):
+                found = joined(list(_of_pieces(tokenizer, parts)))
+                if np.array_equal(found.ids, ids):
+                    return found
     if hasattr(tokenizer, "base"):
         return _located(tokenizer.base, text, ids)
     return _by_decoding(tokenizer, text, ids)
 
 
+def _of_pieces(tokenizer: SentencePieceTokenizer, parts: Sequence[str]) -> Iterator[Tokens]:
+    """Yield the tokens of the parts of a text, of which a part "▁" is spelled in bytes."""
+    at = 0
+    for part in parts:
+        if part == SPACE_MARK:
+            ids = tokenizer.encode(part)
+            yield Tokens(ids, np.full(len(ids), at), np.full(len(ids), at + 1))
+        else:
+            found = _sentencepiece(tokenizer.model).encode(part, return_type="offset_mapping")
+            ids = np.asarray(found["ids"], np.int32)
+            yield _tokens(ids, found["offsets"], len(part)).shifted(at)
+        at += len(part)
+
+
 def _by_decoding(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
-    """Return tokens with the characters that decoding one more of them adds."""
-    lengths = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]
+    """Return tokens with the characters that decoding one more of them adds.
+
+    A character that has begun decodes to U+FFFD, one for each of its bytes.
+    """
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
+    lengths = [*map(len, texts), len(text)]
     borders = np.minimum(np.maximum.accumulate(lengths), len(text))
-    return Tokens(ids, borders[:-1], np.maximum(borders[1:], borders[:-1]))
+    return _tokens(ids, list(pairwise(borders.tolist())), len(text))
 
 
 def _unavoidable(token: int, tokens: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -30,6 +31,8 @@ from lm.data.chat.ownership import (
     keys_of,
     longest_of,
     replaced,
+    with_edges,
+    with_other_edges,
 )
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -211,6 +214,14 @@ class ChatTemplate:
         return [cut for cut in cuts if cut in self._parts[1]]
 
     @cached_property
+    def _words(self) -> str:
+        """Words such as "[/INST]" that an answer follows where the template has no prompt."""
+        asking = self._probe(_USER, add_generation_prompt=True).partition(_USER["content"])[2]
+        header = self._parts[1]
+        is_all = not self._headers and header.startswith(asking)
+        return asking.lstrip() if is_all and not header[len(asking) :].strip() else ""
+
+    @cached_property
     def _added(self) -> re.Pattern[str] | None:
         return longest_of({**self._encoder.special, **self._encoder.ordinary})
 
@@ -301,6 +312,9 @@ class ChatTemplate:
             except UserError:  # it takes the messages, but not without these words
                 continue
             if found:
+                if (edged := other.with_other_edges()) != other:
+                    with suppress(UserError):
+                        found = with_edges(found, outline(edged))
                 places = {}
                 for i in set(range(len(work.messages))) - set(found.owner.tolist()):
                     if (at := first_difference(found, outline(other.with_sign(i)))) is not None:
@@ -321,7 +335,7 @@ class ChatTemplate:
         marked = self._template(work.tools is not None).marks_generation
         said = traced.said.copy() if marked else np.zeros(length, bool)
         message = np.zeros(length, np.int32)
-        spans = _spans(traced.owner, len(work.messages), places)
+        spans = _spans(traced.whole, len(work.messages), places)
         before = 0  # end of what belongs to earlier messages
         for number, (i, start, stop) in enumerate(spans):
             is_last = number + 1 == len(spans)
@@ -366,17 +380,20 @@ class ChatTemplate:
         at = traced.outline.find(opening[0], start, stop)
         while at >= 0 and traced.outline.startswith(header, at):
             at = traced.outline.find(opening[0], at + 1, stop)
-        own = np.flatnonzero(traced.owner[start : max(at, start)] >= 0)
+        own = np.flatnonzero(traced.whole[start : max(at, start)] >= 0)
         return stop if at < 0 else start + 1 + int(own[-1])
 
     def _beginning(self, text: str, start: int, stop: int) -> int:
         """Return where an answer begins whose first own character is at `stop`.
 
-        Where the template has no prompt, it follows the token before it, white space included.
+        Where the template has no prompt, it follows the words that answers follow, or the token
+        before it, white space included.
         """
         for header in self._headers:
             if (at := text.rfind(header, start, stop)) >= 0:
                 return at + len(header)
+        if (words := self._words) and (at := text.rfind(words, start, stop)) >= 0:
+            return at + len(words)
         names = list(self._names.finditer(text, start, stop)) if self._names else []
         after = names[-1].end() if names else stop
         return stop if self._headers or text[after:stop].strip() else after
@@ -451,6 +468,16 @@ class _Conversation:
             replaced(value, len(messages), names, kept, keys) for value in rest
         )
         return _Conversation(messages, tools, documents, variables, self.goes_on)
+
+    def with_other_edges(self) -> _Conversation:
+        """Return the conversation with other white space around what assistants say."""
+        messages = [
+            message | {"content": with_other_edges(message["content"], _ABSENT)}
+            if message["role"] == "assistant" and isinstance(message.get("content"), str)
+            else message
+            for message in self.messages
+        ]
+        return replace(self, messages=messages)
 
     def with_sign(self, i: int) -> _Conversation:
         """Return the conversation with a sign as the text of a message."""

@@ -25,6 +25,8 @@ from lm.data.sources import RecordSource, Row
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
+_SPANS = 2  # version of what is learnt: stores with another are built anew
+
 
 @dataclass(frozen=True)
 class Conversations(Records):
@@ -102,7 +104,7 @@ class ConversationEncoder:
 
     @property
     def key(self) -> list[Any]:
-        return ["conversations", self.template.source, self.length]
+        return ["conversations", _SPANS, self.template.source, self.length]
 
     def __call__(self, record: Fields) -> EncodedRecord | int:
         messages = record["messages"]

@@ -4,14 +4,15 @@ A template is rendered twice: with the values as they are, and with each charact
 texts replaced by one that stands for the message. Both texts are of one length, so that the second
 says whose each character of the first is, whatever the template does with a text: it trims, splits,
 joins, repeats and drops. White space and what JSON escapes stay, and where a template looks for
-words in a text, such as "</think>", those words.
+words in a text, such as "</think>", those words. Whose the white space around a text is, a third
+rendering says, in which that is replaced too, if it corresponds.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ import numpy as np
 _FIRST = 0xF0000  # of the private characters that stand for owners
 MARKS = ("\U0010fffc", "\U0010fffd")  # around what an assistant says; in the second text only
 _REPLACED = re.compile(r'[^\s"\\\x00-\x1f\x7f]+')
+_STAYS = r'[\s"\\\x00-\x1f\x7f]'
+_EDGES = re.compile(rf"\A{_STAYS}+|(?<!{_STAYS}){_STAYS}+\Z")
+_SPACES = ("\u2003", "\u2002")  # templates trim them as they do all white space
 _AS_THEY_ARE = ("role", "type")  # keys whose values say what kind of thing something is
 
 
@@ -28,13 +32,16 @@ class Traced:
 
     Attributes:
         text: the text, L characters.
-        owner: int32 [L]: index of the message whose text a character is; -1: the template's.
+        owner: int32 [L]: index of the message whose text a character is; -1: the template's, or
+            one that stays.
+        whole: int32 [L]: the same, with the characters that stay at the edges of messages.
         said: bool [L]: within `{% generation %}`.
         outline: the text in which other characters stand for those of messages.
     """
 
     text: str
     owner: np.ndarray
+    whole: np.ndarray
     said: np.ndarray
     outline: str
 
@@ -127,7 +134,38 @@ def compare(text: str, traced: str, n_owners: int) -> Traced | None:
     if not np.array_equal(found[~is_owned], plain[~is_owned]):
         return None
     owner = np.where(is_owned, owner, -1).astype(np.int32)
-    return Traced(text, owner, said, plain.tobytes().decode("utf-32-le"))
+    return Traced(text, owner, owner, said, plain.tobytes().decode("utf-32-le"))
+
+
+def with_other_edges(text: str, sign: str) -> str:
+    """Return a text with other characters for those at its edges that `replaced` leaves.
+
+    Args:
+        text: the text.
+        sign: stands for what is no white space there.
+    """
+
+    def other(character: str) -> str:
+        if not character.isspace():
+            return sign
+        return _SPACES[character == _SPACES[0]]
+
+    return _EDGES.sub(lambda found: "".join(map(other, found[0])), text)
+
+
+def with_edges(traced: Traced, other: str) -> Traced:
+    """Return the owners with those of the edges, which differ in another text.
+
+    They belong to the message that they touch. Texts that do not correspond say nothing.
+    """
+    found, plain = codes(traced.outline), _without_marks(other)[0]
+    if len(plain) != len(found):
+        return traced
+    whole, changed = traced.whole.copy(), np.flatnonzero(plain != found)
+    for at, beside in [(i, i - 1) for i in changed] + [(i, i + 1) for i in changed[::-1]]:
+        if whole[at] < 0 and 0 <= beside < len(whole):
+            whole[at] = whole[beside]
+    return replace(traced, whole=whole)
 
 
 def first_difference(traced: Traced, other: str) -> int | None:

@@ -20,7 +20,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 # SentencePiece writes a space as this character, so its own occurrences need spelling in bytes.
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 _STRETCH = 2_000  # characters encoded or trained on at once: several lines, to learn newlines too
 _BEFORE_SPACE = re.compile(r"[^ ](?= )")
 _MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # to train in seconds
@@ -61,15 +61,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _space_mark_ids(self) -> np.ndarray | None:
         """Byte ids of a literal space mark; None if the model does not keep texts as they are."""
         processor = self._processor
-        ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         probe = " a  b "
-        lossless = "".join(processor.encode(probe, out_type=str)) == probe.replace(" ", _SPACE_MARK)
+        lossless = "".join(processor.encode(probe, out_type=str)) == probe.replace(" ", SPACE_MARK)
         return np.asarray(ids, np.int32) if lossless and all(map(processor.is_byte, ids)) else None
 
     @cached_property
     def _ends_before_space(self) -> bool:
         """True if no piece has a space inside, so that texts can be cut before spaces."""
-        return not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in self.pieces())
+        return not any(SPACE_MARK in piece.lstrip(SPACE_MARK) for piece in self.pieces())
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         marks = [] if self._space_mark_ids is None else [self._space_mark_ids]
-        parts = [text.split(_SPACE_MARK) if marks else [text] for text in texts]
+        parts = [text.split(SPACE_MARK) if marks else [text] for text in texts]
         stretches = [[self._cut(part) for part in of_text] for of_text in parts]
         flat = list(chain.from_iterable(chain.from_iterable(stretches)))
         ids = iter(self._processor.encode(flat, num_threads=1, return_type="numpy"))
@@ -196,5 +196,5 @@ def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
 
 def _stretches(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        text = text.replace(_SPACE_MARK, "").replace("\0", "")
+        text = text.replace(SPACE_MARK, "").replace("\0", "")
         yield from (text[at : at + _STRETCH] for at in range(0, len(text), _STRETCH))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.chat.added_tokens import extended
+from lm.data.chat.chat_encoder import _by_decoding, _located
 from lm.data.chat.chat_template import ChatTemplate
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lm.data.tokenizers.folder import FolderTokenizer
@@ -20,6 +21,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 SPECIAL = ("<s>", "</s>", "<|head|>", "<|turn|>", "<|end|>", "[INST]", "[/INST]")
 ORDINARY = ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", "<call>")
+SHIPPED = SimpleNamespace(added_tokens="template", chat_template="", chat_markers=False)
 TOOLS = [{"type": "function", "function": {"name": "f", "description": 'say "<|end|>" & é'}}]
 # As Llama 3: trimmed contents, roles that are printed.
 TRIMMED = """{{ bos_token }}{% for m in messages %}
@@ -258,8 +260,7 @@ def test_an_answer_that_was_begun_goes_on(pairs, name, begun):
 @settings(max_examples=25, deadline=None)
 @given(contents=st.lists(CONTENTS.map(lambda x: x.replace("\u2028", "")), min_size=1, max_size=3))
 def test_no_message_makes_a_token_of_any_tokenizer(base, contents):
-    data = SimpleNamespace(added_tokens="template", chat_template="", chat_markers=False)
-    tokenizer = extended(base, data)
+    tokenizer = extended(base, SHIPPED)
     template = ChatTemplate.of(tokenizer)
     chat = turns(*(text.replace("<|turn|>", "<|im_end|>") for text in contents))
     found = template.encode(chat)
@@ -270,6 +271,52 @@ def test_no_message_makes_a_token_of_any_tokenizer(base, contents):
         said = found.ids[found.assistant & (found.message == i)].tolist()
         own = [*base.encode(message["content"]).tolist(), end]
         assert said == (own if message["role"] == "assistant" else [])
+
+
+WORDS = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+PIECES = SentencePieceTokenizer.fit(["user\nassistant [INST] return 1\nHi  b é\n"] * 30, 300)
+WHOLE = st.lists(
+    st.sampled_from(
+        ("▁", "    return 1", "  ", " ", "\n\n", "\t", "\r\n", "😀", "👍🏽", "\x1b", "\0",
+         "\x7f", '"', "\\", "a", "é", "e\u0301", "\ufeff", "\ufffd", "\u2003", "\u2002", "</s>",
+         "[/INST]")
+    ),
+    max_size=5,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["bpe", "pieces", "bytes", "words"])
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(WHOLE, min_size=2, max_size=4))
+def test_all_that_an_assistant_says_is_learnt_without_holes(pairs, base, contents):
+    template, before, after = {
+        "bpe": (pairs["instructions"][0], " ", "</s>"),
+        "pieces": (ChatTemplate(PIECES, {"default": INSTRUCTIONS}), " ", ""),  # decodes no </s>
+        "bytes": (ChatTemplate.of(extended(ByteTokenizer(), SHIPPED)), "", "<|im_end|>"),
+        "words": (ChatTemplate(ByteTokenizer(), {"default": WORDS}), "", ""),
+    }[base]
+    if base == "words":
+        contents = [
+            x + "a" * (re.fullmatch(r'[\s"\\\x00-\x1f\x7f]*', x) is not None) for x in contents
+        ]
+    chat = turns(*contents)
+    found = template.encode(chat)
+    for i, message in enumerate(chat):
+        at = np.flatnonzero(found.assistant & (found.message == i))
+        assert np.all(np.diff(at) == 1)
+        assert base != "pieces" or i % 2 == 0 or found.ids[at[-1]] == PIECES.eos_id
+        said = template.tokenizer.decode(found.ids[at])
+        assert said == (before + message["content"] + after if i % 2 else "")
+
+
+@pytest.mark.parametrize("text", ["▁", "a▁▁b ▁", "é▁\n", "😀\ufffd▁ Hi"])
+def test_characters_of_several_tokens_are_where_they_are(text):
+    ids = PIECES.encode(text)
+    for found in (_located(PIECES, text, ids), _by_decoding(PIECES, text, ids)):
+        assert np.all(found.ends > found.starts)
+        assert found.starts[0] == 0
+        assert found.ends[-1] == len(text)
+    assert np.all(np.diff(_located(PIECES, text, ids).starts) >= 0)
 
 
 def test_what_is_refused(pairs):
