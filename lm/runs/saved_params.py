@@ -167,6 +167,11 @@ def restore_params(
         shapes = {path: x for path, x in shapes.items() if path in found or path not in heads}
         found = {path: x for path, x in found.items() if path.partition("/")[0] in modules}
     for path in sorted({*shapes, *found}):
+        if is_frozen(path) and path not in found:
+            raise UserError(
+                f"the run in {storage_path(workdir)} holds no frozen model for "
+                f"--config.objective.name={experiment.config.objective.name} to compare with"
+            )
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(
                 f"{path} is not as in the run in {storage_path(workdir)}: "
