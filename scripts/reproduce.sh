@@ -107,7 +107,8 @@ dialogue) # the quickstart's model answers, then prefers the references to what 
         done
         lm eval --workdir "$runs/$dpo" --source "jsonl:$pairs-dev-matched.jsonl"
         lm eval --workdir "$runs/$dpo" --config.objective.name=chat \
-            --source "jsonl:${instruct}_dev.jsonl.gz"
+            --source "jsonl:${instruct}_dev.jsonl.gz" \
+            --config.data.sequence_length=512 --config.model.max_length=512
         forgotten "$runs/$dpo" "$out/stdlib-dpo-$seed.jsonl"
     done
     ;;
