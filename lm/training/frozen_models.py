@@ -35,6 +35,8 @@ def with_frozen_models(
     params = state.params
     frozen = dict(params.get(FROZEN, {}))
     if REFERENCE in frozen:
+        if not experiment.config.init["from"]:
+            log("note: the reference is a fresh model; --config.init.from=RUN starts from a run")
         jax.tree.map(lambda x: x.delete(), frozen[REFERENCE])
         own = {name: params[name] for name in frozen[REFERENCE]}
         frozen[REFERENCE] = jax.tree.map(jnp.copy, own)
