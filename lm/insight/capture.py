@@ -24,6 +24,7 @@ from lm.experiment import Experiment
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.models.attention import DotProductAttention
 from lm.models.cross_attention import CrossAttention
+from lm.models.frozen import is_frozen
 from lm.models.layers import FeedForward, Linear
 from lm.models.parameter_groups import layer_numbers, stack_of
 from lm.models.transformer import Block, Stack
@@ -55,7 +56,8 @@ def require_transformer(model: nn.Module) -> None:
 
 def has_all_params(experiment: Experiment, params: Params) -> bool:
     """Return whether there are parameters of all heads; an import may be without."""
-    return flat(params).keys() >= flat(experiment.param_shapes).keys()
+    own = {path for path in experiment.param_infos if not is_frozen(path)}
+    return flat(params).keys() >= own
 
 
 def run_and_capture(
