@@ -24,7 +24,6 @@ from lm.experiment import Experiment
 from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.models.attention import DotProductAttention
 from lm.models.cross_attention import CrossAttention
-from lm.models.frozen import is_frozen
 from lm.models.layers import FeedForward, Linear
 from lm.models.parameter_groups import layer_numbers, stack_of
 from lm.models.transformer import Block, Stack
@@ -56,8 +55,7 @@ def require_transformer(model: nn.Module) -> None:
 
 def has_all_params(experiment: Experiment, params: Params) -> bool:
     """Return whether there are parameters of all heads; an import may be without."""
-    own = {path for path in experiment.param_infos if not is_frozen(path)}
-    return flat(params).keys() >= own
+    return flat(params).keys() >= experiment.param_infos.keys()
 
 
 def run_and_capture(
