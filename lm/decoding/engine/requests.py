@@ -14,7 +14,7 @@ STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"  # reasons that a row en
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """Token ids to continue, and how.
 
     A reply to a request with a seed depends on nothing else that is served. Sampling applies the
@@ -79,7 +79,7 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step added to a reply.
+    """New tokens of a reply from one step, and whether it ended.
 
     Attributes:
         request: number of the request, as `Engine.add` returned it.
@@ -126,7 +126,7 @@ class Engine(Protocol):
 
     context: int | None
 
-    def add(self, request: Request) -> int:
+    def add(self, request: GenerationRequest) -> int:
         """Queue a request, and return its number.
 
         Raises:
@@ -142,7 +142,7 @@ class Engine(Protocol):
         """Run until some request has progress, and return it; [] if there is none to run."""
         ...
 
-    def prompt_logprobs(self, request: Request) -> list[NewToken]:
+    def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
         """Return the tokens of a prompt with log-probabilities; None for the first one."""
         ...
 
