@@ -70,8 +70,10 @@ def sample_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def in_nucleus(logits_BV: jax.Array, p: float) -> jax.Array:
+def in_nucleus(logits_BV: jax.Array, p: float | jax.Array) -> jax.Array:
     """Return the smallest sets of most likely tokens whose probability reaches p, bool [B, V].
+
+    p may be one number or [B, 1].
 
     A token belongs to it if those that are likelier have a probability below p together. The least
     likely one is found by bisection, without sorting: probabilities are ordered as their bits are.
@@ -83,7 +85,9 @@ def in_nucleus(logits_BV: jax.Array, p: float) -> jax.Array:
         low_B1, high_B1 = bounds  # the least likely token is above `low` and at most `high`
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
         likelier_BV = jnp.where(bits_BV > middle_B1, probabilities_BV, 0)
-        is_in = likelier_BV.sum(-1, keepdims=True) < max(p, 1e-9)  # always true of the likeliest
+        is_in = likelier_BV.sum(-1, keepdims=True) < jnp.maximum(
+            p, 1e-9
+        )  # always true of the likeliest
         return jnp.where(is_in, low_B1, middle_B1), jnp.where(is_in, middle_B1, high_B1)
 
     high_B1 = bits_BV.max(-1, keepdims=True)
@@ -296,15 +300,30 @@ def next_token(
     return _append(sampling, controls, rows, replace(state, cache=cache), logits_B1V)
 
 
-def decode_last(model: nn.Module, params: Params, *inputs: Any) -> tuple[jax.Array, Any]:
-    """Run `decode` of a model, with logits of the last token alone: [B, 1, V], and the cache."""
+def decode_last(
+    model: nn.Module, params: Params, *inputs: Any, at_B: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """Run `decode` of a model, with logits of one token of each row: [B, 1, V], and the cache.
+
+    Args:
+        model: unrolled model.
+        params: its parameters.
+        *inputs: arguments of `decode`.
+        at_B: indices of the tokens; None: the last ones.
+    """
     mesh = current_mesh()
     on_one_device = mesh is None or mesh.size == 1
 
     def lean(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         if name == "logits" and not module.path:
-            args = (args[0][:, -1:], *args[1:])
+            x_BLD = args[0]
+            last_BLD = (
+                x_BLD[:, -1:]
+                if at_B is None
+                else jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
+            )
+            args = (last_BLD, *args[1:])
         is_lookup = (type(module), name) == (Embedding, "__call__")
         if is_lookup and on_one_device and module.embedding.dtype == jnp.bfloat16:
             # XLA's CPU backend would convert the whole table to float32.

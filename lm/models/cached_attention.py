@@ -69,6 +69,8 @@ def attend_and_cache(
     Returns:
         The output [B, L, H, K], and the cache.
     """
+    if hasattr(cache, "attend"):  # of pages (`paged_cache.py`)
+        return cache.attend(config, q_BLHK, keys_values, inputs)  # type: ignore[no-any-return]
     assert layer is not None
     new = heads_first(config, keys_values)
     cache, held = write_layer(cache, layer, new, inputs.mask.offset, axis=2)

@@ -122,13 +122,16 @@ def position_bias(
         bidirectional: keys after the query are shown.
         n_queries: number of queries L.
         n_keys: number of keys S.
-        offset: index of the first query among the keys.
+        offset: index of the first query among the keys, which each row may have of its own.
         by_distance: one number for each distance, for the kernel "flash".
 
     Returns:
-        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1].
+        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; of rows with offsets
+        of their own by distance from 1 - S to L - 1.
     """
-    if by_distance:
+    if isinstance(offset, jax.Array) and offset.ndim:
+        distances = jnp.arange(1 - n_keys, n_queries)
+    elif by_distance:
         distances = jnp.arange(1 - n_queries, n_keys)
     else:
         distances = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]

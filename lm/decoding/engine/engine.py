@@ -1,0 +1,421 @@
+"""Paged engine: requests enter and leave the rows of a running batch at every step.
+
+Each step reads one chunk of a prompt, if some wait, and dispatches the next tokens of all rows;
+its results are read while the device runs the step after it. Pages for a whole reply are reserved
+when a request gets its row, so that no row is ever evicted.
+
+A row whose request has a seed is computed by programs whose shapes never depend on the other rows:
+all rows at once, its prompt in chunks that begin at multiples of the chunk size, shared pages only
+where these programs wrote them. Rows without a seed run in the smallest batch that holds them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.decoding.engine.option_table import OptionTable
+from lm.decoding.engine.pages import PagePool
+from lm.decoding.engine.programs import (
+    EngineState,
+    NewTokens,
+    StateSharding,
+    decode_rows,
+    read_chunk,
+)
+from lm.decoding.engine.requests import (
+    LENGTH,
+    STOP,
+    EngineStatistics,
+    GenerationRequest,
+    NewToken,
+    Progress,
+)
+from lm.decoding.prompts import check_ids, check_prompts
+from lm.decoding.weights import prepare
+from lm.errors import UserError
+from lm.experiment import Experiment
+from lm.models.paged_cache import ATTENTION, empty_pages
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Params
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine.
+
+    Attributes:
+        n_rows: most requests that run at once.
+        context: most tokens of a prompt and its reply; 0: those that the model was made for.
+        page_size: tokens of a page.
+        n_pages: pages of the cache; 0: those that all rows can use.
+        chunk: most tokens of a prompt that a step reads, a multiple of the page size.
+        steps_per_dispatch: new tokens of a row in one dispatch.
+    """
+
+    n_rows: int = 32
+    context: int = 0
+    page_size: int = 32
+    n_pages: int = 0
+    chunk: int = 256
+    steps_per_dispatch: int = 4
+
+
+@dataclass
+class _Row:
+    """Request in a row.
+
+    Attributes:
+        number: number of the request.
+        request: the request.
+        pages: its pages, in order.
+        n_read: tokens of the prompt whose keys and values are written.
+        new: tokens of the reply that were read from the device.
+        n_dispatched: tokens of the reply that were dispatched, at most.
+        n_exact: pages at its beginning that any row with these tokens gets alike.
+    """
+
+    number: int
+    request: GenerationRequest
+    pages: list[int]
+    n_read: int
+    new: list[int] = field(default_factory=list)
+    n_dispatched: int = 0
+    n_exact: int = 0
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.n_read == len(self.request.prompt)
+
+    @property
+    def needs_mask(self) -> bool:
+        return bool(self.request.limits or self.request.banned)
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Return the tokens that may come next, bool [V]; the end tokens if nothing may."""
+        r, allowed = self.request, np.ones(vocab_size, bool)
+        if r.limits:
+            allowed = r.limits.allowed(vocab_size, np.array([self.new], int), len(self.new))[0]
+        for *before, last in r.banned:
+            if self.new[len(self.new) - len(before) :] == before:
+                allowed[last] = False
+        if not allowed.any():
+            allowed[list(r.end_ids)] = True
+        return allowed
+
+
+def is_pageable(experiment: Experiment) -> bool:
+    """Return whether all layers cache keys and values alone, which pages can hold."""
+    config: Any = experiment.model.config  # type: ignore[attr-defined]
+    if not isinstance(config, TransformerConfig) or not hasattr(experiment.model, "empty_cache"):
+        return False
+    mixers = {layer.mixer for layer in config.layer_types(config.n_layers)}
+    return mixers == {ATTENTION} and experiment.mesh.shape["stage"] == 1
+
+
+def default_context(experiment: Experiment) -> int:
+    """Return the number of tokens that a model was made for."""
+    config = experiment.config
+    return int(config.model.max_length or config.data.sequence_length)
+
+
+class PagedEngine:
+    """Engine of decoders whose token mixers are attention; implements `Engine`."""
+
+    def __init__(self, experiment: Experiment, params: Params, options: EngineOptions):
+        """Allocate the cache.
+
+        Args:
+            experiment: experiment on a mesh.
+            params: its parameters.
+            options: sizes.
+        """
+        self._unprepared, self._options = experiment, options
+        experiment, self._params = prepare(experiment, params)
+        self._model = experiment.model
+        config: Any = self._model.config  # type: ignore[attr-defined]
+        self.context = options.context or default_context(experiment)
+        self._is_prefix = experiment.objective.has_prefix
+        # A chunk does not know how long its text is going to be.
+        self._reads_whole = self._is_prefix or config.rope_scaling in ("dynamic", "longrope")
+        self._vocab_size = config.vocab_size
+        pages_per_row = ceil(self.context / options.page_size)
+        n_pages = options.n_pages or options.n_rows * pages_per_row
+        self._pool = PagePool(n_pages, options.page_size)
+        self._tables = np.zeros((options.n_rows, pages_per_row), np.int32)
+        self._table = OptionTable(options.n_rows, config.vocab_size)
+        self._sharding = StateSharding.of(experiment.mesh, config.n_kv_heads)
+        state = EngineState(
+            empty_pages(config, config.n_layers, n_pages, options.page_size),
+            jnp.zeros((options.n_rows, self.context), jnp.int32),
+            jnp.zeros(options.n_rows, jnp.int32),
+            jnp.zeros(options.n_rows, bool),
+        )
+        self._state = self._sharding.place(state, jax.device_put) if self._sharding else state
+        self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)
+        self._rows: dict[int, _Row] = {}  # by number of the row, in the order of admission
+        self._waiting: deque[tuple[int, GenerationRequest]] = deque()
+        self._in_flight: deque[tuple[dict[int, tuple[int, int]], NewTokens]] = deque()
+        self._next_params: Params | None = None
+        self._n_requests = self._n_prompt = self._n_reused = self._n_new = 0
+
+    # --- the interface `Engine`
+
+    def add(self, request: GenerationRequest) -> int:
+        """Queue a request, and return its number."""
+        check_prompts([request.prompt], self.context)
+        check_ids([request.prompt], self._model)
+        self._table.check(request)
+        limit = min(request.max_new_tokens, self.context - len(request.prompt))
+        request = replace(request, max_new_tokens=limit)
+        if self._pages_of(request) > self._pool.n_pages:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens and asks for {limit} more; the cache "
+                f"has {self._pool.n_pages} pages of {self._pool.page_size}"
+            )
+        self._waiting.append((self._n_requests, request))
+        self._n_requests += 1
+        return self._n_requests - 1
+
+    def cancel(self, number: int) -> None:
+        """End a request; one that has ended is ignored."""
+        self._waiting = deque(x for x in self._waiting if x[0] != number)
+        for slot in [slot for slot, row in self._rows.items() if row.number == number]:
+            self._end(slot)
+
+    def step(self) -> list[Progress]:
+        """Run until some request has progress, and return it; [] if there is none to run."""
+        while self._rows or self._waiting or self._in_flight:
+            self._admit()
+            is_reading = self._read_prompt()
+            self._dispatch(1 if is_reading else self._options.steps_per_dispatch)
+            # A dispatch stays on the device while the host reads the one before.
+            runs_ahead = bool(self._live()) and not self._needs_masks()
+            while len(self._in_flight) > runs_ahead:
+                if found := self._read():
+                    return found
+        return []
+
+    def update(self, params: Params) -> None:
+        """Replace the parameters, once all running requests have ended; others wait for that."""
+        _, self._next_params = prepare(self._unprepared, params)
+
+    def statistics(self) -> EngineStatistics:
+        """Return counters and sizes."""
+        return EngineStatistics(
+            n_running=len(self._rows),
+            n_waiting=len(self._waiting),
+            n_rows=self._options.n_rows,
+            n_pages=self._pool.n_pages,
+            n_pages_used=self._pool.n_held,
+            n_prompt_tokens=self._n_prompt,
+            n_reused_tokens=self._n_reused,
+            n_new_tokens=self._n_new,
+        )
+
+    # --- rows and pages
+
+    def _pages_of(self, request: GenerationRequest) -> int:
+        """Return the number of pages of a prompt and its reply, whose last token needs none."""
+        return ceil((len(request.prompt) + request.max_new_tokens - 1) / self._pool.page_size)
+
+    def _find(self, request: GenerationRequest) -> list[int]:
+        """Return pages that hold the beginning of a prompt."""
+        if self._reads_whole:
+            return []
+        is_exact = request.seed is not None
+        multiple = self._options.chunk // self._pool.page_size if is_exact else 1
+        return self._pool.find(request.prompt, request.adapter, is_exact, multiple)
+
+    def _admit(self) -> None:
+        """Give rows and pages to the requests that wait, in their order."""
+        if self._next_params is not None:
+            if self._rows:
+                return
+            self._params, self._next_params = self._next_params, None
+            self._pool.clear()
+        while self._waiting and len(self._rows) < self._options.n_rows:
+            number, request = self._waiting[0]
+            found = self._find(request)
+            self._pool.hold(found)
+            n_more = self._pages_of(request) - len(found)
+            if n_more > self._pool.n_available:
+                self._pool.release(found)
+                return
+            self._waiting.popleft()
+            slot = next(i for i in range(self._options.n_rows) if i not in self._rows)
+            row = _Row(number, request, [*found, *self._pool.take(n_more)], 0)
+            self._rows[slot] = row
+            self._n_prompt += len(request.prompt)
+            self._start_after(slot, len(found))
+            seed = secrets.randbits(32) if request.seed is None else request.seed
+            self._table.set(slot, request, seed)
+
+    def _start_after(self, slot: int, n_found: int) -> None:
+        """Let the prompt of a row be read from the end of pages that are written already."""
+        row = self._rows[slot]
+        self._n_reused += n_found * self._pool.page_size - row.n_read
+        row.n_read = n_found * self._pool.page_size
+        row.n_exact = n_found if row.request.seed is not None else 0
+        self._tables[slot] = 0
+        self._tables[slot, : len(row.pages)] = row.pages
+
+    def _end(self, slot: int) -> None:
+        """Free a row; its pages keep what they hold."""
+        row = self._rows.pop(slot)
+        written = [*row.request.prompt[: row.n_read], *row.new[:-1]]
+        if row.is_prefilled or not row.new:
+            self._store(row, written)
+        self._pool.release(row.pages)
+
+    def _store(self, row: _Row, written: list[int], first: int = 0) -> None:
+        if not self._reads_whole and self._next_params is None:
+            self._pool.store(written, row.request.adapter, row.pages, row.n_exact, first)
+
+    # --- dispatch
+
+    def _live(self) -> list[int]:
+        """Return the rows that may get more tokens."""
+        return [
+            slot
+            for slot, row in self._rows.items()
+            if row.is_prefilled and row.n_dispatched < row.request.max_new_tokens
+        ]
+
+    def _needs_masks(self) -> bool:
+        return any(row.needs_mask for row in self._rows.values())
+
+    def _read_prompt(self) -> bool:
+        """Dispatch a chunk of the prompt of one row; return whether there was one."""
+        slot = next((slot for slot, row in self._rows.items() if not row.is_prefilled), None)
+        if slot is None:
+            return False
+        row, P = self._rows[slot], self._pool.page_size
+        prompt = row.request.prompt
+        if row.n_read == 0 and (found := self._find(row.request)):
+            # Another row has read the same prompt since this one was admitted.
+            self._pool.hold(found)
+            self._pool.release(row.pages[: len(found)])
+            row.pages[: len(found)] = found
+            self._start_after(slot, len(found))
+        start, rest = row.n_read, len(prompt) - row.n_read
+        n = rest if self._reads_whole else min(rest, self._options.chunk)
+        length = P
+        while length < n:
+            length *= 2
+        tokens_L = np.zeros(length, np.int32)
+        tokens_L[:n] = prompt[start : start + n]
+        is_last = n == rest
+        allowed_V = self._all_allowed[0]
+        if is_last and row.needs_mask:
+            allowed_V = jnp.asarray(row.allowed(self._vocab_size))
+        self._state, new = read_chunk(
+            self._model,
+            self._params,
+            self._state,
+            self._table.on_device,
+            np.int32(slot),
+            self._tables[slot].copy(),
+            tokens_L,
+            np.int32(start),
+            np.int32(n),
+            np.bool_(is_last),
+            allowed_V,
+            is_prefix=self._is_prefix,
+            sharding=self._sharding,
+        )
+        is_whole_chunk = n == self._options.chunk and start == row.n_exact * P
+        row.n_read += n
+        if is_whole_chunk and start % self._options.chunk == 0:
+            row.n_exact = row.n_read // P
+        self._store(row, list(prompt[: row.n_read]), start // P)
+        if is_last:
+            row.n_dispatched = 1
+            self._in_flight.append(({0: (slot, row.number)}, new))
+        return True
+
+    def _dispatch(self, n_steps: int) -> None:
+        """Dispatch the next tokens of all rows whose prompt is read."""
+        slots = self._live()
+        has_masks = self._needs_masks()
+        if not slots or (has_masks and self._in_flight):
+            return
+        rows = [self._rows[slot] for slot in slots]
+        left = max(row.request.max_new_tokens - row.n_dispatched for row in rows)
+        n_steps = 1 if has_masks else min(n_steps, left)
+        n_rows = self._options.n_rows
+        rows_R = np.arange(n_rows, dtype=np.int32)
+        if all(row.request.seed is None for row in rows):
+            size = min(n_rows, 1 << (len(slots) - 1).bit_length())
+            rows_R = np.full(size, n_rows, np.int32)
+            rows_R[: len(slots)] = slots
+        allowed_RV = self._all_allowed[: len(rows_R)]
+        if has_masks:
+            masks = {slot: self._rows[slot].allowed(self._vocab_size) for slot in slots}
+            every = np.ones(self._vocab_size, bool)
+            allowed_RV = jnp.asarray(np.stack([masks.get(slot, every) for slot in rows_R.tolist()]))
+        self._state, new = decode_rows(
+            self._model,
+            self._params,
+            self._state,
+            self._table.on_device,
+            rows_R,
+            self._tables[np.minimum(rows_R, n_rows - 1)],
+            np.isin(rows_R, slots),
+            np.int32(n_steps),
+            allowed_RV,
+            n_columns=self._options.steps_per_dispatch,
+            sharding=self._sharding,
+        )
+        at = {int(slot): i for i, slot in enumerate(rows_R)}
+        self._in_flight.append(({at[slot]: (slot, self._rows[slot].number) for slot in slots}, new))
+        for row in rows:
+            row.n_dispatched += n_steps
+
+    def _read(self) -> list[Progress]:
+        """Wait for the oldest dispatch, and return what it added to the replies."""
+        columns, dispatched = self._in_flight.popleft()
+        new = jax.device_get(dispatched)
+        found = []
+        for column, (slot, number) in columns.items():
+            row = self._rows.get(slot)
+            if row is None or row.number != number:
+                continue  # it has ended meanwhile
+            tokens, finish = self._added(row, new, column)
+            if tokens or finish:
+                found.append(Progress(number, tuple(tokens), finish))
+            if finish:
+                self._end(slot)
+        return found
+
+    def _added(self, row: _Row, new: Any, column: int) -> tuple[list[NewToken], str]:
+        """Return the tokens that a dispatch added to a row, and why it ended."""
+        request = row.request
+        tokens: list[NewToken] = []
+        for j in range(int(new.n)):
+            token = int(new.chosen.tokens_B[j, column])
+            if token < 0:
+                break
+            if token in request.end_ids:
+                return tokens, STOP
+            row.new.append(token)
+            self._n_new += 1
+            tokens.append(_new_token(request, new.chosen, (j, column)))
+            if len(row.new) == request.max_new_tokens:
+                return tokens, LENGTH
+        return tokens, ""
+
+
+def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int]) -> NewToken:
+    token, n = int(chosen.tokens_B[at]), request.top_logprobs
+    if n is None:
+        return NewToken(token)
+    listed = chosen.listed_BC[at][:n].tolist(), chosen.listed_logprobs_BC[at][:n].tolist()
+    return NewToken(token, float(chosen.logprobs_B[at]), tuple(zip(*listed, strict=True)))

@@ -1,0 +1,231 @@
+"""Compiled programs of the engine: a chunk of a prompt, and steps of many rows.
+
+Each takes the pages and the texts of all rows, donated, and returns them. What depends on the
+requests (options, tables of pages, lengths) are arrays: no request compiles anything.
+
+Shape letters: B rows, R rows of a step, L tokens of a chunk, T tokens of a row, M pages of a row,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm.decoding.engine.requests import MOST_LOGPROBS
+from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
+from lm.decoding.sampling import decode_last
+from lm.kernels.paged_attention import PagedRows
+from lm.models.paged_cache import PagedCache, Pages
+from lm.models.variables import Params
+from lm.parallel.mesh import parameter_axes
+
+
+@flax.struct.dataclass
+class EngineState:
+    """Texts of the rows and pages of their keys and values; donated to the next program.
+
+    Attributes:
+        pages: pages of all layers.
+        tokens_BT: prompts and replies.
+        lengths_B: tokens of each row; the keys and values of the last one are not written yet.
+        alive_B: rows whose reply goes on.
+    """
+
+    pages: Pages
+    tokens_BT: jax.Array
+    lengths_B: jax.Array
+    alive_B: jax.Array
+
+
+@flax.struct.dataclass
+class NewTokens:
+    """Tokens of some steps, end tokens included.
+
+    Attributes:
+        chosen: the tokens with a first axis for the steps; -1 for rows that have ended.
+        n: number of steps that were run.
+    """
+
+    chosen: Chosen
+    n: jax.Array
+
+
+class StateSharding(NamedTuple):
+    """Shardings of the pages, by key/value heads where the mesh divides these, and of the rest."""
+
+    pages: NamedSharding
+    rows: NamedSharding
+
+    @classmethod
+    def of(cls, mesh: Mesh, n_kv_heads: int) -> StateSharding | None:
+        """Return the shardings on a mesh; None on one device."""
+        if mesh.size == 1:
+            return None
+        axes = parameter_axes(mesh.shape, "kv_heads", n_kv_heads)
+        return cls(*(NamedSharding(mesh, spec) for spec in (P(None, axes), P())))
+
+    def place(self, state: EngineState, put: Callable[..., Any]) -> EngineState:
+        """Return the state with these shardings, by `device_put` or by a constraint."""
+        pages = jax.tree.map(lambda x: put(x, self.pages), state.pages)
+        rest = state.tokens_BT, state.lengths_B, state.alive_B
+        return EngineState(pages, *(put(x, self.rows) for x in rest))
+
+
+def _placed(state: EngineState, sharding: StateSharding | None) -> EngineState:
+    return sharding.place(state, lax.with_sharding_constraint) if sharding else state
+
+
+@partial(jax.jit, static_argnames=("model", "is_prefix", "sharding"), donate_argnames=("state",))
+def read_chunk(
+    model: nn.Module,
+    params: Params,
+    state: EngineState,
+    options: RowOptions,
+    row: jax.Array,
+    table_M: jax.Array,
+    tokens_L: jax.Array,
+    start: jax.Array,
+    n_tokens: jax.Array,
+    is_last: jax.Array,
+    allowed_V: jax.Array,
+    is_prefix: bool,
+    sharding: StateSharding | None,
+) -> tuple[EngineState, NewTokens]:
+    """Read a chunk of a prompt, and choose the first token of the reply after the last one.
+
+    Args:
+        model: unrolled model.
+        params: its parameters.
+        state: texts and pages.
+        options: options of all rows.
+        row: number of the row.
+        table_M: pages of the row.
+        tokens_L: tokens of the chunk, then padding.
+        start: position of the first one, a multiple of the page size.
+        n_tokens: number of the tokens without padding.
+        is_last: whether the prompt ends with the chunk.
+        allowed_V: tokens that may be chosen.
+        is_prefix: tokens of the prompt, which is one chunk, attend to each other in both
+            directions.
+        sharding: sharding of the state on a mesh of several devices.
+    """
+    L, of_row = len(tokens_L), row[None]
+    positions_1L = (start + jnp.arange(L))[None]
+    end = (start + n_tokens)[None]
+    paged = PagedRows(table_M[None], start[None], end, end if is_prefix else None)
+    is_token_1L = (jnp.arange(L) < n_tokens)[None].astype(jnp.int32)
+    cache = PagedCache.of(state.pages, paged)
+    inputs = tokens_L[None], jnp.where(is_token_1L == 1, positions_1L, 0), is_token_1L, cache
+    logits_11V, cache = decode_last(model, params, *inputs, at_B=(n_tokens - 1)[None])
+    old_T = state.tokens_BT[row]
+    at_L = jnp.where(is_token_1L[0] == 1, positions_1L[0], len(old_T))
+    text_T = old_T.at[at_L].set(tokens_L, mode="drop")
+    own = options.of(of_row)
+    chosen = lax.cond(
+        is_last,
+        lambda: choose_tokens(logits_11V[:, 0], text_T[None], end, own, allowed_V[None]),
+        lambda: _no_tokens(model, (1,)),
+    )
+    text_T = text_T.at[jnp.where(is_last, end[0], len(text_T))].set(chosen.tokens_B[0], mode="drop")
+    after = EngineState(
+        cache.pages,
+        state.tokens_BT.at[row].set(text_T),
+        state.lengths_B.at[row].set(end[0] + is_last),
+        state.alive_B.at[row].set(is_last & _goes_on(chosen.tokens_B, end + 1, own)[0]),
+    )
+    new = NewTokens(jax.tree.map(lambda x: x[None], chosen), is_last.astype(jnp.int32))
+    return _placed(after, sharding), new
+
+
+@partial(jax.jit, static_argnames=("model", "n_columns", "sharding"), donate_argnames=("state",))
+def decode_rows(
+    model: nn.Module,
+    params: Params,
+    state: EngineState,
+    options: RowOptions,
+    rows_R: jax.Array,
+    tables_RM: jax.Array,
+    goes_on_R: jax.Array,
+    n_steps: jax.Array,
+    allowed_RV: jax.Array,
+    n_columns: int,
+    sharding: StateSharding | None,
+) -> tuple[EngineState, NewTokens]:
+    """Choose the next tokens of some rows, step by step.
+
+    Args:
+        model: unrolled model.
+        params: its parameters.
+        state: texts and pages.
+        options: options of all rows.
+        rows_R: numbers of the rows; beyond the last row for none.
+        tables_RM: their pages.
+        goes_on_R: false for rows that were cancelled.
+        n_steps: most steps.
+        allowed_RV: tokens that may be chosen.
+        n_columns: number of steps that the result has room for.
+        sharding: sharding of the state on a mesh of several devices.
+    """
+    R, own = len(rows_R), options.of(rows_R)
+    alive_R = goes_on_R & state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        pages, text_RT, lengths_R, alive_R, new = carry
+        before_R = lengths_R - 1
+        last_R1 = jnp.take_along_axis(text_RT, before_R[:, None], axis=1)
+        paged = PagedRows(tables_RM, before_R, jnp.where(alive_R, lengths_R, 0))
+        cache = PagedCache.of(pages, paged)
+        inputs = last_R1, before_R[:, None], jnp.ones_like(last_R1), cache
+        logits_R1V, cache = decode_last(model, params, *inputs)
+        chosen = choose_tokens(logits_R1V[:, 0], text_RT, lengths_R, own, allowed_RV)
+        tokens_R = jnp.where(alive_R, chosen.tokens_B, -1)
+        at_R = jnp.where(alive_R, lengths_R, text_RT.shape[1])
+        text_RT = text_RT.at[jnp.arange(R), at_R].set(tokens_R, mode="drop")
+        chosen = replace(chosen, tokens_B=tokens_R)
+        written = jax.tree.map(lambda x, y: x.at[new.n].set(y), new.chosen, chosen)
+        lengths_R = lengths_R + alive_R
+        alive_R &= _goes_on(tokens_R, lengths_R, own)
+        return cache.pages, text_RT, lengths_R, alive_R, NewTokens(written, new.n + 1)
+
+    new = NewTokens(_no_tokens(model, (n_columns, R)), jnp.zeros((), jnp.int32))
+    text_RT = state.tokens_BT.at[rows_R].get(mode="clip")
+    lengths_R = state.lengths_B.at[rows_R].get(mode="fill", fill_value=1)
+    start = state.pages, text_RT, jnp.maximum(lengths_R, 1), alive_R, new
+    pages, text_RT, lengths_R, alive_R, new = lax.while_loop(
+        lambda carry: (carry[4].n < n_steps) & carry[3].any(), step, start
+    )
+    after = EngineState(
+        pages,
+        state.tokens_BT.at[rows_R].set(text_RT, mode="drop"),
+        state.lengths_B.at[rows_R].set(lengths_R, mode="drop"),
+        state.alive_B.at[rows_R].set(alive_R, mode="drop"),
+    )
+    return _placed(after, sharding), new
+
+
+def _goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
+    """Return whether replies go on after these tokens, given the lengths with them."""
+    is_end_R = (tokens_R[:, None] == options.end_ids_BE).any(1)
+    return ~is_end_R & (lengths_R - options.n_prompt_B < options.limits_B)
+
+
+def _no_tokens(model: nn.Module, shape: tuple[int, ...]) -> Chosen:
+    """Return room for tokens of some shape."""
+    listed = *shape, min(MOST_LOGPROBS, model.config.vocab_size)  # type: ignore[attr-defined]
+    return Chosen(
+        jnp.full(shape, -1, jnp.int32),
+        jnp.zeros(shape),
+        jnp.zeros(listed, jnp.int32),
+        jnp.zeros(listed),
+    )
