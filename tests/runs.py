@@ -1,4 +1,4 @@
-"""Folders that look as if runs had been trained in them."""
+"""Folders that look as if runs had been trained in them, or hold runs of random weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from lm.config import default, set_value
-from lm.experiment import resolve
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import build, resolve
+from lm.runs.checkpoints import Checkpoints, run_metadata
+from lm.runs.workdir import RUN_FILE
+from lm.train_step import TrainState
 
 TINY = {
     "model.n_layers": 2,
@@ -50,4 +57,28 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counted = CLOCK | {"steps_computed": len(losses)} | dict(clock or {})
     (folder / "clock.json").write_text(json.dumps(counted))
+    return folder
+
+
+def random_run(folder: Path, values: Mapping[str, Any], tokenizer: Tokenizer | None) -> Path:
+    """A run with one checkpoint, in which no parameter is at a value that hides it."""
+    config = default()
+    for path, value in (TINY | {"data.batch_size": 1} | dict(values)).items():
+        set_value(config, path, value)
+    experiment = build(config, jax.devices()[:1], tokenizer)
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        centre, deviation = (1, 0.2) if path[-1].key == "scale" else (0, 0.4)
+        return np.float32(rng.normal(centre, deviation, leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(draw, experiment.state_shapes.params)
+    metadata = run_metadata(experiment.config, {"tokenizer": tokenizer.digest if tokenizer else ""})
+    folder.mkdir(parents=True)
+    if tokenizer:
+        tokenizer.save(folder / "tokenizer")
+    (folder / RUN_FILE).write_text(json.dumps(metadata))
+    checkpoints = Checkpoints(folder / "checkpoints", experiment.config.checkpoint, metadata)
+    checkpoints.save(0, TrainState(jax.device_put(np.int32(0)), jax.device_put(params), {}, {}))
+    checkpoints.close()
     return folder

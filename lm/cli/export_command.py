@@ -7,30 +7,79 @@ import argparse
 from lm.cli.arguments import (
     Overrides,
     Parser,
+    at_least,
     weights_arguments,
 )
 from lm.cli.used_keys import Patterns
+from lm.errors import UserError
 from lm.storage import open_run_folder
+
+_FORMATS = ("huggingface", "stablehlo")
+_OF_STABLEHLO = ("platforms", "batch", "length", "context")
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--to", required=True, metavar="DIR")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--format",
+        choices=_FORMATS,
+        default=_FORMATS[0],
+        help="what reads it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="of the weights; default: float32, of stablehlo that of `lm generate`; q8_0: gguf",
+    )
     weights_arguments(parser)
+    sizes = parser.add_argument_group("StableHLO programs")
+    sizes.add_argument(
+        "--platforms", metavar="NAMES", help="of cpu,tpu,cuda,rocm; default: cpu,tpu,cuda"
+    )
+    sizes.add_argument("--batch", type=at_least(1), metavar="N", help="rows; default: any number")
+    sizes.add_argument(
+        "--length", type=at_least(1), metavar="N", help="tokens of a prompt; default: any number"
+    )
+    sizes.add_argument(
+        "--context",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of the cache; default: the model's positions, or data.sequence_length",
+    )
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
-    return ()
+    return ("decode.weights", "decode.cache") if args.format == "stablehlo" else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.interop.import_export import export_run
-    from lm.parallel.mesh import print_on_primary_host
+    from lm.parallel.mesh import print_on_primary_host as log
 
+    if args.format != "stablehlo":
+        for name in _OF_STABLEHLO:
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is an option of --format stablehlo")
+    if args.dtype == "q8_0" and args.format != "gguf":
+        raise UserError("--dtype q8_0 is a type of --format gguf")
     folders = open_run_folder(args.workdir), open_run_folder(args.to)
-    export_run(*folders, args.average, args.best, args.dtype, print_on_primary_host)
+    weights = args.average, args.best
+    if args.format == "huggingface":
+        from lm.interop.import_export import export_run
+
+        export_run(*folders, *weights, args.dtype or "float32", log)
+    elif args.format == "gguf":
+        from lm.interop.gguf_export import export_gguf
+
+        export_gguf(*folders, *weights, args.dtype or "float32", log)
+    else:
+        from lm.interop.stablehlo import PLATFORMS, Sizes, export_programs
+
+        platforms = PLATFORMS[:3] if args.platforms is None else tuple(args.platforms.split(","))
+        sizes = Sizes(platforms, args.batch, args.length, args.context)
+        of_dtype = {"decode.weights": args.dtype} if args.dtype else {}
+        export_programs(*folders, sizes, {**of_dtype, **overrides}, *weights, log)
     return 0

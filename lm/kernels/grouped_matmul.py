@@ -53,7 +53,7 @@ class GroupedKernel:
                 a, b, sizes_E, _DIMENSIONS[kind], preferred_element_type=jnp.float32
             )
         if kind != "by_kernel":
-            y = jnp.where((jnp.arange(len(y)) < sizes_E.sum())[:, None], y, 0)
+            y = jnp.where((jnp.arange(y.shape[0]) < sizes_E.sum())[:, None], y, 0)
         return y.astype(dtype)
 
 

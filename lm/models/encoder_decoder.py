@@ -101,9 +101,9 @@ class EncoderDecoder(Model):
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
         """Return a cache for targets of up to `length` tokens that holds the encoded source."""
-        empty = init_cache(self.config, self.n_decoder_layers, len(source_BS), length)
+        empty = init_cache(self.config, self.n_decoder_layers, source_BS.shape[0], length)
         # The layers read the source while a token passes through them, which is then dropped.
-        ones = jnp.ones((len(source_BS), 1), jnp.int32)
+        ones = jnp.ones((source_BS.shape[0], 1), jnp.int32)
         x_BLD, positions_BL = self.embed(ones, ones)
         mask = AttentionMask(True, ones, empty.segment_ids_BS)
         encoded_BSD = self.encode(source_BS, source_segments_BS)

@@ -302,7 +302,7 @@ def _grouped_linear(
 ) -> jax.Array:
     """Apply the linear layers of the experts to rows sorted by expert."""
     dtype, float32 = x_SD.dtype, jnp.dtype(jnp.float32)
-    ones_S1 = jnp.ones_like(x_SD, shape=(len(x_SD), 1))
+    ones_S1 = jnp.ones_like(x_SD, shape=(x_SD.shape[0], 1))
     if is_last and weights_S1 is not None:
         x_SD, ones_S1 = (x_SD * weights_S1).astype(dtype), weights_S1
     out_dtype = dtype if bias is None else float32

@@ -86,7 +86,7 @@ class LstmLayer(nn.Module):
         """Return the states [B, L, H] after every token; the first follows `before`, or 0."""
         c, H = self.config, self.n_hidden
         if before is None:
-            before = LstmState(*jnp.zeros((2, len(x_BLD), H)))
+            before = LstmState(*jnp.zeros((2, x_BLD.shape[0], H)))
         names = ("gates", "hidden")
         role = Role(Kind.MATRIX, c.stream, "body")
         inputs = init_linear(

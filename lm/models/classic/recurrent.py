@@ -210,7 +210,7 @@ class LstmEncoderDecoder(Recurrent):
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> LstmCache:
         """Return a cache for targets of any `length` that holds the source, which is segment 1."""
         source, states = self.encode(source_BS, source_segments_BS)
-        ones_B1 = jnp.ones((len(source_BS), 1), jnp.int32)
+        ones_B1 = jnp.ones((source_BS.shape[0], 1), jnp.int32)
         state_BN2H = last_states(self._final(states, source_segments_BS, ones_B1))
         return LstmCache(state_BN2H, ones_B1[:, 0], source)
 
