@@ -27,6 +27,7 @@ VERBS = {
     "eval": "Evaluate a run on a whole split: loss and perplexity, or with --task its scores.",
     "score": "Score continuations of prompts: the log-likelihood of every token.",
     "generate": "Continue prompts, or make targets of sources, with a trained model.",
+    "serve": "Serve runs over HTTP with OpenAI's API.",
     "chat": "Talk with a trained model in the terminal.",
     "compare": "Write a blind page of samples of two runs; compute the win rate of its answers.",
     "inspect": "Write a page of what a model makes of texts: attention, logit lens, attribution.",

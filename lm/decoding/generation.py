@@ -17,6 +17,7 @@ from lm.decoding.controls import Controls
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
+from lm.decoding.text_stream import TextStream, text_after, text_before
 from lm.decoding.weights import prepare
 from lm.experiment import Experiment
 from lm.models.variables import Params
@@ -168,8 +169,7 @@ def stream_continuations(
 ) -> Iterator[list[str]]:
     """Yield the new text of every prompt after each step; joined they are its continuation.
 
-    A character whose bytes are not complete yet is held back, and so are a run of
-    single bytes that a decoder may replace as a whole, and what may become a stop text.
+    What is not settled yet is held back (`TextStream`).
 
     Args:
         experiment: experiment on a mesh.
@@ -189,10 +189,7 @@ def stream_continuations(
     experiment, params = prepare(experiment, params)
     ids = [_input_ids(tokenizer, prompt, template) for prompt in prompts]
     controls, stop = _ends(experiment.config, tokenizer, stop, template)
-    byte_ids = _byte_ids(tokenizer)
-    stopped = [False] * len(ids)
-    new: list[list[int]] = [[] for _ in ids]
-    shown = [""] * len(ids)
+    streams = [TextStream(tokenizer, prompt, stop) for prompt in ids]
     steps = sample_steps(
         experiment.model,
         params,
@@ -205,57 +202,10 @@ def stream_continuations(
         per_dispatch=_STREAMED,
     )
     for tokens in steps:
-        parts = []
-        for i, token in enumerate(np.asarray(tokens)):
-            if token >= 0:
-                new[i].append(int(token))
-            n_settled = len(new[i])
-            while n_settled and new[i][n_settled - 1] in byte_ids:
-                n_settled -= 1
-            written = text_after(tokenizer, ids[i], new[i][:n_settled])
-            complete = text_before(stop, written)
-            stopped[i] |= len(complete) < len(written)
-            end = len(complete) - (0 if stopped[i] else _beginning(stop, complete))
-            parts.append(complete[len(shown[i]) : end])
-            shown[i] = max(shown[i], complete[:end], key=len)
-        yield parts
-        if all(stopped):
+        added = [[int(token)] if token >= 0 else [] for token in np.asarray(tokens)]
+        yield [stream.push(new) for stream, new in zip(streams, added, strict=True)]
+        if all(stream.stopped for stream in streams):
             return
-    whole = [text_before(stop, text_after(tokenizer, *pair)) for pair in zip(ids, new, strict=True)]
-    held = [
-        "" if is_stopped else text[len(before) :]
-        for text, before, is_stopped in zip(whole, shown, stopped, strict=True)
-    ]
+    held = [stream.finish() for stream in streams]
     if any(held):
         yield held
-
-
-def _byte_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of single bytes of which a run that is no UTF-8 loses its letters too."""
-    found = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)]
-    ids = [i for i in found if i is not None]
-    is_run = len(ids) == 256 and "A" not in tokenizer.decode([ids[0x41], ids[0xFF]])
-    return set(ids) if is_run else set()
-
-
-def text_before(stop: Sequence[str], text: str) -> str:
-    """Return the text before the first place where one of the stop texts begins."""
-    places = [at for at in map(text.find, stop) if at >= 0]
-    return text[: min(places)] if places else text
-
-
-def _beginning(stop: Sequence[str], text: str) -> int:
-    """Return the length of the longest end of a text with which a stop text begins."""
-    longest = min(len(text), max(map(len, stop), default=1) - 1)
-    lengths = range(longest, 0, -1)
-    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
-
-
-def text_after(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """Return the text that new tokens add to a prompt.
-
-    They are decoded together with it, because a space may depend on the token before. Ids beyond
-    the tokenizer's (of a padded vocabulary) are skipped.
-    """
-    known = [token for token in new if token < tokenizer.vocab_size]
-    return tokenizer.decode([*prompt, *known]).rstrip("\ufffd")[len(tokenizer.decode(prompt)) :]

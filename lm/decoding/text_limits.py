@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,6 +58,10 @@ class TextLimits:
     )
     _lock: Any = field(default_factory=Lock, compare=False, repr=False)
 
+    def without_grammars(self) -> TextLimits:
+        """Return what all limits of a tokenizer share: the key of caches, without states."""
+        return TextLimits((), self.end_ids, self.digest, self.tokenizer)
+
     def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
         """Return the scores with -inf at tokens that may not follow the `n` written ones.
 
@@ -86,7 +90,7 @@ class TextLimits:
             own = np.zeros(n_ids, bool)
             known = np.unpackbits(bits, bitorder="little")[:n_ids].astype(bool)
             own[: len(known)] = known
-            end = _vocabulary(self).eos_token
+            end = _vocabulary(self.without_grammars()).eos_token
             own[list(self.end_ids)] = end < len(known) and known[end]
             # What has gone wrong, such as a grammar that is too complex, lets nothing pass.
             allowed &= own & (not matcher.is_error())
@@ -98,7 +102,10 @@ class TextLimits:
         if found is None:
             before = self._states.get(ids[:-1]) if ids else None
             if before is None:
-                before, new = [_matcher(self, grammar) for grammar in self.grammars], ids
+                before, new = (
+                    [_matcher(self.without_grammars(), grammar) for grammar in self.grammars],
+                    ids,
+                )
             else:
                 new = ids[-1:]
             found = [matcher.deep_copy() for matcher in before]
@@ -121,17 +128,59 @@ def text_limits(decode: Any, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> 
         return None
     if decode.grammar and not end_ids:
         raise UserError("--config.decode.grammar: the run's tokenizer has no token for the end")
+    _require_llguidance()
+    shown = {key: f"--config.decode.{key}={decode[key]}" for key in KEYS}
+    grammars = {shown[key]: grammar for key, grammar in _grammars(decode)}
+    return _checked(grammars, tokenizer, end_ids)
+
+
+def with_grammar(
+    limits: TextLimits | None,
+    kind: str,
+    source: str,
+    tokenizer: Tokenizer,
+    end_ids: tuple[int, ...],
+) -> TextLimits:
+    """Return limits with a grammar beside those that there are.
+
+    Args:
+        limits: limits; None: none.
+        kind: "json" (a JSON schema), "lark" or "regex".
+        source: text of the grammar.
+        tokenizer: tokenizer of the texts.
+        end_ids: tokens each of which ends a row.
+
+    Raises:
+        UserError: it cannot be read, or llguidance is not installed.
+    """
+    if not end_ids:
+        raise UserError("a grammar: the run's tokenizer has no token for the end")
+    _require_llguidance()
+    found = _checked({"the grammar": _grammar_of(kind, source)}, tokenizer, end_ids)
+    both = (*(limits.grammars if limits else ()), *found.grammars)
+    return TextLimits(both, end_ids, tokenizer.digest, tokenizer)
+
+
+def _require_llguidance() -> None:
     try:
-        from llguidance import LLMatcher
+        import llguidance  # noqa: F401
     except ImportError as error:
         raise missing_package("a limit of decoding", "llguidance", "grammar") from error
-    grammars = dict(_grammars(decode))
+
+
+def _checked(
+    grammars: Mapping[str, str], tokenizer: Tokenizer, end_ids: tuple[int, ...]
+) -> TextLimits:
+    """Return the limits of grammars by their names; UserError for one that is none."""
+    from llguidance import LLMatcher
+
     limits = TextLimits(tuple(grammars.values()), end_ids, tokenizer.digest, tokenizer)
-    for key, grammar in grammars.items():
-        if problem := LLMatcher.validate_grammar(grammar, _vocabulary(limits)):
+    vocabulary = _vocabulary(limits.without_grammars())
+    for name, grammar in grammars.items():
+        if problem := LLMatcher.validate_grammar(grammar, vocabulary):
             lines = [line.strip() for line in problem.splitlines() if line.strip()]
             said = "; ".join(dict.fromkeys([lines[0], *(x for x in lines if "error:" in x)]))
-            raise UserError(f"--config.decode.{key}={decode[key]}: {said}")
+            raise UserError(f"{name}: {said}")
     return limits
 
 
@@ -150,11 +199,9 @@ def _grammars(decode: Any) -> Iterator[tuple[str, str]]:
 
 
 def _stated_grammar(spec: str) -> str:
-    from llguidance import LLMatcher
-
     kind, _, argument = spec.partition(":")
     if kind == "regex" and argument:
-        return LLMatcher.grammar_from_regex(argument)
+        return _grammar_of(kind, argument)
     if kind not in ("json", "lark") or not argument:
         raise UserError(
             f"--config.decode.grammar={spec}: write json:FILE (a JSON schema), lark:FILE or "
@@ -165,8 +212,18 @@ def _stated_grammar(spec: str) -> str:
     text = "".join(read_text(Path(argument)))
     if kind == "json":
         parse_json(text, argument)
-        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
-    return LLMatcher.grammar_from_lark(text)
+    return _grammar_of(kind, text)
+
+
+def _grammar_of(kind: str, source: str) -> str:
+    """Return the grammar of llguidance of a JSON schema, a Lark grammar or a pattern."""
+    from llguidance import LLMatcher
+
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(source)
+    if kind == "json":
+        return LLMatcher.grammar_from_json_schema(source, defaults=_JSON)
+    return LLMatcher.grammar_from_lark(source)
 
 
 def _words_alone(words: Sequence[str]) -> str:
@@ -194,20 +251,25 @@ def _escaped(word: str) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """Return the bytes that each token adds to a text; None for one that adds none.
+    """Return the bytes that each token adds to a text; None for one that adds none."""
+    return list(map(spelling(tokenizer), range(tokenizer.vocab_size)))
+
+
+def spelling(tokenizer: Tokenizer) -> Callable[[int], bytes | None]:
+    """Return the function from a token id to the bytes that it adds to a text; None if none.
 
     A token is decoded behind another one, because its space may depend on that.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        return [bytes([i]) if i < 256 else None for i in range(tokenizer.vocab_size)]
+        return lambda i: bytes([i]) if i < 256 else None
     special = {tokenizer.bos_id, tokenizer.token_id("<unk>"), *tokenizer.stop_ids}
     byte_of = {letter: byte for byte, letter in enumerate(BYTE_CHARACTERS)}
     first = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalpha()), None)
     before = [] if first is None else [first]
-    start = tokenizer.decode(before)
+    start, pieces = tokenizer.decode(before), tokenizer.pieces()
 
-    def of_token(i: int, piece: str) -> bytes | None:
-        text = tokenizer.decode([*before, i])
+    def of_token(i: int) -> bytes | None:
+        text, piece = tokenizer.decode([*before, i]), pieces[i]
         if i in special or text == start:
             return None
         if text.startswith(start) and "\ufffd" not in text:
@@ -216,7 +278,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
             return bytes([int(found[1], 16)])
         return bytes(map(byte_of.__getitem__, piece)) if byte_of.keys() >= set(piece) else None
 
-    return [of_token(i, piece) for i, piece in enumerate(tokenizer.pieces())]
+    return of_token
 
 
 class _Vocabulary:

@@ -30,9 +30,9 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import decode_best, sample_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
-from lm.decoding.generation import text_after, text_before
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids
 from lm.decoding.sampling import Sampling
+from lm.decoding.text_stream import text_after, text_before
 from lm.errors import UserError, missing_package
 from lm.evaluation.likelihood import Request, first_ids, score, split_request
 from lm.experiment import Experiment

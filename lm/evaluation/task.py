@@ -18,7 +18,7 @@ from lm.data.batches import prefetch
 from lm.data.record_store import RecordStore
 from lm.decoding.batch import decode_best
 from lm.decoding.beam import BeamOptions
-from lm.decoding.generation import text_after
+from lm.decoding.text_stream import text_after
 from lm.errors import UserError
 from lm.evaluation.scores import score_predictions
 from lm.experiment import Experiment

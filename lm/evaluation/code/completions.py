@@ -10,9 +10,9 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import sample_batches
 from lm.decoding.chats import Chat, chat_controls, chat_ids
 from lm.decoding.controls import Controls
-from lm.decoding.generation import text_after, text_before
 from lm.decoding.prompts import context_length, prompt_ids
 from lm.decoding.sampling import Sampling
+from lm.decoding.text_stream import text_after, text_before
 from lm.evaluation.code.problems import Completion, Problem
 from lm.experiment import Experiment
 from lm.models.variables import Params

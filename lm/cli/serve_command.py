@@ -1,0 +1,92 @@
+"""`lm serve`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from lm.cli.arguments import Overrides, Parser, at_least, positive, weights_arguments
+from lm.cli.used_keys import MODEL, Patterns
+from lm.errors import UserError, missing_package
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the verb's options."""
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="run to serve, or several; a model's name is that of its folder unless given",
+    )
+    weights_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface")
+    parser.add_argument("--port", type=at_least(0), default=8000, help="0: a free one")
+    parser.add_argument("--api_keys", metavar="FILE", default="", help="keys, a line each")
+    parser.add_argument("--ssl_certfile", metavar="FILE", default="", help="serve HTTPS")
+    parser.add_argument("--ssl_keyfile", metavar="FILE", default="")
+    parser.add_argument("--rows", type=at_least(1), default=32, help="replies written at once")
+    parser.add_argument("--queue", type=at_least(0), default=256, help="replies that may wait")
+    parser.add_argument(
+        "--max_prompt_tokens", type=at_least(1), default=2**20, metavar="N", help="of a prompt"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), default=4096, metavar="N", help="of a reply"
+    )
+    parser.add_argument(
+        "--max_choices", type=at_least(1), default=128, metavar="N", help="replies of a request"
+    )
+    parser.add_argument("--request_seconds", type=positive, default=600.0, metavar="S")
+    parser.add_argument(
+        "--drain_seconds", type=positive, default=600.0, metavar="S", help="after SIGTERM"
+    )
+    parser.add_argument(
+        "--reload_every",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="S",
+        help="seconds between looks for a newer checkpoint; SIGHUP looks at once",
+    )
+    parser.add_argument("--log_texts", action="store_true", help="log prompts and replies")
+
+
+def used_keys(args: argparse.Namespace) -> Patterns:
+    """Return patterns of the configuration keys that the verb uses."""
+    return ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Run the verb; return the exit code."""
+    try:
+        from lm.serving.app import ServerOptions, log_note
+        from lm.serving.http_server import ListenOptions, serve
+        from lm.serving.sampling_parameters import RequestLimits
+        from lm.serving.served_models import WeightsChoice, open_models
+    except ImportError as error:
+        raise missing_package("lm serve", error.name or "starlette", "serve") from error
+
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise UserError("--ssl_keyfile needs --ssl_certfile")
+    weights = WeightsChoice(args.average, args.best)
+    load = partial(open_models, _places(args.workdir), weights, overrides, args.rows, log_note)
+    limits = RequestLimits(args.max_prompt_tokens, args.max_new_tokens, args.max_choices)
+    options = ServerOptions(limits, args.queue, args.request_seconds, log_texts=args.log_texts)
+    listen = ListenOptions(
+        *(args.host, args.port, args.ssl_certfile, args.ssl_keyfile, args.api_keys),
+        *(args.drain_seconds, args.reload_every),
+    )
+    serve(load, options, listen)
+    return 0
+
+
+def _places(workdirs: list[str]) -> dict[str, str]:
+    """Return the workdir of each model by its name."""
+    places: dict[str, str] = {}
+    for given in workdirs:
+        name, equals, workdir = given.partition("=")
+        if not equals or "/" in name:
+            name, workdir = Path(given.rstrip("/")).name, given
+        if not name or places.setdefault(name, workdir) != workdir:
+            raise UserError(f"--workdir {given}: name each model: --workdir NAME=DIR")
+    return places

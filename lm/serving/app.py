@@ -1,0 +1,326 @@
+"""Application of a server: its routes, and what happens around every request.
+
+Around: keys, draining, JSON errors, metrics, a line of log; the request ends when its client goes
+or its time is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lm.errors import UserError, nearest
+from lm.serving.api_keys import ApiKeys
+from lm.serving.completion_api import Answer, Exchange, chat, complete
+from lm.serving.metrics import Metrics
+from lm.serving.request_body import ApiError, Body, read_body
+from lm.serving.sampling_parameters import RequestLimits
+from lm.serving.served_models import ServedModel
+from lm.serving.text_scores import classify, detokenize, embed, tokenize
+
+Handler = Callable[[Exchange, Body, RequestLimits], Awaitable[Answer]]
+POSTS: dict[str, Handler] = {
+    "/v1/completions": complete,
+    "/v1/chat/completions": chat,
+    "/v1/embeddings": embed,
+    "/classify": classify,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+}
+_OPEN = ("/", "/healthz", "/readyz", "/metrics")  # without a key
+_CLOSED = 499  # nginx's status of a client that has gone
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """RequestLimits of a server, and what it logs.
+
+    Attributes:
+        limits: limits of requests.
+        queue: most replies that wait for a row of an engine; more are refused with 429.
+        request_seconds: time of a request, waiting included.
+        body_bytes: most bytes of a body.
+        log_texts: log prompts and replies.
+    """
+
+    limits: RequestLimits
+    queue: int = 256
+    request_seconds: float = 600.0
+    body_bytes: int = 4 * 2**20
+    log_texts: bool = False
+
+
+class Server:
+    """Served models and the state of the server.
+
+    Attributes:
+        models: models by name; the first one answers requests that name none.
+        options: limits.
+        keys: keys of clients; None: all may ask.
+        metrics: metrics.
+        draining: it ends; new requests are refused.
+        n_active: requests that are answered now.
+    """
+
+    def __init__(
+        self, models: Mapping[str, ServedModel], options: ServerOptions, keys: ApiKeys | None
+    ):
+        self.models, self.options, self.keys = models, options, keys
+        self.metrics = Metrics(list(models.values()))
+        self.draining = False
+        self.n_active = 0
+
+    def model_of(self, body: Body) -> tuple[str, ServedModel]:
+        """Return the name and the model that a body chooses.
+
+        Raises:
+            ApiError: there is none.
+        """
+        name = body.text("model", next(iter(self.models)))
+        model = self.models.get(name)
+        if model is None:
+            near = nearest(name, self.models)
+            message = f"there is no model {name[:200]!r}{near}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return name, model
+
+    def check_queue(self, model: ServedModel) -> None:
+        """Raise ApiError if too many replies wait."""
+        engine = model.engine
+        if engine and engine.n_open >= engine.statistics.n_rows + self.options.queue:
+            raise ApiError(429, "too many requests wait; try again later", code="queue_full")
+
+
+def log_line(**values: Any) -> None:
+    """Write a JSON object to stderr, as far as it can be written."""
+    with suppress(OSError, ValueError):  # a full disk is no reason to end
+        print(json.dumps({"time": round(time.time(), 3), **values}), file=sys.stderr, flush=True)
+
+
+def log_note(text: str) -> None:
+    """Write a line for the operator."""
+    log_line(note=text)
+
+
+def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
+    """Return the application.
+
+    Args:
+        server: the server.
+        further: routes of pages.
+    """
+
+    def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    def readyz(request: Request) -> Response:
+        if server.draining:
+            return PlainTextResponse("draining\n", 503)
+        return PlainTextResponse("ok\n")
+
+    def metrics(request: Request) -> Response:
+        media_type = "text/plain; version=0.0.4"
+        return Response(server.metrics.text(), media_type=media_type)
+
+    def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": list(map(_about, server.models.items()))})
+
+    def model(request: Request) -> Response:
+        name, found = server.model_of(Body({"model": request.path_params["name"]}))
+        return JSONResponse(_about((name, found)))
+
+    gets = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
+    gets |= {"/v1/models": models, "/v1/models/{name:path}": model}
+    routes = [Route(path, get, methods=["GET"]) for path, get in gets.items()]
+    handlers: Any = {HTTPException: _http_error, ApiError: _api_error}
+    return _Around(Starlette(routes=routes + (further or []), exception_handlers=handlers), server)
+
+
+def _about(named: tuple[str, ServedModel]) -> dict[str, Any]:
+    name, model = named
+    context = model.engine.context if model.engine else None
+    about = {"id": name, "object": "model", "created": model.created, "owned_by": "lm"}
+    return about | {"kind": model.kind, "step": model.step, "max_model_len": context}
+
+
+def _http_error(request: Request, error: HTTPException) -> Response:
+    return ApiError(error.status_code, error.detail).response()
+
+
+def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+class _Endpoint:
+    """ASGI application of a path that takes a JSON body."""
+
+    def __init__(self, server: Server, handle: Handler):
+        self._server, self._handle = server, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        server, exchange = self._server, scope["lm.exchange"]
+        body = await read_body(Request(scope, receive), server.options.body_bytes)
+        exchange.name, exchange.model = server.model_of(body)
+        server.check_queue(exchange.model)
+        exchange.timer = server.metrics.timer(exchange.name, exchange.started)
+        work = self._answer(exchange, body, scope, receive, send)
+        await _until_gone(receive, work, server.options.request_seconds)
+
+    async def _answer(
+        self, exchange: Exchange, body: Body, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            answer = await self._handle(exchange, body, self._server.options.limits)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        if isinstance(answer, dict):
+            await JSONResponse(answer)(scope, receive, send)
+            return
+        async with aclosing(answer) as events:
+            try:  # an error of the first event has a status of its own
+                first = await anext(events)
+            except UserError as error:
+                raise ApiError(400, str(error)) from None
+            await _send_events(send, first, events)
+
+
+async def _send_events(send: Send, first: Any, events: AsyncGenerator[Any]) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await _send_event(send, first)
+    async for event in events:
+        await _send_event(send, event)
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def _send_event(send: Send, event: Any) -> None:
+    data = json.dumps(event, ensure_ascii=False).encode()
+    message = {"type": "http.response.body", "body": b"data: " + data + b"\n\n"}
+    await send(message | {"more_body": True})
+
+
+async def _until_gone(receive: Receive, work: Coroutine[Any, Any, None], seconds: float) -> None:
+    """Run until it is done; end it when the client goes, or after a time.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+        ApiError: the time is up.
+    """
+
+    async def wait_for_end() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(wait_for_end())]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+        elif tasks[1].done():
+            raise ClientDisconnect
+        else:
+            raise ApiError(408, f"the request took more than {seconds:g} s", code="timeout")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Around:
+    """ASGI application around all others: keys, draining, errors, metrics, log."""
+
+    def __init__(self, app: ASGIApp, server: Server):
+        self._app, self._server = app, server
+        self._posts = {path: _Endpoint(server, handle) for path, handle in POSTS.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        server, path = self._server, scope["path"]
+        exchange = scope["lm.exchange"] = Exchange()
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        if path in POSTS:
+            server.n_active += 1
+            server.metrics.begin()
+        problem = ""
+        try:
+            self._admit(scope)
+            # Not by Starlette, which would answer their errors in its own way.
+            await self._posts.get(path, self._app)(scope, receive, sending)
+        except ClientDisconnect:
+            status, problem = _CLOSED, "the client has gone"
+        except Exception as error:
+            problem = await self._tell(error, status, scope, receive, sending)
+        finally:
+            if path in POSTS:
+                server.n_active -= 1
+                seconds = time.monotonic() - exchange.started
+                server.metrics.end(path, status, exchange.name, seconds)
+                self._log(path, status, seconds, exchange, problem)
+
+    def _admit(self, scope: Scope) -> None:
+        """Raise ApiError for a request without a key, or while the server ends."""
+        server, path = self._server, scope["path"]
+        if server.keys is not None and path not in _OPEN:
+            headers = dict(scope["headers"])
+            if not server.keys.allows(headers.get(b"authorization", b"")):
+                raise ApiError(401, "the key is missing or unknown", code="invalid_api_key")
+        if path in POSTS and scope["method"] != "POST":
+            raise ApiError(405, f"{path} takes POST")
+        if server.draining and path in POSTS:
+            raise ApiError(503, "the server ends; ask another one", code="draining")
+
+    async def _tell(
+        self, error: Exception, status: int, scope: Scope, receive: Receive, send: Send
+    ) -> str:
+        """Send an error to the client, and return what the log says."""
+        if not isinstance(error, ApiError):
+            log_line(error="".join(traceback.format_exception(error)))
+            error = ApiError(500, "the server has failed at this request; its log says why")
+        with suppress(Exception):
+            async with asyncio.timeout(1):
+                if not status:
+                    await error.response()(scope, receive, send)
+                else:  # within a stream
+                    await _send_event(send, error.body())
+                    await send({"type": "http.response.body", "body": b""})
+        return str(error)
+
+    def _log(
+        self, path: str, status: int, seconds: float, exchange: Exchange, problem: str
+    ) -> None:
+        usage = exchange.usage
+        values = {"path": path, "status": status, "model": exchange.name}
+        values |= {"seconds": round(seconds, 4), "prompt_tokens": usage.prompt_tokens}
+        values |= {"new_tokens": usage.completion_tokens}
+        values |= {"problem": problem} if problem else {}
+        log_line(**values, **(exchange.texts if self._server.options.log_texts else {}))
+
+
+async def reload_models(server: Server) -> None:
+    """Serve newer checkpoints of all models, where there are any."""
+    for model in server.models.values():
+        await model.reload(log_note)

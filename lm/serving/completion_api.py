@@ -1,0 +1,256 @@
+"""Completions and chats: OpenAI's JSON objects, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lm.data.records import BadRow
+from lm.decoding.chats import chat_of
+from lm.decoding.engine.requests import GenerationRequest, NewToken
+from lm.serving.logprobs import CompletionLogprobs, chat_logprobs
+from lm.serving.replies import Reply, reply_parts, whole_replies
+from lm.serving.request_body import ApiError, Body, wrong
+from lm.serving.sampling_parameters import (
+    UNSUPPORTED,
+    Asked,
+    RequestLimits,
+    grammar_limits,
+    read_prompts,
+    read_sampling,
+    read_top_logprobs,
+)
+from lm.serving.served_models import ServedModel
+
+Json = dict[str, Any]
+Answer = Json | AsyncGenerator[Json]
+_COMPLETION_TOKENS = 16  # as OpenAI's API has it
+
+
+@dataclass
+class Usage:
+    """Counts of tokens of a request; they grow with its replies."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def as_json(self) -> Json:
+        """Return OpenAI's object."""
+        both = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": both,
+        }
+
+
+class Exchange:
+    """Request of a client: the model that it asks, and what the log says of it.
+
+    Attributes:
+        model: the model; None before it is known.
+        name: name that the client calls it by.
+        usage: counts of tokens.
+        started: time when it began, of `time.monotonic`.
+        texts: prompts and replies, for the log.
+        timer: called with the number of a reply and of its new tokens, as they come.
+    """
+
+    def __init__(self) -> None:
+        self.model: ServedModel | None = None
+        self.name = ""
+        self.usage = Usage()
+        self.started = time.monotonic()
+        self.texts: Json = {}
+        self.timer: Any = None
+
+
+async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
+    """Answer `/v1/completions`.
+
+    Raises:
+        ApiError: a parameter is wrong.
+        UserError: the engine refuses a request.
+    """
+    model = _generator(exchange)
+    top_logprobs = read_top_logprobs(body, is_chat=False)
+    asked = read_sampling(body, model.controls, limits, _COMPLETION_TOKENS, top_logprobs)
+    is_echo, given = body.flag("echo"), body.raw("prompt")
+    body.finish(UNSUPPORTED)
+    if is_echo and model.has_source:
+        raise wrong("echo", "a source is no part of the reply")
+    if model.has_source and not body.has("temperature"):
+        asked = replace(asked, request=replace(asked.request, temperature=0.0))
+    asked = await _with_grammar(model, asked)
+    prompts = await model.in_worker(read_prompts, model, given)
+    requests = asked.requests(prompts, limits)
+    exchange.usage.prompt_tokens = sum(map(len, prompts))
+    exchange.texts["prompt"] = given
+    starts = await _starts(model, requests, top_logprobs) if is_echo else {}
+    answer = _Completions(exchange, asked, requests, starts)
+    return answer.events() if asked.stream else await answer.whole()
+
+
+async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
+    """Answer `/v1/chat/completions`.
+
+    Raises:
+        ApiError: a parameter is wrong.
+        UserError: the engine refuses a request, or the template the messages.
+    """
+    model = _generator(exchange)
+    if model.template is None:
+        raise ApiError(400, f"the model {exchange.name} has no chat template", "model")
+    top_logprobs = read_top_logprobs(body, is_chat=True)
+    asked = read_sampling(body, model.chat_controls, limits, limits.new_tokens, top_logprobs)
+    if not asked.request.max_new_tokens:
+        raise wrong("max_tokens", "it must be above 0")
+    messages, tools = body.raw("messages"), body.raw("tools")
+    if body.text("tool_choice", "auto") not in ("auto", "none"):
+        raise wrong("tool_choice", "it must be auto or none")
+    if body.text("tool_choice", "auto") == "none":
+        tools = None
+    body.finish(UNSUPPORTED)
+    if not isinstance(messages, list):
+        raise wrong("messages", "it must be a list of messages")
+    try:
+        conversation = chat_of({"messages": messages, "tools": tools})
+    except BadRow as error:
+        raise wrong("messages", str(error)) from None
+    asked = await _with_grammar(model, asked)
+    asked = replace(asked, stop=(*asked.stop, *model.chat_stops))
+    prompt = await model.in_worker(model.chat_ids, conversation)
+    requests = asked.requests([prompt], limits)
+    exchange.usage.prompt_tokens = len(prompt)
+    exchange.texts["messages"] = messages
+    answer = _Chat(exchange, asked, requests, {})
+    return answer.events() if asked.stream else await answer.whole()
+
+
+def _generator(exchange: Exchange) -> ServedModel:
+    model = exchange.model
+    assert model is not None
+    if model.engine is None:
+        raise ApiError(400, f"the model {exchange.name} writes no text", "model")
+    return model
+
+
+async def _with_grammar(model: ServedModel, asked: Asked) -> Asked:
+    found = await model.in_worker(grammar_limits, model, asked)
+    return replace(asked, request=replace(asked.request, limits=found))
+
+
+async def _starts(
+    model: ServedModel, requests: Sequence[GenerationRequest], top_logprobs: int | None
+) -> dict[int, tuple[str, list[NewToken]]]:
+    """Return the text and the tokens of the prompt of each request, which replies repeat."""
+    engine, found = model.engine, {}
+    assert engine is not None
+    scored: dict[tuple[int, ...], list[NewToken]] = {}
+    for index, request in enumerate(requests):
+        tokens: list[NewToken] = []
+        if top_logprobs is not None:
+            if request.prompt not in scored:
+                scored[request.prompt] = await engine.prompt_logprobs(request)
+            tokens = scored[request.prompt]
+        text = await model.in_worker(model.tokenizer.decode, request.prompt)
+        found[index] = (text, tokens)
+    return found
+
+
+class _Completions:
+    """Answer to a completion as JSON objects."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        requests: Sequence[GenerationRequest],
+        starts: dict[int, tuple[str, list[NewToken]]],
+    ):
+        model = exchange.model
+        assert model is not None
+        self._model, self._exchange, self._asked = model, exchange, asked
+        self._requests, self._starts = requests, starts
+        self._has_logprobs = asked.request.top_logprobs is not None
+        self._logprobs = [CompletionLogprobs(model, bool(starts)) for _ in requests]
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": exchange.name,
+            "system_fingerprint": f"step-{model.step}",
+        }
+
+    def choice(self, reply: Reply, is_part: bool, is_first: bool) -> Json:
+        """Return the JSON object of a reply, or of a part of one."""
+        logprobs = None
+        if self._has_logprobs:
+            logprobs = self._logprobs[reply.index].as_json(reply)
+        finish = reply.finish or None
+        return {"index": reply.index, "text": reply.text, "logprobs": logprobs} | {
+            "finish_reason": finish
+        }
+
+    async def whole(self) -> Json:
+        """Return the answer as one object."""
+        replies = await whole_replies(self._parts(), len(self._requests))
+        self._exchange.texts["replies"] = [reply.text for reply in replies]
+        choices = [self.choice(reply, is_part=False, is_first=True) for reply in replies]
+        head = {**self._head, "object": self.kind}
+        return head | {"choices": choices, "usage": self._exchange.usage.as_json()}
+
+    async def events(self) -> AsyncGenerator[Json]:
+        """Yield the objects of a stream."""
+        head = {**self._head, "object": self.chunk_kind}
+        head |= {"usage": None} if self._asked.with_usage else {}
+        begun: set[int] = set()
+        texts = [""] * len(self._requests)
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                texts[part.index] += part.text
+                if part.text or part.finish or part.tokens or part.index not in begun:
+                    choice = self.choice(part, is_part=True, is_first=part.index not in begun)
+                    begun.add(part.index)
+                    yield {**head, "choices": [choice]}
+        self._exchange.texts["replies"] = texts
+        if self._asked.with_usage:
+            yield {**head, "choices": [], "usage": self._exchange.usage.as_json()}
+
+    async def _parts(self) -> AsyncGenerator[Reply]:
+        """Yield the parts of the replies: what they repeat of the prompts, then what is new."""
+        for index, (text, tokens) in self._starts.items():
+            is_all = not self._requests[index].max_new_tokens
+            yield Reply(index, text, tokens, "length" if is_all else "")
+        if not self._requests[0].max_new_tokens:
+            if not self._starts:
+                raise wrong("max_tokens", "it must be above 0, unless echo is true")
+            return
+        found = reply_parts(self._model, self._requests, self._asked.stop)
+        async with aclosing(found) as parts:
+            async for part in parts:
+                n = len(part.tokens)
+                self._exchange.usage.completion_tokens += n
+                self._exchange.timer.tick(part.index, n)
+                yield part
+
+
+class _Chat(_Completions):
+    """Answer of a chat as JSON objects."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, reply: Reply, is_part: bool, is_first: bool) -> Json:
+        """Return the JSON object of a reply, or of a part of one."""
+        message: Json = {"role": "assistant"} if is_first else {}
+        message |= {"content": reply.text} if reply.text or not is_part or is_first else {}
+        message |= {} if is_part else {"refusal": None}
+        logprobs = chat_logprobs(self._model, reply.tokens) if self._has_logprobs else None
+        finish = reply.finish or None
+        name = "delta" if is_part else "message"
+        return {"index": reply.index, name: message, "logprobs": logprobs, "finish_reason": finish}

@@ -1,0 +1,168 @@
+"""Process of a server: its socket, signals, reloads, and the end without a lost request."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from lm.errors import UserError
+from lm.serving.api_keys import ApiKeys
+from lm.serving.app import Server, ServerOptions, log_note, make_app, reload_models
+from lm.serving.served_models import ServedModel
+
+_KEEP_ALIVE = 30  # seconds of a connection without a request
+
+
+@dataclass(frozen=True)
+class ListenOptions:
+    """Address of a server, its files, and times of its end and of reloads.
+
+    Attributes:
+        host: address or name.
+        port: TCP port; 0: a free one.
+        certificate: file of the TLS certificates; "": no TLS.
+        key: file of its private key; "": it is in the file of the certificates.
+        api_keys: file of the keys of clients; "": all may ask.
+        drain_seconds: time for requests that run when the server is to end.
+        reload_seconds: time between two looks for newer checkpoints; 0: on SIGHUP alone.
+    """
+
+    host: str
+    port: int
+    certificate: str = ""
+    key: str = ""
+    api_keys: str = ""
+    drain_seconds: float = 600.0
+    reload_seconds: float = 0.0
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, whose signals are ours."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    load: Callable[[], list[ServedModel]], options: ServerOptions, listen: ListenOptions
+) -> None:
+    """Serve models until SIGTERM or Ctrl-C; then answer what has begun, and return.
+
+    Args:
+        load: loads the models, in the event loop.
+        options: limits.
+        listen: where to listen.
+
+    Raises:
+        UserError: a model cannot be loaded, or the address, a key or a certificate is wrong.
+    """
+    keys = ApiKeys(Path(listen.api_keys), log_note) if listen.api_keys else None
+    with _socket(listen.host, listen.port) as listener:
+        asyncio.run(_serve(load, options, listen, keys, listener))
+
+
+async def _serve(
+    load: Callable[[], list[ServedModel]],
+    options: ServerOptions,
+    listen: ListenOptions,
+    keys: ApiKeys | None,
+    listener: socket.socket,
+) -> None:
+    models = {model.name: model for model in load()}
+    server = Server(models, options, keys)
+    config = uvicorn.Config(
+        make_app(server),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=1,  # all requests have been answered by then
+        ssl_certfile=listen.certificate or None,
+        ssl_keyfile=listen.key or None,
+    )
+    try:
+        config.load()
+    except OSError as error:  # of which ssl.SSLError is one
+        raise UserError(f"{listen.certificate}: no usable certificate and key: {error}") from None
+    process = _Uvicorn(config)
+    tasks: set[asyncio.Task[Any]] = set()
+
+    def start(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def end() -> None:
+        if server.draining:
+            process.should_exit = True
+        else:
+            start(_drain(server, process, listen.drain_seconds))
+
+    reloading = asyncio.Lock()
+
+    async def reload() -> None:
+        async with reloading:
+            await reload_models(server)
+
+    async def reload_often() -> None:
+        while True:
+            await asyncio.sleep(listen.reload_seconds)
+            await reload()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, lambda: start(reload()))
+    if listen.reload_seconds:
+        start(reload_often())
+    _announce(server, listen, listener)
+    try:
+        await process.serve(sockets=[listener])
+    finally:
+        for task in tasks:
+            task.cancel()
+        for model in models.values():
+            model.close()
+
+
+async def _drain(server: Server, process: _Uvicorn, seconds: float) -> None:
+    """Refuse new requests, wait for those that run, and let the process end."""
+    server.draining = True
+    log_note(f"the server ends; requests that run: {server.n_active}")
+    until = time.monotonic() + seconds
+    while server.n_active and time.monotonic() < until:
+        await asyncio.sleep(0.02)
+    process.should_exit = True
+
+
+def _announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:
+    scheme = "https" if listen.certificate else "http"
+    host = f"[{listen.host}]" if ":" in listen.host else listen.host
+    port = listener.getsockname()[1]
+    names = ", ".join(f"{name} (step {model.step})" for name, model in server.models.items())
+    print(f"serving {names} on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _socket(host: str, port: int) -> Iterator[socket.socket]:
+    """Open a socket that listens; UserError if the address cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        listener = socket.create_server(address, family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {reason}") from None
+    with listener:
+        yield listener

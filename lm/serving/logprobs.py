@@ -1,0 +1,82 @@
+"""Log-probabilities of tokens, in the two forms of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm.decoding.engine.requests import STOP, NewToken
+from lm.serving.replies import Reply
+from lm.serving.served_models import ServedModel
+
+_LEAST = -9999.0  # -inf is no JSON
+
+
+class CompletionLogprobs:
+    """Lists of tokens and log-probabilities of a completion, whose offsets go on over its parts."""
+
+    def __init__(self, model: ServedModel, is_echo: bool):
+        """Start at the beginning of a text.
+
+        Args:
+            model: the model.
+            is_echo: the text begins with the prompt. Then the end token is listed too, as OpenAI's
+                API does: lm-eval takes the last token of the list for the reply's.
+        """
+        self._model, self._is_echo, self._offset = model, is_echo, 0
+
+    def as_json(self, reply: Reply) -> dict[str, Any]:
+        """Return OpenAI's object of a part of the text."""
+        texts, offsets = [], []
+        for token in reply.tokens:
+            texts.append(self._model.token_text(token.id))
+            offsets.append(self._offset)
+            self._offset += len(texts[-1])
+        logprobs = [_finite(token.logprob) for token in reply.tokens]
+        tops = [_top(self._model, token) for token in reply.tokens]
+        if self._is_echo and reply.finish == STOP:
+            ends = self._model.tokenizer.stop_ids
+            texts.append(self._model.pieces[ends[0]] if ends else "")
+            offsets.append(self._offset)
+            logprobs.append(None)
+            tops.append(None)
+        return {
+            "tokens": texts,
+            "text_offset": offsets,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops,
+        }
+
+
+def _top(model: ServedModel, token: NewToken) -> dict[str, float] | None:
+    """Return the likeliest tokens by text, the token itself among them; None without a place."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for other, logprob in token.top:  # of two with the same text the likelier
+        found.setdefault(model.token_text(other), max(_LEAST, logprob))
+    found.setdefault(model.token_text(token.id), max(_LEAST, token.logprob))
+    return found
+
+
+def chat_logprobs(model: ServedModel, tokens: Sequence[NewToken]) -> dict[str, Any]:
+    """Return OpenAI's object of the tokens of an answer."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        known = token < model.tokenizer.vocab_size
+        spelt = model.spelling(token) if known else b""
+        return {
+            "token": model.token_text(token),
+            "logprob": _finite(logprob),
+            "bytes": None if spelt is None else list(spelt),
+        }
+
+    content = [
+        entry(token.id, token.logprob) | {"top_logprobs": [entry(*one) for one in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(_LEAST, logprob)

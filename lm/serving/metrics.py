@@ -1,0 +1,117 @@
+"""Prometheus metrics of a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from lm.serving.served_models import ServedModel
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+
+
+class Metrics:
+    """Counters and histograms of requests, and what the engines say of themselves."""
+
+    def __init__(self, models: Sequence[ServedModel]):
+        self.registry = CollectorRegistry()
+        names: Any = {"registry": self.registry, "namespace": "lm"}
+        self._requests = Counter(
+            "requests", "Requests by path and HTTP status.", ["path", "status"], **names
+        )
+        self._active = Gauge("active_requests", "Requests that are answered now.", **names)
+        times = names | {"buckets": _SECONDS, "labelnames": ["model"]}
+        self._seconds = Histogram("request_seconds", "Time of a whole request.", **times)
+        self._first = Histogram("first_token_seconds", "Time to the first token.", **times)
+        self._between = Histogram("between_tokens_seconds", "Mean time between tokens.", **times)
+        self.registry.register(_Engines(models))
+
+    def begin(self) -> None:
+        """Count a request that begins."""
+        self._active.inc()
+
+    def end(self, path: str, status: int, model: str, seconds: float) -> None:
+        """Count a request that ends.
+
+        Args:
+            path: its path, of those that the server has.
+            status: HTTP status.
+            model: name of the model that was asked; "": none.
+            seconds: time that it took.
+        """
+        self._active.dec()
+        self._requests.labels(path, status).inc()
+        if model:
+            self._seconds.labels(model).observe(seconds)
+
+    def timer(self, model: str, started: float) -> TokenTimer:
+        """Return the timer of a reply that was asked for at `started`."""
+        return TokenTimer(self._first.labels(model), self._between.labels(model), started)
+
+    def text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class TokenTimer:
+    """Times between the tokens of a reply; tokens that come together share the time before them."""
+
+    def __init__(self, first: Histogram, between: Histogram, started: float):
+        self._first, self._between, self._started = first, between, started
+        self._last: dict[int, float] = {}
+
+    def tick(self, index: int, n: int) -> None:
+        """Observe `n` new tokens of the reply `index`."""
+        if not n:
+            return
+        now = time.monotonic()
+        if index not in self._last:
+            self._first.observe(now - self._started)
+        else:
+            for _ in range(n):
+                self._between.observe((now - self._last[index]) / n)
+        self._last[index] = now
+
+
+class _Engines(Collector):
+    """Statistics of the engines, read when they are asked for."""
+
+    def __init__(self, models: Sequence[ServedModel]):
+        self._models = models
+
+    def describe(self) -> Iterable[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        engines = [(model.name, model.engine) for model in self._models if model.engine]
+        read: list[tuple[type, str, str, Callable[[Any], float]]] = [
+            (GaugeMetricFamily, "running", "Replies that are written now.", _of("n_running")),
+            (GaugeMetricFamily, "rows", "Replies that can be written at once.", _of("n_rows")),
+            (GaugeMetricFamily, "cache_pages", "Pages of the cache.", _of("n_pages")),
+            (GaugeMetricFamily, "cache_pages_used", "Pages in use.", _of("n_pages_used")),
+            (CounterMetricFamily, "prompt_tokens", "Tokens of prompts.", _of("n_prompt_tokens")),
+            (CounterMetricFamily, "reused_tokens", "Those in the cache.", _of("n_reused_tokens")),
+            (CounterMetricFamily, "new_tokens", "Tokens of replies.", _of("n_new_tokens")),
+        ]
+        queue = GaugeMetricFamily("lm_queued", "Replies that wait.", labels=["model"])
+        for name, engine in engines:
+            queue.add_metric([name], max(0, engine.n_open - engine.statistics.n_running))
+        yield queue
+        step = GaugeMetricFamily("lm_step", "Step of the weights.", labels=["model"])
+        for model in self._models:
+            step.add_metric([model.name], model.step)
+        yield step
+        for family, metric, about, value in read:
+            found = family(f"lm_{metric}", about, labels=["model"])
+            for name, engine in engines:
+                found.add_metric([name], value(engine.statistics))
+            yield found
+
+
+def _of(name: str) -> Callable[[Any], float]:
+    return lambda statistics: getattr(statistics, name)

@@ -1,0 +1,96 @@
+"""Replies of an engine as texts: what is settled, with the tokens behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from lm.decoding.engine.requests import STOP, GenerationRequest, NewToken
+from lm.decoding.text_stream import TextStream
+from lm.serving.served_models import ServedModel
+
+WITHHELD = "content_filter"  # why a reply ended that a guard withholds
+
+
+@dataclass
+class Reply:
+    """Reply, or a part of it.
+
+    Attributes:
+        index: number of its request.
+        text: its text.
+        tokens: its tokens.
+        finish: "stop", "length" or "content_filter"; "" of one that goes on.
+    """
+
+    index: int
+    text: str = ""
+    tokens: list[NewToken] = field(default_factory=list)
+    finish: str = ""
+
+    def add(self, part: Reply) -> None:
+        """Add the next part."""
+        self.text += part.text
+        self.tokens += part.tokens
+        self.finish = part.finish
+
+
+async def reply_parts(
+    model: ServedModel, requests: Sequence[GenerationRequest], stop: Sequence[str]
+) -> AsyncGenerator[Reply]:
+    """Yield the parts of the replies to requests, as they come; whole ones where a guard judges.
+
+    Args:
+        model: model with an engine.
+        requests: the requests, which end when the iterator is closed.
+        stop: texts before which a reply ends.
+
+    Raises:
+        UserError: a request was refused.
+        RuntimeError: the engine has failed.
+    """
+    if model.guard is None:
+        async with aclosing(_parts(model, requests, stop)) as parts:
+            async for part in parts:
+                yield part
+        return
+    replies = await whole_replies(_parts(model, requests, stop), len(requests))
+    withheld = await model.in_worker(model.guard.withholds, [reply.text for reply in replies])
+    for reply, is_withheld in zip(replies, withheld, strict=True):
+        yield Reply(reply.index, finish=WITHHELD) if is_withheld else reply
+
+
+async def whole_replies(parts: AsyncGenerator[Reply], n: int) -> list[Reply]:
+    """Return the whole replies to `n` requests."""
+    replies = [Reply(index) for index in range(n)]
+    async with aclosing(parts) as closing:
+        async for part in closing:
+            replies[part.index].add(part)
+    return replies
+
+
+async def _parts(
+    model: ServedModel, requests: Sequence[GenerationRequest], stop: Sequence[str]
+) -> AsyncGenerator[Reply]:
+    assert model.engine is not None
+    streams = [
+        TextStream(model.tokenizer, () if model.has_source else request.prompt, stop)
+        for request in requests
+    ]
+    ticket = model.engine.submit(requests)
+    try:
+        async for index, progress in ticket:
+            part, stream = Reply(index, finish=progress.finish), streams[index]
+            for token in progress.tokens:
+                part.text += stream.push((token.id,))
+                part.tokens.append(token)
+                if stream.stopped:
+                    part.finish = STOP
+                    ticket.cancel(index)
+                    break
+            if part.finish:
+                part.text += stream.finish()
+            yield part
+    finally:
+        ticket.close()

@@ -1,0 +1,220 @@
+"""Parameters of completions and chats, as requests of an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lm.decoding.controls import Controls
+from lm.decoding.engine.requests import MOST_LOGPROBS, GenerationRequest
+from lm.decoding.text_limits import TextLimits, with_grammar
+from lm.serving.request_body import ApiError, Body, is_ids, wrong
+from lm.serving.served_models import ServedModel
+
+UNSUPPORTED = (
+    *("audio", "function_call", "functions", "modalities", "prediction", "reasoning_effort"),
+    *("suffix", "use_beam_search", "web_search_options"),
+)
+_MOST_STOPS = 16
+_HUGE = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """RequestLimits of requests.
+
+    Attributes:
+        prompt_tokens: most tokens of a prompt.
+        new_tokens: most new tokens of a reply.
+        choices: most replies of one request.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    choices: int
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Grammar that a request asks for: "json", "lark" or "regex", and its text."""
+
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Parameters of a completion or a chat, beside its prompts.
+
+    Attributes:
+        request: request without a prompt.
+        grammar: grammar of the reply; it is not in the request yet.
+        n: replies of each prompt.
+        stop: texts before which a reply ends.
+        stream: send the reply as it grows.
+        with_usage: send counts of tokens at the end of a stream.
+    """
+
+    request: GenerationRequest
+    grammar: Grammar | None
+    n: int
+    stop: tuple[str, ...]
+    stream: bool
+    with_usage: bool
+
+    def requests(
+        self, prompts: Sequence[Sequence[int]], limits: RequestLimits
+    ) -> list[GenerationRequest]:
+        """Return the requests of prompts, those of the first prompt first.
+
+        Raises:
+            ApiError: they are too many or too long.
+        """
+        if len(prompts) * self.n > limits.choices:
+            raise ApiError(400, f"{len(prompts) * self.n} replies: at most {limits.choices}")
+        for prompt in prompts:
+            if not prompt:
+                raise ApiError(400, "an empty prompt, and no token to start with", "prompt")
+            if len(prompt) > limits.prompt_tokens:
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(prompt)} tokens; at most {limits.prompt_tokens} are read",
+                    "prompt",
+                    "context_length_exceeded",
+                )
+        return [
+            replace(self.request, prompt=tuple(prompt), number=number)
+            for prompt in prompts
+            for number in range(self.n)
+        ]
+
+
+def read_sampling(
+    body: Body,
+    controls: Controls,
+    limits: RequestLimits,
+    default_tokens: int,
+    top_logprobs: int | None,
+) -> Asked:
+    """Return what a body asks for.
+
+    Args:
+        body: body of the request.
+        controls: constraints of the model's configuration.
+        limits: limits of requests.
+        default_tokens: most new tokens, unless the body says.
+        top_logprobs: likeliest tokens to list; None: no log-probabilities.
+
+    Raises:
+        ApiError: a parameter is wrong.
+    """
+    most_tokens = limits.new_tokens
+    n_tokens = body.integer("max_tokens", min(default_tokens, most_tokens), 0, most_tokens)
+    n_tokens = body.integer("max_completion_tokens", n_tokens, 1, most_tokens)
+    n = body.integer("n", 1, 1, limits.choices)
+    if body.integer("best_of", n, 1, limits.choices) != n:
+        raise wrong("best_of", "it must equal n")
+    seed = body.integer("seed", -1, -_HUGE - 1, _HUGE) if body.has("seed") else None
+    further_ends = body.ids("stop_token_ids", 8)
+    ends = () if body.flag("ignore_eos") else controls.end_ids
+    stream, options = body.flag("stream"), Body(body.object("stream_options"))
+    with_usage = options.flag("include_usage")
+    options.flag("include_obfuscation")
+    options.finish()
+    request = GenerationRequest(
+        (),
+        n_tokens,
+        temperature=body.number("temperature", 1, 0, 100),
+        top_k=max(0, body.integer("top_k", 0, -1, _HUGE)),
+        top_p=body.number("top_p", 1, 0, 1),
+        min_p=body.number("min_p", 0, 0, 1),
+        seed=None if seed is None else seed % 2**63,
+        repetition_penalty=body.number(
+            "repetition_penalty", controls.repetition_penalty, 0.01, 100
+        ),
+        presence_penalty=body.number("presence_penalty", 0, -2, 2),
+        frequency_penalty=body.number("frequency_penalty", 0, -2, 2),
+        logit_bias=_read_bias(body),
+        min_new_tokens=body.integer("min_tokens", controls.min_length, 0, most_tokens),
+        end_ids=(*ends, *further_ends),
+        banned=controls.banned,
+        limits=controls.limits,
+        top_logprobs=top_logprobs,
+    )
+    stop = tuple(body.texts("stop", _MOST_STOPS))
+    return Asked(request, _read_grammar(body), n, stop, stream, with_usage)
+
+
+def _read_bias(body: Body) -> dict[int, float]:
+    found = {}
+    for name, value in body.object("logit_bias").items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (name.isascii() and name.isdigit() and len(name) < 10) or not is_number:
+            raise wrong("logit_bias", "it must map token ids to numbers")
+        if not -100 <= value <= 100:
+            raise wrong("logit_bias", "its numbers must be from -100 to 100")
+        found[int(name)] = float(value)
+    return found
+
+
+def _read_grammar(body: Body) -> Grammar | None:
+    """Return the grammar of `response_format`; beside OpenAI's types "regex" and "lark"."""
+    form = Body(body.object("response_format"))
+    kind = form.text("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar("json", '{"type": "object"}')
+    if kind == "json_schema":
+        schema = form.object("json_schema").get("schema")
+        if not isinstance(schema, dict | bool):
+            raise wrong("response_format", "json_schema.schema must be a JSON schema")
+        return Grammar("json", json.dumps(schema))
+    if kind not in ("regex", "lark"):
+        raise wrong("response_format", "type: text, json_object, json_schema, regex or lark")
+    source = form.text(kind)
+    if not source:
+        raise wrong("response_format", f"{kind} is empty")
+    return Grammar(kind, source)
+
+
+def grammar_limits(model: ServedModel, asked: Asked) -> TextLimits | None:
+    """Return the limits of a request with its grammar; UserError for one that is none."""
+    request = asked.request
+    if asked.grammar is None:
+        return request.limits
+    kind, source = asked.grammar.kind, asked.grammar.source
+    return with_grammar(request.limits, kind, source, model.tokenizer, request.end_ids)
+
+
+def read_top_logprobs(body: Body, is_chat: bool) -> int | None:
+    """Return the number of likeliest tokens that a body asks for at each place; None: none."""
+    if not is_chat:
+        n = body.integer("logprobs", -1, 0, MOST_LOGPROBS)
+        return None if n < 0 else n
+    n = body.integer("top_logprobs", 0, 0, MOST_LOGPROBS)
+    if body.flag("logprobs"):
+        return n
+    if body.has("top_logprobs"):
+        raise wrong("top_logprobs", "it needs logprobs=true")
+    return None
+
+
+def read_prompts(model: ServedModel, value: Any) -> list[list[int]]:
+    """Return the token ids of prompts: a text, token ids, or a list of either.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    if isinstance(value, str) or (is_ids(value) and value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
+    found = []
+    for one in value:
+        if not isinstance(one, str) and not is_ids(one):
+            raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
+        found.append(model.prompt_ids(one) if isinstance(one, str) else list(one))
+    return found

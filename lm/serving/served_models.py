@@ -1,0 +1,228 @@
+"""Runs that a server has loaded: what they can do, and newer checkpoints of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lm.data.chat.chat_template import ChatTemplate
+from lm.data.tokenizer import Tokenizer
+from lm.decoding.chats import Chat, chat_ids, chat_template, stop_texts
+from lm.decoding.controls import Controls
+from lm.decoding.engine.choice import open_engine
+from lm.decoding.guard import Guard, open_guard
+from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
+from lm.decoding.text_limits import spelling
+from lm.decoding.weights import prepare
+from lm.errors import UserError
+from lm.experiment import Experiment
+from lm.models.variables import Params
+from lm.runs.checkpoints import BEST_FOLDER
+from lm.runs.saved_params import load_tokenizer, restore_params, restore_run
+from lm.runs.workdir import checkpoint_steps
+from lm.serving.engine_thread import EngineThread
+from lm.storage import open_run_folder
+
+Log = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class WeightsChoice:
+    """Choice of the weights of a run.
+
+    Attributes:
+        average: number of newest checkpoints whose parameters are averaged.
+        best: the checkpoint that `--config.eval.best` kept.
+    """
+
+    average: int = 1
+    best: bool = False
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """Run that is served.
+
+    Attributes:
+        name: name that requests choose it by.
+        folder: folder of the run.
+        weights: which weights.
+        experiment: experiment on a mesh, as it is restored.
+        prepared: experiment as it decodes (`lm/decoding/weights.py`).
+        params: its parameters.
+        step: updates before the weights were saved.
+        tokenizer: tokenizer of the run.
+        engine: thread of the engine; None of a model that writes no text.
+        template: chat template; None if there is none.
+        guard: guard of `--config.decode.guard`.
+        created: time when it was loaded.
+        worker: thread that tokenizes and judges, in turn.
+    """
+
+    name: str
+    folder: Path
+    weights: WeightsChoice
+    experiment: Experiment
+    prepared: Experiment
+    params: Params
+    step: int
+    tokenizer: Tokenizer
+    engine: EngineThread | None = None
+    template: ChatTemplate | None = None
+    guard: Guard | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+
+    @property
+    def has_source(self) -> bool:
+        """True if it writes targets of sources, rather than continuing prompts."""
+        return is_encoder_decoder(self.experiment.model)
+
+    @property
+    def kind(self) -> str:
+        """Task of the model: "generate", "classify" or "embed"."""
+        if self.engine is not None:
+            return "generate"
+        name = self.experiment.config.objective.name
+        return "classify" if name == "classification" else "embed"
+
+    @cached_property
+    def spelling(self) -> Callable[[int], bytes | None]:
+        """Function from a token id to the bytes that it adds to a text."""
+        return spelling(self.tokenizer)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Vocabulary entries by id."""
+        return self.tokenizer.pieces()
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token; that of a special one is its name."""
+        known = token < self.tokenizer.vocab_size
+        found = self.spelling(token) if known else b""
+        return self.pieces[token] if found is None else found.decode(errors="replace")
+
+    @cached_property
+    def controls(self) -> Controls:
+        """Constraints of `--config.decode` on texts."""
+        return Controls.from_config(self.experiment.config, self.tokenizer)
+
+    @cached_property
+    def chat_controls(self) -> Controls:
+        """Constraints of `--config.decode` on answers."""
+        ends = self.template.stop_ids if self.template else ()
+        return Controls.from_config(self.experiment.config, self.tokenizer, ends)
+
+    @cached_property
+    def chat_stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return stop_texts(self.template) if self.template else ()
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the token ids of a prompt, or of a source."""
+        if self.has_source:
+            return source_ids(self.tokenizer, text, self.experiment.config.data.sequence_length)
+        return prompt_ids(self.tokenizer, text)
+
+    def chat_ids(self, chat: Chat) -> list[int]:
+        """Return the token ids of a conversation."""
+        assert self.template is not None
+        return chat_ids(self.template, chat)
+
+    async def in_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in the model's worker thread, and return its result."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.worker, partial(function, *arguments))
+
+    def close(self) -> None:
+        """End its threads."""
+        if self.engine is not None:
+            self.engine.stop()
+        self.worker.shutdown(wait=False, cancel_futures=True)
+
+    def _prepared(self, params: Params) -> Params:
+        return params if self.kind == "classify" else prepare(self.experiment, params)[1]
+
+    async def reload(self, log: Log) -> None:
+        """Serve the newest checkpoint if it is newer; a problem is logged, and nothing changes."""
+        try:
+            folder = self.folder / BEST_FOLDER if self.weights.best else self.folder
+            newest = max(checkpoint_steps(folder), default=-1)
+            if newest <= self.step:
+                return
+            loaded = asyncio.to_thread(
+                restore_params,
+                self.experiment,
+                self.folder,
+                log,
+                self.weights.average,
+                self.weights.best,
+            )
+            params, step = await loaded
+            if step <= self.step:
+                log(f"{self.name}: step {newest} cannot be read; step {self.step} is served on")
+                return
+            params = await asyncio.to_thread(self._prepared, params)
+            if self.engine is not None:
+                await self.engine.update(params)
+            self.params, self.step = params, step
+            log(f"{self.name}: step {step} is served")
+        except Exception as error:  # whatever a checkpoint, or a full disk, can raise
+            log(f"{self.name}: the reload failed, step {self.step} is served on: {error}")
+
+
+def open_models(
+    places: Mapping[str, str],
+    weights: WeightsChoice,
+    overrides: Mapping[str, str],
+    n_rows: int,
+    log: Log,
+) -> list[ServedModel]:
+    """Load runs, and start their engines.
+
+    Args:
+        places: workdir by name of the model.
+        weights: which weights of each.
+        overrides: configuration keys of the command line.
+        n_rows: most requests of an engine that run at once.
+        log: receives lines for the operator.
+
+    Raises:
+        UserError: a run cannot be loaded or served.
+    """
+    return [_open_model(*place, weights, overrides, n_rows, log) for place in places.items()]
+
+
+def _open_model(
+    name: str,
+    workdir: str,
+    weights: WeightsChoice,
+    overrides: Mapping[str, str],
+    n_rows: int,
+    log: Log,
+) -> ServedModel:
+    folder = open_run_folder(workdir)
+    options: Any = {"average": weights.average, "best": weights.best, "any_batch": True}
+    options |= {"heads_optional": True}
+    experiment, params, step = restore_run(folder, overrides, log, **options)
+    tokenizer = experiment.tokenizer or load_tokenizer(folder)
+    is_classifier = experiment.config.objective.name == "classification"
+    prepared = (experiment, params) if is_classifier else prepare(experiment, params)
+    model = ServedModel(name, folder, weights, experiment, *prepared, step, tokenizer)
+    if is_classifier or not hasattr(experiment.model, "decode"):
+        return model
+    model.guard = open_guard(experiment.config.decode)
+    _ = model.controls  # raises UserError for a grammar that cannot be read
+    try:
+        model.template = chat_template(tokenizer, experiment.model)
+    except UserError as error:
+        if not model.has_source:
+            log(f"{name}: no chat: {error}")
+    model.engine = EngineThread(partial(open_engine, n_rows=n_rows), *prepared, name, log)
+    return model

@@ -1,0 +1,202 @@
+"""Vectors and classes of texts, and their tokens: embeddings, classify, tokenize, detokenize.
+
+Shape letters: B texts, L length, D model.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.records import BadRow
+from lm.data.special_tokens import special_tokens
+from lm.decoding.chats import chat_of
+from lm.decoding.prompts import check_ids, context_length, pad_ids, padded_length
+from lm.models.variables import Params, as_variables
+from lm.parallel.mesh import use_mesh
+from lm.runs.text_classifier import TextClassifier
+from lm.serving.completion_api import Exchange
+from lm.serving.request_body import ApiError, Body, is_ids, wrong
+from lm.serving.sampling_parameters import RequestLimits
+from lm.serving.served_models import ServedModel
+
+Json = dict[str, Any]
+_MOST_TEXTS = 2048  # of a request, as OpenAI's API has it
+_GROUP = 32  # texts that are read together
+
+
+async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
+    """Answer `/v1/embeddings`: the mean of the last hidden states of each text, of length 1.
+
+    Raises:
+        ApiError: a parameter is wrong.
+    """
+    model = _model(exchange)
+    given, form = body.raw("input"), body.text("encoding_format", "float")
+    body.finish(("dimensions",))
+    if model.has_source:
+        raise ApiError(400, f"the model {exchange.name} gives no vectors", "model")
+    if form not in ("float", "base64"):
+        raise wrong("encoding_format", "it must be float or base64")
+    ids = await model.in_worker(_inputs, model, given, limits)
+    exchange.usage.prompt_tokens = sum(map(len, ids))
+    vectors_BD = await model.in_worker(_vectors, model, ids)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _written(vector_D, form)}
+        for i, vector_D in enumerate(vectors_BD)
+    ]
+    usage = exchange.usage.as_json()
+    return {"object": "list", "data": data, "model": exchange.name, "usage": usage}
+
+
+async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
+    """Answer `/classify`: the probabilities of the classes of each text.
+
+    Raises:
+        ApiError: a parameter is wrong.
+    """
+    model = _model(exchange)
+    texts = body.texts("input", _MOST_TEXTS)
+    body.finish()
+    if model.kind != "classify":
+        raise ApiError(400, f"the model {exchange.name} is no classifier", "model")
+    if not texts:
+        raise wrong("input", "a text or a list of texts is needed")
+    exchange.texts["input"] = texts
+    classifier = TextClassifier(model.experiment, model.params, model.tokenizer)
+    columns = range(len(classifier.labels))
+    _, probabilities_BC = await model.in_worker(classifier.largest, texts, columns)
+    data = [
+        {
+            "index": i,
+            "label": classifier.labels[int(row.argmax())],
+            "probs": [float(x) for x in row],
+            "num_classes": len(row),
+        }
+        for i, row in enumerate(probabilities_BC)
+    ]
+    labels = list(classifier.labels)
+    return {"object": "list", "model": exchange.name, "labels": labels, "data": data}
+
+
+async def tokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
+    """Answer `/tokenize`: the ids of a prompt or of messages, as completions and chats read them.
+
+    Raises:
+        ApiError: a parameter is wrong.
+        UserError: the chat template refuses the messages.
+    """
+    model = _model(exchange)
+    messages = body.raw("messages")
+    text = body.text("prompt", "" if messages is not None else None)
+    with_special = body.raw("add_special_tokens")
+    with_texts = body.flag("return_token_strs")
+    body.finish()
+    if not isinstance(with_special, bool | None):
+        raise wrong("add_special_tokens", "it must be true or false")
+    if messages is not None:
+        if model.template is None:
+            raise ApiError(400, f"the model {exchange.name} has no chat template", "model")
+        try:
+            conversation = chat_of({"messages": messages})
+        except BadRow as error:
+            raise wrong("messages", str(error)) from None
+        ids = await model.in_worker(model.chat_ids, conversation)
+    elif with_special is False:
+        ids = (await model.in_worker(model.tokenizer.encode, text)).tolist()
+    else:
+        ids = await model.in_worker(model.prompt_ids, text)
+    found = {"count": len(ids), "max_model_len": _context(model), "tokens": ids}
+    return found | ({"token_strs": [model.pieces[i] for i in ids]} if with_texts else {})
+
+
+async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
+    """Answer `/detokenize`: the text of token ids.
+
+    Raises:
+        ApiError: a parameter is wrong.
+    """
+    model = _model(exchange)
+    ids = body.ids("tokens", 2**20)
+    body.finish()
+    if any(i >= model.tokenizer.vocab_size for i in ids):
+        raise wrong("tokens", f"an id is not below {model.tokenizer.vocab_size}")
+    return {"prompt": await model.in_worker(model.tokenizer.decode, ids)}
+
+
+def _model(exchange: Exchange) -> ServedModel:
+    assert exchange.model is not None
+    return exchange.model
+
+
+def _context(model: ServedModel) -> int | None:
+    if model.engine is not None:
+        return model.engine.context
+    return int(model.experiment.config.model.max_length)
+
+
+def _inputs(model: ServedModel, given: Any, limits: RequestLimits) -> list[list[int]]:
+    """Return the ids of texts as an encoder reads them."""
+    texts = [given] if isinstance(given, str) or (is_ids(given) and given) else given
+    if not isinstance(texts, list) or not 0 < len(texts) <= _MOST_TEXTS:
+        raise wrong("input", f"a text, token ids, or a list of at most {_MOST_TEXTS} of them")
+    special = special_tokens(model.tokenizer)
+    most = min(limits.prompt_tokens, context_length(model.experiment.model) or 2**31)
+    is_encoder = model.experiment.config.model.family == "encoder"
+    found = []
+    for text in texts:
+        if isinstance(text, str):
+            encoded = model.tokenizer.encode(text).tolist()
+            ids = [special.cls, *encoded, special.sep] if is_encoder else model.prompt_ids(text)
+        elif is_ids(text) and text:
+            ids = text
+        else:
+            raise wrong("input", "texts or lists of token ids")
+        if len(ids) > most:
+            raise wrong("input", f"a text has {len(ids)} tokens; at most {most} are read")
+        found.append(ids)
+    check_ids(found, model.experiment.model)
+    return found
+
+
+def _vectors(model: ServedModel, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return a vector of length 1 for each text, float32 [B, D]."""
+    context = context_length(model.experiment.model)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(order), _GROUP):
+        numbers = order[start : start + _GROUP]
+        rows = [ids[i] for i in numbers]
+        n_rows = 1 << (len(rows) - 1).bit_length()
+        width = padded_length(max(map(len, rows)))
+        filled = [*rows, *[rows[-1]] * (n_rows - len(rows))]
+        arrays = pad_ids(filled, min(width, context or width), left=False)
+        experiment = model.prepared
+        with use_mesh(experiment.mesh, experiment.config.parallel.sequence, experiment.pipeline):
+            vectors_BD = np.asarray(_mean_states(experiment.model, model.params, *arrays))
+        found |= zip(numbers, vectors_BD, strict=False)
+    return np.stack([found[i] for i in range(len(ids))])
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean_states(
+    model: nn.Module, params: Params, tokens_BL: jax.Array, segments_BL: jax.Array
+) -> jax.Array:
+    """Return the mean of the last hidden states over each text, divided by its length."""
+    variables = as_variables(params)
+    x_BLD: Any = model.apply(variables, tokens_BL, None, segments_BL, method="hidden")
+    sums_BD = (x_BLD.astype(jnp.float32) * segments_BL[..., None]).sum(1)
+    return sums_BD / jnp.maximum(jnp.linalg.norm(sums_BD, axis=-1, keepdims=True), 1e-12)
+
+
+def _written(vector_D: np.ndarray, form: str) -> list[float] | str:
+    if form == "float":
+        return vector_D.tolist()
+    return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
