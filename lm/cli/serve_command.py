@@ -27,6 +27,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--ssl_certfile", metavar="FILE", default="", help="serve HTTPS")
     parser.add_argument("--ssl_keyfile", metavar="FILE", default="")
     parser.add_argument("--rows", type=at_least(1), default=32, help="replies written at once")
+    parser.add_argument(
+        "--context", type=at_least(0), default=0, metavar="N", help="tokens of prompt and reply"
+    )
     parser.add_argument("--queue", type=at_least(0), default=256, help="replies that may wait")
     parser.add_argument(
         "--max_prompt_tokens", type=at_least(1), default=2**20, metavar="N", help="of a prompt"
@@ -58,6 +61,8 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
+    from lm.decoding.engine.engine import EngineOptions
+
     try:
         from lm.serving.app import ServerOptions, log_note
         from lm.serving.http_server import ListenOptions, serve
@@ -69,7 +74,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.ssl_keyfile and not args.ssl_certfile:
         raise UserError("--ssl_keyfile needs --ssl_certfile")
     weights = WeightsChoice(args.average, args.best)
-    load = partial(open_models, _places(args.workdir), weights, overrides, args.rows, log_note)
+    sizes = EngineOptions(args.rows, args.context)
+    load = partial(open_models, _places(args.workdir), weights, overrides, sizes, log_note)
     limits = RequestLimits(args.max_prompt_tokens, args.max_new_tokens, args.max_choices)
     options = ServerOptions(limits, args.queue, args.request_seconds, log_texts=args.log_texts)
     listen = ListenOptions(

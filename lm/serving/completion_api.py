@@ -11,6 +11,7 @@ from typing import Any
 
 from lm.data.records import BadRow
 from lm.decoding.chats import chat_of
+from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import GenerationRequest, NewToken
 from lm.serving.logprobs import CompletionLogprobs, chat_logprobs
 from lm.serving.replies import Reply, reply_parts, whole_replies
@@ -148,14 +149,14 @@ async def _starts(
     model: ServedModel, requests: Sequence[GenerationRequest], top_logprobs: int | None
 ) -> dict[int, tuple[str, list[NewToken]]]:
     """Return the text and the tokens of the prompt of each request, which replies repeat."""
-    engine, found = model.engine, {}
-    assert engine is not None
+    found = {}
     scored: dict[tuple[int, ...], list[NewToken]] = {}
     for index, request in enumerate(requests):
         tokens: list[NewToken] = []
         if top_logprobs is not None:
             if request.prompt not in scored:
-                scored[request.prompt] = await engine.prompt_logprobs(request)
+                arguments = model.prepared, model.params, request.prompt, top_logprobs
+                scored[request.prompt] = await model.in_worker(prompt_logprobs, *arguments)
             tokens = scored[request.prompt]
         text = await model.in_worker(model.tokenizer.decode, request.prompt)
         found[index] = (text, tokens)
@@ -214,7 +215,8 @@ class _Completions:
         async with aclosing(self._parts()) as parts:
             async for part in parts:
                 texts[part.index] += part.text
-                if part.text or part.finish or part.tokens or part.index not in begun:
+                has_logprobs = bool(part.tokens) and self._has_logprobs
+                if part.text or part.finish or has_logprobs or part.index not in begun:
                     choice = self.choice(part, is_part=True, is_first=part.index not in begun)
                     begun.add(part.index)
                     yield {**head, "choices": [choice]}

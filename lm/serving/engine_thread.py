@@ -13,7 +13,6 @@ from lm.decoding.engine.requests import (
     Engine,
     EngineStatistics,
     GenerationRequest,
-    NewToken,
     Progress,
 )
 from lm.errors import UserError
@@ -135,10 +134,6 @@ class EngineThread:
 
         self._command(run)
         return await future
-
-    async def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
-        """Return the tokens of a prompt with log-probabilities."""
-        return await self.call(lambda engine: engine.prompt_logprobs(request))
 
     async def update(self, params: Params) -> None:
         """Replace the parameters; requests that run are ended with the old ones."""

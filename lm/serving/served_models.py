@@ -16,6 +16,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.chats import Chat, chat_ids, chat_template, stop_texts
 from lm.decoding.controls import Controls
 from lm.decoding.engine.choice import open_engine
+from lm.decoding.engine.engine import EngineOptions
 from lm.decoding.guard import Guard, open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.text_limits import spelling
@@ -181,7 +182,7 @@ def open_models(
     places: Mapping[str, str],
     weights: WeightsChoice,
     overrides: Mapping[str, str],
-    n_rows: int,
+    sizes: EngineOptions,
     log: Log,
 ) -> list[ServedModel]:
     """Load runs, and start their engines.
@@ -190,13 +191,13 @@ def open_models(
         places: workdir by name of the model.
         weights: which weights of each.
         overrides: configuration keys of the command line.
-        n_rows: most requests of an engine that run at once.
+        sizes: sizes of each engine.
         log: receives lines for the operator.
 
     Raises:
         UserError: a run cannot be loaded or served.
     """
-    return [_open_model(*place, weights, overrides, n_rows, log) for place in places.items()]
+    return [_open_model(*place, weights, overrides, sizes, log) for place in places.items()]
 
 
 def _open_model(
@@ -204,7 +205,7 @@ def _open_model(
     workdir: str,
     weights: WeightsChoice,
     overrides: Mapping[str, str],
-    n_rows: int,
+    sizes: EngineOptions,
     log: Log,
 ) -> ServedModel:
     folder = open_run_folder(workdir)
@@ -224,5 +225,5 @@ def _open_model(
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")
-    model.engine = EngineThread(partial(open_engine, n_rows=n_rows), *prepared, name, log)
+    model.engine = EngineThread(partial(open_engine, options=sizes), *prepared, name, log)
     return model

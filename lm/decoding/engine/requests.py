@@ -118,13 +118,12 @@ class EngineStatistics:
 
 
 class Engine(Protocol):
-    """Interface of the engines; none of the methods may be called from two threads at once.
+    """Interface of the engines; none of the methods may be called from two threads at once."""
 
-    Attributes:
-        context: most tokens of a prompt and its reply together; None: any number.
-    """
-
-    context: int | None
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its reply together; None: any number."""
+        ...
 
     def add(self, request: GenerationRequest) -> int:
         """Queue a request, and return its number.
@@ -140,10 +139,6 @@ class Engine(Protocol):
 
     def step(self) -> list[Progress]:
         """Run until some request has progress, and return it; [] if there is none to run."""
-        ...
-
-    def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
-        """Return the tokens of a prompt with log-probabilities; None for the first one."""
         ...
 
     def update(self, params: Params) -> None:

@@ -9,12 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import search_batches
@@ -33,14 +28,13 @@ from lm.decoding.prompts import (
     check_prompts,
     context_length,
     is_encoder_decoder,
-    pad_ids,
     padded_length,
 )
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.variables import Params, as_variables
+from lm.models.variables import Params
 
 _STEPS = 4  # of a dispatch
 
@@ -105,23 +99,6 @@ class WholeBatchEngine:
                     break
             self._running.clear()
         return []
-
-    def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
-        """Return the tokens of a prompt with log-probabilities; None for the first one."""
-        if self._searches:
-            raise UserError("an encoder–decoder gives its source no log-probabilities")
-        check_ids([request.prompt], self._model)
-        check_prompts([request.prompt], self.context and self.context + 1)
-        width = padded_length(len(request.prompt))
-        tokens_1L, _ = pad_ids([request.prompt], min(width, self.context or width), left=False)
-        n_top = request.top_logprobs or 0
-        found = _token_logprobs(self._model, self._params, tokens_1L, n_top)
-        logprobs_L, ids_LC, top_LC = jax.device_get(found)
-        tokens = [NewToken(request.prompt[0])]
-        for i, token in enumerate(request.prompt[1:]):
-            top = tuple(zip(ids_LC[i].tolist(), top_LC[i].tolist(), strict=True))
-            tokens.append(NewToken(token, float(logprobs_L[i]), top))
-        return tokens
 
     def update(self, params: Params) -> None:
         """Replace the parameters, once all running requests have ended; others wait for that."""
@@ -247,18 +224,3 @@ def _options(request: GenerationRequest) -> Any:
     """Return what the requests of a group have in common."""
     same = replace(request, prompt=(), number=0)
     return same if request.temperature == 0 else replace(same, max_new_tokens=0)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _token_logprobs(
-    model: nn.Module, params: Params, tokens_1L: jax.Array, n_top: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the log-probability of each token after the first, and the likeliest at its place."""
-    config: Any = model.config  # type: ignore[attr-defined]
-    if getattr(config, "carry", False):
-        model = model.clone(config=replace(config, carry=False))
-    logits_1LV: Any = model.apply(as_variables(params), tokens_1L)
-    logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1].astype(jnp.float32))
-    of_tokens_L1 = jnp.take_along_axis(logprobs_LV, tokens_1L[0, 1:, None], axis=1)
-    top_LC, ids_LC = jax.lax.top_k(logprobs_LV, n_top)
-    return of_tokens_L1[:, 0], ids_LC, top_LC

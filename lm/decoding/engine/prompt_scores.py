@@ -1,0 +1,76 @@
+"""Log-probabilities of the tokens of a prompt, by one pass over it.
+
+Shape letters: L length, C listed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.decoding.engine.requests import NewToken
+from lm.decoding.prompts import (
+    check_ids,
+    check_prompts,
+    context_length,
+    is_encoder_decoder,
+    pad_ids,
+    padded_length,
+)
+from lm.errors import UserError
+from lm.experiment import Experiment
+from lm.models.variables import Params, as_variables
+from lm.parallel.mesh import use_mesh
+
+
+def prompt_logprobs(
+    experiment: Experiment, params: Params, prompt: Sequence[int], n_top: int
+) -> list[NewToken]:
+    """Return the tokens of a prompt with log-probabilities; None for the first one.
+
+    Args:
+        experiment: experiment on a mesh, prepared for decoding.
+        params: its parameters.
+        prompt: token ids.
+        n_top: likeliest tokens to list at each place.
+
+    Raises:
+        UserError: the prompt is empty or too long, or the model continues no prompts.
+    """
+    model, context = experiment.model, context_length(experiment.model)
+    if is_encoder_decoder(model) or experiment.objective.has_prefix:
+        raise UserError("this model reads a prompt as a whole: its tokens have no probabilities")
+    check_ids([prompt], model)
+    check_prompts([prompt], context and context + 1)
+    width = padded_length(len(prompt))
+    tokens_1L, _ = pad_ids([prompt], min(width, context or width), left=False)
+    n_top = min(n_top, model.config.vocab_size)  # type: ignore[attr-defined]
+    with use_mesh(experiment.mesh, experiment.config.parallel.sequence, experiment.pipeline):
+        found = _token_logprobs(model, params, tokens_1L, n_top)
+    logprobs_L, ids_LC, top_LC = jax.device_get(found)
+    tokens = [NewToken(prompt[0])]
+    for i, token in enumerate(prompt[1:]):
+        top = tuple(zip(ids_LC[i].tolist(), top_LC[i].tolist(), strict=True))
+        tokens.append(NewToken(token, float(logprobs_L[i]), top))
+    return tokens
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _token_logprobs(
+    model: nn.Module, params: Params, tokens_1L: jax.Array, n_top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the log-probability of each token after the first, and the likeliest at its place."""
+    config: Any = model.config  # type: ignore[attr-defined]
+    if getattr(config, "carry", False):
+        model = model.clone(config=replace(config, carry=False))
+    logits_1LV: Any = model.apply(as_variables(params), tokens_1L)
+    logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1].astype(jnp.float32))
+    of_tokens_L1 = jnp.take_along_axis(logprobs_LV, tokens_1L[0, 1:, None], axis=1)
+    top_LC, ids_LC = jax.lax.top_k(logprobs_LV, n_top)
+    return of_tokens_L1[:, 0], ids_LC, top_LC
