@@ -29,6 +29,7 @@ from lm.decoding.engine.programs import (
     StateSharding,
     decode_rows,
     read_chunk,
+    score_tokens,
 )
 from lm.decoding.engine.requests import (
     LENGTH,
@@ -38,7 +39,7 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
-from lm.decoding.prompts import check_ids, check_prompts
+from lm.decoding.prompts import check_ids, check_prompts, padded_length
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
@@ -202,6 +203,16 @@ class PagedEngine:
                 if found := self._read():
                     return found
         return []
+
+    def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
+        """Return the tokens of a prompt with log-probabilities; None for the first one."""
+        prompt = request.prompt
+        tokens_L = np.zeros(min(padded_length(len(prompt) + 1), self.context), np.int32)
+        tokens_L[: len(prompt)] = prompt
+        scores = jax.device_get(score_tokens(self._model, self._params, tokens_L))
+        request = replace(request, top_logprobs=request.top_logprobs or 0)
+        later = [_new_token(request, scores, i) for i in range(len(prompt) - 1)]
+        return [*map(NewToken, prompt[:1]), *later]
 
     def update(self, params: Params) -> None:
         """Replace the parameters, once all running requests have ended; others wait for that."""
@@ -413,7 +424,7 @@ class PagedEngine:
         return tokens, ""
 
 
-def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int]) -> NewToken:
+def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:
     token, n = int(chosen.tokens_B[at]), request.top_logprobs
     if n is None:
         return NewToken(token)

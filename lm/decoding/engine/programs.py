@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm.decoding.engine.requests import MOST_LOGPROBS
-from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
+from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens, largest_logprobs
 from lm.decoding.sampling import decode_last
 from lm.kernels.paged_attention import PagedRows
 from lm.models.paged_cache import PagedCache, Pages
-from lm.models.variables import Params
+from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import parameter_axes
 
 
@@ -212,6 +212,21 @@ def decode_rows(
         state.alive_B.at[rows_R].set(alive_R, mode="drop"),
     )
     return _placed(after, sharding), new
+
+
+@partial(jax.jit, static_argnames=("model",))
+def score_tokens(model: nn.Module, params: Params, tokens_L: jax.Array) -> Chosen:
+    """Return the log-probability of each token of a text after those before it, first axis L - 1.
+
+    Args:
+        model: unrolled model.
+        params: its parameters.
+        tokens_L: tokens of the text, then padding.
+    """
+    logits_1LV: Any = model.apply(as_variables(params), tokens_L[None])
+    logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1])
+    of_next_L = jnp.take_along_axis(logprobs_LV, tokens_L[1:, None], axis=1)[:, 0]
+    return Chosen(tokens_L[1:], of_next_L, *largest_logprobs(logprobs_LV)[::-1])
 
 
 def _goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:

@@ -118,8 +118,8 @@ def choose_tokens(
         of_chosen_B = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
         best_BC, ids_BC = lax.cond(
             (o.n_listed_B > 0).any(),
-            lambda: _largest(logprobs_BV),
-            lambda: _largest(logprobs_BV[:, : min(MOST_LOGPROBS, logits_BV.shape[1])]),
+            lambda: largest_logprobs(logprobs_BV),
+            lambda: largest_logprobs(logprobs_BV[:, : min(MOST_LOGPROBS, logits_BV.shape[1])]),
         )
         return of_chosen_B, ids_BC, best_BC
 
@@ -129,7 +129,7 @@ def choose_tokens(
     return Chosen(tokens_B, *lax.cond(wanted, lambda: tuple(listed()), lambda: tuple(nothing)))
 
 
-def _largest(logprobs_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def largest_logprobs(logprobs_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the largest values that can be listed, and their indices."""
     best_BC, ids_BC = lax.top_k(logprobs_BV, min(MOST_LOGPROBS, logprobs_BV.shape[1]))
     return best_BC, ids_BC
@@ -196,7 +196,7 @@ def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
     is_drawn_B = o.temperature_B != 0
 
     def keep_top_k(x_BV: jax.Array) -> jax.Array:
-        return jnp.where(x_BV < kth_largest(x_BV, o.top_k_B)[:, None], -jnp.inf, x_BV)
+        return jnp.where(x_BV < kthlargest_logprobs(x_BV, o.top_k_B)[:, None], -jnp.inf, x_BV)
 
     def keep_nucleus(x_BV: jax.Array) -> jax.Array:
         return jnp.where(in_nucleus(x_BV, o.top_p_B[:, None]), x_BV, -jnp.inf)
@@ -210,7 +210,7 @@ def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
     return _where_any(is_drawn_B & (o.min_p_B > 0), keep_likely, x_BV)
 
 
-def kth_largest(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+def kthlargest_logprobs(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
     """Return the k-th largest value of each row, [B] float32, by bisection of its bits.
 
     Floats are ordered as the integers of their bits once those of negative ones are flipped.

@@ -1,0 +1,196 @@
+"""The paged engine against uncached decoding, and its replies under load."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lm.decoding.controls import Controls
+from lm.decoding.engine.engine import EngineOptions, PagedEngine
+from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.sampling import Sampling, sample_steps
+from lm.errors import UserError
+
+V, CONTEXT = 24, 64
+OPTIONS = EngineOptions(n_rows=3, context=CONTEXT, page_size=4, chunk=16, steps_per_dispatch=3)
+RNG = np.random.default_rng(0)
+PROMPTS = [tuple(RNG.integers(3, V, n).tolist()) for n in (5, 1, 33, 8, 17, 40)]
+ROTARY = {"model__positions": "rotary", "model__n_kv_heads": 1, "model__attention_softcap": 4.0}
+
+
+def run(engine, requests, others=()):
+    """Tokens and reason of each request's end; `others` are served beside them."""
+    numbers, others = [], list(others)
+    for request in requests:
+        numbers.append(engine.add(request))
+        if others:
+            engine.add(others.pop())
+    for other in others:
+        engine.add(other)
+    tokens, ends = {n: [] for n in numbers}, {}
+    while found := engine.step():
+        for progress in found:
+            tokens.get(progress.request, []).extend(progress.tokens)
+            if progress.finish:
+                ends[progress.request] = progress.finish
+    return [(tokens[n], ends[n]) for n in numbers]
+
+
+@pytest.fixture
+def make_engine(make_experiment):
+    def make(n_devices=1, options=OPTIONS, **changes):
+        sizes = {"model__vocab_size": V, "data__sequence_length": CONTEXT}
+        experiment, params, _ = make_experiment("decoder", n_devices, **{**sizes, **changes})
+        return PagedEngine(experiment, params, options), experiment, params
+
+    return make
+
+
+def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
+    """Tokens by the loop of `lm generate`."""
+    sampling, controls = Sampling(temperature), Controls(end_ids)
+    steps = [
+        np.full(len(prompts), -1),
+        *sample_steps(experiment.model, params, prompts, n, sampling, seed, controls),
+    ]
+    return [[int(token) for token in row if token >= 0] for row in np.stack(steps, 1)]
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "changes"),
+    [
+        (1, {}),
+        (1, ROTARY | {"model__window": 6, "model__global_every": 2}),
+        (1, {"model__positions": "alibi", "decode__cache": "int8"}),
+        (1, {"model__positions": "relative", "model__n_experts": 4}),
+        (
+            4,
+            ROTARY
+            | {"parallel__preset": "custom", "parallel__mesh__data": 2}
+            | {"parallel__mesh__tensor": 2, "model__n_kv_heads": 2},
+        ),
+    ],
+    ids=["learned", "rotary, window", "alibi, int8 cache", "relative, experts", "mesh"],
+)
+def test_replies_are_those_of_generate(make_engine, n_devices, changes):
+    """Rows come and go, prompts are longer and shorter than a chunk: the tokens are the same."""
+    engine, experiment, params = make_engine(n_devices, **changes)
+    requests = [
+        GenerationRequest(prompt, 20, temperature=0.8, seed=7, number=i, end_ids=(2,))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    replies = run(engine, requests)
+    if changes.get("decode__cache") == "int8":
+        from lm.decoding.weights import prepare
+
+        experiment, params = prepare(experiment, params)
+    expected = sampled(experiment, params, PROMPTS, 20, 7, end_ids=(2,))
+    assert [[token.id for token in tokens] for tokens, _ in replies] == expected
+    for (_, finish), tokens in zip(replies, expected, strict=True):
+        assert finish == ("length" if len(tokens) == 20 else "stop")
+
+
+def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
+    """Tokens and log-probabilities are equal to the last bit, alone and beside any others."""
+    engine, experiment, params = make_engine(**ROTARY)
+    seeded = [
+        GenerationRequest(prompt, 12, seed=i, top_p=0.9, top_k=12, top_logprobs=3)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    alone = [run(PagedEngine(experiment, params, OPTIONS), [one])[0] for one in seeded]
+    others = [
+        GenerationRequest(
+            tuple(RNG.integers(3, V, n).tolist()), m, seed=seed, frequency_penalty=n % 3 / 2
+        )
+        for n, m, seed in zip(RNG.integers(1, 40, 12), RNG.integers(1, 24, 12), [None, 5] * 6)
+    ]
+    assert run(engine, seeded, others) == alone
+    # Now the pages of all these prompts, of seeded and other requests, are in the cache.
+    unseeded = [dataclasses.replace(one, seed=None) for one in seeded]
+    assert run(engine, seeded[::-1], [*unseeded, *others[::-1]])[::-1] == alone
+    assert engine.statistics().n_reused_tokens > 0
+
+
+def test_prefixes_are_read_once(make_engine):
+    """A second prompt with the same beginning, or a conversation's next turn, reads the rest."""
+    engine, experiment, params = make_engine(**ROTARY)
+    prompt = PROMPTS[5]
+    (first,) = run(engine, [GenerationRequest(prompt, 9, temperature=0)])
+    turn = (*prompt, *(token.id for token in first[0]), 5, 6, 7)
+    (second,) = run(engine, [GenerationRequest(turn, 6, temperature=0)])
+    # 48 = 12 pages of 4: the prompt of 40 and 8 tokens of the reply, whose last has no keys yet.
+    assert engine.statistics().n_reused_tokens == 48
+    (expected,) = sampled(experiment, params, [turn], 6, 0, temperature=0)
+    assert [token.id for token in second[0]] == expected
+    engine.update(params)
+    assert run(engine, [GenerationRequest(turn, 6, temperature=0)]) == [second]
+    assert engine.statistics().n_reused_tokens == 48  # pages of other parameters are not used
+
+
+def test_a_request_that_is_cancelled_frees_its_row_and_pages(make_engine):
+    engine, *_ = make_engine()
+    numbers = [engine.add(GenerationRequest(prompt, 20, seed=1)) for prompt in PROMPTS]
+    engine.step()
+    for number in numbers[:4]:
+        engine.cancel(number)
+    engine.cancel(numbers[0])
+    found = []
+    while progress := engine.step():
+        found += progress
+    assert {p.request for p in found} == set(numbers[4:])
+    stats = engine.statistics()
+    assert (stats.n_running, stats.n_waiting, stats.n_pages_used) == (0, 0, 0)
+
+
+def test_requests_wait_for_pages(make_engine):
+    """With pages for one row, requests are served one after the other, with the same replies."""
+    requests = [GenerationRequest(prompt, 8, seed=3) for prompt in PROMPTS[:4]]
+    small = dataclasses.replace(OPTIONS, n_pages=12)
+    assert run(make_engine(options=small)[0], requests) == run(make_engine()[0], requests)
+    with pytest.raises(UserError, match="the cache has 12 pages of 4"):
+        make_engine(options=small)[0].add(GenerationRequest(PROMPTS[5], 20))
+
+
+def test_log_probabilities_are_the_models(make_engine):
+    """Those of the reply are before temperature and bias; those of the prompt are its own."""
+    engine, experiment, params = make_engine()
+    request = GenerationRequest(
+        PROMPTS[0], 6, temperature=0, logit_bias={9: 4.0, 11: -1.5}, top_logprobs=4
+    )
+    ((tokens, _),) = run(engine, [request])
+    text = [*PROMPTS[0], *(token.id for token in tokens)]
+    logits = jax.jit(experiment.model.apply)({"params": params}, np.array([text]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0, :-1]))
+    of_prompt = engine.prompt_logprobs(request)
+    assert of_prompt[0].logprob is None
+    for i, token in enumerate([*of_prompt[1:], *tokens]):
+        best = np.argsort(-logprobs[i])[:4]
+        assert token.id == text[i + 1]
+        np.testing.assert_allclose(token.logprob, logprobs[i, token.id], atol=1e-4)
+        assert [i for i, _ in token.top] == best.tolist()
+        np.testing.assert_allclose([x for _, x in token.top], logprobs[i, best], atol=1e-4)
+    biased = logprobs[len(PROMPTS[0]) - 1 :].copy()
+    biased[:, 9] += 4
+    biased[:, 11] -= 1.5
+    assert [token.id for token in tokens] == biased.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": ()}, "empty"),
+        ({"prompt": (V,)}, "beyond the model's table"),
+        ({"prompt": (3,) * CONTEXT}, "the context holds"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_logprobs": 21}, "top_logprobs is 21"),
+        ({"logit_bias": {V: 1.0}}, f"no token has the id {V}"),
+        ({"logit_bias": {0: float("inf")}}, "not finite"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(make_engine, options, words):
+    with pytest.raises(UserError, match=words):
+        make_engine()[0].add(GenerationRequest(**{"prompt": (3,), "max_new_tokens": 4, **options}))
