@@ -103,7 +103,9 @@ def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
         GenerationRequest(
             tuple(RNG.integers(3, V, n).tolist()), m, seed=seed, frequency_penalty=n % 3 / 2
         )
-        for n, m, seed in zip(RNG.integers(1, 40, 12), RNG.integers(1, 24, 12), [None, 5] * 6)
+        for n, m, seed in zip(
+            RNG.integers(1, 40, 12), RNG.integers(1, 24, 12), [None, 5] * 6, strict=True
+        )
     ]
     assert run(engine, seeded, others) == alone
     # Now the pages of all these prompts, of seeded and other requests, are in the cache.
