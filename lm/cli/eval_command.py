@@ -111,7 +111,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
     if args.harness or args.code:
         return (*MESH, *MODEL, "decode.*", "-decode.guard*", "data.sequence_length")
     read = ("data.test_source",) if args.source or args.split == "test" else _VALIDATION
-    scored = _OF_TASK if args.task else _OF_LOSS
+    scored = _OF_TASK if args.task else (*_OF_LOSS, "decode.weights")
     return (*MESH, *MODEL, *READING, *read, *scored)
 
 
@@ -133,6 +133,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         if getattr(args, option) not in (None, False):
             raise UserError(f"--{option} is of --harness: name its tasks too")
     from lm.data.splits import open_split
+    from lm.decoding.weights import round_weights
     from lm.evaluation.task import check_task
     from lm.experiment import record_columns
     from lm.parallel.mesh import is_primary_host, print_on_primary_host
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     split, overrides = _evaluated(args, overrides)
     first, *others = args.step or [None]
-    experiment, params, step = open_run(args, overrides, step=first, frozen=True)
+    experiment, params, step = _open_run(args, overrides, step=first, frozen=True)
     if args.task:
         check_task(experiment)
     config, tokenizer = experiment.config, experiment.tokenizer
@@ -157,6 +158,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         workdir = open_run_folder(args.workdir)
         options = {"average": args.average, "step": step}
         params, _ = restore_params(experiment, workdir, print_on_primary_host, **options)
+        params = round_weights(experiment, params, print_on_primary_host)
         reports.append(evaluate(args, name, experiment, params, step, stores))
     if is_primary_host():
         if args.json:
@@ -165,6 +167,15 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
             for report in reports:
                 print_result(report, as_json=False)
     return 0
+
+
+def _open_run(args: argparse.Namespace, overrides: Overrides, **options: Any) -> Any:
+    """Return experiment, parameters as `--config.decode.weights` rounds them, and step."""
+    from lm.decoding.weights import round_weights
+    from lm.parallel.mesh import print_on_primary_host
+
+    experiment, params, step = open_run(args, overrides, **options)
+    return experiment, round_weights(experiment, params, print_on_primary_host), step
 
 
 def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Overrides]:
@@ -235,7 +246,7 @@ def _evaluate_harness(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.parallel.mesh import is_primary_host
     from lm.runs.metrics_file import record_figures
 
-    experiment, params, step = open_run(args, overrides, step=(args.step or [None])[0])
+    experiment, params, step = _open_run(args, overrides, step=(args.step or [None])[0])
     folder = Path(args.output or open_run_folder(args.workdir) / "eval" / f"harness-{step}")
     require_writable(folder)
     results = evaluate_tasks(
@@ -291,6 +302,7 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
             raise UserError(f"--safety has data of its own: without --{option}")
     if args.step and args.best:
         raise UserError("--step and --best choose different checkpoints: give one of them")
+    from lm.decoding.weights import round_weights
     from lm.evaluation.safety.suite import Subject, safety_figures
     from lm.evaluation.task import require_writable
     from lm.parallel.mesh import is_primary_host, print_on_primary_host
@@ -301,7 +313,7 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
     workdir = open_run_folder(args.workdir)
     names = args.safety or ",".join(SAFETY_SETS)
     first, *others = args.step or [None]
-    experiment, params, step = open_run(args, overrides | {"eval.safety": names}, step=first)
+    experiment, params, step = _open_run(args, overrides | {"eval.safety": names}, step=first)
     folder = Path(args.output or workdir / "eval" / "safety")
     require_writable(folder)
     reports = []
@@ -309,6 +321,7 @@ def _evaluate_safety(args: argparse.Namespace, overrides: Overrides) -> int:
         if later is not None:
             options = {"average": args.average, "step": later}
             params, step = restore_params(experiment, workdir, print_on_primary_host, **options)
+            params = round_weights(experiment, params, print_on_primary_host)
         with progress_bar(f"step {step}", None, shown=is_primary_host(), unit="row") as bar:
             subject = Subject(experiment, params, experiment.tokenizer, bar.update)
             figures = safety_figures(subject, print_on_primary_host, require=bool(args.safety))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lm.config.registry import Key
 
-KEPT = ("auto", "float32", "bfloat16", "int8")  # dtypes of what decoding reads
+KEPT = ("auto", "float32", "bfloat16", "int8")  # dtypes of what decoding reads; weights: int4 too
 COMMON_KEYS: dict[str, Key] = {
     "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
     "paper": Key("", "Name of the published model that this configuration reproduces.", free=True),
@@ -661,7 +661,12 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("decode.guard",),
     ),
     "decode.batch_size": Key(32, "Inputs decoded together.", low=1, free=True),
-    "decode.weights": Key("auto", "Dtype of kernels; auto: model.dtype.", choices=KEPT, free=True),
+    "decode.weights": Key(
+        "auto",
+        "Dtype of kernels and tables; auto: model.dtype; of evaluations, no rounding.",
+        choices=(*KEPT, "int4"),
+        free=True,
+    ),
     "decode.cache": Key("auto", "Dtype of keys and values.", choices=KEPT, free=True),
     # --- checkpoints
     "checkpoint.every_steps": Key(1000, "Save every so many steps; 0: never.", low=0, free=True),

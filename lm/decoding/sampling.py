@@ -28,6 +28,7 @@ from lm.decoding.prompts import (
 )
 from lm.decoding.weights import unroll
 from lm.models.layers import Embedding, Linear
+from lm.models.quantized_layers import quantized_kernel, with_quantized
 from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import current_mesh
 
@@ -324,6 +325,8 @@ def decode_last(
                 else jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
             )
             args = (last_BLD, *args[1:])
+        if quantized_kernel(module) is not None:
+            return with_quantized(method, args, kwargs, context)
         is_lookup = (type(module), name) == (Embedding, "__call__")
         if is_lookup and on_one_device and module.embedding.dtype == jnp.bfloat16:
             # XLA's CPU backend would convert the whole table to float32.

@@ -1,27 +1,32 @@
 """Model and parameters of decoding, made once from those of training.
 
 A step of decoding reads every weight for a few tokens: nothing may be copied or converted in it.
-So layers are unstacked, and kernels are cast to the compute dtype or kept in int8.
+So layers are unstacked, and kernels and tables are cast to the compute dtype or kept in 8 or 4
+bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.int8_kernel import Int8Kernel
+from lm.models.frozen import is_frozen, without_frozen
 from lm.models.parameter_groups import layer_numbers, layer_path
+from lm.models.quantized_kernel import QUANTIZED, QuantizedKernel, summed_axes
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Kind, Params, flat, nested
+from lm.models.variables import ParamInfo, Params, flat, nested
+from lm.parallel.mesh import parameter_axes
+from lm.runs.checkpoints import Log
 
-CAST = frozenset({Kind.MATRIX, Kind.HEAD, Kind.EMBEDDING})  # the model rounds them itself
-QUANTIZED = frozenset({Kind.MATRIX, Kind.HEAD})
+BITS = {"int8": 8, "int4": 4}  # of `--config.decode.weights`
 
 
 def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]:
@@ -37,22 +42,99 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
     config: Any = model.config  # type: ignore[attr-defined]
     if _is_unrolled(config):
         return experiment, params
-    dtype = config.dtype if weights in ("auto", "int8") else jnp.dtype(weights)
+    dtype = config.dtype if weights in ("auto", *BITS) else jnp.dtype(weights)
     changes: dict[str, Any] = {"dtype": dtype}
     if isinstance(config, TransformerConfig):
         changes["cache_dtype"] = _cache_dtype(experiment, dtype)
 
     def store(path: str, x: jax.Array) -> Any:
         info = experiment.param_infos.get(path)
-        if info is None or info.role.kind not in CAST or isinstance(x, Int8Kernel):
-            return x
-        if weights == "int8" and info.role.kind in QUANTIZED:
-            return Int8Kernel.quantize(x, info, dtype)
+        if info is None or info.role.kind not in QUANTIZED or isinstance(x, QuantizedKernel):
+            return x  # what the model does not round itself
+        if weights in BITS:
+            kernel = QuantizedKernel.quantize(x, info, dtype, BITS[weights])
+            return _sharded_alike(kernel, info, experiment.mesh)
         return x.astype(dtype)
 
     model = model.clone(config=replace(config, **changes))
     model, params = unroll(model, params, store)
     return replace(experiment, model=model), params
+
+
+def round_weights(experiment: Experiment, params: Params, log: Log) -> Params:
+    """Return parameters of training as rounded by `--config.decode.weights`, in float32.
+
+    So the loss of an evaluation is that of the weights that decoding reads.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters; those of frozen models beside it are not rounded.
+        log: receives the size of weights in 8 or 4 bits.
+    """
+    weights, infos = experiment.config.decode.weights, experiment.param_infos
+    if weights == "auto":
+        return params
+    if weights in BITS:
+        kept, of_bfloat16 = weight_bytes(experiment, without_frozen(params))
+        ratio = kept / of_bfloat16
+        log(f"{weights} weights: {kept:,} bytes, {ratio:.3f} of the {of_bfloat16:,} of bfloat16")
+
+    def rounded(path: str, x: jax.Array) -> jax.Array:
+        if is_frozen(path) or path not in infos or infos[path].role.kind not in QUANTIZED:
+            return x
+        if weights not in BITS:
+            return x.astype(weights).astype(jnp.float32)
+        return QuantizedKernel.quantize(x, infos[path], jnp.float32, BITS[weights]).unbox()
+
+    def all_rounded(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: rounded(path, x) for path, x in leaves.items()}
+
+    leaves = flat(params)
+    shardings = {path: x.sharding for path, x in leaves.items()}
+    return nested(jax.jit(all_rounded, out_shardings=shardings)(leaves))
+
+
+def weight_bytes(experiment: Experiment, params: Params) -> tuple[int, int]:
+    """Return the bytes of the weights that decoding reads, and those of bfloat16 ones.
+
+    Args:
+        experiment: experiment on a mesh.
+        params: its parameters, or their shapes with shardings.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    kept = jax.tree.leaves(prepare(experiment, shapes)[1])
+    of_bfloat16 = sum(2 * x.size for x in jax.tree.leaves(shapes))
+    return sum(x.size * x.dtype.itemsize for x in kept), of_bfloat16
+
+
+def _sharded_alike(kernel: QuantizedKernel, info: ParamInfo, mesh: Mesh) -> QuantizedKernel:
+    """Shard values and scales as the kernel that they replace, where its axes still divide."""
+    names = info.axes[-len(kernel.shape) :]
+    first, end = summed_axes(len(names), info)
+
+    def sharded(x: jax.Array, summed: Sequence[str]) -> jax.Array:
+        axes = zip((*names[:first], *summed, *names[end:]), x.shape, strict=True)
+        spec = [_axes_that_divide(mesh, name, size) for name, size in axes]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    if kernel.summed:  # one axis of groups, each whole on a device
+        alike = [names[first], "one"]
+        return replace(
+            kernel, values=sharded(kernel.values, alike), scale=sharded(kernel.scale, alike)
+        )
+    ones = ["one"] * (end - first)
+    return replace(
+        kernel, values=sharded(kernel.values, names[first:end]), scale=sharded(kernel.scale, ones)
+    )
+
+
+def _axes_that_divide(mesh: Mesh, name: str, size: int) -> tuple[str, ...] | None:
+    try:
+        return parameter_axes(mesh.shape, name, size)
+    except UserError:
+        return None
 
 
 def _cache_dtype(experiment: Experiment, dtype: jnp.dtype) -> str:

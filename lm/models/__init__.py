@@ -7,7 +7,8 @@ and their roles), `attention.py` (token mixers and the cache that each brings), 
 `positions.py` position information other than plain RoPE, `cache.py` the decoding cache,
 `cross_attention.py` attention to a source, `sharded_attention.py` and `sharded_experts.py` both
 sublayers on a mesh, `parameter_groups.py` which parameters train, `lora.py` low-rank factors beside
-those of any model, `int8_kernel.py` matrices in 8 bits, `embedding_noise.py` noise in training,
+those of any model, `quantized_kernel.py` kernels in 8 or 4 bits, `quantized_layers.py` their
+products, `embedding_noise.py` noise in training,
 `classic/` the models before the Transformer.
 
 Public: `transformer_config.make_model` builds the model of a configuration. Models know no mesh:

@@ -29,8 +29,8 @@ from ml_collections import ConfigDict
 from lm.config.patterns import compile_patterns
 from lm.errors import UserError
 from lm.models.frozen import REFERENCE, is_frozen, with_reference, without_reference
-from lm.models.int8_kernel import Int8Kernel
 from lm.models.parameter_groups import matching
+from lm.models.quantized_kernel import QuantizedKernel
 from lm.models.variables import (
     KERNELS,
     LORA,
@@ -97,7 +97,7 @@ def adapted_params(params: Tree, alpha: float, frozen: Collection[str] = ()) -> 
     """
     base, adapters, scales = _parts(params)
     for path, scale in scales.items():
-        base[path] = Int8Kernel(base[path], scale, jnp.float32)
+        base[path] = QuantizedKernel(base[path], scale, jnp.float32)
     start = nested(base)
     for path in _adapted(adapters):
         a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
@@ -112,7 +112,7 @@ def merge_lora(params: Tree, alpha: float) -> Tree:
     """Return the parameters of the model alone, adapted kernels merged in float32."""
     base, adapters, scales = _parts(params)
     for path, scale in scales.items():
-        base[path] = Int8Kernel(base[path], scale, jnp.float32).unbox()
+        base[path] = QuantizedKernel(base[path], scale, jnp.float32).unbox()
     for path in _adapted(adapters):
         base[path] = _add(base[path], adapters[f"{path}/a"], adapters[f"{path}/b"], alpha)
     return nested(base)
@@ -141,7 +141,7 @@ def quantize_loaded(
     def quantize(kernels: dict[str, jax.Array]) -> dict[str, jax.Array]:
         found: dict[str, jax.Array] = {}
         for path, kernel in kernels.items():
-            boxed = Int8Kernel.quantize(kernel, infos[path], jnp.float32)
+            boxed = QuantizedKernel.quantize(kernel, infos[path], jnp.float32)
             found |= {path: boxed.values, f"{SCALES}/{path}": boxed.scale}
         return found
 
@@ -161,7 +161,7 @@ class AdaptedKernel(nn.meta.AxisMetadata[jax.Array]):
         alpha: the update is scaled by alpha / rank.
     """
 
-    kernel: Int8Kernel
+    kernel: QuantizedKernel
     a: jax.Array
     b: jax.Array
     alpha: float = flax.struct.field(pytree_node=False)
@@ -203,7 +203,7 @@ def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Arr
 def _in_int8(box: Param, info: ParamInfo) -> tuple[Param, Param]:
     """Return the values and the scale of a kernel."""
     assert box.role is not None
-    found = Int8Kernel.quantize(box.value, info, jnp.float32)
+    found = QuantizedKernel.quantize(box.value, info, jnp.float32)
     middle, end = info.n_stacked, info.n_stacked + info.role.inputs
     axes = (*info.axes[:middle], *["one"] * info.role.inputs, *info.axes[end:])
     scale = Param(found.scale, axes, role=replace(box.role, kind=Kind.SCALE))

@@ -15,7 +15,7 @@ from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare, unroll
 from lm.experiment import build
 from lm.models.decoder import Decoder
-from lm.models.int8_kernel import Int8Kernel
+from lm.models.quantized_kernel import QuantizedKernel
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import flat
 
@@ -102,7 +102,7 @@ def test_kernels_are_stored_as_the_option_says():
     kernel = "stack/layers/0/attention/query/kernel"
     *_, kept = prepared(**{"decode.weights": "int8"})
     found = flat(kept)[kernel]
-    assert isinstance(found, Int8Kernel)
+    assert isinstance(found, QuantizedKernel)
     assert found.values.dtype == jnp.int8
     assert found.scale.shape == (1, 4, 8)
     *again, kept = prepared(**{"decode.weights": "int8", "model.family": "lstm"})

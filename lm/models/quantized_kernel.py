@@ -1,0 +1,160 @@
+"""Kernels and tables in 8 or 4 bits, which a model sees as it reads them, layer by layer.
+
+In 8 bits the vector that a product sums over has one scale, and in 4 bits each group of about 32
+numbers of it has one, chosen for the least squared error. Qwix has the same formats, but its
+calibration knows its own tensors and not our roles, stacked layers and shardings.
+
+Shape letters: G groups of a sum, P bytes of a group, each two numbers of 4 bits.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.models.cached_attention import INT8_MAX
+from lm.models.variables import Kind, ParamInfo
+
+QUANTIZED = frozenset({Kind.MATRIX, Kind.HEAD, Kind.EMBEDDING})
+SMALLEST_GROUP = 32
+# The scale of a group is its largest number over one of these: 7 keeps it, 8 keeps a negative one,
+# and more cut it off for the sake of the others.
+DIVISORS = np.arange(7, 11.01, 0.25)
+
+
+@flax.struct.dataclass
+class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
+    """Kernel or table of integers with scales, unboxed where it is read.
+
+    Attributes:
+        values: int8, of the kernel's shape; or uint8, the axes of a sum replaced by [G, P]. The low
+            four bits of a group are its first half, and the high ones its second, 8 added to each.
+        scale: float32, of the kernel's shape with 1 for every axis of a sum; or bfloat16, with
+            [G, 1] for them.
+        dtype: dtype of the kernel that the model sees.
+        summed: in 4 bits, sizes of the axes of a sum.
+        n_last: number of axes after them.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    dtype: Any = flax.struct.field(pytree_node=False)
+    summed: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    n_last: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        if self.values.dtype != jnp.uint8:
+            return self.values.shape
+        end = self.values.ndim - self.n_last
+        return (*self.values.shape[: end - 2], *self.summed, *self.values.shape[end:])
+
+    @classmethod
+    def quantize(
+        cls, kernel: jax.Array, info: ParamInfo, dtype: Any, bits: int = 8
+    ) -> QuantizedKernel:
+        """Round a kernel to integers; in 8 bits if an odd sum cannot be packed in 4.
+
+        Args:
+            kernel: kernel, or table of embeddings, whose rows are summed over by an output layer.
+            info: its role.
+            dtype: dtype that the model will see.
+            bits: 8 or 4.
+        """
+        first, end = summed_axes(kernel.ndim, info)
+        summed = kernel.shape[first:end]
+        size = group_size(prod(summed))
+        if bits == 8 or not size:
+            axes = tuple(range(first, end))
+            scale = jnp.abs(kernel).max(axes, keepdims=True) / INT8_MAX
+            values = jnp.round(kernel / jnp.maximum(scale, 1e-30)).astype(jnp.int8)
+            return cls(values, scale, dtype)
+        shape = (*kernel.shape[:first], -1, size, *kernel.shape[end:])
+        groups = kernel.astype(jnp.float32).reshape(shape)
+        values, scale = round_groups(groups, first + 1)
+        low, high = jnp.split((values + 8).astype(jnp.uint8), 2, axis=first + 1)
+        return cls(low | (high << 4), scale, dtype, summed, kernel.ndim - end)
+
+    def unbox(self) -> jax.Array:
+        """Return the kernel."""
+        scale = self.scale.astype(self.dtype)
+        if self.values.dtype != jnp.uint8:
+            return self.values.astype(self.dtype) * scale
+        halves = [half.astype(self.dtype) * scale for half in self.halves()]
+        return jnp.concatenate(halves, self.values.ndim - self.n_last - 1).reshape(self.shape)
+
+    def halves(self) -> tuple[jax.Array, jax.Array]:
+        """Return the integers of the first and second half of each group of 4-bit numbers, int8."""
+        low, high = self.values & 15, self.values >> 4
+        return low.astype(jnp.int8) - 8, high.astype(jnp.int8) - 8
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Return a value in place of the kernel."""
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> QuantizedKernel:
+        """Return the kernel of a layer as that of a stack: axes have no names."""
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> QuantizedKernel:
+        """Return the kernel of a stack as that of a layer."""
+        return self
+
+
+def summed_axes(ndim: int, info: ParamInfo) -> tuple[int, int]:
+    """Return the first axis that a product with a kernel sums over, and the one after the last.
+
+    Args:
+        ndim: number of axes of the kernel, of one layer or stacked.
+        info: its role. Tables of embeddings are summed over by tied output layers.
+    """
+    last = ndim - info.role.outputs
+    if info.role.kind == Kind.EMBEDDING:
+        return last, ndim
+    return last - info.role.inputs, last
+
+
+def group_size(n: int) -> int:
+    """Return the size of the groups of a sum of n numbers in 4 bits; 0 if n is odd.
+
+    It is even and divides n: the least such number from 32 on, or n.
+    """
+    if n % 2:
+        return 0
+    sizes = (size for size in range(SMALLEST_GROUP, n, 2) if n % size == 0)
+    return next(sizes, n)
+
+
+def round_groups(groups: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Round groups of numbers to -8 … 7 times a scale of the least squared error.
+
+    What was rounded so before comes back as it is.
+
+    Args:
+        groups: float32.
+        axis: axis of the numbers of a group.
+
+    Returns:
+        The integers, float32, and the scales, bfloat16.
+    """
+    largest = jnp.abs(groups).max(axis, keepdims=True)
+
+    def rounded(scale: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(groups / jnp.maximum(scale, 1e-30)), -8, 7)
+
+    def better(best: tuple, divisor: jax.Array) -> tuple[tuple, None]:
+        scale = (largest / divisor).astype(jnp.bfloat16).astype(jnp.float32)
+        error = jnp.square(rounded(scale) * scale - groups).sum(axis, keepdims=True)
+        is_less = error < best[0]
+        return (jnp.where(is_less, error, best[0]), jnp.where(is_less, scale, best[1])), None
+
+    start = jnp.full_like(largest, jnp.inf), largest
+    (_, scale), _ = jax.lax.scan(better, start, jnp.asarray(DIVISORS, jnp.float32))
+    return rounded(scale), scale.astype(jnp.bfloat16)
