@@ -11,13 +11,14 @@ import pytest
 from lm.config import default
 from lm.decoding import sampling
 from lm.decoding.controls import Controls
-from lm.decoding.sampling import Sampling, sample_steps
-from lm.decoding.weights import prepare, unroll
+from lm.decoding.sampling import Sampling, decode_last, sample_steps
+from lm.decoding.weights import BITS, prepare, round_weights, unroll, weight_bytes
 from lm.experiment import build
 from lm.models.decoder import Decoder
 from lm.models.quantized_kernel import QuantizedKernel
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import flat
+from lm.parallel.mesh import use_mesh
 
 SMALL = {
     "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 64,
@@ -78,9 +79,9 @@ def prepared(**changes):
     return experiment, params, *prepare(experiment, params)
 
 
-@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
-def test_weights_and_cache_in_fewer_bits_compute_nearly_the_same(cache):
-    weights = cache
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_weights_and_cache_in_fewer_bits_compute_nearly_the_same(weights):
+    cache = "int8" if weights == "int4" else weights
     experiment, params, made, kept = prepared(**{"decode.weights": weights, "decode.cache": cache})
     model, tokens = made.model, np.arange(24).reshape(2, 12)
     full = experiment.model.apply({"params": params}, tokens)[:, -1]
@@ -93,9 +94,9 @@ def test_weights_and_cache_in_fewer_bits_compute_nearly_the_same(cache):
         positions = np.tile(np.arange(at, at + 6), (2, 1))
         logits, cache = step(tokens[:, columns], positions, ones, cache)
     error = np.abs(logits[:, -1] - full).max() / np.abs(full).max()
-    assert error < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05}[weights]
+    assert error < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05, "int4": 0.4}[weights]
     held = {str(x.dtype) for x in jax.tree.leaves(cache.mixers)}
-    assert held == ({weights} if weights != "int8" else {"int8", "float32"})
+    assert held == ({"int8", "float32"} if weights in BITS else {weights})
 
 
 def test_kernels_are_stored_as_the_option_says():
@@ -105,6 +106,12 @@ def test_kernels_are_stored_as_the_option_says():
     assert isinstance(found, QuantizedKernel)
     assert found.values.dtype == jnp.int8
     assert found.scale.shape == (1, 4, 8)
+    assert isinstance(flat(kept)["tokens/embedding"], QuantizedKernel)
+    *_, kept = prepared(**{"decode.weights": "int4"})
+    found = flat(kept)[kernel]
+    assert found.values.dtype == jnp.uint8
+    assert found.values.shape == (1, 16, 4, 8)
+    assert flat(kept)["tokens/embedding"].values.shape == (48, 1, 16)
     *again, kept = prepared(**{"decode.weights": "int8", "model.family": "lstm"})
     twice = prepare(again[-1], kept)[1]  # as the Python API does
     assert jax.tree.structure(twice) == jax.tree.structure(kept)
@@ -130,3 +137,67 @@ def test_a_step_copies_neither_cache_nor_table(dtype, monkeypatch):
     cache, table = r"f32\[(1,)?3,2,20,8\]\S* ", r"f32\[48,32\]\S* "
     assert re.search(cache + "fusion", programs[0])
     assert not re.search(f"{cache}copy|{table}(copy|fusion)", programs[0])
+
+
+LARGER = {"model.d_model": 128, "model.d_ff": 512, "model.vocab_size": 512, "model.n_layers": 2}
+GATED = {"model.activation": "swiglu", "model.norm": "rmsnorm", "model.tie_embeddings": False}
+
+
+@pytest.mark.parametrize("weights", BITS)
+@pytest.mark.parametrize("model", [{}, GATED], ids=["tied", "gated"])
+def test_quantized_weights_are_as_small_as_promised(weights, model):
+    experiment, params, _, kept = prepared(**LARGER, **model, **{"decode.weights": weights})
+    n_bytes, of_bfloat16 = weight_bytes(experiment, params)
+    assert n_bytes == sum(x.nbytes for x in jax.tree.leaves(kept))
+    assert of_bfloat16 == 2 * sum(x.size for x in jax.tree.leaves(params))
+    assert n_bytes / of_bfloat16 <= {"int8": 0.55, "int4": 0.30}[weights]
+
+
+@pytest.mark.parametrize("weights", BITS)
+def test_an_evaluation_has_the_weights_that_decoding_reads(weights):
+    lines = []
+    experiment, params, made, kept = prepared(**{"decode.weights": weights})
+    rounded = round_weights(experiment, params, lines.append)
+    assert f"{weights} weights" in lines[0]
+    _, again = prepare(experiment, rounded)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    tokens = np.arange(24).reshape(2, 12)
+    apply = jax.jit(experiment.model.apply)
+    np.testing.assert_allclose(
+        apply({"params": rounded}, tokens), made.model.apply({"params": kept}, tokens), atol=1e-4
+    )
+    assert np.abs(apply({"params": rounded}, tokens) - apply({"params": params}, tokens)).max() > 0
+
+
+MESH = {
+    "parallel.mesh.data": 1, "parallel.mesh.expert": 2, "parallel.mesh.tensor": 2,
+    "parallel.mesh.fsdp": 2,
+}  # fmt: skip
+
+
+def test_quantized_kernels_stay_on_the_devices_of_those_they_replace():
+    """And a step of decoding computes what one device does."""
+    changes = MESH | {"parallel.preset": "custom", "decode.weights": "int4"}
+    changes |= {"model.d_model": 128, "model.d_ff": 128, "model.n_experts": 4, "model.n_layers": 1}
+    logits = []
+    for devices in (1, 8):
+        config = default()
+        config.model.update({k: v for k, v in SMALL.items() if k != "max_length"})
+        config.data.sequence_length, config.data.batch_size = 32, 8
+        sizes = {k: v if devices > 1 else 1 for k, v in changes.items() if "mesh" in k}
+        config.update_from_flattened_dict(changes | sizes)
+        experiment = build(config, jax.devices()[:devices])
+        params = experiment.init_state().params
+        made, kept = prepare(experiment, params)
+        with use_mesh(experiment.mesh):
+            cache = made.model.empty_cache(8, 12)
+            inputs = np.arange(96).reshape(8, 12) % 48, np.tile(np.arange(12), (8, 1))
+            step = jax.jit(lambda p, *x, m=made.model: decode_last(m, p, *x)[0])
+            logits.append(np.asarray(step(kept, *inputs, np.ones((8, 12), int), cache)))
+    np.testing.assert_allclose(*logits, atol=2e-4)
+    leaves = flat(kept)
+    kernel = leaves["stack/layers/0/attention/query/kernel"]
+    assert kernel.values.sharding.shard_shape(kernel.values.shape) == (2, 16, 2, 8)
+    experts = next(x for path, x in leaves.items() if path.endswith("experts/in/kernel"))
+    assert experts.values.sharding.shard_shape(experts.values.shape) == (2, 2, 16, 64)
