@@ -28,7 +28,8 @@ TILE = 2**18  # numbers of a kernel that are converted at a time
 def with_quantized(method: Callable, args: Any, options: Any, context: Any) -> Any:
     """Run a method of a layer, reading a quantized kernel as it is (for `nn.intercept_methods`)."""
     module, name = context.module, context.method_name
-    box, of_linear = quantized_kernel(module), type(module) is Linear
+    box = quantized_kernel(module)
+    of_linear = type(module) is Linear
     if box is None:
         return method(*args, **options)
     if name == "__call__" and not of_linear:
@@ -48,7 +49,7 @@ def quantized_kernel(module: nn.Module) -> QuantizedKernel | None:
     name = {Linear: "kernel", Embedding: "embedding"}.get(type(module))
     if name is None or not module.has_variable("params", name):
         return None
-    box = module.get_variable("params", name)
+    box: Any = module.get_variable("params", name)
     return box if isinstance(box, QuantizedKernel) else None
 
 
