@@ -6,6 +6,7 @@ Shape letters: B batch, L prompt length, T most new tokens, C columns of a dispa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -302,7 +303,7 @@ def next_token(
 
 
 def decode_last(
-    model: nn.Module, params: Params, *inputs: Any, at_B: jax.Array | None = None
+    model: nn.Module, params: Params, *inputs: Any, at_B: jax.Array | None = None, adapt: Any = None
 ) -> tuple[jax.Array, Any]:
     """Run `decode` of a model, with logits of one token of each row: [B, 1, V], and the cache.
 
@@ -311,6 +312,7 @@ def decode_last(
         params: its parameters.
         *inputs: arguments of `decode`.
         at_B: indices of the tokens; None: the last ones.
+        adapt: another interceptor of the model's methods (`nn.intercept_methods`), or None.
     """
     mesh = current_mesh()
     on_one_device = mesh is None or mesh.size == 1
@@ -338,7 +340,7 @@ def decode_last(
             return method(jnp.concatenate([args[0]] * 2))[:1]
         return method(*args, **kwargs)
 
-    with nn.intercept_methods(lean):
+    with nn.intercept_methods(lean), nn.intercept_methods(adapt) if adapt else nullcontext():
         outputs: Any = model.apply(as_variables(params), *inputs, method="decode")
     return outputs
 

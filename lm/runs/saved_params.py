@@ -210,6 +210,18 @@ def saved_checkpoints(source: AnyPath, log: Log) -> list[SavedCheckpoint]:
     return found
 
 
+def read_adapters(saved: SavedCheckpoint) -> dict[str, np.ndarray]:
+    """Return the low-rank factors of a checkpoint by path, verified.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    found, problem = _attempt(partial(_restored, saved, saved.adapters))
+    if found is None:
+        raise UserError(f"{saved.folder} is damaged ({problem})")
+    return {path: np.asarray(x) for path, x in flat(found["params"]).items()}
+
+
 def mean_params(
     checkpoints: Sequence[SavedCheckpoint],
     n: int,
@@ -312,6 +324,20 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
         if (kernel := kernel_of(path)) in read:
             everywhere = NamedSharding(read[kernel].mesh, PartitionSpec())
             target[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+    restored = _restored(saved, target)
+    params = with_state(restored["params"], restored.get(MODEL_STATE))
+    if len(target) == len(read):
+        return flat(params)
+    alpha = saved.metadata["config"]["lora"]["alpha"]
+    merged = jax.jit(lambda params: flat(merge_lora(params, alpha)), out_shardings=read)
+    if not base:
+        return merged(params)
+    start = jax.jit(lambda params: flat(merge_lora(params, 0.0)), out_shardings=read)(params)
+    return merged(params) | {path: start[path.removeprefix(reference_path(""))] for path in base}
+
+
+def _restored(saved: SavedCheckpoint, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Return arrays of a checkpoint, {"params": …} and model state; ValueError if they differ."""
     own = nested(target)
     item = with_state({}, own.pop(MODEL_STATE, {})) | {"params": own}
     args = ocp.args.PyTreeRestore(
@@ -324,15 +350,7 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
     recorded = saved.metadata["checksums"]
     if any(recorded[path] != value for path, value in checksums(restored).items()):
         raise ValueError("its arrays do not match their checksums")
-    params = with_state(restored["params"], restored.get(MODEL_STATE))
-    if len(target) == len(read):
-        return flat(params)
-    alpha = saved.metadata["config"]["lora"]["alpha"]
-    merged = jax.jit(lambda params: flat(merge_lora(params, alpha)), out_shardings=read)
-    if not base:
-        return merged(params)
-    start = jax.jit(lambda params: flat(merge_lora(params, 0.0)), out_shardings=read)(params)
-    return merged(params) | {path: start[path.removeprefix(reference_path(""))] for path in base}
+    return restored
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.pages import PagePool
 from lm.decoding.engine.programs import (
@@ -29,8 +31,8 @@ from lm.decoding.engine.programs import (
     StateSharding,
     decode_rows,
     read_chunk,
-    score_tokens,
 )
+from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import (
     LENGTH,
     STOP,
@@ -39,7 +41,7 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
-from lm.decoding.prompts import check_ids, check_prompts, padded_length
+from lm.decoding.prompts import check_ids, check_prompts
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
@@ -130,16 +132,28 @@ def default_context(experiment: Experiment) -> int:
 class PagedEngine:
     """Engine of decoders whose token mixers are attention; implements `Engine`."""
 
-    def __init__(self, experiment: Experiment, params: Params, options: EngineOptions):
+    def __init__(
+        self,
+        experiment: Experiment,
+        params: Params,
+        options: EngineOptions,
+        names: Sequence[str] = (),
+        adapters: Adapters | None = None,
+    ):
         """Allocate the cache.
 
         Args:
             experiment: experiment on a mesh.
             params: its parameters.
             options: sizes.
+            names: names of the adapters, which requests choose them by.
+            adapters: low-rank adapters of `params`, from number 1 on.
         """
+        self._adapters = adapters
+        self._numbers = {name: i for i, name in enumerate(["", *names])}
         self._unprepared, self._options = experiment, options
-        experiment, self._params = prepare(experiment, params)
+        self._experiment, self._params = prepare(experiment, params)
+        experiment = self._experiment
         self._model = experiment.model
         config: Any = self._model.config  # type: ignore[attr-defined]
         self.context = options.context or default_context(experiment)
@@ -174,6 +188,8 @@ class PagedEngine:
         check_prompts([request.prompt], self.context)
         check_ids([request.prompt], self._model)
         self._table.check(request)
+        if request.adapter not in self._numbers:
+            raise UserError(f"no adapter {request.adapter!r}; there are {', '.join(self._numbers)}")
         limit = min(request.max_new_tokens, self.context - len(request.prompt))
         request = replace(request, max_new_tokens=limit)
         if self._pages_of(request) > self._pool.n_pages:
@@ -206,13 +222,9 @@ class PagedEngine:
 
     def prompt_logprobs(self, request: GenerationRequest) -> list[NewToken]:
         """Return the tokens of a prompt with log-probabilities; None for the first one."""
-        prompt = request.prompt
-        tokens_L = np.zeros(min(padded_length(len(prompt) + 1), self.context), np.int32)
-        tokens_L[: len(prompt)] = prompt
-        scores = jax.device_get(score_tokens(self._model, self._params, tokens_L))
-        request = replace(request, top_logprobs=request.top_logprobs or 0)
-        later = [_new_token(request, scores, i) for i in range(len(prompt) - 1)]
-        return [*map(NewToken, prompt[:1]), *later]
+        n_top, adapter = request.top_logprobs or 0, self._numbers[request.adapter]
+        text = self._experiment, self._params, request.prompt
+        return prompt_logprobs(*text, n_top, self._adapters, adapter)
 
     def update(self, params: Params) -> None:
         """Replace the parameters, once all running requests have ended; others wait for that."""
@@ -267,7 +279,7 @@ class PagedEngine:
             self._n_prompt += len(request.prompt)
             self._start_after(slot, len(found))
             seed = secrets.randbits(32) if request.seed is None else request.seed
-            self._table.set(slot, request, seed)
+            self._table.set(slot, request, seed, self._numbers[request.adapter])
 
     def _start_after(self, slot: int, n_found: int) -> None:
         """Let the prompt of a row be read from the end of pages that are written already."""
@@ -331,6 +343,7 @@ class PagedEngine:
             self._model,
             self._params,
             self._state,
+            self._adapters,
             self._table.on_device,
             np.int32(slot),
             self._tables[slot].copy(),
@@ -376,6 +389,7 @@ class PagedEngine:
             self._model,
             self._params,
             self._state,
+            self._adapters,
             self._table.on_device,
             rows_R,
             self._tables[np.minimum(rows_R, n_rows - 1)],

@@ -82,13 +82,14 @@ class OptionTable:
         if unknown := next((i for i in ids if not 0 <= i < self._vocab_size), None):
             raise UserError(f"no token has the id {unknown}; the model has {self._vocab_size}")
 
-    def set(self, row: int, request: GenerationRequest, seed: int) -> None:
+    def set(self, row: int, request: GenerationRequest, seed: int, adapter: int) -> None:
         """Write the options of a request.
 
         Args:
             row: number of its row.
             request: the request.
             seed: its seed, or the one that was drawn.
+            adapter: number of its adapter.
         """
         r, self._device = request, None
         values: dict[str, Any] = {
@@ -100,6 +101,7 @@ class OptionTable:
             "top_k_B": min(r.top_k, self._vocab_size),
             "end_ids_BE": _padded(r.end_ids, MOST_ENDS, -1),
             "n_listed_B": -1 if r.top_logprobs is None else r.top_logprobs,
+            "adapters_B": adapter,
             "temperature_B": r.temperature,
             "top_p_B": r.top_p,
             "min_p_B": r.min_p,

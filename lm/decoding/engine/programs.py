@@ -22,12 +22,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.requests import MOST_LOGPROBS
-from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens, largest_logprobs
+from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
 from lm.decoding.sampling import decode_last
 from lm.kernels.paged_attention import PagedRows
 from lm.models.paged_cache import PagedCache, Pages
-from lm.models.variables import Params, as_variables
+from lm.models.variables import Params
 from lm.parallel.mesh import parameter_axes
 
 
@@ -91,6 +92,7 @@ def read_chunk(
     model: nn.Module,
     params: Params,
     state: EngineState,
+    adapters: Adapters | None,
     options: RowOptions,
     row: jax.Array,
     table_M: jax.Array,
@@ -108,6 +110,7 @@ def read_chunk(
         model: unrolled model.
         params: its parameters.
         state: texts and pages.
+        adapters: low-rank adapters; None: there are none.
         options: options of all rows.
         row: number of the row.
         table_M: pages of the row.
@@ -127,11 +130,13 @@ def read_chunk(
     is_token_1L = (jnp.arange(L) < n_tokens)[None].astype(jnp.int32)
     cache = PagedCache.of(state.pages, paged)
     inputs = tokens_L[None], jnp.where(is_token_1L == 1, positions_1L, 0), is_token_1L, cache
-    logits_11V, cache = decode_last(model, params, *inputs, at_B=(n_tokens - 1)[None])
+    own = options.of(of_row)
+    adapt = adapters and adapters.interceptor(own.adapters_B)
+    at_B = (n_tokens - 1)[None]
+    logits_11V, cache = decode_last(model, params, *inputs, at_B=at_B, adapt=adapt)
     old_T = state.tokens_BT[row]
     at_L = jnp.where(is_token_1L[0] == 1, positions_1L[0], len(old_T))
     text_T = old_T.at[at_L].set(tokens_L, mode="drop")
-    own = options.of(of_row)
     chosen = lax.cond(
         is_last,
         lambda: choose_tokens(logits_11V[:, 0], text_T[None], end, own, allowed_V[None]),
@@ -153,6 +158,7 @@ def decode_rows(
     model: nn.Module,
     params: Params,
     state: EngineState,
+    adapters: Adapters | None,
     options: RowOptions,
     rows_R: jax.Array,
     tables_RM: jax.Array,
@@ -168,6 +174,7 @@ def decode_rows(
         model: unrolled model.
         params: its parameters.
         state: texts and pages.
+        adapters: low-rank adapters; None: there are none.
         options: options of all rows.
         rows_R: numbers of the rows; beyond the last row for none.
         tables_RM: their pages.
@@ -178,6 +185,7 @@ def decode_rows(
         sharding: sharding of the state on a mesh of several devices.
     """
     R, own = len(rows_R), options.of(rows_R)
+    adapt = adapters and adapters.interceptor(own.adapters_B)
     alive_R = goes_on_R & state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -187,7 +195,7 @@ def decode_rows(
         paged = PagedRows(tables_RM, before_R, jnp.where(alive_R, lengths_R, 0))
         cache = PagedCache.of(pages, paged)
         inputs = last_R1, before_R[:, None], jnp.ones_like(last_R1), cache
-        logits_R1V, cache = decode_last(model, params, *inputs)
+        logits_R1V, cache = decode_last(model, params, *inputs, adapt=adapt)
         chosen = choose_tokens(logits_R1V[:, 0], text_RT, lengths_R, own, allowed_RV)
         tokens_R = jnp.where(alive_R, chosen.tokens_B, -1)
         at_R = jnp.where(alive_R, lengths_R, text_RT.shape[1])
@@ -212,21 +220,6 @@ def decode_rows(
         state.alive_B.at[rows_R].set(alive_R, mode="drop"),
     )
     return _placed(after, sharding), new
-
-
-@partial(jax.jit, static_argnames=("model",))
-def score_tokens(model: nn.Module, params: Params, tokens_L: jax.Array) -> Chosen:
-    """Return the log-probability of each token of a text after those before it, first axis L - 1.
-
-    Args:
-        model: unrolled model.
-        params: its parameters.
-        tokens_L: tokens of the text, then padding.
-    """
-    logits_1LV: Any = model.apply(as_variables(params), tokens_L[None])
-    logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1])
-    of_next_L = jnp.take_along_axis(logprobs_LV, tokens_L[1:, None], axis=1)[:, 0]
-    return Chosen(tokens_L[1:], of_next_L, *largest_logprobs(logprobs_LV)[::-1])
 
 
 def _goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:

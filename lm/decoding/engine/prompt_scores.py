@@ -6,6 +6,7 @@ Shape letters: L length, C listed tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.requests import NewToken
 from lm.decoding.prompts import (
     check_ids,
@@ -30,7 +33,12 @@ from lm.parallel.mesh import use_mesh
 
 
 def prompt_logprobs(
-    experiment: Experiment, params: Params, prompt: Sequence[int], n_top: int
+    experiment: Experiment,
+    params: Params,
+    prompt: Sequence[int],
+    n_top: int,
+    adapters: Adapters | None = None,
+    adapter: int = 0,
 ) -> list[NewToken]:
     """Return the tokens of a prompt with log-probabilities; None for the first one.
 
@@ -39,6 +47,8 @@ def prompt_logprobs(
         params: its parameters.
         prompt: token ids.
         n_top: likeliest tokens to list at each place.
+        adapters: low-rank adapters of the parameters; None: there are none.
+        adapter: number of the one to apply.
 
     Raises:
         UserError: the prompt is empty or too long, or the model continues no prompts.
@@ -52,7 +62,7 @@ def prompt_logprobs(
     tokens_1L, _ = pad_ids([prompt], min(width, context or width), left=False)
     n_top = min(n_top, model.config.vocab_size)  # type: ignore[attr-defined]
     with use_mesh(experiment.mesh, experiment.config.parallel.sequence, experiment.pipeline):
-        found = _token_logprobs(model, params, tokens_1L, n_top)
+        found = _token_logprobs(model, n_top, params, tokens_1L, adapters, np.array([adapter]))
     logprobs_L, ids_LC, top_LC = jax.device_get(found)
     tokens = [NewToken(prompt[0])]
     for i, token in enumerate(prompt[1:]):
@@ -61,15 +71,22 @@ def prompt_logprobs(
     return tokens
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def _token_logprobs(
-    model: nn.Module, params: Params, tokens_1L: jax.Array, n_top: int
+    model: nn.Module,
+    n_top: int,
+    params: Params,
+    tokens_1L: jax.Array,
+    adapters: Adapters | None,
+    adapter_1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the log-probability of each token after the first, and the likeliest at its place."""
     config: Any = model.config  # type: ignore[attr-defined]
     if getattr(config, "carry", False):
         model = model.clone(config=replace(config, carry=False))
-    logits_1LV: Any = model.apply(as_variables(params), tokens_1L)
+    adapted = nn.intercept_methods(adapters.interceptor(adapter_1)) if adapters else nullcontext()
+    with adapted:
+        logits_1LV: Any = model.apply(as_variables(params), tokens_1L)
     logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1].astype(jnp.float32))
     of_tokens_L1 = jnp.take_along_axis(logprobs_LV, tokens_1L[0, 1:, None], axis=1)
     top_LC, ids_LC = jax.lax.top_k(logprobs_LV, n_top)
