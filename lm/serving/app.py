@@ -30,7 +30,7 @@ from lm.serving.metrics import Metrics
 from lm.serving.request_body import ApiError, Body, read_body
 from lm.serving.sampling_parameters import RequestLimits
 from lm.serving.served_models import ServedModel
-from lm.serving.text_scores import classify, detokenize, embed, tokenize
+from lm.serving.text_scores import about_tokenizer, classify, detokenize, embed, tokenize
 
 Handler = Callable[[Exchange, Body, RequestLimits], Awaitable[Answer]]
 POSTS: dict[str, Handler] = {
@@ -72,6 +72,7 @@ class Server:
         options: limits.
         keys: keys of clients; None: all may ask.
         metrics: metrics.
+        is_warm: the engines have compiled their programs.
         draining: it ends; new requests are refused.
         n_active: requests that are answered now.
     """
@@ -81,7 +82,7 @@ class Server:
     ):
         self.models, self.options, self.keys = models, options, keys
         self.metrics = Metrics(list(models.values()))
-        self.draining = False
+        self.is_warm = self.draining = False
         self.n_active = 0
 
     def model_of(self, body: Body) -> tuple[str, ServedModel]:
@@ -130,6 +131,8 @@ def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
     def readyz(request: Request) -> Response:
         if server.draining:
             return PlainTextResponse("draining\n", 503)
+        if not server.is_warm:
+            return PlainTextResponse("compiling\n", 503)
         return PlainTextResponse("ok\n")
 
     def metrics(request: Request) -> Response:
@@ -143,8 +146,13 @@ def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
         name, found = server.model_of(Body({"model": request.path_params["name"]}))
         return JSONResponse(_about((name, found)))
 
+    def tokenizer_info(request: Request) -> Response:
+        named = {"model": request.query_params.get("model")}
+        return JSONResponse(about_tokenizer(server.model_of(Body(named))[1]))
+
     gets = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
     gets |= {"/v1/models": models, "/v1/models/{name:path}": model}
+    gets |= {"/tokenizer_info": tokenizer_info}
     routes = [Route(path, get, methods=["GET"]) for path, get in gets.items()]
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error}
     return _Around(Starlette(routes=routes + (further or []), exception_handlers=handlers), server)
@@ -318,6 +326,13 @@ class _Around:
         values |= {"new_tokens": usage.completion_tokens}
         values |= {"problem": problem} if problem else {}
         log_line(**values, **(exchange.texts if self._server.options.log_texts else {}))
+
+
+async def warm_up(server: Server) -> None:
+    """Compile what requests need; the server is ready then."""
+    for model in server.models.values():
+        await model.warm_up(log_note)
+    server.is_warm = True
 
 
 async def reload_models(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,7 +18,7 @@ import uvicorn
 
 from lm.errors import UserError
 from lm.serving.api_keys import ApiKeys
-from lm.serving.app import Server, ServerOptions, log_note, make_app, reload_models
+from lm.serving.app import Server, ServerOptions, log_note, make_app, reload_models, warm_up
 from lm.serving.served_models import ServedModel
 
 _KEEP_ALIVE = 30  # seconds of a connection without a request
@@ -68,6 +69,7 @@ def serve(
         UserError: a model cannot be loaded, or the address, a key or a certificate is wrong.
     """
     keys = ApiKeys(Path(listen.api_keys), log_note) if listen.api_keys else None
+    _check_certificate(listen)
     with _socket(listen.host, listen.port) as listener:
         asyncio.run(_serve(load, options, listen, keys, listener))
 
@@ -91,10 +93,6 @@ async def _serve(
         ssl_certfile=listen.certificate or None,
         ssl_keyfile=listen.key or None,
     )
-    try:
-        config.load()
-    except OSError as error:  # of which ssl.SSLError is one
-        raise UserError(f"{listen.certificate}: no usable certificate and key: {error}") from None
     process = _Uvicorn(config)
     tasks: set[asyncio.Task[Any]] = set()
 
@@ -126,6 +124,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, lambda: start(reload()))
     if listen.reload_seconds:
         start(reload_often())
+    start(warm_up(server))
     _announce(server, listen, listener)
     try:
         await process.serve(sockets=[listener])
@@ -144,6 +143,16 @@ async def _drain(server: Server, process: _Uvicorn, seconds: float) -> None:
     while server.n_active and time.monotonic() < until:
         await asyncio.sleep(0.02)
     process.should_exit = True
+
+
+def _check_certificate(listen: ListenOptions) -> None:
+    if listen.certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(listen.certificate, listen.key or None, password="")
+        except OSError as error:  # of which ssl.SSLError is one
+            where = f"{listen.certificate} {listen.key}".strip()
+            raise UserError(f"{where}: no usable certificate and key: {error}") from None
 
 
 def _announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:

@@ -17,6 +17,7 @@ from lm.decoding.chats import Chat, chat_ids, chat_template, stop_texts
 from lm.decoding.controls import Controls
 from lm.decoding.engine.choice import open_engine
 from lm.decoding.engine.engine import EngineOptions
+from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.guard import Guard, open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.text_limits import spelling
@@ -140,6 +141,21 @@ class ServedModel:
         """Run a function in the model's worker thread, and return its result."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.worker, partial(function, *arguments))
+
+    async def warm_up(self, log: Log) -> None:
+        """Compile the programs of a short reply, so that no client waits for them."""
+        if self.engine is None:
+            return
+        length = self.experiment.config.decode.max_length if self.has_source else 2
+        temperature = 0.0 if self.has_source else 1.0
+        request = GenerationRequest(
+            tuple(self.prompt_ids("a")), length, temperature, end_ids=self.controls.end_ids
+        )
+        try:
+            async for _ in self.engine.submit([request]):
+                pass
+        except (UserError, RuntimeError) as error:  # as a client would be told
+            log(f"{self.name}: {error}")
 
     def close(self) -> None:
         """End its threads."""

@@ -124,11 +124,32 @@ async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> J
         ApiError: a parameter is wrong.
     """
     model = _model(exchange)
+    if not body.has("tokens"):
+        raise wrong("tokens", "a list of token ids is needed")
     ids = body.ids("tokens", 2**20)
     body.finish()
     if any(i >= model.tokenizer.vocab_size for i in ids):
         raise wrong("tokens", f"an id is not below {model.tokenizer.vocab_size}")
     return {"prompt": await model.in_worker(model.tokenizer.decode, ids)}
+
+
+def about_tokenizer(model: ServedModel) -> Json:
+    """Return the answer of `/tokenizer_info`, which lm-eval asks before `/tokenize`.
+
+    The tokens that it names are those that `/tokenize` reads in a text.
+    """
+    tokenizer = model.tokenizer
+
+    def name(token: int | None) -> str | None:
+        found = None if token is None else model.pieces[token]
+        return found if found and tokenizer.encode(found).tolist() == [token] else None
+
+    return {
+        "tokenizer_class": tokenizer.kind,
+        "bos_token": name(tokenizer.bos_id),
+        "eos_token": name(tokenizer.eos_id),
+        "chat_template": model.template.source if model.template else None,
+    }
 
 
 def _model(exchange: Exchange) -> ServedModel:

@@ -1,0 +1,45 @@
+"""A server of the tiny run in a process of its own, and one inside the test's."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from server_process import ServerProcess
+from starlette.testclient import TestClient
+
+from lm.decoding.engine.engine import EngineOptions
+from lm.serving.app import Server, ServerOptions, make_app
+from lm.serving.sampling_parameters import RequestLimits
+from lm.serving.served_models import WeightsChoice, open_models
+
+
+@pytest.fixture(scope="session")
+def server(tiny_run, tmp_path_factory):
+    """Server of the tiny run that tests share."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    found = ServerProcess(log, "--workdir", f"tiny={tiny_run}", "--rows", "4", "--log_texts")
+    yield found
+    if found.process.poll() is None:
+        assert found.end() == 0, found.text()
+
+
+@pytest.fixture(scope="session")
+def client(tiny_run):
+    """Client of a server inside this process."""
+    options = ServerOptions(RequestLimits(200, 64, 4), queue=2, body_bytes=10_000)
+    one, app, models = jax.devices()[:1], None, []
+
+    async def lazy(scope, receive, send):
+        nonlocal app, models
+        if app is None:  # in the event loop
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(jax, "devices", lambda *args: one)
+                arguments = WeightsChoice(), {}, EngineOptions(n_rows=4), print
+                models = open_models({"tiny": str(tiny_run)}, *arguments)
+            app = make_app(Server({model.name: model for model in models}, options, None))
+        await app(scope, receive, send)
+
+    with TestClient(lazy, raise_server_exceptions=False) as found:
+        yield found
+    for model in models:
+        model.close()

@@ -1,0 +1,165 @@
+"""Signals, reloads, keys, queues and clients that go: the process of a server from outside."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import sys
+import threading
+
+import httpx
+import pytest
+from server_process import ServerProcess
+
+from lm.cli import main
+
+LONG = {"prompt": "the big", "max_tokens": 200, "ignore_eos": True, "seed": 7}
+SHORT = LONG | {"max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def changing(tiny_run, tmp_path_factory):
+    """Server of a copy of the run, with keys, which tests change in their order."""
+    folder = tmp_path_factory.mktemp("changing")
+    shutil.copytree(tiny_run, folder / "run")
+    shutil.copy(tiny_run.parent / "config.py", folder)
+    (folder / "keys").write_text("# ours\nsesame\n")
+    keys = ["--api_keys", str(folder / "keys"), "--rows", "2", "--queue", "2"]
+    found = ServerProcess(folder / "log", "--workdir", str(folder / "run"), *keys)
+    yield found, folder
+    found.process.kill()
+
+
+def post(server, body, key="sesame"):
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+
+
+def post_all(server, bodies):
+    """The responses to requests that are sent at once, and the threads that wait for them."""
+    found = {}
+    threads = [
+        threading.Thread(target=lambda i=i, body=body: found.update({i: post(server, body)}))
+        for i, body in enumerate(bodies)
+    ]
+    for thread in threads:
+        thread.start()
+    return found, threads
+
+
+def n_running(server):
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("lm_running{"))
+
+
+def test_keys_are_read_again_when_they_change(changing):
+    server, folder = changing
+    assert post(server, SHORT, key="guess").status_code == 401
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert post(server, SHORT).status_code == 200
+    (folder / "keys").write_text("")
+    assert post(server, SHORT).status_code == 200
+    server.wait_for("the keys stay as they were")
+    (folder / "keys").write_text("sesame\nother\n")
+    assert post(server, SHORT, key="other").status_code == 200
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_client_that_goes_ends_its_request(changing, stream):
+    server, _ = changing
+    n_before = server.text().count('"status": 499')
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port)) as client:
+        body = b'{"prompt": "the", "max_tokens": 240, "ignore_eos": true, "n": 60, "stream": %s}'
+        body %= stream.encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(head.encode() + b"Authorization: Bearer sesame\r\n\r\n" + body)
+        server.wait(lambda: n_running(server) > 0)
+    server.wait(lambda: server.text().count('"status": 499') == n_before + 1)
+    server.wait(lambda: n_running(server) == 0)
+
+
+def test_more_than_the_queue_holds_is_refused(changing):
+    server, _ = changing
+    alone = post(server, LONG).json()["choices"]
+    found, threads = post_all(server, [LONG] * 16)
+    for thread in threads:
+        thread.join()
+    refused = [response for response in found.values() if response.status_code == 429]
+    served = [response for response in found.values() if response.status_code == 200]
+    assert refused
+    assert served
+    assert len(refused) + len(served) == 16
+    assert all(response.headers["Retry-After"] == "1" for response in refused)
+    assert all(response.json()["choices"] == alone for response in served)  # a seed: alike
+
+
+def test_a_newer_checkpoint_is_served_and_a_damaged_one_is_not(changing, one_device):
+    server, folder = changing
+    words = ["--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
+    greedy = SHORT | {"logprobs": 0, "temperature": 0}
+    before = post(server, greedy).json()
+    assert main(["train", *words, "--change", "--config.train.steps=3"]) == 0
+    newest = folder / "run" / "checkpoints" / "3" / "state"
+    whole = {file: file.read_bytes() for file in newest.rglob("*") if file.is_file()}
+    for file, content in whole.items():
+        file.write_bytes(content[: len(content) // 2])
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("step 2 is served on")
+    assert post(server, greedy).json()["choices"] == before["choices"]
+    for file, content in whole.items():
+        file.write_bytes(content)
+    _, threads = post_all(server, [LONG])
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("step 3 is served")
+    after = post(server, greedy).json()
+    assert after["system_fingerprint"] == "step-3"
+    assert after["choices"] != before["choices"]
+    threads[0].join()
+
+
+def test_sigterm_loses_no_request(changing):
+    server, _ = changing
+    found, threads = post_all(server, [LONG | {"n": 60}])
+    server.wait(lambda: n_running(server) == 2)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("the server ends")
+    refused = post(server, SHORT)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    assert httpx.get(f"{server.url}/readyz").status_code == 503
+    assert server.process.wait(timeout=60) == 0, server.text()
+    threads[0].join()
+    assert found[0].status_code == 200
+    assert found[0].json()["usage"]["completion_tokens"] == 60 * 200
+
+
+def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):
+    run = str(tiny_run)
+    (tmp_path / "keys").write_text("# none\n")
+    (tmp_path / "certificate").write_text("none\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = {
+            "in use": ["--workdir", run, "--port", port],
+            "nowhere.invalid": ["--workdir", run, "--host", "nowhere.invalid"],
+            "no key": ["--workdir", run, "--api_keys", str(tmp_path / "keys")],
+            "No such file": ["--workdir", run, "--api_keys", str(tmp_path / "missing")],
+            "no usable certificate": [
+                *["--workdir", run, "--port", "0"],
+                *["--ssl_certfile", str(tmp_path / "certificate")],
+            ],
+            "needs --ssl_certfile": ["--workdir", run, "--ssl_keyfile", "x"],
+            "name each model": ["--workdir", run, "--workdir", f"run={tmp_path}/run"],
+            "no run": ["--workdir", str(tmp_path)],
+        }
+        for said, words in cases.items():
+            assert main(["serve", *words]) == 2
+            line = capsys.readouterr().err
+            assert said in line, line
+            assert "Traceback" not in line
+    for name in [name for name in sys.modules if name.startswith("lm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette.requests", None)
+    assert main(["serve", "--workdir", run]) == 2
+    assert "[serve]" in capsys.readouterr().err
