@@ -33,6 +33,11 @@ def add_arguments(parser: Parser) -> None:
         choices=("float32", "bfloat16", "float16", "q8_0"),
         help="of the weights; default: float32, of stablehlo that of `lm generate`; q8_0: gguf",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="of huggingface: the layers' matrices, for transformers and vLLM",
+    )
     weights_arguments(parser)
     sizes = parser.add_argument_group("StableHLO programs")
     sizes.add_argument(
@@ -65,12 +70,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
                 raise UserError(f"--{name} is an option of --format stablehlo")
     if args.dtype == "q8_0" and args.format != "gguf":
         raise UserError("--dtype q8_0 is a type of --format gguf")
+    if args.quantize and args.format != "huggingface":
+        raise UserError("--quantize is an option of --format huggingface")
     folders = open_run_folder(args.workdir), open_run_folder(args.to)
     weights = args.average, args.best
     if args.format == "huggingface":
         from lm.interop.import_export import export_run
 
-        export_run(*folders, *weights, args.dtype or "float32", log)
+        export_run(*folders, *weights, args.dtype or "float32", log, args.quantize or "")
     elif args.format == "gguf":
         from lm.interop.gguf_export import export_gguf
 

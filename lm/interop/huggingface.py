@@ -58,6 +58,7 @@ def save(
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
     model_type: str | None = None,
+    quantize: str = "",
 ) -> str:
     """Write a model as a folder that `transformers` loads.
 
@@ -68,6 +69,7 @@ def save(
         dtype: float32, bfloat16 or float16.
         about: further values of config.json.
         model_type: architecture to choose of several that compute the same.
+        quantize: int8 or int4 for the layers' matrices; "" for none.
 
     Returns:
         The name of the `transformers` class.
@@ -100,6 +102,21 @@ def save(
             for copy, of in family.copies.items()
             if of in originals
         ]
+    quantized_inputs: dict[str, int] = {}
+    if quantize:
+        from lm.interop.compressed_tensors import quantization_config, quantized
+
+        quantized_inputs = _quantized_inputs(family, mappings, shapes)
+        names = {
+            name.removeprefix(bare)
+            for mapping in mappings
+            if mapping.name in quantized_inputs
+            for name in tensor_names(mapping, shapes[mapping.paths[0]].shape)
+        }
+        plain = tensors
+        tensors = [tensor for tensor in plain if tensor.name not in names]
+        for tensor in plain:
+            tensors += quantized(tensor, quantize) if tensor.name in names else []
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, tensors, dtype)
@@ -113,8 +130,32 @@ def save(
         ),
         **(about or {}),
     }
+    if quantize:
+        values["quantization_config"] = quantization_config(quantized_inputs, quantize)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     return class_name
+
+
+def _quantized_inputs(
+    family: Family, mappings: Sequence[TensorMapping], shapes: Mapping[str, ParameterSpec]
+) -> dict[str, int]:
+    """Return the number of inputs of the layers' linear maps, by name of the mapping.
+
+    Raises:
+        UserError: the class of `transformers` has no `Linear` layers, which alone are quantized.
+    """
+    if family.model_type in ("gpt2", "mixtral"):
+        raise UserError(
+            f"--quantize: transformers has no quantized layers for {family.model_type}; "
+            "--format gguf --dtype q8_0 writes weights in 8 bits"
+        )
+    found = {}
+    for mapping in mappings:
+        path = mapping.paths[0]
+        shape = hf_shape(mapping, shapes[path].shape)
+        if path.endswith("/kernel") and "/layers" in path and len(shape) == 2:
+            found[mapping.name] = shape[1]
+    return found
 
 
 def class_labels(n_classes: int, names: Sequence[str] = ()) -> dict[str, Any]:

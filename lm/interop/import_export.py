@@ -157,7 +157,9 @@ def _class_names(found: ModelFolder) -> list[str]:
     return names
 
 
-def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log) -> None:
+def export_run(
+    workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log, quantize: str = ""
+) -> None:
     """Write a run as a folder that `transformers` loads, tokenizer included.
 
     LoRA updates are merged into the kernels.
@@ -169,6 +171,7 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         best: export the checkpoint that `--config.eval.best` kept.
         dtype: float32, bfloat16 or float16.
         log: receives the lines for the user.
+        quantize: int8 or int4 for the layers' matrices; "" for none.
 
     Raises:
         UserError: `to` is not empty, or no architecture of `transformers` computes what the model
@@ -197,7 +200,8 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         if config.objective.name == "classification":
             about["problem_type"] = _problem_type(bool(labels))
     model = make_model(config, "xla", "gather")
-    class_name = save(model, nested(params), to, dtype=dtype, about=about, model_type=model_type)
+    options: dict[str, Any] = {"about": about, "model_type": model_type, "quantize": quantize}
+    class_name = save(model, nested(params), to, dtype=dtype, **options)
     is_bounded = config.model.positions == "learned"
     length = config.model.max_length if is_bounded else None
     if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):
@@ -207,7 +211,7 @@ def export_run(workdir: Path, to: Path, average: int, best: bool, dtype: str, lo
         tokenizer is not plain or CONVERSATIONS.intersection(record_columns(config))
     ):
         write_turn_ends(tokenizer, to)
-    log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {dtype}")
+    log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {quantize or dtype}")
 
 
 def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -150,15 +150,20 @@ def open_model_folder(path: Path) -> ModelFolder:
         raise UserError(
             f"{path}: unknown architecture model_type={kind}; known are {', '.join(FAMILIES)}"
         )
-    if about.get("quantization_config"):
-        raise UserError(f"{path}: quantised weights are not supported; save the model without")
     family = FAMILIES[kind]
     try:
         config = family.read_config(about)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: {what}") from error
-    stored = _by_table_name(family, read_tensors(path))
+    tensors = read_tensors(path)
+    if (quantization := about.get("quantization_config")) is not None:
+        if not isinstance(quantization, dict):
+            raise UserError(f"{path}: quantization_config of config.json is no object")
+        from lm.interop.compressed_tensors import unpacked
+
+        tensors = unpacked(path, quantization, tensors)
+    stored = _by_table_name(family, tensors)
     _check_layers(path, config, len(stored))
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)

@@ -49,10 +49,14 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read the rows start … stop - 1 in float32."""
+        values = self.stored_rows(start, stop).astype(np.float32, copy=False)
+        return self.require_finite(values)
+
+    def stored_rows(self, start: int, stop: int) -> np.ndarray:
+        """Read the rows start … stop - 1 in the type that they are stored in."""
         # Opened each time: what was read of a mapped file stays in memory until it is closed.
         with _open_file(self.file) as tensors:
-            values = tensors.get_slice(self.name)[start:stop]
-        return self.require_finite(values.astype(np.float32, copy=False))
+            return tensors.get_slice(self.name)[start:stop]
 
     def require_finite(self, values: np.ndarray) -> np.ndarray:
         """Return the values; UserError if one is NaN or infinite."""
@@ -163,5 +167,9 @@ def write_tensors(
 
 
 def _write_file(file: Path, tensors: Sequence[PendingTensor], kind: np.dtype) -> None:
-    values = {tensor.name: np.asarray(tensor.values(), kind, order="C") for tensor in tensors}
+    values = {}
+    for tensor in tensors:
+        x = tensor.values()
+        is_integer = np.issubdtype(x.dtype, np.integer)  # packed, or a shape
+        values[tensor.name] = np.asarray(x, x.dtype if is_integer else kind, order="C")
     save_file(values, file, metadata={"format": "pt"})

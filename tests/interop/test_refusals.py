@@ -143,7 +143,7 @@ SPOILT = {
     "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json: damaged JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
-    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantised"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantized"),
 }
 
 
