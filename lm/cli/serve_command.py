@@ -69,6 +69,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         from lm.serving.sampling_parameters import RequestLimits
         from lm.serving.served_models import WeightsChoice, open_models
     except ImportError as error:
+        if (error.name or "").startswith("lm."):
+            raise
         raise missing_package("lm serve", error.name or "starlette", "serve") from error
 
     if args.ssl_keyfile and not args.ssl_certfile:
