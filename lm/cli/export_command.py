@@ -14,7 +14,7 @@ from lm.cli.used_keys import Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder
 
-_FORMATS = ("huggingface", "stablehlo")
+_FORMATS = ("huggingface", "stablehlo", "gguf")
 _OF_STABLEHLO = ("platforms", "batch", "length", "context")
 
 

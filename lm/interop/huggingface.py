@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -50,6 +50,56 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[nn.Module, Params]
     return found.model, found.params(mesh)
 
 
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """Model in terms of `transformers`.
+
+    Attributes:
+        family: its family there.
+        config: configuration, with the biases that it has there.
+        class_name: name of the class.
+        tensors: its tensors, which are made when they are asked for.
+        has_classes: it has a classifier.
+        mappings: rows of the tensor table that were written.
+        shapes: its parameters by path.
+        bare: prefix that the names lack.
+    """
+
+    family: Family
+    config: TransformerConfig
+    class_name: str
+    tensors: tuple[PendingTensor, ...]
+    has_classes: bool
+    mappings: Sequence[TensorMapping]
+    shapes: Mapping[str, ParameterSpec]
+    bare: str
+
+
+def convert(model: nn.Module, params: Params, model_type: str | None = None) -> HuggingFaceModel:
+    """Convert a model to tensors of `transformers`; arguments and errors are those of `save`."""
+    leaves = flat(nn.meta.unbox(params))
+    family, heads, config = _family_of(model, leaves, model_type)
+    shapes = parameter_specs(family, model.clone(config=config), heads)
+    leaves = _neutral_zeros(leaves, shapes) | leaves
+    mappings = family.mappings(config, shapes, heads)
+    written = {path for mapping in mappings for path in mapping.paths}
+    _check_parameters(leaves, shapes, written)
+    class_name = family.classes[heads]
+    bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
+    tensors = tuple(
+        PendingTensor(
+            name.removeprefix(bare),
+            hf_shape(mapping, shapes[mapping.paths[0]].shape),
+            partial(_make_tensor, mapping, number, shapes[mapping.paths[0]].shape, leaves),
+        )
+        for mapping in mappings
+        for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
+    )
+    has_classes = any(path.startswith("classifier/") for path in leaves)
+    of_table = mappings, shapes, bare
+    return HuggingFaceModel(family, config, class_name, tensors, has_classes, *of_table)
+
+
 def save(
     model: nn.Module,
     params: Params,
@@ -77,24 +127,8 @@ def save(
     Raises:
         UserError: no architecture of `transformers` computes what the model does.
     """
-    leaves = flat(nn.meta.unbox(params))
-    family, heads, config = _family_of(model, leaves, model_type)
-    shapes = parameter_specs(family, model.clone(config=config), heads)
-    leaves = _neutral_zeros(leaves, shapes) | leaves
-    mappings = family.mappings(config, shapes, heads)
-    written = {path for mapping in mappings for path in mapping.paths}
-    _check_parameters(leaves, shapes, written)
-    class_name = family.classes[heads]
-    bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
-    tensors = [
-        PendingTensor(
-            name.removeprefix(bare),
-            hf_shape(mapping, shapes[mapping.paths[0]].shape),
-            partial(_make_tensor, mapping, number, shapes[mapping.paths[0]].shape, leaves),
-        )
-        for mapping in mappings
-        for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
-    ]
+    found = convert(model, params, model_type)
+    family, config, tensors = found.family, found.config, list(found.tensors)
     if not config.tie_embeddings and family.heads:
         originals = {tensor.name: tensor for tensor in tensors}
         tensors += [
@@ -106,9 +140,10 @@ def save(
     if quantize:
         from lm.interop.compressed_tensors import quantization_config, quantized
 
+        mappings, shapes = found.mappings, found.shapes
         quantized_inputs = _quantized_inputs(family, mappings, shapes)
         names = {
-            name.removeprefix(bare)
+            name.removeprefix(found.bare)
             for mapping in mappings
             if mapping.name in quantized_inputs
             for name in tensor_names(mapping, shapes[mapping.paths[0]].shape)
@@ -121,19 +156,15 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, tensors, dtype)
     values = family.write_config(config) | {
-        "architectures": [class_name],
+        "architectures": [found.class_name],
         "dtype": dtype,
-        **(
-            class_labels(config.n_classes)
-            if any(p.startswith("classifier/") for p in leaves)
-            else {}
-        ),
+        **(class_labels(config.n_classes) if found.has_classes else {}),
         **(about or {}),
     }
     if quantize:
         values["quantization_config"] = quantization_config(quantized_inputs, quantize)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return class_name
+    return found.class_name
 
 
 def _quantized_inputs(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -33,7 +34,7 @@ from lm.interop.tokenizer_files import (
     write_turn_ends,
 )
 from lm.models.transformer_config import make_model
-from lm.models.variables import nested
+from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import load_tokenizer, mean_params, require_empty, saved_checkpoints
@@ -157,6 +158,50 @@ def _class_names(found: ModelFolder) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class ReadRun:
+    """Run that was read to be exported, on one device.
+
+    Attributes:
+        config: resolved configuration.
+        model: its model, without fused kernels.
+        params: parameters, LoRA updates merged.
+        tokenizer: its tokenizer; None if it has none.
+        steps: steps of the checkpoints that the parameters are the mean of.
+    """
+
+    config: ConfigDict
+    model: nn.Module
+    params: Params
+    tokenizer: Tokenizer | None
+    steps: str
+
+    @property
+    def plain_tokenizer(self) -> Tokenizer | None:
+        """Tokenizer without added tokens."""
+        found = self.tokenizer
+        return found.base if isinstance(found, ExtendedTokenizer) else found
+
+    @property
+    def model_type(self) -> str | None:
+        """Architecture of `transformers` that the run was imported from."""
+        plain = self.plain_tokenizer
+        stated = plain.stated(CONFIG) if isinstance(plain, FolderTokenizer) else None
+        return (stated or {}).get("model_type")
+
+
+def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun:
+    """Read a run to be exported; arguments as of `export_run`."""
+    config = resolve(load_run_config(workdir, MERGED_OVERRIDES), "cpu")
+    checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
+    one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
+    shardings = dict.fromkeys(checkpoints[0].shapes, one)
+    params, steps = mean_params(checkpoints, average, shardings, log)
+    tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
+    model = make_model(config, "xla", "gather")
+    return ReadRun(config, model, nested(params), tokenizer, ", ".join(map(str, steps)))
+
+
 def export_run(
     workdir: Path, to: Path, average: int, best: bool, dtype: str, log: Log, quantize: str = ""
 ) -> None:
@@ -178,30 +223,23 @@ def export_run(
             does.
     """
     require_empty(to)
-    config = resolve(load_run_config(workdir, MERGED_OVERRIDES), "cpu")
-    checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
-    one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
-    shardings = dict.fromkeys(checkpoints[0].shapes, one)
-    params, steps = mean_params(checkpoints, average, shardings, log)
-    tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
+    run = read_to_export(workdir, average, best, log)
+    config, tokenizer = run.config, run.tokenizer
     if tokenizer and find_spec("tokenizers") is None:
         raise missing_package("lm export", "tokenizers", "hf")
     about: dict[str, Any] = {}
-    model_type: str | None = None
-    plain = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    plain = run.plain_tokenizer
     if isinstance(plain, FolderTokenizer):
         about |= model_settings(plain)
-        model_type = (plain.stated(CONFIG) or {}).get("model_type")
     elif tokenizer:
         about |= _special_ids(config, tokenizer)
-    if "classifier" in nested(params):
+    if "classifier" in run.params:
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
         about |= class_labels(config.model.n_classes, labels)
         if config.objective.name == "classification":
             about["problem_type"] = _problem_type(bool(labels))
-    model = make_model(config, "xla", "gather")
-    options: dict[str, Any] = {"about": about, "model_type": model_type, "quantize": quantize}
-    class_name = save(model, nested(params), to, dtype=dtype, **options)
+    options: dict[str, Any] = {"about": about, "model_type": run.model_type, "quantize": quantize}
+    class_name = save(run.model, run.params, to, dtype=dtype, **options)
     is_bounded = config.model.positions == "learned"
     length = config.model.max_length if is_bounded else None
     if tokenizer and not write_tokenizer(tokenizer, to, config.model.family, length):
@@ -211,7 +249,7 @@ def export_run(
         tokenizer is not plain or CONVERSATIONS.intersection(record_columns(config))
     ):
         write_turn_ends(tokenizer, to)
-    log(f"{to}: {class_name} of step {', '.join(map(str, steps))}, in {quantize or dtype}")
+    log(f"{to}: {class_name} of step {run.steps}, in {quantize or dtype}")
 
 
 def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def tiktoken_encoder(tokenizer: Any, byte_characters: list[str]) -> TiktokenEnco
     except ImportError:
         return None
     stated = json.loads(tokenizer.to_str())
-    words = _words(stated["pre_tokenizer"])
+    words = word_pattern(stated["pre_tokenizer"])
     if words is None or stated["normalizer"] not in (None, {"type": "NFC"}):
         return None
     ranks, ids = _ranks(stated["model"], byte_characters)
@@ -160,7 +160,7 @@ def tiktoken_encoder(tokenizer: Any, byte_characters: list[str]) -> TiktokenEnco
     return encoder if encoder.encode_batch([_PROBE])[0].tolist() == expected else None
 
 
-def _words(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
+def word_pattern(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
     """Return the regular expression of a pre-tokenizer's words, None if it is of another kind."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
