@@ -20,6 +20,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="[NAME=]DIR",
         help="run to serve, or several; a model's name is that of its folder unless given",
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="LoRA run over the first --workdir, or several; each is a model of its own",
+    )
     weights_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface")
     parser.add_argument("--port", type=at_least(0), default=8000, help="0: a free one")
@@ -77,7 +84,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("--ssl_keyfile needs --ssl_certfile")
     weights = WeightsChoice(args.average, args.best)
     sizes = EngineOptions(args.rows, args.context)
-    load = partial(open_models, _places(args.workdir), weights, overrides, sizes, log_note)
+    places = _places([*args.workdir, *args.adapter])
+    adapters = {name: places.pop(name) for name in list(_places(args.adapter))}
+    load = partial(open_models, places, weights, overrides, sizes, log_note, adapters)
     limits = RequestLimits(args.max_prompt_tokens, args.max_new_tokens, args.max_choices)
     options = ServerOptions(limits, args.queue, args.request_seconds, log_texts=args.log_texts)
     listen = ListenOptions(

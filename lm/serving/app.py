@@ -80,8 +80,10 @@ class Server:
     def __init__(
         self, models: Mapping[str, ServedModel], options: ServerOptions, keys: ApiKeys | None
     ):
-        self.models, self.options, self.keys = models, options, keys
+        self.options, self.keys = options, keys
         self.metrics = Metrics(list(models.values()))
+        adapted = {name: model for model in models.values() for name in model.adapter_names}
+        self.models = {**models, **adapted}
         self.is_warm = self.draining = False
         self.n_active = 0
 
@@ -330,12 +332,12 @@ class _Around:
 
 async def warm_up(server: Server) -> None:
     """Compile what requests need; the server is ready then."""
-    for model in server.models.values():
+    for model in dict.fromkeys(server.models.values()):
         await model.warm_up(log_note)
     server.is_warm = True
 
 
 async def reload_models(server: Server) -> None:
     """Serve newer checkpoints of all models, where there are any."""
-    for model in server.models.values():
+    for model in dict.fromkeys(server.models.values()):
         await model.reload(log_note)

@@ -86,7 +86,7 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
         raise wrong("echo", "a source is no part of the reply")
     if model.has_source and not body.has("temperature"):
         asked = replace(asked, request=replace(asked.request, temperature=0.0))
-    asked = await _with_grammar(model, asked)
+    asked = _adapted(exchange, model, await _with_grammar(model, asked))
     prompts = await model.in_worker(read_prompts, model, given)
     requests = asked.requests(prompts, limits)
     exchange.usage.prompt_tokens = sum(map(len, prompts))
@@ -122,7 +122,7 @@ async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
         conversation = chat_of({"messages": messages, "tools": tools})
     except BadRow as error:
         raise wrong("messages", str(error)) from None
-    asked = await _with_grammar(model, asked)
+    asked = _adapted(exchange, model, await _with_grammar(model, asked))
     asked = replace(asked, stop=(*asked.stop, *model.chat_stops))
     prompt = await model.in_worker(model.chat_ids, conversation)
     requests = asked.requests([prompt], limits)
@@ -145,6 +145,11 @@ async def _with_grammar(model: ServedModel, asked: Asked) -> Asked:
     return replace(asked, request=replace(asked.request, limits=found))
 
 
+def _adapted(exchange: Exchange, model: ServedModel, asked: Asked) -> Asked:
+    adapter = exchange.name if exchange.name in model.adapter_names else ""
+    return replace(asked, request=replace(asked.request, adapter=adapter))
+
+
 async def _starts(
     model: ServedModel, requests: Sequence[GenerationRequest], top_logprobs: int | None
 ) -> dict[int, tuple[str, list[NewToken]]]:
@@ -155,7 +160,10 @@ async def _starts(
         tokens: list[NewToken] = []
         if top_logprobs is not None:
             if request.prompt not in scored:
-                arguments = model.prepared, model.params, request.prompt, top_logprobs
+                number = (*model.adapter_names, "").index(request.adapter) + 1
+                number = number if request.adapter else 0
+                arguments: Any = model.prepared, model.params, request.prompt, top_logprobs
+                arguments += model.adapters, number
                 scored[request.prompt] = await model.in_worker(prompt_logprobs, *arguments)
             tokens = scored[request.prompt]
         text = await model.in_worker(model.tokenizer.decode, request.prompt)

@@ -15,6 +15,7 @@ from lm.data.chat.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.chats import Chat, chat_ids, chat_template, stop_texts
 from lm.decoding.controls import Controls
+from lm.decoding.engine.adapters import Adapters, load_adapters
 from lm.decoding.engine.choice import open_engine
 from lm.decoding.engine.engine import EngineOptions
 from lm.decoding.engine.requests import GenerationRequest
@@ -63,6 +64,8 @@ class ServedModel:
         engine: thread of the engine; None of a model that writes no text.
         template: chat template; None if there is none.
         guard: guard of `--config.decode.guard`.
+        adapter_names: names of its low-rank adapters, which requests choose as models.
+        adapters: the adapters.
         created: time when it was loaded.
         worker: thread that tokenizes and judges, in turn.
     """
@@ -78,6 +81,8 @@ class ServedModel:
     engine: EngineThread | None = None
     template: ChatTemplate | None = None
     guard: Guard | None = None
+    adapter_names: tuple[str, ...] = ()
+    adapters: Adapters | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
@@ -200,6 +205,7 @@ def open_models(
     overrides: Mapping[str, str],
     sizes: EngineOptions,
     log: Log,
+    adapters: Mapping[str, str],
 ) -> list[ServedModel]:
     """Load runs, and start their engines.
 
@@ -209,11 +215,15 @@ def open_models(
         overrides: configuration keys of the command line.
         sizes: sizes of each engine.
         log: receives lines for the operator.
+        adapters: workdir by name of each LoRA run whose base is the first run.
 
     Raises:
         UserError: a run cannot be loaded or served.
     """
-    return [_open_model(*place, weights, overrides, sizes, log) for place in places.items()]
+    return [
+        _open_model(*place, weights, overrides, sizes, log, {} if i else adapters)
+        for i, place in enumerate(places.items())
+    ]
 
 
 def _open_model(
@@ -223,6 +233,7 @@ def _open_model(
     overrides: Mapping[str, str],
     sizes: EngineOptions,
     log: Log,
+    adapters: Mapping[str, str],
 ) -> ServedModel:
     folder = open_run_folder(workdir)
     options: Any = {"average": weights.average, "best": weights.best, "any_batch": True}
@@ -241,5 +252,11 @@ def _open_model(
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")
-    model.engine = EngineThread(partial(open_engine, options=sizes), *prepared, name, log)
+    if adapters:
+        folders = {name: open_run_folder(place) for name, place in adapters.items()}
+        model.adapter_names = tuple(folders)
+        model.adapters = load_adapters(folder, folders, experiment.param_infos)
+    own: Any = {"names": model.adapter_names, "adapters": model.adapters}
+    make = partial(open_engine, options=sizes, **own)
+    model.engine = EngineThread(make, *prepared, name, log)
     return model

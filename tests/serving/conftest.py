@@ -34,7 +34,7 @@ def client(tiny_run):
         if app is None:  # in the event loop
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax, "devices", lambda *args: one)
-                arguments = WeightsChoice(), {}, EngineOptions(n_rows=4), print
+                arguments = WeightsChoice(), {}, EngineOptions(n_rows=4), print, {}
                 models = open_models({"tiny": str(tiny_run)}, *arguments)
             app = make_app(Server({model.name: model for model in models}, options, None))
         await app(scope, receive, send)

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.engine import EngineOptions, PagedEngine, is_pageable
 from lm.decoding.engine.requests import Engine
 from lm.decoding.engine.whole_batches import WholeBatchEngine
+from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Params
 
 
-def open_engine(experiment: Experiment, params: Params, options: EngineOptions) -> Engine:
+def open_engine(
+    experiment: Experiment,
+    params: Params,
+    options: EngineOptions,
+    names: Sequence[str] = (),
+    adapters: Adapters | None = None,
+) -> Engine:
     """Return an engine of a model that generates: a paged one where all its layers are attention.
 
     Args:
         experiment: experiment on a mesh, with its tokenizer.
         params: its parameters.
         options: sizes.
+        names: names of low-rank adapters.
+        adapters: the adapters; None: there are none.
+
+    Raises:
+        UserError: there are adapters, and the engine has none.
     """
     if is_pageable(experiment):
-        return PagedEngine(experiment, params, options)
+        return PagedEngine(experiment, params, options, names, adapters)
+    if names:
+        raise UserError("--adapter needs a decoder whose layers are all attention")
     return WholeBatchEngine(experiment, params, options.n_rows)
