@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,6 +15,8 @@ from lm.decoding.batch import sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.chats import Chat, chat_controls, chat_ids, stop_texts
 from lm.decoding.controls import Controls
+from lm.decoding.engine.engine import is_pageable
+from lm.decoding.engine.offline import sample_by_engine
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
@@ -105,9 +108,10 @@ def generate_texts(
             options = replace(BeamOptions.from_config(config, tokenizer), controls=controls)
             found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
         else:
-            found = sample_batches(
-                experiment, params, ids, sampling, seed, controls, start, progress
-            )
+            # Several processes would have to agree on the order of an engine's requests.
+            by_engine = is_pageable(experiment) and jax.process_count() == 1
+            sample_all = sample_by_engine if by_engine else sample_batches
+            found = sample_all(experiment, params, ids, sampling, seed, controls, start, progress)
         for prompt, hypotheses in zip(ids[start:], found, strict=True):
             before = [] if has_source else prompt
             yield [
