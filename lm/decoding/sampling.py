@@ -303,15 +303,19 @@ def next_token(
 
 
 def decode_last(
-    model: nn.Module, params: Params, *inputs: Any, at_B: jax.Array | None = None, adapt: Any = None
+    model: nn.Module,
+    params: Params,
+    *inputs: Any,
+    at_BN: jax.Array | None = None,
+    adapt: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Run `decode` of a model, with logits of one token of each row: [B, 1, V], and the cache.
+    """Run `decode` of a model, with logits of N tokens of each row: [B, N, V], and the cache.
 
     Args:
         model: unrolled model.
         params: its parameters.
         *inputs: arguments of `decode`.
-        at_B: indices of the tokens; None: the last ones.
+        at_BN: indices of the tokens; None: the last one of each row.
         adapt: another interceptor of the model's methods (`nn.intercept_methods`), or None.
     """
     mesh = current_mesh()
@@ -320,13 +324,11 @@ def decode_last(
     def lean(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         if name == "logits" and not module.path:
-            x_BLD = args[0]
-            last_BLD = (
-                x_BLD[:, -1:]
-                if at_B is None
-                else jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
+            x_BLD, *rest = args
+            x_BND = (
+                x_BLD[:, -1:] if at_BN is None else jnp.take_along_axis(x_BLD, at_BN[..., None], 1)
             )
-            args = (last_BLD, *args[1:])
+            args = (x_BND, *rest)
         if quantized_kernel(module) is not None:
             return with_quantized(method, args, kwargs, context)
         is_lookup = (type(module), name) == (Embedding, "__call__")

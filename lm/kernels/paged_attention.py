@@ -29,12 +29,14 @@ class PagedRows:
         offsets_B: position of the first query of each row.
         lengths_B: tokens of each row, queries included; 0 for a row that does nothing.
         prefixes_B: tokens at the start of each row that all its queries attend to; None: none.
+        starts_page: the queries of each row begin with a page, and are whole pages.
     """
 
     tables_BM: jax.Array
     offsets_B: jax.Array
     lengths_B: jax.Array
     prefixes_B: jax.Array | None = None
+    starts_page: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def paged_attention(

@@ -68,7 +68,7 @@ class PagedLayer:
         B, G, L, K = new_BGLK.shape
         new_BGLK = new_BGLK.astype(pages.dtype)
         is_row_B1 = rows.lengths_B[:, None] > 0
-        if L % P == 0:  # a chunk of a prompt, which starts with a page
+        if rows.starts_page:
             first_B1 = rows.offsets_B[:, None] // P
             index_Bm = first_B1 + jnp.arange(L // P)
             is_used_Bm = is_row_B1 & (index_Bm * P < rows.lengths_B[:, None])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.pages import PagePool
 from lm.decoding.engine.programs import (
+    DraftModel,
     EngineState,
     NewTokens,
     StateSharding,
@@ -41,6 +43,7 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
+from lm.decoding.engine.speculation import speculate_rows
 from lm.decoding.prompts import check_ids, check_prompts
 from lm.decoding.weights import prepare
 from lm.errors import UserError
@@ -60,7 +63,8 @@ class EngineOptions:
         page_size: tokens of a page.
         n_pages: pages of the cache; 0: those that all rows can use.
         chunk: most tokens of a prompt that a step reads, a multiple of the page size.
-        steps_per_dispatch: new tokens of a row in one dispatch.
+        steps_per_dispatch: steps in one dispatch, each of at least one new token a row.
+        n_proposed: tokens that speculative decoding proposes a step; 0: none.
     """
 
     n_rows: int = 32
@@ -69,6 +73,7 @@ class EngineOptions:
     n_pages: int = 0
     chunk: int = 256
     steps_per_dispatch: int = 4
+    n_proposed: int = 0
 
 
 @dataclass
@@ -139,6 +144,7 @@ class PagedEngine:
         options: EngineOptions,
         names: Sequence[str] = (),
         adapters: Adapters | None = None,
+        draft: tuple[Experiment, Params] | None = None,
     ):
         """Allocate the cache.
 
@@ -148,6 +154,8 @@ class PagedEngine:
             options: sizes.
             names: names of the adapters, which requests choose them by.
             adapters: low-rank adapters of `params`, from number 1 on.
+            draft: smaller model with the same tokenizer that proposes `n_proposed` tokens a step;
+                None: what followed the last tokens before is proposed.
         """
         self._adapters = adapters
         self._numbers = {name: i for i, name in enumerate(["", *names])}
@@ -173,6 +181,9 @@ class PagedEngine:
             jnp.zeros(options.n_rows, jnp.int32),
             jnp.zeros(options.n_rows, bool),
         )
+        self._draft = None
+        if draft is not None:
+            self._draft, state = _with_draft(*draft, self._model, state, n_pages, options.page_size)
         self._state = self._sharding.place(state, jax.device_put) if self._sharding else state
         self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)
         self._rows: dict[int, _Row] = {}  # by number of the row, in the order of admission
@@ -344,6 +355,7 @@ class PagedEngine:
             self._params,
             self._state,
             self._adapters,
+            self._draft,
             self._table.on_device,
             np.int32(slot),
             self._tables[slot].copy(),
@@ -385,11 +397,14 @@ class PagedEngine:
             masks = {slot: self._rows[slot].allowed(self._vocab_size) for slot in slots}
             every = np.ones(self._vocab_size, bool)
             allowed_RV = jnp.asarray(np.stack([masks.get(slot, every) for slot in rows_R.tolist()]))
-        self._state, new = decode_rows(
-            self._model,
-            self._params,
-            self._state,
-            self._adapters,
+        run: Any = decode_rows
+        before: tuple[Any, ...] = self._model, self._params, self._state, self._adapters
+        further: dict[str, Any] = {"sharding": self._sharding}
+        if self._options.n_proposed and not has_masks:
+            run, before = speculate_rows, (*before, self._draft)
+            further["n_proposed"] = self._options.n_proposed
+        self._state, new = run(
+            *before,
             self._table.on_device,
             rows_R,
             self._tables[np.minimum(rows_R, n_rows - 1)],
@@ -397,7 +412,7 @@ class PagedEngine:
             np.int32(n_steps),
             allowed_RV,
             n_columns=self._options.steps_per_dispatch,
-            sharding=self._sharding,
+            **further,
         )
         at = {int(slot): i for i, slot in enumerate(rows_R)}
         self._in_flight.append(({at[slot]: (slot, self._rows[slot].number) for slot in slots}, new))
@@ -416,6 +431,7 @@ class PagedEngine:
             tokens, finish = self._added(row, new, column)
             if tokens or finish:
                 found.append(Progress(number, tuple(tokens), finish))
+            row.n_dispatched = max(row.n_dispatched, len(row.new))
             if finish:
                 self._end(slot)
         return found
@@ -427,7 +443,7 @@ class PagedEngine:
         for j in range(int(new.n)):
             token = int(new.chosen.tokens_B[j, column])
             if token < 0:
-                break
+                continue  # ended, or after a rejected proposal
             if token in request.end_ids:
                 return tokens, STOP
             row.new.append(token)
@@ -436,6 +452,27 @@ class PagedEngine:
             if len(row.new) == request.max_new_tokens:
                 return tokens, LENGTH
         return tokens, ""
+
+
+def _with_draft(
+    experiment: Experiment,
+    params: Params,
+    model: nn.Module,
+    state: EngineState,
+    n_pages: int,
+    page_size: int,
+) -> tuple[DraftModel, EngineState]:
+    """Return a draft model, and the state with its pages.
+
+    Raises:
+        UserError: the model does not continue texts of the same tokens.
+    """
+    experiment, params = prepare(experiment, params)
+    config: Any = experiment.model.config  # type: ignore[attr-defined]
+    if not is_pageable(experiment) or config.vocab_size != model.config.vocab_size:  # type: ignore[attr-defined]
+        raise UserError("a draft model is a decoder with attention and the vocabulary of the model")
+    pages = empty_pages(config, config.n_layers, n_pages, page_size)
+    return DraftModel(experiment.model, params), state.replace(draft_pages=pages)  # type: ignore[attr-defined]
 
 
 def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:

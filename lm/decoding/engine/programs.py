@@ -41,12 +41,22 @@ class EngineState:
         tokens_BT: prompts and replies.
         lengths_B: tokens of each row; the keys and values of the last one are not written yet.
         alive_B: rows whose reply goes on.
+        draft_pages: pages of the layers of a draft model, with the same tables.
     """
 
     pages: Pages
     tokens_BT: jax.Array
     lengths_B: jax.Array
     alive_B: jax.Array
+    draft_pages: Any = ()
+
+
+@flax.struct.dataclass
+class DraftModel:
+    """Smaller model that proposes tokens, unrolled, and its parameters."""
+
+    model: nn.Module = flax.struct.field(pytree_node=False)
+    params: Params
 
 
 @flax.struct.dataclass
@@ -79,11 +89,13 @@ class StateSharding(NamedTuple):
     def place(self, state: EngineState, put: Callable[..., Any]) -> EngineState:
         """Return the state with these shardings, by `device_put` or by a constraint."""
         pages = jax.tree.map(lambda x: put(x, self.pages), state.pages)
-        rest = state.tokens_BT, state.lengths_B, state.alive_B
-        return EngineState(pages, *(put(x, self.rows) for x in rest))
+        texts = state.tokens_BT, state.lengths_B, state.alive_B
+        rest = jax.tree.map(lambda x: put(x, self.rows), (*texts, state.draft_pages))
+        return EngineState(pages, *rest)
 
 
-def _placed(state: EngineState, sharding: StateSharding | None) -> EngineState:
+def placed(state: EngineState, sharding: StateSharding | None) -> EngineState:
+    """Return the state, constrained to its shardings."""
     return sharding.place(state, lax.with_sharding_constraint) if sharding else state
 
 
@@ -93,6 +105,7 @@ def read_chunk(
     params: Params,
     state: EngineState,
     adapters: Adapters | None,
+    draft: DraftModel | None,
     options: RowOptions,
     row: jax.Array,
     table_M: jax.Array,
@@ -111,6 +124,7 @@ def read_chunk(
         params: its parameters.
         state: texts and pages.
         adapters: low-rank adapters; None: there are none.
+        draft: model that proposes tokens, which reads the prompt too; None: there is none.
         options: options of all rows.
         row: number of the row.
         table_M: pages of the row.
@@ -126,31 +140,37 @@ def read_chunk(
     L, of_row = len(tokens_L), row[None]
     positions_1L = (start + jnp.arange(L))[None]
     end = (start + n_tokens)[None]
-    paged = PagedRows(table_M[None], start[None], end, end if is_prefix else None)
+    prefix = end if is_prefix else None
+    paged = PagedRows(table_M[None], start[None], end, prefix, starts_page=True)
     is_token_1L = (jnp.arange(L) < n_tokens)[None].astype(jnp.int32)
     cache = PagedCache.of(state.pages, paged)
     inputs = tokens_L[None], jnp.where(is_token_1L == 1, positions_1L, 0), is_token_1L, cache
     own = options.of(of_row)
     adapt = adapters and adapters.interceptor(own.adapters_B)
-    at_B = (n_tokens - 1)[None]
-    logits_11V, cache = decode_last(model, params, *inputs, at_B=at_B, adapt=adapt)
+    last_11 = (n_tokens - 1)[None, None]
+    logits_11V, cache = decode_last(model, params, *inputs, at_BN=last_11, adapt=adapt)
+    draft_pages = state.draft_pages
+    if draft is not None:
+        of_draft = (*inputs[:3], PagedCache.of(draft_pages, paged))
+        draft_pages = decode_last(draft.model, draft.params, *of_draft)[1].pages
     old_T = state.tokens_BT[row]
     at_L = jnp.where(is_token_1L[0] == 1, positions_1L[0], len(old_T))
     text_T = old_T.at[at_L].set(tokens_L, mode="drop")
     chosen = lax.cond(
         is_last,
         lambda: choose_tokens(logits_11V[:, 0], text_T[None], end, own, allowed_V[None]),
-        lambda: _no_tokens(model, (1,)),
+        lambda: no_tokens(model, (1,)),
     )
     text_T = text_T.at[jnp.where(is_last, end[0], len(text_T))].set(chosen.tokens_B[0], mode="drop")
     after = EngineState(
         cache.pages,
         state.tokens_BT.at[row].set(text_T),
         state.lengths_B.at[row].set(end[0] + is_last),
-        state.alive_B.at[row].set(is_last & _goes_on(chosen.tokens_B, end + 1, own)[0]),
+        state.alive_B.at[row].set(is_last & goes_on(chosen.tokens_B, end + 1, own)[0]),
+        draft_pages,
     )
     new = NewTokens(jax.tree.map(lambda x: x[None], chosen), is_last.astype(jnp.int32))
-    return _placed(after, sharding), new
+    return placed(after, sharding), new
 
 
 @partial(jax.jit, static_argnames=("model", "n_columns", "sharding"), donate_argnames=("state",))
@@ -203,10 +223,10 @@ def decode_rows(
         chosen = replace(chosen, tokens_B=tokens_R)
         written = jax.tree.map(lambda x, y: x.at[new.n].set(y), new.chosen, chosen)
         lengths_R = lengths_R + alive_R
-        alive_R &= _goes_on(tokens_R, lengths_R, own)
+        alive_R &= goes_on(tokens_R, lengths_R, own)
         return cache.pages, text_RT, lengths_R, alive_R, NewTokens(written, new.n + 1)
 
-    new = NewTokens(_no_tokens(model, (n_columns, R)), jnp.zeros((), jnp.int32))
+    new = NewTokens(no_tokens(model, (n_columns, R)), jnp.zeros((), jnp.int32))
     text_RT = state.tokens_BT.at[rows_R].get(mode="clip")
     lengths_R = state.lengths_B.at[rows_R].get(mode="fill", fill_value=1)
     start = state.pages, text_RT, jnp.maximum(lengths_R, 1), alive_R, new
@@ -218,17 +238,18 @@ def decode_rows(
         state.tokens_BT.at[rows_R].set(text_RT, mode="drop"),
         state.lengths_B.at[rows_R].set(lengths_R, mode="drop"),
         state.alive_B.at[rows_R].set(alive_R, mode="drop"),
+        state.draft_pages,
     )
-    return _placed(after, sharding), new
+    return placed(after, sharding), new
 
 
-def _goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
+def goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
     """Return whether replies go on after these tokens, given the lengths with them."""
     is_end_R = (tokens_R[:, None] == options.end_ids_BE).any(1)
     return ~is_end_R & (lengths_R - options.n_prompt_B < options.limits_B)
 
 
-def _no_tokens(model: nn.Module, shape: tuple[int, ...]) -> Chosen:
+def no_tokens(model: nn.Module, shape: tuple[int, ...]) -> Chosen:
     """Return room for tokens of some shape."""
     listed = *shape, min(MOST_LOGPROBS, model.config.vocab_size)  # type: ignore[attr-defined]
     return Chosen(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 from lm.decoding.controls import Controls
 from lm.decoding.engine.engine import EngineOptions, PagedEngine
@@ -196,3 +197,61 @@ def test_log_probabilities_are_the_models(make_engine):
 def test_what_cannot_be_served_is_refused(make_engine, options, words):
     with pytest.raises(UserError, match=words):
         make_engine()[0].add(GenerationRequest(**{"prompt": (3,), "max_new_tokens": 4, **options}))
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["look-up", "draft model"])
+def test_proposals_change_no_token(make_engine, make_experiment, drafted):
+    """Replies are those of decoding token by token, greedy or drawn; proposals save passes."""
+    sizes = {"model__vocab_size": V, "data__sequence_length": CONTEXT}
+    draft = make_experiment("decoder", 1, **sizes, **ROTARY)[:2] if drafted else None
+    plain, experiment, params = make_engine(**ROTARY)
+    if drafted:  # the model itself, a little off
+        noisy = jax.tree.map(lambda x: x + np.float32(0.01), params)
+        draft = experiment, noisy
+    options = dataclasses.replace(OPTIONS, n_proposed=3)
+    engine = PagedEngine(experiment, params, options, draft=draft)
+    requests = [
+        GenerationRequest((*prompt, 4, 5, 4, 5), 14, seed=i, end_ids=(2,), **how)
+        for i, prompt in enumerate(PROMPTS)
+        for how in ({"temperature": 0}, {"temperature": 0.7, "frequency_penalty": 0.3, "top_k": 9})
+    ]
+    replies, steps = [], []
+    for each in (plain, engine):
+        dispatched = []
+        read = each._read
+
+        def counted(read=read, dispatched=dispatched):
+            found = read()
+            dispatched.append(1)
+            return found
+
+        each._read = counted
+        found = run(each, requests)
+        replies.append([([token.id for token in tokens], finish) for tokens, finish in found])
+        steps.append(len(dispatched))
+    assert replies[0] == replies[1]
+    assert steps[1] < steps[0]
+
+
+def test_drawn_tokens_have_the_models_distribution(make_experiment):
+    """Pairs of tokens that speculative decoding draws, against the product of the model's own."""
+    experiment, params, _ = make_experiment("decoder", 1, data__sequence_length=16)
+    sizes = EngineOptions(n_rows=32, context=16, page_size=4, chunk=4, n_proposed=2)
+    engine = PagedEngine(experiment, params, sizes)
+    requests = [
+        GenerationRequest((3, 4, 3), 2, seed=5, number=i, temperature=1.5) for i in range(960)
+    ]
+    drawn = [tuple(token.id for token in tokens) for tokens, _ in run(engine, requests)]
+    n_tokens = experiment.config.model.vocab_size
+    texts = np.array([[3, 4, 3, first] for first in range(n_tokens)])
+    logits = np.asarray(jax.jit(experiment.model.apply)({"params": params}, texts))
+    first, second = (jax.nn.softmax(logits[:, at] / 1.5) for at in (2, 3))
+    expected = np.asarray(first[0][:, None] * second, np.float64).ravel()
+    expected *= len(drawn) / expected.sum()
+    counts = np.bincount([a * n_tokens + b for a, b in drawn], minlength=n_tokens**2)
+    rare = expected < 5
+    kept = [*expected[~rare], expected[rare].sum()], [*counts[~rare], counts[rare].sum()]
+    assert (
+        scipy.stats.chisquare(kept[1], np.array(kept[0]) * sum(kept[1]) / sum(kept[0])).pvalue
+        > 1e-3
+    )
