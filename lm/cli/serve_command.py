@@ -37,6 +37,15 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--context", type=at_least(0), default=0, metavar="N", help="tokens of prompt and reply"
     )
+    parser.add_argument(
+        "--pages", type=at_least(0), default=0, metavar="N", help="of the cache; 0: by memory"
+    )
+    parser.add_argument(
+        "--speculate", type=at_least(0), default=0, metavar="N", help="tokens proposed at a time"
+    )
+    parser.add_argument(
+        "--draft", metavar="DIR", default="", help="smaller run that proposes; else the text does"
+    )
     parser.add_argument("--queue", type=at_least(0), default=256, help="replies that may wait")
     parser.add_argument(
         "--max_prompt_tokens", type=at_least(1), default=2**20, metavar="N", help="of a prompt"
@@ -68,7 +77,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    from lm.decoding.engine.engine import EngineOptions
+    from lm.decoding.engine.sizes import EngineOptions
 
     try:
         from lm.serving.app import ServerOptions, log_note
@@ -83,10 +92,12 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.ssl_keyfile and not args.ssl_certfile:
         raise UserError("--ssl_keyfile needs --ssl_certfile")
     weights = WeightsChoice(args.average, args.best)
-    sizes = EngineOptions(args.rows, args.context)
+    if args.draft and not args.speculate:
+        raise UserError("--draft needs --speculate N, the number of tokens that it proposes")
+    sizes = EngineOptions(args.rows, args.context, n_pages=args.pages, n_proposed=args.speculate)
     places = _places([*args.workdir, *args.adapter])
     adapters = {name: places.pop(name) for name in list(_places(args.adapter))}
-    load = partial(open_models, places, weights, overrides, sizes, log_note, adapters)
+    load = partial(open_models, places, weights, overrides, sizes, log_note, adapters, args.draft)
     limits = RequestLimits(args.max_prompt_tokens, args.max_new_tokens, args.max_choices)
     options = ServerOptions(limits, args.queue, args.request_seconds, log_texts=args.log_texts)
     listen = ListenOptions(

@@ -15,8 +15,8 @@ from lm.decoding.batch import sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.chats import Chat, chat_controls, chat_ids, stop_texts
 from lm.decoding.controls import Controls
-from lm.decoding.engine.engine import is_pageable
 from lm.decoding.engine.offline import sample_by_engine
+from lm.decoding.engine.sizes import is_pageable
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps

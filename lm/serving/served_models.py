@@ -17,8 +17,8 @@ from lm.decoding.chats import Chat, chat_ids, chat_template, stop_texts
 from lm.decoding.controls import Controls
 from lm.decoding.engine.adapters import Adapters, load_adapters
 from lm.decoding.engine.choice import open_engine
-from lm.decoding.engine.engine import EngineOptions
 from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.guard import Guard, open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.text_limits import spelling
@@ -206,6 +206,7 @@ def open_models(
     sizes: EngineOptions,
     log: Log,
     adapters: Mapping[str, str],
+    draft: str = "",
 ) -> list[ServedModel]:
     """Load runs, and start their engines.
 
@@ -216,12 +217,13 @@ def open_models(
         sizes: sizes of each engine.
         log: receives lines for the operator.
         adapters: workdir by name of each LoRA run whose base is the first run.
+        draft: workdir of a smaller run that proposes tokens of the first run; "": none.
 
     Raises:
         UserError: a run cannot be loaded or served.
     """
     return [
-        _open_model(*place, weights, overrides, sizes, log, {} if i else adapters)
+        _open_model(*place, weights, overrides, sizes, log, *(({}, "") if i else (adapters, draft)))
         for i, place in enumerate(places.items())
     ]
 
@@ -234,6 +236,7 @@ def _open_model(
     sizes: EngineOptions,
     log: Log,
     adapters: Mapping[str, str],
+    draft: str,
 ) -> ServedModel:
     folder = open_run_folder(workdir)
     options: Any = {"average": weights.average, "best": weights.best, "any_batch": True}
@@ -257,6 +260,11 @@ def _open_model(
         model.adapter_names = tuple(folders)
         model.adapters = load_adapters(folder, folders, experiment.param_infos)
     own: Any = {"names": model.adapter_names, "adapters": model.adapters}
+    if draft:
+        proposer = restore_run(open_run_folder(draft), {}, log, any_batch=True)[:2]
+        if proposer[0].tokenizer is None or proposer[0].tokenizer.digest != tokenizer.digest:
+            raise UserError(f"--draft {draft}: its tokenizer is not that of {workdir}")
+        own["draft"] = proposer
     make = partial(open_engine, options=sizes, **own)
     model.engine = EngineThread(make, *prepared, name, log)
     return model

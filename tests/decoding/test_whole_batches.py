@@ -9,8 +9,8 @@ from lm.decoding.batch import decode_best
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
 from lm.decoding.engine.choice import open_engine
-from lm.decoding.engine.engine import EngineOptions
 from lm.decoding.engine.requests import LENGTH, GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.engine.whole_batches import WholeBatchEngine
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.decoding.weights import prepare

@@ -7,7 +7,7 @@ import pytest
 from server_process import ServerProcess
 from starlette.testclient import TestClient
 
-from lm.decoding.engine.engine import EngineOptions
+from lm.decoding.engine.sizes import EngineOptions
 from lm.serving.app import Server, ServerOptions, make_app
 from lm.serving.sampling_parameters import RequestLimits
 from lm.serving.served_models import WeightsChoice, open_models

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lm.decoding.engine.adapters import Adapters
-from lm.decoding.engine.engine import EngineOptions, PagedEngine, is_pageable
+from lm.decoding.engine.engine import PagedEngine
 from lm.decoding.engine.requests import Engine
+from lm.decoding.engine.sizes import EngineOptions, is_pageable
 from lm.decoding.engine.whole_batches import WholeBatchEngine
 from lm.errors import UserError
 from lm.experiment import Experiment
@@ -19,6 +20,7 @@ def open_engine(
     options: EngineOptions,
     names: Sequence[str] = (),
     adapters: Adapters | None = None,
+    draft: tuple[Experiment, Params] | None = None,
 ) -> Engine:
     """Return an engine of a model that generates: a paged one where all its layers are attention.
 
@@ -28,12 +30,13 @@ def open_engine(
         options: sizes.
         names: names of low-rank adapters.
         adapters: the adapters; None: there are none.
+        draft: smaller model that proposes tokens; None: there is none.
 
     Raises:
-        UserError: there are adapters, and the engine has none.
+        UserError: there are adapters or proposals, which the engine of this model has not.
     """
     if is_pageable(experiment):
-        return PagedEngine(experiment, params, options, names, adapters)
-    if names:
-        raise UserError("--adapter needs a decoder whose layers are all attention")
+        return PagedEngine(experiment, params, options, names, adapters, draft)
+    if names or options.n_proposed:
+        raise UserError("--adapter and --speculate need a decoder whose layers are all attention")
     return WholeBatchEngine(experiment, params, options.n_rows)

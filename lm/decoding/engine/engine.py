@@ -14,20 +14,19 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm.decoding.engine.adapters import Adapters
+from lm.decoding.engine.drafts import open_draft
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.pages import PagePool
 from lm.decoding.engine.programs import (
-    DraftModel,
     EngineState,
     NewTokens,
     StateSharding,
@@ -43,95 +42,15 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
+from lm.decoding.engine.rows import ServedRow
+from lm.decoding.engine.sizes import EngineOptions, choose_context, count_pages
 from lm.decoding.engine.speculation import speculate_rows
 from lm.decoding.prompts import check_ids, check_prompts
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.paged_cache import ATTENTION, empty_pages
-from lm.models.transformer_config import TransformerConfig
+from lm.models.paged_cache import empty_pages
 from lm.models.variables import Params
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine.
-
-    Attributes:
-        n_rows: most requests that run at once.
-        context: most tokens of a prompt and its reply; 0: those that the model was made for.
-        page_size: tokens of a page.
-        n_pages: pages of the cache; 0: those that all rows can use.
-        chunk: most tokens of a prompt that a step reads, a multiple of the page size.
-        steps_per_dispatch: steps in one dispatch, each of at least one new token a row.
-        n_proposed: tokens that speculative decoding proposes a step; 0: none.
-    """
-
-    n_rows: int = 32
-    context: int = 0
-    page_size: int = 32
-    n_pages: int = 0
-    chunk: int = 256
-    steps_per_dispatch: int = 4
-    n_proposed: int = 0
-
-
-@dataclass
-class _Row:
-    """Request in a row.
-
-    Attributes:
-        number: number of the request.
-        request: the request.
-        pages: its pages, in order.
-        n_read: tokens of the prompt whose keys and values are written.
-        new: tokens of the reply that were read from the device.
-        n_dispatched: tokens of the reply that were dispatched, at most.
-        n_exact: pages at its beginning that any row with these tokens gets alike.
-    """
-
-    number: int
-    request: GenerationRequest
-    pages: list[int]
-    n_read: int
-    new: list[int] = field(default_factory=list)
-    n_dispatched: int = 0
-    n_exact: int = 0
-
-    @property
-    def is_prefilled(self) -> bool:
-        return self.n_read == len(self.request.prompt)
-
-    @property
-    def needs_mask(self) -> bool:
-        return bool(self.request.limits or self.request.banned)
-
-    def allowed(self, vocab_size: int) -> np.ndarray:
-        """Return the tokens that may come next, bool [V]; the end tokens if nothing may."""
-        r, allowed = self.request, np.ones(vocab_size, bool)
-        if r.limits:
-            allowed = r.limits.allowed(vocab_size, np.array([self.new], int), len(self.new))[0]
-        for *before, last in r.banned:
-            if self.new[len(self.new) - len(before) :] == before:
-                allowed[last] = False
-        if not allowed.any():
-            allowed[list(r.end_ids)] = True
-        return allowed
-
-
-def is_pageable(experiment: Experiment) -> bool:
-    """Return whether all layers cache keys and values alone, which pages can hold."""
-    config: Any = experiment.model.config  # type: ignore[attr-defined]
-    if not isinstance(config, TransformerConfig) or not hasattr(experiment.model, "empty_cache"):
-        return False
-    mixers = {layer.mixer for layer in config.layer_types(config.n_layers)}
-    return mixers == {ATTENTION} and experiment.mesh.shape["stage"] == 1
-
-
-def default_context(experiment: Experiment) -> int:
-    """Return the number of tokens that a model was made for."""
-    config = experiment.config
-    return int(config.model.max_length or config.data.sequence_length)
 
 
 class PagedEngine:
@@ -164,13 +83,13 @@ class PagedEngine:
         experiment = self._experiment
         self._model = experiment.model
         config: Any = self._model.config  # type: ignore[attr-defined]
-        self.context = options.context or default_context(experiment)
+        self.context = choose_context(experiment, options)
         self._is_prefix = experiment.objective.has_prefix
         # A chunk does not know how long its text is going to be.
         self._reads_whole = self._is_prefix or config.rope_scaling in ("dynamic", "longrope")
         self._vocab_size = config.vocab_size
         pages_per_row = ceil(self.context / options.page_size)
-        n_pages = options.n_pages or options.n_rows * pages_per_row
+        n_pages = count_pages(experiment, options)
         self._pool = PagePool(n_pages, options.page_size)
         self._tables = np.zeros((options.n_rows, pages_per_row), np.int32)
         self._table = OptionTable(options.n_rows, config.vocab_size)
@@ -183,10 +102,12 @@ class PagedEngine:
         )
         self._draft = None
         if draft is not None:
-            self._draft, state = _with_draft(*draft, self._model, state, n_pages, options.page_size)
+            sizes = config.vocab_size, n_pages, options.page_size
+            self._draft, draft_pages = open_draft(*draft, *sizes)
+            state = replace(state, draft_pages=draft_pages)
         self._state = self._sharding.place(state, jax.device_put) if self._sharding else state
         self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)
-        self._rows: dict[int, _Row] = {}  # by number of the row, in the order of admission
+        self._rows: dict[int, ServedRow] = {}  # by number of the row, in the order of admission
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._in_flight: deque[tuple[dict[int, tuple[int, int]], NewTokens]] = deque()
         self._next_params: Params | None = None
@@ -285,7 +206,7 @@ class PagedEngine:
                 return
             self._waiting.popleft()
             slot = next(i for i in range(self._options.n_rows) if i not in self._rows)
-            row = _Row(number, request, [*found, *self._pool.take(n_more)], 0)
+            row = ServedRow(number, request, [*found, *self._pool.take(n_more)], 0)
             self._rows[slot] = row
             self._n_prompt += len(request.prompt)
             self._start_after(slot, len(found))
@@ -309,7 +230,7 @@ class PagedEngine:
             self._store(row, written)
         self._pool.release(row.pages)
 
-    def _store(self, row: _Row, written: list[int], first: int = 0) -> None:
+    def _store(self, row: ServedRow, written: list[int], first: int = 0) -> None:
         if not self._reads_whole and self._next_params is None:
             self._pool.store(written, row.request.adapter, row.pages, row.n_exact, first)
 
@@ -436,7 +357,7 @@ class PagedEngine:
                 self._end(slot)
         return found
 
-    def _added(self, row: _Row, new: Any, column: int) -> tuple[list[NewToken], str]:
+    def _added(self, row: ServedRow, new: Any, column: int) -> tuple[list[NewToken], str]:
         """Return the tokens that a dispatch added to a row, and why it ended."""
         request = row.request
         tokens: list[NewToken] = []
@@ -452,27 +373,6 @@ class PagedEngine:
             if len(row.new) == request.max_new_tokens:
                 return tokens, LENGTH
         return tokens, ""
-
-
-def _with_draft(
-    experiment: Experiment,
-    params: Params,
-    model: nn.Module,
-    state: EngineState,
-    n_pages: int,
-    page_size: int,
-) -> tuple[DraftModel, EngineState]:
-    """Return a draft model, and the state with its pages.
-
-    Raises:
-        UserError: the model does not continue texts of the same tokens.
-    """
-    experiment, params = prepare(experiment, params)
-    config: Any = experiment.model.config  # type: ignore[attr-defined]
-    if not is_pageable(experiment) or config.vocab_size != model.config.vocab_size:  # type: ignore[attr-defined]
-        raise UserError("a draft model is a decoder with attention and the vocabulary of the model")
-    pages = empty_pages(config, config.n_layers, n_pages, page_size)
-    return DraftModel(experiment.model, params), state.replace(draft_pages=pages)  # type: ignore[attr-defined]
 
 
 def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:

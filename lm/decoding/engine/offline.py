@@ -7,8 +7,9 @@ from typing import Any
 
 from lm.decoding.batch import Hypothesis
 from lm.decoding.controls import Controls
-from lm.decoding.engine.engine import EngineOptions, PagedEngine
+from lm.decoding.engine.engine import PagedEngine
 from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.prompts import TokenIds, check_prompts, context_length
 from lm.decoding.sampling import Sampling
 from lm.decoding.weights import prepare

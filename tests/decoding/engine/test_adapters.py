@@ -6,8 +6,9 @@ import pytest
 
 from lm.cli import main
 from lm.decoding.engine.adapters import load_adapters
-from lm.decoding.engine.engine import EngineOptions, PagedEngine
+from lm.decoding.engine.engine import PagedEngine
 from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.errors import UserError
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import restore_run

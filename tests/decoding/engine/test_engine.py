@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 
 from lm.decoding.controls import Controls
-from lm.decoding.engine.engine import EngineOptions, PagedEngine
+from lm.decoding.engine.engine import PagedEngine
 from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.errors import UserError
 

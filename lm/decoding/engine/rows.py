@@ -1,0 +1,54 @@
+"""Request in a row of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lm.decoding.engine.requests import GenerationRequest
+
+
+@dataclass
+class ServedRow:
+    """Request in a row.
+
+    Attributes:
+        number: number of the request.
+        request: the request.
+        pages: its pages, in order.
+        n_read: tokens of the prompt whose keys and values are written.
+        new: tokens of the reply that were read from the device.
+        n_dispatched: tokens of the reply that were dispatched, at most.
+        n_exact: pages at its beginning that any row with these tokens gets alike.
+    """
+
+    number: int
+    request: GenerationRequest
+    pages: list[int]
+    n_read: int
+    new: list[int] = field(default_factory=list)
+    n_dispatched: int = 0
+    n_exact: int = 0
+
+    @property
+    def is_prefilled(self) -> bool:
+        """True if the keys and values of the whole prompt are written."""
+        return self.n_read == len(self.request.prompt)
+
+    @property
+    def needs_mask(self) -> bool:
+        """True if the host says which tokens may come next."""
+        return bool(self.request.limits or self.request.banned)
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Return the tokens that may come next, bool [V]; the end tokens if nothing may."""
+        r, allowed = self.request, np.ones(vocab_size, bool)
+        if r.limits:
+            allowed = r.limits.allowed(vocab_size, np.array([self.new], int), len(self.new))[0]
+        for *before, last in r.banned:
+            if self.new[len(self.new) - len(before) :] == before:
+                allowed[last] = False
+        if not allowed.any():
+            allowed[list(r.end_ids)] = True
+        return allowed
