@@ -18,7 +18,7 @@ from lm.decoding.controls import Controls
 from lm.decoding.engine.adapters import Adapters, load_adapters
 from lm.decoding.engine.choice import open_engine
 from lm.decoding.engine.requests import GenerationRequest
-from lm.decoding.engine.sizes import EngineOptions
+from lm.decoding.engine.sizes import EngineOptions, is_pageable, warm_up_requests
 from lm.decoding.guard import Guard, open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.text_limits import spelling
@@ -66,6 +66,7 @@ class ServedModel:
         guard: guard of `--config.decode.guard`.
         adapter_names: names of its low-rank adapters, which requests choose as models.
         adapters: the adapters.
+        sizes: sizes of the engine.
         created: time when it was loaded.
         worker: thread that tokenizes and judges, in turn.
     """
@@ -83,6 +84,7 @@ class ServedModel:
     guard: Guard | None = None
     adapter_names: tuple[str, ...] = ()
     adapters: Adapters | None = None
+    sizes: EngineOptions = field(default_factory=EngineOptions)
     created: int = field(default_factory=lambda: int(time.time()))
     worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
@@ -148,16 +150,17 @@ class ServedModel:
         return await loop.run_in_executor(self.worker, partial(function, *arguments))
 
     async def warm_up(self, log: Log) -> None:
-        """Compile the programs of a short reply, so that no client waits for them."""
+        """Compile the programs of the engine, so that no client waits for them."""
         if self.engine is None:
             return
-        length = self.experiment.config.decode.max_length if self.has_source else 2
-        temperature = 0.0 if self.has_source else 1.0
-        request = GenerationRequest(
-            tuple(self.prompt_ids("a")), length, temperature, end_ids=self.controls.end_ids
-        )
+        requests = warm_up_requests(self.sizes, self.engine.context or 0)
+        if not is_pageable(self.prepared):
+            length = self.experiment.config.decode.max_length if self.has_source else 2
+            prompt, temperature = tuple(self.prompt_ids("a")), 0.0 if self.has_source else 1.0
+            ends = self.controls.end_ids
+            requests = [GenerationRequest(prompt, length, temperature, end_ids=ends)]
         try:
-            async for _ in self.engine.submit([request]):
+            async for _ in self.engine.submit(requests):
                 pass
         except (UserError, RuntimeError) as error:  # as a client would be told
             log(f"{self.name}: {error}")
@@ -259,6 +262,7 @@ def _open_model(
         folders = {name: open_run_folder(place) for name, place in adapters.items()}
         model.adapter_names = tuple(folders)
         model.adapters = load_adapters(folder, folders, experiment.param_infos)
+    model.sizes = sizes
     own: Any = {"names": model.adapter_names, "adapters": model.adapters}
     if draft:
         proposer = restore_run(open_run_folder(draft), {}, log, any_batch=True)[:2]

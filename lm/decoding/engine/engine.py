@@ -43,7 +43,7 @@ from lm.decoding.engine.requests import (
     Progress,
 )
 from lm.decoding.engine.rows import ServedRow
-from lm.decoding.engine.sizes import EngineOptions, choose_context, count_pages
+from lm.decoding.engine.sizes import EngineOptions, choose_context, chunk_lengths, count_pages
 from lm.decoding.engine.speculation import speculate_rows
 from lm.decoding.prompts import check_ids, check_prompts
 from lm.decoding.weights import prepare
@@ -88,6 +88,7 @@ class PagedEngine:
         # A chunk does not know how long its text is going to be.
         self._reads_whole = self._is_prefix or config.rope_scaling in ("dynamic", "longrope")
         self._vocab_size = config.vocab_size
+        self._chunk_lengths = chunk_lengths(options)
         pages_per_row = ceil(self.context / options.page_size)
         n_pages = count_pages(experiment, options)
         self._pool = PagePool(n_pages, options.page_size)
@@ -262,8 +263,8 @@ class PagedEngine:
             self._start_after(slot, len(found))
         start, rest = row.n_read, len(prompt) - row.n_read
         n = rest if self._reads_whole else min(rest, self._options.chunk)
-        length = P
-        while length < n:
+        length = next((x for x in self._chunk_lengths if x >= n), self._options.chunk)
+        while length < n:  # a prompt that is read as a whole
             length *= 2
         tokens_L = np.zeros(length, np.int32)
         tokens_L[:n] = prompt[start : start + n]

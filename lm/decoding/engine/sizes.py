@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.prompts import context_length
 from lm.errors import UserError
 from lm.experiment import Experiment
@@ -61,6 +62,31 @@ def choose_context(experiment: Experiment, options: EngineOptions) -> int:
     if most is not None and options.context > most:
         raise UserError(f"--context {options.context} is beyond the model's {most} positions")
     return options.context or int(config.model.max_length or config.data.sequence_length)
+
+
+def chunk_lengths(options: EngineOptions) -> list[int]:
+    """Return the lengths that chunks of prompts are padded to: few, for few programs."""
+    lengths = [options.page_size]
+    while lengths[-1] * 4 < options.chunk:
+        lengths.append(lengths[-1] * 4)
+    return [*lengths, options.chunk]
+
+
+def warm_up_requests(options: EngineOptions, context: int) -> list[GenerationRequest]:
+    """Return requests that need each compiled program of an engine once.
+
+    Prompts of each length of a chunk; and as many replies as there are rows, which begin one after
+    the other, so that every size of a batch comes.
+
+    Args:
+        options: sizes of the engine.
+        context: most tokens of a prompt and its reply.
+    """
+    lengths = [min(length, context - 1) for length in chunk_lengths(options)]
+    most = min(options.n_rows + 1, context - 1)
+    # They begin with different tokens, so that none uses the pages of another.
+    prompts = [GenerationRequest((i,) * n, 1) for i, n in enumerate(lengths)]
+    return [*prompts, *[GenerationRequest((len(lengths),), most)] * options.n_rows]
 
 
 def count_pages(experiment: Experiment, options: EngineOptions) -> int:
