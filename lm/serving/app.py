@@ -164,7 +164,8 @@ def _about(named: tuple[str, ServedModel]) -> dict[str, Any]:
     name, model = named
     context = model.engine.context if model.engine else None
     about = {"id": name, "object": "model", "created": model.created, "owned_by": "lm"}
-    return about | {"kind": model.kind, "step": model.step, "max_model_len": context}
+    about |= {"kind": model.kind, "step": model.step, "max_model_len": context}
+    return about | {"chat": model.template is not None, "has_source": model.has_source}
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:

@@ -19,6 +19,7 @@ import uvicorn
 from lm.errors import UserError
 from lm.serving.api_keys import ApiKeys
 from lm.serving.app import Server, ServerOptions, log_note, make_app, reload_models, warm_up
+from lm.serving.playground import playground_routes
 from lm.serving.served_models import ServedModel
 
 _KEEP_ALIVE = 30  # seconds of a connection without a request
@@ -84,7 +85,7 @@ async def _serve(
     models = {model.name: model for model in load()}
     server = Server(models, options, keys)
     config = uvicorn.Config(
-        make_app(server),
+        make_app(server, further=playground_routes()),
         log_level="warning",
         access_log=False,
         server_header=False,
