@@ -169,7 +169,9 @@ def _about(named: tuple[str, ServedModel]) -> dict[str, Any]:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    return ApiError(error.status_code, error.detail).response()
+    response = ApiError(error.status_code, error.detail).response()
+    response.headers.update(error.headers or {})  # Allow, of a wrong method
+    return response
 
 
 def _api_error(request: Request, error: ApiError) -> Response:

@@ -169,8 +169,8 @@ def _read_grammar(body: Body) -> Grammar | None:
         return Grammar("json", '{"type": "object"}')
     if kind == "json_schema":
         schema = form.object("json_schema").get("schema")
-        if not isinstance(schema, dict | bool):
-            raise wrong("response_format", "json_schema.schema must be a JSON schema")
+        if not isinstance(schema, dict):
+            raise wrong("response_format", "json_schema.schema must be an object")
         return Grammar("json", json.dumps(schema))
     if kind not in ("regex", "lark"):
         raise wrong("response_format", "type: text, json_object, json_schema, regex or lark")

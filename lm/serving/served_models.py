@@ -136,7 +136,11 @@ class ServedModel:
     def prompt_ids(self, text: str) -> list[int]:
         """Return the token ids of a prompt, or of a source."""
         if self.has_source:
-            return source_ids(self.tokenizer, text, self.experiment.config.data.sequence_length)
+            length = self.experiment.config.data.sequence_length
+            ids = source_ids(self.tokenizer, text, len(text.encode()) + length)
+            if len(ids) > length:
+                raise UserError(f"the source has {len(ids)} tokens; the model reads {length}")
+            return ids
         return prompt_ids(self.tokenizer, text)
 
     def chat_ids(self, chat: Chat) -> list[int]:

@@ -366,6 +366,8 @@ class PagedEngine:
             token = int(new.chosen.tokens_B[j, column])
             if token < 0:
                 continue  # ended, or after a rejected proposal
+            if row.is_stuck:
+                return tokens, LENGTH
             if token in request.end_ids:
                 return tokens, STOP
             row.new.append(token)

@@ -21,6 +21,7 @@ class ServedRow:
         new: tokens of the reply that were read from the device.
         n_dispatched: tokens of the reply that were dispatched, at most.
         n_exact: pages at its beginning that any row with these tokens gets alike.
+        is_stuck: its limits allow no token, and the reply is not complete: it ends.
     """
 
     number: int
@@ -30,6 +31,7 @@ class ServedRow:
     new: list[int] = field(default_factory=list)
     n_dispatched: int = 0
     n_exact: int = 0
+    is_stuck: bool = False
 
     @property
     def is_prefilled(self) -> bool:
@@ -50,5 +52,6 @@ class ServedRow:
             if self.new[len(self.new) - len(before) :] == before:
                 allowed[last] = False
         if not allowed.any():
-            allowed[list(r.end_ids)] = True
+            self.is_stuck = True
+            allowed[list(r.end_ids) or [0]] = True
         return allowed

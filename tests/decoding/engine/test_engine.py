@@ -256,3 +256,22 @@ def test_drawn_tokens_have_the_models_distribution(make_experiment):
         scipy.stats.chisquare(kept[1], np.array(kept[0]) * sum(kept[1]) / sum(kept[0])).pvalue
         > 1e-3
     )
+
+
+class Stuck:
+    """Limits that allow the token 7 twice, then nothing."""
+
+    def allowed(self, n_ids, written_BT, n):
+        return np.array([[int(n) < 2 and token == 7 for token in range(n_ids)]])
+
+
+def test_a_reply_that_its_limits_stop_short_is_not_complete(make_engine):
+    """It has no token that was not allowed, and says "length"; others go on."""
+    engine, *_ = make_engine()
+    requests = [
+        GenerationRequest(PROMPTS[0], 9, limits=Stuck(), end_ids=ends) for ends in ((2,), ())
+    ]
+    *stuck, other = run(engine, [*requests, GenerationRequest(PROMPTS[1], 9, seed=1)])
+    for tokens, finish in stuck:
+        assert ([token.id for token in tokens], finish) == ([7, 7], "length")
+    assert other == run(engine, [GenerationRequest(PROMPTS[1], 9, seed=1)])[0]
