@@ -196,7 +196,7 @@ def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
     is_drawn_B = o.temperature_B != 0
 
     def keep_top_k(x_BV: jax.Array) -> jax.Array:
-        return jnp.where(x_BV < kthlargest_logprobs(x_BV, o.top_k_B)[:, None], -jnp.inf, x_BV)
+        return jnp.where(x_BV < kth_largest(x_BV, o.top_k_B)[:, None], -jnp.inf, x_BV)
 
     def keep_nucleus(x_BV: jax.Array) -> jax.Array:
         return jnp.where(in_nucleus(x_BV, o.top_p_B[:, None]), x_BV, -jnp.inf)
@@ -210,7 +210,7 @@ def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
     return _where_any(is_drawn_B & (o.min_p_B > 0), keep_likely, x_BV)
 
 
-def kthlargest_logprobs(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+def kth_largest(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
     """Return the k-th largest value of each row, [B] float32, by bisection of its bits.
 
     Floats are ordered as the integers of their bits once those of negative ones are flipped.
