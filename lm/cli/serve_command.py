@@ -116,5 +116,5 @@ def _places(workdirs: list[str]) -> dict[str, str]:
         if not equals or "/" in name:
             name, workdir = Path(given.rstrip("/")).name, given
         if not name or places.setdefault(name, workdir) != workdir:
-            raise UserError(f"--workdir {given}: name each model: --workdir NAME=DIR")
+            raise UserError(f"{given}: each model needs a name of its own: NAME=DIR")
     return places

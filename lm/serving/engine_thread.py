@@ -216,6 +216,7 @@ class EngineThread:
         self._send([(ticket, RuntimeError("the engine has failed")) for ticket in tickets])
         s = self.statistics
         self._earlier = [s.n_prompt_tokens, s.n_reused_tokens, s.n_new_tokens]
+        del self._engine  # its cache, before there is another
         self._engine = self._make(self._params)
         self.statistics = self._counted(self._engine.statistics())
 

@@ -180,6 +180,9 @@ class ServedModel:
 
     async def reload(self, log: Log) -> None:
         """Serve the newest checkpoint if it is newer; a problem is logged, and nothing changes."""
+        if self.adapters is not None:
+            log(f"{self.name}: no reload under adapters, which belong to step {self.step}")
+            return
         try:
             folder = self.folder / BEST_FOLDER if self.weights.best else self.folder
             newest = max(checkpoint_steps(folder), default=-1)

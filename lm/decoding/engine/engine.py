@@ -300,14 +300,27 @@ class PagedEngine:
         return True
 
     def _dispatch(self, n_steps: int) -> None:
-        """Dispatch the next tokens of all rows whose prompt is read."""
+        """Dispatch the next tokens of all rows whose prompt is read.
+
+        Rows that need masks get one token, which the host must know before the next. They have a
+        dispatch of their own beside proposals, so that no row changes the program of another.
+        """
         slots = self._live()
         has_masks = self._needs_masks()
         if not slots or (has_masks and self._in_flight):
             return
-        rows = [self._rows[slot] for slot in slots]
-        left = max(row.request.max_new_tokens - row.n_dispatched for row in rows)
+        left = max(self._rows[i].request.max_new_tokens - self._rows[i].n_dispatched for i in slots)
         n_steps = 1 if has_masks else min(n_steps, left)
+        if not self._options.n_proposed:
+            self._dispatch_rows(slots, n_steps, proposes=False)
+            return
+        for needs_mask in (False, True):
+            if some := [slot for slot in slots if self._rows[slot].needs_mask == needs_mask]:
+                self._dispatch_rows(some, n_steps, proposes=not needs_mask)
+
+    def _dispatch_rows(self, slots: list[int], n_steps: int, proposes: bool) -> None:
+        """Dispatch the next tokens of some rows, with proposals or without."""
+        rows = [self._rows[slot] for slot in slots]
         n_rows = self._options.n_rows
         rows_R = np.arange(n_rows, dtype=np.int32)
         if all(row.request.seed is None for row in rows):
@@ -315,14 +328,14 @@ class PagedEngine:
             rows_R = np.full(size, n_rows, np.int32)
             rows_R[: len(slots)] = slots
         allowed_RV = self._all_allowed[: len(rows_R)]
-        if has_masks:
+        if any(row.needs_mask for row in rows):
             masks = {slot: self._rows[slot].allowed(self._vocab_size) for slot in slots}
             every = np.ones(self._vocab_size, bool)
             allowed_RV = jnp.asarray(np.stack([masks.get(slot, every) for slot in rows_R.tolist()]))
         run: Any = decode_rows
         before: tuple[Any, ...] = self._model, self._params, self._state, self._adapters
         further: dict[str, Any] = {"sharding": self._sharding}
-        if self._options.n_proposed and not has_masks:
+        if proposes:
             run, before = speculate_rows, (*before, self._draft)
             further["n_proposed"] = self._options.n_proposed
         self._state, new = run(

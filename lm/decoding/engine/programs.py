@@ -198,7 +198,7 @@ def decode_rows(
         options: options of all rows.
         rows_R: numbers of the rows; beyond the last row for none.
         tables_RM: their pages.
-        goes_on_R: false for rows that were cancelled.
+        goes_on_R: false for rows that get no token now.
         n_steps: most steps.
         allowed_RV: tokens that may be chosen.
         n_columns: number of steps that the result has room for.
@@ -206,7 +206,8 @@ def decode_rows(
     """
     R, own = len(rows_R), options.of(rows_R)
     adapt = adapters and adapters.interceptor(own.adapters_B)
-    alive_R = goes_on_R & state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
+    was_alive_R = state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
+    alive_R = goes_on_R & was_alive_R
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         pages, text_RT, lengths_R, alive_R, new = carry
@@ -233,11 +234,12 @@ def decode_rows(
     pages, text_RT, lengths_R, alive_R, new = lax.while_loop(
         lambda carry: (carry[4].n < n_steps) & carry[3].any(), step, start
     )
+    still_R = jnp.where(goes_on_R, alive_R, was_alive_R)
     after = EngineState(
         pages,
         state.tokens_BT.at[rows_R].set(text_RT, mode="drop"),
         state.lengths_B.at[rows_R].set(lengths_R, mode="drop"),
-        state.alive_B.at[rows_R].set(alive_R, mode="drop"),
+        state.alive_B.at[rows_R].set(still_R, mode="drop"),
         state.draft_pages,
     )
     return placed(after, sharding), new

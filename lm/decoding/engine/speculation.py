@@ -71,7 +71,7 @@ def speculate_rows(
         options: options of all rows.
         rows_R: numbers of the rows; beyond the last row for none.
         tables_RM: their pages.
-        goes_on_R: false for rows that were cancelled.
+        goes_on_R: false for rows that get no token now.
         n_steps: most steps.
         allowed_RV: tokens that may be chosen.
         n_columns: number of steps that the result has room for.
@@ -126,18 +126,20 @@ def speculate_rows(
         return cache.pages, draft_pages, text_RT, lengths_R, alive_R, new
 
     new = NewTokens(no_tokens(model, (n_columns * L, R)), jnp.zeros((), jnp.int32))
-    alive_R = goes_on_R & state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
+    was_alive_R = state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
+    alive_R = goes_on_R & was_alive_R
     text_RT = state.tokens_BT.at[rows_R].get(mode="clip")
     lengths_R = jnp.maximum(state.lengths_B.at[rows_R].get(mode="fill", fill_value=1), 1)
     start = state.pages, state.draft_pages, text_RT, lengths_R, alive_R, new
     pages, draft_pages, text_RT, lengths_R, alive_R, new = lax.while_loop(
         lambda carry: (carry[5].n < n_steps * L) & carry[4].any(), step, start
     )
+    still_R = jnp.where(goes_on_R, alive_R, was_alive_R)
     after = EngineState(
         pages,
         state.tokens_BT.at[rows_R].set(text_RT, mode="drop"),
         state.lengths_B.at[rows_R].set(lengths_R, mode="drop"),
-        state.alive_B.at[rows_R].set(alive_R, mode="drop"),
+        state.alive_B.at[rows_R].set(still_R, mode="drop"),
         draft_pages,
     )
     return placed(after, sharding), new

@@ -116,6 +116,18 @@ def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
     assert engine.statistics().n_reused_tokens > 0
 
 
+def test_proposals_beside_masks_change_no_bit(make_engine):
+    """A row with proposals keeps its program beside rows whose tokens are masked by the host."""
+    options = dataclasses.replace(OPTIONS, n_proposed=3)
+    engine, experiment, params = make_engine(options=options, **ROTARY)
+    seeded = [GenerationRequest(p, 9, seed=i, top_logprobs=0) for i, p in enumerate(PROMPTS[:3])]
+    masked = [dataclasses.replace(one, banned=((5, 5),)) for one in seeded]
+    every = [*seeded, *masked]
+    alone = [run(PagedEngine(experiment, params, options), [one])[0] for one in every]
+    assert run(engine, seeded, masked) == alone[:3]
+    assert run(engine, masked, seeded) == alone[3:]
+
+
 def test_prefixes_are_read_once(make_engine):
     """A second prompt with the same beginning, or a conversation's next turn, reads the rest."""
     engine, experiment, params = make_engine(**ROTARY)
