@@ -85,7 +85,7 @@ def tiled_product(x: jax.Array, kernel: QuantizedKernel, dtype: Any, n_out: int)
 
     n = n_rows // size
     tiles = jax.lax.map(lambda i: tile(i * size, size), jnp.arange(n))
-    y_TO = tiles.swapaxes(0, 1).reshape(len(x_TI), -1)
+    y_TO = tiles.swapaxes(0, 1).reshape(x_TI.shape[0], n * size)  # T may be symbolic
     rest = n_rows - n * size
     return jnp.concatenate([y_TO, tile(n * size, rest)], 1) if rest else y_TO
 
@@ -121,7 +121,7 @@ def _product_of_4_bits(
         kernel = (part.astype(jnp.int32) - 8).astype(jnp.float32) * scale.astype(jnp.float32)
         n_out = values.shape[-1 if inputs_first else 0]
         matrix = kernel.reshape(-1, n_out) if inputs_first else kernel.reshape(n_out, -1)
-        x = x_TGHP[:, :, i].reshape(len(x_TI), -1)
+        x = x_TGHP[:, :, i].reshape(x_TI.shape[0], -1)
         y_TO += jnp.einsum(axes, x, matrix, preferred_element_type=jnp.float32)
     return y_TO
 

@@ -114,3 +114,23 @@ def test_what_is_written_is_found():
     assert pool.find(text, "adapter", exact=False) == []
     assert pool.take(N - 3)[-1] == pages[3]  # later pages of a text are dropped first
     assert pool.find(text, "", exact=False) == pages[:3]
+
+
+def test_pages_that_are_held_again_are_not_taken():
+    pool, texts = PagePool(N, P), [tuple(range(i, i + N)) for i in (0, 1)]
+    rows = [pool.take(N // 2) for _ in texts]
+    for text, pages in zip(texts, rows, strict=True):
+        pool.store(text, "", pages, n_exact=N // 2)
+        pool.release(pages)
+    pool.hold(rows[0])  # the least recently used ones
+    assert sorted(pool.take(N // 2)) == sorted(rows[1])
+
+
+def test_nothing_is_found_of_what_was_cleared():
+    pool, text = PagePool(N, P), tuple(range(9))
+    pages = pool.take(4)
+    pool.store(text, "", pages, n_exact=4)
+    pool.release(pages)
+    pool.clear()
+    assert pool.find(text, "", exact=False) == []
+    assert sorted(pool.take(N)) == list(range(N))
