@@ -29,7 +29,7 @@ class ServerProcess:
     def text(self) -> str:
         return self.log.read_text()
 
-    def wait(self, holds, seconds: float = 60) -> None:
+    def wait(self, holds, seconds: float = 300) -> None:
         until = time.monotonic() + seconds
         while not holds():
             assert self.process.poll() is None, self.text()
@@ -44,4 +44,4 @@ class ServerProcess:
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=180)

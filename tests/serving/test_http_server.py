@@ -33,7 +33,7 @@ def changing(tiny_run, tmp_path_factory):
 
 def post(server, body, key="sesame"):
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=180)
 
 
 def post_all(server, bodies):
@@ -128,7 +128,7 @@ def test_sigterm_loses_no_request(changing):
     refused = post(server, SHORT)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert httpx.get(f"{server.url}/readyz").status_code == 503
-    assert server.process.wait(timeout=60) == 0, server.text()
+    assert server.process.wait(timeout=180) == 0, server.text()
     threads[0].join()
     assert found[0].status_code == 200
     assert found[0].json()["usage"]["completion_tokens"] == 60 * 200
