@@ -24,7 +24,9 @@ class ServerProcess:
             self.process = subprocess.Popen(command, stderr=file, env=environment)
         found = self.wait_for(r"serving .* on (\S+)")
         self.url = found[1]
-        self.wait(lambda: httpx.get(f"{self.url}/readyz", verify=False).status_code == 200)
+        self.wait(
+            lambda: httpx.get(f"{self.url}/readyz", verify=False, timeout=60).status_code == 200
+        )
 
     def text(self) -> str:
         return self.log.read_text()
