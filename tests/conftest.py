@@ -27,6 +27,9 @@ logging.set_verbosity(logging.ERROR)
 hypothesis.settings.register_profile("lm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lm")
 
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # Linux allows a process 65,530 (vm.max_map_count); beyond them XLA crashes
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory):
@@ -36,6 +39,14 @@ def cache_directory(tmp_path_factory):
         patch.setenv("LM_CACHE_DIR", str(path))
         patch.delenv("LM_DATA_DIR", raising=False)
         yield path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps():
+    """Forgets the compiled programs, each of which has memory maps, before there are too many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
