@@ -12,6 +12,7 @@ import errno
 import io
 import locale
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
+        for number in getattr(args.module, "IGNORED_SIGNALS", ()):  # until the verb handles them
+            signal.signal(number, signal.SIG_IGN)
         from lm.cli.used_keys import require_used  # not before `lm --help` has ended
 
         require_used(args.verb, args.module.used_keys(args), overrides)

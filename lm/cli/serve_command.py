@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from functools import partial
 from pathlib import Path
 
 from lm.cli.arguments import Overrides, Parser, at_least, positive, weights_arguments
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError, missing_package
+
+IGNORED_SIGNALS = (signal.SIGHUP,)  # what is loaded later is the newest checkpoint
 
 
 def add_arguments(parser: Parser) -> None:

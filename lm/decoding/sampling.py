@@ -186,7 +186,7 @@ def sample_steps(
     of_rows = map(jnp.asarray, (numbers_B, lengths_B, limits_B))
     rows = Rows(jax.random.key(seed), *of_rows)
     inputs: Any = (tokens_BL, positions_BL, segments_BL, segments_BL if has_prefix else None)
-    room = _cache_length(L, L + T)
+    room = cache_length(L, L + T)
     # A dispatch returns as many columns, of which the last may be beyond T.
     written_BT = jnp.full((B, T + per_dispatch), UNSET, jnp.int32)
     state = _start(model, sampling, controls, room, params, rows, inputs, written_BT)
@@ -196,8 +196,8 @@ def sample_steps(
         read_BC, n_read, n_new = new_BC, n_new, min(per_dispatch, n_steps - n)
         if n_new:  # the next steps are dispatched before the tokens of these are read
             if L + n > room:
-                room = _cache_length(L + n, L + T)
-                longer: Any = _lengthen(model, B, room, state.cache)
+                room = cache_length(L + n, L + T)
+                longer: Any = lengthen(model, B, room, state.cache)
                 state = replace(state, cache=longer)
             n_new = min(n_new, room - L - n + 1)
             n += n_new
@@ -212,13 +212,13 @@ def sample_steps(
             i += 1
 
 
-def _cache_length(needed: int, most: int) -> int:
+def cache_length(needed: int, most: int) -> int:
     """Return the next power of two, so that attention reads few slots that are not yet written."""
     return min(most, max(_SHORTEST_CACHE, padded_length(needed)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _lengthen(model: nn.Module, batch: int, length: int, cache: DecodingCache) -> DecodingCache:
+def lengthen(model: nn.Module, batch: int, length: int, cache: DecodingCache) -> DecodingCache:
     """Return the cache with room for more tokens."""
 
     def copy(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -61,6 +61,11 @@ class TextLimits:
     def without_grammars(self) -> TextLimits:
         """Return what all limits of a tokenizer share: the key of caches, without states."""
         return TextLimits((), self.end_ids, self.digest, self.tokenizer)
+
+    def compiled(self) -> TextLimits:
+        """Return itself with the matchers of an empty text, which take long to make."""
+        self._matchers(())
+        return self
 
     def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
         """Return the scores with -inf at tokens that may not follow the `n` written ones.
@@ -158,7 +163,7 @@ def with_grammar(
     _require_llguidance()
     found = _checked({"the grammar": _grammar_of(kind, source)}, tokenizer, end_ids)
     both = (*(limits.grammars if limits else ()), *found.grammars)
-    return TextLimits(both, end_ids, tokenizer.digest, tokenizer)
+    return TextLimits(both, end_ids, tokenizer.digest, tokenizer).compiled()
 
 
 def _require_llguidance() -> None:
@@ -286,8 +291,9 @@ class _Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: tuple[int, ...]):
-        found = token_bytes(tokenizer)
+    def __init__(self, limits: TextLimits):
+        tokenizer, end_ids = limits.tokenizer, limits.end_ids
+        found = list(_spellings(replace(limits, end_ids=())))
         found += [None] * (max([len(found), *end_ids]) + 1 - len(found))
         self.eos_token_id = end_ids[0] if end_ids else len(found) - 1
         self.special_token_ids = [i for i, text in enumerate(found) if text is None]
@@ -300,10 +306,15 @@ class _Vocabulary:
 
 
 @lru_cache(maxsize=8)
+def _spellings(limits: TextLimits) -> tuple[bytes | None, ...]:
+    return tuple(token_bytes(limits.tokenizer))
+
+
+@lru_cache(maxsize=8)
 def _vocabulary(limits: TextLimits) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    own = _Vocabulary(limits.tokenizer, limits.end_ids)
+    own = _Vocabulary(limits)
     return LLTokenizer(TokenizerWrapper(own), n_vocab=len(own.tokens), eos_token=own.eos_token_id)
 
 

@@ -46,6 +46,11 @@ class TextClassifier:
         """Classes, in the order of the outputs."""
         return self.experiment.objective.labels  # type: ignore[attr-defined]
 
+    @property
+    def window(self) -> int:
+        """Tokens of a text that are read together."""
+        return self.experiment.objective.length - 2  # type: ignore[attr-defined]  # [CLS], [SEP]
+
     def largest(
         self, texts: Sequence[str], columns: Sequence[int], windows: int = 4
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +64,7 @@ class TextClassifier:
         Returns:
             That of the classes together, [N], and of each, [N, C].
         """
-        length = self.experiment.objective.length - 2  # type: ignore[attr-defined]  # [CLS], [SEP]
+        length = self.window
         tokens: list[np.ndarray] = []
         owners: list[int] = []
         for owner, text in enumerate(texts):

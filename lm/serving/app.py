@@ -23,14 +23,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lm.decoding.engine.sizes import is_pageable
 from lm.errors import UserError, nearest
 from lm.serving.api_keys import ApiKeys
 from lm.serving.completion_api import Answer, Exchange, chat, complete
+from lm.serving.engine_thread import EngineLostError
 from lm.serving.metrics import Metrics
 from lm.serving.request_body import ApiError, Body, read_body
 from lm.serving.sampling_parameters import RequestLimits
 from lm.serving.served_models import ServedModel
 from lm.serving.text_scores import about_tokenizer, classify, detokenize, embed, tokenize
+from lm.serving.work_queue import WorkQueue
 
 Handler = Callable[[Exchange, Body, RequestLimits], Awaitable[Answer]]
 POSTS: dict[str, Handler] = {
@@ -51,7 +54,8 @@ class ServerOptions:
 
     Attributes:
         limits: limits of requests.
-        queue: most replies that wait for a row of an engine; more are refused with 429.
+        queue: most replies, and groups of texts to read, that wait for a model beside those that it
+            works on; more are refused with 429.
         request_seconds: time of a request, waiting included.
         body_bytes: most bytes of a body.
         log_texts: log prompts and replies.
@@ -71,6 +75,7 @@ class Server:
         models: models by name; the first one answers requests that name none.
         options: limits.
         keys: keys of clients; None: all may ask.
+        queues: bounded work of each model.
         metrics: metrics.
         is_warm: the engines have compiled their programs.
         draining: it ends; new requests are refused.
@@ -81,7 +86,8 @@ class Server:
         self, models: Mapping[str, ServedModel], options: ServerOptions, keys: ApiKeys | None
     ):
         self.options, self.keys = options, keys
-        self.metrics = Metrics(list(models.values()))
+        self.queues = {model: WorkQueue(model.n_rows + options.queue) for model in models.values()}
+        self.metrics = Metrics(self.queues)
         adapted = {name: model for model in models.values() for name in model.adapter_names}
         self.models = {**models, **adapted}
         self.is_warm = self.draining = False
@@ -101,11 +107,10 @@ class Server:
             raise ApiError(404, message, "model", "model_not_found")
         return name, model
 
-    def check_queue(self, model: ServedModel) -> None:
-        """Raise ApiError if too many replies wait."""
-        engine = model.engine
-        if engine and engine.n_open >= engine.statistics.n_rows + self.options.queue:
-            raise ApiError(429, "too many requests wait; try again later", code="queue_full")
+    @property
+    def has_lost_engine(self) -> bool:
+        """True if a model cannot be served any more."""
+        return any(model.engine and model.engine.is_lost for model in self.queues)
 
 
 def log_line(**values: Any) -> None:
@@ -128,9 +133,13 @@ def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
     """
 
     def healthz(request: Request) -> Response:
+        if server.has_lost_engine:
+            return PlainTextResponse("an engine has failed, and cannot start again\n", 503)
         return PlainTextResponse("ok\n")
 
     def readyz(request: Request) -> Response:
+        if server.has_lost_engine:
+            return healthz(request)
         if server.draining:
             return PlainTextResponse("draining\n", 503)
         if not server.is_warm:
@@ -165,6 +174,7 @@ def _about(named: tuple[str, ServedModel]) -> dict[str, Any]:
     context = model.engine.context if model.engine else None
     about = {"id": name, "object": "model", "created": model.created, "owned_by": "lm"}
     about |= {"kind": model.kind, "step": model.step, "max_model_len": context}
+    about |= {"paged": is_pageable(model.prepared) if model.engine else None}
     return about | {"chat": model.template is not None, "has_source": model.has_source}
 
 
@@ -188,10 +198,13 @@ class _Endpoint:
         server, exchange = self._server, scope["lm.exchange"]
         body = await read_body(Request(scope, receive), server.options.body_bytes)
         exchange.name, exchange.model = server.model_of(body)
-        server.check_queue(exchange.model)
+        exchange.queue = server.queues[exchange.model]
         exchange.timer = server.metrics.timer(exchange.name, exchange.started)
         work = self._answer(exchange, body, scope, receive, send)
-        await _until_gone(receive, work, server.options.request_seconds)
+        try:
+            await _until_gone(receive, work, server.options.request_seconds)
+        finally:
+            exchange.queue.give_back(exchange.n_reserved)
 
     async def _answer(
         self, exchange: Exchange, body: Body, scope: Scope, receive: Receive, send: Send
@@ -310,6 +323,8 @@ class _Around:
         self, error: Exception, status: int, scope: Scope, receive: Receive, send: Send
     ) -> str:
         """Send an error to the client, and return what the log says."""
+        if isinstance(error, EngineLostError):
+            error = ApiError(503, str(error), code="engine_lost")
         if not isinstance(error, ApiError):
             log_line(error="".join(traceback.format_exception(error)))
             error = ApiError(500, "the server has failed at this request; its log says why")

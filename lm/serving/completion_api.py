@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from lm.data.records import BadRow
 from lm.decoding.chats import chat_of
 from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import GenerationRequest, NewToken
+from lm.models.variables import Params
 from lm.serving.logprobs import CompletionLogprobs, chat_logprobs
 from lm.serving.replies import Reply, reply_parts, whole_replies
 from lm.serving.request_body import ApiError, Body, wrong
@@ -21,6 +23,7 @@ from lm.serving.sampling_parameters import (
     Asked,
     RequestLimits,
     grammar_limits,
+    prompts_ids,
     read_prompts,
     read_sampling,
     read_top_logprobs,
@@ -29,6 +32,7 @@ from lm.serving.served_models import ServedModel
 
 Json = dict[str, Any]
 Answer = Json | AsyncGenerator[Json]
+_GRAMMAR_SECONDS = 10.0
 _COMPLETION_TOKENS = 16  # as OpenAI's API has it
 
 
@@ -58,6 +62,8 @@ class Exchange:
         usage: counts of tokens.
         started: time when it began, of `time.monotonic`.
         texts: prompts and replies, for the log.
+        queue: bounded work of the model.
+        n_reserved: what of it is this request's.
         timer: called with the number of a reply and of its new tokens, as they come.
     """
 
@@ -68,6 +74,20 @@ class Exchange:
         self.started = time.monotonic()
         self.texts: Json = {}
         self.timer: Any = None
+        self.queue: Any = None
+        self.n_reserved = 0
+
+    def reserve(self, n: int) -> None:
+        """Enter the queue of the model, before anything is awaited.
+
+        Args:
+            n: replies, or groups of texts that are read together.
+
+        Raises:
+            ApiError: there is no room.
+        """
+        self.queue.take(n)
+        self.n_reserved += n
 
 
 async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
@@ -82,17 +102,20 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
     asked = read_sampling(body, model.controls, limits, _COMPLETION_TOKENS, top_logprobs)
     is_echo, given = body.flag("echo"), body.raw("prompt")
     body.finish(UNSUPPORTED)
+    prompts = read_prompts(given)
     if is_echo and model.has_source:
         raise wrong("echo", "a source is no part of the reply")
+    if not asked.request.max_new_tokens and not is_echo:
+        raise wrong("max_tokens", "it must be above 0, unless echo is true")
     if model.has_source and not body.has("temperature"):
         asked = replace(asked, request=replace(asked.request, temperature=0.0))
+    exchange.reserve(asked.n_replies(len(prompts), limits))
     asked = _adapted(exchange, model, await _with_grammar(model, asked))
-    prompts = await model.in_worker(read_prompts, model, given)
-    requests = asked.requests(prompts, limits)
-    exchange.usage.prompt_tokens = sum(map(len, prompts))
+    ids = await model.in_worker(prompts_ids, model, prompts)
+    requests = asked.requests(ids, limits)
+    exchange.usage.prompt_tokens = sum(map(len, ids))
     exchange.texts["prompt"] = given
-    starts = await _starts(model, requests, top_logprobs) if is_echo else {}
-    answer = _Completions(exchange, asked, requests, starts)
+    answer = _Completions(exchange, asked, requests, is_echo)
     return answer.events() if asked.stream else await answer.whole()
 
 
@@ -122,13 +145,14 @@ async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
         conversation = chat_of({"messages": messages, "tools": tools})
     except BadRow as error:
         raise wrong("messages", str(error)) from None
+    exchange.reserve(asked.n_replies(1, limits))
     asked = _adapted(exchange, model, await _with_grammar(model, asked))
     asked = replace(asked, stop=(*asked.stop, *model.chat_stops))
     prompt = await model.in_worker(model.chat_ids, conversation)
     requests = asked.requests([prompt], limits)
     exchange.usage.prompt_tokens = len(prompt)
     exchange.texts["messages"] = messages
-    answer = _Chat(exchange, asked, requests, {})
+    answer = _Chat(exchange, asked, requests, False)
     return answer.events() if asked.stream else await answer.whole()
 
 
@@ -141,7 +165,14 @@ def _generator(exchange: Exchange) -> ServedModel:
 
 
 async def _with_grammar(model: ServedModel, asked: Asked) -> Asked:
-    found = await model.in_worker(grammar_limits, model, asked)
+    if asked.grammar is None:
+        return asked
+    compiled = model.grammar_worker.submit(grammar_limits, model, asked)
+    try:
+        found = await asyncio.wait_for(asyncio.wrap_future(compiled), _GRAMMAR_SECONDS)
+    except TimeoutError:
+        problem = f"the grammar is not compiled after {_GRAMMAR_SECONDS:g} s"
+        raise wrong("response_format", problem) from None
     return replace(asked, request=replace(asked.request, limits=found))
 
 
@@ -151,18 +182,18 @@ def _adapted(exchange: Exchange, model: ServedModel, asked: Asked) -> Asked:
 
 
 async def _starts(
-    model: ServedModel, requests: Sequence[GenerationRequest], top_logprobs: int | None
+    model: ServedModel, params: Params, requests: Sequence[GenerationRequest]
 ) -> dict[int, tuple[str, list[NewToken]]]:
     """Return the text and the tokens of the prompt of each request, which replies repeat."""
     found = {}
     scored: dict[tuple[int, ...], list[NewToken]] = {}
     for index, request in enumerate(requests):
         tokens: list[NewToken] = []
-        if top_logprobs is not None:
+        if request.top_logprobs is not None:
             if request.prompt not in scored:
                 number = (*model.adapter_names, "").index(request.adapter) + 1
                 number = number if request.adapter else 0
-                arguments: Any = model.prepared, model.params, request.prompt, top_logprobs
+                arguments: Any = model.prepared, params, request.prompt, request.top_logprobs
                 arguments += model.adapters, number
                 scored[request.prompt] = await model.in_worker(prompt_logprobs, *arguments)
             tokens = scored[request.prompt]
@@ -181,19 +212,18 @@ class _Completions:
         exchange: Exchange,
         asked: Asked,
         requests: Sequence[GenerationRequest],
-        starts: dict[int, tuple[str, list[NewToken]]],
+        is_echo: bool,
     ):
         model = exchange.model
         assert model is not None
         self._model, self._exchange, self._asked = model, exchange, asked
-        self._requests, self._starts = requests, starts
+        self._requests, self._is_echo = requests, is_echo
         self._has_logprobs = asked.request.top_logprobs is not None
-        self._logprobs = [CompletionLogprobs(model, bool(starts)) for _ in requests]
+        self._logprobs = [CompletionLogprobs(model, is_echo) for _ in requests]
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": exchange.name,
-            "system_fingerprint": f"step-{model.step}",
         }
 
     def choice(self, reply: Reply, is_part: bool, is_first: bool) -> Json:
@@ -216,8 +246,8 @@ class _Completions:
 
     async def events(self) -> AsyncGenerator[Json]:
         """Yield the objects of a stream."""
-        head = {**self._head, "object": self.chunk_kind}
-        head |= {"usage": None} if self._asked.with_usage else {}
+        self._head |= {"object": self.chunk_kind}
+        self._head |= {"usage": None} if self._asked.with_usage else {}
         begun: set[int] = set()
         texts = [""] * len(self._requests)
         async with aclosing(self._parts()) as parts:
@@ -227,27 +257,34 @@ class _Completions:
                 if part.text or part.finish or has_logprobs or part.index not in begun:
                     choice = self.choice(part, is_part=True, is_first=part.index not in begun)
                     begun.add(part.index)
-                    yield {**head, "choices": [choice]}
+                    yield {**self._head, "choices": [choice]}
         self._exchange.texts["replies"] = texts
         if self._asked.with_usage:
-            yield {**head, "choices": [], "usage": self._exchange.usage.as_json()}
+            yield {**self._head, "choices": [], "usage": self._exchange.usage.as_json()}
 
     async def _parts(self) -> AsyncGenerator[Reply]:
         """Yield the parts of the replies: what they repeat of the prompts, then what is new."""
-        for index, (text, tokens) in self._starts.items():
-            is_all = not self._requests[index].max_new_tokens
-            yield Reply(index, text, tokens, "length" if is_all else "")
-        if not self._requests[0].max_new_tokens:
-            if not self._starts:
-                raise wrong("max_tokens", "it must be above 0, unless echo is true")
-            return
-        found = reply_parts(self._model, self._requests, self._asked.stop)
-        async with aclosing(found) as parts:
-            async for part in parts:
-                n = len(part.tokens)
-                self._exchange.usage.completion_tokens += n
-                self._exchange.timer.tick(part.index, n)
-                yield part
+        model, starts, params = self._model, {}, None
+        while params is not model.params:  # a newer checkpoint may come meanwhile
+            params = model.params
+            if self._is_echo:
+                starts = await _starts(model, params, self._requests)
+        assert model.engine is not None
+        self._head["system_fingerprint"] = f"step-{model.step}"
+        is_all = not self._requests[0].max_new_tokens
+        with closing(model.engine.submit([] if is_all else self._requests)) as ticket:
+            for index, (text, tokens) in starts.items():
+                yield Reply(index, text, tokens, "length" if is_all else "")
+            found = reply_parts(model, self._requests, self._asked.stop, ticket)
+            async with aclosing(found) as parts:
+                async for part in parts:
+                    yield self._counted(part)
+
+    def _counted(self, part: Reply) -> Reply:
+        n = len(part.tokens)
+        self._exchange.usage.completion_tokens += n
+        self._exchange.timer.tick(part.index, n)
+        return part
 
 
 class _Chat(_Completions):

@@ -22,6 +22,32 @@ from lm.models.variables import Params
 Failure = UserError | RuntimeError
 
 
+class EngineLostError(RuntimeError):
+    """Failure of an engine whose place no other could take."""
+
+
+class _LostEngine:
+    """Engine in the place of one that cannot be made again: it refuses all requests."""
+
+    def __init__(self, context: int | None, statistics: EngineStatistics):
+        self.context, self._statistics = context, statistics
+
+    def add(self, request: GenerationRequest) -> int:
+        raise EngineLostError("the engine has failed, and cannot start again")
+
+    def cancel(self, number: int) -> None:
+        pass
+
+    def step(self) -> list[Progress]:
+        return []
+
+    def update(self, params: Params) -> None:
+        raise EngineLostError("the engine has failed, and cannot start again")
+
+    def statistics(self) -> EngineStatistics:
+        return self._statistics
+
+
 class Ticket:
     """Requests that were submitted together, and their progress as it comes."""
 
@@ -44,23 +70,19 @@ class Ticket:
             index, progress = event
             if index in self._open:
                 if progress.finish:
-                    self._end(index)
+                    self._open.remove(index)
                 yield event
 
     def cancel(self, index: int) -> None:
         """End a request; nothing more of it is given."""
         if index in self._open:
-            self._end(index)
+            self._open.remove(index)
             self._thread.cancel(self, index)
 
     def close(self) -> None:
         """End all requests that have not ended."""
         for index in list(self._open):
             self.cancel(index)
-
-    def _end(self, index: int) -> None:
-        self._thread.n_open -= 1
-        self._open.remove(index)
 
     def deliver(self, event: tuple[int, Progress] | Failure) -> None:
         """Take an event, in the event loop."""
@@ -70,10 +92,11 @@ class Ticket:
 class EngineThread:
     """Engine in a thread of its own; its methods are called in the event loop.
 
-    An exception of the engine ends the requests that it had, and a new engine takes its place.
+    An exception of the engine ends the requests that it had, and a new engine takes its place; if
+    none can be made, requests raise `EngineLostError`.
 
     Attributes:
-        n_open: requests that wait or run.
+        is_lost: the engine has failed, and no other could be made.
         statistics: the newest of the engine.
     """
 
@@ -96,8 +119,8 @@ class EngineThread:
         """
         self._make, self._name, self._log = partial(make, experiment), name, log
         self._params = params
-        self._engine = self._make(params)
-        self.n_open = 0
+        self._engine: Engine = self._make(params)
+        self.is_lost = False
         self.context = self._engine.context
         self.statistics: EngineStatistics = self._engine.statistics()
         self._earlier = [0, 0, 0]  # counters of engines that have failed
@@ -106,14 +129,13 @@ class EngineThread:
         self._numbers: dict[tuple[Ticket, int], int] = {}
         self._wake = threading.Condition()
         self._commands: list[Callable[[], Any]] = []
-        self._stopping = False
+        self._stopping = self._is_busy = False
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Ticket:
         """Queue requests, and return what gives their progress."""
         ticket = Ticket(self, len(requests))
-        self.n_open += len(requests)
         self._command(partial(self._add, ticket, tuple(requests)))
         return ticket
 
@@ -121,24 +143,9 @@ class EngineThread:
         """End a request of a ticket."""
         self._command(partial(self._cancel, ticket, index))
 
-    async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """Run a function of the engine in its thread, between two steps, and return its result."""
-        future: asyncio.Future[Any] = self._loop.create_future()
-
-        def run() -> None:
-            try:
-                result, error = function(self._engine), None
-            except Exception as found:
-                result, error = None, found
-            self._loop.call_soon_threadsafe(_resolve, future, result, error)
-
-        self._command(run)
-        return await future
-
-    async def update(self, params: Params) -> None:
-        """Replace the parameters; requests that run are ended with the old ones."""
-        await self.call(lambda engine: engine.update(params))
-        self._params = params
+    def update(self, params: Params) -> None:
+        """Replace the parameters of all requests that are submitted later."""
+        self._command(partial(self._update, params))
 
     def stop(self) -> None:
         """End the thread; requests that run are lost."""
@@ -155,24 +162,25 @@ class EngineThread:
     # --- in the thread
 
     def _run(self) -> None:
-        is_busy = False
         while True:
             with self._wake:
-                while not (self._commands or is_busy or self._stopping):
+                while not (self._commands or self._is_busy or self._stopping):
                     self._wake.wait()
                 if self._stopping:
                     return
                 commands, self._commands = self._commands, []
-            for command in commands:
-                command()
-            try:
-                progress = self._engine.step()
-                is_busy = bool(progress)
-                self.statistics = self._counted(self._engine.statistics())
-                self._route(progress)
-            except Exception as error:
-                is_busy = False
-                self._fail(error)
+            for act in (*commands, self._step):
+                try:
+                    act()
+                except Exception as error:
+                    self._is_busy = False
+                    self._fail(error)
+
+    def _step(self) -> None:
+        progress = self._engine.step()
+        self._is_busy = bool(progress)
+        self.statistics = self._counted(self._engine.statistics())
+        self._route(progress)
 
     def _add(self, ticket: Ticket, requests: Sequence[GenerationRequest]) -> None:
         try:
@@ -180,11 +188,14 @@ class EngineThread:
                 number = self._engine.add(request)
                 self._routes[number] = ticket, index
                 self._numbers[ticket, index] = number
-        except UserError as error:
+        except (UserError, EngineLostError) as error:
             self._send([(ticket, error)])
         except Exception as error:
-            self._fail(error)
-            self._send([(ticket, RuntimeError("the engine has failed"))])
+            self._fail(error, ticket)
+
+    def _update(self, params: Params) -> None:
+        self._params = params
+        self._engine.update(params)
 
     def _cancel(self, ticket: Ticket, index: int) -> None:
         number = self._numbers.pop((ticket, index), None)
@@ -207,18 +218,28 @@ class EngineThread:
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, *tickets: Ticket) -> None:
+        """Make another engine, and tell all requests; those of `tickets` are in none yet."""
         self._log(f"{self._name}: the engine has failed and starts again: {error!r}")
         self._log("".join(traceback.format_exception(error)))
-        tickets = dict.fromkeys(ticket for ticket, _ in self._routes.values())
+        traceback.clear_frames(error.__traceback__)  # which hold the engine
+        tickets = (*tickets, *(ticket for ticket, _ in self._routes.values()))
         self._routes.clear()
         self._numbers.clear()
-        self._send([(ticket, RuntimeError("the engine has failed")) for ticket in tickets])
         s = self.statistics
         self._earlier = [s.n_prompt_tokens, s.n_reused_tokens, s.n_new_tokens]
         del self._engine  # its cache, before there is another
-        self._engine = self._make(self._params)
+        try:
+            self._engine = self._make(self._params)
+        except Exception as problem:
+            self._log(f"{self._name}: the engine cannot start again: {problem!r}")
+            self._engine = _LostEngine(self.context, EngineStatistics(*(0, 0, s.n_rows), *[0] * 5))
+            self.is_lost = True
         self.statistics = self._counted(self._engine.statistics())
+        failure = EngineLostError if self.is_lost else RuntimeError
+        self._send(
+            [(ticket, failure("the engine has failed")) for ticket in dict.fromkeys(tickets)]
+        )
 
     def _counted(self, s: EngineStatistics) -> EngineStatistics:
         """Return statistics since the start of the server."""
@@ -232,12 +253,3 @@ class EngineThread:
 def _deliver(events: list[tuple[Ticket, Any]]) -> None:
     for ticket, event in events:
         ticket.deliver(event)
-
-
-def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if future.cancelled():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)

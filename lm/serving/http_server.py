@@ -9,7 +9,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,9 @@ async def _serve(
     keys: ApiKeys | None,
     listener: socket.socket,
 ) -> None:
+    loop = asyncio.get_running_loop()
+    reload_wanted = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)  # also while the models are loaded
     models = {model.name: model for model in load()}
     server = Server(models, options, keys)
     config = uvicorn.Config(
@@ -108,25 +111,18 @@ async def _serve(
         else:
             start(_drain(server, process, listen.drain_seconds))
 
-    reloading = asyncio.Lock()
-
     async def reload() -> None:
-        async with reloading:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reload_wanted.wait(), listen.reload_seconds or None)
+            reload_wanted.clear()
             await reload_models(server)
 
-    async def reload_often() -> None:
-        while True:
-            await asyncio.sleep(listen.reload_seconds)
-            await reload()
-
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    loop.add_signal_handler(signal.SIGHUP, lambda: start(reload()))
-    if listen.reload_seconds:
-        start(reload_often())
+    start(reload())
     start(warm_up(server))
-    _announce(server, listen, listener)
+    announce(server, listen, listener)
     try:
         await process.serve(sockets=[listener])
     finally:
@@ -156,12 +152,14 @@ def _check_certificate(listen: ListenOptions) -> None:
             raise UserError(f"{where}: no usable certificate and key: {error}") from None
 
 
-def _announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:
+def announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:
+    """Say on stderr what is served, and where."""
     scheme = "https" if listen.certificate else "http"
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     port = listener.getsockname()[1]
     names = ", ".join(f"{name} (step {model.step})" for name, model in server.models.items())
-    print(f"serving {names} on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full disk
+        print(f"serving {names} on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
 
 
 @contextmanager

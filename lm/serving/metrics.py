@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lm.serving.served_models import ServedModel
+from lm.serving.work_queue import WorkQueue
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
@@ -18,7 +19,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 30
 class Metrics:
     """Counters and histograms of requests, and what the engines say of themselves."""
 
-    def __init__(self, models: Sequence[ServedModel]):
+    def __init__(self, queues: Mapping[ServedModel, WorkQueue]):
         self.registry = CollectorRegistry()
         names: Any = {"registry": self.registry, "namespace": "lm"}
         self._requests = Counter(
@@ -29,7 +30,7 @@ class Metrics:
         self._seconds = Histogram("request_seconds", "Time of a whole request.", **times)
         self._first = Histogram("first_token_seconds", "Time to the first token.", **times)
         self._between = Histogram("between_tokens_seconds", "Mean time between tokens.", **times)
-        self.registry.register(_Engines(models))
+        self.registry.register(_Engines(queues))
 
     def begin(self) -> None:
         """Count a request that begins."""
@@ -81,14 +82,14 @@ class TokenTimer:
 class _Engines(Collector):
     """Statistics of the engines, read when they are asked for."""
 
-    def __init__(self, models: Sequence[ServedModel]):
-        self._models = models
+    def __init__(self, queues: Mapping[ServedModel, WorkQueue]):
+        self._queues = queues
 
     def describe(self) -> Iterable[Any]:
         return []
 
     def collect(self) -> Iterator[Any]:
-        engines = [(model.name, model.engine) for model in self._models if model.engine]
+        engines = [(model.name, model.engine) for model in self._queues if model.engine]
         read: list[tuple[type, str, str, Callable[[Any], float]]] = [
             (GaugeMetricFamily, "running", "Replies that are written now.", _of("n_running")),
             (GaugeMetricFamily, "rows", "Replies that can be written at once.", _of("n_rows")),
@@ -98,12 +99,14 @@ class _Engines(Collector):
             (CounterMetricFamily, "reused_tokens", "Those in the cache.", _of("n_reused_tokens")),
             (CounterMetricFamily, "new_tokens", "Tokens of replies.", _of("n_new_tokens")),
         ]
-        queue = GaugeMetricFamily("lm_queued", "Replies that wait.", labels=["model"])
-        for name, engine in engines:
-            queue.add_metric([name], max(0, engine.n_open - engine.statistics.n_running))
-        yield queue
+        waiting = "Replies, and groups of texts to read, that wait."
+        queued = GaugeMetricFamily("lm_queued", waiting, labels=["model"])
+        for model, queue in self._queues.items():
+            n_running = model.engine.statistics.n_running if model.engine else 0
+            queued.add_metric([model.name], max(0, queue.n - n_running))
+        yield queued
         step = GaugeMetricFamily("lm_step", "Step of the weights.", labels=["model"])
-        for model in self._models:
+        for model in self._queues:
             step.add_metric([model.name], model.step)
         yield step
         for family, metric, about, value in read:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lm.decoding.engine.requests import STOP, GenerationRequest, NewToken
 from lm.decoding.text_stream import TextStream
+from lm.serving.engine_thread import Ticket
 from lm.serving.served_models import ServedModel
 
 WITHHELD = "content_filter"  # why a reply ended that a guard withholds
@@ -37,25 +38,29 @@ class Reply:
 
 
 async def reply_parts(
-    model: ServedModel, requests: Sequence[GenerationRequest], stop: Sequence[str]
+    model: ServedModel,
+    requests: Sequence[GenerationRequest],
+    stop: Sequence[str],
+    ticket: Ticket,
 ) -> AsyncGenerator[Reply]:
     """Yield the parts of the replies to requests, as they come; whole ones where a guard judges.
 
     Args:
         model: model with an engine.
-        requests: the requests, which end when the iterator is closed.
+        requests: the requests.
         stop: texts before which a reply ends.
+        ticket: what gives their progress.
 
     Raises:
         UserError: a request was refused.
         RuntimeError: the engine has failed.
     """
     if model.guard is None:
-        async with aclosing(_parts(model, requests, stop)) as parts:
+        async with aclosing(_parts(model, requests, stop, ticket)) as parts:
             async for part in parts:
                 yield part
         return
-    replies = await whole_replies(_parts(model, requests, stop), len(requests))
+    replies = await whole_replies(_parts(model, requests, stop, ticket), len(requests))
     withheld = await model.in_worker(model.guard.withholds, [reply.text for reply in replies])
     for reply, is_withheld in zip(replies, withheld, strict=True):
         yield Reply(reply.index, finish=WITHHELD) if is_withheld else reply
@@ -71,26 +76,24 @@ async def whole_replies(parts: AsyncGenerator[Reply], n: int) -> list[Reply]:
 
 
 async def _parts(
-    model: ServedModel, requests: Sequence[GenerationRequest], stop: Sequence[str]
+    model: ServedModel,
+    requests: Sequence[GenerationRequest],
+    stop: Sequence[str],
+    ticket: Ticket,
 ) -> AsyncGenerator[Reply]:
-    assert model.engine is not None
     streams = [
         TextStream(model.tokenizer, () if model.has_source else request.prompt, stop)
         for request in requests
     ]
-    ticket = model.engine.submit(requests)
-    try:
-        async for index, progress in ticket:
-            part, stream = Reply(index, finish=progress.finish), streams[index]
-            for token in progress.tokens:
-                part.text += stream.push((token.id,))
-                part.tokens.append(token)
-                if stream.stopped:
-                    part.finish = STOP
-                    ticket.cancel(index)
-                    break
-            if part.finish:
-                part.text += stream.finish()
-            yield part
-    finally:
-        ticket.close()
+    async for index, progress in ticket:
+        part, stream = Reply(index, finish=progress.finish), streams[index]
+        for token in progress.tokens:
+            part.text += stream.push((token.id,))
+            part.tokens.append(token)
+            if stream.stopped:
+                part.finish = STOP
+                ticket.cancel(index)
+                break
+        if part.finish:
+            part.text += stream.finish()
+        yield part

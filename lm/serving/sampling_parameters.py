@@ -64,16 +64,21 @@ class Asked:
     stream: bool
     with_usage: bool
 
+    def n_replies(self, n_prompts: int, limits: RequestLimits) -> int:
+        """Return the number of replies to some prompts; ApiError if they are too many."""
+        n = n_prompts * self.n
+        if n > limits.choices:
+            raise ApiError(400, f"{n} replies: at most {limits.choices}")
+        return n
+
     def requests(
         self, prompts: Sequence[Sequence[int]], limits: RequestLimits
     ) -> list[GenerationRequest]:
         """Return the requests of prompts, those of the first prompt first.
 
         Raises:
-            ApiError: they are too many or too long.
+            ApiError: one is empty or too long.
         """
-        if len(prompts) * self.n > limits.choices:
-            raise ApiError(400, f"{len(prompts) * self.n} replies: at most {limits.choices}")
         for prompt in prompts:
             if not prompt:
                 raise ApiError(400, "an empty prompt, and no token to start with", "prompt")
@@ -180,13 +185,12 @@ def _read_grammar(body: Body) -> Grammar | None:
     return Grammar(kind, source)
 
 
-def grammar_limits(model: ServedModel, asked: Asked) -> TextLimits | None:
+def grammar_limits(model: ServedModel, asked: Asked) -> TextLimits:
     """Return the limits of a request with its grammar; UserError for one that is none."""
-    request = asked.request
-    if asked.grammar is None:
-        return request.limits
-    kind, source = asked.grammar.kind, asked.grammar.source
-    return with_grammar(request.limits, kind, source, model.tokenizer, request.end_ids)
+    request, grammar = asked.request, asked.grammar
+    assert grammar is not None
+    of_grammar = grammar.kind, grammar.source, model.tokenizer
+    return with_grammar(request.limits, *of_grammar, request.end_ids)
 
 
 def read_top_logprobs(body: Body, is_chat: bool) -> int | None:
@@ -202,8 +206,8 @@ def read_top_logprobs(body: Body, is_chat: bool) -> int | None:
     return None
 
 
-def read_prompts(model: ServedModel, value: Any) -> list[list[int]]:
-    """Return the token ids of prompts: a text, token ids, or a list of either.
+def read_prompts(value: Any) -> list[str | list[int]]:
+    """Return the prompts of a body: a text, token ids, or a list of either.
 
     Raises:
         ApiError: it is something else.
@@ -212,9 +216,11 @@ def read_prompts(model: ServedModel, value: Any) -> list[list[int]]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
-    found = []
-    for one in value:
-        if not isinstance(one, str) and not is_ids(one):
-            raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
-        found.append(model.prompt_ids(one) if isinstance(one, str) else list(one))
-    return found
+    if not all(isinstance(one, str) or is_ids(one) for one in value):
+        raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
+    return value
+
+
+def prompts_ids(model: ServedModel, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Return the token ids of prompts."""
+    return [model.prompt_ids(one) if isinstance(one, str) else one for one in prompts]

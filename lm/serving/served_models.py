@@ -69,6 +69,7 @@ class ServedModel:
         sizes: sizes of the engine.
         created: time when it was loaded.
         worker: thread that tokenizes and judges, in turn.
+        grammar_worker: threads that compile grammars, which may take seconds.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ServedModel:
     sizes: EngineOptions = field(default_factory=EngineOptions)
     created: int = field(default_factory=lambda: int(time.time()))
     worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+    grammar_worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2))
 
     @property
     def has_source(self) -> bool:
@@ -100,6 +102,11 @@ class ServedModel:
             return "generate"
         name = self.experiment.config.objective.name
         return "classify" if name == "classification" else "embed"
+
+    @property
+    def n_rows(self) -> int:
+        """Replies, or groups of texts, that it works on at once."""
+        return self.engine.statistics.n_rows if self.engine else 1
 
     @cached_property
     def spelling(self) -> Callable[[int], bytes | None]:
@@ -173,7 +180,8 @@ class ServedModel:
         """End its threads."""
         if self.engine is not None:
             self.engine.stop()
-        self.worker.shutdown(wait=False, cancel_futures=True)
+        for worker in (self.worker, self.grammar_worker):
+            worker.shutdown(wait=False, cancel_futures=True)
 
     def _prepared(self, params: Params) -> Params:
         return params if self.kind == "classify" else prepare(self.experiment, params)[1]
@@ -201,8 +209,9 @@ class ServedModel:
                 log(f"{self.name}: step {newest} cannot be read; step {self.step} is served on")
                 return
             params = await asyncio.to_thread(self._prepared, params)
+            # In one go: what is submitted before has the old weights, what comes after the new.
             if self.engine is not None:
-                await self.engine.update(params)
+                self.engine.update(params)
             self.params, self.step = params, step
             log(f"{self.name}: step {step} is served")
         except Exception as error:  # whatever a checkpoint, or a full disk, can raise
@@ -265,6 +274,8 @@ def _open_model(
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")
+    if not is_pageable(prepared[0]):
+        log(f"{name}: served in whole batches, as not all its layers are attention on one stage")
     if adapters:
         folders = {name: open_run_folder(place) for name, place in adapters.items()}
         model.adapter_names = tuple(folders)

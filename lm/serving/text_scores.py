@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +32,7 @@ from lm.serving.served_models import ServedModel
 Json = dict[str, Any]
 _MOST_TEXTS = 2048  # of a request, as OpenAI's API has it
 _GROUP = 32  # texts that are read together
+_WINDOWS = 4  # of a text that is classified
 
 
 async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
@@ -46,9 +48,11 @@ async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
         raise ApiError(400, f"the model {exchange.name} gives no vectors", "model")
     if form not in ("float", "base64"):
         raise wrong("encoding_format", "it must be float or base64")
-    ids = await model.in_worker(_inputs, model, given, limits)
+    texts = _texts(given)
+    exchange.reserve(ceil(len(texts) / _GROUP))
+    ids = await model.in_worker(_inputs, model, texts, limits)
     exchange.usage.prompt_tokens = sum(map(len, ids))
-    vectors_BD = await model.in_worker(_vectors, model, ids)
+    vectors_BD = await model.in_worker(_vectors, model, model.params, ids)
     data = [
         {"object": "embedding", "index": i, "embedding": _written(vector_D, form)}
         for i, vector_D in enumerate(vectors_BD)
@@ -70,10 +74,14 @@ async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
         raise ApiError(400, f"the model {exchange.name} is no classifier", "model")
     if not texts:
         raise wrong("input", "a text or a list of texts is needed")
+    exchange.reserve(ceil(len(texts) / _GROUP))
     exchange.texts["input"] = texts
     classifier = TextClassifier(model.experiment, model.params, model.tokenizer)
+    most = min(limits.prompt_tokens, classifier.window * _WINDOWS)
+    lengths = await model.in_worker(_lengths, model, texts, most)
+    exchange.usage.prompt_tokens = sum(lengths)
     columns = range(len(classifier.labels))
-    _, probabilities_BC = await model.in_worker(classifier.largest, texts, columns)
+    _, probabilities_BC = await model.in_worker(classifier.largest, texts, columns, _WINDOWS)
     data = [
         {
             "index": i,
@@ -102,6 +110,7 @@ async def tokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
     body.finish()
     if not isinstance(with_special, bool | None):
         raise wrong("add_special_tokens", "it must be true or false")
+    exchange.reserve(1)
     if messages is not None:
         if model.template is None:
             raise ApiError(400, f"the model {exchange.name} has no chat template", "model")
@@ -131,6 +140,7 @@ async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> J
     body.finish()
     if any(i >= model.tokenizer.vocab_size for i in ids):
         raise wrong("tokens", f"an id is not below {model.tokenizer.vocab_size}")
+    exchange.reserve(1)
     return {"prompt": await model.in_worker(model.tokenizer.decode, ids)}
 
 
@@ -164,31 +174,54 @@ def _context(model: ServedModel) -> int | None:
     return int(model.experiment.config.model.max_length)
 
 
-def _inputs(model: ServedModel, given: Any, limits: RequestLimits) -> list[list[int]]:
-    """Return the ids of texts as an encoder reads them."""
-    texts = [given] if isinstance(given, str) or (is_ids(given) and given) else given
-    if not isinstance(texts, list) or not 0 < len(texts) <= _MOST_TEXTS:
+def _texts(given: Any) -> list[str | list[int]]:
+    """Return the texts of a body: one, token ids, or a list of either."""
+    texts = [given] if isinstance(given, str) or is_ids(given) else given
+    if not isinstance(texts, list) or len(texts) > _MOST_TEXTS:
         raise wrong("input", f"a text, token ids, or a list of at most {_MOST_TEXTS} of them")
+    if not texts or not all(text and (isinstance(text, str) or is_ids(text)) for text in texts):
+        raise wrong("input", "texts or lists of token ids, none of them empty")
+    return texts
+
+
+def _inputs(
+    model: ServedModel, texts: Sequence[str | list[int]], limits: RequestLimits
+) -> list[list[int]]:
+    """Return the ids of texts as an encoder reads them."""
     special = special_tokens(model.tokenizer)
     most = min(limits.prompt_tokens, context_length(model.experiment.model) or 2**31)
     is_encoder = model.experiment.config.model.family == "encoder"
-    found = []
-    for text in texts:
-        if isinstance(text, str):
-            encoded = model.tokenizer.encode(text).tolist()
-            ids = [special.cls, *encoded, special.sep] if is_encoder else model.prompt_ids(text)
-        elif is_ids(text) and text:
-            ids = text
-        else:
-            raise wrong("input", "texts or lists of token ids")
-        if len(ids) > most:
-            raise wrong("input", f"a text has {len(ids)} tokens; at most {most} are read")
-        found.append(ids)
+
+    def read(text: str | list[int]) -> list[int]:
+        if not isinstance(text, str):
+            return text
+        if is_encoder:
+            return [special.cls, *model.tokenizer.encode(text).tolist(), special.sep]
+        return model.prompt_ids(text)
+
+    found = [read(text) for text in texts]
+    _check_lengths(list(map(len, found)), most)
     check_ids(found, model.experiment.model)
     return found
 
 
-def _vectors(model: ServedModel, ids: Sequence[Sequence[int]]) -> np.ndarray:
+def _lengths(model: ServedModel, texts: Sequence[str], most: int) -> list[int]:
+    """Return the numbers of tokens of texts; ApiError for one of none or of more than `most`."""
+    found = [len(model.tokenizer.encode(text)) for text in texts]
+    _check_lengths(found, most)
+    return found
+
+
+def _check_lengths(lengths: Sequence[int], most: int) -> None:
+    for n in lengths:
+        if not n:
+            raise wrong("input", "a text has no token")
+        if n > most:
+            problem = f"input: a text has {n} tokens; at most {most} are read"
+            raise ApiError(400, problem, "input", "context_length_exceeded")
+
+
+def _vectors(model: ServedModel, params: Params, ids: Sequence[Sequence[int]]) -> np.ndarray:
     """Return a vector of length 1 for each text, float32 [B, D]."""
     context = context_length(model.experiment.model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -202,7 +235,7 @@ def _vectors(model: ServedModel, ids: Sequence[Sequence[int]]) -> np.ndarray:
         arrays = pad_ids(filled, min(width, context or width), left=False)
         experiment = model.prepared
         with use_mesh(experiment.mesh, experiment.config.parallel.sequence, experiment.pipeline):
-            vectors_BD = np.asarray(_mean_states(experiment.model, model.params, *arrays))
+            vectors_BD = np.asarray(_mean_states(experiment.model, params, *arrays))
         found |= zip(numbers, vectors_BD, strict=False)
     return np.stack([found[i] for i in range(len(ids))])
 

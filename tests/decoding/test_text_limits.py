@@ -9,8 +9,9 @@ import pytest
 
 from lm.config import default
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
+from lm.decoding import text_limits as text_limits_module
 from lm.decoding.controls import Controls
-from lm.decoding.text_limits import text_limits, token_bytes
+from lm.decoding.text_limits import text_limits, token_bytes, with_grammar
 from lm.errors import UserError
 
 pytest.importorskip("llguidance")
@@ -105,6 +106,14 @@ def test_a_limit_that_cannot_be_is_one_line(keys, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         limits_of(**keys)
     assert "\n" not in str(caught.value)
+
+
+def test_a_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
+    """The thread that writes replies does not wait for it."""
+    limits = with_grammar(None, "regex", "ab", ByteTokenizer(), (256,))
+    monkeypatch.setattr(text_limits_module, "_matcher", None)
+    (allowed,) = limits.allowed(257, np.full((1, 4), -1), 0)
+    assert np.flatnonzero(allowed).tolist() == [ord("a")]
 
 
 def test_damaged_files_of_grammars_are_one_line(tmp_path):

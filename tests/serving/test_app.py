@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from functools import partial
 
+import jax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from lm.decoding.engine.requests import EngineStatistics
+from lm.serving import completion_api
 from lm.serving.app import POSTS
+from lm.serving.engine_thread import EngineThread
 
 NAMES = [
     *("model", "prompt", "messages", "input", "tokens", "max_tokens", "n", "best_of", "seed"),
@@ -124,3 +130,133 @@ def test_tokens_and_texts_are_inverse(client):
     chat = {"messages": [{"role": "user", "content": "aé"}]}
     assert client.post("/tokenize", json=chat).json()["count"] > len(ids)
     assert client.post("/detokenize", json={"tokens": [9999]}).status_code == 400
+
+
+SMALL = {
+    "/v1/completions": {"prompt": ["a", "b"], "n": 2, "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    "/v1/embeddings": {"input": "a"},
+    "/classify": {"model": "films", "input": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [65]},
+}
+
+
+def test_every_verb_enters_one_bounded_queue(client, monkeypatch):
+    """Replies and groups of texts count; what is refused says when to ask again."""
+    assert set(SMALL) == set(POSTS)
+    counts = {path: 4 if path == "/v1/completions" else 1 for path in SMALL}
+    for queue in client.server.queues.values():
+        monkeypatch.setattr(queue, "size", 4)
+    for path, body in SMALL.items():
+        queue = client.server.queues[client.server.models[body.get("model", "tiny")]]
+        assert client.post(path, json=body).status_code == 200
+        assert queue.n == 0
+        queue.n = 5 - counts[path]
+        response = client.post(path, json=body)
+        queue.n = 0
+        assert (response.status_code, response.headers["Retry-After"]) == (429, "1"), path
+    many = client.post("/v1/embeddings", json={"input": ["a"] * 129})
+    assert (many.status_code, "5 replies or groups" in many.text) == (400, True), many.text
+
+
+def test_texts_that_no_vector_or_class_is_of_are_refused(client):
+    """No text is cut in silence, and none without tokens has a vector."""
+    for model in ("tiny", "lstm"):
+        for texts in ("", ["a", ""], [], [[]], [[65], []]):
+            response = client.post("/v1/embeddings", json={"model": model, "input": texts})
+            assert response.status_code == 400, response.text
+    for text, status in (("a" * 24, 200), ("a" * 25, 400), ("", 400)):  # four windows of 6 tokens
+        response = client.post("/classify", json={"model": "films", "input": ["b", text]})
+        assert response.status_code == status, response.text
+        if len(text) > 24:
+            assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_models_in_whole_batches_say_so_and_have_every_option(client):
+    paged = {one["id"]: one["paged"] for one in client.get("/v1/models").json()["data"]}
+    assert paged == {"tiny": True, "lstm": False, "films": None}
+    ask = {"model": "lstm", "prompt": "ab", "max_tokens": 4, "logprobs": 2, "min_p": 0.1}
+    ask |= {"logit_bias": {"120": 100}, "frequency_penalty": 1}
+    (choice,) = client.post("/v1/completions", json=ask).json()["choices"]
+    assert choice["text"] == "xxxx"
+    assert len(choice["logprobs"]["token_logprobs"]) == 4
+    grammar = {"type": "regex", "regex": "(yes|no)"}
+    body = {"model": "lstm", "prompt": "ab", "response_format": grammar}
+    for n, finish in ((9, "stop"), (1, "length")):
+        (choice,) = client.post("/v1/completions", json=body | {"max_tokens": n}).json()["choices"]
+        assert (choice["text"] in ("yes", "no"), choice["finish_reason"]) == (n == 9, finish)
+
+
+def test_a_slow_grammar_is_refused_and_holds_nobody_up(client, monkeypatch):
+    monkeypatch.setattr(completion_api, "_GRAMMAR_SECONDS", 0.05)
+    done = threading.Event()
+    monkeypatch.setattr(completion_api, "grammar_limits", lambda *args: done.wait(60))
+    grammar = {"response_format": {"type": "regex", "regex": "a"}}
+    response = client.post("/v1/completions", json={"prompt": "a", **grammar})
+    assert (response.status_code, "grammar" in response.text) == (400, True), response.text
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert not done.is_set()
+    done.set()
+
+
+class Failing:
+    """Engine that fails at the first request; there is no other."""
+
+    made = False
+    context = 256
+
+    def __init__(self, *args):
+        if Failing.made:
+            raise MemoryError
+        Failing.made = True
+
+    def add(self, request):
+        return 0
+
+    def step(self):
+        raise ValueError
+
+    def statistics(self):
+        return EngineStatistics(*[4] * 8)
+
+
+def test_an_engine_that_cannot_start_again_is_told(client, monkeypatch):
+    model = client.server.models["tiny"]
+    make = partial(EngineThread, Failing, model.prepared, model.params, "tiny", print)
+    assert client.get("/healthz").status_code == 200
+    failing = client.portal.call(make)
+    monkeypatch.setattr(model, "engine", failing)
+    for _ in range(2):
+        response = client.post("/v1/completions", json={"prompt": "a"})
+        assert response.status_code == 503, response.text
+        assert response.json()["error"]["code"] == "engine_lost"
+        assert response.headers["Retry-After"] == "1"
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
+    failing.stop()
+
+
+def test_a_request_has_one_checkpoint(client, monkeypatch):
+    """A newer one that comes while the prompt is scored is that of the whole reply."""
+    model = client.server.models["tiny"]
+    old, new = model.params, jax.tree.map(lambda x: x * 0.5, model.params)
+    ask = {"prompt": "the", "max_tokens": 2, "echo": True, "logprobs": 0, "temperature": 0}
+    scored = []
+
+    def prompt_logprobs(experiment, params, *args):
+        if not scored:
+            model.engine.update(new)
+            model.params, model.step = new, 9
+        scored.append(params)
+        return scores(experiment, params, *args)
+
+    scores = completion_api.prompt_logprobs
+    monkeypatch.setattr(completion_api, "prompt_logprobs", prompt_logprobs)
+    monkeypatch.setattr(model, "step", model.step)
+    found = client.post("/v1/completions", json=ask).json()
+    assert found["choices"] == client.post("/v1/completions", json=ask).json()["choices"]
+    assert found["system_fingerprint"] == "step-9"
+    assert scored[0] is old
+    assert all(one is new for one in scored[1:])
+    model.engine.update(old)
+    model.params = old

@@ -42,7 +42,7 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
-from lm.decoding.engine.rows import ServedRow
+from lm.decoding.engine.rows import ServedRow, new_token
 from lm.decoding.engine.sizes import EngineOptions, choose_context, chunk_lengths, count_pages
 from lm.decoding.engine.speculation import speculate_rows
 from lm.decoding.prompts import check_ids, check_prompts
@@ -111,7 +111,7 @@ class PagedEngine:
         self._rows: dict[int, ServedRow] = {}  # by number of the row, in the order of admission
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._in_flight: deque[tuple[dict[int, tuple[int, int]], NewTokens]] = deque()
-        self._next_params: Params | None = None
+        self._updates: deque[tuple[int, Params]] = deque()  # from a request on, its parameters
         self._n_requests = self._n_prompt = self._n_reused = self._n_new = 0
 
     # --- the interface `Engine`
@@ -160,8 +160,10 @@ class PagedEngine:
         return prompt_logprobs(*text, n_top, self._adapters, adapter)
 
     def update(self, params: Params) -> None:
-        """Replace the parameters, once all running requests have ended; others wait for that."""
-        _, self._next_params = prepare(self._unprepared, params)
+        """Replace the parameters of later requests, which wait until all earlier ones end."""
+        if self._updates and self._updates[-1][0] == self._n_requests:
+            self._updates.pop()
+        self._updates.append((self._n_requests, prepare(self._unprepared, params)[1]))
 
     def statistics(self) -> EngineStatistics:
         """Return counters and sizes."""
@@ -192,13 +194,14 @@ class PagedEngine:
 
     def _admit(self) -> None:
         """Give rows and pages to the requests that wait, in their order."""
-        if self._next_params is not None:
-            if self._rows:
-                return
-            self._params, self._next_params = self._next_params, None
+        first = self._waiting[0][0] if self._waiting else self._n_requests
+        while self._updates and not self._rows and self._updates[0][0] <= first:
+            _, self._params = self._updates.popleft()
             self._pool.clear()
         while self._waiting and len(self._rows) < self._options.n_rows:
             number, request = self._waiting[0]
+            if self._updates and number >= self._updates[0][0]:
+                return
             found = self._find(request)
             self._pool.hold(found)
             n_more = self._pages_of(request) - len(found)
@@ -232,7 +235,7 @@ class PagedEngine:
         self._pool.release(row.pages)
 
     def _store(self, row: ServedRow, written: list[int], first: int = 0) -> None:
-        if not self._reads_whole and self._next_params is None:
+        if not self._reads_whole and not self._updates:
             self._pool.store(written, row.request.adapter, row.pages, row.n_exact, first)
 
     # --- dispatch
@@ -385,15 +388,7 @@ class PagedEngine:
                 return tokens, STOP
             row.new.append(token)
             self._n_new += 1
-            tokens.append(_new_token(request, new.chosen, (j, column)))
+            tokens.append(new_token(request, new.chosen, (j, column)))
             if len(row.new) == request.max_new_tokens:
                 return tokens, LENGTH
         return tokens, ""
-
-
-def _new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:
-    token, n = int(chosen.tokens_B[at]), request.top_logprobs
-    if n is None:
-        return NewToken(token)
-    listed = chosen.listed_BC[at][:n].tolist(), chosen.listed_logprobs_BC[at][:n].tolist()
-    return NewToken(token, float(chosen.logprobs_B[at]), tuple(zip(*listed, strict=True)))

@@ -142,7 +142,7 @@ class Engine(Protocol):
         ...
 
     def update(self, params: Params) -> None:
-        """Replace the parameters, once all running requests have ended; others wait for that."""
+        """Replace the parameters of later requests, which wait until all earlier ones end."""
         ...
 
     def statistics(self) -> EngineStatistics:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.requests import GenerationRequest, NewToken
 
 
 @dataclass
@@ -55,3 +56,18 @@ class ServedRow:
             self.is_stuck = True
             allowed[list(r.end_ids) or [0]] = True
         return allowed
+
+
+def new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:
+    """Return a token of a reply, with the log-probabilities that the request asks for.
+
+    Args:
+        request: the request.
+        chosen: tokens on the host (`row_sampling.Chosen`).
+        at: the token's index among them.
+    """
+    token, n = int(chosen.tokens_B[at]), request.top_logprobs
+    if n is None:
+        return NewToken(token)
+    listed = chosen.listed_BC[at][:n].tolist(), chosen.listed_logprobs_BC[at][:n].tolist()
+    return NewToken(token, float(chosen.logprobs_B[at]), tuple(zip(*listed, strict=True)))

@@ -1,20 +1,27 @@
-"""Engine of models that cannot be paged: LSTMs, encoder–decoders with beam search, other mixers.
+"""Engine of models that cannot be paged: LSTMs, encoder–decoders, mixers of one's own.
 
-Requests run in groups: those with equal options and no seed of their own together, one with a seed
-alone, so that nothing else changes its reply. The next group starts when all rows have ended.
+Requests run in groups: those without a seed together, one with a seed alone, so that nothing else
+changes its reply. The next group starts when all rows have ended. Sources whose requests ask for
+nothing that beam search does not have are searched, in groups with equal options.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import search_batches
 from lm.decoding.beam import BeamOptions
-from lm.decoding.controls import UNSET, Controls
+from lm.decoding.controls import Controls
+from lm.decoding.engine.batch_steps import batch_steps
+from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.requests import (
     LENGTH,
     STOP,
@@ -23,27 +30,12 @@ from lm.decoding.engine.requests import (
     NewToken,
     Progress,
 )
-from lm.decoding.prompts import (
-    check_ids,
-    check_prompts,
-    context_length,
-    is_encoder_decoder,
-    padded_length,
-)
-from lm.decoding.sampling import Sampling, sample_steps
+from lm.decoding.engine.rows import ServedRow, new_token
+from lm.decoding.prompts import check_ids, check_prompts, context_length, is_encoder_decoder
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import Params
-
-_STEPS = 4  # of a dispatch
-
-
-@dataclass
-class _Row:
-    number: int
-    request: GenerationRequest
-    n_new: int = 0
 
 
 class WholeBatchEngine:
@@ -59,30 +51,39 @@ class WholeBatchEngine:
         """
         self._unprepared = experiment
         self._experiment, self._params = prepare(experiment, params)
-        self._next_params: Params | None = None
+        self._updates: deque[tuple[int, Params]] = deque()  # from a request on, its parameters
         self._model, self._n_rows = self._experiment.model, n_rows
-        self._searches = is_encoder_decoder(self._model)
-        self.context = context_length(self._model)
-        if self._searches:
-            self.context = None
-        self._waiting: list[_Row] = []
-        self._running: dict[int, _Row] = {}
+        self._vocab_size: int = self._model.config.vocab_size  # type: ignore[attr-defined]
+        self._table = OptionTable(1, self._vocab_size)
+        self._has_source = is_encoder_decoder(self._model)
+        self.context = None if self._has_source else context_length(self._model)
+        self._waiting: deque[ServedRow] = deque()
+        self._running: dict[int, ServedRow] = {}
         self._steps: Iterator[list[Progress]] = iter(())
         self._n_requests = self._n_prompt = self._n_new = 0
 
     def add(self, request: GenerationRequest) -> int:
         """Queue a request, and return its number."""
         check_ids([request.prompt], self._model)
-        self._check(request)
-        if not self._searches:
-            check_prompts([request.prompt], self.context)
-        self._waiting.append(_Row(self._n_requests, request))
+        check_prompts([request.prompt], self.context)
+        self._table.check(request)
+        if request.adapter:
+            raise UserError(f"no adapter {request.adapter!r}; this model is served without")
+        beam_size = self._experiment.config.decode.beam_size
+        if self._searches(request) and request.number >= beam_size:
+            raise UserError(f"n is above the beam size of the server, {beam_size}")
+        # The longest target that an encoder–decoder with learned positions writes fills them.
+        context = context_length(self._model)
+        if context is not None:
+            room = context - (0 if self._has_source else len(request.prompt))
+            request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
+        self._waiting.append(ServedRow(self._n_requests, request, [], len(request.prompt)))
         self._n_requests += 1
         return self._n_requests - 1
 
     def cancel(self, number: int) -> None:
         """End a request; one that has ended is ignored."""
-        self._waiting = [row for row in self._waiting if row.number != number]
+        self._waiting = deque(row for row in self._waiting if row.number != number)
         self._running.pop(number, None)
 
     def step(self) -> list[Progress]:
@@ -101,8 +102,10 @@ class WholeBatchEngine:
         return []
 
     def update(self, params: Params) -> None:
-        """Replace the parameters, once all running requests have ended; others wait for that."""
-        _, self._next_params = prepare(self._unprepared, params)
+        """Replace the parameters of later requests, which wait until all earlier ones end."""
+        if self._updates and self._updates[-1][0] == self._n_requests:
+            self._updates.pop()
+        self._updates.append((self._n_requests, prepare(self._unprepared, params)[1]))
 
     def statistics(self) -> EngineStatistics:
         """Return counters and sizes."""
@@ -111,38 +114,32 @@ class WholeBatchEngine:
             len(self._running), len(self._waiting), self._n_rows, 0, 0, *counters
         )
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Raise UserError for an option that this engine does not have."""
-        names = ("min_p", "presence_penalty", "frequency_penalty", "logit_bias", "adapter")
-        wrong = [name for name in names if getattr(request, name)]
-        wrong += ["logprobs"] if request.top_logprobs is not None else []
-        if self._searches:
-            beam_size = self._experiment.config.decode.beam_size
-            sampled = request.temperature or request.top_k or request.top_p < 1
-            wrong += ["temperature, top_k or top_p"] if sampled else []
-            if request.number >= beam_size:
-                raise UserError(f"n is above the beam size of the server, {beam_size}")
-        if wrong:
-            family = self._experiment.config.model.family
-            raise UserError(f"a model of the family {family} is served without {wrong[0]}")
-        if request.max_new_tokens < 1:
-            raise UserError(f"{request.max_new_tokens} new tokens are less than one")
+    def _searches(self, request: GenerationRequest) -> bool:
+        """Return whether beam search answers a request: it has all that is asked for."""
+        r = request
+        further = r.temperature, r.presence_penalty, r.frequency_penalty, r.logit_bias
+        return self._has_source and not any(further) and r.top_logprobs is None
 
     def _start_group(self) -> None:
-        if self._next_params is not None:
-            self._params, self._next_params = self._next_params, None
-        first = self._waiting[0].request
-        alike = [
-            row
-            for row in self._waiting
-            if row is self._waiting[0]
-            or (first.seed is None and _options(row.request) == _options(first))
-        ]
+        first = self._waiting[0]
+        while self._updates and self._updates[0][0] <= first.number:
+            _, self._params = self._updates.popleft()
+        end = self._updates[0][0] if self._updates else self._n_requests
+        searches = self._searches(first.request)
+        key = self._group_key(first)
+        alike = [row for row in self._waiting if row.number < end and self._group_key(row) == key]
         group = alike[: self._n_rows]
-        self._waiting = [row for row in self._waiting if row not in group]
         self._running = {row.number: row for row in group}
+        self._waiting = deque(row for row in self._waiting if row.number not in self._running)
         self._n_prompt += sum(len(row.request.prompt) for row in group)
-        self._steps = self._search(group) if self._searches else self._sample(group)
+        self._steps = self._search(group) if searches else self._sample(group)
+
+    def _group_key(self, row: ServedRow) -> Any:
+        """Return what the requests of a group have in common."""
+        request, is_alone = row.request, row.request.seed is not None
+        if self._searches(request):
+            return replace(request, prompt=request.prompt if is_alone else (), number=0)
+        return row.number if is_alone else None
 
     def _counted(self, progress: Progress) -> Progress:
         self._n_new += len(progress.tokens)
@@ -150,45 +147,43 @@ class WholeBatchEngine:
             del self._running[progress.request]
         return progress
 
-    def _sample(self, group: list[_Row]) -> Iterator[list[Progress]]:
+    def _sample(self, group: list[ServedRow]) -> Iterator[list[Progress]]:
         """Yield the progress of samples, token by token."""
-        first, n = group[0].request, 1 << (len(group) - 1).bit_length()
-        most = max(row.request.max_new_tokens for row in group)
-        prompts = [row.request.prompt for row in group]
-        is_alone = first.seed is not None
-        steps = sample_steps(
+        tokenizer = self._experiment.tokenizer
+        bos = special_tokens(tokenizer).bos if self._has_source and tokenizer else 0
+        open_rows = dict(enumerate(group))
+
+        def allowed() -> np.ndarray:
+            B = 1 << (len(group) - 1).bit_length()
+            masks_BV = np.ones((B, self._vocab_size), bool)
+            for i, row in open_rows.items():
+                masks_BV[i] = row.allowed(self._vocab_size)
+            return masks_BV
+
+        steps = batch_steps(
             self._model,
             self._params,
-            [*prompts, *[prompts[0]] * (n - len(group))],
-            padded_length(most + 1),
-            Sampling(first.temperature, first.top_k, first.top_p),
-            first.seed if first.seed is not None else secrets.randbits(32),
-            self._controls(first),
-            has_prefix=self._experiment.objective.has_prefix,
-            numbers=[first.number] if is_alone else range(n),
-            per_dispatch=_STEPS,
+            [row.request for row in group],
+            [_seed(row.request) for row in group],
+            allowed if any(row.needs_mask for row in group) else None,
+            bos,
+            self._experiment.objective.has_prefix,
         )
-        open_rows = dict(enumerate(group))
-        for ids_B in steps:
+        for chosen in steps:
             found = []
             for i, row in list(open_rows.items()):
-                if ids_B[i] == UNSET:
-                    context = self.context or len(row.request.prompt) + row.n_new + 1
-                    is_full = len(row.request.prompt) + row.n_new >= context
-                    found.append(Progress(row.number, finish=LENGTH if is_full else STOP))
-                else:
-                    row.n_new += 1
-                    is_last = row.n_new == row.request.max_new_tokens
-                    finish = LENGTH if is_last else ""
-                    found.append(Progress(row.number, (NewToken(int(ids_B[i])),), finish))
-                if found[-1].finish:
+                request, token = row.request, int(chosen.tokens_B[i])
+                finish = LENGTH if row.is_stuck else STOP if token in request.end_ids else ""
+                new = () if finish else (new_token(request, chosen, i),)
+                row.new += [one.id for one in new]
+                if len(row.new) == request.max_new_tokens:
+                    finish = LENGTH
+                found.append(Progress(row.number, new, finish))
+                if finish or row.number not in self._running:
                     del open_rows[i]
             yield found
-            if not open_rows:
-                return
-        yield [Progress(row.number, finish=STOP) for row in open_rows.values()]
 
-    def _search(self, group: list[_Row]) -> Iterator[list[Progress]]:
+    def _search(self, group: list[ServedRow]) -> Iterator[list[Progress]]:
         """Yield the hypotheses of beam search, whole; `number` is the place among the best."""
         config, first = self._experiment.config, group[0].request
         options = BeamOptions(
@@ -206,9 +201,16 @@ class WholeBatchEngine:
         for row in group:
             best = found[row.request.prompt]
             tokens = best[row.request.number].tokens if row.request.number < len(best) else []
-            finish = LENGTH if len(tokens) >= first.max_new_tokens else STOP
+            row.new = tokens
+            is_whole = len(tokens) < first.max_new_tokens and self._may_end(row)
+            finish = STOP if is_whole else LENGTH
             progress.append(Progress(row.number, tuple(map(NewToken, tokens)), finish))
         yield progress
+
+    def _may_end(self, row: ServedRow) -> bool:
+        """Return whether the limits of a reply let it end here."""
+        ends = list(row.request.end_ids)
+        return not ends or bool(row.allowed(self._vocab_size)[ends].any() and not row.is_stuck)
 
     def _controls(self, request: GenerationRequest) -> Controls:
         return Controls(
@@ -220,7 +222,5 @@ class WholeBatchEngine:
         )
 
 
-def _options(request: GenerationRequest) -> Any:
-    """Return what the requests of a group have in common."""
-    same = replace(request, prompt=(), number=0)
-    return same if request.temperature == 0 else replace(same, max_new_tokens=0)
+def _seed(request: GenerationRequest) -> int:
+    return secrets.randbits(32) if request.seed is None else request.seed

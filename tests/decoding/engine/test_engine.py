@@ -116,6 +116,25 @@ def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
     assert engine.statistics().n_reused_tokens > 0
 
 
+def test_an_update_is_of_later_requests_alone(make_engine):
+    """Requests that wait when it comes have the parameters that they were added under."""
+    engine, experiment, params = make_engine(**ROTARY)
+    requests = [GenerationRequest(prompt, 5, seed=1) for prompt in PROMPTS]
+    other = jax.tree.map(lambda x: x * 0.5, params)
+    new = PagedEngine(experiment, other, OPTIONS)
+    expected = run(engine, requests), run(new, requests)
+    numbers = [engine.add(request) for request in requests]
+    engine.update(params)  # of which no request is
+    engine.update(other)
+    numbers += [engine.add(request) for request in requests]
+    found = {number: [] for number in numbers}
+    while progress := engine.step():
+        for one in progress:
+            found[one.request] += one.tokens
+    assert [*found.values()] == [tokens for replies in expected for tokens, _ in replies]
+    assert expected[0] != expected[1]
+
+
 def test_proposals_beside_masks_change_no_bit(make_engine):
     """A row with proposals keeps its program beside rows whose tokens are masked by the host."""
     options = dataclasses.replace(OPTIONS, n_proposed=3)

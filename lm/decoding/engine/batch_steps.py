@@ -1,0 +1,156 @@
+"""Steps of a batch over the model's own cache, each row with options of its own.
+
+Rows begin together and end on their own; the tokens are those of `sample_steps`.
+
+Shape letters: B rows, L prompt or source length, T most new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.decoding.controls import UNSET
+from lm.decoding.engine.option_table import OptionTable
+from lm.decoding.engine.programs import goes_on
+from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
+from lm.decoding.prompts import context_length, is_encoder_decoder, pad_ids, padded_length
+from lm.decoding.sampling import cache_length, decode_last, lengthen
+from lm.models.variables import Params, as_variables
+
+
+@flax.struct.dataclass
+class BatchState:
+    """State after some new tokens of every row; donated to the next step.
+
+    Attributes:
+        written_BT: the new tokens, then `UNSET`.
+        n: their number.
+        alive_B: rows that have not ended.
+        cache: cache of the prompts and of all new tokens but the last.
+    """
+
+    written_BT: jax.Array
+    n: jax.Array
+    alive_B: jax.Array
+    cache: Any
+
+
+def batch_steps(
+    model: nn.Module,
+    params: Params,
+    requests: Sequence[GenerationRequest],
+    seeds: Sequence[int],
+    allowed: Callable[[], np.ndarray] | None,
+    bos: int,
+    has_prefix: bool = False,
+) -> Iterator[Chosen]:
+    """Yield the next tokens of all rows, on the host; -1 for rows that have ended.
+
+    Args:
+        model: model prepared for decoding, with `empty_cache` or `start`, and `decode`.
+        params: its parameters.
+        requests: the requests, whose prompts and replies fit the context.
+        seeds: their seeds.
+        allowed: returns the tokens that may come next, bool [B, V], once the tokens before were
+            yielded; None: all.
+        bos: token that a target begins with.
+        has_prefix: tokens of a prompt attend to each other in both directions.
+    """
+    B = 1 << (len(requests) - 1).bit_length()
+    table = OptionTable(B, model.config.vocab_size)  # type: ignore[attr-defined]
+    for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+        table.set(i, replace(request, prompt=()), seed, 0)  # the text of a row is its reply
+    options = table.on_device
+    prompts = [*(request.prompt for request in requests), *[requests[0].prompt] * B][:B]
+    n_steps = max(request.max_new_tokens for request in requests)
+    T, L = padded_length(n_steps + 1), padded_length(max(map(len, prompts)))
+    if has_source := is_encoder_decoder(model):
+        L = min(L, context_length(model) or L)
+    arrays = pad_ids(prompts, L, left=not has_source)
+    room = T if has_source else cache_length(L, L + T)
+    mask = allowed and allowed()
+    lengths_B = np.array([1 if has_source else len(prompt) for prompt in prompts])
+    state, chosen = _start(model, room, T, has_prefix, bos, params, options, mask, *arrays)
+    for n in range(1, n_steps):
+        before, is_behind = chosen, allowed is None  # then the host reads one step behind
+        if not is_behind:
+            yield jax.device_get(chosen)
+        if not has_source and L + n > room:
+            room = cache_length(L + n, L + T)
+            state = replace(state, cache=lengthen(model, B, room, state.cache))
+        mask = allowed and allowed()
+        state, chosen = _next(model, params, options, mask, lengths_B, state)
+        if is_behind:
+            yield jax.device_get(before)
+    yield jax.device_get(chosen)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _start(
+    model: nn.Module,
+    room: int,
+    T: int,
+    has_prefix: bool,
+    bos: int,
+    params: Params,
+    options: RowOptions,
+    allowed_BV: jax.Array | None,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+) -> tuple[BatchState, Chosen]:
+    """Read the prompts or sources, and choose the first token."""
+    B = len(tokens_BL)
+    inputs: tuple[Any, ...]
+    if is_encoder_decoder(model):
+        variables = as_variables(params)
+        cache: Any = model.apply(variables, tokens_BL, segments_BL, room, method="start")
+        first_B1 = jnp.full((B, 1), bos)
+        inputs = first_B1, jnp.zeros_like(first_B1), jnp.ones_like(first_B1), cache
+    else:
+        cache = model.apply({}, B, room, method="empty_cache")
+        positions_BL = jnp.maximum(jnp.cumsum(segments_BL, 1) - 1, 0)
+        prefix = (segments_BL,) if has_prefix else ()
+        inputs = tokens_BL, positions_BL, segments_BL, cache, *prefix
+    logits_B1V, cache = decode_last(model, params, *inputs)
+    written_BT = jnp.full((B, T), UNSET, jnp.int32)
+    state = BatchState(written_BT, jnp.zeros((), jnp.int32), options.limits_B > 0, cache)
+    return _append(options, allowed_BV, state, logits_B1V)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _next(
+    model: nn.Module,
+    params: Params,
+    options: RowOptions,
+    allowed_BV: jax.Array | None,
+    lengths_B: jax.Array,
+    state: BatchState,
+) -> tuple[BatchState, Chosen]:
+    """Choose one more token of every row."""
+    tokens_B1 = jax.lax.dynamic_slice_in_dim(state.written_BT, state.n - 1, 1, axis=1)
+    position_B1 = (lengths_B + jnp.minimum(state.n, options.limits_B) - 1)[:, None]
+    inputs = jnp.maximum(tokens_B1, 0), position_B1, jnp.ones_like(tokens_B1), state.cache
+    logits_B1V, cache = decode_last(model, params, *inputs)
+    return _append(options, allowed_BV, replace(state, cache=cache), logits_B1V)
+
+
+def _append(
+    options: RowOptions, allowed_BV: jax.Array | None, state: BatchState, logits_B1V: jax.Array
+) -> tuple[BatchState, Chosen]:
+    logits_BV, n = logits_B1V[:, -1].astype(jnp.float32), state.n
+    lengths_B = jnp.broadcast_to(n, state.alive_B.shape)
+    chosen = choose_tokens(logits_BV, state.written_BT, lengths_B, options, allowed_BV)
+    tokens_B = jnp.where(state.alive_B, chosen.tokens_B, UNSET)
+    written_BT = jax.lax.dynamic_update_slice(state.written_BT, tokens_B[:, None], (0, n))
+    alive_B = state.alive_B & goes_on(tokens_B, lengths_B + 1, options)
+    return BatchState(written_BT, n + 1, alive_B, state.cache), replace(chosen, tokens_B=tokens_B)
