@@ -231,6 +231,7 @@ class EngineThread:
         del self._engine  # its cache, before there is another
         try:
             self._engine = self._make(self._params)
+            self.is_lost = False  # a newer checkpoint may bring it back
         except Exception as problem:
             self._log(f"{self._name}: the engine cannot start again: {problem!r}")
             self._engine = _LostEngine(self.context, EngineStatistics(*(0, 0, s.n_rows), *[0] * 5))

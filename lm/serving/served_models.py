@@ -274,6 +274,7 @@ def _open_model(
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")
+    _ = model.chat_controls  # now, as what they compile may take long
     if not is_pageable(prepared[0]):
         log(f"{name}: served in whole batches, as not all its layers are attention on one stage")
     if adapters:
