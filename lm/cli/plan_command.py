@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
 
+ROWS = "--serve: replies written at once; as many as fit with full contexts"
+CONTEXT = "--serve: tokens of prompt and reply; those that the model was made for"
 LIMIT = "--search: most candidates that are compiled; 24"
 WORKERS = "--search: compiling processes; 0: one a core"
+OPTIONS = {"search": ("limit", "workers", "output"), "serve": ("rows", "context")}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,6 +35,9 @@ def add_arguments(parser: Parser) -> None:
     config_argument(parser)
     topology_arguments(parser)
     parser.add_argument("--decode", action="store_true", help="a step of decoding, not of training")
+    parser.add_argument("--serve", action="store_true", help="the engine of lm serve")
+    parser.add_argument("--rows", type=at_least(1), metavar="N", help=ROWS)
+    parser.add_argument("--context", type=at_least(1), metavar="N", help=CONTEXT)
     parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=LIMIT)
     parser.add_argument("--workers", type=at_least(0), metavar="N", help=WORKERS)
@@ -46,31 +53,41 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the verb; return the exit code."""
-    for name in ("limit", "workers", "output"):
-        if getattr(args, name) is not None and not args.search:
-            raise UserError(f"--{name} is an option of --search")
+    modes = [name for name in ("decode", "serve", "search") if getattr(args, name)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} are different plans; leave out one")
+    for mode, names in OPTIONS.items():
+        given = [name for name in names if getattr(args, name) is not None]
+        if given and mode not in modes:
+            raise UserError(f"--{given[0]} is an option of --{mode}")
     import jax
 
-    from lm.tools.planning.plan import make_plan
-    from lm.tools.planning.plan_report import plan_text
     from lm.tools.planning.topologies import topology
 
     # What is planned for is described; the compilers need no device of this machine.
     jax.config.update("jax_platforms", "cpu")
     config = configs.load_config(args.config, overrides)
     print_without_effect(config, overrides)
+    if args.search:
+        return _search(args, config)
+    devices = topology(args.topology, args.slices)
+    planned: Any
+    text: Callable[[Any], str]
     if args.decode:
         from lm.tools.planning.decode_plan import decode_plan_text, plan_decoding
 
-        if args.search:
-            raise UserError("--search ranks meshes for training; leave out --decode")
-        planned = plan_decoding(config, topology(args.topology, args.slices))
-        print(json.dumps(planned.as_json()) if args.json else decode_plan_text(planned))
-        return 0
-    if args.search:
-        return _search(args, config)
-    made = make_plan(config, topology(args.topology, args.slices), args.slices)
-    print(json.dumps(made.as_json()) if args.json else plan_text(made))
+        planned, text = plan_decoding(config, devices), decode_plan_text
+    elif args.serve:
+        from lm.tools.planning.serve_plan import plan_serving, serve_plan_text
+
+        planned = plan_serving(config, devices, args.rows, args.context or 0)
+        text = serve_plan_text
+    else:
+        from lm.tools.planning.plan import make_plan
+        from lm.tools.planning.plan_report import plan_text
+
+        planned, text = make_plan(config, devices, args.slices), plan_text
+    print(json.dumps(planned.as_json()) if args.json else text(planned))
     return 0
 
 

@@ -26,13 +26,7 @@ from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.drafts import open_draft
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.pages import PagePool
-from lm.decoding.engine.programs import (
-    EngineState,
-    NewTokens,
-    StateSharding,
-    decode_rows,
-    read_chunk,
-)
+from lm.decoding.engine.programs import NewTokens, StateSharding, decode_rows, read_chunk
 from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import (
     LENGTH,
@@ -43,13 +37,21 @@ from lm.decoding.engine.requests import (
     Progress,
 )
 from lm.decoding.engine.rows import ServedRow, new_token
-from lm.decoding.engine.sizes import EngineOptions, choose_context, chunk_lengths, count_pages
+from lm.decoding.engine.shapes import allocate_state
+from lm.decoding.engine.sizes import (
+    EngineOptions,
+    choose_context,
+    count_pages,
+    free_memory,
+    padded_chunk,
+    pages_per_row,
+    reads_whole,
+)
 from lm.decoding.engine.speculation import speculate_rows
 from lm.decoding.prompts import check_ids, check_prompts
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.paged_cache import empty_pages
 from lm.models.variables import Params
 
 
@@ -85,28 +87,20 @@ class PagedEngine:
         config: Any = self._model.config  # type: ignore[attr-defined]
         self.context = choose_context(experiment, options)
         self._is_prefix = experiment.objective.has_prefix
-        # A chunk does not know how long its text is going to be.
-        self._reads_whole = self._is_prefix or config.rope_scaling in ("dynamic", "longrope")
+        self._reads_whole = reads_whole(experiment)
         self._vocab_size = config.vocab_size
-        self._chunk_lengths = chunk_lengths(options)
-        pages_per_row = ceil(self.context / options.page_size)
-        n_pages = count_pages(experiment, options)
+        n_pages = count_pages(experiment, options, free_memory(experiment.mesh.devices.flat[0]))
         self._pool = PagePool(n_pages, options.page_size)
-        self._tables = np.zeros((options.n_rows, pages_per_row), np.int32)
+        self._tables = np.zeros((options.n_rows, pages_per_row(experiment, options)), np.int32)
         self._table = OptionTable(options.n_rows, config.vocab_size)
         self._sharding = StateSharding.of(experiment.mesh, config.n_kv_heads)
-        state = EngineState(
-            empty_pages(config, config.n_layers, n_pages, options.page_size),
-            jnp.zeros((options.n_rows, self.context), jnp.int32),
-            jnp.zeros(options.n_rows, jnp.int32),
-            jnp.zeros(options.n_rows, bool),
-        )
+        state = allocate_state(experiment, options, n_pages)
         self._draft = None
         if draft is not None:
             sizes = config.vocab_size, n_pages, options.page_size
             self._draft, draft_pages = open_draft(*draft, *sizes)
             state = replace(state, draft_pages=draft_pages)
-        self._state = self._sharding.place(state, jax.device_put) if self._sharding else state
+        self._state = self._sharding.place(state, jax.device_put)
         self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)
         self._rows: dict[int, ServedRow] = {}  # by number of the row, in the order of admission
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
@@ -266,10 +260,7 @@ class PagedEngine:
             self._start_after(slot, len(found))
         start, rest = row.n_read, len(prompt) - row.n_read
         n = rest if self._reads_whole else min(rest, self._options.chunk)
-        length = next((x for x in self._chunk_lengths if x >= n), self._options.chunk)
-        while length < n:  # a prompt that is read as a whole
-            length *= 2
-        tokens_L = np.zeros(length, np.int32)
+        tokens_L = np.zeros(padded_chunk(self._options, n), np.int32)
         tokens_L[:n] = prompt[start : start + n]
         is_last = n == rest
         allowed_V = self._all_allowed[0]

@@ -79,24 +79,22 @@ class StateSharding(NamedTuple):
     rows: NamedSharding
 
     @classmethod
-    def of(cls, mesh: Mesh, n_kv_heads: int) -> StateSharding | None:
-        """Return the shardings on a mesh; None on one device."""
-        if mesh.size == 1:
-            return None
+    def of(cls, mesh: Mesh, n_kv_heads: int) -> StateSharding:
+        """Return the shardings on a mesh."""
         axes = parameter_axes(mesh.shape, "kv_heads", n_kv_heads)
         return cls(*(NamedSharding(mesh, spec) for spec in (P(None, axes), P())))
 
     def place(self, state: EngineState, put: Callable[..., Any]) -> EngineState:
-        """Return the state with these shardings, by `device_put` or by a constraint."""
+        """Return the state with these shardings, which `put` gives to an array."""
         pages = jax.tree.map(lambda x: put(x, self.pages), state.pages)
         texts = state.tokens_BT, state.lengths_B, state.alive_B
         rest = jax.tree.map(lambda x: put(x, self.rows), (*texts, state.draft_pages))
         return EngineState(pages, *rest)
 
 
-def placed(state: EngineState, sharding: StateSharding | None) -> EngineState:
+def placed(state: EngineState, sharding: StateSharding) -> EngineState:
     """Return the state, constrained to its shardings."""
-    return sharding.place(state, lax.with_sharding_constraint) if sharding else state
+    return sharding.place(state, lax.with_sharding_constraint)
 
 
 @partial(jax.jit, static_argnames=("model", "is_prefix", "sharding"), donate_argnames=("state",))
@@ -115,7 +113,7 @@ def read_chunk(
     is_last: jax.Array,
     allowed_V: jax.Array,
     is_prefix: bool,
-    sharding: StateSharding | None,
+    sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
     """Read a chunk of a prompt, and choose the first token of the reply after the last one.
 
@@ -135,7 +133,7 @@ def read_chunk(
         allowed_V: tokens that may be chosen.
         is_prefix: tokens of the prompt, which is one chunk, attend to each other in both
             directions.
-        sharding: sharding of the state on a mesh of several devices.
+        sharding: sharding of the state.
     """
     L, of_row = len(tokens_L), row[None]
     positions_1L = (start + jnp.arange(L))[None]
@@ -186,7 +184,7 @@ def decode_rows(
     n_steps: jax.Array,
     allowed_RV: jax.Array,
     n_columns: int,
-    sharding: StateSharding | None,
+    sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
     """Choose the next tokens of some rows, step by step.
 
@@ -202,7 +200,7 @@ def decode_rows(
         n_steps: most steps.
         allowed_RV: tokens that may be chosen.
         n_columns: number of steps that the result has room for.
-        sharding: sharding of the state on a mesh of several devices.
+        sharding: sharding of the state.
     """
     R, own = len(rows_R), options.of(rows_R)
     adapt = adapters and adapters.interceptor(own.adapters_B)

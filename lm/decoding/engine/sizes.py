@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import jax
 
+from lm.decoding.engine.programs import StateSharding
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.prompts import context_length
 from lm.errors import UserError
@@ -52,16 +53,25 @@ def is_pageable(experiment: Experiment) -> bool:
     return mixers == {ATTENTION} and experiment.mesh.shape["stage"] == 1
 
 
+def reads_whole(experiment: Experiment) -> bool:
+    """Return whether a prompt is one chunk, which has to know how long its text is going to be."""
+    config: Any = experiment.model.config  # type: ignore[attr-defined]
+    return experiment.objective.has_prefix or config.rope_scaling in ("dynamic", "longrope")
+
+
 def choose_context(experiment: Experiment, options: EngineOptions) -> int:
     """Return the most tokens of a prompt and its reply.
 
     Raises:
-        UserError: the model has no positions for so many.
+        UserError: the model has no positions for so many, or they are fewer than two.
     """
     config, most = experiment.config, context_length(experiment.model)
     if most is not None and options.context > most:
         raise UserError(f"--context {options.context} is beyond the model's {most} positions")
-    return options.context or int(config.model.max_length or config.data.sequence_length)
+    context = options.context or int(config.model.max_length or config.data.sequence_length)
+    if context < 2:
+        raise UserError(f"a context of {context} token has no room for a prompt and a reply")
+    return context
 
 
 def chunk_lengths(options: EngineOptions) -> list[int]:
@@ -70,6 +80,22 @@ def chunk_lengths(options: EngineOptions) -> list[int]:
     while lengths[-1] * 4 < options.chunk:
         lengths.append(lengths[-1] * 4)
     return [*lengths, options.chunk]
+
+
+def padded_chunk(options: EngineOptions, n: int) -> int:
+    """Return the length that a chunk of n tokens is padded to; whole prompts may be longer."""
+    length = next((x for x in chunk_lengths(options) if x >= n), options.chunk)
+    while length < n:
+        length *= 2
+    return length
+
+
+def longest_chunk(experiment: Experiment, options: EngineOptions) -> int:
+    """Return the padded length of the longest chunk that prompts come in."""
+    longest = choose_context(experiment, options) - 1
+    return padded_chunk(
+        options, longest if reads_whole(experiment) else min(longest, options.chunk)
+    )
 
 
 def warm_up_requests(options: EngineOptions, context: int) -> list[GenerationRequest]:
@@ -89,26 +115,46 @@ def warm_up_requests(options: EngineOptions, context: int) -> list[GenerationReq
     return [*prompts, *[GenerationRequest((len(lengths),), most)] * options.n_rows]
 
 
-def count_pages(experiment: Experiment, options: EngineOptions) -> int:
-    """Return the number of pages: at least those of one row, at most those that all rows can use.
+def pages_per_row(experiment: Experiment, options: EngineOptions) -> int:
+    """Return the number of pages that hold a whole context."""
+    return ceil(choose_context(experiment, options) / options.page_size)
+
+
+def page_bytes(experiment: Experiment, options: EngineOptions) -> int:
+    """Return the bytes of a page of all layers on a device.
 
     Args:
-        experiment: experiment on a mesh, prepared for decoding, whose parameters are in memory.
+        experiment: experiment on a mesh, prepared for decoding.
         options: sizes.
     """
     config: Any = experiment.model.config  # type: ignore[attr-defined]
-    of_row = ceil(choose_context(experiment, options) / options.page_size)
+    one = jax.eval_shape(partial(empty_pages, config, config.n_layers, 1, options.page_size))
+    sharding = StateSharding.of(experiment.mesh, config.n_kv_heads)
+
+    leaves = jax.tree.leaves(one)
+    return sum(prod(sharding.pages.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def count_pages(experiment: Experiment, options: EngineOptions, free: int | None) -> int:
+    """Return the number of pages: at least those of one row, at most those that all rows can use.
+
+    Args:
+        experiment: experiment on a mesh, prepared for decoding.
+        options: sizes.
+        free: bytes of a device beside the parameters; None if that is unknown.
+    """
     if options.n_pages:
         return options.n_pages
-    one = jax.eval_shape(partial(empty_pages, config, config.n_layers, 1, options.page_size))
-    n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
-    device = experiment.mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    of_row = pages_per_row(experiment, options)
+    most = all_rows = options.n_rows * of_row
+    if free is not None:
+        most = int(free * _OF_MEMORY) // page_bytes(experiment, options)
+    return max(of_row, min(all_rows, most))
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Return the free bytes of a device, of a CPU half the machine's memory; None if unknown."""
     if device.platform == "cpu":
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    shards = experiment.mesh.shape["tensor"] if config.n_kv_heads else 1
-    if config.n_kv_heads % shards:
-        shards = 1
-    most = int(free * _OF_MEMORY) * shards // n_bytes if free else options.n_rows * of_row
-    return max(of_row, min(options.n_rows * of_row, most))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None

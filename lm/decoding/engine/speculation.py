@@ -58,7 +58,7 @@ def speculate_rows(
     allowed_RV: jax.Array,
     n_columns: int,
     n_proposed: int,
-    sharding: StateSharding | None,
+    sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
     """Choose the next tokens of some rows, 1 to `n_proposed` + 1 of each row a step.
 
@@ -76,7 +76,7 @@ def speculate_rows(
         allowed_RV: tokens that may be chosen.
         n_columns: number of steps that the result has room for.
         n_proposed: proposed tokens a step.
-        sharding: sharding of the state on a mesh of several devices.
+        sharding: sharding of the state.
 
     Returns:
         The state, and the tokens: `n_proposed` + 1 places a step, -1 after a rejected proposal.

@@ -6,7 +6,6 @@ bytes at the bandwidth of the memory. What the compiled program moves stands bes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import build
 from lm.tools.planning.hlo import parse_hlo
+from lm.tools.planning.serve_work import shard_bytes
 from lm.tools.planning.topologies import Topology
 from lm.tools.planning.work import memory_traffic
 
@@ -112,18 +112,13 @@ def plan_decoding(config: ConfigDict, topology: Topology) -> DecodePlan:
         n_devices=len(topology.devices),
         rows=B,
         cached=S,
-        weights=_bytes_on_device(jax.tree.leaves(params)),
-        cache=_bytes_on_device(jax.tree.leaves(cache)),
+        weights=shard_bytes(params),
+        cache=shard_bytes(cache),
         needed=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         capacity=topology.chip.memory or 0,
         traffic=round(memory_traffic(parse_hlo(compiled.as_text() or ""))),
         bandwidth=topology.chip.memory_bandwidth,
     )
-
-
-def _bytes_on_device(arrays: Sequence[Any]) -> int:
-    shards = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays)
-    return sum(jax.ShapeDtypeStruct(shape, jnp.int8).size * size for shape, size in shards)
 
 
 def decode_plan_text(plan: DecodePlan) -> str:

@@ -126,11 +126,13 @@ class Module:
         entry: Name of the computation that is run.
         taken: Fraction of the runs of a conditional that take its second branch, that of a true
             predicate.
+        unknown_trips: Iterations of a loop whose number the program does not tell; None: an error.
     """
 
     computations: dict[str, Computation]
     entry: str
     taken: float = 0.5
+    unknown_trips: int | None = None
 
     def executions(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Yield every instruction outside of fusions with its computation and number of runs."""
@@ -151,7 +153,8 @@ class Module:
             elif instruction.opcode == "conditional":
                 parts = (1 - self.taken, self.taken)
                 for branch, part in zip(instruction.branches, parts, strict=True):
-                    yield from self._executions(branch, times * part)
+                    if part:
+                        yield from self._executions(branch, times * part)
             else:
                 yield computation, instruction, times
 
@@ -177,7 +180,8 @@ class Module:
         Counters start at 0 and grow by 1, or by more where XLA has unrolled the body.
 
         Raises:
-            UnknownTripCount: The condition compares with no constant, or with several.
+            UnknownTripCount: The condition compares with no constant, or with several, and
+                `unknown_trips` is None.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -189,6 +193,8 @@ class Module:
             for limit in self._numbers(condition, instruction)
         ]
         if len(limits) != 1:
+            if self.unknown_trips is not None:
+                return self.unknown_trips
             raise UnknownTripCount(f"{loop.name} in {computation.name}")
         return -(-limits[0] // self._step(condition, self.computations[loop.called("body")[0]]))
 
@@ -224,8 +230,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def parse_hlo(text: str, taken: float = 0.5) -> Module:
-    """Parse the text of `compiled.as_text()`; `taken` as in `Module`."""
+def parse_hlo(text: str, taken: float = 0.5, unknown_trips: int | None = None) -> Module:
+    """Parse the text of `compiled.as_text()`; `taken` and `unknown_trips` as in `Module`."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(""), ""
     for line in text.splitlines():
@@ -235,7 +241,7 @@ def parse_hlo(text: str, taken: float = 0.5) -> Module:
         elif found := INSTRUCTION.match(line):
             instruction = _instruction(line, found)
             current.instructions[instruction.name] = instruction
-    return Module(computations, entry, taken)
+    return Module(computations, entry, taken, unknown_trips)
 
 
 def _instruction(line: str, found: re.Match) -> Instruction:

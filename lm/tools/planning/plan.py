@@ -227,7 +227,7 @@ def plan_of(
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch
     tokens = config.data.batch_size * tokens_per_row(experiment)
-    moved = _traffic(module, experiment.mesh, topology, n_steps) if module else ()
+    moved = list_traffic(module, experiment.mesh, topology, n_steps) if module else ()
     each = {d: n / n_steps for d, n in flops_by_dtype(module).items()} if module else None
     done = sum(each.values()) if each is not None else None
     touched = round(memory_traffic(module) / n_steps) if module else None
@@ -297,18 +297,21 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
             needed=arguments + temporaries,
             capacity=compiled.capacity,
         )
-    parts = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.code)
     return Memory(
         **of_state,
-        **dict(zip(MEMORY_PARTS, parts, strict=True)),
+        **{part: getattr(compiled, part) for part in MEMORY_PARTS},
         host=compiled.host,
-        total=sum(parts),
-        needed=sum(parts) if compiled.peak is None else compiled.peak + compiled.code,
+        total=compiled.total,
+        needed=compiled.needed,
         capacity=chip.memory or 0,
     )
 
 
-def _traffic(module: Module, mesh: Mesh, topology: Topology, n_steps: int) -> tuple[Traffic, ...]:
+def list_traffic(
+    module: Module, mesh: Mesh, topology: Topology, n_steps: int = 1
+) -> tuple[Traffic, ...]:
+    """List the collectives of a program of `n_steps` steps, with their time a step."""
+
     def seconds(collective: Collective) -> tuple[str, float | None]:
         crossed = interconnect(topology.chip, collective.route.devices, topology.sides)
         if crossed.bandwidth is None or topology.chip.peak_flops is None:
@@ -334,15 +337,20 @@ def _time(
 ) -> Time | None:
     if done is None or touched is None or not chip.peak_flops or not chip.memory_bandwidth:
         return None
-    networks: dict[str, float] = {}
-    for traffic in moved:
-        networks[traffic.network] = networks.get(traffic.network, 0.0) + (traffic.seconds or 0.0)
     terms = (
         sum(n / _peak(chip, dtype) for dtype, n in done.items()),
         touched / chip.memory_bandwidth,
-        max(networks.values(), default=0.0),
+        network_seconds(moved),
     )
     return Time(*terms, bound=max(terms))
+
+
+def network_seconds(moved: Sequence[Traffic]) -> float:
+    """Return the time of collectives; those of different networks run at the same time."""
+    networks: dict[str, float] = {}
+    for traffic in moved:
+        networks[traffic.network] = networks.get(traffic.network, 0.0) + (traffic.seconds or 0.0)
+    return max(networks.values(), default=0.0)
 
 
 def _peak(chip: Chip, dtype: str) -> float:

@@ -1,4 +1,4 @@
-"""Training step of `lm train`, compiled for described devices.
+"""Programs compiled for described devices: the training step of `lm train`, and others.
 
 Nothing is allocated: state and batch are shapes.
 """
@@ -16,7 +16,7 @@ import jax
 from jax.stages import Compiled, Lowered
 
 from lm.experiment import Experiment
-from lm.tools.planning.described_gpu import kernels_for
+from lm.tools.planning.described_device import kernels_for
 from lm.tools.planning.hlo import FREE, Instruction, Module, Shape, parse_hlo
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -47,6 +47,16 @@ class Program:
     host: int
     seconds: float
 
+    @property
+    def total(self) -> int:
+        """Bytes of all parts together."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+    @property
+    def needed(self) -> int:
+        """Bytes that live at once, by the compiler's peak; the total where there is none."""
+        return self.total if self.peak is None else self.peak + self.code
+
 
 @dataclass(frozen=True)
 class OutOfMemory:
@@ -63,6 +73,11 @@ class OutOfMemory:
     capacity: int
     largest: tuple[tuple[int, str], ...]
     seconds: float
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the program needs."""
+        return self.total
 
 
 def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
@@ -83,7 +98,19 @@ def lower(experiment: Experiment) -> Lowered:
 def compile_step(experiment: Experiment) -> Program | OutOfMemory:
     """Compile the step; a program that does not fit is a result, not an error."""
     start = time.monotonic()
-    lowered = lower(experiment)
+    return compile_lowered(lower(experiment), experiment, start)
+
+
+def compile_lowered(
+    lowered: Lowered, experiment: Experiment, start: float
+) -> Program | OutOfMemory:
+    """Compile a lowered program of an experiment, as `compile_step` does.
+
+    Args:
+        lowered: program.
+        experiment: experiment on described devices.
+        start: time by `time.monotonic` when it began to be lowered.
+    """
     try:
         with warnings.catch_warnings():
             # A cached program cannot be loaded for devices that do not exist here.
