@@ -49,6 +49,7 @@ def paged_attention(
     window: int = 0,
     is_global: jax.Array | None = None,
     bias_HD: jax.Array | None = None,
+    slot_axis: int = 2,
 ) -> jax.Array:
     """Compute causal attention to the pages of each row, block by block with a running softmax.
 
@@ -64,6 +65,7 @@ def paged_attention(
         window: a query attends to the last `window` keys, itself included; 0 for all.
         is_global: scalar; where true the window does not apply.
         bias_HD: bias of the scores by distance, key position − query position, from 1 - S on.
+        slot_axis: axis of P in the pages; 1: they are [N, P, G, K].
 
     Returns:
         The output [B, L, H, K]; scores and softmax are in float32.
@@ -72,7 +74,7 @@ def paged_attention(
         x if isinstance(x, tuple) else (x, None) for x in held
     )
     B, L, H, K = q_BLHK.shape
-    G, P = k_pages.shape[1:3]
+    G, P = k_pages.shape[3 - slot_axis], k_pages.shape[slot_axis]
     M = rows.tables_BM.shape[1]
     n_pages = 1 if L < P else max(1, _PREFILL_SLOTS // P)  # of a block
     tables_BM = jnp.pad(rows.tables_BM, ((0, 0), (0, -M % n_pages)))
@@ -86,9 +88,9 @@ def paged_attention(
     def read(pages: jax.Array, first: jax.Array) -> jax.Array:
         ids = lax.dynamic_slice_in_dim(tables_BM, first, n_pages, axis=1)
         if n_pages == 1:
-            return pages.at[ids[:, 0]].get(mode="clip")
-        found = pages.at[ids].get(mode="clip").swapaxes(1, 2)  # [B, G, pages, P, K]
-        return found.reshape(B, G, S, -1)
+            return jnp.moveaxis(pages.at[ids[:, 0]].get(mode="clip"), slot_axis, 2)
+        found = jnp.moveaxis(pages.at[ids].get(mode="clip"), 4 - slot_axis, 1)
+        return found.reshape(B, G, S, -1)  # of [B, G, pages, P, K]
 
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 

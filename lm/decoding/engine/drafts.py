@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lm.decoding.engine.programs import DraftModel
-from lm.decoding.engine.sizes import is_pageable
+from lm.decoding.engine.sizes import is_pageable, make_pages
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.paged_cache import Pages, empty_pages
+from lm.models.layer_pages import Pages
 from lm.models.variables import Params
 
 
@@ -34,5 +34,4 @@ def open_draft(
         raise UserError(
             f"a draft model is a decoder with attention and a vocabulary of {vocab_size}"
         )
-    pages = empty_pages(config, config.n_layers, n_pages, page_size)
-    return DraftModel(experiment.model, params), pages
+    return DraftModel(experiment.model, params), make_pages(experiment, n_pages, page_size)

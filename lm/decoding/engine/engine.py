@@ -93,7 +93,7 @@ class PagedEngine:
         self._pool = PagePool(n_pages, options.page_size)
         self._tables = np.zeros((options.n_rows, pages_per_row(experiment, options)), np.int32)
         self._table = OptionTable(options.n_rows, config.vocab_size)
-        self._sharding = StateSharding.of(experiment.mesh, config.n_kv_heads)
+        self._sharding = StateSharding(experiment.mesh)
         state = allocate_state(experiment, options, n_pages)
         self._draft = None
         if draft is not None:

@@ -19,17 +19,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.requests import MOST_LOGPROBS
 from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
 from lm.decoding.sampling import decode_last
 from lm.kernels.paged_attention import PagedRows
-from lm.models.paged_cache import PagedCache, Pages
+from lm.models.layer_pages import LayerPages, Pages
+from lm.models.paged_cache import PagedCache
 from lm.models.variables import Params
-from lm.parallel.mesh import parameter_axes
 
 
 @flax.struct.dataclass
@@ -48,7 +47,7 @@ class EngineState:
     tokens_BT: jax.Array
     lengths_B: jax.Array
     alive_B: jax.Array
-    draft_pages: Any = ()
+    draft_pages: Pages = ()
 
 
 @flax.struct.dataclass
@@ -73,23 +72,25 @@ class NewTokens:
 
 
 class StateSharding(NamedTuple):
-    """Shardings of the pages, by key/value heads where the mesh divides these, and of the rest."""
+    """Sharding of the pages, by key/value heads where the mesh divides these; the rest is whole."""
 
-    pages: NamedSharding
-    rows: NamedSharding
-
-    @classmethod
-    def of(cls, mesh: Mesh, n_kv_heads: int) -> StateSharding:
-        """Return the shardings on a mesh."""
-        axes = parameter_axes(mesh.shape, "kv_heads", n_kv_heads)
-        return cls(*(NamedSharding(mesh, spec) for spec in (P(None, axes), P())))
+    mesh: Mesh
 
     def place(self, state: EngineState, put: Callable[..., Any]) -> EngineState:
         """Return the state with these shardings, which `put` gives to an array."""
-        pages = jax.tree.map(lambda x: put(x, self.pages), state.pages)
-        texts = state.tokens_BT, state.lengths_B, state.alive_B
-        rest = jax.tree.map(lambda x: put(x, self.rows), (*texts, state.draft_pages))
-        return EngineState(pages, *rest)
+
+        def by_heads(layer: LayerPages) -> LayerPages:
+            sharding = layer.sharding(self.mesh)
+            return jax.tree.map(lambda x: put(x, sharding), layer)
+
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return EngineState(
+            tuple(map(by_heads, state.pages)),
+            put(state.tokens_BT, whole),
+            put(state.lengths_B, whole),
+            put(state.alive_B, whole),
+            tuple(map(by_heads, state.draft_pages)),
+        )
 
 
 def placed(state: EngineState, sharding: StateSharding) -> EngineState:

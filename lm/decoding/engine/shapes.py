@@ -14,9 +14,14 @@ from jax.stages import Lowered
 
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.programs import EngineState, StateSharding, decode_rows, read_chunk
-from lm.decoding.engine.sizes import EngineOptions, choose_context, longest_chunk, pages_per_row
+from lm.decoding.engine.sizes import (
+    EngineOptions,
+    choose_context,
+    longest_chunk,
+    make_pages,
+    pages_per_row,
+)
 from lm.experiment import Experiment
-from lm.models.paged_cache import empty_pages
 from lm.models.variables import Params
 
 
@@ -39,11 +44,10 @@ def allocate_state(experiment: Experiment, options: EngineOptions, n_pages: int)
 
 def state_shapes(experiment: Experiment, options: EngineOptions, n_pages: int) -> EngineState:
     """Return the shapes and shardings of `allocate_state`."""
-    config: Any = experiment.model.config  # type: ignore[attr-defined]
-    page = partial(empty_pages, config, config.n_layers, n_pages, options.page_size)
+    page = partial(make_pages, experiment, n_pages, options.page_size)
     R, T = options.n_rows, choose_context(experiment, options)
     shapes = EngineState(jax.eval_shape(page), _int32(R, T), _int32(R), _bool(R))
-    return StateSharding.of(experiment.mesh, config.n_kv_heads).place(shapes, _sharded)
+    return StateSharding(experiment.mesh).place(shapes, _sharded)
 
 
 def lower_programs(
@@ -59,7 +63,7 @@ def lower_programs(
     """
     model: Any = experiment.model
     R, M, V = options.n_rows, pages_per_row(experiment, options), model.config.vocab_size
-    sharding = StateSharding.of(experiment.mesh, model.config.n_kv_heads)
+    sharding = StateSharding(experiment.mesh)
     before = model, params, state_shapes(experiment, options, n_pages), None
     table = jax.tree.map(_of_array, OptionTable(R, V).on_device)
     number, flag = _int32(), _bool()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 import jax
 
-from lm.decoding.engine.programs import StateSharding
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.prompts import context_length
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.paged_cache import ATTENTION, empty_pages
+from lm.models.layer_pages import Pages, empty_pages
+from lm.models.paged_cache import ATTENTION
 from lm.models.transformer_config import TransformerConfig
 
 _OF_MEMORY = 0.85  # of a device's free memory, for pages
@@ -120,6 +120,19 @@ def pages_per_row(experiment: Experiment, options: EngineOptions) -> int:
     return ceil(choose_context(experiment, options) / options.page_size)
 
 
+def make_pages(experiment: Experiment, n_pages: int, page_size: int) -> Pages:
+    """Return empty pages of all layers.
+
+    Args:
+        experiment: experiment on a mesh, prepared for decoding.
+        n_pages: number of pages.
+        page_size: tokens of a page.
+    """
+    config: Any = experiment.model.config  # type: ignore[attr-defined]
+    has_prefix = experiment.objective.has_prefix
+    return empty_pages(config, n_pages, page_size, experiment.mesh, has_prefix)
+
+
 def page_bytes(experiment: Experiment, options: EngineOptions) -> int:
     """Return the bytes of a page of all layers on a device.
 
@@ -127,12 +140,8 @@ def page_bytes(experiment: Experiment, options: EngineOptions) -> int:
         experiment: experiment on a mesh, prepared for decoding.
         options: sizes.
     """
-    config: Any = experiment.model.config  # type: ignore[attr-defined]
-    one = jax.eval_shape(partial(empty_pages, config, config.n_layers, 1, options.page_size))
-    sharding = StateSharding.of(experiment.mesh, config.n_kv_heads)
-
-    leaves = jax.tree.leaves(one)
-    return sum(prod(sharding.pages.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    one = jax.eval_shape(partial(make_pages, experiment, 1, options.page_size))
+    return sum(layer.bytes_of_device(experiment.mesh) for layer in one)
 
 
 def count_pages(experiment: Experiment, options: EngineOptions, free: int | None) -> int:

@@ -33,7 +33,8 @@ from lm.decoding.engine.programs import (
 from lm.decoding.engine.row_sampling import RowOptions, choose_tokens
 from lm.decoding.sampling import decode_last
 from lm.kernels.paged_attention import PagedRows
-from lm.models.paged_cache import PagedCache, Pages
+from lm.models.layer_pages import Pages
+from lm.models.paged_cache import PagedCache
 from lm.models.variables import Params
 
 _LONGEST = 3  # tokens by which a place before is found again

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
 import jax
 
 from lm.accounting.flops import used_share
-from lm.decoding.engine.programs import StateSharding
-from lm.decoding.engine.sizes import EngineOptions, choose_context, longest_chunk, page_bytes
+from lm.decoding.engine.sizes import (
+    EngineOptions,
+    choose_context,
+    longest_chunk,
+    make_pages,
+    page_bytes,
+)
 from lm.experiment import Experiment
 from lm.models.parameter_groups import layer_numbers, layer_path
 from lm.models.variables import KERNELS, Kind, Params, flat
@@ -101,9 +107,9 @@ def _pass(experiment: Experiment, params: Params, n_tokens: int, n_logits: int) 
 def _attention(experiment: Experiment, n_pairs: float) -> float:
     """Return the FLOPs of the two products of attention with so many pairs of query and key."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
-    pages = StateSharding.of(experiment.mesh, config.n_kv_heads).pages
-    n_own = pages.shard_shape((1, config.n_kv_heads))[1]
-    n_heads = config.n_heads * n_own / config.n_kv_heads
+    pages = jax.eval_shape(partial(make_pages, experiment, 1, 1))[0]
+    of_all = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+    n_heads = config.n_heads * pages.bytes_of_device(experiment.mesh) / of_all
     return 4 * config.n_layers * n_heads * config.head_dim * n_pairs
 
 
