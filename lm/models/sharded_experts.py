@@ -317,9 +317,13 @@ def _grouped_linear(
 
 
 def _grouped_kernel() -> GroupedKernel:
-    """Return the kernel of grouped products for the devices of the mesh, or of this process."""
+    """Return the kernel of grouped products for the devices of the mesh, or of this process.
+
+    Without a mesh XLA may shard a product, and can shard none of Pallas.
+    """
     mesh = current_mesh()
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    alone = jax.default_backend() if jax.device_count() == 1 else "several"
+    platform = mesh.devices.flat[0].platform if mesh else alone
     return GroupedKernel("megablox" if platform == "tpu" else "xla")
 
 

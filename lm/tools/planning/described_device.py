@@ -1,7 +1,7 @@
-"""Kernels for a device that is described and not there.
+"""Kernels for devices that are described and not there.
 
-Libraries of kernels, and ours where a step is traced without a mesh, ask this process what the
-device is and can do.
+Libraries of kernels, and our layers where a step is traced without a mesh, ask this process what
+its devices are and can do.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ from typing import Any
 from unittest import mock
 
 import jax
+import numpy as np
 
 from lm.errors import UserError
 from lm.models.attention import CALLED
 
 
 @contextlib.contextmanager
-def kernels_for(device: Any) -> Iterator[None]:
-    """Answer the questions of our layers, of JAX's cuDNN calls and of tokamax for a device.
+def kernels_for(devices: np.ndarray) -> Iterator[None]:
+    """Answer the questions of our layers, of JAX's cuDNN calls and of tokamax for devices.
 
     Args:
-        device: device that is traced for; nothing happens for a kind of device that is there.
+        devices: those of a mesh that is traced for; nothing happens for a kind that is there.
 
     Raises:
         UserError: this JAX has no such questions.
     """
+    device = devices.flat[0]
     platform = CALLED.get(device.platform, device.platform)
     if jax.default_backend() == platform:
         yield
         return
-    answers: list[tuple[Any, str, Callable]] = [(jax, "default_backend", lambda: platform)]
+    answers: list[tuple[Any, str, Callable]] = [
+        (jax, "default_backend", lambda: platform),
+        (jax, "device_count", lambda: devices.size),
+    ]
     if platform == "gpu":
         answers += _answers_for_gpu(device)
     with contextlib.ExitStack() as stack:

@@ -32,7 +32,11 @@ def _mesh(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     m = plan.memory
     left = m.capacity - m.needed
-    verdict = f"fits, {_gb(left)} to spare" if plan.fits else f"DOES NOT FIT, {_gb(-left)} too much"
+    verdict = (
+        f"fits, {size_text(left)} to spare"
+        if plan.fits
+        else f"DOES NOT FIT, {size_text(-left)} too much"
+    )
     sizes = {
         "parameters": m.parameters,
         "optimizer state": m.optimizer,
@@ -46,8 +50,8 @@ def _memory(plan: Plan) -> str:
         "capacity": m.capacity,
         "offloaded to the host": m.host or None,
     }
-    rows = [(name, _gb(size)) for name, size in sizes.items() if size is not None]
-    largest = [(_gb(size), shorten(name)) for size, name in plan.largest]
+    rows = [(name, size_text(size)) for name, size in sizes.items() if size is not None]
+    largest = [(size_text(size), shorten(name)) for size, name in plan.largest]
     return (
         f"memory a device: {verdict}\n{plain_text(text_table(rows, right=[1]), indent=2)}\n"
         f"  largest arrays:\n{plain_text(text_table(largest, right=[0]), indent=4)}"
@@ -67,7 +71,7 @@ def _work(plan: Plan) -> str:
     ratio = plan.compiled_flops / plan.model_flops
     return (
         f"{model}, compiled {plan.compiled_flops / 1e12:.3f} TFLOP ({ratio:.2f}×), memory traffic "
-        f"{_gb(plan.memory_traffic)}; attention kernel {plan.attention_kernel}"
+        f"{size_text(plan.memory_traffic)}; attention kernel {plan.attention_kernel}"
     )
 
 
@@ -78,7 +82,7 @@ def _collectives(plan: Plan) -> str:
             c.axis,
             c.network,
             f"{c.count} ×",
-            _gb(c.bytes / c.count),
+            size_text(c.bytes / c.count),
             "asynchronous" if c.asynchronous else "",
             "" if c.seconds is None else f"{1e3 * c.seconds:.2f} ms",
         )
@@ -105,7 +109,8 @@ def _time(plan: Plan) -> str:
     )
 
 
-def _gb(size: float) -> str:
+def size_text(size: float) -> str:
+    """Format bytes."""
     return f"{size / 1e9:,.3f} GB" if abs(size) >= 1e8 else f"{size / 1e6:,.3f} MB"
 
 
@@ -125,7 +130,7 @@ def search_text(found: SearchResult) -> str:
             _mesh(plan) + ", sequence" * overrides["parallel.sequence"],
             overrides["train.remat"],
             str(overrides["train.microbatches"]),
-            _gb(plan.memory.needed),
+            size_text(plan.memory.needed),
             f"{plan.time.bound:.4f} s" if plan.time else "-",
             "-" if plan.mfu is None else f"{plan.mfu:.1%}",
             plan.bottleneck or "",

@@ -91,7 +91,7 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 def lower(experiment: Experiment) -> Lowered:
     """Lower one dispatch of training for the devices of the experiment."""
-    with kernels_for(experiment.mesh.devices.flat[0]):
+    with kernels_for(experiment.mesh.devices):
         return experiment.train_steps.lower(experiment.state_shapes, batch_shapes(experiment))
 
 

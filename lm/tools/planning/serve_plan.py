@@ -10,6 +10,7 @@ full context, every layer reads all of it, and no row asks for more than the lik
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, replace
@@ -31,10 +32,12 @@ from lm.decoding.engine.sizes import (
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import Experiment, build
+from lm.models.attention import CALLED
 from lm.models.variables import Params
 from lm.tools.planning.described_device import kernels_for
 from lm.tools.planning.hlo import parse_hlo
 from lm.tools.planning.plan import Time, Traffic, list_traffic, network_seconds
+from lm.tools.planning.plan_report import size_text
 from lm.tools.planning.program import OutOfMemory, Program, compile_lowered
 from lm.tools.planning.serve_work import Work, shard_bytes, work_of_prompt, work_of_step
 from lm.tools.planning.topologies import Topology
@@ -52,7 +55,7 @@ class ServeMemory:
         texts: other state of the rows.
         temporaries: what the larger program needs beside these, its code among it.
         needed: sum of these.
-        capacity: memory of the device.
+        capacity: memory of the device that JAX allocates from.
     """
 
     weights: int
@@ -172,7 +175,11 @@ class _Served:
 
     @property
     def capacity(self) -> int:
-        return self.topology.chip.memory or 0
+        """Bytes of a device that JAX allocates from: of a GPU three quarters, if not told more."""
+        platform = self.topology.devices[0].platform
+        is_gpu = CALLED.get(platform, platform) == "gpu"
+        part = float(os.environ.get("XLA_CLIENT_MEM_FRACTION", 0.75)) if is_gpu else 1.0
+        return int(part * (self.topology.chip.memory or 0))
 
     @property
     def free(self) -> int:
@@ -187,7 +194,7 @@ class _Served:
         """Compile both programs and analyze them."""
         start, ex = time.monotonic(), self.experiment
         n_pages = count_pages(ex, options, self.free)
-        with kernels_for(self.topology.devices[0]):
+        with kernels_for(ex.mesh.devices):
             lowered = lower_programs(ex, self.params, options, n_pages)
         programs = {name: compile_lowered(x, ex, start) for name, x in lowered.items()}
         moved = {name: self._traffic(x) for name, x in programs.items()}
@@ -255,8 +262,9 @@ def serve_plan_text(plan: ServePlan) -> str:
     lines = [
         f"{plan.topology}, {plan.n_devices} devices ({mesh or 'one device'}): {plan.rows} rows, "
         f"context {plan.context:,}",
-        f"memory a device    {verdict}: {m.needed / 1e9:.2f} of {m.capacity / 1e9:.2f} GB: weights "
-        f"{m.weights / 1e9:.2f}, pages {m.pages / 1e9:.2f}, temporaries {m.temporaries / 1e9:.2f}",
+        f"memory a device    {verdict}: {size_text(m.needed)} of {size_text(m.capacity)}: weights "
+        f"{size_text(m.weights)}, pages {size_text(m.pages)}, texts {size_text(m.texts)}, "
+        f"temporaries {size_text(m.temporaries)}",
         f"cache              {plan.pages:,} pages of {plan.page_size} tokens: "
         f"{plan.pages * plan.page_size:,} tokens, {plan.tokens_per_row:,.0f} a row",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -10,11 +11,13 @@ import pytest
 
 from lm.cli import main
 from lm.decoding.engine.engine import PagedEngine
+from lm.decoding.engine.shapes import lower_programs
 from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import build
 from lm.hardware import Chip
+from lm.tools.planning.described_device import kernels_for
 from lm.tools.planning.serve_plan import plan_serving, serve_plan_text
 from lm.tools.planning.serve_work import shard_bytes, work_of_prompt, work_of_step
 from lm.tools.planning.topologies import topology
@@ -88,6 +91,14 @@ def test_sizes_are_those_of_a_real_engine(tiny_config, n_devices, changes, row):
     assert "4 rows, context 16,384" in serve_plan_text(plan)
 
 
+def described_shapes(experiment):
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        experiment.inference_shapes,
+        experiment.inference_sharding,
+    )
+
+
 def table_bytes(engine):
     return shard_bytes(engine._params["tokens"])
 
@@ -95,12 +106,7 @@ def table_bytes(engine):
 def test_work_of_a_step_and_of_a_prompt_by_hand(tiny_config):
     """One row of 64 tokens in its cache; a prompt of 63 in chunks of 32."""
     experiment = build(tiny_config(**SIZES, model__dtype="bfloat16"), jax.devices()[:1])
-    shapes = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        experiment.inference_shapes,
-        experiment.inference_sharding,
-    )
-    prepared = prepare(experiment, shapes)
+    prepared = prepare(experiment, described_shapes(experiment))
     step = work_of_step(*prepared, EngineOptions(3), 2)
     assert step.flops == 2 * 3 * (KERNELS + HEAD) + 4 * N * H * K * CONTEXT
     cached = N * 2 * G * K * 4  # a CPU's cache is in float32, and norms are too
@@ -109,6 +115,21 @@ def test_work_of_a_step_and_of_a_prompt_by_hand(tiny_config):
     assert first.flops == 2 * (32 * KERNELS + HEAD) + 4 * N * H * K * 32**2 / 2
     assert second.flops == 2 * (31 * KERNELS + HEAD) + 4 * N * H * K * (31 * 32 + 31**2 / 2)
     assert second.bytes - first.bytes == 32 * cached
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_layers_are_lowered_for_the_devices_that_are_described(tiny_config):
+    """Products of experts by Pallas on one chip, and by XLA on several, which shards them."""
+    pallas, chips = [], ("v5e:1x1", "v5e:2x2")
+    for name in chips:
+        devices = topology(name).devices
+        config = tiny_config(**SIZES, model__n_experts=4, parallel__preset="fsdp")
+        experiment = build(config, devices)
+        prepared = prepare(experiment, described_shapes(experiment))
+        with kernels_for(experiment.mesh.devices):
+            programs = lower_programs(*prepared, EngineOptions(2), 4)
+        pallas.append("tpu_custom_call" in programs["chunk"].as_text())
+    assert pallas == [True, False]
 
 
 def test_wrong_words_are_one_line(tiny_config, experiment_file, capsys):
