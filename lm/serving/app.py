@@ -114,9 +114,8 @@ class Server:
 
 
 def log_line(**values: Any) -> None:
-    """Write a JSON object to stderr, as far as it can be written."""
-    with suppress(OSError, ValueError):  # a full disk is no reason to end
-        print(json.dumps({"time": round(time.time(), 3), **values}), file=sys.stderr, flush=True)
+    """Write a JSON object to stderr."""
+    print(json.dumps({"time": round(time.time(), 3), **values}), file=sys.stderr, flush=True)
 
 
 def log_note(text: str) -> None:

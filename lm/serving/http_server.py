@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 import signal
 import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 
@@ -71,7 +73,7 @@ def serve(
     """
     keys = ApiKeys(Path(listen.api_keys), log_note) if listen.api_keys else None
     _check_certificate(listen)
-    with _socket(listen.host, listen.port) as listener:
+    with _socket(listen.host, listen.port) as listener, _lasting_stderr():
         asyncio.run(_serve(load, options, listen, keys, listener))
 
 
@@ -122,7 +124,7 @@ async def _serve(
         loop.add_signal_handler(number, end)
     start(reload())
     start(warm_up(server))
-    announce(server, listen, listener)
+    _announce(server, listen, listener)
     try:
         await process.serve(sockets=[listener])
     finally:
@@ -152,19 +154,47 @@ def _check_certificate(listen: ListenOptions) -> None:
             raise UserError(f"{where}: no usable certificate and key: {error}") from None
 
 
-def announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:
-    """Say on stderr what is served, and where."""
+def _announce(server: Server, listen: ListenOptions, listener: socket.socket) -> None:
     scheme = "https" if listen.certificate else "http"
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     port = listener.getsockname()[1]
     names = ", ".join(f"{name} (step {model.step})" for name, model in server.models.items())
-    with suppress(OSError):  # a full disk
-        print(f"serving {names} on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
+    print(f"serving {names} on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
+
+
+class _LastingStream(io.TextIOBase):
+    """Text stream whose lines are lost, and end nothing, where they cannot be written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+@contextmanager
+def _lasting_stderr() -> Iterator[None]:
+    """Let a full disk, or a pipe that nobody reads, end nothing: the log of the server is lost."""
+    before = sys.stderr
+    with redirect_stderr(_LastingStream(before)):
+        yield
+    try:
+        before.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail too
 
 
 @contextmanager
 def _socket(host: str, port: int) -> Iterator[socket.socket]:
     """Open a socket that listens; UserError if the address cannot be had."""
+    if port > 65535:
+        raise UserError(f"--port {port}: the largest is 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]

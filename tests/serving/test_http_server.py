@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import errno
-import io
 import shutil
 import signal
 import socket
@@ -23,8 +21,8 @@ from server_process import ServerProcess
 
 from lm.cli import main
 from lm.errors import UserError
-from lm.serving.app import Server, ServerOptions, log_note
-from lm.serving.http_server import ListenOptions, announce, serve
+from lm.serving.app import ServerOptions, log_note
+from lm.serving.http_server import ListenOptions, serve
 from lm.serving.sampling_parameters import RequestLimits
 
 LONG = {"prompt": "the big", "max_tokens": 200, "ignore_eos": True, "seed": 7}
@@ -195,14 +193,15 @@ def test_signals_before_the_models_are_loaded_end_nothing(tiny_run):
 
 
 def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "no space")
+    def load():
+        log_note("a line")
+        raise UserError("loaded")
 
-    monkeypatch.setattr(sys, "stderr", Full())
-    log_note("a line")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        announce(Server({}, LIMITS, None), ListenOptions("127.0.0.1", 0), listener)
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(UserError, match="loaded"):
+            serve(load, LIMITS, ListenOptions("127.0.0.1", 0))
+        full.detach()
 
 
 def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):
@@ -213,6 +212,7 @@ def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypat
         port = str(taken.getsockname()[1])
         cases = {
             "in use": ["--workdir", run, "--port", port],
+            "largest": ["--workdir", run, "--port", "99999"],
             "nowhere.invalid": ["--workdir", run, "--host", "nowhere.invalid"],
             "no key": ["--workdir", run, "--api_keys", str(tmp_path / "keys")],
             "No such file": ["--workdir", run, "--api_keys", str(tmp_path / "missing")],
