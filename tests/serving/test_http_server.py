@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import io
 import shutil
 import signal
 import socket
@@ -197,11 +199,16 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
         log_note("a line")
         raise UserError("loaded")
 
-    with open("/dev/full", "w", buffering=1) as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        with pytest.raises(UserError, match="loaded"):
-            serve(load, LIMITS, ListenOptions("127.0.0.1", 0))
-        full.detach()
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "no space")
+
+        def flush(self):
+            self.write("")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with pytest.raises(UserError, match="loaded"):
+        serve(load, LIMITS, ListenOptions("127.0.0.1", 0))
 
 
 def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):
