@@ -113,10 +113,9 @@ def ragged_attention_problems(
     """
     if head_dim > LANES:
         yield f"--config.model.head_dim={head_dim} (up to {LANES})"
-    for kept in (dtype, pages_dtype):
-        if kept not in DTYPES:
-            yield f"{kept} queries or keys"
-            return
+    if dtype not in DTYPES or dtype != pages_dtype:
+        yield f"{dtype} queries and {pages_dtype} keys"
+        return
     try:
         heads_of_block(n_heads, n_kv_heads, jnp.dtype(dtype), jnp.dtype(pages_dtype))
     except ValueError:

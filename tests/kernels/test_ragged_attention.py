@@ -132,7 +132,8 @@ def test_tables_that_fill_the_scalar_memory_are_read_in_parts(monkeypatch):
     ("sizes", "word"),
     [
         ((32, 8, 128, "bfloat16", "bfloat16"), ""),
-        ((4, 1, 64, "bfloat16", "float32"), ""),
+        ((4, 1, 64, "float32", "float32"), ""),
+        ((4, 1, 64, "bfloat16", "float32"), "float32 keys"),
         ((12, 12, 64, "bfloat16", "bfloat16"), "12 key/value heads"),
         ((16, 16, 256, "bfloat16", "bfloat16"), "head_dim=256"),
         ((12, 12, 128, "float32", "float32"), "12 key/value heads"),
