@@ -5,13 +5,15 @@
 RUN is a run of GPT-2; random weights will do, and `experiments/gpt2.py` with one step makes them.
 It is exported to a Hugging Face folder, and three servers start: ours, that of transformers
 (`pip install "transformers[serving]"`), and that one with `--continuous_batching`. In each round
-they are asked in turn, while the other two idle. All run in float32, greedily, on all the cores
-that this script is given (`taskset` is inherited); the client shares them, and its part of the time
-is reported. A warm-up with the same prompts compiles what there is to compile.
+they are asked in turn, while the others idle; ours once more with a seed in each request, whose
+reply then is the same to the last bit whatever else is served. All run in float32, greedily, on all
+the cores that this script is given (`taskset` is inherited); the client shares them, and its part
+of the time is reported. A first round compiles what there is to compile.
 
-Prompts have 16 to 384 tokens and replies 16 to 96, drawn from one seed; a request that ends early
-is an error. Figures are medians over the rounds: tokens of replies a second, milliseconds to the
-first text and between texts (p50, p99), and our tokens a second over theirs.
+Prompts have 16 to 384 tokens and replies 16 to 96: the same lengths in each round, but other texts,
+so that no round finds the pages of the one before. A request that ends early is an error. Figures
+are medians over the rounds: tokens of replies a second, milliseconds to the first text and between
+texts (p50, p99), and our tokens a second over theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -38,7 +40,8 @@ import numpy as np
 
 from lm.runs.saved_params import load_tokenizer
 
-OURS, DEFAULT, BATCHING = "lm", "transformers", "transformers, continuous batching"
+OURS, SEEDED = "lm", "lm, replies with seeds"
+DEFAULT, BATCHING = "transformers", "transformers, continuous batching"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def main() -> int:
         try:
             for kind in (OURS, DEFAULT, BATCHING):
                 servers.append(start(kind, args.workdir, folder, Path(name)))
+            servers.insert(1, replace(servers[0], name=SEEDED))
             found = asyncio.run(measure(servers, args))
         finally:
             for server in servers:
@@ -114,14 +118,14 @@ def start(kind: str, workdir: Path, folder: Path, logs: Path) -> Server:
     raise SystemExit(f"{kind} does not start:\n{(logs / f'{port}.log').read_text()[-2000:]}")
 
 
-def requests(workdir: Path, n: int) -> list[tuple[str, int]]:
-    """Return prompts of 16 to 384 tokens, and the lengths of their replies."""
-    tokenizer, rng = load_tokenizer(workdir), random.Random(0)
+def requests(workdir: Path, n: int, texts: str) -> list[tuple[str, int]]:
+    """Return prompts of 16 to 384 tokens, drawn by `texts`, and the lengths of their replies."""
+    tokenizer, lengths, places = load_tokenizer(workdir), random.Random(0), random.Random(texts)
     ids = tokenizer.encode("\n".join(topics.values())[:400_000])
     drawn = []
     for _ in range(n):
-        length, new = round(16 * 24 ** rng.random()), round(16 * 6 ** rng.random())
-        first = rng.randrange(len(ids) - length)
+        length, new = round(16 * 24 ** lengths.random()), round(16 * 6 ** lengths.random())
+        first = places.randrange(len(ids) - length)
         drawn.append((tokenizer.decode(ids[first : first + length]), new))
     return drawn
 
@@ -130,11 +134,12 @@ async def measure(servers: Sequence[Server], args: argparse.Namespace) -> list[d
     """Ask every server in turn; return a row of medians for each concurrency and server."""
     rows = []
     for n in args.concurrency:
-        asked = requests(args.workdir, max(4, args.requests * n))
+        n_requests = max(4, args.requests * n)
         rounds: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
         for number in range(args.rounds + 1):
             for server in servers:
-                figures = await one_round(server, asked, n)
+                texts = f"{n} {number} {server.name == SEEDED}"  # ours is asked twice
+                figures = await one_round(server, requests(args.workdir, n_requests, texts), n)
                 print(f"{n} at once, round {number}: {server.name} {figures}", file=sys.stderr)
                 if number:  # round 0 warms up
                     rounds[server.name].append(figures)
@@ -175,6 +180,7 @@ async def reply(http: httpx.AsyncClient, server: Server, prompt: str, new: int) 
     """Return the time of a request, and those at which texts of its reply came."""
     body = {"model": server.model, "prompt": prompt, "max_tokens": new, "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
+    body |= {"seed": 1} if server.name == SEEDED else {}
     times, usage = [time.perf_counter()], {}
     async with http.stream("POST", server.address + "/v1/completions", json=body) as response:
         if response.status_code != 200:

@@ -40,6 +40,7 @@ from lm.decoding.engine.rows import ServedRow, new_token
 from lm.decoding.engine.shapes import allocate_state
 from lm.decoding.engine.sizes import (
     EngineOptions,
+    batch_sizes,
     choose_context,
     count_pages,
     free_memory,
@@ -318,7 +319,7 @@ class PagedEngine:
         n_rows = self._options.n_rows
         rows_R = np.arange(n_rows, dtype=np.int32)
         if all(row.request.seed is None for row in rows):
-            size = min(n_rows, 1 << (len(slots) - 1).bit_length())
+            size = next(size for size in batch_sizes(n_rows) if size >= len(slots))
             rows_R = np.full(size, n_rows, np.int32)
             rows_R[: len(slots)] = slots
         allowed_RV = self._all_allowed[: len(rows_R)]

@@ -102,16 +102,27 @@ def choose_tokens(
         allowed_BV: tokens that may be chosen; None: all.
     """
     o, n_new_B = options, lengths_B - options.n_prompt_B
-    scores_BV = _penalized(logits_BV, tokens_BT, lengths_B, o)
-    if allowed_BV is not None:
-        scores_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
-    scores_BV = _where_any(n_new_B < o.min_new_B, partial(_without_ends, o.end_ids_BE), scores_BV)
     is_greedy_B = o.temperature_B == 0
-    best_B = first_largest(scores_BV)
-    drawn_B = lax.cond(
-        is_greedy_B.all(), lambda: best_B, lambda: _drawn(scores_BV, n_new_B, options)
-    )
-    tokens_B = jnp.where(is_greedy_B, best_B, drawn_B)
+    wants_end_later_B = n_new_B < o.min_new_B
+    changes = (_penalizes(o) | (o.bias_ids_BN >= 0).any(1) | wants_end_later_B).any()
+    if allowed_BV is not None:
+        changes |= ~allowed_BV.all()
+
+    def change() -> jax.Array:
+        scores_BV = _penalized(logits_BV, tokens_BT, lengths_B, o)
+        if allowed_BV is not None:
+            scores_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
+        return _where_any(wants_end_later_B, partial(_without_ends, o.end_ids_BE), scores_BV)
+
+    def choose() -> jax.Array:
+        scores_BV = lax.cond(changes, change, lambda: logits_BV)
+        best_B = first_largest(scores_BV)
+        drawn_B = lax.cond(is_greedy_B.all(), lambda: best_B, lambda: _drawn(scores_BV, n_new_B, o))
+        return jnp.where(is_greedy_B, best_B, drawn_B)
+
+    # A `cond` copies what a branch returns: scores of a large vocabulary cost more than the search.
+    is_plain = is_greedy_B.all() & ~changes
+    tokens_B = lax.cond(is_plain, lambda: first_largest(logits_BV), choose)
 
     def listed() -> tuple[jax.Array, jax.Array, jax.Array]:
         logprobs_BV = jax.nn.log_softmax(logits_BV)
@@ -146,6 +157,11 @@ def _where_any(
     return lax.cond(wants_B.any(), changed, lambda x: x, x_BV)
 
 
+def _penalizes(o: RowOptions) -> jax.Array:
+    """Return which rows have penalties, [B] bool."""
+    return (o.repetition_B != 1) | (o.presence_B != 0) | (o.frequency_B != 0)
+
+
 def _penalized(
     logits_BV: jax.Array, tokens_BT: jax.Array, lengths_B: jax.Array, o: RowOptions
 ) -> jax.Array:
@@ -166,8 +182,7 @@ def _penalized(
         ids_BN = jnp.where(o.bias_ids_BN < 0, V, o.bias_ids_BN)
         return x_BV.at[rows_B1, ids_BN].add(o.bias_BN, mode="drop")
 
-    penalizes_B = (o.repetition_B != 1) | (o.presence_B != 0) | (o.frequency_B != 0)
-    penalized_BV = _where_any(penalizes_B, penalize, logits_BV)
+    penalized_BV = _where_any(_penalizes(o), penalize, logits_BV)
     return _where_any((o.bias_ids_BN >= 0).any(1), add_bias, penalized_BV)
 
 

@@ -77,9 +77,16 @@ def choose_context(experiment: Experiment, options: EngineOptions) -> int:
 def chunk_lengths(options: EngineOptions) -> list[int]:
     """Return the lengths that chunks of prompts are padded to: few, for few programs."""
     lengths = [options.page_size]
-    while lengths[-1] * 4 < options.chunk:
-        lengths.append(lengths[-1] * 4)
+    while lengths[-1] * 2 < options.chunk:
+        lengths.append(lengths[-1] * 2)
     return [*lengths, options.chunk]
+
+
+def batch_sizes(n_rows: int) -> list[int]:
+    """Return the numbers of rows that batches are padded to: 1, 2, 4, 8, 12, 16, 24, 32, …."""
+    powers = [1 << i for i in range(n_rows.bit_length())]
+    sizes = sorted([*powers, *[n * 3 // 2 for n in powers if n >= 8]])
+    return [*[n for n in sizes if n < n_rows], n_rows]
 
 
 def padded_chunk(options: EngineOptions, n: int) -> int:
