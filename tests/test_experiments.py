@@ -15,8 +15,15 @@ from lm.experiment import build
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
-# Those that a token uses, where not all of them are: Jiang et al. 2024, §2.2, and 8×22B.
-ACTIVE = {"mixtral-8x7b": 12_879_925_248, "mixtral-8x22b": 39_152_031_744}
+# Those that a token uses, where not all of them are: Jiang et al. 2024, §2.2, and 8×22B; by hand.
+ACTIVE = {
+    "mixtral-8x7b": 12_879_925_248,
+    "mixtral-8x22b": 39_152_031_744,
+    "olmoe-1b-7b": 6_919_161_856 - 16 * 56 * 3 * 2048 * 1024,
+    "qwen2-57b-a14b": 57_408_658_944 - 28 * 56 * 3 * 3584 * 2560,
+    "qwen3-30b-a3b": 30_532_122_624 - 48 * 120 * 3 * 2048 * 768,
+    "qwen3-235b-a22b": 235_093_634_560 - 94 * 120 * 3 * 4096 * 1536,
+}
 # What Hugging Face's BertForPreTraining has beside its BertModel.
 HEADS = {"bert-base-uncased": 624_188, "bert-large-uncased": 1_084_220}
 

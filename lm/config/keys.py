@@ -49,8 +49,9 @@ COMMON_KEYS: dict[str, Key] = {
     "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=1e-20, high=1.0),
     "model.norm_placement": Key(
         "pre",
-        "Normalise before each sublayer, after the sum, or before and after it (Gemma 2).",
-        choices=("pre", "post", "both"),
+        "Normalise the input of each sublayer, the sum, input and output (Gemma 2), or the output "
+        "alone (OLMo 2).",
+        choices=("pre", "post", "both", "output"),
     ),
     "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, which starts at 0 (Gemma)."),
     "model.norm_bias": Key(True, "LayerNorm has a bias.", needs=("model.norm", "layernorm")),
@@ -61,7 +62,14 @@ COMMON_KEYS: dict[str, Key] = {
         "Biases of attention: as model.bias says, all, of queries, keys and values (Qwen2), none.",
         choices=("same", "all", "qkv", "none"),
     ),
-    "model.qk_norm": Key(False, "Normalise queries and keys over each head (Qwen3)."),
+    "model.qk_norm": Key(False, "Normalise queries and keys."),
+    "model.qk_norm_over": Key(
+        "head",
+        "What qk_norm normalises over: each head (Qwen3), or all heads of a token together "
+        "(OLMo 2).",
+        choices=("head", "all"),
+        needs=("model.qk_norm",),
+    ),
     "model.attention_scale": Key(
         0.0, "Factor of attention scores (T5: 1); 0: 1 / sqrt(head_dim).", low=0.0
     ),
@@ -171,6 +179,27 @@ COMMON_KEYS: dict[str, Key] = {
         "Every so many layers the last one has experts; the others are plain.",
         low=1,
         needs=("model.n_experts",),
+    ),
+    "model.expert_d_ff": Key(
+        0, "Width of an expert; 0: d_ff, that of plain layers.", low=0, needs=("model.n_experts",)
+    ),
+    "model.expert_weights": Key(
+        "auto",
+        "Weights of a token's experts: their probabilities among all (Switch, OLMoE), or those "
+        "over their sum (Mixtral, Qwen3); auto: probability of one, normalized of several.",
+        choices=("auto", "probability", "normalized"),
+        needs=("model.n_experts",),
+    ),
+    "model.shared_expert_d_ff": Key(
+        0,
+        "Width of an expert that every token uses beside its own; 0: none.",
+        low=0,
+        needs=("model.n_experts",),
+    ),
+    "model.shared_expert_gate": Key(
+        False,
+        "Multiply the shared expert's output by a sigmoid of the token (Qwen2-MoE).",
+        needs=("model.shared_expert_d_ff",),
     ),
     "model.dense_layers": Key(
         0, "Layers before the first one with experts, all of them plain (DeepSeek).", low=0

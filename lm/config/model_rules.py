@@ -49,7 +49,7 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
     if model.residual == "concat" and not transformer:
         yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
     if model.residual == "concat" and model.norm_placement == "post":
-        yield "--config.model.residual=concat needs --config.model.norm_placement=pre or both"
+        yield "--config.model.residual=concat is not for --config.model.norm_placement=post"
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
 
@@ -83,11 +83,6 @@ def rotary_problems(model: Any) -> Iterator[str]:
                     f"--config.model.{name}: expected {head_dim // 2} positive numbers, half of "
                     f"head_dim, not {len(factors)}: {' '.join(map(str, factors[:4]))}"
                 )
-    if model.rope_theta_local and scaling in ("yarn", "longrope"):
-        yield (
-            f"--config.model.rope_theta_local={model.rope_theta_local}: with "
-            f"--config.model.rope_scaling={scaling} local layers rotate as global ones"
-        )
 
 
 def _expert_rules(config: ConfigDict) -> Iterator[str]:

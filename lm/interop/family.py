@@ -10,9 +10,10 @@ import numpy as np
 
 from lm.config.model_rules import rotary_problems
 from lm.errors import UserError
-from lm.interop.tensor_mapping import TensorMapping
+from lm.interop.tensor_mapping import TensorMapping, of_segments
+from lm.models.moe import expert_width, has_normalized_weights
 from lm.models.rotary import SCALING_FIELDS, attention_factor
-from lm.models.transformer_config import InitConfig, TransformerConfig
+from lm.models.transformer_config import InitConfig, TransformerConfig, segments
 
 Values = dict[str, Any]
 
@@ -147,7 +148,9 @@ class Family:
             UnsupportedConfig: a parameter is in no row, and not a bias of a head.
         """
         of_heads = (mapping for name in heads for mapping in self.heads[name].mappings)
-        found = [m for m in [*self.base(config), *of_heads] if m.paths[0] in paths]
+        parts = segments(config.layer_types(config.n_layers))
+        rows = [*of_segments(self.base(config), parts, "stack"), *of_heads]
+        found = [m for m in rows if m.paths[0] in paths]
         modules = {module for name in heads for module in self.heads[name].modules}
         left = sorted({*paths} - {path for mapping in found for path in mapping.paths})
         for path in left:
@@ -227,7 +230,10 @@ def _check_types(found: Values) -> None:
             raise UserError(f"config.json: {of.name} is no {of.type}")
         if is_number and not -_LARGEST <= value <= _LARGEST:
             raise UserError(f"config.json: {of.name} is out of range")
-    sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_length")
+    sizes = (
+        *("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_length"),
+        "experts_per_token",
+    )
     buckets = found.get("relative_buckets", 4)
     if buckets < 4 or found.get("relative_max_distance", buckets) <= buckets // 2:
         raise UserError("config.json: the relative positions have too few buckets or distances")
@@ -259,8 +265,18 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         values["rope_theta_local"] = 0.0
     if not c.window:
         unused |= {"global_every", "rope_theta_local"}
-    if not c.n_experts:
-        unused |= {"experts_per_token", "experts_every"}
+    if not c.qk_norm:
+        unused.add("qk_norm_over")
+    if c.n_experts:
+        types = [kind.feed_forward for kind in c.layer_types(c.n_layers)]
+        values |= {"experts_every": types, "dense_layers": 0, "expert_d_ff": expert_width(c)}
+        values["expert_weights"] = has_normalized_weights(c)
+        unused |= set() if "dense" in types else {"d_ff"}
+    else:
+        unused |= {"experts_per_token", "experts_every", "expert_d_ff", "expert_weights"}
+        unused |= {"dense_layers"}
+    if not c.shared_expert_d_ff:
+        unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
     if c.positions == "rotary":
         of_rope -= {"rope_theta", "rope_theta_local", "rope_scaling"}

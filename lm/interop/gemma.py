@@ -18,15 +18,15 @@ from lm.interop.family import (
     require_equal,
 )
 from lm.interop.llama import (
-    GLOBAL,
-    LOCAL,
     config_layer_types,
     decoder,
     layer_types,
     read_common,
+    read_layer_rope,
     read_rope,
     read_windows,
     write_common,
+    write_layer_rope,
     write_rope,
 )
 from lm.models.transformer_config import TransformerConfig
@@ -118,30 +118,11 @@ def _read_gemma3(hf: Values) -> Values:
     # The fused attention of transformers silently ignores it.
     require_equal(hf, attn_logit_softcapping=None)
     found = _read_later(hf, None, None, hf.get("sliding_window_pattern") or 6)
-    by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
-    if not isinstance(by_type, dict):
-        raise UnsupportedConfig(f"config.json: the rotary settings {by_type} are no object")
-    lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
-    old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
-    far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, 1e6)
-    if not found["window"]:
-        return found | far
-    old = {"rope_theta": hf.get("rope_local_base_freq")}
-    near = read_rope(lengths | {"rope_parameters": by_type.get(LOCAL) or old}, 1e4)
-    if near == far:
-        return found | far
-    if near["rope_scaling"] != "none":
-        raise UnsupportedConfig("config.json: scaled rotary wavelengths of local layers")
-    return found | far | {"rope_theta_local": near["rope_theta"]}
+    return found | read_layer_rope(hf | {"sliding_window": found["window"]}, 1e6, 1e4)
 
 
 def _write_gemma3(config: TransformerConfig) -> Values:
-    rope = write_rope(config)
-    far = rope["rope_parameters"]
-    local = {"rope_type": "default", "rope_theta": config.rope_theta_local}
-    near = local if config.rope_theta_local else far
-    del rope["rope_theta"], rope["rope_scaling"]
-    return _write_later(config) | rope | {"rope_parameters": {GLOBAL: far, LOCAL: near}}
+    return _write_later(config) | write_layer_rope(config)
 
 
 GEMMA = decoder("gemma", "Gemma", _read_gemma, _write_gemma, **_ALWAYS)

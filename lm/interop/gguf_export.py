@@ -120,6 +120,8 @@ def _problems(name: str, config: TransformerConfig) -> Iterator[str]:
         yield f"model.rope_scaling={c.rope_scaling}"
     if c.rope_scaling == "yarn" and (c.rope_attention_factor or not c.rope_truncate):
         yield "an attention factor of YaRN of its own, or rope_truncate=False"
+    if c.rope_scaling == "yarn" and c.rope_theta_local:
+        yield f"model.rope_theta_local={c.rope_theta_local:g}"
     if c.rope_scaling != "none" and name == "gemma2":
         yield f"model.rope_scaling={c.rope_scaling}"
 

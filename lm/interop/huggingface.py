@@ -175,7 +175,7 @@ def _quantized_inputs(
     Raises:
         UserError: the class of `transformers` has no `Linear` layers, which alone are quantized.
     """
-    if family.model_type in ("gpt2", "mixtral"):
+    if family.model_type == "gpt2" or any(path.endswith("/router/kernel") for path in shapes):
         raise UserError(
             f"--quantize: transformers has no quantized layers for {family.model_type}; "
             "--format gguf --dtype q8_0 writes weights in 8 bits"

@@ -29,25 +29,26 @@ from lm.interop.tensor_mapping import (
     output_mapping,
     same_layout,
 )
+from lm.models.moe import expert_width
 from lm.models.transformer_config import TransformerConfig, global_layers
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-_ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
-_MLP, _EXPERTS = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe"
+_ATTENTION, FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
+MLP, _EXPERTS = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe"
 _NORMS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "feed_forward_norm",
 }
-_DENSE = [
-    *linear_mappings(f"{_MLP}.gate_proj", f"{_FEED_FORWARD}/gate"),
-    *linear_mappings(f"{_MLP}.up_proj", f"{_FEED_FORWARD}/in"),
-    *linear_mappings(f"{_MLP}.down_proj", f"{_FEED_FORWARD}/out"),
+DENSE = [
+    *linear_mappings(f"{MLP}.gate_proj", f"{FEED_FORWARD}/gate"),
+    *linear_mappings(f"{MLP}.up_proj", f"{FEED_FORWARD}/in"),
+    *linear_mappings(f"{MLP}.down_proj", f"{FEED_FORWARD}/out"),
 ]
 _OF_EXPERTS = [
-    *linear_mappings(f"{_EXPERTS}.gate", f"{_FEED_FORWARD}/router"),
-    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w1", f"{_FEED_FORWARD}/experts/gate"),
-    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w3", f"{_FEED_FORWARD}/experts/in"),
-    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w2", f"{_FEED_FORWARD}/experts/out"),
+    *linear_mappings(f"{_EXPERTS}.gate", f"{FEED_FORWARD}/router"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w1", f"{FEED_FORWARD}/experts/gate"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w3", f"{FEED_FORWARD}/experts/in"),
+    *linear_mappings(f"{_EXPERTS}.experts.{{}}.w2", f"{FEED_FORWARD}/experts/out"),
 ]
 
 _LINEAR = {"factor": "rope_factor"}  # fields by key of `rope_parameters`
@@ -166,6 +167,42 @@ def write_rope(config: TransformerConfig) -> Values:
     }
 
 
+def read_layer_rope(hf: Values, far_theta: float, near_theta: float) -> Values:
+    """Read RoPE of global ("far") and local ("near") layers: `rope_parameters` by layer type.
+
+    Older files have `rope_theta` and `rope_scaling` of global layers, `rope_local_base_freq` of
+    local ones.
+
+    Args:
+        hf: config.json, with `sliding_window` unless no layer is local.
+        far_theta: theta of global layers where it is missing.
+        near_theta: theta of local layers where it is missing.
+    """
+    by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
+    if not isinstance(by_type, dict):
+        raise UnsupportedConfig(f"config.json: the rotary settings {by_type} are no object")
+    lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
+    old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
+    far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, far_theta)
+    old = {"rope_theta": hf.get("rope_local_base_freq")}
+    near = read_rope(lengths | {"rope_parameters": by_type.get(LOCAL) or old}, near_theta)
+    if near == far or not hf.get("sliding_window"):
+        return far
+    if near["rope_scaling"] != "none":
+        raise UnsupportedConfig("config.json: scaled rotary wavelengths of local layers")
+    return far | {"rope_theta_local": near["rope_theta"]}
+
+
+def write_layer_rope(config: TransformerConfig) -> Values:
+    """Write `rope_parameters` by layer type."""
+    rope = write_rope(config)
+    far = rope["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": config.rope_theta_local}
+    near = local if config.rope_theta_local else far
+    del rope["rope_theta"], rope["rope_scaling"]
+    return rope | {"rope_parameters": {GLOBAL: far, LOCAL: near}}
+
+
 def read_common(hf: Values) -> Values:
     """Read the settings that all these families share."""
     return {
@@ -187,18 +224,20 @@ def write_common(config: TransformerConfig) -> Values:
     }
 
 
-def _read(hf: Values, theta: float = 10_000.0) -> Values:
+def read_decoder(hf: Values, theta: float = 10_000.0) -> Values:
+    """Read the settings of a decoder with SwiGLU and one RoPE theta."""
     lm_word(hf, "hidden_act", {"silu": "swiglu", "swish": "swiglu"}, "silu")
     tied = hf.get("tie_word_embeddings", False)
     return read_common(hf) | read_rope(hf, theta) | {"tie_embeddings": tied}
 
 
-def _write(config: TransformerConfig) -> Values:
+def write_decoder(config: TransformerConfig) -> Values:
+    """Write the settings of a decoder with SwiGLU and one RoPE theta."""
     return write_common(config) | write_rope(config) | {"hidden_act": "silu"}
 
 
 def _read_llama(hf: Values) -> Values:
-    return _read(hf) | {
+    return read_decoder(hf) | {
         "bias": hf.get("mlp_bias", False),
         "attention_bias": "all" if hf.get("attention_bias") else "none",
     }
@@ -206,38 +245,41 @@ def _read_llama(hf: Values) -> Values:
 
 def _write_llama(config: TransformerConfig) -> Values:
     biases = {"mlp_bias": config.bias, "attention_bias": config.query_bias}
-    return _write(config) | biases
+    return write_decoder(config) | biases
 
 
-def _one_window(hf: Values, otherwise: int | None) -> Values:
+def one_window(hf: Values, otherwise: int | None) -> Values:
     """Read the window of all layers; `otherwise` stands for a missing key, null for no window."""
     return {"window": hf.get("sliding_window", otherwise) or 0}
 
 
-def _write_window(config: TransformerConfig) -> Values:
+def write_one_window(config: TransformerConfig) -> Values:
+    """Write the window of all layers.
+
+    Raises:
+        UnsupportedConfig: some layers have none.
+    """
     if GLOBAL in config_layer_types(config) and config.window:
         raise UnsupportedConfig(f"model.global_every={config.global_every}")
     return {"sliding_window": config.window or None}
 
 
 def _read_mistral(hf: Values) -> Values:
-    return _read(hf) | _one_window(hf, 4096)
+    return read_decoder(hf) | one_window(hf, 4096)
 
 
 def _write_mistral(config: TransformerConfig) -> Values:
-    return _write(config) | _write_window(config)
+    return write_decoder(config) | write_one_window(config)
 
 
 def _read_mixtral(hf: Values) -> Values:
     hf = {"num_experts_per_tok": 2, "num_local_experts": 8} | hf
-    if read_size(hf, "num_experts_per_tok") < 2:
-        raise UnsupportedConfig("config.json: num_experts_per_tok=1 is weighted by 1 there")
     return (
-        _read(hf, 1e6)
-        | _one_window(hf, None)
+        read_decoder(hf, 1e6)
+        | one_window(hf, None)
         | {
             "n_experts": read_size(hf, "num_local_experts"),
-            "experts_per_token": hf["num_experts_per_tok"],
+            "experts_per_token": read_size(hf, "num_experts_per_tok"),
             "balance_loss": hf.get("router_aux_loss_coef", 0.001),
             "router_jitter": hf.get("router_jitter_noise", 0.0),
             "norm_eps": hf.get("rms_norm_eps", 1e-5),
@@ -247,6 +289,7 @@ def _read_mixtral(hf: Values) -> Values:
 
 def _write_mixtral(config: TransformerConfig) -> Values:
     return _write_mistral(config) | {
+        "intermediate_size": expert_width(config),
         "num_local_experts": config.n_experts,
         "num_experts_per_tok": config.experts_per_token,
         "router_aux_loss_coef": config.balance_loss,
@@ -272,18 +315,18 @@ def _write_windows(config: TransformerConfig) -> Values:
 
 
 def _read_qwen2(hf: Values) -> Values:
-    return _read(hf) | _windows(hf)
+    return read_decoder(hf) | _windows(hf)
 
 
 def _write_qwen2(config: TransformerConfig) -> Values:
-    return _write(config) | _write_windows(config)
+    return write_decoder(config) | _write_windows(config)
 
 
 def _read_qwen3(hf: Values) -> Values:
     # Qwen3Config's default does not follow from d_model.
     hf = hf | {"head_dim": hf.get("head_dim") or 128}
     biases = "all" if hf.get("attention_bias") else "none"
-    return _read(hf) | _windows(hf) | {"attention_bias": biases}
+    return read_decoder(hf) | _windows(hf) | {"attention_bias": biases}
 
 
 def _write_qwen3(config: TransformerConfig) -> Values:
@@ -297,7 +340,7 @@ def decoder(
     write: Callable[[TransformerConfig], Values],
     *,
     norms: Mapping[str, str] = _NORMS,
-    feed_forward: Sequence[TensorMapping] = _DENSE,
+    feed_forward: Sequence[TensorMapping] = DENSE,
     **fixed: object,
 ) -> Family:
     """Build a family with Llama's tensor table.
@@ -369,6 +412,7 @@ MIXTRAL = decoder(
     _write_mixtral,
     feed_forward=_OF_EXPERTS,
     attention_bias="none",
+    expert_weights="normalized",
 )
 QWEN2 = decoder("qwen2", "Qwen2", _read_qwen2, _write_qwen2, attention_bias="qkv")
 QWEN3 = decoder("qwen3", "Qwen3", _read_qwen3, _write_qwen3, qk_norm=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop import bert, gemma, gpt2, llama, llama2c, t5
+from lm.interop import bert, gemma, gpt2, llama, llama2c, olmo, qwen_moe, t5
 from lm.interop.family import Family, Values
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
 from lm.interop.tensor_files import StoredTensor, read_tensors
@@ -47,6 +47,11 @@ FAMILIES: dict[str, Family] = {
         llama.MIXTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.QWEN3_MOE,
+        olmo.OLMO2,
+        olmo.OLMO3,
+        olmo.OLMOE,
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
@@ -246,7 +251,13 @@ def _without_copies(
 def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None:
     """Raise UserError for layers, or experts in them, of which most have no tensor in a file."""
     n_layers = config.n_layers + config.n_decoder_layers
-    for n, what in ((n_layers, "layers"), (n_layers * config.n_experts, "experts")):
+
+    def counts() -> Iterator[tuple[int, str]]:
+        yield n_layers, "layers"
+        types = [layer.feed_forward for layer in config.layer_types(n_layers)]
+        yield types.count("experts") * config.n_experts, "experts"
+
+    for n, what in counts():
         if n > n_tensors:
             raise UserError(
                 f"{path}: config.json has {n} {what}, but there are only {n_tensors} tensors"

@@ -4,18 +4,20 @@ A layout writes the dimensions of an array as letters: "(H K) D" is a matrix who
 times head dimensions. Both layouts of a row have the same letters, from which reshape and transpose
 follow. A number is a dimension of that size; P counts the parameters that are stored in one
 tensor. Tensor names have "{}" for the number of a layer, and of an expert within it; parameters
-are stacked on as many leading axes.
+are stacked on as many leading axes. A stack of layers that differ has several parameters for a
+tensor name, each of some layers (`of_segments`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from lm.interop.tensor_files import StoredTensor
+from lm.models.transformer_config import Segment
 
 Shape = tuple[int, ...]
 Block = tuple[Shape, np.ndarray]  # start indices in the parameter, and values
@@ -32,17 +34,25 @@ class TensorMapping:
         paths: parameters that the tensor holds.
         hf_layout: layout of the tensor; "" where it equals the parameter's.
         lm_layout: layout of each parameter, without the stacked leading axes.
+        layers: numbers of the layers that are stacked; (): 0, 1, ….
     """
 
     name: str
     paths: tuple[str, ...]
     hf_layout: str = ""
     lm_layout: str = ""
+    layers: Sequence[int] = ()
 
     @property
     def n_stacked_axes(self) -> int:
         """Number of leading axes that are unstacked into per-layer tensor names."""
         return self.name.count("{}")
+
+    def tensor_name(self, index: Sequence[int]) -> str:
+        """Return the name of the tensor at an index of the stacked axes."""
+        if not self.layers or not index:
+            return self.name.format(*index)
+        return self.name.format(self.layers[index[0]], *index[1:])
 
 
 def same_layout(name: str, path: str) -> TensorMapping:
@@ -69,6 +79,31 @@ def norm_mappings(name: str, path: str) -> list[TensorMapping]:
 def output_mapping(name: str) -> TensorMapping:
     """Map the output projection of untied embeddings."""
     return TensorMapping(name, ("head/kernel",), "V D", "D V")
+
+
+def of_segments(
+    mappings: Iterable[TensorMapping], parts: Sequence[Segment], stack: str
+) -> list[TensorMapping]:
+    """Repeat the rows of a stack's layers for each parameter that holds some of the layers.
+
+    Args:
+        mappings: rows of the table, those of layers as if all were alike.
+        parts: segments of the stack.
+        stack: path of the stack; rows of other paths stay.
+    """
+    layers, found = f"{stack}/layers/", []
+    for mapping in mappings:
+        if not mapping.paths[0].startswith(layers):
+            found.append(mapping)
+            continue
+        for part in parts:
+            n = len(part.period)
+            for i in range(n):
+                module = f"{stack}/{part.name}/" + (f"{i}_of_{n}/" if n > 1 else "")
+                paths = tuple(module + path.removeprefix(layers) for path in mapping.paths)
+                numbers = range(part.first + i, part.first + part.n_layers, n)
+                found.append(replace(mapping, paths=paths, layers=numbers))
+    return found
 
 
 # --- layouts
@@ -159,7 +194,7 @@ def tensor_names(mapping: TensorMapping, shape: Shape) -> list[str]:
         mapping: row of the table.
         shape: shape of the parameter, stacked axes included.
     """
-    return [mapping.name.format(*i) for i in np.ndindex(*shape[: mapping.n_stacked_axes])]
+    return [mapping.tensor_name(i) for i in np.ndindex(*shape[: mapping.n_stacked_axes])]
 
 
 def hf_shape(mapping: TensorMapping, shape: Shape) -> Shape:
@@ -181,7 +216,7 @@ def read_parameter(
     n = mapping.n_stacked_axes
     layouts = _Layouts.of(mapping, shape[n:])
     for numbers in np.ndindex(*shape[:n]):
-        for starts, x in layouts.read(find(mapping.name.format(*numbers)), part):
+        for starts, x in layouts.read(find(mapping.tensor_name(numbers)), part):
             yield (*numbers, *starts), x.reshape([1] * n + list(x.shape))
 
 

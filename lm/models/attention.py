@@ -23,7 +23,7 @@ from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
 from lm.kernels.tiled_attention import tiled_attention
 from lm.models.cache import Layer
 from lm.models.cached_attention import attend_and_cache, empty_keys_values
-from lm.models.layers import Linear, make_norm
+from lm.models.layers import Linear
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
 from lm.parallel.mesh import constrain, count_shards, current_mesh
@@ -140,10 +140,12 @@ class DotProductAttention(nn.Module):
             c.dtype,
         )
         if c.qk_norm:
-            self.query_norm, self.key_norm = make_norm(c), make_norm(c)
+            from lm.models.head_norm import make_head_norm
+
+            self.query_norm, self.key_norm = make_head_norm(c), make_head_norm(c)
 
     def queries(self, x_BLW: jax.Array) -> jax.Array:
-        """Return queries [B, L, H, K], normalized per head with `qk_norm` (Henry et al. 2020)."""
+        """Return queries [B, L, H, K], normalized with `qk_norm` (Henry et al. 2020)."""
         q_BLHK = self.query(x_BLW)
         if self.config.qk_norm:
             q_BLHK = self.query_norm(q_BLHK)
@@ -199,13 +201,12 @@ class Attention(DotProductAttention, TokenMixer):
         q_BLHK = self.queries(x_BLW)
         keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
         if inputs.angles_BLK is not None:
-            factor = 1.0
+            q_BLHK = rotate(q_BLHK, inputs.angles_BLK)
+            keys_values = rotate(k_BSGK, inputs.angles_BLK), v_BSGK
             if self.config.rope_scaling != "none":
-                from lm.models.rotary import attention_factor
+                from lm.models.rotary import scale_queries
 
-                factor = attention_factor(self.config)
-            q_BLHK = rotate(q_BLHK, inputs.angles_BLK, factor)
-            keys_values = rotate(k_BSGK, inputs.angles_BLK, factor), v_BSGK
+                q_BLHK = scale_queries(self.config, q_BLHK, inputs.mask.is_global)
         if cache is None:
             return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), None
         o_BLHK, cache = attend_and_cache(self.config, q_BLHK, keys_values, inputs, cache, layer)
@@ -335,18 +336,15 @@ def _problems(
 # --- rotary position embeddings
 
 
-def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array, factor: float = 1.0) -> jax.Array:
+def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
     """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout).
 
     Args:
         x_BLHK: queries or keys.
         angles_BLK: angles [B, L, K/2].
-        factor: what they are multiplied by beside (`attention_factor`).
     """
     cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
     sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
-    if factor != 1:
-        cos_BL1K, sin_BL1K = cos_BL1K * factor, sin_BL1K * factor
     a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
         [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1

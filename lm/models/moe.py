@@ -1,6 +1,7 @@
 """Mixture-of-experts feed-forward layer.
 
-Switch (Fedus et al. 2021), Mixtral (Jiang et al. 2024) and ST-MoE's z-loss (Zoph et al. 2022).
+Switch (Fedus et al. 2021), Mixtral (Jiang et al. 2024), the shared expert of Qwen2-MoE (Yang et al.
+2024) and ST-MoE's z-loss (Zoph et al. 2022).
 Tokens that share capacity and balance statistics are those of a row, as in Mesh TensorFlow, so that
 neither the mesh nor the number of microbatches changes a result.
 
@@ -9,6 +10,7 @@ Shape letters: B batch, L length, D model, F feed-forward, E experts, K choices 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 import flax.linen as nn
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.elementwise import ACTIVATIONS, GATED
+from lm.models.layers import FeedForward
 from lm.models.model_state import model_state
 from lm.models.sharded_experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
 from lm.models.transformer_config import TransformerConfig
@@ -25,6 +28,9 @@ from lm.parallel.mesh import constrain
 
 class MixtureOfExperts(nn.Module):
     """Sum of weight · FeedForward_expert(x) over the experts that the router chooses for a token.
+
+    A shared expert, which every token uses, adds its output, times sigmoid(x w) if it has a gate
+    (Qwen2, Yang et al. 2024, §2.2.2).
 
     In training an expert with a capacity takes the first tokens of a row, and later ones get 0;
     otherwise nothing is dropped, so that decoding equals the full forward pass. It reports, for
@@ -42,12 +48,14 @@ class MixtureOfExperts(nn.Module):
         if is_token_BL is None:
             is_token_BL = jnp.ones(x_BLD.shape[:2], bool)
         jitter = 0.0 if self.deterministic else c.router_jitter
-        logits_BLE = Router(c, jitter, name="router")(x_BLD)
+        logits_BLE = Router(c, c.n_experts, jitter, name="router")(x_BLD)
         bias = None
         if c.router_bias_rate:
             bias = model_state(self, "router_bias", jnp.zeros, (c.n_experts,), ("router",))
         bias_E = None if bias is None else bias.value
-        experts_BLK, weights_BLK = choose_experts(logits_BLE, c.experts_per_token, bias_E)
+        experts_BLK, weights_BLK = choose_experts(
+            logits_BLE, c.experts_per_token, bias_E, has_normalized_weights(c)
+        )
         if bias is not None:
             step_E = load_balancing_step(experts_BLK, is_token_BL, c.n_experts)
             bias.update(bias.value + c.router_bias_rate * step_E)
@@ -73,21 +81,32 @@ class MixtureOfExperts(nn.Module):
         add_metric(self, "dropped", masked_mean(1 - served_BL1, is_token_BL)[:, 0])
 
         routes = Routing(experts_BLK, positions_BLK, weights_BLK)
-        return Experts(c, name="experts")(x_BLD, routes, capacity)
+        y_BLD = Experts(c, name="experts")(x_BLD, routes, capacity)
+        return y_BLD + self._shared_expert(x_BLD) if c.shared_expert_d_ff else y_BLD
+
+    def _shared_expert(self, x_BLD: jax.Array) -> jax.Array:
+        """Return the output of the expert that every token uses, times its gate if it has one."""
+        c = replace(self.config, d_ff=self.config.shared_expert_d_ff)
+        y_BLD = FeedForward(c, self.deterministic, name="shared_expert")(x_BLD)
+        if not c.shared_expert_gate:
+            return y_BLD
+        gate_BL1 = jax.nn.sigmoid(Router(c, 1, name="shared_expert_gate")(x_BLD))
+        return (gate_BL1 * y_BLD).astype(y_BLD.dtype)
 
 
 class Router(nn.Module):
-    """Router: logits of the experts, [B, L, E], in float32 throughout (Switch, §2.4)."""
+    """Router: logits of `n_outputs` experts, [B, L, E], in float32 throughout (Switch, §2.4)."""
 
     config: TransformerConfig
-    jitter: float
+    n_outputs: int
+    jitter: float = 0.0
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
-        init = c.kernel_init(c.output_std(c.n_experts, x_BLD.shape[-1]))
+        init = c.kernel_init(c.output_std(self.n_outputs, x_BLD.shape[-1]))
         # Small enough to be whole on every device: gathering it would cost more than it saves.
-        shape, names = (x_BLD.shape[-1], c.n_experts), ("router_inputs", "router")
+        shape, names = (x_BLD.shape[-1], self.n_outputs), ("router_inputs", "router")
         role = Role(Kind.ROUTER, c.stream, inputs=1)
         kernel_DE = param(self, "kernel", init, shape, names, role)
         x_BLD = x_BLD.astype(jnp.float32) / c.width_ratio
@@ -108,7 +127,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, routes: Routing, capacity: int) -> jax.Array:
-        c = self.config
+        c, width = self.config, expert_width(self.config)
         parameters: dict[str, jax.Array] = {}
         names: dict[str, tuple[str, ...]] = {}
         role = Role(Kind.MATRIX, c.stream, expert=True, inputs=1)
@@ -116,7 +135,7 @@ class Experts(nn.Module):
         for name in (*wide, "out"):
             inner = name != "out"
             axes = ("experts", "embed", "mlp") if inner else ("experts", "mlp", "embed")
-            shape = (x_BLD.shape[-1], c.d_ff) if inner else (c.d_ff, c.d_model)
+            shape = (x_BLD.shape[-1], width) if inner else (width, c.d_model)
             init = c.kernel_init(c.std(*shape) if inner else c.residual_std(*shape))
             made = ExpertLinear((c.n_experts, *shape), axes, role, c.bias, init, name=name)()
             for kind, (value, names_of_axes) in made.items():
@@ -162,19 +181,29 @@ class ExpertLinear(nn.Module):
 # --- routing: functions of the router's logits
 
 
+def expert_width(config: TransformerConfig) -> int:
+    """Return the width of a routed expert."""
+    return config.expert_d_ff or config.d_ff
+
+
+def has_normalized_weights(config: TransformerConfig) -> bool:
+    """Return whether the weights of a token's experts add up to 1."""
+    default = "normalized" if config.experts_per_token > 1 else "probability"
+    return {"auto": default}.get(config.expert_weights, config.expert_weights) == "normalized"
+
+
 def choose_experts(
-    logits_BLE: jax.Array, k: int, bias_E: jax.Array | None = None
+    logits_BLE: jax.Array, k: int, bias_E: jax.Array | None, normalized: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Return the k most probable experts of each token, and their weights, [B, L, K] each.
-
-    One expert is weighted by its probability (Switch, Fedus et al. 2021, eq. 2); several by the
-    softmax over their own logits (Mixtral, Jiang et al. 2024, §2.1).
 
     Args:
         logits_BLE: logits of the router.
         k: number of experts of a token.
         bias_E: added to the probabilities when experts are chosen; weights do not depend on it
             (Wang et al. 2024, arXiv 2408.15664, eq. 3).
+        normalized: weights are the softmax over the chosen logits (Mixtral, Jiang et al. 2024,
+            §2.1), else the probabilities among all experts (Switch, Fedus et al. 2021, eq. 2).
     """
     experts, picked = [], []
     left_BLE = logits_BLE if bias_E is None else jax.nn.softmax(logits_BLE) + bias_E
@@ -185,7 +214,7 @@ def choose_experts(
         left_BLE = jnp.where(is_chosen_BLE, -jnp.inf, left_BLE)
     picked_BLK = jnp.stack(picked, -1)
     weights_BLK = jax.nn.softmax(picked_BLK)
-    if k == 1:
+    if not normalized:
         weights_BLK = jnp.exp(picked_BLK - jax.nn.logsumexp(logits_BLE, -1, keepdims=True))
     return jnp.stack(experts, -1), weights_BLK
 

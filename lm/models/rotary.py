@@ -50,6 +50,24 @@ def text_lengths(positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.
     return jnp.where(is_same_BLL, positions_BL[:, None, :], 0).max(axis=2) + 1
 
 
+def scale_queries(
+    config: TransformerConfig, q_BLHK: jax.Array, is_global: jax.Array | None
+) -> jax.Array:
+    """Multiply queries by the square of `attention_factor`, which equals the factor on both sides.
+
+    Local layers with a theta of their own keep theirs, as in `layer_angles`.
+
+    Args:
+        config: configuration of the stack.
+        q_BLHK: rotated queries.
+        is_global: true if the layer ignores the window; None: all layers are alike.
+    """
+    factor = jnp.asarray(attention_factor(config) ** 2, jnp.float32)
+    if config.window and config.rope_theta_local:
+        factor = jnp.where(False if is_global is None else is_global, factor, 1.0)
+    return (q_BLHK * factor).astype(q_BLHK.dtype)
+
+
 def attention_factor(config: TransformerConfig) -> float:
     """Return what rotated queries and keys are multiplied by.
 

@@ -23,10 +23,10 @@ from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.attention import MixerInputs, layer_angles
 from lm.models.cache import Cache, Layer, cache_indices
 from lm.models.cross_attention import CrossAttention
-from lm.models.layers import FeedForward, Linear, make_norm
+from lm.models.layers import FeedForward, make_norm
 from lm.models.remat import REMAT_POLICIES
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
-from lm.models.variables import COLLECTIONS, MODEL_STATE, Kind, Part, Role
+from lm.models.variables import COLLECTIONS, MODEL_STATE
 from lm.parallel.mesh import constrain, current_mesh, current_pipeline
 
 
@@ -76,7 +76,8 @@ class Block(nn.Module):
     """Transformer block: self-attention, cross-attention if there is a source, feed-forward.
 
     Each sublayer computes, by `norm_placement`, "pre": x + sublayer(norm(x)); "post":
-    norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))).
+    norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))); "output":
+    x + post_norm(sublayer(x)).
 
     With `residual="concat"` concatenation replaces the sum. Block l, counted from 0, reads H^l
     [B, L, D + l g]; its first sublayer reads H^l and each later one concat(H^l, u), u being the sum
@@ -142,14 +143,16 @@ class Block(nn.Module):
         block_input_BLW, output_BLD = x_BLW, None  # of residual="concat": H^l, and the sum u
         for name, sublayer in sublayers.items():
             norm = make_norm(c, f"{name}_norm")
-            y_BLD = sublayer(x_BLW if c.norm_placement == "post" else norm(x_BLW))
-            if c.norm_placement == "both":
+            y_BLD = sublayer(norm(x_BLW) if c.norm_placement in ("pre", "both") else x_BLW)
+            if c.norm_placement in ("both", "output"):
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
             if c.residual == "concat":
                 output_BLD = y_BLD if output_BLD is None else output_BLD + y_BLD
                 y_BLD = output_BLD
                 if name == "feed_forward":
+                    from lm.models.concat_residual import project
+
                     y_BLD = project(c, y_BLD, c.concat_width, "concat")
                 x_BLW = jnp.concatenate([block_input_BLW, y_BLD], axis=-1)
                 x_BLW = constrain(x_BLW, "batch", "residual_length", "embed")
@@ -158,24 +161,6 @@ class Block(nn.Module):
             x_BLW = norm(x_BLW) if c.norm_placement == "post" else x_BLW
         is_prefill = caches is not None and inputs.encoded_BSD is not None
         return (x_BLW, caches), source if is_prefill else None
-
-
-def project(
-    config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str, part: Part = "layers"
-) -> jax.Array:
-    """Apply a linear map without bias to the residual stream of `residual="concat"`.
-
-    Args:
-        config: configuration of the stack.
-        x_BLW: input of any width.
-        n_out: width of the output.
-        name: module name.
-        part: part of the model that the kernel belongs to.
-    """
-    c, width = config, x_BLW.shape[-1]
-    init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
-    role = Role(Kind.MATRIX, c.stream, part)
-    return Linear((width,), (n_out,), axes, role, False, init, c.dtype, name=name)(x_BLW)
 
 
 class Blocks(nn.Module):
@@ -286,6 +271,8 @@ class Stack(nn.Module):
         if c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
         if c.residual == "concat":
+            from lm.models.concat_residual import project
+
             x_BLD = project(c, x_BLD, c.d_model, "output", part="body")
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)

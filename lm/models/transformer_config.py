@@ -169,6 +169,7 @@ class TransformerConfig(InitConfig):
     bias: bool = True
     attention_bias: str = "same"
     qk_norm: bool = False
+    qk_norm_over: str = "head"
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     window: int = 0
@@ -193,6 +194,10 @@ class TransformerConfig(InitConfig):
     n_experts: int = 0
     experts_per_token: int = 2
     experts_every: int = 1
+    expert_d_ff: int = 0
+    expert_weights: str = "auto"
+    shared_expert_d_ff: int = 0
+    shared_expert_gate: bool = False
     expert_capacity: float = 0.0
     balance_loss: float = 0.01
     router_z_loss: float = 0.0

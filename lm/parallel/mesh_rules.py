@@ -100,22 +100,23 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
 
 def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield the dimensions of parameters that the mesh does not divide."""
-    names = [] if MODELS.entries[config.model.family].plugin else ["embed"]
-    if config.model.family in TRANSFORMERS:
-        names += ["heads", "mlp"]
-    if config.model.n_experts:
-        names += ["experts"]
+    model = config.model
+    axes = [] if MODELS.entries[model.family].plugin else [("embed", "d_model")]
+    is_d_ff_used = model.experts_every > 1 or model.dense_layers or not model.expert_d_ff
+    if model.family in TRANSFORMERS:
+        axes += [("heads", "n_heads"), *([("mlp", "d_ff")] if is_d_ff_used else [])]
+    if model.n_experts:
+        axes += [("experts", "n_experts"), ("mlp", "expert_d_ff"), ("mlp", "shared_expert_d_ff")]
     elif sizes["expert"] > 1:
         yield (
             f"--config.parallel.mesh.expert={sizes['expert']}: the model has no experts "
             "(--config.model.n_experts=0); use data or fsdp"
         )
-    for name in names:
-        section, _, key = CONFIG_KEYS[name].partition(".")
+    for name, key in axes:
         try:
-            count_parameter_shards(sizes, (name,), (config[section][key],))
+            count_parameter_shards(sizes, (name,), (model[key],))
         except UserError as error:
-            yield str(error)
+            yield str(error).replace(f"--config.{CONFIG_KEYS[name]}=", f"--config.model.{key}=")
 
 
 def count_parameter_shards(

@@ -70,7 +70,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.residual": "concat", "model.norm_placement": "post"},
-            "concat needs --config.model.",
+            "concat is not for --config.model.norm",
         ),
         (
             {"model.residual": "concat", "model.family": "lstm"},
@@ -176,10 +176,6 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         (
             {"model.rope_scaling": "longrope", "model.rope_long_factor": "1,2"},
             "rope_short_factor: expected 4 positive numbers, half of head_dim, not 0",
-        ),
-        (
-            {"model.rope_scaling": "yarn", "model.window": "4", "model.rope_theta_local": "10"},
-            "with --config.model.rope_scaling=yarn local layers rotate as global ones",
         ),
         (
             {"model.rope_scaling": "dynamic", "model.n_heads": "8"},

@@ -78,6 +78,18 @@ LONG_ROPE = {
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
 
 MIXTRAL = LLAMA | {"num_local_experts": 4, "num_key_value_heads": 2}
+OLMO3 = LLAMA | {
+    "num_hidden_layers": 4,
+    "sliding_window": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {
+        "full_attention": YARN_ROPE,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+}
+MOE_WIDTHS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+QWEN2_MOE = LLAMA | MOE_WIDTHS | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 40}
+QWEN3_MOE = LLAMA | MOE_WIDTHS | {"num_key_value_heads": 2, "norm_topk_prob": True, "head_dim": 10}
 GEMMA = LLAMA | {"num_key_value_heads": 1, "head_dim": 10, "pad_token_id": None}
 GEMMA2 = GEMMA | {
     "sliding_window": 4,
@@ -131,6 +143,10 @@ DECODERS = {
         LLAMA | {"num_key_value_heads": 1, "sliding_window": 5, "rope_parameters": LINEAR_ROPE},
     ),
     "mixtral": ("MixtralForCausalLM", MIXTRAL),
+    "mixtral-one-expert": (
+        "MixtralForCausalLM",
+        MIXTRAL | {"num_experts_per_tok": 1, "num_hidden_layers": 1},
+    ),
     "mixtral-window-3-of-5": (
         "MixtralForCausalLM",
         MIXTRAL
@@ -168,6 +184,30 @@ DECODERS = {
     "qwen3-biases": (
         "Qwen3ForCausalLM",
         LLAMA | {"head_dim": 6, "attention_bias": True, "num_key_value_heads": 4},
+    ),
+    "olmo2": (
+        "Olmo2ForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmo3": ("Olmo3ForCausalLM", OLMO3),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 3},
+    ),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", QWEN2_MOE),
+    "qwen2-moe-plain-layers": (
+        "Qwen2MoeForCausalLM",
+        QWEN2_MOE
+        | {"num_hidden_layers": 4, "mlp_only_layers": [0, 2], "norm_topk_prob": True}
+        | {"use_sliding_window": True, "sliding_window": 5, "qkv_bias": False}
+        | {"num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", QWEN3_MOE),
+    "qwen3-moe-dense-first": (
+        "Qwen3MoeForCausalLM",
+        QWEN3_MOE
+        | {"mlp_only_layers": [0], "norm_topk_prob": False, "num_experts_per_tok": 4}
+        | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4},
     ),
 }
 ENCODERS = {

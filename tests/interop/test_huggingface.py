@@ -57,7 +57,9 @@ def test_a_decoder_gives_their_logits(make_theirs, name):
 
 
 @pytest.mark.parametrize("length", [5, 15])
-@pytest.mark.parametrize("name", ["llama-yarn", "qwen2-yarn", *sorted(BY_LENGTH)])
+@pytest.mark.parametrize(
+    "name", ["llama-yarn", "qwen2-yarn", "olmo3", "qwen2-moe", *sorted(BY_LENGTH)]
+)
 def test_a_text_that_grows_past_its_context_is_continued_as_there(make_theirs, name, length):
     """Its original context is 12 or 16; each step of both reads keys from a cache."""
     theirs, folder = make_theirs(name)
@@ -121,7 +123,7 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     )
 
 
-PACKED = ["gpt2", "llama-3.1", "mixtral", "gemma3", "bert", "roberta"]
+PACKED = ["gpt2", "llama-3.1", "mixtral", "gemma3", "olmo3", "bert", "roberta"]
 
 
 @pytest.mark.parametrize("name", [*PACKED, "llama-dynamic", "llama-longrope"])

@@ -112,10 +112,15 @@ SPOILT = {
         ),
         "layer_types are not local ones and each n-th global",
     ),
-    "one expert": (
-        lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=1),
-        "num_experts_per_tok=1 is weighted by 1",
+    "no expert": (
+        lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=0),
+        "experts_per_token is less than 1",
     ),
+    "layers with experts": (
+        lambda f: set_config(f, model_type="qwen3_moe", mlp_only_layers=[1]),
+        "the layers with experts are not each n-th of the last",
+    ),
+    "clipped": (lambda f: set_config(f, model_type="olmoe", clip_qkv=8.0), "clip_qkv=8.0 is not"),
     "both ways": (
         lambda f: (
             set_config(f, model_type="gemma", use_bidirectional_attention=True)

@@ -29,6 +29,14 @@ MIXES = {
         "n_layers": 5, "window": 3, "global_every": 2, "rope_theta": 500.0,
         "rope_theta_local": 20.0, "rope_scaling": "linear", "rope_factor": 4.0,
     },
+    "olmo 3 with experts": {
+        "positions": "rotary", "norm": "rmsnorm", "norm_placement": "output", "bias": False,
+        "activation": "swiglu", "n_kv_heads": 2, "qk_norm": True, "qk_norm_over": "all",
+        "n_layers": 4, "window": 3, "global_every": 2, "rope_theta_local": 20.0,
+        "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 8,
+        "n_experts": 3, "expert_weights": "probability", "expert_d_ff": 12, "dense_layers": 1,
+        "shared_expert_d_ff": 10, "shared_expert_gate": True,
+    },
 }  # fmt: skip
 LENGTH, PREFILL = 12, 6
 LENGTHS = np.array([4, 6, 1])  # of the prompts, padded on the left to PREFILL

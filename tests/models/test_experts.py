@@ -37,6 +37,18 @@ MERGED_OVERRIDES = {
 KINDS = {
     "switch": ("span_corruption encoder_decoder experts", {"model.router_jitter": 0.0}),
     "mixtral": ("causal decoder", {"model.experts_per_token": 2}),
+    "olmo and qwen": (
+        "causal decoder",
+        {
+            "model.norm_placement": "output",
+            "model.qk_norm": True,
+            "model.qk_norm_over": "all",
+            "model.expert_weights": "probability",
+            "model.expert_d_ff": 12,
+            "model.shared_expert_d_ff": 20,
+            "model.shared_expert_gate": True,
+        },
+    ),
 }
 ALL_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
 

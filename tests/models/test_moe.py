@@ -23,8 +23,13 @@ CONFIG = TransformerConfig(
 STYLES = {
     "switch": {},
     "mixtral": {"activation": "swiglu", "experts_per_token": 2, "bias": False},
-    "three": {"experts_per_token": 3},
-}
+    "three": {"experts_per_token": 3, "expert_weights": "probability", "expert_d_ff": 5},
+    "qwen2": {
+        "activation": "swiglu", "experts_per_token": 2, "expert_weights": "probability",
+        "shared_expert_d_ff": 7, "shared_expert_gate": True, "bias": False,
+    },
+    "one, normalized": {"expert_weights": "normalized", "shared_expert_d_ff": 7},
+}  # fmt: skip
 X = np.float32(np.random.default_rng(1).normal(size=(B, L, D)))
 
 
@@ -48,13 +53,13 @@ def test_a_router_bias_chooses_but_does_not_weigh():
     """Wang et al. 2024 (arXiv 2408.15664), eq. 3: top-k of s + b, weights of s alone."""
     rng = np.random.default_rng(3)
     logits, bias = rng.normal(size=(2, 5, E)), np.array([0.5, -0.5, 0.0, 0.1])
-    experts, weights = moe.choose_experts(np.float32(logits), 2, np.float32(bias))
+    experts, weights = moe.choose_experts(np.float32(logits), 2, np.float32(bias), True)
     scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.argsort(-(scores + bias), axis=-1)[..., :2]
     np.testing.assert_array_equal(experts, expected)
     picked = np.exp(np.take_along_axis(logits, expected, -1))
     np.testing.assert_allclose(weights, picked / picked.sum(-1, keepdims=True), rtol=1e-5)
-    plain, _ = moe.choose_experts(np.float32(logits), 2)
+    plain, _ = moe.choose_experts(np.float32(logits), 2, None, True)
     assert (np.asarray(plain) != expected).any()
 
 
@@ -80,11 +85,11 @@ def test_a_training_step_moves_the_router_bias_towards_even_loads():
 @pytest.mark.parametrize("style", STYLES)
 def test_outputs_are_those_of_one_token_at_a_time(style, capacity):
     layer, params = make(deterministic=False, expert_capacity=capacity, **STYLES[style])
-    k = layer.config.experts_per_token
+    k, how = layer.config.experts_per_token, layer.config.expert_weights
     room = capacity and int(np.ceil(capacity * k * L / E))
     found, reported = run(layer, params)
     for row, y, dropped in zip(X, found, reported["dropped"], strict=True):
-        expected, queues = mixture(float64(params), np.float64(row), k, room or None)
+        expected, queues = mixture(float64(params), np.float64(row), k, room or None, how=how)
         np.testing.assert_allclose(y, expected, atol=2e-6)
         served = sum(map(len, queues.values()))
         assert dropped == pytest.approx(1 - served / (k * L), abs=1e-6)
@@ -97,13 +102,14 @@ def test_outputs_are_those_of_one_token_at_a_time(style, capacity):
 def test_gradients_are_the_slopes_of_the_reference(style, capacity):
     """Along random directions of every parameter and the input, by differences in float64."""
     layer, params = make(deterministic=False, expert_capacity=capacity, **STYLES[style])
-    k = layer.config.experts_per_token
+    k, how = layer.config.experts_per_token, layer.config.expert_weights
     room = int(np.ceil(capacity * k * L / E)) if capacity else None
     rng = np.random.default_rng(2)
     out = rng.normal(size=X.shape)
 
     def reference(params, x):
-        return sum((mixture(params, row, k, room)[0] * o).sum() for row, o in zip(x, out))  # noqa: B905
+        rows = (mixture(params, row, k, room, how=how)[0] for row in x)
+        return sum((row * o).sum() for row, o in zip(rows, out, strict=True))
 
     grads = jax.jit(jax.grad(lambda p, x: (layer.apply({"params": p}, x) * out).sum(), (0, 1)))(
         params, X
@@ -185,7 +191,7 @@ def test_balance_loss_by_hand():
     p = np.array([[0.75, 0.5 + 1e-6, 0.25], [0.75, 0.75, 0.75]])
     logits = np.log(np.stack([p, 1 - p], -1))
     tokens = np.ones((2, 3), bool)
-    experts, weights = moe.choose_experts(logits, 1)
+    experts, weights = moe.choose_experts(logits, 1, None, False)
     np.testing.assert_allclose(weights[..., 0], np.maximum(p, 1 - p), rtol=1e-5)
     load = moe.expert_load(experts, tokens, 2)
     np.testing.assert_allclose(load, [[2 / 3, 1 / 3], [1, 0]], rtol=1e-6)

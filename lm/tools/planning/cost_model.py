@@ -22,6 +22,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.config.registries import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
+from lm.models.moe import expert_width
 from lm.models.variables import flat
 from lm.parallel.mesh_rules import count_parameter_shards
 from lm.parallel.pipeline import PipelineSchedule
@@ -162,14 +163,14 @@ class CostModel:
         width, tensor = kept_width(model, settings.remat, sizes["tensor"]), sizes["tensor"]
         least = width / (tensor if settings.sequence and width == model.d_model else 1)
         # The least counts one expert a token.
-        more_experts = (self._experts_multiplied - 1) * model.d_ff
+        more_experts = (self._experts_multiplied - 1) * expert_width(model)
         likely = least + (more_experts / tensor if settings.remat == "dots" else 0)
         if settings.remat == "full" and sizes["context"] > 1:  # the output of a ring
             likely += model.n_heads * model.head_dim / tensor
         if settings.remat == "none":
             gated = model.activation in ("swiglu", "geglu")
             inside = kept_width(model, "dots", 1) - model.d_model
-            inside += (1 + gated) * (model.d_ff + more_experts)
+            inside += (1 + gated) * (inner_width(model, 1) + more_experts)
             between = 5 * model.d_model / (tensor if settings.sequence else 1)
             likely = 2 * (inside / tensor + between)  # many of them twice, or in float32
         return int(tokens * least), int(tokens * likely + self._logits(sizes, settings))
@@ -236,10 +237,11 @@ class CostModel:
             return moved
         gated = model.activation in ("swiglu", "geglu")
         used = self._experts_multiplied
-        projected = kept_width(model, "dots", 1) - model.d_model - model.d_ff
-        width = projected / tensor + (1 + gated) * used * model.d_ff / tensor
+        inner = inner_width(model, used)
+        projected = kept_width(model, "dots", 1) - model.d_model - inner_width(model, 1)
+        width = projected / tensor + (1 + gated) * inner / tensor
         width += model.d_model / (tensor if settings.sequence else 1)
-        held = tokens / settings.microbatches * used * model.d_ff / tensor * self._item
+        held = tokens / settings.microbatches * inner / tensor * self._item
         growth = max(held / TRAFFIC_UNIT, 0.25) ** TRAFFIC_GROWTH
         passes = TRAFFIC[settings.remat] * growth + TRAFFIC_OF_FSDP * (sizes["fsdp"] > 1)
         more = TRAFFIC_OF_TENSOR * model.d_model * (tensor > 1)
@@ -334,4 +336,16 @@ def kept_width(model: Any, remat: str, tensor: int) -> float:
     if remat in ("full", "offload_dots"):
         return model.d_model
     projected = 2 * model.n_heads * model.head_dim + 2 * model.n_kv_heads * model.head_dim
-    return model.d_model + (projected + model.d_ff) / tensor
+    return model.d_model + (projected + inner_width(model, 1)) / tensor
+
+
+def inner_width(model: Any, n_experts: int) -> int:
+    """Return the hidden units of a feed-forward layer that a token passes, gates not counted.
+
+    Args:
+        model: Model section of the configuration.
+        n_experts: Routed experts that a token is multiplied with.
+    """
+    if not model.n_experts:
+        return model.d_ff
+    return n_experts * expert_width(model) + model.shared_expert_d_ff

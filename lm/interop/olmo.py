@@ -1,0 +1,88 @@
+"""OLMo 2 (OLMo Team 2024), OLMo 3 (2025) and OLMoE (Muennighoff et al. 2024).
+
+All normalize queries and keys over all heads together. OLMo 2 normalizes the outputs of sublayers
+instead of their inputs; OLMo 3 adds sliding windows, with RoPE that is not scaled in local layers;
+OLMoE is a Llama with experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lm.interop.family import UnsupportedConfig, Values, require_equal
+from lm.interop.llama import (
+    config_layer_types,
+    decoder,
+    layer_types,
+    read_decoder,
+    read_layer_rope,
+    read_windows,
+    write_decoder,
+    write_layer_rope,
+)
+from lm.interop.qwen_moe import FEED_FORWARDS, read_experts, write_experts
+from lm.models.moe import expert_width
+from lm.models.transformer_config import TransformerConfig
+
+_NORMS = {
+    "post_attention_layernorm": "attention_post_norm",
+    "post_feedforward_layernorm": "feed_forward_post_norm",
+}
+_ALWAYS: dict[str, Any] = {"qk_norm": True, "qk_norm_over": "all"}
+
+
+def _read(hf: Values) -> Values:
+    return read_decoder(hf) | {
+        "norm_eps": hf.get("rms_norm_eps", 1e-5),
+        "attention_bias": "all" if hf.get("attention_bias") else "none",
+    }
+
+
+def _write(config: TransformerConfig) -> Values:
+    return write_decoder(config) | {"attention_bias": config.query_bias}
+
+
+def _read_olmo3(hf: Values) -> Values:
+    n_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
+    types = hf.get("layer_types") or layer_types(n_layers, window or 0, 4)
+    found = read_windows(hf | {"sliding_window": window}, types)
+    theta = hf.get("rope_theta") or 5e5
+    flat = {key: value for key, value in hf.items() if not key.startswith("rope_")}
+    rope = read_layer_rope(hf | {"sliding_window": found["window"]}, theta, theta)
+    return _read(flat) | found | rope
+
+
+def _write_olmo3(config: TransformerConfig) -> Values:
+    plain = {key: value for key, value in _write(config).items() if not key.startswith("rope_")}
+    windows = {"sliding_window": config.window or None, "layer_types": config_layer_types(config)}
+    return plain | write_layer_rope(config) | windows
+
+
+def _read_olmoe(hf: Values) -> Values:
+    require_equal(hf, clip_qkv=None)
+    hf = {"num_experts": hf.get("num_local_experts", 64), "num_experts_per_tok": 8} | hf
+    return _read(hf) | read_experts({"router_aux_loss_coef": 0.01} | hf)
+
+
+def _write_olmoe(config: TransformerConfig) -> Values:
+    if config.d_model != config.n_heads * config.head_dim:
+        raise UnsupportedConfig(f"model.head_dim={config.head_dim}")
+    return _write(config) | write_experts(config) | {"intermediate_size": expert_width(config)}
+
+
+OLMO2 = decoder("olmo2", "Olmo2", _read, _write, norms=_NORMS, norm_placement="output", **_ALWAYS)
+OLMO3 = decoder(
+    "olmo3",
+    "Olmo3",
+    _read_olmo3,
+    _write_olmo3,
+    norms=_NORMS,
+    norm_placement="output",
+    **_ALWAYS,
+)
+OLMOE = replace(
+    decoder("olmoe", "Olmoe", _read_olmoe, _write_olmoe, feed_forward=FEED_FORWARDS, **_ALWAYS),
+    classes={frozenset(): "OlmoeForCausalLM"},
+    heads={},
+)

@@ -1,0 +1,30 @@
+"""Normalization of the heads of queries or keys (QK-norm).
+
+Shape letters: B batch, L length, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from lm.models.layers import Norm, make_norm
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role
+
+
+class JointNorm(Norm):
+    """Norm over all heads of a token together, with a scale [H K] (OLMo 2, 2024, §3.2)."""
+
+    @nn.compact
+    def __call__(self, x_BLHK: jax.Array) -> jax.Array:
+        """Return [B, L, H, K], normalized."""
+        return super().__call__(x_BLHK.reshape(*x_BLHK.shape[:2], -1)).reshape(x_BLHK.shape)
+
+
+def make_head_norm(config: TransformerConfig) -> Norm:
+    """Build the norm of queries or keys: over each head (Henry et al. 2020), or over all."""
+    if config.qk_norm_over == "head":
+        return make_norm(config)
+    c, role = config, Role(Kind.NORM, config.stream)
+    return JointNorm(c.norm, role, c.norm_eps, c.norm_bias, c.norm_unit_offset, c.dtype)
