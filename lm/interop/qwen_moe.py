@@ -101,12 +101,13 @@ def _read_qwen2_moe(hf: Values) -> Values:
     hf = {"moe_intermediate_size": 1408, shared: 5632, "max_window_layers": 28} | hf
     n_layers, used = read_size(hf, "num_hidden_layers"), hf.get("use_sliding_window", False)
     local = [used and i % 2 == 0 and i < hf["max_window_layers"] for i in range(n_layers)]
-    types: list[str] = [LOCAL if is_local else GLOBAL for is_local in local]
+    default = [LOCAL if is_local else GLOBAL for is_local in local]
+    types: Values = {"layer_types": default} | hf
     found = _read_mixture(hf)
     if found["n_experts"]:
         found["shared_expert_d_ff"] = read_size(hf, shared)
     biases = {"attention_bias": "qkv" if hf.get("qkv_bias", True) else "none"}
-    return read_decoder(hf) | found | read_windows(hf, hf.get("layer_types") or types) | biases
+    return read_decoder(hf) | found | read_windows(hf, types["layer_types"] or default) | biases
 
 
 def _write_qwen2_moe(config: TransformerConfig) -> Values:
