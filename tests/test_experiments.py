@@ -23,6 +23,10 @@ ACTIVE = {
     "qwen2-57b-a14b": 57_408_658_944 - 28 * 56 * 3 * 3584 * 2560,
     "qwen3-30b-a3b": 30_532_122_624 - 48 * 120 * 3 * 2048 * 768,
     "qwen3-235b-a22b": 235_093_634_560 - 94 * 120 * 3 * 4096 * 1536,
+    "deepseek-v2-lite": 15_706_484_224 - 26 * 58 * 3 * 2048 * 1408,
+    "deepseek-v2": 235_741_434_880 - 59 * 154 * 3 * 5120 * 1536,
+    "deepseek-v3": 671_026_404_352 - 58 * 248 * 3 * 7168 * 2048,
+    "kimi-k2": 1_026_408_209_408 - 60 * 376 * 3 * 7168 * 2048,
 }
 # What Hugging Face's BertForPreTraining has beside its BertModel.
 HEADS = {"bert-base-uncased": 624_188, "bert-large-uncased": 1_084_220}

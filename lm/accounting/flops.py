@@ -7,7 +7,8 @@ recomputed. The sum has two terms:
     counts once, as output matrix; embedding look-ups count nothing; of experts those count that a
     token uses, dropped or not.
 
-    12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention. Causal
+    12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention; where
+    queries and values have different widths, head_dim is their mean. Causal
     attention counts the unmasked half of the pairs (the dense convention counts all), a window the
     pairs inside it, encoders and cross-attention all pairs.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import jax
 
+from lm.config.registries import MIXERS
 from lm.experiment import Experiment
 from lm.hardware import PEAK_FLOPS
 from lm.models.transformer_config import global_layers
@@ -61,8 +63,8 @@ def stream_tokens(experiment: Experiment) -> dict[str, int]:
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     """Return the multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
-    # Other token mixers are counted by their kernels alone.
-    width = m.n_heads * m.head_dim if m.mixer == "attention" else 0
+    # Token mixers without such products are counted by their kernels alone.
+    width = m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     window = min(m.window or target, target)
     n_global = global_layers(m.n_layers, m.window, m.global_every).sum()

@@ -190,6 +190,34 @@ COMMON_KEYS: dict[str, Key] = {
         choices=("auto", "probability", "normalized"),
         needs=("model.n_experts",),
     ),
+    "model.expert_weights_scale": Key(
+        1.0, "Factor of these weights (DeepSeek).", low=0.0, needs=("model.n_experts",)
+    ),
+    "model.router_scores": Key(
+        "softmax",
+        "Scores of experts: their probabilities, or the sigmoid of each logit (DeepSeek-V3).",
+        choices=("softmax", "sigmoid"),
+        needs=("model.n_experts",),
+    ),
+    "model.expert_groups": Key(
+        0,
+        "Groups of neighbouring experts, of which a token uses expert_groups_per_token (DeepSeek); "
+        "0: it may use all experts.",
+        low=0,
+        needs=("model.n_experts",),
+    ),
+    "model.expert_groups_per_token": Key(
+        0,
+        "Groups that the experts of a token are chosen from.",
+        low=0,
+        needs=("model.expert_groups",),
+    ),
+    "model.expert_group_best": Key(
+        1,
+        "Largest scores of a group that are added up to choose groups: 1 DeepSeek-V2, 2 V3.",
+        low=1,
+        needs=("model.expert_groups",),
+    ),
     "model.shared_expert_d_ff": Key(
         0,
         "Width of an expert that every token uses beside its own; 0: none.",

@@ -15,7 +15,7 @@ def model_problems(config: ConfigDict) -> Iterator[str]:
 
     A model with the defaults of `FURTHER_MODEL_KEYS` (`rules.py`) breaks none of the rules.
     """
-    for rules in (_shape_rules, _expert_rules, _window_rules, _mup_rules):
+    for rules in (_shape_rules, _mixer_rules, _expert_rules, _window_rules, _mup_rules):
         yield from rules(config)
     yield from rotary_problems(config.model)
 
@@ -52,6 +52,21 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield "--config.model.residual=concat is not for --config.model.norm_placement=post"
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
+
+
+def _mixer_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.mixer != "mla":
+        return
+    if model.family not in TRANSFORMERS:
+        yield f"--config.model.mixer=mla is not for --config.model.family={model.family}"
+    if model.n_kv_heads not in (0, model.n_heads):
+        yield (
+            f"--config.model.n_kv_heads={model.n_kv_heads}: with --config.model.mixer=mla each of "
+            f"{model.n_heads} heads has keys and values of its own"
+        )
+    if model.qk_norm:
+        yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalises latents"
 
 
 def rotary_problems(model: Any) -> Iterator[str]:
@@ -96,6 +111,7 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.experts_per_token={model.experts_per_token} is above "
             f"--config.model.n_experts={model.n_experts}"
         )
+    yield from _group_problems(model)
     for name in ("n_layers", "n_decoder_layers"):
         if not model[name]:
             continue
@@ -112,6 +128,30 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
             )
     if model.activation_dropout:
         yield "--config.model.activation_dropout is not for --config.model.n_experts"
+
+
+def _group_problems(model: ConfigDict) -> Iterator[str]:
+    """Yield why experts cannot be chosen from groups."""
+    groups, chosen = model.expert_groups, model.expert_groups_per_token
+    if not groups:
+        return
+    named = f"--config.model.expert_groups={groups}"
+    if model.n_experts % groups:
+        yield f"--config.model.n_experts={model.n_experts} is not divisible by {named}"
+        return
+    size = model.n_experts // groups
+    if not 1 <= chosen <= groups:
+        yield f"--config.model.expert_groups_per_token={chosen}: expected 1 to {groups}, of {named}"
+    elif model.experts_per_token > chosen * size:
+        yield (
+            f"--config.model.experts_per_token={model.experts_per_token} is above the {size} "
+            f"experts of --config.model.expert_groups_per_token={chosen} groups each"
+        )
+    if model.expert_group_best > size:
+        yield (
+            f"--config.model.expert_group_best={model.expert_group_best} is above the {size} "
+            f"experts of a group: {named}"
+        )
 
 
 def _window_rules(config: ConfigDict) -> Iterator[str]:

@@ -94,11 +94,43 @@ MODELS = Registry(
 
 TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")  # families of Transformer blocks
 
+
+@dataclass(frozen=True)
+class LatentAttentionOptions:
+    """Options of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)."""
+
+    q_lora_rank: int = option(
+        0, "MLA: width of the latent that queries are made from; 0: there is none.", low=0
+    )
+    kv_lora_rank: int = option(
+        512, "MLA: width of the latent that keys and values are made from.", low=1
+    )
+    qk_nope_head_dim: int = option(
+        128,
+        "MLA: part of a head's queries and keys that is not rotated; model.head_dim is the rest.",
+        low=1,
+    )
+    v_head_dim: int = option(128, "MLA: width of a head's values.", low=1)
+    rope_interleaved: bool = option(
+        False, "MLA: RoPE rotates neighbouring numbers, not halves of a head (DeepSeek's weights)."
+    )
+    mscale_all_dim: float = option(
+        0.0,
+        "MLA: under model.rope_scaling scores grow by (0.1 x ln(model.rope_factor) + 1)², x being "
+        "this (DeepSeek-V2 0.707, V3 1).",
+        low=0.0,
+        high=100.0,
+    )
+
+
 MIXERS = Registry(
     "token mixer",
     ("model.mixer",),
     "model",
-    {"attention": Entry("lm.models.attention:Attention")},
+    {
+        "attention": Entry("lm.models.attention:Attention"),
+        "mla": Entry("lm.models.latent_attention:LatentAttention", LatentAttentionOptions),
+    },
 )
 
 

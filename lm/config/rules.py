@@ -17,7 +17,7 @@ POSITION_BIASES = ("relative", "alibi")
 FURTHER_KEYS = ("eval.metrics", "eval.safety", "log.trackers", "data.canaries")
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
-    *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local"),
+    *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim"),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")

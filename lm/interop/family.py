@@ -11,9 +11,12 @@ import numpy as np
 from lm.config.model_rules import rotary_problems
 from lm.errors import UserError
 from lm.interop.tensor_mapping import TensorMapping, of_segments
-from lm.models.moe import expert_width, has_normalized_weights
+from lm.models.expert_choice import has_groups, has_normalized_weights
+from lm.models.experts_config import ExpertsConfig
+from lm.models.moe import expert_width
 from lm.models.rotary import SCALING_FIELDS, attention_factor
 from lm.models.transformer_config import InitConfig, TransformerConfig, segments
+from lm.models.variables import MODEL_STATE
 
 Values = dict[str, Any]
 
@@ -149,7 +152,9 @@ class Family:
         """
         of_heads = (mapping for name in heads for mapping in self.heads[name].mappings)
         parts = segments(config.layer_types(config.n_layers))
-        rows = [*of_segments(self.base(config), parts, "stack"), *of_heads]
+        rows = [*self.base(config), *of_heads]
+        for stack in ("stack", f"{MODEL_STATE}/stack"):
+            rows = of_segments(rows, parts, stack)
         found = [m for m in rows if m.paths[0] in paths]
         modules = {module for name in heads for module in self.heads[name].modules}
         left = sorted({*paths} - {path for mapping in found for path in mapping.paths})
@@ -272,9 +277,12 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         values |= {"experts_every": types, "dense_layers": 0, "expert_d_ff": expert_width(c)}
         values["expert_weights"] = has_normalized_weights(c)
         unused |= set() if "dense" in types else {"d_ff"}
+        values["router_bias_rate"] = c.router_bias_rate > 0
+        if not has_groups(c):
+            values["expert_groups"] = 0
+            unused |= {"expert_groups_per_token", "expert_group_best"}
     else:
-        unused |= {"experts_per_token", "experts_every", "expert_d_ff", "expert_weights"}
-        unused |= {"dense_layers"}
+        unused |= {f.name for f in fields(ExpertsConfig)} - {"n_experts"}
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}

@@ -88,7 +88,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
             tokenizer.save(workdir / "tokenizer")
         write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
-    checkpoints.save(0, TrainState(step, params, {}, {}))
+    checkpoints.save(0, TrainState(step, {}, {}, {}).with_inference_params(params))
     checkpoints.close()
     log(_describe(found, tokenizer, workdir))
 
@@ -101,7 +101,8 @@ def run_config(found: ModelFolder) -> ConfigDict:
     """
     config = configs.default()
     config.model.family = found.family.model
-    for name, value in asdict(found.config).items():
+    values = asdict(found.config)
+    for name, value in (values | (values["mixer_options"] or {})).items():
         if f"model.{name}" in SCHEMA and name not in ("dtype", "attention", "n_classes"):
             config.model[name] = value
     if found.family.model == "encoder_decoder":

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop import bert, gemma, gpt2, llama, llama2c, olmo, qwen_moe, t5
+from lm.interop import bert, deepseek, gemma, gpt2, llama, llama2c, olmo, qwen_moe, t5
 from lm.interop.family import Family, Values
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
 from lm.interop.tensor_files import StoredTensor, read_tensors
@@ -55,8 +55,10 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        deepseek.DEEPSEEK_V2,
+        deepseek.DEEPSEEK_V3,
     )
-}
+} | {"kimi_k2": deepseek.DEEPSEEK_V3}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lm.interop.tensor_mapping import Block, Shape
 from lm.models.decoder import Decoder
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
-from lm.models.variables import flat, param_infos
+from lm.models.model_state import state_axes
+from lm.models.variables import MODEL_STATE, flat, param_infos
 from lm.parallel.mesh import parameter_sharding
 
 _ALIGNMENT = 64  # bytes: alignment at which JAX uses a NumPy array on a CPU without a copy
@@ -41,8 +42,9 @@ class ParameterSpec:
 def parameter_specs(
     family: Family, model: nn.Module, heads: frozenset[str]
 ) -> dict[str, ParameterSpec]:
-    """Return the parameters of the stack and of the named heads, by path."""
-    boxed = jax.eval_shape(lambda: _initialize(model))["params"]
+    """Return the parameters of the stack and of the named heads, and model state, by path."""
+    variables = jax.eval_shape(lambda: _initialize(model))
+    boxed, boxed_state = variables["params"], variables.get(MODEL_STATE, {})
     infos = param_infos(boxed)
     optional = {m for head in family.heads.values() for m in head.modules}
     chosen = {m for name in heads for m in family.heads[name].modules}
@@ -54,7 +56,9 @@ def parameter_specs(
         is_optional = infos[path].role.part in ("task", "pretraining")
         if module in chosen if module in optional else not is_optional:
             found[path] = ParameterSpec(leaf.shape, infos[path].axes)
-    return found
+    axes, state = state_axes(boxed_state, 1), flat(nn.meta.unbox(boxed_state))
+    specs = {path: ParameterSpec(leaf.shape, axes[path]) for path, leaf in state.items()}
+    return found | {f"{MODEL_STATE}/{path}": spec for path, spec in specs.items()}
 
 
 def _initialize(model: nn.Module) -> Any:

@@ -22,11 +22,12 @@ from lm.interop.llama import (
     write_one_window,
 )
 from lm.interop.tensor_mapping import TensorMapping, linear_mappings
-from lm.models.moe import expert_width, has_normalized_weights
+from lm.models.expert_choice import has_normalized_weights
+from lm.models.moe import expert_width
 from lm.models.transformer_config import TransformerConfig
 
 
-def _gated_mappings(name: str, path: str) -> list[TensorMapping]:
+def gated_mappings(name: str, path: str) -> list[TensorMapping]:
     """Map the three matrices of a gated feed-forward layer."""
     parts = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}
     return [
@@ -39,8 +40,8 @@ def _gated_mappings(name: str, path: str) -> list[TensorMapping]:
 FEED_FORWARDS = [
     *DENSE,
     *linear_mappings(f"{MLP}.gate", f"{FEED_FORWARD}/router"),
-    *_gated_mappings(f"{MLP}.experts.{{}}", f"{FEED_FORWARD}/experts"),
-    *_gated_mappings(f"{MLP}.shared_expert", f"{FEED_FORWARD}/shared_expert"),
+    *gated_mappings(f"{MLP}.experts.{{}}", f"{FEED_FORWARD}/experts"),
+    *gated_mappings(f"{MLP}.shared_expert", f"{FEED_FORWARD}/shared_expert"),
     *linear_mappings(f"{MLP}.shared_expert_gate", f"{FEED_FORWARD}/shared_expert_gate"),
 ]
 

@@ -92,7 +92,7 @@ def attention(
     Args:
         q_BLHK: queries.
         k_BSGK: keys; each of the G heads serves H/G query heads.
-        v_BSGK: values.
+        v_BSGK: values, whose heads may have another width.
         mask: which keys each query attends to.
         scale: factor of the scores.
         softcap: bound of the scores (`elementwise.softcap`); 0 for none.
@@ -100,7 +100,7 @@ def attention(
         dropout: dropout of the attention weights.
 
     Returns:
-        The output [B, L, H, K]. Scores and softmax are computed in float32.
+        The output [B, L, H, width of the values]. Scores and softmax are computed in float32.
     """
     B, L, H, K = q_BLHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -126,4 +126,4 @@ def attention(
         v_BSGK,
         preferred_element_type=jnp.float32,
     )
-    return out_BLGRK.reshape(B, L, H, K).astype(q_BLHK.dtype)
+    return out_BLGRK.reshape(B, L, H, -1).astype(q_BLHK.dtype)

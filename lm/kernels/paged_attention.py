@@ -41,7 +41,7 @@ class PagedRows:
 
 def paged_attention(
     q_BLHK: jax.Array,
-    held: tuple[Any, Any],
+    held: tuple[Any, ...],
     rows: PagedRows,
     *,
     scale: float,
@@ -58,7 +58,8 @@ def paged_attention(
 
     Args:
         q_BLHK: queries.
-        held: keys and values, [N, G, P, K] each; int8 ones with a scale, [N, G, P, 1].
+        held: keys and values, [N, G, P, K] each, or one array for both; int8 ones with a scale,
+            [N, G, P, 1].
         rows: pages and lengths of the rows.
         scale: factor of the scores.
         softcap: bound of the scores; 0 for none.
@@ -71,7 +72,7 @@ def paged_attention(
         The output [B, L, H, K]; scores and softmax are in float32.
     """
     (k_pages, k_scales), (v_pages, v_scales) = (
-        x if isinstance(x, tuple) else (x, None) for x in held
+        x if isinstance(x, tuple) else (x, None) for x in (held[0], held[-1])
     )
     B, L, H, K = q_BLHK.shape
     G, P = k_pages.shape[3 - slot_axis], k_pages.shape[slot_axis]

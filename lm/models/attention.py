@@ -67,6 +67,15 @@ class TokenMixer(nn.Module):
     width: int
 
     @classmethod
+    def head_widths(cls, model: Any) -> tuple[int, int]:
+        """Return the widths of a head's queries and values in a product of all pairs of tokens.
+
+        Args:
+            model: resolved section "model" of the configuration.
+        """
+        return 0, 0
+
+    @classmethod
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
         """Return an empty cache: any pytree of arrays [n_layers, batch, …].
 
@@ -188,6 +197,11 @@ class DotProductAttention(nn.Module):
 
 class Attention(DotProductAttention, TokenMixer):
     """Self-attention; its cache holds keys and values of all tokens so far."""
+
+    @classmethod
+    def head_widths(cls, model: Any) -> tuple[int, int]:
+        """Return the head dimension twice."""
+        return model.head_dim, model.head_dim
 
     @classmethod
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:

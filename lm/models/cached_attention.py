@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
 from lm.kernels.elementwise import softcap
-from lm.models.cache import CrossKeyValue, Layer, write_layer
+from lm.models.cache import Layer, write_layer
 from lm.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from lm.models.attention import MixerInputs
 
-KeyValueCache = Any  # keys and values, [B, G, S, K] each; int8 ones with a scale, [B, G, S, 1]
+# Keys and values, [B, G, S, K] each, or one array for both; int8 ones with a scale, [B, G, S, 1].
+KeyValueCache = Any
 INT8_MAX = 127
 
 
@@ -32,7 +33,7 @@ def empty_keys_values(
     return heads_first(c, (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)))
 
 
-def heads_first(config: TransformerConfig, keys_values: CrossKeyValue) -> KeyValueCache:
+def heads_first(config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> KeyValueCache:
     """Return keys and values [..., S, G, K] as a cache holds them: [..., G, S, K], in its dtype.
 
     An int8 vector of a head has a scale of its own.
@@ -51,7 +52,7 @@ def heads_first(config: TransformerConfig, keys_values: CrossKeyValue) -> KeyVal
 def attend_and_cache(
     config: TransformerConfig,
     q_BLHK: jax.Array,
-    keys_values: CrossKeyValue,
+    keys_values: tuple[jax.Array, ...],
     inputs: MixerInputs,
     cache: KeyValueCache,
     layer: Layer | None,
@@ -61,7 +62,7 @@ def attend_and_cache(
     Args:
         config: configuration of the stack.
         q_BLHK: queries.
-        keys_values: keys and values of the same tokens, [B, L, G, K] each.
+        keys_values: keys and values of the same tokens, [B, L, G, K] each; one array for both.
         inputs: mask, whose offset is the slot of the first token, and bias of the scores.
         cache: cache of all layers.
         layer: index of the layer in it.
@@ -101,7 +102,9 @@ def attend_to_cache(
         The output [B, L, H, K].
     """
     B, L, H, K = q_BLHK.shape
-    (k_BGSK, k_scale), (v_BGSK, v_scale) = (x if isinstance(x, tuple) else (x, None) for x in held)
+    (k_BGSK, k_scale), (v_BGSK, v_scale) = (
+        x if isinstance(x, tuple) else (x, None) for x in (held[0], held[-1])
+    )
     G, S = k_BGSK.shape[1:3]
     dtype = jnp.promote_types(q_BLHK.dtype, k_BGSK.dtype)
     q_BLGRK = (q_BLHK * jnp.asarray(config.score_scale, q_BLHK.dtype)).reshape(B, L, G, -1, K)

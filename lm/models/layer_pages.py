@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm.config.registries import MIXERS
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.paged_attention import PagedRows, paged_attention
 from lm.kernels.ragged_attention import ragged_attention, ragged_attention_problems
 from lm.kernels.splash_attention import LANES
-from lm.models.attention import KeyValue, MixerInputs
+from lm.models.attention import MixerInputs
 from lm.models.cached_attention import heads_first
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel.mesh import parameter_axes
@@ -56,24 +57,31 @@ class LayerPages:
         axes = parameter_axes(mesh.shape, "kv_heads", n_heads)
         return NamedSharding(mesh, PartitionSpec(*[None] * self.head_axis, axes))
 
+    def allocate(self, config: TransformerConfig, n_pages: int, page_size: int) -> Self:
+        """Return pages of zeros."""
+        zeros = jnp.zeros((n_pages, page_size, config.n_kv_heads, config.head_dim), config.dtype)
+        return replace(self, held=self.entries(config, (zeros, zeros)))
+
     def bytes_of_device(self, mesh: Mesh) -> int:
         """Return the bytes of a device's part."""
         of_device = self.sharding(mesh).shard_shape
         return sum(prod(of_device(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
-    def write(self, config: TransformerConfig, keys_values: KeyValue, rows: PagedRows) -> Self:
+    def write(
+        self, config: TransformerConfig, keys_values: tuple[jax.Array, ...], rows: PagedRows
+    ) -> Self:
         """Write the tokens of rows at their offsets; those beyond its length are dropped.
 
         Args:
             config: configuration of the stack.
-            keys_values: keys and values, [B, L, G, K] each.
+            keys_values: keys and values, [B, L, G, K] each; one array for both.
             rows: rows.
         """
         write = partial(_write, rows=rows, slot_axis=self.slot_axis)
         held = jax.tree.map(write, self.held, self.entries(config, keys_values))
         return replace(self, held=held)
 
-    def entries(self, config: TransformerConfig, keys_values: KeyValue) -> Any:
+    def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
         """Return keys and values [B, L, G, K] as pages hold them, B in the place of the pages."""
         raise NotImplementedError
 
@@ -96,9 +104,18 @@ class LayerPages:
 
 @flax.struct.dataclass
 class PlainPages(LayerPages):
-    """Pages for plain JAX: keys and values, [N, G, P, K] or [N, P, G, K] each; int8 with scales."""
+    """Pages for plain JAX: keys and values, [N, G, P, K] or [N, P, G, K] each; int8 with scales.
 
-    def entries(self, config: TransformerConfig, keys_values: KeyValue) -> Any:
+    A token mixer may keep one array for both.
+    """
+
+    def allocate(self, config: TransformerConfig, n_pages: int, page_size: int) -> Self:
+        """Return pages of zeros: a cache of the mixer whose rows are pages."""
+        cache = MIXERS[config.mixer].init_cache(config, 1, n_pages, page_size)
+        held = jax.tree.map(lambda x: jnp.moveaxis(x[0], 2, self.slot_axis), cache)
+        return replace(self, held=held)
+
+    def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
         """Return keys and values as `LayerPages.entries` says."""
         entries = heads_first(config, keys_values)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 2, self.slot_axis), entries)
@@ -132,7 +149,7 @@ class KernelPages(LayerPages):
 
     mesh: Mesh = flax.struct.field(pytree_node=False)
 
-    def entries(self, config: TransformerConfig, keys_values: KeyValue) -> Any:
+    def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
         """Return keys and values as `LayerPages.entries` says."""
         n_copies = count_kernel_heads(config, self.mesh) // config.n_kv_heads
         pairs = jnp.repeat(jnp.stack(keys_values, axis=-2), n_copies, axis=-3)
@@ -211,9 +228,7 @@ def empty_pages(
     none: LayerPages = PlainPages(None, 1 if _platform(mesh) == "tpu" else 2)
     if not any(page_kernel_problems(config, mesh, has_prefix)):
         none = KernelPages(None, 1, mesh)
-    zeros = jnp.zeros((n_pages, page_size, config.n_kv_heads, config.head_dim), config.dtype)
-    layers = range(config.n_layers)
-    return tuple(replace(none, held=none.entries(config, (zeros, zeros))) for _ in layers)
+    return tuple(none.allocate(config, n_pages, page_size) for _ in range(config.n_layers))
 
 
 def _platform(mesh: Mesh) -> str:
@@ -238,6 +253,8 @@ def page_kernel_problems(config: TransformerConfig, mesh: Mesh, has_prefix: bool
         mesh: mesh.
         has_prefix: tokens of a prompt attend to each other in both directions.
     """
+    if config.mixer != "attention":
+        yield f"--config.model.mixer={config.mixer}"
     if (platform := _platform(mesh)) != "tpu":
         yield f"{platform} devices"
     if config.positions in POSITION_BIASES:

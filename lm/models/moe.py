@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.elementwise import ACTIVATIONS, GATED
+from lm.models.expert_choice import choose_experts, router_probabilities
 from lm.models.layers import FeedForward
 from lm.models.model_state import model_state
 from lm.models.sharded_experts import ExpertMatmul, ExpertParams, Routing, mixture_of_experts
@@ -53,9 +54,7 @@ class MixtureOfExperts(nn.Module):
         if c.router_bias_rate:
             bias = model_state(self, "router_bias", jnp.zeros, (c.n_experts,), ("router",))
         bias_E = None if bias is None else bias.value
-        experts_BLK, weights_BLK = choose_experts(
-            logits_BLE, c.experts_per_token, bias_E, has_normalized_weights(c)
-        )
+        experts_BLK, weights_BLK = choose_experts(c, logits_BLE, bias_E)
         if bias is not None:
             step_E = load_balancing_step(experts_BLK, is_token_BL, c.n_experts)
             bias.update(bias.value + c.router_bias_rate * step_E)
@@ -71,7 +70,8 @@ class MixtureOfExperts(nn.Module):
         is_served_BLK = positions_BLK < (capacity or c.n_experts)
         experts_BLK = jnp.where(is_served_BLK, experts_BLK, c.n_experts)
 
-        balance_B = balance_loss(logits_BLE, load_BE, is_token_BL)
+        shares_BLE = router_probabilities(c, logits_BLE)
+        balance_B = balance_loss(shares_BLE, load_BE, is_token_BL)
         z_B = router_z_loss(logits_BLE, is_token_BL)
         add_loss(self, "auxiliary", c.balance_loss * balance_B + c.router_z_loss * z_B)
         add_metric(self, "balance_loss", balance_B)
@@ -186,39 +186,6 @@ def expert_width(config: TransformerConfig) -> int:
     return config.expert_d_ff or config.d_ff
 
 
-def has_normalized_weights(config: TransformerConfig) -> bool:
-    """Return whether the weights of a token's experts add up to 1."""
-    default = "normalized" if config.experts_per_token > 1 else "probability"
-    return {"auto": default}.get(config.expert_weights, config.expert_weights) == "normalized"
-
-
-def choose_experts(
-    logits_BLE: jax.Array, k: int, bias_E: jax.Array | None, normalized: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Return the k most probable experts of each token, and their weights, [B, L, K] each.
-
-    Args:
-        logits_BLE: logits of the router.
-        k: number of experts of a token.
-        bias_E: added to the probabilities when experts are chosen; weights do not depend on it
-            (Wang et al. 2024, arXiv 2408.15664, eq. 3).
-        normalized: weights are the softmax over the chosen logits (Mixtral, Jiang et al. 2024,
-            §2.1), else the probabilities among all experts (Switch, Fedus et al. 2021, eq. 2).
-    """
-    experts, picked = [], []
-    left_BLE = logits_BLE if bias_E is None else jax.nn.softmax(logits_BLE) + bias_E
-    for _ in range(k):  # `top_k` would gather the logits of all devices
-        experts.append(left_BLE.argmax(-1))
-        is_chosen_BLE = jax.nn.one_hot(experts[-1], logits_BLE.shape[-1], dtype=bool)
-        picked.append(jnp.where(is_chosen_BLE, logits_BLE, 0).sum(-1))
-        left_BLE = jnp.where(is_chosen_BLE, -jnp.inf, left_BLE)
-    picked_BLK = jnp.stack(picked, -1)
-    weights_BLK = jax.nn.softmax(picked_BLK)
-    if not normalized:
-        weights_BLK = jnp.exp(picked_BLK - jax.nn.logsumexp(logits_BLE, -1, keepdims=True))
-    return jnp.stack(experts, -1), weights_BLK
-
-
 def expert_capacity(factor: float, length: int, k: int, n_experts: int) -> int:
     """Return the number of tokens of a row that an expert takes.
 
@@ -257,13 +224,13 @@ def expert_load(experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int) 
     return masked_mean(one_hot, is_token_BL)
 
 
-def balance_loss(logits_BLE: jax.Array, load_BE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
+def balance_loss(shares_BLE: jax.Array, load_BE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
     """Return the load-balancing loss E Σ f_i P_i of each row, [B] (Switch, eq. 4 to 6).
 
     f_i is the load and P_i the mean probability, which alone has a gradient; an even load gives 1.
     """
-    share_BE = masked_mean(jax.nn.softmax(logits_BLE), is_token_BL)
-    return logits_BLE.shape[-1] * (load_BE * share_BE).sum(-1)
+    share_BE = masked_mean(shares_BLE, is_token_BL)
+    return shares_BLE.shape[-1] * (load_BE * share_BE).sum(-1)
 
 
 def router_z_loss(logits_BLE: jax.Array, is_token_BL: jax.Array) -> jax.Array:

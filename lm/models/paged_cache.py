@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.paged_attention import PagedRows
-from lm.models.attention import KeyValue, MixerInputs
+from lm.models.attention import MixerInputs
 from lm.models.layer_pages import LayerPages, Pages
 from lm.models.transformer_config import TransformerConfig
 
-ATTENTION = "attention"  # the one token mixer whose cache is keys and values
+# Token mixers that cache keys and values, or one array for both, and attend by `attend_and_cache`.
+PAGED_MIXERS = ("attention", "mla")
 
 
 @flax.struct.dataclass
@@ -32,7 +34,7 @@ class PagedLayer:
         self,
         config: TransformerConfig,
         q_BLHK: jax.Array,
-        keys_values: KeyValue,
+        keys_values: tuple[jax.Array, ...],
         inputs: MixerInputs,
     ) -> tuple[jax.Array, PagedLayer]:
         """Write keys and values, and attend to what is in the pages then.
@@ -40,7 +42,7 @@ class PagedLayer:
         Args:
             config: configuration of the stack.
             q_BLHK: queries.
-            keys_values: keys and values of the same tokens, [B, L, G, K] each.
+            keys_values: keys and values of the same tokens, [B, L, G, K] each; one array for both.
             inputs: mask of the layer, and bias of the scores by distance.
 
         Returns:
@@ -56,7 +58,7 @@ class PagedCache:
     """Cache of a stack for one step, in the place of `Cache`.
 
     Attributes:
-        mixers: the layers' pages, {"attention": (PagedLayer, …)}.
+        mixers: the layers' pages by their one token mixer, such as {"attention": (PagedLayer, …)}.
         index: position of the first token of each row, [B].
         segment_ids_BS: one row of zeros, which says how many slots a row has.
     """
@@ -67,11 +69,12 @@ class PagedCache:
     source: None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def of(cls, pages: Pages, rows: PagedRows) -> Self:
-        """Return the cache of a step from the pages of all layers and its rows."""
+    def of(cls, model: nn.Module, pages: Pages, rows: PagedRows) -> Self:
+        """Return the cache of a step of a decoder from the pages of all layers and its rows."""
+        config: TransformerConfig = model.config  # type: ignore[attr-defined]
         slots = rows.tables_BM.shape[1] * pages[0].page_size
         layers = tuple(PagedLayer(of_layer, rows) for of_layer in pages)
-        return cls({ATTENTION: layers}, rows.offsets_B, jnp.zeros((1, slots), jnp.int32))
+        return cls({config.mixer: layers}, rows.offsets_B, jnp.zeros((1, slots), jnp.int32))
 
     def with_segments(self, segment_ids_BL: jax.Array) -> Self:
         """Return the cache itself: lengths say which slots are written."""
@@ -84,4 +87,5 @@ class PagedCache:
     @property
     def pages(self) -> Pages:
         """Pages of all layers."""
-        return tuple(layer.pages for layer in self.mixers[ATTENTION])
+        ((_, layers),) = self.mixers.items()
+        return tuple(layer.pages for layer in layers)

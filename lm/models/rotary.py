@@ -85,6 +85,16 @@ def attention_factor(config: TransformerConfig) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(c.rope_original_length))
 
 
+def score_factor(config: TransformerConfig, mscale_all_dim: float) -> float:
+    """Return what scores are multiplied by in a longer context, whatever part RoPE rotates.
+
+    It is (0.1 m ln s + 1)² for the factor s and m = `mscale_all_dim` (DeepSeek-V2's released code).
+    """
+    if config.rope_scaling == "none":
+        return 1.0
+    return (0.1 * mscale_all_dim * math.log(max(config.rope_factor, 1.0)) + 1) ** 2
+
+
 def rope_scaling(
     config: TransformerConfig, positions_BL: jax.Array, segments_BL: jax.Array | None
 ) -> Scale | None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
 
-from lm.config.registries import OBJECTIVES
+from lm.config.registries import MIXERS, OBJECTIVES
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.blockwise_attention import BlockwiseTiles, blockwise_attention, count_tiles
 from lm.kernels.dot_product_attention import AttentionMask, Dropout, attention
@@ -372,15 +372,16 @@ def _gpu_problems(
     from lm.kernels.triton_attention import SHORTEST_TILE, WIDEST_HEAD
 
     model = config.model
+    head_dim = max(MIXERS[model.mixer].head_widths(model))
     if problem := capability_problem(capability):
         yield problem
     if model.dtype != "bfloat16":
         yield f"--config.model.dtype={model.dtype}"
     if kernel == "triton":
-        if model.head_dim > WIDEST_HEAD:
-            yield f"--config.model.head_dim={model.head_dim} (up to {WIDEST_HEAD})"
+        if head_dim > WIDEST_HEAD:
+            yield f"--config.model.head_dim={head_dim} (up to {WIDEST_HEAD})"
     else:
-        yield from gpu_library_problems(kernel, model.head_dim, capability)
+        yield from gpu_library_problems(kernel, head_dim, capability)
     if kernel == "cudnn":
         # Named, it gets them as an array of all pairs; in a ring as lengths.
         if model.attention == "auto" and not ring and _has_segments(config):

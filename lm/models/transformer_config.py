@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config.registries import MIXERS, MODELS
+from lm.models.experts_config import ExpertsConfig
 from lm.models.variables import Initializer, Stream
 
 
@@ -140,7 +141,7 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 @dataclass(frozen=True)
-class TransformerConfig(InitConfig):
+class TransformerConfig(InitConfig, ExpertsConfig):
     """Transformer stack; the meaning of each field is in `lm/config/keys.py`.
 
     `unrolled` (no layers are stacked) and `cache_dtype` are set by `lm/decoding/weights.py`.
@@ -157,7 +158,6 @@ class TransformerConfig(InitConfig):
     n_decoder_layers: int = 0
     mixer: str = "attention"
     mixer_options: Any = None
-    dense_layers: int = 0
     residual: str = "sum"
     concat_width: int = 32
     norm: str = "layernorm"
@@ -191,18 +191,6 @@ class TransformerConfig(InitConfig):
     relative_max_distance: int = 128
     token_types: int = 0
     activation: str = "gelu_tanh"
-    n_experts: int = 0
-    experts_per_token: int = 2
-    experts_every: int = 1
-    expert_d_ff: int = 0
-    expert_weights: str = "auto"
-    shared_expert_d_ff: int = 0
-    shared_expert_gate: bool = False
-    expert_capacity: float = 0.0
-    balance_loss: float = 0.01
-    router_z_loss: float = 0.0
-    router_jitter: float = 0.0
-    router_bias_rate: float = 0.0
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     scale_logits: bool = False

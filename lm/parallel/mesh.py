@@ -112,6 +112,7 @@ Rules = dict[str, tuple[str, ...]]
 PARAMETERS: Rules = {
     "layers": ("stage",),
     "embed": ("fsdp", "context"),
+    "latent": ("fsdp", "context"),  # the inputs of a kernel from another width than the stream's
     "residual": (),  # the outputs of a kernel from residual stream to residual stream
     "vocab": ("tensor",),
     "positions": (),
@@ -158,9 +159,9 @@ ACTIVATIONS: Rules = {
 # parallelism too (Korthikanti et al. 2022, §4.2.2).
 SEQUENCE_PARALLEL: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 
-# The size of a vocabulary is arbitrary and key/value heads are few: where the mesh does not divide
-# them, the dimension is replicated, and `mesh_rules.py` reports it.
-MAY_REPLICATE = ("vocab", "kv_heads")
+# The size of a vocabulary is arbitrary, key/value heads are few and latents narrow: where the mesh
+# does not divide them, the dimension is replicated, and `mesh_rules.py` reports it.
+MAY_REPLICATE = ("vocab", "kv_heads", "latent")
 
 # The configuration key behind a logical axis, for error messages.
 CONFIG_KEYS = {

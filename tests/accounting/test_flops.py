@@ -77,6 +77,19 @@ def test_model_flops_are_three_times_the_needed_products(family, objective, tied
     assert flops == pytest.approx(3 * needed)
 
 
+def test_heads_of_latent_attention_count_both_their_widths():
+    """The upper half of causal attention's products, 12 + 4 wide for scores and 5 for values."""
+    changes = {
+        "mixer": "mla", "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 12,
+        "head_dim": 4, "v_head_dim": 5,
+    }  # fmt: skip
+    experiment = experiment_of(
+        "decoder", "causal", **{f"model.{name}": value for name, value in changes.items()}
+    )
+    needed = forward_products(experiment) - N * L * L * 2 * (16 + 5)
+    assert model_flops_per_token(experiment) * L == pytest.approx(3 * needed)
+
+
 def test_pairs_outside_a_window_are_no_work():
     window, local_layers = 6, 2  # of three, the second is global
     ways = {}, {"model.window": window, "model.global_every": 2}

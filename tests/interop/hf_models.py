@@ -210,6 +210,46 @@ DECODERS = {
         | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4},
     ),
 }
+# Weights of V3 are read whatever its rotated pairs, and its bias of the router is no parameter.
+DEEPSEEK = LLAMA | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+}
+DECODERS |= {
+    "deepseek-v2-lite": ("DeepseekV2ForCausalLM", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK
+        | {"q_lora_rank": 14, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 16.0, "n_shared_experts": 1, "v_head_dim": 12}
+        | {"rope_parameters": YARN_ALL_ROPE, "first_k_dense_replace": 0},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | {"q_lora_rank": 14, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+        | {"rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek-v3-halves": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"rope_interleave": False, "attention_bias": True, "num_hidden_layers": 4}
+        | {"tie_word_embeddings": True, "first_k_dense_replace": 2, "num_key_value_heads": 2}
+        | {"num_attention_heads": 2},
+    ),
+    "deepseek-v3-dense": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK | {"q_lora_rank": 14, "first_k_dense_replace": 3},
+    ),
+}
 ENCODERS = {
     "bert": ("BertForMaskedLM", BERT),
     "bert-untied-tanh": (
@@ -241,6 +281,9 @@ def build(class_name, values):
             scale = "norm" in name.lower().replace("ln_", "norm") and name.endswith("weight")
             deviation = 0.2 if scale or "t5" not in class_name.lower() else 0.1
             parameter.copy_(torch.randn_like(parameter) * deviation + float(scale))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     if class_name.startswith("Bert") and not model.config.tie_word_embeddings:
         # Of the two biases of an untied output layer transformers uses one.
         model.cls.predictions.bias = torch.nn.Parameter(model.cls.predictions.decoder.bias.clone())

@@ -8,6 +8,7 @@ from hf_models import BY_LENGTH, DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, sa
 from lm.decoding.controls import Controls
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.interop import huggingface
+from lm.models.variables import as_variables
 
 LENGTHS = np.array([17, 9, 1])
 SEGMENTS = (np.arange(17) < LENGTHS[:, None]).astype(np.int32)  # padded on the right
@@ -34,7 +35,7 @@ def their_logits(model, ids, **inputs):
 
 def our_logits(folder, *inputs):
     model, params = huggingface.load(folder)
-    return np.asarray(jax.jit(model.apply)({"params": params}, *inputs))
+    return np.asarray(jax.jit(model.apply)(as_variables(params), *inputs))
 
 
 def assert_equal_where(ours, theirs, seen):
@@ -56,10 +57,11 @@ def test_a_decoder_gives_their_logits(make_theirs, name):
         assert_equal_where(ours, expected, SEGMENTS == 1)
 
 
+GROWING = ["llama-yarn", "qwen2-yarn", "olmo3", "qwen2-moe", "deepseek-v2", "deepseek-v3"]
+
+
 @pytest.mark.parametrize("length", [5, 15])
-@pytest.mark.parametrize(
-    "name", ["llama-yarn", "qwen2-yarn", "olmo3", "qwen2-moe", *sorted(BY_LENGTH)]
-)
+@pytest.mark.parametrize("name", [*GROWING, *sorted(BY_LENGTH)])
 def test_a_text_that_grows_past_its_context_is_continued_as_there(make_theirs, name, length):
     """Its original context is 12 or 16; each step of both reads keys from a cache."""
     theirs, folder = make_theirs(name)

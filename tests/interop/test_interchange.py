@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from hf_models import BERT, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
+from hf_models import BERT, DECODERS, GEMMA3, GPT2, LLAMA, T5, build, torch, transformers
 
 from lm.cli import main
 from lm.data.batches import to_device
@@ -71,6 +71,7 @@ def written(model, ids, n, end=None, **inputs):
         ("GPT2LMHeadModel", GPT2, 1),
         ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2}, 3),
         ("Gemma3ForCausalLM", GEMMA3, 1),  # longer than its windows
+        (*DECODERS["deepseek-v3"], 1),  # whose router biases are model state
     ],
 )
 def test_an_imported_decoder_generates_what_theirs_does(

@@ -49,6 +49,27 @@ KINDS = {
             "model.shared_expert_gate": True,
         },
     ),
+    "deepseek": (
+        "causal decoder",
+        {
+            "model.mixer": "mla",
+            "model.q_lora_rank": 12,
+            "model.kv_lora_rank": 6,  # which no mesh divides by 4
+            "model.qk_nope_head_dim": 6,
+            "model.v_head_dim": 5,
+            "model.n_kv_heads": 0,
+            "model.bias": False,
+            "model.n_layers": 3,
+            "model.dense_layers": 1,
+            "model.expert_d_ff": 24,
+            "model.shared_expert_d_ff": 8,
+            "model.router_scores": "sigmoid",
+            "model.router_bias_rate": 0.1,
+            "model.expert_groups": 2,
+            "model.expert_groups_per_token": 1,
+            "model.expert_weights_scale": 2.5,
+        },
+    ),
 }
 ALL_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
 
@@ -125,8 +146,9 @@ def test_losses_gradients_and_reports_equal_those_of_one_device(run, kind):
     np.testing.assert_allclose(metrics["loss"], metrics["nll"] + auxiliary, rtol=1e-5)
     parts = 2 if kind == "switch" else 1
     assert_equal(run(kind, ALL_AXES, **{"train.microbatches": parts}), expected)
-    if kind == "switch":
-        assert_equal(run(kind, {"data": 2, "expert": 4}), expected)
+    further = {"switch": {"data": 2, "expert": 4}, "deepseek": {"fsdp": 4, "context": 2}}
+    if kind in further:
+        assert_equal(run(kind, further[kind]), expected)
 
 
 def assert_layer_equal_on(mesh, capacity=0.0, between=lambda: None):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.config.registries import MIXERS, SCHEMA
+from lm.config.registries import MIXERS, SCHEMA, LatentAttentionOptions
 from lm.config.registry import option
 from lm.models.attention import TokenMixer, attend
 from lm.models.cache import write_layer
@@ -97,7 +97,16 @@ def mixers():
 
 
 FIELDS = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
+MLA = {
+    "mixer": "mla",
+    "positions": "rotary",
+    "n_kv_heads": 4,
+    "mixer_options": LatentAttentionOptions(
+        q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=4, v_head_dim=5, rope_interleaved=True
+    ),
+}
 CONFIGS = {
+    "mla": TransformerConfig(**FIELDS | MLA),
     "latent": TransformerConfig(**FIELDS | {"mixer": "latent", "mixer_options": LatentOptions()}),
     "linear": TransformerConfig(**FIELDS | {"mixer": "linear"}),
     "hybrid": HybridConfig(**FIELDS),
@@ -144,6 +153,7 @@ def test_each_mixer_has_a_cache_for_its_own_layers(model):
     linear, attention = (3, 4, 8, 8), (3, 4, 7, 8)
     expected = {
         "latent": {"latent": (4, 3, 7, 6)},
+        "mla": {"mla": ((4, 3, 1, 7, 6 + 8),)},  # of the latent and the rotated key
         "linear": {"linear": (4, *linear)},
         "hybrid": {"attention": ((2, *attention), (2, *attention)), "linear": (2, *linear)},
     }

@@ -12,6 +12,8 @@ from transformer_reference import draw, float64
 
 from lm.models import moe
 from lm.models.decoder import Decoder
+from lm.models.expert_choice import choose_experts
+from lm.models.experts_config import ExpertsConfig
 from lm.models.moe import MixtureOfExperts
 from lm.models.transformer_config import TransformerConfig
 
@@ -53,13 +55,14 @@ def test_a_router_bias_chooses_but_does_not_weigh():
     """Wang et al. 2024 (arXiv 2408.15664), eq. 3: top-k of s + b, weights of s alone."""
     rng = np.random.default_rng(3)
     logits, bias = rng.normal(size=(2, 5, E)), np.array([0.5, -0.5, 0.0, 0.1])
-    experts, weights = moe.choose_experts(np.float32(logits), 2, np.float32(bias), True)
+    config = ExpertsConfig(experts_per_token=2)
+    experts, weights = choose_experts(config, np.float32(logits), np.float32(bias))
     scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.argsort(-(scores + bias), axis=-1)[..., :2]
     np.testing.assert_array_equal(experts, expected)
     picked = np.exp(np.take_along_axis(logits, expected, -1))
     np.testing.assert_allclose(weights, picked / picked.sum(-1, keepdims=True), rtol=1e-5)
-    plain, _ = moe.choose_experts(np.float32(logits), 2, None, True)
+    plain, _ = choose_experts(config, np.float32(logits))
     assert (np.asarray(plain) != expected).any()
 
 
@@ -79,6 +82,27 @@ def test_a_training_step_moves_the_router_bias_towards_even_loads():
     np.testing.assert_array_equal(after["model_state"]["router_bias"], np.float32(expected))
     unchanged, _ = layer.apply({"params": params, **state}, X, mutable=["losses", "metrics"])
     assert unchanged.shape == X.shape
+
+
+@pytest.mark.parametrize(("scores", "n_best"), [("softmax", 1), ("sigmoid", 2)])
+def test_experts_come_from_the_best_groups(scores, n_best):
+    """DeepSeek-V2, §2.2.2, and V3's released code, one token at a time: 12 experts, 4 groups."""
+    rng = np.random.default_rng(4)
+    logits, bias = rng.normal(size=(2, 5, 12)), rng.normal(0, 0.3, 12)
+    config = ExpertsConfig(
+        experts_per_token=3, expert_groups=4, expert_groups_per_token=2, expert_weights_scale=2.5,
+        expert_group_best=n_best, router_scores=scores, expert_weights="normalized",
+    )  # fmt: skip
+    experts, weights = choose_experts(config, np.float32(logits), np.float32(bias))
+    for at in np.ndindex(2, 5):
+        z = logits[at]
+        s = 1 / (1 + np.exp(-z)) if scores == "sigmoid" else np.exp(z) / np.exp(z).sum()
+        of_groups = np.sort((s + bias).reshape(4, 3))[:, -n_best:].sum(-1)
+        is_open = np.isin(np.arange(12) // 3, np.argsort(-of_groups)[:2])
+        expected = np.argsort(-np.where(is_open, s + bias, -np.inf))[:3]
+        np.testing.assert_array_equal(experts[at], expected)
+        weight = 2.5 * s[expected] / s[expected].sum()
+        np.testing.assert_allclose(weights[at], weight, rtol=1e-5)
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.75], ids=["dropless", "capacity"])
@@ -191,13 +215,15 @@ def test_balance_loss_by_hand():
     p = np.array([[0.75, 0.5 + 1e-6, 0.25], [0.75, 0.75, 0.75]])
     logits = np.log(np.stack([p, 1 - p], -1))
     tokens = np.ones((2, 3), bool)
-    experts, weights = moe.choose_experts(logits, 1, None, False)
+    experts, weights = choose_experts(ExpertsConfig(experts_per_token=1), logits)
     np.testing.assert_allclose(weights[..., 0], np.maximum(p, 1 - p), rtol=1e-5)
     load = moe.expert_load(experts, tokens, 2)
     np.testing.assert_allclose(load, [[2 / 3, 1 / 3], [1, 0]], rtol=1e-6)
-    np.testing.assert_allclose(moe.balance_loss(logits, load, tokens), [1, 1.5], rtol=1e-5)
+    softmax = jax.nn.softmax
+    found = moe.balance_loss(softmax(logits), load, tokens)
+    np.testing.assert_allclose(found, [1, 1.5], rtol=1e-5)
     # Only the mean probabilities have a gradient: E f_i dP_i.
-    slope = jax.grad(lambda z: moe.balance_loss(z, load, tokens).sum())(logits)
+    slope = jax.grad(lambda z: moe.balance_loss(softmax(z), load, tokens).sum())(logits)
     softmax_slope = (p * (1 - p))[1, 0]
     np.testing.assert_allclose(slope[1, 0], 2 / 3 * softmax_slope * np.array([1, -1]), rtol=1e-5)
 

@@ -35,7 +35,8 @@ def open_engine(
     Raises:
         UserError: there are adapters or proposals, which the engine of this model has not.
     """
-    if is_pageable(experiment):
+    mixer = getattr(experiment.model.config, "mixer", "")  # type: ignore[attr-defined]
+    if is_pageable(experiment) and not (names and mixer != "attention"):
         return PagedEngine(experiment, params, options, names, adapters, draft)
     if names or options.n_proposed:
         raise UserError("--adapter and --speculate need a decoder whose layers are all attention")

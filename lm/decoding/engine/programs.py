@@ -142,7 +142,7 @@ def read_chunk(
     prefix = end if is_prefix else None
     paged = PagedRows(table_M[None], start[None], end, prefix, starts_page=True)
     is_token_1L = (jnp.arange(L) < n_tokens)[None].astype(jnp.int32)
-    cache = PagedCache.of(state.pages, paged)
+    cache = PagedCache.of(model, state.pages, paged)
     inputs = tokens_L[None], jnp.where(is_token_1L == 1, positions_1L, 0), is_token_1L, cache
     own = options.of(of_row)
     adapt = adapters and adapters.interceptor(own.adapters_B)
@@ -150,7 +150,7 @@ def read_chunk(
     logits_11V, cache = decode_last(model, params, *inputs, at_BN=last_11, adapt=adapt)
     draft_pages = state.draft_pages
     if draft is not None:
-        of_draft = (*inputs[:3], PagedCache.of(draft_pages, paged))
+        of_draft = (*inputs[:3], PagedCache.of(draft.model, draft_pages, paged))
         draft_pages = decode_last(draft.model, draft.params, *of_draft)[1].pages
     old_T = state.tokens_BT[row]
     at_L = jnp.where(is_token_1L[0] == 1, positions_1L[0], len(old_T))
@@ -213,7 +213,7 @@ def decode_rows(
         before_R = lengths_R - 1
         last_R1 = jnp.take_along_axis(text_RT, before_R[:, None], axis=1)
         paged = PagedRows(tables_RM, before_R, jnp.where(alive_R, lengths_R, 0))
-        cache = PagedCache.of(pages, paged)
+        cache = PagedCache.of(model, pages, paged)
         inputs = last_R1, before_R[:, None], jnp.ones_like(last_R1), cache
         logits_R1V, cache = decode_last(model, params, *inputs, adapt=adapt)
         chosen = choose_tokens(logits_R1V[:, 0], text_RT, lengths_R, own, allowed_RV)

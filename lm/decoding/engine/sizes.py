@@ -15,7 +15,7 @@ from lm.decoding.prompts import context_length
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.layer_pages import Pages, empty_pages
-from lm.models.paged_cache import ATTENTION
+from lm.models.paged_cache import PAGED_MIXERS
 from lm.models.transformer_config import TransformerConfig
 
 _OF_MEMORY = 0.85  # of a device's free memory, for pages
@@ -50,7 +50,8 @@ def is_pageable(experiment: Experiment) -> bool:
     if not isinstance(config, TransformerConfig) or not hasattr(experiment.model, "empty_cache"):
         return False
     mixers = {layer.mixer for layer in config.layer_types(config.n_layers)}
-    return mixers == {ATTENTION} and experiment.mesh.shape["stage"] == 1
+    is_one = len(mixers) == 1 and mixers.issubset(PAGED_MIXERS)
+    return is_one and experiment.mesh.shape["stage"] == 1
 
 
 def reads_whole(experiment: Experiment) -> bool:

@@ -99,7 +99,12 @@ def speculate_rows(
         paged = PagedRows(tables_RM, lengths_R - 1, jnp.where(alive_R, until_R, 0))
         places_RL = jnp.broadcast_to(jnp.arange(L), (R, L))
         positions_RL = lengths_R[:, None] - 1 + places_RL
-        inputs = tokens_RL, positions_RL, jnp.ones_like(tokens_RL), PagedCache.of(pages, paged)
+        inputs = (
+            tokens_RL,
+            positions_RL,
+            jnp.ones_like(tokens_RL),
+            PagedCache.of(model, pages, paged),
+        )
         logits_RLV, cache = decode_last(model, params, *inputs, at_BN=places_RL, adapt=adapt)
 
         def check(place: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -192,7 +197,12 @@ def _propose(
         last_R1 = jnp.take_along_axis(text_RT, now_R[:, None] - 1, axis=1, mode="clip")
         is_kept_R = alive_R & (now_R <= most_R)
         paged = PagedRows(tables_RM, now_R - 1, jnp.where(is_kept_R, now_R, 0))
-        inputs = last_R1, now_R[:, None] - 1, jnp.ones_like(last_R1), PagedCache.of(pages, paged)
+        inputs = (
+            last_R1,
+            now_R[:, None] - 1,
+            jnp.ones_like(last_R1),
+            PagedCache.of(draft.model, pages, paged),
+        )
         logits_R1V, cache = decode_last(draft.model, draft.params, *inputs)
         own_of_draft = replace(own, n_listed_B=jnp.full(R, -1))
         chosen = choose_tokens(logits_R1V[:, 0], text_RT, now_R, own_of_draft, allowed_RV)

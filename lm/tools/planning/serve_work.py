@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from lm.accounting.flops import used_share
+from lm.config.registries import MIXERS
 from lm.decoding.engine.sizes import (
     EngineOptions,
     choose_context,
@@ -110,7 +111,9 @@ def _attention(experiment: Experiment, n_pairs: float) -> float:
     pages = jax.eval_shape(partial(make_pages, experiment, 1, 1))[0]
     of_all = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
     n_heads = config.n_heads * pages.bytes_of_device(experiment.mesh) / of_all
-    return 4 * config.n_layers * n_heads * config.head_dim * n_pairs
+    cache = jax.eval_shape(partial(MIXERS[config.mixer].init_cache, config, 1, 1, 1))
+    width = jax.tree.leaves(cache)[0].shape[-1]  # of a head as it is cached
+    return 4 * config.n_layers * n_heads * width * n_pairs
 
 
 def _shard_shape(x: Any) -> tuple[int, ...]:

@@ -67,13 +67,27 @@ def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
         (1, {"model__positions": "alibi", "decode__cache": "int8"}),
         (1, {"model__positions": "relative", "model__n_experts": 4}),
         (
+            2,
+            ROTARY
+            | {"parallel__preset": "custom", "parallel__mesh__data": 1, "parallel__mesh__tensor": 2}
+            | {"model__mixer": "mla", "model__n_kv_heads": 0, "model__kv_lora_rank": 6}
+            | {"model__qk_nope_head_dim": 4, "model__v_head_dim": 5},
+        ),
+        (
             4,
             ROTARY
             | {"parallel__preset": "custom", "parallel__mesh__data": 2}
             | {"parallel__mesh__tensor": 2, "model__n_kv_heads": 2},
         ),
     ],
-    ids=["learned", "rotary, window", "alibi, int8 cache", "relative, experts", "mesh"],
+    ids=[
+        "learned",
+        "rotary, window",
+        "alibi, int8 cache",
+        "relative, experts",
+        "mla, mesh",
+        "mesh",
+    ],
 )
 def test_replies_are_those_of_generate(make_engine, n_devices, changes):
     """Rows come and go, prompts are longer and shorter than a chunk: the tokens are the same."""
