@@ -228,10 +228,10 @@ class Experiment:
     def train_steps(self) -> Wrapped:
         """`Steps.train_steps`, sharded; the state given to it is donated."""
         train_steps = self.steps.train_steps
-        if (precision := self.config.train.precision) != "none":
-            from lm.models.low_precision import in_low_precision
+        if self.config.train.precision != "none":
+            from lm.quantized_training import quantized_train_steps
 
-            train_steps = in_low_precision(train_steps, precision)
+            train_steps = quantized_train_steps(self.steps, self.config)
         return jax.jit(
             self._on_mesh(train_steps),
             in_shardings=(self.state_sharding, self.batch_sharding),

@@ -1,4 +1,4 @@
-"""Rules of keys that few configurations set: lists of names, and canaries."""
+"""Rules of keys that few configurations set: lists of names, canaries, rounded training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm.config.registry import config_value, listed
 
 
 def further_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong with the names of lists, and with the canaries of a configuration."""
+    """Yield what is wrong with names of lists, canaries and rounded training."""
     for registry in LISTS:
         (path,) = registry.keys_of_names
         chosen = config_value(config, path)
@@ -20,6 +20,11 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
                 yield f"--config.{path}={chosen}: {registry.unknown(name)}"
     if config.data.canaries:
         yield from _canary_problems(config.data)
+    if config.train.precision == "qat":
+        if config.decode.weights == "auto":
+            yield "--config.train.precision=qat rounds by --config.decode.weights: set int4 or int8"
+        if config.lora.rank:
+            yield "--config.train.precision=qat rounds whole kernels: leave --config.lora.rank at 0"
 
 
 def _canary_problems(data: ConfigDict) -> Iterator[str]:

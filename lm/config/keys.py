@@ -624,9 +624,9 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "train.precision": Key(
         "none",
-        "Products of the layers' matrices in training: in 8 bits, scaled by row, or none: in "
-        "model.dtype, as in evaluation.",
-        choices=("none", "int8", "fp8"),
+        "Training with products of the layers' matrices in 8 bits, scaled by row; or (qat) with "
+        "weights rounded by decode.weights, passing gradients straight through.",
+        choices=("none", "int8", "fp8", "qat"),
     ),
     "train.profile": Key(
         "",

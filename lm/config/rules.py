@@ -14,7 +14,7 @@ from lm.config.registry import Registry, listed
 POSITION_BIASES = ("relative", "alibi")
 # Keys whose defaults keep all rules of `further_rules.py` and of `model_rules.py`, and those that
 # hold regular expressions.
-FURTHER_KEYS = ("eval.metrics", "eval.safety", "log.trackers", "data.canaries")
+FURTHER_KEYS = ("eval.metrics", "eval.safety", "log.trackers", "data.canaries", "train.precision")
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),

@@ -18,15 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.frozen import is_frozen, without_frozen
+from lm.models.frozen import without_frozen
 from lm.models.parameter_groups import layer_numbers, layer_path
-from lm.models.quantized_kernel import QUANTIZED, QuantizedKernel, summed_axes
+from lm.models.quantized_kernel import (
+    BITS,
+    QUANTIZED,
+    QuantizedKernel,
+    round_params,
+    summed_axes,
+)
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import ParamInfo, Params, flat, nested
 from lm.parallel.mesh import parameter_axes
 from lm.runs.checkpoints import Log
-
-BITS = {"int8": 8, "int4": 4}  # of `--config.decode.weights`
 
 
 def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]:
@@ -79,19 +83,10 @@ def round_weights(experiment: Experiment, params: Params, log: Log) -> Params:
         ratio = kept / of_bfloat16
         log(f"{weights} weights: {kept:,} bytes, {ratio:.3f} of the {of_bfloat16:,} of bfloat16")
 
-    def rounded(path: str, x: jax.Array) -> jax.Array:
-        if is_frozen(path) or path not in infos or infos[path].role.kind not in QUANTIZED:
-            return x
-        if weights not in BITS:
-            return x.astype(weights).astype(jnp.float32)
-        return QuantizedKernel.quantize(x, infos[path], jnp.float32, BITS[weights]).unbox()
-
-    def all_rounded(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {path: rounded(path, x) for path, x in leaves.items()}
-
     leaves = flat(params)
     shardings = {path: x.sharding for path, x in leaves.items()}
-    return nested(jax.jit(all_rounded, out_shardings=shardings)(leaves))
+    rounded = jax.jit(lambda leaves: round_params(leaves, infos, weights), out_shardings=shardings)
+    return nested(rounded(leaves))
 
 
 def weight_bytes(experiment: Experiment, params: Params) -> tuple[int, int]:

@@ -18,10 +18,9 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.interop.tensor_files import PendingTensor, StoredTensor
-from lm.models.quantized_kernel import QuantizedKernel, group_size
+from lm.models.quantized_kernel import BITS, QuantizedKernel, group_size
 from lm.models.variables import Kind, ParamInfo, Role
 
-BITS = {"int8": 8, "int4": 4}
 _PARTS = PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 _MATRIX = ParamInfo(Role(Kind.MATRIX, inputs=1), ("one", "one"))
 

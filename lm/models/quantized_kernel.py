@@ -9,6 +9,7 @@ Shape letters: G groups of a sum, P bytes of a group, each two numbers of 4 bits
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -19,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.models.cached_attention import INT8_MAX
+from lm.models.frozen import is_frozen
 from lm.models.variables import Kind, ParamInfo
 
 QUANTIZED = frozenset({Kind.MATRIX, Kind.HEAD, Kind.EMBEDDING})
+BITS = {"int8": 8, "int4": 4}  # of `--config.decode.weights`
 SMALLEST_GROUP = 32
-# The scale of a group is its largest number over one of these: 7 keeps it, 8 keeps a negative one,
-# and more cut it off for the sake of the others.
-DIVISORS = np.arange(7, 11.01, 0.25)
+# The scale of a group is its number of the largest magnitude over one of these: -8 and 7 keep it,
+# and larger ones cut it off for the sake of the others. A negative scale gives it the longer side.
+DIVISORS = np.concatenate([-np.arange(8, 12.5, 0.5), np.arange(7, 11.5, 0.5)])
 
 
 @flax.struct.dataclass
@@ -132,6 +135,27 @@ def group_size(n: int) -> int:
     return next(sizes, n)
 
 
+def round_params(
+    params: Mapping[str, jax.Array], infos: Mapping[str, ParamInfo], weights: str
+) -> dict[str, jax.Array]:
+    """Round kernels and tables as `--config.decode.weights` stores them, in float32.
+
+    Args:
+        params: parameters by path; those without a role, as of frozen models, stay as they are.
+        infos: role and axes of parameters by path.
+        weights: int8, int4 or a dtype of floating point.
+    """
+
+    def rounded(path: str, x: jax.Array) -> jax.Array:
+        if is_frozen(path) or path not in infos or infos[path].role.kind not in QUANTIZED:
+            return x
+        if weights not in BITS:
+            return x.astype(weights).astype(jnp.float32)
+        return QuantizedKernel.quantize(x, infos[path], jnp.float32, BITS[weights]).unbox()
+
+    return {path: rounded(path, x) for path, x in params.items()}
+
+
 def round_groups(groups: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Round groups of numbers to -8 … 7 times a scale of the least squared error.
 
@@ -144,10 +168,11 @@ def round_groups(groups: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     Returns:
         The integers, float32, and the scales, bfloat16.
     """
-    largest = jnp.abs(groups).max(axis, keepdims=True)
+    index = jnp.expand_dims(jnp.abs(groups).argmax(axis), axis)
+    largest = jnp.take_along_axis(groups, index, axis)
 
     def rounded(scale: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(groups / jnp.maximum(scale, 1e-30)), -8, 7)
+        return jnp.clip(jnp.round(groups / jnp.where(scale == 0, 1, scale)), -8, 7)
 
     def better(best: tuple, divisor: jax.Array) -> tuple[tuple, None]:
         scale = (largest / divisor).astype(jnp.bfloat16).astype(jnp.float32)
