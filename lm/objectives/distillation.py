@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.config import read_run_file
+from lm.config import fill_defaults, read_run_file
 from lm.data.batches import Arrays, Example
 from lm.data.store import TokenStore
 from lm.data.tokenizer import Tokenizer
@@ -192,8 +192,10 @@ def teacher_module(place: str, length: int) -> nn.Module:
         place: as for `teacher_config`.
         length: tokens of a row.
     """
-    config = teacher_config(place).copy_and_resolve_references()
-    model, mesh = config.model, current_mesh()
+    mesh = current_mesh()
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    config = fill_defaults(teacher_config(place), device.platform)
+    model = config.model
     if model.positions == "learned" and model.max_length < length:
         raise UserError(
             f"--config.objective.teacher={place} reads at most {model.max_length} tokens, not "
@@ -201,7 +203,6 @@ def teacher_module(place: str, length: int) -> nn.Module:
         )
     config.data.sequence_length, config.model.attention = length, "auto"
     sizes = dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
-    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     chosen = choose_attention(config, device.platform, sizes, capability)
     return make_model(config, chosen.kernel, chosen.across)

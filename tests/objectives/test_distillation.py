@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 
 from lm.api import evaluate, load_run
 from lm.cli import main
+from lm.config import default
 from lm.data.splits import open_split
 from lm.errors import UserError
-from lm.objectives.distillation import divergence
+from lm.objectives.distillation import divergence, teacher_module
 from lm.training.trainer import train
 
 
@@ -36,6 +39,14 @@ def test_the_divergence_is_that_of_the_paper(temperature, k):
     chosen = jnp.asarray(np.take_along_axis(teacher, ids, -1))
     found = divergence(jnp.asarray(student), chosen, jnp.asarray(ids), temperature)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_may_be_an_imported_run(tmp_path):
+    """Its configuration is written before defaults that depend on the platform are filled in."""
+    (tmp_path / "run.json").write_text(json.dumps({"config": json.loads(default().to_json())}))
+    teacher = teacher_module(str(tmp_path), 8)
+    assert teacher.config.dtype == jnp.float32
+    assert teacher.config.max_length >= 8
 
 
 @pytest.mark.usefixtures("one_device")
