@@ -20,6 +20,21 @@ RNG = np.random.default_rng(0)
 PROMPTS = [tuple(RNG.integers(3, V, n).tolist()) for n in (5, 1, 33, 8, 17, 40)]
 ROTARY = {"model__positions": "rotary", "model__n_kv_heads": 1, "model__attention_softcap": 4.0}
 
+OLMO = {  # OLMo 3, with Qwen2-MoE's experts
+    "model__norm_placement": "output",
+    "model__qk_norm": True,
+    "model__qk_norm_over": "all",
+    "model__rope_scaling": "yarn",
+    "model__rope_high_frequency": 32.0,
+    "model__rope_theta_local": 100.0,
+    "model__rope_factor": 4.0,
+    "model__rope_original_length": 8,
+    "model__n_experts": 3,
+    "model__expert_weights": "probability",
+    "model__shared_expert_d_ff": 20,
+    "model__shared_expert_gate": True,
+}
+
 
 def run(engine, requests, others=()):
     """Tokens and reason of each request's end; `others` are served beside them."""
@@ -63,7 +78,7 @@ def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
     ("n_devices", "changes"),
     [
         (1, {}),
-        (1, ROTARY | {"model__window": 6, "model__global_every": 2}),
+        (1, ROTARY | {"model__window": 6, "model__global_every": 2} | OLMO),
         (1, {"model__positions": "alibi", "decode__cache": "int8"}),
         (1, {"model__positions": "relative", "model__n_experts": 4}),
         (
