@@ -94,6 +94,7 @@ COMPANIONS = {
         "model.rope_short_factor": FACTORS,
         "model.rope_long_factor": FACTORS,
     },
+    ("train.precision", "qat"): {"decode.weights": "int4"},
 }
 for objective in OBJECTIVES:
     COMPANIONS["objective.name", objective] = {"model.family": families_of(objective)[0]}
