@@ -119,12 +119,15 @@ def test_work_of_a_step_and_of_a_prompt_by_hand(tiny_config):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 def test_layers_are_lowered_for_the_devices_that_are_described(tiny_config):
-    """Products of experts by Pallas on one chip, and by XLA on several, which shards them."""
+    """Products of experts by Pallas on one chip, and by XLA on several, which shards them.
+
+    Attention, with biases of its scores, is plain JAX on both.
+    """
     pallas, chips = [], ("v5e:1x1", "v5e:2x2")
     for name in chips:
         devices = topology(name).devices
-        config = tiny_config(**SIZES, model__n_experts=4, parallel__preset="fsdp")
-        experiment = build(config, devices)
+        changes = {"model__n_experts": 4, "model__positions": "alibi", "parallel__preset": "fsdp"}
+        experiment = build(tiny_config(**SIZES | changes), devices)
         prepared = prepare(experiment, described_shapes(experiment))
         with kernels_for(experiment.mesh.devices):
             programs = lower_programs(*prepared, EngineOptions(2), 4)
