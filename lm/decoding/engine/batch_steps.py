@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,25 +23,8 @@ from lm.decoding.engine.programs import goes_on
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
 from lm.decoding.prompts import context_length, is_encoder_decoder, pad_ids, padded_length
-from lm.decoding.sampling import cache_length, decode_last, lengthen
+from lm.decoding.sampling import State, cache_length, decode_last, lengthen
 from lm.models.variables import Params, as_variables
-
-
-@flax.struct.dataclass
-class BatchState:
-    """State after some new tokens of every row; donated to the next step.
-
-    Attributes:
-        written_BT: the new tokens, then `UNSET`.
-        n: their number.
-        alive_B: rows that have not ended.
-        cache: cache of the prompts and of all new tokens but the last.
-    """
-
-    written_BT: jax.Array
-    n: jax.Array
-    alive_B: jax.Array
-    cache: Any
 
 
 def batch_steps(
@@ -107,7 +89,7 @@ def _start(
     allowed_BV: jax.Array | None,
     tokens_BL: jax.Array,
     segments_BL: jax.Array,
-) -> tuple[BatchState, Chosen]:
+) -> tuple[State, Chosen]:
     """Read the prompts or sources, and choose the first token."""
     B = len(tokens_BL)
     inputs: tuple[Any, ...]
@@ -123,7 +105,7 @@ def _start(
         inputs = tokens_BL, positions_BL, segments_BL, cache, *prefix
     logits_B1V, cache = decode_last(model, params, *inputs)
     written_BT = jnp.full((B, T), UNSET, jnp.int32)
-    state = BatchState(written_BT, jnp.zeros((), jnp.int32), options.limits_B > 0, cache)
+    state = State(written_BT, jnp.zeros((), jnp.int32), options.limits_B > 0, cache)
     return _append(options, allowed_BV, state, logits_B1V)
 
 
@@ -134,8 +116,8 @@ def _next(
     options: RowOptions,
     allowed_BV: jax.Array | None,
     lengths_B: jax.Array,
-    state: BatchState,
-) -> tuple[BatchState, Chosen]:
+    state: State,
+) -> tuple[State, Chosen]:
     """Choose one more token of every row."""
     tokens_B1 = jax.lax.dynamic_slice_in_dim(state.written_BT, state.n - 1, 1, axis=1)
     position_B1 = (lengths_B + jnp.minimum(state.n, options.limits_B) - 1)[:, None]
@@ -145,12 +127,12 @@ def _next(
 
 
 def _append(
-    options: RowOptions, allowed_BV: jax.Array | None, state: BatchState, logits_B1V: jax.Array
-) -> tuple[BatchState, Chosen]:
+    options: RowOptions, allowed_BV: jax.Array | None, state: State, logits_B1V: jax.Array
+) -> tuple[State, Chosen]:
     logits_BV, n = logits_B1V[:, -1].astype(jnp.float32), state.n
     lengths_B = jnp.broadcast_to(n, state.alive_B.shape)
     chosen = choose_tokens(logits_BV, state.written_BT, lengths_B, options, allowed_BV)
     tokens_B = jnp.where(state.alive_B, chosen.tokens_B, UNSET)
     written_BT = jax.lax.dynamic_update_slice(state.written_BT, tokens_B[:, None], (0, n))
     alive_B = state.alive_B & goes_on(tokens_B, lengths_B + 1, options)
-    return BatchState(written_BT, n + 1, alive_B, state.cache), replace(chosen, tokens_B=tokens_B)
+    return State(written_BT, n + 1, alive_B, state.cache), replace(chosen, tokens_B=tokens_B)
