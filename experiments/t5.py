@@ -1,13 +1,15 @@
 """T5 (Raffel et al. 2020, §3.1 and §3.7) and its version 1.1 (Shazeer 2020's gated feed-forward).
 
-| variant   | parameters  | paper's | tokens | FLOPs  | expected                             |
-|-----------|-------------|---------|--------|--------|--------------------------------------|
-| small     | 60,506,624  | 60M     | 1.28T  | 1.7e20 | GLUE 77.4, SQuAD F1 87.24, EnDe 26.7 |
-| base      | 222,903,552 | 220M    | 1.28T  | 7.6e20 | GLUE 82.7, SQuAD F1 92.08, EnDe 30.9 |
-| large     | 737,668,096 | 770M    | 1.28T  | 2.7e21 | GLUE 86.4, SQuAD F1 93.79, EnDe 32.0 |
-| 1.1-small | 76,961,152  | 77M     | 1.28T  | 1.7e20 | SQuAD F1 86.63                       |
-| 1.1-base  | 247,577,856 | 250M    | 1.28T  | 7.6e20 |                                      |
-| 1.1-large | 783,150,080 | 800M    | 1.28T  | 2.8e21 | SQuAD F1 93.21                       |
+| variant   | parameters     | paper's | tokens | FLOPs  | expected                             |
+|-----------|----------------|---------|--------|--------|--------------------------------------|
+| small     | 60,506,624     | 60M     | 1.28T  | 1.7e20 | GLUE 77.4, SQuAD F1 87.24, EnDe 26.7 |
+| base      | 222,903,552    | 220M    | 1.28T  | 7.6e20 | GLUE 82.7, SQuAD F1 92.08, EnDe 30.9 |
+| large     | 737,668,096    | 770M    | 1.28T  | 2.7e21 | GLUE 86.4, SQuAD F1 93.79, EnDe 32.0 |
+| 1.1-small | 76,961,152     | 77M     | 1.28T  | 1.7e20 | SQuAD F1 86.63                       |
+| 1.1-base  | 247,577,856    | 250M    | 1.28T  | 7.6e20 |                                      |
+| 1.1-large | 783,150,080    | 800M    | 1.28T  | 2.8e21 | SQuAD F1 93.21                       |
+| 1.1-xl    | 2,849,757,184  | 3B      | 1.28T  | 1.0e22 |                                      |
+| 1.1-xxl   | 11,135,332,352 | 11B     | 1.28T  | 4.2e22 |                                      |
 
 Scores after fine-tuning (Table 14; 1.1: NVIDIA's reproduction on the Pile). Those of 1.0 are from a
 mixture of tasks and C4; this is the unsupervised part, which is all that 1.1 is trained on.
@@ -25,6 +27,7 @@ too small for its 128.
 """
 
 from lm.config import choose, default
+from lm.recipes import t5_block, t5_training
 
 VARIANTS = {  # paper entry, layers of each stack, d_model, heads, d_ff
     "small": ("t5-v1.0-small", 6, 512, 8, 2048),
@@ -33,38 +36,22 @@ VARIANTS = {  # paper entry, layers of each stack, d_model, heads, d_ff
     "1.1-small": ("t5-v1.1-small", 8, 512, 6, 1024),
     "1.1-base": ("t5-v1.1-base", 12, 768, 12, 2048),
     "1.1-large": ("t5-v1.1-large", 24, 1024, 16, 2816),
+    "1.1-xl": ("t5-v1.1-xl", 24, 2048, 32, 5120),
+    "1.1-xxl": ("t5-v1.1-xxl", 24, 4096, 64, 10_240),
 }
 
 
 def get_config(variant="1.1-small"):
     config = default()
     model, data = config.model, config.data
+    t5_block(config)
     config.paper, model.n_layers, model.d_model, model.n_heads, model.d_ff = choose(
         VARIANTS, variant
     )
-    model.family = "encoder_decoder"
-    model.head_dim = 64
     model.vocab_size = 32_128  # 32,000 pieces, 100 sentinels, filled up
-    model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
-    model.positions, model.attention_scale = "relative", 1.0
-    model.final_dropout = True
-    model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
-    if variant.startswith("1.1"):
-        model.activation, model.tie_embeddings = "geglu", False
-    else:
-        model.activation, model.scale_logits = "relu", True
+    if not variant.startswith("1.1"):
+        model.activation, model.tie_embeddings, model.scale_logits = "relu", True, True
         model.dropout = model.attention_dropout = model.activation_dropout = 0.1
-
-    config.objective.name, config.objective.z_loss = "span_corruption", 1e-4
-    data.source = "jsonl:c4/*.jsonl.gz"
-    data.tokenizer = "sentencepiece:t5.model"
-    data.validation_fraction = 0.0005
+    t5_training(config)
     data.sequence_length, data.batch_size = 512, 2048
-
-    config.optimizer.name, config.optimizer.learning_rate = "adafactor", 0.01
-    config.optimizer.weight_decay = config.optimizer.clip_norm = 0.0
-    config.schedule.name, config.schedule.hold_steps = "inverse_sqrt", 10_000
-    config.train.steps = 1_000_000
-    config.eval.every_steps, config.eval.batch_size, config.eval.max_batches = 5000, 256, 20
-    config.decode.beam_size, config.decode.length_penalty = 4, 0.6
     return config

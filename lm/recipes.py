@@ -1,4 +1,4 @@
-"""Settings that the experiments of Llama and its successors share."""
+"""Settings that the experiments of Llama and of T5 share with those of their successors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,35 @@ def llama_training(config: ConfigDict, tokens: float, batch_tokens: int = 2**22)
     config.train.steps, config.train.remat = round(tokens / batch_tokens), "full"
     config.train.loss_chunk = 512  # whole, the logits would be the largest arrays of the step
     config.eval.every_steps, config.eval.max_batches = 1000, 10
+
+
+def t5_block(config: ConfigDict) -> None:
+    """Set the block of T5 1.1 (Raffel et al. 2020, §2.1; Shazeer 2020).
+
+    RMSNorm before each sublayer, no biases, heads of 64 numbers whose scores are not divided by
+    their root, 32 relative positions that all layers of a stack share, a gated tanh-GELU, an output
+    matrix.
+    """
+    model = config.model
+    model.family, model.head_dim = "encoder_decoder", 64
+    model.norm, model.norm_eps, model.bias = "rmsnorm", 1e-6, False
+    model.positions, model.attention_scale = "relative", 1.0
+    model.activation, model.tie_embeddings, model.final_dropout = "geglu", False, True
+    model.init, model.init_std, model.scale_residual_init = "fan_in", 1.0, False
+
+
+def t5_training(config: ConfigDict) -> None:
+    """Set the pretraining of T5 (Raffel et al. 2020, §3.1): spans, Adafactor, lr 1/√max(t, 10⁴)."""
+    config.objective.name, config.objective.z_loss = "span_corruption", 1e-4
+    config.data.source = "jsonl:c4/*.jsonl.gz"
+    config.data.tokenizer = "sentencepiece:t5.model"
+    config.data.validation_fraction = 0.0005
+    config.optimizer.name, config.optimizer.learning_rate = "adafactor", 0.01
+    config.optimizer.weight_decay = config.optimizer.clip_norm = 0.0
+    config.schedule.name, config.schedule.hold_steps = "inverse_sqrt", 10_000
+    config.train.steps = 1_000_000
+    config.eval.every_steps, config.eval.batch_size, config.eval.max_batches = 5000, 256, 20
+    config.decode.beam_size, config.decode.length_penalty = 4, 0.6
 
 
 def trial(config: ConfigDict) -> None:

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         bert.BERT,
         bert.ROBERTA,
         t5.T5,
+        t5.MT5,
         llama.LLAMA,
         llama.MISTRAL,
         llama.MIXTRAL,

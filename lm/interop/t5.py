@@ -1,11 +1,13 @@
-"""T5 (Raffel et al. 2020) and T5 1.1 (Shazeer 2020): `T5ForConditionalGeneration`.
+"""T5 (Raffel et al. 2020), T5 1.1 (Shazeer 2020) and mT5 (Xue et al. 2021).
 
 All layers of a stack share the relative position bias, stored in the first layer. T5 1.1 differs
 in config.json by `tie_word_embeddings: false` only, which since transformers 5 means unscaled
-logits; whether the embeddings are tied follows from the tensors of the file.
+logits; whether the embeddings are tied follows from the tensors of the file. mT5 never scales them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lm.interop.family import Family, Values, hf_word, lm_word
 from lm.interop.tensor_mapping import (
@@ -131,4 +133,17 @@ T5 = Family(
     ignored=[
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ],
+)
+
+
+def _read_mt5(hf: Values) -> Values:
+    return _read({"feed_forward_proj": "gated-gelu", **hf}) | {"scale_logits": False}
+
+
+MT5 = replace(
+    T5,
+    model_type="mt5",
+    classes={frozenset(): "MT5ForConditionalGeneration"},
+    read=_read_mt5,
+    write=lambda config: _write(config) | {"tie_word_embeddings": False},
 )

@@ -264,15 +264,22 @@ ENCODER_DECODERS = {
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": (
         "T5ForConditionalGeneration",
-        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "untied": True},
     ),
+    "mt5": ("MT5ForConditionalGeneration", T5 | {"num_layers": 2, "d_kv": 10, "untied": True}),
+    "mt5-tied": ("MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
 }
 BY_LENGTH = {"llama-longrope", "llama-dynamic", "gemma-longrope"}  # there of the longest in a batch
 KINDS = DECODERS | ENCODERS | ENCODER_DECODERS
 
 
 def build(class_name, values):
-    """A model with no parameter at a value that hides it."""
+    """A model with no parameter at a value that hides it.
+
+    Under "untied" it has an output matrix of its own, as T5 1.1, which transformers 5 ties.
+    """
+    values = dict(values)
+    untied = values.pop("untied", False)
     kind = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = kind(kind.config_class(**values)).eval()
@@ -287,8 +294,7 @@ def build(class_name, values):
     if class_name.startswith("Bert") and not model.config.tie_word_embeddings:
         # Of the two biases of an untied output layer transformers uses one.
         model.cls.predictions.bias = torch.nn.Parameter(model.cls.predictions.decoder.bias.clone())
-    if class_name.startswith("T5") and not model.config.scale_decoder_outputs:
-        # transformers 5 ties what T5 1.1 does not.
+    if untied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
         model.all_tied_weights_keys.pop("lm_head.weight", None)
     return model

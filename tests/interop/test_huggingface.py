@@ -1,5 +1,7 @@
 """Models of `transformers` and what ours make of their folders: numbers, and the way back."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -103,6 +105,32 @@ def test_an_encoder_decoder_gives_their_logits(make_theirs, name):
     model, params = huggingface.load(folder)
     without = model.apply({"params": params}, source[:1], target[:1])  # one text, no padding
     np.testing.assert_allclose(without, expected[:1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_continues_as_there(make_theirs, name):
+    """Greedily, each step of both with a cache."""
+    theirs, folder = make_theirs(name)
+    source, n_new = tokens()[:2], 10
+    with torch.no_grad():
+        found = theirs.generate(
+            torch.tensor(source),
+            attention_mask=torch.tensor(SEGMENTS[:2]),
+            max_new_tokens=n_new,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            forced_eos_token_id=None,
+        ).numpy()
+    model, params = huggingface.load(folder)
+    variables = {"params": params}
+    cache = model.apply(variables, source, SEGMENTS[:2], n_new + 1, method="start")
+    step = jax.jit(partial(model.apply, method="decode"))
+    new, ones = found[:, :1], np.ones((2, 1), np.int32)
+    for i in range(n_new):
+        logits, cache = step(variables, new[:, -1:], i * ones, ones, cache)
+        new = np.append(new, logits[:, -1].argmax(-1)[:, None], axis=1)
+    np.testing.assert_array_equal(new, found)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -23,6 +23,7 @@ BATCHES = {
     "roberta.py:large": 8192 * 512,
     "transformer2017.py:base": 25_000 + 25_000,
     "t5.py:base": 2048 * (512 + 114),
+    "flan_t5.py:xl": 64 * (1024 + 256),
     "llama.py:1-7b": 4e6,
     "llama.py:2-70b": 4e6,
     "llama.py:3.1-405b": 16e6,

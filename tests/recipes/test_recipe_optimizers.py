@@ -35,7 +35,9 @@ def test_adam(spec):
     assert (*found, config.model.dropout) == ADAM[spec]
 
 
-@pytest.mark.parametrize("spec", ["t5.py:large", "t5.py:1.1-large", "switch.py:base-8"])
+@pytest.mark.parametrize(
+    "spec", ["t5.py:large", "t5.py:1.1-large", "mt5.py:base", "switch.py:base-8"]
+)
 def test_adafactor_of_t5(spec):
     """Raffel et al. 2020, §3.1.2 and the released settings; 1.1 and Switch pretrain without
     dropout."""
