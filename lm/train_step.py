@@ -46,7 +46,7 @@ class TrainState:
     Attributes:
         step: number of updates so far.
         params: the parameters, those of low-rank adaptation under "lora", and those of frozen
-            models under "frozen".
+            models under "frozen"; averages under `lm.optim.averaging`.
         opt_state: state of the optimizer.
         carry: arrays [B, …] that pass from one batch to the next, such as the state of a recurrent
             model; {} for most models.
@@ -169,7 +169,8 @@ class Steps:
         rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.split(state.params)
         before = Between(state.carry, state.model_state)
-        grads, sums, after = self._gradients(trained, frozen, before, batch, rng)
+        at = getattr(self.optimizer, "point", lambda _, x: x)(state.opt_state, trained)
+        grads, sums, after = self._gradients(at, frozen, before, batch, rng)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)

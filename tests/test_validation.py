@@ -51,6 +51,22 @@ WRONG = {
         1,
         "--config.schedule.name=inverse never reaches 0",
     ),
+    "rates of parameters": (
+        {"optimizer.rates": "head=>0.1,tokens"},
+        1,
+        "--config.optimizer.rates: 'tokens' is not PATTERN=>FACTOR",
+    ),
+    "rate below 0": ({"optimizer.rates": "head=>-1"}, 1, "'head=>-1': expected a factor from 0"),
+    "schedule-free learning": (
+        {"optimizer.name": "schedule_free"},
+        1,
+        "set --config.schedule.name=constant, not cosine",
+    ),
+    "two averages": (
+        {"optimizer.name": "schedule_free", "schedule.name": "constant", "optimizer.ema": 0.9},
+        1,
+        "--config.optimizer.name=schedule_free averages already",
+    ),
     "start": ({"init.from": "run", "init.vectors": "glove"}, 1, "exclude each other"),
     "pattern of freezing": (
         {"optimizer.freeze": "head,(tokens"},
@@ -241,7 +257,10 @@ VALUES = {
     "train.remat": ("none", "full", "dots"),
     "train.loss_chunk": (0, 4),
     "train.scan_unroll": (0, 1, 2),
-    "optimizer.name": ("adamw", "adafactor", "sgd", "lion", "muon"),
+    "optimizer.name": (
+        *("adamw", "adafactor", "sgd", "lion", "muon"),
+        *("ademamix", "schedule_free", "soap"),
+    ),
     "lora.rank": (0, 2),
     "parallel.sequence": (False, True),
     "parallel.context_attention": ("auto", "ring", "gather"),

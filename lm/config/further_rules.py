@@ -1,4 +1,7 @@
-"""Rules of keys that few configurations set: lists of names, canaries, rounded training."""
+"""Rules of keys that few configurations set.
+
+Lists of names, canaries, rounded training, schedule-free learning.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from lm.config.registry import config_value, listed
 
 
 def further_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong with names of lists, canaries and rounded training."""
+    """Yield what is wrong with what the module names; with other values of its keys nothing is."""
     for registry in LISTS:
         (path,) = registry.keys_of_names
         chosen = config_value(config, path)
@@ -25,6 +28,22 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
             yield "--config.train.precision=qat rounds by --config.decode.weights: set int4 or int8"
         if config.lora.rank:
             yield "--config.train.precision=qat rounds whole kernels: leave --config.lora.rank at 0"
+    if config.optimizer.name == "schedule_free":
+        yield from _schedule_free_problems(config)
+
+
+def _schedule_free_problems(config: ConfigDict) -> Iterator[str]:
+    optimizer, schedule = config.optimizer, config.schedule.name
+    if schedule != "constant":
+        yield (
+            "--config.optimizer.name=schedule_free averages instead of lowering the rate: set "
+            f"--config.schedule.name=constant, not {schedule}"
+        )
+    if optimizer.ema:
+        yield (
+            f"--config.optimizer.ema={optimizer.ema}: --config.optimizer.name=schedule_free "
+            "averages already"
+        )
 
 
 def _canary_problems(data: ConfigDict) -> Iterator[str]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from lm.config.registry import Key
 
 KEPT = ("auto", "float32", "bfloat16", "int8")  # dtypes of what decoding reads; weights: int4 too
+LIBRARY_OPTIMIZERS = (  # not those of plug-ins
+    *("adamw", "adafactor", "sgd", "lion", "muon", "ademamix", "schedule_free", "soap"),
+)
 COMMON_KEYS: dict[str, Key] = {
     "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
     "paper": Key("", "Name of the published model that this configuration reproduces.", free=True),
@@ -552,6 +555,11 @@ COMMON_KEYS: dict[str, Key] = {
     "optimizer.layer_decay": Key(
         1.0, "Learning rate of a layer over that of the next one up.", low=1e-6, high=1.0
     ),
+    "optimizer.rates": Key(
+        "",
+        "Factors of the learning rate of parameters, PATTERN=>FACTOR, comma-separated; patterns as "
+        "of optimizer.freeze.",
+    ),
     "optimizer.name": Key("adamw", "Update rule."),
     "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0, high=1e6),
     "optimizer.weight_decay": Key(0.1, "Decoupled weight decay, times the learning rate.", low=0.0),
@@ -564,6 +572,20 @@ COMMON_KEYS: dict[str, Key] = {
         "float32",
         "Dtype that the moments of weight matrices are kept in; int8 has a scale for each row.",
         choices=("float32", "bfloat16", "int8"),
+    ),
+    "optimizer.cautious": Key(
+        "none",
+        "Move only where the update goes down the gradient (updates; Liang et al. 2024), decay "
+        "only where it goes to zero (decay; Chen et al. 2025), or both.",
+        choices=("none", "updates", "decay", "both"),
+        needs=("optimizer.name", *LIBRARY_OPTIMIZERS),
+    ),
+    "optimizer.ema": Key(
+        0.0,
+        "Decay of an average of the parameters, bias-corrected, which is what is evaluated, saved "
+        "and exported; 0: the parameters themselves are.",
+        low=0.0,
+        high=0.999999,
     ),
     "optimizer.clip_norm": Key(1.0, "Largest global gradient norm; 0: no clipping.", low=0.0),
     # --- schedule

@@ -176,8 +176,9 @@ def _mup_rules(config: ConfigDict) -> Iterator[str]:
         return
     if model.family not in TRANSFORMERS:
         yield f"--config.model.mup_base_width is not for --config.model.family={model.family}"
-    if config.optimizer.name not in ("adamw", "muon"):
+    known = ("adamw", "muon", "ademamix", "schedule_free")
+    if config.optimizer.name not in known:
         yield (
-            "--config.model.mup_base_width needs --config.optimizer.name adamw or muon, "
-            f"not {config.optimizer.name}"
+            f"--config.model.mup_base_width needs --config.optimizer.name {', '.join(known[:-1])} "
+            f"or {known[-1]}, not {config.optimizer.name}"
         )

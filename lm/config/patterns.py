@@ -12,17 +12,18 @@ from lm.errors import UserError
 
 
 def pattern_problems(config: ConfigDict, keys: Iterable[str]) -> Iterator[str]:
-    """Yield what is wrong with the patterns in some keys, and with `--config.init.rename`."""
+    """Yield what is wrong with the patterns in some keys, and the rules PATTERN=>…."""
     for key in keys:
         section, _, name = key.partition(".")
         try:
             compile_patterns(key, config[section][name])
         except UserError as error:
             yield str(error)
-    try:
-        rename_rules(config.init.rename)
-    except UserError as error:
-        yield str(error)
+    for rules, text in ((rename_rules, config.init.rename), (rate_rules, config.optimizer.rates)):
+        try:
+            rules(text)
+        except UserError as error:
+            yield str(error)
 
 
 def compile_patterns(key: str, text: str) -> list[re.Pattern]:
@@ -47,13 +48,36 @@ def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
         UserError: a rule is not PATTERN=>NAME.
     """
     found = []
-    for rule in listed(text):
-        pattern, arrow, replacement = rule.partition("=>")
-        if not arrow:
-            raise UserError(f"--config.init.rename: {rule!r} is not PATTERN=>NAME")
+    for rule, pattern, replacement in _arrows("init.rename", text, "NAME"):
         try:
             found.append((re.compile(pattern), replacement))
             found[-1][0].sub(replacement, "")
         except re.error as error:
             raise UserError(f"--config.init.rename: {rule!r}: {error}") from None
     return found
+
+
+def rate_rules(text: str) -> list[tuple[str, float]]:
+    """Return patterns and factors of `--config.optimizer.rates`.
+
+    Raises:
+        UserError: a rule is not PATTERN=>FACTOR.
+    """
+    found = []
+    for rule, pattern, factor in _arrows("optimizer.rates", text, "FACTOR"):
+        try:
+            found.append((re.compile(pattern).pattern, float(factor)))
+        except (re.error, ValueError) as error:
+            raise UserError(f"--config.optimizer.rates: {rule!r}: {error}") from None
+        if not 0 <= found[-1][1] < float("inf"):
+            raise UserError(f"--config.optimizer.rates: {rule!r}: expected a factor from 0 on")
+    return found
+
+
+def _arrows(key: str, text: str, right: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each rule PATTERN=>`right` of a key, and its two sides."""
+    for rule in listed(text):
+        pattern, arrow, value = rule.partition("=>")
+        if not arrow:
+            raise UserError(f"--config.{key}: {rule!r} is not PATTERN=>{right}")
+        yield rule, pattern, value

@@ -378,6 +378,55 @@ class MuonOptions:
         "Learning rate of the other parameters (optimizer.adamw), relative to the peak.",
         low=1e-6,
     )
+    rms: float = option(
+        0.0,
+        "Root mean square of its updates over the rate, whatever the shape; Moonlight and Kimi K2 "
+        "have 0.2, with adam_ratio 1; 0: sqrt(outputs/inputs) of a spectral norm (Jordan).",
+        low=0.0,
+    )
+    neuron_b2: float = option(
+        0.0,
+        "NorMuon (Li et al. 2025; 0.95): decay of each output's mean square, whose root updates "
+        "are divided by; 0: they are not.",
+        low=0.0,
+        high=0.99999,
+    )
+
+
+@dataclass(frozen=True)
+class AdemamixOptions:
+    """Options of AdEMAMix (Pagliardini et al. 2024)."""
+
+    b1: float = option(0.9, "Decay of the fast average.", low=1e-6, high=0.99999)
+    b2: float = option(0.999, "Decay of the second moment.", low=0.0, high=0.99999)
+    b3: float = option(0.9999, "Decay of the slow average.", low=1e-6, high=0.999999)
+    alpha: float = option(5.0, "Weight of the slow average.", low=0.0)
+    rise_steps: int = option(
+        0, "Steps in which b3 rises from b1, and alpha from 0; the paper has train.steps.", low=0
+    )
+    eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
+
+
+@dataclass(frozen=True)
+class ScheduleFreeOptions:
+    """Options of schedule-free AdamW (Defazio et al. 2024)."""
+
+    b1: float = option(
+        0.9, "Part of the average in the point that gradients are taken at.", low=0.0, high=0.99999
+    )
+    b2: float = option(0.999, "Decay of the second moment.", low=0.0, high=0.99999)
+    eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
+
+
+@dataclass(frozen=True)
+class SoapOptions:
+    """Options of SOAP (Vyas et al. 2024)."""
+
+    b1: float = option(0.95, "Decay of the first moment.", low=0.0, high=0.99999)
+    b2: float = option(0.95, "Decay of second moment and factors.", low=0.0, high=0.99999)
+    eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
+    every: int = option(10, "Steps from one new eigenbasis to the next.", low=1)
+    max_dim: int = option(10_000, "Larger sides of a matrix keep their own basis.", low=0)
 
 
 OPTIMIZERS = Registry(
@@ -390,6 +439,9 @@ OPTIMIZERS = Registry(
         "sgd": Entry("lm.optim.further_optimizers:sgd", SgdOptions),
         "lion": Entry("lm.optim.further_optimizers:lion", LionOptions),
         "muon": Entry("lm.optim.optimizers:muon", MuonOptions),
+        "ademamix": Entry("lm.optim.further_optimizers:ademamix", AdemamixOptions),
+        "schedule_free": Entry("lm.optim.further_optimizers:schedule_free", ScheduleFreeOptions),
+        "soap": Entry("lm.optim.soap:soap", SoapOptions),
     },
 )
 
@@ -416,8 +468,8 @@ SCHEDULES = Registry(
     ("schedule.name",),
     "schedule",
     {
-        "constant": Entry("lm.optim.optimizers:constant"),
-        "cosine": Entry("lm.optim.optimizers:cosine"),
+        "constant": Entry("lm.optim.further_optimizers:constant"),
+        "cosine": Entry("lm.optim.further_optimizers:cosine"),
         "linear": Entry("lm.optim.optimizers:linear"),
         "inverse": Entry("lm.optim.further_optimizers:inverse"),
         "inverse_sqrt": Entry("lm.optim.further_optimizers:inverse_sqrt"),

@@ -57,7 +57,7 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
                 f"--config.eval.best={config.eval.best} compares whole evaluations: "
                 f"--config.eval.{name}={config.eval[name]} must be 0"
             )
-    if _changed(config, FURTHER_KEYS):
+    if _changed(config, FURTHER_KEYS) or config.optimizer.name == "schedule_free":
         from lm.config.further_rules import further_problems
 
         yield from further_problems(config)
@@ -115,7 +115,7 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def _pattern_rules(config: ConfigDict) -> Iterator[str]:
-    if _changed(config, (*PATTERN_KEYS, "init.rename")):
+    if _changed(config, (*PATTERN_KEYS, "init.rename", "optimizer.rates")):
         from lm.config.patterns import pattern_problems
 
         yield from pattern_problems(config, PATTERN_KEYS)

@@ -21,6 +21,7 @@ Tree = Any
 # Names of second moments in the states of optax. Bytes hold their square roots, which span half as
 # many octaves, and are never rounded to 0, by which an update would be divided.
 SECOND_MOMENTS = (".nu", ".v")
+EXACT = (".left", ".right", ".left_basis", ".right_basis")  # SOAP's, shaped like a square matrix
 SIZES = 127
 SIZES_AN_OCTAVE = 8  # the smallest size is 2^-15.75 of the largest
 
@@ -59,6 +60,7 @@ def compact(optimizer: optax.GradientTransformation, dtype: str) -> optax.Gradie
         for number, (path, x) in enumerate(leaves):
             code, scale = x, None
             of_params = any(shapes.get(path[start:]) == x.shape for start in range(len(path)))
+            of_params &= not any(str(part) in EXACT for part in path)
             if of_params and x.dtype == jnp.float32:
                 noise = jax.random.fold_in(key, number)
                 if dtype == "bfloat16":

@@ -1,10 +1,12 @@
-"""Optimizers beside AdamW and Muon, layer-wise decay, and further decays of the rate.
+"""Optimizers beside AdamW and Muon, rates of layers, and further decays of the rate.
 
-Adam without bias correction, Adafactor, SGD and Lion; inverse (square root), steps, and WSD.
+Adam without bias correction, Adafactor, SGD, Lion, AdEMAMix and what schedule-free learning
+averages; inverse (square root), steps, and WSD.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from lm.models.parameter_groups import TrainableMask, along, layer_numbers, stack_of
+from lm.config.patterns import rate_rules
+from lm.config.registry import listing
+from lm.models.parameter_groups import TrainableMask, along, layer_numbers, matching, stack_of
 from lm.models.variables import Kind, ParamInfo, flat, nested
+from lm.optim.optimizers import descend, scale_by_width
 
 if TYPE_CHECKING:
     from lm.optim.optimizers import ParamTable
@@ -51,18 +56,14 @@ def adafactor(
         clipping_threshold=o.clip_threshold,
     )
     stacked = optax.GradientTransformation(_vmap_layers(one.init), _vmap_layers(one.update))
-    return optax.chain(
-        optax.partition(
-            {"stacked": stacked, "single": one},
-            lambda params: table.map(
-                lambda info, _: "stacked" if info.axes[:1] == ("layers",) else "single", params
-            ),
+    by_layer = optax.partition(
+        {"stacked": stacked, "single": one},
+        lambda params: table.map(
+            lambda info, _: "stacked" if info.axes[:1] == ("layers",) else "single", params
         ),
-        # optax.adafactor already points downhill: turn round for the shared tail.
-        optax.scale(-1.0),
-        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
-        optax.scale_by_learning_rate(schedule),
     )
+    # optax.adafactor already points downhill: turn round for `descend`.
+    return descend(schedule, options, table, by_layer, optax.scale(-1.0))
 
 
 def _vmap_layers(function: Callable) -> Callable:
@@ -74,10 +75,8 @@ def sgd(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
     """Build stochastic gradient descent with momentum and decoupled weight decay."""
-    return optax.chain(
-        optax.trace(options.sgd.momentum, options.sgd.nesterov),
-        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
-        optax.scale_by_learning_rate(schedule),
+    return descend(
+        schedule, options, table, optax.trace(options.sgd.momentum, options.sgd.nesterov)
     )
 
 
@@ -85,42 +84,112 @@ def lion(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
     """Build Lion (Chen et al. 2023)."""
-    o, decay = options.lion, options.weight_decay
-    return optax.lion(schedule, o.b1, o.b2, weight_decay=decay, mask=table.decay_mask)
+    o = options.lion
+    return descend(schedule, options, table, optax.scale_by_lion(o.b1, o.b2))
 
 
-# --- layer-wise decay
+def ademamix(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build AdEMAMix (Pagliardini et al. 2024, Algorithm 1, and its schedules of alpha and b3)."""
+    o = options.ademamix
+
+    def warmed(t: jax.Array) -> jax.Array:
+        """Part of the warm-up that is over at step t, counted from 0."""
+        return jnp.minimum((t + 1) / max(o.rise_steps, 1), 1)
+
+    def b3(t: jax.Array) -> jax.Array:
+        # From b1 to b3, such that the half-life of the average grows linearly.
+        first, last = math.log(o.b1), math.log(o.b3)
+        return jnp.exp(first * last / ((1 - warmed(t)) * last + warmed(t) * first))
+
+    adam = optax.contrib.scale_by_ademamix(o.b1, o.b2, b3, lambda t: o.alpha * warmed(t), o.eps)
+    return descend(schedule, options, table, scale_by_width(adam, table))
+
+
+def schedule_free(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build the steps of schedule-free AdamW (Defazio et al. 2024), which `averaging` averages."""
+    o = options.schedule_free
+    adam = optax.scale_by_rms(o.b2, o.eps, eps_in_sqrt=False, bias_correction=True)
+    return descend(schedule, options, table, scale_by_width(adam, table))
+
+
+# --- rates of layers
+
+
+def scaled_and_averaged(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    options: ConfigDict,
+    table: ParamTable,
+    trainable: TrainableMask | None,
+) -> optax.GradientTransformation:
+    """Multiply the updates of an optimizer by `update_scales`, and average what it moves.
+
+    Args:
+        optimizer: the optimizer.
+        schedule: learning rate of a step.
+        options: the configuration's section "optimizer".
+        table: roles of the parameters.
+        trainable: parameters that train; None for all.
+    """
+    has_patterns = trainable is not None and trainable.has_patterns
+    if options.layer_decay != 1 or options.rates or has_patterns:
+        optimizer = optax.chain(optimizer, scale_by_layer(options, trainable, table.infos))
+    if options.ema or options.name == "schedule_free":
+        from lm.optim.averaging import averaged
+
+        return averaged(optimizer, schedule, options)
+    return optimizer
 
 
 def scale_by_layer(
-    layer_decay: float, trainable: TrainableMask | None, infos: Mapping[str, ParamInfo]
+    options: ConfigDict, trainable: TrainableMask | None, infos: Mapping[str, ParamInfo]
 ) -> optax.GradientTransformation:
     """Build the transformation that multiplies updates by `update_scales`."""
     mask = trainable or TrainableMask()
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            jnp.multiply, updates, update_scales(layer_decay, mask, params, infos)
-        )
-    )
+
+    def scales(params: Tree) -> Tree:
+        return update_scales(options.layer_decay, mask, params, infos, options.rates)
+
+    def init(params: Tree) -> optax.EmptyState:
+        scales(params)  # its error comes before the first step
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        return jax.tree.map(jnp.multiply, updates, scales(params)), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def update_scales(
-    layer_decay: float, trainable: TrainableMask, params: Tree, infos: Mapping[str, ParamInfo]
+    layer_decay: float,
+    trainable: TrainableMask,
+    params: Tree,
+    infos: Mapping[str, ParamInfo],
+    rates: str = "",
 ) -> Tree:
-    """Return the factor of each parameter's update under layer-wise decay and freezing.
+    """Return the factor of each parameter's update by rates, layer-wise decay and freezing.
 
-    It is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for embeddings and what
-    normalizes them, 1 for what comes after the layers (BEiT, Bao et al. 2021, in its code; the idea
-    is ELECTRA's), and 0 for frozen layers. Embeddings lie below the deepest of their stacks.
+    Layer-wise decay is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for
+    embeddings and what normalizes them, and 1 for what comes after the layers (BEiT, Bao et al.
+    2021, in its code; the idea is ELECTRA's). Embeddings lie below the deepest of their stacks.
+    Frozen layers have 0.
 
     Args:
         layer_decay: the decay, in (0, 1].
         trainable: parameters that train.
         params: those parameters.
         infos: roles of all parameters, by path.
+        rates: `--config.optimizer.rates`; every factor whose pattern is found multiplies.
 
     Returns:
         A tree like `params` of arrays that broadcast to their shapes.
+
+    Raises:
+        UserError: a pattern of `rates` is found in no path.
     """
     leaves = flat(params)
     groups = trainable.groups(params, strict=False)
@@ -130,6 +199,12 @@ def update_scales(
         if layers is not None:
             depths[stack_of(path)] = max(depths.get(stack_of(path), 0), layers.max() + 1)
     depth = max(depths.values(), default=0)
+    factors = {path: group.astype(np.float32) for path, group in groups.items()}
+    for pattern, factor in rate_rules(rates):
+        found = matching("optimizer.rates", listing([pattern]), leaves)
+        factors = {
+            path: f * np.where(found[path], np.float32(factor), 1) for path, f in factors.items()
+        }
 
     def scale(path: str, leaf: Any) -> np.ndarray:
         if (layers := numbers[path]) is not None:
@@ -138,12 +213,22 @@ def update_scales(
             below = np.asarray(depth + 1)
         else:
             below = np.asarray(0)
-        return along(np.float32(layer_decay) ** below * groups[path], leaf)
+        return along(np.float32(layer_decay) ** below * factors[path], leaf)
 
     return nested({path: scale(path, leaf) for path, leaf in leaves.items()})
 
 
 # --- learning-rate schedules
+
+
+def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return the peak rate for ever."""
+    return optax.constant_schedule(peak)
+
+
+def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
+    """Return cosine decay to `final_ratio` of the peak (Loshchilov and Hutter 2017)."""
+    return optax.cosine_decay_schedule(peak, max(end - start, 1), alpha=options.final_ratio)
 
 
 def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:

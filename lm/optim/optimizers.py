@@ -2,7 +2,8 @@
 
 An optimizer is a function of the schedule, the configuration's section "optimizer" and a
 `ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
-muP scales, which arrays are matrices to Muon. `further_optimizers.py` has others, and other decays.
+muP scales, which arrays are matrices to Muon. Most are a direction, of which `descend` makes an
+optimizer. `further_optimizers.py` has others, and other decays.
 
 A decay of the learning rate is a function of the peak rate, the configuration's section "schedule",
 the step `start` at which the decay starts and the step `end` at which it ends. Its result is a
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -49,10 +51,10 @@ class ParamTable:
     decay: str = "matrices"
     width_ratio: float = 1.0
 
-    def map(self, function: Callable[[ParamInfo, Any], Any], tree: Tree) -> Tree:
-        """Return `function(info, leaf)` for every leaf of a tree of (some of the) parameters."""
+    def map(self, function: Callable[..., Any], *trees: Tree) -> Tree:
+        """Return `function(info, *leaves)` for every leaf of trees of (some) parameters."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: function(self.infos["/".join(key.key for key in path)], leaf), tree
+            lambda path, *x: function(self.infos["/".join(key.key for key in path)], *x), *trees
         )
 
     def decay_mask(self, params: Tree) -> Tree:
@@ -75,8 +77,9 @@ def make_optimizer(
         trainable: parameters that train, if not all; frozen layers stay as they are.
 
     Returns:
-        A transformation of the gradients of the parameters that train. Layer-wise decay scales the
-        whole update, decoupled weight decay included.
+        A transformation of the gradients of the parameters that train; an `averaging.Averaged` one
+        if the parameters are averages. Layer-wise decay scales the whole update, decoupled weight
+        decay included.
     """
     optimizer = OPTIMIZERS[options.name](schedule, options, table)
     if options.moments != "float32":
@@ -85,12 +88,36 @@ def make_optimizer(
         optimizer = compact(optimizer, options.moments)
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    if options.layer_decay != 1 or (trainable is not None and trainable.has_patterns):
-        from lm.optim.further_optimizers import scale_by_layer
+    further = (
+        options.layer_decay != 1,
+        options.rates,
+        options.ema,
+        options.name == "schedule_free",
+    )
+    if any(further) or (trainable is not None and trainable.has_patterns):
+        from lm.optim.further_optimizers import scaled_and_averaged
 
-        scale = scale_by_layer(options.layer_decay, trainable, table.infos)
-        optimizer = optax.chain(optimizer, scale)
+        return scaled_and_averaged(optimizer, schedule, options, table, trainable)
     return optimizer
+
+
+def descend(
+    schedule: optax.Schedule, options: ConfigDict, table: ParamTable, *direction: Any
+) -> optax.GradientTransformation:
+    """Build the optimizer that moves against a direction and a decoupled weight decay.
+
+    Args:
+        schedule: learning rate, by which both are multiplied.
+        options: the configuration's section "optimizer".
+        table: roles of the parameters.
+        *direction: transformations that make the direction of the gradients.
+    """
+    decay = optax.add_decayed_weights(options.weight_decay, table.decay_mask)
+    if options.cautious != "none":
+        from lm.optim.cautious import cautious
+
+        direction, decay = (cautious(optax.chain(*direction), options, table),), optax.identity()
+    return optax.chain(*direction, decay, optax.scale_by_learning_rate(schedule))
 
 
 def adamw(
@@ -107,11 +134,7 @@ def adamw(
         from lm.optim.further_optimizers import uncorrected_adam
 
         adam = uncorrected_adam(o.b1, o.b2, o.eps)
-    return optax.chain(
-        scale_by_width(adam, table),
-        optax.add_decayed_weights(options.weight_decay, table.decay_mask),
-        optax.scale_by_learning_rate(schedule),
-    )
+    return descend(schedule, options, table, scale_by_width(adam, table))
 
 
 def scale_by_width(
@@ -138,35 +161,33 @@ def muon(
     ratio as in `adamw`.
     """
     o = options.muon
-    matrices = optax.contrib.muon(
-        schedule,
+    make = partial(
+        optax.contrib.muon,
         ns_steps=o.ns_steps,
         beta=o.beta,
-        weight_decay=options.weight_decay,
+        consistent_rms=o.rms or None,
         weight_decay_mask=table.decay_mask,
-        muon_weight_dimension_numbers=lambda params: table.map(_muon_dimensions, params),
+        muon_weight_dimension_numbers=partial(table.map, _muon_dimensions),
     )
+    matrices = make(schedule, weight_decay=options.weight_decay)
+    if o.neuron_b2 or options.cautious != "none":
+        from lm.optim.normuon import muon_by_neuron
+
+        matrices = muon_by_neuron(make(-1.0), schedule, options, table)
     others = adamw(lambda t: o.adam_ratio * schedule(t), options, table)
-    return optax.partition(
-        {"matrix": matrices, "other": others},
-        lambda params: table.map(
-            lambda info, _: "matrix" if is_muon_matrix(info) else "other", params
-        ),
-    )
+    return optax.partition({"matrix": matrices, "other": others}, partial(table.map, _muon_label))
 
 
-def is_muon_matrix(info: ParamInfo) -> bool:
-    """Return whether Muon orthogonalizes the updates of a parameter."""
-    return info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
+def _muon_label(info: ParamInfo, leaf: Any) -> str:
+    """Return "matrix" for a parameter whose updates Muon orthogonalizes, else "other"."""
+    is_matrix = info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
+    return "matrix" if is_matrix else "other"
 
 
 def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
     """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
-    first = info.n_stacked
-    middle = first + info.role.inputs
-    return optax.contrib.MuonDimensionNumbers(
-        tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
-    )
+    axes, middle = tuple(range(leaf.ndim)), info.n_stacked + info.role.inputs
+    return optax.contrib.MuonDimensionNumbers(axes[info.n_stacked : middle], axes[middle:])
 
 
 # --- learning-rate schedules
@@ -190,16 +211,6 @@ def make_schedule(peak: float, options: ConfigDict, train_steps: int) -> optax.S
         return after
     warmup = optax.linear_schedule(peak / w, peak, w - 1) if w > 1 else lambda t: peak
     return optax.join_schedules([warmup, optax.constant_schedule(peak), after], [w, start])
-
-
-def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return the peak rate for ever."""
-    return optax.constant_schedule(peak)
-
-
-def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return cosine decay to `final_ratio` of the peak (Loshchilov and Hutter 2017)."""
-    return optax.cosine_decay_schedule(peak, max(end - start, 1), alpha=options.final_ratio)
 
 
 def linear(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:

@@ -190,7 +190,7 @@ def optimizer_state_sharding(
     """Return the sharding of an optimizer-state array.
 
     Its dimensions are those of the parameter, some of them left out or reduced to 1 (factored
-    second moments), and are sharded alike. An array with other dimensions is replicated.
+    second moments), and are sharded alike. Others are not, nor are those behind them.
 
     Args:
         parameter: sharding of the parameter.
@@ -204,9 +204,8 @@ def optimizer_state_sharding(
     for size in state_shape:
         while size > 1 and dimension < len(shape) and shape[dimension] != size:
             dimension += 1
-        if dimension == len(shape):
-            return NamedSharding(parameter.mesh, PartitionSpec())
-        axes.append(parameter.spec[dimension] if size > 1 else None)
+        found = size > 1 and dimension < len(shape)
+        axes.append(parameter.spec[dimension] if found else None)
         dimension += size > 1
     return NamedSharding(parameter.mesh, PartitionSpec(*axes))
 

@@ -94,6 +94,7 @@ COMPANIONS = {
         "model.rope_short_factor": FACTORS,
         "model.rope_long_factor": FACTORS,
     },
+    ("optimizer.name", "schedule_free"): {"schedule.name": "constant"},
     ("train.precision", "qat"): {"decode.weights": "int4"},
 }
 for objective in OBJECTIVES:

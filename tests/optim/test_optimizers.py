@@ -151,6 +151,31 @@ def lion(b1, b2):
     return step
 
 
+def ademamix(b1, b2, b3, alpha, warmup, eps=1e-8):
+    """Pagliardini et al. 2024, Algorithm 1 and equations of its schedulers."""
+
+    def step(x, g, t, memory):
+        w = min(t / warmup, 1) if warmup else 1
+        slow = np.exp(np.log(b1) * np.log(b3) / ((1 - w) * np.log(b3) + w * np.log(b1)))
+        m1 = memory["m1"] = b1 * memory.get("m1", 0) + (1 - b1) * g
+        m2 = memory["m2"] = slow * memory.get("m2", 0) + (1 - slow) * g
+        v = memory["v"] = b2 * memory.get("v", 0) + (1 - b2) * g**2
+        return (m1 / (1 - b1**t) + w * alpha * m2) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+    return step
+
+
+def only_agreeing(step):
+    """Liang et al. 2024, Algorithm 1, for a stack of matrices or vectors."""
+
+    def agreeing(x, g, t, memory):
+        u = step(x, g, t, memory)
+        phi = u * g > 0
+        return u * phi * phi.size / (phi.sum() + 1)
+
+    return agreeing
+
+
 def adafactor(parameter_scale, clip=1.0, decay_rate=0.8):
     """Shazeer and Stern 2018, Algorithms 4 and 5, without momentum."""
 
@@ -186,6 +211,11 @@ CASES = {
     "sgd": (options_of("sgd"), sgd(0.9, False)),
     "sgd nesterov": (options_of("sgd", sgd__nesterov=True), sgd(0.9, True)),
     "lion": (options_of("lion"), lion(0.9, 0.99)),
+    "ademamix": (options_of("ademamix"), ademamix(0.9, 0.999, 0.9999, 5, 0)),
+    "ademamix, warming up": (
+        options_of("ademamix", ademamix__b3=0.99, ademamix__rise_steps=2, ademamix__alpha=8.0),
+        ademamix(0.9, 0.999, 0.99, 8, 2),
+    ),
 }
 
 
@@ -196,6 +226,138 @@ def test_three_steps_are_those_of_the_paper(case):
     expected = reference(step, decays=is_matrix)
     for name, x in expected.items():
         np.testing.assert_allclose(found[name], x, atol=2e-6, err_msg=name)
+
+
+def layer_of(name, i):
+    """Slice of a layer of a stacked parameter; all of another one."""
+    return i if "layers" in name else slice(None)
+
+
+@pytest.mark.parametrize("parts", ["updates", "decay", "both"])
+def test_cautious_steps_are_those_of_the_papers(parts):
+    found = run(options_of("lion", cautious=parts), [draw(t + 1) for t in range(3)])
+    layers = [0, 1]
+    params, memory = by_name(draw(0)), {}
+    for t in range(3):
+        for name, g in by_name(draw(t + 1)).items():
+            for i in layers if "layers" in name else [0]:
+                at = layer_of(name, i)
+                step = lion(0.9, 0.99)
+                step = step if parts == "decay" else only_agreeing(step)
+                x = params[name][at].copy()
+                u = step(x, g[at], t + 1, memory.setdefault((name, i), {}))
+                kept = 1 if parts == "updates" else u * x >= 0
+                decay = DECAY * x * kept if is_matrix(name) else 0
+                params[name][at] = x - schedule(t) * (u + decay)
+    for name, x in params.items():
+        np.testing.assert_allclose(found[name], x, atol=2e-6, err_msg=name)
+
+
+def test_an_average_is_corrected_for_its_start():
+    """Kingma and Ba 2015, §7.2; gradients do not depend on it."""
+    gradients = [draw(t + 1) for t in range(3)]
+    last = [run(options_of("sgd"), gradients[: t + 1]) for t in range(3)]
+    found = run(options_of("sgd", ema=0.7), gradients)
+    for name, x in found.items():
+        mean = sum(0.3 * 0.7 ** (2 - t) * last[t][name] for t in range(3)) / (1 - 0.7**3)
+        np.testing.assert_allclose(x, mean, atol=2e-6, err_msg=name)
+
+
+def test_schedule_free_is_that_of_the_paper():
+    """Defazio et al. 2024, as in their AdamWScheduleFree, with gradients that depend on y."""
+    b1, b2, eps = 0.8, 0.99, 1e-8
+
+    def rate(t):
+        return 0.1 * (t + 1) / 3  # of a warm-up
+
+    options = options_of("schedule_free", schedule_free__b1=b1, schedule_free__b2=b2)
+    optimizer = optimizer_of(options, rate)
+    params, gradients = draw(0), [draw(t + 1) for t in range(3)]
+    state = optimizer.init(params)
+    x, v = by_name(params), dict.fromkeys(by_name(params), 0)
+    z, total = dict(x), 0
+    for t, grads in enumerate(gradients):
+        at = optimizer.point(state, params)
+        grads = jax.tree.map(lambda g, y: g + 0.3 * y, grads, at)
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        total += rate(t) ** 2
+        for name, g in by_name(gradients[t]).items():
+            y = (1 - b1) * z[name] + b1 * x[name]
+            g = g + 0.3 * y
+            v[name] = b2 * v[name] + (1 - b2) * g**2
+            u = g / (np.sqrt(v[name] / (1 - b2 ** (t + 1))) + eps)
+            z[name] = z[name] - rate(t) * (u + (DECAY * y if is_matrix(name) else 0))
+            c = rate(t) ** 2 / total
+            x[name] = (1 - c) * x[name] + c * z[name]
+    for name, found in by_name(params).items():
+        np.testing.assert_allclose(found, x[name], atol=2e-6, err_msg=name)
+
+
+def soap_of_a_matrix(gradients, sides, b1=0.95, b2=0.95, eps=1e-8):
+    """Directions of Vyas et al. 2024, Algorithm 3, with a new basis at every step."""
+    m = v = 0
+    identity = [np.eye(n) for n in gradients[0].shape]
+    factors = [0, 0]
+
+    def outer(side, g):
+        return g @ g.T if side == 0 else g.T @ g
+
+    bases = list(identity)
+    for t, g in enumerate(gradients):
+        rotated = bases[0].T @ g @ bases[1]
+        if t == 0:
+            yield 0 * g
+        else:
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * rotated**2
+            n = bases[0].T @ (m / (1 - b1**t)) @ bases[1] / (np.sqrt(v / (1 - b2**t)) + eps)
+            yield bases[0] @ n @ bases[1].T
+        for side in sides:
+            factors[side] = b2 * factors[side] + (1 - b2) * outer(side, g)
+            if t == 0:
+                bases[side] = np.linalg.eigh(factors[side])[1][:, ::-1]
+            else:
+                bases[side] = np.linalg.qr(factors[side] @ bases[side])[0]
+
+
+def test_soap_is_that_of_the_paper():
+    """Sides of 8 keep their basis, so that no two eigenvalues are 0 and eigenvectors are unique."""
+    options = options_of("soap", soap__every=1, soap__max_dim=7, weight_decay=0.0)
+    gradients = [draw(t + 1) for t in range(4)]
+    found, before = run(options, gradients, lambda t: 1.0), by_name(draw(0))
+    cases = [
+        ("tokens/embedding", slice(None), (6, 8), [0]),
+        ("head/kernel", slice(None), (8, 6), [1]),
+    ]
+    for i in range(2):
+        cases.append(("stack/layers/attention/query/kernel", i, (8, 6), [1]))
+        cases.append(("stack/layers/attention/out/kernel", i, (6, 8), [0]))
+        cases.append(("stack/layers/attention/query/bias", i, (1, 6), []))
+    for name, at, shape, sides in cases:
+        of_matrix = [by_name(g)[name][at].reshape(shape) for g in gradients]
+        expected = before[name][at].reshape(shape) - sum(soap_of_a_matrix(of_matrix, sides))
+        moved = found[name][at].reshape(shape)
+        np.testing.assert_allclose(moved, expected, atol=1e-4, err_msg=name)
+
+
+def test_soap_in_both_bases_and_between_two_new_ones():
+    params, gradients = (
+        {},
+        [np.float32(np.random.default_rng(t).normal(size=(6, 6))) for t in (1, 2, 3)],
+    )
+    params = {"kernel": np.zeros((6, 6), np.float32)}
+    every_step = list(soap_of_a_matrix(np.float64(gradients), [0, 1]))
+    for every in (1, 3):  # a basis that stays for three steps is that of the first gradient
+        optimizer = optimizer_of(
+            options_of("soap", soap__every=every, weight_decay=0.0), lambda t: 1.0
+        )
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for t, g in enumerate(gradients):
+            updates, state = update({"kernel": g}, state, params)
+            if t < 2 or every == 1:
+                np.testing.assert_allclose(updates["kernel"], -every_step[t], atol=2e-4)
+            else:
+                assert np.abs(updates["kernel"] + every_step[t]).max() > 1e-2
 
 
 @pytest.mark.parametrize("parameter_scale", [True, False])
@@ -264,6 +426,40 @@ def test_muon_orthogonalises_every_layer_of_a_stacked_kernel():
             assert (values < 1.25).all(), (name, values)
             inside[range(n), range(n)] = 0
             assert abs(inside).max() < 1e-3, name
+
+
+def newton_schulz(x, steps=5):
+    """Jordan 2024, of a matrix with no more rows than columns."""
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+@pytest.mark.parametrize(("rms", "neuron_b2"), [(0.2, 0.0), (0.0, 0.9), (0.2, 0.9)])
+def test_variants_of_muon_are_those_of_the_papers(rms, neuron_b2):
+    """Scale of Moonlight (Liu et al. 2025, eq. 4); NorMuon (Li et al. 2025, released code)."""
+    changes = {"muon__rms": rms, "muon__neuron_b2": neuron_b2}
+    gradients = [draw(t + 1) for t in range(3)]
+    found = run(options_of("muon", **changes), gradients)
+    for name, shape in (("query", (8, 6)), ("out", (6, 8))):
+        name = f"stack/layers/attention/{name}/kernel"
+        for i in range(2):
+            x, m, v = by_name(draw(0))[name][i].reshape(shape), 0, 0
+            for t in range(3):
+                g = by_name(gradients[t])[name][i].reshape(shape)
+                m = 0.95 * m + 0.05 * g
+                ahead = 0.95 * m / (1 - 0.95 ** (t + 2)) + 0.05 * g / (1 - 0.95 ** (t + 1))
+                wide = shape[0] <= shape[1]
+                o = newton_schulz(ahead if wide else ahead.T)
+                o = o if wide else o.T
+                if neuron_b2:  # columns are the neurons
+                    v = neuron_b2 * v + (1 - neuron_b2) * (o**2).mean(0, keepdims=True)
+                    o = o / np.sqrt(v) * np.linalg.norm(o) / np.linalg.norm(o / np.sqrt(v))
+                scale = rms * max(shape) ** 0.5 if rms else max(1, shape[1] / shape[0]) ** 0.5
+                x = x - schedule(t) * (scale * o + DECAY * x)
+            np.testing.assert_allclose(found[name][i].reshape(shape), x, atol=2e-5, err_msg=name)
 
 
 def test_muon_orthogonalises_every_expert():

@@ -197,6 +197,37 @@ def test_layers_learn_at_the_rates_of_beit():
     assert {path: np.squeeze(scale).tolist() for path, scale in found.items()} == expected
 
 
+def test_rates_of_patterns_multiply():
+    rates = r"attention=>0.5, layers/[0\,2]/.*kernel=>2, head=>0"
+    found = flat(update_scales(1.0, TrainableMask("layers/1/"), draw(), INFOS, rates))
+    expected = dict.fromkeys(SHAPES, 1) | {
+        "stack/layers/attention/query/kernel": [1, 0, 1],
+        "stack/layers/attention/query/bias": [0.5, 0, 0.5],
+        "stack/layers/feed_forward/in/kernel": [2, 0, 2],
+        "head/kernel": 0,
+    }
+    assert {path: np.squeeze(scale).tolist() for path, scale in found.items()} == expected
+    with pytest.raises(UserError, match="'hed' matches no parameter"):
+        optimizer_of(options_of(rates="hed=>2"), None).init(draw())
+
+
+def test_frozen_layers_and_rates_of_0_leave_averages_where_they_are():
+    """Not by a bit, although averages are sums; a parameter that trains moves."""
+    trainable, params = TrainableMask("layers/1/"), draw()
+    options = options_of(ema=0.9, rates="head=>0")
+    trained, _ = trainable.split(params)
+    optimizer = optimizer_of(options, trainable)
+    state, update = optimizer.init(trained), jax.jit(optimizer.update)
+    for t in range(3):
+        updates, state = update(draw(t + 1), state, trained)
+        trained = optax.apply_updates(trained, updates)
+    before, after = flat(params), flat(trained)
+    kernel = "stack/layers/feed_forward/in/kernel"
+    np.testing.assert_array_equal(after[kernel][1], before[kernel][1])
+    np.testing.assert_array_equal(after["head/kernel"], before["head/kernel"])
+    assert (after[kernel][0] != before[kernel][0]).all()
+
+
 def test_layers_of_several_segments_keep_their_numbers():
     """Two scanned layers and four in a period of two after them; three that are not stacked."""
     shapes = {

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
-from lm.config import default
+from lm.config import default, set_value
 from lm.errors import UserError
 from lm.experiment import Experiment, build
 from lm.models.variables import flat
@@ -200,6 +200,40 @@ def test_factored_statistics_lie_like_what_is_left_of_their_parameter():
     assert {of_rows, of_columns} == {P("stage", "fsdp"), P("stage", "tensor")}
     assert whole == P("stage", "tensor")
     assert count in (P(), P("stage"))  # one a layer
+
+
+def test_states_of_further_optimizers_lie_like_their_parameters():
+    """Bases of SOAP are divided along one side, a neuron's mean square like its neurons; averages
+    like the parameters. Losses are those of one device, but that eigenvectors of the value 0 are
+    any."""
+    mesh = {"fsdp": 2, "tensor": 2}
+    path = "stack/layers/feed_forward/in/kernel"  # [layers, embed, mlp], over fsdp and tensor
+
+    def specs(**options):
+        experiment = build(config_of(options, mesh), jax.devices()[:4])
+        single = build(config_of(options, {}), jax.devices()[:1])
+        np.testing.assert_allclose(losses(experiment, 4), losses(single, 4), rtol=1e-3)
+        found = {
+            jax.tree_util.keystr(key, simple=True, separator="/"): sharding.spec
+            for key, sharding in jax.tree.leaves_with_path(experiment.state_sharding.opt_state)
+        }
+        return {key: tuple(spec) for key, spec in found.items() if key.endswith(path)}
+
+    def config_of(options, mesh):
+        config = config_on(mesh)
+        for key, value in options.items():
+            set_value(config, f"optimizer.{key.replace('__', '.')}", value)
+        return config
+
+    found = specs(name="soap", soap__every=2, ema=0.9)
+    ends = {key.removesuffix(f"/{path}").split("/")[-1]: spec for key, spec in found.items()}
+    assert ends == {
+        **dict.fromkeys(("offset", "mu", "nu"), ("stage", "fsdp", "tensor")),
+        **dict.fromkeys(("left", "left_basis"), ("stage", "fsdp", None)),
+        **dict.fromkeys(("right", "right_basis"), ("stage", "tensor", None)),
+    }
+    found = specs(name="muon", muon__neuron_b2=0.95, cautious="both")
+    assert sorted(found.values(), key=str) == [("stage", "fsdp", "tensor"), ("stage", None, "tensor")]
 
 
 GOLDEN = (

@@ -36,6 +36,32 @@ def test_going_on_changes_no_bit(make_kind, tmp_path, kind):
     assert all(expected[path].any() for path in carried)
 
 
+OPTIMIZERS = {
+    "SOAP whose basis is refreshed after the cut": {"name": "soap", "soap.every": 3},
+    "schedule-free": {"name": "schedule_free"},
+    "an average in few bits": {"name": "ademamix", "ema": 0.9, "moments": "int8"},
+    "cautious NorMuon": {"name": "muon", "cautious": "both", "muon.neuron_b2": 0.9},
+}
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+@pytest.mark.usefixtures("one_device")
+def test_every_optimizer_goes_on(make_kind, tmp_path, case):
+    options = {f"optimizer.{key}": value for key, value in OPTIMIZERS[case].items()}
+    plain = {"train.steps": 4, "checkpoint.every_steps": 2, "schedule.name": "constant"}
+    config = make_kind("causal decoder", **plain, **options)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(config, whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "4")
+    assert train(config, cut)
+    found, expected = saved_state(cut), saved_state(whole)
+    assert {path: x.tobytes() for path, x in found.items()} == {
+        path: x.tobytes() for path, x in expected.items()
+    }
+    assert evaluations(cut) == evaluations(whole)
+
+
 def test_experts_go_on_on_another_mesh(make_kind, tmp_path):
     """One expert a device, then two of them, each in two parts."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

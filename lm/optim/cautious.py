@@ -1,0 +1,52 @@
+"""Cautious updates and cautious weight decay.
+
+Liang et al. 2024 (arXiv 2411.16085), Algorithm 1: a number moves only where the direction agrees
+with its gradient, and the others move the further. Chen et al. 2025 (arXiv 2510.12402): it decays
+only where the direction too goes to zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    from lm.models.variables import ParamInfo
+    from lm.optim.optimizers import ParamTable
+
+Tree = Any
+
+
+def cautious(
+    direction: optax.GradientTransformation, options: ConfigDict, table: ParamTable
+) -> optax.GradientTransformation:
+    """Build a direction with weight decay, of which `optimizer.cautious` leaves out parts.
+
+    Args:
+        direction: what parameters move against, without decay.
+        options: the configuration's section "optimizer".
+        table: roles of the parameters.
+    """
+
+    def agreeing(info: ParamInfo, u: jax.Array, g: jax.Array) -> jax.Array:
+        agrees = u * g > 0
+        axes = tuple(range(info.n_stacked, u.ndim))  # of one matrix or vector
+        n = agrees.sum(axes, keepdims=True)
+        return u * agrees * (agrees.size // n.size) / (n + 1)
+
+    def decayed(u: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
+        if not decays:
+            return u
+        kept = u * w >= 0 if options.cautious in ("decay", "both") else True
+        return u + options.weight_decay * w * kept
+
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        u, state = direction.update(grads, state, params)
+        if options.cautious in ("updates", "both"):
+            u = table.map(agreeing, u, grads)
+        return jax.tree.map(decayed, u, params, table.decay_mask(params)), state
+
+    return optax.GradientTransformation(direction.init, update)
