@@ -233,7 +233,7 @@ def test_states_of_further_optimizers_lie_like_their_parameters():
         **dict.fromkeys(("right", "right_basis"), ("stage", "tensor", None)),
     }
     found = specs(name="muon", muon__neuron_b2=0.95, cautious="both")
-    assert sorted(found.values(), key=str) == [("stage", "fsdp", "tensor"), ("stage", None, "tensor")]
+    assert set(found.values()) == {("stage", "fsdp", "tensor"), ("stage", None, "tensor")}
 
 
 GOLDEN = (
