@@ -106,9 +106,14 @@ def config_argument(parser: Parser, required: bool = True) -> None:
     parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]")
 
 
+def device_arguments(parser: Parser) -> None:
+    """Add --cpu_devices."""
+    parser.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N CPU devices")
+
+
 def process_arguments(parser: Parser) -> None:
     """Add the options of a verb that may run as several processes."""
-    parser.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N CPU devices")
+    device_arguments(parser)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     parser.add_argument("--num_processes", type=int, metavar="N")
     parser.add_argument("--process_id", type=int, metavar="I")

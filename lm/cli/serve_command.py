@@ -7,7 +7,14 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from lm.cli.arguments import Overrides, Parser, at_least, positive, weights_arguments
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    device_arguments,
+    positive,
+    weights_arguments,
+)
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError, missing_package
 
@@ -71,6 +78,7 @@ def add_arguments(parser: Parser) -> None:
         help="seconds between looks for a newer checkpoint; SIGHUP looks at once",
     )
     parser.add_argument("--log_texts", action="store_true", help="log prompts and replies")
+    device_arguments(parser)
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:

@@ -107,6 +107,7 @@ class Family:
             UserError: a key is missing, or its value is not supported.
         """
         hf = {**self.defaults, **hf}
+        _check_flags(hf)
         found: Values = {field: read_size(hf, name) for name, field in self.keys.items()}
         _check_layers(found["n_layers"])
         found = dict(self.fixed) | found | self.read(hf)
@@ -203,6 +204,22 @@ def decoder_classes(name: str) -> dict[frozenset[str], str]:
     prefix = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     prefix += "Text" if prefix == "Gemma3" else ""  # Gemma3 alone sees pictures
     return {frozenset(): name, frozenset({"classes"}): f"{prefix}ForSequenceClassification"}
+
+
+_FLAGS = frozenset(
+    {
+        *("attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window"),
+        *("norm_topk_prob", "rope_interleave", "scale_attn_weights", "scale_decoder_outputs"),
+        *("scale_attn_by_inverse_layer_idx", "use_bidirectional_attention", "is_decoder"),
+    }
+)
+
+
+def _check_flags(hf: Values) -> None:
+    """Raise UserError for a flag of config.json that is neither true, false nor null."""
+    for name in sorted(_FLAGS & hf.keys()):
+        if not isinstance(hf[name], bool | None):
+            raise UserError(f"config.json: {name}={hf[name]!r:.40} is neither true nor false")
 
 
 _LARGEST = 2**31 - 1

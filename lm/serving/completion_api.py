@@ -115,7 +115,7 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
     requests = asked.requests(ids, limits)
     exchange.usage.prompt_tokens = sum(map(len, ids))
     exchange.texts["prompt"] = given
-    answer = _Completions(exchange, asked, requests, is_echo)
+    answer = _Completions(exchange, asked, requests, prompts if is_echo else ())
     return answer.events() if asked.stream else await answer.whole()
 
 
@@ -152,7 +152,7 @@ async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
     requests = asked.requests([prompt], limits)
     exchange.usage.prompt_tokens = len(prompt)
     exchange.texts["messages"] = messages
-    answer = _Chat(exchange, asked, requests, False)
+    answer = _Chat(exchange, asked, requests)
     return answer.events() if asked.stream else await answer.whole()
 
 
@@ -182,12 +182,21 @@ def _adapted(exchange: Exchange, model: ServedModel, asked: Asked) -> Asked:
 
 
 async def _starts(
-    model: ServedModel, params: Params, requests: Sequence[GenerationRequest]
+    model: ServedModel,
+    params: Params,
+    requests: Sequence[GenerationRequest],
+    prompts: Sequence[str | list[int]],
 ) -> dict[int, tuple[str, list[NewToken]]]:
-    """Return the text and the tokens of the prompt of each request, which replies repeat."""
+    """Return the text and the tokens of the prompt of each request, which replies repeat.
+
+    What the tokenizer puts before a text is no part of a prompt that was given as a text.
+    """
     found = {}
     scored: dict[tuple[int, ...], list[NewToken]] = {}
+    n_replies = len(requests) // len(prompts)
     for index, request in enumerate(requests):
+        prompt = prompts[index // n_replies]
+        n_before = len(model.tokenizer.template.before) if isinstance(prompt, str) else 0
         tokens: list[NewToken] = []
         if request.top_logprobs is not None:
             if request.prompt not in scored:
@@ -196,9 +205,11 @@ async def _starts(
                 arguments: Any = model.prepared, params, request.prompt, request.top_logprobs
                 arguments += model.adapters, number
                 scored[request.prompt] = await model.in_worker(prompt_logprobs, *arguments)
-            tokens = scored[request.prompt]
-        text = await model.in_worker(model.tokenizer.decode, request.prompt)
-        found[index] = (text, tokens)
+            tokens = scored[request.prompt][n_before:]
+        if isinstance(prompt, str):
+            found[index] = (prompt, tokens)
+        else:
+            found[index] = (await model.in_worker(model.tokenizer.decode, prompt), tokens)
     return found
 
 
@@ -212,14 +223,22 @@ class _Completions:
         exchange: Exchange,
         asked: Asked,
         requests: Sequence[GenerationRequest],
-        is_echo: bool,
+        echoed: Sequence[str | list[int]] = (),
     ):
+        """Begin an answer.
+
+        Args:
+            exchange: request of the client.
+            asked: its parameters.
+            requests: requests of the engine, those of the first prompt first.
+            echoed: prompts, where the replies repeat them.
+        """
         model = exchange.model
         assert model is not None
         self._model, self._exchange, self._asked = model, exchange, asked
-        self._requests, self._is_echo = requests, is_echo
+        self._requests, self._echoed = requests, echoed
         self._has_logprobs = asked.request.top_logprobs is not None
-        self._logprobs = [CompletionLogprobs(model, is_echo) for _ in requests]
+        self._logprobs = [CompletionLogprobs(model, bool(echoed)) for _ in requests]
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -267,8 +286,8 @@ class _Completions:
         model, starts, params = self._model, {}, None
         while params is not model.params:  # a newer checkpoint may come meanwhile
             params = model.params
-            if self._is_echo:
-                starts = await _starts(model, params, self._requests)
+            if self._echoed:
+                starts = await _starts(model, params, self._requests, self._echoed)
         assert model.engine is not None
         self._head["system_fingerprint"] = f"step-{model.step}"
         is_all = not self._requests[0].max_new_tokens

@@ -18,7 +18,12 @@ from lm.decoding.controls import Controls
 from lm.decoding.engine.adapters import Adapters, load_adapters
 from lm.decoding.engine.choice import open_engine
 from lm.decoding.engine.requests import GenerationRequest
-from lm.decoding.engine.sizes import EngineOptions, is_pageable, warm_up_requests
+from lm.decoding.engine.sizes import (
+    EngineOptions,
+    engine_kernel_problems,
+    is_pageable,
+    warm_up_requests,
+)
 from lm.decoding.guard import Guard, open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.text_limits import spelling
@@ -277,6 +282,8 @@ def _open_model(
     _ = model.chat_controls  # now, as what they compile may take long
     if not is_pageable(prepared[0]):
         log(f"{name}: served in whole batches, as not all its layers are attention on one stage")
+    elif problem := next(engine_kernel_problems(prepared[0]), ""):
+        log(f"{name}: plain JAX reads its pages: the TPU kernel cannot be used with {problem}")
     if adapters:
         folders = {name: open_run_folder(place) for name, place in adapters.items()}
         model.adapter_names = tuple(folders)

@@ -6,13 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from hf_models import safetensors
+import transformers
+from hf_models import KINDS, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.interop import huggingface
-from lm.interop.model_folder import open_model_folder
+from lm.interop.model_folder import FAMILIES, open_model_folder
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
 
@@ -272,6 +273,24 @@ def test_any_value_of_config_json_is_used_or_refused(make_theirs, kind, data, tm
     else:
         message = ""
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flag_that_matters_is_true_or_false(kind):
+    class_name, values = KINDS[kind]
+    written = getattr(transformers, class_name).config_class(**values).to_dict()
+    family = FAMILIES[written["model_type"]]
+
+    def read(**changes):
+        try:
+            return family.read_config(written | changes)
+        except UserError as error:
+            return str(error)
+
+    assert not isinstance(read(), str)
+    for name in [name for name, value in written.items() if isinstance(value, bool)]:
+        if read(**{name: True}) != read(**{name: False}):
+            assert name in read(**{name: "false"})
 
 
 def test_a_config_of_llama_1_is_read(make_theirs, folder):

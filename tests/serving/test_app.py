@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 
 import jax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -234,6 +236,26 @@ def test_an_engine_that_cannot_start_again_is_told(client, monkeypatch):
         assert response.headers["Retry-After"] == "1"
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
     failing.stop()
+
+
+@pytest.mark.parametrize("before", [(), (0,), (65, 66)])
+def test_an_echo_begins_with_the_prompt(client, monkeypatch, before):
+    model = client.server.models["tiny"]
+    template = replace(model.tokenizer.template, before=before)
+    monkeypatch.setattr(type(model.tokenizer), "template", template)
+    ask = {"max_tokens": 2, "echo": True, "logprobs": 1, "temperature": 0, "n": 2}
+    ids = list(before) + model.tokenizer.encode("the big").tolist()
+    answer = client.post("/v1/completions", json={**ask, "prompt": ["the big", "a"]}).json()
+    assert answer["usage"]["prompt_tokens"] == len(ids) + len(before) + 1
+    for choice, prompt in zip(answer["choices"], ["the big"] * 2 + ["a"] * 2, strict=True):
+        logprobs = choice["logprobs"]
+        assert choice["text"].startswith(prompt)
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        assert (logprobs["token_logprobs"][0] is None) == (not before)
+    of_ids = client.post("/v1/completions", json={**ask, "prompt": [ids]}).json()["choices"][0]
+    of_text = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert of_ids["text"] == model.tokenizer.decode(ids) + answer["choices"][0]["text"][7:]
+    assert of_ids["logprobs"]["token_logprobs"][len(before) :] == of_text
 
 
 def test_a_request_has_one_checkpoint(client, monkeypatch):

@@ -23,10 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.decoding.engine.adapters import Adapters
-from lm.decoding.engine.drafts import open_draft
+from lm.decoding.engine.drafts import prepare_draft
 from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.pages import PagePool
-from lm.decoding.engine.programs import NewTokens, StateSharding, decode_rows, read_chunk
+from lm.decoding.engine.programs import (
+    DraftModel,
+    NewTokens,
+    StateSharding,
+    decode_rows,
+    read_chunk,
+)
 from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import (
     LENGTH,
@@ -44,6 +50,7 @@ from lm.decoding.engine.sizes import (
     choose_context,
     count_pages,
     free_memory,
+    make_pages,
     padded_chunk,
     pages_per_row,
     reads_whole,
@@ -90,7 +97,9 @@ class PagedEngine:
         self._is_prefix = experiment.objective.has_prefix
         self._reads_whole = reads_whole(experiment)
         self._vocab_size = config.vocab_size
-        n_pages = count_pages(experiment, options, free_memory(experiment.mesh.devices.flat[0]))
+        draft = draft and prepare_draft(*draft, config.vocab_size)
+        free = free_memory(experiment.mesh.devices.flat[0])
+        n_pages = count_pages(experiment, options, free, draft and draft[0])
         self._pool = PagePool(n_pages, options.page_size)
         self._tables = np.zeros((options.n_rows, pages_per_row(experiment, options)), np.int32)
         self._table = OptionTable(options.n_rows, config.vocab_size)
@@ -98,8 +107,8 @@ class PagedEngine:
         state = allocate_state(experiment, options, n_pages)
         self._draft = None
         if draft is not None:
-            sizes = config.vocab_size, n_pages, options.page_size
-            self._draft, draft_pages = open_draft(*draft, *sizes)
+            self._draft = DraftModel(draft[0].model, draft[1])
+            draft_pages = make_pages(draft[0], n_pages, options.page_size)
             state = replace(state, draft_pages=draft_pages)
         self._state = self._sharding.place(state, jax.device_put)
         self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -14,7 +15,7 @@ from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.prompts import context_length
 from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.models.layer_pages import Pages, empty_pages
+from lm.models.layer_pages import Pages, empty_pages, page_kernel_problems
 from lm.models.paged_cache import PAGED_MIXERS
 from lm.models.transformer_config import TransformerConfig
 
@@ -52,6 +53,16 @@ def is_pageable(experiment: Experiment) -> bool:
     mixers = {layer.mixer for layer in config.layer_types(config.n_layers)}
     is_one = len(mixers) == 1 and mixers.issubset(PAGED_MIXERS)
     return is_one and experiment.mesh.shape["stage"] == 1
+
+
+def engine_kernel_problems(experiment: Experiment) -> Iterator[str]:
+    """Yield what keeps the TPU's kernel from reading an engine's pages, as after "used with".
+
+    Args:
+        experiment: experiment on a mesh, prepared for decoding.
+    """
+    config: Any = experiment.model.config  # type: ignore[attr-defined]
+    return page_kernel_problems(config, experiment.mesh, experiment.objective.has_prefix)
 
 
 def reads_whole(experiment: Experiment) -> bool:
@@ -152,20 +163,27 @@ def page_bytes(experiment: Experiment, options: EngineOptions) -> int:
     return sum(layer.bytes_of_device(experiment.mesh) for layer in one)
 
 
-def count_pages(experiment: Experiment, options: EngineOptions, free: int | None) -> int:
+def count_pages(
+    experiment: Experiment,
+    options: EngineOptions,
+    free: int | None,
+    draft: Experiment | None = None,
+) -> int:
     """Return the number of pages: at least those of one row, at most those that all rows can use.
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
         options: sizes.
         free: bytes of a device beside the parameters; None if that is unknown.
+        draft: draft model, prepared for decoding, which has as many pages of its own; None: none.
     """
     if options.n_pages:
         return options.n_pages
     of_row = pages_per_row(experiment, options)
     most = all_rows = options.n_rows * of_row
     if free is not None:
-        most = int(free * _OF_MEMORY) // page_bytes(experiment, options)
+        of_page = sum(page_bytes(one, options) for one in (experiment, draft) if one is not None)
+        most = int(free * _OF_MEMORY) // of_page
     return max(of_row, min(all_rows, most))
 
 

@@ -10,7 +10,7 @@ from lm.decoding.engine import engine as engines
 from lm.decoding.engine.programs import NewTokens, no_tokens
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.engine.shapes import lower_programs
-from lm.decoding.engine.sizes import EngineOptions, count_pages, free_memory
+from lm.decoding.engine.sizes import EngineOptions, count_pages, free_memory, page_bytes
 from lm.decoding.weights import prepare
 
 MESH = {"parallel__preset": "custom", "parallel__mesh__data": 2, "parallel__mesh__tensor": 2}
@@ -57,6 +57,18 @@ def test_the_texts_lowered_equal_those_of_serving(make_experiment, monkeypatch, 
     n_pages = count_pages(prepared, options, free_memory(jax.devices()[0]))
     planned = lower_programs(prepared, shapes, options, n_pages)
     assert texts(planned) == texts(served)
+
+
+def test_a_draft_models_pages_take_memory_too(make_experiment):
+    model, draft = (
+        make_experiment("decoder", 1)[0],
+        make_experiment("decoder", 1, model__n_layers=1)[0],
+    )
+    options = EngineOptions(n_rows=64, context=12, page_size=2)
+    of_both = page_bytes(model, options) + page_bytes(draft, options)
+    free = int(10.5 * of_both / 0.85)
+    assert count_pages(model, options, free, draft) == 10
+    assert count_pages(model, options, free) > 10
 
 
 def texts(programs):
