@@ -9,8 +9,9 @@
 | tiny    |                   |                |              |        |        | for trials |
 
 Sizes are the released configurations'; the reports' scores were not checked against a copy, so none
-is here. V3 is counted without its module for multi-token prediction, which is not built, and
-without the routers' biases, 256 a layer, which are no parameters but model state.
+is here. V3 is counted without its module for multi-token prediction (which
+`--config.objective.name=multi_token` adds, and decoding leaves out) and without the routers'
+biases, 256 a layer, which are no parameters but model state.
 
 Llama's block with multi-head latent attention: keys and values of all heads come from a latent of
 512 numbers, which alone is cached beside a rotated key of 64. After 1 or 3 plain layers experts

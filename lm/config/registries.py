@@ -144,6 +144,18 @@ class MaskedOptions:
 
 
 @dataclass(frozen=True)
+class MultiTokenOptions:
+    """Options of multi-token prediction (DeepSeek-AI 2024b)."""
+
+    mtp_depth: int = option(
+        1, "Multi_token: modules that predict a further token each.", low=1, high=64
+    )
+    mtp_weight: float = option(
+        0.3, "Multi_token: weight of the modules' mean loss beside that of the next token.", low=0.0
+    )
+
+
+@dataclass(frozen=True)
 class SpanCorruptionOptions:
     """Options of span corruption (Raffel et al. 2020)."""
 
@@ -261,6 +273,12 @@ OBJECTIVES = Registry(
         "causal": Entry(
             "lm.objectives.causal:Causal",
             families=("decoder", "lstm", "nplm"),
+            predicts_every_token=True,
+        ),
+        "multi_token": Entry(
+            "lm.objectives.multi_token:MultiToken",
+            MultiTokenOptions,
+            families=("decoder",),
             predicts_every_token=True,
         ),
         "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.frozen import without_frozen
+from lm.models.multi_token import without_ahead
 from lm.models.parameter_groups import layer_numbers, layer_path
 from lm.models.quantized_kernel import (
     BITS,
@@ -61,7 +62,7 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
         return x.astype(dtype)
 
     model = model.clone(config=replace(config, **changes))
-    model, params = unroll(model, params, store)
+    model, params = unroll(model, without_ahead(params), store)
     return replace(experiment, model=model), params
 
 

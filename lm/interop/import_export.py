@@ -33,6 +33,7 @@ from lm.interop.tokenizer_files import (
     write_tokenizer,
     write_turn_ends,
 )
+from lm.models.multi_token import without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
@@ -200,7 +201,8 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     model = make_model(config, "xla", "gather")
-    return ReadRun(config, model, nested(params), tokenizer, ", ".join(map(str, steps)))
+    params = without_ahead(nested(params))
+    return ReadRun(config, model, params, tokenizer, ", ".join(map(str, steps)))
 
 
 def export_run(

@@ -151,8 +151,8 @@ def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterato
     """
     major = int(float(capability or HOPPER))
     if kernel == "tokamax":
-        if (installed := _tokamax_version()) != TOKAMAX:
-            yield f"{installed or 'no'} tokamax (pip install tokamax=={TOKAMAX})"
+        if problem := tokamax_problem():
+            yield problem
         if major != HOPPER:
             yield f"GPUs of compute capability {capability}, only with Hopper's, 9.0"
     widest = TOKAMAX_WIDEST_HEAD
@@ -162,8 +162,10 @@ def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterato
         yield f"--config.model.head_dim={head_dim} (a multiple of 8 up to {widest})"
 
 
-def _tokamax_version() -> str:
+def tokamax_problem() -> str:
+    """Return what is installed instead of the version of tokamax that was tried, or ""."""
     try:
-        return metadata.version("tokamax")
+        installed = metadata.version("tokamax")
     except metadata.PackageNotFoundError:
-        return ""
+        installed = "no"
+    return "" if installed == TOKAMAX else f"{installed} tokamax (pip install tokamax=={TOKAMAX})"

@@ -26,7 +26,7 @@ class GroupedKernel:
     """Kernel of grouped products.
 
     Attributes:
-        name: "xla", or "megablox" for TPUs.
+        name: "xla", "megablox" for TPUs, or "tokamax" for GPUs.
         n_rows: rows that groups of the usual sizes have together, by which megablox chooses tiles.
         interpret: run megablox on any platform, slowly, for tests.
     """
@@ -48,6 +48,10 @@ class GroupedKernel:
             from lm.kernels.megablox import grouped_product
 
             y = grouped_product(kind, a, b, sizes_E, self.n_rows, dtype, self.interpret)
+        elif self.name == "tokamax" and _has_gpu_tiles(a, b):
+            from lm.kernels.gpu_grouped_matmul import grouped_product as product_on_gpu
+
+            y = product_on_gpu(kind, a, b, sizes_E, self.n_rows, dtype)
         else:
             y = ragged_dot_general(
                 a, b, sizes_E, _DIMENSIONS[kind], preferred_element_type=jnp.float32
@@ -55,6 +59,12 @@ class GroupedKernel:
         if kind != "by_kernel":
             y = jnp.where((jnp.arange(y.shape[0]) < sizes_E.sum())[:, None], y, 0)
         return y.astype(dtype)
+
+
+def _has_gpu_tiles(a: jax.Array, b: jax.Array) -> bool:
+    from lm.kernels.gpu_grouped_matmul import LEAST
+
+    return all(width % LEAST == 0 for width in (a.shape[1], *b.shape[1:]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

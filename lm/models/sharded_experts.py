@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.dense import matmul
+from lm.kernels.gpu_grouped_matmul import gpu_grouped_problem
 from lm.kernels.grouped_matmul import GroupedKernel, grouped_matmul, permute_rows
+from lm.models.attention import CALLED
 from lm.parallel.mesh import (
     ACTIVATIONS,
     PARAMETERS,
@@ -34,6 +36,7 @@ from lm.parallel.mesh import (
     current_mesh,
     current_pipeline,
     parameter_axes,
+    print_on_primary_host,
 )
 
 
@@ -322,9 +325,22 @@ def _grouped_kernel() -> GroupedKernel:
     Without a mesh XLA may shard a product, and can shard none of Pallas.
     """
     mesh = current_mesh()
-    alone = jax.default_backend() if jax.device_count() == 1 else "several"
-    platform = mesh.devices.flat[0].platform if mesh else alone
-    return GroupedKernel("megablox" if platform == "tpu" else "xla")
+    if mesh is None and jax.device_count() > 1:
+        return GroupedKernel()
+    device = mesh.devices.flat[0] if mesh else None
+    platform = device.platform if device else jax.default_backend()
+    platform = CALLED.get(platform, platform)
+    if platform != "gpu":
+        return GroupedKernel("megablox" if platform == "tpu" else "xla")
+    problem = gpu_grouped_problem(getattr(device, "compute_capability", ""))
+    if problem:
+        _say_once(
+            f"experts: XLA multiplies all rows by each; tokamax cannot be used with {problem}"
+        )
+    return GroupedKernel("xla" if problem else "tokamax")
+
+
+_say_once = cache(print_on_primary_host)
 
 
 def _sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:

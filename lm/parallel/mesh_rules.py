@@ -39,6 +39,8 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
             f"--config.parallel.mesh.stage={stages} needs --config.model.family "
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
+    if config.objective.name == "multi_token":
+        yield f"--config.parallel.mesh.stage={stages} has no place for the modules of multi_token"
     for name, plain in (("residual", "sum"), ("dense_layers", 0)):
         if model[name] != plain:
             yield (

@@ -22,7 +22,7 @@ SIZES = {
 
 def expected(x, kernel, sizes, g):
     """The products, and the gradients of rows and kernels from those of the products."""
-    y, dx, dkernel = np.zeros((len(x), F)), np.zeros(x.shape), np.zeros(kernel.shape)
+    y, dx, dkernel = np.zeros(g.shape), np.zeros(x.shape), np.zeros(kernel.shape)
     first = 0
     for group, size in enumerate(sizes):
         rows = slice(first, first + size)
@@ -54,6 +54,49 @@ def test_values_and_gradients_are_those_of_every_group(name, case, transposed):
     found = run(*map(np.float32, (x, kernel, g)))
     for one, other in zip(found, expected(x, kernel, SIZES[case], g), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * (abs(other).max() or 1))
+
+
+def test_tokamax_gets_each_product_of_a_group(monkeypatch):
+    """Its kernels, which no interpreter runs, are replaced by what they state to compute."""
+    triton = pytest.importorskip("tokamax._src.ops.ragged_dot.pallas_triton")
+    from tokamax._src.ops.ragged_dot import base
+
+    def product(numbers, sum_in_groups):
+        def call(a, b, *, group_sizes, ragged_dot_dimension_numbers, config, out_dtype, **_):
+            assert ragged_dot_dimension_numbers == numbers
+            assert b.shape[-1] % config.block_n == 0
+            if sum_in_groups:
+                assert a.shape[1] % config.block_m == 0
+            found = jax.lax.ragged_dot_general(a, b, group_sizes, numbers)
+            after = (jnp.arange(len(found)) >= group_sizes.sum())[:, None]
+            found = found if sum_in_groups else jnp.where(after, jnp.nan, found)
+            calls.append(sum_in_groups)
+            return found.astype(out_dtype)
+
+        return call
+
+    calls = []
+    monkeypatch.setattr(triton, "_ragged_dot", product(base.DEFAULT_RAGGED_DOT_DIM_NUMS, False))
+    contracting = product(base.RAGGED_CONTRACTING_DOT_DIM_NUMS, True)
+    monkeypatch.setattr(triton, "_ragged_contracting_dim_dot", contracting)
+    rng, sizes, float32 = np.random.default_rng(0), SIZES["ragged"], jnp.dtype(jnp.float32)
+    for width, transposed, n_calls in ((48, False, 3), (48, True, 3), (40, False, 0)):
+        calls.clear()
+        x, g = rng.normal(size=(250, 32)), rng.normal(size=(250, width))
+        kernel = rng.normal(size=(4, 32, width))
+
+        def run(x, kernel, transposed=transposed):
+            kernel = kernel.swapaxes(1, 2) if transposed else kernel
+            multiply = GroupedKernel("tokamax", 250)
+            return grouped_matmul(
+                x, kernel, jnp.array(sizes), float32, float32, multiply, transposed
+            )
+
+        y, pullback = jax.vjp(run, *map(np.float32, (x, kernel)))
+        wanted = expected(x, kernel, sizes, g)
+        for one, other in zip((y, *pullback(np.float32(g))), wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * abs(other).max())
+        assert len(calls) == n_calls  # XLA multiplies widths that have no tiles
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,8 @@ def test_windows_softcaps_and_wide_heads_are_fused(name, values, kernel):
     plan = plan_on(name, **(LONG | {"model__n_layers": 2} | values))
     assert plan.attention_kernel == kernel
     assert not [name for _, name in plan.largest if name.count("2048") > 1]
+
+
+def test_rows_are_multiplied_by_their_own_experts_alone():
+    plan = plan_on("h100:1x2", model__n_experts=8, model__expert_capacity=0.0)
+    assert plan.compiled_flops < 1.5 * plan.model_flops
