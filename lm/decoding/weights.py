@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.ahead_modules import without_ahead
 from lm.models.frozen import without_frozen
-from lm.models.multi_token import without_ahead
 from lm.models.parameter_groups import layer_numbers, layer_path
 from lm.models.quantized_kernel import (
     BITS,

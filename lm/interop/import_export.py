@@ -33,7 +33,7 @@ from lm.interop.tokenizer_files import (
     write_tokenizer,
     write_turn_ends,
 )
-from lm.models.multi_token import without_ahead
+from lm.models.ahead_modules import without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh

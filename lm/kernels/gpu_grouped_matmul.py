@@ -18,10 +18,22 @@ LEAST = 16  # widths that it does not divide are left to XLA
 _ROWS, _LARGEST, _SUMMED = 128, 128, 32  # sizes of tiles, as in tokamax's heuristics
 
 
-def grouped_product(
+def grouped_product_on_gpu(
     kind: str, a: jax.Array, b: jax.Array, sizes_E: jax.Array, n_rows: int, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """Multiply by groups of rows; arguments as of `megablox.grouped_product`."""
+    """Multiply by groups of rows.
+
+    Args:
+        kind: "forward", "by_input" or "by_kernel", as of `megablox.grouped_product`.
+        a: rows, sorted by group.
+        b: kernels, or rows; widths are multiples of `LEAST`.
+        sizes_E: rows of each group.
+        n_rows: rows that groups of the usual sizes have together, for the cost that is stated.
+        out_dtype: dtype of the result; sums are float32.
+
+    Returns:
+        The product; rows after the last group are undefined.
+    """
     from tokamax._src.ops.ragged_dot import base, pallas_triton
 
     kernels = b.swapaxes(1, 2) if kind == "by_input" else b

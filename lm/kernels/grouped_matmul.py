@@ -49,9 +49,9 @@ class GroupedKernel:
 
             y = grouped_product(kind, a, b, sizes_E, self.n_rows, dtype, self.interpret)
         elif self.name == "tokamax" and _has_gpu_tiles(a, b):
-            from lm.kernels.gpu_grouped_matmul import grouped_product as product_on_gpu
+            from lm.kernels.gpu_grouped_matmul import grouped_product_on_gpu
 
-            y = product_on_gpu(kind, a, b, sizes_E, self.n_rows, dtype)
+            y = grouped_product_on_gpu(kind, a, b, sizes_E, self.n_rows, dtype)
         else:
             y = ragged_dot_general(
                 a, b, sizes_E, _DIMENSIONS[kind], preferred_element_type=jnp.float32

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm.data.tokenizer import Tokenizer
-from lm.models.multi_token import hidden_ahead
+from lm.models.ahead_modules import hidden_ahead
 from lm.objectives.causal import Causal
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, LossSums
