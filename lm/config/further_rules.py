@@ -24,7 +24,7 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
     if config.data.canaries:
         yield from _canary_problems(config.data)
     if config.train.precision == "qat":
-        if config.decode.weights not in ("int4", "int8"):
+        if config.decode.weights == "auto":
             yield "--config.train.precision=qat rounds by --config.decode.weights: set int4 or int8"
         if config.lora.rank:
             yield "--config.train.precision=qat rounds whole kernels: leave --config.lora.rank at 0"

@@ -168,10 +168,12 @@ def open_model_folder(path: Path) -> ModelFolder:
     if (quantization := about.get("quantization_config")) is not None:
         if not isinstance(quantization, dict):
             raise UserError(f"{path}: quantization_config of config.json is no object")
-        from lm.interop.compressed_tensors import unpacked
+        from lm.interop import compressed_tensors, fp8_blocks
 
+        is_fp8 = quantization.get("quant_method") == "fp8"
+        unpacked = fp8_blocks.unpacked if is_fp8 else compressed_tensors.unpacked
         tensors = unpacked(path, quantization, tensors)
-    stored = _by_table_name(family, tensors)
+    stored = _without_further(about, config, _by_table_name(family, tensors))
     _check_layers(path, config, len(stored))
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
@@ -212,6 +214,18 @@ def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[s
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             found[name] = tensor
     return found
+
+
+def _without_further(
+    about: Values, config: TransformerConfig, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Drop the layers after the last one, which predict tokens beyond the next (DeepSeek-V3)."""
+    n_further = about.get("num_nextn_predict_layers")
+    if not isinstance(n_further, int):
+        return dict(stored)
+    names = "|".join(str(config.n_layers + i) for i in range(min(n_further, 64)))
+    is_further = re.compile(rf"model\.layers\.(?:{names})\..*")
+    return {name: x for name, x in stored.items() if not names or not is_further.fullmatch(name)}
 
 
 def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bool:

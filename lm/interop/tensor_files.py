@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.storage import read_json
 
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
-KNOWN = (*_FLOAT_TYPES, "I64", "I32", "U8", "BOOL")
+KNOWN = (*_FLOAT_TYPES, "F8_E4M3", "I64", "I32", "U8", "BOOL")
 FLOATS = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
