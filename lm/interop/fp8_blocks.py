@@ -52,7 +52,7 @@ def _stored_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
     return np.frombuffer(data, ml_dtypes.float8_e4m3fn).reshape(-1, width)
 
 
-def unpacked(
+def fp8_weights(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Return the tensors of a folder, weights in 8-bit floats to be read as float32.

@@ -171,8 +171,8 @@ def open_model_folder(path: Path) -> ModelFolder:
         from lm.interop import compressed_tensors, fp8_blocks
 
         is_fp8 = quantization.get("quant_method") == "fp8"
-        unpacked = fp8_blocks.unpacked if is_fp8 else compressed_tensors.unpacked
-        tensors = unpacked(path, quantization, tensors)
+        read = fp8_blocks.fp8_weights if is_fp8 else compressed_tensors.unpacked
+        tensors = read(path, quantization, tensors)
     stored = _without_further(about, config, _by_table_name(family, tensors))
     _check_layers(path, config, len(stored))
     heads = frozenset(
