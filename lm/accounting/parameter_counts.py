@@ -10,6 +10,7 @@ import jax
 
 from lm import config as configs
 from lm.accounting.flops import stream_tokens, tokens_per_row, used_share
+from lm.config.ramps import full_rows
 from lm.data.tokenizer import is_fitted
 from lm.experiment import Experiment, build_untraced
 from lm.models.variables import Kind, Role, flat
@@ -92,8 +93,8 @@ def training_cost(experiment: Experiment) -> tuple[int, float]:
         for path, leaf in flat(experiment.param_shapes).items()
         if not is_embedding(experiment, path)
     )
-    rows = config.train.steps * config.data.batch_size
-    return rows * tokens_per_row(experiment), 6.0 * rows * per_row
+    rows = full_rows(config.data, config.train.steps)
+    return round(rows * tokens_per_row(experiment)), 6.0 * rows * per_row
 
 
 def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -49,6 +49,7 @@ READING: Patterns = (
     "-data.weights",
     "-data.schedule",
     "-data.epochs",
+    "-data.*_ramp",
     "-data.canar*",
     "-data.stride",
     "-data.prefetch",

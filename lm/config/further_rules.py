@@ -1,14 +1,17 @@
 """Rules of keys that few configurations set.
 
-Lists of names, canaries, rounded training, schedule-free learning.
+Lists of names, best checkpoints, profiles, canaries, ramps, rounded training, schedule-free
+learning.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from lm.config.ramps import ramp_problems
 from lm.config.registries import LISTS
 from lm.config.registry import config_value, listed
 
@@ -21,6 +24,15 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
         for name in listed(chosen):
             if name not in registry:
                 yield f"--config.{path}={chosen}: {registry.unknown(name)}"
+    for name in ("max_batches", "final_batches"):
+        if config.eval.best and config.eval[name]:
+            yield (
+                f"--config.eval.best={config.eval.best} compares whole evaluations: "
+                f"--config.eval.{name}={config.eval[name]} must be 0"
+            )
+    if config.train.profile and not re.fullmatch(r"[0-9]+:[1-9][0-9]*", config.train.profile):
+        yield f"--config.train.profile={config.train.profile}: expected START:STEPS, as in 100:5"
+    yield from ramp_problems(config)
     if config.data.canaries:
         yield from _canary_problems(config.data)
     if config.train.precision == "qat":

@@ -504,6 +504,17 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "data.isolate_documents": Key(True, "Attention and positions stay within a document."),
     "data.batch_size": Key(8, "Sequences of a step, over all devices.", low=1),
+    "data.batch_ramp": Key(
+        "",
+        "Sequences of a step while a run is young, STEP: SIZE; STEP: SIZE; …, from 0 to batch_size "
+        "(GPT-3: 0: 16; 1000: 32; …).",
+    ),
+    "data.length_ramp": Key(
+        "",
+        "Tokens of an example while a run is young, its first ones, STEP: LENGTH; …, from 0 to "
+        "sequence_length.",
+        needs=("objective.name", "causal", "distillation"),
+    ),
     "data.cache_directory": Key(
         "",
         "Folder, or URL in a bucket, of token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
@@ -14,7 +13,10 @@ from lm.config.registry import Registry, listed
 POSITION_BIASES = ("relative", "alibi")
 # Keys whose defaults keep all rules of `further_rules.py` and of `model_rules.py`, and those that
 # hold regular expressions.
-FURTHER_KEYS = ("eval.metrics", "eval.safety", "log.trackers", "data.canaries", "train.precision")
+FURTHER_KEYS = (
+    *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision"),
+    *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp"),
+)
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
@@ -51,12 +53,6 @@ def _family_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def _training_rules(config: ConfigDict) -> Iterator[str]:
-    for name in ("max_batches", "final_batches"):
-        if config.eval.best and config.eval[name]:
-            yield (
-                f"--config.eval.best={config.eval.best} compares whole evaluations: "
-                f"--config.eval.{name}={config.eval[name]} must be 0"
-            )
     if _changed(config, FURTHER_KEYS) or config.optimizer.name == "schedule_free":
         from lm.config.further_rules import further_problems
 
@@ -68,8 +64,6 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
             "--config.schedule.name=inverse never reaches 0: "
             "set --config.schedule.final_ratio above"
         )
-    if config.train.profile and not re.fullmatch(r"[0-9]+:[1-9][0-9]*", config.train.profile):
-        yield f"--config.train.profile={config.train.profile}: expected START:STEPS, as in 100:5"
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "--config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"

@@ -101,6 +101,10 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
+    def at(self, step: int) -> Batches:
+        """Return batches of the size of those of a step."""
+        return self
+
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Arrays:
         """Return rows of the batch of a step, a pure function of its arguments.
 
@@ -144,13 +148,13 @@ def to_device(
 
     Args:
         batches: batches of all steps.
-        steps: steps to build.
+        steps: steps to build, of batches of one size.
         shardings: shardings of the arrays by name, all with the same sharding of their rows.
 
     Returns:
         Global arrays [steps, B, …] by name.
     """
-    one = next(iter(shardings.values()))
+    batches, one = batches.at(steps[0]), next(iter(shardings.values()))
     by_rows = NamedSharding(one.mesh, PartitionSpec(*one.spec[:2]))
     rows = addressable_rows(by_rows, batches.batch_size)
     parts = [batches.rows(step, rows) for step in steps]

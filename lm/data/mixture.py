@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config.mixture_rules import Knot, parse_schedule
+from lm.config.ramps import rows_before
 from lm.config.registry import listed
 from lm.data.batches import Examples, shuffle_endlessly
 from lm.data.dataset import Dataset
@@ -149,7 +150,7 @@ def _schedule(
     """Return the schedule of a configuration; constant shares without one."""
     if data.schedule:
         knots = parse_schedule(data.schedule, len(parts))
-        return Schedule(tuple(Knot(first_row + k.at * data.batch_size, k.weights) for k in knots))
+        return Schedule(tuple(Knot(first_row + rows_before(data, k.at), k.weights) for k in knots))
     if data.epochs:
         shares = [len(part) * passes for part, passes in zip(parts, data.epochs, strict=True)]
     else:
@@ -169,7 +170,7 @@ def epochs_by_step(
     sizes = list(map(len, parts))
 
     def epochs(step: int) -> dict[str, float]:
-        read = schedule.epochs(first_row + step * data.batch_size, sizes)
+        read = schedule.epochs(first_row + rows_before(data, step), sizes)
         sums = dict.fromkeys(names, 0.0)
         for name, passes in zip(names, read, strict=True):
             sums[name] += passes

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from lm.config.registry import listed
+from lm.data.dataset import Dataset
+from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.models.variables import LORA, Params
 
@@ -16,13 +18,20 @@ HARNESS = "eval/harness/"
 _OPTION = "--config.eval.harness="
 
 
-def require_tasks(experiment: Experiment) -> None:
+def require_tasks(experiment: Experiment, dataset: Dataset) -> None:
     """Read the tasks of `--config.eval.harness`, and data of `eval.safety`, before the first step.
 
     Raises:
-        UserError: there is no such task, data cannot be read, or something does not fit the model.
+        UserError: there is no such task, data cannot be read, something does not fit the model, or
+            there are no validation data for them or for `eval.best`.
     """
     config = experiment.config
+    for key in ("best", "safety", "harness"):
+        if config.eval[key] and not dataset.validation:
+            raise UserError(
+                f"--config.eval.{key}={config.eval[key]} needs validation data: set "
+                "--config.data.validation_source or --config.data.validation_fraction"
+            )
     if config.eval.safety:
         from lm.evaluation.safety.suite import require_sets
 

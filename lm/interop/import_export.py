@@ -27,6 +27,7 @@ from lm.errors import UserError, missing_package
 from lm.experiment import record_columns, resolve
 from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
+from lm.interop.mup import without_mup
 from lm.interop.tokenizer_files import (
     model_settings,
     read_tokenizer,
@@ -167,7 +168,7 @@ class ReadRun:
     Attributes:
         config: resolved configuration.
         model: its model, without fused kernels.
-        params: parameters, LoRA updates merged.
+        params: parameters, LoRA updates merged, and muP's multipliers.
         tokenizer: its tokenizer; None if it has none.
         steps: steps of the checkpoints that the parameters are the mean of.
     """
@@ -200,9 +201,9 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
+    config, plain = without_mup(config, without_ahead(nested(params)))
     model = make_model(config, "xla", "gather")
-    params = without_ahead(nested(params))
-    return ReadRun(config, model, params, tokenizer, ", ".join(map(str, steps)))
+    return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)))
 
 
 def export_run(

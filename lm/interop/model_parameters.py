@@ -43,7 +43,7 @@ def parameter_specs(
     family: Family, model: nn.Module, heads: frozenset[str]
 ) -> dict[str, ParameterSpec]:
     """Return the parameters of the stack and of the named heads, and model state, by path."""
-    variables = jax.eval_shape(lambda: _initialize(model))
+    variables = jax.eval_shape(lambda: initialize(model))
     boxed, boxed_state = variables["params"], variables.get(MODEL_STATE, {})
     infos = param_infos(boxed)
     optional = {m for head in family.heads.values() for m in head.modules}
@@ -61,7 +61,8 @@ def parameter_specs(
     return found | {f"{MODEL_STATE}/{path}": spec for path, spec in specs.items()}
 
 
-def _initialize(model: nn.Module) -> Any:
+def initialize(model: nn.Module) -> Any:
+    """Initialize a model with all of its heads; traced for their shapes, roles and axes."""
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     key = jax.random.key(0)
     if isinstance(model, EncoderDecoder):

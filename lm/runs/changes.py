@@ -127,8 +127,8 @@ def _record(
         then = ConfigDict(before["config"]["data"])
         if not first_row(before) and continues_mixture(then, data, step):
             fixed = [path for path in fixed if path not in _MIXTURE]
-    if BATCH_SIZE in changed and (data.order == "contiguous" or data.schedule):
-        # Each row of the batches reads a stretch of its own, or the schedule's steps move.
+    if BATCH_SIZE in changed and (data.order == "contiguous" or data.schedule or data.batch_ramp):
+        # Each row of the batches reads a stretch of its own, or the steps of a schedule move.
         fixed.append(BATCH_SIZE)
     if fixed:
         raise UserError(

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,16 +150,10 @@ def _open_run(
     `given` is the configuration before it was resolved; the other arguments are as for `train`.
     """
     config = experiment.config
-    for key in ("best", "safety", "harness"):
-        if config.eval[key] and not dataset.validation:
-            raise UserError(
-                f"--config.eval.{key}={config.eval[key]} needs validation data: set "
-                "--config.data.validation_source or --config.data.validation_fraction"
-            )
-    if config.eval.harness or config.eval.safety:
+    if config.eval.best or config.eval.harness or config.eval.safety:
         from lm.evaluation.beside_validation import require_tasks
 
-        require_tasks(experiment)
+        require_tasks(experiment, dataset)
     if restart:
         set_lost_run_aside(workdir)
     metadata = run_metadata(config, dataset.fingerprint, given)
@@ -247,6 +242,7 @@ class InFlight(NamedTuple):
     """Dispatched steps whose metrics have not been read."""
 
     steps: range
+    size: int  # numbers in their batches
     metrics: Metrics
     action: Any
 
@@ -297,10 +293,11 @@ class Loop:
             over_processes = CrossHostMax(devices.tolist())
             self._start_max, self._max = over_processes.start, over_processes.result
         self._in_flight: deque[InFlight] = deque()
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[tuple, Any] = {}
         self._first_skipped: tuple[int, dict[str, float]] | None = None
         self._read_at = self._saved_at = time.monotonic()
         self._tokens_per_row = tokens_per_row(experiment)
+        self._row_size = sum(prod(shape) for shape, _ in experiment.objective.shapes.values())
         self._flops_per_token = model_flops_per_token(experiment)
         self._peak_flops = peak_flops(devices[0])
         self._n_devices = len(devices)
@@ -326,8 +323,13 @@ class Loop:
         due = self.step and self._is_due_for_evaluation and self._max(missing)
         if (due and not self._evaluate()) or self._reached_stop_at:
             return False
+        rows = self.experiment.train_batches(self._dataset, self._first_row)
+        if config.data.batch_ramp or config.data.length_ramp:
+            from lm.training.ramped_batches import ramped
+
+            rows = ramped(self.experiment, rows)
         batches = prefetch(
-            self.experiment.train_batches(self._dataset, self._first_row),
+            rows,
             dispatches(self.step, config),
             self.experiment.batch_sharding,
             config.data.prefetch,
@@ -341,10 +343,11 @@ class Loop:
             self._outputs.heartbeat(f"step {self.step}")
             with self._clock.part("data"):
                 batch = next(batches)
-            program = self._program(batch, len(steps))
+            program = self._program(batch)
             with self._clock.part("step"), jax.transfer_guard("disallow"):
                 self.state, metrics = program(self.state, batch)
-            self._in_flight.append(InFlight(steps, metrics, self._request_action()))
+            size = sum(x.size for x in batch.values())
+            self._in_flight.append(InFlight(steps, size, metrics, self._request_action()))
             self.step = steps.stop
             action = STOP if self._reached_stop_at else self._read_metrics(leave=1)
             last = self.step == config.train.steps
@@ -380,14 +383,15 @@ class Loop:
         overdue = period and time.monotonic() - self._saved_at > period
         return self._start_max(STOP if self._stop else SAVE if overdue else CONTINUE)
 
-    def _program(self, batch: Any, n_steps: int) -> Any:
-        """Return the compiled program for this number of steps."""
-        if n_steps not in self._programs:
+    def _program(self, batch: Any) -> Any:
+        """Return the compiled program for batches of these shapes."""
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes not in self._programs:
             with self._clock.part("compile"):
                 lowered = self.experiment.train_steps.lower(self.state, batch)
-                self._programs[n_steps] = lowered.compile()
+                self._programs[shapes] = lowered.compile()
             self._read_at = time.monotonic()
-        return self._programs[n_steps]
+        return self._programs[shapes]
 
     def _read_metrics(self, leave: int) -> int:
         """Wait for all but the last `leave` dispatches and write their metrics.
@@ -403,7 +407,7 @@ class Loop:
                 action = max(action, self._max(done.action))
             self._outputs.heartbeat(f"step {done.steps.stop}")
             now = time.monotonic()
-            speed = self._speed(len(done.steps), now - self._read_at)
+            speed = self._speed(done, now - self._read_at)
             self._read_at = now
             for i, step in enumerate(done.steps):
                 values = {name: float(np.float64(column[i])) for name, column in metrics.items()}
@@ -418,12 +422,12 @@ class Loop:
         self._outputs.checkpoints.check()
         return action
 
-    def _speed(self, n_steps: int, seconds: float) -> dict[str, float]:
-        tokens = n_steps * self.config.data.batch_size * self._tokens_per_row
+    def _speed(self, done: InFlight, seconds: float) -> dict[str, float]:
+        tokens = done.size / self._row_size * self._tokens_per_row
         flops = self._flops_per_token * tokens / max(seconds, 1e-9) / self._n_devices
         speed = {
             "tokens_per_second": tokens / max(seconds, 1e-9),
-            "seconds_per_step": seconds / n_steps,
+            "seconds_per_step": seconds / len(done.steps),
             "model_tflops_per_device": flops / 1e12,
         }
         return speed | ({"mfu": flops / self._peak_flops} if self._peak_flops else {})
