@@ -30,6 +30,8 @@ BERT = {
     "model.attention_dropout": 0.1,
 }
 PREFIX = {"objective.name": "prefix"}
+SINKS = {"model.attention_sinks": True}
+CHUNKS = {"model.window": 512, "model.window_chunks": True}
 GEMMA = {"model.window": 512, "model.global_every": 2, "model.attention_softcap": 50.0}
 
 
@@ -67,6 +69,11 @@ def choice(platform, values=None, capability="", **sizes):
         ("tpu", {"data.sequence_length": 1000}, {}, "flash", "1000 tokens, not a multiple of 128"),
         ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
         ("tpu", GEMMA, {}, "splash", "the one for tpu"),
+        ("cpu", SINKS, {}, "tiled", "the one for cpu"),
+        ("tpu", SINKS, {}, "xla", "splash cannot be used with --config.model.attention_sinks=True"),
+        ("gpu", CHUNKS, {}, "xla", "cudnn cannot .*window_chunks=True .1024 tokens"),
+        ("tpu", CHUNKS | {"model.window": 1024}, {}, "splash", "the one for tpu"),
+        ("cpu", SINKS, {"context": 2}, "xla", "tiled cannot be used with .*mesh.context=2"),
         (
             "cpu",
             GEMMA,

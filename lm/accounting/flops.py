@@ -9,8 +9,8 @@ recomputed. The sum has two terms:
 
     12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention; where
     queries and values have different widths, head_dim is their mean. Causal
-    attention counts the unmasked half of the pairs (the dense convention counts all), a window the
-    pairs inside it, encoders and cross-attention all pairs.
+    attention counts the unmasked half of the pairs (the dense convention counts all), a window or
+    a chunk the pairs inside it, encoders and cross-attention all pairs.
 
 Skip-gram: 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
 """
@@ -69,6 +69,8 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     window = min(m.window or target, target)
     n_global = global_layers(m.n_layers, m.window, m.global_every).sum()
     local = causal - (target - window) ** 2 / 2
+    if m.window_chunks:
+        local = (target // window * window**2 + (target % window) ** 2) / 2
     return {
         "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),
         "encoder": m.n_layers * width * both_ways,

@@ -79,8 +79,18 @@ COMMON_KEYS: dict[str, Key] = {
     "model.attention_softcap": Key(
         0.0, "Attention scores x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
     ),
+    "model.attention_sinks": Key(
+        False,
+        "Each head has a logit that takes part in the softmax and has no value, so that a token "
+        "may attend to nothing (gpt-oss).",
+    ),
     "model.window": Key(
         0, "Local layers of a decoder see so many last tokens, their own included; 0: all.", low=0
+    ),
+    "model.window_chunks": Key(
+        False,
+        "Texts are cut into chunks of model.window tokens, and local layers see the start of a "
+        "token's own chunk instead of the last tokens (Llama 4).",
     ),
     "model.global_every": Key(
         0,
@@ -107,6 +117,26 @@ COMMON_KEYS: dict[str, Key] = {
         128, "Distance from which all share a bucket.", low=4, needs=("model.positions", "relative")
     ),
     "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
+    "model.nope_every": Key(
+        0,
+        "Layers n, 2n, … of 1, 2, … have no rotary positions (NoPE): SmolLM3 and Llama 4 4; 0: all "
+        "have them.",
+        low=0,
+        needs=("model.positions", "rotary"),
+    ),
+    "model.nope_temperature": Key(
+        0.0,
+        "In layers without positions the query at position i is multiplied by 1 + x ln(1 + "
+        "floor((i + 1) / nope_temperature_length)), x being this (Llama 4: 0.1).",
+        low=0.0,
+        needs=("model.nope_every",),
+    ),
+    "model.nope_temperature_length": Key(
+        8192,
+        "Tokens up to which queries keep their size.",
+        low=1,
+        needs=("model.nope_temperature",),
+    ),
     "model.rope_theta": Key(
         10_000.0, "Base of the rotary wavelengths.", low=1.0, needs=("model.positions", "rotary")
     ),
@@ -115,6 +145,19 @@ COMMON_KEYS: dict[str, Key] = {
         "Base of the rotary wavelengths of local layers, which rope_scaling then leaves as they "
         "are (Gemma 3); 0: local layers rotate as global ones.",
         low=0.0,
+    ),
+    "model.rope_fraction": Key(
+        1.0,
+        "Part of a head that is rotated, the first of its numbers (StableLM 0.25).",
+        low=0.0,
+        high=1.0,
+        needs=("model.positions", "rotary"),
+    ),
+    "model.rope_norm": Key(
+        False,
+        "Normalise each head of queries and keys by its root mean square once it is rotated, "
+        "without a scale; layers without positions do not (Llama 4).",
+        needs=("model.positions", "rotary"),
     ),
     "model.rope_scaling": Key(
         "none",
@@ -158,7 +201,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.rope_short_factor": Key(
         (),
-        "longrope: head_dim / 2 factors, one a wavelength, up to rope_original_length.",
+        "longrope: factors, one a wavelength (half of what is rotated of a head), up to "
+        "rope_original_length.",
         needs=("model.rope_scaling", "longrope"),
     ),
     "model.rope_long_factor": Key(
@@ -168,8 +212,9 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.activation": Key(
         "gelu_tanh",
-        "Non-linearity; the glu ones are gated (two input projections).",
-        choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu"),
+        "Non-linearity; the glu ones are gated (two input projections); swiglu_clipped: gate g of "
+        "at most 7 and input x within 7, g sigmoid(1.702 g) (x + 1) (gpt-oss).",
+        choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu", "swiglu_clipped"),
     ),
     "model.n_experts": Key(
         0, "Experts of a feed-forward layer (Switch, Mixtral); 0: plain layers.", low=0
@@ -195,6 +240,11 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.expert_weights_scale": Key(
         1.0, "Factor of these weights (DeepSeek).", low=0.0, needs=("model.n_experts",)
+    ),
+    "model.expert_weights_input": Key(
+        False,
+        "These weights multiply the input of an expert instead of its output (Llama 4).",
+        needs=("model.n_experts",),
     ),
     "model.router_scores": Key(
         "softmax",
@@ -261,6 +311,9 @@ COMMON_KEYS: dict[str, Key] = {
         high=0.99,
         needs=("model.n_experts",),
     ),
+    "model.router_bias": Key(
+        False, "Routers have a bias that is learnt (gpt-oss).", needs=("model.n_experts",)
+    ),
     "model.router_bias_rate": Key(
         0.0,
         "What each microbatch adds to or subtracts from the bias that a router adds to the "
@@ -271,6 +324,15 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.tie_embeddings": Key(True, "The output projection is the token table."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
+    "model.embedding_multiplier": Key(
+        1.0, "Factor of the embeddings of tokens (Granite).", low=1e-6, high=1e6
+    ),
+    "model.residual_multiplier": Key(
+        1.0, "Factor of the output of each sublayer (Granite).", low=1e-6, high=1e6
+    ),
+    "model.logits_scaling": Key(
+        1.0, "What the logits of the vocabulary are divided by (Granite).", low=1e-6, high=1e6
+    ),
     "model.scale_logits": Key(
         False, "Divide tied logits by sqrt(d_model) (T5).", needs=("model.tie_embeddings", "True")
     ),

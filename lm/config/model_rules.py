@@ -7,7 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import OBJECTIVES, TRANSFORMERS
+from lm.config.registries import OBJECTIVES, SCHEMA, TRANSFORMERS
+
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def model_problems(config: ConfigDict) -> Iterator[str]:
@@ -50,6 +52,9 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
     if model.residual == "concat" and model.norm_placement == "post":
         yield "--config.model.residual=concat is not for --config.model.norm_placement=post"
+    for name in ("attention_sinks", *MULTIPLIERS):
+        if model[name] != SCHEMA[f"model.{name}"].default and not transformer:
+            yield f"--config.model.{name} is not for --config.model.family={model.family}"
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
 
@@ -67,6 +72,18 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
         )
     if model.qk_norm:
         yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalises latents"
+    for name in ("attention_sinks", "rope_norm", "nope_temperature"):
+        if model[name]:
+            yield f"--config.model.{name}={model[name]} is not for --config.model.mixer=mla"
+
+
+def rotary_width(model: Any) -> int:
+    """Return how many numbers of a head RoPE rotates.
+
+    Args:
+        model: section "model", or a TransformerConfig.
+    """
+    return int((model.head_dim or model.d_model // model.n_heads) * model.rope_fraction)
 
 
 def rotary_problems(model: Any) -> Iterator[str]:
@@ -76,26 +93,31 @@ def rotary_problems(model: Any) -> Iterator[str]:
         model: section "model", or a TransformerConfig.
     """
     scaling = model.rope_scaling
-    head_dim = model.head_dim or model.d_model // model.n_heads
-    is_ramp = scaling in ("llama3", "yarn")
-    if is_ramp and model.rope_high_frequency <= model.rope_low_frequency:
+    width = rotary_width(model)
+    if model.rope_fraction != 1 and (width < 2 or width % 2 or model.rope_fraction > 1):
         yield (
-            f"--config.model.rope_high_frequency={model.rope_high_frequency} must be above "
-            f"--config.model.rope_low_frequency={model.rope_low_frequency}"
+            f"--config.model.rope_fraction={model.rope_fraction} rotates {width} of the numbers of "
+            "a head, which must be even and above 0"
+        )
+    low, high = model.rope_low_frequency, model.rope_high_frequency
+    if high < low if scaling == "llama3" else scaling == "yarn" and high <= low:
+        yield (
+            f"--config.model.rope_high_frequency={high} must be above "
+            f"--config.model.rope_low_frequency={low}"
         )
     if scaling == "yarn" and model.rope_theta <= 1:
         yield "--config.model.rope_scaling=yarn needs --config.model.rope_theta above 1"
-    if scaling == "dynamic" and head_dim < 4:
-        yield f"--config.model.rope_scaling=dynamic needs heads of 4 or more, not {head_dim}"
+    if scaling == "dynamic" and width < 4:
+        yield f"--config.model.rope_scaling=dynamic needs heads of 4 or more, not {width}"
     shortest = 2 if scaling == "longrope" else 1
     if scaling != "none" and model.rope_original_length < shortest:
         yield f"--config.model.rope_original_length must be {shortest} or more"
     if scaling == "longrope":
         for name in ("rope_short_factor", "rope_long_factor"):
             factors = getattr(model, name)
-            if len(factors) != head_dim // 2 or not all(0 < f < float("inf") for f in factors):
+            if len(factors) != width // 2 or not all(0 < f < float("inf") for f in factors):
                 yield (
-                    f"--config.model.{name}: expected {head_dim // 2} positive numbers, half of "
+                    f"--config.model.{name}: expected {width // 2} positive numbers, half of "
                     f"head_dim, not {len(factors)}: {' '.join(map(str, factors[:4]))}"
                 )
 
@@ -160,7 +182,7 @@ def _window_rules(config: ConfigDict) -> Iterator[str]:
         yield (
             f"--config.model.window={model.window} is not for --config.model.family={model.family}"
         )
-    for name in ("global_every", "rope_theta_local"):
+    for name in ("global_every", "rope_theta_local", "window_chunks"):
         if model[name] and not model.window:
             yield f"--config.model.{name}={model[name]} needs --config.model.window"
 

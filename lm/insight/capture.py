@@ -169,6 +169,7 @@ def attention_weights(
     keys_values: tuple[jax.Array, jax.Array],
     mask: AttentionMask,
     bias_HLS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Return the attention weights [B, H, L, S]: attention to values that are one-hot keys.
 
@@ -180,6 +181,7 @@ def attention_weights(
         keys_values: keys and values [B, S, G, K].
         mask: visible keys.
         bias_HLS: position bias of the scores.
+        sinks_H: logits of the attention sinks.
     """
     k_BSGK, _ = keys_values
     B, S, G, K = k_BSGK.shape
@@ -193,6 +195,7 @@ def attention_weights(
             scale=config.score_scale,
             softcap=config.attention_softcap,
             bias_HLS=bias_HLS,
+            sinks_H=sinks_H,
         )
         for one_hot_SK in jnp.split(identity_SS, identity_SS.shape[1] // K, axis=1)
     ]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lm.config.model_rules import rotary_problems
+from lm.config.model_rules import rotary_problems, rotary_width
 from lm.errors import UserError
+from lm.interop.fused_tensors import Fused
 from lm.interop.tensor_mapping import TensorMapping, of_segments
 from lm.models.expert_choice import has_groups, has_normalized_weights
 from lm.models.experts_config import ExpertsConfig
@@ -80,6 +81,7 @@ class Family:
         renamed: patterns of old tensor names, and their replacements.
         in_file: fields that the tensors of a file determine, not config.json.
         defaults: values of `keys` that old files lack.
+        fused: tensors of a file that hold several of the table (`fused_tensors.py`).
     """
 
     model_type: str
@@ -99,6 +101,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_file: Sequence[str] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fused: Fused = field(default_factory=dict)
 
     def read_config(self, hf: Values) -> TransformerConfig:
         """Convert config.json to a TransformerConfig.
@@ -210,6 +213,7 @@ _FLAGS = frozenset(
     {
         *("attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window"),
         *("norm_topk_prob", "rope_interleave", "scale_attn_weights", "scale_decoder_outputs"),
+        *("use_qk_norm", "attn_temperature_tuning", "use_qkv_bias"),
         *("scale_attn_by_inverse_layer_idx", "use_bidirectional_attention", "is_decoder"),
     }
 )
@@ -259,6 +263,8 @@ def _check_types(found: Values) -> None:
     buckets = found.get("relative_buckets", 4)
     if buckets < 4 or found.get("relative_max_distance", buckets) <= buckets // 2:
         raise UserError("config.json: the relative positions have too few buckets or distances")
+    if found.get("norm_eps", 1.0) < 0:
+        raise UserError("config.json: norm_eps is less than 0")
     if (found.get("head_dim") or 1) < 1:
         raise UserError("config.json: head_dim is less than 1")
     for name in sizes:
@@ -286,7 +292,13 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     if c.rope_theta_local == c.rope_theta and c.rope_scaling == "none":
         values["rope_theta_local"] = 0.0
     if not c.window:
-        unused |= {"global_every", "rope_theta_local"}
+        unused |= {"global_every", "rope_theta_local", "window_chunks"}
+    is_nope_N = c.is_nope(c.n_layers) if c.positions == "rotary" else None
+    values["nope_every"] = [] if is_nope_N is None else np.flatnonzero(is_nope_N).tolist()
+    if not values["nope_every"]:
+        unused |= {"nope_temperature", "nope_temperature_length"}
+    if not c.nope_temperature:
+        unused.add("nope_temperature_length")
     if not c.qk_norm:
         unused.add("qk_norm_over")
     if c.n_experts:
@@ -304,10 +316,10 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
     if c.positions == "rotary":
-        of_rope -= {"rope_theta", "rope_theta_local", "rope_scaling"}
+        of_rope -= {"rope_theta", "rope_theta_local", "rope_scaling", "rope_fraction", "rope_norm"}
         of_rope -= set(SCALING_FIELDS[c.rope_scaling])
     unused |= of_rope
-    values["rope_attention_factor"] = attention_factor(c)
+    values |= {"rope_attention_factor": attention_factor(c), "rope_fraction": rotary_width(c)}
     if c.positions != "relative":
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop.family import Family
+from lm.interop.fused_tensors import fuse
 from lm.interop.model_folder import FAMILIES, Params, open_model_folder
 from lm.interop.model_parameters import ParameterSpec, parameter_specs
 from lm.interop.tensor_files import PendingTensor, write_tensors
@@ -86,18 +87,22 @@ def convert(model: nn.Module, params: Params, model_type: str | None = None) -> 
     _check_parameters(leaves, shapes, written)
     class_name = family.classes[heads]
     bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
-    tensors = tuple(
+    tensors = [
         PendingTensor(
-            name.removeprefix(bare),
+            name,
             hf_shape(mapping, shapes[mapping.paths[0]].shape),
             partial(_make_tensor, mapping, number, shapes[mapping.paths[0]].shape, leaves),
         )
         for mapping in mappings
         for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
-    )
+    ]
+    tensors = [
+        replace(tensor, name=tensor.name.removeprefix(bare))
+        for tensor in fuse(family.fused, config.n_layers, tensors)
+    ]
     has_classes = any(path.startswith("classifier/") for path in leaves)
     of_table = mappings, shapes, bare
-    return HuggingFaceModel(family, config, class_name, tensors, has_classes, *of_table)
+    return HuggingFaceModel(family, config, class_name, tuple(tensors), has_classes, *of_table)
 
 
 def save(
@@ -175,7 +180,8 @@ def _quantized_inputs(
     Raises:
         UserError: the class of `transformers` has no `Linear` layers, which alone are quantized.
     """
-    if family.model_type == "gpt2" or any(path.endswith("/router/kernel") for path in shapes):
+    has_experts = any(path.endswith("/router/kernel") for path in shapes)
+    if family.model_type == "gpt2" or has_experts or family.fused:
         raise UserError(
             f"--quantize: transformers has no quantized layers for {family.model_type}; "
             "--format gguf --dtype q8_0 writes weights in 8 bits"

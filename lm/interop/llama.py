@@ -33,7 +33,7 @@ from lm.models.moe import expert_width
 from lm.models.transformer_config import TransformerConfig, global_layers
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-_ATTENTION, FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
+ATTENTION, FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 MLP, _EXPERTS = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe"
 _NORMS = {
     "input_layernorm": "attention_norm",
@@ -89,15 +89,44 @@ def read_windows(hf: Values, types: Sequence[str]) -> Values:
     if LOCAL not in types:
         window = every = 0
     else:
-        window = require(hf, "sliding_window")
+        window = read_size(hf, "sliding_window")
         every = types.index(GLOBAL) + 1 if GLOBAL in types else 0
     if list(types) != layer_types(require(hf, "num_hidden_layers"), window, every):
         raise UnsupportedConfig("config.json: layer_types are not local ones and each n-th global")
     return {"window": window, "global_every": every}
 
 
-def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
-    """Read RoPE theta and scaling: `rope_theta`, `rope_scaling`, or the later `rope_parameters`."""
+def is_nope(n_layers: int, nope_every: int) -> list[bool]:
+    """Return the layers without positions."""
+    return [nope_every > 0 and (i + 1) % nope_every == 0 for i in range(n_layers)]
+
+
+def read_nope(hf: Values) -> Values:
+    """Read which layers have no positions: `no_rope_layers`, with a 0 for each of them.
+
+    Raises:
+        UnsupportedConfig: they are not each n-th.
+    """
+    n_layers = read_size(hf, "num_hidden_layers")
+    every = read_size({"no_rope_layer_interval": 4} | hf, "no_rope_layer_interval")
+    has_rope = hf.get("no_rope_layers") or [not nope for nope in is_nope(n_layers, every)]
+    if len(has_rope) < n_layers:
+        raise UnsupportedConfig(f"config.json: no_rope_layers has not {n_layers} layers")
+    found = [not rotated for rotated in has_rope[:n_layers]]
+    first = found.index(True) + 1 if True in found else 0
+    if found != is_nope(n_layers, first):
+        raise UnsupportedConfig("config.json: no_rope_layers are not each n-th")
+    return {"nope_every": first}
+
+
+def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None) -> Values:
+    """Read RoPE theta and scaling: `rope_theta`, `rope_scaling`, or the later `rope_parameters`.
+
+    Args:
+        hf: config.json.
+        theta: theta where it is missing.
+        partial: part of a head that is rotated, where that is missing; None: always the whole.
+    """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters")  # as in transformers
     rope = {} if rope is None else rope
     if not isinstance(rope, dict):
@@ -107,9 +136,14 @@ def read_rope(hf: Values, theta: float = 10_000.0) -> Values:
         raise UnsupportedConfig(
             f"config.json: rope_type={kind} is not supported, only {', '.join(_SCALINGS)}"
         )
-    require_equal(hf | rope, partial_rotary_factor=1.0)
+    name = "partial_rotary_factor"
+    fraction = rope.get(name, hf.get(name))
     theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
     found: Values = {"rope_theta": positive_number("rope_theta", theta)}
+    if partial is None:
+        require_equal({name: fraction}, partial_rotary_factor=1.0)
+    else:
+        found["rope_fraction"] = partial if fraction is None else positive_number(name, fraction)
     found["rope_scaling"] = "none" if kind == "default" else kind
     longest = hf.get("max_position_embeddings")
     originals = (hf.get(_ORIGINAL), rope.get(_ORIGINAL), longest)
@@ -156,7 +190,8 @@ def write_rope(config: TransformerConfig) -> Values:
     scaling = {name: getattr(config, field) for name, field in _SCALINGS[kind].items()}
     if kind in ("yarn", "longrope") and config.rope_attention_factor:
         scaling["attention_factor"] = config.rope_attention_factor
-    parameters = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling
+    partial = {"partial_rotary_factor": config.rope_fraction} if config.rope_fraction != 1 else {}
+    parameters = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling | partial
     old = {"rope_type": kind} | scaling if scaling else None
     lengths = {"max_position_embeddings": config.rope_original_length} if kind == "dynamic" else {}
     return {
@@ -164,6 +199,7 @@ def write_rope(config: TransformerConfig) -> Values:
         "rope_theta": config.rope_theta,
         "rope_scaling": old,
         **lengths,
+        **partial,
     }
 
 
@@ -374,12 +410,12 @@ def decoder(
         heads=DECODER_HEADS,
         base=lambda _: [
             same_layout("model.embed_tokens.weight", "tokens/embedding"),
-            *linear_mappings(f"{attention}.q_proj", f"{_ATTENTION}/query", "D", "H K"),
-            *linear_mappings(f"{attention}.k_proj", f"{_ATTENTION}/key", "D", "G K"),
-            *linear_mappings(f"{attention}.v_proj", f"{_ATTENTION}/value", "D", "G K"),
-            *linear_mappings(f"{attention}.o_proj", f"{_ATTENTION}/out", "H K", "D"),
-            *norm_mappings(f"{attention}.q_norm", f"{_ATTENTION}/query_norm"),
-            *norm_mappings(f"{attention}.k_norm", f"{_ATTENTION}/key_norm"),
+            *linear_mappings(f"{attention}.q_proj", f"{ATTENTION}/query", "D", "H K"),
+            *linear_mappings(f"{attention}.k_proj", f"{ATTENTION}/key", "D", "G K"),
+            *linear_mappings(f"{attention}.v_proj", f"{ATTENTION}/value", "D", "G K"),
+            *linear_mappings(f"{attention}.o_proj", f"{ATTENTION}/out", "H K", "D"),
+            *norm_mappings(f"{attention}.q_norm", f"{ATTENTION}/query_norm"),
+            *norm_mappings(f"{attention}.k_norm", f"{ATTENTION}/key_norm"),
             *(row for rows in of_norms for row in rows),
             *feed_forward,
             *norm_mappings("model.norm", "stack/final_norm"),

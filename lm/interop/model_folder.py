@@ -15,8 +15,22 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop import bert, deepseek, gemma, gpt2, llama, llama2c, olmo, qwen_moe, t5
+from lm.interop import (
+    bert,
+    deepseek,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    llama2c,
+    llama4,
+    olmo,
+    qwen_moe,
+    small_models,
+    t5,
+)
 from lm.interop.family import Family, Values
+from lm.interop.fused_tensors import split
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
 from lm.interop.tensor_files import StoredTensor, read_tensors
 from lm.interop.tensor_mapping import (
@@ -58,6 +72,12 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA3,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        gpt_oss.GPT_OSS,
+        llama4.LLAMA4,
+        small_models.SMOLLM3,
+        small_models.GRANITE,
+        small_models.PHI3,
+        small_models.STABLELM,
     )
 } | {"kimi_k2": deepseek.DEEPSEEK_V3}
 
@@ -110,13 +130,18 @@ class ModelFolder:
         found |= {path: zeros(spec.shape, spec.sharding(mesh)) for path, spec in absent.items()}
         return nested(found)
 
-    def check(self, where: Path) -> None:
-        """Raise UserError for a tensor that is missing, unexpected or of another shape."""
-        expected = {
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of the table, by name."""
+        return {
             name: hf_shape(mapping, self.parameters[mapping.paths[0]].shape)
             for mapping in self.mappings
             for name in tensor_names(mapping, self.parameters[mapping.paths[0]].shape)
         }
+
+    def check(self, where: Path) -> None:
+        """Raise UserError for a tensor that is missing, unexpected or of another shape."""
+        expected = self.shapes
         missing = [name for name in expected if name not in self.stored]
         surplus = [name for name in self.stored if name not in expected]
         if missing:
@@ -168,11 +193,11 @@ def open_model_folder(path: Path) -> ModelFolder:
     if (quantization := about.get("quantization_config")) is not None:
         if not isinstance(quantization, dict):
             raise UserError(f"{path}: quantization_config of config.json is no object")
-        from lm.interop import compressed_tensors, fp8_blocks
+        from lm.interop import compressed_tensors, fp8_blocks, mxfp4
 
-        is_fp8 = quantization.get("quant_method") == "fp8"
-        read = fp8_blocks.fp8_weights if is_fp8 else compressed_tensors.unpacked
-        tensors = read(path, quantization, tensors)
+        readers = {"fp8": fp8_blocks.fp8_weights, "mxfp4": mxfp4.mxfp4_weights}
+        method = str(quantization.get("quant_method"))
+        tensors = readers.get(method, compressed_tensors.unpacked)(path, quantization, tensors)
     stored = _without_further(about, config, _by_table_name(family, tensors))
     _check_layers(path, config, len(stored))
     heads = frozenset(
@@ -190,6 +215,9 @@ def open_model_folder(path: Path) -> ModelFolder:
     config = replace(config, tie_embeddings=tied)
     stored = _without_copies(path, family, tied, stored)
     found = ModelFolder(family, config, heads, stored, about)
+    if family.fused:
+        parts = split(path, family.fused, config.n_layers, found.shapes, stored)
+        found = replace(found, stored=parts)
     found.check(path)
     return found
 

@@ -67,31 +67,48 @@ def write_experts(config: TransformerConfig) -> Values:
     }
 
 
-def _sparse_layers(config: TransformerConfig) -> list[bool]:
+def sparse_layers(config: TransformerConfig) -> list[bool]:
+    """Return the layers that have experts."""
     return [kind.feed_forward == "experts" for kind in config.layer_types(config.n_layers)]
+
+
+def read_sparse_layers(is_sparse: list[bool]) -> Values:
+    """Return `dense_layers` and `experts_every`; nothing where no layer has experts.
+
+    Args:
+        is_sparse: the layers that have experts.
+
+    Raises:
+        UnsupportedConfig: they are not each n-th of the last.
+    """
+    numbers = [i for i, sparse in enumerate(is_sparse) if sparse]
+    if not numbers:
+        return {}
+    every = numbers[1] - numbers[0] if numbers[1:] else 1
+    first = numbers[0] - every + 1
+    regular = [i >= first and (i - first + 1) % every == 0 for i in range(len(is_sparse))]
+    if first < 0 or is_sparse != regular:
+        raise UnsupportedConfig(
+            "config.json: the layers with experts are not each n-th of the last"
+        )
+    return {"dense_layers": first, "experts_every": every}
 
 
 def _read_mixture(hf: Values) -> Values:
     """Read the experts, their width, and which layers have them."""
     n_layers, step = read_size(hf, "num_hidden_layers"), hf.get("decoder_sparse_step", 1)
     plain = {*(hf.get("mlp_only_layers") or ())}
-    is_sparse = [i not in plain and (i + 1) % step == 0 for i in range(n_layers)]
-    numbers = [i for i, sparse in enumerate(is_sparse) if sparse]
     found = read_experts(hf) | {"expert_d_ff": read_size(hf, "moe_intermediate_size")}
-    if not (numbers and found["n_experts"]):
-        return {"n_experts": 0}
-    every = numbers[1] - numbers[0] if numbers[1:] else 1
-    first = numbers[0] - every + 1
-    regular = [i >= first and (i - first + 1) % every == 0 for i in range(n_layers)]
-    if first < 0 or is_sparse != regular:
-        raise UnsupportedConfig(
-            "config.json: the layers with experts are not each n-th of the last"
-        )
-    return found | {"dense_layers": first, "experts_every": every}
+    layers = read_sparse_layers(
+        [i not in plain and (i + 1) % step == 0 for i in range(n_layers)]
+        if found["n_experts"]
+        else []
+    )
+    return found | layers if layers else {"n_experts": 0}
 
 
 def _write_mixture(config: TransformerConfig) -> Values:
-    plain = [i for i, sparse in enumerate(_sparse_layers(config)) if not sparse]
+    plain = [i for i, sparse in enumerate(sparse_layers(config)) if not sparse]
     layers = {"decoder_sparse_step": 1, "mlp_only_layers": plain}
     return write_experts(config) | layers | {"moe_intermediate_size": expert_width(config)}
 

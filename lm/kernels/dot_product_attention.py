@@ -38,6 +38,8 @@ class AttentionMask:
         window: a causal query attends to the last `window` keys, itself included (Child et al.
             2019; Beltagy et al. 2020); 0 for all.
         is_global: scalar; where true the window does not apply.
+        window_BL: windows of single queries, which stand for `window`: chunks of a text, whose
+            queries see it from the start of their own on (Llama 4).
     """
 
     causal: bool = flax.struct.field(pytree_node=False)
@@ -47,6 +49,7 @@ class AttentionMask:
     prefix_BS: jax.Array | None = None
     window: int = flax.struct.field(pytree_node=False, default=0)
     is_global: jax.Array | None = None
+    window_BL: jax.Array | None = None
 
     def materialize(self, n_queries: int, n_keys: int) -> jax.Array | None:
         """Return the boolean mask [B or 1, n_queries, n_keys], or None if nothing is masked."""
@@ -57,8 +60,10 @@ class AttentionMask:
             if self.prefix_BS is not None:
                 mask = mask | self.prefix_BS.astype(bool)[:, None, :]
             if self.window:
-                near = jnp.arange(n_keys) > queries_L[:, None] - self.window
-                mask &= near if self.is_global is None else near | self.is_global
+                window_BL = self.window if self.window_BL is None else self.window_BL
+                near_BLS = jnp.arange(n_keys) > (queries_L - window_BL)[..., None]
+                near_BLS = near_BLS if self.is_global is None else near_BLS | self.is_global
+                mask = mask & near_BLS
         if self.segments_BL is not None:
             keys_BS = self.segments_BL if self.key_segments_BS is None else self.key_segments_BS
             same = self.segments_BL[:, :, None] == keys_BS[:, None, :]
@@ -83,6 +88,7 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     bias_HLS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Compute dot-product attention (Vaswani 2017, eq. 1) with grouped queries (Ainslie 2023).
@@ -97,6 +103,7 @@ def attention(
         scale: factor of the scores.
         softcap: bound of the scores (`elementwise.softcap`); 0 for none.
         bias_HLS: added to the scores, such as T5's relative position bias.
+        sinks_H: logits of the sinks, which take part in the softmax without a value.
         dropout: dropout of the attention weights.
 
     Returns:
@@ -117,6 +124,8 @@ def attention(
     if mask_BLS is not None:
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)
+    if sinks_H is not None:
+        weights_BGRLS *= beside_sinks(scores_BGRLS, sinks_H.reshape(G, -1, 1, 1))
     if dropout is not None:
         keep = jax.random.bernoulli(dropout.key, 1 - dropout.rate, weights_BGRLS.shape)
         weights_BGRLS = jnp.where(keep, weights_BGRLS / (1 - dropout.rate), 0)
@@ -127,3 +136,15 @@ def attention(
         preferred_element_type=jnp.float32,
     )
     return out_BLGRK.reshape(B, L, H, -1).astype(q_BLHK.dtype)
+
+
+def beside_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Return the part of the softmax that is left to keys beside an attention sink, [..., L, 1].
+
+    A softmax over scores s and the sink z is that over s times Σ exp(s) / (Σ exp(s) + exp(z)).
+
+    Args:
+        scores: scores [..., L, S].
+        sinks: logit of each head, of a shape that goes with [..., L, 1].
+    """
+    return jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)

@@ -40,14 +40,26 @@ def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(x < 0, tail, 1 - tail), bell * (2 * jnp.pi) ** -0.5
 
 
+def _clipped_silu(x: jax.Array) -> jax.Array:
+    """Return x σ(1.702 x) of x, cut at 7 (gpt-oss's released code)."""
+    x = jnp.minimum(x, 7)
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu_erf": gelu_erf,
     "swiglu": jax.nn.silu,
     "geglu": partial(jax.nn.gelu, approximate=True),
+    "swiglu_clipped": _clipped_silu,
 }
-GATED = ("swiglu", "geglu")  # gated linear units (Shazeer 2020)
+# What gated linear units multiply their activation by, of the other projection (Shazeer 2020).
+GATED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swiglu": jnp.positive,
+    "geglu": jnp.positive,
+    "swiglu_clipped": lambda x: jnp.clip(x, -7, 7) + 1,
+}
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

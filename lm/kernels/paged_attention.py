@@ -46,9 +46,10 @@ def paged_attention(
     *,
     scale: float,
     softcap: float = 0.0,
-    window: int = 0,
+    window: jax.Array | int = 0,
     is_global: jax.Array | None = None,
     bias_HD: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     slot_axis: int = 2,
 ) -> jax.Array:
     """Compute causal attention to the pages of each row, block by block with a running softmax.
@@ -63,9 +64,11 @@ def paged_attention(
         rows: pages and lengths of the rows.
         scale: factor of the scores.
         softcap: bound of the scores; 0 for none.
-        window: a query attends to the last `window` keys, itself included; 0 for all.
+        window: a query attends to the last `window` keys, itself included; 0 for all; [B, L]:
+            windows of single queries.
         is_global: scalar; where true the window does not apply.
         bias_HD: bias of the scores by distance, key position − query position, from 1 - S on.
+        sinks_H: logits of the attention sinks.
         slot_axis: axis of P in the pages; 1: they are [N, P, G, K].
 
     Returns:
@@ -85,6 +88,8 @@ def paged_attention(
     q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
     q_BGTK = q_BGRLK.reshape(B, G, -1, K).astype(dtype)
     queries_BL1 = rows.offsets_B[:, None, None] + jnp.arange(L)[:, None]
+    has_window = not isinstance(window, int) or window > 0
+    first_BL1 = queries_BL1 - jnp.asarray(window)[..., None]  # the last key that is not seen
 
     def read(pages: jax.Array, first: jax.Array) -> jax.Array:
         ids = lax.dynamic_slice_in_dim(tables_BM, first, n_pages, axis=1)
@@ -112,8 +117,8 @@ def paged_attention(
         visible_BLS = keys_S <= queries_BL1
         if rows.prefixes_B is not None:
             visible_BLS |= keys_S < rows.prefixes_B[:, None, None]
-        if window:
-            near_BLS = keys_S > queries_BL1 - window
+        if has_window:
+            near_BLS = keys_S > first_BL1
             visible_BLS &= near_BLS if is_global is None else near_BLS | is_global
         scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, NEG_INF)
         scores = scores_BGRLS.reshape(B, G, -1, S)
@@ -129,7 +134,10 @@ def paged_attention(
     zeros = jnp.zeros((B, G, H // G * L, 1), jnp.float32)
     start = zeros + NEG_INF, zeros, jnp.zeros(q_BGTK.shape, jnp.float32)
     n_blocks = -(-rows.lengths_B.max() // S)
-    _, total, out_BGTK = lax.fori_loop(0, n_blocks, attend, start)
+    largest, total, out_BGTK = lax.fori_loop(0, n_blocks, attend, start)
+    if sinks_H is not None:
+        sinks_GR1, largest_BGRL = sinks_H.reshape(G, -1, 1), largest.reshape(B, G, -1, L)
+        total += jnp.exp(sinks_GR1 - largest_BGRL).reshape(total.shape)
     out_BGTK /= jnp.where(total == 0, 1, total)  # a row without tokens
     out_BLGRK = out_BGTK.reshape(B, G, -1, L, K).transpose(0, 3, 1, 2, 4)
     return out_BLGRK.reshape(B, L, H, K).astype(q_BLHK.dtype)

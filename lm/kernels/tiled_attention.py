@@ -26,6 +26,7 @@ def tiled_attention(
     scale: float,
     softcap: float = 0.0,
     bias_HLS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Compute causal self-attention without the masked half.
@@ -45,6 +46,7 @@ def tiled_attention(
         scale: factor of the scores, 1/sqrt(K).
         softcap: as for `attention`, like those that follow; not supported by tiles.
         bias_HLS: bias of the scores.
+        sinks_H: logits of the attention sinks.
         dropout: dropout of the attention weights.
 
     Returns:
@@ -54,19 +56,25 @@ def tiled_attention(
         ValueError: self-attention is not plain causal attention.
     """
     if mask.key_segments_BS is not None or q_BLHK.shape[1] != k_BSGK.shape[1]:
-        options: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "dropout": dropout}
-        return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **options)
+        options: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "sinks_H": sinks_H}
+        options |= {"scale": scale, "dropout": dropout}
+        return attention(q_BLHK, k_BSGK, v_BSGK, mask, **options)
     is_plain = bias_HLS is None and dropout is None and not softcap
     is_plain &= mask.causal and mask.prefix_BS is None and not mask.window
     if not is_plain or scale != q_BLHK.shape[-1] ** -0.5:
         raise ValueError('attention kernel "tiled" supports plain causal attention only')
-    return _tiled(q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
+    o_BLHK, total_BLH = _tiled(q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
+    if sinks_H is None:
+        return o_BLHK
+    beside_BLH = jax.nn.sigmoid(total_BLH - sinks_H)  # as `beside_sinks`
+    return o_BLHK * beside_BLH[..., None].astype(o_BLHK.dtype)
 
 
 @jax.custom_vjp
 def _tiled(
     q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Return the output [B, L, H, K], and the logsumexp of the scores, [B, L, H]."""
     return _tiled_forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)[0]
 
 
@@ -105,31 +113,35 @@ def _split_heads(x_BLHK: jax.Array, G: int) -> jax.Array:
 
 def _tiled_forward(
     q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None
-) -> tuple[jax.Array, tuple]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
     q_BGRLK = _split_heads(q_BLHK * jnp.asarray(K**-0.5, q_BLHK.dtype), G)
     k_BGLK, v_BGKL = k_BLGK.swapaxes(1, 2), v_BLGK.transpose(0, 2, 3, 1)
-    outputs, weights = [], []
+    outputs, weights, totals = [], [], []
     for tile in _tiles(L):
         scores_BGST = _batched_dot(k_BGLK[:, :, : tile.stop], _tile_queries(q_BGRLK, tile), 3, 3)
         scores_BGST = jnp.where(_tile_mask(segment_ids_BL, tile, H // G), scores_BGST, NEG_INF)
-        e_BGST = jnp.exp(scores_BGST - scores_BGST.max(2, keepdims=True))
+        largest_BG1T = scores_BGST.max(2, keepdims=True)
+        e_BGST = jnp.exp(scores_BGST - largest_BG1T)
         inverse_BG1T = 1 / e_BGST.sum(2, keepdims=True)
+        totals.append((largest_BG1T - jnp.log(inverse_BG1T)).reshape(B, G, H // G, -1))
         e_BGST = e_BGST.astype(q_BLHK.dtype)
         o_BGKT = _batched_dot(v_BGKL[..., : tile.stop], e_BGST, 3, 2) * inverse_BG1T
         outputs.append(o_BGKT.reshape(B, G, K, H // G, -1))
         weights.append((e_BGST, inverse_BG1T))
     o_BGKRL = jnp.concatenate(outputs, -1).astype(q_BLHK.dtype)
     o_BLHK = o_BGKRL.transpose(0, 4, 1, 3, 2).reshape(B, L, H, K)
-    return o_BLHK, (q_BGRLK, k_BGLK, v_BLGK, o_BLHK, weights)
+    total_BLH = jnp.concatenate(totals, -1).transpose(0, 3, 1, 2).reshape(B, L, H)
+    return (o_BLHK, total_BLH), (q_BGRLK, k_BGLK, v_BLGK, o_BLHK, weights)
 
 
-def _tiled_backward(residuals: tuple, g_BLHK: jax.Array) -> tuple:
+def _tiled_backward(residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    g_BLHK, g_BLH = gradients
     q_BGRLK, k_BGLK, v_BLGK, o_BLHK, weights = residuals
     B, G, R, L, K = q_BGRLK.shape
     dtype = q_BGRLK.dtype
-    inner_BLH = jnp.sum(g_BLHK * o_BLHK, axis=-1, dtype=jnp.float32)
+    inner_BLH = jnp.sum(g_BLHK * o_BLHK, axis=-1, dtype=jnp.float32) - g_BLH
     inner_BGRL = inner_BLH.reshape(B, L, G, R).transpose(0, 2, 3, 1)
     g_BGRLK, v_BGLK, k_BGKL = _split_heads(g_BLHK, G), v_BLGK.swapaxes(1, 2), k_BGLK.swapaxes(2, 3)
     dq, dk_BGLK, dv_BGLK = [], jnp.zeros((B, G, L, K)), jnp.zeros((B, G, L, K))

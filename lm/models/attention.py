@@ -25,11 +25,33 @@ from lm.models.cache import Layer
 from lm.models.cached_attention import attend_and_cache, empty_keys_values
 from lm.models.layers import Linear
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Kind, Role, Stream
+from lm.models.variables import Kind, Role, Stream, param
 from lm.parallel.mesh import constrain, count_shards, current_mesh
 
-Scale = Callable[[jax.Array], jax.Array]  # of RoPE frequencies
 KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [N, B, S, G, K]
+
+
+@flax.struct.dataclass
+class Rotation:
+    """RoPE of one layer; of all layers, where they are alike; `rotary.py` has further kinds.
+
+    Attributes:
+        angles_BLR: angles [B, L, R/2], R being the rotated part of a head.
+    """
+
+    angles_BLR: jax.Array
+
+    def of_layer(self, is_global: jax.Array | None, is_nope: jax.Array | None) -> Rotation:
+        """Return the RoPE of a layer; the arguments are those of `LayerInputs`."""
+        return self
+
+    def queries(self, q_BLHK: jax.Array) -> jax.Array:
+        """Return rotated queries."""
+        return rotate(q_BLHK, self.angles_BLR)
+
+    def keys(self, k_BSGK: jax.Array) -> jax.Array:
+        """Return rotated keys."""
+        return rotate(k_BSGK, self.angles_BLR)
 
 
 @flax.struct.dataclass
@@ -39,13 +61,15 @@ class MixerInputs:
     Attributes:
         mask: visible keys. `segments_BL` are the segment ids of the tokens, 0 for padding; `offset`
             is the cache slot of the first; the mask knows the window of the layer.
-        angles_BLK: RoPE angles of the tokens.
+        rotation: RoPE of the layer; None: it has none.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance (`position_bias`).
+        sinks_H: logits of the attention sinks of each head.
     """
 
     mask: AttentionMask
-    angles_BLK: jax.Array | None = None
+    rotation: Rotation | None = None
     bias_HLS: jax.Array | None = None
+    sinks_H: jax.Array | None = None
 
 
 class TokenMixer(nn.Module):
@@ -90,7 +114,7 @@ class TokenMixer(nn.Module):
 
         Args:
             x_BLW: normalized tokens.
-            inputs: mask, RoPE angles and position bias.
+            inputs: mask, RoPE and position bias.
             cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write_layer`
                 writes the entries of one layer without a copy of the others.
             layer: index of this layer in the cache; (), which takes an array whole, if the cache is
@@ -175,6 +199,7 @@ class DotProductAttention(nn.Module):
         keys_values: KeyValue,
         mask: AttentionMask,
         bias_HLS: jax.Array | None = None,
+        sinks_H: jax.Array | None = None,
     ) -> jax.Array:
         """Return the projected output of the heads, [B, L, D]."""
         c = self.config
@@ -190,13 +215,25 @@ class DotProductAttention(nn.Module):
             scale=c.score_scale,
             softcap=c.attention_softcap,
             bias_HLS=bias_HLS,
+            sinks_H=sinks_H,
             dropout=dropout,
         )
         return self.out(o_BLHK)
 
 
 class Attention(DotProductAttention, TokenMixer):
-    """Self-attention; its cache holds keys and values of all tokens so far."""
+    """Self-attention; its cache holds keys and values of all tokens so far.
+
+    With `attention_sinks` each head has a learned logit, which takes part in the softmax and has no
+    value (gpt-oss, OpenAI 2025, §2.2).
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        c = self.config
+        if c.attention_sinks:
+            role = Role(Kind.BIAS, c.stream)
+            self.sinks = param(self, "sinks", c.bias_init(), (c.n_heads,), ("heads",), role)
 
     @classmethod
     def head_widths(cls, model: Any) -> tuple[int, int]:
@@ -214,15 +251,14 @@ class Attention(DotProductAttention, TokenMixer):
         """Attend to the tokens themselves and those in the cache."""
         q_BLHK = self.queries(x_BLW)
         keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
-        if inputs.angles_BLK is not None:
-            q_BLHK = rotate(q_BLHK, inputs.angles_BLK)
-            keys_values = rotate(k_BSGK, inputs.angles_BLK), v_BSGK
-            if self.config.rope_scaling != "none":
-                from lm.models.rotary import scale_queries
-
-                q_BLHK = scale_queries(self.config, q_BLHK, inputs.mask.is_global)
+        if inputs.rotation is not None:
+            q_BLHK = inputs.rotation.queries(q_BLHK)
+            keys_values = inputs.rotation.keys(k_BSGK), v_BSGK
+        if self.config.attention_sinks:
+            inputs = replace(inputs, sinks_H=self.sinks)
         if cache is None:
-            return self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS), None
+            further = inputs.mask, inputs.bias_HLS, inputs.sinks_H
+            return self._attend(q_BLHK, keys_values, *further), None
         o_BLHK, cache = attend_and_cache(self.config, q_BLHK, keys_values, inputs, cache, layer)
         return self.out(o_BLHK), cache
 
@@ -250,7 +286,7 @@ def attend(
         kernel: name of the kernel.
         context_attention: "ring" or "gather" where the length is sharded; keys of another
             sequence are gathered in any case.
-        **options: `scale`, `softcap`, `bias_HLS` and `dropout`, as for the kernel "xla".
+        **options: `scale`, `softcap`, `bias_HLS`, `sinks_H` and `dropout`, as for the kernel "xla".
 
     Returns:
         [B, L, H, K].
@@ -350,44 +386,42 @@ def _problems(
 # --- rotary position embeddings
 
 
-def rotate(x_BLHK: jax.Array, angles_BLK: jax.Array) -> jax.Array:
-    """Rotate the pairs (k, k + K/2) of every head by the angles (Llama's layout).
+def rotate(x_BLHK: jax.Array, angles_BLR: jax.Array) -> jax.Array:
+    """Rotate the pairs (k, k + R/2) of every head by the angles (Llama's layout).
 
     Args:
         x_BLHK: queries or keys.
-        angles_BLK: angles [B, L, K/2].
+        angles_BLR: angles [B, L, R/2]; numbers of a head beyond R stay.
     """
-    cos_BL1K = jnp.cos(angles_BLK)[:, :, None, :]
-    sin_BL1K = jnp.sin(angles_BLK)[:, :, None, :]
-    a_BLHK, b_BLHK = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [a_BLHK * cos_BL1K - b_BLHK * sin_BL1K, a_BLHK * sin_BL1K + b_BLHK * cos_BL1K], axis=-1
-    )
-    return rotated.astype(x_BLHK.dtype)
+    cos_BL1R, sin_BL1R = jnp.cos(angles_BLR)[:, :, None], jnp.sin(angles_BLR)[:, :, None]
+    R = angles_BLR.shape[-1]
+    a_BLHR, b_BLHR, rest_BLHK = jnp.split(x_BLHK.astype(jnp.float32), [R, 2 * R], axis=-1)
+    turned = a_BLHR * cos_BL1R - b_BLHR * sin_BL1R, a_BLHR * sin_BL1R + b_BLHR * cos_BL1R
+    return jnp.concatenate([*turned, rest_BLHK], axis=-1).astype(x_BLHK.dtype)
 
 
 def rotary_angles(
-    positions_BL: jax.Array, head_dim: int, theta: float, scale: Scale | None = None
+    positions_BL: jax.Array,
+    width: int,
+    theta: float,
+    scale: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Return the RoPE angles [B, L, K/2] of each position (Su et al. 2021, eq. 15).
+    """Return the RoPE angles [B, L, R/2] of each position (Su et al. 2021, eq. 15).
 
     Args:
         positions_BL: positions.
-        head_dim: K.
+        width: R.
         theta: base of the wavelengths.
-        scale: maps the frequencies [K/2] to those of a longer context, [K/2] or [B, L, K/2].
+        scale: maps the frequencies [R/2] to those of a longer context, [R/2] or [B, L, R/2].
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+    frequencies = theta ** (-jnp.arange(0, width, 2) / width)
     return positions_BL[..., None] * (scale(frequencies) if scale else frequencies)
 
 
-def layer_angles(
+def rotations(
     config: TransformerConfig, positions_BL: jax.Array, segments_BL: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the RoPE angles [B, L, K/2], and those of local layers where they differ.
-
-    Local layers with a theta of their own are never scaled to a longer context: their distances
-    stay inside the window.
+) -> Rotation:
+    """Return the RoPE of all layers.
 
     Args:
         config: configuration of the stack.
@@ -395,13 +429,9 @@ def layer_angles(
         segments_BL: segment ids of the tokens; None: one text a row.
     """
     c = config
-    scale = None
-    if c.rope_scaling != "none":
-        from lm.models.rotary import rope_scaling
+    differs = c.rope_scaling != "none" or c.rope_fraction != 1
+    if c.window or c.nope_every or c.rope_norm or differs:
+        from lm.models.rotary import further_rotations
 
-        scale = rope_scaling(c, positions_BL, segments_BL)
-    angles = rotary_angles(positions_BL, c.head_dim, c.rope_theta, scale)
-    if not (c.window and c.rope_theta_local):
-        return angles, None
-    local = rotary_angles(positions_BL, c.head_dim, c.rope_theta_local)
-    return (angles, local) if c.global_every else (local, None)
+        return further_rotations(c, positions_BL, segments_BL)
+    return Rotation(rotary_angles(positions_BL, c.head_dim, c.rope_theta))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask, beside_sinks
 from lm.kernels.elementwise import softcap
 from lm.models.cache import Layer, write_layer
 from lm.models.transformer_config import TransformerConfig
@@ -75,7 +75,8 @@ def attend_and_cache(
     assert layer is not None
     new = heads_first(config, keys_values)
     cache, held = write_layer(cache, layer, new, inputs.mask.offset, axis=2)
-    return attend_to_cache(config, q_BLHK, held, inputs.mask, inputs.bias_HLS), cache
+    further = inputs.mask, inputs.bias_HLS, inputs.sinks_H
+    return attend_to_cache(config, q_BLHK, held, *further), cache
 
 
 def attend_to_cache(
@@ -84,6 +85,7 @@ def attend_to_cache(
     held: KeyValueCache,
     mask: AttentionMask,
     bias_HLS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention to the cached keys and values of one layer, as `attention` does.
 
@@ -97,6 +99,7 @@ def attend_to_cache(
         held: keys and values of the layer.
         mask: visible keys.
         bias_HLS: bias of the scores.
+        sinks_H: logits of the attention sinks.
 
     Returns:
         The output [B, L, H, K].
@@ -124,7 +127,10 @@ def attend_to_cache(
     mask_BLS = mask.materialize(L, S)
     if mask_BLS is not None:
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
-    weights_BGTS = jax.nn.softmax(scores_BGRLS, axis=-1).reshape(B, G, -1, S)
+    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)
+    if sinks_H is not None:
+        weights_BGRLS *= beside_sinks(scores_BGRLS, sinks_H.reshape(G, -1, 1, 1))
+    weights_BGTS = weights_BGRLS.reshape(B, G, -1, S)
     if v_scale is not None:
         weights_BGTS *= v_scale.swapaxes(2, 3)
     out_BGTK = product("BGTS,BGSK->BGTK", weights_BGTS.astype(dtype), v_BGSK)

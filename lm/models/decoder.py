@@ -73,8 +73,9 @@ class Model(nn.Module):
         """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given."""
         c = self.config
         x_BLD = self.tokens(tokens_BL)
-        if c.scale_embeddings:
-            x_BLD *= jnp.asarray((c.d_model / c.width_ratio) ** 0.5, c.dtype)
+        scale = (c.d_model / c.width_ratio) ** 0.5 if c.scale_embeddings else 1.0
+        if scale * c.embedding_multiplier != 1:
+            x_BLD *= jnp.asarray(scale * c.embedding_multiplier, c.dtype)
         if c.positions == "learned":
             if positions_BL is None:
                 end = c.position_offset + tokens_BL.shape[1]
@@ -99,12 +100,10 @@ class Model(nn.Module):
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Return the logits of the vocabulary [B, L, V], float32."""
         c = self.config
-        x_BLD = self._scale_output(x_BLD)
-        if c.tie_embeddings:
-            scale = (c.d_model / c.width_ratio) ** -0.5 if c.scale_logits else 1.0
-            logits_BLV = self.tokens.attend(x_BLD * jnp.asarray(scale, x_BLD.dtype))
-        else:
-            logits_BLV = self.head(x_BLD)
+        scaled = c.tie_embeddings and c.scale_logits
+        scale = (c.d_model / c.width_ratio) ** -0.5 if scaled else 1.0
+        x_BLD = self._scale_output(x_BLD) * jnp.asarray(scale / c.logits_scaling, x_BLD.dtype)
+        logits_BLV = self.tokens.attend(x_BLD) if c.tie_embeddings else self.head(x_BLD)
         logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
         return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 

@@ -16,6 +16,7 @@ class ExpertsConfig:
     expert_d_ff: int = 0
     expert_weights: str = "auto"
     expert_weights_scale: float = 1.0
+    expert_weights_input: bool = False
     expert_groups: int = 0
     expert_groups_per_token: int = 0
     expert_group_best: int = 1
@@ -25,5 +26,6 @@ class ExpertsConfig:
     balance_loss: float = 0.01
     router_scores: str = "softmax"
     router_z_loss: float = 0.0
+    router_bias: bool = False
     router_jitter: float = 0.0
     router_bias_rate: float = 0.0

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import Dropout
-from lm.models.attention import MixerInputs, TokenMixer, attend, rotate
+from lm.models.attention import MixerInputs, TokenMixer, attend
 from lm.models.cache import Layer
 from lm.models.cached_attention import attend_and_cache, heads_first
 from lm.models.layers import Linear, Norm
-from lm.models.rotary import scale_queries, score_factor
+from lm.models.rotary import score_factor
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain, count_shards
@@ -103,22 +103,25 @@ class LatentAttention(TokenMixer):
             x_BLW = self.query_norm(self.query_down(x_BLW))
         q_BLHX = constrain(self.query(x_BLW), "batch", "length", "heads", "head_dim")
         q_BLHN, q_BLHK = jnp.split(q_BLHX, [o.qk_nope_head_dim], axis=-1)
-        q_BLHK = self._rotate(q_BLHK, inputs)
-        return q_BLHN, scale_queries(self.config, q_BLHK, inputs.mask.is_global)
+        if inputs.rotation is not None:
+            q_BLHK = inputs.rotation.queries(self._halves(q_BLHK))
+        return q_BLHN, q_BLHK
 
     def _latents(self, x_BLW: jax.Array, inputs: MixerInputs) -> Pair:
         """Return the normalized latents [B, L, R], and the rotated keys [B, L, 1, K]."""
         c_BLC = constrain(self.down(x_BLW), "batch", "length", "head_dim")
         c_BLR, k_BLK = jnp.split(c_BLC, [self.config.mixer_options.kv_lora_rank], axis=-1)
-        return self.norm(c_BLR), self._rotate(k_BLK[:, :, None], inputs)
+        k_BL1K = k_BLK[:, :, None]
+        if inputs.rotation is not None:
+            k_BL1K = inputs.rotation.keys(self._halves(k_BL1K))
+        return self.norm(c_BLR), k_BL1K
 
-    def _rotate(self, x_BLHK: jax.Array, inputs: MixerInputs) -> jax.Array:
-        if inputs.angles_BLK is None:
+    def _halves(self, x_BLHK: jax.Array) -> jax.Array:
+        """Return halves of a head in place of the pairs (2k, 2k + 1), where weights have these."""
+        if not self.config.mixer_options.rope_interleaved:
             return x_BLHK
-        if self.config.mixer_options.rope_interleaved:  # pairs (2k, 2k + 1)
-            pairs = x_BLHK.reshape(*x_BLHK.shape[:-1], -1, 2)
-            x_BLHK = pairs.swapaxes(-1, -2).reshape(x_BLHK.shape)
-        return rotate(x_BLHK, inputs.angles_BLK)
+        pairs = x_BLHK.reshape(*x_BLHK.shape[:-1], -1, 2)
+        return pairs.swapaxes(-1, -2).reshape(x_BLHK.shape)
 
     @property
     def _scale(self) -> float:

@@ -124,15 +124,17 @@ class PlainPages(LayerPages):
         self, config: TransformerConfig, q_BLHK: jax.Array, rows: PagedRows, inputs: MixerInputs
     ) -> jax.Array:
         """Attend as `LayerPages.attend` says."""
+        mask = inputs.mask
         return paged_attention(
             q_BLHK,
             self.held,
             rows,
             scale=config.score_scale,
             softcap=config.attention_softcap,
-            window=inputs.mask.window,
-            is_global=inputs.mask.is_global,
+            window=mask.window if mask.window_BL is None else mask.window_BL,
+            is_global=mask.is_global,
             bias_HD=inputs.bias_HLS,
+            sinks_H=inputs.sinks_H,
             slot_axis=self.slot_axis,
         )
 
@@ -259,6 +261,10 @@ def page_kernel_problems(config: TransformerConfig, mesh: Mesh, has_prefix: bool
         yield f"{platform} devices"
     if config.positions in POSITION_BIASES:
         yield f"--config.model.positions={config.positions}"
+    if config.attention_sinks:
+        yield "--config.model.attention_sinks=True"
+    if config.window_chunks:
+        yield "--config.model.window_chunks=True"
     if has_prefix:
         yield "prefixes, whose tokens attend to each other in both directions"
     shards = _head_shards(config, mesh)

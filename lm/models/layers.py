@@ -171,8 +171,8 @@ class FeedForward(nn.Module):
             linear = Linear((width,), (c.d_ff,), names, role, c.bias, init, c.dtype, name=name)
             return constrain(linear(x_BLD), "batch", "length", "mlp")
 
-        act = ACTIVATIONS[c.activation]
-        h_BLF = act(wide("gate")) * wide("in") if c.activation in GATED else act(wide("in"))
+        act, gated = ACTIVATIONS[c.activation], GATED.get(c.activation)
+        h_BLF = act(wide("gate")) * gated(wide("in")) if gated else act(wide("in"))
         h_BLF = nn.Dropout(c.activation_dropout, deterministic=self.deterministic)(h_BLF)
         init, names = c.kernel_init(c.residual_std(c.d_ff, c.d_model)), ("mlp", "embed")
         out = Linear((c.d_ff,), (c.d_model,), names, role, c.bias, init, c.dtype, name="out")

@@ -49,7 +49,7 @@ class MixtureOfExperts(nn.Module):
         if is_token_BL is None:
             is_token_BL = jnp.ones(x_BLD.shape[:2], bool)
         jitter = 0.0 if self.deterministic else c.router_jitter
-        logits_BLE = Router(c, c.n_experts, jitter, name="router")(x_BLD)
+        logits_BLE = Router(c, c.n_experts, jitter, c.router_bias, name="router")(x_BLD)
         bias = None
         if c.router_bias_rate:
             bias = model_state(self, "router_bias", jnp.zeros, (c.n_experts,), ("router",))
@@ -81,7 +81,11 @@ class MixtureOfExperts(nn.Module):
         add_metric(self, "dropped", masked_mean(1 - served_BL1, is_token_BL)[:, 0])
 
         routes = Routing(experts_BLK, positions_BLK, weights_BLK)
-        y_BLD = Experts(c, name="experts")(x_BLD, routes, capacity)
+        experts = Experts(c, name="experts")
+        if c.expert_weights_input:
+            y_BLD = weighted_inputs(experts, x_BLD, routes, capacity)
+        else:
+            y_BLD = experts(x_BLD, routes, capacity)
         return y_BLD + self._shared_expert(x_BLD) if c.shared_expert_d_ff else y_BLD
 
     def _shared_expert(self, x_BLD: jax.Array) -> jax.Array:
@@ -94,12 +98,34 @@ class MixtureOfExperts(nn.Module):
         return (gate_BL1 * y_BLD).astype(y_BLD.dtype)
 
 
+def weighted_inputs(
+    experts: nn.Module, x_BLD: jax.Array, routes: Routing, capacity: int
+) -> jax.Array:
+    """Return the sum over experts of FeedForward_expert(weight · x) (Llama 4's released code).
+
+    Each choice of a token becomes a token of its own.
+
+    Args:
+        experts: feed-forward layers, applied to tokens, routes and a capacity.
+        x_BLD: tokens.
+        routes: experts of each token.
+        capacity: as of `mixture_of_experts`.
+    """
+    B, L, K = routes.weights_BLK.shape
+    x_BLKD = x_BLD[:, :, None] * routes.weights_BLK[..., None].astype(x_BLD.dtype)
+    alone = routes._replace(weights_BLK=jnp.ones_like(routes.weights_BLK))
+    alone = jax.tree.map(lambda x_BLK: x_BLK.reshape(B, L * K, 1), alone)
+    y_BLD = experts(x_BLKD.reshape(B, L * K, -1), alone, capacity)
+    return y_BLD.reshape(B, L, K, -1).sum(2)
+
+
 class Router(nn.Module):
     """Router: logits of `n_outputs` experts, [B, L, E], in float32 throughout (Switch, §2.4)."""
 
     config: TransformerConfig
     n_outputs: int
     jitter: float = 0.0
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -117,6 +143,8 @@ class Router(nn.Module):
             )
         # A TPU's default product of float32 numbers rounds them to bfloat16.
         logits_BLE = jnp.matmul(x_BLD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
+        if self.use_bias:
+            logits_BLE += param(self, "bias", c.bias_init(), shape[1:], names[1:], role.bias())
         return constrain(logits_BLE, "batch", "length", "router")
 
 
@@ -150,9 +178,9 @@ class Experts(nn.Module):
             parameters = p[f"{name}/kernel"], p.get(f"{name}/bias")
             return product(x, *parameters, is_last=name == "out")
 
-        act = ACTIVATIONS[self.config.activation]
-        gated = self.config.activation in GATED
-        h = act(linear("gate", x)) * linear("in", x) if gated else act(linear("in", x))
+        name = self.config.activation
+        act, gated = ACTIVATIONS[name], GATED.get(name)
+        h = act(linear("gate", x)) * gated(linear("in", x)) if gated else act(linear("in", x))
         return linear("out", h)
 
 

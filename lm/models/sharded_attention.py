@@ -49,6 +49,7 @@ def attend_on_mesh(
     scale: float,
     softcap: float = 0.0,
     bias_HLS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Compute attention, each device on its part of queries and keys.
@@ -63,6 +64,7 @@ def attend_on_mesh(
         scale: factor of the scores.
         softcap: soft-cap of the scores; 0: none.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance, [H, L + S - 1].
+        sinks_H: logits of the attention sinks.
         dropout: dropout of the attention weights.
 
     Returns:
@@ -77,8 +79,11 @@ def attend_on_mesh(
     if kernel == "xla" and not ring:
         names = ("batch", "keys", "kv_heads", "head_dim")
         k_BSGK, v_BSGK = (constrain(x, *names) for x in (k_BSGK, v_BSGK))
-        more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "dropout": dropout}
+        more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "sinks_H": sinks_H}
+        more |= {"dropout": dropout}
         return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
+    if sinks_H is not None or mask.window_BL is not None:
+        raise ValueError(f'attention kernel "{kernel}" has neither sinks nor chunks')
     if kernel == "flash" and not ring:
         keys_values = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
         return _flash(q_BLHK, *keys_values, mask, scale, softcap, bias_HLS, dropout)
@@ -343,6 +348,11 @@ def kernel_problems(
         yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
     if model.positions in POSITION_BIASES and kernel != "flash":
         yield _ring_or(ring, f"--config.model.positions={model.positions}")
+    if model.attention_sinks:
+        yield _ring_or(ring, "--config.model.attention_sinks=True")
+    longest = max(objective.attention_lengths(config).values(), default=0)
+    if model.window_chunks and longest > model.window:
+        yield _ring_or(ring, f"--config.model.window_chunks=True ({longest} tokens)")
     if model.attention_softcap and kernel == "cudnn":
         yield f"--config.model.attention_softcap={model.attention_softcap}"
     if objective.has_prefix and (kernel in ("blockwise", "splash") and not ring):

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.config.registries import MIXERS
 from lm.config.rules import POSITION_BIASES
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.attention import MixerInputs, layer_angles
+from lm.models.attention import MixerInputs, Rotation, rotations
 from lm.models.cache import Cache, Layer, cache_indices
 from lm.models.cross_attention import CrossAttention
 from lm.models.layers import FeedForward, make_norm
@@ -36,16 +36,14 @@ class StackInputs:
 
     Attributes:
         mask: mask of self-attention, without windows.
-        angles_BLK: RoPE angles.
-        local_angles_BLK: RoPE angles of local layers, where they differ.
+        rotations: RoPE of all layers.
         bias_HLS: position bias of the scores, as in `MixerInputs`.
         encoded_BSD: encoder output; None in later steps of decoding, which read cached keys.
         source_mask: mask of cross-attention; None in a stack without it.
     """
 
     mask: AttentionMask
-    angles_BLK: jax.Array | None = None
-    local_angles_BLK: jax.Array | None = None
+    rotations: Rotation | None = None
     bias_HLS: jax.Array | None = None
     encoded_BSD: jax.Array | None = None
     source_mask: AttentionMask | None = None
@@ -58,11 +56,13 @@ class LayerInputs:
     Attributes:
         cache_index: index of the layer in the cache of its token mixer; () in one of its own.
         is_global: true if the layer ignores the window, where some layers do.
+        is_nope: true if the layer has no positions, where some layers have none.
         source: cached cross-attention keys and values, heads first.
     """
 
     cache_index: Layer | None = None
     is_global: jax.Array | None = None
+    is_nope: jax.Array | None = None
     source: Any = None
 
 
@@ -100,12 +100,10 @@ class Block(nn.Module):
             nonlocal caches
             mixer = MIXERS[kind.mixer](c, self.deterministic, y_BLW.shape[-1], name="attention")
             mask = replace(inputs.mask, window=c.window, is_global=layer.is_global)
-            angles_BLK = inputs.angles_BLK
-            if inputs.local_angles_BLK is not None:
-                assert angles_BLK is not None
-                assert layer.is_global is not None
-                angles_BLK = jnp.where(layer.is_global, angles_BLK, inputs.local_angles_BLK)
-            mixer_inputs = MixerInputs(mask, angles_BLK, inputs.bias_HLS)
+            mixer_inputs = MixerInputs(mask, bias_HLS=inputs.bias_HLS)
+            if inputs.rotations is not None:
+                rotation = inputs.rotations.of_layer(layer.is_global, layer.is_nope)
+                mixer_inputs = replace(mixer_inputs, rotation=rotation)
             if caches is None:
                 return mixer(y_BLW, mixer_inputs, None, None)[0]
             y_BLD, cache = mixer(y_BLW, mixer_inputs, caches[kind.mixer], layer.cache_index)
@@ -146,6 +144,8 @@ class Block(nn.Module):
             y_BLD = sublayer(norm(x_BLW) if c.norm_placement in ("pre", "both") else x_BLW)
             if c.norm_placement in ("both", "output"):
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
+            if c.residual_multiplier != 1:
+                y_BLD *= jnp.asarray(c.residual_multiplier, y_BLD.dtype)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
             if c.residual == "concat":
                 output_BLD = y_BLD if output_BLD is None else output_BLD + y_BLD
@@ -244,7 +244,8 @@ class Stack(nn.Module):
             inputs = replace(inputs, encoded_BSD=encoded_BSD, source_mask=source_mask)
 
         layer_types = c.layer_types(self.n_layers)
-        layers = LayerInputs(is_global=jax.tree.map(jnp.asarray, c.is_global(self.n_layers)))
+        kinds = c.is_global(self.n_layers), c.is_nope(self.n_layers)
+        layers = LayerInputs(None, *jax.tree.map(jnp.asarray, kinds))
         if cache is None and current_pipeline():
             from lm.parallel.pipeline import scan_as_pipeline
 
@@ -264,7 +265,8 @@ class Stack(nn.Module):
             (x_BLD, _), _ = self._run((x_BLD, None), inputs, layers)
         else:
             source = None if cache.source is None else cache.source.keys_values
-            layers = LayerInputs(jnp.asarray(cache_indices(layer_types)), layers.is_global, source)
+            indices = jnp.asarray(cache_indices(layer_types))
+            layers = replace(layers, cache_index=indices, source=source)
             (x_BLD, mixers), source = self._run((x_BLD, cache.mixers), inputs, layers)
             assert mixers is not None
             cache = cache.advance(c, mixers, x_BLD.shape[1], source, source_segments_BS)
@@ -281,15 +283,16 @@ class Stack(nn.Module):
     def _inputs(
         self, x_BLD: jax.Array, positions_BL: jax.Array, mask: AttentionMask, cache: Cache | None
     ) -> StackInputs:
-        """Build the attention mask, RoPE angles and position bias."""
+        """Build the attention mask, RoPE and position bias."""
         c, L = self.config, x_BLD.shape[1]
+        n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
+        if cache is None and current_pipeline():  # one row of positions for each row
+            positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
+        if c.window_chunks and n_keys > c.window:
+            mask = replace(mask, window_BL=positions_BL % c.window + 1)
         inputs = StackInputs(mask)
         if c.positions == "rotary":
-            if cache is None and current_pipeline():  # one row of positions for each row
-                positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
-            angles_BLK, local_BLK = layer_angles(c, positions_BL, mask.segments_BL)
-            inputs = replace(inputs, angles_BLK=angles_BLK, local_angles_BLK=local_BLK)
-        n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
+            inputs = replace(inputs, rotations=rotations(c, positions_BL, mask.segments_BL))
         if c.positions in POSITION_BIASES:
             from lm.models.positions import position_bias
 

@@ -18,7 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config.registries import MIXERS, MODELS
+from lm.models.attention_config import AttentionConfig
 from lm.models.experts_config import ExpertsConfig
+from lm.models.residual_config import ResidualConfig
 from lm.models.variables import Initializer, Stream
 
 
@@ -141,7 +143,7 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 @dataclass(frozen=True)
-class TransformerConfig(InitConfig, ExpertsConfig):
+class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConfig):
     """Transformer stack; the meaning of each field is in `lm/config/keys.py`.
 
     `unrolled` (no layers are stacked) and `cache_dtype` are set by `lm/decoding/weights.py`.
@@ -158,49 +160,17 @@ class TransformerConfig(InitConfig, ExpertsConfig):
     n_decoder_layers: int = 0
     mixer: str = "attention"
     mixer_options: Any = None
-    residual: str = "sum"
-    concat_width: int = 32
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    norm_placement: str = "pre"
-    norm_unit_offset: bool = False
-    norm_bias: bool = True
-    embedding_norm: bool = False
     bias: bool = True
-    attention_bias: str = "same"
-    qk_norm: bool = False
-    qk_norm_over: str = "head"
-    attention_scale: float = 0.0
-    attention_softcap: float = 0.0
-    window: int = 0
-    global_every: int = 0
-    positions: str = "learned"
-    position_offset: int = 0
-    rope_theta: float = 10_000.0
-    rope_theta_local: float = 0.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_low_frequency: float = 1.0
-    rope_high_frequency: float = 4.0
-    rope_original_length: int = 8192
-    rope_attention_factor: float = 0.0
-    rope_truncate: bool = True
-    rope_short_factor: tuple[float, ...] = ()
-    rope_long_factor: tuple[float, ...] = ()
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
     token_types: int = 0
     activation: str = "gelu_tanh"
     tie_embeddings: bool = True
-    scale_embeddings: bool = False
     scale_logits: bool = False
+    logits_scaling: float = 1.0
     logit_softcap: float = 0.0
     mup_base_width: int = 0
     mup_base_head_dim: int = 0
     n_classes: int = 0
     pooling: str = "family"
-    dropout: float = 0.0
-    final_dropout: bool = False
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     scale_residual_init: bool = True
@@ -234,6 +204,10 @@ class TransformerConfig(InitConfig, ExpertsConfig):
     def score_scale(self) -> float:
         """Scale of the attention scores."""
         return self.attention_scale or self.head_dim**-0.5
+
+    def is_nope(self, n_layers: int) -> np.ndarray | None:
+        """Return the layers without positions, [N] bool; None if all layers are alike."""
+        return np.arange(1, n_layers + 1) % self.nope_every == 0 if self.nope_every else None
 
     def is_global(self, n_layers: int) -> np.ndarray | None:
         """Return `global_layers` of a stack of `n_layers`, or None if all layers are alike."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from lm.models.cache import cache_indices
 from lm.models.transformer import Block, BlockOutput, LayerInputs, ScanCarry, StackInputs
@@ -36,8 +37,8 @@ class CachedBlocks(nn.Module):
         for i, (kind, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             of_mixer, number = parts[kind.mixer], numbers[i]
             source = None if layers.source is None else layers.source[i]
-            is_global = None if layers.is_global is None else layers.is_global[i]
-            layer = LayerInputs((), is_global, source)
+            kinds = jax.tree.map(lambda x, i=i: x[i], (layers.is_global, layers.is_nope))
+            layer = LayerInputs((), kinds[0], kinds[1], source)
             block: Any = Block(self.config, self.deterministic, kind, name=name)
             (x_BLW, after), source = block((x_BLW, {kind.mixer: of_mixer[number]}), inputs, layer)
             of_mixer[number] = after[kind.mixer]

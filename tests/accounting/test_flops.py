@@ -101,6 +101,17 @@ def test_pairs_outside_a_window_are_no_work():
     assert all_pairs - fewer == pytest.approx(12 * local_layers * D * outside)
 
 
+def test_pairs_outside_a_chunk_are_no_work():
+    changes = {"model.window": 5, "model.window_chunks": True, "model.global_every": 2}
+    all_pairs, fewer = (
+        model_flops_per_token(experiment_of("decoder", "causal", **ways)) * L
+        for ways in ({}, changes)
+    )
+    chunk = np.arange(L) // 5
+    other = (chunk[:, None] != chunk).sum() / 2  # two of three layers see half of what is left
+    assert all_pairs - fewer == pytest.approx(12 * 2 * D * other)
+
+
 def test_a_row_is_a_source_and_its_target():
     assert tokens_per_row(experiment_of("encoder_decoder", "seq2seq")) == L + T
     assert tokens_per_row(experiment_of("encoder", "masked")) == L

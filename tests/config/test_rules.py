@@ -77,6 +77,22 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "concat is not for --config.model.fam",
         ),
         (
+            {"model.positions": "rotary", "model.head_dim": "8", "model.rope_fraction": "0.4"},
+            "rope_fraction=0.4 rotates 3 of the numbers of a head, which must be even",
+        ),
+        (
+            {"model.window_chunks": "true"},
+            "--config.model.window_chunks=True needs --config.model.window",
+        ),
+        (
+            {"model.mixer": "mla", "model.attention_sinks": "true"},
+            "attention_sinks=True is not for --config.model.mixer=mla",
+        ),
+        (
+            {"model.family": "lstm", "model.residual_multiplier": "2.0"},
+            "residual_multiplier is not for --config.model.family=lstm",
+        ),
+        (
             {"model.dense_layers": "1"},
             "--config.model.dense_layers=1 needs --config.model.n_experts",
         ),

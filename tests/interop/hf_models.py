@@ -250,6 +250,77 @@ DECODERS |= {
         DEEPSEEK | {"q_lora_rank": 14, "first_k_dense_replace": 3},
     ),
 }
+GPT_OSS = LLAMA | {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+}
+LLAMA4 = LLAMA | {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "attention_chunk_size": 5,
+    "floor_scale": 3,
+    "rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 1.0},
+}
+GRANITE = LLAMA | {
+    "num_key_value_heads": 2,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 3.0,
+}
+PHI3 = LLAMA | {"num_key_value_heads": 2, "pad_token_id": None}
+DECODERS |= {
+    "gpt-oss": ("GptOssForCausalLM", GPT_OSS),
+    "gpt-oss-plain": (
+        "GptOssForCausalLM",
+        GPT_OSS
+        | {"layer_types": ["full_attention"], "num_hidden_layers": 1, "num_local_experts": 2}
+        | {"num_experts_per_tok": 1, "rope_parameters": YARN_ALL_ROPE}
+        | {"attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "llama4": ("Llama4ForCausalLM", LLAMA4),
+    "llama4-interleaved": (
+        "Llama4ForCausalLM",
+        LLAMA4
+        | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 2}
+        | {"attention_bias": True, "tie_word_embeddings": True, "attn_temperature_tuning": False}
+        | {"no_rope_layers": [1, 0, 1, 0], "rope_parameters": None},
+    ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        LLAMA
+        | {"num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": None}
+        | {"rope_parameters": YARN_ALL_ROPE, "attention_bias": True, "mlp_bias": True}
+        | {"tie_word_embeddings": False, "no_rope_layer_interval": 2},
+    ),
+    "granite": ("GraniteForCausalLM", GRANITE),
+    "granite-tied-biases": (
+        "GraniteForCausalLM",
+        GRANITE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "phi3-window": ("Phi3ForCausalLM", PHI3 | {"sliding_window": 5}),
+    "phi3-partial-longrope": (
+        "Phi3ForCausalLM",
+        PHI3
+        | {"partial_rotary_factor": 0.5, "tie_word_embeddings": True, "hidden_size": 64}
+        | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
+    ),
+    "stablelm": ("StableLmForCausalLM", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm-half-tied": (
+        "StableLmForCausalLM",
+        LLAMA
+        | {"partial_rotary_factor": 0.5, "use_qkv_bias": False, "tie_word_embeddings": True}
+        | {"num_key_value_heads": 4, "layer_norm_eps": 1e-3},
+    ),
+}
 ENCODERS = {
     "bert": ("BertForMaskedLM", BERT),
     "bert-untied-tanh": (
@@ -269,7 +340,8 @@ ENCODER_DECODERS = {
     "mt5": ("MT5ForConditionalGeneration", T5 | {"num_layers": 2, "d_kv": 10, "untied": True}),
     "mt5-tied": ("MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
 }
-BY_LENGTH = {"llama-longrope", "llama-dynamic", "gemma-longrope"}  # there of the longest in a batch
+# There of the longest text in a batch.
+BY_LENGTH = {"llama-longrope", "llama-dynamic", "gemma-longrope", "phi3-partial-longrope"}
 KINDS = DECODERS | ENCODERS | ENCODER_DECODERS
 
 

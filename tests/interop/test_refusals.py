@@ -129,6 +129,34 @@ SPOILT = {
         ),
         "use_bidirectional_attention=True is not",
     ),
+    "activation of gpt-oss": (
+        lambda f: set_config(f, model_type="gpt_oss", swiglu_limit=5.0),
+        "swiglu_limit=5.0 is not",
+    ),
+    "layers without positions": (
+        lambda f: set_config(f, model_type="smollm3", no_rope_layers=[1, 0, 0]),
+        "no_rope_layers are not each n-th",
+    ),
+    "chunks and windows": (
+        lambda f: set_config(f, model_type="llama4_text", layer_types=[LOCAL] * 3),
+        f"layer_types has {LOCAL}",
+    ),
+    "parallel": (
+        lambda f: set_config(f, model_type="stablelm", use_parallel_residual=True),
+        "use_parallel_residual=True is not",
+    ),
+    "part of a head": (
+        lambda f: set_config(f, model_type="stablelm", partial_rotary_factor=1.5),
+        "rope_fraction=1.5 rotates",
+    ),
+    "multiplier": (
+        lambda f: set_config(f, model_type="granite", residual_multiplier="0.2"),
+        "residual_multiplier='0.2' is no number above 0",
+    ),
+    "fused": (
+        lambda f: set_config(f, model_type="phi3", partial_rotary_factor=1.0),
+        "lacks the tensor model.layers.0.self_attn.qkv_proj.weight",
+    ),
     "no hang": (lambda f: set_config(f, num_hidden_layers=10**9), "1000000000 layers are more"),
     "few tensors": (
         lambda f: set_config(f, num_hidden_layers=99_999),

@@ -17,8 +17,13 @@ def attention(q, k, v, mask, kernel="xla", **options):
 run = jax.jit(attention, static_argnames=("kernel", "softcap"))
 
 
-def naive_attention(q, k, v, causal, query_segments, key_segments, offset, window=10**9, cap=None):
-    """Equation 1 of Vaswani et al. 2017, one query and one head at a time, in float64."""
+def naive_attention(
+    q, k, v, causal, query_segments, key_segments, offset, window=10**9, cap=None, sinks=None
+):
+    """Equation 1 of Vaswani et al. 2017, one query and one head at a time, in float64.
+
+    A sink is a score beside the others whose value is 0 (gpt-oss, 2025).
+    """
     n_rows, n_queries, n_heads, width = q.shape
     out = np.zeros(q.shape)
     for b, i, h in np.ndindex(n_rows, n_queries, n_heads):
@@ -31,8 +36,11 @@ def naive_attention(q, k, v, causal, query_segments, key_segments, offset, windo
         ]
         scores = np.array([q[b, i, h] @ k[b, j, group] for j in seen]) / np.sqrt(width)
         scores = scores if cap is None else cap * np.tanh(scores / cap)
-        weights = np.exp(scores - scores.max())
-        out[b, i, h] = weights / weights.sum() @ v[b, seen, group]
+        sink = -np.inf if sinks is None else sinks[h]
+        largest = max(scores.max(), sink)
+        weights = np.exp(scores - largest)
+        total = weights.sum() + np.exp(sink - largest)
+        out[b, i, h] = weights / total @ v[b, seen, group]
     return out
 
 
@@ -78,6 +86,48 @@ def test_windows_and_softcaps_equal_the_definition(length, window, cap, is_globa
     reach = 10**9 if is_global else window
     expected = naive_attention(q, k, v, True, segments, segments, 0, reach, cap or None)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+SINKS = np.array([-2.0, 0.0, 1.5, 30.0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sinks_take_part_of_the_softmax(kernel):
+    q, k, v = make_inputs(130, 2)
+    segments = make_segments(130)
+    visibility = AttentionMask(True, jnp.asarray(segments))
+    inputs = as_float32(q, k, v, SINKS)
+
+    def attend(q, k, v, sinks, kernel):
+        return attention(q, k, v, visibility, kernel, sinks_H=sinks)
+
+    out = jax.jit(attend, static_argnums=4)(*inputs, kernel)
+    expected = naive_attention(q, k, v, True, segments, segments, 0, sinks=SINKS)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    if kernel == "tiled":
+        gradient = jax.jit(
+            jax.grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1, 2, 3)), static_argnums=4
+        )
+        for ours, plain in zip(gradient(*inputs, kernel), gradient(*inputs, "xla"), strict=True):
+            np.testing.assert_allclose(ours, plain, atol=2e-5 * abs(plain).max())
+
+
+def test_chunks_are_those_of_each_text():
+    """Llama 4: a query sees the keys from the start of its chunk on, counted from its text's."""
+    q, k, v = make_inputs(33, 2)
+    segments = make_segments(33)
+    starts = np.array([[list(row).index(s) for s in row] for row in segments])
+    positions = np.arange(33) - starts
+    chunks = segments * 100 + positions // 4
+    visibility = AttentionMask(
+        True, jnp.asarray(segments), window=4, window_BL=jnp.asarray(positions % 4 + 1)
+    )
+    out = run(*as_float32(q, k, v), visibility)
+    expected = naive_attention(q, k, v, True, chunks, chunks, 0)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    everything = run(*as_float32(q, k, v), visibility.replace(is_global=jnp.asarray(True)))
+    expected = naive_attention(q, k, v, True, segments, segments, 0)
+    np.testing.assert_allclose(everything, expected, atol=2e-6)
 
 
 def test_the_tiled_kernel_refuses_what_it_cannot_do():

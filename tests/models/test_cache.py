@@ -37,6 +37,20 @@ MIXES = {
         "n_experts": 3, "expert_weights": "probability", "expert_d_ff": 12, "dense_layers": 1,
         "shared_expert_d_ff": 10, "shared_expert_gate": True,
     },
+    "gpt-oss": {
+        "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu_clipped", "n_kv_heads": 2,
+        "attention_sinks": True, "n_layers": 2, "window": 3, "global_every": 2, "n_experts": 3,
+        "router_bias": True, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_fraction": 0.5,
+        "rope_original_length": 8, "rope_high_frequency": 32.0,
+    },
+    "llama 4, granite": {
+        "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_heads": 2,
+        "bias": False, "n_layers": 4, "window": 5, "window_chunks": True, "global_every": 2,
+        "nope_every": 2, "nope_temperature": 0.5, "nope_temperature_length": 3, "rope_norm": True,
+        "n_experts": 3, "router_scores": "sigmoid", "expert_weights_input": True,
+        "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0,
+    },
+    "sinks in tiles": {"attention_sinks": True, "attention": "tiled", "n_kv_heads": 2},
 }  # fmt: skip
 LENGTH, PREFILL = 12, 6
 LENGTHS = np.array([4, 6, 1])  # of the prompts, padded on the left to PREFILL

@@ -71,6 +71,26 @@ KINDS = {
         },
     ),
 }
+KINDS["gpt-oss and llama 4"] = (
+    "causal decoder",
+    {
+        "model.attention_sinks": True,
+        "model.window": 5,
+        "model.window_chunks": True,
+        "model.global_every": 2,
+        "model.nope_every": 2,
+        "model.nope_temperature": 0.5,
+        "model.nope_temperature_length": 4,
+        "model.rope_norm": True,
+        "model.rope_fraction": 0.5,
+        "model.activation": "swiglu_clipped",
+        "model.router_bias": True,
+        "model.router_scores": "sigmoid",
+        "model.expert_weights_input": True,
+        "model.residual_multiplier": 0.5,
+        "model.logits_scaling": 2.0,
+    },
+)
 ALL_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 
@@ -147,6 +167,7 @@ def test_losses_gradients_and_reports_equal_those_of_one_device(run, kind):
     parts = 2 if kind == "switch" else 1
     assert_equal(run(kind, ALL_AXES, **{"train.microbatches": parts}), expected)
     further = {"switch": {"data": 2, "expert": 4}, "deepseek": {"fsdp": 4, "context": 2}}
+    further["gpt-oss and llama 4"] = {"stage": 2, "context": 2, "data": 2}
     if kind in further:
         assert_equal(run(kind, further[kind]), expected)
 

@@ -22,6 +22,7 @@ from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.config.registries import TRANSFORMERS
 from lm.experiment import Experiment
 from lm.hardware import Chip
+from lm.kernels.elementwise import GATED
 from lm.models.moe import expert_width
 from lm.models.variables import flat
 from lm.parallel.mesh_rules import count_parameter_shards
@@ -168,7 +169,7 @@ class CostModel:
         if settings.remat == "full" and sizes["context"] > 1:  # the output of a ring
             likely += model.n_heads * model.head_dim / tensor
         if settings.remat == "none":
-            gated = model.activation in ("swiglu", "geglu")
+            gated = model.activation in GATED
             inside = kept_width(model, "dots", 1) - model.d_model
             inside += (1 + gated) * (inner_width(model, 1) + more_experts)
             between = 5 * model.d_model / (tensor if settings.sequence else 1)
@@ -235,7 +236,7 @@ class CostModel:
         moved += 20 * tokens / sizes["stage"] * model.vocab_size / tensor
         if model.family not in TRANSFORMERS:
             return moved
-        gated = model.activation in ("swiglu", "geglu")
+        gated = model.activation in GATED
         used = self._experts_multiplied
         inner = inner_width(model, used)
         projected = kept_width(model, "dots", 1) - model.d_model - inner_width(model, 1)

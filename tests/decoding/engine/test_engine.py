@@ -20,6 +20,21 @@ RNG = np.random.default_rng(0)
 PROMPTS = [tuple(RNG.integers(3, V, n).tolist()) for n in (5, 1, 33, 8, 17, 40)]
 ROTARY = {"model__positions": "rotary", "model__n_kv_heads": 1, "model__attention_softcap": 4.0}
 
+SINKS = {  # gpt-oss, with Llama 4's chunks and layers without positions
+    "model__attention_sinks": True,
+    "model__window": 6,
+    "model__window_chunks": True,
+    "model__global_every": 2,
+    "model__nope_every": 2,
+    "model__nope_temperature": 0.5,
+    "model__nope_temperature_length": 8,
+    "model__rope_norm": True,
+    "model__rope_fraction": 0.5,
+    "model__n_experts": 3,
+    "model__router_bias": True,
+    "model__expert_weights_input": True,
+    "model__residual_multiplier": 0.5,
+}
 OLMO = {  # OLMo 3, with Qwen2-MoE's experts
     "model__norm_placement": "output",
     "model__qk_norm": True,
@@ -79,6 +94,7 @@ def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
     [
         (1, {}),
         (1, ROTARY | {"model__window": 6, "model__global_every": 2} | OLMO),
+        (1, ROTARY | SINKS),
         (1, {"model__positions": "alibi", "decode__cache": "int8"}),
         (1, {"model__positions": "relative", "model__n_experts": 4}),
         (
@@ -98,6 +114,7 @@ def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
     ids=[
         "learned",
         "rotary, window",
+        "sinks, chunks",
         "alibi, int8 cache",
         "relative, experts",
         "mla, mesh",

@@ -1,0 +1,171 @@
+"""Families that differ from Llama in a few settings: SmolLM3, Granite, Phi-3 and StableLM.
+
+SmolLM3 (Hugging Face 2025) leaves positions out of every fourth layer, Granite (IBM 2024)
+multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024) keep queries,
+keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of a head and has
+LayerNorm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lm.interop.family import UnsupportedConfig, Values, lm_word, positive_number, require_equal
+from lm.interop.llama import (
+    GLOBAL,
+    LOCAL,
+    MLP,
+    config_layer_types,
+    decoder,
+    is_nope,
+    one_window,
+    read_common,
+    read_decoder,
+    read_nope,
+    read_rope,
+    read_windows,
+    write_common,
+    write_decoder,
+    write_one_window,
+    write_rope,
+)
+from lm.models.transformer_config import TransformerConfig
+
+_SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+_NO_PADDING = {"pad_token_id": None}  # else the published models', which may be beyond the table
+_MULTIPLIERS = {
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logits_scaling",
+}
+
+
+def _read_biases(hf: Values) -> Values:
+    return {
+        "bias": hf.get("mlp_bias", False),
+        "attention_bias": "all" if hf.get("attention_bias") else "none",
+    }
+
+
+def _write_biases(config: TransformerConfig) -> Values:
+    return {"mlp_bias": config.bias, "attention_bias": config.query_bias}
+
+
+def _read_smollm3(hf: Values) -> Values:
+    hf = hf | {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+    nope = read_nope(hf)
+    used = bool(hf.get("use_sliding_window")) and hf.get("sliding_window") is not None
+    without = is_nope(hf["num_hidden_layers"], nope["nope_every"])
+    default = [LOCAL if used and x else GLOBAL for x in without]
+    types = hf.get("layer_types") or default
+    return read_decoder(hf, 2e6) | _read_biases(hf) | nope | read_windows(hf, types)
+
+
+def _write_smollm3(config: TransformerConfig) -> Values:
+    c = config
+    return (
+        write_decoder(c)
+        | _write_biases(c)
+        | _NO_PADDING
+        | {
+            "no_rope_layers": [int(not nope) for nope in is_nope(c.n_layers, c.nope_every)],
+            "use_sliding_window": bool(c.window),
+            "sliding_window": c.window or None,
+            "layer_types": config_layer_types(c),
+        }
+    )
+
+
+def _read_granite(hf: Values) -> Values:
+    factors = {
+        field: positive_number(name, hf.get(name, 1.0)) for name, field in _MULTIPLIERS.items()
+    }
+    return read_decoder(hf) | _read_biases(hf) | factors
+
+
+def _write_granite(config: TransformerConfig) -> Values:
+    factors = {name: getattr(config, field) for name, field in _MULTIPLIERS.items()}
+    factors["attention_multiplier"] = config.score_scale
+    return write_decoder(config) | _write_biases(config) | factors
+
+
+def _read_phi3(hf: Values) -> Values:
+    """Read Phi-3; "su" and "yarn" are older names of its scaled positions."""
+    hf, name = dict(hf), "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(name)
+    if isinstance(rope, dict):
+        kind = rope.get("rope_type") or rope.get("type")
+        older = {"su": "longrope", "yarn": "longrope"}
+        hf[name] = rope | {"rope_type": older.get(kind, kind) if isinstance(kind, str) else kind}
+    hf = {"original_max_position_embeddings": 4096} | hf
+    lm_word(hf, "hidden_act", _SWIGLU, "silu")
+    return (
+        read_common(hf)
+        | read_rope(hf, partial=1.0)
+        | one_window(hf, None)
+        | {
+            "norm_eps": hf.get("rms_norm_eps", 1e-5),
+            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "dropout": hf.get("resid_pdrop", 0.0),
+        }
+    )
+
+
+def _write_phi3(config: TransformerConfig) -> Values:
+    c = config
+    if c.rope_scaling not in ("none", "longrope"):
+        raise UnsupportedConfig(f"model.rope_scaling={c.rope_scaling}")
+    if c.head_dim * c.n_heads != c.d_model and c.rope_scaling != "none":
+        raise UnsupportedConfig(f"model.head_dim={c.head_dim}")  # Phi3Config refuses its factors
+    lengths = {"original_max_position_embeddings": c.rope_original_length}
+    return (
+        write_decoder(c)
+        | write_one_window(c)
+        | (lengths if c.rope_scaling == "longrope" else {})
+        | _NO_PADDING
+        | {"resid_pdrop": c.dropout}
+    )
+
+
+def _read_stablelm(hf: Values) -> Values:
+    require_equal(hf, use_parallel_residual=False, qk_layernorm=False)
+    lm_word(hf, "hidden_act", _SWIGLU, "silu")
+    return (
+        read_common(hf)
+        | read_rope(hf, partial=0.25)
+        | {
+            "head_dim": 0,
+            "norm_eps": hf.get("layer_norm_eps", 1e-5),
+            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "attention_bias": "qkv" if hf.get("use_qkv_bias") else "none",
+            "dropout": hf.get("hidden_dropout", 0.0),
+        }
+    )
+
+
+def _write_stablelm(config: TransformerConfig) -> Values:
+    written = write_common(config) | write_rope(config)
+    del written["rms_norm_eps"], written["head_dim"]
+    return written | {
+        "hidden_act": "silu",
+        "layer_norm_eps": config.norm_eps,
+        "use_qkv_bias": config.query_bias,
+        "hidden_dropout": config.dropout,
+    }
+
+
+SMOLLM3 = decoder("smollm3", "SmolLM3", _read_smollm3, _write_smollm3)
+GRANITE = decoder("granite", "Granite", _read_granite, _write_granite)
+PHI3 = replace(
+    decoder("phi3", "Phi3", _read_phi3, _write_phi3, attention_bias="none"),
+    fused={
+        "model.layers.{}.self_attn.qkv_proj.weight": [
+            f"model.layers.{{}}.self_attn.{part}_proj.weight" for part in "qkv"
+        ],
+        f"{MLP}.gate_up_proj.weight": [f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"],
+    },
+)
+STABLELM = decoder(
+    "stablelm", "StableLm", _read_stablelm, _write_stablelm, norm="layernorm", norm_bias=True
+)

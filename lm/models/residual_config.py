@@ -1,0 +1,24 @@
+"""Values of a stack's residual stream: how sublayers join it, norms, multipliers, dropout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualConfig:
+    """Residual stream of a stack; the meaning of each field is in `lm/config/keys.py`."""
+
+    residual: str = "sum"
+    residual_multiplier: float = 1.0
+    concat_width: int = 32
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"
+    norm_unit_offset: bool = False
+    norm_bias: bool = True
+    embedding_norm: bool = False
+    scale_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    dropout: float = 0.0
+    final_dropout: bool = False
