@@ -7,6 +7,7 @@ whose own step is left out, as in the released code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,15 +139,30 @@ def _keep(sides: Bases, bases: Bases) -> Bases:
 
 def _refresh(sides: Bases, bases: Bases) -> Bases:
     """Return new eigenvectors by a step of orthogonal iteration (Algorithm 4)."""
-    return _by_array(lambda p, q: jnp.linalg.qr(_product("...mi,...in->...mn", p, q))[0])(
-        sides, bases
-    )
+
+    def step(p: jax.Array, q: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(_product("...mi,...in->...mn", p, q))[0]
+
+    return jax.tree.map(partial(_by_matrix, step), sides, bases)
 
 
 def _eigenvectors(sides: Bases, bases: Bases) -> Bases:
     """Return eigenvectors, those of the largest eigenvalues first."""
-    return _by_array(lambda p, q: jnp.linalg.eigh(p)[1][..., ::-1])(sides, bases)
+
+    def decompose(p: jax.Array, q: jax.Array) -> jax.Array:
+        return jnp.linalg.eigh(p)[1][..., ::-1]
+
+    return jax.tree.map(partial(_by_matrix, decompose), sides, bases)
 
 
-def _by_array(function: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-    return lambda sides, bases: jax.tree.map(function, sides, bases)
+def _by_matrix(function: Callable[..., jax.Array], p: jax.Array, q: jax.Array) -> jax.Array:
+    """Return `function` of stacks of matrices; on a CPU of one matrix after the other.
+
+    Batched calls of LAPACK wait there for threads that each other holds, for ever (JAX 0.10).
+    """
+
+    def in_turn(p: jax.Array, q: jax.Array) -> jax.Array:
+        flat_p, flat_q = (x.reshape(-1, *x.shape[-2:]) for x in (p, q))
+        return jax.lax.map(lambda pair: function(*pair), (flat_p, flat_q)).reshape(q.shape)
+
+    return jax.lax.platform_dependent(p, q, cpu=in_turn, default=function)
