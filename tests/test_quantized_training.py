@@ -52,7 +52,8 @@ def test_a_step_is_that_of_a_model_with_rounded_weights(kind, weights):
     plain, rounding = (experiment_of(KINDS[kind], p, weights) for p in ("none", "qat"))
     state = plain.init_state()
     before = jax.device_get(state.params)
-    rounded = nested(round_params(flat(state.params), plain.param_infos, weights))
+    round_all = jax.jit(lambda params: round_params(flat(params), plain.param_infos, weights))
+    rounded = nested(round_all(state.params))
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before, rounded)
     assert max(jax.tree.leaves(moved)) > 0.002
     start = jax.device_get(rounded)

@@ -289,7 +289,7 @@ def refusal_of(config) -> str:
     return ""
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from(sorted(VALUES)), max_size=5, unique=True).flatmap(
         lambda paths: st.fixed_dictionaries({p: st.sampled_from(VALUES[p]) for p in paths})
