@@ -30,6 +30,7 @@ from lm.decoding.engine.programs import (
     DraftModel,
     NewTokens,
     StateSharding,
+    StepRows,
     decode_rows,
     read_chunk,
 )
@@ -342,16 +343,11 @@ class PagedEngine:
         if proposes:
             run, before = speculate_rows, (*before, self._draft)
             further["n_proposed"] = self._options.n_proposed
+        tables_RM, goes_on_R = self._tables[np.minimum(rows_R, n_rows - 1)], np.isin(rows_R, slots)
+        step_rows: Any = rows_R, tables_RM, goes_on_R, np.int32(n_steps), allowed_RV
+        n_columns = self._options.steps_per_dispatch
         self._state, new = run(
-            *before,
-            self._table.on_device,
-            rows_R,
-            self._tables[np.minimum(rows_R, n_rows - 1)],
-            np.isin(rows_R, slots),
-            np.int32(n_steps),
-            allowed_RV,
-            n_columns=self._options.steps_per_dispatch,
-            **further,
+            *before, self._table.on_device, StepRows(*step_rows), n_columns=n_columns, **further
         )
         at = {int(slot): i for i, slot in enumerate(rows_R)}
         self._in_flight.append(({at[slot]: (slot, self._rows[slot].number) for slot in slots}, new))

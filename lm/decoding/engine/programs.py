@@ -71,6 +71,91 @@ class NewTokens:
     n: jax.Array
 
 
+@flax.struct.dataclass
+class StepRows:
+    """Rows that a dispatch continues.
+
+    Attributes:
+        numbers_R: their numbers; beyond the last row for none.
+        tables_RM: their pages.
+        goes_on_R: false for rows that get no token now.
+        n_steps: most steps.
+        allowed_RV: tokens that may be chosen.
+    """
+
+    numbers_R: jax.Array
+    tables_RM: jax.Array
+    goes_on_R: jax.Array
+    n_steps: jax.Array
+    allowed_RV: jax.Array
+
+
+@flax.struct.dataclass
+class Replies:
+    """Texts of some rows while they grow.
+
+    Attributes:
+        text_RT: prompts and replies.
+        lengths_R: their tokens.
+        alive_R: rows whose reply goes on.
+        new: tokens that were added.
+    """
+
+    text_RT: jax.Array
+    lengths_R: jax.Array
+    alive_R: jax.Array
+    new: NewTokens
+
+    @classmethod
+    def of(cls, model: nn.Module, state: EngineState, rows: StepRows, n_columns: int) -> Replies:
+        """Return the texts of rows, with room for new tokens in `n_columns` columns."""
+        at_R = rows.numbers_R
+        lengths_R = state.lengths_B.at[at_R].get(mode="fill", fill_value=1)
+        room = no_tokens(model, (n_columns, len(at_R)))
+        return cls(
+            state.tokens_BT.at[at_R].get(mode="clip"),
+            jnp.maximum(lengths_R, 1),
+            rows.goes_on_R & _alive(state, rows),
+            NewTokens(room, jnp.zeros((), jnp.int32)),
+        )
+
+    @property
+    def last_R1(self) -> jax.Array:
+        """Last tokens, whose keys and values are not written yet."""
+        return jnp.take_along_axis(self.text_RT, self.lengths_R[:, None] - 1, axis=1)
+
+    def append(self, chosen: Chosen, writes_R: jax.Array, options: RowOptions) -> Replies:
+        """Add a column of tokens to the rows that get one."""
+        tokens_R = jnp.where(writes_R, chosen.tokens_B, -1)
+        at_R = jnp.where(writes_R, self.lengths_R, self.text_RT.shape[1])
+        column = replace(chosen, tokens_B=tokens_R)
+        n, lengths_R = self.new.n, self.lengths_R + writes_R
+        return Replies(
+            self.text_RT.at[jnp.arange(len(at_R)), at_R].set(tokens_R, mode="drop"),
+            lengths_R,
+            self.alive_R & (~writes_R | goes_on(tokens_R, lengths_R, options)),
+            NewTokens(jax.tree.map(lambda x, y: x.at[n].set(y), self.new.chosen, column), n + 1),
+        )
+
+    def stored(
+        self, state: EngineState, rows: StepRows, pages: Pages, draft_pages: Pages
+    ) -> EngineState:
+        """Return the state with these texts and pages."""
+        at_R = rows.numbers_R
+        still_R = jnp.where(rows.goes_on_R, self.alive_R, _alive(state, rows))
+        return EngineState(
+            pages,
+            state.tokens_BT.at[at_R].set(self.text_RT, mode="drop"),
+            state.lengths_B.at[at_R].set(self.lengths_R, mode="drop"),
+            state.alive_B.at[at_R].set(still_R, mode="drop"),
+            draft_pages,
+        )
+
+
+def _alive(state: EngineState, rows: StepRows) -> jax.Array:
+    return state.alive_B.at[rows.numbers_R].get(mode="fill", fill_value=False)
+
+
 class StateSharding(NamedTuple):
     """Sharding of the pages, by key/value heads where the mesh divides these; the rest is whole."""
 
@@ -179,11 +264,7 @@ def decode_rows(
     state: EngineState,
     adapters: Adapters | None,
     options: RowOptions,
-    rows_R: jax.Array,
-    tables_RM: jax.Array,
-    goes_on_R: jax.Array,
-    n_steps: jax.Array,
-    allowed_RV: jax.Array,
+    rows: StepRows,
     n_columns: int,
     sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
@@ -195,53 +276,28 @@ def decode_rows(
         state: texts and pages.
         adapters: low-rank adapters; None: there are none.
         options: options of all rows.
-        rows_R: numbers of the rows; beyond the last row for none.
-        tables_RM: their pages.
-        goes_on_R: false for rows that get no token now.
-        n_steps: most steps.
-        allowed_RV: tokens that may be chosen.
+        rows: the rows.
         n_columns: number of steps that the result has room for.
         sharding: sharding of the state.
     """
-    R, own = len(rows_R), options.of(rows_R)
+    own = options.of(rows.numbers_R)
     adapt = adapters and adapters.interceptor(own.adapters_B)
-    was_alive_R = state.alive_B.at[rows_R].get(mode="fill", fill_value=False)
-    alive_R = goes_on_R & was_alive_R
 
-    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        pages, text_RT, lengths_R, alive_R, new = carry
-        before_R = lengths_R - 1
-        last_R1 = jnp.take_along_axis(text_RT, before_R[:, None], axis=1)
-        paged = PagedRows(tables_RM, before_R, jnp.where(alive_R, lengths_R, 0))
+    def step(carry: tuple[Pages, Replies]) -> tuple[Pages, Replies]:
+        pages, now = carry
+        before_R = now.lengths_R - 1
+        paged = PagedRows(rows.tables_RM, before_R, jnp.where(now.alive_R, now.lengths_R, 0))
         cache = PagedCache.of(model, pages, paged)
-        inputs = last_R1, before_R[:, None], jnp.ones_like(last_R1), cache
+        inputs = now.last_R1, before_R[:, None], jnp.ones_like(now.last_R1), cache
         logits_R1V, cache = decode_last(model, params, *inputs, adapt=adapt)
-        chosen = choose_tokens(logits_R1V[:, 0], text_RT, lengths_R, own, allowed_RV)
-        tokens_R = jnp.where(alive_R, chosen.tokens_B, -1)
-        at_R = jnp.where(alive_R, lengths_R, text_RT.shape[1])
-        text_RT = text_RT.at[jnp.arange(R), at_R].set(tokens_R, mode="drop")
-        chosen = replace(chosen, tokens_B=tokens_R)
-        written = jax.tree.map(lambda x, y: x.at[new.n].set(y), new.chosen, chosen)
-        lengths_R = lengths_R + alive_R
-        alive_R &= goes_on(tokens_R, lengths_R, own)
-        return cache.pages, text_RT, lengths_R, alive_R, NewTokens(written, new.n + 1)
+        chosen = choose_tokens(logits_R1V[:, 0], now.text_RT, now.lengths_R, own, rows.allowed_RV)
+        return cache.pages, now.append(chosen, now.alive_R, own)
 
-    new = NewTokens(no_tokens(model, (n_columns, R)), jnp.zeros((), jnp.int32))
-    text_RT = state.tokens_BT.at[rows_R].get(mode="clip")
-    lengths_R = state.lengths_B.at[rows_R].get(mode="fill", fill_value=1)
-    start = state.pages, text_RT, jnp.maximum(lengths_R, 1), alive_R, new
-    pages, text_RT, lengths_R, alive_R, new = lax.while_loop(
-        lambda carry: (carry[4].n < n_steps) & carry[3].any(), step, start
+    start = state.pages, Replies.of(model, state, rows, n_columns)
+    pages, now = lax.while_loop(
+        lambda carry: (carry[1].new.n < rows.n_steps) & carry[1].alive_R.any(), step, start
     )
-    still_R = jnp.where(goes_on_R, alive_R, was_alive_R)
-    after = EngineState(
-        pages,
-        state.tokens_BT.at[rows_R].set(text_RT, mode="drop"),
-        state.lengths_B.at[rows_R].set(lengths_R, mode="drop"),
-        state.alive_B.at[rows_R].set(still_R, mode="drop"),
-        state.draft_pages,
-    )
-    return placed(after, sharding), new
+    return placed(now.stored(state, rows, pages, state.draft_pages), sharding), now.new
 
 
 def goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:

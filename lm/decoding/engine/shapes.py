@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.stages import Lowered
 
 from lm.decoding.engine.option_table import OptionTable
-from lm.decoding.engine.programs import EngineState, StateSharding, decode_rows, read_chunk
+from lm.decoding.engine.programs import (
+    EngineState,
+    StateSharding,
+    StepRows,
+    decode_rows,
+    read_chunk,
+)
 from lm.decoding.engine.sizes import (
     EngineOptions,
     choose_context,
@@ -69,13 +75,13 @@ def lower_programs(
     number, flag = _int32(), _bool()
     tokens_L = _int32(longest_chunk(experiment, options))
     chunk = (number, _int32(M), tokens_L, number, number, flag, _bool(V))
-    rows = (_int32(R), _int32(R, M), _bool(R), number, _bool(R, V))
+    rows = StepRows(_int32(R), _int32(R, M), _bool(R), number, _bool(R, V))
     is_prefix, n_columns = experiment.objective.has_prefix, options.steps_per_dispatch
     return {
         "chunk": read_chunk.lower(
             *before, None, table, *chunk, is_prefix=is_prefix, sharding=sharding
         ),
-        "decode": decode_rows.lower(*before, table, *rows, n_columns=n_columns, sharding=sharding),
+        "decode": decode_rows.lower(*before, table, rows, n_columns=n_columns, sharding=sharding),
     }
 
 
