@@ -9,7 +9,10 @@ the end.
 from lm.sweeps.sets import grid, named, product
 from lm.sweeps.sweep import Halving, Sweep
 
-CENTRES = {"adamw": 3e-3, "adafactor": 3e-2, "lion": 5e-4, "muon": 2e-2, "sgd": 0.3}
+CENTRES = {
+    **{"adamw": 3e-3, "adafactor": 3e-2, "lion": 5e-4, "muon": 2e-2, "sgd": 0.3},
+    **{"ademamix": 3e-3, "schedule_free": 1e-2, "soap": 3e-3},
+}
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -17,7 +20,10 @@ def get_sweep():
     sets = []
     for name, centre in CENTRES.items():
         rates = [float(f"{centre * factor:.3g}") for factor in FACTORS]
-        sets += product([{"optimizer.name": name}], grid({"optimizer.learning_rate": rates}))
+        own = {"optimizer.name": name}
+        if name == "schedule_free":
+            own["schedule.name"] = "constant"
+        sets += product([own], grid({"optimizer.learning_rate": rates}))
     common = {"train.steps": 600, "eval.every_steps": 100, "log.tensorboard": False}
     runs = {name: common | overrides for name, overrides in named(sets).items()}
     return Sweep("experiments/stdlib.py:tiny", runs, Halving(first=100, factor=3))
