@@ -12,7 +12,7 @@ table.
 
 from lm.config import choose, default
 
-VARIANTS = {  # learning rate, keys of section "optimizer"
+OPTIMIZERS = {  # learning rate, keys of section "optimizer"
     "adamw": (4e-3, {"name": "adamw"}),
     "adamw-cautious-updates": (4e-3, {"name": "adamw", "cautious": "updates"}),
     "adamw-cautious-decay": (4e-3, {"name": "adamw", "cautious": "decay"}),
@@ -31,7 +31,7 @@ TARGET = 4.9  # validation loss, nats a token
 
 
 def get_config(variant="muon"):
-    rate, options = choose(VARIANTS, variant)
+    rate, options = choose(OPTIMIZERS, variant)
     config = default()
 
     model = config.model

@@ -124,7 +124,7 @@ def main() -> None:
     runs = [json.loads(line) for line in done]
 
     def run(variant: str, factor: float, seed: int) -> None:
-        rate = float(f"{file.VARIANTS[variant][0] * factor:.3g}")
+        rate = float(f"{file.OPTIMIZERS[variant][0] * factor:.3g}")
         if any((r["variant"], r["rate"], r["seed"]) == (variant, rate, seed) for r in runs):
             return
         runs.append(race(variant, factor, seed))
@@ -134,11 +134,11 @@ def main() -> None:
         jax.clear_caches()
 
     for factor in args.factors:
-        for variant in args.only or file.VARIANTS:
+        for variant in args.only or file.OPTIMIZERS:
             run(variant, factor, 0)
     for variant in ranked(runs)[: args.finalists] if args.factors else []:
         for seed in range(1, args.seeds):
-            run(variant, best_runs(runs, variant)[0]["rate"] / file.VARIANTS[variant][0], seed)
+            run(variant, best_runs(runs, variant)[0]["rate"] / file.OPTIMIZERS[variant][0], seed)
     print(table(runs, file.TARGET))
 
 
