@@ -50,5 +50,14 @@ def test_the_type_is_kept(name):
 
 
 def test_every_activation_has_a_definition_here():
-    assert set(ACTIVATIONS) == set(DEFINITIONS)
-    assert set(GATED) == {"swiglu", "geglu"}
+    assert set(ACTIVATIONS) == {*DEFINITIONS, "swiglu_clipped"}
+    assert set(GATED) == {"swiglu", "geglu", "swiglu_clipped"}
+
+
+def test_clipped_swiglu_is_that_of_gpt_oss():
+    """`_apply_gate` of transformers' GptOssExperts: alpha 1.702, limit 7."""
+    gate, x = np.meshgrid(np.linspace(-20, 20, 41), np.linspace(-20, 20, 41))
+    cut = np.minimum(gate, 7)
+    expected = (np.clip(x, -7, 7) + 1) * cut * scipy.special.expit(1.702 * cut)
+    found = ACTIVATIONS["swiglu_clipped"](jnp.asarray(gate)) * GATED["swiglu_clipped"](x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
