@@ -12,14 +12,14 @@ LIBRARY_OPTIMIZERS = (  # not those of plug-ins
     *("adamw", "adafactor", "sgd", "lion", "muon", "ademamix", "schedule_free", "soap"),
 )
 COMMON_KEYS: dict[str, Key] = {
-    "seed": Key(0, "Seed of initialisation, dropout and data order.", low=0, high=2**31 - 1),
+    "seed": Key(0, "Seed of initialization, dropout and data order.", low=0, high=2**31 - 1),
     "paper": Key("", "Name of the published model that this configuration reproduces.", free=True),
     # --- model
-    "model.family": Key("decoder", "Kind of model."),
+    "model.family": Key("decoder", "Model family."),
     "model.n_layers": Key(4, "Layers: Transformer blocks, or recurrent layers.", low=1),
     "model.n_decoder_layers": Key(
         0,
-        "Layers of the decoder; 0: n_layers.",
+        "Decoder layers; 0: n_layers.",
         low=0,
         needs=("model.family", "encoder_decoder", "lstm_encoder_decoder"),
     ),
@@ -30,15 +30,15 @@ COMMON_KEYS: dict[str, Key] = {
     "model.d_ff": Key(0, "Width of the feed-forward layer; 0: 4 d_model.", low=0),
     "model.vocab_size": Key(
         0,
-        "Rows of the token table; 0: the tokenizer's size. Tokens that data.added_tokens adds get "
-        "rows too.",
+        "Rows of the token embedding table; 0: the tokenizer's size. Tokens of data.added_tokens "
+        "are included.",
         low=0,
     ),
-    "model.max_length": Key(0, "Longest context; 0: data.sequence_length.", low=0),
+    "model.max_length": Key(0, "Maximum context length; 0: data.sequence_length.", low=0),
     "model.residual": Key(
         "sum",
-        "How a block's output h joins the residual stream H: H + h, or concat(H, h W), which makes "
-        "each block wider than the one before it by concat_width.",
+        "How a block's output h joins the residual stream H: H + h, or concat(H, h W), which "
+        "widens the stream by concat_width at each block.",
         choices=("sum", "concat"),
     ),
     "model.concat_width": Key(
@@ -48,232 +48,240 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("model.residual", "concat"),
     ),
     "model.mixer": Key("attention", "Token mixer of a Transformer block."),
-    "model.norm": Key("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm")),
-    "model.norm_eps": Key(1e-5, "Epsilon inside the normalisation.", low=1e-20, high=1.0),
+    "model.norm": Key("layernorm", "Normalization layer.", choices=("layernorm", "rmsnorm")),
+    "model.norm_eps": Key(1e-5, "Epsilon of the normalization.", low=1e-20, high=1.0),
     "model.norm_placement": Key(
         "pre",
-        "Normalise the input of each sublayer, the sum, input and output (Gemma 2), or the output "
-        "alone (OLMo 2).",
+        "Normalize each sublayer's input (pre), the residual sum (post), input and output (both; "
+        "Gemma 2), or the output only (OLMo 2).",
         choices=("pre", "post", "both", "output"),
     ),
-    "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, which starts at 0 (Gemma)."),
+    "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, initialized to 0 (Gemma)."),
     "model.norm_bias": Key(True, "LayerNorm has a bias.", needs=("model.norm", "layernorm")),
-    "model.embedding_norm": Key(False, "Normalise the sum of the embeddings (BERT)."),
+    "model.embedding_norm": Key(False, "Normalize the sum of the embeddings (BERT)."),
     "model.bias": Key(True, "Linear layers have biases."),
     "model.attention_bias": Key(
         "same",
-        "Biases of attention: as model.bias says, all, of queries, keys and values (Qwen2), none.",
+        "Attention biases: same as model.bias, all, queries, keys and values only (Qwen2), or "
+        "none.",
         choices=("same", "all", "qkv", "none"),
     ),
-    "model.qk_norm": Key(False, "Normalise queries and keys."),
+    "model.qk_norm": Key(False, "Normalize queries and keys."),
     "model.qk_norm_over": Key(
         "head",
-        "What qk_norm normalises over: each head (Qwen3), or all heads of a token together "
-        "(OLMo 2).",
+        "qk_norm normalizes each head separately (Qwen3) or all heads of a token together (OLMo "
+        "2).",
         choices=("head", "all"),
         needs=("model.qk_norm",),
     ),
     "model.attention_scale": Key(
-        0.0, "Factor of attention scores (T5: 1); 0: 1 / sqrt(head_dim).", low=0.0
+        0.0, "Scale of attention logits (T5: 1); 0: 1 / sqrt(head_dim).", low=0.0
     ),
     "model.attention_softcap": Key(
-        0.0, "Attention scores x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
+        0.0, "Soft-cap of attention logits, cap tanh(x / cap) (Gemma 2); 0: off.", low=0.0
     ),
     "model.attention_sinks": Key(
         False,
-        "Each head has a logit that takes part in the softmax and has no value, so that a token "
-        "may attend to nothing (gpt-oss).",
+        "Add a learned sink logit per head to the softmax, so that a token can attend to nothing "
+        "(gpt-oss).",
     ),
     "model.window": Key(
-        0, "Local layers of a decoder see so many last tokens, their own included; 0: all.", low=0
+        0,
+        "Sliding window of local decoder layers, in tokens, own token included; 0: no limit.",
+        low=0,
     ),
     "model.window_chunks": Key(
         False,
-        "Texts are cut into chunks of model.window tokens, and local layers see the start of a "
-        "token's own chunk instead of the last tokens (Llama 4).",
+        "Local layers attend within fixed chunks of model.window tokens instead of a sliding "
+        "window (Llama 4).",
     ),
     "model.global_every": Key(
         0,
-        "Where there is a window, layers n, 2n, … of 1, 2, … are global and the others local: "
-        "Gemma 2 and GPT-3 2, Gemma 3 6; 0: all are local.",
+        "With a window, every n-th layer is global and the others are local (Gemma 2 and GPT-3: 2,"
+        " Gemma 3: 6); 0: all are local.",
         low=0,
     ),
     "model.positions": Key(
         "learned",
-        "Position information; relative: T5's bias of attention scores; alibi: a bias that falls "
-        "with the distance, at a fixed slope a head (Press et al. 2022).",
+        "Position encoding; rotary: RoPE; relative: T5's attention bias; alibi: a bias linear in "
+        "the distance, with a fixed slope per head (Press et al. 2022).",
         choices=("learned", "sinusoidal", "rotary", "relative", "alibi", "none"),
     ),
     "model.position_offset": Key(
         0,
-        "Row of the position table for position 0 (RoBERTa).",
+        "Row of the position table that position 0 uses (RoBERTa).",
         low=0,
         needs=("model.positions", "learned"),
     ),
     "model.relative_buckets": Key(
-        32, "Rows of the relative position table.", low=4, needs=("model.positions", "relative")
+        32, "Buckets of the relative position bias.", low=4, needs=("model.positions", "relative")
     ),
     "model.relative_max_distance": Key(
-        128, "Distance from which all share a bucket.", low=4, needs=("model.positions", "relative")
+        128,
+        "Distances from here on share one bucket.",
+        low=4,
+        needs=("model.positions", "relative"),
     ),
-    "model.token_types": Key(0, "Segment embeddings (BERT); 0: none.", low=0),
+    "model.token_types": Key(0, "Number of segment embeddings (BERT); 0: none.", low=0),
     "model.nope_every": Key(
         0,
-        "Layers n, 2n, … of 1, 2, … have no rotary positions (NoPE): SmolLM3 and Llama 4 4; 0: all "
+        "Every n-th layer has no rotary positions (NoPE; SmolLM3 and Llama 4: 4); 0: all layers "
         "have them.",
         low=0,
         needs=("model.positions", "rotary"),
     ),
     "model.nope_temperature": Key(
         0.0,
-        "In layers without positions the query at position i is multiplied by 1 + x ln(1 + "
-        "floor((i + 1) / nope_temperature_length)), x being this (Llama 4: 0.1).",
+        "NoPE layers scale the query at position i by 1 + x ln(1 + floor((i + 1) / "
+        "nope_temperature_length)), where x is this value (Llama 4: 0.1).",
         low=0.0,
         needs=("model.nope_every",),
     ),
     "model.nope_temperature_length": Key(
         8192,
-        "Tokens up to which queries keep their size.",
+        "Positions below this one keep their query scale.",
         low=1,
         needs=("model.nope_temperature",),
     ),
     "model.rope_theta": Key(
-        10_000.0, "Base of the rotary wavelengths.", low=1.0, needs=("model.positions", "rotary")
+        10_000.0, "Base of the RoPE wavelengths.", low=1.0, needs=("model.positions", "rotary")
     ),
     "model.rope_theta_local": Key(
         0.0,
-        "Base of the rotary wavelengths of local layers, which rope_scaling then leaves as they "
-        "are (Gemma 3); 0: local layers rotate as global ones.",
+        "RoPE base of local layers, to which rope_scaling then does not apply (Gemma 3); 0: same "
+        "as global layers.",
         low=0.0,
     ),
     "model.rope_fraction": Key(
         1.0,
-        "Part of a head that is rotated, the first of its numbers (StableLM 0.25).",
+        "Fraction of the head dimension that is rotated, from its start (StableLM: 0.25).",
         low=0.0,
         high=1.0,
         needs=("model.positions", "rotary"),
     ),
     "model.rope_norm": Key(
         False,
-        "Normalise each head of queries and keys by its root mean square once it is rotated, "
-        "without a scale; layers without positions do not (Llama 4).",
+        "Apply RMSNorm without a scale to each head of queries and keys after RoPE, except in NoPE"
+        " layers (Llama 4).",
         needs=("model.positions", "rotary"),
     ),
     "model.rope_scaling": Key(
         "none",
-        "Rotary wavelengths times rope_factor: of all, or of the long ones (llama3: Llama 3.1; "
-        "yarn: YaRN); dynamic: more the longer a text is; longrope: times factors for each (Phi).",
+        "RoPE scaling by rope_factor: linear: all wavelengths; llama3 (Llama 3.1), yarn: the long "
+        "ones; dynamic: grows with the sequence length; longrope: a factor per wavelength (Phi).",
         choices=("none", "linear", "llama3", "yarn", "dynamic", "longrope"),
         needs=("model.positions", "rotary"),
     ),
     "model.rope_factor": Key(
-        1.0, "What rope_scaling stretches wavelengths by.", low=1.0, needs=("model.rope_scaling",)
+        1.0, "Factor of rope_scaling.", low=1.0, needs=("model.rope_scaling",)
     ),
     "model.rope_low_frequency": Key(
         1.0,
-        "llama3, yarn (beta_slow): fewer turns than this in rope_original_length are stretched "
-        "whole.",
+        "llama3, yarn (beta_slow): wavelengths with fewer rotations than this in "
+        "rope_original_length are fully scaled.",
         low=1e-6,
         needs=("model.rope_scaling", "llama3", "yarn"),
     ),
     "model.rope_high_frequency": Key(
         4.0,
-        "llama3, yarn (beta_fast; YaRN has 32): more turns than this in rope_original_length stay.",
+        "llama3, yarn (beta_fast; YaRN: 32): wavelengths with more rotations than this in "
+        "rope_original_length are not scaled.",
         low=1e-6,
         needs=("model.rope_scaling", "llama3", "yarn"),
     ),
     "model.rope_original_length": Key(
         8192,
-        "Context before the stretching.",
+        "Context length before scaling.",
         low=1,
         needs=("model.rope_scaling", "llama3", "yarn", "dynamic", "longrope"),
     ),
     "model.rope_attention_factor": Key(
         0.0,
-        "yarn, longrope: factor of rotated queries and keys; 0: by rope_factor, as the papers do.",
+        "yarn, longrope: scale of rotated queries and keys; 0: from rope_factor, as in the papers.",
         low=0.0,
         needs=("model.rope_scaling", "yarn", "longrope"),
     ),
     "model.rope_truncate": Key(
         True,
-        "yarn: stretch between whole indices of wavelengths.",
+        "yarn: round the bounds of the scaled range to integer wavelength indices.",
         needs=("model.rope_scaling", "yarn"),
     ),
     "model.rope_short_factor": Key(
         (),
-        "longrope: factors, one a wavelength (half of what is rotated of a head), up to "
+        "longrope: one factor per wavelength (half of the rotated dimension), for sequences up to "
         "rope_original_length.",
         needs=("model.rope_scaling", "longrope"),
     ),
     "model.rope_long_factor": Key(
         (),
-        "longrope: such factors of texts longer than that.",
+        "longrope: factors for longer sequences.",
         needs=("model.rope_scaling", "longrope"),
     ),
     "model.activation": Key(
         "gelu_tanh",
-        "Non-linearity; the glu ones are gated (two input projections); swiglu_clipped: gate g of "
-        "at most 7 and input x within 7, g sigmoid(1.702 g) (x + 1) (gpt-oss).",
+        "Activation function; swiglu and geglu are gated (two input projections); swiglu_clipped: "
+        "g sigmoid(1.702 g) (x + 1), gate g at most 7 and input x clipped to ±7 (gpt-oss).",
         choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu", "swiglu_clipped"),
     ),
-    "model.n_experts": Key(
-        0, "Experts of a feed-forward layer (Switch, Mixtral); 0: plain layers.", low=0
-    ),
+    "model.n_experts": Key(0, "Experts per MoE layer (Switch, Mixtral); 0: dense layers.", low=0),
     "model.experts_per_token": Key(
-        2, "Experts that a token uses: 1 Switch, 2 Mixtral.", low=1, needs=("model.n_experts",)
+        2, "Experts per token (Switch: 1, Mixtral: 2).", low=1, needs=("model.n_experts",)
     ),
     "model.experts_every": Key(
         1,
-        "Every so many layers the last one has experts; the others are plain.",
+        "Every n-th layer is an MoE layer; the others are dense.",
         low=1,
         needs=("model.n_experts",),
     ),
     "model.expert_d_ff": Key(
-        0, "Width of an expert; 0: d_ff, that of plain layers.", low=0, needs=("model.n_experts",)
+        0,
+        "Feed-forward width of an expert; 0: d_ff, as in dense layers.",
+        low=0,
+        needs=("model.n_experts",),
     ),
     "model.expert_weights": Key(
         "auto",
-        "Weights of a token's experts: their probabilities among all (Switch, OLMoE), or those "
-        "over their sum (Mixtral, Qwen3); auto: probability of one, normalized of several.",
+        "Weights of a token's experts: router probabilities (Switch, OLMoE), or normalized to sum "
+        "to 1 (Mixtral, Qwen3); auto: probability with one expert per token, else normalized.",
         choices=("auto", "probability", "normalized"),
         needs=("model.n_experts",),
     ),
     "model.expert_weights_scale": Key(
-        1.0, "Factor of these weights (DeepSeek).", low=0.0, needs=("model.n_experts",)
+        1.0, "Scale of the expert weights (DeepSeek).", low=0.0, needs=("model.n_experts",)
     ),
     "model.expert_weights_input": Key(
         False,
-        "These weights multiply the input of an expert instead of its output (Llama 4).",
+        "Expert weights multiply an expert's input instead of its output (Llama 4).",
         needs=("model.n_experts",),
     ),
     "model.router_scores": Key(
         "softmax",
-        "Scores of experts: their probabilities, or the sigmoid of each logit (DeepSeek-V3).",
+        "Router scores: softmax, or a sigmoid of each logit (DeepSeek-V3).",
         choices=("softmax", "sigmoid"),
         needs=("model.n_experts",),
     ),
     "model.expert_groups": Key(
         0,
-        "Groups of neighbouring experts, of which a token uses expert_groups_per_token (DeepSeek); "
-        "0: it may use all experts.",
+        "Groups of experts, of which a token uses expert_groups_per_token (DeepSeek); 0: no "
+        "groups.",
         low=0,
         needs=("model.n_experts",),
     ),
     "model.expert_groups_per_token": Key(
         0,
-        "Groups that the experts of a token are chosen from.",
+        "Groups that each token's experts are chosen from.",
         low=0,
         needs=("model.expert_groups",),
     ),
     "model.expert_group_best": Key(
         1,
-        "Largest scores of a group that are added up to choose groups: 1 DeepSeek-V2, 2 V3.",
+        "Number of top scores summed to rank a group (DeepSeek-V2: 1, V3: 2).",
         low=1,
         needs=("model.expert_groups",),
     ),
     "model.shared_expert_d_ff": Key(
         0,
-        "Width of an expert that every token uses beside its own; 0: none.",
+        "Width of the shared expert, which every token uses; 0: none.",
         low=0,
         needs=("model.n_experts",),
     ),
@@ -282,99 +290,92 @@ COMMON_KEYS: dict[str, Key] = {
         "Multiply the shared expert's output by a sigmoid of the token (Qwen2-MoE).",
         needs=("model.shared_expert_d_ff",),
     ),
-    "model.dense_layers": Key(
-        0, "Layers before the first one with experts, all of them plain (DeepSeek).", low=0
-    ),
+    "model.dense_layers": Key(0, "Dense layers before the first MoE layer (DeepSeek).", low=0),
     "model.expert_capacity": Key(
         0.0,
-        "Tokens of a row that an expert takes in training, over the even share; later ones pass it "
-        "by. 0: it takes all. Evaluation and decoding drop nothing.",
+        "Capacity factor: tokens per row that an expert accepts in training, relative to an even "
+        "split; the rest are dropped. 0: no limit. Evaluation and decoding drop nothing.",
         low=0.0,
         needs=("model.n_experts",),
     ),
     "model.balance_loss": Key(
         0.01,
-        "Weight of the load-balancing loss of each layer of experts (Switch).",
+        "Weight of the load-balancing loss of each MoE layer (Switch).",
         low=0.0,
         needs=("model.n_experts",),
     ),
     "model.router_z_loss": Key(
         0.0,
-        "Weight of the routers' squared log-partition, each layer (ST-MoE).",
+        "Weight of the router z-loss of each MoE layer (ST-MoE).",
         low=0.0,
         needs=("model.n_experts",),
     ),
     "model.router_jitter": Key(
         0.0,
-        "In training a router's input is multiplied by 1 ± this (Switch).",
+        "Router inputs are multiplied by noise within 1 ± this in training (Switch).",
         low=0.0,
         high=0.99,
         needs=("model.n_experts",),
     ),
     "model.router_bias": Key(
-        False, "Routers have a bias that is learnt (gpt-oss).", needs=("model.n_experts",)
+        False, "Routers have a learned bias (gpt-oss).", needs=("model.n_experts",)
     ),
     "model.router_bias_rate": Key(
         0.0,
-        "What each microbatch adds to or subtracts from the bias that a router adds to the "
-        "probability of an expert when it chooses, so that loads become even; 0: no bias "
-        "(DeepSeek-V3, with model.balance_loss=0).",
+        "Update rate, per microbatch, of the selection bias that balances expert loads without an "
+        "auxiliary loss (DeepSeek-V3, with model.balance_loss=0); 0: no bias.",
         low=0.0,
         needs=("model.n_experts",),
     ),
-    "model.tie_embeddings": Key(True, "The output projection is the token table."),
+    "model.tie_embeddings": Key(True, "Share the output projection with the token embeddings."),
     "model.scale_embeddings": Key(False, "Multiply embeddings by sqrt(d_model)."),
     "model.embedding_multiplier": Key(
-        1.0, "Factor of the embeddings of tokens (Granite).", low=1e-6, high=1e6
+        1.0, "Multiplier of token embeddings (Granite).", low=1e-6, high=1e6
     ),
     "model.residual_multiplier": Key(
-        1.0, "Factor of the output of each sublayer (Granite).", low=1e-6, high=1e6
+        1.0, "Multiplier of each sublayer's output (Granite).", low=1e-6, high=1e6
     ),
-    "model.logits_scaling": Key(
-        1.0, "What the logits of the vocabulary are divided by (Granite).", low=1e-6, high=1e6
-    ),
+    "model.logits_scaling": Key(1.0, "Divisor of the logits (Granite).", low=1e-6, high=1e6),
     "model.scale_logits": Key(
         False, "Divide tied logits by sqrt(d_model) (T5).", needs=("model.tie_embeddings", "True")
     ),
     "model.logit_softcap": Key(
-        0.0, "Logits x become cap tanh(x / cap) (Gemma 2); 0: they stay.", low=0.0
+        0.0, "Soft-cap of the logits, cap tanh(x / cap) (Gemma 2); 0: off.", low=0.0
     ),
     "model.mup_base_width": Key(
         0,
-        "muP (Yang et al. 2022): the d_model at which this is the plain model, and from which best "
-        "learning rates carry over to others; d_ff grows with d_model. 0: plain at every width.",
+        "muP base width (Yang et al. 2022): the d_model whose best learning rate transfers to "
+        "other widths, if d_ff scales with d_model; at this width muP changes nothing. 0: no muP.",
         low=0,
     ),
     "model.mup_base_head_dim": Key(
-        0, "head_dim at mup_base_width; 0: head_dim, wider models have more heads.", low=0
+        0, "head_dim at mup_base_width; 0: head_dim (wider models have more heads).", low=0
     ),
     "model.n_classes": Key(
         0,
-        "Outputs of classification; 0: the number of data.labels.",
+        "Classifier outputs; 0: the number of data.labels.",
         low=0,
         needs=("objective.name", "classification", "token_classification", "reward"),
     ),
     "model.d_hidden": Key(
         0,
-        "Units of a recurrent layer, both directions together, or of NPLM; 0: d_model.",
+        "Hidden units of a recurrent layer (both directions together) or of NPLM; 0: d_model.",
         low=0,
         needs=("model.family", "lstm", "lstm_encoder_decoder", "nplm"),
     ),
     "model.pooling": Key(
         "family",
-        "What stands for a text of a Transformer: BERT's layer over the first token and elsewhere "
-        "the last token, or the mean of its tokens.",
+        "Sequence representation of a Transformer classifier: the family's (BERT's pooler on the "
+        "first token, elsewhere the last token), or the mean over tokens.",
         choices=("family", "mean"),
         needs=("objective.name", "classification", "reward"),
     ),
     "model.bidirectional": Key(
         False,
-        "Recurrent encoders and classifiers read both ways.",
+        "Recurrent encoders and classifiers are bidirectional.",
         needs=("model.family", "lstm", "lstm_encoder_decoder"),
     ),
-    "model.context": Key(
-        4, "Words that NPLM sees before the predicted one.", low=1, needs=("model.family", "nplm")
-    ),
+    "model.context": Key(4, "Context words of NPLM.", low=1, needs=("model.family", "nplm")),
     "model.direct": Key(
         False,
         "NPLM's direct connections from embeddings to output.",
@@ -384,39 +385,45 @@ COMMON_KEYS: dict[str, Key] = {
         False, "Recurrent state passes from one batch to the next; needs data.order=contiguous."
     ),
     "model.dropout": Key(0.0, "Dropout of embeddings and sublayer outputs.", low=0.0, high=0.99),
-    "model.activation_dropout": Key(0.0, "Dropout inside the feed-forward.", low=0.0, high=0.99),
-    "model.final_dropout": Key(False, "Dropout after the final norm of a stack too (T5)."),
+    "model.activation_dropout": Key(
+        0.0, "Dropout inside the feed-forward layer.", low=0.0, high=0.99
+    ),
+    "model.final_dropout": Key(False, "Dropout also after the final norm of a stack (T5)."),
     "model.attention_dropout": Key(0.0, "Dropout of attention weights.", low=0.0, high=0.99),
     "model.init": Key(
         "normal",
-        "Deviation of fresh kernels: init_std, 1/sqrt(inputs), or sqrt(2/(inputs + outputs)); "
-        "tables have init_std; uniform: not Transformers, everything in ± init_std.",
+        "Standard deviation of kernels: init_std, 1/sqrt(fan_in), or sqrt(2/(fan_in + fan_out)); "
+        "embeddings use init_std; uniform: all in ± init_std (not for Transformers).",
         choices=("normal", "fan_in", "xavier", "uniform"),
     ),
-    "model.init_std": Key(0.02, "Deviation of the normal initialisation.", low=0.0, high=10.0),
+    "model.init_std": Key(
+        0.02, "Standard deviation of the normal initialization.", low=0.0, high=10.0
+    ),
     "model.init_scale": Key(
         1.0,
-        "The fan_in deviation is sqrt(this/inputs); Switch has 0.1.",
+        "Variance scale of fan_in: the deviation is sqrt(this/fan_in) (Switch: 0.1).",
         low=0.0,
         high=100.0,
         needs=("model.init", "fan_in"),
     ),
     "model.init_truncated": Key(
-        False, "Nothing beyond two deviations is drawn (BERT, Switch); the rest has 0.88 of them."
+        False,
+        "Truncate the normal at two standard deviations (BERT, Switch), without rescaling (0.88 "
+        "remains).",
     ),
     "model.scale_residual_init": Key(
         True, "Divide the init_std of residual output projections by sqrt(2 n_layers) (GPT-2)."
     ),
     "model.dtype": Key(
         "auto",
-        "Compute type; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.",
+        "Compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.",
         choices=("auto", "float32", "bfloat16"),
     ),
     "model.attention": Key(
         "auto",
-        "Attention kernel: plain XLA; tiles that skip the masked half (for CPUs); blockwise: the "
-        "scores of one tile at a time; splash, flash (TPU), cudnn, tokamax, triton (GPU): fused; "
-        "auto: the platform's own if it can run, else xla.",
+        "Attention kernel: xla: plain; tiled: skips the masked half (for CPUs); blockwise: one "
+        "tile of logits at a time; splash, flash (TPU), cudnn, tokamax, triton (GPU): fused; auto:"
+        " the platform's first that supports the model, else xla.",
         choices=(
             *("auto", "xla", "tiled", "blockwise", "splash", "flash"),
             *("cudnn", "tokamax", "triton"),
@@ -431,23 +438,28 @@ COMMON_KEYS: dict[str, Key] = {
         "classification, span_qa and token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, "
         "parquet:FILE, arrow:FOLDER, datasets:NAME, parallel:FILE|FILE, squad:FILE, conll:FILE.",
     ),
-    "data.weights": Key((), "Mixture weights of the corpora; (): by tokens."),
+    "data.weights": Key((), "Mixture weights of the corpora; (): by token count."),
     "data.schedule": Key(
         "",
-        "Mixture weights that change: STEP: WEIGHT WEIGHT …; STEP: …, linear in between, at once "
-        "where a step stands twice.",
+        "Mixture weights over time: STEP: WEIGHT WEIGHT …; STEP: …, interpolated linearly; list a "
+        "step twice for a jump.",
     ),
-    "data.epochs": Key((), "Passes over each corpus, in proportion, instead of weights."),
+    "data.epochs": Key((), "Mixture weights as relative numbers of epochs over each corpus."),
     "data.directory": Key(
-        "", "Where relative paths start; empty: $LM_DATA_DIR, else the current folder.", free=True
+        "",
+        "Base folder of relative paths; empty: $LM_DATA_DIR, else the current folder.",
+        free=True,
     ),
     "data.field": Key(
         "text",
-        "Field or column that holds the text; dots lead into nested ones (meta.text).",
+        "Field or column with the text; dots select nested fields (meta.text).",
         needs=("data.source", "jsonl", "tfds", "parquet", "arrow", "datasets"),
     ),
     "data.documents": Key(
-        "file", "A text file's document.", choices=("file", "line"), needs=("data.source", "text")
+        "file",
+        "What a document is in a text file.",
+        choices=("file", "line"),
+        needs=("data.source", "text"),
     ),
     "data.split": Key(
         "train",
@@ -467,455 +479,484 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "data.end_token": Key(
         "",
-        "Token between the documents of token files (nanogpt), an id or an entry of the "
-        "vocabulary; empty: the tokenizer's end; none: they are one document.",
+        "Token that separates documents in token files (nanogpt), an id or a vocabulary entry; "
+        "empty: the tokenizer's end token; none: a single document.",
         needs=("data.source", "nanogpt"),
     ),
     "data.validation_source": Key("", "Corpora for validation, written as data.source."),
     "data.test_source": Key("", "Corpora for `lm eval --split test`.", free=True),
     "data.columns": Key(
-        "", "Columns of records by role, such as text=sentence,label=label; numbers count from 0."
+        "", "Record columns by role, such as text=sentence,label=label, or by index from 0."
     ),
     "data.header": Key(
         True,
-        "TSV and CSV files start with the names of their columns.",
+        "TSV and CSV files have a header row.",
         needs=("data.source", "tsv", "csv"),
     ),
-    "data.bad_rows": Key("error", "A bad row is an error, or skipped.", choices=("error", "skip")),
+    "data.bad_rows": Key(
+        "error", "Treat a malformed row as an error, or skip it.", choices=("error", "skip")
+    ),
     "data.canaries": Key(
         0,
-        "Random lines planted in the first training corpus; lm eval --safety tells how far they "
-        "are memorised.",
+        "Random lines planted in the first training corpus; lm eval --safety measures how well "
+        "they are memorized.",
         low=0,
         high=10_000,
         needs=("objective.name", "causal", "prefix", "masked", "span_corruption"),
     ),
     "data.canary_format": Key(
         "the random number is ######",
-        "A canary; # is a random digit.",
+        "Text of a canary; each # becomes a random digit.",
         needs=("data.canaries",),
     ),
     "data.canary_repeats": Key(
         (1.0,),
-        "How often a canary is planted, in turn: 1,4,16 plants a third of them each so often.",
+        "Repetitions of canaries, assigned in turn: 1,4,16 plants a third of them with each count.",
         needs=("data.canaries",),
     ),
     "data.labels": Key(
         "",
-        "Names of the classes, comma-separated; empty: a number is learnt.",
+        "Class names, comma-separated; empty: regression.",
         needs=("objective.name", "classification", "token_classification"),
     ),
     "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
     "data.doc_stride": Key(
         128,
-        "Tokens from one window of a long context to the next.",
+        "Stride between windows over a long context, in tokens.",
         low=1,
         needs=("objective.name", "span_qa"),
     ),
-    "data.pack": Key(True, "Several short pairs share a row."),
+    "data.pack": Key(True, "Pack several short examples into a row."),
     "data.order": Key(
         "shuffled",
-        "Order of training windows; contiguous: row r of a batch goes on where it was before.",
+        "Order of training windows; contiguous: row r of a batch continues row r of the previous "
+        "one.",
         choices=("shuffled", "contiguous"),
     ),
     "data.validation_fraction": Key(
         0.0,
-        "Part held out where there is no validation source: random documents or records, or the "
-        "end of the only document.",
+        "Fraction held out for validation if there is no validation source: random documents or "
+        "records, or the end of a single document.",
         low=0.0,
         high=0.9,
     ),
     "data.tokenizer": Key(
         "byte",
-        "byte, char, words (of the corpus), words:FILE, sentencepiece (trained on the corpus), "
-        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, folder:DIR (of a model), "
-        "run:WORKDIR (that of a run).",
+        "byte; char, words or sentencepiece (trained on the corpus); words:FILE, "
+        "sentencepiece:FILE, tokenizers:FILE.json, gpt2:FOLDER, folder:DIR (a Hugging Face "
+        "model's), run:WORKDIR (a run's).",
     ),
     "data.tokenizer_vocab_size": Key(
         4096,
-        "Pieces of a SentencePiece model trained on the corpus; most words of words.",
+        "Vocabulary size of a tokenizer trained on the corpus (sentencepiece; maximum for words).",
         low=2,
         needs=("data.tokenizer", "sentencepiece", "words"),
     ),
     "data.tokenizer_min_count": Key(
         1,
-        "Rarer words are unknown to the words tokenizer.",
+        "Minimum count of a word; the words tokenizer maps rarer ones to unknown.",
         low=1,
         needs=("data.tokenizer", "words"),
     ),
     "data.lowercase": Key(
-        False, "The words tokenizer lower-cases.", needs=("data.tokenizer", "words")
+        False, "The words tokenizer lowercases text.", needs=("data.tokenizer", "words")
     ),
     "data.added_tokens": Key(
         "",
-        "Special tokens added to the vocabulary, comma-separated; template: those that the shipped "
-        "chat template writes, unless the tokenizer has one of its own; empty: that for "
-        "objectives that learn from conversations, none for others.",
+        "Special tokens added to the vocabulary, comma-separated; template: those of the built-in "
+        "chat template, unless the tokenizer has its own template; empty: template for objectives "
+        "on conversations, none for others.",
     ),
     "data.chat_template": Key(
-        "", "Jinja file of the chat template; empty: the tokenizer's, else the shipped one."
+        "", "Jinja file of the chat template; empty: the tokenizer's, else the built-in one."
     ),
     "data.chat_markers": Key(
         False,
-        "Read names of special tokens in messages as these tokens, as transformers does; otherwise "
-        "they are characters, so that no text can end a turn.",
+        "Encode names of special tokens inside messages as special tokens, as transformers does; "
+        "otherwise as plain characters, so that message text cannot forge a turn.",
     ),
-    "data.sequence_length": Key(256, "Tokens of an example.", low=1),
-    "data.stride": Key(
-        0, "Training windows start every so many tokens; 0: where the last one ended.", low=0
-    ),
+    "data.sequence_length": Key(256, "Tokens per example.", low=1),
+    "data.stride": Key(0, "Stride between training windows, in tokens; 0: no overlap.", low=0),
     "data.isolate_documents": Key(True, "Attention and positions stay within a document."),
-    "data.batch_size": Key(8, "Sequences of a step, over all devices.", low=1),
+    "data.batch_size": Key(8, "Sequences per step, over all devices.", low=1),
     "data.batch_ramp": Key(
         "",
-        "Sequences of a step while a run is young, STEP: SIZE; STEP: SIZE; …, from 0 to batch_size "
-        "(GPT-3: 0: 16; 1000: 32; …).",
+        "Batch-size warmup, STEP: SIZE; STEP: SIZE; …, from step 0 up to batch_size (GPT-3: 0: 16;"
+        " 1000: 32; …).",
     ),
     "data.length_ramp": Key(
         "",
-        "Tokens of an example while a run is young, its first ones, STEP: LENGTH; …, from 0 to "
-        "sequence_length.",
+        "Sequence-length warmup, STEP: LENGTH; …, from step 0 up to sequence_length; examples are "
+        "truncated.",
         needs=("objective.name", "causal", "distillation"),
     ),
     "data.cache_directory": Key(
         "",
-        "Folder, or URL in a bucket, of token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.",
+        "Folder or bucket URL of token stores; empty: $LM_CACHE_DIR, else ~/.cache/lm.",
         free=True,
     ),
     "data.shard_cache": Key(
-        100.0, "GiB of local disk for what is read of stores in a bucket.", low=0.0, free=True
+        100.0, "Local disk for caching token stores in a bucket, in GiB.", low=0.0, free=True
     ),
-    "data.workers": Key(0, "Processes that tokenise; 0: one a core.", low=0, high=1024, free=True),
+    "data.workers": Key(0, "Tokenization processes; 0: one per core.", low=0, high=1024, free=True),
     "data.prefetch": Key(2, "Batches prepared ahead.", low=1, high=1024, free=True),
     # --- objective
-    "objective.name": Key("causal", "What is learnt."),
+    "objective.name": Key("causal", "Training objective."),
     "objective.label_smoothing": Key(
-        0.0, "Part of a target's probability spread over the vocabulary.", low=0.0, high=0.99
+        0.0, "Fraction of a target's probability spread over the vocabulary.", low=0.0, high=0.99
     ),
-    "objective.z_loss": Key(0.0, "Weight of the squared log-partition (T5, PaLM).", low=0.0),
+    "objective.z_loss": Key(
+        0.0, "Weight of the z-loss, the squared log-partition (T5, PaLM).", low=0.0
+    ),
     # --- start from other weights
     "init.from": Key(
-        "", "Run whose parameters this one starts from: its workdir, or RUN/checkpoints/STEP."
+        "", "Run to start from, with its parameters only: its workdir, or RUN/checkpoints/STEP."
     ),
-    "init.average": Key(1, "Average its last so many checkpoints.", low=1, needs=("init.from",)),
-    "init.fresh": Key("", "Patterns of parameters that stay fresh, comma-separated."),
+    "init.average": Key(
+        1, "Average the last n checkpoints of that run.", low=1, needs=("init.from",)
+    ),
+    "init.fresh": Key("", "Patterns of parameters to initialize from scratch, comma-separated."),
     "init.leave": Key(
-        "", "Patterns of its parameters that are not used, comma-separated.", needs=("init.from",)
+        "", "Patterns of parameters of that run to skip, comma-separated.", needs=("init.from",)
     ),
     "init.rename": Key(
-        "", "Its parameters' new names: PATTERN=>NAME, comma-separated.", needs=("init.from",)
+        "", "Renamed parameters of that run: PATTERN=>NAME, comma-separated.", needs=("init.from",)
     ),
-    "init.vectors": Key("", "GloVe file for the token table of the words tokenizer."),
+    "init.vectors": Key("", "GloVe file for the token embeddings of the words tokenizer."),
     # --- low-rank adaptation
-    "lora.rank": Key(0, "Rank of the trained updates (Hu et al. 2021); 0: off.", low=0),
+    "lora.rank": Key(0, "LoRA rank (Hu et al. 2021); 0: off.", low=0),
     "lora.alpha": Key(16.0, "Updates are scaled by alpha / rank.", low=1e-6, needs=("lora.rank",)),
     "lora.targets": Key(
         "attention/(query|value)/kernel", "Pattern of the adapted kernels.", needs=("lora.rank",)
     ),
     "lora.base": Key(
         "float32",
-        "Dtype that the layers' frozen matrices are kept in; int8 has a scale for each output.",
+        "Dtype of the layers' frozen matrices; int8 has one scale per output.",
         choices=("float32", "int8"),
         needs=("lora.rank",),
     ),
-    "lora.train": Key("", "Patterns of other parameters that train too, comma-separated."),
+    "lora.train": Key("", "Patterns of other parameters to train as well, comma-separated."),
     # --- optimizer
     "optimizer.freeze": Key(
         "",
-        "Patterns of parameters that do not train, comma-separated; a single layer is matched by "
-        "layers/3/.",
+        "Patterns of parameters to freeze, comma-separated; layers/3/ matches a single layer.",
     ),
     "optimizer.layer_decay": Key(
-        1.0, "Learning rate of a layer over that of the next one up.", low=1e-6, high=1.0
+        1.0, "Learning rate of a layer relative to the layer above it.", low=1e-6, high=1.0
     ),
     "optimizer.rates": Key(
         "",
-        "Factors of the learning rate of parameters, PATTERN=>FACTOR, comma-separated; patterns as "
-        "of optimizer.freeze.",
+        "Learning-rate factors by parameter, PATTERN=>FACTOR, comma-separated; patterns as in "
+        "optimizer.freeze.",
     ),
-    "optimizer.name": Key("adamw", "Update rule."),
+    "optimizer.name": Key("adamw", "Optimizer."),
     "optimizer.learning_rate": Key(1e-3, "Peak learning rate.", low=0.0, high=1e6),
     "optimizer.weight_decay": Key(0.1, "Decoupled weight decay, times the learning rate.", low=0.0),
     "optimizer.decay": Key(
         "matrices",
-        "What decays: kernels and embeddings, kernels only, or every parameter.",
+        "Parameters with weight decay: kernels and embeddings, kernels only, or all.",
         choices=("matrices", "kernels", "all"),
     ),
     "optimizer.moments": Key(
         "float32",
-        "Dtype that the moments of weight matrices are kept in; int8 has a scale for each row.",
+        "Dtype of the moments of weight matrices; int8 has one scale per row.",
         choices=("float32", "bfloat16", "int8"),
     ),
     "optimizer.cautious": Key(
         "none",
-        "Move only where the update goes down the gradient (updates; Liang et al. 2024), decay "
-        "only where it goes to zero (decay; Chen et al. 2025), or both.",
+        "Mask updates whose sign disagrees with the gradient (updates; Liang et al. 2024), weight "
+        "decay whose sign disagrees with the update (decay; Chen et al. 2025), or both.",
         choices=("none", "updates", "decay", "both"),
         needs=("optimizer.name", *LIBRARY_OPTIMIZERS),
     ),
     "optimizer.ema": Key(
         0.0,
-        "Decay of an average of the parameters, bias-corrected, which is what is evaluated, saved "
-        "and exported; 0: the parameters themselves are.",
+        "Decay of a bias-corrected moving average of the parameters, which is evaluated, saved and"
+        " exported in their place; 0: off.",
         low=0.0,
         high=0.999999,
     ),
-    "optimizer.clip_norm": Key(1.0, "Largest global gradient norm; 0: no clipping.", low=0.0),
+    "optimizer.clip_norm": Key(1.0, "Gradient clipping by global norm; 0: off.", low=0.0),
     # --- schedule
-    "schedule.name": Key("cosine", "Learning rate after the warm-up."),
-    "schedule.warmup_steps": Key(0, "Steps of linear warm-up.", low=0),
+    "schedule.name": Key("cosine", "Learning-rate schedule after warmup."),
+    "schedule.warmup_steps": Key(0, "Linear warmup steps.", low=0),
     "schedule.hold_steps": Key(0, "Steps at the peak before any decay.", low=0),
     "schedule.decay_steps": Key(
         0,
-        "Step at which cosine, linear, inverse and wsd reach the last rate; 0: train.steps.",
+        "Step at which cosine, linear, inverse and wsd reach the final rate; 0: train.steps.",
         low=0,
         needs=("schedule.name", "cosine", "linear", "inverse", "wsd"),
     ),
     "schedule.final_ratio": Key(
         0.1,
-        "Last learning rate over the peak.",
+        "Final learning rate relative to the peak.",
         low=0.0,
         high=1.0,
         needs=("schedule.name", "cosine", "linear", "inverse", "wsd"),
     ),
     # --- training
-    "train.steps": Key(1000, "Optimizer updates.", low=1),
-    "train.microbatches": Key(1, "Parts of a batch whose gradients are summed.", low=1),
+    "train.steps": Key(1000, "Optimizer steps.", low=1),
+    "train.microbatches": Key(1, "Gradient accumulation: parts that a batch is split into.", low=1),
     "train.remat": Key(
         "none",
-        "What the backward pass recomputes: nothing, all but matmul results, or everything; "
-        "offload_dots: matmul results wait in the host's memory, offload: the input of each "
-        "layer does, and everything else is recomputed.",
+        "Rematerialization in the backward pass: none, dots (all but matmul results), or full; "
+        "offload_dots: matmul results are offloaded to host memory; offload: each layer's input "
+        "is, and everything else is recomputed.",
         choices=("none", "dots", "full", "offload_dots", "offload"),
         free=True,
     ),
     "train.scan_unroll": Key(
-        1, "Layers inlined in one turn of the scan over layers; 0: all.", low=0, free=True
+        1, "Layers per iteration of the layer scan; 0: all.", low=0, free=True
     ),
     "train.loss_chunk": Key(
-        0, "Columns of a batch whose logits a device has at once; 0: all.", low=0, free=True
+        0, "Sequence positions whose logits a device holds at once; 0: all.", low=0, free=True
     ),
     "train.steps_per_dispatch": Key(
-        1, "Steps run by one call of the compiled program.", low=1, high=1000
+        1, "Training steps per call of the compiled program.", low=1, high=1000
     ),
     "train.nonfinite": Key(
         "halt",
-        "Loss or gradient not finite: stop with the last good state, or skip the update.",
+        "On a non-finite loss or gradient, halt with the last good state or skip the update.",
         choices=("halt", "skip"),
         free=True,
     ),
     "train.stop_at": Key(
         0,
-        "Stop with a saved state and exit code 75 at this step, or where the dispatch that reaches "
-        "it ends (train.steps_per_dispatch); 0: never.",
+        "Save and stop with exit code 75 at this step, or at the end of its dispatch "
+        "(train.steps_per_dispatch); 0: never.",
         low=0,
         free=True,
     ),
     "train.stall_seconds": Key(
         1800.0,
-        "A run in which nothing happens for so long ends with an error; 0: never.",
+        "End the run with an error after this many seconds without progress; 0: never.",
         low=0.0,
         free=True,
     ),
     "train.precision": Key(
         "none",
-        "Training with products of the layers' matrices in 8 bits, scaled by row; or (qat) with "
-        "weights rounded by decode.weights, passing gradients straight through.",
+        "int8, fp8: the layers' matmuls in 8 bits, scaled by row; qat: quantization-aware training"
+        " for decode.weights, with straight-through gradients.",
         choices=("none", "int8", "fp8", "qat"),
     ),
     "train.profile": Key(
         "",
-        "START:STEPS: trace these steps, the first counted from 0, for xprof and Perfetto, to "
-        "WORKDIR/profile, with a profile of the devices' memory.",
+        "START:STEPS: trace STEPS steps from step START (counted from 0) to WORKDIR/profile, for "
+        "xprof and Perfetto, with a device-memory profile.",
         free=True,
     ),
     # --- evaluation
-    "eval.every_steps": Key(
-        0, "Validate every so many steps; 0: only at the end.", low=0, free=True
-    ),
+    "eval.every_steps": Key(0, "Validate every n steps; 0: only at the end.", low=0, free=True),
     "eval.by_source": Key(
-        False, "The loss of each validation corpus too, by another pass over it.", free=True
+        False,
+        "Also report the loss of each validation corpus, with another pass over it.",
+        free=True,
     ),
     "eval.batch_size": Key(
-        0, "Sequences of a validation batch; 0: data.batch_size.", low=0, free=True
+        0, "Sequences per validation batch; 0: data.batch_size.", low=0, free=True
     ),
     "eval.max_batches": Key(
-        0, "Validation batches during training; 0: the whole split.", low=0, free=True
+        0, "Maximum validation batches during training; 0: the whole split.", low=0, free=True
     ),
-    "eval.final_batches": Key(0, "The same after the last step.", low=0, free=True),
+    "eval.final_batches": Key(
+        0, "Maximum validation batches after the last step; 0: the whole split.", low=0, free=True
+    ),
     "eval.metrics": Key(
         "",
-        "Metrics of `lm eval --task`, comma-separated; empty: the usual of the objective.",
+        "Metrics of `lm eval --task`, comma-separated; empty: the objective's defaults.",
         free=True,
     ),
     "eval.best": Key(
-        "", "Keep the best checkpoint by this validation figure too, such as accuracy or -loss."
+        "", "Also keep the best checkpoint by this validation metric, such as accuracy or -loss."
     ),
     "eval.safety": Key(
         "",
-        "Safety sets that are run with the validation, comma-separated (lm eval --safety lists "
-        "them); empty: none.",
+        "Safety sets to run at validations, comma-separated (lm eval --safety lists them); empty: "
+        "none.",
         free=True,
     ),
     "eval.safety_every": Key(
         0,
-        "Run them at validations at every so many steps, and at the last; 0: at each.",
+        "Run safety sets at validations at multiples of this step count and at the last; 0: at "
+        "all.",
         low=0,
         free=True,
         needs=("eval.safety",),
     ),
     "eval.harness": Key(
         "",
-        "Tasks of lm-eval, or their YAML files, that are run with the validation, comma-separated; "
-        "empty: none.",
+        "lm-eval tasks, or their YAML files, to run at validations, comma-separated; empty: none.",
         free=True,
     ),
     "eval.harness_every": Key(
-        0, "The same as safety_every of them.", low=0, free=True, needs=("eval.harness",)
+        0,
+        "Run lm-eval tasks at validations at multiples of this step count and at the last; 0: at "
+        "all.",
+        low=0,
+        free=True,
+        needs=("eval.harness",),
     ),
     "eval.harness_limit": Key(
-        0, "Documents of each of them; 0: all.", low=0, free=True, needs=("eval.harness",)
+        0, "Documents per lm-eval task; 0: all.", low=0, free=True, needs=("eval.harness",)
     ),
-    "safety.limit": Key(0, "Items of a safety set, evenly spaced; 0: all.", low=0, free=True),
+    "safety.limit": Key(
+        0, "Items used of each safety set, evenly spaced; 0: all.", low=0, free=True
+    ),
     # --- decoding
-    "decode.beam_size": Key(1, "Hypotheses of a search; 1: greedy.", low=1, high=1000, free=True),
+    "decode.beam_size": Key(1, "Beam width; 1: greedy.", low=1, high=1000, free=True),
     "decode.length_penalty": Key(
-        0.6, "Scores are divided by ((5 + length) / 6)^this.", low=0.0, free=True
+        0.6,
+        "Length penalty: beam scores are divided by ((5 + length) / 6)^this.",
+        low=0.0,
+        free=True,
     ),
-    "decode.min_length": Key(0, "Tokens before the end may come.", low=0, free=True),
-    "decode.max_length": Key(0, "Most tokens; 0: data.target_length.", low=0, free=True),
-    "decode.repetition_penalty": Key(1.0, "Above 1 repeats get less likely.", low=0.01, free=True),
-    "decode.banned": Key("", "Words that are never written, comma-separated.", free=True),
+    "decode.min_length": Key(0, "Minimum output tokens before the end token.", low=0, free=True),
+    "decode.max_length": Key(0, "Maximum output tokens; 0: data.target_length.", low=0, free=True),
+    "decode.repetition_penalty": Key(
+        1.0, "Repetition penalty; above 1 makes repeats less likely.", low=0.01, free=True
+    ),
+    "decode.banned": Key("", "Words that are never generated, comma-separated.", free=True),
     "decode.allowed": Key(
-        "", "Words of which alone an output consists, comma-separated, in any case.", free=True
+        "", "The only words an output may contain, comma-separated, case-insensitive.", free=True
     ),
     "decode.banned_pattern": Key(
-        "", "Regular expression (Rust's, without look-around) that no output matches.", free=True
+        "",
+        "Regular expression (Rust syntax, no look-around) that outputs must not match.",
+        free=True,
     ),
     "decode.grammar": Key(
         "",
-        "Language that an output belongs to: json:FILE (a JSON schema), lark:FILE or "
-        "regex:PATTERN.",
+        "Grammar that outputs must follow: json:FILE (a JSON schema), lark:FILE or regex:PATTERN.",
         free=True,
     ),
     "decode.guard": Key(
-        "", "Workdir of a classifier, which withholds outputs of some classes.", free=True
+        "", "Workdir of a classifier that blocks outputs of the guard_labels classes.", free=True
     ),
     "decode.guard_labels": Key(
-        "", "Those classes, comma-separated.", free=True, needs=("decode.guard",)
+        "", "Classes that the guard blocks, comma-separated.", free=True, needs=("decode.guard",)
     ),
     "decode.guard_threshold": Key(
         0.5,
-        "Largest probability of these classes together that is shown.",
+        "Outputs are blocked if the summed probability of these classes exceeds this.",
         low=0.0,
         high=1.0,
         free=True,
         needs=("decode.guard",),
     ),
-    "decode.batch_size": Key(32, "Inputs decoded together.", low=1, free=True),
+    "decode.batch_size": Key(32, "Inputs decoded per batch.", low=1, free=True),
     "decode.weights": Key(
         "auto",
-        "Dtype of kernels and tables; auto: model.dtype; of evaluations, no rounding.",
+        "Dtype of kernels and embedding tables; auto: model.dtype (evaluation: no rounding).",
         choices=(*KEPT, "int4"),
         free=True,
     ),
-    "decode.cache": Key("auto", "Dtype of keys and values.", choices=KEPT, free=True),
+    "decode.cache": Key("auto", "Dtype of the KV cache.", choices=KEPT, free=True),
     # --- checkpoints
-    "checkpoint.every_steps": Key(1000, "Save every so many steps; 0: never.", low=0, free=True),
+    "checkpoint.every_steps": Key(1000, "Save every n steps; 0: never.", low=0, free=True),
     "checkpoint.every_seconds": Key(
-        600.0, "Save when so many seconds have passed since the last; 0: never.", low=0.0, free=True
+        600.0,
+        "Save when this many seconds have passed since the last checkpoint; 0: never.",
+        low=0.0,
+        free=True,
     ),
-    "checkpoint.keep_last": Key(3, "Newest checkpoints kept.", low=1, free=True),
+    "checkpoint.keep_last": Key(3, "Number of latest checkpoints to keep.", low=1, free=True),
     "checkpoint.keep_every_steps": Key(
-        0, "Keep every checkpoint at a multiple of this for good; 0: none.", low=0, free=True
+        0,
+        "Keep checkpoints at multiples of this step count permanently; 0: none.",
+        low=0,
+        free=True,
     ),
     # --- parallelism
     "parallel.preset": Key(
         "custom",
-        "Mesh by name: data or fsdp put all devices on that axis; custom: parallel.mesh.",
+        "Mesh preset: data or fsdp puts all devices on that axis; custom: parallel.mesh.",
         choices=("custom", "data", "fsdp"),
         free=True,
     ),
     "parallel.mesh.slice": Key(
         1,
-        "Slices joined by the slow network (data parallel).",
+        "Data parallelism over slices joined by the slow network.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.stage": Key(
         1,
-        "Pipeline stages: parts of the stack of layers.",
+        "Pipeline stages.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.data": Key(
         -1,
-        "Data parallel; -1: the rest of the devices.",
+        "Data parallelism; -1: all remaining devices.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.fsdp": Key(
         1,
-        "Data parallel with sharded parameters.",
+        "Data parallelism with sharded parameters and optimizer state.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.expert": Key(
         1,
-        "Data parallel with each expert on one of so many devices.",
+        "Expert parallelism, which also splits the batch.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.context": Key(
-        1, "Parts of every sequence.", low=-1, free=True, needs=("parallel.preset", "custom")
+        1,
+        "Context parallelism: shards of every sequence.",
+        low=-1,
+        free=True,
+        needs=("parallel.preset", "custom"),
     ),
     "parallel.mesh.tensor": Key(
         1,
-        "Heads, feed-forward width, vocabulary.",
+        "Tensor parallelism over heads, feed-forward width and vocabulary.",
         low=-1,
         free=True,
         needs=("parallel.preset", "custom"),
     ),
     "parallel.context_attention": Key(
         "auto",
-        "Attention over the parts of a sequence: keys go round in a ring, or are gathered on "
-        "every device; auto: ring where the attention kernel can.",
+        "Attention under context parallelism: ring attention, or all-gathered keys and values; "
+        "auto: ring if the attention kernel supports it.",
         choices=("auto", "ring", "gather"),
         free=True,
         needs=("parallel.mesh.context",),
     ),
     "parallel.sequence": Key(
         True,
-        "Between the sublayers, activations are cut along the sequence over tensor too.",
+        "Sequence parallelism: shard activations between sublayers along the sequence over tensor.",
         free=True,
         needs=("parallel.mesh.tensor",),
     ),
     "parallel.pipeline.microbatches": Key(
         0,
-        "Parts of a batch that follow one another through the stages; 0: as many as stages.",
+        "Pipeline microbatches per batch; 0: the number of stages.",
         low=0,
         free=True,
         needs=("parallel.mesh.stage",),
     ),
     "parallel.pipeline.repeats": Key(
         1,
-        "Times that each passes through all stages (circular schedule).",
+        "Passes of each microbatch through all stages (circular schedule).",
         low=1,
         free=True,
         needs=("parallel.mesh.stage",),
     ),
     # --- logging
-    "log.every_steps": Key(1, "Write every so many steps to metrics.jsonl.", low=1, free=True),
-    "log.tensorboard": Key(True, "Write TensorBoard event files too.", free=True),
+    "log.every_steps": Key(1, "Write metrics.jsonl every n steps.", low=1, free=True),
+    "log.tensorboard": Key(True, "Also write TensorBoard event files.", free=True),
     "log.trackers": Key(
         "",
-        "Further trackers, comma-separated: wandb, mlflow, trackio. They write into the workdir, "
-        "offline, unless their own environment variables say otherwise.",
+        "Additional trackers, comma-separated: wandb, mlflow, trackio. They write into the "
+        "workdir, offline, unless their own environment variables override this.",
         free=True,
     ),
 }

@@ -99,20 +99,16 @@ TRANSFORMERS = ("decoder", "encoder", "encoder_decoder")  # families of Transfor
 class LatentAttentionOptions:
     """Options of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)."""
 
-    q_lora_rank: int = option(
-        0, "MLA: width of the latent that queries are made from; 0: there is none.", low=0
-    )
-    kv_lora_rank: int = option(
-        512, "MLA: width of the latent that keys and values are made from.", low=1
-    )
+    q_lora_rank: int = option(0, "MLA: width of the query latent; 0: no query compression.", low=0)
+    kv_lora_rank: int = option(512, "MLA: width of the key/value latent.", low=1)
     qk_nope_head_dim: int = option(
         128,
-        "MLA: part of a head's queries and keys that is not rotated; model.head_dim is the rest.",
+        "MLA: non-rotary dimension of queries and keys per head; model.head_dim is the rotary one.",
         low=1,
     )
-    v_head_dim: int = option(128, "MLA: width of a head's values.", low=1)
+    v_head_dim: int = option(128, "MLA: value dimension per head.", low=1)
     rope_interleaved: bool = option(
-        False, "MLA: RoPE rotates neighbouring numbers, not halves of a head (DeepSeek's weights)."
+        False, "MLA: RoPE rotates adjacent pairs instead of half-split pairs (DeepSeek's weights)."
     )
     mscale_all_dim: float = option(
         0.0,
@@ -138,8 +134,8 @@ MIXERS = Registry(
 class MaskedOptions:
     """Options of masked language modeling (Devlin et al. 2018)."""
 
-    mask_rate: float = option(0.15, "Part of the tokens that masked predicts.", low=0.001, high=1.0)
-    whole_word: bool = option(False, "Mask all tokens of a word together.")
+    mask_rate: float = option(0.15, "Masked: fraction of tokens to predict.", low=0.001, high=1.0)
+    whole_word: bool = option(False, "Masked: whole-word masking.")
     next_sentence: bool = option(False, "Masked: also predict whether B follows A (BERT).")
 
 
@@ -148,11 +144,9 @@ class MultiTokenOptions:
     """Options of multi-token prediction (DeepSeek-AI 2024b)."""
 
     mtp_depth: int = option(
-        1, "Multi_token: modules that predict a further token each.", low=1, high=64
+        1, "Multi_token: prediction modules, one per additional token.", low=1, high=64
     )
-    mtp_weight: float = option(
-        0.3, "Multi_token: weight of the modules' mean loss beside that of the next token.", low=0.0
-    )
+    mtp_weight: float = option(0.3, "Multi_token: weight of the modules' mean loss.", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -160,31 +154,33 @@ class SpanCorruptionOptions:
     """Options of span corruption (Raffel et al. 2020)."""
 
     noise_density: float = option(
-        0.15, "Part of the tokens that span corruption removes.", low=0.001, high=0.9
+        0.15, "Span corruption: fraction of tokens removed.", low=0.001, high=0.9
     )
-    mean_span: float = option(3.0, "Mean length of a corrupted span.", low=1.0)
+    mean_span: float = option(3.0, "Span corruption: mean span length.", low=1.0)
 
 
 @dataclass(frozen=True)
 class SkipGramOptions:
     """Options of skip-gram with negative sampling (Mikolov et al. 2013)."""
 
-    window: int = option(5, "Skip-gram: words on either side.", low=1)
-    negatives: int = option(5, "Skip-gram: noise words a pair.", low=1)
+    window: int = option(5, "Skip-gram: window, in words on either side.", low=1)
+    negatives: int = option(5, "Skip-gram: negative samples per pair.", low=1)
     subsample: float = option(
-        1e-4, "Skip-gram: threshold above which frequent words are dropped; 0: never.", low=0.0
+        1e-4, "Skip-gram: subsampling threshold for frequent words; 0: off.", low=0.0
     )
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Options of learning what the assistant of a conversation says."""
+    """Options of chat tuning."""
 
-    last_turn_only: bool = option(False, "Chat: only the assistant's last message is learnt.")
+    last_turn_only: bool = option(
+        False, "Chat: compute the loss on the assistant's last message only."
+    )
     neftune: float = option(
         0.0,
-        "Chat: alpha of the noise that embeddings get in training, uniform in ± alpha / sqrt(n d), "
-        "with n tokens of a conversation and d_model d (Jain et al. 2023); 0: none.",
+        "Chat: NEFTune alpha (Jain et al. 2023): embedding noise in training, uniform in ± alpha /"
+        " sqrt(n d), with n tokens per conversation and d = d_model; 0: none.",
         low=0.0,
         high=1e4,
     )
@@ -192,21 +188,21 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class PreferenceOptions:
-    """Options of preferences: DPO, IPO, KTO, ORPO and SimPO."""
+    """Options of preference objectives: DPO, IPO, KTO, ORPO and SimPO."""
 
     beta: float = option(
-        0.1, "Preferences: strength of the penalty, or scale of rewards.", low=1e-6
+        0.1, "Preferences: beta, the strength of the penalty or scale of rewards.", low=1e-6
     )
     loss_normalisation: str = option(
         "auto",
-        "Preferences: log-probabilities of completions, the sum or the mean of their tokens; auto: "
-        "the sum for dpo and kto, the mean for ipo, orpo and simpo.",
+        "Preferences: sum or mean over the token log-probabilities of a completion; auto: the sum "
+        "for dpo and kto, the mean for ipo, orpo and simpo.",
         choices=("auto", "sum", "mean"),
     )
     reference: str = option(
         "beside",
-        "DPO, IPO, KTO: the model that training starts from is held beside (under LoRA the base "
-        "is), its log-probabilities are precomputed before step 1, or there is none.",
+        "DPO, IPO, KTO: reference model: the initial model, kept in memory (beside; under LoRA, "
+        "the base model), precomputed log-probabilities of it, or none.",
         choices=("beside", "precomputed", "none"),
         needs=("objective.name", "dpo", "ipo", "kto"),
     )
@@ -224,7 +220,7 @@ class KtoOptions:
 class SimpoOptions:
     """Options of SimPO (Meng et al. 2024)."""
 
-    simpo_gamma: float = option(0.5, "SimPO: margin of the reward that is aimed at.", low=0.0)
+    simpo_gamma: float = option(0.5, "SimPO: target reward margin.", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -240,20 +236,21 @@ class RewardOptions:
 class DistillationOptions:
     """Options of distillation (Hinton et al. 2015)."""
 
-    teacher: str = option(
-        "", "Distillation: run that is learnt from: its workdir, or RUN/checkpoints/STEP."
-    )
+    teacher: str = option("", "Distillation: teacher run: its workdir, or RUN/checkpoints/STEP.")
     teacher_logits: str = option(
-        "", "Distillation: folder of `lm score --top_logits` to learn from, instead of teacher."
+        "", "Distillation: output folder of `lm score --top_logits`, used instead of a teacher."
     )
     distill_weight: float = option(
-        0.5, "Distillation: weight of the divergence; the rest is the loss.", low=0.0, high=1.0
+        0.5,
+        "Distillation: weight of the KL divergence; the rest is the next-token loss.",
+        low=0.0,
+        high=1.0,
     )
     distill_temperature: float = option(
-        1.0, "Distillation: what the logits of both are divided by.", low=1e-2, high=1e3
+        1.0, "Distillation: temperature of both models' logits.", low=1e-2, high=1e3
     )
     distill_top_k: int = option(
-        0, "Distillation: likeliest tokens of the teacher that count; 0: all.", low=0
+        0, "Distillation: top-k teacher tokens in the divergence; 0: all.", low=0
     )
 
 
@@ -355,7 +352,7 @@ class AdamwOptions:
     b2: float = option(0.95, "Decay of the second moment.", low=0.0, high=0.99999)
     eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
     bias_correction: bool = option(
-        True, "Divide the moments by what they lack in the first steps; BERT's code does not."
+        True, "Bias correction of the moments (BERT's original code has none)."
     )
 
 
@@ -364,9 +361,9 @@ class AdafactorOptions:
     """Options of Adafactor (Shazeer and Stern 2018)."""
 
     decay_rate: float = option(0.8, "Exponent of 1 - t^-c.", low=0.0, high=1.0)
-    clip_threshold: float = option(1.0, "Largest RMS of an update.", low=1e-6)
-    min_dim: int = option(128, "Smallest dimension that is factored.", low=1)
-    parameter_scale: bool = option(True, "Multiply the step by the parameter's root mean square.")
+    clip_threshold: float = option(1.0, "Clip updates to this RMS.", low=1e-6)
+    min_dim: int = option(128, "Smallest dimension to factor.", low=1)
+    parameter_scale: bool = option(True, "Scale the step by the parameter's RMS.")
 
 
 @dataclass(frozen=True)
@@ -374,14 +371,14 @@ class SgdOptions:
     """Options of stochastic gradient descent."""
 
     momentum: float = option(0.9, "Momentum.", low=0.0, high=0.99999)
-    nesterov: bool = option(False, "Nesterov's form.")
+    nesterov: bool = option(False, "Nesterov momentum.")
 
 
 @dataclass(frozen=True)
 class LionOptions:
     """Options of Lion (Chen et al. 2023)."""
 
-    b1: float = option(0.9, "Interpolation of the update.", low=0.0, high=0.99999)
+    b1: float = option(0.9, "Interpolation coefficient of the update.", low=0.0, high=0.99999)
     b2: float = option(0.99, "Decay of the momentum.", low=0.0, high=0.99999)
 
 
@@ -389,7 +386,7 @@ class LionOptions:
 class MuonOptions:
     """Options of Muon (Jordan 2024)."""
 
-    beta: float = option(0.95, "Momentum of the orthogonalised matrices.", low=0.0, high=0.99999)
+    beta: float = option(0.95, "Momentum of the orthogonalized matrices.", low=0.0, high=0.99999)
     ns_steps: int = option(5, "Newton–Schulz iterations.", low=1, high=20)
     adam_ratio: float = option(
         0.1,
@@ -398,14 +395,14 @@ class MuonOptions:
     )
     rms: float = option(
         0.0,
-        "Root mean square of its updates over the rate, whatever the shape; Moonlight and Kimi K2 "
-        "have 0.2, with adam_ratio 1; 0: sqrt(outputs/inputs) of a spectral norm (Jordan).",
+        "RMS of updates relative to the learning rate, for any shape (Moonlight, Kimi K2: 0.2 with"
+        " adam_ratio 1); 0: spectral norm sqrt(outputs/inputs) (Jordan).",
         low=0.0,
     )
     neuron_b2: float = option(
         0.0,
-        "NorMuon (Li et al. 2025; 0.95): decay of each output's mean square, whose root updates "
-        "are divided by; 0: they are not.",
+        "NorMuon (Li et al. 2025: 0.95): decay of the second moment per output that normalizes "
+        "updates; 0: off.",
         low=0.0,
         high=0.99999,
     )
@@ -420,7 +417,7 @@ class AdemamixOptions:
     b3: float = option(0.9999, "Decay of the slow average.", low=1e-6, high=0.999999)
     alpha: float = option(5.0, "Weight of the slow average.", low=0.0)
     rise_steps: int = option(
-        0, "Steps in which b3 rises from b1, and alpha from 0; the paper has train.steps.", low=0
+        0, "Warmup steps of b3 (from b1) and alpha (from 0); the paper uses train.steps.", low=0
     )
     eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
 
@@ -430,7 +427,7 @@ class ScheduleFreeOptions:
     """Options of schedule-free AdamW (Defazio et al. 2024)."""
 
     b1: float = option(
-        0.9, "Part of the average in the point that gradients are taken at.", low=0.0, high=0.99999
+        0.9, "Interpolation toward the average where gradients are computed.", low=0.0, high=0.99999
     )
     b2: float = option(0.999, "Decay of the second moment.", low=0.0, high=0.99999)
     eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
@@ -441,10 +438,12 @@ class SoapOptions:
     """Options of SOAP (Vyas et al. 2024)."""
 
     b1: float = option(0.95, "Decay of the first moment.", low=0.0, high=0.99999)
-    b2: float = option(0.95, "Decay of second moment and factors.", low=0.0, high=0.99999)
+    b2: float = option(
+        0.95, "Decay of the second moment and the preconditioner factors.", low=0.0, high=0.99999
+    )
     eps: float = option(1e-8, "Added to the root of the second moment.", low=1e-30)
-    every: int = option(10, "Steps from one new eigenbasis to the next.", low=1)
-    max_dim: int = option(10_000, "Larger sides of a matrix keep their own basis.", low=0)
+    every: int = option(10, "Steps between eigenbasis updates.", low=1)
+    max_dim: int = option(10_000, "Matrix dimensions above this are not preconditioned.", low=0)
 
 
 OPTIMIZERS = Registry(
@@ -466,18 +465,18 @@ OPTIMIZERS = Registry(
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of the schedule that falls in steps."""
+    """Options of the step schedule."""
 
-    step_every: int = option(1000, "Steps from one fall of step to the next.", low=1)
-    step_factor: float = option(0.5, "What step multiplies the rate by.", low=1e-6, high=1.0)
+    step_every: int = option(1000, "Step schedule: steps between drops.", low=1)
+    step_factor: float = option(0.5, "Step schedule: factor of each drop.", low=1e-6, high=1.0)
 
 
 @dataclass(frozen=True)
 class WsdOptions:
-    """Options of warm-up, stable, decay."""
+    """Options of the warmup-stable-decay schedule."""
 
     wsd_decay_fraction: float = option(
-        0.2, "Part of decay_steps in which wsd goes down.", low=0.0, high=1.0
+        0.2, "WSD: fraction of decay_steps in the decay phase.", low=0.0, high=1.0
     )
 
 
@@ -562,7 +561,7 @@ class CanaryOptions:
 
     candidates: int = option(
         1000,
-        "Canaries: candidates they are ranked among; with fewer digits all of them.",
+        "Canaries: candidates that each is ranked among; all of them if there are fewer.",
         low=1,
         high=10_000_000,
         free=True,
@@ -573,8 +572,8 @@ class CanaryOptions:
 class ExtractionOptions:
     """Options of extraction (Carlini et al. 2022)."""
 
-    extracts: int = option(64, "Extraction: places of the text.", low=1, high=100_000, free=True)
-    prompt_tokens: int = option(32, "Extraction: tokens of a prompt.", low=1, free=True)
+    extracts: int = option(64, "Extraction: number of extracts.", low=1, high=100_000, free=True)
+    prompt_tokens: int = option(32, "Extraction: prompt tokens.", low=1, free=True)
     new_tokens: int = option(32, "Extraction, samples, quality: new tokens.", low=1, free=True)
 
 
@@ -582,9 +581,11 @@ class ExtractionOptions:
 class SampleOptions:
     """Options of samples."""
 
-    samples: int = option(64, "Samples, quality: unprompted.", low=1, high=1_000_000, free=True)
-    prompts: str = option("", "Samples, quality: file of prompts, one a line.", free=True)
-    unsafe_words: str = option("", "Samples: file of words or phrases, one a line.", free=True)
+    samples: int = option(
+        64, "Samples, quality: number of unprompted samples.", low=1, high=1_000_000, free=True
+    )
+    prompts: str = option("", "Samples, quality: file of prompts, one per line.", free=True)
+    unsafe_words: str = option("", "Samples: file of words or phrases, one per line.", free=True)
     classifier: str = option("", "Samples: workdir of a run with classes.", free=True)
     unsafe_labels: str = option(
         "", "Samples: classes of it that are unsafe, comma-separated.", free=True
