@@ -32,8 +32,17 @@ ACTIVE = {
     "llama-4-maverick": 400_711_848_960 - 24 * 127 * 3 * 5120 * 8192,
     "kimi-k2": 1_026_408_209_408 - 60 * 376 * 3 * 7168 * 2048,
 }
-# What Hugging Face's BertForPreTraining has beside its BertModel.
-HEADS = {"bert-base-uncased": 624_188, "bert-large-uncased": 1_084_220}
+# What Hugging Face's BertForPreTraining has beside its BertModel; its ElectraForPreTraining and
+# ElectraForMaskedLM beside ElectraModel, common embeddings once; for DeBERTa the like of its
+# DebertaV2ForMaskedLM, and two layers by hand.
+HEADS = {
+    "bert-base-uncased": 624_188,
+    "bert-large-uncased": 1_084_220,
+    "electra-base": 10_494_779,
+    "electra-large": 20_563_003,
+    "deberta-v3-base": 44_233_573,
+    "deberta-v3-large": 153_911_397,
+}
 
 
 def published():

@@ -67,13 +67,15 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     width = m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     window = min(m.window or target, target)
-    n_global = global_layers(m.n_layers, m.window, m.global_every).sum()
+    n_global = global_layers(m.n_layers, m.window, m.global_every, m.global_first).sum()
+    n_local, half = m.n_layers - n_global, min(m.window // 2, source)
     local = causal - (target - window) ** 2 / 2
     if m.window_chunks:
         local = (target // window * window**2 + (target % window) ** 2) / 2
+    near = both_ways - (source - half) ** 2
     return {
-        "decoder": width * (n_global * causal + (m.n_layers - n_global) * local),
-        "encoder": m.n_layers * width * both_ways,
+        "decoder": width * (n_global * causal + n_local * local),
+        "encoder": width * (n_global * both_ways + n_local * near),
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,
     }.get(m.family, 0)

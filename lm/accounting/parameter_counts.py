@@ -20,12 +20,14 @@ def count_parameters(experiment: Experiment) -> dict[str, Any]:
     """Count the parameters of a model, by the definitions that papers use.
 
     Returns:
-        "total": all but "heads". BERT is, as published, its encoder and pooler.
+        "total": all but "heads". BERT is, as published, its encoder and pooler, ELECTRA its
+            discriminator's encoder.
         "active": those that a token uses, so not all experts.
         "non_embedding": without the tables of tokens, positions and token types and without an
             untied output layer. Norms, biases and relative positions stay, and so does the output
             layer of an NPLM, which is most of it.
-        "heads": heads of BERT's two pretraining objectives.
+        "heads": heads of BERT's and ELECTRA's pretraining objectives, ELECTRA's generator among
+            them.
         "tensors": shape and logical axes of each parameter, by path.
     """
     shapes, infos = flat(experiment.param_shapes), experiment.param_infos
@@ -75,9 +77,12 @@ def is_embedding(experiment: Experiment, path: str) -> bool:
 
 
 def is_head(experiment: Experiment, path: str) -> bool:
-    """Return whether a parameter belongs to BERT's pretraining objectives, not to BERT."""
-    is_bert = experiment.config.objective.next_sentence
-    return is_bert and experiment.param_infos[path].role.part == "pretraining"
+    """Return whether a parameter serves the pretraining of BERT or ELECTRA alone."""
+    has_generator = "generator" in experiment.param_shapes
+    if not (has_generator or experiment.config.objective.next_sentence):
+        return False
+    of_generator = path.startswith("generator/")
+    return of_generator or experiment.param_infos[path].role.part == "pretraining"
 
 
 def training_cost(experiment: Experiment) -> tuple[int, float]:

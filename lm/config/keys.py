@@ -59,6 +59,18 @@ COMMON_KEYS: dict[str, Key] = {
     "model.norm_unit_offset": Key(False, "Norms multiply by 1 + scale, initialized to 0 (Gemma)."),
     "model.norm_bias": Key(True, "LayerNorm has a bias.", needs=("model.norm", "layernorm")),
     "model.embedding_norm": Key(False, "Normalize the sum of the embeddings (BERT)."),
+    "model.embedding_size": Key(
+        0,
+        "Width of the embeddings, which a linear map widens to d_model; another goes before tied "
+        "logits (ALBERT, ELECTRA); 0: d_model.",
+        low=0,
+    ),
+    "model.separate_embeddings": Key(
+        False,
+        "Source and target have positions and an embedding norm each of their own, where there are "
+        "any; tokens they share (BART).",
+        needs=("model.family", "encoder_decoder"),
+    ),
     "model.bias": Key(True, "Linear layers have biases."),
     "model.attention_bias": Key(
         "same",
@@ -87,7 +99,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.window": Key(
         0,
-        "Sliding window of local decoder layers, in tokens, own token included; 0: no limit.",
+        "Sliding window of local layers, in tokens: of a decoder own token included, of an encoder "
+        "half on either side; 0: no limit.",
         low=0,
     ),
     "model.window_chunks": Key(
@@ -101,11 +114,46 @@ COMMON_KEYS: dict[str, Key] = {
         " Gemma 3: 6); 0: all are local.",
         low=0,
     ),
+    "model.global_first": Key(
+        False,
+        "The global ones are layers 1, n + 1, 2n + 1, … (ModernBERT).",
+        needs=("model.global_every",),
+    ),
+    "model.first_norm": Key(
+        True,
+        "The first attention's input is normalised; otherwise the norm of the embeddings is "
+        "(ModernBERT).",
+    ),
+    "model.transform_bias": Key(
+        True,
+        "The layer before an encoder's output has a bias.",
+        needs=("model.family", "encoder"),
+    ),
+    "model.pooler_activation": Key(
+        "tanh",
+        "Activation of BERT's layer over the first token (ELECTRA, DeBERTa: GELU).",
+        choices=("tanh", "gelu_erf"),
+        needs=("model.family", "encoder"),
+    ),
+    "model.generator_width": Key(
+        0,
+        "d_model of the generator that replaces tokens (ELECTRA); heads and d_ff are fewer and "
+        "narrower by as much; 0: as wide as the model.",
+        low=0,
+        needs=("objective.name", "replaced_tokens"),
+    ),
+    "model.generator_layers": Key(
+        0,
+        "Layers of the generator; 0: n_layers.",
+        low=0,
+        needs=("objective.name", "replaced_tokens"),
+    ),
     "model.positions": Key(
         "learned",
         "Position encoding; rotary: RoPE; relative: T5's attention bias; alibi: a bias linear in "
-        "the distance, with a fixed slope per head (Press et al. 2022).",
-        choices=("learned", "sinusoidal", "rotary", "relative", "alibi", "none"),
+        "the distance, with a fixed slope per head (Press et al. 2022); disentangled: a table "
+        "that model.mixer=disentangled attends to (DeBERTa).",
+        choices=("learned", "sinusoidal", "rotary", "relative", "alibi", "disentangled", "none"),
     ),
     "model.position_offset": Key(
         0,
@@ -114,13 +162,16 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("model.positions", "learned"),
     ),
     "model.relative_buckets": Key(
-        32, "Buckets of the relative position bias.", low=4, needs=("model.positions", "relative")
+        32,
+        "Buckets of the relative position bias.",
+        low=4,
+        needs=("model.positions", "relative", "disentangled"),
     ),
     "model.relative_max_distance": Key(
         128,
         "Distances from here on share one bucket.",
         low=4,
-        needs=("model.positions", "relative"),
+        needs=("model.positions", "relative", "disentangled"),
     ),
     "model.token_types": Key(0, "Number of segment embeddings (BERT); 0: none.", low=0),
     "model.nope_every": Key(
@@ -219,9 +270,11 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.activation": Key(
         "gelu_tanh",
-        "Activation function; swiglu and geglu are gated (two input projections); swiglu_clipped: "
+        "Activation function; the glu ones are gated (two input projections); swiglu_clipped: "
         "g sigmoid(1.702 g) (x + 1), gate g at most 7 and input x clipped to ±7 (gpt-oss).",
-        choices=("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu", "swiglu_clipped"),
+        choices=(
+            *("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu", "geglu_erf", "swiglu_clipped"),
+        ),
     ),
     "model.n_experts": Key(0, "Experts per MoE layer (Switch, Mixtral); 0: dense layers.", low=0),
     "model.experts_per_token": Key(
@@ -502,7 +555,15 @@ COMMON_KEYS: dict[str, Key] = {
         "they are memorized.",
         low=0,
         high=10_000,
-        needs=("objective.name", "causal", "prefix", "masked", "span_corruption"),
+        needs=(
+            "objective.name",
+            "causal",
+            "prefix",
+            "masked",
+            "span_corruption",
+            "denoising",
+            "replaced_tokens",
+        ),
     ),
     "data.canary_format": Key(
         "the random number is ######",

@@ -27,7 +27,8 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
     transformer = model.family in TRANSFORMERS
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "--config.model.positions=sinusoidal needs an even --config.model.d_model"
-    if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
+    has_table = model.positions in ("relative", "disentangled")
+    if has_table and model.relative_max_distance <= model.relative_buckets // 2:
         yield (
             f"--config.model.relative_max_distance={model.relative_max_distance} must be above "
             f"half of --config.model.relative_buckets={model.relative_buckets}"
@@ -55,21 +56,67 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
     for name in ("attention_sinks", *MULTIPLIERS):
         if model[name] != SCHEMA[f"model.{name}"].default and not transformer:
             yield f"--config.model.{name} is not for --config.model.family={model.family}"
+    if model.embedding_size and (model.mup_base_width or not transformer):
+        yield (
+            f"--config.model.embedding_size={model.embedding_size} is not for "
+            + (
+                "--config.model.mup_base_width"
+                if transformer
+                else f"--config.model.family={model.family}"
+            )
+        )
+    if config.objective.name == "replaced_tokens":
+        yield from _generator_rules(config)
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
 
 
+def _generator_rules(config: ConfigDict) -> Iterator[str]:
+    model, width = config.model, config.model.generator_width
+    if config.objective.next_sentence:
+        yield "--config.objective.next_sentence is not for --config.objective.name=replaced_tokens"
+    for name in ("n_heads", "n_kv_heads", "d_ff", "n_experts"):
+        size = model[name] or (4 * model.d_model if name == "d_ff" else 0)
+        if name == "n_experts" and size:
+            yield "--config.objective.name=replaced_tokens has no --config.model.n_experts"
+        elif size * width % model.d_model:
+            yield (
+                f"--config.model.generator_width={width}: it has no whole part of "
+                f"--config.model.{name}={size} at --config.model.d_model={model.d_model}"
+            )
+
+
 def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
+    if (model.mixer == "disentangled") != (model.positions == "disentangled"):
+        yield (
+            "--config.model.mixer=disentangled and --config.model.positions=disentangled need each "
+            f"other, not {model.mixer} and {model.positions}"
+        )
+    if model.mixer == "disentangled":
+        if model.family != "encoder":
+            yield (
+                "--config.model.mixer=disentangled needs --config.model.family=encoder, not "
+                f"{model.family}"
+            )
+        if model.relative_buckets % 4:
+            yield f"--config.model.relative_buckets={model.relative_buckets} is not divisible by 4"
+        for name in (
+            *("qk_norm", "attention_softcap", "attention_sinks", "window", "mup_base_width"),
+        ):
+            if model[name]:
+                yield f"--config.model.{name} is not for --config.model.mixer=disentangled"
+    if model.mixer not in ("mla", "disentangled"):
+        return
+    if model.n_kv_heads not in (0, model.n_heads):
+        yield (
+            f"--config.model.n_kv_heads={model.n_kv_heads}: with --config.model.mixer="
+            f"{model.mixer} each of {model.n_heads} heads has keys and values of its own"
+        )
     if model.mixer != "mla":
         return
     if model.family not in TRANSFORMERS:
         yield f"--config.model.mixer=mla is not for --config.model.family={model.family}"
-    if model.n_kv_heads not in (0, model.n_heads):
-        yield (
-            f"--config.model.n_kv_heads={model.n_kv_heads}: with --config.model.mixer=mla each of "
-            f"{model.n_heads} heads has keys and values of its own"
-        )
     if model.qk_norm:
         yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalises latents"
     for name in ("attention_sinks", "rope_norm", "nope_temperature"):
@@ -178,9 +225,18 @@ def _group_problems(model: ConfigDict) -> Iterator[str]:
 
 def _window_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
-    if model.window and model.family != "decoder":
+    if model.window and model.family not in ("decoder", "encoder"):
         yield (
             f"--config.model.window={model.window} is not for --config.model.family={model.family}"
+        )
+    if model.window_chunks and model.family == "encoder":
+        yield "--config.model.window_chunks is not for --config.model.family=encoder"
+    if not model.first_norm and (
+        model.norm_placement not in ("pre", "both") or model.family not in TRANSFORMERS
+    ):
+        yield (
+            "--config.model.first_norm=false leaves out a norm of --config.model.norm_placement "
+            f"pre or both, not {model.norm_placement} of --config.model.family={model.family}"
         )
     for name in ("global_every", "rope_theta_local", "window_chunks"):
         if model[name] and not model.window:

@@ -125,6 +125,7 @@ MIXERS = Registry(
     "model",
     {
         "attention": Entry("lm.models.attention:Attention"),
+        "disentangled": Entry("lm.models.disentangled_attention:DisentangledAttention"),
         "mla": Entry("lm.models.latent_attention:LatentAttention", LatentAttentionOptions),
     },
 )
@@ -150,6 +151,15 @@ class MultiTokenOptions:
 
 
 @dataclass(frozen=True)
+class ReplacedTokensOptions:
+    """Options of replaced-token detection (Clark et al. 2020)."""
+
+    replaced_weight: float = option(
+        50.0, "Replaced tokens: weight of the discriminator's loss.", low=0.0, high=1e6
+    )
+
+
+@dataclass(frozen=True)
 class SpanCorruptionOptions:
     """Options of span corruption (Raffel et al. 2020)."""
 
@@ -157,6 +167,25 @@ class SpanCorruptionOptions:
         0.15, "Span corruption: fraction of tokens removed.", low=0.001, high=0.9
     )
     mean_span: float = option(3.0, "Span corruption: mean span length.", low=1.0)
+    denoisers: str = option(
+        "",
+        "Span corruption: list of PREFIX:DENSITY:SPAN, one of which is drawn for each text, as in "
+        "[NLU]:0.15:3,[S2S]:0.25:end; end: the last tokens are removed; ul2: UL2's seven; empty: "
+        "noise_density and mean_span.",
+    )
+
+
+@dataclass(frozen=True)
+class DenoisingOptions:
+    """Options of denoising (Lewis et al. 2020)."""
+
+    infill_rate: float = option(
+        0.3, "Denoising: part of the tokens that masks replace.", low=0.001, high=0.9
+    )
+    infill_span: float = option(
+        3.0, "Denoising: mean tokens that a mask replaces (Poisson).", low=0.1, high=1e3
+    )
+    permute_sentences: bool = option(True, "Denoising: shuffle the sentences of the source.")
 
 
 @dataclass(frozen=True)
@@ -279,11 +308,24 @@ OBJECTIVES = Registry(
             predicts_every_token=True,
         ),
         "prefix": Entry("lm.objectives.prefix:Prefix", families=("decoder",), has_prefix=True),
-        "masked": Entry("lm.objectives.masked:Masked", MaskedOptions, families=("encoder",)),
+        "masked": Entry(
+            "lm.objectives.masked:Masked",
+            MaskedOptions,
+            shared_with=("replaced_tokens",),
+            families=("encoder",),
+        ),
+        "replaced_tokens": Entry(
+            "lm.objectives.replaced_tokens:ReplacedTokens",
+            ReplacedTokensOptions,
+            families=("encoder",),
+        ),
         "span_corruption": Entry(
             "lm.objectives.span_corruption:SpanCorruption",
             SpanCorruptionOptions,
             families=("encoder_decoder",),
+        ),
+        "denoising": Entry(
+            "lm.objectives.denoising:Denoising", DenoisingOptions, families=("encoder_decoder",)
         ),
         "seq2seq": Entry(
             "lm.objectives.seq2seq:Seq2Seq",

@@ -10,7 +10,7 @@ from lm.config.registries import MODELS, OBJECTIVES, SCHEMA, SOURCES, TOKENIZERS
 from lm.config.registry import Registry, listed
 
 # Values of --config.model.positions that add a bias to attention scores.
-POSITION_BIASES = ("relative", "alibi")
+POSITION_BIASES = ("relative", "alibi", "disentangled")
 # Keys whose defaults keep all rules of `further_rules.py` and of `model_rules.py`, and those that
 # hold regular expressions.
 FURTHER_KEYS = (
@@ -22,6 +22,7 @@ FURTHER_MODEL_KEYS = (
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
     *("residual_multiplier", "embedding_multiplier", "logits_scaling"),
+    *("first_norm", "embedding_size", "generator_width"),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 
@@ -100,7 +101,7 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
     ):
         yield "--config.model.positions=rotary needs an even head dimension"
     changed = _changed(config, (f"model.{name}" for name in FURTHER_MODEL_KEYS))
-    if changed or model.positions in ("relative", "sinusoidal"):
+    if changed or model.positions in ("relative", "sinusoidal", "disentangled"):
         from lm.config.model_rules import model_problems
 
         yield from model_problems(config)

@@ -1,12 +1,14 @@
-"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019), bare or with the heads of their classes.
+"""BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and ELECTRA (Clark et al. 2020), with heads.
 
-Both have the same stack. RoBERTa counts positions from its padding id + 1, has its output layer in
-`lm_head`, and pools inside its classifier.
+All have the same stack. RoBERTa counts positions from its padding id + 1, has its output layer in
+`lm_head`, and pools inside its classifier. ELECTRA's embeddings may have another width; its
+generator has the output layer, its discriminator tells replaced tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from lm.interop.family import (
@@ -16,6 +18,7 @@ from lm.interop.family import (
     Values,
     hf_word,
     lm_word,
+    read_size,
     require_equal,
 )
 from lm.interop.tensor_mapping import (
@@ -44,6 +47,7 @@ def _base(name: str) -> list[TensorMapping]:
         same_layout(f"{embeddings}.position_embeddings.weight", "positions/embedding"),
         same_layout(f"{embeddings}.token_type_embeddings.weight", "types/embedding"),
         *norm_mappings(f"{embeddings}.LayerNorm", "embedding_norm"),
+        *linear_mappings(f"{name}.embeddings_project", "embedding_projection"),
         *linear_mappings(f"{layer}.attention.self.query", f"{_LAYERS}/attention/query", "D", "H K"),
         *linear_mappings(f"{layer}.attention.self.key", f"{_LAYERS}/attention/key", "D", "H K"),
         *linear_mappings(f"{layer}.attention.self.value", f"{_LAYERS}/attention/value", "D", "H K"),
@@ -132,7 +136,22 @@ def _write_roberta(config: TransformerConfig) -> Values:
     }
 
 
+def _read_electra(hf: Values) -> Values:
+    # The output layer's activation, and that of classifiers, is always this one.
+    lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
+    width = read_size({"embedding_size": 128} | hf, "embedding_size")
+    return _read_bert(hf) | {
+        "embedding_size": 0 if width == hf["hidden_size"] else width,
+        "pooler_activation": "gelu_erf",
+    }
+
+
+def _write_electra(config: TransformerConfig) -> Values:
+    return _write_bert(config) | {"embedding_size": config.embedding_size or config.d_model}
+
+
 _LM, _NEXT, _POOLER, _CLASSES, _SPANS = "masked", "next_sentence", "pooler", "classes", "spans"
+_REPLACED = "replaced"
 # RoBERTa's classifier of tokens and the pooler of its bare model have names of their own.
 _TAGS, _SUMMARY = "tags", "summary"
 
@@ -148,6 +167,7 @@ def _family(
     dense_norm: str,
     pooler: str,
     classifier: str,
+    output: str = "",
     classes: Mapping[frozenset[str], str] = MappingProxyType({}),
     heads: Mapping[str, Head] = MappingProxyType({}),
     renamed: Mapping[str, str] = MappingProxyType({}),
@@ -165,15 +185,18 @@ def _family(
         dense_norm: tensor prefix of that head's norm.
         pooler: tensor prefix of the pooler.
         classifier: tensor prefix of the classifier.
+        output: tensor of the output matrix; "": `decoder.weight` of the masked head.
         classes: further classes by heads.
         heads: further heads.
         renamed: patterns of old tensor names, and their replacements.
     """
+    copies = {} if output else {f"{masked}.decoder.bias": f"{masked}.bias"}
+    output = output or f"{masked}.decoder.weight"
     output_layer = (
         *linear_mappings(dense, "transform"),
         *norm_mappings(dense_norm, "transform_norm"),
         same_layout(f"{masked}.bias", "logit_bias/bias"),
-        output_mapping(f"{masked}.decoder.weight"),
+        output_mapping(output),
     )
     return Family(
         model_type=name,
@@ -198,9 +221,9 @@ def _family(
         fixed=_FIXED,
         read=read,
         write=write,
-        output=f"{masked}.decoder.weight",
+        output=output,
         table=f"{name}.embeddings.word_embeddings.weight",
-        copies={f"{masked}.decoder.bias": f"{masked}.bias"},
+        copies=copies,
         ignored=[rf"{name}\.embeddings\.position_ids"],
         renamed=renamed,
     )
@@ -248,4 +271,35 @@ ROBERTA = _family(
         _TAGS: Head(("classifier",), tuple(linear_mappings("classifier", "classifier"))),
         _SUMMARY: Head(("pooler",), tuple(linear_mappings("roberta.pooler.dense", "pooler"))),
     },
+)
+
+_DISCRIMINATOR = "discriminator_predictions"
+ELECTRA = replace(
+    _family(
+        "electra",
+        "Electra",
+        _read_electra,
+        _write_electra,
+        masked="generator_lm_head",
+        dense="generator_predictions.dense",
+        dense_norm="generator_predictions.LayerNorm",
+        pooler="classifier.dense",
+        classifier="classifier.out_proj",
+        output="generator_lm_head.weight",
+        classes={
+            frozenset({_REPLACED}): "ElectraForPreTraining",
+            frozenset({_TAGS}): "ElectraForTokenClassification",
+        },
+        heads={
+            _REPLACED: Head(
+                ("replaced_transform", "replaced_head"),
+                (
+                    *linear_mappings(f"{_DISCRIMINATOR}.dense", "replaced_transform"),
+                    *linear_mappings(f"{_DISCRIMINATOR}.dense_prediction", "replaced_head"),
+                ),
+            ),
+            _TAGS: Head(("classifier",), tuple(linear_mappings("classifier", "classifier"))),
+        },
+    ),
+    left_out=["generator"],
 )

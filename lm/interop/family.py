@@ -30,6 +30,8 @@ TRAINING = (
     "activation_dropout",
     *(f.name for f in fields(InitConfig)),
     "scale_residual_init",
+    "generator_width",
+    "generator_layers",
     "expert_capacity",
     "balance_loss",
     "router_z_loss",
@@ -82,6 +84,9 @@ class Family:
         in_file: fields that the tensors of a file determine, not config.json.
         defaults: values of `keys` that old files lack.
         fused: tensors of a file that hold several of the table (`fused_tensors.py`).
+        zeros: tensors that are left out, and must be zero.
+        left_out: modules that a class lacks, and that are left out.
+        objective: objective of its pretraining, "" where that of `model` is usual.
     """
 
     model_type: str
@@ -102,6 +107,9 @@ class Family:
     in_file: Sequence[str] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fused: Fused = field(default_factory=dict)
+    zeros: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    objective: str = ""
 
     def read_config(self, hf: Values) -> TransformerConfig:
         """Convert config.json to a TransformerConfig.
@@ -288,6 +296,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     if c.positions != "learned":
         unused |= {"position_offset", "max_length"}
     is_global_N = c.is_global(c.n_layers)
+    unused.add("global_first")
     values["global_every"] = [] if is_global_N is None else np.flatnonzero(is_global_N).tolist()
     if c.rope_theta_local == c.rope_theta and c.rope_scaling == "none":
         values["rope_theta_local"] = 0.0
@@ -312,6 +321,8 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
             unused |= {"expert_groups_per_token", "expert_group_best"}
     else:
         unused |= {f.name for f in fields(ExpertsConfig)} - {"n_experts"}
+    if model != "encoder":
+        unused |= {"transform_bias", "pooler_activation"}
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
@@ -320,12 +331,15 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         of_rope -= set(SCALING_FIELDS[c.rope_scaling])
     unused |= of_rope
     values |= {"rope_attention_factor": attention_factor(c), "rope_fraction": rotary_width(c)}
-    if c.positions != "relative":
+    if c.positions not in ("relative", "disentangled"):
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:
         unused.add("scale_logits")
     if model != "encoder_decoder":
-        unused.add("n_decoder_layers")
+        unused |= {"n_decoder_layers", "separate_embeddings"}
+    else:
+        values["n_decoder_layers"] = c.n_decoder_layers or c.n_layers
+        values["separate_embeddings"] &= c.positions == "learned" or c.embedding_norm
     return {name: value for name, value in values.items() if name not in unused}
 
 

@@ -81,12 +81,15 @@ def convert(model: nn.Module, params: Params, model_type: str | None = None) -> 
     leaves = flat(nn.meta.unbox(params))
     family, heads, config = _family_of(model, leaves, model_type)
     shapes = parameter_specs(family, model.clone(config=config), heads)
+    left_out = {path for path in leaves if path.partition("/")[0] in family.left_out}
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in left_out}
     leaves = _neutral_zeros(leaves, shapes) | leaves
     mappings = family.mappings(config, shapes, heads)
     written = {path for mapping in mappings for path in mapping.paths}
     _check_parameters(leaves, shapes, written)
     class_name = family.classes[heads]
-    bare = family.prefix if class_name.lower() == f"{family.model_type}model" else ""
+    is_bare = class_name.lower() == f"{family.model_type.replace('-', '')}model"
+    bare = family.prefix if is_bare else ""
     tensors = [
         PendingTensor(
             name,

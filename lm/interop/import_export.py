@@ -108,10 +108,12 @@ def run_config(found: ModelFolder) -> ConfigDict:
         if f"model.{name}" in SCHEMA and name not in ("dtype", "attention", "n_classes"):
             config.model[name] = value
     if found.family.model == "encoder_decoder":
-        config.objective.name = "span_corruption"
+        config.objective.name = found.family.objective or "span_corruption"
     elif found.family.model == "encoder":
         config.objective.name = "masked"
         config.objective.next_sentence = "next_sentence" in found.heads
+        if "replaced" in found.heads:
+            config.objective.name = "replaced_tokens"
         if "spans" in found.heads:
             config.objective.name = "span_qa"
     is_tagger = "tags" in found.heads or found.heads == {"classes"}

@@ -69,31 +69,33 @@ _SCALINGS: Mapping[str, Mapping[str, str]] = {  # by rope_type
 }
 
 
-def layer_types(n_layers: int, window: int, global_every: int) -> list[str]:
+def layer_types(
+    n_layers: int, window: int, global_every: int, global_first: bool = False
+) -> list[str]:
     """Return `layer_types` of config.json."""
-    is_global_N = global_layers(n_layers, window, global_every)
+    is_global_N = global_layers(n_layers, window, global_every, global_first)
     return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
 
 
 def config_layer_types(config: TransformerConfig) -> list[str]:
     """Return `layer_types` of config.json for a TransformerConfig."""
-    return layer_types(config.n_layers, config.window, config.global_every)
+    return layer_types(config.n_layers, config.window, config.global_every, config.global_first)
 
 
 def read_windows(hf: Values, types: Sequence[str]) -> Values:
-    """Return `window` and `global_every` for layers of these types.
+    """Return `window`, `global_every` and `global_first` for layers of these types.
 
     Raises:
         UnsupportedConfig: the types are not every n-th global and the others local.
     """
-    if LOCAL not in types:
-        window = every = 0
-    else:
-        window = read_size(hf, "sliding_window")
-        every = types.index(GLOBAL) + 1 if GLOBAL in types else 0
-    if list(types) != layer_types(require(hf, "num_hidden_layers"), window, every):
+    window, every, first = 0, 0, False
+    if LOCAL in types:
+        window, first = read_size(hf, "sliding_window"), types[0] == GLOBAL
+        numbers = [i for i, kind in enumerate(types, start=1) if kind == GLOBAL]
+        every = (numbers[1:] or [len(types) + 1])[0] - 1 if first else (numbers or [0])[0]
+    if list(types) != layer_types(require(hf, "num_hidden_layers"), window, every, first):
         raise UnsupportedConfig("config.json: layer_types are not local ones and each n-th global")
-    return {"window": window, "global_every": every}
+    return {"window": window, "global_every": every, "global_first": first}
 
 
 def is_nope(n_layers: int, nope_every: int) -> list[bool]:

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop import (
+    bart,
     bert,
+    deberta,
     deepseek,
     gemma,
     gpt2,
@@ -24,6 +26,7 @@ from lm.interop import (
     llama,
     llama2c,
     llama4,
+    modernbert,
     olmo,
     qwen_moe,
     small_models,
@@ -55,6 +58,10 @@ FAMILIES: dict[str, Family] = {
         gpt2.GPT2,
         bert.BERT,
         bert.ROBERTA,
+        bert.ELECTRA,
+        modernbert.MODERNBERT,
+        deberta.DEBERTA,
+        bart.BART,
         t5.T5,
         t5.MT5,
         llama.LLAMA,
@@ -199,6 +206,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         method = str(quantization.get("quant_method"))
         tensors = readers.get(method, compressed_tensors.unpacked)(path, quantization, tensors)
     stored = _without_further(about, config, _by_table_name(family, tensors))
+    stored = _without_zeros(path, family, stored)
     _check_layers(path, config, len(stored))
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
@@ -254,6 +262,16 @@ def _without_further(
     names = "|".join(str(config.n_layers + i) for i in range(min(n_further, 64)))
     is_further = re.compile(rf"model\.layers\.(?:{names})\..*")
     return {name: x for name, x in stored.items() if not names or not is_further.fullmatch(name)}
+
+
+def _without_zeros(
+    path: Path, family: Family, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    for name in family.zeros:
+        tensor = stored.pop(name, None)
+        if tensor is not None and np.any(tensor.rows(0, tensor.shape[0])):
+            raise UserError(f"{path}: {name} is not zero, which is not supported")
+    return stored
 
 
 def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bool:

@@ -75,7 +75,7 @@ def initialize(model: nn.Module) -> Any:
 def _call_all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
     x_BLD = model.hidden(tokens_BL)
     x_BD = model.pooled(x_BLD, jnp.ones_like(tokens_BL))
-    of_tokens = [model.logits(x_BLD), model.spans(x_BLD)]
+    of_tokens = [model.logits(x_BLD), model.spans(x_BLD), model.replaced(x_BLD)]
     return [*of_tokens, model.next_sentence(x_BD), model.classify(x_BD)]
 
 

@@ -36,7 +36,7 @@ class AttentionMask:
         offset: position of the first query among the keys.
         prefix_BS: keys that queries before them attend to as well (prefix LM, Raffel 2020, fig. 3).
         window: a causal query attends to the last `window` keys, itself included (Child et al.
-            2019; Beltagy et al. 2020); 0 for all.
+            2019; Beltagy et al. 2020), others to `window` // 2 on either side of it; 0 for all.
         is_global: scalar; where true the window does not apply.
         window_BL: windows of single queries, which stand for `window`: chunks of a text, whose
             queries see it from the start of their own on (Llama 4).
@@ -59,11 +59,12 @@ class AttentionMask:
             mask = (queries_L[:, None] >= jnp.arange(n_keys))[None]
             if self.prefix_BS is not None:
                 mask = mask | self.prefix_BS.astype(bool)[:, None, :]
-            if self.window:
-                window_BL = self.window if self.window_BL is None else self.window_BL
-                near_BLS = jnp.arange(n_keys) > (queries_L - window_BL)[..., None]
-                near_BLS = near_BLS if self.is_global is None else near_BLS | self.is_global
-                mask = mask & near_BLS
+        if self.window:
+            before_LS = self.offset + jnp.arange(n_queries)[:, None] - jnp.arange(n_keys)
+            window = self.window if self.window_BL is None else self.window_BL[..., None]
+            near = before_LS < window if self.causal else jnp.abs(before_LS) <= self.window // 2
+            near = near if self.is_global is None else near | self.is_global
+            mask = near[None] if mask is None else mask & near
         if self.segments_BL is not None:
             keys_BS = self.segments_BL if self.key_segments_BS is None else self.key_segments_BS
             same = self.segments_BL[:, :, None] == keys_BS[:, None, :]
@@ -102,7 +103,8 @@ def attention(
         mask: which keys each query attends to.
         scale: factor of the scores.
         softcap: bound of the scores (`elementwise.softcap`); 0 for none.
-        bias_HLS: added to the scores, such as T5's relative position bias.
+        bias_HLS: added to the scores, such as T5's relative position bias; for each row by itself
+            [B, H, L, S].
         sinks_H: logits of the sinks, which take part in the softmax without a value.
         dropout: dropout of the attention weights.
 
@@ -120,7 +122,8 @@ def attention(
     if softcap:
         scores_BGRLS = apply_softcap(scores_BGRLS, softcap)
     if bias_HLS is not None:
-        scores_BGRLS += bias_HLS.reshape(G, H // G, *bias_HLS.shape[1:])
+        *rows, _, _, _ = bias_HLS.shape
+        scores_BGRLS += bias_HLS.reshape(*rows, G, H // G, *bias_HLS.shape[-2:])
     if mask_BLS is not None:
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)

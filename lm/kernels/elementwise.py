@@ -52,14 +52,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_erf": gelu_erf,
     "swiglu": jax.nn.silu,
     "geglu": partial(jax.nn.gelu, approximate=True),
+    "geglu_erf": gelu_erf,
     "swiglu_clipped": _clipped_silu,
 }
 # What gated linear units multiply their activation by, of the other projection (Shazeer 2020).
 GATED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jnp.positive,
     "geglu": jnp.positive,
+    "geglu_erf": jnp.positive,
     "swiglu_clipped": lambda x: jnp.clip(x, -7, 7) + 1,
 }
+UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf"}  # of output layers
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

@@ -28,10 +28,13 @@ def bounds_by_query(
             n_prefix = jnp.take_along_axis(n_before, ends, 1)
             n_prefix -= jnp.take_along_axis(n_before, starts, 1)
             last = jnp.maximum(last, starts + n_prefix)
-        if mask.window:
-            near = jnp.maximum(start, queries_1L + 1 - mask.window)
-            start = near if mask.is_global is None else jnp.where(mask.is_global, start, near)
         end = jnp.minimum(end, last)
+    if mask.window:
+        before = mask.window - 1 if mask.causal else mask.window // 2
+        first = jnp.maximum(start, queries_1L - before)
+        last = end if mask.causal else jnp.minimum(end, queries_1L + before + 1)
+        everywhere = False if mask.is_global is None else mask.is_global
+        start, end = jnp.where(everywhere, start, first), jnp.where(everywhere, end, last)
     return start, end
 
 

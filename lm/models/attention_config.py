@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Attention and positions of a stack; the meaning of each field is in `lm/config/keys.py`."""
 
+    mixer: str = "attention"
+    mixer_options: Any = None
     attention_bias: str = "same"
     qk_norm: bool = False
     qk_norm_over: str = "head"
@@ -18,6 +21,7 @@ class AttentionConfig:
     window: int = 0
     window_chunks: bool = False
     global_every: int = 0
+    global_first: bool = False
     positions: str = "learned"
     position_offset: int = 0
     nope_every: int = 0
@@ -38,3 +42,4 @@ class AttentionConfig:
     rope_long_factor: tuple[float, ...] = ()
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    attention_dropout: float = 0.0

@@ -17,51 +17,54 @@ from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.elementwise import softcap
 from lm.models.cache import Cache, init_cache
 from lm.models.layers import Embedding, Linear, make_norm
-from lm.models.task_layers import last_of_row, mean_of_row
+from lm.models.task_heads import TaskHeads
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
 
 
-class Model(nn.Module):
-    """Embeddings, output layer and task heads.
-
-    Attributes:
-        config: configuration.
-        deterministic: True turns dropout off; `clone(deterministic=False)` is the model to train.
-    """
-
-    config: TransformerConfig
-    deterministic: bool = True
+class Model(TaskHeads):
+    """Embeddings, output layer and task heads."""
 
     def setup(self) -> None:
         c = self.config
         table = Role(Kind.EMBEDDING, c.stream, "input")
         tokens = Role(Kind.EMBEDDING, "predicted", "input", tied=c.tie_embeddings)
-        self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
+        width = c.embedding_size or c.d_model
+        self.tokens = Embedding(c.vocab_size, width, "vocab", tokens, c.table_init, c.dtype)
         if c.positions == "learned":
-            rows = c.max_length + c.position_offset
-            self.positions = Embedding(rows, c.d_model, "positions", table, c.table_init, c.dtype)
+            self.positions = position_table(c)
         if c.token_types:
-            self.types = Embedding(c.token_types, c.d_model, "types", table, c.table_init, c.dtype)
+            self.types = Embedding(c.token_types, width, "types", table, c.table_init, c.dtype)
         if c.embedding_norm:
             self.embedding_norm = make_norm(c, part="input")
+        if c.embedding_size:
+            from lm.models.embedding_projections import embedding_projections
+
+            self.embedding_projection, self.output_projection = embedding_projections(c)
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
         if not c.tie_embeddings:
             head = Role(Kind.HEAD, "predicted", "output")
-            self.head = self._linear(c.vocab_size, "vocab", head, bias=False)
+            self.head = self._linear(c.vocab_size, "vocab", head, False, self.output_width)
         self.pooler = self._linear(c.d_model, "pooled", Role(Kind.MATRIX, "text", "task"))
         pretraining = Role(Kind.HEAD, "text", "pretraining")
         self.sentence_head = self._linear(2, "classes", pretraining)
         self.classifier = self._linear(c.n_classes, "classes", Role(Kind.HEAD, "text", "task"))
         self.span_head = self._linear(2, "classes", Role(Kind.HEAD, c.stream, "task"))
 
-    def _linear(self, n_out: int, name: str, role: Role, bias: bool = True) -> Linear:
+    @property
+    def output_width(self) -> int:
+        """Width of the input of an untied output layer."""
+        return self.config.d_model
+
+    def _linear(
+        self, n_out: int, name: str, role: Role, bias: bool = True, n_in: int = 0
+    ) -> Linear:
         c = self.config
         std = c.std(c.d_model, n_out) if name == "pooled" else c.output_std(n_out)
         init, names = c.kernel_init(std), ("embed", name)
-        shapes = (c.d_model,), (n_out,)
+        shapes = (n_in or c.d_model,), (n_out,)
         return Linear(*shapes, names, role, bias, init, c.dtype, out_dtype=jnp.float32)
 
     def embed(
@@ -69,19 +72,21 @@ class Model(nn.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
+        names: tuple[str, ...] = ("positions", "embedding_norm", "embedding_projection"),
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given."""
-        c = self.config
+        """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given.
+
+        `names` are those of position table, norm and projection, where the model has them.
+        """
+        c, table, norm, project = self.config, *(getattr(self, name, None) for name in names)
         x_BLD = self.tokens(tokens_BL)
         scale = (c.d_model / c.width_ratio) ** 0.5 if c.scale_embeddings else 1.0
         if scale * c.embedding_multiplier != 1:
             x_BLD *= jnp.asarray(scale * c.embedding_multiplier, c.dtype)
-        if c.positions == "learned":
-            if positions_BL is None:
-                end = c.position_offset + tokens_BL.shape[1]
-                x_BLD += self.positions.first(end)[c.position_offset :]
-            else:
-                x_BLD += self.positions(positions_BL + c.position_offset)
+        if table and positions_BL is None:
+            x_BLD += table.first(c.position_offset + tokens_BL.shape[1])[c.position_offset :]
+        elif table and positions_BL is not None:
+            x_BLD += table(positions_BL + c.position_offset)
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
         if c.positions == "sinusoidal":
@@ -92,9 +97,10 @@ class Model(nn.Module):
             if types_BL is None or c.token_types == 1:
                 types_BL = jnp.zeros_like(tokens_BL)
             x_BLD += self.types(types_BL)
-        if c.embedding_norm:
-            x_BLD = self.embedding_norm(x_BLD)
-        x_BLD = constrain(self.dropout(x_BLD), "rows", "residual_length", "embed")
+        if norm:
+            x_BLD = norm(x_BLD)
+        x_BLD = self.dropout(x_BLD)
+        x_BLD = constrain(project(x_BLD) if project else x_BLD, "rows", "residual_length", "embed")
         return x_BLD, positions_BL
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
@@ -103,38 +109,23 @@ class Model(nn.Module):
         scaled = c.tie_embeddings and c.scale_logits
         scale = (c.d_model / c.width_ratio) ** -0.5 if scaled else 1.0
         x_BLD = self._scale_output(x_BLD) * jnp.asarray(scale / c.logits_scaling, x_BLD.dtype)
+        if c.embedding_size and c.tie_embeddings and x_BLD.shape[-1] != c.embedding_size:
+            x_BLD = self.output_projection(x_BLD)
         logits_BLV = self.tokens.attend(x_BLD) if c.tie_embeddings else self.head(x_BLD)
         logits_BLV = constrain(logits_BLV, "rows", "length", "vocab")
         return softcap(logits_BLV, c.logit_softcap) if c.logit_softcap else logits_BLV
 
-    def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the embedding [B, D] of a text.
-
-        It is the family's `summary`, or the mean of the tokens (Reimers and Gurevych 2019, §3).
-        """
-        if self.config.pooling == "mean":
-            return mean_of_row(x_BLD, segment_ids_BL)
-        return self.summary(x_BLD, segment_ids_BL)
-
-    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the hidden state of the last token, [B, D] (Radford et al. 2018, §3.2)."""
-        return last_of_row(x_BLD, segment_ids_BL)
-
-    def classify(self, x_BD: jax.Array) -> jax.Array:
-        """Return class logits [B, C], float32, of the result of `pooled`."""
-        return self.classifier(self._scale_output(self.dropout(x_BD)))
-
-    def next_sentence(self, x_BD: jax.Array) -> jax.Array:
-        """Return logits [B, 2] of "B follows A" and "B does not" (Devlin et al. 2018, §3.1)."""
-        return self.sentence_head(self._scale_output(x_BD))
-
-    def spans(self, x_BLD: jax.Array) -> jax.Array:
-        """Return start and end logits of answers, [B, L, 2] (Devlin et al. 2018, §4.2)."""
-        return self.span_head(self._scale_output(self.dropout(x_BLD)))
-
     def _scale_output(self, x_BLD: jax.Array) -> jax.Array:
         """Apply the output multiplier of muP (Yang et al. 2022, Table 8)."""
         return x_BLD * jnp.asarray(1 / self.config.width_ratio, x_BLD.dtype)
+
+
+def position_table(config: TransformerConfig) -> Embedding:
+    """Build the table of learned positions, of the config's stream."""
+    c, role = config, Role(Kind.EMBEDDING, config.stream, "input")
+    rows = c.max_length + c.position_offset
+    width = c.embedding_size or c.d_model
+    return Embedding(rows, width, "positions", role, c.table_init, c.dtype)
 
 
 class Decoder(Model):

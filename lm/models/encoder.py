@@ -1,20 +1,28 @@
 """Encoder: every token sees every other one of its segment; masked tokens are predicted.
 
-Shape letters: B batch, L length, P predictions, D model, V vocabulary.
+Shape letters: B batch, L length, P predictions, D model, E embedding, W width of the generator,
+V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.elementwise import ACTIVATIONS, GATED
+from lm.kernels.elementwise import ACTIVATIONS, UNGATED, gelu_erf
 from lm.models.decoder import Model
+from lm.models.generator import Generator, generator_config
 from lm.models.layers import make_norm
 from lm.models.task_layers import Bias
 from lm.models.transformer import Stack
 from lm.models.variables import Kind, Role
+from lm.parallel.mesh import constrain
+
+POOLERS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "gelu_erf": gelu_erf}
 
 
 class Encoder(Model):
@@ -25,9 +33,17 @@ class Encoder(Model):
         c = self.config
         self.stack = Stack(c, c.n_layers, self.deterministic, causal=False)
         transform = Role(Kind.MATRIX, "predicted", "pretraining")
-        self.transform = self._linear(c.d_model, "pooled", transform)
+        self.transform = self._linear(self.output_width, "pooled", transform, c.transform_bias)
         self.transform_norm = make_norm(c, part="pretraining")
         self.logit_bias = Bias(c.vocab_size, Role(Kind.BIAS, c.stream, "pretraining"))
+        of_tokens = Role(Kind.MATRIX, c.stream, "pretraining")
+        self.replaced_transform = self._linear(c.d_model, "pooled", of_tokens)
+        self.replaced_head = self._linear(1, "classes", replace(of_tokens, kind=Kind.HEAD))
+        self.generator = Generator(generator_config(c), self.deterministic)
+
+    @property
+    def output_width(self) -> int:
+        return self.config.embedding_size or self.config.d_model
 
     def __call__(
         self,
@@ -53,10 +69,35 @@ class Encoder(Model):
     def logits(self, x_BPD: jax.Array) -> jax.Array:
         """Return logits [B, P, V]: dense layer, norm, output matrix and bias."""
         c = self.config
-        act = ACTIVATIONS["gelu_tanh" if c.activation in GATED else c.activation]
+        act = ACTIVATIONS[UNGATED.get(c.activation, c.activation)]
         x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
         return self.logit_bias(super().logits(x_BPD))
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the pooled first token, tanh of a dense layer, [B, D]."""
-        return jnp.tanh(self.pooler(x_BLD[:, 0]))
+        """Return the pooled first token, an activation of a dense layer, [B, D]."""
+        return POOLERS[self.config.pooler_activation](self.pooler(x_BLD[:, 0]))
+
+    # --- replaced tokens (ELECTRA)
+
+    def generator_hidden(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the generator's hidden states [B, L, W]; it has the embeddings of this model."""
+        names = ("positions", "embedding_norm", "")
+        x_BLE, positions_BL = self.embed(tokens_BL, positions_BL, names=names)
+        return self.generator(x_BLE, positions_BL, segment_ids_BL)
+
+    def generator_logits(self, x_BPW: jax.Array) -> jax.Array:
+        """Return the generator's logits [B, P, V], float32."""
+        logits_BPV = self.tokens.attend(self.generator.transformed(x_BPW))
+        return self.generator.biased(constrain(logits_BPV, "rows", "length", "vocab"))
+
+    def replaced(self, x_BLD: jax.Array) -> jax.Array:
+        """Return the logits [B, L] of "this token was replaced" (Clark et al. 2020, §2)."""
+        c = self.config
+        act = ACTIVATIONS[UNGATED.get(c.activation, c.activation)]
+        y_BLD = act(self.replaced_transform(x_BLD).astype(c.dtype))
+        return self.replaced_head(self._scale_output(y_BLD))[..., 0]

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.cache import Cache, init_cache
-from lm.models.decoder import Model
+from lm.models.decoder import Model, position_table
+from lm.models.layers import make_norm
 from lm.models.transformer import Stack
 
 
 class EncoderDecoder(Model):
     """Encoder-decoder Transformer: Vaswani et al. 2017, T5 (Raffel et al. 2020) and others.
 
-    Source and target share the token embeddings.
+    Source and target share the token embeddings; with `separate_embeddings` (BART, Lewis et al.
+    2020) the source has a position table and an embedding norm of its own.
     """
 
     def setup(self) -> None:
@@ -28,6 +30,10 @@ class EncoderDecoder(Model):
         of_source = replace(c, stream="source")
         self.encoder = Stack(of_source, c.n_layers, self.deterministic, causal=False)
         self.decoder = Stack(c, self.n_decoder_layers, self.deterministic, causal=True)
+        if c.separate_embeddings and c.positions == "learned":
+            self.source_positions = position_table(of_source)
+        if c.separate_embeddings and c.embedding_norm:
+            self.source_embedding_norm = make_norm(of_source, part="input")
 
     @property
     def n_decoder_layers(self) -> int:
@@ -82,7 +88,9 @@ class EncoderDecoder(Model):
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Return the encoded source, [B, S, D]."""
-        x_BSD, positions_BS = self.embed(source_BS, positions_BS)
+        prefix = "source_" if self.config.separate_embeddings else ""
+        names = (f"{prefix}positions", f"{prefix}embedding_norm", "embedding_projection")
+        x_BSD, positions_BS = self.embed(source_BS, positions_BS, names=names)
         return self.encoder(x_BSD, positions_BS, AttentionMask(False, source_segments_BS))[0]
 
     def hidden(

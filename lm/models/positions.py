@@ -127,8 +127,12 @@ def position_bias(
 
     Returns:
         The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; of rows with offsets
-        of their own by distance from 1 - S to L - 1.
+        of their own by distance from 1 - S to L - 1. Of "disentangled" positions the table [R, D].
     """
+    if config.positions == "disentangled":
+        from lm.models.disentangled_attention import RelativeTable
+
+        return RelativeTable(config, name="relative_table")()
     if isinstance(offset, jax.Array) and offset.ndim:
         distances = jnp.arange(1 - n_keys, n_queries)
     elif by_distance:

@@ -22,3 +22,5 @@ class ResidualConfig:
     embedding_multiplier: float = 1.0
     dropout: float = 0.0
     final_dropout: bool = False
+    activation_dropout: float = 0.0
+    scale_residual_init: bool = True

@@ -337,6 +337,8 @@ def kernel_problems(
     of_gpu = kernel in GPU_KERNELS
     if context > 1 and (of_gpu or kernel == "blockwise") and not ring:
         yield "--config.parallel.context_attention=gather"
+    if model.window and model.family == "encoder" and (ring or kernel != "xla"):
+        yield _ring_or(ring, f"--config.model.window={model.window} of an encoder")
     if ring and kernel in ("flash", "tokamax", "triton"):
         yield "--config.parallel.context_attention=ring"
     if ring and kernel == "cudnn":
@@ -346,7 +348,8 @@ def kernel_problems(
             yield _ring_or(ring, f"--config.model.family={model.family} (all pairs of tokens)")
     if model.attention_dropout and kernel != "flash":
         yield _ring_or(ring, f"--config.model.attention_dropout={model.attention_dropout}")
-    if model.positions in POSITION_BIASES and kernel != "flash":
+    by_distance = kernel == "flash" and model.positions != "disentangled"
+    if model.positions in POSITION_BIASES and not by_distance:
         yield _ring_or(ring, f"--config.model.positions={model.positions}")
     if model.attention_sinks:
         yield _ring_or(ring, "--config.model.attention_sinks=True")

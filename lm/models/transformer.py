@@ -141,7 +141,9 @@ class Block(nn.Module):
         block_input_BLW, output_BLD = x_BLW, None  # of residual="concat": H^l, and the sum u
         for name, sublayer in sublayers.items():
             norm = make_norm(c, f"{name}_norm")
-            y_BLD = sublayer(norm(x_BLW) if c.norm_placement in ("pre", "both") else x_BLW)
+            is_normed = c.norm_placement in ("pre", "both")
+            is_normed &= not (kind.raw_input and name == "attention")
+            y_BLD = sublayer(norm(x_BLW) if is_normed else x_BLW)
             if c.norm_placement in ("both", "output"):
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
             if c.residual_multiplier != 1:

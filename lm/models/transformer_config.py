@@ -19,14 +19,18 @@ from ml_collections import ConfigDict
 
 from lm.config.registries import MIXERS, MODELS
 from lm.models.attention_config import AttentionConfig
+from lm.models.embedding_config import EmbeddingConfig
 from lm.models.experts_config import ExpertsConfig
 from lm.models.residual_config import ResidualConfig
 from lm.models.variables import Initializer, Stream
 
 
-def global_layers(n_layers: int, window: int, global_every: int) -> np.ndarray:
-    """Return the layers that see beyond a window, [N] bool: every `global_every`-th, or all."""
-    numbers = np.arange(1, n_layers + 1)
+def global_layers(n_layers: int, window: int, global_every: int, first: bool) -> np.ndarray:
+    """Return the layers that see beyond a window, [N] bool: every `global_every`-th, or all.
+
+    With `first` they are layers 1, n + 1, … of 1, 2, …, else n, 2n, ….
+    """
+    numbers = np.arange(1, n_layers + 1) - (first and global_every > 0)
     return numbers % (global_every or n_layers + 1) == 0 if window else numbers > 0
 
 
@@ -41,6 +45,7 @@ class LayerType:
             receives it as an array.
         scannable: has the parameter shapes of its neighbours; other layers are unrolled.
         group: layers of different groups never share a scan.
+        raw_input: reads the residual stream as it is in the attention, without a norm.
     """
 
     feed_forward: str = "dense"
@@ -48,6 +53,7 @@ class LayerType:
     is_local: bool = False
     scannable: bool = True
     group: int = 0
+    raw_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,9 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 @dataclass(frozen=True)
-class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConfig):
+class TransformerConfig(
+    InitConfig, AttentionConfig, EmbeddingConfig, ExpertsConfig, ResidualConfig
+):
     """Transformer stack; the meaning of each field is in `lm/config/keys.py`.
 
     `unrolled` (no layers are stacked) and `cache_dtype` are set by `lm/decoding/weights.py`.
@@ -158,22 +166,10 @@ class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConf
     vocab_size: int
     max_length: int
     n_decoder_layers: int = 0
-    mixer: str = "attention"
-    mixer_options: Any = None
     bias: bool = True
-    token_types: int = 0
     activation: str = "gelu_tanh"
-    tie_embeddings: bool = True
-    scale_logits: bool = False
-    logits_scaling: float = 1.0
-    logit_softcap: float = 0.0
     mup_base_width: int = 0
     mup_base_head_dim: int = 0
-    n_classes: int = 0
-    pooling: str = "family"
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    scale_residual_init: bool = True
     attention: str = "xla"
     context_attention: str = "ring"
     remat: str = "none"
@@ -184,10 +180,11 @@ class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConf
 
     def layer_types(self, n_layers: int) -> tuple[LayerType, ...]:
         """Return the type of each layer of a stack of `n_layers`."""
-        is_global_N = global_layers(n_layers, self.window, self.global_every)
+        is_global_N = self._global_layers(n_layers)
         types = []
         for i in range(n_layers):
             after = i - self.dense_layers  # number among the layers after the dense prefix
+            is_raw = i == 0 and not self.first_norm
             sparse = self.n_experts > 0 and after >= 0 and (after + 1) % self.experts_every == 0
             types.append(
                 LayerType(
@@ -195,7 +192,8 @@ class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConf
                     mixer=self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual == "sum" and not self.unrolled,
-                    group=int(after >= 0),
+                    group=int(after >= 0) + 2 * is_raw,
+                    raw_input=is_raw,
                 )
             )
         return tuple(types)
@@ -212,7 +210,10 @@ class TransformerConfig(InitConfig, AttentionConfig, ExpertsConfig, ResidualConf
     def is_global(self, n_layers: int) -> np.ndarray | None:
         """Return `global_layers` of a stack of `n_layers`, or None if all layers are alike."""
         mixed = self.window and self.global_every
-        return global_layers(n_layers, self.window, self.global_every) if mixed else None
+        return self._global_layers(n_layers) if mixed else None
+
+    def _global_layers(self, n_layers: int) -> np.ndarray:
+        return global_layers(n_layers, self.window, self.global_every, self.global_first)
 
     @property
     def query_bias(self) -> bool:

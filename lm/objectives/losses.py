@@ -87,7 +87,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def token_losses(
-    model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array, *settings: float
+    model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array, *settings: float, of: str = "logits"
 ) -> TokenLosses:
     """Return the losses of target tokens, in chunks where `model.config.loss_chunk` says so.
 
@@ -96,10 +96,11 @@ def token_losses(
         x_BTD: hidden states at the targets.
         targets_BT: token ids, int32.
         *settings: label smoothing and weight of the z-loss of `cross_entropy`.
+        of: method of the model that computes logits.
     """
 
     def compute(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
-        return cross_entropy(model.logits(x_BTD), targets_BT, *settings)
+        return cross_entropy(getattr(model, of)(x_BTD), targets_BT, *settings)
 
     if not model.config.loss_chunk:
         return compute(model, x_BTD, targets_BT)
@@ -115,6 +116,7 @@ def token_loss(
     weights_BT: jax.Array,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    of: str = "logits",
 ) -> LossSums:
     """Return the cross-entropy of target tokens, with metrics "nll" and "accuracy".
 
@@ -125,8 +127,9 @@ def token_loss(
         weights_BT: weight of each target, float32; 0 for none.
         label_smoothing: share of a target's probability spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
+        of: method of the model that computes logits.
     """
-    losses = token_losses(model, x_BTD, targets_BT, label_smoothing, z_loss)
+    losses = token_losses(model, x_BTD, targets_BT, label_smoothing, z_loss, of=of)
     return LossSums(
         loss=(losses.loss_BL * weights_BT).sum(),
         weight=weights_BT.sum(),

@@ -54,6 +54,7 @@ class Masked(Objective[TokenStore, Example]):
     """
 
     families: ClassVar = ("encoder",)
+    shares: ClassVar = (0.8, 0.9)  # of masks, and of masks and random tokens
 
     tokenizer: Tokenizer | None
     length: int
@@ -186,8 +187,9 @@ class Masked(Objective[TokenStore, Example]):
         targets = inputs[at]
         draw = rng.random(len(at))
         random_tokens = rng.choice(self._ordinary_ids, len(at))
+        masks, changed = self.shares
         inputs[at] = np.where(
-            draw < 0.8, self._special.mask, np.where(draw < 0.9, random_tokens, targets)
+            draw < masks, self._special.mask, np.where(draw < changed, random_tokens, targets)
         )
         n = self._n_masked(self.window_length)
         return features | {

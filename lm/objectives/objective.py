@@ -147,6 +147,20 @@ class BoundModel(Protocol):
         """Return the scores [B, 2] of "B follows A" and "B does not follow A"."""
         ...
 
+    def generator_hidden(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array, /
+    ) -> jax.Array:
+        """Return the last hidden states [B, L, W] of the generator of tokens to detect."""
+        ...
+
+    def generator_logits(self, x_BLW: jax.Array, /) -> jax.Array:
+        """Return the generator's scores [B, L, V] of the vocabulary."""
+        ...
+
+    def replaced(self, x_BLD: jax.Array, /) -> jax.Array:
+        """Return the scores [B, L] of each token as one that was replaced."""
+        ...
+
     def spans(self, x_BLD: jax.Array, /) -> jax.Array:
         """Return the scores [B, L, 2] of each token as start and as end of an answer."""
         ...

@@ -1,27 +1,25 @@
 """Span corruption: predict the spans that were removed from the encoder's text.
 
 T5 (Raffel et al. 2020, section 3.1.4 and figure 2), with the lengths of its code
-(`random_spans_helper`, `random_spans_noise_mask` of t5/data/preprocessors.py).
+(`random_spans_helper`, `random_spans_noise_mask` of t5/data/preprocessors.py), and the mixture of
+denoisers of UL2 (Tay et al. 2022, section 3.1).
 
-Shape letters: B batch, S source length, T target length, D model.
+Shape letters: S source length, T target length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.data.batches import Arrays, Example
-from lm.data.special_tokens import SpecialTokens, special_tokens
-from lm.data.store import TokenStore, TokenWindows, token_windows
+from lm.config.registry import listed
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
-from lm.objectives.losses import token_loss
-from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shapes
+from lm.objectives.corruption import Corruption
 
 _T5_SENTINELS = 100
 
@@ -85,6 +83,12 @@ def noise_mask(
     return np.logical_xor.accumulate(changes)[:length]
 
 
+def suffix_mask(length: int, density: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask [length] of the last tokens, as many as one to twice the density, uniformly."""
+    most = min(max(round(2 * length * density) - 1, 1), length - 1)
+    return np.arange(length) >= length - rng.integers(1, most + 1)
+
+
 def _span_ends(total: int, n_spans: int, rng: np.random.Generator) -> np.ndarray:
     """Return the ends of the spans of a random partition of `total` tokens, none empty."""
     cuts = rng.choice(total - 1, n_spans - 1, replace=False, shuffle=False) + 1
@@ -99,100 +103,135 @@ def replace_spans(tokens: np.ndarray, is_hidden: np.ndarray, sentinels: np.ndarr
     return np.where(starts, sentinels[starts.cumsum() - 1], tokens)[~continues]
 
 
-@dataclass(frozen=True, eq=False)
-class SpanCorruption(Objective[TokenStore, Example]):
-    """Prediction of removed spans from the text with a sentinel in place of each.
-
-    Targets are the spans, each after its sentinel. Sources and targets end with eos. As in T5, a
-    window is one text whatever documents it holds, and the decoder starts with pad where there is
-    no bos.
+@dataclass(frozen=True)
+class Denoiser:
+    """One way to corrupt a text.
 
     Attributes:
-        tokenizer: tokenizer of the data, or None.
-        length: tokens of a source, S.
-        stride: tokens from the start of one training window to the next; 0: the window's length.
-        noise_density: share of the tokens that is removed.
-        mean_span: mean tokens of a removed span.
-        label_smoothing: share of a target's probability spread over the vocabulary.
-        z_loss: weight of the squared log-partition function.
+        prefix: text before the source, which tells the model; "": none.
+        density: share of the tokens that is removed.
+        mean_span: mean tokens of a removed span; 0: the end of the text is removed.
     """
 
-    families: ClassVar = ("encoder_decoder",)
+    prefix: str
+    density: float
+    mean_span: float
 
-    tokenizer: Tokenizer | None
-    length: int
+    def lengths(self, source_length: int) -> tuple[int, int]:
+        """Return the longest text whose source fits, and the length of its targets, in tokens."""
+        if self.mean_span:
+            return text_and_target_length(source_length, self.density, self.mean_span)
+        n_raw = max(source_length - 1, 2)  # of which a sentinel replaces one or more
+        return n_raw, self.target_length(n_raw)
+
+    def target_length(self, n_raw: int) -> int:
+        """Return the length of the longest targets of a text of `n_raw` tokens."""
+        if self.mean_span:
+            return sum(noise_counts(n_raw, self.density, self.mean_span)) + 1
+        return min(max(round(2 * n_raw * self.density) - 1, 1), n_raw - 1) + 2
+
+    def mask(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """Return a random mask [length] of the tokens to remove."""
+        if self.mean_span:
+            return noise_mask(length, self.density, self.mean_span, rng)
+        return suffix_mask(max(length, 2), self.density, rng)[:length]
+
+
+# R, S and X denoisers of Tay et al. 2022, Table 1 and section 3.1.2, as released.
+UL2 = "[NLU]:0.15:3,[NLU]:0.15:8,[S2S]:0.25:end,[NLG]:0.5:3,[NLG]:0.5:8,[NLG]:0.15:64,[NLG]:0.5:64"
+
+
+def read_denoisers(text: str) -> tuple[Denoiser, ...]:
+    """Read a list of PREFIX:DENSITY:SPAN, separated by commas, or "ul2".
+
+    Raises:
+        UserError: an entry is of another form.
+    """
+    found = []
+    for entry in listed(UL2 if text == "ul2" else text):
+        prefix, _, numbers = entry.partition(":")
+        density, _, span = numbers.partition(":")
+        try:
+            denoiser = Denoiser(prefix, float(density), 0.0 if span == "end" else float(span))
+        except ValueError:
+            denoiser = Denoiser(prefix, 0.0, 0.0)
+        if not 0.001 <= denoiser.density <= 0.9 or not (span == "end" or denoiser.mean_span >= 1):
+            raise UserError(
+                f"--config.objective.denoisers: {entry!r} is not PREFIX:DENSITY:SPAN with a "
+                "density from 0.001 to 0.9 and a mean span of 1 or more, or end; or ul2 alone"
+            )
+        found.append(denoiser)
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class SpanCorruption(Corruption):
+    """Prediction of removed spans from the text with a sentinel in place of each.
+
+    Targets are the spans, each after its sentinel. Sources and targets end with eos. Of several
+    denoisers one is drawn for each window, all equally likely; the window is as long as fits the
+    source whichever it is, and the text of its prefix is put before the source.
+
+    Attributes:
+        denoisers: ways to corrupt a text.
+    """
+
     _: KW_ONLY
-    stride: int = 0
-    noise_density: float = 0.15
-    mean_span: float = 3.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    denoisers: Sequence[Denoiser] = (Denoiser("", 0.15, 3.0),)
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> SpanCorruption:
+        options = config.objective
+        one = Denoiser("", options.noise_density, options.mean_span)
         return cls(
             tokenizer,
             config.data.sequence_length,
             stride=config.data.stride,
-            noise_density=config.objective.noise_density,
-            mean_span=config.objective.mean_span,
-            label_smoothing=config.objective.label_smoothing,
-            z_loss=config.objective.z_loss,
+            denoisers=read_denoisers(options.denoisers) or (one,),
+            label_smoothing=options.label_smoothing,
+            z_loss=options.z_loss,
         )
 
-    @classmethod
-    def attention_lengths(cls, config: ConfigDict) -> dict[str, int]:
-        (length,), _ = cls.from_config(config, None).shapes["targets"]
-        return super().attention_lengths(config) | {"targets of span corruption": length}
-
     @cached_property
-    def _lengths(self) -> tuple[int, int]:
-        """Tokens of the text and of the targets, T."""
-        return text_and_target_length(self.length, self.noise_density, self.mean_span)
+    def lengths(self) -> tuple[int, int]:  # type: ignore[override]
+        # A prefix has no more tokens than bytes and a mark of the word's start.
+        longest = max(len(d.prefix.encode()) + bool(d.prefix) for d in self.denoisers)
+        room = self.length - longest
+        if longest and room < 3:
+            raise UserError(
+                f"--config.data.sequence_length={self.length} leaves no room beside a prefix of "
+                f"--config.objective.denoisers: use at least {longest + 3}"
+            )
+        n_raw = min(denoiser.lengths(room)[0] for denoiser in self.denoisers)
+        return n_raw, max(denoiser.target_length(n_raw) for denoiser in self.denoisers)
 
     @property
     def n_extra_ids(self) -> int:  # type: ignore[override]
-        special = self._special
+        special = self.special
         return special.n_extra_ids(special.bos, special.eos, *self._sentinels.tolist())
 
-    @property
-    def shapes(self) -> Shapes:
-        source, target = (self.length,), (self._lengths[1],)
-        return {
-            **dict.fromkeys(("source", "source_segments"), (source, "int32")),
-            **dict.fromkeys(("inputs", "targets", "target_segments"), (target, "int32")),
-            "weights": (target, "float32"),
-        }
-
-    def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return windows of as many tokens as fill a source."""
-        n = self._lengths[0]
-        stride = self.stride if training and self.stride else n
-        return token_windows(store, n - 1, stride, False, training)
-
-    def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return source and source_segments [S]; inputs, targets and theirs, weights [T]."""
-        tokens = example["tokens"][: np.count_nonzero(example["segment_ids"])]
-        is_noise = noise_mask(len(tokens), self.noise_density, self.mean_span, rng)
-        eos = self._special.eos
+    def corrupt(
+        self, tokens: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        several = len(self.denoisers) > 1
+        at = int(rng.integers(len(self.denoisers))) if several else 0
+        is_noise, eos = self.denoisers[at].mask(len(tokens), rng), self.special.eos
         source = np.append(replace_spans(tokens, is_noise, self._sentinels), eos)
         targets = np.append(replace_spans(tokens, ~is_noise, self._sentinels), eos)
-        values = {
-            "source": source,
-            "source_segments": np.ones(len(source)),
-            "inputs": np.append(self._special.bos, targets[:-1]),
-            "targets": targets,
-            "target_segments": np.ones(len(targets)),
-            "weights": np.ones(len(targets)),
-        }
-        features = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
-        for name, value in values.items():
-            features[name][: len(value)] = value
-        return features
+        return np.concatenate([self._prefixes[at], source]), targets
 
     @cached_property
-    def _special(self) -> SpecialTokens:
-        return special_tokens(self.tokenizer)
+    def _prefixes(self) -> list[np.ndarray]:
+        """Ids of the prefixes: one of the vocabulary's, or those of the text."""
+        found = []
+        for denoiser in self.denoisers:
+            name, tokenizer = denoiser.prefix, self.tokenizer
+            known = tokenizer.token_id(name) if tokenizer and name else None
+            ids: Sequence[int] | np.ndarray = [] if known is None else [known]
+            if tokenizer and name and known is None:
+                ids = tokenizer.encode(name)
+            found.append(np.asarray(ids, np.int32))
+        return found
 
     @cached_property
     def _sentinels(self) -> np.ndarray:
@@ -201,8 +240,11 @@ class SpanCorruption(Objective[TokenStore, Example]):
         If the vocabulary has none they are the ids after it, at least T5's hundred, in descending
         order: the ids that T5 itself uses.
         """
-        n_spans = noise_counts(self._lengths[0], self.noise_density, self.mean_span)[1]
-        tokenizer, special = self.tokenizer, self._special
+        of_spans = [d for d in self.denoisers if d.mean_span]
+        n_raw = self.lengths[0]
+        counts = (noise_counts(n_raw, d.density, d.mean_span)[1] for d in of_spans)
+        n_spans = max(counts, default=1)
+        tokenizer, special = self.tokenizer, self.special
         if tokenizer is None:
             return np.zeros(n_spans, np.int32)
         if tokenizer.token_id("<extra_id_0>") is None:
@@ -217,11 +259,3 @@ class SpanCorruption(Objective[TokenStore, Example]):
                 "or a larger --config.objective.mean_span"
             )
         return np.asarray(known, np.int32)
-
-    def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of every target token, eos and sentinels included."""
-        x_BTD = model.decoder_hidden(
-            batch["source"], batch["inputs"], batch["source_segments"], batch["target_segments"]
-        )
-        targets, weights = batch["targets"], batch["weights"]
-        return token_loss(model, x_BTD, targets, weights, self.label_smoothing, self.z_loss)

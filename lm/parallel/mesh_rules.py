@@ -41,7 +41,12 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
         )
     if config.objective.name == "multi_token":
         yield f"--config.parallel.mesh.stage={stages} has no place for the modules of multi_token"
-    for name, plain in (("residual", "sum"), ("dense_layers", 0)):
+    for name, plain in (
+        ("residual", "sum"),
+        ("dense_layers", 0),
+        ("first_norm", True),
+        ("generator_layers", 0),
+    ):
         if model[name] != plain:
             yield (
                 f"--config.parallel.mesh.stage={stages} needs layers of one shape, not "
@@ -107,6 +112,8 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
     is_d_ff_used = model.experts_every > 1 or model.dense_layers or not model.expert_d_ff
     if model.family in TRANSFORMERS:
         axes += [("heads", "n_heads"), *([("mlp", "d_ff")] if is_d_ff_used else [])]
+    if model.embedding_size:
+        axes += [("embed", "embedding_size")]
     if model.n_experts:
         axes += [("experts", "n_experts"), ("mlp", "expert_d_ff"), ("mlp", "shared_expert_d_ff")]
     elif sizes["expert"] > 1:

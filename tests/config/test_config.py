@@ -88,6 +88,12 @@ def test_every_registered_name_leads_to_its_code(registry, name):
 
 # What some choices need beside them.
 FACTORS = (1.0,) * 16  # half of the default head dimension
+DISENTANGLED = {
+    "model.mixer": "disentangled",
+    "model.positions": "disentangled",
+    "model.family": "encoder",
+    "objective.name": "masked",
+}
 COMPANIONS = {
     ("model.init", "uniform"): {"model.family": "lstm"},
     ("model.rope_scaling", "longrope"): {
@@ -95,6 +101,8 @@ COMPANIONS = {
         "model.rope_long_factor": FACTORS,
     },
     ("optimizer.name", "schedule_free"): {"schedule.name": "constant"},
+    ("model.mixer", "disentangled"): DISENTANGLED,
+    ("model.positions", "disentangled"): DISENTANGLED,
     ("train.precision", "qat"): {"decode.weights": "int4"},
 }
 for objective in OBJECTIVES:
@@ -190,7 +198,7 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
         ("parallel.pipeline.repeats", "0", "--config.parallel.pipeline.repeats=0 is below 1"),
         ("objective.mask_rate", "0", "--config.objective.mask_rate=0.0 is below 0.001"),
         ("objective.noise_density", "1", "--config.objective.noise_density=1.0 is above 0.9"),
-        ("objective.name", "mlm", "expected one of causal, prefix, masked"),
+        ("objective.name", "mlm", "expected one of causal, multi_token, prefix, masked"),
         ("model.family", "encoder-decoder", "did you mean encoder_decoder?"),
         ("optimizer.layer_decay", "1.5", "--config.optimizer.layer_decay=1.5 is above 1"),
         ("lora.rank", "-1", "--config.lora.rank=-1 is below 0"),

@@ -181,8 +181,12 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "tiled cannot be used with --config.model.attention_scale=1.0",
         ),
         (
-            {"model.window": "8", "model.family": "encoder", "objective.name": "masked"},
-            "--config.model.window=8 is not for --config.model.family=encoder",
+            {
+                "model.window": "8",
+                "model.family": "encoder_decoder",
+                "objective.name": "span_corruption",
+            },
+            "--config.model.window=8 is not for --config.model.family=encoder_decoder",
         ),
         ({"model.global_every": "2"}, "--config.model.global_every=2 needs --config.model.window"),
         (

@@ -23,6 +23,33 @@ LLAMA = {
 }
 BERT = {**LLAMA, "num_attention_heads": 2, "pad_token_id": 0}
 ROBERTA = {**BERT, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+MODERNBERT = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "local_attention": 6,
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+    **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+}
+ELECTRA = BERT | {"embedding_size": 20, "hidden_size": 32}
+DEBERTA = BERT | {
+    "position_buckets": 6,
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "max_position_embeddings": 20,
+}
 GPT2 = {
     "n_embd": 24,
     "n_layer": 3,
@@ -44,6 +71,17 @@ T5 = {
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": 0,
     "dropout_rate": 0.0,
+}
+BART = {
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -328,6 +366,30 @@ ENCODERS = {
         BERT | {"tie_word_embeddings": False, "hidden_act": "gelu_new"},
     ),
     "bert-pretraining": ("BertForPreTraining", BERT),
+    "deberta": ("DebertaV2ForMaskedLM", DEBERTA),
+    "deberta-types-untied": (
+        "DebertaV2ForMaskedLM",
+        DEBERTA
+        | {"type_vocab_size": 2, "tie_word_embeddings": False, "position_buckets": 4}
+        | {"max_relative_positions": 9, "num_attention_heads": 4, "hidden_act": "gelu_new"},
+    ),
+    "electra-generator": ("ElectraForMaskedLM", ELECTRA),
+    "electra-generator-untied": (
+        "ElectraForMaskedLM",
+        ELECTRA | {"embedding_size": 24, "hidden_size": 24, "tie_word_embeddings": False},
+    ),
+    "modernbert": ("ModernBertForMaskedLM", MODERNBERT),
+    "modernbert-biases": (
+        "ModernBertForMaskedLM",
+        MODERNBERT
+        | {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
+        | {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 2}
+        | {"tie_word_embeddings": False, "num_attention_heads": 2},
+    ),
+    "modernbert-global": (
+        "ModernBertForMaskedLM",
+        MODERNBERT | {"layer_types": ["full_attention"] * 5, "hidden_size": 40},
+    ),
     "roberta": ("RobertaForMaskedLM", ROBERTA),
     "roberta-types": ("RobertaForMaskedLM", ROBERTA | {"type_vocab_size": 2, "pad_token_id": 3}),
 }
@@ -338,6 +400,13 @@ ENCODER_DECODERS = {
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "untied": True},
     ),
     "mt5": ("MT5ForConditionalGeneration", T5 | {"num_layers": 2, "d_kv": 10, "untied": True}),
+    "bart": ("BartForConditionalGeneration", BART),
+    "bart-untied-scaled": (
+        "BartForConditionalGeneration",
+        BART
+        | {"untied": True, "scale_embedding": True, "activation_function": "relu"}
+        | {"encoder_layers": 3, "decoder_layers": 1, "d_model": 32},
+    ),
     "mt5-tied": ("MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
 }
 # There of the longest text in a batch.
@@ -363,10 +432,10 @@ def build(class_name, values):
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
-    if class_name.startswith("Bert") and not model.config.tie_word_embeddings:
+    if class_name.startswith(("Bert", "Deberta")) and not model.config.tie_word_embeddings:
         # Of the two biases of an untied output layer transformers uses one.
         model.cls.predictions.bias = torch.nn.Parameter(model.cls.predictions.decoder.bias.clone())
     if untied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
         model.all_tied_weights_keys.pop("lm_head.weight", None)
     return model

@@ -10,7 +10,7 @@ from hf_models import ENCODER_DECODERS, torch
 from lm.insight.capture import run_and_capture
 from lm.interop import huggingface
 
-KINDS = ["gpt2", "bert", "t5", "llama-grouped-tied", "gemma2"]
+KINDS = ["gpt2", "bert", "deberta", "bart", "t5", "llama-grouped-tied", "gemma2"]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hf_models import (
     BERT,
+    DEBERTA,
+    ELECTRA,
     GEMMA,
     GEMMA3,
     GPT2,
@@ -45,6 +47,14 @@ def of_spans(model, ids):
     return model.spans(model.hidden(ids))
 
 
+def of_replaced(model, ids):
+    return model.replaced(model.hidden(ids))
+
+
+def of_hidden(model, ids):
+    return model.hidden(ids)
+
+
 def of_pairs(model, ids):
     return model.next_sentence(model.pooled(model.hidden(ids), ONES))
 
@@ -63,6 +73,15 @@ HEADS = {
     "BertForQuestionAnswering": (BERT, of_spans, "span_qa"),
     "RobertaForQuestionAnswering": (ROBERTA, of_spans, "span_qa"),
     "BertForNextSentencePrediction": (BERT, of_pairs, "masked"),
+    "ElectraForPreTraining": (ELECTRA, of_replaced, "replaced_tokens"),
+    "ElectraModel": (ELECTRA | {"embedding_size": 32}, of_hidden, "masked"),
+    "ElectraForSequenceClassification": (ELECTRA | FIVE, of_text, "classification"),
+    "ElectraForTokenClassification": (ELECTRA | FIVE, of_tokens, "token_classification"),
+    "ElectraForQuestionAnswering": (ELECTRA, of_spans, "span_qa"),
+    "DebertaV2ForSequenceClassification": (DEBERTA | FIVE, of_text, "classification"),
+    "DebertaV2ForTokenClassification": (DEBERTA | FIVE, of_tokens, "token_classification"),
+    "DebertaV2ForQuestionAnswering": (DEBERTA, of_spans, "span_qa"),
+    "DebertaV2Model": (DEBERTA, of_hidden, "masked"),
     "BertModel": (BERT, of_pooler, "masked"),
     "RobertaModel": (ROBERTA, of_pooler, "masked"),
     "GPT2ForSequenceClassification": (GPT2 | THREE, of_text, "classification"),
@@ -82,7 +101,9 @@ def their_outputs(model):
         out = model(torch.tensor(IDS))
     if "start_logits" in out:
         return np.stack([out.start_logits, out.end_logits], axis=-1)
-    return out.logits if "logits" in out else out.pooler_output
+    if "logits" in out:
+        return out.logits
+    return out.pooler_output if "pooler_output" in out else out.last_hidden_state
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -208,6 +208,97 @@ def test_layers_that_no_file_holds_are_refused_at_once(make_theirs, tmp_path, ke
         huggingface.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "bias", "expected"),
+    [
+        ({"decoder_attention_heads": 2}, 0, "decoder_attention_heads=2 is not supported, only 4"),
+        ({"decoder_ffn_dim": 48}, 0, "decoder_ffn_dim=48 is not supported, only 40"),
+        (
+            {"activation_function": "silu"},
+            0,
+            "activation_function=silu is not supported, only gelu",
+        ),
+        ({"max_position_embeddings": 40}, 0, r"has the shape \(34, 24\), not \(42, 24\)"),
+        ({"decoder_layers": 2}, 0, r"decoder.layers.2.\S+ and 25 more that a bart model"),
+        ({}, 1, "final_logits_bias is not zero"),
+    ],
+)
+def test_a_bart_of_another_kind_is_refused(make_theirs, tmp_path, values, bias, expected):
+    folder = shutil.copytree(make_theirs("bart")[1], tmp_path / "bart")
+    set_config(folder, **values)
+    set_tensors(folder, lambda t: t["final_logits_bias"].fill(bias))
+    with pytest.raises(UserError, match=expected):
+        huggingface.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"hidden_activation": "silu"}, "hidden_activation=silu is not supported, only gelu"),
+        ({"decoder_bias": False}, "decoder_bias=False is not supported, only True"),
+        ({"classifier_activation": "relu"}, "classifier_activation=relu is not supported"),
+        (
+            {"layer_types": ["full_attention"] * 2 + [LOCAL] * 3},
+            "layer_types are not local ones and each n-th global",
+        ),
+        ({"classifier_bias": True}, "lacks the tensor head.dense.bias of a modernbert model"),
+        ({"num_hidden_layers": 4, "layer_types": None}, r"layers.4.\S+ and 5 more that a modern"),
+        ({"local_attention": "8"}, "sliding_window is not a number from 0"),
+        (
+            {"global_attn_every_n_layers": 0, "layer_types": None},
+            "global_attn_every_n_layers=0 is no number above 0",
+        ),
+    ],
+)
+def test_a_modernbert_of_another_kind_is_refused(make_theirs, tmp_path, values, expected):
+    folder = shutil.copytree(make_theirs("modernbert")[1], tmp_path / "modernbert")
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=expected):
+        huggingface.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"share_att_key": False}, "share_att_key=False is not supported, only True"),
+        ({"share_att_key": None}, "config.json has no share_att_key"),
+        ({"position_biased_input": True}, "position_biased_input=True is not supported"),
+        ({"norm_rel_ebd": "none"}, "norm_rel_ebd=none is not supported, only layer_norm"),
+        ({"pos_att_type": ["c2p"]}, r"pos_att_type=\['c2p'\] is not supported, only c2p\|p2c"),
+        ({"pos_att_type": "p2c|c2p|p2p"}, "is not supported, only c2p"),
+        ({"position_buckets": -1}, "position_buckets is not a number from 0"),
+        ({"position_buckets": 7}, "position_buckets=7 is odd"),
+        ({"position_buckets": 0}, "too few buckets or distances"),
+        ({"position_buckets": 4}, r"rel_embeddings.weight has the shape \(12, 32\), not \(8, 32\)"),
+        ({"max_relative_positions": 5}, "too few buckets or distances"),
+        ({"conv_kernel_size": 3}, "conv_kernel_size=3 is not supported, only 0"),
+        ({"embedding_size": 16}, "width=16 is not supported, only 32"),
+        ({"type_vocab_size": 2}, "lacks the tensor deberta.embeddings.token_type_embeddings"),
+    ],
+)
+def test_a_deberta_of_another_kind_is_refused(make_theirs, tmp_path, values, expected):
+    folder = shutil.copytree(make_theirs("deberta")[1], tmp_path / "deberta")
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=expected):
+        huggingface.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"embedding_size": 24}, r"weight has the shape \(96, 20\), not \(96, 24\)"),
+        ({"embedding_size": 32}, "embeddings_project"),
+        ({"embedding_size": "20"}, "embedding_size is not a number from 0"),
+        ({"hidden_act": "relu"}, "hidden_act=relu is not supported, only gelu"),
+    ],
+)
+def test_an_electra_of_another_kind_is_refused(make_theirs, tmp_path, values, expected):
+    folder = shutil.copytree(make_theirs("electra-generator")[1], tmp_path / "electra")
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=expected):
+        huggingface.load(folder)
+
+
 @pytest.mark.parametrize("pad", [-1, None, 96, "1", True])
 def test_a_roberta_without_a_padding_id_is_refused(make_theirs, tmp_path, pad):
     folder = shutil.copytree(make_theirs("roberta")[1], tmp_path / "roberta")

@@ -5,6 +5,7 @@ import pytest
 
 from lm.kernels.dot_product_attention import AttentionMask, Dropout
 from lm.kernels.dot_product_attention import attention as xla_attention
+from lm.kernels.mask_ranges import bounds_by_query
 from lm.kernels.tiled_attention import tiled_attention
 
 KERNELS = {"xla": xla_attention, "tiled": tiled_attention}
@@ -270,3 +271,17 @@ def test_dropout_is_a_function_of_its_key():
     one, again, other = (out(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert abs(one - other).max() > 0.1
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("is_global", [None, False, True])
+def test_a_window_of_both_sides(window, is_global):
+    """As ModernBERT's: half of the window on either side, within the query's document."""
+    segments, places = make_segments(23), np.arange(23)
+    mask = AttentionMask(False, segments, window=window, is_global=is_global)
+    found = np.asarray(mask.materialize(23, 23))
+    near = np.abs(places[:, None] - places) <= window // 2
+    same = segments[:, :, None] == segments[:, None, :]
+    np.testing.assert_array_equal(found, same & (near | bool(is_global)))
+    start, end = (np.asarray(bound)[..., None] for bound in bounds_by_query(mask, 23, 23))
+    np.testing.assert_array_equal(found, (places >= start) & (places < end))

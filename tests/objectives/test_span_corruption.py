@@ -13,8 +13,10 @@ from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
 from lm.objectives.span_corruption import (
+    Denoiser,
     SpanCorruption,
     noise_mask,
+    read_denoisers,
     replace_spans,
     text_and_target_length,
 )
@@ -226,3 +228,83 @@ def test_loss_is_of_the_targets_that_have_weight(make_scorer):
     expected = -sum(log_p[at, found["targets"][at]] for at in range(5))
     assert float(sums.loss) == pytest.approx(expected, rel=1e-5)
     assert float(sums.weight) == 5
+
+
+# --- several denoisers
+
+MIXTURE = SpanCorruption(ByteTokenizer(), 64, denoisers=read_denoisers("ul2"))
+
+
+def test_the_denoisers_of_ul2():
+    """Tay et al. 2022, Table 1: two R, one S, four X; its prefixes are those of the release."""
+    found = [(d.prefix, d.density, d.mean_span) for d in read_denoisers("ul2")]
+    assert found == [
+        ("[NLU]", 0.15, 3), ("[NLU]", 0.15, 8), ("[S2S]", 0.25, 0), ("[NLG]", 0.5, 3),
+        ("[NLG]", 0.5, 8), ("[NLG]", 0.15, 64), ("[NLG]", 0.5, 64),
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 57), st.integers(0, 2**32 - 1))
+def test_each_denoiser_gives_the_text_in_two_parts(n_tokens, seed):
+    example = window(n_tokens, MIXTURE.lengths[0], seed)
+    found = MIXTURE.features(example, np.random.default_rng(seed))
+    source = found["source"][found["source_segments"] == 1].tolist()
+    targets = found["targets"][found["weights"] == 1].tolist()
+    prefix = bytes(source[:5]).decode()
+    assert prefix in ("[NLU]", "[S2S]", "[NLG]")
+    assert source.pop() == targets.pop() == 256
+    holes, text = {}, []
+    for token in targets:
+        if token > 256:
+            holes[newest := token] = []
+        else:
+            holes[newest].append(token)
+    for token in source[5:]:
+        text += holes.get(token, [token])
+    if n_tokens > 1:
+        assert text == example["tokens"][:n_tokens].tolist()
+        if prefix == "[S2S]":
+            assert [token > 256 for token in source[5:]].index(True) == len(source) - 6
+
+
+def test_windows_fit_whatever_is_drawn():
+    n_raw, n_targets = MIXTURE.lengths
+    assert n_raw == 64 - 6 - 1  # the end may be one token: a sentinel in its place, and eos
+    rng = np.random.default_rng(0)
+    found = [MIXTURE.features(window(n_raw), rng) for _ in range(200)]
+    sources = [(f["source_segments"].sum(), bytes(f["source"][:5].tolist())) for f in found]
+    assert max(n for n, _ in sources) == 63  # its prefix has 5 tokens, not 6
+    assert max(f["weights"].sum() for f in found) == n_targets
+    share = Counter(prefix for _, prefix in sources)
+    assert share[b"[NLG]"] == pytest.approx(200 * 4 / 7, abs=30)
+    assert SpanCorruption(None, 64, denoisers=MIXTURE.denoisers).shapes == MIXTURE.shapes
+
+
+def test_ends_are_of_the_density_in_the_mean():
+    denoiser, rng = Denoiser("", 0.25, 0), np.random.default_rng(0)
+    sizes = np.array([denoiser.mask(100, rng).sum() for _ in range(2000)])
+    assert (sizes.min(), sizes.max()) == (1, 49)
+    assert sizes.mean() == pytest.approx(25, abs=1)
+
+
+def test_a_prefix_that_the_vocabulary_has_is_one_token():
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "[R]", "a"])}
+    model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
+    made = HuggingFaceTokenizer(tokenizers.Tokenizer(model).to_str().encode())
+    objective = SpanCorruption(made, 64, denoisers=read_denoisers("[R]:0.15:3"))
+    source, _ = objective.corrupt(np.full(20, 4), np.random.default_rng(0))
+    assert source[:2].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "text", ["R", "R:0.5", "R:2:3", "R:0.5:0.5", "R:x:3", "R:0.5:nan", "ul2,R"]
+)
+def test_what_is_no_denoiser_is_said(text):
+    with pytest.raises(UserError, match=r"--config.objective.denoisers: .* is not PREFIX:DENSITY"):
+        read_denoisers(text)
+
+
+def test_no_room_beside_a_prefix_is_said():
+    with pytest.raises(UserError, match=r"sequence_length=8 .* use at least 9"):
+        SpanCorruption(None, 8, denoisers=MIXTURE.denoisers).shapes  # noqa: B018

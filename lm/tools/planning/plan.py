@@ -222,7 +222,7 @@ def plan_of(
     config, chip = experiment.config, topology.chip
     # The only conditional of a step chooses between attention with and without a window.
     m = config.model
-    taken = global_layers(m.n_layers, m.window, m.global_every).mean()
+    taken = global_layers(m.n_layers, m.window, m.global_every, m.global_first).mean()
     module = parse_hlo(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch

@@ -1,0 +1,125 @@
+"""BART (Lewis et al. 2020): `BartForConditionalGeneration`.
+
+The encoder and the decoder have a table of positions, whose rows 0 and 1 no position uses, and an
+embedding norm each. Whether the output is tied follows from the tensors of a file: in config.json
+it would untie the encoder's tokens from the decoder's too. The bias of the logits, which the class
+keeps beside its parameters, is zero in the released files; others are refused.
+"""
+
+from __future__ import annotations
+
+from lm.interop.bert import ACTIVATIONS
+from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
+from lm.models.transformer_config import TransformerConfig
+
+OFFSET = 2  # rows of the position tables before position 0
+
+
+def _attention(name: str, path: str) -> list[TensorMapping]:
+    return [
+        *linear_mappings(f"{name}.q_proj", f"{path}/query", "D", "H K"),
+        *linear_mappings(f"{name}.k_proj", f"{path}/key", "D", "H K"),
+        *linear_mappings(f"{name}.v_proj", f"{path}/value", "D", "H K"),
+        *linear_mappings(f"{name}.out_proj", f"{path}/out", "H K", "D"),
+    ]
+
+
+def _stack(stack: str, positions: str, norm: str) -> list[TensorMapping]:
+    """Map the tensors of "encoder" or "decoder"; two modules of ours lie outside of the stack."""
+    path, layer = f"{stack}/layers", f"model.{stack}.layers.{{}}"
+    return [
+        same_layout(f"model.{stack}.embed_positions.weight", f"{positions}/embedding"),
+        *norm_mappings(f"model.{stack}.layernorm_embedding", norm),
+        *_attention(f"{layer}.self_attn", f"{path}/attention"),
+        *norm_mappings(f"{layer}.self_attn_layer_norm", f"{path}/attention_norm"),
+        *_attention(f"{layer}.encoder_attn", f"{path}/cross_attention"),
+        *norm_mappings(f"{layer}.encoder_attn_layer_norm", f"{path}/cross_attention_norm"),
+        *linear_mappings(f"{layer}.fc1", f"{path}/feed_forward/in"),
+        *linear_mappings(f"{layer}.fc2", f"{path}/feed_forward/out"),
+        *norm_mappings(f"{layer}.final_layer_norm", f"{path}/feed_forward_norm"),
+    ]
+
+
+def _base(config: TransformerConfig) -> list[TensorMapping]:
+    return [
+        same_layout("model.shared.weight", "tokens/embedding"),
+        *_stack("encoder", "source_positions", "source_embedding_norm"),
+        *_stack("decoder", "positions", "embedding_norm"),
+        output_mapping("lm_head.weight"),
+    ]
+
+
+def _read(hf: Values) -> Values:
+    require_equal(
+        hf,
+        decoder_attention_heads=hf["encoder_attention_heads"],
+        decoder_ffn_dim=hf["encoder_ffn_dim"],
+    )
+    return {
+        "n_decoder_layers": hf.get("decoder_layers") or hf["encoder_layers"],
+        "activation": lm_word(hf, "activation_function", ACTIVATIONS, "gelu"),
+        "scale_embeddings": hf.get("scale_embedding", False),
+        "tie_embeddings": True,
+        "dropout": hf.get("dropout", 0.1),
+        "attention_dropout": hf.get("attention_dropout", 0.0),
+        "activation_dropout": hf.get("activation_dropout", 0.0),
+    }
+
+
+def _write(config: TransformerConfig) -> Values:
+    return {
+        "decoder_layers": config.n_decoder_layers or config.n_layers,
+        "decoder_attention_heads": config.n_heads,
+        "decoder_ffn_dim": config.d_ff,
+        "activation_function": hf_word(config.activation, ACTIVATIONS, "activation"),
+        "scale_embedding": config.scale_embeddings,
+        "tie_word_embeddings": True,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "is_encoder_decoder": True,
+    }
+
+
+BART = Family(
+    model_type="bart",
+    model="encoder_decoder",
+    classes={frozenset(): "BartForConditionalGeneration"},
+    prefix="model.",
+    base=_base,
+    keys={
+        "encoder_layers": "n_layers",
+        "d_model": "d_model",
+        "encoder_attention_heads": "n_heads",
+        "encoder_ffn_dim": "d_ff",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_length",
+    },
+    fixed={
+        "norm": "layernorm",
+        "norm_placement": "post",
+        "norm_eps": 1e-5,
+        "embedding_norm": True,
+        "separate_embeddings": True,
+        "positions": "learned",
+        "position_offset": OFFSET,
+    },
+    read=_read,
+    write=_write,
+    output="lm_head.weight",
+    table="model.shared.weight",
+    copies={
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+    },
+    in_file=["tie_embeddings"],
+    zeros=["final_logits_bias"],
+    objective="denoising",
+)

@@ -1,0 +1,156 @@
+"""ModernBERT (Warner et al. 2024), bare or with the head of masked words.
+
+Queries, keys and values are one matrix of a file, and so are the two input projections of the gated
+feed-forward; the activated one is first.
+"""
+
+from __future__ import annotations
+
+from lm.interop.family import (
+    Family,
+    Head,
+    UnsupportedConfig,
+    Values,
+    lm_word,
+    positive_number,
+    read_size,
+    require_equal,
+)
+from lm.interop.llama import (
+    config_layer_types,
+    layer_types,
+    read_layer_rope,
+    read_windows,
+    write_layer_rope,
+)
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
+from lm.models.transformer_config import TransformerConfig
+
+_SPECIAL_IDS = tuple(f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep"))
+_MASKED, _LAYERS, _LAYER = "masked", "stack/layers", "model.layers.{}"
+
+
+def _fused(name: str, paths: list[str], n_out: str) -> list[TensorMapping]:
+    """Map a PyTorch linear layer that holds several of ours, one after the other."""
+    kernels, biases = (tuple(f"{_LAYERS}/{p}/{leaf}" for p in paths) for leaf in ("kernel", "bias"))
+    return [
+        TensorMapping(f"{_LAYER}.{name}.weight", kernels, f"(P {n_out}) D", f"D {n_out}"),
+        TensorMapping(f"{_LAYER}.{name}.bias", biases, f"(P {n_out})", n_out),
+    ]
+
+
+def _base(config: TransformerConfig) -> list[TensorMapping]:
+    heads = [f"attention/{name}" for name in ("query", "key", "value")]
+    return [
+        same_layout("model.embeddings.tok_embeddings.weight", "tokens/embedding"),
+        *norm_mappings("model.embeddings.norm", "embedding_norm"),
+        *norm_mappings(f"{_LAYER}.attn_norm", f"{_LAYERS}/attention_norm"),
+        *_fused("attn.Wqkv", heads, "H K"),
+        *linear_mappings(f"{_LAYER}.attn.Wo", f"{_LAYERS}/attention/out", "H K", "D"),
+        *norm_mappings(f"{_LAYER}.mlp_norm", f"{_LAYERS}/feed_forward_norm"),
+        *_fused("mlp.Wi", ["feed_forward/gate", "feed_forward/in"], "F"),
+        *linear_mappings(f"{_LAYER}.mlp.Wo", f"{_LAYERS}/feed_forward/out"),
+        *norm_mappings("model.final_norm", "stack/final_norm"),
+    ]
+
+
+def _read(hf: Values) -> Values:
+    lm_word(hf, "hidden_activation", {"gelu": "geglu_erf"}, "gelu")
+    require_equal(hf, classifier_activation="gelu", decoder_bias=True)
+    n_layers, window = read_size(hf, "num_hidden_layers"), hf.get("local_attention", 128)
+    key = "global_attn_every_n_layers"
+    every = int(positive_number(key, hf.get(key, 3)))
+    types = hf.get("layer_types") or layer_types(n_layers, window, every, global_first=True)
+    found = read_windows(hf | {"sliding_window": window}, types)
+    old = {
+        "rope_theta": hf.get("global_rope_theta"),
+        "rope_local_base_freq": hf.get("local_rope_theta"),
+    }
+    rope = read_layer_rope(hf | old | {"sliding_window": found["window"]}, 160_000.0, 10_000.0)
+    return (
+        found
+        | rope
+        | {
+            "bias": hf.get("mlp_bias", False),
+            "attention_bias": "all" if hf.get("attention_bias") else "none",
+            "norm_bias": hf.get("norm_bias", False),
+            "norm_eps": hf.get("norm_eps", 1e-5),
+            "transform_bias": hf.get("classifier_bias", False),
+            "tie_embeddings": hf.get("tie_word_embeddings", True),
+            "max_length": hf.get("max_position_embeddings", 8192),
+            "attention_dropout": hf.get("attention_dropout", 0.0),
+            "activation_dropout": hf.get("mlp_dropout", 0.0),
+            "dropout": hf.get("embedding_dropout", 0.0),
+        }
+    )
+
+
+def _write(config: TransformerConfig) -> Values:
+    if config.d_model != config.n_heads * config.head_dim or config.n_kv_heads != config.n_heads:
+        raise UnsupportedConfig(
+            f"model.head_dim={config.head_dim}, model.n_kv_heads={config.n_kv_heads}"
+        )
+    if config.window % 2:
+        raise UnsupportedConfig(f"model.window={config.window}")
+    rope = write_layer_rope(config)
+    return {
+        **dict.fromkeys(_SPECIAL_IDS),  # their defaults are those of one vocabulary
+        "rope_parameters": rope["rope_parameters"],
+        "layer_types": config_layer_types(config),
+        "local_attention": config.window or 128,
+        "hidden_activation": "gelu",
+        "mlp_bias": config.bias,
+        "attention_bias": config.query_bias,
+        "norm_bias": config.norm_bias,
+        "norm_eps": config.norm_eps,
+        "classifier_bias": config.transform_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_length,
+        "attention_dropout": config.attention_dropout,
+        "mlp_dropout": config.activation_dropout,
+        "embedding_dropout": config.dropout,
+    }
+
+
+MODERNBERT = Family(
+    model_type="modernbert",
+    model="encoder",
+    classes={frozenset({_MASKED}): "ModernBertForMaskedLM", frozenset(): "ModernBertModel"},
+    prefix="model.",
+    base=_base,
+    heads={
+        _MASKED: Head(
+            ("transform", "transform_norm", "logit_bias", "head"),
+            (
+                *linear_mappings("head.dense", "transform"),
+                *norm_mappings("head.norm", "transform_norm"),
+                same_layout("decoder.bias", "logit_bias/bias"),
+                output_mapping("decoder.weight"),
+            ),
+        )
+    },
+    keys={
+        "num_hidden_layers": "n_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "d_ff",
+        "vocab_size": "vocab_size",
+    },
+    fixed={
+        "norm": "layernorm",
+        "embedding_norm": True,
+        "first_norm": False,
+        "positions": "rotary",
+        "activation": "geglu_erf",
+    },
+    read=_read,
+    write=_write,
+    output="decoder.weight",
+    table="model.embeddings.tok_embeddings.weight",
+)

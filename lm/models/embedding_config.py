@@ -1,0 +1,25 @@
+"""Values of embeddings and output layers, classifiers among them, and of encoders' further ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Around a stack, and its first layer; the meaning of each field is in `lm/config/keys.py`."""
+
+    token_types: int = 0
+    embedding_size: int = 0
+    separate_embeddings: bool = False
+    tie_embeddings: bool = True
+    scale_logits: bool = False
+    logits_scaling: float = 1.0
+    logit_softcap: float = 0.0
+    transform_bias: bool = True
+    first_norm: bool = True
+    n_classes: int = 0
+    pooling: str = "family"
+    pooler_activation: str = "tanh"
+    generator_width: int = 0
+    generator_layers: int = 0
