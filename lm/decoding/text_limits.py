@@ -299,10 +299,30 @@ class _Vocabulary:
         self.special_token_ids = [i for i, text in enumerate(found) if text is None]
         self.tokens = [f"<|{i}|>".encode() if x is None else x for i, x in enumerate(found)]
         self._tokenizer = tokenizer
+        self._ids = {text: i for i, text in enumerate(found) if text}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        whole = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(whole).tolist()
+        """Return tokens that spell a text exactly: the tokenizer's own, or else the longest ones.
+
+        Llama's tokenizer, for one, adds a space to a text that nothing precedes.
+        """
+        spelt = text if isinstance(text, bytes) else text.encode()
+        for before in ("", "\x02"):
+            n_before = len(self._tokenizer.encode(before))
+            whole = before + spelt.decode(errors="replace")
+            ids = self._tokenizer.encode(whole).tolist()[n_before:]
+            if b"".join(self.tokens[i] for i in ids) == spelt:
+                return ids
+        ids, at = [], 0
+        while at < len(spelt):
+            ends = range(min(len(spelt), at + self._longest), at, -1)
+            end = next((end for end in ends if spelt[at:end] in self._ids), None)
+            if end is None:
+                break  # no token begins so
+            ids.append(self._ids[spelt[at:end]])
+            at = end
+        return ids
 
 
 @lru_cache(maxsize=8)

@@ -36,6 +36,7 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._longest = max(map(len, stop), default=0)
         self._byte_ids = byte_ids(tokenizer)
+        prompt = [token for token in prompt if token < tokenizer.vocab_size]
         start = max(0, len(prompt) - _CONTEXT)
         while start and prompt[start] in self._byte_ids:
             start -= 1
@@ -108,9 +109,9 @@ def text_after(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) 
     They are decoded together with it, because a space may depend on the token before. Ids beyond
     the tokenizer's (of a padded vocabulary) are skipped.
     """
-    known = [token for token in new if token < tokenizer.vocab_size]
-    whole = tokenizer.decode([*prompt, *known]).rstrip(_REPLACEMENT)
-    return whole[len(tokenizer.decode(prompt)) :]
+    before, known = ([i for i in ids if i < tokenizer.vocab_size] for ids in (prompt, new))
+    whole = tokenizer.decode([*before, *known]).rstrip(_REPLACEMENT)
+    return whole[len(tokenizer.decode(before)) :]
 
 
 @lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ from lm.data.records import BadRow
 from lm.decoding.chats import chat_of
 from lm.decoding.engine.prompt_scores import prompt_logprobs
 from lm.decoding.engine.requests import GenerationRequest, NewToken
+from lm.decoding.text_stream import text_after
 from lm.models.variables import Params
 from lm.serving.logprobs import CompletionLogprobs, chat_logprobs
 from lm.serving.replies import Reply, reply_parts, whole_replies
@@ -77,6 +78,11 @@ class Exchange:
         self.queue: Any = None
         self.n_reserved = 0
 
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its reply; None: any number."""
+        return self.model.engine.context if self.model and self.model.engine else None
+
     def reserve(self, n: int) -> None:
         """Enter the queue of the model, before anything is awaited.
 
@@ -112,7 +118,7 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
     exchange.reserve(asked.n_replies(len(prompts), limits))
     asked = _adapted(exchange, model, await _with_grammar(model, asked))
     ids = await model.in_worker(prompts_ids, model, prompts)
-    requests = asked.requests(ids, limits)
+    requests = asked.requests(ids, limits, exchange.context)
     exchange.usage.prompt_tokens = sum(map(len, ids))
     exchange.texts["prompt"] = given
     answer = _Completions(exchange, asked, requests, prompts if is_echo else ())
@@ -149,7 +155,7 @@ async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
     asked = _adapted(exchange, model, await _with_grammar(model, asked))
     asked = replace(asked, stop=(*asked.stop, *model.chat_stops))
     prompt = await model.in_worker(model.chat_ids, conversation)
-    requests = asked.requests([prompt], limits)
+    requests = asked.requests([prompt], limits, exchange.context)
     exchange.usage.prompt_tokens = len(prompt)
     exchange.texts["messages"] = messages
     answer = _Chat(exchange, asked, requests)
@@ -200,8 +206,7 @@ async def _starts(
         tokens: list[NewToken] = []
         if request.top_logprobs is not None:
             if request.prompt not in scored:
-                number = (*model.adapter_names, "").index(request.adapter) + 1
-                number = number if request.adapter else 0
+                number = model.adapter_number(request.adapter)
                 arguments: Any = model.prepared, params, request.prompt, request.top_logprobs
                 arguments += model.adapters, number
                 scored[request.prompt] = await model.in_worker(prompt_logprobs, *arguments)
@@ -209,7 +214,8 @@ async def _starts(
         if isinstance(prompt, str):
             found[index] = (prompt, tokens)
         else:
-            found[index] = (await model.in_worker(model.tokenizer.decode, prompt), tokens)
+            text = await model.in_worker(text_after, model.tokenizer, (), prompt)
+            found[index] = (text, tokens)
     return found
 
 

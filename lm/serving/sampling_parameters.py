@@ -9,6 +9,7 @@ from typing import Any
 
 from lm.decoding.controls import Controls
 from lm.decoding.engine.requests import MOST_LOGPROBS, GenerationRequest
+from lm.decoding.prompts import check_ids
 from lm.decoding.text_limits import TextLimits, with_grammar
 from lm.serving.request_body import ApiError, Body, is_ids, wrong
 from lm.serving.served_models import ServedModel
@@ -72,20 +73,27 @@ class Asked:
         return n
 
     def requests(
-        self, prompts: Sequence[Sequence[int]], limits: RequestLimits
+        self, prompts: Sequence[Sequence[int]], limits: RequestLimits, context: int | None
     ) -> list[GenerationRequest]:
         """Return the requests of prompts, those of the first prompt first.
+
+        Args:
+            prompts: token ids of each.
+            limits: limits of requests.
+            context: most tokens of a prompt and its reply; None: any number.
 
         Raises:
             ApiError: one is empty or too long.
         """
+        room = limits.prompt_tokens if context is None else context
+        most = min(limits.prompt_tokens, room - bool(self.request.max_new_tokens))
         for prompt in prompts:
             if not prompt:
                 raise ApiError(400, "an empty prompt, and no token to start with", "prompt")
-            if len(prompt) > limits.prompt_tokens:
+            if len(prompt) > most:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(prompt)} tokens; at most {limits.prompt_tokens} are read",
+                    f"the prompt has {len(prompt)} tokens; at most {most} are read",
                     "prompt",
                     "context_length_exceeded",
                 )
@@ -222,5 +230,8 @@ def read_prompts(value: Any) -> list[str | list[int]]:
 
 
 def prompts_ids(model: ServedModel, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Return the token ids of prompts."""
-    return [model.prompt_ids(one) if isinstance(one, str) else one for one in prompts]
+    """Return the token ids of prompts; UserError for an unknown one, or too long a source."""
+    found = [model.prompt_ids(one) if isinstance(one, str) else one for one in prompts]
+    check_ids(found, model.experiment.model)
+    model.check_sources(found)
+    return found

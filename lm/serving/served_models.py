@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -149,11 +149,19 @@ class ServedModel:
         """Return the token ids of a prompt, or of a source."""
         if self.has_source:
             length = self.experiment.config.data.sequence_length
-            ids = source_ids(self.tokenizer, text, len(text.encode()) + length)
-            if len(ids) > length:
-                raise UserError(f"the source has {len(ids)} tokens; the model reads {length}")
-            return ids
+            return source_ids(self.tokenizer, text, len(text.encode()) + length)
         return prompt_ids(self.tokenizer, text)
+
+    def check_sources(self, inputs: Sequence[Sequence[int]]) -> None:
+        """Raise UserError for a source that is longer than those that the model reads."""
+        length = self.experiment.config.data.sequence_length
+        longest = max(map(len, inputs))
+        if self.has_source and longest > length:
+            raise UserError(f"the source has {longest} tokens; the model reads {length}")
+
+    def adapter_number(self, name: str) -> int:
+        """Return the number of the adapter that a model's name chooses; 0: the base."""
+        return ("", *self.adapter_names).index(name if name in self.adapter_names else "")
 
     def chat_ids(self, chat: Chat) -> list[int]:
         """Return the token ids of a conversation."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from lm.data.records import BadRow
 from lm.data.special_tokens import special_tokens
 from lm.decoding.chats import chat_of
+from lm.decoding.engine.adapters import Adapters
 from lm.decoding.engine.prompt_scores import without_carry
 from lm.decoding.prompts import check_ids, context_length, pad_ids, padded_length
 from lm.models.variables import Params, as_variables
@@ -52,7 +54,8 @@ async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
     exchange.reserve(ceil(len(texts) / _GROUP))
     ids = await model.in_worker(_inputs, model, texts, limits)
     exchange.usage.prompt_tokens = sum(map(len, ids))
-    vectors_BD = await model.in_worker(_vectors, model, model.params, ids)
+    number = model.adapter_number(exchange.name)
+    vectors_BD = await model.in_worker(_vectors, model, model.params, ids, number)
     data = [
         {"object": "embedding", "index": i, "embedding": _written(vector_D, form)}
         for i, vector_D in enumerate(vectors_BD)
@@ -189,7 +192,7 @@ def _inputs(
 ) -> list[list[int]]:
     """Return the ids of texts as an encoder reads them."""
     special = special_tokens(model.tokenizer)
-    most = min(limits.prompt_tokens, context_length(model.experiment.model) or 2**31)
+    most = min(limits.prompt_tokens, _context(model) or 2**31)
     is_encoder = model.experiment.config.model.family == "encoder"
 
     def read(text: str | list[int]) -> list[int]:
@@ -221,7 +224,9 @@ def _check_lengths(lengths: Sequence[int], most: int) -> None:
             raise ApiError(400, problem, "input", "context_length_exceeded")
 
 
-def _vectors(model: ServedModel, params: Params, ids: Sequence[Sequence[int]]) -> np.ndarray:
+def _vectors(
+    model: ServedModel, params: Params, ids: Sequence[Sequence[int]], adapter: int
+) -> np.ndarray:
     """Return a vector of length 1 for each text, float32 [B, D]."""
     context = context_length(model.experiment.model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -234,21 +239,28 @@ def _vectors(model: ServedModel, params: Params, ids: Sequence[Sequence[int]]) -
         filled = [*rows, *[rows[-1]] * (n_rows - len(rows))]
         arrays = pad_ids(filled, min(width, context or width), left=False)
         experiment = model.prepared
+        adapted = model.adapters, np.full(n_rows, adapter)
         with use_mesh(experiment.mesh, experiment.config.parallel.sequence, experiment.pipeline):
-            vectors_BD = np.asarray(_mean_states(experiment.model, params, *arrays))
+            vectors_BD = np.asarray(_mean_states(experiment.model, params, *arrays, *adapted))
         found |= zip(numbers, vectors_BD, strict=False)
     return np.stack([found[i] for i in range(len(ids))])
 
 
 @partial(jax.jit, static_argnums=0)
 def _mean_states(
-    model: nn.Module, params: Params, tokens_BL: jax.Array, segments_BL: jax.Array
+    model: nn.Module,
+    params: Params,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+    adapters: Adapters | None,
+    adapters_B: jax.Array,
 ) -> jax.Array:
     """Return the mean of the last hidden states over each text, divided by its length."""
     variables = as_variables(params)
-    x_BLD: Any = without_carry(model).apply(
-        variables, tokens_BL, None, segments_BL, method="hidden"
-    )
+    with nn.intercept_methods(adapters.interceptor(adapters_B)) if adapters else nullcontext():
+        x_BLD: Any = without_carry(model).apply(
+            variables, tokens_BL, None, segments_BL, method="hidden"
+        )
     sums_BD = (x_BLD.astype(jnp.float32) * segments_BL[..., None]).sum(1)
     return sums_BD / jnp.maximum(jnp.linalg.norm(sums_BD, axis=-1, keepdims=True), 1e-12)
 

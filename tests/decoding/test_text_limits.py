@@ -1,14 +1,17 @@
 """Limits of what is written, by sampling and by beam search alike."""
 
+import io
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from lm.config import default
 from lm.data.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
+from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.decoding import text_limits as text_limits_module
 from lm.decoding.controls import Controls
 from lm.decoding.text_limits import text_limits, token_bytes, with_grammar
@@ -114,6 +117,34 @@ def test_a_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
     monkeypatch.setattr(text_limits_module, "_matcher", None)
     (allowed,) = limits.allowed(257, np.full((1, 4), -1), 0)
     assert np.flatnonzero(allowed).tolist() == [ord("a")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "text"),
+    [
+        ("json", '{"const": "a b"}', b'"a b"'),
+        ("regex", "é{2}( b)?", "éé b".encode()),
+        ("regex", " a", b" a"),
+        ("lark", 'start: "b" | " b a"', b" b a"),
+    ],
+)
+def test_text_that_must_follow_is_spelt_without_what_a_tokenizer_puts_before(kind, source, text):
+    """Llama's SentencePiece begins every text with a space, and lets no byte stand for one."""
+    model = io.BytesIO()
+    options = {"vocab_size": 270, "byte_fallback": True, "model_type": "bpe", "minloglevel": 3}
+    options |= {"sentence_iterator": iter(["a b ba ab bb aa"] * 9), "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, **options)
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    end, spelt = tokenizer.stop_ids[0], token_bytes(tokenizer)
+    limits = with_grammar(None, kind, source, tokenizer, (end,))
+    ids = []
+    while end not in ids:
+        (allowed,) = limits.allowed(tokenizer.vocab_size, np.array([ids], int), len(ids))
+        rest = text[len(b"".join(spelt[i] for i in ids)) :]
+        fits = [i for i in np.flatnonzero(allowed) if i != end and rest.startswith(spelt[i])]
+        assert fits or (not rest and allowed[end])
+        ids.append(max(fits, key=lambda i: len(spelt[i])) if fits else end)
+    assert b"".join(spelt[i] for i in ids[:-1]) == text
 
 
 def test_damaged_files_of_grammars_are_one_line(tmp_path):

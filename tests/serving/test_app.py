@@ -258,6 +258,22 @@ def test_an_echo_begins_with_the_prompt(client, monkeypatch, before):
     assert of_ids["logprobs"]["token_logprobs"][len(before) :] == of_text
 
 
+@pytest.mark.parametrize("more", [{"max_tokens": 0, "echo": True}, {"max_tokens": 1}])
+def test_ids_that_the_tokenizer_or_the_model_does_not_have(client, more):
+    """An id of a padded vocabulary has no text; one beyond it, or too many, are errors."""
+
+    def ask(model, ids):
+        return client.post("/v1/completions", json={"model": model, "prompt": ids, **more})
+
+    padded = ask("lstm", [97, 300])
+    assert padded.status_code == 200, padded.text
+    assert padded.json()["choices"][0]["text"].startswith("a" if "echo" in more else "")
+    assert ask("lstm", [97, 320]).status_code == 400
+    too_long = ask("tiny", [97] * 257)  # above the context, with which a program would be compiled
+    assert too_long.status_code == 400
+    assert too_long.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_a_request_has_one_checkpoint(client, monkeypatch):
     """A newer one that comes while the prompt is scored is that of the whole reply."""
     model = client.server.models["tiny"]

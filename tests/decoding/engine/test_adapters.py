@@ -1,5 +1,7 @@
 """Adapters of several LoRA runs over one base, in one batch."""
 
+import asyncio
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from lm.decoding.engine.sizes import EngineOptions
 from lm.errors import UserError
 from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import restore_run
+from lm.serving.served_models import WeightsChoice, open_models
+from lm.serving.text_scores import _vectors
 
 OPTIONS = EngineOptions(n_rows=4, context=32, page_size=4, chunk=8)
 PROMPT = tuple(b"the model reads ")
@@ -79,6 +83,22 @@ def test_rows_of_one_batch_have_adapters_of_their_own(runs):
         np.testing.assert_allclose([x.logprob for x in scores[1:]], expected_scores, atol=1e-4)
     # The prompt is in the cache for each adapter; none reads another's pages.
     assert replies(engine, ["all", "", "attention"], seed=1) == [adapted[1], base, adapted[0]]
+
+
+def test_vectors_are_those_of_the_adapter(runs):
+    options = WeightsChoice(), {}, OPTIONS, print, {"all": str(runs / "all")}
+
+    async def vectors(places, name, *adapters):
+        (model,) = open_models(places, *options[:-1], *(adapters or ({},)))
+        found = _vectors(model, model.params, [PROMPT, PROMPT[:3]], model.adapter_number(name))
+        model.close()
+        return found
+
+    of_base = asyncio.run(vectors({"base": str(runs / "base")}, "all", options[-1]))
+    own = asyncio.run(vectors({"all": str(runs / "all")}, "all"))
+    np.testing.assert_allclose(of_base, own, atol=1e-5)
+    plain = asyncio.run(vectors({"base": str(runs / "base")}, "base", options[-1]))
+    assert np.abs(of_base - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize(
