@@ -18,7 +18,7 @@ from lm.decoding.text_stream import text_after
 from lm.models.variables import Params
 from lm.serving.logprobs import CompletionLogprobs, chat_logprobs
 from lm.serving.replies import Reply, reply_parts, whole_replies
-from lm.serving.request_body import ApiError, Body, wrong
+from lm.serving.request_body import ApiError, Body, with_plain_texts, wrong
 from lm.serving.sampling_parameters import (
     UNSUPPORTED,
     Asked,
@@ -140,15 +140,16 @@ async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
     if not asked.request.max_new_tokens:
         raise wrong("max_tokens", "it must be above 0")
     messages, tools = body.raw("messages"), body.raw("tools")
-    if body.text("tool_choice", "auto") not in ("auto", "none"):
+    tool_choice = body.raw("tool_choice") or "auto"
+    if tool_choice not in ("auto", "none"):
         raise wrong("tool_choice", "it must be auto or none")
-    if body.text("tool_choice", "auto") == "none":
+    if tool_choice == "none":
         tools = None
     body.finish(UNSUPPORTED)
     if not isinstance(messages, list):
         raise wrong("messages", "it must be a list of messages")
     try:
-        conversation = chat_of({"messages": messages, "tools": tools})
+        conversation = chat_of({"messages": with_plain_texts(messages), "tools": tools})
     except BadRow as error:
         raise wrong("messages", str(error)) from None
     exchange.reserve(asked.n_replies(1, limits))

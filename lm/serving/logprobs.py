@@ -29,7 +29,9 @@ class CompletionLogprobs:
         """Return OpenAI's object of a part of the text."""
         texts, offsets = [], []
         for token in reply.tokens:
-            texts.append(self._model.token_text(token.id))
+            text = self._model.token_text(token.id)
+            is_spaced = not self._offset and text[:1] == " " and reply.text[:1] not in ("", " ")
+            texts.append(text[1:] if is_spaced else text)  # SentencePiece begins with a space
             offsets.append(self._offset)
             self._offset += len(texts[-1])
         logprobs = [_finite(token.logprob) for token in reply.tokens]

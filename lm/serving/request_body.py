@@ -136,7 +136,7 @@ class Body:
     def texts(self, name: str, most: int) -> list[str]:
         """Return a list of texts, of which one may stand alone; [] by default."""
         value = self.raw(name)
-        found = [value] if isinstance(value, str) else value or []
+        found = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(found, list) or not all(isinstance(x, str) and x for x in found):
             raise wrong(name, "it must be a text or a list of texts, none of them empty")
         if len(found) > most:
@@ -145,7 +145,7 @@ class Body:
 
     def ids(self, name: str, most: int) -> tuple[int, ...]:
         """Return a list of token ids; () by default."""
-        value = self.raw(name) or []
+        value = [] if (given := self.raw(name)) is None else given
         if not is_ids(value) or len(value) > most:
             raise wrong(name, f"it must be a list of at most {most} token ids")
         return tuple(value)
@@ -176,3 +176,25 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31 for x in value
     )
+
+
+def with_plain_texts(messages: Any) -> Any:
+    """Return messages, contents in parts joined to one text each; what is no list as it is.
+
+    Raises:
+        ApiError: a part is something else than a text.
+    """
+
+    def text_of(part: Any) -> str:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if isinstance(text, str):
+            return text
+        raise wrong("messages", "a part of a content must be a text: this server reads no others")
+
+    def plain(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list):
+            return message
+        return message | {"content": "".join(map(text_of, content))}
+
+    return list(map(plain, messages)) if isinstance(messages, list) else messages

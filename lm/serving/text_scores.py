@@ -27,7 +27,7 @@ from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import use_mesh
 from lm.runs.text_classifier import TextClassifier
 from lm.serving.completion_api import Exchange
-from lm.serving.request_body import ApiError, Body, is_ids, wrong
+from lm.serving.request_body import ApiError, Body, is_ids, with_plain_texts, wrong
 from lm.serving.sampling_parameters import RequestLimits
 from lm.serving.served_models import ServedModel
 
@@ -118,7 +118,7 @@ async def tokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
         if model.template is None:
             raise ApiError(400, f"the model {exchange.name} has no chat template", "model")
         try:
-            conversation = chat_of({"messages": messages})
+            conversation = chat_of({"messages": with_plain_texts(messages)})
         except BadRow as error:
             raise wrong("messages", str(error)) from None
         ids = await model.in_worker(model.chat_ids, conversation)

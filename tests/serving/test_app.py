@@ -274,6 +274,38 @@ def test_ids_that_the_tokenizer_or_the_model_does_not_have(client, more):
     assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_contents_in_parts_are_one_text(client):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "é"}]
+
+    def tokens(content):
+        ask = {"messages": [{"role": "user", "content": content}]}
+        return client.post("/tokenize", json=ask).json()["tokens"]
+
+    assert tokens(parts) == tokens("aé")
+    ask = {"max_tokens": 2, "temperature": 0}
+    whole, split = (
+        client.post(
+            "/v1/chat/completions", json={**ask, "messages": [{"role": "user", "content": x}]}
+        ).json()["choices"]
+        for x in ("aé", parts)
+    )
+    assert split == whole
+    for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, "a", 3):
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert "must be a text" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"stop": 0}, {"stop": False}, {"stop_token_ids": False}, {"stop_token_ids": 0}]
+)
+def test_a_false_list_is_none(client, wrong):
+    answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, **wrong})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == next(iter(wrong))
+
+
 def test_a_request_has_one_checkpoint(client, monkeypatch):
     """A newer one that comes while the prompt is scored is that of the whole reply."""
     model = client.server.models["tiny"]
