@@ -109,9 +109,9 @@ WRONG = {
     "pattern of freezing": (
         {"optimizer.freeze": "head,(tokens"},
         1,
-        r"--config.optimizer.freeze: '(tokens' is no regular expression",
+        r"--config.optimizer.freeze: '(tokens' is not a valid regular expression",
     ),
-    "pattern of LoRA": ({"lora.train": "*"}, 1, "--config.lora.train: '*' is no regular"),
+    "pattern of LoRA": ({"lora.train": "*"}, 1, "--config.lora.train: '*' is not a valid regular"),
     "no targets of LoRA": (
         {"lora.rank": 2, "lora.targets": ""},
         1,

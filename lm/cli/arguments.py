@@ -175,7 +175,7 @@ def check_texts(texts: Sequence[str]) -> None:
     """Raise UserError for a text of the command line that is not UTF-8."""
     for text in texts:
         if text.encode(errors="ignore").decode() != text:
-            raise UserError(f"{text!a}: a text on the command line must be UTF-8")
+            raise UserError(f"{text!a}: command-line text must be UTF-8")
 
 
 def json_argument(parser: Parser) -> None:

@@ -74,7 +74,7 @@ class Terminal:
         while text.startswith(_QUOTES) and not text.removeprefix(_QUOTES).endswith(_QUOTES):
             text += "\n" + input(more)
         if text.encode(errors="ignore").decode() != text:
-            raise UserError("what is said must be UTF-8")
+            raise UserError("input must be UTF-8")
         return text
 
     def _say(self, text: str) -> None:

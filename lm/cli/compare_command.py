@@ -25,7 +25,9 @@ from lm.storage import storage_path
 def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument("--workdir", nargs="+", metavar="DIR", help="the two runs")
-    parser.add_argument("--prompts", metavar="FILE", help="prompts or sources: a line, or .jsonl")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="file of prompts or sources, one per line, or .jsonl"
+    )
     output = "for index.html, the page, and key.json, which tells the runs apart"
     parser.add_argument("--output", required=True, metavar="DIR", help=output)
     answers = "what the page has downloaded: print the win rate instead"

@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--delete",
         action="store_true",
-        help="remove what is listed; end runs that read a store of a changed source first",
+        help="delete what is listed; first stop runs that read a store of a changed source",
     )
     json_argument(parser)
 

@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
         "--format",
         choices=_FORMATS,
         default=_FORMATS[0],
-        help="what reads it; default: %(default)s",
+        help="output format; default: %(default)s",
     )
     parser.add_argument(
         "--dtype",

@@ -33,10 +33,17 @@ def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="or several; without, what is piped in"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="prompt, repeatable; default: standard input",
     )
-    parser.add_argument("--input", metavar="FILE", help="prompts or sources: a line, or .jsonl")
-    parser.add_argument("--output", metavar="FILE", help="a line an input, or .jsonl; continued")
+    parser.add_argument(
+        "--input", metavar="FILE", help="file of prompts or sources, one per line, or .jsonl"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="one line per input, or .jsonl; resumed if it exists"
+    )
     parser.add_argument("--n_best", type=at_least(1), default=1, metavar="N", help="in JSON only")
     parser.add_argument("--chat", action="store_true", help="the inputs are messages: answer them")
     parser.add_argument("--system", metavar="TEXT", help="of --chat: system prompt")

@@ -34,7 +34,9 @@ def add_arguments(parser: Parser) -> None:
     """Add the verb's options."""
     config_argument(parser)
     topology_arguments(parser)
-    parser.add_argument("--decode", action="store_true", help="a step of decoding, not of training")
+    parser.add_argument(
+        "--decode", action="store_true", help="plan a decoding step instead of a training step"
+    )
     parser.add_argument("--serve", action="store_true", help="the engine of lm serve")
     parser.add_argument("--rows", type=at_least(1), metavar="N", help=ROWS)
     parser.add_argument("--context", type=at_least(1), metavar="N", help=CONTEXT)

@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="FLOPS",
-        help="forecast the best run of so many FLOPs; may be given several times",
+        help="predict the best run for this many FLOPs; repeatable",
     )
     parser.add_argument("--output", metavar="DIR", help="for PNGs; WORKDIR/scaling, or none")
     parser.add_argument(

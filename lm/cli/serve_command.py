@@ -28,54 +28,88 @@ def add_arguments(parser: Parser) -> None:
         required=True,
         action="append",
         metavar="[NAME=]DIR",
-        help="run to serve, or several; a model's name is that of its folder unless given",
+        help="run to serve, repeatable; NAME defaults to the folder's name",
     )
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="LoRA run over the first --workdir, or several; each is a model of its own",
+        help="LoRA run on top of the first --workdir, repeatable; each is served as its own model",
     )
     weights_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface")
-    parser.add_argument("--port", type=at_least(0), default=8000, help="0: a free one")
-    parser.add_argument("--api_keys", metavar="FILE", default="", help="keys, a line each")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="listening address; 0.0.0.0: all interfaces"
+    )
+    parser.add_argument("--port", type=at_least(0), default=8000, help="0: any free port")
+    parser.add_argument(
+        "--api_keys", metavar="FILE", default="", help="file of API keys, one per line"
+    )
     parser.add_argument("--ssl_certfile", metavar="FILE", default="", help="serve HTTPS")
     parser.add_argument("--ssl_keyfile", metavar="FILE", default="")
-    parser.add_argument("--rows", type=at_least(1), default=32, help="replies written at once")
     parser.add_argument(
-        "--context", type=at_least(0), default=0, metavar="N", help="tokens of prompt and reply"
+        "--rows", type=at_least(1), default=32, help="replies generated concurrently"
     )
     parser.add_argument(
-        "--pages", type=at_least(0), default=0, metavar="N", help="of the cache; 0: by memory"
+        "--context",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="maximum tokens of prompt and reply",
     )
     parser.add_argument(
-        "--speculate", type=at_least(0), default=0, metavar="N", help="tokens proposed at a time"
+        "--pages",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="KV cache pages; 0: as many as fit in memory",
     )
     parser.add_argument(
-        "--draft", metavar="DIR", default="", help="smaller run that proposes; else the text does"
-    )
-    parser.add_argument("--queue", type=at_least(0), default=256, help="replies that may wait")
-    parser.add_argument(
-        "--max_prompt_tokens", type=at_least(1), default=2**20, metavar="N", help="of a prompt"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=at_least(1), default=4096, metavar="N", help="of a reply"
+        "--speculate",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="speculative decoding: tokens proposed per step",
     )
     parser.add_argument(
-        "--max_choices", type=at_least(1), default=128, metavar="N", help="replies of a request"
+        "--draft", metavar="DIR", default="", help="run of the draft model; default: prompt lookup"
+    )
+    parser.add_argument("--queue", type=at_least(0), default=256, help="maximum replies waiting")
+    parser.add_argument(
+        "--max_prompt_tokens",
+        type=at_least(1),
+        default=2**20,
+        metavar="N",
+        help="maximum tokens per prompt",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=at_least(1),
+        default=4096,
+        metavar="N",
+        help="maximum tokens per reply",
+    )
+    parser.add_argument(
+        "--max_choices",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="maximum replies per request",
     )
     parser.add_argument("--request_seconds", type=positive, default=600.0, metavar="S")
     parser.add_argument(
-        "--drain_seconds", type=positive, default=600.0, metavar="S", help="after SIGTERM"
+        "--drain_seconds",
+        type=positive,
+        default=600.0,
+        metavar="S",
+        help="seconds to finish requests after SIGTERM",
     )
     parser.add_argument(
         "--reload_every",
         type=at_least(0.0),
         default=0.0,
         metavar="S",
-        help="seconds between looks for a newer checkpoint; SIGHUP looks at once",
+        help="seconds between checks for a newer checkpoint; SIGHUP checks at once",
     )
     parser.add_argument("--log_texts", action="store_true", help="log prompts and replies")
     device_arguments(parser)
@@ -127,5 +161,5 @@ def _places(workdirs: list[str]) -> dict[str, str]:
         if not equals or "/" in name:
             name, workdir = Path(given.rstrip("/")).name, given
         if not name or places.setdefault(name, workdir) != workdir:
-            raise UserError(f"{given}: each model needs a name of its own: NAME=DIR")
+            raise UserError(f"{given}: each model needs a unique name: NAME=DIR")
     return places

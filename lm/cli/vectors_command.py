@@ -23,7 +23,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
     parser.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
     parser.add_argument(
-        "--similarity", action="append", default=[], metavar="FILE", help="word, word, score a line"
+        "--similarity",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file with word, word, score per line",
     )
     parser.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
     weights_arguments(parser)

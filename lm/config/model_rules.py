@@ -41,7 +41,7 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
     objective = OBJECTIVES.entries[config.objective.name]
     if model.bidirectional and model.family == "lstm" and objective.predicts_every_token:
-        yield "--config.model.bidirectional lets a causal model see what it predicts"
+        yield "--config.model.bidirectional would let a causal model see its targets"
     if model.bidirectional and (model.d_hidden or model.d_model) % 2:
         yield "--config.model.bidirectional needs an even --config.model.d_hidden"
     if model.family == "lstm_encoder_decoder" and model.n_decoder_layers not in (0, model.n_layers):
@@ -118,7 +118,7 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     if model.family not in TRANSFORMERS:
         yield f"--config.model.mixer=mla is not for --config.model.family={model.family}"
     if model.qk_norm:
-        yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalises latents"
+        yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalizes latents"
     for name in ("attention_sinks", "rope_norm", "nope_temperature"):
         if model[name]:
             yield f"--config.model.{name}={model[name]} is not for --config.model.mixer=mla"

@@ -37,7 +37,9 @@ def compile_patterns(key: str, text: str) -> list[re.Pattern]:
         try:
             found.append(re.compile(part))
         except re.error as error:
-            raise UserError(f"--config.{key}: {part!r} is no regular expression: {error}") from None
+            raise UserError(
+                f"--config.{key}: {part!r} is not a valid regular expression: {error}"
+            ) from None
     return found
 
 

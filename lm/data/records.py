@@ -191,7 +191,7 @@ class Records:
         label = text.strip()
         if self.labels and label not in self.labels:
             known = ", ".join(self.labels)
-            raise BadRow(f"label {label!r} is none of --config.data.labels={known}")
+            raise BadRow(f"label {label!r} is not one of --config.data.labels={known}")
         if not self.labels and not _is_number(label):
             raise BadRow(f"label {label!r} is not a number: name the --config.data.labels")
         return label
@@ -262,7 +262,7 @@ def _check_value(name: str, column: str, value: Any) -> str:
         value = json.dumps(value)
     if name in ("words", "tags") and isinstance(value, list):
         if not all(isinstance(part, str) and len(split_words(part)) == 1 for part in value):
-            raise BadRow(f"{column!r} holds something else than words without spaces")
+            raise BadRow(f"{column!r} must contain only words without spaces")
         value = " ".join(value)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is of type {type(value).__name__}, not a string")

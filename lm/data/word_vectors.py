@@ -82,7 +82,9 @@ def save_vectors(vectors: WordVectors, path: str | Path) -> None:
     """Write GloVe's text format, with enough digits for `load_vectors` to give the same float32."""
     for number, word in enumerate(vectors.words, start=1):
         if not word or " " in word or "\n" in word:
-            raise UserError(f"word {number}, {word!r}, cannot be written: it must have no space")
+            raise UserError(
+                f"word {number}, {word!r}, cannot be written: it must not contain spaces"
+            )
     path = Path(path)
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "wt", encoding="utf-8", newline="\n") as file:

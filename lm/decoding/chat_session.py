@@ -68,7 +68,7 @@ class ChatSession:
         """
         starts = self._starts()
         if not starts:
-            raise UserError("there is nothing to answer yet")
+            raise UserError("nothing to answer yet")
         del self.messages[starts[-1] + 1 :]
         self.n_forgotten = self._first_turn()
         return self._answer()
@@ -81,7 +81,7 @@ class ChatSession:
         """
         starts = self._starts()
         if not starts:
-            raise UserError("there is nothing to take back")
+            raise UserError("nothing to undo")
         del self.messages[starts[-1] :]
         self.n_forgotten = 0
 

@@ -318,7 +318,7 @@ def load_tasks(
         UserError: there is no such task, its data cannot be read, or it does not fit the model.
     """
     if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include_path {include_path}: there is no such folder")
+        raise UserError(f"--include_path {include_path}: no such folder")
     from lm_eval.tasks import TaskManager
 
     for package in ("lm_eval", "huggingface_hub"):

@@ -64,10 +64,10 @@ def score_predictions(
     if len(predictions) != len(references):
         raise UserError(
             f"{len(predictions)} predictions for {len(references)} references: "
-            "both must be of the same examples in the same order"
+            "both must cover the same examples in the same order"
         )
     if not len(references):
-        raise UserError("nothing to score: there are no predictions and no references")
+        raise UserError("nothing to score: no predictions and no references")
     scores: dict[str, float | str] = {}
     for name in names:
         metric, options = METRICS[name], METRICS.entries[name].options

@@ -172,7 +172,7 @@ def make_passage(
             tokens, source = source, None
     elif experiment.config.model.family == "encoder":
         if target is not None:
-            raise UserError("an encoder reads one text: --target is of the other families")
+            raise UserError("encoders take no --target")
         ids = [special.cls, *_with_masks(tokenizer, text, special.mask), special.sep]
         tokens, mask = _checked("prompt", ids, model), special.mask
         targets = [-1 if i == mask else i for i in tokens]

@@ -144,7 +144,7 @@ def unpacked(
             continue
         scale = stored.get(module + SCALE)
         if f"{module}weight_zero_point" in stored or f"{module}weight_g_idx" in stored:
-            raise UserError(f"{path}: {module}weight has zero points or an order of its own")
+            raise UserError(f"{path}: {module}weight has zero points or a custom order")
         if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:
             raise UserError(f"{path}: {module}weight lacks a scale, or its parts are no matrices")
         shape = _shape(path, module, stored)

@@ -357,7 +357,7 @@ def positive_number(name: str, value: Any) -> float:
     """Return a value of config.json as a number; UserError if it is none above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < 2.0**63:
-        raise UserError(f"config.json: {name}={value!r:.40} is no number above 0")
+        raise UserError(f"config.json: {name}={value!r:.40} is not a positive number")
     return float(value)
 
 

@@ -67,7 +67,7 @@ def export_gguf(workdir: Path, to: Path, average: int, best: bool, dtype: str, l
             f"{', '.join(ARCHITECTURES)}"
         )
     for problem in _problems(name, model.config):
-        raise UserError(f"llama.cpp's {name} cannot compute what this model does: {problem}")
+        raise UserError(f"llama.cpp's {name} cannot compute this model: {problem}")
     writer = gguf.GGUFWriter(None, name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -240,7 +240,7 @@ def _family_of(
     )
     if problems:
         raise UserError(
-            "no architecture of Hugging Face computes what this model does; the nearest, "
+            "no Hugging Face architecture computes the same function as this model; the nearest, "
             f"{family.model_type}, has not {', '.join(problems)}"
         )
     return family, heads, config
@@ -263,7 +263,7 @@ def _check_parameters(
 ) -> None:
     for path in sorted({*leaves, *shapes}):
         if path not in shapes:
-            raise UserError(f"the parameter {path} has no place in the exported model")
+            raise UserError(f"the parameter {path} does not exist in the exported model")
         if path not in leaves or leaves[path].shape != shapes[path].shape:
             raise UserError(f"the parameter {path} is missing or of another shape than the model's")
         if path not in written and np.any(leaves[path]):

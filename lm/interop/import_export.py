@@ -148,7 +148,9 @@ def _class_names(found: ModelFolder) -> list[str]:
     if stated is None or stated == {}:
         return list(class_labels(n)["id2label"].values())
     if not isinstance(stated, dict) or stated.keys() != {str(i) for i in range(n)}:
-        raise UserError(f"config.json: id2label is no object with a name for each of 0 to {n - 1}")
+        raise UserError(
+            f"config.json: id2label is not an object with a name for each of 0 to {n - 1}"
+        )
     names = [stated[str(i)] for i in range(n)]
     for i, name in enumerate(names):
         if not isinstance(name, str):

@@ -132,7 +132,7 @@ def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters")  # as in transformers
     rope = {} if rope is None else rope
     if not isinstance(rope, dict):
-        raise UnsupportedConfig(f"config.json: the rotary settings {rope} are no object")
+        raise UnsupportedConfig(f"config.json: the RoPE settings {rope} are not an object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UnsupportedConfig(
@@ -218,7 +218,7 @@ def read_layer_rope(hf: Values, far_theta: float, near_theta: float) -> Values:
     """
     by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
     if not isinstance(by_type, dict):
-        raise UnsupportedConfig(f"config.json: the rotary settings {by_type} are no object")
+        raise UnsupportedConfig(f"config.json: the RoPE settings {by_type} are not an object")
     lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
     old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
     far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, far_theta)

@@ -69,7 +69,9 @@ def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
     size = file.stat().st_size
     numbers = np.fromfile(file, "<i4", count=7)
     if len(numbers) < 7 or numbers[0] == _NEWER or min(*numbers[:5], numbers[6]) < 1:
-        raise UserError(f"{file} is no .bin file of llama2.c's first version (export.py's legacy)")
+        raise UserError(
+            f"{file} is not a .bin file of llama2.c's first version (export.py's legacy)"
+        )
     dim, hidden, n_layers, n_heads, n_kv_heads, signed_vocab, length = map(int, numbers)
     vocab, tied = abs(signed_vocab), signed_vocab > 0
     if dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:

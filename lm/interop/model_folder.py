@@ -199,7 +199,7 @@ def open_model_folder(path: Path) -> ModelFolder:
     tensors = read_tensors(path)
     if (quantization := about.get("quantization_config")) is not None:
         if not isinstance(quantization, dict):
-            raise UserError(f"{path}: quantization_config of config.json is no object")
+            raise UserError(f"{path}: quantization_config of config.json is not an object")
         from lm.interop import compressed_tensors, fp8_blocks, mxfp4
 
         readers = {"fp8": fp8_blocks.fp8_weights, "mxfp4": mxfp4.mxfp4_weights}
@@ -234,7 +234,7 @@ def _read_config(folder: Path) -> Values:
     try:
         return read_json(folder / "config.json", whole_characters=True)
     except FileNotFoundError:
-        raise UserError(f"{folder} is no model folder: it has no config.json") from None
+        raise UserError(f"{folder} is not a model folder: it has no config.json") from None
 
 
 def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -138,4 +138,4 @@ class ChatTuning(Objective[RecordStore, Example]):
 
     def require_columns(self, store: RecordStore) -> None:
         if _COLUMN not in store.manifest.n_tokens:
-            raise UserError(f"{store.manifest.source}: its records are no conversations")
+            raise UserError(f"{store.manifest.source}: its records are not conversations")

@@ -40,7 +40,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
             f"{' or '.join(TRANSFORMERS)}, not {model.family}"
         )
     if config.objective.name == "multi_token":
-        yield f"--config.parallel.mesh.stage={stages} has no place for the modules of multi_token"
+        yield f"--config.parallel.mesh.stage={stages} does not support the modules of multi_token"
     for name, plain in (
         ("residual", "sum"),
         ("dense_layers", 0),

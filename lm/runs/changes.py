@@ -221,7 +221,7 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
         there, _, at = forks[-1].rpartition("@") if forks else ("", "", "-1")
         if there != name or step not in (None, int(at)):
             raise UserError(
-                f"--workdir {storage_path(workdir)} holds a run already: a fork is a new one"
+                f"--workdir {storage_path(workdir)} holds a run already: a fork needs a new workdir"
             )
         if checkpoint_steps(workdir) or damaged_steps(workdir):
             return

@@ -301,7 +301,7 @@ def check_same(
     different = differences(before["config"], now["config"])
     if different:
         raise UserError(
-            f"{storage_path(workdir)} holds a run of another configuration "
+            f"{storage_path(workdir)} holds a run of a different configuration "
             f"({'; '.join(different)}); {advice}use another --workdir"
         )
     old, new = before.get("fingerprint", {}), now["fingerprint"]

@@ -52,7 +52,7 @@ class ApiKeys:
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         digests = frozenset(_digest(line.encode()) for line in lines if line)
         if not digests:
-            raise UserError(f"{self._file}: no key; write one a line")
+            raise UserError(f"{self._file}: no keys found; write one per line")
         self._digests = digests
 
 

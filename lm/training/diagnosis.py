@@ -40,7 +40,7 @@ def doubts(experiment: Experiment, stores: Sequence[Store]) -> Iterator[str]:
     if n_rows < size:
         yield (
             f"the training data are {n_rows} row(s), fewer than --config.data.batch_size={size}: "
-            "each batch holds some of them several times"
+            "each batch repeats some of them"
         )
 
 

@@ -63,7 +63,7 @@ class BestCheckpoint:
         """
         if self._name not in figures:
             known = ", ".join(figures)
-            raise UserError(f"--config.eval.best={self._name} is none of the figures: {known}")
+            raise UserError(f"--config.eval.best={self._name} is not one of the metrics: {known}")
         value = self._sign * figures[self._name]
         # Orbax saves nothing at a step up to its newest; a restart repeats such steps.
         is_new = step > (self._checkpoints.latest_step or 0)

@@ -145,7 +145,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.bidirectional": "true", "model.family": "lstm"},
-            "--config.model.bidirectional lets a causal model see what it predicts",
+            "--config.model.bidirectional would let a causal model see its targets",
         ),
         (
             {

@@ -76,7 +76,12 @@ def squad(context="A b.", **changes):
     ("spec", "content", "problem", "n_good"),
     [
         ("tsv:a", "text\tlabel\nx\n", "/a:2: 1 columns instead of 2", 0),
-        ("tsv:a", "text\tlabel\nx\t2\n", "/a:2: label '2' is none of --config.data.labels=0, 1", 0),
+        (
+            "tsv:a",
+            "text\tlabel\nx\t2\n",
+            "/a:2: label '2' is not one of --config.data.labels=0, 1",
+            0,
+        ),
         ("tsv:a", "text\tlabel\n \t1\n", "/a:2: 'text' is empty", 0),
         ("tsv:a", b"text\tlabel\nab\xff\t1\n", "/a:2: 'text' is not UTF-8 at character 2", 0),
         ("csv:a", 'text,label\n"x,1\n', "/a:2: not valid CSV", 0),

@@ -78,7 +78,7 @@ def test_special_tokens_are_llama_3s_unless_the_folder_names_others(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda c: c + b"%%% 267\n", "line 268 is no base64"),
+        (lambda c: c + b"%%% 267\n", "line 268 is not valid base64"),
         (lambda c: c + b"Y2F0 267\n", "line 268 is not a new token"),
         (lambda c: c + b"Y2F0Y2F0 269\n", "with the rank 267"),
         (lambda c: content(TOKENS[:9]), "no token for the byte 9"),

@@ -281,7 +281,7 @@ def test_lm_eval_harness_writes_what_lm_eval_writes(make, task, tmp_path, capsys
     assert "knows no task 'words_chioce'; near it: words_choice" in capsys.readouterr().err
     other = ["--include_path", str(tmp_path / "none")]
     assert main([*words, *other, *output, "--harness", "words_choice"]) == 2
-    assert "none: there is no such folder" in capsys.readouterr().err
+    assert "none: no such folder" in capsys.readouterr().err
     assert main([*words, *output, "--harness", "words_lost"]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert "words_lost" in line

@@ -167,10 +167,10 @@ def test_names_of_classes_come_in_and_go_out_or_are_refused(classifier, names):
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        (["a", "b", "c"], "id2label is no object with a name for each of 0 to 2"),
-        ("abc", "id2label is no object"),
-        ({"0": "a", "1": "b"}, "id2label is no object with"),
-        ({"0": "a", "1": "b", "3": "c"}, "id2label is no object with"),
+        (["a", "b", "c"], "id2label is not an object with a name for each of 0 to 2"),
+        ("abc", "id2label is not an object"),
+        ({"0": "a", "1": "b"}, "id2label is not an object with"),
+        ({"0": "a", "1": "b", "3": "c"}, "id2label is not an object with"),
         ({"0": "a", "1": 7, "2": "c"}, "the name 7 of class 1 is no text"),
         ({"0": "a", "1": None, "2": "c"}, "the name None of class 1 is no text"),
         ({"0": "a", "1": "b", "2": {"c": 1}}, "of class 2 is no text"),

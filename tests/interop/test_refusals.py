@@ -67,11 +67,11 @@ SPOILT = {
     "odd heads": (lambda f: set_config(f, head_dim=7), "RoPE has no head_dim=7: odd"),
     "scale of scores": (
         lambda f: set_config(f, model_type="gemma2", query_pre_attn_scalar=-8),
-        "query_pre_attn_scalar=-8 is no number above 0",
+        "query_pre_attn_scalar=-8 is not a positive number",
     ),
     "cap": (
         lambda f: set_config(f, model_type="gemma2", final_logit_softcapping="30"),
-        "final_logit_softcapping='30' is no number above 0",
+        "final_logit_softcapping='30' is not a positive number",
     ),
     "list of experts": (
         lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=[2]),
@@ -89,7 +89,7 @@ SPOILT = {
         lambda f: set_config(
             f, rope_parameters={"rope_type": "yarn", "factor": 4, "attention_factor": -1}
         ),
-        "attention_factor=-1 is no number above 0",
+        "attention_factor=-1 is not a positive number",
     ),
     "longrope": (
         lambda f: set_config(
@@ -101,11 +101,11 @@ SPOILT = {
         lambda f: set_config(
             f, rope_parameters={"type": "longrope", "short_factor": ["1"], "long_factor": "2"}
         ),
-        "short_factor='1' is no number above 0",
+        "short_factor='1' is not a positive number",
     ),
     "dynamic": (
         lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "factor": "4"}),
-        "factor='4' is no number above 0",
+        "factor='4' is not a positive number",
     ),
     "layer types": (
         lambda f: set_config(
@@ -151,7 +151,7 @@ SPOILT = {
     ),
     "multiplier": (
         lambda f: set_config(f, model_type="granite", residual_multiplier="0.2"),
-        "residual_multiplier='0.2' is no number above 0",
+        "residual_multiplier='0.2' is not a positive number",
     ),
     "fused": (
         lambda f: set_config(f, model_type="phi3", partial_rotary_factor=1.0),
@@ -349,7 +349,7 @@ def test_how_a_model_began_does_not_matter(tmp_path):
 def test_parameters_that_have_no_place_are_refused(tmp_path):
     model = Decoder(TransformerConfig(**SIZES))
     params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    with pytest.raises(UserError, match="extra/kernel has no place"):
+    with pytest.raises(UserError, match="extra/kernel does not exist"):
         huggingface.save(model, params | {"extra": {"kernel": np.zeros((8, 2))}}, tmp_path)
 
 

@@ -174,7 +174,10 @@ def _ending(end, shapes=SHAPES):
     [
         (TrainableMask("head,tokenz"), "--config.optimizer.freeze: 'tokenz' matches no parameter"),
         (TrainableMask("layers/3/"), "--config.optimizer.freeze: 'layers/3/' matches no parameter"),
-        (TrainableMask("head,(tokens"), r"--config.optimizer.freeze: '\(tokens' is no regular"),
+        (
+            TrainableMask("head,(tokens"),
+            r"--config.optimizer.freeze: '\(tokens' is not a valid regular",
+        ),
         (TrainableMask("."), "leaves no parameter to train"),
         (TrainableMask("", "headd"), "--config.lora.train: 'headd' matches no parameter"),
     ],

@@ -229,7 +229,7 @@ def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypat
                 *["--ssl_certfile", str(tmp_path / "certificate")],
             ],
             "needs --ssl_certfile": ["--workdir", run, "--ssl_keyfile", "x"],
-            "needs a name of its own": ["--workdir", run, "--workdir", f"run={tmp_path}/run"],
+            "needs a unique name": ["--workdir", run, "--workdir", f"run={tmp_path}/run"],
             "no run": ["--workdir", str(tmp_path)],
         }
         for said, words in cases.items():

@@ -429,7 +429,7 @@ class _Conversation:
         found = []
         for number, message in enumerate(messages, 1):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise UserError(f"message {number} is no object with a text as its role")
+                raise UserError(f"message {number} is not an object with a string as its role")
             known = {name: value for name, value in message.items() if value is not None}
             reasoning = next((known[name] for name in _REASONING if name in known), None)
             if reasoning is not None:
@@ -441,7 +441,7 @@ class _Conversation:
         try:
             json.dumps([found, made.tools, made.documents], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the conversation is no valid Unicode ({error.reason})") from error
+            raise UserError(f"the conversation is not valid Unicode ({error.reason})") from error
         return made
 
     @property

@@ -106,7 +106,7 @@ def from_alpaca(values: Mapping[str, Any]) -> list[Message]:
     messages = []
     for turn in values.get("history") or ():
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise BadRow("'history' holds something else than pairs of texts")
+            raise BadRow("'history' must contain only pairs of strings")
         messages += [text_message("user", turn[0]), text_message("assistant", turn[1])]
     parts = [_text("instruction", values["instruction"]), _text("input", values.get("input", ""))]
     question = "\n\n".join(part for part in parts if part.strip())
@@ -212,7 +212,7 @@ def _calls(where: str, message: Message) -> list[dict[str, Any]]:
     found = _parsed(f"{where}: {_FUNCTION_CALL}", found) if isinstance(found, str) else found
     calls: list[Any] = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise BadRow(f"{where}: {_FUNCTION_CALL} is no JSON object with a name and arguments")
+        raise BadRow(f"{where}: {_FUNCTION_CALL} is not a JSON object with a name and arguments")
     return [
         {
             "type": "function",

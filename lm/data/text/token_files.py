@@ -207,7 +207,7 @@ class NanogptFiles(TokenFiles):
                 )
             item = np.dtype(stated).itemsize
             if size % item:
-                raise UserError(f"{path}: its {size} bytes are no whole number of {stated}")
+                raise UserError(f"{path}: its {size} bytes are not a multiple of {stated}")
             return TokenRun(path, stated, 0, size // item)
         if stated not in ("", dtype):
             raise UserError(f"{path}: holds {dtype}, not --config.data.token_dtype={stated}")
@@ -355,7 +355,7 @@ def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
     places = np.concatenate([[0], lengths.cumsum()])
     item = np.dtype(dtype).itemsize
     if (lengths < 0).any() or (pointers != places[:-1] * item).any():
-        raise UserError(f"{path}: its sequences do not lie one after the other: merge them again")
+        raise UserError(f"{path}: its sequences are not contiguous: merge them again")
     is_whole = (
         len(bounds) and bounds[0] == 0 and bounds[-1] == n and (bounds[1:] >= bounds[:-1]).all()
     )

@@ -192,7 +192,7 @@ class FolderTokenizer(Tokenizer):
             }
             return dict(sorted(found.items()))
         if not isinstance(stated, dict):
-            raise UserError(f"{_SETTINGS}: added_tokens_decoder is no object")
+            raise UserError(f"{_SETTINGS}: added_tokens_decoder is not an object")
         found = {}
         for number, about in stated.items():
             place = f"{_SETTINGS}: added_tokens_decoder"

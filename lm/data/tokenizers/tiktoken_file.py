@@ -78,10 +78,10 @@ def _ranks(content: bytes) -> dict[bytes, int]:
         try:
             token = base64.b64decode(text, validate=True)
         except binascii.Error as error:
-            raise UserError(f"line {number} is no base64 ({error})") from error
+            raise UserError(f"line {number} is not valid base64 ({error})") from error
         if rank.strip() != str(len(ranks)).encode() or not token or token in ranks:
             raise UserError(f"line {number} is not a new token with the rank {len(ranks)}")
         ranks[token] = len(ranks)
     if missing := next((byte for byte in range(256) if bytes([byte]) not in ranks), None):
-        raise UserError(f"there is no token for the byte {missing}")
+        raise UserError(f"no token for the byte {missing}")
     return ranks

@@ -119,7 +119,7 @@ def _layer_factors(
     for kernel in sorted({kernel_of(path) for path in factors}):
         info = infos[kernel]
         if info.role.expert or not kernel.endswith(_KERNEL):
-            raise UserError(f"{where}: an adapter of {kernel} cannot be served beside others")
+            raise UserError(f"{where}: an adapter of {kernel} cannot be served with others")
         a, b = factors[f"lora/{kernel}/a"], factors[f"lora/{kernel}/b"]
         b = b * np.float32(alpha / a.shape[-1])
         numbers = layer_numbers(kernel, a)

@@ -144,7 +144,7 @@ def load_judge(workdir: str) -> Subject:
     """Load a run that tells how likely texts are, on all devices; one loaded before is kept.
 
     Raises:
-        UserError: there is no such run, or it is no language model.
+        UserError: there is no such run, or it is not a language model.
     """
     n_rows = -(-_JUDGE_ROWS // jax.device_count()) * jax.device_count()
     folder = open_run_folder(workdir)
@@ -153,5 +153,5 @@ def load_judge(workdir: str) -> Subject:
     judge = Subject(experiment, params, load_tokenizer(folder))
     if not judge.has_likelihoods or judge.is_encoder or is_encoder_decoder(experiment.model):
         name = f"{judge.config.model.family}, {judge.config.objective.name}"
-        raise UserError(f"--config.safety.judge={workdir}: {name} is no language model")
+        raise UserError(f"--config.safety.judge={workdir}: {name} is not a language model")
     return judge

@@ -148,7 +148,7 @@ def _require_same(folder: DataFolder, config: Config, sources: dict[str, str]) -
     ]
     if changed:
         raise UserError(
-            f"{place} holds a corpus of another configuration or other sources "
+            f"{place} holds a corpus of a different configuration or other sources "
             f"({'; '.join(changed)}): use another --output"
         )
 

@@ -113,7 +113,7 @@ def _choices(file: Path, key: Mapping[str, Any]) -> list[tuple[int, int]]:
         raise UserError(f"{file}: no answers to the page of this {KEY}")
     choices, first = answers.get("choices"), key["first"]
     if not isinstance(choices, list) or len(choices) != len(first):
-        raise UserError(f"{file}: 'choices' are not {len(first)}, one a pair")
+        raise UserError(f"{file}: 'choices' are not {len(first)}, one per pair")
     for choice in choices:
         if choice is not None and (type(choice) is not int or choice not in (0, 1, 2)):
             raise UserError(f"{file}: a choice is 1, 2, 0 or null, not {json.dumps(choice)[:40]}")

@@ -323,8 +323,8 @@ def test_what_is_refused(pairs):
     template, _ = pairs["instructions"]
     for chat, problem in (
         ([], "no message"),
-        (["Hi"], "message 1 is no object"),
-        ([{"content": "Hi"}], "message 1 is no object"),
+        (["Hi"], "message 1 is not an object"),
+        ([{"content": "Hi"}], "message 1 is not an object"),
         (turns("Hi", "Ho", first="assistant"), "alternate"),
         (turns("\ud83d"), "no valid Unicode"),
         ([{"role": "user"}], "chat template"),
