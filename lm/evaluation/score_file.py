@@ -95,7 +95,7 @@ def _question(row: Row) -> Question:
     try:
         "".join((prompt, *texts)).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{row.where}: a lone surrogate is not valid text") from None
+        raise UserError(f"{row.where}: half of a surrogate pair is no text") from None
     return Question(prompt, tuple(texts))
 
 

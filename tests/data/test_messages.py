@@ -109,8 +109,11 @@ BAD = {
     "empty output": ({"instruction": "Hi", "output": ""}, "to learn from"),
     "instruction": ({"instruction": 1, "output": "a"}, "'instruction' is of type int"),
     "prompt": ({"prompt": {"a": 1}, "completion": "a"}, "'prompt' is of type dict"),
-    "history": ({"instruction": "", "output": "a", "history": ["a"]}, "pairs of texts"),
-    "call": ({"conversations": [{"from": "function_call", "value": "{}"}]}, "no JSON object with"),
+    "history": ({"instruction": "", "output": "a", "history": ["a"]}, "pairs of strings"),
+    "call": (
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+        "not a JSON object with",
+    ),
     "call text": ({"conversations": [{"from": "function_call", "value": "a"}]}, "not valid JSON"),
     "tools": ({"messages": HELLO, "tools": 3}, "tools are of type int"),
     "system": ({"messages": HELLO, "system": 3}, "'system' is of type int"),

@@ -87,9 +87,9 @@ def test_the_logits_are_those_of_the_c_program(tmp_path, tied):
     [
         (lambda content: content[:-4], "is truncated"),
         (lambda content: content + b"0000", "is too long"),
-        (lambda content: content[:20], "no .bin file of llama2.c"),
-        (lambda content: b"24ka" + content[4:], "no .bin file of llama2.c"),
-        (lambda content: bytes(4) + content[4:], "no .bin file of llama2.c"),
+        (lambda content: content[:20], "not a .bin file of llama2.c"),
+        (lambda content: b"24ka" + content[4:], "not a .bin file of llama2.c"),
+        (lambda content: bytes(4) + content[4:], "not a .bin file of llama2.c"),
     ],
 )
 def test_another_file_is_refused(tmp_path, spoil, expected):

@@ -172,7 +172,10 @@ SPOILT = {
         lambda f: set_config(f, hidden_act=["gelu"]),
         r"config.json: hidden_act=\['gelu'\] is",
     ),
-    "list of rope": (lambda f: set_config(f, rope_parameters=[1]), "rotary settings .* no object"),
+    "list of rope": (
+        lambda f: set_config(f, rope_parameters=[1]),
+        "RoPE settings .* not an object",
+    ),
     "kind of rope": (lambda f: set_config(f, rope_parameters={"type": [1]}), r"rope_type=\[1\] is"),
     "no size": (lambda f: set_config(f, hidden_size=None), "config.json has no hidden_size"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json: damaged JSON"),

@@ -326,7 +326,7 @@ def test_what_is_refused(pairs):
         (["Hi"], "message 1 is not an object"),
         ([{"content": "Hi"}], "message 1 is not an object"),
         (turns("Hi", "Ho", first="assistant"), "alternate"),
-        (turns("\ud83d"), "no valid Unicode"),
+        (turns("\ud83d"), "not valid Unicode"),
         ([{"role": "user"}], "chat template"),
     ):
         with pytest.raises(UserError, match=problem):
