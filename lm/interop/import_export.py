@@ -34,7 +34,7 @@ from lm.interop.tokenizer_files import (
     write_tokenizer,
     write_turn_ends,
 )
-from lm.models.ahead_modules import without_ahead
+from lm.models.ahead_modules import AHEAD, without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
@@ -165,6 +165,9 @@ def _class_names(found: ModelFolder) -> list[str]:
     return names
 
 
+_TRAINING_ONLY = (AHEAD, "generator")  # modules
+
+
 @dataclass(frozen=True)
 class ReadRun:
     """Run that was read to be exported, on one device.
@@ -205,7 +208,10 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
-    config, plain = without_mup(config, without_ahead(nested(params)))
+    tree = nested(params)
+    for name in sorted({*_TRAINING_ONLY} & tree.keys()):
+        log(f"{name}: left out; only training uses it")
+    config, plain = without_mup(config, without_ahead(tree))
     model = make_model(config, "xla", "gather")
     return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)))
 

@@ -22,7 +22,7 @@ from lm.models.concat_residual import project
 from lm.models.layers import make_norm
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Params
+from lm.models.variables import MODEL_STATE, Params
 
 AHEAD = "ahead"  # their parameters are under this name
 
@@ -77,5 +77,9 @@ def hidden_ahead(
 
 
 def without_ahead(params: Params) -> Params:
-    """Return nested parameters without those of modules that predict further tokens."""
-    return {name: leaf for name, leaf in params.items() if name != AHEAD}
+    """Return nested parameters and model state without those of these modules."""
+    return {
+        name: without_ahead(leaf) if name == MODEL_STATE else leaf
+        for name, leaf in params.items()
+        if name != AHEAD
+    }

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from lm.models.ahead_modules import without_ahead
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
 from lm.objectives.multi_token import MultiToken
@@ -110,3 +111,8 @@ def test_a_later_token_does_not_change_what_is_predicted_before_it(trained):
         return float(nn.apply(one.loss, MODEL)(variables, batch | {"weights": weights}).loss)
 
     assert of_first(1) == of_first(2)
+
+
+def test_decoding_and_export_leave_the_modules_out():
+    one = {"ahead": 1, "tokens": 2, "model_state": {"ahead": 3, "stack": 4}}
+    assert without_ahead(one) == {"tokens": 2, "model_state": {"stack": 4}}
