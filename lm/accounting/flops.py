@@ -64,15 +64,15 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     """Return the multiplications of one of the two attention products, forward."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     # Token mixers without such products are counted by their kernels alone.
-    width = m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
+    share = len(m.attention_layers) / m.n_layers or 1  # of the layers
+    width = share * m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
     causal, both_ways, cross = target**2 / 2, source**2, source * target
-    window = min(m.window or target, target)
     n_global = global_layers(m.n_layers, m.window, m.global_every, m.global_first).sum()
-    n_local, half = m.n_layers - n_global, min(m.window // 2, source)
+    n_local, window = m.n_layers - n_global, min(m.window or target, target)
     local = causal - (target - window) ** 2 / 2
     if m.window_chunks:
         local = (target // window * window**2 + (target % window) ** 2) / 2
-    near = both_ways - (source - half) ** 2
+    near = both_ways - (source - min(m.window // 2, source)) ** 2
     return {
         "decoder": width * (n_global * causal + n_local * local),
         "encoder": width * (n_global * both_ways + n_local * near),

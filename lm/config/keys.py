@@ -48,6 +48,14 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("model.residual", "concat"),
     ),
     "model.mixer": Key("attention", "Token mixer of a Transformer block."),
+    "model.attention_layers": Key(
+        (),
+        "Numbers of the layers, from 0, whose token mixer is attention, where model.mixer is "
+        "another one (Bamba 9,18,27).",
+    ),
+    "model.feed_forward": Key(
+        True, "Blocks have a feed-forward layer after the token mixer; Mamba's have none."
+    ),
     "model.norm": Key("layernorm", "Normalization layer.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon of the normalization.", low=1e-20, high=1.0),
     "model.norm_placement": Key(

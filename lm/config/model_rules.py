@@ -88,6 +88,20 @@ def _generator_rules(config: ConfigDict) -> Iterator[str]:
 
 def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
+    if not model.feed_forward:
+        for name, plain in (("residual", "sum"), ("n_experts", 0)):
+            if model[name] != plain:
+                yield f"--config.model.{name}={model[name]} needs --config.model.feed_forward"
+    layers = model.attention_layers
+    if layers and model.mixer == "attention":
+        yield "--config.model.attention_layers needs another --config.model.mixer than attention"
+    if len({*layers} & {*range(model.n_layers)}) < len(layers):
+        yield (
+            f"--config.model.attention_layers={','.join(f'{x:g}' for x in layers)}: expected "
+            f"different numbers from 0 to {model.n_layers - 1}"
+        )
+    if model.mixer == "mamba2":
+        yield from _mamba_rules(config)
     if (model.mixer == "disentangled") != (model.positions == "disentangled"):
         yield (
             "--config.model.mixer=disentangled and --config.model.positions=disentangled need each "
@@ -122,6 +136,20 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     for name in ("attention_sinks", "rope_norm", "nope_temperature"):
         if model[name]:
             yield f"--config.model.{name}={model[name]} is not for --config.model.mixer=mla"
+
+
+def _mamba_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if model.family != "decoder":
+        yield f"--config.model.mixer=mamba2 is not for --config.model.family={model.family}"
+    objective = config.objective.name
+    if OBJECTIVES.entries[objective].has_prefix:
+        yield f"--config.model.mixer=mamba2 is not for --config.objective.name={objective}"
+    if model.ssm_heads % model.ssm_groups:
+        yield (
+            f"--config.model.ssm_heads={model.ssm_heads} is not divisible by "
+            f"--config.model.ssm_groups={model.ssm_groups}"
+        )
 
 
 def rotary_width(model: Any) -> int:

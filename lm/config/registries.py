@@ -119,6 +119,24 @@ class LatentAttentionOptions:
     )
 
 
+@dataclass(frozen=True)
+class MambaOptions:
+    """Options of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)."""
+
+    ssm_heads: int = option(
+        8, "Mamba-2: heads; with ssm_head_dim they are usually 2 d_model wide.", low=1
+    )
+    ssm_head_dim: int = option(64, "Mamba-2: width of a head's inputs.", low=1)
+    ssm_state: int = option(128, "Mamba-2: numbers of state for each input of a head.", low=1)
+    ssm_groups: int = option(
+        1, "Mamba-2: groups of heads that share what states are written and read by.", low=1
+    )
+    ssm_conv: int = option(4, "Mamba-2: tokens that the convolution sees, its own included.", low=2)
+    ssm_chunk: int = option(
+        64, "Mamba-2: tokens of a chunk, all pairs of which are multiplied at once.", low=1
+    )
+
+
 MIXERS = Registry(
     "token mixer",
     ("model.mixer",),
@@ -127,6 +145,7 @@ MIXERS = Registry(
         "attention": Entry("lm.models.attention:Attention"),
         "disentangled": Entry("lm.models.disentangled_attention:DisentangledAttention"),
         "mla": Entry("lm.models.latent_attention:LatentAttention", LatentAttentionOptions),
+        "mamba2": Entry("lm.models.mamba:Mamba2", MambaOptions),
     },
 )
 

@@ -22,7 +22,7 @@ FURTHER_MODEL_KEYS = (
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
     *("residual_multiplier", "embedding_multiplier", "logits_scaling"),
-    *("first_norm", "embedding_size", "generator_width"),
+    *("first_norm", "embedding_size", "generator_width", "attention_layers", "feed_forward"),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 

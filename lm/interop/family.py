@@ -335,6 +335,12 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         unused |= {"relative_buckets", "relative_max_distance"}
     if not c.tie_embeddings:
         unused.add("scale_logits")
+    kinds = c.layer_types(c.n_layers)
+    if all(kind.feed_forward == "none" for kind in kinds):
+        unused |= {"d_ff", "activation", "bias"}
+    if all(kind.mixer == "mamba2" for kind in kinds):
+        unused |= {"n_heads", "n_kv_heads", "head_dim", "query_bias", "attention_output_bias"}
+        unused |= {"attention_scale", "qk_norm", "rope_fraction"}
     if model != "encoder_decoder":
         unused |= {"n_decoder_layers", "separate_embeddings"}
     else:

@@ -49,7 +49,7 @@ def split(
     """
     found = dict(stored)
     for name, parts in fused.items():
-        for i in range(n_layers):
+        for i in (i for i in range(n_layers) if parts[0].format(i) in shapes):
             whole = found.pop(name.format(i), None)
             if whole is None:
                 raise UserError(f"{path} lacks the tensor {name.format(i)}")
@@ -74,7 +74,7 @@ def fuse(fused: Fused, n_layers: int, tensors: Sequence[PendingTensor]) -> list[
     """Return the tensors as a file has them: what belongs together in one."""
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, parts in fused.items():
-        for i in range(n_layers):
+        for i in (i for i in range(n_layers) if parts[0].format(i) in by_name):
             own = [by_name.pop(part.format(i)) for part in parts]
             shape = (sum(part.shape[0] for part in own), *own[0].shape[1:])
 

@@ -26,6 +26,7 @@ from lm.interop import (
     llama,
     llama2c,
     llama4,
+    mamba_families,
     modernbert,
     olmo,
     qwen_moe,
@@ -85,6 +86,8 @@ FAMILIES: dict[str, Family] = {
         small_models.GRANITE,
         small_models.PHI3,
         small_models.STABLELM,
+        mamba_families.MAMBA2,
+        mamba_families.BAMBA,
     )
 } | {"kimi_k2": deepseek.DEEPSEEK_V3}
 

@@ -2,10 +2,10 @@
 
 A layout writes the dimensions of an array as letters: "(H K) D" is a matrix whose rows are heads
 times head dimensions. Both layouts of a row have the same letters, from which reshape and transpose
-follow. A number is a dimension of that size; P counts the parameters that are stored in one
-tensor. Tensor names have "{}" for the number of a layer, and of an expert within it; parameters
-are stacked on as many leading axes. A stack of layers that differ has several parameters for a
-tensor name, each of some layers (`of_segments`).
+follow. A number is a dimension of that size, and 1 may lack in the second; P counts the parameters
+that are stored in one tensor. Tensor names have "{}" for the number of a layer, and of an expert
+within it; parameters are stacked on as many leading axes. A stack of layers that differ has several
+parameters for a tensor name, each of some layers (`of_segments`).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Layouts:
         letters = [[chr(ord("a") + i)] for i in range(len(shape))]
         layouts = mapping.hf_layout, mapping.lm_layout
         hf, lm = (_axes(layout) if layout else letters for layout in layouts)
-        sizes = {"P": len(mapping.paths)}
+        sizes = {"P": len(mapping.paths), "1": 1}
         for axis, size in zip(lm, shape, strict=True):
             sizes |= {letter: int(letter) for letter in axis if letter.isdigit()}
             known = prod(sizes[letter] for letter in axis if letter.isdigit())
@@ -160,7 +160,7 @@ class _Layouts:
             start = part * inner
             first, *rest = rest
             inner = self.size(rest)
-        letters = [first, *rest, *(letter for axis in others for letter in axis)]
+        letters = [first, *rest, *(letter for axis in others for letter in axis if letter != "1")]
         unit = 4 * inner * self.size([letter for axis in others for letter in axis])
         step = max(1, BLOCK_BYTES // unit)
         for begin in range(0, self.sizes[first], step):
@@ -181,7 +181,7 @@ class _Layouts:
         """Return the tensor that holds these parameters."""
         order = [letter for axis in self.lm for letter in axis]
         split = [param.reshape([self.sizes[letter] for letter in order]) for param in params]
-        letters = [letter for axis in self.hf for letter in axis]
+        letters = [letter for axis in self.hf for letter in axis if letter != "1"]
         x = np.stack(split) if "P" in letters else split[0]
         order = ["P", *order] if "P" in letters else order
         return x.transpose([order.index(letter) for letter in letters]).reshape(self.hf_shape)

@@ -3,8 +3,8 @@
 Read `transformer_config.py` (a model is a value of it), `layers.py` and `variables.py` (parameters
 and their roles), `attention.py` (token mixers and the cache that each brings), `transformer.py`
 (block and stack), then a family: `decoder.py` with the base of all, `encoder.py`,
-`encoder_decoder.py`. `latent_attention.py` is another token mixer; `moe.py` has experts,
-`expert_choice.py` who gets which, `model_state.py` what they keep beside parameters,
+`encoder_decoder.py`. `latent_attention.py` and `mamba.py` are further token mixers; `moe.py` has
+experts, `expert_choice.py` who gets which, `model_state.py` what they keep beside parameters,
 `positions.py` position information other than plain RoPE, `cache.py` the decoding cache,
 `cross_attention.py` attention to a source, `sharded_attention.py` and `sharded_experts.py` both
 sublayers on a mesh, `parameter_groups.py` which parameters train, `lora.py` low-rank factors beside

@@ -73,7 +73,7 @@ BlockOutput = tuple[ScanCarry, Any]
 
 
 class Block(nn.Module):
-    """Transformer block: self-attention, cross-attention if there is a source, feed-forward.
+    """Transformer block: token mixer, cross-attention if there is a source, feed-forward if any.
 
     Each sublayer computes, by `norm_placement`, "pre": x + sublayer(norm(x)); "post":
     norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))); "output":
@@ -121,7 +121,7 @@ class Block(nn.Module):
                 source = attend.keys_values(inputs.encoded_BSD)
             return attend(y_BLW, source, inputs.source_mask, inputs.encoded_BSD is None)
 
-        feed_forward: Callable[[jax.Array], jax.Array]
+        feed_forward: Callable[[jax.Array], jax.Array] | None = None
         if kind.feed_forward == "experts":
             from lm.models.moe import MixtureOfExperts
 
@@ -129,17 +129,17 @@ class Block(nn.Module):
             is_token_BL = None if segments_BL is None else segments_BL != 0
             experts = MixtureOfExperts(c, self.deterministic, name="feed_forward")
             feed_forward = partial(experts, is_token_BL=is_token_BL)
-        else:
+        elif kind.feed_forward == "dense":
             feed_forward = FeedForward(c, self.deterministic, name="feed_forward")
-        sublayers: dict[str, Callable[[jax.Array], jax.Array]] = {
+        sublayers: dict[str, Callable[[jax.Array], jax.Array] | None] = {
             "attention": self_attention,
-            "cross_attention": cross_attention,
+            "cross_attention": None if inputs.source_mask is None else cross_attention,
             "feed_forward": feed_forward,
         }
-        if inputs.source_mask is None:
-            del sublayers["cross_attention"]
         block_input_BLW, output_BLD = x_BLW, None  # of residual="concat": H^l, and the sum u
         for name, sublayer in sublayers.items():
+            if sublayer is None:
+                continue
             norm = make_norm(c, f"{name}_norm")
             is_normed = c.norm_placement in ("pre", "both")
             is_normed &= not (kind.raw_input and name == "attention")

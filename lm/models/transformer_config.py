@@ -39,7 +39,7 @@ class LayerType:
     """Kind of one layer of a stack.
 
     Attributes:
-        feed_forward: "dense" or "experts".
+        feed_forward: "dense", "experts" or "none".
         mixer: name of the token mixer (`lm/models/attention.py`).
         is_local: attends within the window. Layers that differ in this alone share one scan, which
             receives it as an array.
@@ -188,8 +188,8 @@ class TransformerConfig(
             sparse = self.n_experts > 0 and after >= 0 and (after + 1) % self.experts_every == 0
             types.append(
                 LayerType(
-                    feed_forward="experts" if sparse else "dense",
-                    mixer=self.mixer,
+                    feed_forward="experts" if sparse else "dense" if self.feed_forward else "none",
+                    mixer="attention" if i in self.attention_layers else self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual == "sum" and not self.unrolled,
                     group=int(after >= 0) + 2 * is_raw,

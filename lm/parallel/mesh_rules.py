@@ -46,6 +46,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
         ("dense_layers", 0),
         ("first_norm", True),
         ("generator_layers", 0),
+        ("attention_layers", ()),
     ):
         if model[name] != plain:
             yield (
@@ -95,6 +96,11 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
             f"--config.parallel.mesh.context={context} needs attention: "
             f"--config.model.family={config.model.family} has none over the sequence"
         )
+    if context > 1 and config.model.mixer == "mamba2":
+        yield (
+            f"--config.parallel.mesh.context={context} is not for --config.model.mixer=mamba2, "
+            "whose states pass through whole sequences"
+        )
     # The ring gives every device two chunks of the sequence, so that causal work is even.
     divisor = 2 * context if context > 1 else 1
     for name in OBJECTIVES[config.objective.name].length_keys:
@@ -114,6 +120,8 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
         axes += [("heads", "n_heads"), *([("mlp", "d_ff")] if is_d_ff_used else [])]
     if model.embedding_size:
         axes += [("embed", "embedding_size")]
+    if model.mixer == "mamba2":
+        axes += [("heads", "ssm_heads")]
     if model.n_experts:
         axes += [("experts", "n_experts"), ("mlp", "expert_d_ff"), ("mlp", "shared_expert_d_ff")]
     elif sizes["expert"] > 1:

@@ -393,6 +393,38 @@ ENCODERS = {
     "roberta": ("RobertaForMaskedLM", ROBERTA),
     "roberta-types": ("RobertaForMaskedLM", ROBERTA | {"type_vocab_size": 2, "pad_token_id": 3}),
 }
+MAMBA2 = {
+    **{key: LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 6,
+    "n_groups": 1,
+    "chunk_size": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": True,
+}
+BAMBA = LLAMA | {
+    "num_key_value_heads": 2,
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 6,
+    "mamba_chunk_size": 8,
+}
+DECODERS |= {
+    "mamba2": ("Mamba2ForCausalLM", MAMBA2),
+    "mamba2-groups": (
+        "Mamba2ForCausalLM",
+        MAMBA2
+        | {"n_groups": 4, "conv_kernel": 3, "expand": 1, "num_heads": 4}
+        | {"tie_word_embeddings": False},
+    ),
+    "bamba": ("BambaForCausalLM", BAMBA),
+    "bamba-groups": (
+        "BambaForCausalLM",
+        BAMBA | {"attn_layer_indices": [0, 2], "mamba_n_groups": 2, "attention_bias": True},
+    ),
+}
 ENCODER_DECODERS = {
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": (

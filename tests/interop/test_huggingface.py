@@ -59,7 +59,16 @@ def test_a_decoder_gives_their_logits(make_theirs, name):
         assert_equal_where(ours, expected, SEGMENTS == 1)
 
 
-GROWING = ["llama-yarn", "qwen2-yarn", "olmo3", "qwen2-moe", "deepseek-v2", "deepseek-v3"]
+GROWING = [
+    "llama-yarn",
+    "qwen2-yarn",
+    "olmo3",
+    "qwen2-moe",
+    "deepseek-v2",
+    "deepseek-v3",
+    "mamba2",
+    "bamba",
+]
 GROWING += ["gpt-oss", "llama4", "smollm3", "granite", "phi3-window", "stablelm"]
 
 
@@ -160,7 +169,19 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     )
 
 
-PACKED = ["gpt2", "llama-3.1", "mixtral", "gemma3", "olmo3", "gpt-oss", "llama4", "bert", "roberta"]
+PACKED = [
+    "mamba2-groups",
+    "bamba",
+    "gpt2",
+    "llama-3.1",
+    "mixtral",
+    "gemma3",
+    "olmo3",
+    "gpt-oss",
+    "llama4",
+    "bert",
+    "roberta",
+]
 
 
 @pytest.mark.parametrize("name", [*PACKED, "llama-dynamic", "llama-longrope"])

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.config.registries import MIXERS, SCHEMA, LatentAttentionOptions
+from lm.config.registries import MIXERS, SCHEMA, LatentAttentionOptions, MambaOptions
 from lm.config.registry import option
 from lm.models.attention import TokenMixer, attend
 from lm.models.cache import write_layer
 from lm.models.decoder import Decoder
+from lm.models.mamba import MambaCache
 from lm.models.transformer_config import LayerType, TransformerConfig
 
 TINY = TransformerConfig(
@@ -105,7 +106,19 @@ MLA = {
         q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=4, v_head_dim=5, rope_interleaved=True
     ),
 }
+MAMBA = {
+    "mixer": "mamba2",
+    "positions": "none",
+    "feed_forward": False,
+    "mixer_options": MambaOptions(
+        ssm_heads=4, ssm_head_dim=8, ssm_state=6, ssm_groups=2, ssm_chunk=5
+    ),
+}
 CONFIGS = {
+    "mamba": TransformerConfig(**FIELDS | MAMBA),
+    "mamba hybrid": TransformerConfig(
+        **FIELDS | MAMBA | {"attention_layers": (1, 3), "feed_forward": True}
+    ),
     "mla": TransformerConfig(**FIELDS | MLA),
     "latent": TransformerConfig(**FIELDS | {"mixer": "latent", "mixer_options": LatentOptions()}),
     "linear": TransformerConfig(**FIELDS | {"mixer": "linear"}),
@@ -151,7 +164,14 @@ def test_cached_decoding_gives_the_full_forward_pass(model, params):
 def test_each_mixer_has_a_cache_for_its_own_layers(model):
     shapes = jax.tree.map(lambda x: x.shape, model.empty_cache(3, 7).mixers)
     linear, attention = (3, 4, 8, 8), (3, 4, 7, 8)
+    taps = {"B": (3, 3, 2, 6), "C": (3, 3, 2, 6), "x": (3, 3, 4, 8)}
+
+    def mamba(n):
+        return MambaCache({k: (n, *s) for k, s in taps.items()}, (n, 3, 4, 8, 6), (n, 3))
+
     expected = {
+        "mamba": {"mamba2": mamba(4)},
+        "mamba hybrid": {"attention": ((2, *attention), (2, *attention)), "mamba2": mamba(2)},
         "latent": {"latent": (4, 3, 7, 6)},
         "mla": {"mla": ((4, 3, 1, 7, 6 + 8),)},  # of the latent and the rotated key
         "linear": {"linear": (4, *linear)},

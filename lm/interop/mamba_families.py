@@ -1,0 +1,263 @@
+"""Mamba-2 (Dao and Gu 2024), and Bamba (IBM 2024), in which some layers attend.
+
+Files hold the projections of a layer's gate, inputs and steps in one tensor, and the convolutions
+of its inputs in another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from lm.config.registries import MambaOptions
+from lm.interop.family import (
+    Family,
+    UnsupportedConfig,
+    Values,
+    lm_word,
+    read_size,
+    require_equal,
+)
+from lm.interop.llama import (
+    FEED_FORWARD,
+    decoder,
+    read_common,
+    read_rope,
+    write_decoder,
+)
+from lm.interop.qwen_moe import gated_mappings
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
+from lm.models.transformer_config import TransformerConfig
+
+_OURS = "stack/layers/attention"
+# JSON has no infinity; transformers writes it as an object.
+_UNLIMITED = (None, [0.0, inf], [0.0, {"__float__": "Infinity"}])
+_INPUTS = {"x": "H M", "B": "G N", "C": "G N"}
+
+
+def _mixer(hf: str) -> list[TensorMapping]:
+    """Return the rows of a layer's mixer, `hf` being its name in files."""
+    projections = [
+        *linear_mappings(f"{hf}.gate", f"{_OURS}/gate", "D", "H M"),
+        *linear_mappings(f"{hf}.step", f"{_OURS}/step", "D", "H"),
+    ]
+    for name, axes in _INPUTS.items():
+        ours = f"{_OURS}/convolutions_{name}"
+        projections += [
+            *linear_mappings(f"{hf}.{name}", f"{_OURS}/inputs_{name}", "D", axes),
+            TensorMapping(f"{hf}.{name}.taps", (f"{ours}/kernel",), f"({axes}) 1 K", f"{axes} K"),
+            TensorMapping(f"{hf}.{name}.tap_bias", (f"{ours}/bias",), f"({axes})", axes),
+        ]
+    return [
+        *projections,
+        same_layout(f"{hf}.A_log", f"{_OURS}/log_decay"),
+        same_layout(f"{hf}.D", f"{_OURS}/skip"),
+        same_layout(f"{hf}.dt_bias", f"{_OURS}/step_bias"),
+        TensorMapping(f"{hf}.norm.weight", (f"{_OURS}/scale",), "(H M)", "H M"),
+        *linear_mappings(f"{hf}.out_proj", f"{_OURS}/output", "H M", "D"),
+    ]
+
+
+def _fused(hf: str) -> dict[str, list[str]]:
+    """Return which tensors of `_mixer` a file holds together."""
+    parts = {
+        "in_proj.weight": [f"{part}.weight" for part in ("gate", *_INPUTS, "step")],
+        "conv1d.weight": [f"{part}.taps" for part in _INPUTS],
+        "conv1d.bias": [f"{part}.tap_bias" for part in _INPUTS],
+    }
+    return {f"{hf}.{name}": [f"{hf}.{part}" for part in own] for name, own in parts.items()}
+
+
+def _read_mixer(hf: Values, names: dict[str, str]) -> Values:
+    """Read the sizes of the mixer, `names` being their fields by the keys of config.json."""
+    sizes = {field: read_size(hf, name) for name, field in names.items()}
+    if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
+        raise UnsupportedConfig(f"config.json: sizes of Mamba-2 that do not fit: {sizes}")
+    if hf.get("time_step_limit") not in _UNLIMITED:
+        raise UnsupportedConfig(f"config.json: time_step_limit={hf['time_step_limit']}")
+    lm_word(hf, "hidden_act", {"silu": "silu", "swish": "silu"}, "silu")
+    return {"mixer_options": MambaOptions(**sizes)}
+
+
+def _options(config: TransformerConfig) -> MambaOptions:
+    return config.mixer_options if config.mixer == "mamba2" else MambaOptions()
+
+
+_SIZES = {
+    "num_heads": "ssm_heads",
+    "head_dim": "ssm_head_dim",
+    "state_size": "ssm_state",
+    "n_groups": "ssm_groups",
+    "conv_kernel": "ssm_conv",
+    "chunk_size": "ssm_chunk",
+}
+_DEFAULTS = {
+    "num_heads": 128,
+    "head_dim": 64,
+    "state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 256,
+}
+
+
+def _read_mamba2(hf: Values) -> Values:
+    hf = _DEFAULTS | hf
+    require_equal({"use_bias": False, "use_conv_bias": True} | hf, use_bias=False)
+    require_equal({"use_conv_bias": True} | hf, use_conv_bias=True)
+    found = _read_mixer(hf, _SIZES)
+    o = found["mixer_options"]
+    require_equal({"expand": 2} | hf, expand=o.ssm_heads * o.ssm_head_dim / hf["hidden_size"])
+    return found | {
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+    }
+
+
+def _write_mamba2(config: TransformerConfig) -> Values:
+    if config.feed_forward or config.attention_layers:
+        raise UnsupportedConfig(f"model.feed_forward={config.feed_forward}")
+    o = _options(config)
+    expand = o.ssm_heads * o.ssm_head_dim / config.d_model
+    return {name: getattr(o, field) for name, field in _SIZES.items()} | {
+        "expand": int(expand) if expand == int(expand) else expand,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+    }
+
+
+_ALWAYS: dict[str, Any] = {
+    "mixer": "mamba2",
+    "norm": "rmsnorm",
+    "norm_bias": False,
+    "bias": False,
+}
+_MIXER2 = "backbone.layers.{}.mixer"
+MAMBA2 = Family(
+    model_type="mamba2",
+    model="decoder",
+    classes={frozenset(): "Mamba2ForCausalLM"},
+    prefix="backbone.",
+    base=lambda _: [
+        same_layout("backbone.embeddings.weight", "tokens/embedding"),
+        *norm_mappings("backbone.layers.{}.norm", "stack/layers/attention_norm"),
+        *_mixer(_MIXER2),
+        *norm_mappings("backbone.norm_f", "stack/final_norm"),
+        output_mapping("lm_head.weight"),
+    ],
+    keys={"num_hidden_layers": "n_layers", "hidden_size": "d_model", "vocab_size": "vocab_size"},
+    fixed=_ALWAYS
+    | {"positions": "none", "feed_forward": False, "n_heads": 1, "d_ff": 1, "max_length": 1},
+    read=_read_mamba2,
+    write=_write_mamba2,
+    output="lm_head.weight",
+    table="backbone.embeddings.weight",
+    fused=_fused(_MIXER2),
+)
+
+
+_BAMBA_SIZES = {
+    "mamba_n_heads": "ssm_heads",
+    "mamba_d_head": "ssm_head_dim",
+    "mamba_d_state": "ssm_state",
+    "mamba_n_groups": "ssm_groups",
+    "mamba_d_conv": "ssm_conv",
+    "mamba_chunk_size": "ssm_chunk",
+}
+_BAMBA_DEFAULTS = {
+    "mamba_n_heads": 128,
+    "mamba_d_head": "auto",
+    "mamba_d_state": 256,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 256,
+    "mamba_expand": 2,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+}
+
+
+def _read_bamba(hf: Values) -> Values:
+    hf = _BAMBA_DEFAULTS | hf
+    require_equal(hf, mamba_proj_bias=False)
+    require_equal(hf, mamba_conv_bias=True)
+    width = read_size(hf, "mamba_expand") * read_size(hf, "hidden_size")
+    if hf["mamba_d_head"] == "auto":
+        hf["mamba_d_head"] = width // max(1, read_size(hf, "mamba_n_heads"))
+    found = _read_mixer(hf, _BAMBA_SIZES)
+    o, layers = found["mixer_options"], hf.get("attn_layer_indices") or []
+    require_equal({"width": o.ssm_heads * o.ssm_head_dim}, width=width)
+    n_layers = read_size(hf, "num_hidden_layers")
+    if not isinstance(layers, list) or not {*layers} <= {*range(n_layers)}:
+        raise UnsupportedConfig(f"config.json: attn_layer_indices={layers}")
+    return (
+        read_common(hf)
+        | read_rope(hf, partial=0.5)
+        | found
+        | {
+            "rope_fraction": 0.5,  # whatever the file says, as in transformers
+            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "attention_layers": tuple(layers),
+            "norm_eps": hf.get("rms_norm_eps", 1e-5),
+            "bias": hf.get("mlp_bias", False),
+            "attention_bias": "all" if hf.get("attention_bias") else "none",
+        }
+    )
+
+
+def _write_bamba(config: TransformerConfig) -> Values:
+    c, o = config, _options(config)
+    expand = o.ssm_heads * o.ssm_head_dim / c.d_model
+    if expand != int(expand) or c.rope_fraction != 0.5:
+        raise UnsupportedConfig(f"model.rope_fraction={c.rope_fraction}, {expand} d_model")
+    return (
+        write_decoder(c)
+        | {name: getattr(o, field) for name, field in _BAMBA_SIZES.items()}
+        | {
+            "mamba_expand": int(expand),
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": True,
+            "attn_layer_indices": [int(i) for i in c.attention_layers],
+            "mlp_bias": c.bias,
+            "attention_bias": c.query_bias,
+        }
+    )
+
+
+_BAMBA_MIXER = "model.layers.{}.mamba"
+_LLAMA = decoder(
+    "bamba",
+    "Bamba",
+    _read_bamba,
+    _write_bamba,
+    norms={"input_layernorm": "attention_norm", "pre_ff_layernorm": "feed_forward_norm"},
+    feed_forward=gated_mappings("model.layers.{}.feed_forward", FEED_FORWARD),
+    mixer="mamba2",
+)
+
+
+def _bamba_table(config: TransformerConfig) -> list[TensorMapping]:
+    rows = [
+        replace(row, name=row.name.replace("model.norm.", "model.final_layernorm."))
+        for row in _LLAMA.base(config)
+    ]
+    return [*rows, *_mixer(_BAMBA_MIXER)]
+
+
+BAMBA = replace(
+    _LLAMA,
+    classes={frozenset(): "BambaForCausalLM"},
+    heads={},
+    base=_bamba_table,
+    fused=_fused(_BAMBA_MIXER),
+)

@@ -1,0 +1,88 @@
+"""Recurrence of Mamba-2 in chunks (state-space duality; Dao and Gu 2024, arXiv 2405.21060).
+
+Each head has a state S [P, N] that every token decays and adds to:
+S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_tᵀ and y_t = S_t C_t. Within a chunk this is a product of all
+pairs of tokens, like attention without a softmax; from chunk to chunk states are passed on
+(ibid., §6).
+
+Shape letters: B batch, L length, H heads, G groups of heads, R = H/G, P head dim, N state,
+Z chunks, Q tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def state_space(
+    x_BLHP: jax.Array,
+    dt_BLH: jax.Array,
+    a_H: jax.Array,
+    b_BLGN: jax.Array,
+    c_BLGN: jax.Array,
+    ids_BL: jax.Array,
+    state_BHPN: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the recurrence over a sequence.
+
+    Args:
+        x_BLHP: inputs.
+        dt_BLH: step sizes; a token of step 0 leaves the state as it is.
+        a_H: rates of decay, negative.
+        b_BLGN: what the inputs of a group of heads are written by.
+        c_BLGN: what the states of a group of heads are read by.
+        ids_BL: numbers of the texts that the tokens belong to, in ascending order: the state is
+            zero at the start of each, except for text 0, which goes on from `state_BHPN`.
+        state_BHPN: state before the first token.
+        chunk: most tokens of a chunk.
+
+    Returns:
+        Outputs [B, L, H, P] and the state after the last token, both float32.
+    """
+    B, L, H, P = x_BLHP.shape
+    G, N = b_BLGN.shape[2:]
+    Q, R = min(chunk, L), H // G
+    pad = -L % Q
+
+    def in_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], mode=mode)
+        return x.reshape(B, -1, Q, *x.shape[2:])
+
+    def product(axes: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(axes, *operands, preferred_element_type=jnp.float32)
+
+    dt_BLH = dt_BLH.astype(jnp.float32)
+    ids_BZQ = in_chunks(ids_BL, "edge")
+    b_BZQGN, c_BZQGN = (in_chunks(x.astype(jnp.float32)) for x in (b_BLGN, c_BLGN))
+    x_BZQGRP = in_chunks(x_BLHP.astype(jnp.float32) * dt_BLH[..., None])
+    x_BZQGRP = x_BZQGRP.reshape(*x_BZQGRP.shape[:3], G, R, P)
+    decay_BZQGR = jnp.cumsum(in_chunks(dt_BLH * a_H), axis=2).reshape(*x_BZQGRP.shape[:-1])
+
+    # Within a chunk: every token reads those of its text up to itself.
+    seen_BZQQ = ids_BZQ[:, :, :, None] == ids_BZQ[:, :, None]
+    seen_BZQQ &= jnp.tril(jnp.ones((Q, Q), bool))
+    between = decay_BZQGR[:, :, :, None] - decay_BZQGR[:, :, None]
+    between = jnp.exp(jnp.where(seen_BZQQ[..., None, None], between, -jnp.inf))
+    scores = product("bzign,bzjgn->bzijg", c_BZQGN, b_BZQGN)
+    y_BZQGRP = product("bzijg,bzijgr,bzjgrp->bzigrp", scores, between, x_BZQGRP)
+
+    # What a chunk adds to the state after it, and what it leaves of the state before it.
+    last_BZ1, end_BZ1GR = ids_BZQ[:, :, -1:], decay_BZQGR[:, :, -1:]
+    left = jnp.exp(end_BZ1GR - decay_BZQGR) * (ids_BZQ == last_BZ1)[..., None, None]
+    added_BZGRPN = product("bzjgn,bzjgr,bzjgrp->bzgrpn", b_BZQGN, left, x_BZQGRP)
+    before_BZ1 = jnp.pad(last_BZ1[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    kept_BZGR = jnp.exp(end_BZ1GR[:, :, 0]) * (last_BZ1 == before_BZ1)[..., None]
+
+    def pass_on(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        kept_BGR, added_BGRPN = chunk
+        return kept_BGR[..., None, None] * state + added_BGRPN, state
+
+    start = state_BHPN.astype(jnp.float32).reshape(B, G, R, P, N)
+    chunks = kept_BZGR.swapaxes(0, 1), added_BZGRPN.swapaxes(0, 1)
+    after, before_ZBGRPN = lax.scan(pass_on, start, chunks)
+    read = jnp.exp(decay_BZQGR) * (ids_BZQ == before_BZ1)[..., None, None]
+    y_BZQGRP += product("bzign,zbgrpn,bzigr->bzigrp", c_BZQGN, before_ZBGRPN, read)
+    return y_BZQGRP.reshape(B, -1, H, P)[:, :L], after.reshape(B, H, P, N)

@@ -1,0 +1,235 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, §7): a token mixer whose cache does not grow.
+
+Each head is a recurrence of `lm/kernels/state_space.py`, whose inputs pass through a short causal
+convolution. A cache holds the last inputs of the convolution and the states.
+
+Shape letters: B batch, L query length, D model, W width of the input, H heads, P head dim,
+G groups of heads, N state, K taps of the convolution, M = K - 1 + L.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config.registries import MambaOptions
+from lm.kernels.state_space import state_space
+from lm.models.attention import MixerInputs, TokenMixer
+from lm.models.cache import Layer, write_layer
+from lm.models.layers import Linear
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Role, param
+from lm.parallel.mesh import constrain
+
+SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # of fresh models, as in the code of the paper
+FASTEST_DECAY = 16.0
+INPUTS = ("x", "B", "C")  # that are convolved
+
+
+@flax.struct.dataclass
+class MambaCache:
+    """State of a layer, or of several on a first axis.
+
+    Attributes:
+        taps: the last K - 1 inputs of the convolution, [B, K - 1, H or G, P or N], by name.
+        state: states of the heads, [B, H, P, N], float32.
+        segment: segment of the last token, [B]; 0: there was none.
+    """
+
+    taps: dict[str, jax.Array]
+    state: jax.Array
+    segment: jax.Array
+
+
+class Mamba2(TokenMixer):
+    """Projections, convolution and recurrence of Mamba-2, with a gated RMSNorm of their outputs."""
+
+    @classmethod
+    def head_widths(cls, model: Any) -> tuple[int, int]:
+        """Return those of the layers that attend, if there are any."""
+        return (model.head_dim, model.head_dim) if model.attention_layers else (0, 0)
+
+    @classmethod
+    def init_cache(
+        cls, config: TransformerConfig, n_layers: int, batch: int, length: int
+    ) -> MambaCache:
+        """Return the state before any token; `length` does not matter."""
+        o, leading = config.mixer_options, (n_layers, batch)
+        sizes = _sizes(o)
+        taps = {
+            name: jnp.zeros((*leading, o.ssm_conv - 1, *sizes[name]), config.dtype)
+            for name in INPUTS
+        }
+        state = jnp.zeros((*leading, *sizes["x"], o.ssm_state))
+        return MambaCache(taps, state, jnp.zeros(leading, jnp.int32))
+
+    def setup(self) -> None:
+        c, o = self.config, self.config.mixer_options
+        sizes, role = _sizes(o), Role(Kind.MATRIX, c.stream)
+        vector = Role(Kind.BIAS, c.stream)
+
+        def linear(shape: tuple[int, ...], *names: str) -> Linear:
+            init = c.kernel_init(c.std(self.width, int(np.prod(shape))))
+            return Linear((self.width,), shape, ("embed", *names), role, False, init, c.dtype)
+
+        heads = sizes["x"]
+        axes = _NAMES
+        self.gate = linear(heads, *axes["x"])
+        self.inputs = {name: linear(sizes[name], *axes[name]) for name in INPUTS}
+        self.step = linear(heads[:1], "heads")
+        self.convolutions = {
+            name: Convolution(sizes[name], o.ssm_conv, axes[name], vector) for name in INPUTS
+        }
+
+        def of_heads(name: str, init: Any) -> jax.Array:
+            return param(self, name, init, heads[:1], ("heads",), vector)
+
+        self.decay = of_heads("log_decay", _log_decays)
+        self.step_bias = of_heads("step_bias", _step_biases)
+        self.skip = of_heads("skip", jax.nn.initializers.ones)
+        norm = Role(Kind.NORM, c.stream)
+        self.scale = param(self, "scale", jax.nn.initializers.ones, heads, axes["x"], norm)
+        out = c.kernel_init(c.residual_std(int(np.prod(heads)), c.d_model))
+        self.output = Linear(heads, (c.d_model,), (*axes["x"], "embed"), role, False, out, c.dtype)
+
+    def __call__(
+        self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
+    ) -> tuple[jax.Array, Any]:
+        """Continue the states by these tokens; padding leaves them as they are."""
+        c, o = self.config, self.config.mixer_options
+        if cache is None:
+            own = jax.tree.map(lambda x: x[0], self.init_cache(c, 1, x_BLW.shape[0], 0))
+        else:
+            own = jax.tree.map(lambda x: x[layer], cache)
+        segments_BL = inputs.mask.segments_BL
+        if segments_BL is None:
+            segments_BL = jnp.ones(x_BLW.shape[:2], jnp.int32)
+        ids_BL, is_token_BL, segment_B = _number_texts(segments_BL, own.segment)
+        convolved, taps = {}, {}
+        for name in INPUTS:
+            x = constrain(self.inputs[name](x_BLW), "batch", "length", *_NAMES[name])
+            convolve = self.convolutions[name]
+            convolved[name], taps[name] = convolve(x, own.taps[name], ids_BL, is_token_BL)
+        x_BLHP = convolved["x"]
+        dt_BLH = jax.nn.softplus(self.step(x_BLW).astype(jnp.float32) + self.step_bias)
+        y_BLHP, state = state_space(
+            x_BLHP,
+            dt_BLH * is_token_BL[..., None],
+            -jnp.exp(self.decay),
+            convolved["B"],
+            convolved["C"],
+            ids_BL,
+            own.state,
+            o.ssm_chunk,
+        )
+        y_BLHP += self.skip[:, None] * x_BLHP
+        y_BLHP *= jax.nn.silu(self.gate(x_BLW).astype(jnp.float32))
+        y_BLHP = self._normalize(constrain(y_BLHP, "batch", "length", *_NAMES["x"]))
+        if cache is not None:
+            cache, _ = write_layer(cache, layer, MambaCache(taps, state, segment_B))
+        return self.output(y_BLHP.astype(c.dtype)), cache
+
+    def _normalize(self, y_BLHP: jax.Array) -> jax.Array:
+        """Divide by the root mean square of the heads of each group."""
+        shape = y_BLHP.shape
+        y = y_BLHP.reshape(*shape[:2], self.config.mixer_options.ssm_groups, -1, shape[-1])
+        y *= jax.lax.rsqrt(jnp.square(y).mean((-2, -1), keepdims=True) + self.config.norm_eps)
+        return y.reshape(shape) * self.scale
+
+
+_NAMES = {"x": ("heads", "head_dim"), "B": ("kv_heads", "head_dim"), "C": ("kv_heads", "head_dim")}
+
+
+def _sizes(options: MambaOptions) -> dict[str, tuple[int, int]]:
+    """Return the heads and their width of each input."""
+    group = options.ssm_groups, options.ssm_state
+    return {"x": (options.ssm_heads, options.ssm_head_dim), "B": group, "C": group}
+
+
+def _number_texts(
+    segments_BL: jax.Array, segment_B: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Number the texts of rows: 0 for what goes on from before, then 1, ….
+
+    Args:
+        segments_BL: segment ids, 0 for padding, which belongs to the text before it.
+        segment_B: segment of the token before.
+
+    Returns:
+        Numbers [B, L], whether there is a token [B, L], and the segment of the last one [B].
+    """
+    is_token_BL = segments_BL != 0
+    places_BL = jnp.where(is_token_BL, jnp.arange(1, segments_BL.shape[1] + 1), 0)
+    filled_BL = jnp.take_along_axis(
+        jnp.concatenate([segment_B[:, None], segments_BL], axis=1),
+        jax.lax.cummax(places_BL, axis=1),
+        axis=1,
+    )
+    before_BL = jnp.concatenate([segment_B[:, None], filled_BL[:, :-1]], axis=1)
+    return jnp.cumsum(filled_BL != before_BL, axis=1), is_token_BL, filled_BL[:, -1]
+
+
+class Convolution(nn.Module):
+    """Convolution of each channel with the tokens of its text before it, then SiLU.
+
+    Attributes:
+        channels: heads and their width.
+        n_taps: tokens that an output depends on, K.
+        names: logical axes of the channels.
+        role: role of the parameters.
+    """
+
+    channels: tuple[int, int]
+    n_taps: int
+    names: tuple[str, str]
+    role: Role
+
+    @nn.compact
+    def __call__(
+        self, x_BLHP: jax.Array, taps_BKHP: jax.Array, ids_BL: jax.Array, is_token_BL: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolve.
+
+        Args:
+            x_BLHP: inputs.
+            taps_BKHP: the K - 1 inputs before the first.
+            ids_BL: numbers of texts, as of `_number_texts`.
+            is_token_BL: false for padding.
+
+        Returns:
+            Outputs, float32, and the last K - 1 inputs of the last text.
+        """
+        L, K, bound = x_BLHP.shape[1], self.n_taps, self.n_taps**-0.5
+        shape, axes, zeros = (*self.channels, K), (*self.names, "hidden"), nn.initializers.zeros
+        kernel_HPK = param(self, "kernel", _uniform(-bound, bound), shape, axes, self.role)
+        y_BLHP = param(self, "bias", zeros, self.channels, self.names, self.role)
+        x_BMHP = jnp.concatenate([taps_BKHP, x_BLHP.astype(taps_BKHP.dtype)], axis=1)
+        ids_BM = jnp.pad(ids_BL, ((0, 0), (K - 1, 0)))
+        for k in range(K):
+            same_BL = ids_BM[:, k : k + L] == ids_BL
+            y_BLHP += x_BMHP[:, k : k + L] * same_BL[..., None, None] * kernel_HPK[..., k]
+        end_B1 = (is_token_BL * jnp.arange(1, L + 1)).max(1, keepdims=True)
+        at_BK = end_B1 + jnp.arange(K - 1)
+        last_BKHP = jnp.take_along_axis(x_BMHP, at_BK[..., None, None], axis=1)
+        is_kept_BK = jnp.take_along_axis(ids_BM, at_BK, axis=1) == ids_BL[:, -1:]
+        return jax.nn.silu(y_BLHP), jnp.where(is_kept_BK[..., None, None], last_BKHP, 0)
+
+
+def _uniform(low: float, high: float) -> Any:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+
+
+def _log_decays(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, FASTEST_DECAY))
+
+
+def _step_biases(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Draw step sizes uniformly on a logarithmic scale; return what softplus makes them of."""
+    low, high = np.log(SHORTEST_STEP), np.log(LONGEST_STEP)
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+    return step + jnp.log(-jnp.expm1(-step))

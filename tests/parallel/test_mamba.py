@@ -1,0 +1,60 @@
+"""Mamba-2 and a hybrid on meshes, and texts that are packed into a row."""
+
+import jax
+import numpy as np
+import pytest
+from test_meshes import batches, experiment_on, losses
+
+from lm.errors import UserError
+
+MAMBA = {
+    "model__mixer": "mamba2", "model__positions": "none", "model__ssm_heads": 4,
+    "model__ssm_head_dim": 8, "model__ssm_state": 6, "model__ssm_groups": 2, "model__ssm_chunk": 6,
+    "model__feed_forward": False,
+}  # fmt: skip
+HYBRID = MAMBA | {"model__attention_layers": (1,), "model__feed_forward": True}
+MESHES = {
+    "fsdp=2,tensor=2": ({"fsdp": 2, "tensor": 2}, MAMBA),
+    "tensor=4": ({"data": 2, "tensor": 4}, HYBRID),  # more devices than groups
+    "stage=2": ({"stage": 2, "data": 2}, MAMBA),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_equal_those_of_one_device(mesh):
+    sizes, values = MESHES[mesh]
+    expected = losses(experiment_on({}, **values), 5)
+    np.testing.assert_allclose(losses(experiment_on(sizes, **values), 5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("values", [MAMBA, HYBRID])
+def test_packed_texts_do_not_see_each_other(values):
+    """The second text of a row gives the same logits whatever the first one is."""
+    experiment = experiment_on({}, **values)
+    params = experiment.init_state().params
+    batch = {name: x[0] for name, x in batches(experiment, 1).items()}
+    run = jax.jit(experiment.model.apply)
+
+    def logits(inputs):
+        return run({"params": params}, inputs, batch["positions"], batch["segment_ids"])
+
+    found, changed = logits(batch["inputs"]), logits(batch["inputs"].at[:, :8].add(1) % 66)
+    assert np.abs(found[:, :8] - changed[:, :8]).max() > 1e-3
+    np.testing.assert_array_equal(found[:, 8:], changed[:, 8:])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ({"context": 2}, {}, r"mesh\.context=2 is not for --config\.model\.mixer=mamba2"),
+        ({"tensor": 8}, {"model__n_heads": 8, "model__n_kv_heads": 8}, r"model\.ssm_heads=4 is"),
+        ({"stage": 2}, HYBRID, r"stage=2 needs layers of one shape"),
+        ({}, {"model__ssm_groups": 3}, r"ssm_heads=4 is not divisible by .*ssm_groups=3"),
+        ({}, {"model__attention_layers": (2,)}, r"attention_layers=2: expected .* 0 to 1"),
+        ({}, {"model__n_experts": 2}, r"n_experts=2 needs --config\.model\.feed_forward"),
+        ({}, {"model__mixer": "attention"} | {"model__attention_layers": (0,)}, r"another"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(mesh, changes, message):
+    with pytest.raises(UserError, match=message):
+        experiment_on(mesh, **MAMBA | changes)
