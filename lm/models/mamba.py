@@ -130,7 +130,7 @@ class Mamba2(TokenMixer):
         y_BLHP += self.skip[:, None] * x_BLHP
         y_BLHP *= jax.nn.silu(self.gate(x_BLW).astype(jnp.float32))
         y_BLHP = self._normalize(constrain(y_BLHP, "batch", "length", *_NAMES["x"]))
-        if cache is not None:
+        if cache is not None and layer is not None:
             cache, _ = write_layer(cache, layer, MambaCache(taps, state, segment_B))
         return self.output(y_BLHP.astype(c.dtype)), cache
 
