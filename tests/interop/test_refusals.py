@@ -249,7 +249,7 @@ def test_a_bart_of_another_kind_is_refused(make_theirs, tmp_path, values, bias, 
         ({"local_attention": "8"}, "sliding_window is not a number from 0"),
         (
             {"global_attn_every_n_layers": 0, "layer_types": None},
-            "global_attn_every_n_layers=0 is no number above 0",
+            "global_attn_every_n_layers=0 is not a positive number",
         ),
     ],
 )

@@ -74,8 +74,8 @@ DAMAGES = {
         "invalid shape, data type, or offset for tensor",
     ),
     "unknown type": (
-        lambda f: change_header(f, lambda h: h["a"].update(dtype="F8_E4M3", shape=[28])),
-        "a has the type F8_E4M3; known are F32",
+        lambda f: change_header(f, lambda h: h["a"].update(dtype="F8_E5M2", shape=[28])),
+        "a has the type F8_E5M2; known are F32",
     ),
 }
 

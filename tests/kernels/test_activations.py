@@ -12,12 +12,17 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu_erf(x):
+    return 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
+
+
 DEFINITIONS = {
     "relu": lambda x: np.maximum(x, 0),
-    "gelu_erf": lambda x: 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2))),
+    "gelu_erf": gelu_erf,
     "gelu_tanh": gelu_tanh,
     "swiglu": lambda x: x * scipy.special.expit(x),
     "geglu": gelu_tanh,
+    "geglu_erf": gelu_erf,
 }
 GRID = np.linspace(-8, 8, 402)  # does not hold 0, where relu has no slope
 
@@ -51,7 +56,7 @@ def test_the_type_is_kept(name):
 
 def test_every_activation_has_a_definition_here():
     assert set(ACTIVATIONS) == {*DEFINITIONS, "swiglu_clipped"}
-    assert set(GATED) == {"swiglu", "geglu", "swiglu_clipped"}
+    assert set(GATED) == {"swiglu", "geglu", "geglu_erf", "swiglu_clipped"}
 
 
 def test_clipped_swiglu_is_that_of_gpt_oss():
