@@ -107,6 +107,13 @@ VARIANTS = {
     "chat decoder": f"{LLAMA} objective.name=chat data.source=jsonl:{{data}}/chat.jsonl "
     "data.tokenizer=byte model.vocab_size=0 data.sequence_length=128 objective.neftune=5",
     "prefix decoder": "objective.name=prefix",
+    "multi_token decoder": f"{LLAMA} objective.name=multi_token objective.mtp_depth=2",
+    "replaced_tokens encoder": "objective.name=replaced_tokens model.family=encoder "
+    "model.embedding_size=8 model.generator_width=8 model.generator_layers=1 model.token_types=2 "
+    "model.embedding_norm=true model.norm_placement=post",
+    "denoising encoder_decoder": "objective.name=denoising model.family=encoder_decoder "
+    "model.separate_embeddings=true model.embedding_norm=true model.norm_placement=post "
+    "model.position_offset=2 model.activation=gelu_erf",
     "masked encoder": f"{MASKED} objective.whole_word=true model.init_truncated=true",
     "masked encoder, next sentence": f"{MASKED} objective.next_sentence=true model.token_types=2 "
     "model.embedding_norm=true model.norm_placement=post model.activation=gelu_erf",
