@@ -17,7 +17,7 @@ RUNS = {
     "learning_rate_width": 28,
     "learning_rate_width.py:mup": 28,
     "isoflop": 13,
-    "optimizers": 25,
+    "optimizers": 40,
     "search": 0,  # they are chosen one after another
     "seeds": 5,
 }
