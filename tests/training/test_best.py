@@ -80,7 +80,7 @@ def test_steps_that_a_restart_repeats_change_nothing(offer):
 
 
 def test_an_unknown_figure_names_those_there_are(offer):
-    with pytest.raises(UserError, match=r"--config.eval.best=acuracy is not one of .*: loss, accuracy"):
+    with pytest.raises(UserError, match=r"eval.best=acuracy is not one of .*: loss, accuracy"):
         offer("-acuracy", {2: {"loss": 1.0, "accuracy": 0.0}})
 
 
