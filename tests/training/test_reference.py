@@ -54,7 +54,7 @@ def test_the_reference_is_what_training_starts_from_and_under_lora_the_base(
     shutil.rmtree(third / "reference")  # is computed again, from what training started from
     assert train(once, third)
     assert losses(third) == losses(first)
-    assert evaluations(third) == evaluations(first)
+    assert evaluations(third) == pytest.approx(evaluations(first), rel=1e-6)  # other programs
     keys = {**PLAIN, "init.from": str(first), "lora.rank": 2, "data.tokenizer": f"run:{first}"}
     assert train(make_kind("dpo decoder", **keys), second)
     base = saved(second, 2)
