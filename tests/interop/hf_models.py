@@ -1,5 +1,7 @@
 """Small random models of `transformers`, one of every kind that is read."""
 
+import copy
+
 import pytest
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -446,6 +448,11 @@ BY_LENGTH = {"llama-longrope", "llama-dynamic", "gemma-longrope", "phi3-partial-
 KINDS = DECODERS | ENCODERS | ENCODER_DECODERS
 
 
+def config_of(class_name, values):
+    """A configuration of transformers, which writes into what it is made from."""
+    return getattr(transformers, class_name).config_class(**copy.deepcopy(values))
+
+
 def build(class_name, values):
     """A model with no parameter at a value that hides it.
 
@@ -455,7 +462,7 @@ def build(class_name, values):
     untied = values.pop("untied", False)
     kind = getattr(transformers, class_name)
     torch.manual_seed(0)
-    model = kind(kind.config_class(**values)).eval()
+    model = kind(config_of(class_name, values)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = "norm" in name.lower().replace("ln_", "norm") and name.endswith("weight")

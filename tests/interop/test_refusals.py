@@ -6,8 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import transformers
-from hf_models import KINDS, safetensors
+from hf_models import KINDS, config_of, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -400,7 +399,7 @@ def test_any_value_of_config_json_is_used_or_refused(make_theirs, kind, data, tm
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flag_that_matters_is_true_or_false(kind):
     class_name, values = KINDS[kind]
-    written = getattr(transformers, class_name).config_class(**values).to_dict()
+    written = config_of(class_name, values).to_dict()
     family = FAMILIES[written["model_type"]]
 
     def read(**changes):
