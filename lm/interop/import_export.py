@@ -282,6 +282,8 @@ def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) ->
     run = storage_path(workdir)
     lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]
     rows = found.config.vocab_size
+    if n_further := found.about.get("num_nextn_predict_layers"):
+        lines.append(f"left out: layers that predict further tokens (config.json has {n_further})")
     if tokenizer is None:
         lines.append(
             "no tokenizer came with it: name one by --config.data.tokenizer to generate or evaluate"

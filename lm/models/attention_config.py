@@ -13,7 +13,6 @@ class AttentionConfig:
     mixer: str = "attention"
     mixer_options: Any = None
     attention_layers: tuple[float, ...] = ()
-    feed_forward: bool = True
     attention_bias: str = "same"
     qk_norm: bool = False
     qk_norm_over: str = "head"

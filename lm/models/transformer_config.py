@@ -166,6 +166,7 @@ class TransformerConfig(
     vocab_size: int
     max_length: int
     n_decoder_layers: int = 0
+    feed_forward: bool = True
     bias: bool = True
     activation: str = "gelu_tanh"
     mup_base_width: int = 0
