@@ -17,12 +17,11 @@ from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lm.data.chat.chat_encoder import ChatEncoder, Tokens, role_names
-from lm.data.chat.jinja_templates import JinjaTemplate, jinja_template
 from lm.data.chat.ownership import (
     MARKS,
     Traced,
@@ -36,6 +35,9 @@ from lm.data.chat.ownership import (
 )
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.data.chat.jinja_templates import JinjaTemplate
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("default_template.jinja")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -249,7 +251,7 @@ class ChatTemplate:
 
     @property
     def _templates(self) -> list[JinjaTemplate]:
-        return [jinja_template(source) for source in self.sources.values()]
+        return list(map(_compiled, self.sources.values()))
 
     @cached_property
     def _last_end(self) -> str:
@@ -273,7 +275,7 @@ class ChatTemplate:
         if name not in self.sources:
             names = ", ".join(sorted(self.sources))
             raise UserError(f"the tokenizer has no default chat template, only {names}")
-        return jinja_template(self.sources[name])
+        return _compiled(self.sources[name])
 
     def _text(
         self, work: _Conversation, add_generation_prompt: bool, now: datetime, **more: Any
@@ -546,3 +548,10 @@ def _any_of(said: np.ndarray, tokens: Tokens) -> np.ndarray:
     """Return for each token whether a character of it is said, bool."""
     before = np.concatenate([[0], np.cumsum(said)])
     return before[tokens.ends] > before[tokens.starts]
+
+
+def _compiled(source: str) -> JinjaTemplate:
+    # On use: what reads no conversation runs without the package.
+    from lm.data.chat.jinja_templates import jinja_template
+
+    return jinja_template(source)
