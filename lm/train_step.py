@@ -184,7 +184,6 @@ class Steps:
             (updated, opt_state, after),
             (trained, state.opt_state, before),
         )
-        params = self._join(updated, frozen)
         metrics = {
             "loss": loss,
             **{name: value / weight for name, value in sums.metrics.items()},
@@ -193,7 +192,7 @@ class Steps:
             "target_tokens": sums.weight,
             "skipped": 1 - finite.astype(jnp.int32),
         }
-        return TrainState(state.step + 1, params, opt_state, *after), metrics
+        return TrainState(state.step + 1, self._join(updated, frozen), opt_state, *after), metrics
 
     def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
         """Return the objective's sums, [S], over each of the batches [S, B, …], without dropout."""
