@@ -49,10 +49,11 @@ def tokens_per_row(experiment: Experiment) -> int:
 
 
 def stream_tokens(experiment: Experiment) -> dict[str, int]:
-    """Return the numbers of source, target and predicted tokens, and of texts, of an example."""
+    """Return the numbers of tokens of an example by `Role.stream`; frames are those of audio."""
     sizes = {name: shape[0] for name, (shape, _) in experiment.objective.shapes.items() if shape}
     length = experiment.config.data.sequence_length
     return {
+        "frames": sizes.get("source", length),
         "source": length if "source" in sizes else sizes.get("inputs", length),
         "target": sizes.get("inputs", length),
         "predicted": sizes.get("targets", 0),

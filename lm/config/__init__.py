@@ -215,11 +215,16 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
     model.d_ff = model.d_ff or 4 * model.d_model
-    model.max_length = model.max_length or max(data.sequence_length, data.target_length)
+    data.target_length = data.target_length or data.sequence_length
+    longest = data.target_length
+    if model.n_mels:
+        model.max_source_length = model.max_source_length or data.sequence_length
+    else:
+        longest = max(longest, data.sequence_length)
+    model.max_length = model.max_length or longest
     model.n_decoder_layers = model.n_decoder_layers or model.n_layers
     model.d_hidden = model.d_hidden or model.d_model
     model.n_classes = model.n_classes or max(1, len(listed(data.labels)))
-    data.target_length = data.target_length or data.sequence_length
     config.eval.batch_size = config.eval.batch_size or data.batch_size
     config.decode.max_length = config.decode.max_length or data.target_length
     if model.dtype == "auto":

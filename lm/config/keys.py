@@ -35,6 +35,19 @@ COMMON_KEYS: dict[str, Key] = {
         low=0,
     ),
     "model.max_length": Key(0, "Maximum context length; 0: data.sequence_length.", low=0),
+    "model.n_mels": Key(
+        0,
+        "The source is audio: log-mel features of so many bins, two frames a position of the "
+        "encoder (Whisper: 80 or 128); 0: tokens.",
+        low=0,
+        needs=("model.family", "encoder_decoder"),
+    ),
+    "model.max_source_length": Key(
+        0,
+        "Maximum length of audio, in positions of the encoder; 0: data.sequence_length.",
+        low=0,
+        needs=("model.n_mels",),
+    ),
     "model.residual": Key(
         "sum",
         "How a block's output h joins the residual stream H: H + h, or concat(H, h W), which "
@@ -82,9 +95,9 @@ COMMON_KEYS: dict[str, Key] = {
     "model.bias": Key(True, "Linear layers have biases."),
     "model.attention_bias": Key(
         "same",
-        "Attention biases: same as model.bias, all, queries, keys and values only (Qwen2), or "
-        "none.",
-        choices=("same", "all", "qkv", "none"),
+        "Attention biases: same as model.bias, all, all but the keys' (Whisper), queries, keys and "
+        "values only (Qwen2), or none.",
+        choices=("same", "all", "no_key", "qkv", "none"),
     ),
     "model.qk_norm": Key(False, "Normalize queries and keys."),
     "model.qk_norm_over": Key(

@@ -17,7 +17,8 @@ def model_problems(config: ConfigDict) -> Iterator[str]:
 
     A model with the defaults of `FURTHER_MODEL_KEYS` (`rules.py`) breaks none of the rules.
     """
-    for rules in (_shape_rules, _mixer_rules, _expert_rules, _window_rules, _mup_rules):
+    parts = (_shape_rules, _audio_rules, _mixer_rules, _expert_rules, _window_rules, _mup_rules)
+    for rules in parts:
         yield from rules(config)
     yield from rotary_problems(config.model)
 
@@ -69,6 +70,20 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield from _generator_rules(config)
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
+
+
+def _audio_rules(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    if not model.n_mels:
+        return
+    if model.positions in ("learned", "sinusoidal") and (model.d_model % 2 or model.d_model < 4):
+        yield (
+            f"--config.model.d_model={model.d_model} must be even and above 2 for the sinusoidal "
+            "positions of --config.model.n_mels"
+        )
+    for name in ("separate_embeddings", "mup_base_width"):
+        if model[name]:
+            yield f"--config.model.{name} is not for --config.model.n_mels"
 
 
 def _generator_rules(config: ConfigDict) -> Iterator[str]:

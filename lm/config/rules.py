@@ -23,6 +23,7 @@ FURTHER_MODEL_KEYS = (
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
     *("residual_multiplier", "embedding_multiplier", "logits_scaling"),
     *("first_norm", "embedding_size", "generator_width", "attention_layers", "feed_forward"),
+    *("n_mels",),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 
@@ -131,11 +132,12 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
         yield "--config.data.order=contiguous needs --config.objective.name=causal"
     if data.order == "contiguous" and len(data.source.split(",")) > 1:
         yield "--config.data.order=contiguous reads a single source"
-    for name in ("sequence_length", "target_length"):
-        if model.max_length and data[name] > model.max_length:
+    of_source = "max_source_length" if model.n_mels else "max_length"
+    for name, limit in (("sequence_length", of_source), ("target_length", "max_length")):
+        if model[limit] and data[name] > model[limit]:
             yield (
                 f"--config.data.{name}={data[name]} is longer than "
-                f"--config.model.max_length={model.max_length}"
+                f"--config.model.{limit}={model[limit]}"
             )
     if data.batch_size % train.microbatches:
         yield (

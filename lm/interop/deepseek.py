@@ -150,7 +150,7 @@ def _write(config: TransformerConfig) -> Values:
         | {
             "q_lora_rank": o.q_lora_rank or None,
             "qk_rope_head_dim": c.head_dim,
-            "attention_bias": c.query_bias,
+            "attention_bias": "query" in c.attention_biases,
         }
     )
 

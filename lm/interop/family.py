@@ -289,8 +289,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         model: `--config.model.family`.
     """
     c = config
-    values = asdict(c) | {"bias": c.bias, "query_bias": c.query_bias}
-    values |= {"attention_output_bias": c.attention_output_bias, "attention_scale": c.score_scale}
+    values = asdict(c) | {"attention_biases": c.attention_biases, "attention_scale": c.score_scale}
     unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes", "concat_width"}
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
@@ -340,7 +339,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     if all(kind.feed_forward == "none" for kind in kinds):
         unused |= {"d_ff", "activation", "bias"}
     if all(kind.mixer == "mamba2" for kind in kinds):
-        unused |= {"n_heads", "n_kv_heads", "head_dim", "query_bias", "attention_output_bias"}
+        unused |= {"n_heads", "n_kv_heads", "head_dim", "attention_biases"}
         unused |= {"attention_scale", "qk_norm", "rope_fraction"}
     if model != "encoder_decoder":
         unused |= {"n_decoder_layers", "separate_embeddings"}

@@ -59,7 +59,9 @@ def _read(hf: Values, key: str, *, exact: bool = False) -> Values:
 
 def _write(config: TransformerConfig) -> Values:
     activation = {"hidden_act": _TANH, "hidden_activation": _TANH}
-    return write_common(config) | activation | {"attention_bias": config.query_bias}
+    return (
+        write_common(config) | activation | {"attention_bias": "query" in config.attention_biases}
+    )
 
 
 def _read_gemma(hf: Values) -> Values:

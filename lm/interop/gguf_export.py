@@ -112,7 +112,7 @@ def _problems(name: str, config: TransformerConfig) -> Iterator[str]:
         yield "model.tie_embeddings=False"
     if name == "gemma2" and not (c.attention_softcap and c.logit_softcap and c.window):
         yield "no soft-caps or no windows"
-    if name not in ("llama", "gpt2", "qwen2") and (c.bias or c.query_bias):
+    if name not in ("llama", "gpt2", "qwen2") and (c.bias or "query" in c.attention_biases):
         yield f"model.attention_bias={c.attention_bias}"
     if c.positions == "rotary" and c.rope_scaling not in ("none", "linear", "llama3", "yarn"):
         yield f"model.rope_scaling={c.rope_scaling}"

@@ -86,7 +86,7 @@ def _write(config: TransformerConfig) -> Values:
         | {
             "hidden_act": "silu",
             "intermediate_size": expert_width(config),
-            "attention_bias": config.query_bias,
+            "attention_bias": "query" in config.attention_biases,
             # transformers makes the mask of windows even where no layer has it.
             "sliding_window": config.window or _WINDOW,
             "layer_types": config_layer_types(config),

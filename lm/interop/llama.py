@@ -282,7 +282,7 @@ def _read_llama(hf: Values) -> Values:
 
 
 def _write_llama(config: TransformerConfig) -> Values:
-    biases = {"mlp_bias": config.bias, "attention_bias": config.query_bias}
+    biases = {"mlp_bias": config.bias, "attention_bias": "query" in config.attention_biases}
     return write_decoder(config) | biases
 
 
@@ -368,7 +368,7 @@ def _read_qwen3(hf: Values) -> Values:
 
 
 def _write_qwen3(config: TransformerConfig) -> Values:
-    return _write_qwen2(config) | {"attention_bias": config.query_bias}
+    return _write_qwen2(config) | {"attention_bias": "query" in config.attention_biases}
 
 
 def decoder(

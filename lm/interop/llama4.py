@@ -146,7 +146,7 @@ def _write(config: TransformerConfig) -> Values:
             "hidden_act": "silu",
             "intermediate_size": width,
             "intermediate_size_mlp": c.d_ff,
-            "attention_bias": c.query_bias,
+            "attention_bias": "query" in c.attention_biases,
             "use_qk_norm": c.rope_norm,
             "no_rope_layers": [int(not nope) for nope in is_nope(c.n_layers, c.nope_every)],
             "attn_temperature_tuning": c.nope_temperature > 0,

@@ -229,7 +229,7 @@ def _write_bamba(config: TransformerConfig) -> Values:
             "mamba_conv_bias": True,
             "attn_layer_indices": [int(i) for i in c.attention_layers],
             "mlp_bias": c.bias,
-            "attention_bias": c.query_bias,
+            "attention_bias": "query" in c.attention_biases,
         }
     )
 

@@ -106,7 +106,7 @@ def _write(config: TransformerConfig) -> Values:
         "local_attention": config.window or 128,
         "hidden_activation": "gelu",
         "mlp_bias": config.bias,
-        "attention_bias": config.query_bias,
+        "attention_bias": "query" in config.attention_biases,
         "norm_bias": config.norm_bias,
         "norm_eps": config.norm_eps,
         "classifier_bias": config.transform_bias,

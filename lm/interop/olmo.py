@@ -40,7 +40,7 @@ def _read(hf: Values) -> Values:
 
 
 def _write(config: TransformerConfig) -> Values:
-    return write_decoder(config) | {"attention_bias": config.query_bias}
+    return write_decoder(config) | {"attention_bias": "query" in config.attention_biases}
 
 
 def _read_olmo3(hf: Values) -> Values:

@@ -134,7 +134,7 @@ def _write_qwen2_moe(config: TransformerConfig) -> Values:
         | _write_mixture(config)
         | {
             "shared_expert_intermediate_size": config.shared_expert_d_ff,
-            "qkv_bias": config.query_bias,
+            "qkv_bias": "query" in config.attention_biases,
             "use_sliding_window": bool(config.window),
             "sliding_window": config.window or None,
             "layer_types": config_layer_types(config),
@@ -152,7 +152,7 @@ def _read_qwen3_moe(hf: Values) -> Values:
 
 def _write_qwen3_moe(config: TransformerConfig) -> Values:
     window = write_one_window(config) | {"use_sliding_window": bool(config.window)}
-    biases = {"attention_bias": config.query_bias}
+    biases = {"attention_bias": "query" in config.attention_biases}
     return write_decoder(config) | _write_mixture(config) | window | biases
 
 

@@ -49,7 +49,7 @@ def _read_biases(hf: Values) -> Values:
 
 
 def _write_biases(config: TransformerConfig) -> Values:
-    return {"mlp_bias": config.bias, "attention_bias": config.query_bias}
+    return {"mlp_bias": config.bias, "attention_bias": "query" in config.attention_biases}
 
 
 def _read_smollm3(hf: Values) -> Values:
@@ -150,7 +150,7 @@ def _write_stablelm(config: TransformerConfig) -> Values:
     return written | {
         "hidden_act": "silu",
         "layer_norm_eps": config.norm_eps,
-        "use_qkv_bias": config.query_bias,
+        "use_qkv_bias": "query" in config.attention_biases,
         "hidden_dropout": config.dropout,
     }
 

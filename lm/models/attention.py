@@ -156,19 +156,21 @@ class DotProductAttention(nn.Module):
         role = Role(Kind.MATRIX, c.stream)
         source_role = replace(role, stream=self.source_stream or c.stream)
 
-        def heads(width: int, n: int, axis: str, std: float, role: Role) -> Linear:
+        def heads(name: str, width: int, n: int, axis: str, std: float, role: Role) -> Linear:
             init, names = c.kernel_init(std), ("embed", axis, "head_dim")
-            return Linear((width,), (n, c.head_dim), names, role, c.query_bias, init, c.dtype)
+            bias = name in c.attention_biases
+            return Linear((width,), (n, c.head_dim), names, role, bias, init, c.dtype)
 
-        self.query = heads(self.width, c.n_heads, "heads", query_std, role)
-        self.key = heads(source_width, c.n_kv_heads, "kv_heads", key_std, source_role)
-        self.value = heads(source_width, c.n_kv_heads, "kv_heads", key_std, source_role)
+        of_source = source_width, c.n_kv_heads, "kv_heads", key_std, source_role
+        self.query = heads("query", self.width, c.n_heads, "heads", query_std, role)
+        self.key = heads("key", *of_source)
+        self.value = heads("value", *of_source)
         self.out = Linear(
             (c.n_heads, c.head_dim),
             (c.d_model,),
             ("heads", "head_dim", "embed"),
             role,
-            c.attention_output_bias,
+            "out" in c.attention_biases,
             c.kernel_init(c.residual_std(c.n_heads * c.head_dim, c.d_model)),
             c.dtype,
         )

@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Projections that have a bias, by values of --config.model.attention_bias.
+ATTENTION_BIASES = {
+    "all": ("query", "key", "value", "out"),
+    "no_key": ("query", "value", "out"),
+    "qkv": ("query", "key", "value"),
+    "none": (),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class EmbeddingConfig:
     """Around a stack, and its first layer; the meaning of each field is in `lm/config/keys.py`."""
 
+    n_mels: int = 0
+    max_source_length: int = 0
     token_types: int = 0
     embedding_size: int = 0
     separate_embeddings: bool = False

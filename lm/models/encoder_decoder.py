@@ -15,13 +15,15 @@ from lm.models.cache import Cache, init_cache
 from lm.models.decoder import Model, position_table
 from lm.models.layers import make_norm
 from lm.models.transformer import Stack
+from lm.parallel.mesh import constrain
 
 
 class EncoderDecoder(Model):
     """Encoder-decoder Transformer: Vaswani et al. 2017, T5 (Raffel et al. 2020) and others.
 
     Source and target share the token embeddings; with `separate_embeddings` (BART, Lewis et al.
-    2020) the source has a position table and an embedding norm of its own.
+    2020) the source has a position table and an embedding norm of its own. With `n_mels` the source
+    is audio, which `AudioFrontEnd` embeds (Whisper, Radford et al. 2022).
     """
 
     def setup(self) -> None:
@@ -34,6 +36,10 @@ class EncoderDecoder(Model):
             self.source_positions = position_table(of_source)
         if c.separate_embeddings and c.embedding_norm:
             self.source_embedding_norm = make_norm(of_source, part="input")
+        if c.n_mels:
+            from lm.models.audio_front_end import AudioFrontEnd
+
+            self.front_end = AudioFrontEnd(of_source)
 
     @property
     def n_decoder_layers(self) -> int:
@@ -46,7 +52,7 @@ class EncoderDecoder(Model):
 
     def decoder_hidden(
         self,
-        source_BS: jax.Array,
+        source: jax.Array,
         targets_BL: jax.Array,
         source_segments_BS: jax.Array | None = None,
         target_segments_BL: jax.Array | None = None,
@@ -58,7 +64,7 @@ class EncoderDecoder(Model):
         A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
 
         Args:
-            source_BS: source token ids.
+            source: source token ids [B, S], or log-mel features [B, 2 S, n_mels].
             targets_BL: target token ids.
             source_segments_BS: segments of the source; default one a row.
             target_segments_BL: segments of the target; default one a row.
@@ -66,10 +72,11 @@ class EncoderDecoder(Model):
             target_positions_BL: positions; default 0 … L-1.
         """
         if source_segments_BS is None:
-            source_segments_BS = jnp.ones_like(source_BS)
+            n_positions = -(-source.shape[1] // 2) if self.config.n_mels else source.shape[1]
+            source_segments_BS = jnp.ones((source.shape[0], n_positions), jnp.int32)
         if target_segments_BL is None:
             target_segments_BL = jnp.ones_like(targets_BL)
-        encoded_BSD = self.encode(source_BS, source_segments_BS, source_positions_BS)
+        encoded_BSD = self.encode(source, source_segments_BS, source_positions_BS)
         x_BLD, target_positions_BL = self.embed(targets_BL, target_positions_BL)
         x_BLD, _ = self.decoder(
             x_BLD,
@@ -83,14 +90,18 @@ class EncoderDecoder(Model):
 
     def encode(
         self,
-        source_BS: jax.Array,
+        source: jax.Array,
         source_segments_BS: jax.Array,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the encoded source, [B, S, D]."""
-        prefix = "source_" if self.config.separate_embeddings else ""
-        names = (f"{prefix}positions", f"{prefix}embedding_norm", "embedding_projection")
-        x_BSD, positions_BS = self.embed(source_BS, positions_BS, names=names)
+        """Return the encoded source, [B, S, D]; it is as for `decoder_hidden`."""
+        if self.config.n_mels:
+            x_BSD, positions_BS = self.front_end(source, positions_BS)
+            x_BSD = constrain(self.dropout(x_BSD), "rows", "residual_length", "embed")
+        else:
+            prefix = "source_" if self.config.separate_embeddings else ""
+            names = (f"{prefix}positions", f"{prefix}embedding_norm", "embedding_projection")
+            x_BSD, positions_BS = self.embed(source, positions_BS, names=names)
         return self.encoder(x_BSD, positions_BS, AttentionMask(False, source_segments_BS))[0]
 
     def hidden(
@@ -107,14 +118,14 @@ class EncoderDecoder(Model):
         mask = AttentionMask(True, segments_BL)
         return self.decoder(x_BLD, positions_BL, mask, None, encoded_BLD, segments_BL)[0]
 
-    def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
+    def start(self, source: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
         """Return a cache for targets of up to `length` tokens that holds the encoded source."""
-        empty = init_cache(self.config, self.n_decoder_layers, source_BS.shape[0], length)
+        empty = init_cache(self.config, self.n_decoder_layers, source.shape[0], length)
         # The layers read the source while a token passes through them, which is then dropped.
-        ones = jnp.ones((source_BS.shape[0], 1), jnp.int32)
+        ones = jnp.ones((source.shape[0], 1), jnp.int32)
         x_BLD, positions_BL = self.embed(ones, ones)
         mask = AttentionMask(True, ones, empty.segment_ids_BS)
-        encoded_BSD = self.encode(source_BS, source_segments_BS)
+        encoded_BSD = self.encode(source, source_segments_BS)
         _, cache = self.decoder(x_BLD, positions_BL, mask, empty, encoded_BSD, source_segments_BS)
         assert cache is not None
         return replace(empty, source=cache.source)

@@ -61,7 +61,9 @@ class LatentAttention(TokenMixer):
             return Linear((n_in,), shape, names, role, bias, init, c.dtype)
 
         def down(width: int) -> Linear:
-            return linear(self.width, (width,), "embed", "head_dim", bias=c.query_bias)
+            return linear(
+                self.width, (width,), "embed", "head_dim", bias="query" in c.attention_biases
+            )
 
         def norm() -> Norm:
             role = Role(Kind.NORM, c.stream)
@@ -81,7 +83,7 @@ class LatentAttention(TokenMixer):
             (c.d_model,),
             (*heads, "embed"),
             Role(Kind.MATRIX, c.stream),
-            c.attention_output_bias,
+            "out" in c.attention_biases,
             c.kernel_init(c.residual_std(c.n_heads * value_width, c.d_model)),
             c.dtype,
         )

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.config.registries import MIXERS, MODELS
-from lm.models.attention_config import AttentionConfig
+from lm.models.attention_config import ATTENTION_BIASES, AttentionConfig
 from lm.models.embedding_config import EmbeddingConfig
 from lm.models.experts_config import ExpertsConfig
 from lm.models.residual_config import ResidualConfig
@@ -217,14 +217,10 @@ class TransformerConfig(
         return global_layers(n_layers, self.window, self.global_every, self.global_first)
 
     @property
-    def query_bias(self) -> bool:
-        """True if the query, key and value projections have biases."""
-        return self.bias if self.attention_bias == "same" else self.attention_bias != "none"
-
-    @property
-    def attention_output_bias(self) -> bool:
-        """True if the output projection of attention has a bias."""
-        return self.bias if self.attention_bias == "same" else self.attention_bias == "all"
+    def attention_biases(self) -> tuple[str, ...]:
+        """Projections of attention that have biases, of "query", "key", "value" and "out"."""
+        of_model = "all" if self.bias else "none"
+        return ATTENTION_BIASES[of_model if self.attention_bias == "same" else self.attention_bias]
 
     @property
     def width_ratio(self) -> float:

@@ -23,7 +23,7 @@ from lm.errors import UserError
 
 Params = Any
 Initializer = Callable[..., jax.Array]
-Stream = Literal["source", "target", "predicted", "text"]
+Stream = Literal["frames", "source", "target", "predicted", "text"]
 Part = Literal["input", "layers", "body", "output", "pretraining", "task"]
 
 
@@ -70,7 +70,7 @@ class Role:
     Attributes:
         kind: what it computes.
         stream: tokens of an example that pass through it: those of the "source" or the "target",
-            the "predicted" ones, or one vector for the whole "text".
+            the "predicted" ones, one vector for the whole "text", or the "frames" of audio.
         part: part of the model that it belongs to: "input" (embeddings and what normalizes them),
             "layers" (blocks of a stack, and its norm), "body" (matrices outside of blocks: AdamW
             under Muon),

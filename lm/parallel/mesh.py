@@ -113,24 +113,16 @@ PARAMETERS: Rules = {
     "layers": ("stage",),
     "embed": ("fsdp", "context"),
     "latent": ("fsdp", "context"),  # the inputs of a kernel from another width than the stream's
-    "residual": (),  # the outputs of a kernel from residual stream to residual stream
     "vocab": ("tensor",),
-    "positions": (),
-    "types": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "head_dim": (),
     "mlp": ("tensor",),
-    "norm": (),
-    "pooled": (),
-    "classes": (),
-    "lora_rank": (),
-    "one": (),  # of a scale, whose other axes are those of its kernel
-    "hidden": (),
-    "gates": (),
     "experts": ("expert",),
-    "router_inputs": (),
-    "router": (),
+    # Replicated; "residual" are the outputs of a kernel from residual stream to residual stream,
+    # "one" is an axis of a scale, whose other axes are those of its kernel.
+    **dict.fromkeys(("residual", "one", "positions", "types", "head_dim", "norm", "pooled"), ()),
+    **dict.fromkeys(("classes", "lora_rank", "hidden", "gates", "router_inputs", "router"), ()),
+    **dict.fromkeys(("taps", "mels"), ()),
 }
 
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
