@@ -20,11 +20,11 @@ LARGEST = {
     **{"model.nope_temperature_length": 8, "model.q_lora_rank": 24, "model.kv_lora_rank": 16},
     **{"model.qk_nope_head_dim": 16, "model.v_head_dim": 16, "model.ssm_heads": 4},
     **{"model.ssm_head_dim": 8, "model.ssm_state": 16, "model.ssm_chunk": 8},
-    **{"data.sequence_length": 32, "data.target_length": 16, "data.batch_size": 8},
+    **{"data.sequence_length": 32, "data.target_length": 16},
     **{"data.stride": 8, "data.doc_stride": 4, "data.tokenizer_min_count": 1},
     **{"schedule.warmup_steps": 2, "schedule.hold_steps": 1, "schedule.step_every": 2},
     **{"train.loss_chunk": 8, "train.microbatches": 2, "train.steps_per_dispatch": 3},
-    **{"lora.rank": 4, "checkpoint.keep_last": 2, "eval.batch_size": 8},
+    **{"lora.rank": 4, "checkpoint.keep_last": 2},
 }
 # Keys that name what is not there, or compare with other runs: as by default.
 RESET = (
@@ -78,6 +78,8 @@ def shrunk(config: ConfigDict, data: Path, steps: int) -> ConfigDict:
         "data.validation_fraction": 0.2,
         "data.tokenizer": small.data.tokenizer if small.data.tokenizer == "char" else "words",
         "data.workers": 1,
+        "data.batch_size": 8,
+        "eval.batch_size": 8,
         "decode.max_length": 8,
         "train.steps": steps,
         "eval.every_steps": steps // 2,
