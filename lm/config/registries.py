@@ -16,6 +16,20 @@ from lm.config.registry import Entry, Registry, Schema, option
 _DOCUMENTS, _RECORDS = ("documents",), ("records",)
 _RECORD_FILES = "lm.data.records"
 
+
+@dataclass(frozen=True)
+class AudioOptions:
+    """Options of recordings."""
+
+    n_mels: int = option(
+        80,
+        "Audio: mel bins of the features, those of model.n_mels.",
+        low=1,
+        high=512,
+        needs=("objective.name", "transcription"),
+    )
+
+
 SOURCES = Registry(
     "data source",
     ("data.source", "data.validation_source", "data.test_source"),
@@ -38,6 +52,12 @@ SOURCES = Registry(
         ),
         "squad": Entry(f"{_RECORD_FILES}:SquadFiles", forms=("squad:PATH",), holds=_RECORDS),
         "conll": Entry(f"{_RECORD_FILES}:ConllFiles", forms=("conll:PATH",), holds=_RECORDS),
+        "audio": Entry(
+            "lm.data.audio.transcripts:AudioFiles",
+            AudioOptions,
+            forms=("audio:PATH",),
+            holds=_RECORDS,
+        ),
         "parquet": Entry("lm.data.text.columnar:ParquetFiles", forms=("parquet:PATH",)),
         "arrow": Entry("lm.data.text.columnar:ArrowFiles", forms=("arrow:PATH",)),
         "datasets": Entry("lm.data.text.hf_datasets:HuggingFaceDatasets", forms=("datasets:NAME",)),

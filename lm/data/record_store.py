@@ -1,4 +1,4 @@
-"""Record store: the records of a task, tokenized once and memory-mapped; packing of short ones."""
+"""Record store: the records of a task, encoded once and memory-mapped; packing of short ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from lm.progress import track
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 2
+_FEW = 128  # records; encoding them takes less time than starting processes
 
 # Scripts without spaces between words: every character is a word, as in BERT's vocabulary.
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -56,7 +59,8 @@ class RecordManifest:
         n_cut: conversations of which the last turns were cut off, because they did not fit.
         n_dropped: conversations of which no turn that is learnt fits.
         n_lost: tokens that would have been learnt, of those turns.
-        length: longest conversation in tokens; 0: any.
+        length: longest conversation in tokens, or recording in positions; 0: any.
+        features: width of the features by column, float16 [frames, width] a record.
     """
 
     format: int
@@ -75,6 +79,7 @@ class RecordManifest:
     n_dropped: int = 0
     n_lost: int = 0
     length: int = 0
+    features: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,7 @@ class Record:
         ends: see `starts`.
         turns: what is learnt of the conversations by column, int32 [n, 3]: first token, the token
             after the last, index of the message.
+        features: features by column, float16 [frames, width] each, such as those of a recording.
     """
 
     raw: Fields
@@ -96,6 +102,7 @@ class Record:
     starts: np.ndarray | None
     ends: np.ndarray | None
     turns: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +138,8 @@ class RecordStore:
         if not WITH_OFFSETS & columns.keys():
             names = self.manifest.turns
             turns = {name: self._row(f"{name}.turns", index).reshape(-1, 3) for name in names}
-            return Record(raw, tokens, None, None, turns)
+            features = {name: self._row(name, index) for name in self.manifest.features}
+            return Record(raw, tokens, None, None, turns, features)
         return Record(raw, tokens, self._row("starts", index), self._row("ends", index))
 
     @property
@@ -143,7 +151,7 @@ class RecordStore:
         return (self[index] for index in range(len(self)))
 
     def lengths(self, column: str) -> np.ndarray:
-        """Return the number of tokens of each record's text in a column, int64 [n]."""
+        """Return each record's number of tokens, or of frames, in a column, int64 [n]."""
         return np.diff(self.arrays[f"{column}.offsets"])[self.rows]
 
     def n_learnt(self, column: str) -> np.ndarray:
@@ -158,7 +166,11 @@ class RecordStore:
 
 
 def build_record_store(
-    records: Records, tokenizer: Tokenizer, cache_directory: str | Path, progress: bool = False
+    records: Records,
+    tokenizer: Tokenizer,
+    cache_directory: str | Path,
+    progress: bool = False,
+    workers: int = 1,
 ) -> RecordStore:
     """Open the store of records, tokenizing them first if the cache does not hold it.
 
@@ -169,6 +181,7 @@ def build_record_store(
         tokenizer: tokenizer of their texts.
         cache_directory: folder of the cache.
         progress: show a progress bar.
+        workers: processes that encode, 0 for one a core; the store does not depend on it.
 
     Returns:
         The store.
@@ -183,7 +196,7 @@ def build_record_store(
     store = open_or_build(
         Path(cache_directory) / "records" / key,
         partial(_open, source=records.name),
-        lambda folder: _write(folder, records, tokenizer, encoder, progress),
+        lambda folder: _write(folder, records, tokenizer, encoder, progress, workers),
     )
     manifest = store.manifest
     if manifest.n_cut or manifest.n_dropped:
@@ -215,23 +228,28 @@ class EncodedRecord(NamedTuple):
         n_bytes: bytes of UTF-8 text by column.
         n_lost: tokens that would be learnt, but were cut off.
         cut: turns were cut off.
+        features: features by column, float16 [frames, width].
     """
 
     raw: Fields
     tokens: dict[str, np.ndarray]
     turns: dict[str, np.ndarray]
     n_bytes: dict[str, int]
-    n_lost: int
-    cut: bool
+    n_lost: int = 0
+    cut: bool = False
+    features: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class RecordEncoder(Protocol):
-    """Function from a record to what the store has of it, for records that are conversations.
+    """Function from a record to what the store has of it: of a conversation, or of a recording.
 
     Attributes:
         key: all that it depends on beside the tokenizer.
-        length: longest conversation in tokens; 0: any.
+        length: longest conversation in tokens, or recording in positions; 0: any.
+        n_together: records that a worker process encodes at once; 0: this process encodes.
     """
+
+    n_together: ClassVar[int]
 
     @property
     def key(self) -> list[Any]: ...
@@ -254,6 +272,7 @@ def _write(
     tokenizer: Tokenizer,
     encoder: RecordEncoder | None,
     progress: bool,
+    workers: int,
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     skipped: list[str] = []
@@ -261,7 +280,8 @@ def _write(
     writers = _Writers(folder, dtype)
     shown = track(rows, None, description=f"tokenizing {records.name}", shown=progress, unit="row")
     if encoder:
-        counts = _write_conversations(shown, records, encoder, writers, skipped)
+        encoded = _encode(shown, encoder, workers)
+        counts = _write_encoded(encoded, records, encoder, writers, skipped)
     else:
         counts = _write_texts(shown, tokenizer, writers)
     writers.close()
@@ -307,21 +327,57 @@ def _write_texts(
     return {}
 
 
-def _write_conversations(
-    rows: Iterable[tuple[Fields, str]],
+Encoded = EncodedRecord | int | BadRow
+
+
+def _encode(
+    rows: Iterable[tuple[Fields, str]], encoder: RecordEncoder, workers: int
+) -> Iterator[tuple[Encoded, str]]:
+    """Yield what an encoder makes of each record, and where it stands; many in processes."""
+    workers, n = workers or os.cpu_count() or 1, encoder.n_together
+    rows = iter(rows)
+    head = list(islice(rows, _FEW)) if n and workers > 1 else []
+    rows = chain(head, rows)
+    if len(head) < _FEW:
+        yield from _encode_here(encoder, rows)
+        return
+    from lm.data.tokenizing_pool import encode_in_processes
+
+    groups = iter(lambda: list(islice(rows, n)), [])
+    for found in encode_in_processes(groups, partial(_encode_list, encoder), workers):
+        yield from found
+
+
+def _encode_list(
+    encoder: RecordEncoder, group: list[tuple[Fields, str]]
+) -> list[tuple[Encoded, str]]:
+    return list(_encode_here(encoder, group))
+
+
+def _encode_here(
+    encoder: RecordEncoder, rows: Iterable[tuple[Fields, str]]
+) -> Iterator[tuple[Encoded, str]]:
+    for record, where in rows:
+        try:
+            yield encoder(record), where
+        except BadRow as bad:
+            yield bad, where
+
+
+def _write_encoded(
+    rows: Iterable[tuple[Encoded, str]],
     records: Records,
     encoder: RecordEncoder,
     writers: _Writers,
     skipped: list[str],
 ) -> dict[str, Any]:
-    """Write the conversations; return what the manifest says of them."""
+    """Write what was encoded; return what the manifest says of it."""
     counts = Counter(n_cut=0, n_dropped=0, n_lost=0)
-    names: set[str] = set()
-    for record, where in rows:
-        try:
-            found = encoder(record)
-        except BadRow as bad:
-            records.skip_or_raise(f"{where}: {bad}", skipped.append)
+    turns: set[str] = set()
+    widths: dict[str, int] = {}
+    for found, where in rows:
+        if isinstance(found, BadRow):
+            records.skip_or_raise(f"{where}: {found}", skipped.append)
             continue
         if isinstance(found, int):
             counts.update(n_dropped=1, n_lost=found)
@@ -329,16 +385,21 @@ def _write_conversations(
         counts.update(n_cut=found.cut, n_lost=found.n_lost)
         for column, tokens in found.tokens.items():
             writers.append_tokens(column, tokens, found.n_bytes[column])
-        for column, turns in found.turns.items():
-            writers.append(f"{column}.turns", turns.astype(np.int32).reshape(-1))
-            names.add(column)
+        for column, spans in found.turns.items():
+            writers.append(f"{column}.turns", spans.astype(np.int32).reshape(-1))
+            turns.add(column)
+        for column, features in found.features.items():
+            writers.append(column, features)
+            widths[column] = features.shape[1]
         writers.append_raw(found.raw)
     if "raw" not in writers.lengths:
         raise UserError(
             f"{records.name}: no turn of any conversation fits into {encoder.length} tokens: set "
             "--config.data.sequence_length"
+            if counts["n_dropped"]
+            else f"{records.name} holds no usable record; the first: {skipped[0]}"
         )
-    return {"turns": sorted(names), "length": encoder.length, **counts}
+    return {"turns": sorted(turns), "length": encoder.length, "features": widths, **counts}
 
 
 class _Writers:
@@ -384,11 +445,14 @@ def _open(folder: Path, source: str) -> RecordStore:
         if WITH_OFFSETS & dtypes.keys():
             dtypes |= {"starts": "int32", "ends": "int32"}
         dtypes |= {f"{column}.turns": "int32" for column in manifest.turns}
+        dtypes |= dict.fromkeys(manifest.features, "float16")
         arrays = {}
         for name, dtype in dtypes.items():
             offsets = map_array(folder / f"{name}.offsets.bin", "int64", manifest.n_rows + 1)
             arrays[f"{name}.offsets"] = offsets
-            arrays[name] = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]))
+            width = manifest.features.get(name, 0)
+            flat = map_array(folder / f"{name}.bin", dtype, int(offsets[-1]) * (width or 1))
+            arrays[name] = flat.reshape(-1, width) if width else flat
     except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
         raise DamagedFolder(f"{type(error).__name__}: {error}") from error
     return RecordStore(folder, manifest, arrays, np.arange(manifest.n_rows))

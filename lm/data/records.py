@@ -37,6 +37,7 @@ TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "wor
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
 # Kinds of records beside `Records`, by the first column that an objective reads.
 KINDS: dict[str, str] = {
+    "audio": "lm.data.audio.recordings:Recordings",
     "messages": "lm.data.chat.conversations:Conversations",
     "chosen": "lm.data.chat.preference_rows:PairRecords",
     "completion": "lm.data.chat.preference_rows:LabelledRecords",
@@ -103,7 +104,7 @@ class Records:
         """Open the store of these records, as `dataset.build_store` does."""
         from lm.data.record_store import build_record_store
 
-        return build_record_store(source, tokenizer, cache_directory(data), progress)
+        return build_record_store(source, tokenizer, cache_directory(data), progress, data.workers)
 
     def encoder(self, tokenizer: Tokenizer) -> RecordEncoder | None:
         """Return what encodes the records; None: the text of each column by itself."""
@@ -349,11 +350,11 @@ class RowFiles(RecordSource):
 class _Tables(RowFiles):
     def rows(self) -> Iterator[Row]:
         for (path,) in self.files:
-            yield from _table(path, self._read(path), self.header)
+            yield from table_rows(path, self.lines(path), self.header)
 
     @staticmethod
     @abstractmethod
-    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    def lines(path: Path) -> Iterator[tuple[int, list[str] | str]]:
         """Yield line number and cells, or the problem with a line."""
 
 
@@ -363,7 +364,7 @@ class TsvFiles(_Tables):
     kind = "tsv"
 
     @staticmethod
-    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    def lines(path: Path) -> Iterator[tuple[int, list[str] | str]]:
         for number, line in _numbered(path):
             if line.strip("\r"):
                 *cells, last = line.split("\t")
@@ -376,7 +377,7 @@ class CsvFiles(_Tables):
     kind = "csv"
 
     @staticmethod
-    def _read(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    def lines(path: Path) -> Iterator[tuple[int, list[str] | str]]:
         return _parse_csv(path)
 
 
@@ -438,8 +439,16 @@ def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
                 yield number, cells
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool) -> Iterator[Row]:
-    """Yield rows with the names of the header line, or "0", "1", … by position."""
+def table_rows(
+    path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool
+) -> Iterator[Row]:
+    """Yield rows with the names of the header line, or "0", "1", … by position.
+
+    Args:
+        path: the table.
+        rows: number and cells of its lines, or the problem with one.
+        header: the first line names the columns.
+    """
     names: list[str] = []
     if header:
         _, first = next(rows, (1, ""))

@@ -1,4 +1,4 @@
-"""Pool of processes that tokenize a large corpus."""
+"""Pool of processes that encode a large corpus, of texts or of recordings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from lm.config.registries import SCHEMA, TOKENIZERS
 from lm.config.run_file import import_plugins
 from lm.errors import UserError
 from lm.parallel.worker_processes import end_with_parent, starting_workers_for
 
-if TYPE_CHECKING:
-    from lm.data.sources import Chunk
-    from lm.data.store import TokenBlock
+GroupT = TypeVar("GroupT")
+BlockT = TypeVar("BlockT")
 
 
 def encode_in_processes(
-    groups: Iterator[list[Chunk]], encode: Callable[[list[Chunk]], TokenBlock], workers: int
-) -> Iterator[TokenBlock]:
-    """Yield the block of each group of chunks, in order.
+    groups: Iterator[GroupT], encode: Callable[[GroupT], BlockT], workers: int
+) -> Iterator[BlockT]:
+    """Yield the block of each group, in order.
 
     Args:
-        groups: groups of chunks.
+        groups: groups of chunks, or of records.
         encode: function of a group that can be pickled; worker processes import the plug-ins that
             register a tokenizer too.
         workers: processes.
@@ -42,7 +41,7 @@ def encode_in_processes(
     start = partial(starting_workers_for, pickle.dumps(given))
     with start():
         pool = ProcessPoolExecutor(workers, spawn, _start_worker, given)
-    waiting: deque[Future[TokenBlock]] = deque()
+    waiting: deque[Future[BlockT]] = deque()
 
     def submit(n: int) -> None:
         for group in islice(groups, n):
@@ -69,7 +68,7 @@ def _tokenizer_plugins() -> list[dict[str, Any]]:
     return [p for p in SCHEMA.plugins() if TOKENIZERS.kind in p["registers"]]
 
 
-_encode: Callable[[list[Chunk]], TokenBlock]
+_encode: Callable[[Any], Any]
 
 
 def _start_worker(plugins: list[dict[str, Any]], encode: bytes) -> None:
@@ -79,5 +78,5 @@ def _start_worker(plugins: list[dict[str, Any]], encode: bytes) -> None:
     _encode = pickle.loads(encode)
 
 
-def _encode_in_worker(group: list[Chunk]) -> TokenBlock:
+def _encode_in_worker(group: Any) -> Any:
     return _encode(group)

@@ -101,6 +101,7 @@ class ConversationEncoder:
 
     template: ChatTemplate
     length: int
+    n_together: ClassVar[int] = 0
 
     @property
     def key(self) -> list[Any]:

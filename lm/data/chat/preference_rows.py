@@ -214,6 +214,7 @@ class PreferenceEncoder:
     tokenizer: Tokenizer
     template: ChatTemplate
     length: int = 0
+    n_together: ClassVar[int] = 0
 
     @property
     def key(self) -> list[Any]:

@@ -1,0 +1,1 @@
+"""Recordings of speech: reading them, their features, and sources of transcribed ones."""

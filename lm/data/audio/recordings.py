@@ -1,0 +1,139 @@
+"""Records of recordings: rows checked, and turned into log-mel features and the text's tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from lm.data.audio.log_mel import FRAMES_PER_POSITION, HOP, SAMPLE_RATE, log_mel
+from lm.data.audio.waveform import read_waveform
+from lm.data.file_digests import hash_files
+from lm.data.files import resolve_file
+from lm.data.record_store import EncodedRecord, RecordEncoder
+from lm.data.records import BadRow, Fields, Records
+from lm.data.row_documents import field_value
+from lm.data.sources import RecordSource, Row
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recordings(Records):
+    """Records of "audio", the path of a recording, and "target", what is said in it.
+
+    Attributes:
+        place: function from a path as the source has it to the file.
+        n_mels: mel bins of the features.
+        positions: longest recording in positions of an encoder, 20 ms each.
+        workers: processes that read recordings; 0: one a core.
+    """
+
+    known: ClassVar[tuple[str, ...]] = ("audio", "target")
+
+    place: Callable[[str], Any]
+    n_mels: int
+    positions: int
+
+    @classmethod
+    def of_source(cls, source: RecordSource, data: Any, **more: Any) -> Self:
+        """Return the records of a source, as `Records.of_source` does."""
+        more |= {
+            "place": partial(resolve_file, data=data),
+            "n_mels": data.n_mels,
+            "positions": data.sequence_length,
+        }
+        found = super().of_source(source, data, **more)
+        named = {name: name for name in cls.known} | dict(found.columns)
+        return replace(found, columns=tuple(named.items()) if found.columns else ())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the source, its settings and the contents of the recordings."""
+        columns, files = dict(self.columns), []
+        for row in self.source.rows():
+            name = field_value(row.values, columns.get("audio", "audio"))
+            if isinstance(name, str) and "\0" not in name:
+                path = self.place(name)
+                files += [path] if not isinstance(path, Path) or os.path.isfile(path) else []
+        return self.source.digest_with(repr((self._settings, hash_files(files, "recordings"))))
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return (*super()._settings, "recordings")
+
+    def encoder(self, tokenizer: Tokenizer) -> RecordEncoder:
+        """Return what computes the features and tokenizes the texts."""
+        return RecordingEncoder(tokenizer, self.place, self.n_mels, self.positions)
+
+    def _same_named(self, row: Row) -> dict[str, str]:
+        found = super()._same_named(row)
+        if missing := [name for name in self.known if name not in found]:
+            raise UserError(
+                f"{row.where}: no column {missing[0]!r} (there are: {', '.join(row.values)}): set "
+                f"--config.data.columns={missing[0]}=NAME"
+            )
+        return found
+
+    def _record(self, row: Row, columns: dict[str, str]) -> Fields:
+        record = super()._record(row, columns)
+        if "\0" in record["audio"]:
+            raise BadRow(f"{record['audio']!r} is not the name of a file")
+        return record
+
+
+@dataclass(frozen=True)
+class RecordingEncoder:
+    """Log-mel features of recordings, float16, and tokens of their texts.
+
+    Attributes:
+        tokenizer: tokenizer of the texts.
+        place: function from a path as the record has it to the file.
+        n_mels: mel bins.
+        length: longest recording in positions of an encoder; none is cut.
+    """
+
+    tokenizer: Tokenizer
+    place: Callable[[str], Any]
+    n_mels: int
+    length: int
+    n_together: ClassVar[int] = 16
+
+    @property
+    def key(self) -> list[Any]:
+        """Settings that the store depends on beside tokenizer and records."""
+        return ["log_mel", self.n_mels, self.length]
+
+    def __call__(self, record: Fields) -> EncodedRecord:
+        """Return the record with features "audio" [F, n_mels] and tokens "target".
+
+        Raises:
+            BadRow: the recording cannot be read, or is longer than `length`.
+        """
+        features = self.features(self.place(record["audio"]))
+        text = record["target"]
+        try:
+            tokens = {"target": self.tokenizer.encode(text)}
+        except UserError as error:
+            raise BadRow(str(error)) from error
+        sizes = {"target": len(text.encode())}
+        return EncodedRecord(
+            record,
+            tokens,
+            {},
+            sizes,
+            n_lost=0,
+            cut=False,
+            features={"audio": features.astype(np.float16)},
+        )
+
+    def features(self, path: Any) -> np.ndarray:
+        """Return the features of a recording, float32 [F, n_mels]."""
+        n_frames = FRAMES_PER_POSITION * self.length
+        samples = read_waveform(path, n_frames * HOP / SAMPLE_RATE)
+        return log_mel(samples, self.n_mels, n_frames)
