@@ -94,7 +94,11 @@ WRONG = {
         1,
         "--config.optimizer.rates: 'tokens' is not PATTERN=>FACTOR",
     ),
-    "rate below 0": ({"optimizer.rates": "head=>-1"}, 1, "'head=>-1': expected a factor from 0"),
+    "rate below 0": (
+        {"optimizer.rates": "head=>-1"},
+        1,
+        "'head=>-1': expected a factor of at least 0",
+    ),
     "schedule-free learning": (
         {"optimizer.name": "schedule_free"},
         1,

@@ -1,10 +1,10 @@
-"""Configurations: schema, registries, experiment files, overrides, rules between keys.
+"""Configurations: schema, registries, experiment files, overrides, validation rules.
 
-Read `registry.py` (keys, options, entries), `registries.py` (everything that is chosen by name, and
+Read `registry.py` (keys, options, entries), `registries.py` (all components selected by name, and
 the schema), `experiment_file.py`, and `rules.py` with `model_rules.py` and `patterns.py`;
-`run_file.py` reads saved runs, `registration.py` checks plug-ins. Public are the functions here;
-importing the package imports no JAX. What needs a mesh or a platform is validated in
-`lm/experiment.py`.
+`run_file.py` reads saved runs and `registration.py` validates plug-ins. The functions here are the
+public API; importing the package does not import JAX. Rules that depend on the mesh or platform are
+in `lm/experiment.py`.
 
 An experiment file starts from `default()` and changes values:
 
@@ -55,7 +55,7 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[st
 
 
 def parse_value(path: str, text: str) -> Any:
-    """Return the value of `--config.PATH=TEXT`, converted to the type of the key."""
+    """Parse the value of `--config.PATH=TEXT` to the type of the key."""
     key = require_key(path)
     try:
         return key.parse(text)
@@ -64,17 +64,17 @@ def parse_value(path: str, text: str) -> Any:
 
 
 def set_value(config: ConfigDict, path: str, value: Any) -> None:
-    """Set one key by its dotted path; an unknown path is an error that names the nearest."""
+    """Set a key by its dotted path; an unknown path raises UserError with the closest match."""
     require_key(path)
     *sections, name = path.split(".")
     node = config
     for section in sections:
         node = node.get(section) if isinstance(node, ConfigDict) else None
     if not isinstance(node, ConfigDict):
-        raise UserError(f"--config.{path}: the configuration lacks the section of this key")
+        raise UserError(f"--config.{path}: the configuration does not have this key's section")
     try:
         node[name] = value
-    except TypeError:  # a run.json of another version may hold another type
+    except TypeError:  # a run.json of another version may have another type here
         raise UserError(f"--config.{path}={value}: expected {SCHEMA[path].type_name()}") from None
 
 
@@ -82,12 +82,12 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     """Load and validate a configuration.
 
     Args:
-        spec: `FILE.py[:VARIANT]`, or a run's run.json.
-        overrides: values by dotted path, such as {"train.steps": 100}; text is parsed as on the
-            command line.
+        spec: `FILE.py[:VARIANT]`, or the run.json of a run.
+        overrides: values by dotted path, such as {"train.steps": 100}; strings are parsed as on
+            the command line.
 
     Raises:
-        UserError: the file, a key or a value is wrong.
+        UserError: the file, a key or a value is invalid.
     """
     file, _, variant = spec.partition(":")
     if spec.endswith(".json"):
@@ -103,12 +103,12 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def call_file(file: Path, function: str, variant: str) -> Any:
-    """Execute a Python file and return what one of its functions returns.
+    """Execute a Python file and return the result of one of its functions.
 
     Args:
         file: path of the file.
         function: name of the function.
-        variant: argument of the function; "" for none.
+        variant: argument of the function; "" for no argument.
 
     Raises:
         UserError: the file or the function does not exist, or fails.
@@ -124,19 +124,19 @@ def call_file(file: Path, function: str, variant: str) -> Any:
 
 
 def read_run_file(file: AnyPath, given: bool = False) -> ConfigDict:
-    """Return the configuration in a run.json; imports the plug-ins of the run.
+    """Return the configuration in a run.json and import the plug-ins of the run.
 
     Args:
         file: path of the file.
-        given: as the run was given it, before it was resolved: what follows from other keys, from
-            the data or from the platform follows anew.
+        given: return the configuration as given by the user, so that values derived from other
+            keys, the data or the platform are resolved again.
     """
     from lm.config.run_file import read_run_json
 
     run = read_run_json(file)
     before = run.get("given", {}) if given else {}
     if not isinstance(before, dict):
-        raise UserError(f"{file} is damaged (it has no {'given'!r})")
+        raise UserError(f"{file} is damaged ({'given'!r} is invalid)")
     values = dict(flatten(run["config"])) | before
     config = default()
     for path, value in values.items():
@@ -145,30 +145,30 @@ def read_run_file(file: AnyPath, given: bool = False) -> ConfigDict:
 
 
 def choose(variants: Mapping[str, Any], variant: str) -> Any:
-    """Return an entry of an experiment's table of variants.
+    """Look up a variant in an experiment's table.
 
     Raises:
-        UserError: there is no such variant; the message lists those there are.
+        UserError: the variant does not exist; the message lists the known ones.
     """
     if variant not in variants:
-        raise UserError(f"unknown variant {variant!r}; there are {', '.join(variants)}")
+        raise UserError(f"unknown variant {variant!r} (known: {', '.join(variants)})")
     return variants[variant]
 
 
 def fill(config: ConfigDict, columns: str, row: Iterable[Any]) -> None:
-    """Set keys to the values of a table's row.
+    """Set keys to the values of a table row.
 
     Args:
         config: configuration to change.
         columns: dotted paths, separated by spaces.
-        row: one value a path.
+        row: one value per path.
     """
     for path, value in zip(columns.split(), row, strict=True):
         set_value(config, path, value)
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise UserError unless keys are known, typed and in range and the rules between them hold."""
+    """Raise UserError if a key is unknown, mistyped, out of range or violates a rule."""
     values = dict(flatten(config))
     for path in values:
         require_key(path)
@@ -184,9 +184,9 @@ def validate(config: ConfigDict) -> None:
 
 
 def without_unused_options(config: ConfigDict) -> ConfigDict:
-    """Return a copy without the options of plug-ins that are not used and have their defaults.
+    """Return a copy without the options of unused plug-ins that have their default values.
 
-    So a run of a process that has imported a plug-in for another run does not depend on it.
+    So a run does not depend on plug-ins that the process imported for another run.
     """
     config = config.copy_and_resolve_references()
     values = dict(flatten(config))
@@ -201,10 +201,10 @@ def without_unused_options(config: ConfigDict) -> ConfigDict:
 
 
 def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
-    """Return a copy in which every 0 and "auto" that stands for a default is filled in.
+    """Return a copy with every 0 or "auto" that stands for a default resolved.
 
-    The size of the vocabulary, which may need the tokenizer, stays 0; the attention kernel stays
-    "auto", because a run may go on, or be evaluated, on other devices.
+    The vocabulary size stays 0, since it may require the tokenizer; the attention kernel stays
+    "auto", because the run may be resumed or evaluated on other devices.
 
     Args:
         config: valid configuration.
@@ -233,7 +233,7 @@ def fill_defaults(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def require_key(path: str) -> Key:
-    """Return a key by its dotted path; UserError that names the nearest if there is none."""
+    """Look up a key by its dotted path; an unknown path raises UserError with the closest match."""
     if path not in SCHEMA:
         if SCHEMA.is_section(path):
             hint = f"; did you mean --config.{path}.name?" if f"{path}.name" in SCHEMA else ""

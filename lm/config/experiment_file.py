@@ -1,6 +1,6 @@
-"""Python files of the user: experiment files and the plug-ins that they import.
+"""User-written Python files: experiment files and the plug-ins they import.
 
-An experiment file has a `get_config(variant)` and perhaps VARIANTS, the names of its variants.
+An experiment file defines `get_config(variant)` and optionally VARIANTS, its variant names.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from types import ModuleType
 
 from lm.errors import UserError
 
-_FOLDERS: list[Path] = []  # those that importable() has put on sys.path
+_FOLDERS: list[Path] = []  # folders that importable() has added to sys.path
 
 
 def variants_in(folder: Path) -> list[str]:
-    """Return `FILE.py:VARIANT` of every variant of every experiment file in a folder, in order.
+    """Return `FILE.py:VARIANT` for every variant of every experiment file in a folder, in order.
 
-    A file without VARIANTS is one experiment, `FILE.py`; a file without get_config is none.
+    A file without VARIANTS is one experiment, `FILE.py`; one without get_config is skipped.
 
     Raises:
-        UserError: the folder holds no experiment file, or one that fails.
+        UserError: the folder has no experiment files, or one of them fails.
     """
     specs = []
     for file in sorted(folder.glob("*.py")):
@@ -40,11 +40,11 @@ def variants_in(folder: Path) -> list[str]:
 
 
 def importable(folder: Path) -> None:
-    """Let `import` find the modules of a folder, after those that are installed.
+    """Make the modules of a folder importable, after installed packages.
 
-    The folder of an experiment file stays importable, because plug-ins may import later, and so
-    may processes that tokenize. Modules of the same name from the folder of another experiment
-    file are forgotten.
+    The folder stays on sys.path, because plug-ins and tokenization workers may import from it
+    later. Modules of the same name that came from another experiment's folder are removed from
+    sys.modules.
     """
     folder = folder.resolve()
     others = [other for other in _FOLDERS if other != folder]
@@ -52,7 +52,7 @@ def importable(folder: Path) -> None:
     here = {top for top in tops if (folder / f"{top}.py").is_file() or (folder / top).is_dir()}
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
-        if top in here and any(_lies_in(module, other, top) for other in others):
+        if top in here and any(_is_inside(module, other, top) for other in others):
             del sys.modules[name]
     if folder in _FOLDERS:
         _FOLDERS.remove(folder)
@@ -63,16 +63,16 @@ def importable(folder: Path) -> None:
     importlib.invalidate_caches()
 
 
-def _lies_in(module: ModuleType, folder: Path, top: str) -> bool:
+def _is_inside(module: ModuleType, folder: Path, top: str) -> bool:
     file = Path(getattr(module, "__file__", None) or "").resolve()
     return file == folder / f"{top}.py" or folder / top in file.parents
 
 
 def execute(file: Path) -> ModuleType:
-    """Execute a Python file as a module of a name of its own.
+    """Execute a Python file as a module with a unique name.
 
     Raises:
-        UserError: the file does not exist, is no Python file, or fails.
+        UserError: the file does not exist, is not a Python file, or fails.
     """
     form = "an experiment file is FILE.py[:VARIANT], or a run's run.json"
     if file.is_dir():
@@ -97,10 +97,10 @@ def execute(file: Path) -> ModuleType:
 
 
 def error_in(file: Path, error: BaseException) -> UserError:
-    """Return what failed in the user's code, an exit too, as a UserError that says where.
+    """Convert an exception (or exit) of user code to a UserError with its location.
 
     Raises:
-        KeyboardInterrupt: it is one, of the user's.
+        KeyboardInterrupt: `error` is one.
     """
     if isinstance(error, KeyboardInterrupt):
         raise error

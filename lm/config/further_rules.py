@@ -1,7 +1,7 @@
-"""Rules of keys that few configurations set.
+"""Validation rules for rarely set keys.
 
-Lists of names, best checkpoints, profiles, canaries, ramps, rounded training, schedule-free
-learning.
+Covers lists of names, best checkpoints, profiles, canaries, ramps, quantization-aware training and
+schedule-free learning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lm.config.registry import config_value, listed
 
 
 def further_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong with what the module names; with other values of its keys nothing is."""
+    """Yield an error message for each violated rule; a config with default values violates none."""
     for registry in LISTS:
         (path,) = registry.keys_of_names
         chosen = config_value(config, path)

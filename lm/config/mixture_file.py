@@ -12,8 +12,8 @@
     web = 0.9
     books = 0.1
 
-Instead of a schedule each part may have a `weight`, or `epochs`; with none of them the parts are
-mixed by their tokens. A part that a step of the schedule does not name has no weight there.
+Instead of a schedule, each part may have a `weight` or `epochs`; with neither, parts are weighted
+by token count. A part that a schedule step does not name has weight 0 there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lm.config.registry import listing
 from lm.errors import UserError, nearest
 
 _TEXT, _NUMBER = (str,), (int, float)
-_OF_PART: dict[str, tuple[type, ...]] = {
+_PART_KEYS: dict[str, tuple[type, ...]] = {
     "source": _TEXT,
     "validation": _TEXT,
     "weight": _NUMBER,
@@ -38,7 +38,7 @@ _OF_PART: dict[str, tuple[type, ...]] = {
 
 
 def read_mixture(config: ConfigDict, file: str | Path) -> None:
-    """Set the keys of section `data` that a mixture file says: sources, weights, schedule.
+    """Set the keys of section `data` from a mixture file: sources, weights, schedule.
 
     Without `validation` in any part, `data.validation_source` stays as it is.
 
@@ -47,17 +47,17 @@ def read_mixture(config: ConfigDict, file: str | Path) -> None:
         file: TOML file; relative to the current folder.
 
     Raises:
-        UserError: the file is missing, or something in it is wrong.
+        UserError: the file is missing or invalid.
     """
     try:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"mixture {file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # of TOML, or of UTF-8
+    except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8
         raise UserError(f"mixture {file}: {error}") from error
     try:
         _fill(config.data, content)
-    except (UserError, OverflowError) as error:  # of a number of 400 digits
+    except (UserError, OverflowError) as error:  # OverflowError: a number of 400 digits
         raise UserError(f"mixture {file}: {error}") from error
 
 
@@ -67,34 +67,34 @@ def _fill(data: ConfigDict, content: Mapping[str, Any]) -> None:
     if not isinstance(parts, dict) or not parts:
         raise UserError("no parts: [parts.NAME] with a source")
     if "step" in parts:
-        raise UserError("part step: call it otherwise, the schedule has a key of that name")
+        raise UserError("a part cannot be named step: the schedule has a key of that name")
     for name, part in parts.items():
         if not isinstance(part, dict) or "source" not in part:
             raise UserError(f"part {name} has no source")
-        _require_known(part, _OF_PART, f"key of part {name}:")
+        _require_known(part, _PART_KEYS, f"key of part {name}:")
         for key, value in part.items():
-            if not isinstance(value, _OF_PART[key]) or isinstance(value, bool) or value == "":
+            if not isinstance(value, _PART_KEYS[key]) or isinstance(value, bool) or value == "":
                 raise UserError(f"part {name}: {key} = {value!r}")
     data.source = listing(part["source"] for part in parts.values())
     validation = [part["validation"] for part in parts.values() if "validation" in part]
     if validation:
         data.validation_source = listing(validation)
     data.weights, data.epochs = (
-        tuple(_of_all(parts, key) if any(key in part for part in parts.values()) else ())
+        tuple(_values_of(parts, key) if any(key in part for part in parts.values()) else ())
         for key in ("weight", "epochs")
     )
-    data.schedule = "; ".join(_knots(parts, schedule))
+    data.schedule = "; ".join(_knot_texts(parts, schedule))
 
 
-def _of_all(parts: Mapping[str, Mapping[str, Any]], key: str) -> Iterable[float]:
+def _values_of(parts: Mapping[str, Mapping[str, Any]], key: str) -> Iterable[float]:
     for name, part in parts.items():
         if key not in part:
             raise UserError(f"part {name} has no {key}, and others have")
         yield float(part[key])
 
 
-def _knots(parts: Mapping[str, Any], schedule: Any) -> Iterable[str]:
-    """Yield the knots as `data.schedule` has them."""
+def _knot_texts(parts: Mapping[str, Any], schedule: Any) -> Iterable[str]:
+    """Yield the schedule's knots in the text form of `data.schedule`."""
     if not isinstance(schedule, list) or not all(isinstance(knot, dict) for knot in schedule):
         raise UserError("the schedule is a list: [[schedule]] with a step and weights")
     for knot in schedule:

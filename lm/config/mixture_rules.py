@@ -1,4 +1,4 @@
-"""Mixtures of corpora: the text of `data.schedule`, and the rules between their keys."""
+"""Mixtures of corpora: parsing of `data.schedule` and validation of the mixture keys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from lm.config.registry import listed
 from lm.errors import UserError
 
-_LARGEST = 1e30  # weight or step; sums of many and their products with sizes stay finite
+_LARGEST = 1e30  # largest weight or step: sums and products with sizes stay finite
 
 
 class Knot(NamedTuple):
-    """Weights of all parts at a step, or at a row of their order."""
+    """Weights of all parts at a training step, or at a row index."""
 
     at: int
     weights: tuple[float, ...]
@@ -23,14 +23,14 @@ class Knot(NamedTuple):
 def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
     """Parse `data.schedule`: "STEP: WEIGHT WEIGHT …; STEP: …", linear in between.
 
-    Two knots of the same step are a sudden change.
+    Two knots at the same step make a step change.
 
     Args:
         text: the schedule; steps ascend.
         n_parts: number of sources.
 
     Returns:
-        The knots, of steps.
+        The knots, with `at` in steps.
 
     Raises:
         UserError: the schedule is wrong.
@@ -62,7 +62,7 @@ def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
 
 
 def mixture_problems(data: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong between the keys of a mixture.
+    """Yield an error message for each violated rule between mixture keys.
 
     Raises:
         UserError: `data.schedule` is wrong.

@@ -1,4 +1,4 @@
-"""Rules of models beyond a plain decoder: other families, positions, experts, windows, muP."""
+"""Validation rules for models beyond a plain decoder: families, positions, experts, muP."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def model_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong between the keys of section "model", and keys that depend on them.
+    """Yield an error message for each violated rule that involves section "model".
 
-    A model with the defaults of `FURTHER_MODEL_KEYS` (`rules.py`) breaks none of the rules.
+    A model with the defaults of `FURTHER_MODEL_KEYS` (`rules.py`) violates none of them.
     """
     parts = (_shape_rules, _audio_rules, _mixer_rules, _expert_rules, _window_rules, _mup_rules)
     for rules in parts:
@@ -168,7 +168,7 @@ def _mamba_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def rotary_width(model: Any) -> int:
-    """Return how many numbers of a head RoPE rotates.
+    """Return the number of dimensions per head that RoPE rotates.
 
     Args:
         model: section "model", or a TransformerConfig.
@@ -177,7 +177,7 @@ def rotary_width(model: Any) -> int:
 
 
 def rotary_problems(model: Any) -> Iterator[str]:
-    """Yield what is wrong between the keys of RoPE.
+    """Yield an error message for each violated rule between RoPE keys.
 
     Args:
         model: section "model", or a TransformerConfig.
@@ -243,7 +243,7 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def _group_problems(model: ConfigDict) -> Iterator[str]:
-    """Yield why experts cannot be chosen from groups."""
+    """Yield an error message for each violated rule of group-limited expert routing."""
     groups, chosen = model.expert_groups, model.expert_groups_per_token
     if not groups:
         return

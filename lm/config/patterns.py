@@ -1,4 +1,4 @@
-"""Keys that hold lists of regular expressions, by which parameters are selected and renamed."""
+"""Keys whose values are lists of regular expressions that select or rename parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.errors import UserError
 
 
 def pattern_problems(config: ConfigDict, keys: Iterable[str]) -> Iterator[str]:
-    """Yield what is wrong with the patterns in some keys, and the rules PATTERN=>…."""
+    """Yield an error message for each invalid pattern or PATTERN=>… rule in these keys."""
     for key in keys:
         section, _, name = key.partition(".")
         try:
@@ -27,10 +27,10 @@ def pattern_problems(config: ConfigDict, keys: Iterable[str]) -> Iterator[str]:
 
 
 def compile_patterns(key: str, text: str) -> list[re.Pattern]:
-    """Return the regular expressions in a list separated by commas.
+    """Compile a comma-separated list of regular expressions.
 
     Raises:
-        UserError: one is not a regular expression; the message names `key`.
+        UserError: an expression is invalid; the message names `key`.
     """
     found = []
     for part in listed(text):
@@ -44,7 +44,7 @@ def compile_patterns(key: str, text: str) -> list[re.Pattern]:
 
 
 def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
-    """Return patterns and replacements of `--config.init.rename`.
+    """Parse `--config.init.rename` into (pattern, replacement) pairs.
 
     Raises:
         UserError: a rule is not PATTERN=>NAME.
@@ -60,7 +60,7 @@ def rename_rules(text: str) -> list[tuple[re.Pattern, str]]:
 
 
 def rate_rules(text: str) -> list[tuple[str, float]]:
-    """Return patterns and factors of `--config.optimizer.rates`.
+    """Parse `--config.optimizer.rates` into (pattern, factor) pairs.
 
     Raises:
         UserError: a rule is not PATTERN=>FACTOR.
@@ -72,12 +72,12 @@ def rate_rules(text: str) -> list[tuple[str, float]]:
         except (re.error, ValueError) as error:
             raise UserError(f"--config.optimizer.rates: {rule!r}: {error}") from None
         if not 0 <= found[-1][1] < float("inf"):
-            raise UserError(f"--config.optimizer.rates: {rule!r}: expected a factor from 0 on")
+            raise UserError(f"--config.optimizer.rates: {rule!r}: expected a factor of at least 0")
     return found
 
 
 def _arrows(key: str, text: str, right: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each rule PATTERN=>`right` of a key, and its two sides."""
+    """Yield each rule PATTERN=>`right` of a key with its two sides."""
     for rule in listed(text):
         pattern, arrow, value = rule.partition("=>")
         if not arrow:

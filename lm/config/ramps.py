@@ -1,8 +1,8 @@
-"""Batch sizes and lengths of rows that change while a run trains: the text of their keys.
+"""Ramps of batch size and sequence length during training: parsing and validation.
 
 `data.batch_ramp` (GPT-3, Brown et al. 2020, §2.3: small batches first) and `data.length_ramp`
-(sequence-length warm-up, Li et al. 2022, arXiv 2108.06084: short rows first) are staircases
-"STEP: SIZE; STEP: SIZE; …", from step 0 to the sizes of `data.batch_size` and
+(sequence-length warm-up, Li et al. 2022, arXiv 2108.06084: short sequences first) are step
+functions "STEP: SIZE; STEP: SIZE; …", from step 0 up to `data.batch_size` and
 `data.sequence_length`.
 """
 
@@ -16,17 +16,17 @@ from ml_collections import ConfigDict
 from lm.config.registries import OBJECTIVES
 from lm.errors import UserError
 
-KEYS = {"batch_ramp": "batch_size", "length_ramp": "sequence_length"}  # of section "data"
+KEYS = {"batch_ramp": "batch_size", "length_ramp": "sequence_length"}  # in section "data"
 
 
 class Stage(NamedTuple):
-    """Batches from a step on.
+    """Stage of a ramp, with constant batch size and sequence length.
 
     Attributes:
-        step: its first step.
-        first_row: rows of all batches before it.
-        rows: rows of a batch.
-        length: tokens of a row.
+        step: first step of the stage.
+        first_row: number of rows in all earlier batches.
+        rows: batch size.
+        length: tokens per row.
     """
 
     step: int
@@ -36,10 +36,10 @@ class Stage(NamedTuple):
 
 
 def stages(data: ConfigDict) -> list[Stage]:
-    """Return the stages of the section "data", one at least, in order.
+    """Return the stages of section "data" in order; at least one.
 
     Raises:
-        UserError: a key is wrong.
+        UserError: a ramp key is invalid.
     """
     ramps = [_parse(data, name) for name in KEYS]
     found: list[Stage] = []
@@ -52,13 +52,13 @@ def stages(data: ConfigDict) -> list[Stage]:
 
 
 def rows_before(data: ConfigDict, step: int) -> int:
-    """Return how many rows the batches before a step have."""
+    """Return the number of rows in all batches before a step."""
     last = next(stage for stage in reversed(stages(data)) if stage.step <= step)
     return last.first_row + (step - last.step) * last.rows
 
 
 def full_rows(data: ConfigDict, steps: int) -> float:
-    """Return how many rows of the full length hold the tokens of the batches before a step."""
+    """Return the tokens before a step, in units of full-length rows."""
     found = stages(data)
     ends = [*(stage.step for stage in found[1:]), steps]
     sizes = (
@@ -69,7 +69,7 @@ def full_rows(data: ConfigDict, steps: int) -> float:
 
 
 def _parse(data: ConfigDict, name: str) -> list[tuple[int, int]]:
-    """Return the steps and sizes of a ramp; a single one where there is none."""
+    """Return the (step, size) pairs of a ramp; a single pair without a ramp."""
     largest, text = data[KEYS[name]], data[name]
     where = f"--config.data.{name}={text!r}"
     found: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ def _parse(data: ConfigDict, name: str) -> list[tuple[int, int]]:
         if not 1 <= n <= largest:
             raise UserError(f"{where}: {n} is not 1 to --config.data.{KEYS[name]}={largest}")
         if at <= found[-1][0] if found else at:
-            raise UserError(f"{where}: steps ascend from 0, and {at} does not")
+            raise UserError(f"{where}: steps must ascend from 0, but {at} does not")
         found.append((at, n))
     if not found or found[-1][1] != largest:
         raise UserError(f"{where}: the last size must be --config.data.{KEYS[name]}={largest}")
@@ -90,10 +90,10 @@ def _parse(data: ConfigDict, name: str) -> list[tuple[int, int]]:
 
 
 def ramp_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong between a ramp and other keys.
+    """Yield an error message for each conflict between a ramp and other keys.
 
     Raises:
-        UserError: the text of a ramp is wrong.
+        UserError: the ramp is invalid.
     """
     data, train = config.data, config.train
     given = [name for name in KEYS if data[name]]

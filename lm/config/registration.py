@@ -1,4 +1,4 @@
-"""Registration of plug-ins: their names, and configuration keys of their own, are checked."""
+"""Registration of plug-ins: validation of their names and configuration keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def registering(
     registry: Registry, name: str, options: type | None, objectives: tuple[str, ...]
 ) -> Callable[[T], T]:
-    """Return the decorator of `Registry.register`, whose arguments these are."""
+    """Return the decorator for `Registry.register`, which passes its arguments on."""
     check_name(registry, name)
 
     def add(target: T) -> T:
@@ -45,13 +45,13 @@ def registering(
 
 
 def check_name(registry: Registry, name: str) -> None:
-    """Raise UserError unless a name is well formed."""
+    """Raise UserError if a name is malformed."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"{registry.kind} {name!r}: a name is made of a-z, 0-9 and _")
 
 
 def check_entry(registry: Registry, name: str, entry: Entry) -> None:
-    """Raise UserError if the name of a new entry, or a key of its options, is taken or wrong."""
+    """Raise UserError if an entry's name, or a key of its options, is taken or invalid."""
     old = registry.entries.get(name)
     if old is not None and old.plugin != entry.plugin:
         owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
@@ -66,7 +66,7 @@ def check_entry(registry: Registry, name: str, entry: Entry) -> None:
         if key is None:
             raise UserError(f"{shown}: declare {field.name} by option(DEFAULT, HELP)")
         if key.type not in (int, float, bool, str, tuple):
-            raise UserError(f"{shown}: {field.name}={key.default!r} has no type of a key")
+            raise UserError(f"{shown}: {field.name}={key.default!r} is of a type no key can have")
     own = old.keys_added() if old else {}
     for path in entry.keys_added():
         taken = "" if path in own or not registry.schema else _taken(registry.schema, path)
@@ -75,7 +75,7 @@ def check_entry(registry: Registry, name: str, entry: Entry) -> None:
 
 
 def _taken(schema: Schema, path: str) -> str:
-    """Return the key or section that a new key would collide with, or ""."""
+    """Return the existing key or section that a new key collides with, or ""."""
     parts = path.split(".")
     sections = (".".join(parts[:n]) for n in range(1, len(parts)))
     collides = path in schema or schema.is_section(path)

@@ -1,8 +1,8 @@
-"""Keys, registries and schema: from a name in the configuration to a class and the keys it adds.
+"""Keys, registries and schema: map names in the configuration to classes and their options.
 
-One registry exists for each kind of thing that users add (`lm/config/registries.py`). An entry of
-the library names its class as "module:attribute", so that reading a configuration imports no JAX.
-A plug-in, a Python file that a configuration file imports, registers the class itself:
+Each kind of extensible component has one registry (`lm/config/registries.py`). Library entries
+name their class as "module:attribute", so reading a configuration imports no JAX.
+A plug-in (a Python file that an experiment file imports) registers the class itself:
 
     from lm.config.registry import option
     from lm.config.registries import OBJECTIVES
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from lm.errors import UserError, nearest
 
 T = TypeVar("T")
-LARGEST_INTEGER = 2**28  # sizes and steps are 32-bit in compiled programs
+LARGEST_INTEGER = 2**28  # sizes and steps must fit 32-bit integers in compiled programs
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Key:
     """Configuration key: default value, meaning and range.
 
     Attributes:
-        default: default value; its type is the key's: int, float, bool, str or tuple of numbers.
+        default: default value; its type (int, float, bool, str or tuple of numbers) is the key's.
         help: one sentence for `lm config --keys`.
         low: smallest value, inclusive.
         high: largest value, inclusive.
         choices: allowed values; (): any.
-        free: may differ between two starts of the same run, because it changes how the run is
-            executed and not what it learns.
-        needs: another key, and the values of it with which this key has an effect; no values: all
-            but its default. (): the key always has one.
+        free: may change when a run is resumed: it affects how the run is executed, not what it
+            learns.
+        needs: another key and its values for which this key has an effect; no values: any but its
+            default. (): always.
     """
 
     default: Any
@@ -63,14 +63,14 @@ class Key:
         return type(self.default)
 
     def type_name(self) -> str:
-        """Return the values that are allowed, for messages."""
+        """Describe the allowed values, for error messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
         return names.get(self.type, "numbers separated by commas")
 
     def parse(self, text: str) -> Any:
-        """Return the value of a text; ValueError or KeyError if it is not of the key's type."""
+        """Parse a value from text; raises ValueError or KeyError if it has another type."""
         kind = self.type
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -79,7 +79,7 @@ class Key:
         return int(text.replace("_", "")) if kind is int else kind(text)
 
     def problem(self, value: Any) -> str:
-        """Return what is wrong with a value, the end of a message, or ""."""
+        """Return the end of an error message if a value is invalid, else ""."""
         kind = self.type
         right_type = {
             float: isinstance(value, int | float) and not isinstance(value, bool),
@@ -106,10 +106,10 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     Args:
         default: default value; its type is the key's.
         help: one sentence for `lm config --keys`.
-        **limits: the other fields of `Key`: low, high, choices, free, needs.
+        **limits: further fields of `Key`: low, high, choices, free, needs.
 
     Returns:
-        The dataclass field.
+        Dataclass field.
     """
     return dataclasses.field(default=default, metadata={"key": Key(default, help, **limits)})
 
@@ -124,17 +124,17 @@ class Entry:
     """Entry of a registry.
 
     Attributes:
-        target: the class or function, or "module:attribute".
+        target: class or function, or "module:attribute".
         options: dataclass of the keys that the entry adds (fields by `option`), or None.
-        section: section of the configuration that holds those keys.
-        shared_with: names of further entries that use those keys.
-        plugin: file that registered the entry, "" for those of the library.
-        module: module that registered the entry, "" for those of the library.
-        families: of an objective: model families that it trains.
-        columns: of an objective: record columns that it needs; () if it learns from documents.
-        has_prefix: of an objective: the decoder attends to a prefix in both directions.
-        predicts_every_token: of an objective: every token of the text is a target once.
-        objectives: of a model family: further objectives that train it.
+        section: configuration section of those keys.
+        shared_with: names of other entries that use the same keys.
+        plugin: file that registered the entry; "" for library entries.
+        module: module that registered the entry; "" for library entries.
+        families: of an objective: model families that it can train.
+        columns: of an objective: record columns that it needs; () if it trains on documents.
+        has_prefix: of an objective: the decoder attends bidirectionally to a prefix.
+        predicts_every_token: of an objective: every token is a target exactly once.
+        objectives: of a model family: additional objectives that can train it.
         forms: of a data source or tokenizer: NAME or NAME:ARGUMENT; (): both are allowed.
         holds: of a data source: "documents", "records" or both.
     """
@@ -159,7 +159,7 @@ class Entry:
 
 
 class Registry(Mapping[str, Any]):
-    """Mapping from names to classes or functions, resolved on first use."""
+    """Mapping from names to classes or functions, imported on first use."""
 
     def __init__(
         self,
@@ -169,15 +169,15 @@ class Registry(Mapping[str, Any]):
         entries: Mapping[str, Entry],
         is_choice: bool = True,
     ):
-        """Create the registry of one kind.
+        """Create a registry for one kind of component.
 
         Args:
             kind: noun for messages, such as "objective".
-            keys: configuration keys whose values are names of this registry.
-            section: section of an entry's options, in which {name} stands for the entry's name.
-            entries: entries of the library.
-            is_choice: the value of a key is one name; otherwise a list of NAME or NAME:ARGUMENT,
-                separated by commas.
+            keys: configuration keys whose values are names in this registry.
+            section: section of an entry's options; {name} is replaced by the entry's name.
+            entries: library entries.
+            is_choice: whether a key holds one name, rather than a comma-separated list of NAME or
+                NAME:ARGUMENT.
         """
         self.kind, self.keys_of_names, self.section = kind, keys, section
         self.is_choice = is_choice
@@ -185,8 +185,8 @@ class Registry(Mapping[str, Any]):
             name: dataclasses.replace(entry, section=section.format(name=name))
             for name, entry in entries.items()
         }
-        self.version = 0  # counts registrations
-        self.schema: Schema | None = None  # of which this registry is part
+        self.version = 0  # number of registrations
+        self.schema: Schema | None = None  # set by the schema that contains this registry
 
     def register(
         self, name: str, *, options: type | None = None, objectives: tuple[str, ...] = ()
@@ -194,12 +194,12 @@ class Registry(Mapping[str, Any]):
         """Return a decorator that registers a class or function under `name`.
 
         Args:
-            name: value of the configuration key that chooses the class.
-            options: dataclass of the configuration keys that it adds, fields made by `option`.
-            objectives: of a model family: objectives of the library that train it.
+            name: value of the configuration key that selects the class.
+            options: dataclass of its configuration keys, with fields made by `option`.
+            objectives: of a model family: library objectives that can train it.
 
         Raises:
-            UserError: the name, or a key of the options, is taken or not well formed.
+            UserError: the name, or a key of the options, is taken or malformed.
         """
         from lm.config.registration import registering
 
@@ -225,17 +225,17 @@ class Registry(Mapping[str, Any]):
         return name in self.entries
 
     def unknown(self, name: str) -> str:
-        """Return the error message for an unknown name: the nearest one and all that are known."""
+        """Return the error message for an unknown name, with the closest match."""
         near = difflib.get_close_matches(name, self.entries, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown {self.kind} {name!r}{hint} (known: {', '.join(self.entries)})"
 
     def is_used(self, name: str, config: Mapping[str, Any]) -> bool:
-        """Return whether a configuration uses a name of this registry."""
+        """Return whether a configuration uses this entry."""
         return name in self.names_in(config)
 
     def names_in(self, config: Mapping[str, Any]) -> list[str]:
-        """Return the names that a configuration uses, in lists of NAME or NAME:ARGUMENT."""
+        """Return the names that a configuration uses, without their arguments."""
         values = (config_value(config, key) for key in self.keys_of_names)
         parts = (part for value in values for part in str(value).split(","))
         return [part.partition(":")[0].strip() for part in parts]
@@ -251,7 +251,7 @@ class Registry(Mapping[str, Any]):
 
 
 def config_value(config: Mapping[str, Any], path: str) -> Any:
-    """Return the value of a dotted path; an empty dictionary where it leads to none."""
+    """Return the value at a dotted path; {} if the path does not exist."""
     value: Any = config
     for part in path.split("."):
         value = value.get(part, {})
@@ -259,30 +259,30 @@ def config_value(config: Mapping[str, Any], path: str) -> Any:
 
 
 def listed(text: str) -> list[str]:
-    r"""Return the parts of a list separated by commas; "\," is a comma within a part."""
+    r"""Split a comma-separated list; "\," is a literal comma."""
     parts = (part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text))
     return [part for part in parts if part]
 
 
 def listing(parts: Iterable[str]) -> str:
-    r"""Return the text of which `listed` makes these parts, if there is one.
+    r"""Join parts into a comma-separated list that `listed` splits again.
 
-    Parts that are empty or have white space at an end have none. A space after a part that ends in
-    a backslash keeps it from the comma.
+    Empty parts and parts with leading or trailing white space do not survive the round trip. A part
+    that ends in a backslash gets a trailing space, so that it does not escape the comma.
     """
     ends = ((part.replace(",", r"\,"), part.endswith("\\")) for part in parts)
     return ",".join(f"{part} " if is_open else part for part, is_open in ends)
 
 
 class Schema(Mapping[str, Key]):
-    """Keys by dotted path: those in common, and the options of what is registered at the moment."""
+    """Configuration keys by dotted path: common keys, and the options of all registered entries."""
 
     def __init__(self, common: Mapping[str, Key], registries: tuple[Registry, ...]):
         """Create the schema.
 
         Args:
-            common: keys that do not belong to one entry of a registry.
-            registries: all registries; they check new options against this schema.
+            common: keys that do not belong to a registry entry.
+            registries: all registries; they validate new options against this schema.
         """
         self._common, self._registries = common, registries
         self._keys: dict[str, Key] = {}
@@ -306,15 +306,15 @@ class Schema(Mapping[str, Key]):
         return len(self._current())
 
     def is_section(self, path: str) -> bool:
-        """Return whether keys lie below `path`."""
+        """Return whether any key starts with `path` and a dot."""
         return any(known.startswith(f"{path}.") for known in self)
 
     def plugins(self) -> list[dict[str, Any]]:
-        """Return the plug-ins that this process has imported, for a run to remember.
+        """Return the imported plug-ins, to be recorded in run.json.
 
         Returns:
-            One dictionary for each file: "file" (absolute path), "module" (name it was imported
-            by) and "registers" (names by kind).
+            One dictionary per file: "file" (absolute path), "module" (name it was imported by) and
+            "registers" (names by kind).
         """
         plugins: dict[str, dict[str, Any]] = {}
         for registry in self._registries:

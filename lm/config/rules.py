@@ -1,4 +1,4 @@
-"""Rules between configuration keys: values that exclude or need each other."""
+"""Validation rules between configuration keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lm.config.registry import Registry, listed
 
 # Values of --config.model.positions that add a bias to attention scores.
 POSITION_BIASES = ("relative", "alibi", "disentangled")
-# Keys whose defaults keep all rules of `further_rules.py` and of `model_rules.py`, and those that
-# hold regular expressions.
+# Keys that trigger `further_rules.py` and `model_rules.py` when they are not at their defaults, and
+# keys that hold regular expressions.
 FURTHER_KEYS = (
     *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision"),
     *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp"),
@@ -29,19 +29,19 @@ PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", 
 
 
 def broken_rules(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong between the keys of a configuration, each of which is valid by itself."""
+    """Yield an error message for each violated rule; each value must already be valid by itself."""
     for rules in RULES:
         yield from rules(config)
 
 
 def _changed(config: ConfigDict, keys: Iterable[str]) -> bool:
-    """Return whether a key has another value than its default."""
+    """Return whether any of these keys differs from its default."""
     parts = ((key, *key.split(".")) for key in keys)
     return any(config[section][name] != SCHEMA[key].default for key, section, name in parts)
 
 
 def families_of(objective: str) -> tuple[str, ...]:
-    """Return the model families that an objective trains."""
+    """Return the model families that an objective can train."""
     further = (name for name, entry in MODELS.entries.items() if objective in entry.objectives)
     return tuple(dict.fromkeys((*OBJECTIVES.entries[objective].families, *further)))
 
@@ -160,9 +160,9 @@ def _source_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def data_problems(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong with the sources of a configuration that is going to read them.
+    """Yield an error message for each invalid data source of a configuration that will read data.
 
-    These are no rules of every configuration: a model can be planned or exported without data.
+    Kept apart from `broken_rules`: a model can be planned or exported without data.
     """
     needed = "records" if OBJECTIVES.entries[config.objective.name].columns else "documents"
     if not listed(config.data.source):
@@ -177,12 +177,12 @@ def data_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
-    """Return what is wrong with NAME or NAME:ARGUMENT, or "".
+    """Return an error message if NAME or NAME:ARGUMENT is invalid, else "".
 
     Args:
         registry: SOURCES or TOKENIZERS.
-        spec: value of a key, or part of it.
-        needed: "documents" or "records" if a source has to hold them.
+        spec: one source or tokenizer.
+        needed: "documents" or "records" if the source must provide them.
     """
     name, _, argument = spec.partition(":")
     fitting = {n: e for n, e in registry.entries.items() if not needed or needed in e.holds}
@@ -194,7 +194,7 @@ def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
 
 
 def tiled_attention_problem(config: ConfigDict) -> str:
-    """Return the setting that keeps the "tiled" attention kernel from running, or ""."""
+    """Return the setting that rules out the "tiled" attention kernel, or ""."""
     model, objective = config.model, config.objective.name
     if model.family != "decoder" or OBJECTIVES.entries[objective].has_prefix:
         return f"--config.model.family={model.family} and --config.objective.name={objective}"

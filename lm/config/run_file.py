@@ -1,8 +1,8 @@
-"""run.json of a saved run, and its plug-ins: the files that registered what it uses.
+"""Reading of run.json, and import of the plug-ins that the run uses.
 
 A plug-in is a Python file, imported by an experiment file, that registers classes
-(`lm/config/registry.py`). run.json remembers the imported ones (`Schema.plugins`), and reading
-it imports them again.
+(`lm/config/registry.py`). run.json records the imported ones (`Schema.plugins`); reading it
+imports them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lm.storage import AnyPath, read_json
 
 
 def read_run_json(file: AnyPath) -> dict[str, Any]:
-    """Return the content of a run.json, which has "config" at least; imports its plug-ins."""
+    """Read a run.json and import its plug-ins; the result has at least "config"."""
     try:
         run = read_json(file)
     except FileNotFoundError:
@@ -37,14 +37,14 @@ def read_run_json(file: AnyPath) -> dict[str, Any]:
 
 
 def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    """Import the plug-ins of a run again, unless they are imported already.
+    """Import the plug-ins of a run unless they are already imported.
 
     Args:
-        plugins: as `Schema.plugins` returns.
-        config: the run's configuration. A plug-in that it does not use may be missing.
+        plugins: as returned by `Schema.plugins`.
+        config: configuration of the run. Plug-ins that it does not use may be missing.
 
     Raises:
-        UserError: a file does not exist or fails, or does not register a name any more.
+        UserError: a file does not exist or fails, or no longer registers a name.
     """
     for plugin in plugins:
         file = Path(plugin["file"])
@@ -70,7 +70,7 @@ def import_plugins(plugins: Iterable[Mapping[str, Any]], config: Mapping[str, An
             raise error_in(file, error) from error
         for registry, name in used:
             if name not in registry:
-                raise UserError(f"{file} does not register the {registry.kind} {name!r} any more")
+                raise UserError(f"{file} no longer registers the {registry.kind} {name!r}")
 
 
 def _is_from(file: Path, registry: Registry, name: str) -> bool:
@@ -79,7 +79,7 @@ def _is_from(file: Path, registry: Registry, name: str) -> bool:
 
 
 def _import(file: Path, module: str) -> None:
-    """Import a file under the module's name that it was imported by, if that still leads there."""
+    """Import a file under its original module name, or execute it if that name fails."""
     path = file.parent if file.name == "__init__.py" else file.with_suffix("")
     parts = module.split(".")
     if list(path.parts[-len(parts) :]) != parts:

@@ -6,8 +6,8 @@ import difflib
 import re
 from collections.abc import Collection
 
-# Our keys, and the last part of names of Hugging Face, nanoGPT, MaxText, Levanter, Megatron-LM, T5X
-# and PyTorch, in lower case and without underscores.
+# Key → names in Hugging Face, nanoGPT, MaxText, Levanter, Megatron-LM, T5X and PyTorch (last part,
+# in lower case, without underscores).
 NAMES = {
     "optimizer.learning_rate": "lr peaklr maxlr baselr stepsize peaklearningrate maxlearningrate "
     "baselearningrate",
@@ -123,10 +123,10 @@ _OURS = {name: path for path, names in NAMES.items() for name in names.split()}
 
 
 def suggested_keys(path: str, known: Collection[str]) -> list[str]:
-    """Return the known keys that an unknown one may stand for, the likeliest first; perhaps none.
+    """Return suggestions for an unknown key, most likely first; may be empty.
 
-    Keys of the same name in another section come first, then those that other codebases call so,
-    then the key of the most similar name.
+    Keys with the same last part come first, then keys that other codebases call so, then the most
+    similar name.
     """
     plain = [part.lower().replace("-", "_") for part in path.split(".")]
     last = plain[-1]

@@ -18,7 +18,7 @@ from lm.models.variables import Params, flat
 _LOOK_AHEAD = 100  # batches
 
 
-def doubts(experiment: Experiment, stores: Sequence[Store]) -> Iterator[str]:
+def likely_mistakes(experiment: Experiment, stores: Sequence[Store]) -> Iterator[str]:
     """Yield what is probably not meant in a run that can be trained.
 
     Args:

@@ -97,9 +97,9 @@ def train(
         data, n_tokens = config.data, sum(store.n_tokens for store in dataset.train)
         few = n_tokens <= data.batch_size * (data.sequence_length + data.target_length)
         if few or not experiment.steps.schedule(config.train.steps - 1):
-            from lm.training.diagnosis import doubts
+            from lm.training.diagnosis import likely_mistakes
 
-            for line in doubts(experiment, dataset.train):
+            for line in likely_mistakes(experiment, dataset.train):
                 log(f"note: {line}")
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
         state, first_row = _restore(experiment, dataset.tokenizer, workdir, checkpoints, log)

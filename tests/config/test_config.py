@@ -246,7 +246,7 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
         (
             "from lm.config import choose\ndef get_config():\n"
             "    return choose({'a': 1, 'b': 2}, 'c')\n",
-            r"experiment\.py: unknown variant 'c'; there are a, b",
+            r"experiment\.py: unknown variant 'c' \(known: a, b\)",
         ),
     ],
 )

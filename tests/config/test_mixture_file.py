@@ -46,7 +46,7 @@ def test_validation_data_of_the_experiment_file_stay(tmp_path):
         (f"a = {'[' * 10000}", "recursion"),
         (f"{WEB}weight = {'9' * 400}", "too large"),
         ("[parts.web]\nsource = ''", "part web: source = ''"),
-        ("[parts.step]\nsource = 'stdlib'", "part step: call it otherwise"),
+        ("[parts.step]\nsource = 'stdlib'", "a part cannot be named step"),
         ("[part.web]\nsource = 'stdlib'", "unknown key part; did you mean parts"),
         ("[parts.web]\nweight = 1", "part web has no source"),
         (f"{WEB}wieght = 1", "did you mean weight"),

@@ -249,7 +249,7 @@ def test_a_plugin_that_lost_its_name_is_one_line(folder, tmp_path, capsys):
     forget_plugins()
     write(folder, "")
     line = error_of(capsys, "config", "--config", tmp_path / "run.json")
-    assert "does not register the model family 'gain' any more" in line
+    assert "no longer registers the model family 'gain'" in line
 
 
 # --- where files lie

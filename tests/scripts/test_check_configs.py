@@ -40,5 +40,7 @@ def test_an_override_of_a_section_that_the_file_removed_is_one_line(tmp_path, li
     file = tmp_path / "removed.py"
     body = f"  c = default()\n  with c.unlocked(), c.ignore_type(): {line}\n  return c\n"
     file.write_text(f"from lm.config import default\ndef get_config():\n{body}")
-    with pytest.raises(UserError, match=r"adamw.b1: the configuration lacks the section"):
+    with pytest.raises(
+        UserError, match=r"adamw.b1: the configuration does not have this key's section"
+    ):
         load_config(str(file), {"optimizer.adamw.b1": "0.5"})

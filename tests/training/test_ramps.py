@@ -93,8 +93,8 @@ def test_cost_counts_the_tokens_of_the_ramps(ramped_config):
     ("changes", "words"),
     [
         ({"data.batch_ramp": "0: 2; 5"}, "expected STEP: SIZE, not '5'"),
-        ({"data.batch_ramp": "1: 2; 6: 8"}, "steps ascend from 0, and 1 does not"),
-        ({"data.batch_ramp": "0: 2; 6: 4; 6: 8"}, "steps ascend from 0, and 6 does not"),
+        ({"data.batch_ramp": "1: 2; 6: 8"}, "steps must ascend from 0, but 1 does not"),
+        ({"data.batch_ramp": "0: 2; 6: 4; 6: 8"}, "steps must ascend from 0, but 6 does not"),
         ({"data.batch_ramp": "0: 2; 6: 4"}, "the last size must be --config.data.batch_size=8"),
         ({"data.batch_ramp": "0: 9; 6: 8"}, "9 is not 1 to --config.data.batch_size=8"),
         ({"data.length_ramp": ";"}, "the last size must be --config.data.sequence_length=16"),
