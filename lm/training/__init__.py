@@ -1,4 +1,4 @@
-"""Training of a run: the loop, warm starts, metrics, and the monitoring of the process.
+"""Training: the loop, warm starts, metrics and process monitoring.
 
 Read `trainer` (from a configuration to a finished run), then `monitor`. Public: `trainer.train`.
 """

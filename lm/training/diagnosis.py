@@ -1,4 +1,4 @@
-"""Causes of training that is in doubt or cannot go on: no rate, nothing to learn, not finite."""
+"""Diagnosis of training that cannot make progress: zero rate, no targets, non-finite values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOK_AHEAD = 100  # batches
 
 
 def likely_mistakes(experiment: Experiment, stores: Sequence[Store]) -> Iterator[str]:
-    """Yield what is probably not meant in a run that can be trained.
+    """Yield a warning for each setting of a valid run that is probably a mistake.
 
     Args:
         experiment: experiment of the run.
@@ -27,7 +27,7 @@ def likely_mistakes(experiment: Experiment, stores: Sequence[Store]) -> Iterator
     """
     config, rate = experiment.config, experiment.steps.schedule
     steps, size = config.train.steps, config.data.batch_size
-    # Step t, from 0, uses rate(t); at the last steps it does not rise.
+    # Step t, from 0, uses rate(t); the rate does not rise in the last steps.
     first = bisect_left(range(steps), True, key=lambda t: not rate(t)) if not rate(steps - 1) else 0
     if 0 < first < steps:
         yield (
@@ -47,22 +47,22 @@ def likely_mistakes(experiment: Experiment, stores: Sequence[Store]) -> Iterator
 def require_learning(
     values: Mapping[str, float], experiment: Experiment, params: Params, batches: Batches
 ) -> None:
-    """Raise UserError if the first step had no rate, or no gradient and later ones have none.
+    """Raise UserError if the first step had no learning rate, or if no batch has a gradient.
 
     Args:
-        values: metrics of the step.
+        values: metrics of the first step.
         experiment: experiment of the run.
-        params: its parameters.
-        batches: batches of the run.
+        params: parameters of the run.
+        batches: training batches.
     """
     if not values["learning_rate"]:
         raise UserError(
-            "the learning rate of the first step is 0, so that nothing would be learned: set "
+            "the learning rate of the first step is 0, so nothing would be learned: set "
             "--config.optimizer.learning_rate above; lm eval measures without training"
         )
     if values["target_tokens"]:
         raise UserError(
-            "the gradient of the first step is 0, so that nothing would be learned: look for zeros "
+            "the gradient of the first step is 0, so nothing would be learned: look for zeros "
             "that multiply the model (--config.model.init_std, softcap or scale keys, "
             "--config.lora.alpha), a single class, or frozen parameters"
         )
@@ -74,24 +74,24 @@ def require_learning(
             if sums.weight.sum() > 0:
                 return
     raise UserError(
-        f"the first {_LOOK_AHEAD} batches hold no target, so that nothing would be learned: no "
-        "token of the data is to be predicted (documents of one token under "
-        "--config.data.isolate_documents, prompts that fill --config.data.sequence_length, words "
-        "that --config.objective.subsample drops)"
+        f"the first {_LOOK_AHEAD} batches have no targets, so nothing would be learned: no token "
+        "is to be predicted (documents of one token under --config.data.isolate_documents, prompts "
+        "that fill --config.data.sequence_length, words that --config.objective.subsample "
+        "drops)"
     )
 
 
 def nonfinite_message(
     step: int, values: Mapping[str, float], params: Params, weight_decay: float, saved_at: int
 ) -> str:
-    """Return what was not finite and what to do about it.
+    """Return an error message that says which values are not finite and what to do.
 
     Args:
-        step: number of the first step that was left out.
-        values: its metrics.
+        step: first step that was skipped.
+        values: metrics of that step.
         params: parameters of the run.
         weight_decay: `optimizer.weight_decay`.
-        saved_at: step whose state was saved.
+        saved_at: step of the saved state.
     """
     bad = [path for path, x in flat(params).items() if not _is_finite(x)]
     what = "gradient" if jnp.isfinite(values["loss"]) else "loss"

@@ -1,4 +1,4 @@
-"""Files that earlier starts of a run have left: its clock and the lines of its metrics."""
+"""Recovery of files from earlier starts of a run: clock and metrics."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lm.storage import parse_json, read_json
 def read_clock(
     file: Path, parts: Iterable[str]
 ) -> tuple[dict[str, float], int, int, int, dict[int, int]] | None:
-    """Read clock.json, with the seconds of `parts`; a damaged one is named on stderr.
+    """Read clock.json with the seconds of `parts`; report a damaged file on stderr.
 
     Returns:
-        Seconds by part, steps computed, starts, step at which the clock began, and log periods as
-        in `Clock`; None if it is damaged.
+        Seconds by part, steps computed, starts, step at which the clock began, and log periods (see
+        `Clock`); None if the file is damaged.
     """
     try:
         before = read_json(file)
@@ -33,18 +33,18 @@ def read_clock(
             return seconds, steps, starts, first_step, dict(sorted(periods.items()))
     except (UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
         pass
-    print(f"{file} is damaged: the clock of the run begins anew", file=sys.stderr, flush=True)
+    print(f"{file} is damaged: the clock of the run restarts", file=sys.stderr, flush=True)
     return None
 
 
 def keep_good_lines(file: Path, last_step: int, log_periods: Mapping[int, int]) -> list[bytes]:
-    """Drop the lines of metrics.jsonl that are damaged, or of steps after the last one.
+    """Drop lines of metrics.jsonl that are damaged or belong to steps after the last one.
 
-    Damage, and steps that miss by the log periods, are named on stderr; the file with damage is
-    kept as metrics.jsonl.damaged.
+    Damage, and steps missing according to the log periods, are reported on stderr; a damaged file
+    is kept as metrics.jsonl.damaged.
 
     Returns:
-        The lines of the last step.
+        Lines of the last step.
     """
     kept, damage = _good_lines(file, last_step, log_periods)
     if damage:
@@ -61,7 +61,7 @@ def keep_good_lines(file: Path, last_step: int, log_periods: Mapping[int, int]) 
 def _good_lines(
     file: Path, last_step: int, log_periods: Mapping[int, int]
 ) -> tuple[list[tuple[int, bytes]], str]:
-    """Return the undamaged lines up to a step with their steps, and what is damaged, "" if not."""
+    """Return the valid lines up to a step, with their steps, and a description of damage or ""."""
     if not file.is_file():
         return [], f"it is missing, with steps 1 to {last_step}" if last_step else ""
     *lines, _ = file.read_bytes().split(b"\n")
@@ -84,7 +84,7 @@ def _good_lines(
 
 
 def _gaps(found: set[int], last_step: int, log_periods: Mapping[int, int]) -> list[str]:
-    """Return the ranges of steps that were logged, by the periods of the starts, and miss."""
+    """Return the ranges of steps that should have been logged but are missing."""
     starts = [(start, period) for start, period in log_periods.items() if start < last_step]
     stops = [start for start, _ in starts[1:]] + [last_step]
     logged = [

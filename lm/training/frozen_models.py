@@ -1,4 +1,4 @@
-"""Parameters of the frozen models beside a new run: copied from its own, or loaded from a run."""
+"""Initialization of a run's frozen models: copied from its parameters or loaded from a run."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lm.train_step import TrainState
 def with_frozen_models(
     experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
 ) -> TrainState:
-    """Return the state before the first step with the parameters of its frozen models.
+    """Return the initial state with the parameters of its frozen models.
 
     Args:
         experiment: the experiment.
-        state: its state, whose other parameters are those to start from.
-        tokenizer: its tokenizer.
-        log: receives a line for each that is loaded.
+        state: initial state with all other parameters set.
+        tokenizer: tokenizer of the run.
+        log: called with a line for each loaded model.
 
     Raises:
-        UserError: a teacher cannot be loaded, or has another vocabulary.
+        UserError: a teacher cannot be loaded, or has a different vocabulary.
     """
     params = state.params
     frozen = dict(params.get(FROZEN, {}))
     if REFERENCE in frozen:
         if not experiment.config.init["from"]:
-            log("note: the reference is a fresh model; --config.init.from=RUN starts from a run")
+            log("note: the reference is untrained; --config.init.from=RUN starts from a run")
         jax.tree.map(lambda x: x.delete(), frozen[REFERENCE])
         own = {name: params[name] for name in frozen[REFERENCE]}
         frozen[REFERENCE] = jax.tree.map(jnp.copy, own)
@@ -46,7 +46,7 @@ def with_frozen_models(
 
 
 def _teacher(experiment: Experiment, fresh: Params, tokenizer: Tokenizer, log: Log) -> Params:
-    """Return the parameters of `objective.teacher`, which take the place of fresh ones."""
+    """Return the parameters of `objective.teacher`."""
     place = experiment.config.objective.teacher
     checkpoints = saved_checkpoints(resolve_path(place), log)
     theirs = checkpoints[0].metadata["fingerprint"]["tokenizer"]

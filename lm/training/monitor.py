@@ -21,10 +21,10 @@ from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar, track
 from lm.storage import AnyPath, upload_changes, write_atomically
 
-if TYPE_CHECKING:  # imported only where a run has some
+if TYPE_CHECKING:  # imported at run time only if a run uses trackers
     from lm.training.trackers import BackgroundTracker
 
-RESUMABLE = 75  # exit code EX_TEMPFAIL: the same command, started again, continues the run
+RESUMABLE = 75  # exit code EX_TEMPFAIL: rerunning the same command resumes the run
 TICK_SECONDS = 5.0
 CLOCK_PARTS = ("compile", "data", "step", "eval", "checkpoint", "other")
 
@@ -32,13 +32,13 @@ Heartbeat = Callable[[str], None]
 
 
 class StopRequest:
-    """Flag that a signal sets: true once this process was asked to stop.
+    """Flag set by a signal handler; true once the process was asked to stop.
 
     A second Ctrl-C raises KeyboardInterrupt.
 
     Attributes:
-        requested: whether the process was asked.
-        nothing_to_save: returns whether the process can be killed without loss.
+        requested: whether a stop was requested.
+        nothing_to_save: returns whether the process can be killed without losing work.
     """
 
     def __init__(self) -> None:
@@ -58,19 +58,19 @@ class StopRequest:
 def watchdog(
     seconds: float, workdir: AnyPath, end: Callable[[int], None] = os._exit
 ) -> Iterator[Heartbeat]:
-    """End the process with an error when it makes no progress.
+    """Terminate the process with an error if it stops making progress.
 
     A collective whose peer never arrives blocks the main thread forever, so a second thread
-    watches. It counts its own ticks: a machine that slept, or a process that was suspended, does
-    not count as hanging.
+    watches. It counts its own ticks, so time during which the machine slept or the process was
+    suspended does not count.
 
     Args:
-        seconds: longest time between two calls of the heartbeat; 0 disables the watchdog.
-        workdir: folder of the run, whose incidents get the stacks of all threads.
-        end: called with exit code 1 after the message was printed.
+        seconds: maximum time between two heartbeats; 0 disables the watchdog.
+        workdir: run folder; stacks of all threads are written to its incidents.
+        end: called with exit code 1 after printing the message.
 
     Yields:
-        The heartbeat: a function to be called with a description of the progress made.
+        Heartbeat function; call it with a description of the progress made.
     """
     if not seconds:
         yield lambda progress: None
@@ -105,23 +105,23 @@ def watchdog(
 
 
 class Clock:
-    """Wall time of a run by part, accumulated over restarts.
+    """Wall time of a run by category, accumulated over restarts.
 
-    `goodput` is the share of the total time, restarts included, spent on steps that did not have
-    to be repeated after a restart. Time that no part claims is "other"; time between the end of
-    one process and the start of the next is not counted.
+    `goodput` is the fraction of total time, restarts included, spent on steps that did not have to
+    be repeated. Time not attributed to a category is "other"; time between the end of one process
+    and the start of the next is not counted.
 
     Attributes:
-        log_periods: steps between training metrics, by the step at which a start began.
+        log_periods: logging period of each start of the run, by its first step.
     """
 
     def __init__(self, file: Path, first_step: int, log_period: int = 0):
-        """Continue the clock in `file`, if there is one, at `first_step`.
+        """Resume the clock in `file` at `first_step`, or start a new one.
 
         Args:
             file: clock.json of the run.
-            first_step: step after which the run continues.
-            log_period: steps between the training metrics of this start; 0: none.
+            first_step: step from which the run continues.
+            log_period: logging period of this start, in steps; 0: none.
         """
         self._file, self._first_step = file, first_step
         self._seconds = dict.fromkeys(CLOCK_PARTS, 0.0)
@@ -139,12 +139,12 @@ class Clock:
 
     @property
     def continues(self) -> bool:
-        """True if an earlier start of the run has written the file."""
+        """True if an earlier start of the run wrote the file."""
         return self._starts > 1
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time inside the context as `name`."""
+        """Attribute the time inside the context to category `name`."""
         start = time.perf_counter()
         self._seconds["other"] += start - self._last
         try:
@@ -154,7 +154,7 @@ class Clock:
             self._seconds[name] += self._last - start
 
     def summary(self, step: int) -> dict:
-        """Return seconds by part, starts, steps computed (repeated ones too) and goodput."""
+        """Return seconds by category, starts, steps computed (including repeats) and goodput."""
         now = time.perf_counter()
         seconds = dict(self._seconds, other=self._seconds["other"] + now - self._last)
         computed = self._earlier_steps + step - self._first_step
@@ -169,7 +169,7 @@ class Clock:
         }
 
     def save(self, step: int) -> None:
-        """Write the summary for the next start; only the lead process writes."""
+        """Write the summary for the next start; primary host only."""
         if is_primary_host():
             write_atomically(self._file, json.dumps(self.summary(step), indent=1))
 
@@ -178,14 +178,14 @@ class Clock:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with its step.
+    """metrics.jsonl: one JSON object per line, each with its step.
 
-    Opening it drops the lines after `first_step`, which a process wrote that died before its next
-    checkpoint, and a half-written last line: every step is there exactly once. Lines that are
-    damaged or missing are named on stderr; the file with damage is kept as metrics.jsonl.damaged.
+    Opening it drops lines after `first_step` (written by a process that died before its next
+    checkpoint) and a half-written last line, so each step appears exactly once. Damaged or missing
+    lines are reported on stderr; a damaged file is kept as metrics.jsonl.damaged.
 
     Attributes:
-        has_evaluation: whether the file holds an evaluation of `first_step`.
+        has_evaluation: whether the file contains an evaluation of `first_step`.
     """
 
     def __init__(self, file: Path, first_step: int, log_periods: Mapping[int, int] | None = None):
@@ -199,16 +199,16 @@ class MetricsFile:
         self._stream = file.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line; values that are not finite become null."""
+        """Append a line; non-finite values become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._stream.write(json.dumps({"step": step, **finite}) + "\n")
 
     def flush(self) -> None:
-        """Hand the lines to the operating system: they survive the death of this process."""
+        """Flush to the operating system, so that lines survive the death of this process."""
         self._stream.flush()
 
     def sync(self) -> None:
-        """Write the lines to the disk: they survive a power failure."""
+        """Flush to disk, so that lines survive a power failure."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
@@ -218,7 +218,7 @@ class MetricsFile:
 
 
 class MetricsWriter:
-    """Writer of metrics to the file, TensorBoard and the progress bar; of the lead process only."""
+    """Writer of metrics to file, trackers and progress bar; does nothing on other hosts."""
 
     def __init__(
         self,
@@ -233,8 +233,8 @@ class MetricsWriter:
 
         Args:
             workdir: folder of the run.
-            first_step: step after which the run continues.
-            config: configuration; it names the trackers.
+            first_step: step from which the run continues.
+            config: configuration with the trackers.
             log_periods: as in `Clock`.
             progress: show a progress bar on stderr.
         """
@@ -253,11 +253,11 @@ class MetricsWriter:
 
     @property
     def has_evaluation(self) -> bool:
-        """True if the evaluation of the first step is written, or nothing is."""
+        """True if the evaluation of the first step is written, or this host writes nothing."""
         return self._silent or self._file.has_evaluation
 
     def step(self, step: int, values: Mapping[str, float], written: bool) -> None:
-        """Show the metrics of a training step; write them to the files if `written`."""
+        """Show the metrics of a training step; also log them if `written`."""
         if self._silent:
             return
         if written:
@@ -270,7 +270,7 @@ class MetricsWriter:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write metrics of a step, of training or of an evaluation, to the files."""
+        """Log metrics of a training step or an evaluation."""
         if self._silent:
             return
         self._file.write(step, values)
@@ -278,7 +278,7 @@ class MetricsWriter:
             tracker.write(step, values)
 
     def track(self, items: Iterable, total: int, description: str) -> Iterable:
-        """Return items that show how many there were, if progress is shown at all."""
+        """Wrap items in a progress bar, if progress is shown."""
         if self._silent or self._bar.disable:
             return items
         return track(items, total, description=description, leave=False, unit="batch")
@@ -294,7 +294,7 @@ class MetricsWriter:
             self._file.flush()
 
     def sync(self) -> None:
-        """Write everything to the disk, and to the bucket of the run if it is in one."""
+        """Sync everything to disk, and upload it if the run is in a bucket."""
         if self._silent:
             return
         self._file.sync()

@@ -1,7 +1,7 @@
-"""Log-probabilities of the reference, computed once before training (`objective.reference`).
+"""Reference log-probabilities, precomputed once before training (`objective.reference`).
 
-They are files of the run, one for each set of records, so that a later start and `lm eval` read
-what the first one computed.
+They are stored in the run folder, one file per record set, so that later starts and `lm eval` can
+reuse them.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ FOLDER = "reference"
 def precompute(
     experiment: Experiment, dataset: Dataset, state: TrainState, workdir: Path, log: Log
 ) -> Experiment:
-    """Return the experiment of a training run with the log-probabilities of its reference.
+    """Return the experiment with precomputed log-probabilities of its reference model.
 
-    What a later start does not find is computed again, from the parameters that the run began with.
+    Missing files are recomputed from the parameters that the run started from.
 
     Args:
         experiment: experiment, built with its tokenizer.
-        dataset: its data.
-        state: state that it starts or continues with.
+        dataset: training data.
+        state: current training state.
         workdir: folder of the run.
-        log: receives a line for every set of records that is computed.
+        log: called with a line for every record set that is computed.
     """
 
     def start() -> Params:
@@ -60,15 +60,15 @@ def with_precomputed(
     log: Log,
     start: Callable[[], Params] | None = None,
 ) -> Experiment:
-    """Return an experiment whose objective has the log-probabilities of its reference.
+    """Attach reference log-probabilities to the objective of an experiment.
 
     Args:
         experiment: experiment, built with its tokenizer.
         stores: stores of records.
         workdir: folder of the run.
-        log: receives a line for every set of records that is computed.
-        start: returns the parameters that training starts from; None: read files alone, and leave
-            out sets that have none.
+        log: called with a line for every record set that is computed.
+        start: returns the parameters that training starts from; None: only read existing files,
+            and skip record sets without one.
     """
     objective: Any = experiment.objective
     if not isinstance(objective, Preferences) or objective.reference_from != "precomputed":
@@ -84,7 +84,7 @@ def with_precomputed(
             params = start() if params is None else params
             plain = _replaced(experiment, objective.with_reference("none"))
             known = _compute(plain, params, store)
-            log(f"log-probabilities of the reference: {n} records of {store.manifest.source}")
+            log(f"reference log-probabilities: {n} records of {store.manifest.source}")
             if is_primary_host():
                 _write(file, known)
         if known is not None:
@@ -97,7 +97,7 @@ def _compute(experiment: Experiment, params: Params, store: RecordStore) -> np.n
 
 
 def _read(file: Path, n: int) -> np.ndarray | None:
-    """Return the log-probabilities of n records, None if there is no whole file of them."""
+    """Read the log-probabilities of n records; None if the file is missing or incomplete."""
     try:
         known = np.load(file)
     except (OSError, ValueError, EOFError):
@@ -106,7 +106,7 @@ def _read(file: Path, n: int) -> np.ndarray | None:
 
 
 def _write(file: Path, known: np.ndarray) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     file.parent.mkdir(exist_ok=True)
     content = io.BytesIO()
     np.save(content, known)

@@ -1,4 +1,4 @@
-"""Profile of some training steps: a trace for xprof and Perfetto, and the memory of the devices."""
+"""Profiling of training steps: a trace for xprof and Perfetto, and a device memory profile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Dispatching(Protocol):
 
     Attributes:
         state: newest state.
-        dispatches: ranges of steps, each to be run by one call of the compiled program.
+        dispatches: ranges of steps; each is run by one call of the compiled program.
     """
 
     state: TrainState
@@ -29,18 +29,18 @@ class Dispatching(Protocol):
 
 @contextmanager
 def profile(loop: Dispatching, steps: str, workdir: Path, log: Log) -> Iterator[None]:
-    """Let a loop that runs inside the context trace the dispatches with a step of `train.profile`.
+    """Trace the dispatches of `train.profile` in a loop that runs inside the context.
 
-    The trace goes to WORKDIR/profile, where xprof finds it; of several processes each has a folder
-    there, because JAX names files by the host and the second. The lead process writes
-    perfetto_trace.json.gz too, and every process memory-PROCESS.pprof: what the memory of its
-    devices holds after these steps.
+    The trace goes to WORKDIR/profile, where xprof finds it. Each of several processes has its own
+    subfolder, because JAX names files by host and second. The primary host also writes
+    perfetto_trace.json.gz, and every process memory-PROCESS.pprof: device memory after these
+    steps.
 
     Args:
-        loop: the loop, before it runs.
-        steps: START:STEPS, the first step, counted from 0, and how many.
+        loop: loop, before it runs.
+        steps: START:STEPS, the first step (from 0) and the number of steps.
         workdir: folder of the run.
-        log: receives the line that says where the trace is.
+        log: called with the line that says where the trace is.
     """
     ranges = _profiled(loop, loop.dispatches, steps, workdir / "profile", log)
     loop.dispatches = ranges
@@ -83,4 +83,4 @@ def _profiled(
         if tracing:
             finish()
         elif not traced:
-            log(f"note: --config.train.profile={steps}: these steps were not trained now")
+            log(f"note: --config.train.profile={steps}: these steps were not run by this start")

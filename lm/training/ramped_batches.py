@@ -1,4 +1,4 @@
-"""Training batches whose rows and lengths grow with the step (`lm/config/ramps.py`)."""
+"""Training batches whose batch size and length grow with the step (`lm/config/ramps.py`)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lm.experiment import Experiment, resolve_parallelism
 
 @dataclass(frozen=True, eq=False)
 class RampedBatches(Batches):
-    """Batches of several sizes; each row is in one of them, and `at` has those of a step.
+    """Batches of several sizes; `at` selects the size for a step.
 
     Attributes:
-        stages: sizes, in order; the last is that of `batch_size`.
+        stages: stages of the ramp in order; the last has the full `batch_size`.
     """
 
     stages: tuple[Stage, ...] = ()
 
     def at(self, step: int) -> Batches:
-        """Return batches of which those of the step's stage are these."""
+        """Return batches with the size of the step's stage."""
         stage = next(stage for stage in reversed(self.stages) if stage.step <= step)
         own = {field.name: getattr(self, field.name) for field in fields(Batches)}
         return replace(
@@ -36,10 +36,10 @@ class RampedBatches(Batches):
 
 
 def ramped(experiment: Experiment, batches: Batches) -> RampedBatches:
-    """Return the batches of an experiment with the sizes of its ramps.
+    """Wrap the batches of an experiment with the stages of its ramps.
 
     Raises:
-        UserError: a stage does not fit the mesh, or would need another attention kernel.
+        UserError: a stage does not fit the mesh, or requires another attention kernel.
     """
     config, mesh = experiment.config, experiment.mesh
     found = tuple(stages(config.data))

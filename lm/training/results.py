@@ -1,4 +1,4 @@
-"""Results of a run: evaluations in its course, its best checkpoint, and the lines at its end."""
+"""Results of a run: evaluations during training, best checkpoint and final report."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lm.training.monitor import Clock, Heartbeat, MetricsWriter
 
 
 class BestCheckpoint:
-    """Best state so far by a validation figure; restarts continue the comparison."""
+    """Best state so far by a validation metric; restarts continue the comparison."""
 
     def __init__(self, workdir: Path, config: ConfigDict, metadata: dict[str, Any]):
         """Open the folder "best" of a run.
 
         Args:
             workdir: folder of the run.
-            config: configuration; `eval.best` names the figure, such as "accuracy", or "-loss"
-                where lower is better.
+            config: configuration; `eval.best` names the metric, such as "accuracy", or "-loss" if
+                lower is better.
             metadata: metadata of the run, written into the checkpoint.
         """
         self._figure = figure = config.eval.best
@@ -50,32 +50,32 @@ class BestCheckpoint:
             before = kept.get("figure", figure)
             if before != figure or self._name not in kept:
                 raise UserError(
-                    f"--config.eval.best={figure}: {workdir / BEST_FOLDER} is the best by "
-                    f"{before if before != figure else 'another figure'}: move that folder away"
+                    f"--config.eval.best={figure}: {workdir / BEST_FOLDER} holds the best "
+                    f"by {before if before != figure else 'another metric'}: move that folder away"
                 )
             self._value = self._sign * kept[self._name]
 
     def offer(self, step: int, state: TrainState, figures: Mapping[str, float]) -> None:
-        """Keep the state if its figure is better than the kept one.
+        """Save the state if its metric improves on the saved one.
 
         Raises:
-            UserError: the evaluation has no figure of that name.
+            UserError: the evaluation does not report this metric.
         """
         if self._name not in figures:
             known = ", ".join(figures)
             raise UserError(f"--config.eval.best={self._name} is not one of the metrics: {known}")
         value = self._sign * figures[self._name]
-        # Orbax saves nothing at a step up to its newest; a restart repeats such steps.
+        # Orbax skips steps up to its newest one; a restart repeats such steps.
         is_new = step > (self._checkpoints.latest_step or 0)
         if is_new and value > self._value:
             self._value = value
             notes = {self._name: figures[self._name], "figure": self._figure}
             self._checkpoints.save(step, state, notes)
-            # Else a kill after the run's own checkpoint of this step could lose the best one.
+            # Otherwise a kill after the run's own checkpoint of this step could lose the best one.
             self._checkpoints.wait()
 
     def close(self) -> None:
-        """Wait until the kept checkpoint is on the disk."""
+        """Wait until the best checkpoint is on disk."""
         self._checkpoints.close()
 
 
@@ -85,9 +85,9 @@ class Outputs:
 
     Attributes:
         checkpoints: checkpoints of the run.
-        best: checkpoint kept by `--config.eval.best`, or None.
-        writer: metrics.jsonl, TensorBoard and progress bar.
-        clock: wall time by part.
+        best: best checkpoint by `--config.eval.best`, or None.
+        writer: metrics.jsonl, trackers and progress bar.
+        clock: wall time by category.
         heartbeat: called whenever the run makes progress.
         workdir: local folder of the run.
     """
@@ -100,13 +100,13 @@ class Outputs:
     workdir: Path
 
 
-# States of a process that evaluates; the largest over all processes is what they act upon.
+# States of an evaluating process; all processes act on the maximum.
 READY, BUSY, STOPPING = range(3)
 _POLL_SECONDS = 0.5
 
 
 class _AskedToStop(BaseException):
-    """End of an evaluation that is not finished; no error, so that no library takes it for one."""
+    """Abort of an unfinished evaluation; a BaseException, so that no library handles it."""
 
 
 def evaluate_state(
@@ -117,19 +117,19 @@ def evaluate_state(
     outputs: Outputs,
     agree: Callable[[int], int],
 ) -> dict[str, float] | None:
-    """Evaluate the validation data, and hand the figures to the outputs of the run.
+    """Evaluate the validation data and write the metrics to the outputs of the run.
 
     Args:
         experiment: experiment on a mesh.
         state: its training state.
         step: number of updates so far.
-        validation: batches to evaluate, and the stores that they are made of.
-        outputs: destinations of the figures, of the best checkpoint, and of signs of life.
-        agree: returns the largest of the given states (READY, BUSY) over all processes; STOPPING
-            if one was asked to stop.
+        validation: batches to evaluate, and the stores they come from.
+        outputs: destinations of metrics, best checkpoint and heartbeats.
+        agree: returns the maximum state (READY, BUSY) over all processes; STOPPING if one was asked
+            to stop.
 
     Returns:
-        The figures of `evaluate_loss`; None if asked to stop.
+        Metrics of `evaluate_loss`; None if asked to stop.
     """
 
     def until_stop(batches: Iterable, total: int) -> Iterator:
@@ -168,7 +168,7 @@ def evaluate_state(
                 further = further_figures(experiment, params, step, folder, print_line, until_now)
     except _AskedToStop:
         return None
-    if best is not None:  # before the metrics, which tell the next start that all is done
+    if best is not None:  # before the metrics, which mark this evaluation as complete
         with outputs.clock.part("checkpoint"):
             best.offer(step, state, result)
     writer.write(step, {f"eval/validation/{name}": x for name, x in result.items()} | further)
@@ -179,12 +179,12 @@ def evaluate_state(
 
 
 def _compile(function: Wrapped, arguments: tuple, agree: Callable[[int], int]) -> None:
-    """Compile a function, in a thread so that a request to stop needs not wait for it.
+    """Compile a function in a thread, so that a stop request need not wait for it.
 
-    JAX keeps the program; where there is one already, nothing is compiled.
+    JAX caches the program, so a compiled function returns at once.
 
     Raises:
-        _AskedToStop: a process was asked to stop; the thread goes on.
+        _AskedToStop: a process was asked to stop; the compile thread keeps running.
     """
     problems: list[Exception] = []
 
@@ -215,14 +215,14 @@ def summarize(
     log: Log,
     figures: Mapping[str, float],
 ) -> None:
-    """Say where the time of a run went, where the run is, and print its last evaluation.
+    """Log where the run's time went and where it is stored; print its last evaluation.
 
     Args:
         clock: clock of the run.
         step: number of updates so far.
-        finished: whether that is the last one.
+        finished: whether that is the last step.
         workdir: local folder of the run.
-        log: receives the lines.
+        log: called with each line.
         figures: last evaluation, printed on stdout if the run is finished.
     """
     summary = clock.summary(step)

@@ -1,7 +1,7 @@
-"""Signals that ask a process to stop: preemption and time limits, Ctrl-C, a lost terminal.
+"""Signals that request a stop: preemption, time limits, Ctrl-C and a lost terminal.
 
-Python runs handlers between the instructions of the main thread, which may be compiling for
-minutes. A thread sees every signal at once: where nothing would be lost it ends the process.
+Python runs signal handlers between bytecodes of the main thread, which may be compiling for
+minutes. A watcher thread sees every signal at once and exits the process if nothing would be lost.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lm.training.monitor import RESUMABLE, StopRequest
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT)
 _UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1)  # nohup ignores the first
-_ONE_REQUEST_SECONDS = 1.0  # a launcher passes on the signal that its whole group got
+_ONE_REQUEST_SECONDS = 1.0  # a launcher may forward a signal that its whole group received
 _POLL_SECONDS = 0.5
 
 
 @contextlib.contextmanager
 def stop_requests(exits: bool = False) -> Iterator[StopRequest]:
-    """Turn SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 into a request while the context lasts.
+    """Turn SIGTERM, SIGINT, SIGHUP and SIGUSR1 into a stop request inside the context.
 
-    SIGHUP and SIGUSR1 are left alone where they were ignored before.
+    SIGHUP and SIGUSR1 stay ignored if they were ignored before.
 
     Args:
-        exits: the process may be ended: by the first signal, with exit code 75, if there is nothing
-            to save; by a second one in any case. Otherwise a second Ctrl-C raises
+        exits: allow exiting the process: at the first signal, with exit code 75, if nothing needs
+            saving; at a second one in any case. Otherwise a second Ctrl-C raises
             KeyboardInterrupt.
 
     Yields:
-        The request.
+        The stop request.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -57,7 +57,7 @@ def stop_requests(exits: bool = False) -> Iterator[StopRequest]:
 
 
 def _ignore(number: int, frame: Any) -> None:
-    """Leave a signal to the thread that watches."""
+    """Ignore a signal, which the watcher thread handles."""
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def _watcher(request: StopRequest, numbers: list[signal.Signals]) -> Iterator[No
 
 
 def _watch(readable: int, request: StopRequest, numbers: list[signal.Signals]) -> None:
-    """Obey the numbers of the signals that come through a pipe, until it is closed."""
+    """Handle the signal numbers read from a pipe until it is closed."""
     several = jax.distributed.is_initialized()
     asked_at = None
     while True:
@@ -104,7 +104,7 @@ def _watch(readable: int, request: StopRequest, numbers: list[signal.Signals]) -
 
 
 def _leave(request: StopRequest, several: bool) -> None:
-    """End the process if nothing is lost by it, together with the other processes of the run."""
+    """Exit with the other processes of the run, unless a process has work to save."""
     if not request.nothing_to_save():
         return
     if several:

@@ -1,8 +1,8 @@
-"""Trackers of other projects: Weights & Biases, MLflow and Trackio.
+"""Third-party trackers: Weights & Biases, MLflow and Trackio.
 
-They write into the workdir and need no network, unless their own environment variables say
-otherwise: WANDB_MODE, WANDB_PROJECT and WANDB_DIR, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME,
-TRACKIO_PROJECT, TRACKIO_DIR and TRACKIO_SPACE_ID. A package is imported when a run starts.
+They write into the workdir and use no network unless their environment variables say so:
+WANDB_MODE, WANDB_PROJECT and WANDB_DIR, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME,
+TRACKIO_PROJECT, TRACKIO_DIR and TRACKIO_SPACE_ID. Packages are imported when a run starts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PROJECT = "lm"
 
 
 class Wandb:
-    """Weights & Biases: `wandb sync WORKDIR/wandb/offline-run-*` sends it later."""
+    """Weights & Biases; upload later with `wandb sync WORKDIR/wandb/offline-run-*`."""
 
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
-        """Open the run, or continue it."""
+        """Open or resume the run."""
         wandb = _package("wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -48,7 +48,7 @@ class Wandb:
         self._run.log(tagged(values), step=step)
 
     def flush(self) -> None:
-        """Do nothing: its own process writes."""
+        """Do nothing: wandb's own process writes."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -56,14 +56,14 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow, in files: `mlflow ui --backend-store-uri WORKDIR/mlruns` shows them.
+    """MLflow file store; view with `mlflow ui --backend-store-uri WORKDIR/mlruns`.
 
-    A server is named by MLFLOW_TRACKING_URI. MLflow asks for MLFLOW_ALLOW_FILE_STORE=true where
-    files are used.
+    Set MLFLOW_TRACKING_URI to use a server. The file store requires MLFLOW_ALLOW_FILE_STORE=true,
+    which is set here.
     """
 
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
-        """Open the run, or continue it."""
+        """Open or resume the run."""
         entities = _package("mlflow.entities")
         self._metric = entities.Metric
         local = (workdir / "mlruns").resolve().as_uri()
@@ -93,7 +93,7 @@ class Mlflow:
         self._client.log_batch(self._run, metrics=metrics)
 
     def flush(self) -> None:
-        """Do nothing: every step is written at once."""
+        """Do nothing: each step is written immediately."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -101,14 +101,14 @@ class Mlflow:
 
 
 class Trackio:
-    """Trackio: `TRACKIO_DIR=WORKDIR/trackio trackio show` shows it."""
+    """Trackio; view with `TRACKIO_DIR=WORKDIR/trackio trackio show`."""
 
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
-        """Open the run, or continue it."""
+        """Open or resume the run."""
         os.environ.setdefault("TRACKIO_DIR", str(workdir.resolve() / "trackio"))  # read at import
         trackio, *others = map(_package, ("trackio", "trackio.run", "trackio.utils"))
         for module in (trackio, *others):
-            module.print = lambda *_, **__: None  # it has no option for silence
+            module.print = lambda *_, **__: None  # Trackio has no quiet option
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=workdir.name,
@@ -124,7 +124,7 @@ class Trackio:
         self._run.log(tagged(values), step=step)
 
     def flush(self) -> None:
-        """Do nothing: its own thread writes."""
+        """Do nothing: Trackio's own thread writes."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -132,7 +132,7 @@ class Trackio:
 
 
 def _identity(workdir: Path) -> str:
-    """Return a name of the run that its next start finds again."""
+    """Return a run id that stays the same across restarts."""
     return hashlib.sha256(str(storage_path(workdir)).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Trackers: where a run's metrics go beside metrics.jsonl. None of them can stop training."""
+"""Experiment trackers besides metrics.jsonl. A failing tracker never stops training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lm.config.registries import TRACKERS
 from lm.config.registry import listed
 
 _WAITING_ROWS = 10_000
-_WAIT_SECONDS = 10.0  # for a tracker that takes no row, or does not end
+_WAIT_SECONDS = 10.0  # for a tracker that is blocked or does not finish
 _FLUSH_SECONDS = 120.0
 
 
 class Tracker(Protocol):
-    """Program that shows or keeps metrics; a method that raises ends its part in the run."""
+    """Destination of metrics; a method that raises disables the tracker for this run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
 
     def flush(self) -> None:
-        """Write what was taken to the disk."""
+        """Flush pending metrics to disk."""
 
     def close(self) -> None:
-        """Write the rest and end."""
+        """Flush and close."""
 
 
 def open_trackers(workdir: Path, first_step: int, config: ConfigDict) -> list[BackgroundTracker]:
@@ -41,7 +41,7 @@ def open_trackers(workdir: Path, first_step: int, config: ConfigDict) -> list[Ba
 
     Args:
         workdir: folder of the run.
-        first_step: step after which the run continues.
+        first_step: step from which the run continues.
         config: configuration of the run.
     """
     makers: dict[str, Callable[[], Tracker]] = {
@@ -54,14 +54,14 @@ def open_trackers(workdir: Path, first_step: int, config: ConfigDict) -> list[Ba
 
 
 class BackgroundTracker:
-    """Tracker in a thread of its own; one that fails or hangs is said once and left out."""
+    """Tracker in a thread of its own; a failure or hang is reported once and disables it."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
-        """Start the thread, which calls `make` for the tracker.
+        """Start the thread, which creates the tracker with `make`.
 
         Args:
-            name: name for the message.
-            make: opens the tracker.
+            name: name for messages.
+            make: creates the tracker.
         """
         self._name, self._make = name, make
         self._calls: queue.Queue = queue.Queue(_WAITING_ROWS)
@@ -70,15 +70,15 @@ class BackgroundTracker:
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand over the metrics of a step."""
+        """Queue the metrics of a step."""
         self._call("write", step, dict(values))
 
     def flush(self) -> None:
-        """Ask for what was handed over to be written to the disk; does not wait for it."""
+        """Request a flush to disk, without waiting for it."""
         self._call("flush")
 
     def close(self) -> None:
-        """Wait until the tracker has ended, some seconds at most."""
+        """Wait a few seconds for the tracker to finish."""
         self._call("close")
         self._thread.join(0 if self._failed else _WAIT_SECONDS)
         if self._thread.is_alive():
@@ -112,14 +112,14 @@ class BackgroundTracker:
 
 
 class TensorBoard:
-    """Event files of TensorBoard.
+    """TensorBoard event files.
 
-    Written here rather than by tensorboardX's own thread, whose end, on a full disk, blocks all
-    that write to it.
+    Written directly rather than through tensorboardX's writer thread, which blocks all callers when
+    it dies on a full disk.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        """Open a new file; TensorBoard drops the earlier events of steps after `first_step`."""
+        """Open a new event file; TensorBoard drops earlier events of steps after `first_step`."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import Summary, scalar
@@ -142,7 +142,7 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
-        """Write the events to the disk."""
+        """Flush events to disk."""
         self._file.flush()
         self._flushed_at = time.monotonic()
 
@@ -152,5 +152,5 @@ class TensorBoard:
 
 
 def tagged(values: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics by their names in trackers, those of training below "train/"."""
+    """Prefix the names of training metrics with "train/", for trackers."""
     return {name if "/" in name else f"train/{name}": value for name, value in values.items()}

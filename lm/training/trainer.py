@@ -1,7 +1,7 @@
 """Training of a run: from a configuration and a workdir to a trained model.
 
-`train` builds or restores what the run needs; `Loop` dispatches the next steps, then reads the
-metrics of the previous ones.
+`train` builds or restores the run; `Loop` dispatches steps asynchronously, reading the metrics of
+earlier steps after dispatching later ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lm.train_step import Metrics, TrainState
 from lm.training.monitor import Clock, MetricsWriter, StopRequest, watchdog
 from lm.training.results import STOPPING, BestCheckpoint, Outputs, evaluate_state, summarize
 
-CONTINUE, SAVE, STOP = range(3)  # requested actions; the largest over all processes is taken
+CONTINUE, SAVE, STOP = range(3)  # requested actions; all processes take the maximum
 
 
 def train(
@@ -54,26 +54,26 @@ def train(
     fork: str | None = None,
     stop: StopRequest | None = None,
 ) -> bool:
-    """Train the run in `workdir`, or continue it.
+    """Train the run in `workdir`, or resume it.
 
     Args:
         config: configuration, resolved or not.
-        workdir: folder of the run, created if it is not there.
-        log: receives the lines for the user.
+        workdir: folder of the run, created if missing.
+        log: called with lines for the user.
         progress: show progress bars on stderr, and the last evaluation on stdout.
-        restart: begin at step 0 if no checkpoint is left of a run that had some, which moves to
-            the folder restarted.N in `workdir`.
-        change: continue the run in `workdir` with another configuration, from its newest
-            checkpoint on; what differs is recorded in run.json.
-        fork: RUN or RUN@STEP: a new run starts from this checkpoint of another one, with its
-            parameters, optimizer state, position in the data and step, and what differs from it.
-        stop: request to stop, which is looked at while the run trains; None: signals make one.
+        restart: begin at step 0 if a run has lost all its checkpoints; its files move to the folder
+            restarted.N in `workdir`.
+        change: resume the run in `workdir` from its newest checkpoint with another configuration;
+            the differences are recorded in run.json.
+        fork: RUN or RUN@STEP: start a new run from this checkpoint of another one, with its
+            parameters, optimizer state, data position and step; differences are recorded.
+        stop: stop request, polled during training; None: created from signals.
 
     Returns:
-        Whether the last step was reached; False if the run was asked to stop and can continue.
+        Whether the last step was reached; False if the run was asked to stop and can be resumed.
 
     Raises:
-        UserError: configuration, data and workdir do not go together.
+        UserError: configuration, data and workdir do not match.
     """
     with ExitStack() as stack:
         if stop is None:
@@ -147,7 +147,7 @@ def _open_run(
 ) -> dict[str, Any]:
     """Prepare the workdir for this start; return the metadata of the run.
 
-    `given` is the configuration before it was resolved; the other arguments are as for `train`.
+    `given` is the configuration before it was resolved; for other arguments see `train`.
     """
     config = experiment.config
     if config.eval.best or config.eval.harness or config.eval.safety:
@@ -167,7 +167,7 @@ def _open_run(
 
 @contextmanager
 def _only_run(workdir: AnyPath) -> Iterator[None]:
-    """Hold the lock of the workdir on the lead process; all raise where another run has it."""
+    """Lock the workdir on the primary host; all hosts raise if another run holds the lock."""
     problem = ""
     with ExitStack() as held:
         if is_primary_host():
@@ -176,14 +176,14 @@ def _only_run(workdir: AnyPath) -> Iterator[None]:
             except UserError as error:
                 problem = str(error)
         if not on_all_hosts(not problem):
-            raise UserError(problem or f"process 0 cannot use --workdir {workdir}, and says why")
+            raise UserError(problem or f"process 0 cannot use --workdir {workdir}; see its message")
         yield
 
 
 def _restore(
     experiment: Experiment, tokenizer: Tokenizer, workdir: Path, checkpoints: Checkpoints, log: Log
 ) -> tuple[TrainState, int]:
-    """Return the state of the newest checkpoint, or a first one, and the `first_row` of batches."""
+    """Return the newest checkpoint's state, or an initial one, and the `first_row` of batches."""
     state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, log)
     if state is None:
         if storage_path(workdir / "damaged").exists():
@@ -209,8 +209,8 @@ def _restore(
 def describe(experiment: Experiment) -> str:
     """Return the lines printed before training.
 
-    They name model size, devices, mesh, dtype and attention kernel, the pipeline's schedule, and
-    the parameter dimensions that stay replicated because the mesh does not divide them.
+    They give model size, devices, mesh, dtype, attention kernel, pipeline schedule, and the
+    parameter dimensions that are replicated because the mesh does not divide them.
     """
     config, mesh = experiment.config, experiment.mesh
     shapes = flat(experiment.param_shapes)
@@ -239,22 +239,22 @@ def _attention(experiment: Experiment) -> str:
 
 
 class InFlight(NamedTuple):
-    """Dispatched steps whose metrics have not been read."""
+    """Dispatched steps whose metrics have not been read yet."""
 
     steps: range
-    size: int  # numbers in their batches
+    size: int  # elements in their batches
     metrics: Metrics
     action: Any
 
 
 class Loop:
-    """Training loop from a state to the last step, or until it is asked to stop.
+    """Training loop from a state to the last step, or until asked to stop.
 
     Attributes:
         state: newest state.
         step: steps dispatched so far.
         dispatches: ranges of steps to dispatch.
-        last_evaluation: figures of the last evaluation.
+        last_evaluation: metrics of the last evaluation.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class Loop:
     ):
         """Prepare a loop that continues `state` at `first_step`, until `stop` is requested.
 
-        `first_row` is as in `Batches`.
+        See `Batches` for `first_row`.
         """
         self.experiment = experiment
         self.config = experiment.config
@@ -311,11 +311,11 @@ class Loop:
     def run(self) -> bool:
         """Train to the last step.
 
-        A step that is due for both is saved before it is evaluated; a stop in between, or a kill,
-        leaves the evaluation to the next start.
+        A step that is due for both is saved first, then evaluated; if the process stops in between,
+         the next start evaluates it.
 
         Returns:
-            Whether the last step was reached; otherwise the run stopped early with a saved state.
+            Whether the last step was reached; otherwise the run stopped early with its state saved.
         """
         config = self.config
         lost = self._clock.continues and not self._outputs.writer.has_evaluation
@@ -384,7 +384,7 @@ class Loop:
         return self._start_max(STOP if self._stop else SAVE if overdue else CONTINUE)
 
     def _program(self, batch: Any) -> Any:
-        """Return the compiled program for batches of these shapes."""
+        """Compile the training program for these batch shapes, or return the cached one."""
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in self._programs:
             with self._clock.part("compile"):
@@ -394,10 +394,10 @@ class Loop:
         return self._programs[shapes]
 
     def _read_metrics(self, leave: int) -> int:
-        """Wait for all but the last `leave` dispatches and write their metrics.
+        """Wait for all but the last `leave` dispatches and log their metrics.
 
         Returns:
-            The largest action that any process requested with them.
+            Largest action that any process requested with them.
         """
         action = CONTINUE
         while len(self._in_flight) > leave:
@@ -453,7 +453,7 @@ class Loop:
         require_learning(values, self.experiment, self.state.inference_params, batches)
 
     def _evaluate(self) -> bool:
-        """Evaluate the validation data, if there are any; return False if asked to stop."""
+        """Evaluate the validation data, if any; return False if asked to stop."""
         if self._validation is None:
             return True
         result = evaluate_state(
@@ -479,10 +479,10 @@ class Loop:
 
 
 def dispatches(first_step: int, config: ConfigDict) -> Iterator[range]:
-    """Yield the ranges of steps that each call of the compiled program runs.
+    """Yield the range of steps of each call of the compiled program.
 
-    A range ends at every multiple of `train.steps_per_dispatch` and wherever an evaluation or a
-    checkpoint is due, so that a resumed run repeats the calls of an uninterrupted one.
+    A range ends at every multiple of `train.steps_per_dispatch` and at every step with an
+    evaluation or checkpoint, so that a resumed run makes the same calls as an uninterrupted one.
     """
     periods = [
         period

@@ -1,4 +1,4 @@
-"""Warm start: a state that begins with the parameters of another run, or with word vectors."""
+"""Warm start: initialize parameters from another run or from word vectors."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from lm.training.frozen_models import with_frozen_models
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """Mapping from the parameters of a source run to those of this one.
+    """Mapping from source parameters to the parameters of this run.
 
     Attributes:
-        loaded: name in the source of each parameter that is loaded.
-        fresh: parameters that stay freshly initialized.
-        left: names in the source that are not used.
+        loaded: source name of each loaded parameter.
+        fresh: parameters that keep their fresh initialization.
+        left: source names that are not used.
     """
 
     loaded: Mapping[str, str]
@@ -51,19 +51,18 @@ class ParamMapping:
 
 
 def initial_state(experiment: Experiment, tokenizer: Tokenizer, log: Log) -> TrainState:
-    """Return the state before the first step, with parameters of `init.from` or `init.vectors`.
+    """Return the initial state, with parameters of `init.from` or `init.vectors`.
 
-    Frozen models beside are there too: the reference, a copy of what training starts from, and the
-    teacher.
+    Frozen models are included: the reference (a copy of the initial parameters) and the teacher.
 
     Args:
         experiment: the experiment.
         tokenizer: its tokenizer.
-        log: called with what was loaded, what is fresh and what was left.
+        log: called with what was loaded, left fresh and left out.
 
     Raises:
-        UserError: parameters do not correspond and are not named in the configuration, or a token
-            table was trained with another tokenizer.
+        UserError: parameters do not match and the configuration does not allow it, or a token table
+            was trained with another tokenizer.
     """
     state = experiment.init_state()
     if experiment.config.init.vectors:
@@ -87,7 +86,7 @@ def _warm_started(
     if not n_shared:
         _check_tokenizer(experiment, plan, checkpoints[0], tokenizer.digest)
     for path in plan.loaded:
-        params[path].delete()  # so that old and new need not fit side by side
+        params[path].delete()  # so that old and new parameters need not fit in memory together
     targets = {path: shardings[path] for path in plan.loaded}
     targets |= {path: _without(axes[path], targets[path]) for path in plan.loaded if path in axes}
     found, steps = mean_params(
@@ -105,15 +104,15 @@ def _warm_started(
     }
     if resized and n_shared < tokenizer.vocab_size:
         log(
-            f"rows of ids from {n_shared} on, of tokens added to its tokenizer, are the mean of "
-            f"the others: {', '.join(resized)}"
+            f"rows of ids from {n_shared} on (tokens added to its tokenizer) are the mean of the "
+            f"other rows: {', '.join(resized)}"
         )
     kept = quantize_loaded(loaded | resized, shardings, experiment.param_infos)
     return state.with_inference_params(nested(params | kept))
 
 
 def _shared_ids(tokenizer: Tokenizer, source: SavedCheckpoint) -> int:
-    """Return how many ids of a tokenizer are all those of a source with fewer; 0 if it is none."""
+    """Return the vocabulary size of a source that this tokenizer extends; 0 if it extends none."""
     if source.metadata["fingerprint"]["tokenizer"] in ("", tokenizer.digest):
         return 0
     from lm.data.chat.extended_tokenizer import ExtendedTokenizer
@@ -125,13 +124,13 @@ def _shared_ids(tokenizer: Tokenizer, source: SavedCheckpoint) -> int:
 
 
 def _vocabulary_axes(experiment: Experiment) -> dict[str, int]:
-    """Return the axis of ids of each parameter that has one, by path."""
+    """Return the vocabulary axis of each parameter that has one, by path."""
     infos = experiment.param_infos
     return {path: info.axes.index("vocab") for path, info in infos.items() if "vocab" in info.axes}
 
 
 def _without(axis: int, sharding: NamedSharding) -> NamedSharding:
-    """Return a sharding in which an axis, whose size may be another, is not divided."""
+    """Return a sharding with one axis, whose size may differ, unsharded."""
     spec = [*sharding.spec, *[None] * (axis + 1 - len(sharding.spec))]
     spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
@@ -140,14 +139,14 @@ def _without(axis: int, sharding: NamedSharding) -> NamedSharding:
 def _with_mean_rows(
     old: jax.Array, axis: int, n_kept: int, new: Any, sharding: NamedSharding
 ) -> jax.Array:
-    """Return a parameter with rows of other ids, each the mean of those that are kept.
+    """Resize the vocabulary axis of a parameter; new rows are the mean of the kept ones.
 
     Args:
-        old: the parameter of the source.
-        axis: its axis of ids.
-        n_kept: number of rows that are kept.
-        new: array or shape that it gets.
-        sharding: sharding that it gets.
+        old: source parameter.
+        axis: vocabulary axis.
+        n_kept: number of rows to keep.
+        new: array or shape of the result.
+        sharding: sharding of the result.
     """
     n_kept = min(n_kept, old.shape[axis], new.shape[axis])
     shape = (*old.shape[:axis], new.shape[axis] - n_kept, *old.shape[axis + 1 :])
@@ -163,7 +162,7 @@ def _with_mean_rows(
 def _with_vectors(
     experiment: Experiment, state: TrainState, tokenizer: Tokenizer, log: Log
 ) -> TrainState:
-    """Return the state with the token embedding taken from the vectors of a GloVe file."""
+    """Return the state with token embeddings from a GloVe file."""
     from lm.evaluation.word_scores import token_table  # imports SciPy
 
     config = experiment.config
@@ -171,7 +170,7 @@ def _with_vectors(
     width = vectors.vectors.shape[1]
     if width != config.model.d_model:
         raise UserError(
-            f"{config.init.vectors} has vectors of {width} numbers: "
+            f"{config.init.vectors} has vectors of dimension {width}: "
             f"set --config.model.d_model={width}"
         )
     words = tokenizer.words if isinstance(tokenizer, WordTokenizer) else vocabulary_words(tokenizer)
@@ -190,16 +189,16 @@ def map_parameters(
     source: Mapping[str, Any],
     resizable: Mapping[str, int] = MappingProxyType({}),
 ) -> ParamMapping:
-    """Match parameters of a source run with those of this one.
+    """Match source parameters with the parameters of this run.
 
     Args:
-        options: the configuration's section "init".
-        params: arrays or shapes of this run by path, model state included.
-        source: those of the source.
-        resizable: axis whose size may be another there, of some parameters of this run.
+        options: section "init" of the configuration.
+        params: arrays or shapes of this run by path, including model state.
+        source: arrays or shapes of the source by path.
+        resizable: axis whose size may differ, for some parameters of this run.
 
     Raises:
-        UserError: a name or shape does not correspond, and the options do not allow it.
+        UserError: a name or shape does not match, and the options do not allow it.
     """
     beside = {path for path in params if kernel_of(path) or is_frozen(path)}
     base = {path: leaf for path, leaf in params.items() if path not in beside}
@@ -236,7 +235,7 @@ def map_parameters(
 
 
 def _is_alike(one: Sequence[int], two: Sequence[int], axis: int | None) -> bool:
-    """Return whether two shapes are equal, but for the size of an axis."""
+    """Return whether two shapes are equal except for the size of one axis."""
     alike = len(one) == len(two)
     return alike and all(a == b or i == axis for i, (a, b) in enumerate(zip(one, two, strict=True)))
 
@@ -246,7 +245,7 @@ def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
 
 
 def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name in the source of each renamed parameter."""
+    """Return the source name of each parameter after renaming."""
     new = {name: name for name in source}
     for pattern, replacement in rename_rules(text):
         after = {name: pattern.sub(replacement, path) for name, path in new.items()}
@@ -268,7 +267,7 @@ def _check_tokenizer(
     theirs = source.metadata["fingerprint"]["tokenizer"]
     infos = experiment.param_infos
     tables = [path for path in plan.loaded if path in infos and "vocab" in infos[path].axes]
-    # An imported model may have come without one.
+    # Imported models may have no tokenizer.
     if tables and theirs and theirs != digest:
         raise UserError(
             f"the tokenizer is not that of --config.init.from={experiment.config.init['from']}, so "

@@ -23,7 +23,7 @@ BAD = {"weights": jnp.array([1.0, jnp.nan])}
 def test_data_without_targets_end_at_the_first_step(tiny_config, tmp_path):
     (tmp_path / "letters.txt").write_text("a\nb\nc\n" * 200)
     config = tiny_config(data__source=f"text:{tmp_path}/letters.txt", data__tokenizer="char")
-    with pytest.raises(UserError, match=r"hold no target.*isolate_documents"):
+    with pytest.raises(UserError, match=r"have no targets.*isolate_documents"):
         train(config, tmp_path / "run")
 
 

@@ -86,7 +86,7 @@ def test_pieces_of_other_vocabularies_are_looked_up_too(start, tmp_path):
 
 
 def test_another_width_is_said(start):
-    with pytest.raises(UserError, match=r"has vectors of 8 numbers: set --config\.model"):
+    with pytest.raises(UserError, match=r"has vectors of dimension 8: set --config\.model"):
         start(model__d_model=16)
     with pytest.raises(UserError, match=r"no file matches .none\.txt"):
         start(init__vectors="none.txt")

@@ -39,7 +39,7 @@ def test_the_reference_is_what_training_starts_from_and_under_lora_the_base(
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     config, said = make_kind("dpo decoder", **PLAIN, **{"checkpoint.every_steps": 1}), []
     assert train(config, first, log=said.append)
-    assert any("the reference is a fresh model" in line for line in said)
+    assert any("the reference is untrained" in line for line in said)
     one, two = saved(first, 1), saved(first, 2)
     frozen = [path for path in two if path.startswith("frozen/")]
     assert 2 * len(frozen) == len(two)
