@@ -1,4 +1,4 @@
-"""Python API: load a run, compute its logits and what is inside, evaluate and generate.
+"""Python API: load a run, compute logits and activations, evaluate and generate.
 
 Shape letters: B batch, L length, S source length, D model, N layers, H heads, V vocabulary.
 """
@@ -43,7 +43,7 @@ class Run:
     Attributes:
         experiment: resolved configuration on a mesh, with its compiled functions.
         params: parameters, LoRA updates merged.
-        step: number of updates behind the parameters.
+        step: number of updates.
         tokenizer: tokenizer that the run was trained with.
     """
 
@@ -64,31 +64,31 @@ class Run:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables of the module: `run.model.apply(run.variables, …)`."""
+        """Variables of the module, for `run.model.apply(run.variables, …)`."""
         return as_variables(self.params)
 
     @cached_property
     def decoding(self) -> tuple[Experiment, Params]:
-        """Experiment and parameters as decoding takes them (`lm/decoding/weights.py`)."""
+        """Experiment and parameters prepared for decoding (`lm/decoding/weights.py`)."""
         return prepare(self.experiment, without_frozen(self.params))
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the token ids [L] of a text, without special tokens."""
+        """Tokenize a text to ids [L], without special tokens."""
         return np.asarray(self.tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of token ids [L]."""
+        """Decode token ids [L] to text."""
         return self.tokenizer.decode([int(i) for i in ids])
 
     def logits(self, *inputs: Any) -> jax.Array:
         """Compute logits.
 
         Args:
-            *inputs: token ids [B, L]; of an encoder–decoder source ids [B, S] and target ids
+            *inputs: token ids [B, L]; for an encoder–decoder source ids [B, S] and target ids
                 [B, L], whose first column starts the target.
 
         Returns:
-            Logits [B, L, V], float32: of the next token, or of an encoder of each token.
+            Float32 logits [B, L, V]: of the next token, or of each token for an encoder.
         """
         return jax.jit(self.model.apply)(self.variables, *map(np.asarray, inputs))
 
@@ -98,19 +98,19 @@ class Run:
         return hidden(self.variables, np.asarray(tokens_BL))
 
     def activations(self, *inputs: Any, capture: Sequence[str] = ("attention",)) -> dict[str, Any]:
-        """Compute logits, and capture what is inside the model on the way.
+        """Compute logits and capture intermediate activations.
 
         Args:
-            *inputs: as for `logits`.
+            *inputs: see `logits`.
             capture: what to capture: "attention", "cross_attention", "residual", "updates" or
-                "neurons"; `lm.insight.capture.CAPTURES` has their shapes.
+                "neurons"; shapes are in `lm.insight.capture.CAPTURES`.
 
         Returns:
-            Arrays by name, float32: "logits", and what was captured; of an encoder–decoder under
+            Float32 arrays by name: "logits" and the captured ones; for an encoder–decoder under
             "encoder/NAME" and "decoder/NAME".
 
         Raises:
-            UserError: a name or a token id is unknown, or the model is no Transformer.
+            UserError: a name or a token id is unknown, or the model is not a Transformer.
         """
         arrays = tuple(map(np.asarray, inputs))
         if any(ids.ndim != 2 for ids in arrays):
@@ -124,9 +124,9 @@ class Run:
         return jax.tree.map(np.asarray, {"logits": logits_BLV, **captured})
 
     def attention_weights(self, tokens_BL: Any) -> np.ndarray:
-        """Return the self-attention weights [N, B, H, L, L] of token ids [B, L], float32.
+        """Return float32 self-attention weights [N, B, H, L, L] for token ids [B, L].
 
-        Of a decoder or an encoder with `--config.model.mixer=attention`.
+        Requires a decoder or encoder with `--config.model.mixer=attention`.
         """
         return self.activations(tokens_BL, capture=("attention",))["attention"]
 
@@ -136,19 +136,19 @@ class Run:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """Answer a conversation.
+        """Generate the assistant's next message in a conversation.
 
         Args:
-            messages: "role" and "content" of each, as transformers takes them, or one question;
-                if an assistant said the last one, it is continued.
+            messages: dictionaries with "role" and "content", as in transformers, or one question; a
+                final assistant message is continued.
             tools: JSON schemas of functions that may be called.
-            **options: as `generate` takes them.
+            **options: see `generate`.
 
         Returns:
-            The content of the assistant's next message.
+            Content of the assistant's message.
 
         Raises:
-            UserError: the model is no decoder, or the chat template refuses the messages.
+            UserError: the model is not a decoder, or the chat template rejects the messages.
         """
         template = chat_template(self.tokenizer, self.model)
         try:
@@ -170,11 +170,11 @@ def load_run(
     Args:
         workdir: folder of the run, local or in a bucket.
         overrides: configuration keys for this process, `{path: text}`, such as a mesh.
-        average: number of newest checkpoints whose parameters are averaged.
-        best: load the checkpoint that `--config.eval.best` kept.
+        average: number of newest checkpoints to average.
+        best: load the checkpoint kept by `--config.eval.best`.
 
     Raises:
-        UserError: there is no readable run.
+        UserError: the run does not exist or is not readable.
     """
     folder = open_run_folder(str(workdir))
     experiment, params, step = restore_run(
@@ -195,10 +195,10 @@ def evaluate(run: Run, split: str = "validation", max_batches: int = 0) -> dict[
     Args:
         run: the run.
         split: "validation" or "test" data of the run's configuration.
-        max_batches: batches that are evaluated; 0: the whole split.
+        max_batches: number of batches to evaluate; 0: all.
 
     Returns:
-        Loss (nats a target), perplexity, accuracy, targets and what else the objective reports.
+        Loss (nats per target), perplexity, accuracy, target count and other metrics.
     """
     experiment, data = run.experiment, run.config.data
     stores = open_split(data, split, run.tokenizer, record_columns(run.config))
@@ -218,24 +218,24 @@ def generate(
     best_of: int = 1,
     reward_model: str | Path = "",
 ) -> list[str]:
-    """Continue prompts, or write the targets of sources with an encoder–decoder.
+    """Continue prompts, or generate targets from sources with an encoder–decoder.
 
     Args:
         run: the run.
         prompts: one text or several.
-        max_new_tokens: most tokens of a continuation; 0: `--config.decode.max_length`.
-        temperature: 0 is greedy; encoder–decoders always search, by `--config.decode.*`.
-        top_k: sample among the k likeliest tokens; 0: all.
-        top_p: sample among the likeliest tokens that together have this probability.
-        seed: seed of the sampling.
-        best_of: samples of each prompt, of which `reward_model` chooses one.
+        max_new_tokens: maximum length of a continuation; 0: `--config.decode.max_length`.
+        temperature: 0 is greedy; encoder–decoders always use beam search (`--config.decode.*`).
+        top_k: sample among the k most likely tokens; 0: all.
+        top_p: nucleus sampling: smallest set of tokens with this total probability.
+        seed: random seed of sampling.
+        best_of: samples per prompt, from which `reward_model` selects one.
         reward_model: workdir of a run of `objective.name=reward`.
 
     Returns:
-        The generated text of each prompt, without the prompt.
+        Generated text for each prompt, without the prompt.
 
     Raises:
-        UserError: the model cannot generate, or a prompt does not fit.
+        UserError: the model cannot generate, or a prompt is too long.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
@@ -255,7 +255,7 @@ def _generated(
     best_of: int = 1,
     reward_model: str | Path = "",
 ) -> list[str]:
-    """Return the texts that are generated for inputs, which are conversations of a template."""
+    """Generate texts for inputs, which are conversations if a template is given."""
     experiment, params = run.decoding
     if max_new_tokens:
         config = run.config.copy_and_resolve_references()
@@ -264,7 +264,7 @@ def _generated(
     sampling = None if hasattr(run.model, "start") else Sampling(temperature, top_k, top_p)
     chosen = open_best_of(best_of, str(reward_model)) if best_of > 1 else None
     if chosen and not temperature:
-        raise UserError("best_of chooses among samples: temperature must be above 0")
+        raise UserError("best_of selects among samples: temperature must be above 0")
     arguments = experiment, params, run.tokenizer, inputs, sampling, seed
     found = generate_texts(*arguments, best_of=chosen, template=template)
     return [hypotheses[0].text if hypotheses else "" for hypotheses in found]

@@ -1,4 +1,4 @@
-"""Experiment: the one place that wires model, objective, optimizer and mesh, by `build`.
+"""Experiment: model, objective, optimizer and mesh of a configuration, wired by `build`.
 
 Training, planning, evaluation, decoding and export all start here.
 """
@@ -46,7 +46,7 @@ Tree = Any
 
 
 def check(config: ConfigDict, platform: str, n_devices: int) -> None:
-    """Find everything that is wrong with a configuration before it trains or reads data.
+    """Validate a configuration completely before training or reading data.
 
     Args:
         config: configuration, resolved or not.
@@ -54,19 +54,19 @@ def check(config: ConfigDict, platform: str, n_devices: int) -> None:
         n_devices: number of devices of the mesh.
 
     Raises:
-        UserError: the first problem of: keys, rules between keys, data, mesh, attention, objective.
+        UserError: the first problem of keys, rules, data, mesh, attention or objective.
     """
     config = _with_defaults(config, platform)
     for problem in data_problems(config):
         raise UserError(problem)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, n_devices)
     resolve_parallelism(config, platform, sizes)
-    # Raises where its sequences are too short.
+    # Raises if its sequences are too short.
     OBJECTIVES[config.objective.name].from_config(config, None).shapes  # noqa: B018
 
 
 def resolve(config: ConfigDict, platform: str) -> ConfigDict:
-    """Return a copy with all defaults filled in (`fill_defaults`), the size of the vocabulary too.
+    """Return a copy with all defaults filled in (`fill_defaults`), including the vocabulary size.
 
     Args:
         config: configuration.
@@ -78,7 +78,7 @@ def resolve(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def _with_defaults(config: ConfigDict, platform: str) -> ConfigDict:
-    """Return a valid copy with all defaults filled in but the size of the vocabulary."""
+    """Return a validated copy with all defaults filled in except the vocabulary size."""
     validate(config)
     return fill_defaults(config, platform)
 
@@ -86,14 +86,14 @@ def _with_defaults(config: ConfigDict, platform: str) -> ConfigDict:
 def _objective(
     config: ConfigDict, tokenizer: Tokenizer | None
 ) -> tuple[Objective, Tokenizer | None]:
-    """Return the objective, and the tokenizer if there is one; fill in the size of the vocabulary.
+    """Return the objective and the tokenizer, if any; fill in the vocabulary size.
 
-    The tokenizer is opened if it is not given and the size of the vocabulary depends on it.
+    The tokenizer is opened if it is not given but the vocabulary size depends on it.
     """
     if not config.model.vocab_size and tokenizer is None:
         tokenizer = open_tokenizer(config.data, record_columns(config))
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
-    # Added tokens get rows too, in a model that was imported without them.
+    # Added tokens get rows even if the model was imported without them.
     if tokenizer is not None and (tokenizer.kind == "run" or not config.model.vocab_size):
         n_ids = tokenizer.vocab_size + objective.n_extra_ids
         config.model.vocab_size = max(config.model.vocab_size, n_ids)
@@ -107,8 +107,7 @@ def _objective(
 class Experiment:
     """Resolved configuration on a mesh: compiled functions, and shapes and shardings of arrays.
 
-    `tokenizer` is None if it was neither given nor needed for the size of the vocabulary; batches
-    need it.
+    `tokenizer` is None if it was neither given nor needed for the vocabulary size; batches need it.
     """
 
     config: ConfigDict
@@ -127,12 +126,12 @@ class Experiment:
 
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape of each array of a global batch, [B, …]."""
+        """Shape [B, …] of each array of a global batch."""
         return self.steps.batch_shapes(self.config.data.batch_size)
 
     @cached_property
     def param_shapes(self) -> Tree:
-        """Shape of every parameter, but not those of frozen models beside."""
+        """Shape of every parameter, without those of frozen models."""
         return as_variables(nn.meta.unbox(self.steps.boxed_shapes[0]))["params"]
 
     @property
@@ -150,13 +149,13 @@ class Experiment:
 
     @cached_property
     def inference_shapes(self) -> Tree:
-        """Shapes of the parameters and model state, as evaluation and decoding take them."""
+        """Shapes of parameters and model state, as used by evaluation and decoding."""
         params, _, model_state = nn.meta.unbox(self.steps.boxed_shapes)
         return with_state(params, model_state)
 
     @cached_property
     def inference_sharding(self) -> Tree:
-        """Shardings of `inference_shapes`; they need no optimizer."""
+        """Shardings of `inference_shapes`; does not need the optimizer."""
         axes = {path: info.axes for path, info in self.param_infos.items()}
         if boxed_state := self.steps.boxed_shapes[2]:
             from lm.models.model_state import state_axes
@@ -195,7 +194,7 @@ class Experiment:
 
     @cached_property
     def carry_sharding(self) -> Tree:
-        """Rows of what passes from batch to batch lie where the rows of the batch lie."""
+        """Sharding of the carry: its rows are sharded like the rows of a batch."""
         rows = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
         return jax.tree.map(lambda _: rows, nn.meta.unbox(self.steps.boxed_shapes[1]))
 
@@ -205,7 +204,7 @@ class Experiment:
 
     @cached_property
     def batch_sharding(self) -> dict[str, NamedSharding]:
-        """Shardings of the [steps, B, …] arrays of `train_steps` and `eval_steps`, by name."""
+        """Shardings of the [steps, B, …] inputs of `train_steps` and `eval_steps`, by name."""
         shapes = {name: shape.shape for name, shape in self.batch_shapes.items()}
         return batch_sharding(self.mesh, shapes)
 
@@ -213,20 +212,20 @@ class Experiment:
 
     @cached_property
     def init_state(self) -> Callable[[], TrainState]:
-        """Jitted function that returns the state before the first step, sharded."""
+        """Jitted function that returns the sharded initial state."""
         return jax.jit(
             lambda: self.steps.init_state(_zeros(self.batch_shapes)),
             out_shardings=self.state_sharding,
         )
 
     def init_carry(self, batch_size: int) -> Carry:
-        """Return the carry before the first batch of so many rows."""
+        """Return the initial carry for a batch size."""
         shapes = jax.eval_shape(self.steps.init, self.steps.batch_shapes(batch_size))[1]
         return jax.jit(lambda: _zeros(nn.meta.unbox(shapes)), out_shardings=self.carry_sharding)()
 
     @cached_property
     def train_steps(self) -> Wrapped:
-        """`Steps.train_steps`, sharded; the state given to it is donated."""
+        """Jitted, sharded `Steps.train_steps`; its state argument is donated."""
         train_steps = self.steps.train_steps
         if self.config.train.precision != "none":
             from lm.quantized_training import quantized_train_steps
@@ -242,7 +241,7 @@ class Experiment:
 
     @cached_property
     def eval_steps(self) -> Wrapped:
-        """`Steps.eval_steps`, sharded."""
+        """Jitted, sharded `Steps.eval_steps`."""
         return jax.jit(
             self._on_mesh(self.steps.eval_steps),
             in_shardings=(self.inference_sharding, self.carry_sharding, self.batch_sharding),
@@ -251,7 +250,7 @@ class Experiment:
 
     @cached_property
     def predict_steps(self) -> Wrapped:
-        """`Steps.predict_steps`, sharded."""
+        """Jitted, sharded `Steps.predict_steps`."""
         return jax.jit(
             self._on_mesh(self.steps.predict_steps),
             in_shardings=(self.inference_sharding, self.batch_sharding),
@@ -265,7 +264,7 @@ class Experiment:
         return [self.objective.examples(store, training=True) for store in dataset.train]
 
     def train_batches(self, dataset: Dataset, first_row: int = 0) -> Batches:
-        """Return the batches of training; `first_row` is that of `Batches`."""
+        """Return the training batches; see `Batches` for `first_row`."""
         config, features = self.config, self._features
         parts = self.training_parts(dataset)
         if config.data.order == "contiguous":
@@ -281,7 +280,7 @@ class Experiment:
         return Batches(examples, features, config.data.batch_size, config.seed, first_row)
 
     def evaluation_batches(self, stores: Sequence[Store]) -> Batches:
-        """Return batches of all examples of the stores, once, in order."""
+        """Return batches of all examples of the stores in order, each once."""
         config, features = self.config, self._features
         parts: Sequence[Any] = [self.objective.examples(s, training=False) for s in stores]
         batch_size = config.eval.batch_size
@@ -298,7 +297,7 @@ class Experiment:
         """Function from an example to its features.
 
         Raises:
-            UserError: they may hold ids beyond the token table.
+            UserError: features may contain ids beyond the token table.
         """
         if self.tokenizer is None:
             raise ValueError("batches need a tokenizer: build(config, devices, tokenizer)")
@@ -321,7 +320,7 @@ class Experiment:
         return compiler_options(device)
 
     def _on_mesh(self, function: Callable) -> Callable:
-        @wraps(function)  # profiles show its name
+        @wraps(function)  # shown in profiles
         def on_mesh(*args: Any) -> Any:
             with use_mesh(self.mesh, self.config.parallel.sequence, self.pipeline):
                 return function(*args)
@@ -332,7 +331,7 @@ class Experiment:
 def build(
     config: ConfigDict, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
 ) -> Experiment:
-    """Build the experiment that a configuration describes; nothing is computed yet.
+    """Build the experiment of a configuration, without computing anything.
 
     Args:
         config: configuration, resolved or not.
@@ -340,7 +339,7 @@ def build(
         tokenizer: tokenizer of the data; batches and decoding need it.
 
     Raises:
-        UserError: the configuration is wrong, or does not fit the mesh.
+        UserError: the configuration is invalid, or does not fit the mesh.
     """
     experiment = build_untraced(config, devices, tokenizer)
     experiment.state_sharding  # noqa: B018
@@ -350,28 +349,28 @@ def build(
 def build_with_data(
     config: ConfigDict, devices: Sequence[jax.Device], progress: bool = False
 ) -> tuple[Experiment, Dataset]:
-    """Open the tokenizer, build the experiment with it, and open the data.
+    """Open the tokenizer, build the experiment and open the data.
 
     Args:
         config: configuration.
         devices: devices of the mesh.
-        progress: show on stderr how far the tokenization of new data is.
+        progress: show the progress of tokenization on stderr.
 
     Raises:
-        UserError: the configuration, the mesh or the data do not fit.
+        UserError: configuration, mesh or data are invalid or do not match.
     """
     check(config, devices[0].platform, len(devices))
     columns = record_columns(config)
     tokenizer = open_tokenizer(config.data, columns)
     experiment = build(config, devices, tokenizer)
-    experiment._features  # noqa: B018  its error comes before the data are read
+    experiment._features  # noqa: B018  raises before the data are read
     return experiment, open_dataset(experiment.config.data, columns, progress, tokenizer)
 
 
 def build_untraced(
     config: ConfigDict, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
 ) -> Experiment:
-    """Build an experiment without tracing the model or its optimizer, for who needs neither yet."""
+    """Build an experiment without tracing the model or optimizer."""
     platform = devices[0].platform
     config = _with_defaults(config, platform)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, len(devices))
@@ -408,7 +407,7 @@ def build_untraced(
 def resolve_parallelism(
     config: ConfigDict, platform: str, sizes: Mapping[str, int], capability: str = ""
 ) -> tuple[PipelineSchedule, AttentionChoice]:
-    """Return the pipeline and the attention of a configuration on a mesh.
+    """Return the pipeline schedule and attention kernel of a configuration on a mesh.
 
     Args:
         config: valid configuration with its defaults filled in.
@@ -431,7 +430,7 @@ def resolve_parallelism(
 
 
 def record_columns(config: ConfigDict) -> tuple[str, ...]:
-    """Return the columns of the records that the objective reads; () if it reads documents."""
+    """Return the record columns that the objective needs; () if it trains on documents."""
     return OBJECTIVES.entries[config.objective.name].columns
 
 

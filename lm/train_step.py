@@ -1,6 +1,6 @@
 """Training and evaluation steps: pure functions of state and batch, for any model.
 
-Shape letters: S steps of one dispatch, B batch.
+Shape letters: S steps per dispatch, B batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lm.models.variables import (
 from lm.objectives.objective import Batch, LossSums, Objective
 from lm.parallel.mesh import per_row_key
 
-if TYPE_CHECKING:  # imported only where parameters are frozen
+if TYPE_CHECKING:  # imported at run time only if parameters are frozen
     from lm.models.parameter_groups import TrainableMask
 
 Carry = Any
@@ -41,14 +41,14 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """State of training: everything that a training step reads and writes.
+    """Training state: everything that a training step reads and writes.
 
     Attributes:
         step: number of updates so far.
-        params: the parameters, those of low-rank adaptation under "lora", and those of frozen
-            models under "frozen"; averages under `lm.optim.averaging`.
-        opt_state: state of the optimizer.
-        carry: arrays [B, …] that pass from one batch to the next, such as the state of a recurrent
+        params: parameters, with low-rank factors under "lora" and frozen models under "frozen";
+            averages if `lm.optim.averaging` is used.
+        opt_state: optimizer state.
+        carry: arrays [B, …] passed from one batch to the next, such as the state of a recurrent
             model; {} for most models.
         model_state: variables of `lm.models.variables.model_state`; {} for most models.
     """
@@ -61,17 +61,17 @@ class TrainState:
 
     @property
     def inference_params(self) -> Params:
-        """Parameters and model state as evaluation and decoding take them."""
+        """Parameters and model state, as used by evaluation and decoding."""
         return with_state(self.params, self.model_state)
 
     def with_inference_params(self, params: Params) -> TrainState:
-        """Return the state with these parameters and their model state."""
+        """Replace the parameters and model state."""
         own = {name: leaf for name, leaf in params.items() if name != MODEL_STATE}
         return replace(self, params=own, model_state=params.get(MODEL_STATE, {}))
 
 
 class Between(NamedTuple):
-    """Variables that pass from one batch to the next: those of rows, and those of the model."""
+    """State passed from one batch to the next: per row (carry) and per model."""
 
     carry: Carry
     model_state: ModelState
@@ -82,15 +82,15 @@ class Steps:
     """Pure functions of one experiment.
 
     Attributes:
-        model: the model, without dropout.
-        objective: what it learns.
+        model: model in training mode without dropout.
+        objective: objective.
         make_optimizer: builds the optimizer from role and axes of every parameter, by path.
-        trainable: parameters that train; None for all.
-        lora: the configuration's section "lora".
-        schedule: learning rate of a step.
+        trainable: mask of trainable parameters; None for all.
+        lora: section "lora" of the configuration.
+        schedule: learning rate by step.
         seed: seed of initialization and dropout.
         batch_size: rows of a training batch.
-        microbatches: parts of a batch whose gradients are added up.
+        microbatches: microbatches per batch, for gradient accumulation.
     """
 
     model: nn.Module
@@ -104,7 +104,7 @@ class Steps:
     microbatches: int
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shape [B, …] of each array of a batch of so many rows."""
+        """Return the shape [B, …] of each array of a batch of this size."""
         return {
             name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
             for name, (shape, dtype) in self.objective.shapes.items()
@@ -112,25 +112,24 @@ class Steps:
 
     @cached_property
     def boxed_shapes(self) -> tuple[Params, Carry, ModelState]:
-        """Shapes of what `init` returns for a training batch."""
+        """Shapes of the result of `init` for a training batch."""
         return jax.eval_shape(self.init, self.batch_shapes(self.batch_size))
 
     @cached_property
     def param_infos(self) -> dict[str, ParamInfo]:
-        """Role and logical axes of every parameter, by path; UserError for one without a role."""
+        """Role and logical axes of every parameter by path; UserError if one has no role."""
         return param_infos(self.boxed_shapes[0])
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Transformation of the gradients of the parameters that train."""
+        """Gradient transformation of the trainable parameters."""
         return self.make_optimizer(self.param_infos)
 
     def init(self, batch: Batch) -> tuple[Params, Carry, ModelState]:
         """Initialize the variables that the loss of a batch uses.
 
         Returns:
-            Parameters, boxed with their axes and roles; the carry before the first batch; model
-            state, boxed with its axes.
+            Parameters, boxed with axes and roles; initial carry; model state, boxed with axes.
         """
         rng = jax.random.fold_in(jax.random.key(self.seed), -1 & 0xFFFFFFFF)
         variables: Any = nn.init(self.objective.loss, self.model)(rng, batch)
@@ -144,28 +143,28 @@ class Steps:
         return params, jax.tree.map(jnp.zeros_like, carry), model_state
 
     def init_state(self, batch: Batch) -> TrainState:
-        """Return the state before the first step."""
+        """Return the initial training state."""
         params, carry, model_state = nn.meta.unbox(self.init(batch))
         opt_state = self.init_optimizer(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, model_state)
 
     def init_optimizer(self, params: Params) -> optax.OptState:
-        """Return the state of the optimizer before the first step."""
+        """Return the initial optimizer state."""
         return self.optimizer.init(self.split(params)[0])
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Split parameters into those that train and those that are frozen."""
+        """Split parameters into trainable and frozen ones."""
         return (params, {}) if self.trainable is None else self.trainable.split(params)
 
     def _join(self, trained: Params, frozen: Params) -> Params:
         return trained if self.trainable is None else self.trainable.join(trained, frozen)
 
     def train_steps(self, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-        """Update once for each batch of [S, B, …] arrays; metrics are [S]."""
+        """Apply one update per batch of [S, B, …] arrays; metrics are [S]."""
         return jax.lax.scan(self.train_step, state, batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Update once. Where loss or gradient is not finite, only the step counter advances."""
+        """Apply one update; if loss or gradient is not finite, only the step counter advances."""
         rng = per_row_key(jax.random.fold_in(jax.random.key(self.seed), state.step))
         trained, frozen = self.split(state.params)
         before = Between(state.carry, state.model_state)
@@ -195,7 +194,7 @@ class Steps:
         return TrainState(state.step + 1, self._join(updated, frozen), opt_state, *after), metrics
 
     def eval_steps(self, params: Params, carry: Carry, batches: Batch) -> tuple[Carry, LossSums]:
-        """Return the objective's sums, [S], over each of the batches [S, B, …], without dropout."""
+        """Return loss sums [S] of the batches [S, B, …], without dropout."""
         params = self._merged(params)
         model_state = params.get(MODEL_STATE, {})
 
@@ -206,16 +205,16 @@ class Steps:
         return jax.lax.scan(step, carry, batches)
 
     def predict_steps(self, params: Params, batches: Batch) -> jax.Array:
-        """Return the objective's predictions [S, B, …] for each row of the batches [S, B, …]."""
+        """Return predictions [S, B, …] for each row of the batches [S, B, …]."""
         predict, variables = nn.apply(self.objective.predict, self.model), self._merged(params)
         return jax.lax.map(lambda batch: predict(as_variables(variables), batch), batches)
 
     def _loss(
         self, params: Params, before: Between, batch: Batch, rng: jax.Array | None
     ) -> tuple[LossSums, Between]:
-        """Return the objective's sums of a batch, and what passes on to the next one.
+        """Return the loss sums of a batch and the state passed to the next one.
 
-        With an `rng` it is a training step: dropout is on and model state is updated.
+        With `rng`, this is a training step: dropout is on and model state is updated.
         """
         model = self.model.clone(deterministic=rng is None)
         updated = (MODEL_STATE,) if before.model_state and rng is not None else ()
@@ -233,7 +232,7 @@ class Steps:
         return sums, Between(after, model_state)
 
     def _merged(self, params: Params) -> Params:
-        """Return the parameters of the model, low-rank updates added."""
+        """Return model parameters with low-rank updates merged."""
         if LORA not in params:
             return params
         from lm.models.lora import adapted_params
@@ -243,7 +242,7 @@ class Steps:
     def _gradients(
         self, trained: Params, frozen: Params, before: Between, batch: Batch, rng: jax.Array
     ) -> tuple[Params, LossSums, Between]:
-        """Return the gradient of the summed loss, and the sums, added up over microbatches."""
+        """Return the gradient of the summed loss, and loss sums, over all microbatches."""
 
         def of_part(
             before: Between, part: Batch, rng: jax.Array

@@ -1,7 +1,7 @@
-"""Agreement of the processes of a run: on what they train, before the first step, and on stops.
+"""Agreement between the processes of a run: consistency checks at startup, and shared stops.
 
-Processes that disagree (another learning rate, seed, corpus or version) train together without an
-error, and the result is neither's run.
+Processes that differ (in learning rate, seed, corpus or version) would train together without an
+error, and the result would match neither configuration.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
-# Keys that may differ: where a host has its files, and how it reads them.
+# Keys that may differ: where a host keeps its files, and how it reads them.
 _OF_A_PROCESS = ("data.directory", "data.cache_directory", "data.workers", "data.prefetch")
 _STOP = "lm/stop"
-_LEAVE_SECONDS = 5  # for all processes to see that the run is to stop
-_SHOWN = 5  # differences of a process that the message names
+_LEAVE_SECONDS = 5  # for all processes to see the stop request
+_SHOWN = 5  # differences per process listed in the message
 
 
 def require_agreement(facts: Mapping[str, Any]) -> None:
-    """Compare facts over all processes; all of them must call this at the same point.
+    """Compare facts across processes; a collective call.
 
     Args:
-        facts: name → value that JSON can hold.
+        facts: JSON-serializable values by name.
 
     Raises:
-        UserError: a process has other facts than process 0; raised by every process.
+        UserError: a process differs from process 0; raised by every process.
     """
     if jax.process_count() == 1:
         return
@@ -59,10 +59,10 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def require_same_start(config: ConfigDict) -> None:
-    """Compare what the processes were started with: configuration, code, versions and plug-ins.
+    """Compare configuration, code, package versions and plug-ins across processes.
 
     Raises:
-        UserError: as `require_agreement`.
+        UserError: see `require_agreement`.
     """
     values = {
         f"--config.{path}": value
@@ -94,7 +94,7 @@ def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @cache
 def software() -> dict[str, str]:
-    """Return the versions of the packages that compute, and a digest of lm's own code."""
+    """Return the versions of the packages used for computation, and a digest of lm's code."""
     root = Path(__file__).parents[1]
     code = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
@@ -109,15 +109,15 @@ def stop_is_shared() -> bool:
     """Return whether a process of the run has called `all_leave`."""
     try:
         return bool(_client().key_value_try_get(_STOP))
-    except RuntimeError:  # there is no such key
+    except RuntimeError:  # the key does not exist
         return False
 
 
 def all_leave() -> bool:
-    """Return whether all processes of the run call this within some seconds, and may end at once.
+    """Return whether all processes call this within a few seconds, so that they may exit at once.
 
-    Process 0 returns after the others, whose coordinator it is. False where one has made steps that
-    it must save: then the steps agree on the stop.
+    Process 0 returns last, because it is the coordinator. The result is False if a process has
+    unsaved steps; then the training loop agrees on the stop.
     """
     try:
         _client().key_value_set(_STOP, "1", allow_overwrite=True)
@@ -134,10 +134,10 @@ def _client() -> Any:
 
 
 class CrossHostMax:
-    """Maximum over processes of an integer, known to all of them one step later.
+    """Maximum of an integer over processes, known to all of them one step later.
 
-    `start` dispatches a tiny collective and `result` waits for it: around the dispatch of a step
-    it costs no pause.
+    `start` dispatches a tiny collective and `result` waits for it; wrapped around the dispatch of a
+    step, it adds no pause.
     """
 
     def __init__(self, devices: Sequence[jax.Device]):
@@ -148,11 +148,11 @@ class CrossHostMax:
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def start(self, value: int) -> jax.Array:
-        """Dispatch the maximum of this process's number; return the handle for `result`."""
+        """Dispatch the maximum of this process's value; return a handle for `result`."""
         local = np.full((1,), value, np.int32)
         return self._max(jax.make_array_from_callback(self._shape, self._sharding, lambda _: local))
 
     @staticmethod
     def result(handle: jax.Array) -> int:
-        """Return the maximum over all processes of the same call of `start`."""
+        """Return the maximum over all processes for the same call of `start`."""
         return int(jax.device_get(handle))

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch in parts, whose gradients are added up before the update."""
+"""Gradient accumulation over microbatches."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def accumulate(
     batch: Tree,
     rng: jax.Array,
 ) -> tuple[Tree, Between]:
-    """Return the sum of a function over `n` microbatches, and what passes on to the next batch.
+    """Sum a function over `n` microbatches; also return the state passed to the next batch.
 
-    Carried rows go to the microbatch of their row of the batch; model state passes from each
-    microbatch to the next.
+    The carry of a row goes to the microbatch of that row; model state passes from each microbatch
+    to the next.
 
     Args:
-        of_part: function of what passed on to it, a microbatch and its key.
+        of_part: function of the passed-on state, a microbatch and its random key.
         n: number of microbatches.
-        before: variables that the batch before passed on.
+        before: state passed on by the previous batch.
         batch: arrays [B, …].
         rng: per-row key of the batch.
     """
-    # Row r goes to microbatch r mod n: each device keeps its rows, whatever the mesh.
+    # Row r goes to microbatch r mod n, so each device keeps its rows on any mesh.
     parts = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1),
         (before.carry, batch),
@@ -57,7 +57,7 @@ def accumulate(
 
 
 def select_rows(key: jax.Array, first: jax.Array | int, step: int) -> jax.Array:
-    """Return the key of rows first, first + step, … of the rows that a per-row key is for."""
+    """Return the per-row key of rows first, first + step, … of a batch."""
     plain, rows = unpack_row_key(jax.random.key_data(key))
     first = jnp.asarray(first).astype(jnp.uint32)
     return wrap_row_key(plain, jnp.stack([rows[0] + rows[1] * first, rows[1] * step]))

@@ -1,4 +1,4 @@
-"""Hosts of a run: the platform of a process, joining and leaving the others, the slow network."""
+"""Hosts of a run: platform selection, multi-process startup and failure, network topology."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from jax._src import distributed  # its client is not public
 from lm.errors import LostPeerError, UserError
 
 _GOOGLE = "0x1ae0"  # PCI vendor id of TPUs
-# Texts of JAX's errors where a collective's peer, or the coordinator, is gone.
+# Substrings of JAX errors raised when a collective's peer, or the coordinator, is gone.
 _LOST = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "gloo", "heartbeat"),
     *("Connection closed by peer", "Connection reset", "Connection refused"),
 )
-COMPILING = "lm-compile"  # name of threads that may still compile when all else is done
+COMPILING = "lm-compile"  # name of threads that may still be compiling at exit
 _INTACT = "saved checkpoints are intact, the same command continues"
 _BEATS = "lm/alive/"
-_KEPT: list = []  # a handler that C calls must not be collected
-_WAIT_SECONDS = 300.0  # for the other processes at the start
+_KEPT: list = []  # keeps a C callback from being garbage-collected
+_WAIT_SECONDS = 300.0  # for the other processes at startup
 
 
 def use_cpu_without_accelerators() -> None:
-    """Select the CPU platform where libtpu is installed but there is neither TPU nor GPU.
+    """Select the CPU platform if libtpu is installed but there is no TPU or GPU.
 
-    JAX would select it too, after libtpu's long search and warnings.
+    JAX would end up there too, after libtpu's slow search and warnings.
     """
     looks_for_tpu = not os.environ.get("JAX_PLATFORMS") and find_spec("libtpu")
     if looks_for_tpu and not has_tpu() and not Path("/dev/nvidiactl").exists():
@@ -57,19 +57,19 @@ def initialize_distributed(
 ) -> None:
     """Join the processes of a run; must precede any other use of JAX.
 
-    Without arguments it joins only where the environment announces a cluster: SLURM, TPU pods, GKE
-    and Open MPI are detected by `jax.distributed`.
+    Without arguments, join only if the environment announces a cluster: `jax.distributed` detects
+    SLURM, TPU pods, GKE and Open MPI.
 
     Args:
         coordinator: HOST:PORT of process 0.
         num_processes: number of processes.
         process_id: index of this process.
-        heartbeat_seconds: silence of a process after which JAX ends the others.
+        heartbeat_seconds: silence of a process after which JAX terminates the others.
 
     Raises:
         UserError: some of the first three are missing, the index is out of range, or the
-            coordinator's port is none or taken.
-        LostPeerError: not all processes came.
+            coordinator's port is invalid or in use.
+        LostPeerError: not all processes joined.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -87,7 +87,7 @@ def initialize_distributed(
     else:
         return
     line = f"{who} did not meet the others {where}: start all of them, with the address of process"
-    # JAX ends a process that waits too long in a crash, so this one ends before.
+    # JAX crashes a process that waits too long, so exit before that.
     timer = threading.Timer(_WAIT_SECONDS, _give_up, (f"{line} 0 (waited {_WAIT_SECONDS:g} s)",))
     timer.daemon = True
     timer.start()
@@ -112,7 +112,7 @@ def _give_up(line: str) -> None:
 
 
 def _port(coordinator: str) -> int:
-    """Return the port of HOST:PORT."""
+    """Parse the port of HOST:PORT."""
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65536:
         raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, a port from 1 to 65535")
@@ -120,7 +120,7 @@ def _port(coordinator: str) -> int:
 
 
 def _check_free(port: int) -> None:
-    """Raise UserError where process 0 cannot listen; JAX ends some of these cases in a crash."""
+    """Raise UserError if process 0 cannot listen on the port; JAX would crash in some cases."""
     both = socket.has_dualstack_ipv6()
     family, host = (socket.AF_INET6, "::") if both else (socket.AF_INET, "0.0.0.0")
     try:
@@ -133,12 +133,12 @@ def _check_free(port: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the start of the first line of an error's message."""
+    """Return the start of the first line of an error message."""
     return str(error).strip().partition("\n")[0][:160]
 
 
 def lost_peer(error: Exception) -> str | None:
-    """Return the line for an error of JAX that means that another process has ended; else None."""
+    """Describe a JAX error that means another process has ended; None for other errors."""
     if not isinstance(error, RuntimeError | ValueError) or not jax.distributed.is_initialized():
         return None
     text = str(error)
@@ -151,7 +151,7 @@ def lost_peer(error: Exception) -> str | None:
 
 
 class _Peers:
-    """Signs of life of the processes of a run, which a thread exchanges by the coordinator."""
+    """Heartbeats of the run's processes, exchanged through the coordinator by a thread."""
 
     def __init__(self, heartbeat_seconds: int):
         state: Any = distributed.global_state
@@ -175,7 +175,7 @@ class _Peers:
             time.sleep(self._period)
 
     def silent(self) -> list[int]:
-        """Return the processes without a sign of life: 0 alone where it passes none on."""
+        """Return the processes without recent heartbeats; [0] if the coordinator is unreachable."""
         host, _, port = self._address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
@@ -187,9 +187,9 @@ class _Peers:
 
 
 def _explain_aborts(heartbeat_seconds: int) -> None:
-    """End this process with a line and code 1 where JAX aborts it because of a silent peer.
+    """Exit with a message and code 1 if JAX aborts this process because a peer is silent.
 
-    JAX's own callback for that cannot be a function of Python. Other aborts stay what they are.
+    JAX's own callback for this cannot be a Python function. Other aborts are not changed.
     """
     peers, libc = _Peers(heartbeat_seconds), ctypes.CDLL(None)
 
@@ -200,7 +200,7 @@ def _explain_aborts(heartbeat_seconds: int) -> None:
                 f"process {', '.join(map(str, silent))} of the run does not answer: it has ended, "
                 f"is frozen (--heartbeat_seconds {heartbeat_seconds}) or cut off; {_INTACT}"
             )
-        libc.signal(number, 0)  # the default
+        libc.signal(number, 0)  # restore the default handler
         os.abort()
 
     _KEPT.append(on_abort)
@@ -208,7 +208,7 @@ def _explain_aborts(heartbeat_seconds: int) -> None:
 
 
 def _in_cluster() -> bool:
-    """Return whether the environment announces that this process is one of several."""
+    """Return whether the environment says that this process is one of several."""
     environment = os.environ
     several_tasks = any(
         int(environment.get(name) or 1) > 1
@@ -227,10 +227,10 @@ def _in_cluster() -> bool:
 
 
 def exit_at_once(code: int) -> None:
-    """End a process at once whose usual end would wait for ever, or crash.
+    """Exit at once if a normal exit would hang or crash.
 
-    JAX's shutdown barrier waits for the other processes of a run, which wait for a step of one that
-    failed. A thread that still compiles may crash while the interpreter ends.
+    JAX's shutdown barrier waits for the other processes, which may wait for a step of a failed
+    one. A thread that still compiles may crash while the interpreter shuts down.
     """
     several = jax.distributed.is_initialized()
     failed = code in (1, 2) and several and jax.process_count() > 1
@@ -249,11 +249,11 @@ def exit_at_once(code: int) -> None:
 def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Device]]:
     """Split devices into `n` equal parts along the slow network.
 
-    TPU slices must be the parts. GPU hosts, and CPU processes, are grouped where there are more
-    than `n`. Within one host there is no slow network: the parts are in device order.
+    On TPUs the parts must be the slices. GPU hosts and CPU processes are grouped if there are more
+    than `n`. Within one host there is no slow network: the parts follow device order.
 
     Raises:
-        UserError: the islands of the network do not make `n` equal parts.
+        UserError: the slices or hosts cannot be grouped into `n` equal parts.
     """
     is_tpu = devices[0].platform == "tpu"
     by_slice, by_host = _groups(devices, "slice_index"), _groups(devices, "process_index")
@@ -277,7 +277,7 @@ def split_by_network(devices: Sequence[jax.Device], n: int) -> list[list[jax.Dev
 
 
 def _groups(devices: Sequence[jax.Device], attribute: str) -> list[list[jax.Device]]:
-    """Group devices by the value of an attribute, in the order of the values."""
+    """Group devices by an attribute, sorted by its value."""
     groups: dict[int, list[jax.Device]] = {}
     for device in devices:
         groups.setdefault(getattr(device, attribute, 0), []).append(device)

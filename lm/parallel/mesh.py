@@ -1,10 +1,10 @@
-"""Device mesh: its named axes, its processes, and the rules that shard arrays over it.
+"""Device mesh: named axes, process roles, and sharding rules.
 
-Axes are ordered from the outermost (slowest network). Models name the axes of their arrays
-("embed", "heads", …) and know no mesh; the rules say which mesh axes shard each. A name without a
-rule is an error, never silent replication. While a step is traced inside `use_mesh`, `constrain`
-and the functions after it read the mesh from the context. What a row draws at random does not
-depend on where it is computed.
+Axes are ordered from the outermost (slowest network). Models name the logical axes of their arrays
+("embed", "heads", …) and know no mesh; rules map them to mesh axes. A name without a rule is an
+error, never silent replication. While a step is traced inside `use_mesh`, `constrain` and the
+functions after it read the mesh from the context. Random draws of a row do not depend on where it
+is computed.
 
 Shape letters: B batch, L length, V vocabulary, D model.
 """
@@ -40,8 +40,8 @@ def axis_sizes(preset: str, sizes: Mapping[str, int], n_devices: int) -> dict[st
     """Return the sizes of all mesh axes.
 
     Args:
-        preset: a name of `PRESETS`, or "custom" for `sizes`.
-        sizes: axis sizes; one of them may be -1 for the rest of the devices.
+        preset: a key of `PRESETS`, or "custom" for `sizes`.
+        sizes: axis sizes; one of them may be -1 for all remaining devices.
         n_devices: number of devices.
 
     Returns:
@@ -66,8 +66,8 @@ def axis_sizes(preset: str, sizes: Mapping[str, int], n_devices: int) -> dict[st
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     """Build the mesh of all axes over `devices`.
 
-    Axis "slice" crosses the slow network; the others stay within its islands, along their fast
-    links where `mesh_utils` knows these.
+    Axis "slice" crosses the slow network; the other axes stay inside a slice or host, along fast
+    links where `mesh_utils` knows them.
     """
     inside = tuple(sizes[axis] for axis in AXES if axis != "slice")
     parts = [list(devices)]
@@ -86,7 +86,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
 
 
 def is_primary_host() -> bool:
-    """Return whether this process writes the files of the run (metrics, progress, reports)."""
+    """Return whether this process writes the run's files (metrics, progress, reports)."""
     return jax.process_index() == 0
 
 
@@ -112,14 +112,14 @@ Rules = dict[str, tuple[str, ...]]
 PARAMETERS: Rules = {
     "layers": ("stage",),
     "embed": ("fsdp", "context"),
-    "latent": ("fsdp", "context"),  # the inputs of a kernel from another width than the stream's
+    "latent": ("fsdp", "context"),  # inputs of a kernel whose width is not the residual stream's
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
-    # Replicated; "residual" are the outputs of a kernel from residual stream to residual stream,
-    # "one" is an axis of a scale, whose other axes are those of its kernel.
+    # Replicated; "residual": outputs of a kernel from residual stream to residual stream; "one": axis
+    # of a scale whose other axes are those of its kernel.
     **dict.fromkeys(("residual", "one", "positions", "types", "head_dim", "norm", "pooled"), ()),
     **dict.fromkeys(("classes", "lora_rank", "hidden", "gates", "router_inputs", "router"), ()),
     **dict.fromkeys(("taps", "mels"), ()),
@@ -134,7 +134,7 @@ ACTIVATIONS: Rules = {
     "rows": ROW_AXES,
     "length": (LENGTH_AXIS,),
     "residual_length": (LENGTH_AXIS,),  # between the sublayers of a block
-    "keys": (),  # the length of keys and values that every query can reach
+    "keys": (),  # length of keys and values that every query can reach
     "embed": (),
     "vocab": ("tensor",),
     "positions": (),
@@ -147,15 +147,15 @@ ACTIVATIONS: Rules = {
     "router": (),
 }
 
-# Sequence parallelism: norms, dropout and residual sums are sharded over the devices of tensor
-# parallelism too (Korthikanti et al. 2022, §4.2.2).
+# Sequence parallelism: norms, dropout and residual sums are also sharded over the tensor axis
+# (Korthikanti et al. 2022, §4.2.2).
 SEQUENCE_PARALLEL: Rules = {"residual_length": (LENGTH_AXIS, "tensor")}
 
-# The size of a vocabulary is arbitrary, key/value heads are few and latents narrow: where the mesh
-# does not divide them, the dimension is replicated, and `mesh_rules.py` reports it.
+# Vocabulary sizes are arbitrary, key/value heads few and latents narrow: if the mesh does not
+# divide such a dimension, it is replicated, and `mesh_rules.py` reports it.
 MAY_REPLICATE = ("vocab", "kv_heads", "latent")
 
-# The configuration key behind a logical axis, for error messages.
+# Configuration key of each logical axis, for error messages.
 CONFIG_KEYS = {
     "layers": "model.n_layers",
     "embed": "model.d_model",
@@ -166,7 +166,7 @@ CONFIG_KEYS = {
 
 
 def parameter_sharding(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-    """Return the sharding of a parameter from the logical `names` of its axes and its shape.
+    """Return the sharding of a parameter from its logical axis names and shape.
 
     Raises:
         KeyError: a name has no rule.
@@ -181,8 +181,8 @@ def optimizer_state_sharding(
 ) -> NamedSharding:
     """Return the sharding of an optimizer-state array.
 
-    Its dimensions are those of the parameter, some of them left out or reduced to 1 (factored
-    second moments), and are sharded alike. Others are not, nor are those behind them.
+    Dimensions that match the parameter's, with some left out or reduced to 1 (factored second
+    moments), are sharded like them. Any other dimension, and those after it, are replicated.
 
     Args:
         parameter: sharding of the parameter.
@@ -203,10 +203,10 @@ def optimizer_state_sharding(
 
 
 def parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str, ...] | None:
-    """Return the mesh axes that shard a parameter's dimension, or None if it is replicated."""
+    """Return the mesh axes that shard a parameter's dimension; None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)
-    if LENGTH_AXIS in axes and (size % n or sizes[LENGTH_AXIS] == 1):  # shards where it divides
+    if LENGTH_AXIS in axes and (size % n or sizes[LENGTH_AXIS] == 1):  # used only if it divides
         axes = axes[:-1]
         n = prod(sizes[axis] for axis in axes)
     if size % n == 0:
@@ -226,10 +226,10 @@ def _rule(rules: Rules, name: str) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
-    """Return the shardings of the [steps, B, …] arrays of batches, by name.
+    """Return the shardings of the [steps, B, …] arrays of a batch, by name.
 
-    The dimension after the rows is sharded over `context` where that divides it: it is a length,
-    or positions whose order makes no difference, such as the masked positions of a row.
+    The dimension after the rows is sharded over `context` if that divides it: it is a length, or
+    an unordered set of positions such as the masked positions of a row.
 
     Args:
         mesh: mesh of the step.
@@ -248,7 +248,7 @@ def batch_sharding(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 
 @dataclass(frozen=True)
 class ShardingContext:
-    """Mesh of a step, sharding rules of its activations, and schedule of its pipeline if any."""
+    """Mesh of a step, sharding rules for activations, and pipeline schedule if any."""
 
     mesh: Mesh
     rules: Rules
@@ -262,12 +262,12 @@ _context: ContextVar[ShardingContext | None] = ContextVar("sharding", default=No
 def use_mesh(
     mesh: Mesh, sequence: bool = False, pipeline: PipelineSchedule | None = None
 ) -> Iterator[None]:
-    """Trace the code inside for a mesh.
+    """Trace the code inside on a mesh.
 
     Args:
-        mesh: mesh that `constrain` shards activations over.
-        sequence: apply the rules of sequence parallelism.
-        pipeline: schedule that stacks of layers run by if it has more than one stage.
+        mesh: mesh over which `constrain` shards activations.
+        sequence: use the rules of sequence parallelism.
+        pipeline: schedule of stacks of layers, used if it has more than one stage.
     """
     rules = ACTIVATIONS | (SEQUENCE_PARALLEL if sequence else {})
     pipeline = pipeline if pipeline and pipeline.stages > 1 else None
@@ -279,13 +279,13 @@ def use_mesh(
 
 
 def current_mesh() -> Mesh | None:
-    """Return the mesh of the step that is being traced; None in decoding, which has none."""
+    """Return the mesh of the step being traced; None in decoding."""
     context = _context.get()
     return context.mesh if context else None
 
 
 def current_pipeline() -> PipelineSchedule | None:
-    """Return the pipeline schedule of the step that is being traced; None for one stage."""
+    """Return the pipeline schedule of the step being traced; None with one stage."""
     context = _context.get()
     return context.pipeline if context else None
 
@@ -297,7 +297,7 @@ def count_shards(name: str) -> int:
 
 
 def activation_sharding(*names: str) -> NamedSharding:
-    """Return the sharding of an activation with these logical axes, inside `use_mesh`."""
+    """Return the sharding of an activation from its logical axes, inside `use_mesh`."""
     context = _context.get()
     assert context is not None
     axes = (_rule(context.rules, name) or None for name in names)
@@ -305,7 +305,7 @@ def activation_sharding(*names: str) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Constrain the sharding of an activation to the rules of its axes; no mesh, no change."""
+    """Constrain the sharding of an activation by its logical axes; no-op without a mesh."""
     for name in names:
         _rule(ACTIVATIONS, name)
     if current_mesh() is None:
@@ -313,21 +313,21 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     return lax.with_sharding_constraint(x, activation_sharding(*names))
 
 
-# --- random keys of rows
+# --- per-row random keys
 #
-# A draw of shape [B, …] from a per-row key gives the same numbers whether the batch is computed at
+# A draw of shape [B, …] from a per-row key gives the same values whether the batch is computed at
 # once or in parts (microbatches, pipeline stages): the key of a part holds the indices of its rows.
-# Models use it like any JAX key. It is four words: the two of a Threefry key, the index of the
+# Models use it like any JAX key. It has four words: the two of a Threefry key, the index of the
 # first row, and the row stride.
 
 
 def per_row_key(key: jax.Array) -> jax.Array:
-    """Return the per-row key of a whole batch."""
+    """Return the per-row key of a full batch."""
     return wrap_row_key(key, jnp.array([0, 1], jnp.uint32))
 
 
 def unpack_row_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the Threefry key of the words of a per-row key, and its rows: first and stride."""
+    """Split the words of a per-row key into its Threefry key and its rows (first, stride)."""
     return jax.random.wrap_key_data(words[:2], impl="threefry2x32"), words[2:]
 
 
@@ -337,7 +337,7 @@ def _pack(plain: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def wrap_row_key(plain: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return the per-row key of a Threefry key and its rows."""
+    """Build a per-row key from a Threefry key and its rows (first, stride)."""
     return jax.random.wrap_key_data(_pack(plain, rows), impl=_PER_ROW)
 
 

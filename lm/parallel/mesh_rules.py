@@ -1,4 +1,4 @@
-"""Mesh of several devices: rules between its sizes and a configuration, and what to tell of it."""
+"""Validation of a configuration against a multi-device mesh, and notes for the user."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def mesh_problems(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Yield why a configuration cannot run on a mesh.
+    """Yield an error message for each reason that a configuration cannot run on a mesh.
 
-    On one device there is no reason beyond the rules between keys (`lm/config/rules.py`).
+    On a single device, only the rules between keys (`lm/config/rules.py`) apply.
 
     Args:
         config: valid configuration with its defaults filled in.
@@ -101,7 +101,7 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
             f"--config.parallel.mesh.context={context} is not for --config.model.mixer=mamba2, "
             "whose states pass through whole sequences"
         )
-    # The ring gives every device two chunks of the sequence, so that causal work is even.
+    # Ring attention assigns two chunks of the sequence to each device, to balance causal work.
     divisor = 2 * context if context > 1 else 1
     for name in OBJECTIVES[config.objective.name].length_keys:
         if config.data[name] % divisor:
@@ -112,7 +112,7 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
 
 
 def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Yield the dimensions of parameters that the mesh does not divide."""
+    """Yield an error message for each parameter dimension that the mesh does not divide."""
     model = config.model
     axes = [] if MODELS.entries[model.family].plugin else [("embed", "d_model")]
     is_d_ff_used = model.experts_every > 1 or model.dense_layers or not model.expert_d_ff
@@ -148,7 +148,7 @@ def count_parameter_shards(
     return prod(sizes[axis] for of_dimension in axes for axis in of_dimension)
 
 
-# --- what the user is told before training
+# --- notes before training
 
 
 def mesh_notes(
@@ -156,7 +156,7 @@ def mesh_notes(
     pipeline: PipelineSchedule,
     parameters: Mapping[str, tuple[Sequence[str], Sequence[int]]],
 ) -> list[str]:
-    """Return lines on the pipeline's schedule, and on what stays whole on every device.
+    """Return notes on the pipeline schedule and on replicated parameter dimensions.
 
     Args:
         mesh: mesh of the step.
@@ -179,7 +179,7 @@ def mesh_notes(
 
 
 def replicated_axes(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> list[str]:
-    """Return the logical axes of a parameter that have a rule but that the mesh cannot divide."""
+    """Return a parameter's logical axes that are replicated for lack of divisibility."""
     return [
         name
         for name, size in zip(names, shape, strict=True)

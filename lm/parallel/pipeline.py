@@ -1,20 +1,20 @@
 """Pipeline parallelism over the mesh axis "stage".
 
 GPipe (Huang et al. 2019), or the circular schedule (Narayanan et al. 2021, §2.2), as one program:
-every iteration of a loop runs all stages side by side (`vmap` over a dimension that is sharded
-over "stage") and then shifts their outputs by one stage.
+every iteration of a loop runs all stages in parallel (`vmap` over a dimension sharded over
+"stage") and then shifts their outputs by one stage.
 
-The batch is cut into M microbatches. Layers are cut into S R groups of K, group r S + s being the
-r-th of stage s, and a microbatch passes the stages R times. Stage s starts s iterations after
-stage 0 and is busy for M R of the M R + S - 1 iterations: the rest is the bubble. Idle stages
-compute on what they have; the results are not used.
+The batch is split into M microbatches. Layers are split into S R groups of K; group r S + s is the
+r-th group of stage s, and a microbatch passes through the stages R times. Stage s starts s
+iterations after stage 0 and is busy for M R of the M R + S - 1 iterations; the rest is the bubble.
+Idle stages compute on whatever they hold; the results are discarded.
 
-Outside the stack, "stage" is an axis of data parallelism: each stage holds the M / S microbatches
-of its own rows. They flow as a stream: in each iteration stage 0 takes one, the others of the same
-slot move one stage down, and the last stage's output is put into the stream. Activations are sent
-only from stage to stage (collective-permute). With R = 1 parameters stay where they are stored,
-each stage with neighbouring layers. With R > 1 they are sent to the stages that use them once a
-step (not once a microbatch), and so are their gradients; no stage ever holds more than its share,
+Outside the stack, "stage" is a data-parallel axis: each stage holds the M / S microbatches of its
+own rows. They form a stream: in each iteration stage 0 takes one, the others of the same slot move
+down one stage, and the last stage's output is put back into the stream. Activations move only from
+stage to stage (collective-permute). With R = 1, parameters stay where they are stored, each stage
+holding consecutive layers. With R > 1, parameters and their gradients are sent to and from the
+stages that use them once per step (not per microbatch); no stage ever holds more than its share,
 and a checkpoint is the same on any mesh.
 
 Shape letters: S stages, R repeats, K layers of a group, N = S R K layers, M microbatches,
@@ -44,12 +44,12 @@ Tree = Any
 
 @dataclass(frozen=True)
 class PipelineSchedule:
-    """Schedule of a pipeline (circular for repeats > 1): what each stage computes when.
+    """Pipeline schedule (circular for repeats > 1): what each stage computes when.
 
     Attributes:
-        stages: size of the mesh axis "stage".
-        microbatches: parts of a batch, a multiple of `stages`.
-        repeats: times that a microbatch passes through all stages.
+        stages: size of mesh axis "stage".
+        microbatches: microbatches per batch, a multiple of `stages`.
+        repeats: number of passes of a microbatch through all stages.
     """
 
     stages: int
@@ -58,12 +58,12 @@ class PipelineSchedule:
 
     @property
     def iterations(self) -> int:
-        """Iterations of the pipeline's loop, the bubble included."""
+        """Iterations of the pipeline loop, including the bubble."""
         return self.microbatches * self.repeats + self.stages - 1
 
     @property
     def bubble(self) -> float:
-        """Fraction of the iterations in which a stage is idle."""
+        """Fraction of iterations in which a stage is idle."""
         return (self.stages - 1) / self.iterations
 
     def work(self, iteration: Any, stage: Any) -> tuple[Any, Any, Any]:
@@ -79,10 +79,10 @@ class PipelineSchedule:
 
     @property
     def joining_stage(self) -> int:
-        """Stage at which an output of the last stage is put back into its slot of the stream.
+        """Stage at which an output of the last stage returns to its slot of the stream.
 
-        Stage 0 takes a microbatch again M iterations after it last did. By then the slot will
-        have been shifted S - 1 times, less those before the output exists.
+        Stage 0 takes a microbatch again M iterations after the previous time. By then the slot has
+        shifted S - 1 times, minus the shifts before the output exists.
         """
         return self.stages - 1 - (self.stages - 1) // self.slots
 
@@ -97,18 +97,18 @@ def scan_as_pipeline(
     layers: Tree,
     unroll: int,
 ) -> jax.Array:
-    """Run what a scan of a block would run (`Stack` in `lm/models/transformer.py`), as a pipeline.
+    """Run the scan of a block (`Stack` in `lm/models/transformer.py`) as a pipeline.
 
     Args:
-        module: module that is running, and that the variables of the scan belong to.
+        module: running module, which owns the variables of the scan.
         name: module name of the scan.
-        block: what the scan repeats, unbound; called with carry, inputs and layer's inputs.
-        length: length of the scan.
+        block: unbound scan body, called with carry, inputs and the layer's inputs.
+        length: number of scan iterations.
         x_BLD: activations.
-        inputs: dataclass of the inputs that all layers share; of its fields `bias_HLS` is the same
-            for all rows, the other arrays are [B, …].
-        layers: inputs of each layer, arrays stacked on a first axis.
-        unroll: steps of a group that are inlined; 0 for all.
+        inputs: dataclass of inputs that all layers share; its field `bias_HLS` is the same for all
+            rows, other arrays are [B, …].
+        layers: per-layer inputs, stacked on the first axis.
+        unroll: layers of a group that are inlined; 0: all.
 
     Returns:
         The activations after all layers.
@@ -117,7 +117,7 @@ def scan_as_pipeline(
     by_row = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, inputs)
     assert module.scope is not None
     collections = module.scope.mutable or []
-    # The keys that nn.scan gives: those of the layers are split before the path is folded in.
+    # Same keys as nn.scan: split over layers before the path is folded in.
     rng = keys_N = None
     if module.has_rng("dropout"):
         rng = LazyRng.create(module.scope.rngs["dropout"], name)
@@ -156,19 +156,20 @@ def run_pipeline(
     shared: Tree,
     unroll: int,
 ) -> tuple[jax.Array, Tree]:
-    """Run a stack of layers as a pipeline, inside `use_mesh` with a schedule of several stages.
+    """Run a stack of layers as a pipeline, inside `use_mesh` with a multi-stage schedule.
 
     Args:
         layer: one layer on a microbatch: (params, key, x, per_row, shared) → x, reports [rows, …].
         params: parameters [N, …] of all layers.
-        keys_N: per-row random keys, one a layer, or None.
+        params: parameters [N, …] of all layers.
+        keys_N: per-row random key of each layer, or None.
         x: activations [B, …].
-        per_row: arrays [B, …] that move with their rows.
-        shared: arrays that all rows share.
-        unroll: layers of a group that are inlined; 0 for all.
+        per_row: arrays [B, …] that travel with their rows.
+        shared: arrays shared by all rows.
+        unroll: layers of a group that are inlined; 0: all.
 
     Returns:
-        The activations [B, …] after all layers, and the reports of every layer and row [N, B, …].
+        Activations [B, …] after all layers, and reports [N, B, …] of every layer and row.
     """
     schedule, mesh = current_pipeline(), current_mesh()
     assert schedule is not None
@@ -178,7 +179,7 @@ def run_pipeline(
     stage = partial(_group, layer, schedule, keys_N, B, unroll)
     all_stages = jax.vmap(stage, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name="stage")
     params_SRK = to_circular_layout(params, S, schedule.repeats, mesh)
-    # A copy for each stage, so that its gradient is summed over stages once, not in the loop.
+    # One copy per stage, so that its gradient is summed over stages once, outside the loop.
     shared_S = jax.tree.map(
         lambda c: shard_over_stages(jnp.broadcast_to(c, (S, *c.shape)), mesh), shared
     )
@@ -192,7 +193,7 @@ def run_pipeline(
         arriving = jax.tree.map(lambda a: a[:, slot], stream)
         x, per_row = jax.tree.map(partial(_where, stage_S == 0), arriving, present)
         x, reports = all_stages(params_SRK, shared_S, x, per_row, stage_S, t)
-        # `per_row` is at stage 0 again when its x is: a slot comes round in M iterations.
+        # `per_row` is back at stage 0 together with its x: a slot comes round in M iterations.
         xs, per_rows = jax.tree.map(
             lambda a, moved: a.at[:, slot].set(moved), stream, shifted(arriving, -1)
         )
@@ -207,11 +208,11 @@ def run_pipeline(
         return _constrain_stages(mesh, a.reshape(S, -1, J, *a.shape[1:]).swapaxes(1, 2), 2)
 
     stream = jax.tree.map(to_stream, (x, per_row))
-    # Idle stages begin with rows of their own: zeros might give NaN.
+    # Idle stages start with rows of their own, because zeros might give NaN.
     present = jax.tree.map(lambda a: a[:, 0], stream)
     iterations = jnp.arange(schedule.iterations)
     ((xs, _), _), reports = lax.scan(iteration, (stream, present), iterations)
-    # The S - 1 iterations after the last microbatch went in have shifted the stream.
+    # The S - 1 iterations after the last microbatch entered have shifted the stream.
     turns, odd = divmod(S - 1, J)
     back = [jnp.roll(xs[:, :odd], turns + 1, axis=0), jnp.roll(xs[:, odd:], turns, axis=0)]
     x = _constrain_stages(mesh, jnp.concatenate(back, axis=1), 2).swapaxes(1, 2).reshape(x.shape)
@@ -255,13 +256,13 @@ def _reorder_reports(schedule: PipelineSchedule, reports: jax.Array) -> jax.Arra
     _, _, K, rows, *rest = reports.shape
     is_busy = jnp.stack([reports[s : s + M * R, s] for s in range(S)])
     by_group = is_busy.reshape(S, R, S, schedule.slots, K, rows, *rest)
-    # [R, S, K] are the layers, and [S, B/M, J] the rows as they were cut.
+    # [R, S, K] index the layers, [S, B/M, J] the rows as they were split.
     by_layer = by_group.transpose(1, 0, 4, 2, 5, 3, *range(6, 6 + len(rest)))
     return by_layer.reshape(R * S * K, rows * M, *rest)
 
 
 def _constrain_stages(mesh: Mesh, a: jax.Array, batch_axis: int) -> jax.Array:
-    """Shard the first dimension of `a` [S, …] over the stages, its batch over the data axes."""
+    """Shard the first dimension of `a` [S, …] over stages and its batch over the data axes."""
     rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - batch_axis - 1)
     axes = ("stage", *[None] * (batch_axis - 1), BATCH_AXES, *rest)
     return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*axes)))
@@ -273,7 +274,7 @@ def _where(stages_S: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def shard_over_stages(a: jax.Array, mesh: Mesh) -> jax.Array:
-    """Shard the first dimension of an array over the stages; leave the others to the compiler."""
+    """Shard the first dimension of an array over stages; leave the others to the compiler."""
     axes = ("stage", *[PartitionSpec.UNCONSTRAINED] * (a.ndim - 1))
     return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -282,14 +283,14 @@ def to_circular_layout(params: Tree, S: int, R: int, mesh: Mesh) -> Tree:
     """Permute layers into circular-pipeline order.
 
     Args:
-        params: arrays [N, …], of which each stage stores a contiguous part.
+        params: arrays [N, …], stored in contiguous parts per stage.
         S: stages.
         R: repeats.
         mesh: mesh with axis "stage".
 
     Returns:
-        Arrays [S, R, K, …], where [s, r] is group r S + s. The groups are sent by collective
-        permutes, each to the one stage that needs it.
+        Arrays [S, R, K, …], where [s, r] is group r S + s. Collective permutes send each group only
+        to the stage that needs it.
     """
     if R == 1:
         return jax.tree.map(
@@ -320,7 +321,7 @@ def to_circular_layout(params: Tree, S: int, R: int, mesh: Mesh) -> Tree:
 
 
 def exchange_rounds(S: int, R: int) -> list[list[int]]:
-    """Return the group that each stage sends, for each of R rounds of permutes.
+    """Return the group that each stage sends in each of R rounds of permutes.
 
     Stage s stores groups s R … s R + R - 1; group g goes from stage g // R to stage g mod S. In
     every round each stage sends one group and receives one.

@@ -30,8 +30,8 @@ def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Ar
 
     Args:
         table_VD: embedding table.
-        names: logical names of the table's axes.
-        ids_BL: token ids; ids of other ranks are looked up without communication.
+        names: logical axis names of the table.
+        ids_BL: token ids; ids of another rank than 2 are looked up by `jnp.take`.
 
     Returns:
         The embeddings [B, L, D].
@@ -47,7 +47,7 @@ def embedding_lookup(table_VD: jax.Array, names: tuple[str, str], ids_BL: jax.Ar
 
 
 def _axes_of_several(mesh: Mesh, axes: tuple[str, ...] | str | None) -> tuple[str, ...]:
-    """Return those of a dimension's mesh axes that have more than one device."""
+    """Return the mesh axes of a dimension that have more than one device."""
     named = (axes,) if isinstance(axes, str) else axes or ()
     return tuple(axis for axis in named if mesh.shape[axis] > 1)
 
@@ -62,17 +62,17 @@ def sharded_lookup(
 ) -> jax.Array:
     """Look up embeddings in a sharded table, with reduce-scattered gradients.
 
-    The compiler by itself would all-reduce the gradient of the whole table. Here each device
-    all-gathers the width of its rows and looks up its tokens among them; the backward pass
-    reduce-scatters the gradient to the shards of the width.
+    The compiler would all-reduce the gradient of the whole table. Here each device all-gathers the
+    width of its rows and looks up the tokens in them; the backward pass reduce-scatters the
+    gradient to the shards of the width.
 
     Args:
         table_VD: embedding table.
         ids_BL: token ids.
         mesh: mesh of the step.
         table: sharding of the table.
-        row_axes: mesh axes of several devices that shard its rows.
-        width_axes: those that shard its width.
+        row_axes: mesh axes with several devices that shard the rows.
+        width_axes: mesh axes with several devices that shard the width.
 
     Returns:
         The embeddings [B, L, D].
@@ -94,7 +94,7 @@ def sharded_lookup(
         axes if size % prod(mesh.shape[axis] for axis in axes) == 0 else None
         for axes, size in zip((ROW_AXES, (LENGTH_AXIS,)), ids_BL.shape, strict=True)
     ]
-    # Where the same devices share the length of the residual stream, each gets its part.
+    # If the same devices shard the length of the residual stream, each gets its shard.
     length_axes = activation_sharding("residual_length").spec[0] or ()
     scattered = (
         bool(row_axes)
@@ -102,7 +102,7 @@ def sharded_lookup(
         and ids_BL.shape[1] % count_shards("residual_length") == 0
     )
     out_axes = (id_axes[0], length_axes if scattered else id_axes[1])
-    # The check of varying axes (check_vma) does not know that all devices gathered the same.
+    # check_vma does not know that all devices gathered the same values.
     return jax.shard_map(
         on_device,
         mesh=mesh,
@@ -124,7 +124,7 @@ def _gather_width_forward(shard_VD: jax.Array, axes: tuple[str, ...]) -> tuple[j
 def _gather_width_backward(axes: tuple[str, ...], _: None, g_VD: jax.Array) -> tuple[jax.Array]:
     if not axes:
         return (g_VD,)
-    # A TPU reduce-scatters the outer dimension; of the inner one it would all-reduce and slice.
+    # TPUs reduce-scatter the outer dimension; for an inner one they would all-reduce and slice.
     return (lax.psum_scatter(g_VD.T, axes, scatter_dimension=0, tiled=True).T,)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes of `multiprocessing`: starting them, and their end with their parent's."""
+"""Worker processes of `multiprocessing`: how they start, and end with their parent."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def _end_later(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
-_OF_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent to a parent and its workers
+_OF_GROUP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # delivered to parent and workers
 _QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
-_OF_MAIN = b"\x8c\x08__main__"  # name of a module as pickle writes it; files may be named so too
+_OF_MAIN = b"\x8c\x08__main__"  # the module name as pickled; a string may match too
 _GUARD = re.compile(rb"__name__\s*==|==\s*__name__")
 
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Start worker processes inside, which then import quietly until `end_with_parent` is called.
+    """Start worker processes that import quietly until they call `end_with_parent`.
 
-    They do not get signals of the whole group, and the process that cleans up after them does not
-    warn of what it cleans up where the parent was asked to stop.
+    Signals sent to the whole group do not reach them, and the resource tracker does not warn about
+    what it cleans up after a requested stop.
     """
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, _QUIET)))
@@ -48,16 +48,16 @@ def starting_workers() -> Iterator[None]:
 
 @contextmanager
 def starting_workers_for(payload: bytes) -> Iterator[None]:
-    """Start worker processes inside, without the main script unless their payload is of it.
+    """Start worker processes, without importing the main script unless their payload needs it.
 
     A worker that imports a script without `if __name__ == "__main__":` would run all of it, and
-    wait for what its parent holds.
+    deadlock on resources that its parent holds.
 
     Args:
-        payload: pickled objects that the workers receive.
+        payload: pickled objects for the workers.
 
     Raises:
-        UserError: they are of such a script.
+        UserError: the payload refers to such a script.
     """
     main = sys.modules["__main__"]
     given = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
@@ -82,11 +82,11 @@ def starting_workers_for(payload: bytes) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this worker process of `multiprocessing` as soon as its parent is gone.
+    """Exit this worker process as soon as its parent is gone.
 
-    A worker waits for its next task on a pipe that the other workers keep open, for ever if the
-    parent was killed. Signals to the whole group are the parent's to obey: SIGTERM, by which it
-    also ends workers, waits for that.
+    A worker waits for tasks on a pipe that other workers keep open, so it would wait forever if the
+    parent was killed. Signals to the whole group are left to the parent; SIGTERM, which the parent
+    uses to stop workers, exits after a delay.
     """
     for number in _OF_GROUP:
         signal.signal(number, signal.SIG_IGN)

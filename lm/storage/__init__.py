@@ -1,9 +1,9 @@
-"""Storage: folders of runs, atomic files, the cache, and one reader of JSON.
+"""Storage: run folders, atomic files, the cache and JSON reading.
 
 A run may be in a bucket (gs://BUCKET/PATH, `bucket.py`). Checkpoints are written there directly.
-Its small files (configuration, tokenizer, metrics, reports) are kept in a temporary local copy, one
-a process: `open_run_folder` downloads it and `upload_changes` uploads what changed since, so that
-all other code sees local folders.
+Its small files (configuration, tokenizer, metrics, reports) are mirrored to a temporary local copy
+per process: `open_run_folder` downloads it and `upload_changes` uploads what changed since, so all
+other code sees local folders.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from etils import epath
 
 from lm.errors import UserError
 
-if TYPE_CHECKING:  # imported only for runs in a bucket
+if TYPE_CHECKING:  # imported at run time only for runs in a bucket
     from lm.storage.bucket import LocalCopy
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
-COMMITTED = "commit_success.txt"  # marks complete checkpoints in a bucket
+COMMITTED = "commit_success.txt"  # marker of complete checkpoints in a bucket
 
-_copies: dict[str, LocalCopy] = {}  # of runs in a bucket, by address
+_copies: dict[str, LocalCopy] = {}  # local copies of runs in a bucket, by address
 
 
 def resolve_path(place: str) -> AnyPath:
@@ -44,7 +44,7 @@ def resolve_path(place: str) -> AnyPath:
     try:
         place.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place!a}: the name of this folder must be UTF-8") from None
+        raise UserError(f"{place!a}: the folder name must be valid UTF-8") from None
     if not place:
         raise UserError("the name of a folder or file is empty")
     if "://" not in place:
@@ -55,7 +55,7 @@ def resolve_path(place: str) -> AnyPath:
 
 
 def open_run_folder(place: str) -> Path:
-    """Return the local folder, or the local copy of gs://…, which has no checkpoints."""
+    """Return the local folder, or a local copy of gs://… without its checkpoints."""
     address = resolve_path(place)
     if isinstance(address, Path):
         return address
@@ -67,14 +67,14 @@ def open_run_folder(place: str) -> Path:
 
 
 def upload_changes() -> None:
-    """Upload the files of the local copies that changed since the last upload."""
+    """Upload files of the local copies that changed since the last upload."""
     for copy in _copies.values():
         copy.upload()
 
 
 @contextmanager
 def local_copies() -> Iterator[None]:
-    """Upload changes at the end, unless an exception was raised, and remove the local copies."""
+    """Upload changes on exit unless an exception was raised; remove the local copies."""
     try:
         yield
         upload_changes()
@@ -85,7 +85,7 @@ def local_copies() -> Iterator[None]:
 
 
 def storage_path(path: AnyPath) -> AnyPath:
-    """Return where a path is stored: absolute, or in the bucket if it lies in a local copy."""
+    """Return where a path is stored: absolute, or in the bucket if it is inside a local copy."""
     if isinstance(path, Path):
         path = path.absolute()
         for copy in _copies.values():
@@ -95,20 +95,20 @@ def storage_path(path: AnyPath) -> AnyPath:
 
 
 def is_step(name: str) -> bool:
-    """Return whether a name is a step, as those of the folders of checkpoints are."""
+    """Return whether a folder name is a step number, as for checkpoints."""
     return name.isascii() and name.isdigit()
 
 
 def is_committed(checkpoint: AnyPath) -> bool:
     """Return whether a checkpoint is complete.
 
-    Orbax renames a local folder when it is; in a bucket it writes a marker file.
+    Orbax renames a local folder once it is complete; in a bucket it writes a marker file.
     """
     return isinstance(checkpoint, Path) or (checkpoint / COMMITTED).exists()
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file; readers and crashes see the old or the new text, never a part."""
+    """Replace a file atomically: readers and crashes see the old or the new text."""
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -121,21 +121,21 @@ T = TypeVar("T")
 
 
 class DamagedFolder(Exception):
-    """Error of a finished folder that does not have its expected content."""
+    """Error of a complete folder with unexpected content."""
 
 
 def plain_place(place: str) -> str:
-    """Return the path of file:///PATH; another URL, or a path, as it is."""
+    """Convert file:///PATH to a path; return paths and other URLs unchanged."""
     return urllib.parse.unquote(place[7:]) if place.startswith("file:///") else place
 
 
 def chosen_cache(data: Any) -> str:
-    """Return `data.cache_directory`, LM_CACHE_DIR, or ~/.cache/lm; in a bucket, a URL."""
+    """Return `data.cache_directory`, LM_CACHE_DIR or ~/.cache/lm; a bucket is given as a URL."""
     return plain_place(data.cache_directory or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm")
 
 
 def cache_directory(data: Any) -> Path:
-    """Return the local cache folder: the first of the same places that is no URL."""
+    """Return the local cache folder: the first of these places that is not a URL."""
     places = data.cache_directory, os.environ.get("LM_CACHE_DIR"), "~/.cache/lm"
     chosen = next(p for p in map(plain_place, filter(None, places)) if "://" not in p)
     try:
@@ -147,19 +147,19 @@ def cache_directory(data: Any) -> Path:
 
 
 def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
-    """Read a folder of the cache, building it first if it does not exist.
+    """Read a folder of the cache; build it first if it does not exist.
 
-    One process builds, in a sibling folder that is renamed at the end, while others wait for its
-    lock. The remains of a killed build are removed, and a damaged folder is rebuilt, with a
-    message on stderr.
+    One process builds in a sibling folder, which is renamed when complete; the others wait for its
+    lock. Remains of a killed build are removed, and a damaged folder is rebuilt with a message on
+    stderr.
 
     Args:
-        folder: the folder.
-        read: returns its content; raises DamagedFolder if it is not as expected.
+        folder: cache folder.
+        read: returns its content; raises DamagedFolder if that is not as expected.
         build: fills an empty folder.
 
     Returns:
-        The result of `read`.
+        Result of `read`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -193,7 +193,7 @@ def open_or_build(folder: Path, read: Callable[[Path], T], build: Callable[[Path
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and sync it to disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -202,15 +202,15 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextmanager
 def lock(file: Path, problem: str = "", seconds: float = 2.0) -> Iterator[int]:
-    """Hold the lock of a file, which is made, and yield its descriptor.
+    """Hold an exclusive file lock, creating the file, and yield its descriptor.
 
-    The lock of a process that was killed is free. Where the file system has no locks, a line on
-    stderr says so.
+    The lock of a killed process is released by the system. If the file system does not support
+    locks, a line on stderr says so.
 
     Args:
-        file: the file.
-        problem: what it means that another process holds the lock; "" waits for it.
-        seconds: how long to try before that is an error: a killed process may still be ending.
+        file: lock file.
+        problem: error message if another process holds the lock; "": wait for it.
+        seconds: how long to retry before that error, since a killed process may still be exiting.
 
     Raises:
         UserError: another process holds the lock.
@@ -237,10 +237,10 @@ def lock(file: Path, problem: str = "", seconds: float = 2.0) -> Iterator[int]:
 
 @contextmanager
 def run_lock(workdir: AnyPath) -> Iterator[None]:
-    """Hold the lock of a workdir, which is made, as long as its run trains.
+    """Hold the lock of a workdir, creating it, while its run trains.
 
     Raises:
-        UserError: another process trains there, or the workdir cannot be written.
+        UserError: another process trains there, or the workdir is not writable.
     """
     problem = f"another process trains in {workdir}: wait for it, stop it, or use another --workdir"
     if not isinstance(workdir, Path):
@@ -259,12 +259,12 @@ def run_lock(workdir: AnyPath) -> Iterator[None]:
             yield
         finally:
             if is_new and os.listdir(workdir) == [".lock"]:
-                shutil.rmtree(workdir)  # of a start that failed
+                shutil.rmtree(workdir)  # created by a start that failed
 
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Convert errors of a disk that is full, read-only or not there to UserError."""
+    """Convert errors of a full, read-only or missing disk to UserError."""
     advice = "set LM_CACHE_DIR or --config.data.cache_directory to another disk"
     try:
         yield
@@ -276,7 +276,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the entries of a folder are on the disk."""
+    """Sync the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -290,8 +290,8 @@ def _warn(message: str) -> None:
 
 # --- JSON of runs, corpora and other programs
 #
-# A file may be empty, cut, full of zeros, not UTF-8, of another type, nested a million deep or hold
-# a number of 5,000 digits: each is a `UserError` of one line that names the file.
+# A file may be empty, truncated, full of zeros, not UTF-8, of another type, nested a million levels
+# deep or contain a number of 5,000 digits: each raises a one-line `UserError` that names the file.
 
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
 _NAMES |= {bool: "true or false", type(None): "null"}
@@ -300,13 +300,13 @@ _NAMES |= {bool: "true or false", type(None): "null"}
 def parse_json(
     text: str | bytes, place: object, kind: type = dict, *, whole_characters: bool = False
 ) -> Any:
-    r"""Return the value of a JSON text.
+    r"""Parse JSON text.
 
     Args:
         text: the text; bytes are UTF-8, with or without a byte order mark.
-        place: its file or line, for the message.
-        kind: type that the value must have.
-        whole_characters: refuse half surrogate pairs, such as "\ud83d", which UTF-8 cannot hold.
+        place: its file or line, for the error message.
+        kind: required type of the value.
+        whole_characters: reject lone surrogates, such as "\ud83d", which UTF-8 cannot encode.
 
     Raises:
         UserError: the text is damaged, or its value has another type.
@@ -331,11 +331,11 @@ def parse_json(
 
 
 def read_json(file: Any, kind: type = dict, *, whole_characters: bool = False) -> Any:
-    """Return the value in a JSON file, a local path or one in a bucket.
+    """Read a JSON file, local or in a bucket.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is damaged, cannot be read, or its value has another type than `kind`.
+        FileNotFoundError: the file does not exist.
+        UserError: it is damaged, unreadable, or its value is not of type `kind`.
     """
     try:
         content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Runs in a bucket (gs://BUCKET/PATH): a local copy of their small files, and their lease."""
+"""Runs in a bucket (gs://BUCKET/PATH): a local copy of their small files, and a lease."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lm.storage import parse_json
 
 _SCHEME = "gs://"
 _NOT_COPIED = {"checkpoints", "damaged", "tensorboard", ".lock"}
-_RENEW_SECONDS = 20.0  # between the signs of life of a lease
-_DEAD_AFTER = 3  # so many without a sign of life: the lease may be taken over
+_RENEW_SECONDS = 20.0  # between renewals of a lease
+_DEAD_AFTER = 3  # missed renewals after which a lease may be taken over
 
 
 @dataclass
@@ -33,8 +33,8 @@ class LocalCopy:
 
     Attributes:
         address: folder in the bucket.
-        folder: the copy.
-        uploaded: size and modification time of every file when it was last uploaded.
+        folder: local folder.
+        uploaded: size and modification time of every file at its last upload.
     """
 
     address: epath.Path
@@ -64,14 +64,14 @@ def bucket_path(place: str) -> epath.Path:
         raise missing_package(place, "gcsfs", "gcs")
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about every missing permission
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns about each missing permission
     # Files that other processes wrote must be visible.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(place.rstrip("/"))
 
 
 def download(address: epath.Path) -> LocalCopy:
-    """Copy a run from a bucket, without what is written there directly."""
+    """Download a run from a bucket, except for what is written there directly."""
     copy = LocalCopy(address, Path(tempfile.mkdtemp(prefix="lm-")) / address.name)
     copy.folder.mkdir()
     with _storage_errors(address):
@@ -82,7 +82,7 @@ def download(address: epath.Path) -> LocalCopy:
 
 @contextmanager
 def _storage_errors(address: epath.Path) -> Iterator[None]:
-    """Convert non-retriable storage errors to UserError: no such bucket, no permission."""
+    """Convert non-retriable storage errors to UserError: missing bucket, missing permission."""
     from gcsfs.retry import HttpError, is_retriable
 
     try:
@@ -95,7 +95,7 @@ def _storage_errors(address: epath.Path) -> Iterator[None]:
 
 
 def _download(source: epath.Path, target: Path) -> None:
-    """Copy a folder of a bucket, without what is written there directly."""
+    """Download a folder of a bucket, except for what is written there directly."""
     if not source.is_dir():
         return
     for path in source.iterdir():
@@ -121,19 +121,19 @@ def _file_states(folder: Path) -> dict[Path, tuple[int, int]]:
 def lease(
     address: epath.Path, problem: str, end: Callable[[int], None] = os._exit
 ) -> Iterator[None]:
-    """Hold the lease of a folder: its object .lock, which a thread writes again and again.
+    """Hold the lease of a folder: its object .lock, which a thread rewrites periodically.
 
-    Every write names the generation of the object that it replaces, so that of two processes one
-    fails. The lease of a process that was killed is taken over: at once if this machine knows that
-    it has ended, otherwise when it has not been renewed for a minute.
+    Every write is conditional on the generation that it replaces, so only one of two concurrent
+    writers succeeds. The lease of a killed process is taken over: at once if that process ran on
+    this machine and is gone, otherwise if it has not been renewed for a minute.
 
     Args:
-        address: the folder.
-        problem: message where another process holds the lease.
-        end: called with 1, after a line, where another process took this lease over.
+        address: folder in the bucket.
+        problem: error message if another process holds the lease.
+        end: called with 1, after printing a line, if another process took over this lease.
 
     Raises:
-        UserError: another process holds the lease, or the bucket cannot be written.
+        UserError: another process holds the lease, or the bucket is not writable.
     """
     own = _Lease(address)
     with _storage_errors(address):
@@ -149,7 +149,7 @@ def lease(
                 print(line, file=sys.stderr, flush=True)
                 end(1)
                 return
-            except Exception:  # of the network: the next one may come through
+            except Exception:  # a network error; the next renewal may succeed
                 continue
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -163,7 +163,7 @@ def lease(
 
 
 class _Lease:
-    """Object of a bucket that one process owns."""
+    """Lock object of a bucket, owned by one process."""
 
     def __init__(self, address: epath.Path):
         import fsspec
@@ -176,7 +176,7 @@ class _Lease:
             "machine": machine_name(),
             "process": os.getpid(),
         }
-        self._generation = "0"  # of an object that is not there
+        self._generation = "0"  # generation of a missing object
 
     def acquire(self, problem: str) -> None:
         self._generation, holder = self._read()
@@ -188,7 +188,7 @@ class _Lease:
             raise UserError(problem) from None
 
     def _wait(self, problem: str) -> None:
-        """Return when the holder has left, or not renewed its lease for long enough."""
+        """Wait until the holder has released its lease or stopped renewing it."""
         seconds = _DEAD_AFTER * _RENEW_SECONDS
         print(
             f"{self._address} is in use, or its last process was killed: watching it for "
@@ -207,22 +207,22 @@ class _Lease:
                 return
 
     def _read(self) -> tuple[str, dict]:
-        """Return the object's generation, "0" if it is not there, and its content."""
+        """Return the object's generation ("0" if missing) and its content."""
         try:
             path = "b/{}/o/{}"
             found = self._fs.call("GET", path, self._bucket, self._key, json_out=True)
             _, content = self._fs.call("GET", path, self._bucket, self._key, alt="media")
         except FileNotFoundError:
             return "0", {}
-        with suppress(UserError):  # another program's
+        with suppress(UserError):  # written by another program
             return found["generation"], parse_json(content, self._key)
         return found["generation"], {}
 
     def write(self) -> None:
-        """Write the object in place of the generation that is known.
+        """Replace the known generation of the object.
 
         Raises:
-            FileExistsError: another process has written it.
+            FileExistsError: another process has written the object.
         """
         try:
             written = self._fs.call(
@@ -238,18 +238,18 @@ class _Lease:
             generation, content = self._read()
             if content.get("owner") != self._content["owner"]:
                 raise
-            self._generation = generation  # an earlier try, whose answer was lost
+            self._generation = generation  # written by an earlier attempt whose reply was lost
         else:
             self._generation = written["generation"]
 
     def release(self) -> None:
         path, generation = "b/{}/o/{}", self._generation
-        with suppress(Exception):  # it ends by itself
+        with suppress(Exception):  # the lease expires anyway
             self._fs.call("DELETE", path, self._bucket, self._key, ifGenerationMatch=generation)
 
 
 def machine_name() -> str:
-    """Return a name of this start of this machine and of its process numbers; "" if unknown."""
+    """Return an id of this machine's boot and pid namespace; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -258,7 +258,7 @@ def machine_name() -> str:
 
 
 def has_ended(holder: dict) -> bool:
-    """Return whether the holder is known to be a process of this machine that has ended."""
+    """Return whether the holder was a process of this machine that no longer exists."""
     process = holder.get("process")
     here = machine_name() and holder.get("machine") == machine_name()
     return bool(here and isinstance(process, int) and not Path(f"/proc/{process}").exists())

@@ -1,4 +1,4 @@
-"""Names of folders that are made of names of other things."""
+"""Folder names derived from arbitrary names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 
 
 def short_name(name: str) -> str:
-    """Return a name as a folder's: letters, digits and `._=+-`, at most 80 of them.
+    """Convert a name to a safe folder name: letters, digits and `._=+-`, at most 80 characters.
 
-    A name that has to change gets the start of its digest, so that two names stay two folders.
+    A name that has to change gets the start of its digest as a suffix, so that names stay distinct.
     """
     safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:64].lstrip(".-")
     if safe and safe == name:
