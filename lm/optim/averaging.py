@@ -1,16 +1,16 @@
-"""Parameters that are averages of those that the optimizer moves.
+"""Parameter averaging: exponential moving averages and schedule-free learning.
 
-The optimizer moves a point z, gradients are taken at y between z and the average x, and x is what
-a state holds as its parameters: what is evaluated, saved and exported. The state of the optimizer
-holds z - x, which is 0 where training starts, from whichever parameters.
+The optimizer moves a point z, gradients are taken at y between z and the average x, and x is stored
+as the parameters: it is evaluated, saved and exported. The optimizer state holds z - x, which is 0
+at the start of training from any parameters.
 
     y = β x + (1 - β) z
     z ← z + update(∇ at y)
     x ← (1 - c) x + c z,  c = w / s,  s ← d s + w
 
-Schedule-free learning (Defazio et al. 2024, arXiv 2405.15682; w as in its released code) has
-w = rate² and d = 1. An exponential average has β = 0, w = 1 and its decay d, by which it is
-corrected for its start (Kingma and Ba 2015, §7.2).
+Schedule-free learning (Defazio et al. 2024, arXiv 2405.15682; w as in its released code) uses
+w = rate² and d = 1. An exponential moving average uses β = 0, w = 1 and decay d, with bias
+correction (Kingma and Ba 2015, §7.2).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Tree = Any
 
 
 class AveragedState(NamedTuple):
-    """State of an optimizer that moves another point than the average.
+    """State of an optimizer whose parameters are averages.
 
     Attributes:
         step: number of updates so far.
-        weight: s, the sum of weights in the average.
+        weight: s, the sum of weights of the average.
         offset: z - x, a tree like the parameters.
-        state: state of the optimizer.
+        state: state of the wrapped optimizer.
     """
 
     step: jax.Array
@@ -43,7 +43,7 @@ class AveragedState(NamedTuple):
 
 
 class Averaged(NamedTuple):
-    """Transformation of gradients at `point(state, params)`, of parameters that are averages."""
+    """Gradient transformation for averaged parameters; gradients are taken at `point`."""
 
     init: Callable[[Tree], AveragedState]
     update: Callable[..., tuple[Tree, AveragedState]]
@@ -53,12 +53,12 @@ class Averaged(NamedTuple):
 def averaged(
     optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: ConfigDict
 ) -> Averaged:
-    """Average what an optimizer moves, by `optimizer.ema` or as schedule-free learning does.
+    """Average the parameters of an optimizer, by `optimizer.ema` or schedule-free learning.
 
     Args:
         optimizer: the optimizer.
         schedule: learning rate of a step.
-        options: the configuration's section "optimizer".
+        options: section "optimizer" of the configuration.
     """
     is_free = options.name == "schedule_free"
     momentum = options.schedule_free.b1 if is_free else 0.0

@@ -1,8 +1,8 @@
 """Cautious updates and cautious weight decay.
 
-Liang et al. 2024 (arXiv 2411.16085), Algorithm 1: a number moves only where the direction agrees
-with its gradient, and the others move the further. Chen et al. 2025 (arXiv 2510.12402): it decays
-only where the direction too goes to zero.
+Liang et al. 2024 (arXiv 2411.16085), Algorithm 1: update only elements whose direction agrees in
+sign with the gradient, rescaled to compensate. Chen et al. 2025 (arXiv 2510.12402): decay only
+elements that the direction also moves toward zero.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Tree = Any
 def cautious(
     direction: optax.GradientTransformation, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
-    """Build a direction with weight decay, of which `optimizer.cautious` leaves out parts.
+    """Build a direction with weight decay, masked by `optimizer.cautious`.
 
     Args:
-        direction: what parameters move against, without decay.
-        options: the configuration's section "optimizer".
+        direction: update direction, without decay.
+        options: section "optimizer" of the configuration.
         table: roles of the parameters.
     """
 
     def agreeing(info: ParamInfo, u: jax.Array, g: jax.Array) -> jax.Array:
         agrees = u * g > 0
-        axes = tuple(range(info.n_stacked, u.ndim))  # of one matrix or vector
+        axes = tuple(range(info.n_stacked, u.ndim))  # axes of a single matrix or vector
         n = agrees.sum(axes, keepdims=True)
         return u * agrees * (agrees.size // n.size) / (n + 1)
 

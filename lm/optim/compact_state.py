@@ -1,10 +1,10 @@
-"""Moments of an optimizer in fewer bits: bfloat16, or one byte and a scale for each row.
+"""Low-precision optimizer moments: bfloat16, or int8 with a scale per row.
 
-A moment moves by less than a step of such a format, so it is rounded up or down at random, the
-nearer value being likelier, and keeps its mean.
+Updates of a moment are smaller than the spacing of such a format, so rounding is stochastic, which
+keeps the mean exact.
 
-A byte holds a sign and one of 127 sizes that grow by the same factor, so that the error is in
-proportion to the value, as with the dynamic data type of 8-bit optimizers (Dettmers et al. 2022,
+An int8 code holds a sign and one of 127 magnitudes on a logarithmic grid, so that the error is
+proportional to the value, as with the dynamic data type of 8-bit optimizers (Dettmers et al. 2022,
 §2.2).
 """
 
@@ -18,22 +18,22 @@ import optax
 
 Tree = Any
 
-# Names of second moments in the states of optax. Bytes hold their square roots, which span half as
-# many octaves, and are never rounded to 0, by which an update would be divided.
+# Second moments in optax states. They are stored as square roots, which span half as many octaves,
+# and are never rounded to 0, since updates are divided by them.
 SECOND_MOMENTS = (".nu", ".v")
-EXACT = (".left", ".right", ".left_basis", ".right_basis")  # SOAP's, shaped like a square matrix
+EXACT = (".left", ".right", ".left_basis", ".right_basis")  # SOAP's square matrices: not encoded
 SIZES = 127
-SIZES_AN_OCTAVE = 8  # the smallest size is 2^-15.75 of the largest
+SIZES_AN_OCTAVE = 8  # the smallest magnitude is 2^-15.75 of the largest
 
 
 class CompactState(NamedTuple):
-    """State of an optimizer, its moments encoded.
+    """Optimizer state with encoded moments.
 
     Attributes:
-        updates: how many there were.
-        state: state of the optimizer; its moments are bfloat16 or int8.
-        scales: a tree like `state`: the largest size of each row, [..., 1], of arrays in int8, and
-            nothing for others.
+        updates: number of updates.
+        state: optimizer state; moments are bfloat16 or int8.
+        scales: tree like `state`: scale (largest magnitude) of each row, [..., 1], for int8 arrays;
+            empty for others.
     """
 
     updates: jax.Array
@@ -42,9 +42,9 @@ class CompactState(NamedTuple):
 
 
 def compact(optimizer: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Let an optimizer keep its moments in another dtype; it computes in float32 as before.
+    """Store the moments of an optimizer in another dtype; it still computes in float32.
 
-    Moments are float32 arrays of the state that have two dimensions or more, and path and shape of
+    Moments are float32 arrays of the state with at least two dimensions whose path and shape match
     a parameter.
 
     Args:
@@ -94,22 +94,22 @@ def _is_second(path: tuple) -> bool:
 
 
 def round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Round float32 to one of the two neighbours in bfloat16, at random; the mean is x."""
+    """Round float32 to bfloat16 stochastically, so that the mean is x."""
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
     return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 
 
 def to_bytes(x: jax.Array, key: jax.Array, second: bool) -> tuple[jax.Array, jax.Array]:
-    """Encode an array in bytes, rounded at random.
+    """Encode an array as int8 with stochastic rounding.
 
     Args:
         x: float32 [..., D].
-        key: random key of the rounding.
-        second: x is a second moment, not negative.
+        key: random key for rounding.
+        second: whether x is a second moment, which is not negative.
 
     Returns:
-        Codes, int8 [..., D], and the scale of each row, float32 [..., 1].
+        Codes, int8 [..., D], and row scales, float32 [..., 1].
     """
     size = jnp.sqrt(x) if second else jnp.abs(x)
     scale = size.max(-1, keepdims=True)
@@ -124,7 +124,7 @@ def to_bytes(x: jax.Array, key: jax.Array, second: bool) -> tuple[jax.Array, jax
 
 
 def from_bytes(code: jax.Array, scale: jax.Array, second: bool) -> jax.Array:
-    """Return what `to_bytes` encoded, [..., D] float32."""
+    """Decode the result of `to_bytes` to float32 [..., D]."""
     code = code.astype(jnp.float32)
     x = jnp.sign(code) * _sizes(jnp.abs(code)) * scale
     return jnp.square(x) if second else x

@@ -1,7 +1,7 @@
-"""Optimizers beside AdamW and Muon, rates of layers, and further decays of the rate.
+"""Optimizers besides AdamW and Muon, per-layer learning rates, and further schedules.
 
-Adam without bias correction, Adafactor, SGD, Lion, AdEMAMix and what schedule-free learning
-averages; inverse (square root), steps, and WSD.
+Adam without bias correction, Adafactor, SGD, Lion, AdEMAMix and schedule-free AdamW; inverse
+(square root), step, and WSD schedules.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Build Adafactor without momentum (Shazeer and Stern 2018), with decoupled weight decay.
 
-    Every layer of a scanned stack is a parameter of its own.
+    Every layer of a scanned stack is treated as a separate parameter.
     """
     o = options.adafactor
     one = optax.adafactor(
@@ -62,12 +62,12 @@ def adafactor(
             lambda info, _: "stacked" if info.axes[:1] == ("layers",) else "single", params
         ),
     )
-    # optax.adafactor already points downhill: turn round for `descend`.
+    # optax.adafactor already negates; undo that for `descend`.
     return descend(schedule, options, table, by_layer, optax.scale(-1.0))
 
 
 def _vmap_layers(function: Callable) -> Callable:
-    """Return `function` mapped over stacked layers; an empty tree is passed as it is."""
+    """Map `function` over stacked layers; empty trees are passed through."""
     return lambda *args: (jax.vmap(function) if jax.tree.leaves(args[0]) else function)(*args)
 
 
@@ -95,11 +95,11 @@ def ademamix(
     o = options.ademamix
 
     def warmed(t: jax.Array) -> jax.Array:
-        """Part of the warm-up that is over at step t, counted from 0."""
+        """Fraction of the warm-up completed at step t, counted from 0."""
         return jnp.minimum((t + 1) / max(o.rise_steps, 1), 1)
 
     def b3(t: jax.Array) -> jax.Array:
-        # From b1 to b3, such that the half-life of the average grows linearly.
+        # From b1 to b3, with a linearly growing half-life of the average.
         first, last = math.log(o.b1), math.log(o.b3)
         return jnp.exp(first * last / ((1 - warmed(t)) * last + warmed(t) * first))
 
@@ -110,13 +110,13 @@ def ademamix(
 def schedule_free(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
-    """Build the steps of schedule-free AdamW (Defazio et al. 2024), which `averaging` averages."""
+    """Build the steps of schedule-free AdamW (Defazio et al. 2024); see `averaging`."""
     o = options.schedule_free
     adam = optax.scale_by_rms(o.b2, o.eps, eps_in_sqrt=False, bias_correction=True)
     return descend(schedule, options, table, scale_by_width(adam, table))
 
 
-# --- rates of layers
+# --- per-layer learning rates
 
 
 def scaled_and_averaged(
@@ -126,12 +126,12 @@ def scaled_and_averaged(
     table: ParamTable,
     trainable: TrainableMask | None,
 ) -> optax.GradientTransformation:
-    """Multiply the updates of an optimizer by `update_scales`, and average what it moves.
+    """Scale an optimizer's updates by `update_scales`, and average its parameters if configured.
 
     Args:
         optimizer: the optimizer.
         schedule: learning rate of a step.
-        options: the configuration's section "optimizer".
+        options: section "optimizer" of the configuration.
         table: roles of the parameters.
         trainable: parameters that train; None for all.
     """
@@ -155,7 +155,7 @@ def scale_by_layer(
         return update_scales(options.layer_decay, mask, params, infos, options.rates)
 
     def init(params: Tree) -> optax.EmptyState:
-        scales(params)  # its error comes before the first step
+        scales(params)  # raises errors before the first step
         return optax.EmptyState()
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
@@ -171,30 +171,30 @@ def update_scales(
     infos: Mapping[str, ParamInfo],
     rates: str = "",
 ) -> Tree:
-    """Return the factor of each parameter's update by rates, layer-wise decay and freezing.
+    """Return the update factor of each parameter from rates, layer-wise decay and freezing.
 
-    Layer-wise decay is decay^(n - i) for layer i of the n of its stack, decay^(n + 1) for
-    embeddings and what normalizes them, and 1 for what comes after the layers (BEiT, Bao et al.
-    2021, in its code; the idea is ELECTRA's). Embeddings lie below the deepest of their stacks.
-    Frozen layers have 0.
+    Layer-wise decay multiplies layer i of n by decay^(n - i), embeddings and their norms by
+    decay^(n + 1), and everything after the layers by 1 (released code of BEiT, Bao et al. 2021,
+    following ELECTRA). Embeddings shared by several stacks use the deepest one. Frozen layers have
+    factor 0.
 
     Args:
-        layer_decay: the decay, in (0, 1].
-        trainable: parameters that train.
-        params: those parameters.
+        layer_decay: decay in (0, 1].
+        trainable: mask of trainable parameters.
+        params: trainable parameters.
         infos: roles of all parameters, by path.
-        rates: `--config.optimizer.rates`; every factor whose pattern is found multiplies.
+        rates: `--config.optimizer.rates`; the factors of all matching patterns are multiplied.
 
     Returns:
-        A tree like `params` of arrays that broadcast to their shapes.
+        Tree like `params` of arrays that broadcast to their shapes.
 
     Raises:
-        UserError: a pattern of `rates` is found in no path.
+        UserError: a pattern of `rates` matches no path.
     """
     leaves = flat(params)
     groups = trainable.groups(params, strict=False)
     numbers = {path: layer_numbers(path, leaf) for path, leaf in leaves.items()}
-    depths: dict[str, int] = {}  # by stack
+    depths: dict[str, int] = {}  # number of layers by stack
     for path, layers in numbers.items():
         if layers is not None:
             depths[stack_of(path)] = max(depths.get(stack_of(path), 0), layers.max() + 1)
@@ -222,7 +222,7 @@ def update_scales(
 
 
 def constant(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return the peak rate for ever."""
+    """Return a constant schedule at the peak rate."""
     return optax.constant_schedule(peak)
 
 
@@ -234,25 +234,25 @@ def cosine(peak: float, options: ConfigDict, start: int, end: int) -> optax.Sche
 def inverse_sqrt(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
     """Return peak · √(start / t), t counted from the first step.
 
-    With peak = (d_model · start)^-0.5 it is the formula of Vaswani et al. 2017, eq. 3, and with
-    peak = start^-0.5 and no warm-up that of T5 (Raffel et al. 2020, §3.1.2).
+    With peak = (d_model · start)^-0.5 this is eq. 3 of Vaswani et al. 2017; with peak = start^-0.5
+    and no warm-up, the schedule of T5 (Raffel et al. 2020, §3.1.2).
     """
     return lambda t: peak * jnp.sqrt(max(start, 1) / (t + start + 1))
 
 
 def inverse(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return peak / (1 + c t) with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
+    """Return peak / (1 + c t), with c such that it ends at `final_ratio` (Bengio 2003, §3.1)."""
     rate = (1 / options.final_ratio - 1) / max(end - start, 1)
     return lambda t: peak / (1 + rate * t)
 
 
 def step(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return a staircase: multiplied by `step_factor` after every `step_every` steps."""
+    """Return step decay: multiply by `step_factor` after every `step_every` steps."""
     return lambda t: peak * options.step_factor ** jnp.floor_divide(t, options.step_every)
 
 
 def wsd(peak: float, options: ConfigDict, start: int, end: int) -> optax.Schedule:
-    """Return warm-up, stable, decay: constant, then linear over the last fraction of the steps."""
+    """Return warmup–stable–decay: constant, then linear over the last fraction of steps."""
     down = round(end * options.wsd_decay_fraction)
     stable = max(end - start - down, 0)
     fall = optax.linear_schedule(peak, peak * options.final_ratio, max(down, 1))

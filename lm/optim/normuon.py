@@ -1,6 +1,6 @@
-"""NorMuon: orthogonal updates, each neuron's divided by its root mean square over the steps.
+"""NorMuon: Muon updates normalized per neuron by a running root mean square.
 
-Li et al. 2025 (arXiv 2510.05491), with the norm of each matrix kept, as in the released code.
+Li et al. 2025 (arXiv 2510.05491); as in the released code, the norm of each matrix is preserved.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def muon_by_neuron(
     options: ConfigDict,
     table: ParamTable,
 ) -> optax.GradientTransformation:
-    """Build the optimizer of matrices whose direction is Muon's, by neuron if the options say so.
+    """Build Muon for matrices, normalized per neuron if configured.
 
     Args:
-        direction: Muon without weight decay, at a rate of -1.
+        direction: Muon without weight decay, at learning rate -1.
         schedule: learning rate of a step.
-        options: the configuration's section "optimizer".
+        options: section "optimizer" of the configuration.
         table: roles of the parameters.
     """
     b2 = options.muon.neuron_b2
@@ -41,10 +41,10 @@ def muon_by_neuron(
 
 
 def by_neuron(b2: float, table: ParamTable) -> optax.GradientTransformation:
-    """Build the transformation of Muon's updates.
+    """Build the per-neuron normalization of Muon's updates.
 
     Args:
-        b2: decay of the mean square of each output of a matrix.
+        b2: decay of the running mean square of each output neuron.
         table: roles of the parameters.
     """
 

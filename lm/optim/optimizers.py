@@ -1,13 +1,13 @@
-"""Optimizer and learning-rate schedule of a configuration; AdamW, Muon, and the decays of the rate.
+"""Optimizer and learning-rate schedule of a configuration: AdamW, Muon, linear decay.
 
 An optimizer is a function of the schedule, the configuration's section "optimizer" and a
-`ParamTable`, which knows the role of every parameter (`lm/models/variables.py`): what decays, what
-muP scales, which arrays are matrices to Muon. Most are a direction, of which `descend` makes an
-optimizer. `further_optimizers.py` has others, and other decays.
+`ParamTable`, which has the role of every parameter (`lm/models/variables.py`): which parameters
+decay, which muP scales, and which are matrices for Muon. Most optimizers define an update direction
+that `descend` turns into an optimizer. `further_optimizers.py` has more optimizers and schedules.
 
-A decay of the learning rate is a function of the peak rate, the configuration's section "schedule",
-the step `start` at which the decay starts and the step `end` at which it ends. Its result is a
-function of the steps since `start`. Step t counts from 0: the first update uses schedule(0).
+A decay schedule is a function of the peak rate, the configuration's section "schedule", and the
+steps `start` and `end` of the decay. It returns a function of the steps since `start`. Step t
+counts from 0: the first update uses schedule(0).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 from lm.config.registries import OPTIMIZERS, SCHEDULES
 from lm.models.variables import KERNELS, Kind, ParamInfo
 
-if TYPE_CHECKING:  # imported only where patterns name parameters
+if TYPE_CHECKING:  # imported at run time only if patterns name parameters
     from lm.models.parameter_groups import TrainableMask
 
 Tree = Any
 
-# Kinds of parameters that decay, by `optimizer.decay`.
+# Parameter kinds with weight decay, by `optimizer.decay`.
 DECAYING = {
     "matrices": KERNELS | {Kind.EMBEDDING, Kind.POSITION_BIAS, Kind.LOW_RANK},
     "kernels": KERNELS | {Kind.LOW_RANK},
@@ -39,12 +39,12 @@ DECAYING = {
 
 @dataclass(frozen=True)
 class ParamTable:
-    """Roles of a model's parameters, and how they are to be treated.
+    """Roles of a model's parameters, and settings of how to update them.
 
     Attributes:
         infos: role and axes of every parameter, by path.
         decay: `optimizer.decay`, a key of `DECAYING`.
-        width_ratio: width over that of muP's base model.
+        width_ratio: width relative to muP's base model.
     """
 
     infos: Mapping[str, ParamInfo]
@@ -52,13 +52,13 @@ class ParamTable:
     width_ratio: float = 1.0
 
     def map(self, function: Callable[..., Any], *trees: Tree) -> Tree:
-        """Return `function(info, *leaves)` for every leaf of trees of (some) parameters."""
+        """Map `function(info, *leaves)` over trees of (some) parameters."""
         return jax.tree_util.tree_map_with_path(
             lambda path, *x: function(self.infos["/".join(key.key for key in path)], *x), *trees
         )
 
     def decay_mask(self, params: Tree) -> Tree:
-        """Return True for parameters that decay; the mask of `optax.add_decayed_weights`."""
+        """Return a mask of parameters with weight decay, for `optax.add_decayed_weights`."""
         return self.map(lambda info, _: info.role.kind in DECAYING[self.decay], params)
 
 
@@ -68,18 +68,18 @@ def make_optimizer(
     table: ParamTable,
     trainable: TrainableMask | None = None,
 ) -> optax.GradientTransformation:
-    """Build the named optimizer, after clipping by the global norm.
+    """Build the configured optimizer, after clipping by the global norm.
 
     Args:
-        options: the configuration's section "optimizer".
+        options: section "optimizer" of the configuration.
         schedule: learning rate of a step.
         table: roles of the parameters.
-        trainable: parameters that train, if not all; frozen layers stay as they are.
+        trainable: mask of trainable parameters; frozen layers get zero updates. None: all.
 
     Returns:
-        A transformation of the gradients of the parameters that train; an `averaging.Averaged` one
-        if the parameters are averages. Layer-wise decay scales the whole update, decoupled weight
-        decay included.
+        Transformation of the gradients of trainable parameters; an `averaging.Averaged` if
+        parameters are averaged. Layer-wise decay scales the whole update, including decoupled
+        weight decay.
     """
     optimizer = OPTIMIZERS[options.name](schedule, options, table)
     if options.moments != "float32":
@@ -104,13 +104,13 @@ def make_optimizer(
 def descend(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable, *direction: Any
 ) -> optax.GradientTransformation:
-    """Build the optimizer that moves against a direction and a decoupled weight decay.
+    """Build an optimizer that steps against a direction, with decoupled weight decay.
 
     Args:
-        schedule: learning rate, by which both are multiplied.
-        options: the configuration's section "optimizer".
+        schedule: learning rate, which multiplies both.
+        options: section "optimizer" of the configuration.
         table: roles of the parameters.
-        *direction: transformations that make the direction of the gradients.
+        *direction: chained transformations from gradients to the direction.
     """
     decay = optax.add_decayed_weights(options.weight_decay, table.decay_mask)
     if options.cautious != "none":
@@ -125,8 +125,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Build AdamW (Loshchilov and Hutter 2019); decay is multiplied by the learning rate.
 
-    Under muP the learning rate of hidden matrices is divided by the width ratio (Yang et al. 2022,
-    Table 8), their decay is not.
+    Under muP, the learning rate of hidden matrices is divided by the width ratio (Yang et al. 2022,
+    Table 8), but their weight decay is not.
     """
     o = options.adamw
     adam = optax.scale_by_adam(o.b1, o.b2, o.eps)
@@ -140,7 +140,7 @@ def adamw(
 def scale_by_width(
     optimizer: optax.GradientTransformation, table: ParamTable
 ) -> optax.GradientTransformation:
-    """Scale hidden-matrix updates of `optimizer` by 1/width ratio, which is muP's rule for Adam."""
+    """Scale hidden-matrix updates of `optimizer` by 1/width ratio: muP's rule for Adam."""
 
     def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         updates, state = optimizer.update(grads, state, params)
@@ -154,11 +154,11 @@ def scale_by_width(
 def muon(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
-    """Build Muon (Jordan 2024) for the matrices of the layers, and AdamW for everything else.
+    """Build Muon (Jordan 2024) for matrices of the layers, and AdamW for everything else.
 
-    AdamW has the options of its own section and `adam_ratio` of the learning rate. The norm of
-    Muon's updates does not depend on the width, as muP asks; other hidden matrices follow the width
-    ratio as in `adamw`.
+    AdamW uses its own section of options and `adam_ratio` times the learning rate. The norm of
+    Muon's updates does not depend on width, as muP requires; other hidden matrices are scaled by
+    the width ratio as in `adamw`.
     """
     o = options.muon
     make = partial(
@@ -179,13 +179,13 @@ def muon(
 
 
 def _muon_label(info: ParamInfo, leaf: Any) -> str:
-    """Return "matrix" for a parameter whose updates Muon orthogonalizes, else "other"."""
+    """Return "matrix" for a parameter that Muon orthogonalizes, else "other"."""
     is_matrix = info.role.part == "layers" and info.role.kind in (Kind.MATRIX, Kind.ROUTER)
     return "matrix" if is_matrix else "other"
 
 
 def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
-    """Return the axes of each matrix [inputs…, outputs…] of a stack of layers and experts."""
+    """Return the axes of each matrix [inputs…, outputs…] in stacked layers and experts."""
     axes, middle = tuple(range(leaf.ndim)), info.n_stacked + info.role.inputs
     return optax.contrib.MuonDimensionNumbers(axes[info.n_stacked : middle], axes[middle:])
 
@@ -194,15 +194,15 @@ def _muon_dimensions(info: ParamInfo, leaf: Any) -> optax.contrib.MuonDimensionN
 
 
 def make_schedule(peak: float, options: ConfigDict, train_steps: int) -> optax.Schedule:
-    """Build the learning-rate schedule: linear warm-up, steps at the peak, then the named decay.
+    """Build the schedule: linear warm-up, hold at the peak, then the configured decay.
 
-    During the warm-up of w steps the rate is peak · (t + 1) / w, so that no update is lost on a
-    rate of 0.
+    During a warm-up of w steps the rate is peak · (t + 1) / w, so the first update is not wasted
+    on a rate of 0.
 
     Args:
-        peak: largest learning rate, `optimizer.learning_rate`.
-        options: the configuration's section "schedule".
-        train_steps: number of updates; the end of the decay, unless `decay_steps` is set.
+        peak: peak learning rate, `optimizer.learning_rate`.
+        options: section "schedule" of the configuration.
+        train_steps: number of updates; end of the decay unless `decay_steps` is set.
     """
     w = options.warmup_steps
     start = w + options.hold_steps

@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
-Vyas et al. 2024 (arXiv 2409.11321), Algorithms 3 and 4. The bases start from the first gradient,
-whose own step is left out, as in the released code.
+Vyas et al. 2024 (arXiv 2409.11321), Algorithms 3 and 4. As in the released code, the first gradient
+only initializes the bases; its update is skipped.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Arrays = dict[str, jax.Array]
 
 
 class SoapState(NamedTuple):
-    """State of SOAP; trees hold the parameters, or those with a basis on that side.
+    """State of SOAP; each tree holds all parameters, or those with a basis on that side.
 
     Attributes:
         step: number of updates so far.
         mu: first moments.
         nu: second moments of rotated gradients.
-        left: averages of G Gᵀ, [stacked…, inputs, inputs].
-        right: averages of Gᵀ G, [stacked…, outputs, outputs].
-        left_basis: eigenvectors of `left`, in columns.
+        left: moving averages of G Gᵀ, [stacked…, inputs, inputs].
+        right: moving averages of Gᵀ G, [stacked…, outputs, outputs].
+        left_basis: eigenvectors of `left`, as columns.
         right_basis: eigenvectors of `right`.
     """
 
@@ -51,17 +51,17 @@ class SoapState(NamedTuple):
 def soap(
     schedule: optax.Schedule, options: ConfigDict, table: ParamTable
 ) -> optax.GradientTransformation:
-    """Build SOAP for all matrices, and Adam for what is none."""
+    """Build SOAP for matrices and Adam for all other parameters."""
     return descend(schedule, options, table, scale_by_soap(options.soap, table.infos))
 
 
 def scale_by_soap(
     options: ConfigDict, infos: Mapping[str, ParamInfo]
 ) -> optax.GradientTransformation:
-    """Build the direction of SOAP.
+    """Build the update direction of SOAP.
 
     Args:
-        options: the configuration's section "optimizer.soap".
+        options: section "optimizer.soap" of the configuration.
         infos: roles of the parameters, by path.
     """
     b1, b2 = options.b1, options.b2
@@ -92,7 +92,7 @@ def scale_by_soap(
             m = b1 * mu[path] + (1 - b1) * grad
             v = b2 * nu[path] + (1 - b2) * jnp.square(rotated)
             mu[path], nu[path] = (jnp.where(is_first, 0, x) for x in (m, v))
-            # At the first step, which is left out, both corrections are of step 1.
+            # The first step is skipped, so bias corrections count from the second one.
             fast, slow = (1 - b ** jnp.maximum(t, 1) for b in (b1, b2))
             n = _rotate((m / fast).reshape(shape), *q, back=False)
             n = n / (jnp.sqrt(v / slow).reshape(shape) + options.eps)
@@ -112,7 +112,7 @@ def scale_by_soap(
 
 
 def _matrix_shape(info: ParamInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a parameter as matrices, [stacked…, inputs, outputs]."""
+    """Return the shape of a parameter viewed as matrices, [stacked…, inputs, outputs]."""
     first, second = info.n_stacked, info.n_stacked + info.role.inputs
     return (*shape[:first], prod(shape[first:second]), prod(shape[second:]))
 
@@ -122,7 +122,7 @@ def _product(letters: str, *arrays: jax.Array) -> jax.Array:
 
 
 def _rotate(x: jax.Array, left: jax.Array | None, right: jax.Array | None, back: bool) -> jax.Array:
-    """Return Leftᵀ x Right, or what it is of if `back`; None is the identity."""
+    """Return Leftᵀ x Right, or the inverse rotation if `back`; None is the identity."""
     if left is not None:
         x = _product("...mi,...in->...mn" if back else "...im,...in->...mn", left, x)
     if right is not None:
@@ -138,7 +138,7 @@ def _keep(sides: Bases, bases: Bases) -> Bases:
 
 
 def _refresh(sides: Bases, bases: Bases) -> Bases:
-    """Return new eigenvectors by a step of orthogonal iteration (Algorithm 4)."""
+    """Update eigenvectors by one step of orthogonal iteration (Algorithm 4)."""
 
     def step(p: jax.Array, q: jax.Array) -> jax.Array:
         return jnp.linalg.qr(_product("...mi,...in->...mn", p, q))[0]
@@ -147,7 +147,7 @@ def _refresh(sides: Bases, bases: Bases) -> Bases:
 
 
 def _eigenvectors(sides: Bases, bases: Bases) -> Bases:
-    """Return eigenvectors, those of the largest eigenvalues first."""
+    """Return eigenvectors in order of descending eigenvalues."""
 
     def decompose(p: jax.Array, q: jax.Array) -> jax.Array:
         return jnp.linalg.eigh(p)[1][..., ::-1]
@@ -156,9 +156,9 @@ def _eigenvectors(sides: Bases, bases: Bases) -> Bases:
 
 
 def _by_matrix(function: Callable[..., jax.Array], p: jax.Array, q: jax.Array) -> jax.Array:
-    """Return `function` of stacks of matrices; on a CPU of one matrix after the other.
+    """Apply `function` to stacks of matrices; on CPU one matrix at a time.
 
-    Batched calls of LAPACK wait there for threads that each other holds, for ever (JAX 0.10).
+    Batched LAPACK calls deadlock there, waiting for each other's threads (JAX 0.10).
     """
 
     def in_turn(p: jax.Array, q: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Changes of a run in its course, and forks: runs that start from a checkpoint of another one.
+"""Configuration changes of a run, and forks: new runs that start from another run's checkpoint.
 
-Both add to the history in run.json and in the metadata of checkpoints (`workdir.history_of`).
+Both append to the history in run.json and in checkpoint metadata (`workdir.history_of`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from lm.storage import (
     write_atomically,
 )
 
-# Starts of the keys that may change in a run; those that define the model, the objective or the
-# order of the data may not. A change of the training state is found by comparing its arrays.
+# Prefixes of keys that may change during a run; keys that define the model, objective or data order
+# may not. A change of the training state is detected by comparing its arrays.
 _CHANGEABLE = (
     BATCH_SIZE,
     "eval.",
@@ -68,7 +68,7 @@ _CHANGEABLE = (
     "train.",
 )
 _FIXED = ("optimizer.name", "optimizer.freeze")
-# Keys that may change if no batch before the change would have been another one.
+# Keys that may change if all batches before the change stay the same.
 _MIXTURE = frozenset(f"data.{name}" for name in ("source", "weights", "epochs", "schedule"))
 
 
@@ -80,15 +80,15 @@ def change_of(
     source: str | None,
     log: Log,
 ) -> Change | None:
-    """Fork into the workdir if asked; return what records a change of its run, None if none may be.
+    """Fork into the workdir if requested; return the change recorder, or None.
 
     Args:
-        experiment: the experiment that continues the run.
+        experiment: experiment that continues the run.
         workdir: folder of the run.
         now: metadata of this start.
-        change: whether this start may change the run.
-        source: RUN or RUN@STEP to fork; None: none.
-        log: receives lines that name the checkpoint of a fork, and what changes.
+        change: whether this start may change the configuration.
+        source: RUN or RUN@STEP to fork; None: no fork.
+        log: called with lines about the forked checkpoint and the changes.
     """
     if source is not None:
         fork(source, experiment, workdir, now, log)
@@ -98,17 +98,17 @@ def change_of(
 def record(
     experiment: Experiment, workdir: Path, log: Log, before: Metadata, now: Metadata
 ) -> Metadata:
-    """Return the metadata of a start with what it changes in the run added to the history.
+    """Return the metadata of a start, with its configuration changes added to the history.
 
     Args:
-        experiment: the experiment that continues the run.
+        experiment: experiment that continues the run.
         workdir: folder of the run.
-        log: receives a line that names what changes.
+        log: called with a line that lists the changes.
         before: metadata of the run.
         now: metadata of this start.
 
     Raises:
-        UserError: a key cannot change in a run, or the state would be another one.
+        UserError: a changed key is fixed, or the change would alter the training state.
     """
     return _record(experiment, max(checkpoint_steps(workdir), default=0), log, before, now)
 
@@ -128,12 +128,12 @@ def _record(
         if not first_row(before) and continues_mixture(then, data, step):
             fixed = [path for path in fixed if path not in _MIXTURE]
     if BATCH_SIZE in changed and (data.order == "contiguous" or data.schedule or data.batch_ramp):
-        # Each row of the batches reads a stretch of its own, or the steps of a schedule move.
+        # Each row reads its own range of the corpus, and a schedule's steps would move.
         fixed.append(BATCH_SIZE)
     if fixed:
         raise UserError(
-            f"a run cannot change {', '.join(f'--config.{path}' for path in fixed)} in its course: "
-            "start another one, with its parameters by --config.init.from=RUN"
+            f"a run cannot change {', '.join(f'--config.{path}' for path in fixed)}: start another "
+            "run, with its parameters by --config.init.from=RUN"
         )
     if experiment.config.train.steps < step:
         raise UserError(
@@ -150,7 +150,7 @@ def _record(
 
 
 def _require_same_state(experiment: Experiment, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise UserError if the training state has other arrays than before the change."""
+    """Raise UserError if a change alters the shapes of the training state."""
     config = experiment.config.copy_and_resolve_references()
     for path, (old, _) in changed.items():
         if old is not None:
@@ -166,18 +166,18 @@ def _require_same_state(experiment: Experiment, changed: Mapping[str, tuple[Any,
     if unlike:
         keys = ", ".join(f"--config.{path}" for path in changed)
         raise UserError(
-            f"{keys}: the training state would be another one ({len(unlike)} arrays, such as "
+            f"{keys}: this changes the training state ({len(unlike)} arrays, such as "
             f"{unlike[0]}): start another run, with its parameters by --config.init.from=RUN"
         )
 
 
 def settle(workdir: Path, metadata: Metadata, first_step: int) -> Metadata:
-    """Return the metadata with no change later than the restored step, and write it to run.json.
+    """Drop changes later than the restored step from the metadata, and write it to run.json.
 
-    A change is recorded at the newest checkpoint before it is known whether that can be read.
+    A change is recorded at the newest checkpoint before it is known whether that can be restored.
 
     Raises:
-        UserError: the run is a fork without the checkpoint that it starts from.
+        UserError: the run is a fork that lacks the checkpoint it starts from.
     """
     history = history_of(metadata)
     for entry in history:
@@ -198,19 +198,19 @@ def settle(workdir: Path, metadata: Metadata, first_step: int) -> Metadata:
 
 
 def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log: Log) -> None:
-    """Fill the workdir of a new run with a checkpoint of another one; nothing if that was done.
+    """Fill the workdir of a new run with another run's checkpoint, unless that was already done.
 
-    The lines of metrics.jsonl come along, so that curves are whole.
+    Lines of metrics.jsonl are copied too, so that curves are complete.
 
     Args:
-        source: RUN or RUN@STEP; without a step it is the newest.
-        experiment: the experiment that continues the run.
+        source: RUN or RUN@STEP; without a step, the newest checkpoint.
+        experiment: experiment that continues the run.
         workdir: folder of the new run.
         now: metadata of this start.
-        log: receives lines that name the checkpoint and what changes.
+        log: called with lines about the checkpoint and the changes.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, the workdir holds a run, or
+        UserError: the checkpoint does not exist or is damaged, the workdir already holds a run, or
             configuration and data do not continue it.
     """
     run, step = _parse(source)
@@ -256,7 +256,7 @@ def fork(source: str, experiment: Experiment, workdir: Path, now: Metadata, log:
 
 
 def _parse(source: str) -> tuple[Path, int | None]:
-    """Return folder and step of RUN or RUN@STEP; the name of a run may end in @STEP too."""
+    """Parse RUN or RUN@STEP; the name of a run may itself end in @STEP."""
     run = open_run_folder(source)
     place, _, at = source.rpartition("@")
     if place and is_step(at) and not (run / RUN_FILE).is_file():
@@ -265,7 +265,7 @@ def _parse(source: str) -> tuple[Path, int | None]:
 
 
 def _damage(experiment: Experiment, checkpoint: AnyPath, metadata: Metadata) -> str:
-    """Return what is wrong with the arrays of a checkpoint, "" if nothing is."""
+    """Describe damage to the arrays of a checkpoint; "" if there is none."""
     target = restored_as(experiment.state_shapes, experiment.state_sharding)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     try:
@@ -280,7 +280,7 @@ def _damage(experiment: Experiment, checkpoint: AnyPath, metadata: Metadata) -> 
 
 
 def _copy(run: Path, checkpoint: AnyPath, workdir: Path, metadata: Metadata) -> None:
-    """Copy a checkpoint, complete at last, and what the workdir of its run needs beside it."""
+    """Copy a checkpoint atomically, after the other files that its run needs."""
     target = storage_path(workdir / "checkpoints") / checkpoint.name
     in_bucket = not isinstance(target, Path)
     partial = target.with_name(f".{checkpoint.name}.partial")

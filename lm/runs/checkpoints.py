@@ -1,13 +1,13 @@
-"""Workdir of a run as it trains: run.json, tokenizer/ and checkpoints/.
+"""Workdir of a training run: run.json, tokenizer/ and checkpoints/.
 
-`run.json` holds the resolved configuration, what was given where that differs, and the digests of
-tokenizer and data. Starting a run again with other data, or without `--change` with another
-configuration, is an error that names the difference (`workdir.py`). Checkpoints are written by
-Orbax asynchronously and atomically, and verified when they are read.
+`run.json` holds the resolved configuration, the given values that differ from it, and digests of
+tokenizer and data. Resuming a run with other data, or with another configuration without
+`--change`, is an error that lists the differences (`workdir.py`). Orbax writes checkpoints
+asynchronously and atomically; they are verified when read.
 
-A checkpoint holds the training state and a metadata file: step, configuration of the run, digests
-of its tokenizer and data, and a checksum of every array. The checksums do not depend on the mesh,
-so that silent corruption is detected on any.
+A checkpoint holds the training state and a metadata file: step, configuration, digests of tokenizer
+and data, and a checksum of every array. Checksums do not depend on the mesh, so silent corruption
+is detected on any mesh.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from lm.runs.workdir import RUN_FILE, Change, check_same, continued, metadata_at
 from lm.storage import AnyPath, storage_path, upload_changes, write_atomically
 from lm.train_step import TrainState
 
-BEST_FOLDER = "best"  # folder of a run with the checkpoint that --config.eval.best keeps
+BEST_FOLDER = "best"  # folder of the checkpoint kept by --config.eval.best
 
-_FULL_SIGNS = ("No space left", "quota exceeded", "File too large")  # a system's or TensorStore's
+_FULL_SIGNS = ("No space left", "quota exceeded", "File too large")  # of the OS and TensorStore
 
 Log = Callable[[str], None]
 
 
 def ignore_line(line: str) -> None:
-    """Drop a line for the user: the default of functions that take a `Log`."""
+    """Discard a line; the default of functions that take a `Log`."""
 
 
 class Checkpoints:
@@ -53,7 +53,7 @@ class Checkpoints:
         """Open the folder.
 
         Args:
-            folder: folder that holds a checkpoint per step.
+            folder: folder with one subfolder per checkpoint.
             options: section "checkpoint" of the configuration.
             metadata: metadata of the run, written into every checkpoint.
         """
@@ -76,12 +76,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
-        """Copy the state to the host and start writing it, after any earlier save has finished.
+        """Copy the state to host memory and save it in the background, after any earlier save.
 
         Args:
             step: number of updates so far.
             state: training state.
-            notes: further entries of the metadata file.
+            notes: additional entries of the metadata file.
 
         Raises:
             UserError: the disk is full.
@@ -99,7 +99,7 @@ class Checkpoints:
             )
 
     def _check_space(self, needed: int) -> None:
-        """Raise UserError before writing a checkpoint that cannot fit; buckets have no limit."""
+        """Raise UserError if the disk is too full for a checkpoint; buckets have no limit."""
         if not isinstance(self._folder, Path):
             return
         free = shutil.disk_usage(self._folder).free
@@ -112,11 +112,11 @@ class Checkpoints:
 
     @property
     def is_saving(self) -> bool:
-        """True while a save in the background is not finished."""
+        """True while a background save is in progress."""
         return self._manager.is_saving_in_progress()
 
     def check(self) -> None:
-        """Raise the error of a save in the background, if there was one."""
+        """Raise the error of a failed background save."""
         with disk_errors(self._folder):
             self._manager.check_for_errors()
 
@@ -128,10 +128,10 @@ class Checkpoints:
         Args:
             shapes: shapes and dtypes of the state.
             sharding: sharding of every array.
-            log: receives a line for every damaged checkpoint.
+            log: called with a line for every damaged checkpoint.
 
         Returns:
-            The state, None if there is none.
+            The state; None if there is no checkpoint.
         """
         target = restored_as(shapes, sharding)
         while (step := self._manager.latest_step()) is not None:
@@ -163,18 +163,18 @@ class Checkpoints:
         return TrainState(**restored["state"]), None
 
     def wait(self) -> None:
-        """Wait until all saves are on the disk."""
+        """Wait until all saves are on disk."""
         with disk_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait until all saves are on the disk and close the manager."""
+        """Wait until all saves are on disk, and close the manager."""
         self.wait()
         self._manager.close()
 
 
 def restored_as(shapes: TrainState, sharding: TrainState) -> dict[str, Any]:
-    """Return shape, dtype and sharding of every array of a state as it is saved."""
+    """Return shape, dtype and sharding of every array of a state in saved form."""
     return _as_saved(
         jax.tree.map(
             lambda shape, s: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s),
@@ -185,7 +185,7 @@ def restored_as(shapes: TrainState, sharding: TrainState) -> dict[str, Any]:
 
 
 def _as_saved(state: TrainState) -> dict[str, Any]:
-    """Return the state as it is saved: without model state, where the model has none."""
+    """Return the state in saved form, without model state if the model has none."""
     saved = dict(vars(state))
     if not state.model_state:
         del saved["model_state"]
@@ -193,9 +193,9 @@ def _as_saved(state: TrainState) -> dict[str, Any]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Return a checksum of every array: the sum of its bits modulo 2^32, by path.
+    """Return a checksum of every array by path: the sum of its bits modulo 2^32.
 
-    The sum does not depend on the order, so it is exact on any mesh.
+    The sum does not depend on the order of elements, so it is the same on any mesh.
     """
     sums = jax.device_get(_sums(tree))
     return {
@@ -213,13 +213,13 @@ def _sums(tree: Any) -> list[jax.Array]:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's type and the start of its message."""
+    """Format an error as its type and the start of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 @contextlib.contextmanager
 def disk_errors(folder: AnyPath) -> Iterator[None]:
-    """Convert the errors of a full disk to UserError; an unfinished checkpoint is not kept."""
+    """Convert full-disk errors to UserError; an unfinished checkpoint is discarded."""
     hook, sys.unraisablehook = sys.unraisablehook, _unless_loop_is_closed
     logging.getLogger("asyncio").addFilter(_unless_disk_is_full)
     try:
@@ -239,12 +239,12 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 
 def _unless_disk_is_full(record: logging.LogRecord) -> bool:
-    """Leave out the errors of other writes that failed at the same time."""
+    """Filter out log records of other writes that failed on the full disk."""
     return not (record.exc_info and _is_full_disk(record.exc_info[1]))
 
 
 def _unless_loop_is_closed(unraisable: Any) -> None:
-    """Show an error of a callback, unless a write of TensorStore outlived the one that failed."""
+    """Print an unraisable error, unless it is a TensorStore write that outlived its event loop."""
     if "loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
@@ -260,7 +260,7 @@ def run_metadata(
     Args:
         config: resolved configuration.
         fingerprint: digests of tokenizer and data.
-        given: the configuration before it was resolved; its values that differ are kept.
+        given: configuration before it was resolved; its differing values are recorded.
     """
     values = dict(configs.flatten(config))
     before = dict(configs.flatten(given if given is not None else config))
@@ -280,13 +280,13 @@ def prepare_workdir(
 
     Args:
         workdir: local folder of the run.
-        metadata: what this start knows of the run (`run_metadata`).
+        metadata: metadata of this start (`run_metadata`).
         dataset: tokenizer and data.
-        change: called with the metadata of an existing run and those of this start; returns the
-            latter with the change recorded, or raises UserError. None: no change is allowed.
+        change: called with the metadata of an existing run and of this start; returns the latter
+            with the change recorded, or raises UserError. None: changes are not allowed.
 
     Returns:
-        The metadata of the run.
+        Metadata of the run.
 
     Raises:
         UserError: the workdir holds another run.

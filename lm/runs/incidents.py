@@ -1,4 +1,4 @@
-"""Incidents of a run: WORKDIR/incidents.jsonl, one JSON object a line."""
+"""Incidents of a run: WORKDIR/incidents.jsonl, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SECONDS_TO_WRITE = 10.0
 
 
 def append_incident(workdir: AnyPath, message: str, **details: str) -> None:
-    """Append an incident with its time; OSError, or a bucket's error, if that cannot be written."""
+    """Append an incident with a timestamp; raises OSError or a bucket's error if not writable."""
     file = workdir / "incidents.jsonl"
     line = json.dumps({"time": time.time(), "incident": message, **details}) + "\n"
-    if isinstance(file, Path):  # all processes of a run that hangs write at once
+    if isinstance(file, Path):  # all processes of a hanging run write at once
         with file.open("a") as stream:
             stream.write(line)
         return
     before = file.read_text() if file.exists() else ""
-    file.write_text(before + line)  # objects of a bucket cannot be appended to
+    file.write_text(before + line)  # bucket objects cannot be appended to
 
 
 def thread_stacks() -> str:
-    """Return what each thread of this process is doing, as tracebacks do, under the name of it."""
+    """Return the stack of every thread of this process, by thread name."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
@@ -39,7 +39,7 @@ def thread_stacks() -> str:
 
 
 def report_stall(workdir: AnyPath, what: str) -> None:
-    """Print the error of a run that hangs; its incident holds the stacks of all threads."""
+    """Print the error of a hanging run, and record the stacks of all threads as an incident."""
     message = (
         f"{what}: a peer or a device does not answer (--config.train.stall_seconds); saved "
         "checkpoints are intact, the same command continues"
@@ -48,12 +48,12 @@ def report_stall(workdir: AnyPath, what: str) -> None:
     written = threading.Event()
 
     def write() -> None:
-        with contextlib.suppress(Exception):  # of a full disk or a bucket
+        with contextlib.suppress(Exception):  # a full disk or a bucket error
             process = f"{socket.gethostname()}, {os.getpid()}"
             append_incident(workdir, message, process=process, stacks=stacks)
             written.set()
 
-    # The disk or the bucket may be what the run waits for.
+    # The disk or bucket may be what hangs.
     threading.Thread(target=write, daemon=True).start()
     if not written.wait(SECONDS_TO_WRITE):
         print(stacks, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Figures that are measured after training, in the metrics.jsonl of a run."""
+"""Metrics measured after training, added to the metrics.jsonl of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lm.storage import open_run_folder, parse_json, resolve_path, run_lock, writ
 
 
 def record_figures(place: str, step: int, figures: Mapping[str, float]) -> None:
-    """Write figures of a checkpoint to the metrics.jsonl of a run.
+    """Record metrics of a checkpoint in the metrics.jsonl of a run.
 
-    While the run trains the file is left alone, and a line on stderr says so.
+    If the run is training, the file is not changed and a line on stderr says so.
 
     Args:
         place: workdir, local or in a bucket.
@@ -25,16 +25,16 @@ def record_figures(place: str, step: int, figures: Mapping[str, float]) -> None:
         with run_lock(resolve_path(place)):
             add_figures(open_run_folder(place) / "metrics.jsonl", step, figures)
     except UserError as error:
-        print(f"note: metrics.jsonl is left alone: {error}", file=sys.stderr)
+        print(f"note: metrics.jsonl is not changed: {error}", file=sys.stderr)
 
 
 def add_figures(file: Path, step: int, figures: Mapping[str, float]) -> None:
-    """Write figures of a checkpoint behind the other lines of its step or of an earlier one.
+    """Insert metrics of a checkpoint after the other lines of its step or of earlier steps.
 
-    Figures of the same names and step are replaced. The caller holds the lock of the run.
+    Replaces values of the same name and step. The caller holds the lock of the run.
 
     Args:
-        file: metrics.jsonl; made if it is not there.
+        file: metrics.jsonl; created if missing.
         step: step of the checkpoint.
         figures: finite values by name.
     """

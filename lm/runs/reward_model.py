@@ -1,4 +1,4 @@
-"""Reward model of a run: scores of completions of prompts."""
+"""Reward model loaded from a run: scores completions of prompts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lm.runs.text_classifier import run_weights_digest
 from lm.runs.workdir import load_run_config
 from lm.storage import open_run_folder
 
-_ROWS = 8  # of two completions each, scored together
+_ROWS = 8  # pairs of completions scored per batch
 
 
 class RewardModel:
     """Scorer of completions.
 
     Attributes:
-        digest: digest of its weights.
+        digest: digest of the weights.
     """
 
     def __init__(self, workdir: str):
@@ -39,7 +39,7 @@ class RewardModel:
             workdir: folder of the run.
 
         Raises:
-            UserError: there is no such run, or it has another objective.
+            UserError: the run does not exist, or has another objective.
         """
         folder = open_run_folder(workdir)
         name = load_run_config(folder, {}).objective.name
@@ -52,9 +52,9 @@ class RewardModel:
         self.digest = run_weights_digest(workdir)
 
     def scores(self, pairs: Sequence[tuple[Text, Text]]) -> np.ndarray:
-        """Return the rewards, float32 [n], of prompts with their completions.
+        """Return float32 rewards [n] of completions of prompts.
 
-        What is longer than the model's sequences loses its beginning.
+        Inputs longer than the model's sequence length lose their beginning.
 
         Args:
             pairs: prompt and completion, both texts or both lists of messages.

@@ -1,8 +1,8 @@
 """Parameters of saved runs: read from checkpoints, verified, sharded, merged and averaged.
 
-Reading verifies the checksums, shards the parameters over any mesh, merges LoRA updates
-(`lm/models/lora.py`) and averages checkpoints; a run is never changed. Parameters are dicts by
-path.
+Reading verifies checksums, shards parameters over any mesh, merges LoRA updates
+(`lm/models/lora.py`) and averages checkpoints; the run itself is never modified. Parameters are
+dictionaries by path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lm.storage import AnyPath, is_committed, is_step, storage_path, write_atomi
 
 FlatParams = dict[str, jax.Array]
 
-# Overrides with which a model is restored alone.
+# Overrides that restore a model without its frozen companions.
 WITHOUT_FROZEN = {
     "objective.reference": "none",
     "objective.teacher": "",
@@ -47,11 +47,11 @@ class SavedCheckpoint:
     """Checkpoint on disk.
 
     Attributes:
-        folder: folder of the checkpoint.
-        metadata: its metadata file (lm/runs/checkpoints.py).
-        shapes: shape and dtype of every parameter of the model, by path.
-        adapters: those of the LoRA updates, and the scales of kernels in 8 bits.
-        frozen: those of the frozen models that were beside it (`lm/models/frozen.py`).
+        folder: checkpoint folder.
+        metadata: content of its metadata file (lm/runs/checkpoints.py).
+        shapes: shape and dtype of every model parameter, by path.
+        adapters: shapes of LoRA factors and of the scales of int8 kernels.
+        frozen: shapes of frozen models saved with it (`lm/models/frozen.py`).
     """
 
     folder: AnyPath
@@ -62,7 +62,7 @@ class SavedCheckpoint:
 
     @property
     def step(self) -> int:
-        """Number of updates before it was saved."""
+        """Number of updates at the time of saving."""
         return self.metadata["step"]
 
 
@@ -83,17 +83,17 @@ def restore_run(
     Args:
         workdir: local folder of the run.
         overrides: configuration keys for this process, by dotted path.
-        log: receives the lines for the user.
-        average: number of newest checkpoints whose parameters are averaged.
-        best: read the checkpoint that `--config.eval.best` kept.
-        any_batch: set the batch sizes to one example a device (for decoding).
-        step: read the checkpoint of this step; None: the newest.
-        heads_optional: as in `restore_params`.
-        frozen: restore the frozen models that its loss compares with, too.
+        log: called with lines for the user.
+        average: number of newest checkpoints to average.
+        best: read the checkpoint kept by `--config.eval.best`.
+        any_batch: set batch sizes to one example per device (for decoding).
+        step: step of the checkpoint to read; None: the newest.
+        heads_optional: see `restore_params`.
+        frozen: also restore the frozen models used by the loss.
 
     Returns:
-        The experiment, with the run's tokenizer if it has one; the parameters, with LoRA updates
-        merged; and their step.
+        The experiment with the run's tokenizer (if any), the parameters with LoRA updates merged,
+        and their step.
     """
     changed = MERGED_OVERRIDES | {f"parallel.mesh.{axis}": "1" for axis in AXES}
     changed |= {"parallel.preset": "custom", "parallel.mesh.data": "-1"}
@@ -112,7 +112,7 @@ def restore_run(
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
-    """Return the tokenizer that the run was trained with; UserError if it was replaced."""
+    """Load the tokenizer that the run was trained with; UserError if it was replaced."""
     tokenizer = load_saved_tokenizer(workdir / "tokenizer")
     metadata = read_run_metadata(workdir)
     assert metadata is not None
@@ -133,21 +133,21 @@ def restore_params(
     """Restore the parameters of a run, sharded as `experiment` shards them.
 
     Args:
-        experiment: experiment without LoRA: updates are merged into the kernels.
+        experiment: experiment without LoRA; LoRA updates are merged into the kernels.
         workdir: local folder of the run.
-        log: receives the lines for the user.
-        average: number of newest checkpoints whose parameters are averaged.
-        best: read the checkpoint that `--config.eval.best` kept.
-        step: read the checkpoint of this step, and older ones for an average; None: the newest.
-        heads_optional: leave out heads that either the model or the run does not have, as of a
-            model that was imported without any.
+        log: called with lines for the user.
+        average: number of newest checkpoints to average.
+        best: read the checkpoint kept by `--config.eval.best`.
+        step: step of the checkpoint to read, and newest one of an average; None: the newest.
+        heads_optional: ignore heads that either the model or the run lacks, for a model imported
+            without heads.
 
     Returns:
-        The nested parameters and the step of the newest checkpoint read.
+        Nested parameters, and the step of the newest checkpoint read.
 
     Raises:
-        UserError: the experiment's model has other parameters than the run's, or there is no
-            undamaged checkpoint of `step`.
+        UserError: the model's parameters differ from those of the run, or there is no undamaged
+            checkpoint of `step`.
     """
     shapes = flat(experiment.inference_shapes)
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
@@ -169,13 +169,13 @@ def restore_params(
     for path in sorted({*shapes, *found}):
         if is_frozen(path) and path not in found:
             raise UserError(
-                f"the run in {storage_path(workdir)} holds no frozen model for "
-                f"--config.objective.name={experiment.config.objective.name} to compare with"
+                f"the run in {storage_path(workdir)} has no frozen model, which "
+                f"--config.objective.name={experiment.config.objective.name} compares with"
             )
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(
-                f"{path} is not as in the run in {storage_path(workdir)}: "
-                "leave its model configuration alone"
+                f"{path} differs from the run in {storage_path(workdir)}: "
+                "do not override its model configuration"
             )
     shardings = {
         path: x for path, x in flat(experiment.inference_sharding).items() if path in shapes
@@ -192,26 +192,26 @@ def saved_checkpoints(source: AnyPath, log: Log) -> list[SavedCheckpoint]:
     """Return the readable checkpoints, newest first.
 
     Args:
-        source: folder of a run, or of one checkpoint: then that one and older ones.
-        log: receives a line for every damaged checkpoint.
+        source: folder of a run, or of one checkpoint (then that one and older ones).
+        log: called with a line for every damaged checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no readable checkpoint.
     """
     found = []
     for folder in _folders(storage_path(source)):
         saved, problem = _attempt(partial(_open, folder))
         if on_all_hosts(saved is not None):
             found.append(saved)
-        elif folder.exists():  # else the run that trains there has deleted it
-            log(f"{folder} is damaged ({problem or 'on another host'}); left out")
+        elif folder.exists():  # otherwise the training process has deleted it meanwhile
+            log(f"{folder} is damaged ({problem or 'on another host'}); skipped")
     if not found:
         raise UserError(f"no checkpoint in {source}")
     return found
 
 
 def read_adapters(saved: SavedCheckpoint) -> dict[str, np.ndarray]:
-    """Return the low-rank factors of a checkpoint by path, verified.
+    """Read and verify the LoRA factors of a checkpoint, by path.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -230,20 +230,20 @@ def mean_params(
 ) -> tuple[FlatParams, list[int]]:
     """Average parameters over the newest undamaged checkpoints, in float32 (Vaswani 2017, §6.1).
 
-    Model state is that of the newest.
+    Model state is taken from the newest one.
 
     Args:
-        checkpoints: newest first.
+        checkpoints: checkpoints, newest first.
         n: number of checkpoints to average.
-        shardings: where each parameter goes, by path; parameters not named are not read. Paths of
-            model state start with "model_state/".
-        log: receives a line for every damaged checkpoint.
+        shardings: sharding of each parameter by path; other parameters are not read. Paths of model
+            state start with "model_state/".
+        log: called with a line for every damaged checkpoint.
 
     Returns:
-        The parameters by path, and the steps of the checkpoints read.
+        Parameters by path, and the steps of the checkpoints read.
 
     Raises:
-        UserError: fewer than `n` undamaged checkpoints.
+        UserError: there are fewer than `n` undamaged checkpoints.
     """
     total: FlatParams = {}
     newest_state: FlatParams = {}
@@ -251,7 +251,7 @@ def mean_params(
     for saved in checkpoints:
         params, problem = _attempt(partial(_read, saved, shardings))
         if not on_all_hosts(params is not None):
-            log(f"{saved.folder} is damaged ({problem or 'on another host'}); left out")
+            log(f"{saved.folder} is damaged ({problem or 'on another host'}); skipped")
             continue
         assert params is not None
         state = {path: x for path, x in params.items() if path.startswith(f"{MODEL_STATE}/")}
@@ -262,13 +262,13 @@ def mean_params(
         if len(steps) == n:
             return (_divide(total, n) if n > 1 else total) | newest_state, steps
     raise UserError(
-        f"an average of {n} checkpoints needs as many: {checkpoints[0].folder.parent} has "
-        f"{len(steps)}; train with --config.checkpoint.keep_last={n} or more"
+        f"cannot average {n} checkpoints: {checkpoints[0].folder.parent} has only {len(steps)}; "
+        f"train with --config.checkpoint.keep_last={n} or more"
     )
 
 
 def _folders(source: AnyPath) -> list[AnyPath]:
-    """Return the folders of checkpoints, newest first."""
+    """Return checkpoint folders, newest first."""
     run = source / "checkpoints"
     parent, newest = (run, None) if run.is_dir() else (source.parent, source.name)
     if not source.is_dir() or (newest and not is_step(newest)):
@@ -280,7 +280,7 @@ def _folders(source: AnyPath) -> list[AnyPath]:
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return the result and None, or None and the error as one line."""
+    """Return (result, None), or (None, error as one line)."""
     try:
         return function(), None
     except Exception as error:  # a damaged file can raise anything
@@ -307,7 +307,7 @@ def _open(folder: AnyPath) -> SavedCheckpoint:
     adapters = {path: leaf for path, leaf in leaves.items() if kernel_of(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if is_frozen(path)}
     shapes = {path: x for path, x in leaves.items() if path not in adapters and path not in frozen}
-    if adapters:  # the reference is what they are added to
+    if adapters:  # they are added to the reference
         frozen |= {reference_path(path): leaf for path, leaf in shapes.items()}
     return SavedCheckpoint(folder, metadata, shapes, adapters, frozen)
 
@@ -337,7 +337,7 @@ def _read(saved: SavedCheckpoint, shardings: Mapping[str, NamedSharding]) -> Fla
 
 
 def _restored(saved: SavedCheckpoint, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Return arrays of a checkpoint, {"params": …} and model state; ValueError if they differ."""
+    """Restore arrays of a checkpoint; ValueError if their checksums do not match."""
     own = nested(target)
     item = with_state({}, own.pop(MODEL_STATE, {})) | {"params": own}
     args = ocp.args.PyTreeRestore(
@@ -367,9 +367,9 @@ def _divide(total: FlatParams, n: int) -> FlatParams:
 
 
 def require_empty(folder: Path) -> None:
-    """Raise UserError, on all processes, unless a folder is empty or not there.
+    """Raise UserError on all processes unless a folder is empty or missing.
 
-    No process returns before all have looked, so that one may write there then.
+    No process returns before all have checked, so that one may write there afterwards.
     """
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not on_all_hosts(is_empty):
@@ -378,17 +378,17 @@ def require_empty(folder: Path) -> None:
 
 
 def merge_run(workdir: Path, to: Path, average: int, overrides: dict[str, str], log: Log) -> int:
-    """Write the run in `workdir` to the folder `to` with its LoRA updates merged into the kernels.
+    """Write a copy of a run to the folder `to`, with LoRA updates merged into the kernels.
 
     Args:
         workdir: folder of the run.
         to: empty folder of the new run.
-        average: number of newest checkpoints whose parameters are averaged.
-        overrides: configuration of this process (its mesh); not written.
-        log: receives the lines for the user.
+        average: number of newest checkpoints to average.
+        overrides: configuration for this process (such as its mesh); not saved.
+        log: called with lines for the user.
 
     Returns:
-        The step of the newest checkpoint read.
+        Step of the newest checkpoint read.
 
     Raises:
         UserError: `to` is not empty.

@@ -1,6 +1,6 @@
-"""Classifiers of text that are runs of this project, for corpora, safety sets and guards.
+"""Text classifiers trained as runs of this project, for corpora, safety sets and guards.
 
-A toxicity or quality filter is trained by `lm train` on labelled texts, and named by its workdir.
+A toxicity or quality filter is trained by `lm train` on labelled texts and given by its workdir.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from lm.storage import open_run_folder, read_json, storage_path
 
 @dataclass(frozen=True, eq=False)
 class TextClassifier:
-    """Run with the objective classification, applied to texts of any length.
+    """Run with objective classification, applied to texts of any length.
 
-    A long text is read in windows of as many tokens as the classifier takes; the largest
-    probability counts.
+    A long text is classified in windows of the model's length; the largest probability counts.
     """
 
     experiment: Experiment
@@ -43,12 +42,12 @@ class TextClassifier:
 
     @property
     def labels(self) -> Sequence[str]:
-        """Classes, in the order of the outputs."""
+        """Classes in the order of the outputs."""
         return self.experiment.objective.labels  # type: ignore[attr-defined]
 
     @property
     def window(self) -> int:
-        """Tokens of a text that are read together."""
+        """Maximum number of text tokens per window."""
         return self.experiment.objective.length - 2  # type: ignore[attr-defined]  # [CLS], [SEP]
 
     def largest(
@@ -59,10 +58,10 @@ class TextClassifier:
         Args:
             texts: texts.
             columns: indices of C classes.
-            windows: most windows of a text that are read, from its start.
+            windows: maximum number of windows per text, from its start.
 
         Returns:
-            That of the classes together, [N], and of each, [N, C].
+            Probability of any of the classes, [N], and of each class, [N, C].
         """
         length = self.window
         tokens: list[np.ndarray] = []
@@ -79,7 +78,7 @@ class TextClassifier:
         return together, by_class
 
     def probabilities(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the probabilities [N, C] of the classes of windows of tokens."""
+        """Return class probabilities [N, C] of token windows."""
         experiment = self.experiment
         records = [Record({"label": self.labels[0]}, {"text": ids}, None, None) for ids in tokens]
         batch_size = experiment.config.eval.batch_size
@@ -95,15 +94,15 @@ class TextClassifier:
 
 
 def class_columns(workdir: str, names: Sequence[str], purpose: str) -> list[int]:
-    """Return the indices of some classes of a classifier.
+    """Return the output indices of some classes of a classifier.
 
     Args:
         workdir: folder of the run.
-        names: classes.
-        purpose: what the classes are for, as in "to remove".
+        names: class names.
+        purpose: purpose of the classes for the error message, as in "to remove".
 
     Raises:
-        UserError: there is no such run, it is no classifier, or a class is unknown.
+        UserError: the run does not exist or is not a classifier, or a class is unknown.
     """
     labels = classes(workdir)
     if not names:
@@ -115,7 +114,7 @@ def class_columns(workdir: str, names: Sequence[str], purpose: str) -> list[int]
 
 
 def classes(workdir: str) -> list[str]:
-    """Return the classes of a run, in the order of its outputs; UserError if it has none."""
+    """Return the classes of a run in output order; UserError if it has none."""
     try:
         config = read_json(Path(workdir) / "run.json")["config"]
         objective, labels = config["objective"]["name"], listed(config["data"]["labels"])
@@ -127,13 +126,13 @@ def classes(workdir: str) -> list[str]:
 
 
 def weights_digest(workdir: str) -> str:
-    """Return the digest of the weights of a classifier's newest checkpoint."""
+    """Return the weights digest of a classifier's newest checkpoint."""
     classes(workdir)
     return run_weights_digest(workdir)
 
 
 def run_weights_digest(workdir: str) -> str:
-    """Return the digest of the weights of a run's newest checkpoint."""
+    """Return the weights digest of a run's newest checkpoint."""
     folder = open_run_folder(workdir)
     step = max(checkpoint_steps(folder), default=-1)
     metadata = saved_metadata(storage_path(folder / "checkpoints") / str(step)) or {}
@@ -145,20 +144,20 @@ def run_weights_digest(workdir: str) -> str:
 
 @cache
 def load_classifier(workdir: str, digest: str, batch_size: int = 32) -> TextClassifier:
-    """Load a classifier on all devices; one that was loaded before is kept.
+    """Load a classifier on all devices; results are cached.
 
     Args:
         workdir: folder of the run.
-        digest: `weights_digest` of the weights that are wanted.
-        batch_size: least windows at a time.
+        digest: expected `weights_digest`.
+        batch_size: minimum number of windows per batch.
 
     Raises:
-        UserError: there is no such run, or it has other weights now.
+        UserError: the run does not exist, or has other weights by now.
     """
     n = -(-max(batch_size, 1) // jax.device_count()) * jax.device_count()
     overrides = {"eval.batch_size": str(n)}
     folder = open_run_folder(workdir)
     experiment, params, _ = restore_run(folder, overrides, ignore_line, any_batch=True)
     if weights_digest(workdir) != digest:
-        raise UserError(f"{workdir} has been trained on since it was first read: use a copy")
+        raise UserError(f"{workdir} has been trained further since it was first read: use a copy")
     return TextClassifier(experiment, params, load_tokenizer(folder))

@@ -1,6 +1,6 @@
-"""Workdir of a run that exists: content of run.json, and what earlier starts left.
+"""Workdir of an existing run: run.json, and what earlier starts left.
 
-`checkpoints.py` has what a new run needs.
+`checkpoints.py` creates the workdir of a new run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MERGED_OVERRIDES = {"lora.rank": "0", "optimizer.freeze": "", "init.from": ""}
 
 
 def load_run_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
-    """Return the configuration of a run with overrides, `{path: text}`, applied."""
+    """Return the configuration of a run with overrides `{path: text}` applied."""
     if not (workdir / RUN_FILE).is_file():
         raise UserError(f"no run in {storage_path(workdir)}: it has no {RUN_FILE}")
     config = configs.read_run_file(workdir / RUN_FILE)
@@ -44,13 +44,13 @@ def load_run_config(workdir: Path, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def history_of(metadata: Mapping[str, Any]) -> list[Metadata]:
-    """Return the history in the metadata of a run, [] if it was never changed.
+    """Return the change history of a run; [] if it was never changed.
 
-    Entries are in their order: {"step", "changed"} with old and new value of each key that changed
+    Entries are in order: {"step", "changed"} with the old and new value of each key that changed
     after that step, or {"step", "forked_from"}.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the history is damaged.
     """
     history = metadata.get("history", [])
     if not isinstance(history, list) or not all(_is_entry(entry) for entry in history):
@@ -70,7 +70,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def metadata_at(metadata: Metadata, step: int) -> Metadata:
-    """Return the metadata of a run as its checkpoint of a step has it, the configuration flat."""
+    """Return a run's metadata as of a checkpoint's step, with the configuration flattened."""
     values, digests = dict(configs.flatten(metadata["config"])), dict(metadata["fingerprint"])
     for entry in reversed(history_of(metadata)):
         if entry["step"] >= step:
@@ -81,9 +81,9 @@ def metadata_at(metadata: Metadata, step: int) -> Metadata:
 
 
 def first_row(metadata: Mapping[str, Any]) -> int:
-    """Return the row with which step 0 would have begun, had all batches had the size of now.
+    """Return the row offset of step 0 that matches the current batch size.
 
-    So the batches of the run go on at the first row that no earlier batch had.
+    With it, batches continue at the first row that no earlier batch had, despite size changes.
     """
     rows = step = 0
     for entry in history_of(metadata):
@@ -94,7 +94,7 @@ def first_row(metadata: Mapping[str, Any]) -> int:
     return rows - step * metadata["config"]["data"]["batch_size"]
 
 
-# --- what earlier starts left
+# --- files of earlier starts
 
 
 def continued(
@@ -103,19 +103,19 @@ def continued(
     fingerprint: Mapping[str, Any],
     change: Change | None = None,
 ) -> Metadata:
-    """Compare a start with the run in the workdir, if there is one.
+    """Check a start against the run in the workdir, if there is one.
 
     Args:
         workdir: local folder of the run.
-        metadata: what this start knows of the run (`checkpoints.run_metadata`).
+        metadata: metadata of this start (`checkpoints.run_metadata`).
         fingerprint: digests of tokenizer and data.
-        change: as for `checkpoints.prepare_workdir`.
+        change: see `checkpoints.prepare_workdir`.
 
     Returns:
-        The metadata of the run.
+        Metadata of the run.
 
     Raises:
-        UserError: the workdir holds another run, or processes find different ones.
+        UserError: the workdir holds another run, or processes find different runs.
     """
     before = _earlier_run(workdir)
     if jax.process_count() > 1:
@@ -130,10 +130,10 @@ def continued(
 
 
 def _earlier_run(workdir: Path) -> Metadata | None:
-    """Return the metadata of the run in the workdir, None if there is none.
+    """Return the metadata of the run in the workdir; None if there is none.
 
-    Where run.json is missing or damaged, the newest readable checkpoint knows it. A start that
-    failed before its first step left no run.
+    If run.json is missing or damaged, it is recovered from the newest readable checkpoint. A start
+    that failed before its first step does not count as a run.
     """
     try:
         metadata = read_run_metadata(workdir)
@@ -154,7 +154,7 @@ def _newest_metadata(workdir: Path) -> Metadata | None:
 
 
 def saved_metadata(checkpoint: AnyPath) -> Metadata | None:
-    """Return the metadata of a checkpoint, None if they are missing or damaged."""
+    """Return the metadata of a checkpoint; None if missing or damaged."""
     with contextlib.suppress(UserError, FileNotFoundError):
         saved = read_json(checkpoint / "metadata" / "metadata")
         if all(isinstance(saved.get(name), dict) for name in ("config", "fingerprint")):
@@ -163,25 +163,25 @@ def saved_metadata(checkpoint: AnyPath) -> Metadata | None:
 
 
 def damaged_steps(workdir: Path) -> list[str]:
-    """Return the names of the checkpoints that were set aside."""
+    """Return the names of checkpoints that were moved to the folder "damaged"."""
     folder = storage_path(workdir / "damaged")
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(entry.name for entry in entries if entry.name[:1].isdigit())
 
 
 def has_steps(workdir: Path) -> bool:
-    """Return whether the workdir holds anything of steps: checkpoints, damaged ones, metrics."""
+    """Return whether the workdir has checkpoints, damaged ones, or metrics."""
     metrics = workdir / "metrics.jsonl"
     written = metrics.is_file() and metrics.stat().st_size > 0
     return bool(written or checkpoint_steps(workdir) or damaged_steps(workdir))
 
 
 def set_aside(folder: AnyPath, step: int) -> None:
-    """Move a damaged checkpoint in `folder` to the folder "damaged" beside it."""
+    """Move a damaged checkpoint to the folder "damaged" next to `folder`."""
     if is_primary_host():
         aside = folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
-        (aside / ".keep").touch()  # in a bucket an empty folder is none
+        (aside / ".keep").touch()  # buckets have no empty folders
         n = sum(1 for _ in aside.glob(f"{step}*"))
         (folder / str(step)).rename(aside / (f"{step}.{n}" if n else str(step)))
     if jax.process_count() > 1:
@@ -189,7 +189,7 @@ def set_aside(folder: AnyPath, step: int) -> None:
 
 
 def require_no_lost_steps(workdir: Path) -> None:
-    """Raise UserError where a run would begin at step 0 although it had checkpoints."""
+    """Raise UserError if a run would restart at step 0 although it had checkpoints."""
     if lost := damaged_steps(workdir):
         raise UserError(
             f"no checkpoint of {storage_path(workdir)} can be read (damaged: {', '.join(lost)}): "
@@ -199,18 +199,18 @@ def require_no_lost_steps(workdir: Path) -> None:
 
 
 def set_lost_run_aside(workdir: Path) -> None:
-    """Move the run in the workdir to its folder restarted.N if no checkpoint of it is left.
+    """Move the run in the workdir to its folder restarted.N if it has lost all checkpoints.
 
-    A run that can go on stays: a supervisor may start the same command again and again.
+    A run that can continue is left alone, since a supervisor may repeat the same command.
 
     Raises:
-        UserError: the run is in a bucket, or the workdir cannot be written.
+        UserError: the run is in a bucket, or the workdir is not writable.
     """
     lost = bool(damaged_steps(workdir)) and not checkpoint_steps(workdir)
     if not on_all_hosts(lost):
         return
     if not isinstance(storage_path(workdir), Path):
-        raise UserError("--restart: runs in a bucket stay as they are; use another --workdir")
+        raise UserError("--restart is not supported for runs in a bucket; use another --workdir")
     if is_primary_host() and workdir.is_dir():
         entries = [e for e in workdir.iterdir() if not e.name.startswith(("restarted.", ".lock"))]
         n = sum(1 for _ in workdir.glob("restarted.*"))
@@ -227,7 +227,7 @@ def set_lost_run_aside(workdir: Path) -> None:
 def _require_same_run(
     workdir: Path, before: Metadata | None, fingerprint: Mapping[str, Any]
 ) -> None:
-    """Compare over all processes the data and what they find in the workdir."""
+    """Compare data and the run found in the workdir across processes."""
     from lm.parallel.agreement import require_agreement
 
     facts: Metadata = {f"data of {k}": v for k, v in fingerprint.items()}
@@ -240,14 +240,14 @@ def _require_same_run(
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run."""
+    """Return the steps of a run's complete checkpoints, ascending."""
     folder = storage_path(workdir / "checkpoints")
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(e.name) for e in entries if is_step(e.name) and is_committed(e))
 
 
 def read_run_metadata(workdir: Path) -> Metadata | None:
-    """Return the content of run.json; None if there is no run."""
+    """Read run.json; None if there is no run."""
     try:
         metadata = read_json(workdir / RUN_FILE)
     except FileNotFoundError:
@@ -259,9 +259,9 @@ def read_run_metadata(workdir: Path) -> Metadata | None:
 
 
 def changed_keys(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Return old and new value of every key, except free ones, that differs.
+    """Return old and new value of every key that differs, except free keys.
 
-    A key that came after `old` was saved has its default there, so that old runs continue.
+    Keys added after `old` was saved count as having their default there, so old runs continue.
     """
     before, after = dict(configs.flatten(old)), dict(configs.flatten(new))
     added = after.keys() & SCHEMA.keys() - before.keys()
@@ -275,7 +275,7 @@ def changed_keys(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
-    """Return `changed_keys` for the user, as `--config.KEY: old → new`."""
+    """Format `changed_keys` for the user, as `--config.KEY: old → new`."""
     return [
         f"--config.{path}: {' → '.join('(none)' if x is None else str(x) for x in values)}"
         for path, values in changed_keys(old, new).items()
@@ -287,7 +287,7 @@ def _plain(value: Any) -> Any:
 
 
 def with_changes(before: Metadata, now: Metadata) -> Metadata:
-    """Return the metadata of a run with the configuration of now, and sources that it adds."""
+    """Return a run's metadata with the current configuration and fingerprints of added sources."""
     changed = changed_keys(before["config"], now["config"])
     added = now["fingerprint"] if "data.source" in changed else {}
     fingerprint = {**added, **before.get("fingerprint", {})}
@@ -297,7 +297,7 @@ def with_changes(before: Metadata, now: Metadata) -> Metadata:
 def check_same(
     workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any], advice: str = ""
 ) -> None:
-    """Raise UserError where configuration or data of a run differ from what they were before."""
+    """Raise UserError if configuration or data of a run have changed."""
     different = differences(before["config"], now["config"])
     if different:
         raise UserError(

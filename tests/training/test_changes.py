@@ -132,7 +132,7 @@ def test_a_change_moves_back_where_its_checkpoint_is_damaged(experiment_file, ru
         ({"data__sequence_length": 8}, "--config.data.sequence_length"),
         ({"objective__name": "prefix"}, "--config.objective.name"),
         ({"optimizer__name": "lion"}, "--config.optimizer.name"),
-        ({"optimizer__clip_norm": 0}, "the training state would be another one"),
+        ({"optimizer__clip_norm": 0}, "this changes the training state"),
         ({"train__steps": 4}, "the run is at step 8"),
         ({"data__order": "contiguous", "data__batch_size": 16}, "--config.data.order"),
     ],

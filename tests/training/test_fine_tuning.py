@@ -180,7 +180,7 @@ def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
 
 def test_another_model_cannot_take_the_parameters(source):
     experiment = build(load_run_config(source, {"model.d_ff": "48"}), jax.devices())
-    with pytest.raises(UserError, match="feed_forward/in/bias is not as in the run"):
+    with pytest.raises(UserError, match="feed_forward/in/bias differs from the run"):
         restore_params(experiment, source, pytest.fail)
 
 

@@ -63,7 +63,7 @@ def test_the_reference_is_what_training_starts_from_and_under_lora_the_base(
         own = two[path.removeprefix("frozen/reference/")]
         assert base[path].tobytes() == own.tobytes()
     assert main(["eval", "--workdir", str(third), "--config.objective.reference=beside"]) == 2
-    assert "holds no frozen model for --config.objective.name=dpo" in capsys.readouterr().err
+    assert "has no frozen model, which --config.objective.name=dpo" in capsys.readouterr().err
     for run in (first, second, third):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)

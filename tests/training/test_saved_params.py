@@ -175,5 +175,5 @@ def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
         (head, "body", {"heads_optional": True}),
         ({"pooler/bias": (4,)}, "task", {"heads_optional": True}),
     ):
-        with pytest.raises(UserError, match="is not as in the run"):
+        with pytest.raises(UserError, match="differs from the run"):
             restore(extra, part, **options)
