@@ -1,14 +1,13 @@
-"""Blockwise attention: tiles of scores, of which one exists at a time, combined by online softmax.
+"""Blockwise attention: one tile of scores at a time, combined by online softmax.
 
-Memory grows with the length, not with its square, and causal attention never computes the tiles
-above the diagonal (Dao et al. 2022). `PartialAttention` over some of the keys is unnormalized, so
-that partial results over different keys can be added (Milakov and Gimelshein 2018, alg. 3); the
-gradients of a tile need only the log-normalizer of the whole (Dao et al. 2022, alg. 4).
-`ring_attention` uses the same functions across devices. Scores and sums are float32; queries come
-scaled.
+Memory is linear in the length, and causal attention never computes tiles above the diagonal (Dao et
+al. 2022). `PartialAttention` over a subset of keys is unnormalized, so that results over different
+keys can be added (Milakov and Gimelshein 2018, alg. 3); the gradients of a tile only need the
+log-normalizer over all keys (Dao et al. 2022, alg. 4). `ring_attention` uses the same functions
+across devices. Scores and sums are float32; queries are already scaled.
 
-Shape letters: B batch, L queries, S keys (of a tile), H heads, G key/value heads, R query heads of
-each, T queries of a tile, K head dim, N tiles, stacked on a first axis.
+Shape letters: B batch, L queries, S keys (of a tile), H heads, G key/value heads, R query heads per
+key/value head, T queries of a tile, K head dim, N tiles, stacked on the first axis.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ def blockwise_attention(
         v_BSGK: values.
         mask: which keys each query attends to; its offset is a constant.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
+        softcap: soft cap of the scores; 0: none.
 
     Returns:
-        The output [B, L, H, K].
+        Output [B, L, H, K].
 
     Raises:
         ValueError: the mask is not supported.
@@ -76,7 +75,7 @@ def blockwise_attention(
 
 
 def _is_aligned(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) -> bool:
-    """Return whether the last query stands at the last key."""
+    """Return whether the last query aligns with the last key."""
     return isinstance(mask.offset, int) and mask.offset + q_BLHK.shape[1] == k_BSGK.shape[1]
 
 
@@ -102,7 +101,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     q, k, v = (x.swapaxes(1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
     out, log_z = tiles.forward(q, k, v, ids, causal)
-    # A query that attends to no key has no gradient.
+    # A query without keys has no gradient.
     log_z = jnp.where(log_z > NEG_INF / 2, log_z, jnp.inf)
     return out.swapaxes(1, 2).astype(q_BLHK.dtype), (q, k, v, ids, out, log_z)
 
@@ -120,13 +119,13 @@ _blockwise.defvjp(_forward, _backward)
 
 @dataclass(frozen=True)
 class BlockwiseTiles:
-    """Attention tile by tile, of which `ring_attention` makes its steps too.
+    """Blockwise attention tiles; also the steps of `ring_attention`.
 
-    Arrays are [B, H, L, K]; queries come scaled. Results are float32.
+    Arrays are [B, H, L, K]; queries are already scaled. Results are float32.
 
     Attributes:
-        softcap: bound of the scores; 0 for none.
-        window: a causal query attends to the last `window` keys; 0 for all.
+        softcap: soft cap of the scores; 0: none.
+        window: a causal query attends to the last `window` keys; 0: all.
     """
 
     softcap: float = 0.0
@@ -135,17 +134,17 @@ class BlockwiseTiles:
     def forward(
         self, q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the attention of queries to keys.
+        """Compute attention of queries to keys.
 
         Args:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query, the last query standing at the last key.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query, where the last query aligns with the last key.
 
         Returns:
-            The output, and log Z, which is very small for a query without keys.
+            Output, and log Z, which is very small for a query without keys.
         """
         queries, keys = _split(q_BHLK, k_BGSK, v_BGSK, ids)
 
@@ -173,15 +172,15 @@ class BlockwiseTiles:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
-            log_z_BHL: log-normalizer of each query's scores over all keys.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
+            log_z_BHL: log-normalizer of each query over all keys.
             delta_BHL: Σ gradient · output of each query.
             out_BHLK: output over all keys.
-            g_BHLK: its gradient.
+            g_BHLK: gradient of the output.
 
         Returns:
-            The parts of the gradients that these keys give.
+            Contributions of these keys to the gradients.
         """
         queries, keys = _split(q_BHLK, k_BGSK, v_BGSK, ids)
         n, G = len(queries.q_BGRTK), k_BGSK.shape[1]
@@ -192,11 +191,11 @@ class BlockwiseTiles:
             return attend_tile_backward(grads, queries, residuals, keys, pair, band, self.softcap)
 
         dq, (dk, dv, _) = self._scan(step, zero_grads(queries, keys), queries, keys, causal)
-        # `_join` expects the axis of query heads, which keys do not have.
+        # `_join` expects the query-head axis, which keys do not have.
         return _join(dq), _join(dk[:, :, :, None]), _join(dv[:, :, :, None])
 
     def _scan(self, step: Callable, start: Any, queries: Queries, keys: Keys, causal: bool) -> Any:
-        """Scan `step` over the pairs of query and key tiles that are not masked throughout."""
+        """Scan `step` over all pairs of query and key tiles that are not fully masked."""
         sizes = queries.q_BGRTK.shape[-2], keys.k_BGSK.shape[-2]
         n, m = len(queries.q_BGRTK), len(keys.k_BGSK)
         band = Band(m * sizes[1] - n * sizes[0], self.window) if causal else None
@@ -210,18 +209,18 @@ class BlockwiseTiles:
 
 
 class Band(NamedTuple):
-    """Causal mask: keys from a query's own back to the first of its window.
+    """Causal mask, optionally with a window.
 
     Attributes:
         offset: position of the first query among the keys.
-        window: number of keys; 0 for all.
+        window: number of keys that a query attends to; 0: all before it.
     """
 
     offset: int
     window: int
 
     def visible(self, queries: Any, keys: Any) -> Any:
-        """Return whether queries attend to keys, by the numbers of both."""
+        """Return whether queries attend to keys, given the indices of both."""
         before = queries + self.offset - keys
         return (before >= 0) & (before < self.window) if self.window else before >= 0
 
@@ -229,12 +228,12 @@ class Band(NamedTuple):
 def _tile_pairs(
     n: int, m: int, sizes: tuple[int, int], band: Band | None
 ) -> Iterator[tuple[bool, tuple[np.ndarray, ...]]]:
-    """Yield whether the mask cuts through the tiles, and their (query, key) indices."""
+    """Yield (query, key) tile indices, and whether the mask is partial in these tiles."""
     if band is None:
         rows, columns = np.indices((n, m))
         yield False, (rows.ravel(), columns.ravel())
         return
-    # A tile lies inside a band if all its corners do, beside it if its nearest corner does not.
+    # A tile is inside a band if all its corners are, and outside if its nearest corner is.
     T, S = sizes
     first, last = np.arange(n)[:, None] * T, np.arange(m) * S
     corners = [
@@ -249,14 +248,14 @@ def _tile_pairs(
 
 
 class Queries(NamedTuple):
-    """Query tiles, stacked or one at a time, and their segment ids."""
+    """Query tiles (stacked or single) with segment ids."""
 
     q_BGRTK: jax.Array
     segments_BT: jax.Array | None
 
 
 class Keys(NamedTuple):
-    """Key and value tiles, stacked or one at a time, and their segment ids."""
+    """Key and value tiles (stacked or single) with segment ids."""
 
     k_BGSK: jax.Array
     v_BGSK: jax.Array
@@ -280,7 +279,7 @@ class QueryResiduals(NamedTuple):
 
 
 def empty_partial(queries: Queries) -> PartialAttention:
-    """Return the accumulator over no keys."""
+    """Return an accumulator over no keys."""
     zeros = jnp.zeros(queries.q_BGRTK.shape, jnp.float32)
     return PartialAttention(zeros, jnp.full(zeros.shape[:-1], NEG_INF), zeros[..., 0])
 
@@ -293,18 +292,18 @@ def attend_tile(
     band: Band | None,
     softcap: float,
 ) -> PartialAttention:
-    """Accumulate the attention of one query tile to one key tile.
+    """Accumulate attention of one query tile to one key tile.
 
     Args:
         partials: accumulators of all query tiles, stacked.
         queries: query tiles, stacked.
         keys: key tiles, stacked.
-        pair: index of the query tile and of the key tile.
-        band: mask that cuts through the pair, if any.
-        softcap: bound of the scores; 0 for none.
+        pair: indices of the query tile and the key tile.
+        band: mask of the pair if it is partial, else None.
+        softcap: soft cap of the scores; 0: none.
 
     Returns:
-        `partials` with that of the query tile updated.
+        `partials` with the query tile updated.
     """
     a, b = pair
     here, tile = _at(queries, a), _at(keys, b)
@@ -318,7 +317,7 @@ def attend_tile(
 
 def normalize(partials: PartialAttention) -> tuple[jax.Array, jax.Array]:
     """Return the attention output [N, B, G, R, T, K] and log Z [N, B, G, R, T], both float32."""
-    # A window may reach no key of the tiles.
+    # With a window, a query may see no key of these tiles.
     normalizer = jnp.maximum(partials.normalizer_BGRT, jnp.finfo(jnp.float32).tiny)
     out = partials.values_BGRTK / normalizer[..., None]
     return out, partials.max_BGRT + jnp.log(normalizer)
@@ -340,12 +339,12 @@ def attend_tile_backward(
         queries: query tiles, stacked.
         residuals: residuals of all query tiles, stacked.
         keys: key tiles, stacked.
-        pair: index of the query tile and of the key tile.
-        band: mask that cuts through the pair, if any.
-        softcap: bound of the scores; 0 for none.
+        pair: indices of the query tile and the key tile.
+        band: mask of the pair if it is partial, else None.
+        softcap: soft cap of the scores; 0: none.
 
     Returns:
-        `grads` with those of the pair added.
+        `grads` with the gradients of the pair added.
     """
     a, b = pair
     here, tile, of = _at(queries, a), _at(keys, b), _at(residuals, a)
@@ -363,7 +362,7 @@ def attend_tile_backward(
 
 
 def zero_grads(queries: Queries, keys: Keys) -> tuple[jax.Array, Keys]:
-    """Return float32 zeros that `attend_tile_backward` accumulates into."""
+    """Return float32 zeros to accumulate gradients into."""
     zeros = partial(jnp.zeros_like, dtype=jnp.float32)
     return zeros(queries.q_BGRTK), Keys(zeros(keys.k_BGSK), zeros(keys.v_BGSK), None)
 
@@ -386,7 +385,7 @@ def split_queries(x_BHL: jax.Array, G: int, n: int) -> jax.Array:
 
 
 def _join(x_NBGRT: jax.Array) -> jax.Array:
-    """Concatenate tiles [N, B, G, R, T, …] again: [B, H, L, …]."""
+    """Concatenate tiles [N, B, G, R, T, …] to [B, H, L, …]."""
     N, B, G, R, T = x_NBGRT.shape[:5]
     return jnp.moveaxis(x_NBGRT, 0, 3).reshape(B, G * R, N * T, *x_NBGRT.shape[5:])
 
@@ -400,7 +399,7 @@ def _split_segments(segments_BL: jax.Array | None, n: int) -> jax.Array | None:
 def _scores(
     queries: Queries, keys: Keys, pair: tuple[Any, Any], band: Band | None, softcap: float
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the scores of a pair of tiles, [B, G, R, T, S], and the derivative of their cap.
+    """Return scores of a pair of tiles, [B, G, R, T, S], and the derivative of the soft cap.
 
     Masked scores are `NEG_INF`.
     """
@@ -419,7 +418,7 @@ def _scores(
 
 
 def _combine(one: PartialAttention, other: PartialAttention) -> PartialAttention:
-    """Add two partial results, rescaled to the larger of their maxima."""
+    """Add two partial results, rescaled to the larger maximum."""
     largest = jnp.maximum(one.max_BGRT, other.max_BGRT)
     scale, other_scale = (jnp.exp(p.max_BGRT - largest) for p in (one, other))
     return PartialAttention(

@@ -1,10 +1,10 @@
-"""Steps of ring attention by NVIDIA's cuDNN, as far as JAX has it.
+"""Ring-attention steps with NVIDIA's cuDNN kernel, as exposed by JAX.
 
-Its kernel knows causal masks, and lengths of queries and keys; masks of segments it takes only as
-arrays. But the tokens of a segment are neighbors, so that of keys before the queries only those of
-one segment are visible: the last of the keys, to the first of the queries. Put first, they are a
-length. A square that the causal mask cuts is two squares half as long and a rectangle of keys
-before queries; squares of at most `LONGEST_SQUARE` take the mask as an array.
+The kernel supports causal masks and lengths of queries and keys; segment masks only as arrays.
+But tokens of a segment are contiguous, so of keys before the queries, only the last ones are
+visible, to the first queries. Moved to the front, they become a length. A causal square is split
+into two squares of half the length and a rectangle of keys before queries; squares up to
+`LONGEST_SQUARE` use an array mask.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -32,22 +32,22 @@ LONGEST_SQUARE = 512
 
 @dataclass(frozen=True)
 class CudnnTiles:
-    """Tiles of `ring_attention`; with segments, keys stand before the queries or at them."""
+    """Tiles for `ring_attention`; with segments, keys precede the queries or align with them."""
 
     def forward(
         self, q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments, causal: bool
     ) -> Partial:
-        """Return the attention of queries to keys.
+        """Compute attention of queries to keys.
 
         Args:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
 
         Returns:
-            The output, and log Z, which is very small for a query without keys.
+            Output, and log Z, which is very small for a query without keys.
         """
         if ids is None:
             return _attend(q_BHLK, k_BGSK, v_BGSK, causal=causal)
@@ -94,15 +94,15 @@ class CudnnTiles:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
-            log_z_BHL: log-normalizer of each query's scores over all keys.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
+            log_z_BHL: log-normalizer of each query over all keys.
             delta_BHL: Σ gradient · output of each query.
             out_BHLK: output over all keys.
-            g_BHLK: its gradient.
+            g_BHLK: gradient of the output.
 
         Returns:
-            The parts of the gradients that these keys give.
+            Contributions of these keys to the gradients.
         """
         of_queries = log_z_BHL, delta_BHL, out_BHLK, g_BHLK
         if ids is None:
@@ -142,11 +142,11 @@ class CudnnTiles:
 def _visible(
     ids_BL: jax.Array, ids_BS: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-    """Return what queries see of keys before them.
+    """Return which keys before them the queries see.
 
     Returns:
-        Whether a query sees keys, [B, 1, L]; the number of these queries, which come first, and of
-        the keys that they see, at least 1 [B]; the order of keys that has those first, [B, S].
+        Whether a query sees keys, [B, 1, L]; the numbers [B] of these queries, which come first,
+        and of visible keys, at least 1; key order [B, S] that puts visible keys first.
     """
     S = ids_BS.shape[1]
     is_first_BL, is_seen_BS = ids_BL == ids_BL[:, :1], ids_BS == ids_BL[:, :1]
@@ -197,7 +197,7 @@ def _call(
     mask_BLS: jax.Array | None = None,
 ) -> tuple[Any, tuple, dict[str, Any]]:
     """Return JAX's module, and the arrays and options of its calls."""
-    # The public function has no backward pass from a given log Z.
+    # The public function has no backward pass that takes log Z.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     unused = jnp.zeros(0, q.dtype)

@@ -1,4 +1,4 @@
-"""Products of linear maps, with a backward pass of their own.
+"""Matrix products of linear layers, with a custom backward pass.
 
 Shape letters: T tokens, D inputs, F outputs; other leading dimensions may come before T.
 """
@@ -20,17 +20,17 @@ def matmul(
 ) -> jax.Array:
     """Multiply by a kernel in the compute dtype, accumulating in float32.
 
-    JAX's own backward pass would multiply a float32 gradient by a bfloat16 kernel, which no matrix
-    unit does. Here the gradient is rounded like the operands; the kernel's gradient is float32.
+    JAX's autodiff would multiply a float32 gradient by a bfloat16 kernel, which no matrix unit
+    supports. Here the gradient is rounded like the operands; the kernel gradient is float32.
 
     Args:
         x_TD: activations [..., T, D].
         kernel: float32 [D, F], or [F, D] if `transposed`.
-        dtype: compute dtype that both operands are rounded to.
+        dtype: compute dtype of both operands.
         transposed: whether the kernel is stored as [F, D].
 
     Returns:
-        The product, [..., T, F] float32.
+        Product [..., T, F], float32.
     """
     return matmul_forward(x_TD, kernel, dtype, transposed)[0]
 
@@ -38,18 +38,18 @@ def matmul(
 def matmul_forward(
     x_TD: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool, out_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, tuple]:
-    """Return the product, and what its gradient needs.
+    """Return the product and the residuals of its gradient.
 
     Args:
         x_TD: activations [..., T, D].
-        kernel: kernel, as for `matmul`.
+        kernel: kernel, see `matmul`.
         dtype: compute dtype.
         transposed: whether the kernel is stored as [F, D].
-        out_dtype: dtype that the sums are rounded to.
+        out_dtype: dtype of the result.
     """
     kernel_axes = "fd" if transposed else "df"
     x, kernel = x_TD.astype(dtype), kernel.astype(dtype)
-    # An empty array carries the dtype that the gradient of x must have.
+    # An empty array carries the dtype of the gradient of x.
     like_x = jnp.zeros((0,), x_TD.dtype)
     y = _einsum(f"...d,{kernel_axes}->...f", x, kernel, preferred_element_type=out_dtype)
     return y, (x, kernel, like_x)
@@ -63,9 +63,9 @@ def matmul_backward(
     Args:
         dtype: compute dtype.
         transposed: whether the kernel is stored as [F, D].
-        residuals: what `matmul_forward` returned for it.
+        residuals: residuals from `matmul_forward`.
         g_TF: gradient of the product.
-        grad_dtype: dtype that the sums of the gradient of x are rounded to.
+        grad_dtype: dtype of the gradient of x.
     """
     x, kernel, like_x = residuals
     g = g_TF.astype(dtype)

@@ -1,8 +1,8 @@
-"""Dot-product attention: the mask of any kernel, and attention with all scores.
+"""Dot-product attention: the mask shared by all kernels, and the reference implementation.
 
-`tiled_attention` is faster on CPUs, `blockwise_attention` has tiles with O(L) memory,
-`splash_attention` is the Pallas kernel for TPUs, `gpu_attention` has those for GPUs, and
-`ring_attention` computes across devices.
+`tiled_attention` is faster on CPUs, `blockwise_attention` needs O(L) memory, `splash_attention` is
+the Pallas kernel for TPUs, `gpu_attention` has kernels for GPUs, and `ring_attention` computes
+across devices.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, R = H/G, K head dim.
 """
@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 from lm.kernels.elementwise import softcap as apply_softcap
 
-NEG_INF = -1e30  # score of a masked key; finite, so that a row that is masked throughout has no NaN
+NEG_INF = -1e30  # masked score; finite, so that a fully masked row gives no NaN
 
 
 @flax.struct.dataclass
 class AttentionMask:
-    """Description of which keys each query attends to.
+    """Attention mask: which keys each query attends to.
 
-    Query i stands at key position `offset` + i. A query attends to keys of its own segment and, if
-    causal, to none after itself. The tokens of a segment are neighbors, its prefix comes first; so
-    every query attends to a range of keys (`mask_ranges`).
+    Query i is at key position `offset` + i. A query attends to keys of its own segment and, if
+    causal, to none after itself. Tokens of a segment are contiguous and its prefix comes first, so
+    every query attends to a contiguous range of keys (`mask_ranges`).
 
     Attributes:
         causal: mask keys after the query.
@@ -34,12 +34,12 @@ class AttentionMask:
         key_segments_BS: segment ids of keys that are not the queries' own tokens (a cache, an
             encoder's output).
         offset: position of the first query among the keys.
-        prefix_BS: keys that queries before them attend to as well (prefix LM, Raffel 2020, fig. 3).
-        window: a causal query attends to the last `window` keys, itself included (Child et al.
-            2019; Beltagy et al. 2020), others to `window` // 2 on either side of it; 0 for all.
-        is_global: scalar; where true the window does not apply.
-        window_BL: windows of single queries, which stand for `window`: chunks of a text, whose
-            queries see it from the start of their own on (Llama 4).
+        prefix_BS: keys that earlier queries attend to as well (prefix LM, Raffel 2020, fig. 3).
+        window: a causal query attends to the last `window` keys, including itself (Child et al.
+            2019; Beltagy et al. 2020), a bidirectional one to `window` // 2 on either side; 0: all.
+        is_global: scalar; if true, the window does not apply.
+        window_BL: per-query windows that replace `window`, for chunked attention: queries see keys
+            from the start of their chunk (Llama 4).
     """
 
     causal: bool = flax.struct.field(pytree_node=False)
@@ -74,7 +74,7 @@ class AttentionMask:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of attention weights: a random key and a rate."""
+    """Dropout of attention weights: random key and rate."""
 
     key: jax.Array
     rate: float
@@ -94,22 +94,22 @@ def attention(
 ) -> jax.Array:
     """Compute dot-product attention (Vaswani 2017, eq. 1) with grouped queries (Ainslie 2023).
 
-    All scores are in memory; XLA compiles this for any platform.
+    Materializes all scores; XLA compiles it for any platform.
 
     Args:
         q_BLHK: queries.
         k_BSGK: keys; each of the G heads serves H/G query heads.
-        v_BSGK: values, whose heads may have another width.
+        v_BSGK: values, whose head dim may differ.
         mask: which keys each query attends to.
         scale: factor of the scores.
-        softcap: bound of the scores (`elementwise.softcap`); 0 for none.
-        bias_HLS: added to the scores, such as T5's relative position bias; for each row by itself
-            [B, H, L, S].
-        sinks_H: logits of the sinks, which take part in the softmax without a value.
-        dropout: dropout of the attention weights.
+        softcap: soft cap of the scores (`elementwise.softcap`); 0: none.
+        bias_HLS: bias added to the scores, such as T5's relative position bias; [B, H, L, S] if it
+            differs by row.
+        sinks_H: attention-sink logits, which take part in the softmax without a value.
+        dropout: dropout of attention weights.
 
     Returns:
-        The output [B, L, H, width of the values]. Scores and softmax are computed in float32.
+        Output [B, L, H, head dim of the values]. Scores and softmax are computed in float32.
     """
     B, L, H, K = q_BLHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -142,12 +142,12 @@ def attention(
 
 
 def beside_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
-    """Return the part of the softmax that is left to keys beside an attention sink, [..., L, 1].
+    """Return the softmax mass left to the keys next to an attention sink, [..., L, 1].
 
-    A softmax over scores s and the sink z is that over s times Σ exp(s) / (Σ exp(s) + exp(z)).
+    A softmax over scores s and sink z is the softmax over s times Σ exp(s) / (Σ exp(s) + exp(z)).
 
     Args:
         scores: scores [..., L, S].
-        sinks: logit of each head, of a shape that goes with [..., L, 1].
+        sinks: sink logit of each head, broadcastable to [..., L, 1].
     """
     return jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)

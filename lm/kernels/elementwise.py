@@ -1,4 +1,4 @@
-"""Element-wise functions: activations by their names in the configuration, soft caps, biases.
+"""Element-wise functions: activations by configuration name, soft caps, biases.
 
 Shape letters: F outputs; any leading dimensions may come before.
 """
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 def gelu_erf(x: jax.Array) -> jax.Array:
     """Return x Φ(x) with the normal distribution function Φ (Hendrycks and Gimpel 2016).
 
-    Accurate to float32. `erf` is slow on CPUs, so Φ comes from one exponential that the derivative
-    Φ(x) + x φ(x) shares (Abramowitz and Stegun 1964, 7.1.26: |error| ≤ 1.5e-7).
+    Accurate to float32. `erf` is slow on CPUs, so Φ is computed from one exponential that the
+    derivative Φ(x) + x φ(x) shares (Abramowitz and Stegun 1964, 7.1.26: |error| ≤ 1.5e-7).
     """
     return (x * _normal(x.astype(jnp.float32))[0]).astype(x.dtype)
 
@@ -32,7 +32,7 @@ gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
 
 
 def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the distribution function and the density of the standard normal distribution."""
+    """Return cumulative distribution function and density of the standard normal distribution."""
     bell = jnp.exp(-0.5 * x * x)
     t = 1 / (1 + 0.3275911 * 0.5**0.5 * jnp.abs(x))
     series = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
@@ -41,7 +41,7 @@ def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _clipped_silu(x: jax.Array) -> jax.Array:
-    """Return x σ(1.702 x) of x, cut at 7 (gpt-oss's released code)."""
+    """Return x σ(1.702 x) with x clipped at 7 (gpt-oss's released code)."""
     x = jnp.minimum(x, 7)
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -55,14 +55,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "geglu_erf": gelu_erf,
     "swiglu_clipped": _clipped_silu,
 }
-# What gated linear units multiply their activation by, of the other projection (Shazeer 2020).
+# Function of the other projection that gated linear units multiply by (Shazeer 2020).
 GATED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jnp.positive,
     "geglu": jnp.positive,
     "geglu_erf": jnp.positive,
     "swiglu_clipped": lambda x: jnp.clip(x, -7, 7) + 1,
 }
-UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf"}  # of output layers
+UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf"}  # for output layers
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
@@ -74,8 +74,8 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 def add_bias(x: jax.Array, bias_F: jax.Array) -> jax.Array:
     """Add a bias [F] to x [..., F].
 
-    On a CPU the bias gradient is computed as a product with ones: XLA's column sums are so slow
-    there that with a vocabulary of 33,000 they took a fifth of the time of the loss.
+    On CPU the bias gradient is computed as a product with ones: XLA's column sums are so slow
+    there that with a vocabulary of 33,000 they took a fifth of the loss's time.
     """
     return x + bias_F
 

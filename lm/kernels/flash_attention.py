@@ -1,16 +1,15 @@
 """Flash attention with dropout and position biases: a Pallas kernel for what no library fuses.
 
-Beside masks, segments, prefixes, windows, soft-caps and grouped heads, which splash and cuDNN have
-in part, this kernel draws the dropout of the attention weights itself, and adds a bias of the
-distance between query and key (T5's buckets, ALiBi's slopes) from one row of numbers a head, so
-that nothing of the size [L, S] is in main memory (Dao et al. 2022, alg. 1 and 4). `flash_tiles.py`
-says how.
+Besides masks, segments, prefixes, windows, soft caps and grouped heads, which splash and cuDNN
+support in part, this kernel draws the dropout of attention weights itself, and adds a bias by
+query–key distance (T5's buckets, ALiBi's slopes) from one vector per head, so nothing of size
+[L, S] is in main memory (Dao et al. 2022, alg. 1 and 4). `flash_tiles.py` describes how.
 
-Heads stay where the projections put them, [B, L, H K]: a block is some heads whose numbers fill the
+Heads keep the layout of the projections, [B, L, H K]: a block is a group of heads that fills the
 lanes, and no operand is transposed.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim, T queries of a
-tile, C columns: keys of a tile, D distances, N blocks of heads.
+tile, C columns (keys of a tile), D distances, N blocks of heads.
 """
 
 from __future__ import annotations
@@ -51,24 +50,24 @@ def flash_attention(
     total_length: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Compute attention with scores, mask, bias and dropout in tiles on the chip.
+    """Compute attention with scores, mask, bias and dropout in tiles on chip.
 
     Args:
         q_BLHK: queries.
         k_BSGK: keys.
         v_BSGK: values.
         mask: which keys each query attends to; `offset` is the index of the first query among the
-            queries of all devices. A query that sees no key gets a finite value and no gradient.
+            queries of all devices. A query without keys gets a finite value and no gradient.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
-        bias_HD: bias of the scores by distance, key minus query, from 1 - total_length to S - 1.
-        words_BHW: two random uint32 for each row and head, the key of its dropout; None for none.
+        softcap: soft cap of the scores; 0: none.
+        bias_HD: bias of the scores by distance (key - query), from 1 - total_length to S - 1.
+        words_BHW: dropout key of each row and head, two uint32; None: no dropout.
         rate: dropout rate of the attention weights.
-        total_length: queries of all devices; 0 if this one has all.
+        total_length: number of queries of all devices; 0 if this device has all.
         interpret: run on any platform, slowly, for tests.
 
     Returns:
-        The output [B, L, H, K]. Scores and softmax are computed in float32.
+        Output [B, L, H, K]. Scores and softmax are computed in float32.
     """
     (B, L, H, K), (S, G) = q_BLHK.shape, k_BSGK.shape[1:3]
     layout = Layout(
@@ -85,7 +84,7 @@ def flash_attention(
         rate=0.0 if words_BHW is None else rate,
         interpret=interpret,
     )
-    # Many query heads of few key/value heads are a block too wide: keys and values are repeated.
+    # Many query heads per key/value head would make blocks too wide: repeat keys and values.
     groups = (G * f for f in range(1, H // G + 1) if H // G % f == 0)
     layouts = (replace(layout, n_kv_heads=group) for group in groups)
     layout = next((c for c in layouts if c.head_block * K <= LARGEST_BLOCK // LANES), layout)
@@ -108,7 +107,7 @@ def flash_attention(
     window = jnp.asarray(layout.window)
     if mask.is_global is not None:
         window = jnp.where(mask.is_global, L + S + layout.total_length, window)
-    # Numbers that indices of blocks depend on: first query, window, keys of the dropout.
+    # Scalars used by block index maps: first query, window, dropout keys.
     numbers = [jnp.asarray(mask.offset)[None], window[None]]
     if words_BHW is not None:
         numbers.append(jax.lax.bitcast_convert_type(words_BHW, jnp.int32).reshape(-1))
@@ -117,7 +116,7 @@ def flash_attention(
 
 
 def _row(x_BL: jax.Array, length: int) -> jax.Array:
-    """Return numbers of tokens as rows [B, 1, length], padded with -1."""
+    """Reshape per-token integers to rows [B, 1, length], padded with -1."""
     x_BL = x_BL.astype(jnp.int32)
     return jnp.pad(x_BL, ((0, 0), (0, length - x_BL.shape[1])), constant_values=-1)[:, None]
 
@@ -160,7 +159,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _statistic_shape(layout: Layout, q: jax.Array) -> tuple[int, ...]:
-    """Return the shape [B, N, heads of a block, L] of a number a query and head."""
+    """Return the shape [B, N, heads of a block, L] of a per-query, per-head statistic."""
     return len(q), layout.n_blocks, layout.head_block, layout.n_tiles[0] * layout.tile[0]
 
 
@@ -177,17 +176,17 @@ def _call(
 
     Args:
         layout: static part of the call.
-        kernel: body of the kernel.
+        kernel: kernel body.
         arrays: operands by name; "numbers" are scalars.
-        outputs: shapes and types of the results by name.
+        outputs: shapes and dtypes of the results by name.
         scratch: shapes of float32 accumulators.
-        n_products: matrix products of a pair of tiles.
-        keys_inner: keys are the innermost loop, else queries.
+        n_products: matrix products per pair of tiles.
+        keys_inner: whether the innermost loop is over keys rather than queries.
 
     Returns:
-        The results by name.
+        Results by name.
     """
-    # Imported on use: the import takes half a second.
+    # Lazy: the import takes half a second.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -264,19 +263,19 @@ def _call(
 def _index_map(
     layout: Layout, of: str, keys_inner: bool, skips: bool
 ) -> Callable[..., tuple[Any, ...]]:
-    """Return the map from a step of the grid to a block of queries, keys or heads.
+    """Return the index map from a grid step to a block of queries, keys or heads.
 
     Args:
         layout: static part of the call.
         of: kind of the block.
-        keys_inner: keys are the innermost loop, else queries.
-        skips: pairs of tiles that the mask hides are skipped.
+        keys_inner: whether the innermost loop is over keys rather than queries.
+        skips: whether fully masked pairs of tiles are skipped.
     """
     (T, C), (n_q, n_k) = layout.tile, layout.n_tiles
 
     def block(h: Any, b: Any, outer: Any, inner: Any, numbers: Any) -> tuple[Any, ...]:
         i, j = (outer, inner) if keys_inner else (inner, outer)
-        # A tile that is skipped is not fetched: the nearest that is needed stands for it.
+        # Do not fetch a skipped tile: use the nearest needed one instead.
         if skips and keys_inner and n_k > 1:
             last = jax.lax.div(numbers[0] + i * T + T - 1, C)
             j = jnp.minimum(j, jnp.minimum(last, n_k - 1))
@@ -350,7 +349,7 @@ def _forward_kernel(
 def _backward_kernel(
     layout: Layout, keys_inner: bool, numbers: Any, inputs: Arrays, outputs: Arrays, *scratch: Any
 ) -> None:
-    """Compute the gradients that `outputs` has: of queries, of keys and bias, or of all."""
+    """Compute the gradients named in `outputs`: of queries, of keys and bias, or all."""
     from jax.experimental import pallas as pl
 
     pair = Pair(layout, keys_inner, numbers, inputs)

@@ -1,15 +1,15 @@
-"""Tiles of flash attention: their shapes, and the scores, bias and dropout of one pair of them.
+"""Tiles of flash attention: tile shapes, and scores, bias and dropout of a pair of tiles.
 
-Dropout: the weight of query q and key k is dropped if a 16-bit number is below rate · 2^16. The
-number is a quarter of the 64 bits of Threefry-2x32 with 13 rounds (Salmon et al. 2011, found
-crush-resistant there) of the counter (8 ⌊q / 32⌋ + q mod 8, k), quarter
-⌊q / 8⌋ mod 4, under a key of row and head. So the bits depend neither on tiles nor on the mesh, and
-the backward pass draws them again.
+Dropout: the weight of query q and key k is dropped if a 16-bit number is below rate · 2^16. That
+number is a quarter of the 64 bits of Threefry-2x32 with 13 rounds (which Salmon et al. 2011 found
+crush-resistant) at counter (8 ⌊q / 32⌋ + q mod 8, k), quarter ⌊q / 8⌋ mod 4, under a key per row
+and head. So the bits depend neither on tiles nor on the mesh, and the backward pass regenerates
+them.
 
-Bias: a tile of T × S scores holds T + S - 1 distances. They are one row of the tile's bias; a
-rotation of row i by i puts every distance in its place, and the inverse rotation sums the gradient.
+Bias: a tile of T × S scores has T + S - 1 distances, stored as one row. Rotating row i by i puts
+every distance in its place, and the inverse rotation sums the gradient.
 
-Shape letters are those of `flash_attention.py`.
+Shape letters: see `flash_attention.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 from lm.kernels.dot_product_attention import NEG_INF
 from lm.kernels.elementwise import softcap as apply_softcap
 
-LANES, QUERY_GROUP = 128, 32  # of a TPU's vectors; queries that share counters of Threefry
+LANES, QUERY_GROUP = 128, 32  # TPU vector lanes; queries that share Threefry counters
 LARGEST_TILE = 512
 RESOLUTION = 2**16  # of the dropout rate
-# Numbers of a tile of queries, and of all queries whose gradients stay on the chip, that leave room
+# Largest number of elements of a query tile, and of query gradients kept on chip, that leave room
 # for scores in the 16 MiB of a TPU v4.
 LARGEST_BLOCK, WHOLE_QUERIES = 2**18, 2**19
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
@@ -38,20 +38,20 @@ Arrays = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """Static part of a call.
+    """Static parameters of a call.
 
     Attributes:
         n_heads: query heads H.
         n_kv_heads: key/value heads G.
         head_dim: K.
-        length: queries L of this device.
+        length: queries L on this device.
         n_keys: keys S.
-        total_length: queries of all devices, of which this one has consecutive ones.
+        total_length: queries on all devices, of which this one holds a contiguous shard.
         causal: mask keys after the query.
-        window: a causal query attends to the last `window` keys; 0 for all.
+        window: a causal query attends to the last `window` keys; 0: all.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
-        rate: dropout rate of the weights.
+        softcap: soft cap of the scores; 0: none.
+        rate: dropout rate of attention weights.
         interpret: run on any platform, slowly, for tests.
     """
 
@@ -70,23 +70,23 @@ class Layout:
 
     @property
     def kv_block(self) -> int:
-        """Key/value heads of a block: the fewest that fill lanes, or all."""
+        """Key/value heads per block: the fewest that fill the lanes, or all."""
         G, K = self.n_kv_heads, self.head_dim
         return next((m for m in range(1, G) if G % m == 0 and m * K % LANES == 0), G)
 
     @property
     def head_block(self) -> int:
-        """Query heads of a block."""
+        """Query heads per block."""
         return self.kv_block * (self.n_heads // self.n_kv_heads)
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of heads N."""
+        """Number of head blocks N."""
         return self.n_kv_heads // self.kv_block
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Queries T and keys C of a tile."""
+        """Queries T and keys C per tile."""
         largest = LARGEST_TILE
         while largest > LANES and largest * self.head_block * self.head_dim > LARGEST_BLOCK:
             largest //= 2
@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def n_tiles(self) -> tuple[int, int]:
-        """Tiles of queries and of keys."""
+        """Number of query tiles and of key tiles."""
         T, C = self.tile
         return -(-self.length // T), -(-self.n_keys // C)
 
@@ -108,17 +108,17 @@ class Layout:
 
     @property
     def keep_scale(self) -> float:
-        """Factor of the weights that are kept."""
+        """Factor applied to kept weights."""
         return RESOLUTION / (RESOLUTION - self.threshold)
 
     @property
     def zero_distance(self) -> int:
-        """Place of distance 0 in the row of biases: a multiple of the lanes."""
+        """Index of distance 0 in the bias row: a multiple of the lane count."""
         before = self.total_length - self.length + self.n_tiles[0] * self.tile[0]
         return -(-before // LANES) * LANES
 
     def needed_pairs(self) -> float:
-        """Return the number of tiles that a device computes, on average; with prefixes more."""
+        """Return the mean number of tile pairs that a device computes; prefixes need more."""
         (T, C), (n, m) = self.tile, self.n_tiles
         shards = self.total_length // self.length
         starts = [shard * self.length + i * T for shard in range(shards) for i in range(n)]
@@ -127,20 +127,20 @@ class Layout:
         return sum(map(bool, needed)) / shards
 
     def needed(self, query: Any, key: Any, window: Any) -> Any:
-        """Return whether a tile whose first query and key these are has a score to compute."""
+        """Return whether the tile with this first query and first key has any visible score."""
         (T, C) = self.tile
         below = key <= query + T - 1
         return below & (key + C > query - window + 1) if self.window else below
 
 
 def _tile(length: int, largest: int) -> int:
-    """Return the tile of a length that pads it least; few tiles count as 128 more numbers each."""
+    """Return the tile size that pads a length least; each tile counts as 128 extra elements."""
     sizes = range(LANES, largest + 1, LANES)
     return min(sizes, key=lambda size: (-(-length // size) * (size + LANES), -size))
 
 
 class Pair:
-    """Pair of a query tile and a key tile in a kernel, for a row and a block of heads."""
+    """Pair of a query tile and a key tile in a kernel, for one row and head block."""
 
     def __init__(self, layout: Layout, keys_inner: bool, numbers: Any, inputs: Arrays) -> None:
         from jax.experimental import pallas as pl
@@ -157,17 +157,17 @@ class Pair:
         self.block = pl.program_id(1) * layout.n_blocks + pl.program_id(0)
 
     def kv_slice(self, h: int) -> slice:
-        """Return the place of the key/value head of a query head in its block."""
+        """Return the slice of a query head's key/value head in its block."""
         K, group = self.layout.head_dim, h // (self.layout.n_heads // self.layout.n_kv_heads)
         return slice(group * K, (group + 1) * K)
 
     def keys(self, name: str, h: int) -> jax.Array:
-        """Return keys or values [C, K], zero beyond the last."""
+        """Return keys or values [C, K], zero after the last key."""
         x_CK = self.inputs[name][0, :, self.kv_slice(h)]
         return _zero_beyond(x_CK, self.layout.n_keys, self.key, self.layout.tile[1])
 
     def queries(self, name: str, h: int) -> jax.Array:
-        """Return scaled queries, outputs or their gradients [T, K], zero beyond the last."""
+        """Return scaled queries, outputs or their gradients [T, K], zero after the last query."""
         K = self.layout.head_dim
         x_TK = self.inputs[name][0, :, h * K : (h + 1) * K]
         if name == "q":
@@ -176,7 +176,7 @@ class Pair:
         return _zero_beyond(x_TK, self.layout.length, self.i * T, T)
 
     def log_z(self, h: int) -> jax.Array:
-        """Return the logarithm of the normalizer [T, 1], infinite beyond the last query."""
+        """Return the log-normalizer [T, 1], infinite after the last query."""
         T, length = self.layout.tile[0], self.layout.length
         row = self.inputs["log_z"][0, 0, h : h + 1, :]
         if length % T:
@@ -185,7 +185,7 @@ class Pair:
         return _to_column(row)
 
     def mask(self) -> jax.Array | None:
-        """Return the mask [T, C] that all heads share, None if there is nothing to mask."""
+        """Return the mask [T, C] shared by all heads; None if nothing is masked."""
         layout, inputs = self.layout, self.inputs
         query = self.query + jax.lax.broadcasted_iota(jnp.int32, layout.tile, 0)
         key = self.key + jax.lax.broadcasted_iota(jnp.int32, layout.tile, 1)
@@ -205,7 +205,7 @@ class Pair:
         return mask
 
     def scores(self, h: int, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Return masked scores [T, C], and the derivative of the soft-cap where there is one."""
+        """Return masked scores [T, C], and the derivative of the soft cap if there is one."""
         scores, slope = dot(self.queries("q", h), self.keys("k", h), 1, 1), None
         if self.layout.softcap:
             scores = apply_softcap(scores, self.layout.softcap)
@@ -215,9 +215,10 @@ class Pair:
         return scores if mask is None else jnp.where(mask, scores, NEG_INF), slope
 
     def _distances(self) -> tuple[Any, int, int]:
-        """Return a slice of the row of biases with the tile's distances, and its parts' widths.
+        """Return the slice of the bias row with the tile's distances, and its parts' widths.
 
-        The slice starts at the distance of the first key to a query `before` behind the first.
+        The slice starts at the distance of the first key to the query `before` positions after the
+        first.
         """
         from jax.experimental import pallas as pl
 
@@ -227,7 +228,7 @@ class Pair:
         return pl.ds(pl.multiple_of(start, LANES), before + C), before, C
 
     def _bias(self, h: int) -> jax.Array:
-        """Return the bias [T, C]: row i is the row of distances, rotated by i."""
+        """Return the bias [T, C]: row i is the distance row rotated by i."""
         from jax.experimental.pallas import tpu as pltpu
 
         where, before, C = self._distances()
@@ -245,7 +246,7 @@ class Pair:
 
         where, before, C = self._distances()
         rows = jnp.concatenate([jnp.zeros((len(dscores), before), jnp.float32), dscores], axis=1)
-        # The later half of the rows is rotated onto the earlier one, again and again.
+        # Repeatedly rotate the later half of the rows onto the earlier half.
         while len(rows) % 2 == 0:
             half, width = len(rows) // 2, before + C
             rows = rows[:half] + pltpu.roll(rows[half:], width - half, 1)
@@ -254,7 +255,7 @@ class Pair:
             dbias[0, h : h + 1, where] += pltpu.roll(row, before + C - i, 1) if i else row
 
     def keep(self, h: int) -> jax.Array:
-        """Return which weights [T, C] of a head are kept."""
+        """Return the dropout mask [T, C] of a head; true keeps a weight."""
         layout, (T, C) = self.layout, self.layout.tile
         first = 2 + 2 * (self.block * layout.head_block + h)
         key = [self.numbers[first + w].astype(jnp.uint32) for w in range(2)]
@@ -264,18 +265,18 @@ class Pair:
 def keep_weights(
     key: list[jax.Array], query: Any, first_key: Any, T: int, C: int, threshold: int
 ) -> jax.Array:
-    """Return which weights of a tile dropout keeps.
+    """Return the dropout mask of a tile; true keeps a weight.
 
     Args:
-        key: two words of a row and head, uint32.
+        key: two uint32 words for the row and head.
         query: index of the first query, a multiple of 32.
         first_key: index of the first key.
-        T: queries, a multiple of 32.
-        C: keys.
-        threshold: numbers below it are dropped, of 2^16.
+        T: number of queries, a multiple of 32.
+        C: number of keys.
+        threshold: 16-bit numbers below it are dropped.
 
     Returns:
-        [T, C], boolean.
+        Boolean mask [T, C].
     """
     shape = (T // 4, C)
     counters = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + jax.lax.div(query, 4)
@@ -287,9 +288,9 @@ def keep_weights(
 
 
 def threefry(key: list[Any], counter: list[Any]) -> list[Any]:
-    """Return the two words of Threefry-2x32 with 13 rounds, of uint32 of any shape.
+    """Return the two words of Threefry-2x32 with 13 rounds, for uint32 of any shape.
 
-    Salmon et al. 2011, §2.2; as `jax.random` has it with 20 rounds.
+    Salmon et al. 2011, §2.2; `jax.random` uses 20 rounds.
     """
     keys = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
     x, y = (word + k for word, k in zip(counter, key, strict=True))
@@ -304,13 +305,13 @@ def threefry(key: list[Any], counter: list[Any]) -> list[Any]:
 
 
 def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """Return the float32 product of two matrices, summed over these axes."""
+    """Return the float32 product of two matrices, contracted over these axes."""
     dimensions = (((x_axis,), (y_axis,)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def _zero_beyond(x: jax.Array, length: int, first: Any, tile: int) -> jax.Array:
-    """Zero what a tile has beyond a length, which is undefined."""
+    """Zero the undefined elements of a tile after the end of a dimension."""
     if length % tile == 0:
         return x
     return jnp.where(first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < length, x, 0)

@@ -1,10 +1,10 @@
-"""Attention on GPUs by libraries: NVIDIA's cuDNN and Google's tokamax.
+"""Attention on GPUs with libraries: NVIDIA's cuDNN and Google's tokamax.
 
-cuDNN knows causal masks and windows; other masks it takes as arrays. Tokamax takes a range of keys
-by query; its forward pass skips tiles of keys before and after, its backward pass those after a
-causal query. Its backward pass for Blackwell (0.0.12) is left out: it skips nothing, a step of 8192
-tokens compiles for minutes, and ranges with 128 numbers a head do not fit into shared memory.
-`triton_attention` is our own, for what neither can.
+cuDNN supports causal masks and windows; other masks only as arrays. Tokamax supports a key range
+per query; its forward pass skips key tiles before and after the range, its backward pass those
+after a causal query. Its backward pass for Blackwell (0.0.12) is not used: it skips nothing,
+compiles for minutes at 8192 tokens, and with head dim 128 key ranges do not fit into shared memory.
+`triton_attention` is our own kernel for all other cases.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -21,19 +21,19 @@ import jax
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.mask_ranges import bounds_by_query, most_pairs
 
-TILE = 128  # lengths must be multiples of the tile of queries that share a range of keys
-# Widest head of cuDNN's backward pass by major compute capability; its support matrix.
+TILE = 128  # lengths must be multiples of it: queries of a tile share a key range
+# Largest head dim of cuDNN's backward pass by major compute capability, from its support matrix.
 CUDNN_WIDEST_HEAD = {9: 256}
 CUDNN_WIDEST_HEAD_ELSEWHERE = 128
 HOPPER, TOKAMAX_WIDEST_HEAD = 9, 256
-OLDEST = 8.0  # compute capability of cuDNN's fused attention, and of Triton
-TOKAMAX = "0.0.12"  # whose operation and mask, which are private, were tried
+OLDEST = 8.0  # minimum compute capability for cuDNN's fused attention and Triton
+TOKAMAX = "0.0.12"  # tested version; its operation and mask are private
 
 
 def cudnn_attention(
     q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, scale: float
 ) -> jax.Array:
-    """Call NVIDIA's fused kernel; masks of segments and prefixes become arrays [B, L, S].
+    """Run NVIDIA's fused kernel; segment and prefix masks become arrays [B, L, S].
 
     Args:
         q_BLHK: queries.
@@ -43,7 +43,7 @@ def cudnn_attention(
         scale: factor of the scores.
 
     Returns:
-        The output [B, L, H, K].
+        Output [B, L, H, K].
     """
     length, n_keys = q_BLHK.shape[1], k_BSGK.shape[1]
     options: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def cudnn_attention(
 
 
 def cudnn_takes_arrays(mask: AttentionMask) -> bool:
-    """Return whether cuDNN has no description of a mask but an array of all pairs."""
+    """Return whether cuDNN needs this mask as an array of all pairs."""
     return mask.segments_BL is not None or mask.prefix_BS is not None
 
 
@@ -76,7 +76,7 @@ def tokamax_attention(
     scale: float,
     softcap: float = 0.0,
 ) -> jax.Array:
-    """Call tokamax's kernel for Hopper GPUs (Mosaic).
+    """Run tokamax's kernel for Hopper GPUs (Mosaic).
 
     Args:
         q_BLHK: queries; L is a multiple of TILE.
@@ -84,10 +84,10 @@ def tokamax_attention(
         v_BSGK: values.
         mask: which keys each query attends to.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
+        softcap: soft cap of the scores; 0: none.
 
     Returns:
-        The output [B, L, H, K].
+        Output [B, L, H, K].
     """
     length, n_keys = q_BLHK.shape[1], k_BSGK.shape[1]
     with jax.named_scope(f"attention_pairs_{most_pairs(mask, length, n_keys)}"):
@@ -102,7 +102,7 @@ def tokamax_attention(
 
 
 def _tokamax_mask(mask: AttentionMask, length: int, n_keys: int) -> Any:
-    """Return the mask as tokamax describes it; its flag skips tiles in the backward pass too."""
+    """Convert a mask to tokamax's format; its causal flag also skips tiles in the backward pass."""
     from tokamax._src.ops.attention.base import Mask
 
     is_causal = mask.causal and mask.prefix_BS is None
@@ -116,11 +116,11 @@ def _tokamax_mask(mask: AttentionMask, length: int, n_keys: int) -> Any:
 
 
 def _tokamax_kernel() -> Any:
-    """Return tokamax's operation, which chooses its tiles by the default device."""
+    """Return tokamax's operation, which chooses tiles by the default device."""
     from absl import flags
     from tokamax._src.ops.attention import pallas_mosaic_gpu as mosaic
 
-    if not flags.FLAGS.is_parsed():  # it would parse the command line
+    if not flags.FLAGS.is_parsed():  # otherwise it would parse the command line
         flags.FLAGS.mark_as_parsed()
     logging.getLogger("absl").addFilter(_is_no_cache_miss)
     return mosaic.PallasMosaicGpuFlashAttention()
@@ -131,23 +131,23 @@ def _is_no_cache_miss(record: logging.LogRecord) -> bool:
 
 
 def capability_problem(capability: str) -> str:
-    """Return what keeps every fused kernel from running on a GPU, or "".
+    """Return why no fused kernel can run on a GPU, or "".
 
     Args:
-        capability: compute capability of the GPU, of AMD's a name; "": unknown.
+        capability: compute capability of the GPU (a name for AMD); "": unknown.
     """
     if capability and not (capability[0].isdigit() and float(capability) >= OLDEST):
-        return f"GPUs of compute capability {capability}, only with NVIDIA's from {OLDEST} on"
+        return f"GPUs of compute capability {capability}, only with NVIDIA's {OLDEST} or newer"
     return ""
 
 
 def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterator[str]:
-    """Yield what keeps "cudnn" or "tokamax" from running on a GPU.
+    """Yield reasons why "cudnn" or "tokamax" cannot run on a GPU.
 
     Args:
         kernel: name of the kernel.
         head_dim: head dim K.
-        capability: compute capability of the GPU; "": unknown, taken as Hopper's.
+        capability: compute capability of the GPU; "": unknown, treated as Hopper.
     """
     major = int(float(capability or HOPPER))
     if kernel == "tokamax":
@@ -163,7 +163,7 @@ def gpu_library_problems(kernel: str, head_dim: int, capability: str) -> Iterato
 
 
 def tokamax_problem() -> str:
-    """Return what is installed instead of the version of tokamax that was tried, or ""."""
+    """Return the installed tokamax if it is not the tested version, or ""."""
     try:
         installed = metadata.version("tokamax")
     except metadata.PackageNotFoundError:

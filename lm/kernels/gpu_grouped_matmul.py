@@ -1,7 +1,7 @@
-"""Grouped matrix products on NVIDIA GPUs, by tokamax's Triton kernels.
+"""Grouped matrix products on NVIDIA GPUs, with tokamax's Triton kernels.
 
-XLA multiplies all rows by the kernels of all groups there. Tiles of rows begin where groups do, so
-that each group has one that is not full. A kernel's real cost stands in the name of its operation,
+XLA would multiply all rows by the kernels of all groups. Here row tiles start at group boundaries,
+so each group has one partial tile. The kernel's real cost is encoded in the name of its operation,
 as in `megablox.py`.
 
 Shape letters: T rows, D inputs, F outputs, E groups.
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from lm.kernels.gpu_attention import capability_problem, tokamax_problem
 
-LEAST = 16  # widths that it does not divide are left to XLA
-_ROWS, _LARGEST, _SUMMED = 128, 128, 32  # sizes of tiles, as in tokamax's heuristics
+LEAST = 16  # widths that are not multiples of it are left to XLA
+_ROWS, _LARGEST, _SUMMED = 128, 128, 32  # tile sizes, from tokamax's heuristics
 
 
 def grouped_product_on_gpu(
@@ -24,15 +24,15 @@ def grouped_product_on_gpu(
     """Multiply by groups of rows.
 
     Args:
-        kind: "forward", "by_input" or "by_kernel", as of `megablox.grouped_product`.
+        kind: "forward", "by_input" or "by_kernel", see `megablox.grouped_product`.
         a: rows, sorted by group.
         b: kernels, or rows; widths are multiples of `LEAST`.
-        sizes_E: rows of each group.
-        n_rows: rows that groups of the usual sizes have together, for the cost that is stated.
-        out_dtype: dtype of the result; sums are float32.
+        sizes_E: number of rows of each group.
+        n_rows: typical total number of rows in groups, for the stated cost.
+        out_dtype: dtype of the result; accumulation is in float32.
 
     Returns:
-        The product; rows after the last group are undefined.
+        Product; rows after the last group are undefined.
     """
     from tokamax._src.ops.ragged_dot import base, pallas_triton
 
@@ -67,12 +67,12 @@ def grouped_product_on_gpu(
 
 
 def _tile(width: int) -> int:
-    """Return the largest tile that divides a width, whose end the kernels do not look for."""
+    """Return the largest tile that divides a width; the kernels do not mask partial tiles."""
     return next(size for size in (_LARGEST, 64, 32, LEAST) if width % size == 0)
 
 
 def gpu_grouped_problem(capability: str) -> str:
-    """Return what keeps these kernels from running on a GPU, or "".
+    """Return why these kernels cannot run on a GPU, or "".
 
     Args:
         capability: compute capability of the GPU; "": unknown.

@@ -1,6 +1,6 @@
-"""Grouped matrix products, one kernel a group of rows, and the permutation of rows into groups.
+"""Grouped matrix products (one kernel per group of rows), and the permutation of rows into groups.
 
-Shape letters: T rows, S slots, K slots of a row, E groups, D inputs, F outputs.
+Shape letters: T rows, S slots, K slots per row, E groups, D inputs, F outputs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers, ragged_dot_general
 
-# Dimensions of the products: of rows by kernels, and of both gradients.
+# Dimension numbers of the products: rows by kernels, and both gradients.
 _DIMENSIONS = {
     "forward": RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0]),
     "by_input": RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]),
@@ -23,11 +23,11 @@ _KINDS = ("forward", "by_input")
 
 @dataclass(frozen=True)
 class GroupedKernel:
-    """Kernel of grouped products.
+    """Implementation of grouped products.
 
     Attributes:
         name: "xla", "megablox" for TPUs, or "tokamax" for GPUs.
-        n_rows: rows that groups of the usual sizes have together, by which megablox chooses tiles.
+        n_rows: typical total number of rows in groups, by which megablox chooses tiles.
         interpret: run megablox on any platform, slowly, for tests.
     """
 
@@ -37,13 +37,13 @@ class GroupedKernel:
 
     @property
     def is_call(self) -> bool:
-        """True if the compiler calls a library, and cannot fuse products with what is around."""
+        """True if it is a library call that XLA cannot fuse with surrounding operations."""
         return self.name != "xla"
 
     def __call__(
         self, kind: str, a: jax.Array, b: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype
     ) -> jax.Array:
-        """Multiply, as `megablox.grouped_product` does; rows after the last group give 0."""
+        """Multiply like `megablox.grouped_product`; rows after the last group are 0."""
         if self.name == "megablox":
             from lm.kernels.megablox import grouped_product
 
@@ -79,20 +79,20 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiply each group of rows by its own kernel.
 
-    Operands and gradients are rounded to `dtype`, sums are float32, as in `dense.matmul`; so is the
-    kernel's gradient.
+    Operands and gradients are rounded to `dtype` and accumulated in float32, as in `dense.matmul`;
+    the kernel gradient is float32.
 
     Args:
         x_TD: rows, sorted by group.
         kernel_EDF: kernels.
-        sizes_E: rows of each group; rows after the last group give 0.
+        sizes_E: number of rows of each group; rows after the last group give 0.
         dtype: compute dtype.
         out_dtype: dtype of the result.
-        multiply: kernel of the products.
+        multiply: implementation of the products.
         transposed: whether kernels are stored as [E, F, D].
 
     Returns:
-        The products, [T, F].
+        Products [T, F].
     """
     return _forward(x_TD, kernel_EDF, sizes_E, dtype, out_dtype, multiply, transposed)[0]
 
@@ -132,15 +132,15 @@ grouped_matmul.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def permute_rows(x_TD: jax.Array, source_S: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Gather rows into slots, with a gradient that is a gather too rather than a scatter.
+    """Gather rows into slots, with a gather instead of a scatter as the gradient.
 
     Args:
         x_TD: rows.
-        source_S: row that goes into each slot; T for none, which gives 0.
-        slots_TK: slots that each row goes into, the inverse of `source_S`; S for none.
+        source_S: row of each slot; T for an empty slot, which gives 0.
+        slots_TK: slots of each row, the inverse of `source_S`; S for none.
 
     Returns:
-        The slots, [S, D].
+        Slots [S, D].
     """
     return _take_or_zero(x_TD, source_S)
 

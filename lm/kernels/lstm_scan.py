@@ -1,14 +1,14 @@
-"""Recurrence of an LSTM layer, given the input part of its gates.
+"""LSTM recurrence, given the input projections of the gates.
 
     i, f, o = σ(·), g = tanh(·) of gates_t + h_{t-1} U
     c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)            (Zaremba et al. 2014, §3.1)
 
-Each iteration over time has one product, with U in the forward pass and its transpose in the
-backward pass. JAX's own backward pass would accumulate the gradient of U in every iteration; here
-it is one product after the loop, which makes a training step on a CPU 1.3 to 3 times as fast.
+Each time step has one matrix product, with U in the forward pass and its transpose in the backward
+pass. JAX's autodiff would accumulate the gradient of U in every step; here it is one product after
+the loop, which makes a training step on CPU 1.3 to 3 times as fast.
 
 Shape letters: B batch, L length, H hidden units, G = 4 H gates, in the order i, f, g, o. Inside,
-time is the first axis, so that the loop reads and writes contiguous memory.
+time is the first axis, so that the loop accesses contiguous memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class LstmState(NamedTuple):
-    """LSTM state, float32: [B, H], or after every token [B, L, H]."""
+    """LSTM state, float32: [B, H], or [B, L, H] for all tokens."""
 
     hidden: jax.Array
     cell: jax.Array
@@ -37,7 +37,7 @@ class SegmentStarts(NamedTuple):
 
     Attributes:
         is_start_BL: true at the first token of a segment.
-        states: initial states [B, L, H], read at the starts; None for zeros.
+        states: initial states [B, L, H], read at segment starts; None for zeros.
     """
 
     is_start_BL: jax.Array
@@ -56,15 +56,15 @@ def lstm_scan(
     """Run the recurrence over a batch of sequences.
 
     Args:
-        gates_BLG: input part of the gates before their activations.
+        gates_BLG: input projections of the gates, before activation.
         kernel_HG: recurrent kernel U.
         initial_state: state [B, H] before the first token.
-        starts: segment starts at which the state is reset, or None.
+        starts: segment starts where the state is reset, or None.
         reverse: run from the last token to the first.
-        dtype: compute dtype that the operands of products are rounded to; the rest is float32.
+        dtype: compute dtype of the products' operands; everything else is float32.
 
     Returns:
-        The states [B, L, H] after every token.
+        States [B, L, H] after every token.
     """
     if starts is not None:
         starts = SegmentStarts(starts.is_start_BL[..., None], starts.states)
@@ -115,7 +115,7 @@ def _backward(reverse: bool, dtype: jnp.dtype, residuals: Any, d_states: LstmSta
     previous = _reset_at_starts(_previous_states(initial_state, states, reverse), starts)
 
     def step(later: LstmState, inputs: tuple) -> tuple[LstmState, tuple]:
-        """Return the gradients of a token's previous state and of its gates."""
+        """Return the gradients of a token's previous state and gates."""
         d_state, active_BG, cell, previous_cell, starts = inputs
         i, f, g, o = jnp.split(active_BG, 4, axis=-1)
         tanh = jnp.tanh(cell)

@@ -1,4 +1,4 @@
-"""Masks as ranges of keys by query, which kernels can skip tiles by.
+"""Masks as key ranges per query, by which kernels skip tiles.
 
 Shape letters: B batch, L queries, S keys.
 """
@@ -14,7 +14,7 @@ from lm.kernels.dot_product_attention import AttentionMask
 def bounds_by_query(
     mask: AttentionMask, n_queries: int, n_keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the first key of each query and the one after its last, [B or 1, n_queries]."""
+    """Return the first key of each query and the key after its last one, [B or 1, n_queries]."""
     queries_1L = mask.offset + jnp.arange(n_queries)[None]
     start, end = jnp.zeros_like(queries_1L), jnp.full_like(queries_1L, n_keys)
     if mask.segments_BL is not None:
@@ -39,7 +39,7 @@ def bounds_by_query(
 
 
 def most_pairs(mask: AttentionMask, n_queries: int, n_keys: int) -> int:
-    """Return how many pairs of query and key a row has at most, half of a causal mask's."""
+    """Return the maximum number of query–key pairs per row; half of them if causal."""
     if not mask.causal or mask.prefix_BS is not None:
         return n_queries * n_keys
     window = mask.window if mask.window and mask.is_global is None else n_keys
@@ -50,7 +50,7 @@ def most_pairs(mask: AttentionMask, n_queries: int, n_keys: int) -> int:
 def _segment_bounds(
     segments_BL: jax.Array, key_segments_BS: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the first key of each query's segment and the one after its last, [B, L] each."""
+    """Return the first key of each query's segment and the key after its last one, [B, L]."""
     if key_segments_BS is not None:
         same_BLS = segments_BL[:, :, None] == key_segments_BS[:, None, :]
         start_BL = same_BLS.argmax(2)

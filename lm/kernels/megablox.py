@@ -1,9 +1,9 @@
 """Grouped matrix products on TPU, by JAX's Pallas kernels (megablox; Gale et al. 2022).
 
-Rows are multiplied in tiles. A tile that several groups share is multiplied once for each of them,
-so that up to E - 1 tiles are computed beside those that the rows fill. A kernel's real cost stands
-in the name of its operation, where `lm plan` reads it: the estimate that the library states leaves
-these tiles out, and counts a block that stays in VMEM each time it is used.
+Rows are multiplied in tiles. A tile that spans several groups is computed once for each, so up to
+E - 1 extra tiles are computed. The kernel's real cost is encoded in the name of its operation,
+where `lm plan` reads it: the library's own estimate omits these extra tiles, and counts blocks that
+stay in VMEM each time they are used.
 
 Shape letters: T rows, D inputs, F outputs, E groups.
 """
@@ -21,21 +21,21 @@ import jax.numpy as jnp
 
 LANES, SUBLANES = 128, 16
 ROW_TILES = (512, 256, 128)
-WASTE = 1 / 8  # largest part of the rows that shared tiles may add, while tiles can get smaller
-VMEM = 12 * 2**20  # what the blocks of a kernel may take of the 16 MiB that compilers grant
+WASTE = 1 / 8  # largest fraction of extra rows from shared tiles, unless tiles are the smallest
+VMEM = 12 * 2**20  # limit for the blocks of a kernel, of the 16 MiB that compilers allow
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes of a product, and what it costs.
+    """Tile sizes of a product, and its cost.
 
     Attributes:
-        rows: rows of a tile.
-        inputs: inputs D of a tile.
-        outputs: outputs F of a tile.
-        flops: FLOPs, those of shared tiles among them.
-        traffic: bytes read from and written to main memory.
-        vmem: bytes of VMEM, blocks being fetched while others are used.
+        rows: rows per tile.
+        inputs: inputs D per tile.
+        outputs: outputs F per tile.
+        flops: FLOPs, including shared tiles.
+        traffic: bytes read from and written to HBM.
+        vmem: bytes of VMEM, including double buffering.
     """
 
     rows: int
@@ -62,15 +62,15 @@ def grouped_product(
             "by_kernel": [T, D] × [T, F] → [E, D, F].
         a: rows, sorted by group.
         b: kernels, or rows.
-        sizes_E: rows of each group; rows after the last group are not multiplied.
-        n_rows: rows that groups of the usual sizes have together, by which tiles are chosen.
-        out_dtype: dtype of the result; sums are float32.
+        sizes_E: number of rows of each group; rows after the last group are not multiplied.
+        n_rows: typical total number of rows in groups, by which tiles are chosen.
+        out_dtype: dtype of the result; accumulation is in float32.
         interpret: run on any platform, slowly, for tests.
 
     Returns:
-        The product; rows after the last group are undefined.
+        Product; rows after the last group are undefined.
     """
-    # Imported on use: the import takes half a second.
+    # Lazy: the import takes half a second.
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     T, n_groups = len(a), len(sizes_E)
@@ -106,14 +106,14 @@ def choose_tiling(
     n_rows: int,
     itemsizes: tuple[int, int],
 ) -> Tiling:
-    """Return the tiles that fit into VMEM with the least traffic.
+    """Choose the tiles with the least traffic that fit into VMEM.
 
     Args:
         by_kernel: whether the product is the gradient of the kernels.
-        sizes: rows T; inputs D and outputs F of the product as it is computed.
+        sizes: rows T, inputs D and outputs F of the product as computed.
         n_groups: number of groups.
-        n_rows: rows that all groups together usually have.
-        itemsizes: bytes of an operand's and of a result's element.
+        n_rows: typical total number of rows in groups.
+        itemsizes: bytes per element of an operand and of the result.
     """
     T, D, F = sizes
     n_rows = max(min(n_rows, T), 1)
@@ -128,7 +128,7 @@ def choose_tiling(
 
 
 def _tile_sizes(size: int) -> Iterator[int]:
-    """Yield the sizes of a dimension's tiles: the whole, or multiples of a TPU's lanes."""
+    """Yield tile sizes of a dimension: all of it, or multiples of the TPU lane count."""
     yield size
     lanes = -(-size // LANES)
     yield from sorted({-(-lanes // n) * LANES for n in range(2, lanes + 1)}, reverse=True)
@@ -152,7 +152,7 @@ def _tiling(
         # The operands are masked in float32.
         vmem = 2 * rows * (d + f) * (item + 2) + d * f * (4 + 2 * out_item)
     else:
-        # With all inputs in one tile, a kernel's block stays for all rows of its group.
+        # With all inputs in one tile, a kernel block stays in VMEM for all rows of its group.
         fetched = n_groups if n_d == 1 else n_tiles
         traffic = (inputs * n_f + fetched * kernels) * item + outputs * out_item
         vmem = 2 * (rows * d + d * f) * item + rows * f * (4 + 2 * out_item)

@@ -1,7 +1,7 @@
-"""Attention to keys and values in pages, which rows of different lengths share.
+"""Attention over a paged KV cache shared by rows of different lengths.
 
-Shape letters: B rows, L queries, S slots of a row, H heads, G key/value heads, R = H/G, K head dim,
-N pages, P slots of a page, M pages of a row, D distances.
+Shape letters: B rows, L queries, S slots per row, H heads, G key/value heads, R = H/G, K head dim,
+N pages, P slots per page, M pages per row, D distances.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from jax import lax
 from lm.kernels.dot_product_attention import NEG_INF
 from lm.kernels.elementwise import softcap as apply_softcap
 
-_PREFILL_SLOTS = 256  # keys that many queries meet together
+_PREFILL_SLOTS = 256  # keys per block in prefill
 
 
 @flax.struct.dataclass
 class PagedRows:
-    """Rows of a step: where their pages are, and how far they are written.
+    """Rows of a step: their page tables and lengths.
 
     Attributes:
-        tables_BM: numbers of the pages of each row, in the order of its tokens.
+        tables_BM: page table: page indices of each row, in token order.
         offsets_B: position of the first query of each row.
-        lengths_B: tokens of each row, queries included; 0 for a row that does nothing.
-        prefixes_B: tokens at the start of each row that all its queries attend to; None: none.
-        starts_page: the queries of each row begin with a page, and are whole pages.
+        lengths_B: number of tokens of each row, including queries; 0 for an idle row.
+        prefixes_B: length of each row's prefix, which all its queries attend to; None: none.
+        starts_page: the queries of each row start at a page boundary and fill whole pages.
     """
 
     tables_BM: jax.Array
@@ -52,27 +52,27 @@ def paged_attention(
     sinks_H: jax.Array | None = None,
     slot_axis: int = 2,
 ) -> jax.Array:
-    """Compute causal attention to the pages of each row, block by block with a running softmax.
+    """Compute causal attention over the pages of each row, block by block with online softmax.
 
-    The sum over keys has the same order whatever the lengths of the other rows are: blocks beyond
-    the end of a row change none of its bits.
+    The order of summation over keys does not depend on the lengths of other rows: blocks beyond the
+    end of a row do not change its result bitwise.
 
     Args:
         q_BLHK: queries.
         held: keys and values, [N, G, P, K] each, or one array for both; int8 ones with a scale,
             [N, G, P, 1].
-        rows: pages and lengths of the rows.
+        rows: page tables and lengths of the rows.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
-        window: a query attends to the last `window` keys, itself included; 0 for all; [B, L]:
-            windows of single queries.
-        is_global: scalar; where true the window does not apply.
-        bias_HD: bias of the scores by distance, key position − query position, from 1 - S on.
-        sinks_H: logits of the attention sinks.
-        slot_axis: axis of P in the pages; 1: they are [N, P, G, K].
+        softcap: soft cap of the scores; 0: none.
+        window: a query attends to the last `window` keys, including itself; 0: all; [B, L] for
+            per-query windows.
+        is_global: scalar; if true, the window does not apply.
+        bias_HD: bias of the scores by distance (key - query position), starting at 1 - S.
+        sinks_H: attention-sink logits.
+        slot_axis: axis of P in the pages; 1: [N, P, G, K].
 
     Returns:
-        The output [B, L, H, K]; scores and softmax are in float32.
+        Output [B, L, H, K]; scores and softmax are in float32.
     """
     (k_pages, k_scales), (v_pages, v_scales) = (
         x if isinstance(x, tuple) else (x, None) for x in (held[0], held[-1])
@@ -80,7 +80,7 @@ def paged_attention(
     B, L, H, K = q_BLHK.shape
     G, P = k_pages.shape[3 - slot_axis], k_pages.shape[slot_axis]
     M = rows.tables_BM.shape[1]
-    n_pages = 1 if L < P else max(1, _PREFILL_SLOTS // P)  # of a block
+    n_pages = 1 if L < P else max(1, _PREFILL_SLOTS // P)  # pages per block
     tables_BM = jnp.pad(rows.tables_BM, ((0, 0), (0, -M % n_pages)))
     S = n_pages * P
     dtype = jnp.promote_types(q_BLHK.dtype, k_pages.dtype)
@@ -89,14 +89,14 @@ def paged_attention(
     q_BGTK = q_BGRLK.reshape(B, G, -1, K).astype(dtype)
     queries_BL1 = rows.offsets_B[:, None, None] + jnp.arange(L)[:, None]
     has_window = not isinstance(window, int) or window > 0
-    first_BL1 = queries_BL1 - jnp.asarray(window)[..., None]  # the last key that is not seen
+    first_BL1 = queries_BL1 - jnp.asarray(window)[..., None]  # last key that is not visible
 
     def read(pages: jax.Array, first: jax.Array) -> jax.Array:
         ids = lax.dynamic_slice_in_dim(tables_BM, first, n_pages, axis=1)
         if n_pages == 1:
             return jnp.moveaxis(pages.at[ids[:, 0]].get(mode="clip"), slot_axis, 2)
         found = jnp.moveaxis(pages.at[ids].get(mode="clip"), 4 - slot_axis, 1)
-        return found.reshape(B, G, S, -1)  # of [B, G, pages, P, K]
+        return found.reshape(B, G, S, -1)  # from [B, G, pages, P, K]
 
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -138,6 +138,6 @@ def paged_attention(
     if sinks_H is not None:
         sinks_GR1, largest_BGRL = sinks_H.reshape(G, -1, 1), largest.reshape(B, G, -1, L)
         total += jnp.exp(sinks_GR1 - largest_BGRL).reshape(total.shape)
-    out_BGTK /= jnp.where(total == 0, 1, total)  # a row without tokens
+    out_BGTK /= jnp.where(total == 0, 1, total)  # idle rows
     out_BLGRK = out_BGTK.reshape(B, G, -1, L, K).transpose(0, 3, 1, 2, 4)
     return out_BLGRK.reshape(B, L, H, K).astype(q_BLHK.dtype)

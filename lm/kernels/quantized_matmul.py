@@ -1,7 +1,7 @@
-"""Products of linear maps in 8 bits: int8, or float8.
+"""8-bit matrix products (int8 or float8) for training.
 
-Every vector that a product sums over has a scale of its own, taken from its largest value: nothing
-has to be kept from step to step, and a restarted run repeats its steps exactly.
+Every vector along the contracted axis is scaled by its largest magnitude at that step, so there is
+no quantization state, and a restarted run repeats its steps exactly.
 
 Shape letters: T tokens, D inputs, F outputs; other leading dimensions may come before T.
 """
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Dtypes of activations and kernels, and of gradients, whose range is wider (Micikevicius et al.
-# 2022). With int8 the kernel's gradient, a sum over all tokens, is computed in the compute dtype.
+# Dtypes of activations and kernels, and of gradients, which need more range (Micikevicius et al.
+# 2022). With int8 the kernel gradient, a sum over all tokens, is computed in the compute dtype.
 FORMATS: dict[str, tuple[Any, Any]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
@@ -23,7 +23,7 @@ FORMATS: dict[str, tuple[Any, Any]] = {
 
 
 class Quantized(NamedTuple):
-    """Array in 8 bits, and its scales with dimensions of 1 where they are shared."""
+    """8-bit array and its scales, which have size 1 along shared axes."""
 
     values: jax.Array
     scales: jax.Array
@@ -33,16 +33,16 @@ class Quantized(NamedTuple):
 def quantized_matmul(
     x_TD: jax.Array, kernel_DF: jax.Array, dtype: jnp.dtype, precision: str
 ) -> jax.Array:
-    """Multiply by a kernel in 8 bits.
+    """Multiply by a kernel in 8 bits, with 8-bit gradients.
 
     Args:
         x_TD: activations [..., T, D].
         kernel_DF: float32 kernel.
-        dtype: compute dtype of what is not in 8 bits.
+        dtype: compute dtype of products that are not in 8 bits.
         precision: "int8" or "fp8".
 
     Returns:
-        The product, [..., T, F] float32.
+        Product [..., T, F], float32.
     """
     return _forward(x_TD, kernel_DF, dtype, precision)[0]
 
@@ -51,7 +51,7 @@ def _forward(x_TD: jax.Array, kernel_DF: jax.Array, dtype: jnp.dtype, precision:
     of_values, _ = FORMATS[precision]
     x, kernel = quantize(x_TD, of_values, -1), quantize(kernel_DF, of_values, 0)
     y_TF = _dot(x.values, kernel.values, (-1,), (0,)) * x.scales * kernel.scales
-    # An empty array carries the dtype that the gradient of x must have.
+    # An empty array carries the dtype of the gradient of x.
     return y_TF, (x_TD.astype(dtype), kernel_DF, jnp.zeros((0,), x_TD.dtype))
 
 
@@ -76,17 +76,17 @@ quantized_matmul.defvjp(_forward, _backward)
 
 
 def quantize(x: jax.Array, dtype: Any, axes: int | tuple[int, ...]) -> Quantized:
-    """Round an array to 8 bits.
+    """Quantize an array to 8 bits.
 
     Args:
-        x: array of floating point.
+        x: floating-point array.
         dtype: int8 or a float8 type.
-        axes: axes whose elements share a scale: those that a product sums over.
+        axes: axes that share a scale: those a product contracts.
     """
     is_integer = jnp.issubdtype(dtype, jnp.integer)
     limit = float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
     x = x.astype(jnp.float32)
-    # Smaller scales would be flushed to 0; that of a NaN stays NaN, which int8 values cannot be.
+    # Smaller scales would be flushed to 0. The scale of a NaN is NaN, since int8 has none.
     smallest = jnp.finfo(jnp.float32).tiny
     scales = jnp.maximum(jnp.abs(x).max(axes, keepdims=True) / limit, smallest)
     x = jnp.clip(x / scales, -limit, limit)
@@ -94,7 +94,7 @@ def quantize(x: jax.Array, dtype: Any, axes: int | tuple[int, ...]) -> Quantized
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axes: tuple, y_axes: tuple) -> jax.Array:
-    """Sum over axes of both operands: exactly, in int32, for integers; in float32 for others."""
+    """Contract axes of both operands, in exact int32 for integers and float32 otherwise."""
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     contracted = tuple(axis % x.ndim for axis in x_axes), y_axes
     return jax.lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=sums).astype(

@@ -1,10 +1,10 @@
 """Ragged paged attention: the Pallas kernel for TPUs that ships with JAX.
 
-It reads the pages of a row where they are, in blocks that it fetches while it computes, and no
-blocks beyond the end of the row. `paged_attention` gathers the same blocks of all rows.
+It reads the pages of a row in place, in blocks that it prefetches, and skips blocks after the end
+of the row. `paged_attention` gathers the same blocks of all rows instead.
 
-Shape letters: B rows, L queries, H heads, G key/value heads, K head dim, N pages, P slots of a
-page, M pages of a row.
+Shape letters: B rows, L queries, H heads, G key/value heads, K head dim, N pages, P slots per page,
+M pages per row.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from lm.kernels.paged_attention import PagedRows
 from lm.kernels.splash_attention import LANES
 
-# A block of keys: the largest that JAX's table of tuned blocks has for most shapes.
+# Key block: the largest that JAX's table of tuned block sizes has for most shapes.
 _MOST_PAGES, _MOST_SLOTS = 16, 512
-# A block of queries, of which a core's vector memory holds the heads.
+# Query block: limited by the heads that a core's vector memory holds.
 _MOST_QUERIES, _MOST_VECTORS = 32, 2048
-# Numbers of pages that fit into a core's scalar memory of 1 MiB, whose lines are LANES long.
+# Page indices that fit into a core's scalar memory of 1 MiB, in lines of LANES.
 _LARGEST_TABLE = 192 * 1024
 DTYPES = ("bfloat16", "float32")
 
@@ -37,22 +37,22 @@ def ragged_attention(
     softcap: float = 0.0,
     window: int = 0,
 ) -> jax.Array:
-    """Compute causal attention to the pages of each row, on one TPU.
+    """Compute causal attention over the pages of each row, on one TPU.
 
-    A row's bits do not depend on the other rows. Queries beyond the length of a row attend to
-    slots that hold anything.
+    A row's result does not depend bitwise on other rows. Queries beyond the length of a row give
+    undefined values.
 
     Args:
         q_BLHK: queries.
-        pages: keys and values, [N, P, 2G, LANES]: key and value of head 0, of head 1, …; K of the
-            lanes hold a head, the others 0.
+        pages: keys and values, [N, P, 2G, LANES], interleaved by head: key 0, value 0, key 1, …;
+            the first K lanes hold a head, the others 0.
         rows: pages and lengths of the rows, without prefixes.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
-        window: a query attends to the last `window` keys, itself included; 0 for all.
+        softcap: soft cap of the scores; 0: none.
+        window: a query attends to the last `window` keys, including itself; 0: all.
 
     Returns:
-        The output [B, L, H, K]; scores and softmax are in float32.
+        Output [B, L, H, K]; scores and softmax are in float32.
     """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
@@ -61,7 +61,7 @@ def ragged_attention(
     M = rows.tables_BM.shape[1]
     block_heads, _ = heads_of_block(H, n_heads // 2, q_BLHK.dtype, pages.dtype)
     q_BLHK = jnp.pad(q_BLHK, ((0, 0), (0, 0), (0, 0), (0, LANES - K)))
-    # A row that does nothing reads one block: a length of 0 would leave the kernel a fetch behind.
+    # An idle row reads one block: a length of 0 would leave a prefetch of the kernel pending.
     ends_B = jnp.where(rows.lengths_B > 0, rows.offsets_B, 0) + L
 
     def of_rows(first: int, end: int) -> jax.Array:
@@ -81,15 +81,15 @@ def ragged_attention(
         )
         return out.reshape(n, L, H, LANES)[..., :K]
 
-    most = max(1, _LARGEST_TABLE // (ceil(M / LANES) * LANES))  # rows of a call
+    most = max(1, _LARGEST_TABLE // (ceil(M / LANES) * LANES))  # rows per call
     return jnp.concatenate([of_rows(i, min(i + most, B)) for i in range(0, B, most)])
 
 
 def heads_of_block(n_heads: int, n_kv_heads: int, dtype: Any, pages_dtype: Any) -> tuple[int, int]:
-    """Return the query heads, and the keys and values, of a block of the kernel.
+    """Return the numbers of query heads and of key/value vectors in a block of the kernel.
 
     Raises:
-        ValueError: the kernel has no blocks for such heads.
+        ValueError: the kernel does not support these heads.
     """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import get_min_heads_per_blk
 
@@ -102,11 +102,11 @@ def heads_of_block(n_heads: int, n_kv_heads: int, dtype: Any, pages_dtype: Any) 
 def ragged_attention_problems(
     n_heads: int, n_kv_heads: int, head_dim: int, dtype: str, pages_dtype: str
 ) -> Iterator[str]:
-    """Yield what keeps the kernel from running, as the end of "cannot be used with".
+    """Yield reasons why the kernel cannot run, as the end of "cannot be used with".
 
     Args:
-        n_heads: query heads of a device.
-        n_kv_heads: key/value heads of a device.
+        n_heads: query heads per device.
+        n_kv_heads: key/value heads per device.
         head_dim: head dim K.
         dtype: dtype of the queries.
         pages_dtype: dtype of the pages.

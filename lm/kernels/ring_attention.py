@@ -1,21 +1,21 @@
 """Ring attention: attention over a sequence that is sharded over a mesh axis.
 
 Every device keeps its queries and, in C steps, attends to the keys of all C devices; each device
-sends the keys it has to the next one while it uses them (Liu et al. 2023). A kernel (`Tiles`)
-computes a step; partial results are added by their log-normalizers, and the gradients of a step
-need only that of the whole (Dao et al. 2022, alg. 4).
+sends the keys it holds to the next one while using them (Liu et al. 2023). A kernel (`Tiles`)
+computes a step; partial results are combined by their log-normalizers, and the gradients of a step
+only need the log-normalizer over all keys (Dao et al. 2022, alg. 4).
 
-Causal attention runs in zig-zag order, in which every device has the same work. The sequence is cut
-into 2 C parts for C devices. In its own order device d has parts 2 d and 2 d + 1, so that the last
-device attends to almost all keys and the first to almost none; in zig-zag order it has parts d and
-2 C - 1 - d (Llama 3, §3.3.2), and computes the same two of four pairs of half parts in every step:
-of keys from a device earlier in the ring, the early half for all queries; of keys from a later one,
-all for the late half of the queries.
+Causal attention runs in zig-zag order, which balances the work. The sequence is split into 2 C
+chunks for C devices. In sequence order device d has chunks 2 d and 2 d + 1, so the last device
+attends to almost all keys and the first to almost none; in zig-zag order it has chunks d and
+2 C - 1 - d (Llama 3, §3.3.2), and computes two of four chunk pairs in every step: for keys from a
+device earlier in the ring, the early chunk for all queries; for keys from a later one, all keys for
+the late chunk of queries.
 
-Attention with a window needs no ring: a device gets the keys before its own that the window of its
-first query reaches (`keys_before`), and its queries stay in order.
+Attention with a window needs no ring: a device fetches the keys before its own that the window of
+its first query reaches (`keys_before`), and its queries stay in sequence order.
 
-All functions but `zigzag_order` run inside `jax.shard_map`, on a device's part of arrays.
+All functions except `zigzag_order` run inside `jax.shard_map`, on a device's shard.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -31,8 +31,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-SAVED = "ring_attention"  # name by which rematerialization keeps the output
-NOWHERE = -1  # segment of keys that no query attends to
+SAVED = "ring_attention"  # checkpoint name by which remat policies keep the output
+NOWHERE = -1  # segment id of keys that no query attends to
 
 Segments = tuple[jax.Array, jax.Array] | None  # of queries [B, L] and keys [B, S]
 Partial = tuple[jax.Array, jax.Array]  # output over some of the keys [B, H, L, K], log Z [B, H, L]
@@ -40,22 +40,22 @@ Grads = tuple[jax.Array, jax.Array, jax.Array]  # of queries, keys and values
 
 
 class Tiles(Protocol):
-    """Hashable attention kernel on queries and keys; all pairs are visible, or the causal ones."""
+    """Hashable attention kernel over queries and keys, either causal or with all pairs visible."""
 
     def forward(
         self, q_BHLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, ids: Segments, causal: bool
     ) -> Partial:
-        """Return the attention of queries to keys.
+        """Compute attention of queries to keys.
 
         Args:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
 
         Returns:
-            The output, and log Z, which is very small for a query without keys.
+            Output, and log Z, which is very small for a query without keys.
         """
 
     def backward(
@@ -76,26 +76,26 @@ class Tiles(Protocol):
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
-            log_z_BHL: log-normalizer of each query's scores over all keys.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
+            log_z_BHL: log-normalizer of each query over all keys.
             delta_BHL: Σ gradient · output of each query.
             out_BHLK: output over all keys.
-            g_BHLK: its gradient.
+            g_BHLK: gradient of the output.
 
         Returns:
-            The parts of the gradients that these keys give.
+            Contributions of these keys to the gradients.
         """
 
 
 class RingKeys(NamedTuple):
-    """Keys and values with their segments, and their segments for queries before them.
+    """Keys and values with segment ids, and separate segment ids for earlier queries.
 
     Attributes:
         k_BGSK: keys.
         v_BGSK: values.
         ids_BS: segment ids, or None.
-        prefix_ids_BS: the same but `NOWHERE` outside of prefixes; None without prefixes.
+        prefix_ids_BS: segment ids, `NOWHERE` outside of prefixes; None without prefixes.
     """
 
     k_BGSK: jax.Array
@@ -115,20 +115,20 @@ def ring_attention(
     axis: str,
     tiles: Tiles,
 ) -> jax.Array:
-    """Compute attention over the whole sequence from a device's part of it.
+    """Compute attention over the full sequence from a device's shard.
 
     Args:
-        q_BLHK: this device's queries, scaled; L is even if `causal`.
+        q_BLHK: this device's scaled queries; L is even if `causal`.
         k_BLGK: this device's keys.
         v_BLGK: this device's values.
-        segments_BL: segments that attention stays within, or None.
-        prefix_BL: true for keys that causal queries before them attend to as well, or None.
+        segments_BL: segment ids that attention stays within, or None.
+        prefix_BL: true for keys that earlier causal queries attend to as well, or None.
         causal: mask keys after the query.
-        axis: mesh axis that the sequence is sharded over.
+        axis: mesh axis that shards the sequence.
         tiles: kernel that computes a step.
 
     Returns:
-        This device's part of the output, [B, L, H, K].
+        This device's shard of the output, [B, L, H, K].
     """
     prefix_ids_BL = None
     if causal and prefix_BL is not None:
@@ -219,7 +219,7 @@ def _backward(
     def step(carry: Any, number: jax.Array) -> tuple[Any, None]:
         dq, dkeys, here = carry
         arriving = _send_to_next(here, axis)
-        # The gradients of keys travel with them.
+        # The gradients of keys travel with the keys.
         dkeys = _send_to_next(dkeys, axis)
         dq, *added = attend(dq, _seen(here, number, axis), number)
         return (dq, jax.tree.map(jnp.add, dkeys, added), arriving), None
@@ -228,7 +228,7 @@ def _backward(
     (dq, dkeys, here), _ = lax.scan(step, (dq, dkeys, arriving), jnp.arange(1, last))
     dkeys = _send_to_next(dkeys, axis)
     dq, *added = attend(dq, _seen(here, last, axis), last)
-    # The last step ends at the device before the one that owns the keys.
+    # The last step ends at the device before the owner of the keys.
     dk, dv = _send_to_next(jax.tree.map(jnp.add, dkeys, added), axis)
     dtype = g_BHLK.dtype
     return dq.astype(dtype), RingKeys(dk.astype(dtype), dv.astype(dtype), None, None)
@@ -238,9 +238,9 @@ _ring.defvjp(_forward, _backward)
 
 
 def _own_keys(keys: RingKeys, causal: bool) -> list[tuple[RingKeys, bool]]:
-    """Return a device's own keys, and whether the causal mask cuts them.
+    """Return a device's own keys, and whether the causal mask applies to them.
 
-    Keys of prefixes, which it does not cut, are apart from the others.
+    Prefix keys, to which it does not apply, are returned separately.
     """
     if keys.ids_BS is None or keys.prefix_ids_BS is None:
         return [(keys, causal)]
@@ -252,7 +252,7 @@ def _own_keys(keys: RingKeys, causal: bool) -> list[tuple[RingKeys, bool]]:
 
 
 def _seen(here: RingKeys, step: Any, axis: str) -> RingKeys:
-    """Return the keys that came in a step; with prefixes, only those if they are later ones."""
+    """Return the keys received in a step; if they are later ones, only prefix keys are visible."""
     if here.ids_BS is None or here.prefix_ids_BS is None:
         return here
     from_earlier = step <= lax.axis_index(axis)
@@ -260,7 +260,7 @@ def _seen(here: RingKeys, step: Any, axis: str) -> RingKeys:
 
 
 def _on_visible(compute: Any, here: RingKeys, causal: bool, step: Any, axis: str) -> Any:
-    """Call `compute` with the rows of queries and the columns of keys that see each other."""
+    """Call `compute` with the slices of queries and keys that see each other."""
     n = here.k_BGSK.shape[2]
     if not causal or here.prefix_ids_BS is not None:
         return compute(slice(0, n), slice(0, n))
@@ -285,14 +285,14 @@ def _pair(ids_BL: jax.Array | None, ids_BS: jax.Array | None) -> Segments:
 
 
 def add_partial(one: Partial, other: Partial) -> Partial:
-    """Add attention over some keys and over others, float32."""
+    """Combine attention over two disjoint sets of keys, float32."""
     log_z_BHL = jnp.logaddexp(one[1], other[1])
     scaled = (out * jnp.exp(log_z - log_z_BHL)[..., None] for out, log_z in (one, other))
     return sum(scaled), log_z_BHL  # type: ignore[return-value]
 
 
 def _send_to_next(tree: Any, axis: str) -> Any:
-    """Send arrays to the next device of the ring; return those of the previous one."""
+    """Send arrays to the next device of the ring; return those of the previous device."""
     n = lax.axis_size(axis)
     return lax.ppermute(tree, axis, [(d, (d + 1) % n) for d in range(n)])
 
@@ -303,17 +303,17 @@ def _send_to_next(tree: Any, axis: str) -> Any:
 def keys_before(
     k_BLGK: jax.Array, v_BLGK: jax.Array, segments_BL: jax.Array | None, n: int, axis: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return a device's keys with the `n` keys before them.
+    """Return a device's keys, preceded by the `n` keys before them.
 
     Args:
         k_BLGK: this device's keys.
         v_BLGK: this device's values.
         segments_BL: their segments, or None.
         n: number of keys, at most those of all other devices.
-        axis: mesh axis that the sequence is sharded over.
+        axis: mesh axis that shards the sequence.
 
     Returns:
-        Keys and values [B, n + L, G, K] and their segments [B, n + L], `NOWHERE` before the first.
+        Keys and values [B, n + L, G, K] and segment ids [B, n + L], `NOWHERE` before the sequence.
     """
     if segments_BL is None:
         segments_BL = jnp.zeros(k_BLGK.shape[:2], jnp.int32)
@@ -332,13 +332,13 @@ def keys_before(
 
 
 def halves(tree: Any) -> Any:
-    """Cut the two squares on the diagonal from a square of causal attention.
+    """Split a causal attention square into the two squares on its diagonal.
 
     Args:
-        tree: arrays [B, H, L, …] and segments [B, L].
+        tree: arrays [B, H, L, …] and segment ids [B, L].
 
     Returns:
-        The arrays with two rows of half the length for each.
+        Arrays with two rows of half the length for each row.
     """
 
     def cut(x: jax.Array) -> jax.Array:
@@ -364,18 +364,18 @@ def join_halves(tree: Any) -> Any:
 
 
 def _zigzag_owner(part: int, n_devices: int) -> int:
-    """Return the device that has a part in zig-zag order."""
+    """Return the device that holds a chunk in zig-zag order."""
     return min(part, 2 * n_devices - 1 - part)
 
 
 def zigzag_order(length: int, n_devices: int) -> np.ndarray:
-    """Return the sequence positions of the tokens in zig-zag order, [L]."""
+    """Return the sequence positions [L] of the tokens in zig-zag order."""
     parts = [(d, 2 * n_devices - 1 - d) for d in range(n_devices)]
     return np.arange(length).reshape(2 * n_devices, -1)[np.ravel(parts)].ravel()
 
 
 def to_zigzag(x: jax.Array, axis: str) -> jax.Array:
-    """Exchange a device's part of [B, L, …] in sequence order for its part in zig-zag order."""
+    """Exchange a device's shard [B, L, …] in sequence order for its shard in zig-zag order."""
     first, second = jnp.split(x, 2, axis=1)
     first, second = _send(first, axis, 0), _send(second, axis, 1)
     return jnp.concatenate(_order_halves(first, second, axis), axis=1)
@@ -397,6 +397,6 @@ def _send(half: jax.Array, axis: str, which: int, back: bool = False) -> jax.Arr
 
 
 def _order_halves(one: jax.Array, other: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
-    """Order the halves by position: the first half comes first on even devices, last on odd."""
+    """Order the halves by position: the first one leads on even devices, the second on odd ones."""
     even = lax.axis_index(axis) % 2 == 0
     return jnp.where(even, one, other), jnp.where(even, other, one)

@@ -1,6 +1,6 @@
 """Splash attention: the Pallas kernel for TPUs that ships with JAX, on any mesh.
 
-It skips tiles of scores that are masked throughout, so causal attention costs half.
+Fully masked tiles of scores are skipped, so causal attention costs half.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -22,12 +22,12 @@ from lm.kernels.ring_attention import (
     zigzag_order,
 )
 
-LANES = 128  # lengths must be multiples of a TPU's lanes
+LANES = 128  # lengths must be multiples of the TPU lane count
 LARGEST_BLOCK = 512
-# The fused backward kernel writes the gradient of queries once for each of these blocks of keys;
-# they fill the memory of a core.
+# The fused backward kernel writes a gradient of the queries for each of these key blocks, which
+# fill a core's memory.
 LARGEST_HELD = 256 * 1024  # elements
-LONGEST_KEYS = 8192  # of one call of that kernel, so that these gradients stay few
+LONGEST_KEYS = 8192  # keys per call of that kernel, to limit the number of these gradients
 
 
 def make_splash_kernel(
@@ -48,18 +48,17 @@ def make_splash_kernel(
     Args:
         n_heads: query heads H.
         length: queries L.
-        n_keys: keys S, which every shard of queries has whole.
-        causal: mask keys after the query. With several shards of queries, these come in zig-zag
-            order.
-        window: a causal query attends to the last `window` keys; 0 for all.
+        n_keys: keys S; every query shard has all of them.
+        causal: mask keys after the query. With several query shards, queries are in zig-zag order.
+        window: a causal query attends to the last `window` keys; 0: all.
         offset: position of the first query among the keys.
-        softcap: bound of the scores; 0 for none.
-        head_shards: devices that the heads are sharded over.
-        query_shards: devices that the queries are sharded over.
+        softcap: soft cap of the scores; 0: none.
+        head_shards: number of devices that the heads are sharded over.
+        query_shards: number of devices that the queries are sharded over.
         interpret: run on any platform, slowly, for tests.
 
     Returns:
-        The kernel, a pytree for `splash_attention`.
+        Kernel, a pytree for `splash_attention`.
     """
     splash = _splash()
     mask: Any = splash.FullMask((length, n_keys))
@@ -98,15 +97,15 @@ def splash_attention(
     """Compute attention with a device's shard of the kernel from `make_splash_kernel`.
 
     Args:
-        kernel: the shard of the kernel.
+        kernel: this device's shard of the kernel.
         q_BLHK: scaled queries.
         k_BSGK: keys.
         v_BSGK: values.
-        segments_BL: segments that attention stays within, or None.
-        key_segments_BS: segments of the keys; None for those of the queries.
+        segments_BL: segment ids that attention stays within, or None.
+        key_segments_BS: segment ids of the keys; None if they equal those of the queries.
 
     Returns:
-        The output [B, L, H, K].
+        Output [B, L, H, K].
     """
     segments = None
     if segments_BL is not None:
@@ -118,10 +117,10 @@ def splash_attention(
 
 @dataclass(frozen=True)
 class SplashTiles:
-    """Steps of `ring_attention` by the splash kernel, with one kernel for all three gradients.
+    """Ring-attention steps with the splash kernel, with one kernel for all three gradients.
 
     Attributes:
-        softcap: bound of the scores; 0 for none.
+        softcap: soft cap of the scores; 0: none.
         interpret: run on any platform, slowly, for tests.
     """
 
@@ -136,17 +135,17 @@ class SplashTiles:
         ids: Segments,
         causal: bool,
     ) -> Partial:
-        """Return the attention of queries to keys.
+        """Compute attention of queries to keys.
 
         Args:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
 
         Returns:
-            The output, and log Z, which is very small for a query without keys.
+            Output, and log Z, which is very small for a query without keys.
         """
         kernel = self._kernel(q_BHLK, k_BGSK, causal)
         out_BHLK, (log_z_BHL,) = jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSK, self._segments(ids))
@@ -170,15 +169,15 @@ class SplashTiles:
             q_BHLK: scaled queries.
             k_BGSK: keys.
             v_BGSK: values.
-            ids: segments that attention stays within, of queries and of keys.
-            causal: mask keys after the query; else all pairs are visible.
-            log_z_BHL: log-normalizer of each query's scores over all keys.
+            ids: segment ids of queries and keys, which attention stays within.
+            causal: mask keys after the query; otherwise all pairs are visible.
+            log_z_BHL: log-normalizer of each query over all keys.
             delta_BHL: Σ gradient · output of each query.
             out_BHLK: output over all keys.
-            g_BHLK: its gradient.
+            g_BHLK: gradient of the output.
 
         Returns:
-            The parts of the gradients that these keys give.
+            Contributions of these keys to the gradients.
         """
         own = q_BHLK, k_BGSK, v_BGSK
         of_queries = log_z_BHL, delta_BHL, out_BHLK, g_BHLK
@@ -214,7 +213,7 @@ class SplashTiles:
         ids: Segments,
         *of_queries: jax.Array,
     ) -> Grads:
-        """Return the gradients of `backward`, from some of the keys at a time."""
+        """Return the gradients of `backward`, computed over chunks of keys."""
 
         def parts(x: jax.Array, axis: int) -> jax.Array:
             cut = x.reshape(*x.shape[:axis], -1, LONGEST_KEYS, *x.shape[axis + 1 :])
@@ -241,7 +240,7 @@ class SplashTiles:
         causal: bool,
         *of_queries: jax.Array,
     ) -> Grads:
-        # The kernel's public function takes log Z from its own forward pass.
+        # The kernel's public function takes log Z only from its own forward pass.
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
         kernel = self._kernel(q_BHLK, k_BGSK, causal)
@@ -301,7 +300,7 @@ OF_BACKWARD = ("is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function", 
 
 
 def _splash() -> Any:
-    # Imported on use: the import takes half a second.
+    # Lazy: the import takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     return splash

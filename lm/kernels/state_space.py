@@ -1,9 +1,9 @@
-"""Recurrence of Mamba-2 in chunks (state-space duality; Dao and Gu 2024, arXiv 2405.21060).
+"""Chunked Mamba-2 recurrence (state-space duality; Dao and Gu 2024, arXiv 2405.21060).
 
-Each head has a state S [P, N] that every token decays and adds to:
-S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_tᵀ and y_t = S_t C_t. Within a chunk this is a product of all
-pairs of tokens, like attention without a softmax; from chunk to chunk states are passed on
-(ibid., §6).
+Each head has a state S [P, N], updated by every token:
+S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_tᵀ and y_t = S_t C_t. Within a chunk this is a product over
+all pairs of tokens, like attention without softmax; states are passed from chunk to chunk (ibid.,
+§6).
 
 Shape letters: B batch, L length, H heads, G groups of heads, R = H/G, P head dim, N state,
 Z chunks, Q tokens of a chunk.
@@ -30,14 +30,14 @@ def state_space(
 
     Args:
         x_BLHP: inputs.
-        dt_BLH: step sizes; a token of step 0 leaves the state as it is.
-        a_H: rates of decay, negative.
-        b_BLGN: what the inputs of a group of heads are written by.
-        c_BLGN: what the states of a group of heads are read by.
-        ids_BL: numbers of the texts that the tokens belong to, in ascending order: the state is
-            zero at the start of each, except for text 0, which goes on from `state_BHPN`.
+        dt_BLH: step sizes; a token of step size 0 leaves the state unchanged.
+        a_H: decay rates, negative.
+        b_BLGN: input matrices B of each group of heads.
+        c_BLGN: output matrices C of each group of heads.
+        ids_BL: segment ids in ascending order: the state is zero at the start of each segment,
+            except for segment 0, which continues from `state_BHPN`.
         state_BHPN: state before the first token.
-        chunk: most tokens of a chunk.
+        chunk: maximum tokens per chunk.
 
     Returns:
         Outputs [B, L, H, P] and the state after the last token, both float32.
@@ -61,7 +61,7 @@ def state_space(
     x_BZQGRP = x_BZQGRP.reshape(*x_BZQGRP.shape[:3], G, R, P)
     decay_BZQGR = jnp.cumsum(in_chunks(dt_BLH * a_H), axis=2).reshape(*x_BZQGRP.shape[:-1])
 
-    # Within a chunk: every token reads those of its text up to itself.
+    # Within a chunk: every token reads the tokens of its segment up to itself.
     seen_BZQQ = ids_BZQ[:, :, :, None] == ids_BZQ[:, :, None]
     seen_BZQQ &= jnp.tril(jnp.ones((Q, Q), bool))
     between = decay_BZQGR[:, :, :, None] - decay_BZQGR[:, :, None]
@@ -69,7 +69,7 @@ def state_space(
     scores = product("bzign,bzjgn->bzijg", c_BZQGN, b_BZQGN)
     y_BZQGRP = product("bzijg,bzijgr,bzjgrp->bzigrp", scores, between, x_BZQGRP)
 
-    # What a chunk adds to the state after it, and what it leaves of the state before it.
+    # Contribution of each chunk to the state after it, and decay of the state before it.
     last_BZ1, end_BZ1GR = ids_BZQ[:, :, -1:], decay_BZQGR[:, :, -1:]
     left = jnp.exp(end_BZ1GR - decay_BZQGR) * (ids_BZQ == last_BZ1)[..., None, None]
     added_BZGRPN = product("bzjgn,bzjgr,bzjgrp->bzgrpn", b_BZQGN, left, x_BZQGRP)

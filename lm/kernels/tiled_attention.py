@@ -1,4 +1,4 @@
-"""Causal attention in tiles of queries, for XLA's CPU backend.
+"""Causal attention in query tiles, for XLA's CPU backend.
 
 Shape letters: B batch, L queries and keys, H heads, G key/value heads, R = H/G, K head dim, T
 queries of a tile times R, S keys of a tile.
@@ -31,12 +31,12 @@ def tiled_attention(
 ) -> jax.Array:
     """Compute causal self-attention without the masked half.
 
-    A tile of queries attends to the keys up to its end. Scores lie keys first, [S, T], so that
-    none of the six products of a step contracts the rows of both operands, which that backend does
-    slowly. The softmax is normalized after the values are summed, and the backward pass takes the
-    weights from the forward pass (Dao et al. 2022, alg. 4, without recomputation).
+    A query tile attends to the keys up to its end. Scores have keys first, [S, T], so that none of
+    the six products of a step contracts the rows of both operands, which is slow on that backend.
+    The softmax is normalized after summing the values, and the backward pass reuses the weights of
+    the forward pass (Dao et al. 2022, alg. 4, without recomputation).
 
-    Decoding steps, which are not square, and attention to other keys compute all scores.
+    Decoding steps (which are not square) and cross-attention compute all scores.
 
     Args:
         q_BLHK: queries.
@@ -44,13 +44,13 @@ def tiled_attention(
         v_BSGK: values.
         mask: which keys each query attends to.
         scale: factor of the scores, 1/sqrt(K).
-        softcap: as for `attention`, like those that follow; not supported by tiles.
+        softcap: see `attention`, like the next ones; not supported by tiles.
         bias_HLS: bias of the scores.
-        sinks_H: logits of the attention sinks.
-        dropout: dropout of the attention weights.
+        sinks_H: attention-sink logits.
+        dropout: dropout of attention weights.
 
     Returns:
-        The output [B, L, H, K]. Softmax and sums are computed in float32.
+        Output [B, L, H, K]. Softmax and sums are computed in float32.
 
     Raises:
         ValueError: self-attention is not plain causal attention.
@@ -66,7 +66,7 @@ def tiled_attention(
     o_BLHK, total_BLH = _tiled(q_BLHK, k_BSGK, v_BSGK, mask.segments_BL)
     if sinks_H is None:
         return o_BLHK
-    beside_BLH = jax.nn.sigmoid(total_BLH - sinks_H)  # as `beside_sinks`
+    beside_BLH = jax.nn.sigmoid(total_BLH - sinks_H)  # see `beside_sinks`
     return o_BLHK * beside_BLH[..., None].astype(o_BLHK.dtype)
 
 
@@ -74,31 +74,31 @@ def tiled_attention(
 def _tiled(
     q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the output [B, L, H, K], and the logsumexp of the scores, [B, L, H]."""
+    """Return the output [B, L, H, K] and the logsumexp of the scores [B, L, H]."""
     return _tiled_forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)[0]
 
 
 def _tiles(length: int) -> Iterator[slice]:
-    """Yield four query tiles, or fewer where they would be shorter than `SHORTEST_TILE`."""
+    """Yield four query tiles, or fewer if they would be shorter than `SHORTEST_TILE`."""
     tile = max(-(-length // 4), SHORTEST_TILE)
     for start in range(0, length, tile):
         yield slice(start, min(start + tile, length))
 
 
 def _batched_dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """Contract one axis of each operand, batched over their first two."""
+    """Contract one axis of each operand, batched over the first two axes."""
     dimensions = (((x_axis,), (y_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def _tile_queries(x_BGRLK: jax.Array, tile: slice) -> jax.Array:
-    """Return the queries of a tile, [B, G, T, K]: the R heads of a group one after the other."""
+    """Return the queries of a tile, [B, G, T, K], with the R heads of a group concatenated."""
     B, G, _, _, K = x_BGRLK.shape
     return x_BGRLK[:, :, :, tile].reshape(B, G, -1, K)
 
 
 def _tile_mask(segment_ids_BL: jax.Array | None, tile: slice, R: int) -> jax.Array:
-    """Return the mask of a tile, [B or 1, 1, S, T], true where a query attends to a key."""
+    """Return the mask of a tile, [B or 1, 1, S, T]; true where a query attends to a key."""
     mask = (jnp.arange(tile.stop)[:, None] <= jnp.arange(tile.start, tile.stop))[None]
     if segment_ids_BL is not None:
         mask &= segment_ids_BL[:, : tile.stop, None] == segment_ids_BL[:, None, tile]
@@ -106,7 +106,7 @@ def _tile_mask(segment_ids_BL: jax.Array | None, tile: slice, R: int) -> jax.Arr
 
 
 def _split_heads(x_BLHK: jax.Array, G: int) -> jax.Array:
-    """Split the query heads into groups: [B, G, R, L, K]."""
+    """Split query heads into groups, [B, G, R, L, K]."""
     B, L, H, K = x_BLHK.shape
     return x_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
 

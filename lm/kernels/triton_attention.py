@@ -1,7 +1,7 @@
-"""Attention with a range of keys by query on any GPU: a Pallas kernel for Triton.
+"""Attention over a key range per query on any GPU: a Pallas kernel for Triton.
 
-For masks, soft-caps, head dims and GPUs that `gpu_attention`'s libraries have no kernel for. Tiles
-outside the ranges of keys are skipped in both passes (FlashAttention-2, Dao 2023).
+Covers masks, soft caps, head dims and GPUs that the libraries in `gpu_attention` do not. Tiles
+outside the key ranges are skipped in both passes (FlashAttention-2, Dao 2023).
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, R = H/G, K head dim, T
 queries and U keys of a tile.
@@ -29,7 +29,7 @@ WIDEST_HEAD = 256
 
 
 class Scores(NamedTuple):
-    """Computation of scores: `scale` is their factor, `softcap` their bound or 0."""
+    """Settings of the score computation: factor, soft cap (0: none) and interpret mode."""
 
     scale: float
     softcap: float
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
 
 
 class TileSizes(NamedTuple):
-    """Tile sizes, queries and keys, of one kernel."""
+    """Tile sizes (queries, keys) of a kernel."""
 
     queries: int
     keys: int
@@ -53,19 +53,19 @@ def triton_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Compute attention to a range of keys for each query.
+    """Compute attention over a key range per query.
 
     Args:
         q_BLHK: queries; L is a multiple of SHORTEST_TILE.
         k_BSGK: keys; S is a multiple of SHORTEST_TILE.
         v_BSGK: values.
-        mask: which keys each query attends to; a query without any gives 0.
+        mask: which keys each query attends to; the output of a query without keys is 0.
         scale: factor of the scores.
-        softcap: bound of the scores; 0 for none.
+        softcap: soft cap of the scores; 0: none.
         interpret: run on any platform, slowly, for tests.
 
     Returns:
-        The output [B, L, H, K]. Scores, softmax and sums are computed in float32.
+        Output [B, L, H, K]. Scores, softmax and sums are computed in float32.
     """
     B, L, _, K = q_BLHK.shape
     S = k_BSGK.shape[1]
@@ -144,7 +144,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _tiles(length: int, n_keys: int, queries: int, keys: int) -> TileSizes:
-    """Return tiles that divide the lengths, at most of these sizes."""
+    """Return the largest tiles up to these sizes that divide the lengths."""
 
     def divisor(n: int, size: int) -> int:
         while n % size:
@@ -157,7 +157,7 @@ def _tiles(length: int, n_keys: int, queries: int, keys: int) -> TileSizes:
 def _queries_of_tiles(
     start_BL: jax.Array, end_BL: jax.Array, tiles: TileSizes, n_keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the range of query tiles that attend to each tile of keys, [B, U] each."""
+    """Return the range of query tiles that attend to each key tile, [B, U] each."""
     from_U = jnp.arange(0, n_keys, tiles.keys)
     starts_BT1 = start_BL.reshape(len(start_BL), -1, tiles.queries).min(2)[..., None]
     ends_BT1 = end_BL.reshape(len(end_BL), -1, tiles.queries).max(2)[..., None]
@@ -168,7 +168,7 @@ def _queries_of_tiles(
 
 
 def _specs(tiles: TileSizes, q: jax.Array, k: jax.Array) -> tuple[pl.BlockSpec, ...]:
-    """Return the blocks of a tile of queries: queries, bounds, all keys of its head, rows."""
+    """Return the block specs of a query tile: queries, bounds, all keys of its head, rows."""
     _, _, H, K = q.shape
     _, S, G, _ = k.shape
     return (
@@ -198,7 +198,7 @@ def _call(
 
 
 def _scores(q_TK: jax.Array, k_UK: jax.Array, how: Scores) -> tuple[jax.Array, jax.Array | None]:
-    """Return scores [T, U] to base 2, and their derivative by the product where they are capped."""
+    """Return scores [T, U] to base 2, and the derivative of the soft cap if there is one."""
     s_TU = plgpu.dot(q_TK, k_UK, trans_b=True) * how.scale
     if not how.softcap:
         return s_TU * LOG2_E, None
@@ -207,7 +207,7 @@ def _scores(q_TK: jax.Array, k_UK: jax.Array, how: Scores) -> tuple[jax.Array, j
 
 
 def _inside(start_T: jax.Array, end_T: jax.Array, first_key: Any, n_keys: int) -> jax.Array:
-    """Return which keys of a tile each query attends to, [T, U]."""
+    """Return the mask [T, U] of a tile: which keys each query attends to."""
     keys_U = first_key + jnp.arange(n_keys)
     return (keys_U >= start_T[:, None]) & (keys_U < end_T[:, None])
 
@@ -215,15 +215,15 @@ def _inside(start_T: jax.Array, end_T: jax.Array, first_key: Any, n_keys: int) -
 def _over_keys(
     start_T: jax.Array, end_T: jax.Array, size: int, n_keys: int, body: Callable, carry: Any
 ) -> Any:
-    """Run a body over the tiles of keys that any query attends to, with a mask where some do not.
+    """Loop over the key tiles that any query attends to, with a mask on partial tiles.
 
     Args:
         start_T: first key of each query.
-        end_T: the key after its last.
-        size: keys of a tile.
+        end_T: key after the last one of each query.
+        size: keys per tile.
         n_keys: number of keys.
-        body: called with the tile's number, the carry and whether it needs the mask.
-        carry: what the body computes.
+        body: called with tile index, carry and whether a mask is needed.
+        carry: initial loop carry.
     """
     low = jnp.minimum(start_T.min(), n_keys) // size
     high = jnp.maximum(pl.cdiv(end_T.max(), size), low)
@@ -270,7 +270,7 @@ def _forward_kernel(
     carry = jnp.zeros(q_TK.shape, jnp.float32), zeros_T + NEG_INF, zeros_T
     n_keys = k_ref.shape[0]
     acc_TK, highest_T, z_T = _over_keys(start_T, end_T, tiles.keys, n_keys, body, carry)
-    z_T = jnp.where(z_T > 0, z_T, 1.0)  # a query without keys
+    z_T = jnp.where(z_T > 0, z_T, 1.0)  # query without keys
     out_ref[...] = (acc_TK / z_T[:, None]).astype(out_ref.dtype)
     log_z_ref[...] = highest_T + jnp.log2(z_T)
 
@@ -285,7 +285,7 @@ def _weights(
     inside_TU: jax.Array | None,
     how: Scores,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return weights and the gradient of the products of queries and keys, [T, U] each."""
+    """Return attention weights and the gradient of query–key products, [T, U] each."""
     s_TU, slope_TU = _scores(q_TK, k_UK, how)
     p_TU = jnp.exp2(s_TU - log_z_T[:, None])
     if inside_TU is not None:
@@ -341,7 +341,7 @@ def _dkv_kernel(
     how: Scores,
     n_heads: int,
 ) -> None:
-    """Compute the gradients of a tile of keys and values, of all query heads that share them."""
+    """Compute the gradients of a tile of keys and values over all query heads that share them."""
     k_UK, v_UK = k_ref[...], v_ref[...]
     first_key = pl.program_id(2) * tiles.keys
 
