@@ -118,8 +118,8 @@ PARAMETERS: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
-    # Replicated; "residual": outputs of a kernel from residual stream to residual stream; "one": axis
-    # of a scale whose other axes are those of its kernel.
+    # Replicated. "residual": outputs of a kernel from residual stream to residual stream; "one": an
+    # axis of a scale whose other axes are those of its kernel.
     **dict.fromkeys(("residual", "one", "positions", "types", "head_dim", "norm", "pooled"), ()),
     **dict.fromkeys(("classes", "lora_rank", "hidden", "gates", "router_inputs", "router"), ()),
     **dict.fromkeys(("taps", "mels"), ()),
