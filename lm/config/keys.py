@@ -602,6 +602,12 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("objective.name", "classification", "token_classification"),
     ),
     "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
+    "data.target_prefix": Key(
+        "",
+        "Tokens by name, separated by commas, that each target begins with after the start token; "
+        "they are not learned (Whisper: <|en|>,<|transcribe|>,<|notimestamps|>).",
+        needs=("objective.name", "seq2seq", "transcription"),
+    ),
     "data.doc_stride": Key(
         128,
         "Stride between windows over a long context, in tokens.",

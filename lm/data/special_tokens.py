@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lm.config.registry import listed
 from lm.data.tokenizer import Template, Tokenizer
+from lm.errors import UserError
 
 _NO_TEMPLATE = Template()
 
@@ -92,6 +94,23 @@ def special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
         vocab_size=free,
         template=tokenizer.template if tokenizer.template.after else _NO_TEMPLATE,
     )
+
+
+def target_start(tokenizer: Tokenizer | None, prefix: str = "") -> tuple[int, ...]:
+    """Return the ids that a target follows in a decoder's input: the start token and a prefix.
+
+    Args:
+        tokenizer: tokenizer of the data; None where only shapes matter, and all ids are 0.
+        prefix: `data.target_prefix`.
+
+    Raises:
+        UserError: a name of the prefix is no token.
+    """
+    names = listed(prefix)
+    ids = [tokenizer.token_id(name) if tokenizer else 0 for name in names]
+    if unknown := [name for name, i in zip(names, ids, strict=True) if i is None]:
+        raise UserError(f"--config.data.target_prefix: the tokenizer has no token {unknown[0]!r}")
+    return special_tokens(tokenizer).bos, *(i for i in ids if i is not None)
 
 
 def _first(*ids: int | None, default: int) -> int:

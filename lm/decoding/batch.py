@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.special_tokens import special_tokens
+from lm.data.special_tokens import target_start
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.beam import BeamOptions, DecodingCache, beam_search
 from lm.decoding.controls import UNSET, Controls
@@ -27,8 +27,10 @@ from lm.decoding.prompts import (
     check_ids,
     check_prompts,
     context_length,
+    first_inputs,
     is_encoder_decoder,
     pad_ids,
+    pad_sources,
     padded_length,
 )
 from lm.decoding.sampling import Sampling, decode_last, sample_steps
@@ -63,7 +65,8 @@ def decode_best(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        inputs: token ids of sources (eos included) or, without an encoder, of prompts.
+        inputs: token ids of sources (eos included) or, without an encoder, of prompts; for a model
+            that hears, log-mel features [F, M].
         options: beam size, lengths and controls.
         progress: called with the number of inputs of each finished batch.
     """
@@ -86,7 +89,8 @@ def search_batches(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        inputs: token ids of sources (eos included) or, without an encoder, of prompts.
+        inputs: token ids of sources (eos included) or, without an encoder, of prompts; for a model
+            that hears, log-mel features [F, M].
         options: beam size, lengths and controls.
         start: index of the first input whose hypotheses are yielded.
         progress: called with the number of inputs of each finished batch.
@@ -94,15 +98,21 @@ def search_batches(
     experiment, params = prepare(experiment, params)
     model, batch_size = experiment.model, experiment.config.decode.batch_size
     context = context_length(model)
-    if not is_encoder_decoder(model):
+    start_ids: tuple[int, ...] = ()
+    if is_encoder_decoder(model):
+        start_ids = target_start(tokenizer, experiment.config.data.target_prefix)
+        has_ids = not experiment.config.model.n_mels
+        check_ids([*(inputs if has_ids else ()), start_ids], model)
+        context = context and context - len(start_ids) + 1
+    else:
         check_prompts(inputs, context)
+        check_ids(inputs, model)
     options = replace(options, max_length=min(options.max_length, context or options.max_length))
-    bos, n_rows = special_tokens(tokenizer).bos, min(batch_size, len(inputs))
-    check_ids([*inputs, [bos]] if is_encoder_decoder(model) else inputs, model)
+    n_rows = min(batch_size, len(inputs))
 
     def decode(numbers: Sequence[int]) -> list[list[Hypothesis]]:
         batch = [inputs[i] for i in numbers]
-        return _search_batch(experiment, params, bos, options, batch, n_rows)
+        return _search_batch(experiment, params, start_ids, options, batch, n_rows)
 
     return _in_order(inputs, batch_size, decode, start, progress)
 
@@ -178,7 +188,7 @@ def _in_order(
 def _search_batch(
     experiment: Experiment,
     params: Params,
-    bos: int,
+    start_ids: tuple[int, ...],
     options: BeamOptions,
     inputs: Sequence[TokenIds],
     n_rows: int,
@@ -188,17 +198,16 @@ def _search_batch(
     shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
     n_rows = -(-n_rows // shards) * shards
     filled = [*inputs, *[inputs[-1]] * (n_rows - len(inputs))]
-    width = padded_length(max(map(len, filled)))
     if is_encoder_decoder(model):
-        arrays = pad_ids(filled, min(width, context_length(model) or width), left=False)
+        arrays = pad_sources(filled, model)
     else:
-        arrays = pad_ids(filled, width, left=True)
+        arrays = pad_ids(filled, padded_length(max(map(len, filled))), left=True)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    tokens_BL, segments_BL = (
+    inputs_BL, segments_BL = (
         jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in arrays
     )
     has_prefix = experiment.objective.has_prefix
-    found = _search(model, options, mesh, has_prefix, bos, params, tokens_BL, segments_BL)
+    found = _search(model, options, mesh, has_prefix, start_ids, params, inputs_BL, segments_BL)
     end_ids = options.controls.end_ids
     hypotheses = zip(*map(np.asarray, jax.device_get(found)), strict=True)
     return [
@@ -221,12 +230,12 @@ def _search(
     options: BeamOptions,
     mesh: Mesh,
     has_prefix: bool,
-    bos: int,
+    start_ids: tuple[int, ...],
     params: Params,
-    tokens_BL: jax.Array,
+    inputs_BL: jax.Array,
     segments_BL: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run `beam_search` on inputs [B, L]; the result is replicated on every device."""
+    """Run `beam_search` on inputs [B, L], or features; the result is replicated on every device."""
 
     def call(*inputs: Any, method: str) -> Any:
         return model.apply(as_variables(params), *inputs, method=method)
@@ -236,20 +245,20 @@ def _search(
     ) -> tuple[jax.Array, DecodingCache]:
         return decode_last(model, params, tokens_R1, positions_R1, jnp.ones_like(tokens_R1), cache)
 
-    B, L = tokens_BL.shape
+    B, L = segments_BL.shape
     lengths_B = segments_BL.sum(-1)
     room = context_length(model) or options.max_length + L
     if is_encoder_decoder(model):
-        cache = call(tokens_BL, segments_BL, options.max_length, method="start")
-        first_B1 = jnp.full((B, 1), bos)
-        logits_BLV, cache = decode(first_B1, jnp.zeros_like(first_B1), cache)
-        lengths_B, limits_B = jnp.ones_like(lengths_B), jnp.full((B,), room)
+        P = len(start_ids)
+        cache = call(inputs_BL, segments_BL, P - 1 + options.max_length, method="start")
+        logits_BLV, cache = decode_last(model, params, *first_inputs(start_ids, B), cache)
+        lengths_B, limits_B = jnp.full_like(lengths_B, P), jnp.full((B,), room - P + 1)
     else:
         positions_BL = jnp.maximum(jnp.arange(L) - (L - lengths_B)[:, None], 0)
         cache = call(B, L + options.max_length, method="empty_cache")
         prefix = (segments_BL,) if has_prefix else ()
         logits_BLV, cache = decode_last(
-            model, params, tokens_BL, positions_BL, segments_BL, cache, *prefix
+            model, params, inputs_BL, positions_BL, segments_BL, cache, *prefix
         )
         limits_B = room - lengths_B
     found = beam_search(decode, cache, logits_BLV[:, -1], lengths_B, limits_B, options)

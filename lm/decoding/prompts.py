@@ -1,13 +1,16 @@
 """Inputs of decoding: texts to token ids, the room in a model's context, and padding.
 
-Shape letters: B batch, L length.
+Shape letters: B batch, L length, P tokens before a target, S source length, F frames, M mel bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.data.special_tokens import special_tokens
@@ -88,3 +91,28 @@ def pad_ids(rows: Sequence[TokenIds], width: int, left: bool) -> tuple[np.ndarra
         tokens_BL[i, columns] = row
         segments_BL[i, columns] = 1
     return tokens_BL, segments_BL
+
+
+def pad_sources(rows: Sequence[TokenIds], model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Return sources padded on the right, and their segment ids [B, S].
+
+    Args:
+        rows: token ids of each source; of a model that hears, log-mel features [F, M].
+        model: encoder–decoder.
+    """
+    longest = max(map(len, rows))
+    if n_mels := getattr(model.config, "n_mels", 0):  # type: ignore[attr-defined]
+        source_BFM = np.zeros((len(rows), longest, n_mels), np.float32)
+        for row, of_row_FM in zip(source_BFM, rows, strict=True):
+            row[: len(of_row_FM)] = of_row_FM
+        lengths_B = np.array([-(-len(row) // 2) for row in rows])
+        return source_BFM, (np.arange(-(-longest // 2)) < lengths_B[:, None]).astype(np.int32)
+    width = padded_length(longest)
+    return pad_ids(rows, min(width, context_length(model) or width), left=False)
+
+
+def first_inputs(start: Sequence[int], n_rows: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the tokens before a target (`target_start`), their positions and segments, [B, P]."""
+    tokens_BP = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (n_rows, len(start)))
+    positions_BP = jnp.broadcast_to(jnp.arange(len(start)), tokens_BP.shape)
+    return tokens_BP, positions_BP, jnp.ones_like(tokens_BP)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.special_tokens import special_tokens
+from lm.data.special_tokens import special_tokens, target_start
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.prompts import (
     TokenIds,
@@ -155,6 +155,7 @@ def _rows_of(
 ) -> Callable[[int, Request], Iterator[_Row]]:
     """Return the function from a request and its number to its rows."""
     model, special = experiment.model, special_tokens(tokenizer)
+    start = target_start(tokenizer, experiment.config.data.target_prefix)
     context = experiment.config.model.max_length
 
     def check(number: int, request: Request, room: int) -> None:
@@ -180,12 +181,11 @@ def _rows_of(
             yield _Row(ids[:-1], ids[1:], slice(len(ids) - 1 - n, None), n_prefix=n_prefix)
 
     def of_encoder_decoder(number: int, request: Request) -> Iterator[_Row]:
-        check(number, request, context)
-        targets = np.asarray(request.continuation, np.int32)
+        check(number, request, context - len(start) + 1)
+        inputs = np.concatenate([start, request.continuation]).astype(np.int32)
         source = np.asarray(request.prompt, np.int32)[-context:]
-        inputs = np.concatenate([[special.bos], targets[:-1]]).astype(np.int32)
-        if len(targets):
-            yield _Row(inputs, targets, slice(None), source)
+        if len(request.continuation):
+            yield _Row(inputs[:-1], inputs[1:], slice(len(start) - 1, None), source)
 
     def of_encoder(number: int, request: Request) -> Iterator[_Row]:
         check(number, request, context - 2)

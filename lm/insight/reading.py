@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data.record_store import Record
-from lm.data.special_tokens import special_tokens
+from lm.data.special_tokens import special_tokens, target_start
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import decode_best
 from lm.decoding.beam import BeamOptions
@@ -166,7 +166,8 @@ def make_passage(
             (found,) = decode_best(experiment, params, tokenizer, [source], options)
         else:
             found = list(tokenizer.encode(target))
-        tokens = _checked("target", [special.bos, *found], model)
+        start = target_start(tokenizer, experiment.config.data.target_prefix)
+        tokens = _checked("target", [*start, *found], model)
         targets = [*tokens[1:], special.eos]
         if not objective.has_perplexity:  # encoder and decoder read the same text
             tokens, source = source, None

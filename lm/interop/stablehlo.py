@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lm.data.special_tokens import special_tokens
+from lm.data.special_tokens import special_tokens, target_start
 from lm.data.tokenizer import Template
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import context_length, is_encoder_decoder
+from lm.decoding.prompts import context_length, first_inputs, is_encoder_decoder
 from lm.decoding.sampling import decode_last
 from lm.decoding.weights import prepare
 from lm.errors import UserError, missing_package, nearest
@@ -186,7 +186,7 @@ def _generator(experiment: Experiment, model: nn.Module, sizes: Sizes) -> dict[s
     each row.
     """
     context = _context(experiment, sizes)
-    bos = special_tokens(experiment.tokenizer).bos
+    start = target_start(experiment.tokenizer, experiment.config.data.target_prefix)
     treedef: Any = None
 
     def after(lengths_B: jax.Array, logits_BLV: jax.Array, cache: Any) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def _generator(experiment: Experiment, model: nn.Module, sizes: Sizes) -> dict[s
         if is_encoder_decoder(model):
             inputs = tokens_BL, segments_BL, context
             cache: Any = model.apply(as_variables(params), *inputs, method="start")
-            zeros_B = jnp.zeros_like(tokens_BL[:, 0])
-            return step(params, zeros_B + bos, zeros_B, cache)
+            first = first_inputs(start, tokens_BL.shape[0])
+            return after(first[2].sum(-1), *decode_last(model, params, *first, cache))
         cache = model.apply({}, tokens_BL.shape[0], context, method="empty_cache")
         positions_BL = jnp.maximum(segments_BL.cumsum(-1) - 1, 0)
         prefix = (segments_BL,) if experiment.objective.has_prefix else ()

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from lm.data.batches import Arrays, Example
 from lm.data.record_store import PackedRecords, Record, RecordStore, pack_records
-from lm.data.special_tokens import SpecialTokens, special_tokens
+from lm.data.special_tokens import SpecialTokens, special_tokens, target_start
 from lm.data.tokenizer import Tokenizer
+from lm.errors import UserError
 from lm.objectives.losses import token_loss
 from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Reference, Shapes
 
@@ -30,6 +31,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
         source_length: tokens of a row of sources, S.
         target_length: tokens of a row of targets, T.
         special: special token ids.
+        prefix: ids that each target begins with, as targets of weight 0.
         pack: put several pairs into a row.
         label_smoothing: share of a target's probability spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
@@ -45,6 +47,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
     target_length: int
     special: SpecialTokens
     _: KW_ONLY
+    prefix: tuple[int, ...] = ()
     pack: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -52,10 +55,17 @@ class Seq2Seq(Objective[RecordStore, Example]):
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Seq2Seq:
+        _, *prefix = target_start(tokenizer, config.data.target_prefix)
+        if len(prefix) >= config.data.target_length:
+            raise UserError(
+                f"--config.data.target_length={config.data.target_length} has no room for the "
+                f"{len(prefix)} tokens of --config.data.target_prefix and the end of a target"
+            )
         return cls(
             config.data.sequence_length,
             config.data.target_length,
             special_tokens(tokenizer),
+            prefix=tuple(prefix),
             pack=config.data.pack,
             label_smoothing=config.objective.label_smoothing,
             z_loss=config.objective.z_loss,
@@ -78,7 +88,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
         """Return rows of pairs that together fit; a pair that is too long is cut to one row."""
         self.require_columns(store)
         around = self.special.around_source
-        more = len(around.before) + len(around.after), 1
+        more = len(around.before) + len(around.after), 1 + len(self.prefix)
         lengths = np.stack([store.lengths("source"), store.lengths("target")], axis=1) + more
         limits = (self.source_length, self.target_length)
         if not self.pack:
@@ -101,14 +111,15 @@ class Seq2Seq(Objective[RecordStore, Example]):
             row["source_segments"][here] = row["target_segments"][there] = segment
             row["source_positions"][here] = np.arange(len(source))
             row["target_positions"][there] = np.arange(len(targets))
-            row["weights"][there] = 1
+            row["weights"][there][len(self.prefix) :] = 1
         return row
 
     def pair(self, record: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return source, decoder inputs and targets of a record."""
         source = self.source(record)
-        target = np.append(record.tokens["target"][: self.target_length - 1], self.special.eos)
-        return source, np.append(self.special.bos, target[:-1]), target
+        kept = record.tokens["target"][: self.target_length - 1 - len(self.prefix)]
+        inputs = np.concatenate([[self.special.bos], self.prefix, kept]).astype(np.int32)
+        return source, inputs, np.append(inputs[1:], self.special.eos)
 
     def source(self, record: Record) -> np.ndarray:
         """Return the tokens of the encoder: the source, then eos or what the tokenizer adds."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lm.config import default, set_value
+from lm.data.special_tokens import target_start
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import build
 
@@ -25,7 +26,7 @@ class Letters(Tokenizer):
         return "".join(chr(int(i) - 3 + ord("a")) for i in ids if i > 2)
 
     def token_id(self, name):
-        return {"<pad>": 0}.get(name)
+        return {"<pad>": 0, "<a>": 3, "<b>": 4}.get(name)
 
     def files(self):
         return {}
@@ -78,10 +79,11 @@ def _log_probabilities(experiment, params, text, outputs):
     """Of every token of each output, [N, T], by full forward passes without a cache."""
     outputs = np.asarray(outputs)
     if "encoder_decoder" in experiment.config.model.family:
-        before = np.concatenate([np.ones_like(outputs[:, :1]), outputs[:, :-1]], axis=1)
+        start = target_start(Letters(8), experiment.config.data.target_prefix)
+        before = np.concatenate([np.tile(start, (len(outputs), 1)), outputs[:, :-1]], axis=1)
         sources = np.tile(text, (len(outputs), 1))
-        ones = np.ones_like(sources), np.ones_like(outputs)
-        logits = _apply(experiment.model)(params, sources, before, *ones)
+        ones = np.ones_like(sources), np.ones_like(before)
+        logits = _apply(experiment.model)(params, sources, before, *ones)[:, len(start) - 1 :]
     else:
         tokens = np.concatenate([np.tile(text, (len(outputs), 1)), outputs], axis=1)
         logits = _apply(experiment.model)(params, tokens)[:, len(text) - 1 : -1]

@@ -8,8 +8,13 @@ from lm.decoding import batch
 from lm.decoding.batch import decode_best, sample_batches, search_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
+from lm.decoding.engine.choice import open_engine
+from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
+from lm.evaluation import likelihood
+from lm.evaluation.likelihood import Request
 
 RNG = np.random.default_rng(0)
 INPUTS = [[1, *RNG.integers(3, 8, n)] for n in (3, 8, 1, 7, 2, 2, 5, 9, 4)]
@@ -132,3 +137,33 @@ def test_samples_obey_controls(make_experiment):
         assert banned[1] not in pairwise(tokens)
     (penalised,) = sampled(made, INPUTS[:1], repetition_penalty=1e6)
     assert len(set(penalised[0][:3])) == 3
+
+
+@pytest.mark.parametrize("family", ["encoder_decoder", "lstm_encoder_decoder"])
+def test_a_target_goes_on_after_its_prefix(make_experiment, log_probabilities, family):
+    changes = {"decode__beam_size": 2, "data__target_prefix": "<b>,<a>"}
+    experiment, params, tokenizer = make_experiment(family, **changes)
+    options = BeamOptions(2, 20, 0.0, Controls())
+    (best, second), *_ = search_batches(experiment, params, tokenizer, [[3, 5, 2]], options)
+    # The positions of a Transformer are learned: 12 of them hold the start and the prefix too.
+    assert len(best.tokens) == (10 if family == "encoder_decoder" else 20)
+    outputs = [best.tokens, second.tokens]
+    scores_N = log_probabilities(experiment, params, [3, 5, 2], outputs).sum(1)
+    assert [best.score, second.score] == pytest.approx(scores_N, abs=1e-4)
+
+    object.__setattr__(experiment, "tokenizer", tokenizer)
+    engine = open_engine(experiment, params, EngineOptions(n_rows=2))
+    engine.add(GenerationRequest((3, 5, 2), 30, 1e-5, seed=1))
+    greedy = []
+    while progress := engine.step():
+        greedy += [token.id for one in progress for token in one.tokens]
+    (found,) = decode_best(
+        experiment, params, tokenizer, [[3, 5, 2]], BeamOptions(1, 30, 0.0, Controls())
+    )
+    assert greedy == found
+    score = likelihood.score(
+        experiment, params, tokenizer, [Request(np.array([3, 5, 2]), np.array(best.tokens[:5]))]
+    )[0]
+    assert score.log_likelihoods.sum() == pytest.approx(
+        log_probabilities(experiment, params, [3, 5, 2], [best.tokens[:5]]).sum(), abs=1e-4
+    )

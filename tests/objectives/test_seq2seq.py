@@ -72,6 +72,23 @@ def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
         assert row["targets"].tolist() == [*map(ord, "uv"), EOS]
 
 
+def test_a_prefix_is_read_and_not_learned(make_store):
+    """Two pairs of 2 + 2 + 1 target tokens, the ends included, fill a row; a third is cut."""
+    prefix = (100, 101)
+    objective = Seq2Seq(8, 10, SPECIAL, prefix=prefix)
+    cut, row = rows(objective, make_store([("a", "xy"), ("b", "zw"), ("c", "0123456789")]))
+    assert row["inputs"].tolist() == [BOS, *prefix, *b"xy", BOS, *prefix, *b"zw"]
+    assert row["targets"].tolist() == [*prefix, *b"xy", EOS, *prefix, *b"zw", EOS]
+    assert row["weights"].tolist() == [0, 0, 1, 1, 1] * 2
+    assert cut["targets"].tolist() == [*prefix, *b"0123456", EOS]
+    config = default()
+    config.data.target_prefix, config.data.target_length = "<none>", 1
+    with pytest.raises(UserError, match="no token '<none>'"):
+        Seq2Seq.from_config(config, ByteTokenizer())
+    with pytest.raises(UserError, match="target_length=1 has no room for the 1 tokens"):
+        Seq2Seq.from_config(config, None)
+
+
 @pytest.mark.parametrize(("pack", "n_rows"), [(True, 3), (False, 6)])
 def test_every_pair_is_in_one_row_and_rows_are_full(make_store, pack, n_rows):
     """Six pairs of 21 source and 19 target tokens, ends included: three rows of 8 hold them."""

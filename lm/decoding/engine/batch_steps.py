@@ -22,7 +22,13 @@ from lm.decoding.engine.option_table import OptionTable
 from lm.decoding.engine.programs import goes_on
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
-from lm.decoding.prompts import context_length, is_encoder_decoder, pad_ids, padded_length
+from lm.decoding.prompts import (
+    first_inputs,
+    is_encoder_decoder,
+    pad_ids,
+    pad_sources,
+    padded_length,
+)
 from lm.decoding.sampling import State, cache_length, decode_last, lengthen
 from lm.models.variables import Params, as_variables
 
@@ -33,7 +39,7 @@ def batch_steps(
     requests: Sequence[GenerationRequest],
     seeds: Sequence[int],
     allowed: Callable[[], np.ndarray] | None,
-    bos: int,
+    start_ids: tuple[int, ...],
     has_prefix: bool = False,
 ) -> Iterator[Chosen]:
     """Yield the next tokens of all rows, on the host; -1 for rows that have ended.
@@ -45,7 +51,7 @@ def batch_steps(
         seeds: their seeds.
         allowed: returns the tokens that may come next, bool [B, V], once the tokens before were
             yielded; None: all.
-        bos: token that a target begins with.
+        start_ids: tokens that a target follows.
         has_prefix: tokens of a prompt attend to each other in both directions.
     """
     B = 1 << (len(requests) - 1).bit_length()
@@ -55,14 +61,14 @@ def batch_steps(
     options = table.on_device
     prompts = [*(request.prompt for request in requests), *[requests[0].prompt] * B][:B]
     n_steps = max(request.max_new_tokens for request in requests)
-    T, L = padded_length(n_steps + 1), padded_length(max(map(len, prompts)))
+    T, L, P = padded_length(n_steps + 1), padded_length(max(map(len, prompts))), len(start_ids)
     if has_source := is_encoder_decoder(model):
-        L = min(L, context_length(model) or L)
-    arrays = pad_ids(prompts, L, left=not has_source)
-    room = T if has_source else cache_length(L, L + T)
+        arrays, room = pad_sources(prompts, model), T + P - 1
+    else:
+        arrays, room = pad_ids(prompts, L, left=True), cache_length(L, L + T)
     mask = allowed and allowed()
-    lengths_B = np.array([1 if has_source else len(prompt) for prompt in prompts])
-    state, chosen = _start(model, room, T, has_prefix, bos, params, options, mask, *arrays)
+    lengths_B = np.array([P if has_source else len(prompt) for prompt in prompts])
+    state, chosen = _start(model, room, T, has_prefix, start_ids, params, options, mask, *arrays)
     for n in range(1, n_steps):
         before, is_behind = chosen, allowed is None  # then the host reads one step behind
         if not is_behind:
@@ -83,7 +89,7 @@ def _start(
     room: int,
     T: int,
     has_prefix: bool,
-    bos: int,
+    start_ids: tuple[int, ...],
     params: Params,
     options: RowOptions,
     allowed_BV: jax.Array | None,
@@ -96,8 +102,7 @@ def _start(
     if is_encoder_decoder(model):
         variables = as_variables(params)
         cache: Any = model.apply(variables, tokens_BL, segments_BL, room, method="start")
-        first_B1 = jnp.full((B, 1), bos)
-        inputs = first_B1, jnp.zeros_like(first_B1), jnp.ones_like(first_B1), cache
+        inputs = *first_inputs(start_ids, B), cache
     else:
         cache = model.apply({}, B, room, method="empty_cache")
         positions_BL = jnp.maximum(jnp.cumsum(segments_BL, 1) - 1, 0)

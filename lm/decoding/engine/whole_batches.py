@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.special_tokens import special_tokens
+from lm.data.special_tokens import target_start
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import search_batches
 from lm.decoding.beam import BeamOptions
@@ -56,6 +56,8 @@ class WholeBatchEngine:
         self._vocab_size: int = self._model.config.vocab_size  # type: ignore[attr-defined]
         self._table = OptionTable(1, self._vocab_size)
         self._has_source = is_encoder_decoder(self._model)
+        prefix = experiment.config.data.target_prefix
+        self._start_ids = target_start(experiment.tokenizer, prefix) if self._has_source else ()
         self.context = None if self._has_source else context_length(self._model)
         self._waiting: deque[ServedRow] = deque()
         self._running: dict[int, ServedRow] = {}
@@ -75,7 +77,8 @@ class WholeBatchEngine:
         # The longest target that an encoder–decoder with learned positions writes fills them.
         context = context_length(self._model)
         if context is not None:
-            room = context - (0 if self._has_source else len(request.prompt))
+            n_before = len(self._start_ids) - 1 if self._has_source else len(request.prompt)
+            room = context - n_before
             request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         self._waiting.append(ServedRow(self._n_requests, request, [], len(request.prompt)))
         self._n_requests += 1
@@ -149,8 +152,6 @@ class WholeBatchEngine:
 
     def _sample(self, group: list[ServedRow]) -> Iterator[list[Progress]]:
         """Yield the progress of samples, token by token."""
-        tokenizer = self._experiment.tokenizer
-        bos = special_tokens(tokenizer).bos if self._has_source and tokenizer else 0
         open_rows = dict(enumerate(group))
 
         def allowed() -> np.ndarray:
@@ -166,7 +167,7 @@ class WholeBatchEngine:
             [row.request for row in group],
             [_seed(row.request) for row in group],
             allowed if any(row.needs_mask for row in group) else None,
-            bos,
+            self._start_ids,
             self._experiment.objective.has_prefix,
         )
         for chosen in steps:
