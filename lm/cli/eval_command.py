@@ -77,6 +77,7 @@ _VALIDATION = (
     "data.source",
     "data.validation_source",
     "data.validation_fraction",
+    "data.validation_seed",
     "data.validation_split",
 )
 _OF_LOSS = ("eval.max_batches", "eval.by_source", "train.steps_per_dispatch")

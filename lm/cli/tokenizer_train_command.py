@@ -23,6 +23,7 @@ _READING = (
     "data.split",
     "data.validation_source",
     "data.validation_fraction",
+    "data.validation_seed",
 )
 
 

@@ -628,6 +628,7 @@ COMMON_KEYS: dict[str, Key] = {
         low=0.0,
         high=0.9,
     ),
+    "data.validation_seed": Key(0, "Seed of the random choice of data.validation_fraction.", low=0),
     "data.tokenizer": Key(
         "byte",
         "byte; char, words or sentencepiece (trained on the corpus); words:FILE, "

@@ -44,6 +44,7 @@ NAMES = {
     "data.test_source": "testfile testdata testset",
     "data.validation_fraction": "valfraction validationsplitpercentage valsize valratio "
     "evalfraction testsize valsplit",
+    "data.validation_seed": "splitseed evalseed valseed",
     "data.directory": "datadir",
     "data.cache_directory": "cachedir",
     "data.tokenizer": "tokenizername tokenizerpath tokenizermodel tokenizertype vocabfile vocab",

@@ -145,7 +145,7 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
         return corpus
     from lm.data.held_out import HeldOut
 
-    return HeldOut(corpus, data.validation_fraction, split)
+    return HeldOut(corpus, data.validation_fraction, split, data.validation_seed)
 
 
 def holds_out_records(data: Any, columns: Columns) -> bool:

@@ -22,13 +22,14 @@ class HeldOut:
     """One side of a corpus that is divided into "train" and "validation".
 
     A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
-    does. Of several documents, as many are in "train", and the others are a fixed random choice:
+    does. Of several documents, as many are in "train", and the others are a random choice by `seed`:
     corpora are often sorted, by source or by date.
     """
 
     corpus: Corpus
     fraction: float
     split: str
+    seed: int = 0
 
     @property
     def size(self) -> int | None:
@@ -47,7 +48,8 @@ class HeldOut:
 
     @cached_property
     def digest(self) -> str:
-        parts = (self.corpus.digest, "held out at random", self.fraction, self.split)
+        by_seed = (self.seed,) if self.seed else ()  # digests of earlier versions stay
+        parts = (self.corpus.digest, "held out at random", self.fraction, self.split, *by_seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def chunks(self) -> Iterator[Chunk]:
@@ -85,7 +87,7 @@ class HeldOut:
     def chosen(self, n_documents: int) -> np.ndarray:
         """Return the indices of the documents that are held out."""
         n = n_documents - self.border(n_documents, "documents")
-        return np.random.default_rng(0).choice(n_documents, n, replace=False)
+        return np.random.default_rng(self.seed).choice(n_documents, n, replace=False)
 
     @cached_property
     def _counts(self) -> tuple[int, int]:
@@ -158,5 +160,5 @@ def split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
             f"--config.data.validation_fraction={data.validation_fraction} of "
             f"{store.manifest.source} leaves a split empty: it has {len(store)} records"
         )
-    order = np.random.default_rng(0).permutation(len(store))
+    order = np.random.default_rng(data.validation_seed).permutation(len(store))
     return store.select(np.sort(order[:border])), store.select(np.sort(order[border:]))
