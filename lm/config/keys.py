@@ -444,6 +444,12 @@ COMMON_KEYS: dict[str, Key] = {
         choices=("family", "mean"),
         needs=("objective.name", "classification", "reward"),
     ),
+    "model.copy": Key(
+        False,
+        "Mix the output distribution with one over the tokens of the source, a pointer-generator "
+        "(See et al. 2017).",
+        needs=("model.family", "encoder_decoder", "lstm_encoder_decoder"),
+    ),
     "model.bidirectional": Key(
         False,
         "Recurrent encoders and classifiers are bidirectional.",
@@ -648,7 +654,9 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("data.tokenizer", "words"),
     ),
     "data.lowercase": Key(
-        False, "The words tokenizer lowercases text.", needs=("data.tokenizer", "words")
+        False,
+        "The tokenizer trained on the corpus (words, sentencepiece) lowercases text.",
+        needs=("data.tokenizer", "words", "sentencepiece"),
     ),
     "data.added_tokens": Key(
         "",

@@ -22,8 +22,8 @@ class HeldOut:
     """One side of a corpus that is divided into "train" and "validation".
 
     A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
-    does. Of several documents, as many are in "train", and the others are a random choice by `seed`:
-    corpora are often sorted, by source or by date.
+    does. Of several documents, as many are in "train", and the others are a random choice by
+    `seed`: corpora are often sorted, by source or by date.
     """
 
     corpus: Corpus

@@ -324,11 +324,10 @@ def decode_last(
     def lean(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         if name == "logits" and not module.path:
-            x_BLD, *rest = args
-            x_BND = (
-                x_BLD[:, -1:] if at_BN is None else jnp.take_along_axis(x_BLD, at_BN[..., None], 1)
+            at_BN1 = None if at_BN is None else at_BN[..., None]
+            args = jax.tree.map(
+                lambda x: x[:, -1:] if at_BN1 is None else jnp.take_along_axis(x, at_BN1, 1), args
             )
-            args = (x_BND, *rest)
         if quantized_kernel(module) is not None:
             return with_quantized(method, args, kwargs, context)
         is_lookup = (type(module), name) == (Embedding, "__call__")

@@ -24,11 +24,13 @@ CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
 class CrossCache:
     """Keys and values of an encoded source, heads first, of all layers, and its segment ids.
 
-    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [B, G, T, K].
+    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [B, G, T, K]. `copied` is
+    the source as `lm/models/copying.py` reads it, in a model that copies.
     """
 
     keys_values: Any
     segment_ids_BS: jax.Array
+    copied: Any = None
 
 
 @flax.struct.dataclass
@@ -87,7 +89,7 @@ class Cache:
         source = self.source
         if source is not None:
             held = take(self.row_axis, source.keys_values)
-            source = CrossCache(held, take(0, source.segment_ids_BS))
+            source = CrossCache(held, *take(0, (source.segment_ids_BS, source.copied)))
         mixers, segments_BS = take(self.row_axis, self.mixers), take(0, self.segment_ids_BS)
         return Cache(mixers, segments_BS, self.index, source, self.row_axis)
 

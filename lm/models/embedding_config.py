@@ -20,6 +20,7 @@ class EmbeddingConfig:
     logit_softcap: float = 0.0
     transform_bias: bool = True
     first_norm: bool = True
+    copy: bool = False
     n_classes: int = 0
     pooling: str = "family"
     pooler_activation: str = "tanh"

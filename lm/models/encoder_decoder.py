@@ -6,15 +6,18 @@ Shape letters: B batch, S source length, L target length, D model, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.cache import Cache, init_cache
+from lm.models.copying import CopyState, EncodedSource, attend_to_source, mixed_logits
 from lm.models.decoder import Model, position_table
 from lm.models.layers import make_norm
 from lm.models.transformer import Stack
+from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
 
 
@@ -23,7 +26,9 @@ class EncoderDecoder(Model):
 
     Source and target share the token embeddings; with `separate_embeddings` (BART, Lewis et al.
     2020) the source has a position table and an embedding norm of its own. With `n_mels` the source
-    is audio, which `AudioFrontEnd` embeds (Whisper, Radford et al. 2022).
+    is audio, which `AudioFrontEnd` embeds (Whisper, Radford et al. 2022). With `copy` the output
+    distribution is one of generated and copied tokens, and the hidden states that logits are
+    computed from are a `CopyState`.
     """
 
     def setup(self) -> None:
@@ -40,6 +45,10 @@ class EncoderDecoder(Model):
             from lm.models.audio_front_end import AudioFrontEnd
 
             self.front_end = AudioFrontEnd(of_source)
+        if c.copy:
+            matrix, head = (Role(kind, c.stream, "body") for kind in (Kind.MATRIX, Kind.HEAD))
+            self.copy_query = self._linear(c.d_model, "pooled", matrix, bias=False)
+            self.copy_gate = self._linear(1, "classes", head)
 
     @property
     def n_decoder_layers(self) -> int:
@@ -58,7 +67,7 @@ class EncoderDecoder(Model):
         target_segments_BL: jax.Array | None = None,
         source_positions_BS: jax.Array | None = None,
         target_positions_BL: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> Any:
         """Return the hidden states that the logits are computed from, [B, L, D].
 
         A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
@@ -86,7 +95,23 @@ class EncoderDecoder(Model):
             encoded_BSD,
             source_segments_BS,
         )
-        return x_BLD
+        encoded = EncodedSource(encoded_BSD, source_segments_BS, source)
+        return self._copying(x_BLD, target_segments_BL, encoded)
+
+    def logits(self, x_BLD: Any) -> jax.Array:
+        """Return the logits [B, L, V] of hidden states or of a `CopyState`, float32."""
+        return mixed_logits(super().logits, x_BLD)
+
+    def _copying(
+        self, x_BLD: jax.Array, segments_BL: jax.Array, source: EncodedSource
+    ) -> jax.Array | CopyState:
+        """Return the hidden states, with `copy` as a `CopyState`."""
+        c = self.config
+        if not c.copy:
+            return x_BLD
+        query_BLD = self.copy_query(x_BLD) * (c.width_ratio * c.d_model) ** -0.5
+        gate_BL1 = self.copy_gate(self._scale_output(x_BLD))
+        return attend_to_source(x_BLD, query_BLD, gate_BL1, segments_BL, source)
 
     def encode(
         self,
@@ -128,6 +153,10 @@ class EncoderDecoder(Model):
         encoded_BSD = self.encode(source, source_segments_BS)
         _, cache = self.decoder(x_BLD, positions_BL, mask, empty, encoded_BSD, source_segments_BS)
         assert cache is not None
+        assert cache.source is not None
+        if self.config.copy:
+            copied = EncodedSource(encoded_BSD, source_segments_BS, source)
+            cache = replace(cache, source=replace(cache.source, copied=copied))
         return replace(empty, source=cache.source)
 
     def decode(
@@ -143,4 +172,5 @@ class EncoderDecoder(Model):
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
         x_BLD, after = self.decoder(x_BLD, positions_BL, mask, cache)
         assert after is not None
-        return self.logits(x_BLD), after
+        assert after.source is not None
+        return self.logits(self._copying(x_BLD, segment_ids_BL, after.source.copied)), after

@@ -6,7 +6,7 @@ Shape letters: N chunks, B batch, T targets, D model, V vocabulary, C devices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Losses = TypeVar("Losses")
 
 
-def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: jax.Array) -> Losses:
+def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: Any) -> Losses:
     """Return the loss of every target, computed chunk by chunk of columns.
 
     The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
@@ -32,9 +32,9 @@ def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: jax.A
     Args:
         compute: returns the losses of some targets, a tree of [B, T], from the model and columns.
         model: bound model.
-        *columns: arrays [B, T, …], the hidden states at the targets first.
+        *columns: trees of arrays [B, T, …], the hidden states at the targets first.
     """
-    B, T = columns[0].shape[:2]
+    B, T = jax.tree.leaves(columns)[0].shape[:2]
     shards = count_shards("residual_length"), count_shards("length"), 1
     C = next(n for n in shards if T % n == 0)
     # Devices of tensor parallelism share the columns of a chunk, and each has part of its logits.
@@ -42,7 +42,7 @@ def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: jax.A
     if n == 1:
         return compute(model, *columns)
 
-    def step(model: BoundModel, carry: None, chunk: tuple[jax.Array, ...]) -> tuple:
+    def step(model: BoundModel, carry: None, chunk: tuple[Any, ...]) -> tuple:
         return None, compute(model, *chunk)
 
     scan = nn.scan(
@@ -59,8 +59,8 @@ def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: jax.A
         return jnp.moveaxis(x_NBT.reshape(n, B, C, -1), 0, 2).reshape(B, T)
 
     first, *others = columns
-    columns = (constrain(first, "rows", "residual_length", "embed"), *others)
-    _, losses = scan(model, None, tuple(map(split, columns)))
+    first = jax.tree.map(lambda x: constrain(x, "rows", "residual_length", "embed"), first)
+    _, losses = scan(model, None, jax.tree.map(split, (first, *others)))
     return jax.tree.map(join, losses)
 
 

@@ -41,11 +41,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def fit_settings(cls, data: Any) -> dict[str, Any]:
-        return {"vocab_size": data.tokenizer_vocab_size}
+        folded = {"lowercase": True} if data.lowercase else {}
+        return {"vocab_size": data.tokenizer_vocab_size} | folded
 
     @classmethod
-    def fit(cls, texts: Iterable[str], vocab_size: int) -> Self:  # type: ignore[override]
-        return cls(train_sentencepiece(texts, vocab_size))
+    def fit(cls, texts: Iterable[str], **settings: Any) -> Self:
+        return cls(train_sentencepiece(texts, **settings))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.model,)
@@ -131,19 +132,24 @@ def _present(special_id: int) -> int | None:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, model_type: str = "bpe", seed: int = 0
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: str = "bpe",
+    seed: int = 0,
+    lowercase: bool = False,
 ) -> bytes:
     """Train a SentencePiece model.
 
-    The model is lossless: identity normalization, no dummy prefix, all whitespace, and bytes for
-    rare characters. The same texts give the same model. Of much text a seeded sample is used: 20
-    million characters, for unigram 4 million.
+    But for `lowercase` the model is lossless: identity normalization, no dummy prefix, all
+    whitespace, and bytes for rare characters. The same texts give the same model. Of much text a
+    seeded sample is used: 20 million characters, for unigram 4 million.
 
     Args:
         texts: training text.
         vocab_size: number of pieces.
         model_type: "bpe" or "unigram".
         seed: seed of the sample.
+        lowercase: fold case, and characters by NFKC.
 
     Returns:
         The serialized proto of the model.
@@ -160,7 +166,7 @@ def train_sentencepiece(
             model_type=model_type,
             character_coverage=0.9999,
             byte_fallback=True,
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc_cf" if lowercase else "identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,

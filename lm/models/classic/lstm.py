@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lm.kernels.elementwise import add_bias
 from lm.kernels.lstm_scan import LstmState, SegmentStarts, lstm_scan
 from lm.models.classic.linear import init_linear
+from lm.models.copying import EncodedSource
 from lm.models.transformer_config import InitConfig
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
@@ -32,19 +33,12 @@ class RecurrentConfig(InitConfig):
     carry: bool = False
     n_classes: int = 0
     tie_embeddings: bool = True
+    copy: bool = False
     dropout: float = 0.0
     _: KW_ONLY
     init: str = "uniform"
     init_std: float = 0.05
     loss_chunk: int = 0
-
-
-@flax.struct.dataclass
-class EncodedSource:
-    """Encoder outputs that a decoder attends to, and their segment ids."""
-
-    encoded_BSH: jax.Array
-    segment_ids_BS: jax.Array
 
 
 @flax.struct.dataclass

@@ -17,13 +17,13 @@ from lm.kernels.dot_product_attention import AttentionMask, attention
 from lm.kernels.lstm_scan import LstmState
 from lm.models.classic.linear import init_linear
 from lm.models.classic.lstm import (
-    EncodedSource,
     LstmCache,
     LstmStack,
     RecurrentConfig,
     last_states,
     segment_starts,
 )
+from lm.models.copying import CopyState, EncodedSource, attend_to_source, mixed_logits
 from lm.models.layers import Embedding
 from lm.models.task_layers import Bias
 from lm.models.variables import Kind, Role
@@ -159,7 +159,8 @@ class LstmEncoderDecoder(Recurrent):
     Each layer of the decoder starts from the final state of that layer of the encoder. The
     decoder's outputs h attend to the encoder's by dot products, and logits are computed from
     tanh(W [h; context]). The context is no input of the next step, so that in training attention
-    is computed for all steps at once. With `config.bidirectional` the encoder reads both ways.
+    is computed for all steps at once. With `config.bidirectional` the encoder reads both ways; with
+    `config.copy` hidden states are a `CopyState` (`lm/models/copying.py`).
     """
 
     def setup(self) -> None:
@@ -169,6 +170,15 @@ class LstmEncoderDecoder(Recurrent):
         self.decoder = LstmStack(c, self.deterministic)
         role, n_hidden = Role(Kind.MATRIX, c.stream, "body"), (c.d_hidden,)
         self.attended = init_linear(c, 2 * c.d_hidden, n_hidden, ("hidden", "hidden"), role)
+        self.copy_query = init_linear(
+            c, c.d_hidden, n_hidden, ("hidden", "hidden"), role, use_bias=False
+        )
+        head = Role(Kind.HEAD, c.stream, "body")
+        self.copy_gate = init_linear(c, c.d_hidden, (1,), ("hidden", "classes"), head)
+
+    def logits(self, x_BLH: jax.Array | CopyState) -> jax.Array:
+        """Return the logits [B, L, V] of hidden states or of a `CopyState`, float32."""
+        return mixed_logits(super().logits, x_BLH)
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Return the logits [B, L, V] of the next targets, float32, as `decoder_hidden` reads."""
@@ -182,7 +192,7 @@ class LstmEncoderDecoder(Recurrent):
         target_segments_BL: jax.Array,
         source_positions_BS: jax.Array | None = None,
         target_positions_BL: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> jax.Array | CopyState:
         """Return the hidden states that the logits are computed from, [B, L, H].
 
         A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
@@ -205,7 +215,7 @@ class LstmEncoderDecoder(Recurrent):
     ) -> tuple[EncodedSource, list[LstmState]]:
         """Return the encoder's outputs, and the states [B, S, H] of its layers at every token."""
         encoded_BSH, states = self.encoder(self.tokens(source_BS), segments_BS)
-        return EncodedSource(encoded_BSH, segments_BS), states
+        return EncodedSource(encoded_BSH, segments_BS, source_BS), states
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> LstmCache:
         """Return a cache for targets of any `length` that holds the source, which is segment 1."""
@@ -245,9 +255,15 @@ class LstmEncoderDecoder(Recurrent):
 
         return [LstmState(*map(pick, state)) for state in states]
 
-    def _attend(self, x_BLH: jax.Array, segments_BL: jax.Array, source: EncodedSource) -> jax.Array:
-        keys_BS1H = source.encoded_BSH[:, :, None]
+    def _attend(
+        self, x_BLH: jax.Array, segments_BL: jax.Array, source: EncodedSource
+    ) -> jax.Array | CopyState:
+        keys_BS1H = source.encoded_BSD[:, :, None]
         mask = AttentionMask(False, segments_BL, source.segment_ids_BS)
         context_BL1H = attention(x_BLH[:, :, None], keys_BS1H, keys_BS1H, mask, scale=1.0)
         both_BLH = jnp.concatenate([x_BLH, context_BL1H[:, :, 0]], axis=-1)
-        return jnp.tanh(self.attended(both_BLH))
+        x_BLH = jnp.tanh(self.attended(both_BLH))
+        if not self.config.copy:
+            return x_BLH
+        query_BLH, gate_BL1 = self.copy_query(x_BLH), self.copy_gate(x_BLH)
+        return attend_to_source(x_BLH, query_BLH, gate_BL1, segments_BL, source)
