@@ -12,6 +12,12 @@ SentencePiece instead of BPE and the length penalty. Under two hours of one core
 
     LM_DATA_DIR=DIR lm train --config experiments/multi30k.py --workdir runs/multi30k
     LM_DATA_DIR=DIR lm eval --workdir runs/multi30k --task --split test --average 10
+
+The test set of 2017 (33.36 in the paper) is another source:
+
+    P=multi30k/test_2017_flickr.lc.norm.tok
+    LM_DATA_DIR=DIR lm eval --workdir runs/multi30k --task --split test --average 10 \
+        --config.data.test_source="parallel:$P.en|$P.de"
 """
 
 from lm.config import choose, default

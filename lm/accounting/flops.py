@@ -79,7 +79,7 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
         "encoder": width * (n_global * both_ways + n_local * near),
         "encoder_decoder": width * (m.n_layers * both_ways + m.n_decoder_layers * (causal + cross)),
         "lstm_encoder_decoder": m.d_hidden * cross,
-    }.get(m.family, 0)
+    }.get(m.family, 0) + m.copy * (m.d_hidden or m.d_model) * cross / 2
 
 
 def used_share(experiment: Experiment, path: str) -> float:

@@ -6,9 +6,9 @@ and their roles), `attention.py` (token mixers and the cache that each brings), 
 `encoder_decoder.py`. `latent_attention.py` and `mamba.py` are further token mixers; `moe.py` has
 experts, `expert_choice.py` who gets which, `model_state.py` what they keep beside parameters,
 `positions.py` position information other than plain RoPE, `cache.py` the decoding cache,
-`cross_attention.py` attention to a source, `sharded_attention.py` and `sharded_experts.py` both
-sublayers on a mesh, `parameter_groups.py` which parameters train, `lora.py` low-rank factors beside
-those of any model, `quantized_kernel.py` kernels in 8 or 4 bits, `quantized_layers.py` their
+`cross_attention.py` attention to a source, `copying.py` copies of its tokens,
+`sharded_attention.py` and `sharded_experts.py` both sublayers on a mesh, `parameter_groups.py`
+which parameters train, `lora.py` low-rank factors beside those of any model, `quantized_kernel.py` kernels in 8 or 4 bits, `quantized_layers.py` their
 products, `embedding_noise.py` noise in training,
 `classic/` the models before the Transformer.
 

@@ -41,8 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def fit_settings(cls, data: Any) -> dict[str, Any]:
-        folded = {"lowercase": True} if data.lowercase else {}
-        return {"vocab_size": data.tokenizer_vocab_size} | folded
+        return {"vocab_size": data.tokenizer_vocab_size, "lowercase": data.lowercase}
 
     @classmethod
     def fit(cls, texts: Iterable[str], **settings: Any) -> Self:
@@ -132,11 +131,7 @@ def _present(special_id: int) -> int | None:
 
 
 def train_sentencepiece(
-    texts: Iterable[str],
-    vocab_size: int,
-    model_type: str = "bpe",
-    seed: int = 0,
-    lowercase: bool = False,
+    texts: Iterable[str], vocab_size: int, model_type: str = "bpe", lowercase: bool = False
 ) -> bytes:
     """Train a SentencePiece model.
 
@@ -148,7 +143,6 @@ def train_sentencepiece(
         texts: training text.
         vocab_size: number of pieces.
         model_type: "bpe" or "unigram".
-        seed: seed of the sample.
         lowercase: fold case, and characters by NFKC.
 
     Returns:
@@ -160,7 +154,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(texts, _MOST_CHARACTERS[model_type], seed)),
+            sentence_iterator=iter(_sample(texts, _MOST_CHARACTERS[model_type])),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -183,7 +177,7 @@ def train_sentencepiece(
     return model.getvalue()
 
 
-def _sample(texts: Iterable[str], most: int, seed: int) -> list[str]:
+def _sample(texts: Iterable[str], most: int, seed: int = 0) -> list[str]:
     """Draw a uniform sample of the stretches of all texts, in their order.
 
     Every stretch draws a random number, and those with the largest are dropped until at most `most`
