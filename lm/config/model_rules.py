@@ -81,7 +81,7 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.d_model={model.d_model} must be even and above 2 for the sinusoidal "
             "positions of --config.model.n_mels"
         )
-    for name in ("separate_embeddings", "mup_base_width"):
+    for name in ("separate_embeddings", "mup_base_width", "copy"):
         if model[name]:
             yield f"--config.model.{name} is not for --config.model.n_mels"
 
