@@ -8,9 +8,9 @@ experts, `expert_choice.py` who gets which, `model_state.py` what they keep besi
 `positions.py` position information other than plain RoPE, `cache.py` the decoding cache,
 `cross_attention.py` attention to a source, `copying.py` copies of its tokens,
 `sharded_attention.py` and `sharded_experts.py` both sublayers on a mesh, `parameter_groups.py`
-which parameters train, `lora.py` low-rank factors beside those of any model, `quantized_kernel.py` kernels in 8 or 4 bits, `quantized_layers.py` their
-products, `embedding_noise.py` noise in training,
-`classic/` the models before the Transformer.
+which parameters train, `lora.py` low-rank factors beside those of any model, `quantized_kernel.py`
+kernels in 8 or 4 bits, `quantized_layers.py` their products, `embedding_noise.py` noise in
+training, `classic/` the models before the Transformer.
 
 Public: `transformer_config.make_model` builds the model of a configuration. Models know no mesh:
 parameters and activations carry logical axis names.
