@@ -1,4 +1,4 @@
-"""Causal language modelling: predict every token of a document from those before it.
+"""Causal language modeling: predict every token of a document from the tokens before it.
 
 Shape letters: B batch, L length, D model.
 """
@@ -23,11 +23,11 @@ class Causal(Objective[TokenStore, Example]):
     """Next-token prediction in windows of a text.
 
     Attributes:
-        length: tokens of a window, L.
-        stride: tokens from the start of one training window to the next; 0: `length`.
+        length: window length L in tokens.
+        stride: tokens between the starts of consecutive training windows; 0: `length`.
         isolate_documents: attention, positions and targets stay within a document.
         carry: the model continues from its state after the previous batch.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
     """
 
@@ -62,12 +62,12 @@ class Causal(Objective[TokenStore, Example]):
         return {**shapes, **fresh, "weights": ((self.length,), "float32")}
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return the windows of L + 1 tokens."""
+        """Return windows of L + 1 tokens."""
         stride = self.stride if training and self.stride else self.length
         return token_windows(store, self.length, stride, self.isolate_documents, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return inputs, targets and weights [L], and segment_ids, positions, fresh if used."""
+        """Return inputs, targets, weights [L], and if used segment_ids, positions, fresh."""
         features = {
             "inputs": example["tokens"][:-1],
             "targets": example["tokens"][1:],

@@ -1,4 +1,4 @@
-"""Chat: predict what the assistant of a conversation says, several conversations to a row.
+"""Chat tuning: predict the assistant's turns, with several conversations per row.
 
 Shape letters: B batch, L length, D model.
 """
@@ -26,18 +26,18 @@ _COLUMN = "messages"
 
 @dataclass(frozen=True)
 class ChatTuning(Objective[RecordStore, Example]):
-    """Next-token prediction in conversations, of the assistant's tokens with their end of turn.
+    """Next-token prediction of the assistant's turns, including their end-of-turn tokens.
 
     Attention and positions stay within a conversation.
 
     Attributes:
-        length: tokens of a row, L.
-        pack: put several conversations into a row.
-        last_turn_only: only the assistant's last message of a conversation is a target.
-        neftune: alpha of the noise of embeddings (Jain et al. 2023); 0: none.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        length: row length L in tokens.
+        pack: pack several conversations into a row.
+        last_turn_only: train only on the last assistant message of a conversation.
+        neftune: scale alpha of the embedding noise (Jain et al. 2023); 0: none.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
-        seed: seed of the order in which conversations are packed.
+        seed: seed of the packing order.
     """
 
     families: ClassVar = ("decoder",)
@@ -73,7 +73,7 @@ class ChatTuning(Objective[RecordStore, Example]):
         return {**shapes, "weights": ((self.length,), "float32")}
 
     def examples(self, store: RecordStore, training: bool) -> PackedRecords:
-        """Return rows of conversations that together fit, each without its last token."""
+        """Return rows of packed conversations, each without its last token."""
         self.require_columns(store)
         limits = (self.length,)
         lengths = store.lengths(_COLUMN)[:, None] - 1
@@ -82,9 +82,9 @@ class ChatTuning(Objective[RecordStore, Example]):
         return PackedRecords(store, pack_records(lengths, limits, self.seed))
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return arrays [L]; segments count the conversations of the row from 1, padding is 0.
+        """Return arrays [L]; segments number the conversations of a row from 1; 0 is padding.
 
-        With noise "segment_lengths" is the number of tokens of each token's conversation.
+        With NEFTune, "segment_lengths" has the length of each token's conversation.
         """
         row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
         end = 0
@@ -100,7 +100,7 @@ class ChatTuning(Objective[RecordStore, Example]):
         return row
 
     def is_target(self, record: Record) -> np.ndarray:
-        """Return for each token of a conversation whether it is learnt, bool [n]."""
+        """Return which tokens of a conversation are targets, bool [n]."""
         turns = record.turns[_COLUMN]
         if self.last_turn_only:
             turns = turns[turns[:, 2] == turns[-1, 2]]
@@ -110,30 +110,30 @@ class ChatTuning(Objective[RecordStore, Example]):
         return found
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of what the assistant says."""
+        """Return the cross-entropy of the assistant's tokens."""
         alpha = 0.0 if model.deterministic else self.neftune
         with embedding_noise(alpha, batch.get("segment_lengths")):
             x_BLD = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"])
         targets, weights = batch["targets"], batch["weights"]
         return token_loss(model, x_BLD, targets, weights, self.label_smoothing, self.z_loss)
 
-    # --- task: the last message of the assistant
+    # --- task: generate the assistant's last message
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return ("rouge", "exact_match")
 
     def source(self, record: Record) -> np.ndarray:
-        """Return what comes before the last message that the assistant learns to say."""
+        """Return the tokens before the last assistant message that is a target."""
         turns = record.turns[_COLUMN]
         return record.tokens[_COLUMN][: turns[turns[:, 2] == turns[-1, 2]][0, 0]]
 
     def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Return what ends the assistant's turn."""
+        """Return the token ids that end an assistant turn."""
         return ChatTemplate.of(tokenizer).stop_ids
 
     def reference(self, record: Record) -> Reference:
-        """Return the text of the last message that the assistant learns to say."""
+        """Return the text of the last assistant message that is a target."""
         return content_text(record.raw[_COLUMN][record.turns[_COLUMN][-1, 2]]["content"])
 
     def require_columns(self, store: RecordStore) -> None:

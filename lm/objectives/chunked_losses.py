@@ -1,4 +1,4 @@
-"""Token losses in chunks of columns, for `--config.train.loss_chunk`.
+"""Token losses computed in chunks of columns, for `--config.train.loss_chunk`.
 
 Shape letters: N chunks, B batch, T targets, D model, V vocabulary, C devices.
 """
@@ -22,22 +22,22 @@ Losses = TypeVar("Losses")
 
 
 def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: Any) -> Losses:
-    """Return the loss of every target, computed chunk by chunk of columns.
+    """Compute the loss of every target in chunks of columns.
 
-    The logits [B, T, V] never exist whole. They are recomputed for the gradient: on a CPU that is
-    faster than reading them back, and anywhere it saves the memory. Chunks are of columns because
-    rows are sharded over devices; where columns are too (over C devices), a chunk takes
+    The logits [B, T, V] are never materialized as a whole. They are recomputed for the gradient,
+    which saves memory and on CPU is faster than reading them back. Chunks split columns because
+    rows are sharded over devices; if columns are sharded too (over C devices), a chunk takes
     `loss_chunk` columns of every device.
 
     Args:
-        compute: returns the losses of some targets, a tree of [B, T], from the model and columns.
+        compute: returns per-target losses, a tree of [B, T], from the model and columns.
         model: bound model.
-        *columns: trees of arrays [B, T, …], the hidden states at the targets first.
+        *columns: trees of arrays [B, T, …]; the first has the hidden states at the targets.
     """
     B, T = jax.tree.leaves(columns)[0].shape[:2]
     shards = count_shards("residual_length"), count_shards("length"), 1
     C = next(n for n in shards if T % n == 0)
-    # Devices of tensor parallelism share the columns of a chunk, and each has part of its logits.
+    # Tensor-parallel devices share the columns of a chunk; each computes part of its logits.
     n = n_chunks(T // C, -(-model.config.loss_chunk // max(1, C // shards[1])))
     if n == 1:
         return compute(model, *columns)
@@ -65,6 +65,6 @@ def in_chunks(compute: Callable[..., Losses], model: BoundModel, *columns: Any) 
 
 
 def n_chunks(length: int, longest: int) -> int:
-    """Return the least number of equal chunks of at most `longest` columns; 0: one chunk."""
+    """Return the smallest number of equal chunks of at most `longest` columns (0: one chunk)."""
     fewest = -(-length // longest) if longest else 1
     return next(n for n in range(fewest, length + 1) if length % n == 0)

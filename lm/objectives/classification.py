@@ -1,4 +1,4 @@
-"""Classification of a text or a pair of texts; without classes, regression of a number.
+"""Classification of a text or text pair; regression if there are no classes.
 
 Shape letters: B batch, L length, D model, C classes.
 """
@@ -36,15 +36,14 @@ from lm.objectives.objective import (
 class Classification(Objective[RecordStore, Record]):
     """Class of "[CLS] text [SEP]" or "[CLS] text [SEP] text2 [SEP]" (Devlin et al. 2018, §4.1).
 
-    A pair that is too long loses tokens at the end of its longer text. A decoder of an imported
-    folder reads what its tokenizer puts around texts, so that its scores are those of transformers.
+    A pair that is too long loses tokens at the end of its longer text. A decoder imported from
+    Hugging Face uses its tokenizer's template, so that its scores match transformers.
 
     Attributes:
-        length: tokens of a row, L.
-        labels: names of the classes, in the order of their scores; () for regression, whose loss
-            is the squared error.
+        length: row length L in tokens.
+        labels: class names in the order of their scores; () for regression with squared error.
         special: special token ids.
-        around: ids around texts instead of [CLS] and [SEP], or None.
+        around: template that replaces [CLS] and [SEP], or None.
     """
 
     families: ClassVar = ("decoder", "encoder", "encoder_decoder", "lstm")
@@ -60,8 +59,8 @@ class Classification(Objective[RecordStore, Record]):
     def __post_init__(self) -> None:
         if self.length < 5:
             raise UserError(
-                f"--config.data.sequence_length={self.length} leaves no room for two texts "
-                "between [CLS] and [SEP]: use at least 5"
+                f"--config.data.sequence_length={self.length} leaves no room for two texts between "
+                "[CLS] and [SEP]: use at least 5"
             )
 
     @classmethod
@@ -90,7 +89,7 @@ class Classification(Objective[RecordStore, Record]):
         return self.around or Template((special.cls,), (special.sep,), special.between)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
-        """Return the records themselves."""
+        """Return the store itself: each record is an example."""
         self.require_columns(store)
         return store
 
@@ -107,13 +106,13 @@ class Classification(Objective[RecordStore, Record]):
         return features
 
     def row(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens and token types of a record, at most `length` of them."""
+        """Return the token ids and token types of a record, at most `length` of each."""
         before, after, between = self._ids.before, self._ids.after, self._ids.between
         first = record.tokens["text"]
         if "text2" in record.tokens:
             second = record.tokens["text2"]
             room = self.length - len(before) - len(between) - len(after)
-            # Lengths after cutting the longer text token by token; of equals, the second text.
+            # Lengths after truncating the longer text token by token; ties truncate the second.
             limits = max(room - len(second), (room + 1) // 2), max(room - len(first), room // 2)
             texts = [(first[: limits[0]], between), (second[: limits[1]], after)]
         else:
@@ -124,7 +123,7 @@ class Classification(Objective[RecordStore, Record]):
         return np.concatenate(parts), np.concatenate(types)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of the class and its accuracy, or the squared error."""
+        """Return the cross-entropy and accuracy of the class, or the squared error."""
         scores_BC = self.predict(model, batch)
         label_B, weights_B = batch["label"], batch["weights"]
         if self.labels:
@@ -136,7 +135,7 @@ class Classification(Objective[RecordStore, Record]):
         return LossSums((loss_B * weights_B).sum(), weights_B.sum(), metrics)
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return the scores [B, C] of the classes, or the number in one column, float32."""
+        """Return float32 class scores [B, C], or the regression output [B, 1]."""
         segments_BL = batch["segment_ids"]
         x_BLD = model.hidden(batch["inputs"], None, segments_BL, batch["token_types"])
         return model.classify(model.pooled(x_BLD, segments_BL))
@@ -152,7 +151,7 @@ class Classification(Objective[RecordStore, Record]):
         return self.labels
 
     def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
-        """Return the name of the best class, or the number, of each record."""
+        """Return the best class name, or the number, for each record."""
         if self.labels:
             return [self.labels[i] for i in outputs.argmax(-1)]
         return [float(score) for score in outputs[:, 0]]
@@ -163,7 +162,7 @@ class Classification(Objective[RecordStore, Record]):
 
 
 def checked_labels(config: ConfigDict) -> tuple[str, ...]:
-    """Return the names of the classes; UserError if they do not fit the outputs of the model."""
+    """Return the class names; UserError if they do not match the model outputs."""
     labels = tuple(listed(config.data.labels))
     if problem := _label_problem(labels, config.model.n_classes):
         raise UserError(f"--config.data.labels={config.data.labels}: {problem}")
@@ -171,10 +170,10 @@ def checked_labels(config: ConfigDict) -> tuple[str, ...]:
 
 
 def _label_problem(labels: tuple[str, ...], n_classes: int) -> str:
-    """Return why classes cannot be learned from these labels and so many outputs, or ""."""
+    """Return why these labels do not fit `n_classes` outputs, or ""."""
     repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if repeated:
-        return f"{repeated[0]!r} is there {labels.count(repeated[0])} times; name each class once"
+        return f"{repeated[0]!r} occurs {labels.count(repeated[0])} times; name each class once"
     if len(labels) == 1:
         return "a single class leaves nothing to learn; name all classes, or none for a number"
     if labels and 0 < n_classes < len(labels):

@@ -1,4 +1,4 @@
-"""Learning what was done to a text: an encoder reads it corrupted, a decoder writes what is asked.
+"""Base of denoising objectives: an encoder reads corrupted text, a decoder predicts targets.
 
 Shape letters: B batch, S source length, T target length, D model.
 """
@@ -25,14 +25,14 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shap
 class Corruption(Objective[TokenStore, Example]):
     """Prediction of targets from a corrupted window of text.
 
-    As in T5, a window is one text whatever documents it holds, and the decoder starts with pad
-    where there is no bos.
+    As in T5, a window is treated as one text regardless of document boundaries, and the decoder
+    starts with pad if there is no bos.
 
     Attributes:
         tokenizer: tokenizer of the data, or None.
-        length: tokens of a source, S.
-        stride: tokens from the start of one training window to the next; 0: the window's length.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        length: source length S in tokens.
+        stride: tokens between the starts of consecutive training windows; 0: the window length.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
     """
 
@@ -53,13 +53,13 @@ class Corruption(Objective[TokenStore, Example]):
     @property
     @abstractmethod
     def lengths(self) -> tuple[int, int]:
-        """Tokens of a window, and of the longest targets, T."""
+        """Tokens per window, and maximum target length T."""
 
     @abstractmethod
     def corrupt(
         self, tokens: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return source and targets, at most S and T tokens with their ends, of a window's text."""
+        """Corrupt the tokens of a window; return source and targets, at most S and T tokens."""
 
     @property
     def shapes(self) -> Shapes:
@@ -71,13 +71,13 @@ class Corruption(Objective[TokenStore, Example]):
         }
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return windows of as many tokens as fill a source."""
+        """Return windows with enough tokens to fill a source."""
         n = self.lengths[0]
         stride = self.stride if training and self.stride else n
         return token_windows(store, n - 1, stride, False, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return source and source_segments [S]; inputs, targets and theirs, weights [T]."""
+        """Return source, source_segments [S]; inputs, targets, target_segments, weights [T]."""
         tokens = example["tokens"][: np.count_nonzero(example["segment_ids"])]
         source, targets = self.corrupt(tokens, rng)
         values = {
@@ -99,7 +99,7 @@ class Corruption(Objective[TokenStore, Example]):
         return special_tokens(self.tokenizer)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of every target token, their ends included."""
+        """Return the cross-entropy of every target token, including eos."""
         x_BTD = model.decoder_hidden(
             batch["source"], batch["inputs"], batch["source_segments"], batch["target_segments"]
         )

@@ -1,4 +1,4 @@
-"""Denoising: write a text whose sentences were shuffled and of which spans were masked.
+"""Denoising: reconstruct a text from shuffled sentences and masked spans.
 
 BART (Lewis et al. 2020, §2.2): text infilling and sentence permutation.
 """
@@ -15,18 +15,18 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.objectives.corruption import Corruption
 
-_ENDS = (".", "!", "?", "。", "！", "？")  # of sentences
+_ENDS = (".", "!", "?", "。", "！", "？")  # sentence ends
 
 
 def span_lengths(n_masked: int, mean_span: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw lengths of spans from a Poisson distribution until they are `n_masked` tokens together.
+    """Draw Poisson span lengths until they sum to `n_masked` tokens.
 
-    The last one is cut to that sum. Spans of length 0 are among them.
+    The last span is cut to reach that sum. Spans may have length 0.
 
     Args:
-        n_masked: tokens of all spans, at least 1.
+        n_masked: total number of masked tokens, at least 1.
         mean_span: mean of the distribution.
-        rng: source of randomness.
+        rng: random generator.
     """
     found = np.zeros(0, int)
     while found.sum() < n_masked:
@@ -37,16 +37,16 @@ def span_lengths(n_masked: int, mean_span: float, rng: np.random.Generator) -> n
 
 
 def fill_spans(tokens: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, mask: int) -> np.ndarray:
-    """Replace spans of tokens by one mask each; a span of length 0 is a mask that is put in.
+    """Replace each span by one mask token; a span of length 0 inserts a mask.
 
     Args:
-        tokens: the text.
-        lengths: lengths of the spans, in order.
-        gaps: for each span, ascending, how many of the kept tokens are before it.
-        mask: id of the mask.
+        tokens: token ids.
+        lengths: span lengths, in order.
+        gaps: number of kept tokens before each span, ascending.
+        mask: mask token id.
 
     Returns:
-        The kept tokens with the masks between them.
+        The kept tokens with masks between them.
     """
     starts = gaps + lengths.cumsum() - lengths
     removed = np.zeros(len(tokens), bool)
@@ -57,17 +57,17 @@ def fill_spans(tokens: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, mask: 
 
 @dataclass(frozen=True, eq=False)
 class Denoising(Corruption):
-    """Prediction of a whole text from one with shuffled sentences and masked spans.
+    """Reconstruction of a text from shuffled sentences and masked spans.
 
-    Sentences, which end with eos or with a token that ends in a full stop, a question or an
-    exclamation mark, are put in random order. Then spans, of round(infill_rate n) of n tokens
-    together, are replaced by one mask each; their lengths are drawn from a Poisson distribution. No
-    two masks adjoin; all such places are equally likely. Source and targets stand between the
-    tokens that the tokenizer puts around a source (BART: <s> and </s>), else eos ends them.
+    Sentences end with eos, or with a token that ends in a full stop, question mark or exclamation
+    mark. They are shuffled; then spans with round(infill_rate n) of the n tokens in total are each
+    replaced by one mask. Span lengths are Poisson-distributed; masks are never adjacent, and all
+    such placements are equally likely. The tokenizer's source template wraps source and targets
+    (BART: <s> and </s>); without one, eos ends them.
 
     Attributes:
-        infill_rate: share of the tokens that are masked.
-        infill_span: mean tokens of a masked span.
+        infill_rate: fraction of tokens that are masked.
+        infill_span: mean length of a masked span.
         permute_sentences: shuffle the sentences.
     """
 
@@ -113,14 +113,14 @@ class Denoising(Corruption):
         source = self._permuted(tokens, rng) if self.permute_sentences else tokens
         n_masked = min(max(round(self.infill_rate * len(tokens)), 1), len(tokens))
         lengths = span_lengths(n_masked, self.infill_span, rng)
-        # The longest, as many as there are gaps; no more, too, than leave the source its length.
+        # The longest ones, as many as there are gaps; no more than keep the source at its length.
         lengths = np.sort(lengths)[::-1][: min(n_masked, len(tokens) - n_masked + 1)]
         gaps = rng.choice(len(tokens) - lengths.sum() + 1, len(lengths), replace=False)
         source = fill_spans(source, rng.permutation(lengths), np.sort(gaps), self.special.mask)
         return self._framed(source), self._framed(tokens)
 
     def _permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the tokens with their sentences in random order."""
+        """Shuffle the sentences."""
         ends = np.flatnonzero(self._ends_sentence[tokens[:-1]]) + 1
         sentences = np.split(tokens, ends)
         return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])

@@ -1,9 +1,9 @@
-"""Distillation: learn the next token's distribution of a teacher beside the token itself.
+"""Distillation: match a teacher's next-token distribution in addition to the tokens.
 
-The teacher is a frozen model beside the student (`lm/models/frozen.py`), of any size, or what it
-said of each token was stored before (`stored_teacher.py`).
+The teacher is a frozen model of any size (`lm/models/frozen.py`), or its outputs were stored
+beforehand (`stored_teacher.py`).
 
-Shape letters: B batch, L length, D model, V vocabulary, K likeliest tokens of the teacher.
+Shape letters: B batch, L length, D model, V vocabulary, K most likely tokens of the teacher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lm.storage import is_step, resolve_path
 
 
 class TokenFigures(NamedTuple):
-    """Figures of each target, float32 [B, L]."""
+    """Per-target losses and metrics, float32 [B, L]."""
 
     loss_BL: jax.Array
     nll_BL: jax.Array
@@ -50,16 +50,16 @@ def divergence(
     ids_BLK: jax.Array | None,
     temperature: float,
 ) -> jax.Array:
-    """Return KL(teacher ‖ student) of each token at a temperature, times its square, [B, L].
+    """Return KL(teacher ‖ student) of each token, multiplied by temperature squared, [B, L].
 
-    With K tokens of the teacher, its probabilities are those among them, the student's those among
-    all tokens (Hinton et al. 2015, §2, has the temperature and the square).
+    With the teacher's top K tokens, its probabilities are normalized over them, the student's over
+    all tokens (Hinton et al. 2015, §2, for the temperature and its square).
 
     Args:
         logits_BLV: logits of the student.
         teacher_BLK: logits or log-probabilities of the teacher.
-        ids_BLK: the tokens they are of; None: all.
-        temperature: what logits are divided by.
+        ids_BLK: token ids of the teacher's entries; None: all tokens in order.
+        temperature: divisor of the logits.
     """
     log_q = jax.nn.log_softmax(logits_BLV.astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(teacher_BLK.astype(jnp.float32) / temperature)
@@ -70,10 +70,10 @@ def divergence(
 
 @dataclass(frozen=True)
 class Distillation(Causal):
-    """Next-token prediction, mixed with the divergence from a teacher.
+    """Next-token prediction mixed with the divergence from a teacher.
 
     Attributes:
-        options: the configuration's section "objective".
+        options: section "objective" of the configuration.
     """
 
     families: ClassVar[Any] = ("decoder",)
@@ -95,19 +95,19 @@ class Distillation(Causal):
         return {**super().shapes, **stored}
 
     def examples(self, store: TokenStore, training: bool) -> Any:
-        """Return the windows of L + 1 tokens, with what is stored of the teacher."""
+        """Return windows of L + 1 tokens, with stored teacher outputs if any."""
         o, windows = self.options, super().examples(store, training)
         if training and bool(o.teacher) == bool(o.teacher_logits):
             raise UserError(
-                "--config.objective.name=distillation needs a run or stored logits to learn from: "
-                "set --config.objective.teacher or --config.objective.teacher_logits"
+                "--config.objective.name=distillation needs a teacher: set either "
+                "--config.objective.teacher or --config.objective.teacher_logits"
             )
         if not o.teacher_logits:
             return windows
         return taught_windows(windows, store, o.teacher_logits, self.isolate_documents)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return the arrays of `Causal.features`, and what is stored of the teacher."""
+        """Return the features of `Causal`, with stored teacher outputs if any."""
         stored = {
             name: example[name] for name in ("teacher_logps", "teacher_ids") if name in example
         }
@@ -128,7 +128,7 @@ class Distillation(Causal):
             if teacher.config.vocab_size != model.config.vocab_size:
                 raise UserError(
                     f"--config.objective.teacher={o.teacher} has a vocabulary of "
-                    f"{teacher.config.vocab_size} tokens, not of {model.config.vocab_size}"
+                    f"{teacher.config.vocab_size} tokens, the model {model.config.vocab_size}"
                 )
             variables = teacher_variables(model, teacher, *arguments)
             columns.append(cast(jax.Array, teacher.apply(variables, *arguments, method="hidden")))
@@ -165,32 +165,32 @@ class Distillation(Causal):
 
 @cache
 def teacher_config(place: str) -> ConfigDict:
-    """Return the configuration of the run that is a teacher, its LoRA updates merged.
+    """Return the configuration of a teacher run, with LoRA updates merged.
 
     Args:
         place: workdir of the run, or RUN/checkpoints/STEP.
 
     Raises:
-        UserError: there is no such run, or it is no decoder.
+        UserError: the run does not exist, or is not a decoder.
     """
     folder = resolve_path(place)
     workdir = folder.parent.parent if is_step(folder.name) else folder
     if not (workdir / "run.json").is_file():
-        raise UserError(f"--config.objective.teacher={place}: no run there: it has no run.json")
+        raise UserError(f"--config.objective.teacher={place}: not a run (no run.json)")
     config = read_run_file(workdir / "run.json")
     if config.model.family != "decoder":
         raise UserError(
-            f"--config.objective.teacher={place} is of the family {config.model.family}, no decoder"
+            f"--config.objective.teacher={place} is of family {config.model.family}, not a decoder"
         )
     return config
 
 
 def teacher_module(place: str, length: int) -> nn.Module:
-    """Return the module of a teacher for the mesh of the step that is being traced.
+    """Return the module of a teacher for the mesh of the step being traced.
 
     Args:
-        place: as for `teacher_config`.
-        length: tokens of a row.
+        place: see `teacher_config`.
+        length: row length in tokens.
     """
     mesh = current_mesh()
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]

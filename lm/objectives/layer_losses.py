@@ -1,4 +1,4 @@
-"""Losses and metrics that layers report, such as those of experts, added to an objective's.
+"""Auxiliary losses and metrics sown by layers (such as MoE), added to an objective's loss.
 
 Shape letters: N layers, B batch.
 """
@@ -16,15 +16,15 @@ from lm.objectives.objective import Batch, LossSums
 
 
 def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
-    """Return the sums of an objective plus the losses and metrics that layers sowed.
+    """Add losses and metrics sown by layers to the loss sums of an objective.
 
-    A row's figures are weighted by the row's targets: so they are sums over the batch like the
-    objective's own, divided by the same weight, and do not depend on how rows are split over
+    Each row's values are weighted by the row's target weights. They are thus sums over the batch
+    like the objective's own, with the same divisor, and do not depend on how rows are split over
     devices or microbatches. The metric "nll" stays, or becomes, the loss without them.
 
     Args:
-        sums: sums of the objective.
-        sown: Flax collections `LOSSES` and `METRICS`, leaves [B] or [N, B].
+        sums: loss sums of the objective.
+        sown: Flax collections `LOSSES` and `METRICS`, with leaves [B] or [N, B].
         batch: features of the same batch.
     """
     weights_B = _row_weights(batch)
@@ -35,7 +35,7 @@ def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
     loss = sum(map(total, jax.tree.leaves(sown.get(LOSSES, {}))), sums.loss)
     layers: dict[str, list[jax.Array]] = {}
     for path, value_NB in jax.tree.leaves_with_path(sown.get(METRICS, {})):
-        name = path[-2].key  # the last part of the path is the index among the values sown
+        name = path[-2].key  # the last part is the index among the sown values
         layers.setdefault(name, []).append(value_NB.reshape(-1, len(weights_B)))
     means = {
         name: total(jnp.concatenate(values)) / sum(map(len, values))
@@ -45,6 +45,6 @@ def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
 
 
 def _row_weights(batch: Batch) -> jax.Array:
-    """Return the sum [B] of the weights of each row's targets."""
+    """Return the sum [B] of target weights per row."""
     weights = batch["weights"]
     return weights.reshape(len(weights), -1).sum(1)

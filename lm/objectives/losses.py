@@ -1,4 +1,4 @@
-"""Losses that objectives share: cross-entropy, of each target and of all targets of a batch.
+"""Shared losses: cross-entropy per target, and summed over a batch.
 
 Shape letters: N layers, B batch, L length, T targets, D model, V vocabulary.
 """
@@ -18,9 +18,9 @@ class TokenLosses(NamedTuple):
     """Losses of each target, float32 [B, L]; only `loss_BL` has a gradient.
 
     Attributes:
-        loss_BL: the training loss, with label smoothing and z-loss.
+        loss_BL: training loss, with label smoothing and z-loss.
         nll_BL: negative log-likelihood in nats.
-        correct_BL: 1 where the target has the largest logit, else 0.
+        correct_BL: 1 if the target has the largest logit, else 0.
     """
 
     loss_BL: jax.Array
@@ -40,12 +40,12 @@ def cross_entropy(
     Args:
         logits_BLV: logits of any float dtype.
         targets_BL: integer targets.
-        label_smoothing: probability ε that is spread evenly over the vocabulary (Szegedy 2015, §7;
+        label_smoothing: probability mass ε spread evenly over the vocabulary (Szegedy 2015, §7;
             Vaswani 2017, §5.4).
         z_loss: weight of log²(Σ exp(logits)), added to the loss (1e-4 in T5's code).
 
     Returns:
-        The losses of each target.
+        Losses of each target.
     """
     return _cross_entropy_forward(logits_BLV, targets_BL, label_smoothing, z_loss)[0]
 
@@ -73,7 +73,7 @@ def _cross_entropy_backward(
     label_smoothing: float, z_loss: float, residuals: tuple, g: TokenLosses
 ) -> tuple[jax.Array, None]:
     logits_BLV, targets_BL, log_z_BL = residuals
-    # A comparison with all columns: the gradient of the gather would be a scatter.
+    # Compare with all columns: the gradient of the gather would be a scatter.
     is_target_BLV = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
     target_probs_BLV = jnp.where(is_target_BLV, 1 - label_smoothing, 0) + (
         label_smoothing / logits_BLV.shape[-1]
@@ -89,14 +89,14 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def token_losses(
     model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array, *settings: float, of: str = "logits"
 ) -> TokenLosses:
-    """Return the losses of target tokens, in chunks where `model.config.loss_chunk` says so.
+    """Return the losses of target tokens, in chunks if `model.config.loss_chunk` is set.
 
     Args:
-        model: bound model, whose `logits` are computed here.
+        model: bound model that computes the logits.
         x_BTD: hidden states at the targets.
         targets_BT: token ids, int32.
-        *settings: label smoothing and weight of the z-loss of `cross_entropy`.
-        of: method of the model that computes logits.
+        *settings: label smoothing and z-loss weight, see `cross_entropy`.
+        of: name of the model's method that computes logits.
     """
 
     def compute(model: BoundModel, x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLosses:
@@ -121,13 +121,13 @@ def token_loss(
     """Return the cross-entropy of target tokens, with metrics "nll" and "accuracy".
 
     Args:
-        model: bound model, whose `logits` are computed here.
+        model: bound model that computes the logits.
         x_BTD: hidden states at the targets.
         targets_BT: token ids, int32.
-        weights_BT: weight of each target, float32; 0 for none.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        weights_BT: weight of each target, float32; 0: not a target.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
-        of: method of the model that computes logits.
+        of: name of the model's method that computes logits.
     """
     losses = token_losses(model, x_BTD, targets_BT, label_smoothing, z_loss, of=of)
     return LossSums(

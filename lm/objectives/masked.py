@@ -1,7 +1,7 @@
-"""Masked language modelling: predict masked tokens from both sides.
+"""Masked language modeling: predict masked tokens from both sides.
 
-BERT (Devlin et al. 2018, section 3.1) with masks drawn anew for every example (RoBERTa, Liu et
-al. 2019, section 4.1), and optionally BERT's prediction whether one text follows another.
+BERT (Devlin et al. 2018, section 3.1) with dynamic masking (RoBERTa, Liu et al. 2019, section 4.1),
+and optionally BERT's next-sentence prediction.
 
 Shape letters: B batch, L length, P predictions, D model, V vocabulary.
 """
@@ -31,30 +31,30 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shap
 class Masked(Objective[TokenStore, Example]):
     """Masked-token prediction in rows "[CLS] window [SEP]".
 
-    Of n tokens that are not special exactly round(mask_rate n) are predicted, at least one (BERT's
-    rule): 80 % become [MASK], 10 % a random token, 10 % stay. With `whole_word` they are all the
-    tokens of randomly chosen words; a word that does not fit into that number is skipped.
+    Of n ordinary tokens, exactly round(mask_rate n) and at least one are predicted (BERT's rule):
+    80 % become [MASK], 10 % a random token, 10 % stay. With `whole_word` they are all tokens of
+    randomly chosen words; a word that would exceed the number is skipped.
 
-    With `next_sentence` rows are "[CLS] A [SEP] B [SEP]". The longest segment of the window (its
-    longest document, if they are isolated) is cut in two at random; for half of the rows B is
-    replaced by as many tokens from a random window of the store. BERT cuts between sentences; a
-    token store does not know where they are.
+    With `next_sentence`, rows are "[CLS] A [SEP] B [SEP]". The longest segment of the window (its
+    longest document, if isolated) is split at a random position; for half of the rows, B is
+    replaced by as many tokens from a random window of the store. BERT splits between sentences,
+    whose boundaries a token store does not know.
 
     Attributes:
         tokenizer: tokenizer of the data, or None.
-        length: tokens of a row, L.
-        stride: tokens from the start of one training window to the next; 0: the window's length.
+        length: row length L in tokens.
+        stride: tokens between the starts of consecutive training windows; 0: the window length.
         isolate_documents: attention and positions stay within a document.
-        mask_rate: share of the tokens that are predicted.
+        mask_rate: fraction of tokens that are predicted.
         whole_word: mask all tokens of a word together.
         next_sentence: also predict whether B follows A.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
-        n_rows: rows of the model's token table, which has no others to draw from; 0: enough.
+        n_rows: rows of the token table, which limit random tokens; 0: no limit.
     """
 
     families: ClassVar = ("encoder",)
-    shares: ClassVar = (0.8, 0.9)  # of masks, and of masks and random tokens
+    shares: ClassVar = (0.8, 0.9)  # cumulative fractions of [MASK] and of random tokens
 
     tokenizer: Tokenizer | None
     length: int
@@ -92,7 +92,7 @@ class Masked(Objective[TokenStore, Example]):
 
     @property
     def window_length(self) -> int:
-        """Tokens of a window: a row without its special tokens."""
+        """Tokens per window: a row without special tokens."""
         return self.length - (3 if self.next_sentence else 2)
 
     @property
@@ -101,7 +101,7 @@ class Masked(Objective[TokenStore, Example]):
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes; P, the predictions of a full row, is static: logits of no other columns."""
+        """Feature shapes; P, the number of predictions in a full row, is static."""
         row, masked = (self.length,), (self._n_masked(self.window_length),)
         shapes = {
             **dict.fromkeys(("inputs", "segment_ids", "positions"), (row, "int32")),
@@ -114,7 +114,7 @@ class Masked(Objective[TokenStore, Example]):
     # --- features
 
     def examples(self, store: TokenStore, training: bool) -> Examples[Example]:
-        """Return the windows of `window_length` tokens; with next_sentence, "others" is all."""
+        """Return windows of `window_length` tokens, with all "others" for next_sentence."""
         n = self.window_length
         stride = self.stride if training and self.stride else n
         found = token_windows(store, n - 1, stride, self.isolate_documents, training)
@@ -123,7 +123,7 @@ class Masked(Objective[TokenStore, Example]):
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
         """Return inputs, segment_ids, positions [L] and masked_positions, targets, weights [P].
 
-        With next_sentence, token_types [L] and is_next [] too.
+        With next_sentence, also token_types [L] and is_next [].
         """
         if not self.next_sentence:
             return self._masked(self._single(example), rng)
@@ -132,7 +132,7 @@ class Masked(Objective[TokenStore, Example]):
         return row | {"is_next": np.asarray(is_next, np.int32)}
 
     def _single(self, example: Example) -> Arrays:
-        """Return the row of one text: [CLS] joins its first segment, [SEP] its last."""
+        """Build the row of one text: [CLS] joins its first segment, [SEP] its last."""
         n = np.count_nonzero(example["segment_ids"])
         tokens, segments, positions = (
             example[name][:n] for name in ("tokens", "segment_ids", "positions")
@@ -161,14 +161,14 @@ class Masked(Objective[TokenStore, Example]):
         return first, second, is_next
 
     def _longest(self, example: Example) -> np.ndarray:
-        """Return the tokens of a window's longest segment that are not special."""
+        """Return the ordinary (non-special) tokens of a window's longest segment."""
         segments = example["segment_ids"]
         longest = 1 + np.bincount(segments)[1:].argmax()
         text = example["tokens"][segments == longest]
         return text[self._is_ordinary[text]]
 
     def _pair(self, first: np.ndarray, second: np.ndarray) -> Arrays:
-        """Return the row of two texts, in one segment."""
+        """Build the row of two texts, in a single segment."""
         cls, sep = [self._special.cls], [self._special.sep]
         inputs = np.concatenate([cls, first, sep, second, sep])
         n = len(inputs)
@@ -180,7 +180,7 @@ class Masked(Objective[TokenStore, Example]):
         }
 
     def _masked(self, row: Arrays, rng: np.random.Generator) -> Arrays:
-        """Return the padded row with masks, and the tokens that they replace."""
+        """Return the padded row with masks, and the target tokens."""
         features = {name: _padded(values, self.length, np.int32) for name, values in row.items()}
         inputs = features["inputs"]
         at = self._masked_positions(inputs, features["segment_ids"], rng)
@@ -248,10 +248,10 @@ class Masked(Objective[TokenStore, Example]):
     # --- loss
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of the masked tokens plus, with next_sentence, of `is_next`.
+        """Return the cross-entropy of masked tokens plus, with next_sentence, of `is_next`.
 
         The paper adds the two means. Here a row's `is_next` has the weight of its masked tokens:
-        the same where rows are equally full, and sums over parts of a batch still add up.
+        equivalent for equally full rows, and additive over parts of a batch.
         """
         segment_ids_BL = batch["segment_ids"]
         x_BLD = model.hidden(
@@ -263,7 +263,7 @@ class Masked(Objective[TokenStore, Example]):
         if not self.next_sentence:
             return sums
         scores_B2 = model.next_sentence(model.pooled(x_BLD, segment_ids_BL))
-        classes_B = 1 - batch["is_next"]  # the order of BERT's published weights
+        classes_B = 1 - batch["is_next"]  # class order of BERT's published weights
         weights_B = weights_BP.sum(-1)
         loss_B, _, correct_B = cross_entropy(scores_B2, classes_B)
         nats, accuracy = (loss_B * weights_B).sum(), (correct_B * weights_B).sum()
@@ -273,7 +273,7 @@ class Masked(Objective[TokenStore, Example]):
 
 @dataclass(frozen=True, eq=False)
 class _WithOthers:
-    """Windows, each with a reference to all of them."""
+    """Windows, each with a reference to all windows."""
 
     windows: TokenWindows
 
@@ -285,7 +285,7 @@ class _WithOthers:
 
 
 def _padded(values: np.ndarray, length: int, dtype: DTypeLike) -> np.ndarray:
-    """Return the values followed by zeros, [length]."""
+    """Pad values with zeros to [length]."""
     padded = np.zeros(length, dtype)
     padded[: len(values)] = values
     return padded

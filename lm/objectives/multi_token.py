@@ -1,4 +1,4 @@
-"""Multi-token prediction: the next token, and those after it (DeepSeek-AI 2024b, §2.2).
+"""Multi-token prediction: the next token and further ones (DeepSeek-AI 2024b, §2.2).
 
 Shape letters: B batch, L length, D model.
 """
@@ -21,11 +21,11 @@ from lm.objectives.objective import Batch, LossSums
 
 @dataclass(frozen=True)
 class MultiToken(Causal):
-    """Next-token prediction, and `depth` modules that each predict one token further.
+    """Next-token prediction with `depth` additional modules, each predicting one token further.
 
     Attributes:
         depth: number of modules.
-        weight: weight of their mean loss (λ of the report).
+        weight: weight of the modules' mean loss (λ in the report).
     """
 
     families: ClassVar[Any] = ("decoder",)
@@ -41,9 +41,10 @@ class MultiToken(Causal):
         return replace(found, depth=o.mtp_depth, weight=o.mtp_weight)
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Return the cross-entropy of every next token, and the modules' (equations 24 and 25).
+        """Return the cross-entropy of every next token and of the modules (equations 24 and 25).
 
-        A module's targets end where the text's do: each needs all tokens before it in its document.
+        A module has no targets beyond the end of a document: each target needs all tokens before
+        it in its document.
         """
         text = batch.get("positions"), batch.get("segment_ids")
         targets, settings = batch["targets"], (self.label_smoothing, self.z_loss)
@@ -61,5 +62,5 @@ class MultiToken(Causal):
 
 
 def _ahead(x_BL: jax.Array, k: int) -> jax.Array:
-    """Return what is k places on; zeros beyond the end."""
+    """Shift left by k positions and fill with zeros."""
     return jnp.pad(x_BL[:, k:], ((0, 0), (0, k)))

@@ -1,9 +1,9 @@
 """Objective: the interface between data, model, training loop, evaluation and decoding.
 
-An objective turns the examples of a store into arrays of fixed shape (`features`), and a batch of
-them into sums of losses (`loss`). The trainer divides the global sums, so that neither data
-parallelism nor gradient accumulation changes the result. What other parts of the library must
-know of an objective is an attribute or a method here: no code elsewhere compares its name.
+An objective turns examples of a store into arrays of fixed shape (`features`), and a batch of
+features into loss sums (`loss`). The trainer divides the global sums, so neither data parallelism
+nor gradient accumulation changes the result. Whatever other code must know about an objective is an
+attribute or method here; no code elsewhere checks its name.
 
 Shape letters: B batch, L length, S source length, D model, V vocabulary, C classes.
 """
@@ -27,17 +27,17 @@ from lm.errors import UserError
 Batch = Mapping[str, jax.Array]
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 Answer = str | float
-Reference = str | float | list[str]  # a list has several right answers
+Reference = str | float | list[str]  # a list holds several correct answers
 
 StoreT = TypeVar("StoreT", TokenStore, RecordStore)
 ExampleT = TypeVar("ExampleT")
 
 
 class OwnMean(NamedTuple):
-    """Figure that is a mean over some rows alone: its sum, and its own weight.
+    """Metric averaged over a subset of rows: its sum, and its own weight.
 
-    It is summed over batches like any figure; divided by the weight of the loss, it is the mean by
-    its own weight.
+    Both are summed over batches like any metric. Division by the loss weight returns the mean by
+    its own weight instead.
     """
 
     sum: jax.Array
@@ -51,11 +51,11 @@ class LossSums(NamedTuple):
     """Sums over the targets of a batch.
 
     Attributes:
-        loss: loss, weighted; float32 scalar.
-        weight: weights of the targets; float32 scalar.
-        metrics: other figures, weighted like the loss. "nll" is the negative log-likelihood
-            without label smoothing, z-loss and auxiliary losses: perplexity is computed from it
-            where it is there, and else from the loss.
+        loss: weighted loss; float32 scalar.
+        weight: sum of target weights; float32 scalar.
+        metrics: other metrics, weighted like the loss. "nll", if present, is the negative
+            log-likelihood without label smoothing, z-loss and auxiliary losses; perplexity is
+            computed from it, otherwise from the loss.
     """
 
     loss: jax.Array
@@ -64,16 +64,16 @@ class LossSums(NamedTuple):
 
 
 class LossConfig(Protocol):
-    """Field of a model's configuration that the token loss reads."""
+    """Configuration field that the token loss reads."""
 
     @property
     def loss_chunk(self) -> int: ...
 
 
 class BoundModel(Protocol):
-    """Model bound to its parameters, as `Objective.loss` and `Objective.predict` receive it.
+    """Model bound to its parameters, as passed to `Objective.loss` and `Objective.predict`.
 
-    A model family has the methods that the objectives of that family call.
+    A model family implements the methods that its objectives call.
     """
 
     @property
@@ -85,7 +85,7 @@ class BoundModel(Protocol):
         ...
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """Return the scores of the family's own inputs."""
+        """Return the scores for the family's own inputs."""
         ...
 
     def hidden(
@@ -102,10 +102,10 @@ class BoundModel(Protocol):
         Args:
             tokens_BL: token ids.
             positions_BL: positions; None: 0 … L-1.
-            segment_ids_BL: segments that attention stays within, 0 is padding; None: one a row.
+            segment_ids_BL: segment ids that attention stays within; 0: padding. None: one segment.
             token_types_BL: token types; None: 0.
-            **more: `prefix_BL`, 1 for tokens of a prefix; `fresh_B`, 1 where the carried state of
-                a row starts anew.
+            **more: `prefix_BL`, 1 for prefix tokens; `fresh_B`, 1 where the carried state of a row
+                is reset.
         """
         ...
 
@@ -122,70 +122,70 @@ class BoundModel(Protocol):
         """Return the last hidden states [B, L, D] of the decoder.
 
         Args:
-            source_BS: token ids of the sources.
-            inputs_BL: token ids of the decoder's inputs.
-            source_segments_BS: segments of the sources, 0 is padding; None: one a row.
-            target_segments_BL: segments of the inputs; attention stays within a segment.
-            source_positions_BS: positions of the sources; None: 0 … S-1.
-            target_positions_BL: positions of the inputs; None: 0 … L-1.
+            source_BS: source token ids.
+            inputs_BL: decoder input token ids.
+            source_segments_BS: segment ids of the sources; 0: padding. None: one segment.
+            target_segments_BL: segment ids of the inputs; attention stays within a segment.
+            source_positions_BS: source positions; None: 0 … S-1.
+            target_positions_BL: input positions; None: 0 … L-1.
         """
         ...
 
     def logits(self, x_BLD: jax.Array, /) -> jax.Array:
-        """Return the scores [B, L, V] of the vocabulary."""
+        """Return the logits [B, L, V]."""
         ...
 
     def pooled(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, /) -> jax.Array:
-        """Return one vector a row, [B, D]."""
+        """Return one vector per row, [B, D]."""
         ...
 
     def classify(self, x_BD: jax.Array, /) -> jax.Array:
-        """Return the scores [B, C] of the classes."""
+        """Return class scores [B, C]."""
         ...
 
     def next_sentence(self, x_BD: jax.Array, /) -> jax.Array:
-        """Return the scores [B, 2] of "B follows A" and "B does not follow A"."""
+        """Return scores [B, 2] of "B follows A" and "B does not follow A"."""
         ...
 
     def generator_hidden(
         self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array, /
     ) -> jax.Array:
-        """Return the last hidden states [B, L, W] of the generator of tokens to detect."""
+        """Return the last hidden states [B, L, W] of the ELECTRA generator."""
         ...
 
     def generator_logits(self, x_BLW: jax.Array, /) -> jax.Array:
-        """Return the generator's scores [B, L, V] of the vocabulary."""
+        """Return the generator's logits [B, L, V]."""
         ...
 
     def replaced(self, x_BLD: jax.Array, /) -> jax.Array:
-        """Return the scores [B, L] of each token as one that was replaced."""
+        """Return scores [B, L] of each token being a replacement."""
         ...
 
     def spans(self, x_BLD: jax.Array, /) -> jax.Array:
-        """Return the scores [B, L, 2] of each token as start and as end of an answer."""
+        """Return scores [B, L, 2] of each token as start and end of an answer."""
         ...
 
 
 class Objective(ABC, Generic[StoreT, ExampleT]):
     """Training objective, built once from the configuration and the tokenizer.
 
-    Features that mean the same have the same name in every objective: "inputs" are the tokens
-    that the model reads, "targets" those that it predicts, "weights" the weights of the targets
-    (or of the row), "segment_ids", "positions" and "token_types" belong to the inputs.
+    Features have the same names in every objective: "inputs" are the token ids that the model
+    reads, "targets" those that it predicts, "weights" the weights of the targets (or of the row);
+    "segment_ids", "positions" and "token_types" belong to the inputs.
 
     Attributes:
-        families: values of `model.family` that it trains.
-        columns: columns that its records have; () for an objective that reads documents.
-        task: how `lm eval --task` gets the answer to a record: "generate" decodes `source`,
-            "predict" reads the output of `predict`; "" if there is no task.
-        has_perplexity: the loss is that of predicted tokens, so that exp(loss) is a perplexity.
-        predicts_every_token: every token of the text is a target once, so that the loss of a
-            whole split gives bits a byte and the perplexity of a word.
-        has_prefix: the decoder attends to the prefix of its input in both directions.
-        length_keys: keys of the section `data` that are lengths of its sequences.
-        n_extra_ids: number of token ids beyond those of the tokenizer.
-        frozen: names of the frozen models that its loss compares with (`lm/models/frozen.py`).
-        precomputes: features of its examples are computed by the model before training.
+        families: supported values of `model.family`.
+        columns: required record columns; () for an objective that trains on documents.
+        task: how `lm eval --task` answers a record: "generate" decodes from `source`, "predict"
+            uses the output of `predict`; "" if there is no task.
+        has_perplexity: the loss is per predicted token, so exp(loss) is a perplexity.
+        predicts_every_token: every token is a target once, so the loss of a whole split gives bits
+            per byte and word perplexity.
+        has_prefix: the decoder attends bidirectionally to the prefix of its input.
+        length_keys: keys of section `data` that are sequence lengths.
+        n_extra_ids: number of token ids beyond the tokenizer's.
+        frozen: names of frozen models used by the loss (`lm/models/frozen.py`).
+        precomputes: some features are computed by the model before training.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -205,14 +205,14 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
         """Build the objective of a configuration.
 
         Args:
-            config: configuration; lengths are resolved.
-            tokenizer: tokenizer of the data. None if only shapes and the loss are needed, which
-                do not depend on it.
+            config: configuration with resolved lengths.
+            tokenizer: tokenizer of the data; None if only shapes and the loss, which do not depend
+                on it, are needed.
         """
 
     @classmethod
     def attention_lengths(cls, config: ConfigDict) -> dict[str, int]:
-        """Return the lengths of the sequences that attention sees, by what they are."""
+        """Return the sequence lengths that attention sees, by description."""
         return {f"--config.data.{key}": config.data[key] for key in cls.length_keys}
 
     # --- data
@@ -224,50 +224,50 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
 
     @abstractmethod
     def examples(self, store: StoreT, training: bool) -> Examples[ExampleT]:
-        """Return the examples of a store, in the store's order.
+        """Return the examples of a store, in order.
 
         Args:
-            store: token store, or store of records that have `columns`.
-            training: leave out what does not fill an example, and overlap examples as configured;
-                otherwise every target is in one example.
+            store: token store, or store of records with `columns`.
+            training: drop incomplete examples, and overlap them as configured; otherwise every
+                target is in exactly one example.
         """
 
     @abstractmethod
     def features(self, example: ExampleT, rng: np.random.Generator) -> Arrays:
-        """Return the arrays of one example, of `shapes`; a pure function of its arguments."""
+        """Return the arrays of one example, as in `shapes`; a pure function of its arguments."""
 
     # --- model
 
     @abstractmethod
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the sums of a batch of features, [B, …]; dropout is set in the model."""
+        """Return the loss sums of a batch of features [B, …]; dropout is set in the model."""
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return the outputs [B, …] that `answers` reads; for the task "predict"."""
+        """Return outputs [B, …] for `answers`; required for task "predict"."""
         raise NotImplementedError
 
-    # --- task: scores of whole records (`lm eval --task`)
+    # --- task: answers to whole records (`lm eval --task`)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics by which the task is usually scored."""
+        """Names of the task's default metrics."""
         return ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes that `predict` scores, in order; () if it scores none."""
+        """Names of the classes that `predict` scores, in order; () if there are none."""
         return ()
 
     def source(self, record: Record) -> np.ndarray:
-        """Return the tokens from which the answer is decoded; for the task "generate"."""
+        """Return the tokens from which the answer is decoded; required for task "generate"."""
         raise NotImplementedError
 
     def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Return tokens that end an answer beside those that end any text; for "generate"."""
+        """Return additional token ids that end an answer; for task "generate"."""
         return ()
 
     def answers(self, stores: Sequence[StoreT], outputs: np.ndarray) -> list[Answer]:
-        """Return the answer to each record of the stores; for the task "predict".
+        """Return the answer to each record of the stores; required for task "predict".
 
         Args:
             stores: stores of records.
@@ -276,11 +276,11 @@ class Objective(ABC, Generic[StoreT, ExampleT]):
         raise NotImplementedError
 
     def reference(self, record: Record) -> Reference:
-        """Return the right answer to a record, as metrics take it."""
+        """Return the correct answer to a record, in the form that metrics expect."""
         raise NotImplementedError
 
     def require_columns(self, store: RecordStore) -> None:
-        """Raise UserError unless the records of a store have all `columns`."""
+        """Raise UserError if records of a store lack any of `columns`."""
         found = store[0].raw
         if missing := [name for name in self.columns if name not in found]:
             raise UserError(

@@ -1,9 +1,9 @@
-"""Preferences: learn from pairs of completions, of which one is better, or from good and bad ones.
+"""Preference optimization, from pairs of chosen and rejected, or from good and bad completions.
 
-A pair is one row of 2L tokens in two segments, prompt and chosen, prompt and rejected: attention
-and positions stay within a half, and meshes, dropout and microbatches see rows as of any text.
-Losses and metrics are those of TRL 1.16, a mean over the pairs. As there, KTO's divergence and
-ORPO's mean over tokens are those of a microbatch.
+A pair is one row of 2L tokens in two segments (prompt and chosen, prompt and rejected): attention
+and positions stay within a half, and meshes, dropout and microbatches treat rows as usual. Losses
+and metrics match TRL 1.16, as means over pairs. As there, KTO's divergence and ORPO's mean over
+tokens are computed per microbatch.
 
 Shape letters: B batch, L length, P the two halves of a row, D model.
 """
@@ -42,14 +42,14 @@ HALVES = 2
 
 
 class LogProbs(NamedTuple):
-    """Log-probabilities that a loss compares, of completions [B, P], float32.
+    """Log-probabilities of completions [B, P] that a loss compares, float32.
 
     Attributes:
-        policy_BP: log-probabilities under the model, sums or means over the tokens.
-        reference_BP: those under the frozen reference; 0 without one.
-        label_B: 1 where the first completion is desirable, else 0; None for pairs.
+        policy_BP: log-probabilities under the model, sums or means over tokens.
+        reference_BP: log-probabilities under the frozen reference; 0 without one.
+        label_B: 1 if the first completion is desirable, else 0; None for pairs.
         weights_B: 1 for a pair, 0 for padding.
-        prompt_nll: negative log-likelihood of prompt and first completion, a mean over tokens.
+        prompt_nll: mean negative log-likelihood per token of prompt and first completion.
     """
 
     policy_BP: jax.Array
@@ -60,29 +60,29 @@ class LogProbs(NamedTuple):
 
     @property
     def ratios_BP(self) -> jax.Array:
-        """Logarithms of the ratio of the model's probability to the reference's."""
+        """Log-ratio of model to reference probability."""
         return self.policy_BP - self.reference_BP
 
     @property
     def margin_B(self) -> jax.Array:
-        """Ratio of the first completion less that of the second."""
+        """Log-ratio of the first completion minus that of the second."""
         return self.ratios_BP[:, 0] - self.ratios_BP[:, 1]
 
     @property
     def kl(self) -> jax.Array:
-        """Estimate of the divergence from the reference, by completions of other prompts."""
+        """Estimate of the KL divergence from the reference, from completions of other prompts."""
         ratios_B = jax.lax.stop_gradient(self.ratios_BP[:, 1])
         n = jnp.maximum(self.weights_B.sum(), 1)
         return jnp.maximum((ratios_B * self.weights_B).sum() / n, 0)
 
     def divided_by(self, lengths_BP: jax.Array) -> LogProbs:
-        """Return the scores of means over so many tokens."""
+        """Return the log-probabilities divided by token counts."""
         return self._replace(
             policy_BP=self.policy_BP / lengths_BP, reference_BP=self.reference_BP / lengths_BP
         )
 
     def metrics(self, beta: float) -> dict[str, Any]:
-        """Return what is logged: sums over the pairs, or over the completions of either label."""
+        """Return metrics as sums over pairs, or over the completions with each label."""
         weights_B, rewards_BP = self.weights_B, beta * self.ratios_BP
         if self.label_B is None:
             found = pair_metrics(rewards_BP) | _by_completion("logp", self.policy_BP)
@@ -99,7 +99,7 @@ class LogProbs(NamedTuple):
 
 
 def pair_metrics(rewards_BP: jax.Array) -> dict[str, jax.Array]:
-    """Return what is logged of the rewards of pairs, [B] each."""
+    """Return per-pair metrics [B] from the rewards of pairs."""
     margin_B = rewards_BP[:, 0] - rewards_BP[:, 1]
     found = {"reward_margin": margin_B, "accuracy": (margin_B > 0).astype(jnp.float32)}
     return found | _by_completion("reward", rewards_BP)
@@ -130,7 +130,7 @@ def simpo(scores: LogProbs, options: Any) -> jax.Array:
 
 def orpo(scores: LogProbs, options: Any) -> jax.Array:
     """Return the loss of ORPO (Hong et al. 2024, eq. 6)."""
-    # Of a probability of 1 the odds are infinite: the nearest that float32 can tell from it.
+    # The odds of a probability of 1 are infinite: clip to the next smaller float32.
     policy_BP = jnp.minimum(scores.policy_BP, -1e-7)
     log_odds_BP = policy_BP - jnp.log(-jnp.expm1(policy_BP))
     ratio_B = softplus(log_odds_BP[:, 1] - log_odds_BP[:, 0])
@@ -147,7 +147,7 @@ def kto(scores: LogProbs, options: Any) -> jax.Array:
 
 
 def _preferred(logits_B: jax.Array, label_smoothing: float) -> jax.Array:
-    """Return the cross-entropy of the first being better, flipped with some probability."""
+    """Return the label-smoothed cross-entropy of the first completion being better."""
     smoothed = label_smoothing * softplus(logits_B) if label_smoothing else 0.0
     return (1 - label_smoothing) * softplus(-logits_B) + smoothed
 
@@ -157,8 +157,8 @@ class PreferenceKind(NamedTuple):
 
     Attributes:
         loss: loss of each pair.
-        has_reference: it compares with a frozen reference.
-        normalisation: what it does with the log-probabilities of tokens, "sum" or "mean".
+        has_reference: whether it uses a frozen reference.
+        normalisation: how token log-probabilities are reduced, "sum" or "mean".
     """
 
     loss: Loss
@@ -176,7 +176,7 @@ PREFERENCES: Mapping[str, PreferenceKind] = {
 
 
 class Example(NamedTuple):
-    """Record of a store: the store, its row there, and the reference's log-probabilities [P]."""
+    """Record of a store: store, row, and the reference log-probabilities [P]."""
 
     store: RecordStore
     row: int
@@ -184,22 +184,22 @@ class Example(NamedTuple):
 
     @property
     def record(self) -> Record:
-        """Record."""
+        """Record itself."""
         return self.store[self.row]
 
     @property
     def previous(self) -> Record:
-        """Record before it; before the first the last."""
+        """Previous record; for the first record, the last one."""
         return self.store[(self.row or len(self.store)) - 1]
 
 
 @dataclass(frozen=True, eq=False)
 class PreferenceExamples:
-    """Examples of a store, in its order.
+    """Examples of a store, in order.
 
     Attributes:
         store: records whose prompts leave room for a completion.
-        reference: log-probabilities of their reference [n, P], or None.
+        reference: reference log-probabilities [n, P], or None.
     """
 
     store: RecordStore
@@ -216,15 +216,15 @@ class PreferenceExamples:
 class Preferences(Objective[RecordStore, Example]):
     """Preference of chosen over rejected completions.
 
-    A sequence of more than L + 1 tokens is cut at its end; a record whose prompt leaves no room for
-    a token of its completions is left out, which is told once.
+    Sequences longer than L + 1 tokens are truncated at the end; records whose prompts leave no room
+    for a completion are dropped, with one message.
 
     Attributes:
         name: kind of loss, a key of `PREFERENCES`.
-        length: tokens that the tokens of a completion are predicted from, with its prompt, L.
-        options: the configuration's section "objective".
-        precomputed: log-probabilities [n, P] of the reference by `reference_key`, if they were
-            computed before training.
+        length: number L of tokens of prompt and completion that targets are predicted from.
+        options: section "objective" of the configuration.
+        precomputed: reference log-probabilities [n, P] by `reference_key`, if computed before
+            training.
     """
 
     families: ClassVar = ("decoder",)
@@ -247,12 +247,12 @@ class Preferences(Objective[RecordStore, Example]):
 
     @property
     def kind(self) -> PreferenceKind:
-        """Kind of its loss."""
+        """Kind of the loss."""
         return PREFERENCES[self.name]
 
     @property
     def reference_from(self) -> str:
-        """Source of its log-probabilities: `objective.reference`, or "none" without one."""
+        """Source of reference log-probabilities: `objective.reference`, or "none"."""
         return self.options.reference if self.kind.has_reference else "none"
 
     @property
@@ -260,7 +260,7 @@ class Preferences(Objective[RecordStore, Example]):
         return self.reference_from == "precomputed"
 
     def with_reference(self, source: str) -> Preferences:
-        """Return the objective with another `objective.reference`."""
+        """Return a copy with another `objective.reference`."""
         options = copy(self.options)
         options.reference = source
         return replace(self, options=options)
@@ -295,13 +295,13 @@ class Preferences(Objective[RecordStore, Example]):
             reference = self.precomputed.get(reference_key(store))
             if reference is None:
                 raise UserError(
-                    f"{store.manifest.source}: the log-probabilities of the reference were not "
-                    "computed for it before training (--config.objective.reference=precomputed)"
+                    f"{store.manifest.source}: reference log-probabilities were not computed "
+                    "before training (--config.objective.reference=precomputed)"
                 )
         return PreferenceExamples(store.select(np.flatnonzero(fits)), reference)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return arrays [2L], each half padded; weights are 1 for the tokens of completions."""
+        """Return arrays [2L] with each half padded; weights are 1 for completion tokens."""
         arrays = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
         for half, (prompt, completion) in enumerate(self.sequences(example)):
             tokens = np.concatenate([prompt, completion])[: self.length + 1]
@@ -315,14 +315,14 @@ class Preferences(Objective[RecordStore, Example]):
         return arrays
 
     def sequences(self, example: Example) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Return prompt and completion of each half of a row."""
+        """Return prompt and completion for each half of a row."""
         tokens = example.record.tokens
         return tuple((tokens["prompt"], tokens[name]) for name in ("chosen", "rejected"))
 
     # --- model
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return the sums [B, P] of the log-probabilities of completions."""
+        """Return the summed log-probabilities [B, P] of the completions."""
         return self._log_probs(model, batch)[0]
 
     def _log_probs(self, model: BoundModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -334,7 +334,7 @@ class Preferences(Objective[RecordStore, Example]):
         return -in_halves(nll_BL * batch["weights"]).sum(-1), mean
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the loss of each pair, and what is logged of it."""
+        """Return loss and metrics of each pair."""
         lengths_BP = in_halves(batch["weights"]).sum(-1)
         weights_B = (lengths_BP[:, 0] > 0).astype(jnp.float32)
         sums_BP, nll = self._log_probs(model, batch)
@@ -344,17 +344,17 @@ class Preferences(Objective[RecordStore, Example]):
         return LossSums(loss, weights_B.sum(), metrics)
 
     def compare(self, sums: LogProbs, lengths_BP: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Return the summed loss, and the sums of what is logged.
+        """Return the summed loss and summed metrics.
 
         Args:
             sums: summed log-probabilities of completions.
-            lengths_BP: their tokens.
+            lengths_BP: completion lengths in tokens.
         """
         asked = self.options.loss_normalisation
         means = (self.kind.normalisation if asked == "auto" else asked) == "mean"
         scores = sums.divided_by(jnp.maximum(lengths_BP, 1)) if means else sums
         loss_B = self.kind.loss(scores, self.options)
-        # As in TRL: rewards are sums, or what is compared where there is no reference.
+        # As in TRL, rewards are sums; without a reference, they are the compared values.
         metrics = (sums if self.kind.has_reference else scores).metrics(self.options.beta)
         return (loss_B * sums.weights_B).sum(), metrics
 
@@ -370,8 +370,8 @@ class Preferences(Objective[RecordStore, Example]):
 class UnpairedPreferences(Preferences):
     """Preference of desirable over undesirable completions.
 
-    The second half of a row is the prompt with the completion of the record before it, by which the
-    loss estimates how far the model is from its reference.
+    The second half of a row pairs the prompt with the completion of the previous record, which is
+    used to estimate the divergence from the reference.
     """
 
     columns: ClassVar = ("completion", "label")
@@ -381,22 +381,22 @@ class UnpairedPreferences(Preferences):
         return {**super().shapes, "label": ((), "float32")}
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return the arrays of `Preferences.features`, and the label, 1 if desirable."""
+        """Return the features of `Preferences` and the label, 1 if desirable."""
         label = np.asarray(example.record.raw["label"], np.float32)
         return {**super().features(example, rng), "label": label}
 
     def sequences(self, example: Example) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Return the prompt, with its completion and with that of another record."""
+        """Return the prompt with its own completion, and with that of another record."""
         tokens, other = example.record.tokens, example.previous.tokens
         return tuple((tokens["prompt"], made["completion"]) for made in (tokens, other))
 
 
 def reference_key(store: RecordStore) -> str:
-    """Return the name of a store and of the records chosen from it."""
+    """Return a key for the selected records of a store."""
     rows = hashlib.sha256(store.rows.tobytes()).hexdigest()[:16]
     return f"{store.directory.name}-{rows}"
 
 
 def in_halves(x_BL: jax.Array) -> jax.Array:
-    """Return the halves of rows, [B, P, …]."""
+    """Split rows into halves, [B, P, …]."""
     return x_BL.reshape(len(x_BL), HALVES, -1, *x_BL.shape[2:])

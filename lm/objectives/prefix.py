@@ -1,4 +1,4 @@
-"""Prefix language modelling: read the start of a document in both directions, predict its rest.
+"""Prefix language modeling: read the start of a document bidirectionally, and predict the rest.
 
 Raffel et al. 2020, section 3.2.1 and figure 3; Dong et al. 2019 (UniLM) call its attention
 sequence-to-sequence masks.
@@ -23,11 +23,11 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shap
 
 @dataclass(frozen=True)
 class Prefix(Objective[TokenStore, Example]):
-    """Next-token prediction after a random prefix of each document of a window.
+    """Next-token prediction after a random prefix of each document in a window.
 
-    Without `isolate_documents` the window as a whole has one prefix. The prefix of n input tokens
-    is 1 … n of them, all lengths equally likely. The first target is the token after the prefix.
-    The attributes are those of `Causal`.
+    Without `isolate_documents` the whole window has one prefix. The prefix length is uniform over 1
+    … n for n input tokens. The first target is the token after the prefix. Attributes are those of
+    `Causal`.
     """
 
     families: ClassVar = ("decoder",)
@@ -57,12 +57,12 @@ class Prefix(Objective[TokenStore, Example]):
         return {**dict.fromkeys(names, (row, "int32")), "weights": (row, "float32")}
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return the windows of L + 1 tokens."""
+        """Return windows of L + 1 tokens."""
         stride = self.stride if training and self.stride else self.length
         return token_windows(store, self.length, stride, self.isolate_documents, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return arrays [L]; "prefix" is 1 for the tokens of prefixes, else 0."""
+        """Return arrays [L]; "prefix" is 1 for prefix tokens, else 0."""
         tokens = example["tokens"]
         segments, positions = example["segment_ids"][:-1], example["positions"][:-1]
         sizes = np.bincount(segments)

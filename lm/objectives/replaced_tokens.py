@@ -1,8 +1,8 @@
-"""Replaced-token detection: tell which tokens a small generator has put in place of masked ones.
+"""Replaced-token detection: detect tokens that a small generator substituted for masked ones.
 
-ELECTRA (Clark et al. 2020, section 2). The generator learns masked language modelling; what it
-samples replaces the masked tokens, and the discriminator says of each token whether it is another
-than the text's.
+ELECTRA (Clark et al. 2020, section 2). The generator is trained on masked language modeling; its
+samples replace the masked tokens, and the discriminator predicts for each token whether it was
+replaced.
 
 Shape letters: B batch, L length, P predictions, D model, W width of the generator, V vocabulary.
 """
@@ -25,7 +25,7 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Shapes
 
 
 def sample_replacements(logits_BPV: jax.Array, seeds_B: jax.Array) -> jax.Array:
-    """Draw a token [B, P] from each distribution, by the seed of its row alone."""
+    """Sample tokens [B, P] from logits, with a separate seed per row."""
     shape = logits_BPV.shape[1:]
     noise_BPV = jax.vmap(lambda seed: jax.random.gumbel(jax.random.key(seed), shape))(seeds_B)
     return jnp.argmax(logits_BPV.astype(jnp.float32) + noise_BPV, axis=-1).astype(jnp.int32)
@@ -33,11 +33,11 @@ def sample_replacements(logits_BPV: jax.Array, seeds_B: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, eq=False)
 class ReplacedTokens(Masked):
-    """Prediction of masked tokens by a generator, and detection of those that it got wrong.
+    """Prediction of masked tokens by a generator, and detection of the replaced ones.
 
-    Rows are those of `Masked`, where all predicted tokens are masked. A token counts as replaced
-    if the sample is another; no gradient passes through the sample. Seeds of the samples are
-    features, so that evaluation draws the same every time, on every mesh.
+    Rows are those of `Masked`, with all predicted tokens masked. A token counts as replaced if the
+    sample differs from it; no gradient flows through the sample. Sampling seeds are features, so
+    that evaluation draws the same samples every time, on every mesh.
 
     Attributes:
         replaced_weight: weight of the discriminator's loss.
@@ -60,10 +60,10 @@ class ReplacedTokens(Masked):
         return {**super().shapes, "originals": row, "replaced_by": row, "seeds": ((), "int32")}
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return the features of `Masked`, and what makes the discriminator's inputs.
+        """Return the features of `Masked` and the data to build the discriminator's inputs.
 
-        They are originals [L], replaced_by [L] (1 + the number of the prediction in place of the
-        token, 0 for those that stay) and seeds [].
+        These are originals [L], replaced_by [L] (1 + index of the prediction that replaces the
+        token; 0 for unchanged tokens) and seeds [].
         """
         row = super().features(example, rng)
         originals, replaced_by = row["inputs"].copy(), np.zeros(self.length, np.int32)
@@ -74,11 +74,11 @@ class ReplacedTokens(Masked):
         return row | {"originals": originals, "replaced_by": replaced_by, "seeds": seed}
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the generator's cross-entropy plus the weighted one of the discriminator.
+        """Return the generator's cross-entropy plus the weighted discriminator's.
 
-        The paper adds the mean of the masked tokens and that of all tokens. Here a row's
-        discriminator has the weight of its masked tokens: the same where rows are equally full, and
-        sums over parts of a batch still add up.
+        The paper adds the mean over masked tokens and the mean over all tokens. Here a row's
+        discriminator loss has the weight of its masked tokens: equivalent for equally full rows,
+        and additive over parts of a batch.
         """
         positions_BL, segment_ids_BL = batch["positions"], batch["segment_ids"]
         targets_BP, weights_BP = batch["targets"], batch["weights"]

@@ -1,6 +1,6 @@
-"""Reward model: a number for a completion, larger for the chosen one of a pair.
+"""Reward model: a scalar score per completion, trained to be higher for the chosen one of a pair.
 
-A row has both sequences as in `preferences.py`; the head reads the last token of each.
+A row holds both sequences as in `preferences.py`; the head reads the last token of each.
 
 Shape letters: B batch, L length, P the two halves of a row, D model.
 """
@@ -29,11 +29,11 @@ from lm.objectives.preferences import HALVES, in_halves, pair_metrics
 class Reward(Objective[RecordStore, Record]):
     """Pairwise reward (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
 
-    The loss is -log σ(chosen - rejected - margin), with a margin of the record or 0 (Touvron et al.
-    2023, eq. 2). A record of which a sequence has more than L tokens is left out.
+    The loss is -log σ(chosen - rejected - margin), where the margin is given by the record or 0
+    (Touvron et al. 2023, eq. 2). Records with a sequence longer than L tokens are dropped.
 
     Attributes:
-        length: tokens of a prompt with its completion, L.
+        length: maximum length L of a prompt with its completion, in tokens.
         centering: weight of the squared sum of both rewards (Eisenstein et al. 2023, eq. 2).
     """
 
@@ -64,7 +64,7 @@ class Reward(Objective[RecordStore, Record]):
         return {**dict.fromkeys(("inputs", "segment_ids", "positions"), row), **numbers}
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
-        """Return the records of which both sequences fit."""
+        """Return the records whose sequences both fit."""
         self.require_columns(store)
         prompt = store.lengths("prompt")
         longest = prompt + np.maximum(store.lengths("chosen"), store.lengths("rejected"))
@@ -80,14 +80,14 @@ class Reward(Objective[RecordStore, Record]):
         return store.select(np.flatnonzero(fits))
 
     def features(self, example: Record, rng: np.random.Generator) -> Arrays:
-        """Return inputs, segment_ids and positions [2L], each half padded; margin; weight 1."""
+        """Return inputs, segment_ids and positions [2L] with each half padded; margin; weight 1."""
         tokens = example.tokens
         whole = [np.concatenate([tokens["prompt"], tokens[k]]) for k in ("chosen", "rejected")]
         margin = np.asarray(example.raw.get("margin", 0.0), np.float32)
         return {**self.row(whole), "margin": margin, "weights": np.ones((), np.float32)}
 
     def row(self, sequences: list[np.ndarray]) -> Arrays:
-        """Return inputs, segment_ids and positions [2L] of up to two sequences; ends are kept."""
+        """Return inputs, segment_ids, positions [2L] of up to two left-truncated sequences."""
         arrays = {
             name: np.zeros(HALVES * self.length, np.int32)
             for name in ("inputs", "segment_ids", "positions")
@@ -100,7 +100,7 @@ class Reward(Objective[RecordStore, Record]):
         return arrays
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return the rewards [B, P], float32."""
+        """Return float32 rewards [B, P]."""
         segments_BL = batch["segment_ids"]
         x_BLD = model.hidden(batch["inputs"], batch["positions"], segments_BL)
         x_BPLD, segments_BPL = in_halves(x_BLD), in_halves(segments_BL)
@@ -111,7 +111,7 @@ class Reward(Objective[RecordStore, Record]):
         return jnp.concatenate([*rewards], axis=-1)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the loss of each pair, and how often and by how much chosen is better."""
+        """Return the loss of each pair, with accuracy and reward margin."""
         weights_B, rewards_BP = batch["weights"], self.predict(model, batch)
         margin_B = rewards_BP[:, 0] - rewards_BP[:, 1]
         loss_B = softplus(batch["margin"] - margin_B)

@@ -1,4 +1,4 @@
-"""Sequence to sequence: predict a target text from a source text, several pairs to a row.
+"""Sequence to sequence: predict a target text from a source text, with several pairs per row.
 
 Shape letters: B batch, S source length, T target length, D model.
 """
@@ -28,14 +28,14 @@ class Seq2Seq(Objective[RecordStore, Example]):
     """Next-token prediction of targets, which end with eos; attention stays within a pair.
 
     Attributes:
-        source_length: tokens of a row of sources, S.
-        target_length: tokens of a row of targets, T.
+        source_length: source tokens per row, S.
+        target_length: target tokens per row, T.
         special: special token ids.
-        prefix: ids that each target begins with, as targets of weight 0.
-        pack: put several pairs into a row.
-        label_smoothing: share of a target's probability spread over the vocabulary.
+        prefix: ids that start each target, with weight 0.
+        pack: pack several pairs into a row.
+        label_smoothing: probability mass spread over the vocabulary.
         z_loss: weight of the squared log-partition function.
-        seed: seed of the order in which pairs are packed.
+        seed: seed of the packing order.
     """
 
     families: ClassVar = ("encoder_decoder", "lstm_encoder_decoder")
@@ -85,7 +85,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
         return self.special.n_extra_ids(self.special.bos, self.special.eos)
 
     def examples(self, store: RecordStore, training: bool) -> PackedRecords:
-        """Return rows of pairs that together fit; a pair that is too long is cut to one row."""
+        """Return rows of packed pairs; a pair that is too long is truncated to one row."""
         self.require_columns(store)
         around = self.special.around_source
         more = len(around.before) + len(around.after), 1 + len(self.prefix)
@@ -96,9 +96,9 @@ class Seq2Seq(Objective[RecordStore, Example]):
         return PackedRecords(store, pack_records(lengths, limits, self.seed))
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return source [S] and inputs, targets, weights [T] with their segments and positions.
+        """Return source [S] and inputs, targets, weights [T], with segment ids and positions.
 
-        Segments count the pairs of the row from 1; padding is 0.
+        Segments number the pairs of a row from 1; 0 is padding.
         """
         row = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
         source_end = target_end = 0
@@ -122,11 +122,11 @@ class Seq2Seq(Objective[RecordStore, Example]):
         return source, inputs, np.append(inputs[1:], self.special.eos)
 
     def source(self, record: Record) -> np.ndarray:
-        """Return the tokens of the encoder: the source, then eos or what the tokenizer adds."""
+        """Return the encoder input: the source, followed by eos or in the tokenizer's template."""
         return self.special.source(record.tokens["source"], self.source_length)
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of every target token, eos included."""
+        """Return the cross-entropy of every target token, including eos."""
         x_BTD = model.decoder_hidden(
             batch["source"],
             batch["inputs"],

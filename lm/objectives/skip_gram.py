@@ -1,6 +1,6 @@
-"""Skip-gram with negative sampling: tell the context of a word from noise (Mikolov et al. 2013b).
+"""Skip-gram with negative sampling: distinguish context words from noise (Mikolov et al. 2013b).
 
-Shape letters: B batch, L words of an example, S context and noise words, V vocabulary.
+Shape letters: B batch, L words per example, S context and noise words, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from lm.objectives.objective import Batch, BoundModel, LossSums, Objective, Shap
 
 @dataclass(frozen=True, eq=False)
 class NegativeSampling(Objective[TokenStore, Example]):
-    """Skip-gram: each word of a text paired with the words at most 1 … `window` words away.
+    """Skip-gram: each word is paired with the words at most 1 … `window` words away.
 
-    As in the paper, a word that makes up f of the text is kept with probability √(subsample / f)
+    As in the paper, a word with relative frequency f is kept with probability √(subsample / f)
     (word2vec's code keeps √(subsample / f) + subsample / f), and noise is drawn in proportion to
-    count^¾. As in the code, rare words and dropped ones leave no gap, a line ends a context, and
-    each centre draws the size of its window.
+    count^¾. As in the code, rare and dropped words leave no gap, context does not cross lines, and
+    each center word draws its window size.
 
     All pairs of an example share `length` noise words, each with `negatives` / `length` of the
-    weight that a pair's own noise would have: the same expectation, computed by dense matrix
-    products. Noise that happens to be a pair's context counts, as in the paper's equation 4.
+    weight of a pair's own noise: the same expectation, computed by dense matrix products. Noise
+    that equals a pair's context counts, as in equation 4 of the paper.
 
     Attributes:
-        tokenizer: tokenizer of whole words with their counts, or None.
-        length: words of an example, L.
-        stride: words from the start of one training window to the next; 0: `length`.
-        window: largest distance of a pair.
-        negatives: noise words a pair.
-        subsample: threshold of the share above which a word is dropped at times; 0: never.
+        tokenizer: tokenizer of whole words with counts, or None.
+        length: words per example, L.
+        stride: words between the starts of consecutive training windows; 0: `length`.
+        window: maximum distance of a pair.
+        negatives: noise words per pair.
+        subsample: relative frequency above which words are randomly dropped; 0: never.
     """
 
     families: ClassVar = ("skip_gram",)
@@ -58,8 +58,8 @@ class NegativeSampling(Objective[TokenStore, Example]):
     def __post_init__(self) -> None:
         if self.tokenizer is not None and not self._counts.any():
             raise UserError(
-                "--config.objective.name=skip_gram needs the counts of words: use "
-                "--config.data.tokenizer=words, or a list of words with their counts"
+                "--config.objective.name=skip_gram needs word counts: use "
+                "--config.data.tokenizer=words, or a word list with counts"
             )
 
     @classmethod
@@ -81,14 +81,14 @@ class NegativeSampling(Objective[TokenStore, Example]):
     # --- features
 
     def examples(self, store: TokenStore, training: bool) -> TokenWindows:
-        """Return the windows of `length` tokens."""
+        """Return windows of `length` tokens."""
         stride = self.stride if training and self.stride else self.length
         return token_windows(store, self.length - 1, stride, False, training)
 
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
-        """Return arrays [L]: the words that are kept, their lines, window sizes, and noise words.
+        """Return arrays [L]: kept words, their line numbers, window sizes and noise words.
 
-        "segment_ids" are the lines, counted from 1; 0 is padding.
+        "segment_ids" are line numbers, counted from 1; 0 is padding.
         """
         assert self.tokenizer is not None
         tokens = example["tokens"]
@@ -109,7 +109,7 @@ class NegativeSampling(Objective[TokenStore, Example]):
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        """Count of every id, float64 [V]; 0 for the end of a line and unknown words."""
+        """Count of every id, float64 [V]; 0 for end of line and unknown words."""
         if not isinstance(self.tokenizer, WordTokenizer):
             return np.zeros(1)
         counts_V = np.array(self.tokenizer.counts, float)
@@ -118,7 +118,7 @@ class NegativeSampling(Objective[TokenStore, Example]):
 
     @cached_property
     def _keep_V(self) -> np.ndarray:
-        """Probability [V] that a word is kept."""
+        """Probability [V] of keeping a word."""
         counts_V = self._counts
         if not self.subsample:
             return (counts_V > 0).astype(float)
@@ -127,14 +127,14 @@ class NegativeSampling(Objective[TokenStore, Example]):
 
     @cached_property
     def _noise_V(self) -> np.ndarray:
-        """Cumulative probability [V] of the noise distribution."""
+        """Cumulative noise distribution [V]."""
         total_V = np.cumsum(self._counts**0.75)
         return total_V / total_V[-1]
 
     # --- loss
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the logistic loss of pairs and of their noise; the weight is their number."""
+        """Return the logistic loss of pairs and their noise; the weight is the number of pairs."""
         words_BL, lines_BL = batch["inputs"], batch["segment_ids"]
         scores_BLS = model(words_BL, jnp.concatenate([words_BL, batch["noise"]], axis=1))
         paired_BLL, noise_BLL = jnp.split(scores_BLS, 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Span corruption: predict the spans that were removed from the encoder's text.
+"""Span corruption: predict the spans removed from the encoder's input.
 
 T5 (Raffel et al. 2020, section 3.1.4 and figure 2), with the lengths of its code
 (`random_spans_helper`, `random_spans_noise_mask` of t5/data/preprocessors.py), and the mixture of
@@ -25,12 +25,12 @@ _T5_SENTINELS = 100
 
 
 def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """Return how many tokens, in how many spans, are removed; at least one of each.
+    """Return the numbers of removed tokens and removed spans; at least one of each.
 
     Args:
-        length: tokens of the text, at least 2.
-        density: share of the tokens that is removed.
-        mean_span: mean tokens of a span.
+        length: number of tokens, at least 2.
+        density: fraction of tokens that are removed.
+        mean_span: mean span length in tokens.
     """
     n_noise = min(max(round(length * density), 1), length - 1)
     n_spans = max(round(n_noise / mean_span), 1)
@@ -38,14 +38,14 @@ def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, in
 
 
 def text_and_target_length(source_length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """Return the longest text whose source fits, and the length of its targets, in tokens.
+    """Return the maximum text length that fits the source, and its target length, in tokens.
 
     For a source of 512, density 0.15 and mean span 3: 568 and 114.
 
     Args:
-        source_length: tokens of the source, eos included.
-        density: share of the tokens that is removed.
-        mean_span: mean tokens of a span.
+        source_length: source length in tokens, including eos.
+        density: fraction of tokens that are removed.
+        mean_span: mean span length in tokens.
 
     Raises:
         UserError: the source is too short for any text.
@@ -71,7 +71,7 @@ def noise_mask(
 ) -> np.ndarray:
     """Return a random mask [length] of the tokens to remove.
 
-    Spans of text and of noise alternate, text first, noise last. All such masks with the counts of
+    Text and noise spans alternate, text first, noise last. All such masks with the counts of
     `noise_counts` are equally likely.
     """
     whole = max(length, 2)
@@ -84,19 +84,19 @@ def noise_mask(
 
 
 def suffix_mask(length: int, density: float, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask [length] of the last tokens, as many as one to twice the density, uniformly."""
+    """Return a mask [length] of a random number of last tokens, with mean fraction `density`."""
     most = min(max(round(2 * length * density) - 1, 1), length - 1)
     return np.arange(length) >= length - rng.integers(1, most + 1)
 
 
 def _span_ends(total: int, n_spans: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the ends of the spans of a random partition of `total` tokens, none empty."""
+    """Return the ends of a random partition of `total` tokens into non-empty spans."""
     cuts = rng.choice(total - 1, n_spans - 1, replace=False, shuffle=False) + 1
     return np.sort(np.append(cuts, total))
 
 
 def replace_spans(tokens: np.ndarray, is_hidden: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """Return the tokens with the next one of `sentinels` in place of each run of hidden tokens."""
+    """Replace each run of hidden tokens by the next sentinel."""
     continues = np.zeros_like(is_hidden)
     continues[1:] = is_hidden[1:] & is_hidden[:-1]
     starts = is_hidden & ~continues
@@ -108,9 +108,9 @@ class Denoiser:
     """One way to corrupt a text.
 
     Attributes:
-        prefix: text before the source, which tells the model; "": none.
-        density: share of the tokens that is removed.
-        mean_span: mean tokens of a removed span; 0: the end of the text is removed.
+        prefix: mode token or text before the source; "": none.
+        density: fraction of tokens that are removed.
+        mean_span: mean length of removed spans; 0: remove the end of the text.
     """
 
     prefix: str
@@ -118,14 +118,14 @@ class Denoiser:
     mean_span: float
 
     def lengths(self, source_length: int) -> tuple[int, int]:
-        """Return the longest text whose source fits, and the length of its targets, in tokens."""
+        """Return the maximum text length that fits the source, and its target length, in tokens."""
         if self.mean_span:
             return text_and_target_length(source_length, self.density, self.mean_span)
-        n_raw = max(source_length - 1, 2)  # of which a sentinel replaces one or more
+        n_raw = max(source_length - 1, 2)  # a sentinel replaces at least one token
         return n_raw, self.target_length(n_raw)
 
     def target_length(self, n_raw: int) -> int:
-        """Return the length of the longest targets of a text of `n_raw` tokens."""
+        """Return the maximum target length for a text of `n_raw` tokens."""
         if self.mean_span:
             return sum(noise_counts(n_raw, self.density, self.mean_span)) + 1
         return min(max(round(2 * n_raw * self.density) - 1, 1), n_raw - 1) + 2
@@ -142,10 +142,10 @@ UL2 = "[NLU]:0.15:3,[NLU]:0.15:8,[S2S]:0.25:end,[NLG]:0.5:3,[NLG]:0.5:8,[NLG]:0.
 
 
 def read_denoisers(text: str) -> tuple[Denoiser, ...]:
-    """Read a list of PREFIX:DENSITY:SPAN, separated by commas, or "ul2".
+    """Parse a comma-separated list of PREFIX:DENSITY:SPAN, or "ul2".
 
     Raises:
-        UserError: an entry is of another form.
+        UserError: an entry is malformed.
     """
     found = []
     for entry in listed(UL2 if text == "ul2" else text):
@@ -166,11 +166,11 @@ def read_denoisers(text: str) -> tuple[Denoiser, ...]:
 
 @dataclass(frozen=True, eq=False)
 class SpanCorruption(Corruption):
-    """Prediction of removed spans from the text with a sentinel in place of each.
+    """Prediction of removed spans from a text with a sentinel in place of each.
 
-    Targets are the spans, each after its sentinel. Sources and targets end with eos. Of several
-    denoisers one is drawn for each window, all equally likely; the window is as long as fits the
-    source whichever it is, and the text of its prefix is put before the source.
+    Targets are the spans, each preceded by its sentinel. Sources and targets end with eos. With
+    several denoisers, one is drawn uniformly for each window; the window length fits the source for
+    all of them, and the denoiser's prefix is prepended to the source.
 
     Attributes:
         denoisers: ways to corrupt a text.
@@ -194,7 +194,7 @@ class SpanCorruption(Corruption):
 
     @cached_property
     def lengths(self) -> tuple[int, int]:  # type: ignore[override]
-        # A prefix has no more tokens than bytes and a mark of the word's start.
+        # A prefix has at most one token per byte, plus a word-start marker.
         longest = max(len(d.prefix.encode()) + bool(d.prefix) for d in self.denoisers)
         room = self.length - longest
         if longest and room < 3:
@@ -222,7 +222,7 @@ class SpanCorruption(Corruption):
 
     @cached_property
     def _prefixes(self) -> list[np.ndarray]:
-        """Ids of the prefixes: one of the vocabulary's, or those of the text."""
+        """Token ids of the prefixes: a single vocabulary entry, or the tokenized text."""
         found = []
         for denoiser in self.denoisers:
             name, tokenizer = denoiser.prefix, self.tokenizer
@@ -235,10 +235,10 @@ class SpanCorruption(Corruption):
 
     @cached_property
     def _sentinels(self) -> np.ndarray:
-        """Ids of <extra_id_0>, <extra_id_1>, …, as many as there may be spans.
+        """Ids of <extra_id_0>, <extra_id_1>, …, enough for the maximum number of spans.
 
-        If the vocabulary has none they are the ids after it, at least T5's hundred, in descending
-        order: the ids that T5 itself uses.
+        If the vocabulary lacks them, ids after its end are used, at least T5's hundred, in
+        descending order as in T5.
         """
         of_spans = [d for d in self.denoisers if d.mean_span]
         n_raw = self.lengths[0]

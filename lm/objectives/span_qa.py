@@ -1,9 +1,9 @@
 """Extractive question answering: predict where in a context the answer starts and ends.
 
-Devlin et al. 2018, sections 4.2 and 4.3; a context too long for a row is read in overlapping
+Devlin et al. 2018, sections 4.2 and 4.3; contexts too long for a row are split into overlapping
 windows.
 
-Shape letters: B batch, L length, D model, N windows, W longest answer.
+Shape letters: B batch, L length, D model, N windows, W maximum answer length.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ MAX_ANSWER_TOKENS = 30  # as in BERT
 
 @dataclass(frozen=True, eq=False)
 class ContextWindows:
-    """Windows of the contexts of a store's records, in order.
+    """Context windows of a store's records, in order.
 
     Attributes:
         store: records.
-        offsets: number of the first window of each record, and then of all windows; int [n + 1].
-        strides: tokens from the start of one window of a record to the next; int [n].
+        offsets: index of each record's first window, then the total number of windows; int [n + 1].
+        strides: tokens between the starts of consecutive windows of a record; int [n].
     """
 
     store: RecordStore
@@ -56,7 +56,7 @@ class ContextWindows:
         return int(self.offsets[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """Return a record, and the index of the context's token with which the window starts."""
+        """Return a record, and the index of the context token where the window starts."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         record = int(np.searchsorted(self.offsets, index, side="right")) - 1
@@ -68,13 +68,13 @@ class ContextWindows:
 class SpanQa(Objective[RecordStore, Example]):
     """Start and end of the answer in rows "[CLS] question [SEP] window of the context [SEP]".
 
-    A window starts every `doc_stride` tokens until one reaches the end of the context. Where it
-    does not hold the whole answer, or there is none, the answer starts and ends at [CLS].
-    Questions are cut after 64 tokens, or where they would fill half of a row.
+    Windows start every `doc_stride` tokens until one reaches the end of the context. If a window
+    does not contain the whole answer, or there is none, the answer starts and ends at [CLS].
+    Questions are truncated to 64 tokens, or to half of a row if that is shorter.
 
     Attributes:
-        length: tokens of a row, L.
-        doc_stride: tokens from the start of one window to the next.
+        length: row length L in tokens.
+        doc_stride: tokens between the starts of consecutive windows.
         special: special token ids.
     """
 
@@ -113,7 +113,7 @@ class SpanQa(Objective[RecordStore, Example]):
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> ContextWindows:
-        """Return every window of every record."""
+        """Return all windows of all records."""
         self.require_columns(store)
         questions = np.minimum(store.lengths("question"), self._longest_question)
         room = self.length - 1 - self._n_before - questions
@@ -133,7 +133,7 @@ class SpanQa(Objective[RecordStore, Example]):
     def features(self, example: Example, rng: np.random.Generator) -> Arrays:
         """Return inputs, segment_ids (1; padding 0), token_types (1 from the context on) [L].
 
-        "start" and "end" are the columns of the answer's first and last token; "weights" is 1.
+        "start" and "end" are the columns of the first and last answer token; "weights" is 1.
         """
         record, shift = example["record"], self._shift(example)
         question = record.tokens["question"][: self._longest_question]
@@ -152,12 +152,12 @@ class SpanQa(Objective[RecordStore, Example]):
         return row
 
     def _shift(self, example: Example) -> int:
-        """Return the column of a token in its window, minus its index in the context."""
+        """Return the offset from context token index to window column."""
         n_question = min(len(example["record"].tokens["question"]), self._longest_question)
         return n_question + self._n_before - example["start"]
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the mean cross-entropy of start and end; accuracy is of both together."""
+        """Return the mean cross-entropy of start and end; accuracy requires both to be right."""
         scores_BL2, weights_B = self.predict(model, batch), batch["weights"]
         start = cross_entropy(scores_BL2[..., 0], batch["start"])
         end = cross_entropy(scores_BL2[..., 1], batch["end"])
@@ -167,10 +167,10 @@ class SpanQa(Objective[RecordStore, Example]):
         return LossSums((loss_B * weights_B).sum(), weights_B.sum(), metrics)
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return scores [B, L, 2] of starts and ends: -inf except at [CLS] and the context."""
+        """Return start and end scores [B, L, 2], -inf except at [CLS] and in the context."""
         segments_BL, types_BL = batch["segment_ids"], batch["token_types"]
         x_BLD = model.hidden(batch["inputs"], None, segments_BL, types_BL)
-        # The last token of type 1, [SEP], is not of the context: only padding follows it.
+        # The last token of type 1, [SEP], is not part of the context: only padding follows it.
         next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
         open_BL = (types_BL * next_BL).at[:, 0].set(1)
         return jnp.where(open_BL[..., None] == 1, model.spans(x_BLD), -jnp.inf)
@@ -182,10 +182,10 @@ class SpanQa(Objective[RecordStore, Example]):
         return ("squad",)
 
     def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
-        """Return the best span over all windows of each record, as text.
+        """Return the text of the best span over all windows of each record.
 
-        If any question of the stores has no answer, one whose [CLS] scores higher than its best
-        span in every window gets the answer "".
+        If some question of the stores has no answer, a question whose [CLS] scores higher than its
+        best span in every window gets the answer "".
         """
         may_lack = any(record.raw["is_impossible"] for store in stores for record in store)
         texts: list[Answer] = []
@@ -208,7 +208,7 @@ class SpanQa(Objective[RecordStore, Example]):
         return texts
 
     def _text(self, window: Example, span: Span) -> str:
-        """Return the context's characters between two columns of a window."""
+        """Return the context text between two columns of a window."""
         record, shift = window["record"], self._shift(window)
         start, end = record.starts[span.start - shift], record.ends[span.end - shift]
         return record.raw["context"][start:end]
@@ -222,9 +222,9 @@ class SpanQa(Objective[RecordStore, Example]):
 
 
 class Span(NamedTuple):
-    """Answer of one window: score, and columns of its first and last token.
+    """Best answer of a window: score, and columns of its first and last token.
 
-    The score is -inf where the window has no context.
+    The score is -inf if the window has no context.
     """
 
     score: float
@@ -233,9 +233,9 @@ class Span(NamedTuple):
 
 
 def best_span(scores_L2: np.ndarray) -> Span:
-    """Return the span of at most `MAX_ANSWER_TOKENS` that scores best, [CLS] aside.
+    """Return the best-scoring span of at most `MAX_ANSWER_TOKENS`, excluding [CLS].
 
-    A span's score is the sum of the scores of its start and end.
+    A span's score is the sum of its start and end scores.
     """
     starts_L, ends_L = scores_L2[1:].T
     padded = np.pad(ends_L, (0, MAX_ANSWER_TOKENS - 1), constant_values=-np.inf)
@@ -246,10 +246,10 @@ def best_span(scores_L2: np.ndarray) -> Span:
 
 
 def answer_tokens(record: Record) -> tuple[int, int]:
-    """Return the indices of the context's first and last token of the first answer.
+    """Return the context indices of the first and last token of the first answer.
 
-    They are the tokens that share a character with it. The last index is smaller than the first
-    if there is no answer, or no such token.
+    These are the tokens that overlap with its characters. The last index is smaller than the first
+    if there is no answer or no such token.
     """
     if record.raw["is_impossible"]:
         return 0, -1

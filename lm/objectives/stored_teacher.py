@@ -1,6 +1,6 @@
-"""Stored distributions of a teacher: the likeliest tokens of every window (`lm score`).
+"""Stored teacher distributions: the most likely tokens at every position (`lm score`).
 
-Shape letters: L length, K likeliest tokens.
+Shape letters: L length, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lm.errors import UserError
 from lm.storage import read_json
 
 MANIFEST = "teacher.json"
-# Name of each file of a store, and dtype of its array [windows, L, K].
+# File names of a store, and dtype of the array [windows, L, K] in each.
 FILES = {"{}-logps.npy": np.float32, "{}-ids.npy": np.int32}
 
 
 def stored_key(store: Any) -> str:
-    """Return the name of a store's files."""
+    """Return the file prefix of a store."""
     return store.manifest.source_digest[:32]
 
 
 @dataclass(frozen=True, eq=False)
 class TaughtWindows:
-    """Windows of a store, with "teacher_logps" and "teacher_ids" [L, K] of each.
+    """Windows of a store, each with "teacher_logps" and "teacher_ids" [L, K].
 
     Attributes:
-        windows: the windows.
-        log_probs: log-probabilities of the likeliest tokens, [windows, L, K], memory-mapped.
-        ids: these tokens.
+        windows: windows of token ids.
+        log_probs: log-probabilities of the K most likely tokens, [windows, L, K], memory-mapped.
+        ids: ids of these tokens.
     """
 
     windows: TokenWindows
@@ -50,10 +50,10 @@ class TaughtWindows:
 
 @cache
 def stored_settings(folder: str) -> dict[str, Any]:
-    """Return what the folder of `objective.teacher_logits` says of itself.
+    """Read the settings of a folder of `objective.teacher_logits`.
 
     Raises:
-        UserError: it is no such folder, or it is not whole.
+        UserError: the folder does not contain complete teacher logits.
     """
     where = f"--config.objective.teacher_logits={folder}"
     try:
@@ -62,23 +62,23 @@ def stored_settings(folder: str) -> dict[str, Any]:
         return {**known, "tokenizer": found["tokenizer"]}
     except (OSError, KeyError, TypeError, UserError) as error:
         raise UserError(
-            f"{where}: no folder that `lm score --top_logits` has finished ({MANIFEST})"
+            f"{where}: no completed output of `lm score --top_logits` ({MANIFEST})"
         ) from error
 
 
 def taught_windows(
     windows: TokenWindows, store: TokenStore, folder: str, isolate_documents: bool
 ) -> TaughtWindows:
-    """Return windows with what was stored of them.
+    """Attach stored teacher distributions to windows.
 
     Args:
         windows: windows of the store.
-        store: the store.
+        store: token store.
         folder: `objective.teacher_logits`.
         isolate_documents: `data.isolate_documents`.
 
     Raises:
-        UserError: they were stored of other windows or another text, or with another tokenizer.
+        UserError: the stored windows, text or tokenizer differ.
     """
     where, settings = f"--config.objective.teacher_logits={folder}", stored_settings(folder)
     wanted = {
@@ -97,7 +97,7 @@ def taught_windows(
         try:
             arrays.append(np.load(file, mmap_mode="r"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{where}: nothing was stored of {store.manifest.source}") from error
+            raise UserError(f"{where} has no logits for {store.manifest.source}") from error
         shape = (windows.length, settings["top_k"])
         if arrays[-1].shape[1:] != shape or len(arrays[-1]) < len(windows):
             raise UserError(f"{where}: {file.name} is damaged")

@@ -38,13 +38,14 @@ OUTSIDE = "O"  # label of words outside all entities
 
 @dataclass(frozen=True)
 class TokenClassification(Objective[RecordStore, Record]):
-    """Labels of the words in rows "[CLS] words [SEP]".
+    """Word labels for rows "[CLS] words [SEP]".
 
-    Words beyond the row, and those without a token, are answered "O" (or the first label).
+    Words beyond the end of the row, and words without tokens, are predicted as "O" (or as the first
+    label).
 
     Attributes:
-        length: tokens of a row, L.
-        labels: names of the classes, in the order of their scores.
+        length: row length L in tokens.
+        labels: class names in the order of their scores.
         special: special token ids.
     """
 
@@ -84,7 +85,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         return self.special.n_extra_ids(self.special.cls, self.special.sep)
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
-        """Return the records themselves."""
+        """Return the store itself: each record is an example."""
         self.require_columns(store)
         return store
 
@@ -105,7 +106,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         return features
 
     def _first_tokens(self, record: Record) -> Iterator[tuple[int, int]]:
-        """Yield (column of its first token, index) of each word in the row."""
+        """Yield (column of the first token, word index) for each word in the row."""
         assert record.starts is not None
         words, firsts = np.unique(record.starts, return_index=True)
         for word, first in zip(words.tolist(), firsts.tolist(), strict=True):
@@ -113,7 +114,7 @@ class TokenClassification(Objective[RecordStore, Record]):
                 yield first + 1, word
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
-        """Return the cross-entropy of the labels of first tokens, and their accuracy."""
+        """Return the cross-entropy and accuracy of labels at first tokens."""
         loss_BL, _, correct_BL = cross_entropy(self._scores(model, batch), batch["targets"])
         weights_BL = batch["weights"]
         metrics = {"accuracy": (correct_BL * weights_BL).sum()}
@@ -124,7 +125,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         return model.classify(x_BLD)
 
     def predict(self, model: BoundModel, batch: Batch) -> jax.Array:
-        """Return the class of each token, int [B, L]."""
+        """Return the predicted class of each token, int [B, L]."""
         return self._scores(model, batch).argmax(-1)
 
     # --- task
@@ -138,7 +139,7 @@ class TokenClassification(Objective[RecordStore, Record]):
         return self.labels
 
     def answers(self, stores: Sequence[RecordStore], outputs: np.ndarray) -> list[Answer]:
-        """Return the labels of each record's words, separated by spaces."""
+        """Return the predicted labels of each record's words, separated by spaces."""
         records = (record for store in stores for record in store)
         return [self._labels(*pair) for pair in zip(records, outputs, strict=True)]
 

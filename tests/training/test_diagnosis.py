@@ -63,8 +63,8 @@ def test_steps_without_a_rate_and_batches_beyond_the_corpus_are_said(tiny_config
     ("labels", "n_classes", "problem"),
     [
         ("good,bad", 1, "2 classes for --config.model.n_classes=1 outputs"),
-        ("good,bad,good", 0, "'good' is there 2 times"),
-        ("good, bad ,bad", 9, "'bad' is there 2 times"),
+        ("good,bad,good", 0, "'good' occurs 2 times"),
+        ("good, bad ,bad", 9, "'bad' occurs 2 times"),
         ("good", 0, "a single class leaves nothing to learn"),
         ("", 3, "name the classes of --config.model.n_classes=3"),
     ],
