@@ -1,4 +1,4 @@
-"""Order of batches for models that carry state: each row reads a stretch of the text."""
+"""Batch order for models with carried state: each row reads a contiguous part of the text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lm.data.batches import Examples, ExampleSource
 
 
 def contiguous_rows(parts: Sequence[Examples], batch_size: int, endless: bool) -> grain.MapDataset:
-    """Order examples so that row r of a batch continues row r of the batch before.
+    """Order examples so that row r of a batch continues row r of the previous batch.
 
     Args:
-        parts: examples of the only source.
-        batch_size: rows of a batch.
-        endless: repeat, and drop the last examples so that all rows are equally long.
+        parts: examples; there must be exactly one source.
+        batch_size: rows per batch.
+        endless: repeat, and drop the last examples so that all rows have equal length.
     """
     (part,) = parts
     sequence: Any = part
@@ -29,16 +29,16 @@ def contiguous_rows(parts: Sequence[Examples], batch_size: int, endless: bool) -
 
 @dataclass(frozen=True, eq=False)
 class ContiguousRows:
-    """Examples reordered so that each row of the batches reads a stretch of its own in order.
+    """Examples reordered so that each row of the batches reads a contiguous part in order.
 
-    Row r of batch t is example r·m + t of m batches (Zaremba et al. 2014, §3). "fresh" of an
-    example is 1 at the start of its row, where carried state is reset.
+    Row r of batch t is example r·m + t, for m batches (Zaremba et al. 2014, §3). "fresh" is 1 at
+    the start of a row, where the carried state is reset.
 
     Attributes:
-        examples: examples in their own order.
-        batch_size: rows of a batch.
-        drop_remainder: leave out the last examples, so that all stretches are full; otherwise the
-            last row ends in zeros.
+        examples: examples in their original order.
+        batch_size: rows per batch.
+        drop_remainder: drop the last examples so that all rows are full; otherwise the last row is
+            padded with zeros.
     """
 
     examples: Sequence[Mapping[str, Any]]
@@ -47,7 +47,7 @@ class ContiguousRows:
 
     @property
     def n_batches(self) -> int:
-        """Batches of one pass."""
+        """Number of batches per pass."""
         n = len(self.examples)
         return max(n // self.batch_size, 1) if self.drop_remainder else -(-n // self.batch_size)
 

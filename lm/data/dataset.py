@@ -1,4 +1,4 @@
-"""Tokenizer and stores of a configuration's `data` section, of documents or of records."""
+"""Tokenizer and stores (of documents or records) for section `data` of a configuration."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lm.data.tokenizer import Tokenizer, is_fitted, make_tokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory, chosen_cache
 
-if TYPE_CHECKING:  # imported only where a task is trained
+if TYPE_CHECKING:  # imported at run time only for tasks
     from lm.data.record_store import RecordStore
     from lm.data.records import Records
 
-ONE_STORE = 2**28  # bytes of the parts of a corpus whose store is not divided into shards
+ONE_STORE = 2**28  # bytes: corpora up to this size get a single, unsharded store
 
-Columns: TypeAlias = tuple[str, ...]  # of the records that an objective reads; () for documents
+Columns: TypeAlias = tuple[str, ...]  # record columns that an objective reads; () for documents
 Store: TypeAlias = "TokenStore | RecordStore"
 Source: TypeAlias = "Corpus | Records"
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Tokenizer and stores that batches are made of.
+    """Tokenizer and stores for batches.
 
     Attributes:
         tokenizer: tokenizer of the stores.
-        train: training stores, of documents or of a task's records.
-        validation: validation stores; () if the configuration names no validation text.
-        weights: mixture weight of each training store; () for weights by number of tokens.
-        fingerprint: digests of the tokenizer and of each source, compared when a run continues.
+        train: training stores, of documents or of records.
+        validation: validation stores; () if the configuration has no validation data.
+        weights: mixture weight of each training store; () for weights by token count.
+        fingerprint: digests of the tokenizer and of each source, compared when a run is resumed.
     """
 
     tokenizer: Tokenizer
@@ -45,13 +45,13 @@ class Dataset:
 def open_dataset(
     data: Any, columns: Columns = (), progress: bool = False, tokenizer: Tokenizer | None = None
 ) -> Dataset:
-    """Open tokenizer and stores, building what the cache does not hold.
+    """Open tokenizer and stores; build what is not in the cache.
 
     Args:
         data: section `data` of the configuration.
-        columns: columns of the records that the sources hold; () for documents.
+        columns: record columns that the objective reads; () for documents.
         progress: show progress bars on stderr.
-        tokenizer: tokenizer of the section, if it was opened already.
+        tokenizer: tokenizer of the section, if already open.
 
     Raises:
         UserError: a source or the tokenizer is unknown, missing, empty or damaged.
@@ -75,16 +75,16 @@ def open_dataset(
 
 
 def open_tokenizer(data: Any, columns: Columns = ()) -> Tokenizer:
-    """Open the tokenizer alone, and the training text only if it is fitted to that.
+    """Open only the tokenizer, and the training text if it is fitted to that.
 
-    Arguments are those of `open_dataset`.
+    For arguments see `open_dataset`.
     """
     specs = listed(data.source) if is_fitted(data.tokenizer) else []
     return make_tokenizer(data, _corpora(open_sources(specs, data, "train", columns)), columns)
 
 
 def open_sources(specs: list[str], data: Any, split: str, columns: Columns) -> tuple[Source, ...]:
-    """Open a split of each source, of documents or of records."""
+    """Open a split of each source, as documents or records."""
     if columns:
         from lm.data.records import open_records
 
@@ -98,7 +98,7 @@ def open_sources(specs: list[str], data: Any, split: str, columns: Columns) -> t
 
 
 def open_validation(data: Any, columns: Columns) -> tuple[Source, ...]:
-    """Open the sources of the validation data, () if there are none beside the training data."""
+    """Open the validation sources; () if there are none."""
     if data.validation_source:
         return open_sources(listed(data.validation_source), data, "validation", columns)
     specs = [spec for spec in listed(data.source) if has_validation(spec, data, columns)]
@@ -106,27 +106,27 @@ def open_validation(data: Any, columns: Columns) -> tuple[Source, ...]:
 
 
 def has_validation(spec: str, data: Any, columns: Columns = ()) -> bool:
-    """Return whether a source has validation data; of records, in a split of its own."""
+    """Return whether a source has validation data; for records, whether it has its own split."""
     cls, argument = find_source(spec, "records" if columns else "documents")
     held_out = bool(data.validation_fraction) and not columns
     return held_out or cls.has_validation_split(argument, data)
 
 
 def open_corpus(spec: str, data: Any, split: str) -> Corpus:
-    """Open a split of one source of documents.
+    """Open a split of one document source.
 
-    A source without a validation split of its own gives `data.validation_fraction` of it to
-    "validation" and the rest to "train". With a `data.validation_source` nothing is held out, and
-    such a source is whole under either name.
+    A source without its own validation split assigns the fraction `data.validation_fraction` to
+    "validation" and the rest to "train". If `data.validation_source` is set, nothing is held out
+    and either name gives the whole source.
 
     Args:
         spec: NAME or NAME:ARGUMENT.
         data: section `data` of the configuration.
-        split: "train", "validation", or "test": all of a source that has no splits of its own,
-            and the validation split of one that has.
+        split: "train", "validation" or "test"; "test" is the validation split if the source has its
+            own, otherwise all of it.
 
     Raises:
-        UserError: the source is unknown, missing or empty, or has no such split.
+        UserError: the source is unknown, missing or empty, or does not have the split.
     """
     cls, argument = find_source(spec, "documents")
     has_own = cls.has_validation_split(argument, data)
@@ -149,19 +149,19 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
 
 
 def holds_out_records(data: Any, columns: Columns) -> bool:
-    """Return whether the validation records are taken out of the training stores."""
+    """Return whether validation records are held out from the training stores."""
     if not columns or not data.validation_fraction or data.validation_source:
         return False
     return not any(has_validation(spec, data, columns) for spec in listed(data.source))
 
 
 def _corpora(sources: tuple[Any, ...]) -> tuple[Corpus, ...]:
-    """Return the corpora that a tokenizer is fitted to: of records, their texts."""
+    """Return the corpora to fit a tokenizer on; for records, their texts."""
     return tuple(getattr(source, "record_texts", source) for source in sources)
 
 
 def build_store(source: Any, tokenizer: Tokenizer, data: Any, progress: bool) -> Store:
-    """Open the store of a source, building it if the cache does not hold it.
+    """Open the store of a source; build it if it is not in the cache.
 
     Args:
         source: documents or records.
@@ -170,7 +170,7 @@ def build_store(source: Any, tokenizer: Tokenizer, data: Any, progress: bool) ->
         progress: show a progress bar on stderr.
     """
     cache, whole = cache_directory(data), getattr(source, "corpus", source)
-    if hasattr(whole, "build_store"):  # of records, or of tokens, which need no tokenizing
+    if hasattr(whole, "build_store"):  # records, or token files, which need no tokenization
         return whole.build_store(source, tokenizer, data, progress)
     sizes = [part.size or 0 for part in whole.parts()]
     if (len(sizes) > 1 and sum(sizes) > ONE_STORE) or "://" in chosen_cache(data):

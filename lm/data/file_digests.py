@@ -1,8 +1,8 @@
-"""Digests of the user's files, remembered from start to start; noticing that a file changes.
+"""Digests of user files, cached across starts, and detection of files that change while in use.
 
-The cache has a file `digests.jsonl`: a line a file, of its path, its state (times, size, identity)
-and the sha256 of its content, which is trusted as long as the state stays. Processes append whole
-lines; a line that a killed process cut is left out.
+The cache file `digests.jsonl` has one line per file with its path, state (times, size, identity)
+and the sha256 of its content, which is valid as long as the state is unchanged. Processes append
+whole lines; a line truncated by a kill is ignored.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from lm.errors import UserError
 State = tuple[int, ...]
 
 _NAME = "digests.jsonl"
-# A file may change twice within the resolution of its times: one as new as this is hashed again.
+# A file may change twice within the resolution of its timestamps: rehash files newer than this.
 _RACY_NS = 2 * 10**9
-_SPARE_LINES = 1000  # that are out of date, before the file is written anew
+_SPARE_LINES = 1000  # outdated lines before the file is rewritten
 
-# State of the files when they were hashed, to notice that one changes while it is read.
+# State of each file when it was hashed, to detect changes while it is read.
 _hashed: dict[Path, State] = {}
 _cache: Callable[[], Path] | None = None
 _hashes_reads = False
-_while_read: dict[tuple[Path, State], str] = {}  # digests of files that were read just now
+_while_read: dict[tuple[Path, State], str] = {}  # digests of files that were just read
 _mode = "read"  # or "identity", "known"
 
 
 def use_cache(folder: Callable[[], Path]) -> None:
-    """Remember digests in a folder, which is asked for when the first file is hashed."""
+    """Cache digests in a folder, which is resolved when the first file is hashed."""
     global _cache
     _cache = folder
 
 
 def hash_files(files: Iterable[Path], *settings: str) -> str:
-    """Return the sha256 of the settings and of each file's name and bytes, in order."""
+    """Return the sha256 of settings and of each file's name and content, in order."""
     total = hashlib.sha256(repr(settings).encode())
     for path in files:
         content = _identity(path) if _mode == "identity" else file_digest(path)
@@ -51,10 +51,10 @@ def hash_files(files: Iterable[Path], *settings: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's content, which is read unless its digest is remembered.
+    """Return the sha256 of a file's content, cached by its state.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         state = _hashed[path] = file_state(path)
@@ -67,7 +67,7 @@ def file_digest(path: Path) -> str:
             with raw_file(path) as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         if not isinstance(path, Path):
-            require_unchanged(path)  # its state is that of its listing
+            require_unchanged(path)  # its state is that of the listing
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     remember_digest(path, state, content)
@@ -75,29 +75,29 @@ def file_digest(path: Path) -> str:
 
 
 def known_digest(path: Path, state: State) -> str | None:
-    """Return the digest that is remembered of a file in a state; None if there is none."""
+    """Return the cached digest of a file in this state, or None."""
     digests = _opened()
     return digests.find(path, state) if digests else None
 
 
 def remember_digest(path: Path, state: State, digest: str) -> None:
-    """Remember the digest of a file, unless it changed since, or so lately that it may again."""
+    """Cache the digest of a file, unless it changed or is too new to detect changes."""
     digests = _opened()
     if digests and not _is_racy(state) and file_state(path) == state:
         digests.add(path, state, digest)
 
 
 class UnknownDigestError(Exception):
-    """Error of a file that would have to be read."""
+    """Error of a file that is not cached and would have to be read."""
 
 
 @contextmanager
 def hashing(mode: str) -> Iterator[None]:
-    """Let `hash_files` do otherwise than read contents.
+    """Change how `hash_files` identifies contents.
 
     Args:
-        mode: "identity": it takes sizes and modification times in place of contents; "known": it
-            raises UnknownDigestError where a digest is not remembered.
+        mode: "identity": hash sizes and modification times instead of contents; "known": raise
+            UnknownDigestError if a digest is not cached.
     """
     global _mode
     before, _mode = _mode, mode
@@ -108,9 +108,9 @@ def hashing(mode: str) -> Iterator[None]:
 
 
 def _identity(path: Path) -> str:
-    """Return size and modification time, the same for copies on several hosts.
+    """Return size and modification time, which are the same for copies on several hosts.
 
-    Of a file that has just changed they are waited for until they tell it from what it becomes.
+    Waits if the file is so new that a later change might not alter its modification time.
     """
     try:
         state = file_state(path)
@@ -124,12 +124,12 @@ def _identity(path: Path) -> str:
 
 
 def forget_file(path: Path) -> None:
-    """Forget the state of a file: it may have changed since another source read it."""
+    """Forget the state of a file, which may have changed since another source read it."""
     _hashed.pop(path, None)
 
 
 def require_unchanged(path: Path, since: State | None = None) -> None:
-    """Raise UserError if a file has changed since a state, by default since it was hashed."""
+    """Raise UserError if a file has changed since `since` (default: since it was hashed)."""
     if not isinstance(path, Path):
         from lm.data.remote import require_listed
 
@@ -140,9 +140,9 @@ def require_unchanged(path: Path, since: State | None = None) -> None:
 
 
 def file_state(path: Path) -> State:
-    """Return what changes whenever a file does: its times, size and identity.
+    """Return a file's state, which changes whenever the file does: times, size and identity.
 
-    Of a file by URL its version and size, as they were listed (`remote.remote_state`).
+    For a URL: version and size from its listing (`remote.remote_state`).
     """
     if not isinstance(path, Path):
         from lm.data.remote import remote_state
@@ -153,11 +153,11 @@ def file_state(path: Path) -> State:
 
 
 def raw_file(path: Path) -> io.BufferedReader:
-    """Open a local file, or one by URL, to read its bytes as they are stored.
+    """Open a local file or URL to read its raw (compressed) bytes.
 
     Raises:
-        OSError: it cannot be opened.
-        UserError: it is a URL that cannot be read; from `read` too.
+        OSError: the file cannot be opened.
+        UserError: the URL cannot be read; `read` may raise it too.
     """
     file = _opened_file(path)
     if not _hashes_reads or known_digest(path, file_state(path)):
@@ -175,7 +175,7 @@ def _opened_file(path: Path) -> io.BufferedReader:
 
 @contextmanager
 def hashing_reads() -> Iterator[None]:
-    """Hash files while they are read to the end; `file_digest` then need not read them."""
+    """Hash files while they are read, so that `file_digest` need not read them again."""
     global _hashes_reads
     _hashes_reads = True
     try:
@@ -186,7 +186,7 @@ def hashing_reads() -> Iterator[None]:
 
 
 class _HashedReads(io.RawIOBase):
-    """File whose digest is known once it was read in order to its end."""
+    """File that is hashed while being read sequentially to its end."""
 
     def __init__(self, file: Any, path: Path):
         self._file, self._key = file, (path, file_state(path))
@@ -223,7 +223,7 @@ def _is_racy(state: State) -> bool:
     return time.time_ns() - state[0] < _RACY_NS
 
 
-# --- the file of digests
+# --- the digest cache
 
 
 def _key(path: Path) -> str:
@@ -239,7 +239,7 @@ class _DigestFile:
     def find(self, path: Path, state: State) -> str | None:
         key = _key(path)
         if self._known.get(key, ((), ""))[0] != state:
-            self._read_on()  # what other processes added
+            self._read_on()  # lines that other processes added
         known = self._known.get(key)
         return known[1] if known and known[0] == state else None
 
@@ -250,10 +250,10 @@ class _DigestFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _append(self._path, f"\n{json.dumps([key, state, digest])}\n".encode())
         except OSError:
-            pass  # on a disk that is full or read-only files are hashed at every start
+            pass  # on a full or read-only disk, files are hashed at every start
 
     def _read_on(self) -> None:
-        """Read the lines from where the last reading ended."""
+        """Read lines from where the last read ended."""
         try:
             with open(self._path, "rb") as file:
                 if (identity := os.fstat(file.fileno()).st_ino) != self._identity:
@@ -273,7 +273,7 @@ class _DigestFile:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        """Write the file without the lines that are out of date; one being added may be lost."""
+        """Rewrite the file without outdated lines; a line being appended may be lost."""
         temporary = self._path.with_name(f".{_NAME}.{os.getpid()}")
         lines = (json.dumps([key, *entry]) for key, entry in self._known.items())
         try:
@@ -292,7 +292,7 @@ def _append(path: Path, content: bytes) -> None:
 
 
 def _parsed(line: bytes) -> tuple[str, State, str] | None:
-    """Return path, state and digest of a line; None if it is not whole."""
+    """Parse path, state and digest of a line; None if it is truncated."""
     try:
         path, state, digest = json.loads(line)
         if isinstance(path, str) and len(digest) == 64 and all(type(n) is int for n in state):

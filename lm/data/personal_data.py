@@ -1,6 +1,6 @@
-"""Personal data in text: e-mail and public IP addresses, phone and card numbers, IBANs.
+"""Detection of personal data: e-mail and public IP addresses, phone and card numbers, IBANs.
 
-`lm corpus` masks them, and the safety set `samples` counts them in what a model writes.
+`lm corpus` masks them; the safety set `samples` counts them in generated text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lm.data.unwanted_words import UNSPACED
 Span = tuple[int, int]
 KINDS = ("email", "ip", "iban", "card", "phone")
 
-# Where an e-mail address may be: datatrove's own pattern takes quadratic time on long base64.
+# Candidates for e-mail addresses: datatrove's own pattern takes quadratic time on long base64.
 NEAR_AT = regex.compile(r"[^\s@]{0,64}@[^\s@]{1,255}")
-# datatrove's pattern with letters of all scripts (RFC 6531) but those without spaces between words,
-# where an address would take the words beside it along.
+# datatrove's pattern, with letters of all scripts (RFC 6531) except those written without spaces,
+# where a match would include neighboring words.
 _ALNUM = rf"[[\w]--[_{UNSPACED}]]"
 _ATOM = rf"[[\w!#$%&'*+/=?^`{{|}}~\-]--[{UNSPACED}]]+"
 _LABEL = rf"{_ALNUM}(?:(?:{_ALNUM}|-)*{_ALNUM})?"
@@ -35,7 +35,7 @@ IP = regex.compile(
 )
 _IBAN = regex.compile(r"\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{1,4}){3,8}\b")
 _CARD = regex.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-# First digits and numbers of digits of Visa, Mastercard, American Express, Diners, Discover, JCB.
+# First digits and lengths of Visa, Mastercard, American Express, Diners, Discover and JCB numbers.
 _ISSUER = regex.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d)\d{12}|35\d{14}"
 )
@@ -49,7 +49,7 @@ def personal_data(text: str, regions: Sequence[str] = ("US", "GB")) -> set[str]:
 
     Args:
         text: the text.
-        regions: countries whose phone numbers are found without their country code.
+        regions: countries whose phone numbers are found without country code.
     """
     finders: dict[str, Callable[[], Iterator[Any]]] = {
         "email": lambda: (m for near in NEAR_AT.findall(text) for m in EMAIL.finditer(near)),
@@ -62,7 +62,7 @@ def personal_data(text: str, regions: Sequence[str] = ("US", "GB")) -> set[str]:
 
 
 def is_public(address: str) -> bool:
-    """Return whether a text is an IP address that is reachable from everywhere."""
+    """Return whether a text is a globally reachable IP address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -71,9 +71,9 @@ def is_public(address: str) -> bool:
 
 
 def find_ibans(text: str) -> Iterator[Span]:
-    """Yield the places of IBANs with a correct check digit."""
+    """Yield the spans of IBANs with a valid check digit."""
     for match in _IBAN.finditer(text):
-        # A word in capitals after the number looks like a part of it.
+        # A capitalized word after the number looks like a part of it.
         ends = [match.start() + gap.start() for gap in regex.finditer(r"[ -]", match.group())]
         for end in (match.end(), *reversed(ends)):
             if iban.is_valid(text[match.start() : end]):
@@ -82,7 +82,7 @@ def find_ibans(text: str) -> Iterator[Span]:
 
 
 def find_cards(text: str) -> Iterator[Span]:
-    """Yield the places of card numbers with a correct check digit."""
+    """Yield the spans of card numbers with a valid check digit."""
     for match in _CARD.finditer(text):
         digits = _SEPARATOR.sub("", match.group())
         if _ISSUER.fullmatch(digits) and luhn.is_valid(digits):
@@ -90,7 +90,7 @@ def find_cards(text: str) -> Iterator[Span]:
 
 
 def find_phones(text: str, regions: Sequence[str]) -> Iterator[Span]:
-    """Yield the places of phone numbers, found by libphonenumber in some countries' forms."""
+    """Yield the spans of phone numbers that libphonenumber finds for these countries."""
     for line in _LINE.finditer(text):  # by line: the matcher gives up after 65,535 tries
         if not _MANY_DIGITS.search(line.group()):
             continue

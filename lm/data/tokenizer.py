@@ -1,7 +1,7 @@
-"""Tokenizer: the interface, saving and loading, and opening the tokenizer of a configuration.
+"""Tokenizer interface: saving, loading, and opening the tokenizer of a configuration.
 
-`--config.data.tokenizer` is NAME or NAME:ARGUMENT. NAME is a class of the registry TOKENIZERS that
-derives from `Tokenizer`. NAME:ARGUMENT opens a file (`from_argument`); NAME alone is fitted to the
+`--config.data.tokenizer` is NAME or NAME:ARGUMENT, where NAME is a `Tokenizer` class in the
+registry TOKENIZERS. NAME:ARGUMENT opens a file (`from_argument`); NAME alone is fitted to the
 training text (`is_fitted`, `fit`), or needs neither.
 """
 
@@ -24,17 +24,17 @@ from lm.data.sources import Corpus
 from lm.errors import UserError
 from lm.storage import DamagedFolder, cache_directory, open_or_build, read_json
 
-MOST_TO_FIT = 2**30  # bytes of a corpus; of a larger one a sample is enough for some tokenizers
+MOST_TO_FIT = 2**30  # bytes: some tokenizers are fitted to a sample of larger corpora
 
 
 @dataclass(frozen=True)
 class Template:
-    """Ids that a tokenizer puts around a text.
+    """Token ids that a tokenizer adds around a text.
 
     Attributes:
-        before: ids before it.
-        after: ids after it, where it is the input of an encoder.
-        between: ids between the two texts of an encoder's pair; (): one separator.
+        before: ids before the text.
+        after: ids after the text of an encoder input.
+        between: ids between the two texts of an encoder pair; (): one separator.
     """
 
     before: tuple[int, ...] = ()
@@ -43,18 +43,17 @@ class Template:
 
 
 class Tokenizer(ABC):
-    """Mapping between text and token ids; an immutable value that its `files` fully describe.
+    """Mapping between text and token ids; an immutable value fully described by its `files`.
 
     Worker processes receive it pickled.
 
     Attributes:
-        kind: name in the registry, which a saved tokenizer is opened by.
+        kind: name in the registry, by which a saved tokenizer is opened.
         is_fitted: whether NAME alone is fitted to the training text.
-        fits_sample: whether a sample of a large corpus is enough to fit to.
-        states_template: whether `template` is what a model folder states.
-        forms: how a configuration writes the tokenizer, such as ("words", "words:FILE"), for
-            messages and validation; () for any. Plug-ins only: the registry has those of the
-            library.
+        fits_sample: whether a sample of a large corpus suffices for fitting.
+        states_template: whether `template` comes from a model folder.
+        forms: configuration values, such as ("words", "words:FILE"), for messages and validation;
+            () for any. Only for plug-ins: the registry has those of library tokenizers.
     """
 
     kind: ClassVar[str]
@@ -65,14 +64,14 @@ class Tokenizer(ABC):
 
     @classmethod
     def from_argument(cls, argument: str, data: Any) -> Tokenizer:
-        """Open the tokenizer that NAME:ARGUMENT names.
+        """Open the tokenizer of NAME:ARGUMENT.
 
         Args:
             argument: text after "NAME:", such as a path for `files.find_file`.
             data: section `data` of the configuration.
 
         Raises:
-            UserError: there is no such tokenizer, or it is damaged.
+            UserError: the tokenizer does not exist, or is damaged.
         """
         raise NotImplementedError
 
@@ -80,67 +79,67 @@ class Tokenizer(ABC):
     def fit_settings(cls, data: Any) -> dict[str, Any]:
         """Return the keyword arguments of `fit` from section `data` of the configuration.
 
-        They are part of the digest that a fitted tokenizer is cached under.
+        They are part of the digest under which a fitted tokenizer is cached.
         """
         return {}
 
     @classmethod
     def fit(cls, texts: Iterable[str], **settings: Any) -> Self:
-        """Return the tokenizer that is fitted to texts."""
+        """Fit a tokenizer to texts."""
         raise NotImplementedError
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, including special tokens."""
 
     @property
     def bos_id(self) -> int | None:
-        """Id that starts a document; None if the vocabulary has none."""
+        """Id that starts a document; None if there is none."""
         return None
 
     @property
     def eos_id(self) -> int | None:
-        """Id that ends a document; if it equals `bos_id`, it delimits documents."""
+        """Id that ends a document; it delimits documents if it equals `bos_id`."""
         return None
 
     @property
     def n_text_ids(self) -> int:
-        """Number of ids up to the last that `encode` or `template` can give."""
+        """Upper bound (exclusive) of ids that `encode` or `template` can return."""
         return self.vocab_size
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids each of which ends a generated text."""
+        """Ids that each end a generated text."""
         return () if self.eos_id is None else (self.eos_id,)
 
     @property
     def template(self) -> Template:
-        """Ids around a text: bos before it, unless a model folder states others."""
+        """Ids around a text: bos before it, unless a model folder specifies others."""
         return Template(() if self.bos_id is None else (self.bos_id,))
 
     def role_id(self, role: str) -> int | None:
-        """Return the id that a model folder states for pad, cls, sep, mask or decoder_start."""
+        """Return the id that a model folder specifies for pad, cls, sep, mask or decoder_start."""
         return None
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, int32 [n], without bos and eos; never special ids."""
+        """Tokenize a text to int32 ids [n], without bos, eos or other special ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, as `encode` does, where it is faster for many at once."""
+        """Tokenize several texts; may be faster than `encode`."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text, without bos and eos where the reference implementation drops them."""
+        """Decode ids to text; drops bos and eos if the reference implementation does."""
 
     def token_id(self, name: str) -> int | None:
-        """Return the id of a vocabulary entry such as "[MASK]", or None if there is none."""
+        """Return the id of a vocabulary entry such as "[MASK]", or None."""
         return None
 
     def pieces(self) -> list[str]:
-        """Return the vocabulary entries by id, with the marks of their kind (##, ▁, Ġ)."""
+        """Return vocabulary entries by id, with their markers (##, ▁, Ġ)."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     @abstractmethod
@@ -150,15 +149,15 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        """Return the tokenizer that `files()` described."""
+        """Restore the tokenizer from `files()`."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the kind and the files."""
+        """sha256 of kind and files."""
         return _digest(self.kind, self.files())
 
     def save(self, directory: str | Path) -> None:
-        """Write a self-contained copy, which `load_saved_tokenizer` reads."""
+        """Write a self-contained copy for `load_saved_tokenizer`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = self.files()
@@ -170,10 +169,10 @@ class Tokenizer(ABC):
 
 
 def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
-    """Load a tokenizer that `Tokenizer.save` wrote.
+    """Load a tokenizer written by `Tokenizer.save`.
 
     Raises:
-        UserError: there is none, or its files were changed.
+        UserError: there is none, or its files were modified.
     """
     try:
         return _read(Path(directory))
@@ -182,7 +181,7 @@ def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, n_rows: int) -> None:
-    """Raise UserError if a text may have ids beyond the token table of a model.
+    """Raise UserError if texts may have ids beyond the token table of a model.
 
     Args:
         tokenizer: tokenizer of the texts.
@@ -196,21 +195,21 @@ def check_vocabulary(tokenizer: Tokenizer, n_rows: int) -> None:
 
 
 def is_fitted(spec: str) -> bool:
-    """Return whether `--config.data.tokenizer` is to be fitted to the training text."""
+    """Return whether `--config.data.tokenizer` is fitted to the training text."""
     return spec in TOKENIZERS and TOKENIZERS[spec].is_fitted
 
 
 def make_tokenizer(
     data: Any, training: Iterable[Corpus], columns: Collection[str] = ()
 ) -> Tokenizer:
-    """Open or fit the tokenizer that `data.tokenizer` names.
+    """Open or fit the tokenizer of `data.tokenizer`.
 
-    A fitted tokenizer is cached under the digest of its settings and of the training text.
+    A fitted tokenizer is cached under a digest of its settings and the training text.
 
     Args:
         data: section `data` of the configuration.
         training: training text.
-        columns: columns of the records that are read.
+        columns: record columns that are read.
 
     Raises:
         UserError: the name is unknown, or a file is missing or damaged.
@@ -222,7 +221,7 @@ def make_tokenizer(
     if argument:
         try:
             tokenizer: Tokenizer = cls.from_argument(argument, data)
-            tokenizer.vocab_size  # noqa: B018  # reads the file, so that the error names it
+            tokenizer.vocab_size  # noqa: B018  # reads the file, so that errors name it
         except UserError as error:
             raise UserError(f"{data.tokenizer}: {error}") from error
     else:

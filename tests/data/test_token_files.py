@@ -188,7 +188,7 @@ def test_wrong_token_files_are_one_line(token_data, tmp_path, content, changes, 
     [
         (lambda index, tokens: (index[:-1], tokens), "cut or damaged"),
         (lambda index, tokens: (index[:20], tokens), "or cut"),
-        (lambda index, tokens: (b"x" * 99, tokens), "no index of Megatron"),
+        (lambda index, tokens: (b"x" * 99, tokens), "not an index of Megatron"),
         (lambda index, tokens: (b"TNTIDX\0\0" + index, tokens), "old kind"),
         (lambda index, tokens: (index, tokens[:-2]), r"m\.bin: has 4 bytes, but m\.idx is of 6"),
         (lambda index, tokens: (index[:17] + b"\7" + index[18:], tokens), "type 7"),

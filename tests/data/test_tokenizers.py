@@ -273,7 +273,7 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
         ("tokenizers:file", b"{}", ["tokenizers:file", "not a tokenizers JSON"]),
         ("gpt2:.", None, ["encoder.json"]),
         ("words:file", b"the 1 2\n", ["words:file: line 1 is neither a word nor"]),
-        ("words:file", b"the\na 2\nthe 3\n", ["words:file: line 3: the word 'the' is there twice"]),
+        ("words:file", b"the\na 2\nthe 3\n", ["words:file: line 3: the word 'the' occurs twice"]),
         ("words:file", b"\xff", ["words:file: not UTF-8 at byte 0"]),
     ],
 )

@@ -1,7 +1,7 @@
-"""Sources `parquet` and `arrow`: tables by columns, as documents or as records of a task.
+"""Sources `parquet` and `arrow`: columnar files, as documents or records.
 
-A file is read batch by batch, of Parquet only the columns that are needed. `arrow` reads what
-`datasets.save_to_disk` wrote (Arrow's stream format) and Arrow's file format.
+Files are read in batches; for Parquet, only the required columns. `arrow` reads what
+`datasets.save_to_disk` writes (Arrow's stream format) and Arrow's file format.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lm.data.sources import Chunk, Part, RecordSource, Row
 from lm.errors import UserError, missing_package
 from lm.storage import read_json
 
-if TYPE_CHECKING:  # imported where a table is read
+if TYPE_CHECKING:  # imported at run time only when a table is read
     import pyarrow as pa
 
-_BATCH = 2**24  # bytes of a batch, about
+_BATCH = 2**24  # approximate bytes per batch
 _MOST_ROWS = 2**13
 _END_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")  # since Arrow 0.15, and before
-_QA_COLUMNS = ("id", "question", "context", "answers")  # of SQuAD as `datasets` has it
+_QA_COLUMNS = ("id", "question", "context", "answers")  # columns of SQuAD in `datasets`
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Table:
 
     Attributes:
         schema: names and types of all columns.
-        batches: batches of some columns; of all where a name is not in the schema.
-        n_before: rows of the file before them.
-        groups: metadata of the row groups of Parquet.
+        batches: batches of some columns; of all columns if a name is not in the schema.
+        n_before: number of rows before them in the file.
+        groups: metadata of Parquet row groups.
     """
 
     schema: pa.Schema
@@ -53,7 +53,7 @@ class Table:
 
 
 class ColumnFiles(RowDocuments, RecordSource):
-    """Files of tables: a row is a document in `data.field`, or a record."""
+    """Columnar files: each row is a document in `data.field`, or a record."""
 
     kind: ClassVar[str]
     row_word = "rows"
@@ -84,7 +84,7 @@ class ColumnFiles(RowDocuments, RecordSource):
         return [FilePart(self.of_file(), path, file_state(path)[2]) for path in self.files]
 
     def of_file(self, *files: Path) -> ColumnFiles:
-        """Return the source of some files alone."""
+        """Return a source of only these files."""
         other = copy(self)
         other.__dict__.pop("digest", None)
         other.files = files
@@ -98,7 +98,7 @@ class ColumnFiles(RowDocuments, RecordSource):
                     yield as_question(row) if self.has_answers else as_named(row, labels)
 
     def row_parts(self) -> list[Callable[[], Iterator[Row]]]:
-        """Return functions that yield the rows of the parts, with all of their columns."""
+        """Return functions that yield the rows of each part, with all columns."""
         return [
             partial(self._all_rows, part.path, getattr(part, "groups", None))
             for part in cast("Sequence[FilePart | RowGroups]", self.parts())
@@ -110,12 +110,12 @@ class ColumnFiles(RowDocuments, RecordSource):
 
     @cached_property
     def has_answers(self) -> bool:  # type: ignore[override]
-        """Kind of the rows: questions and answers, as `datasets` has those of SQuAD."""
+        """True if rows are questions with answers, in the SQuAD format of `datasets`."""
         return not self.columns and is_qa(self._names)
 
     @cached_property
     def _names(self) -> set[str]:
-        """Names of the columns of the first file."""
+        """Column names of the first file."""
         with self._open(self.files[0], ()) as table:
             return set(table.schema.names)
 
@@ -127,7 +127,7 @@ class ColumnFiles(RowDocuments, RecordSource):
         return tuple(column for column in known if column in self._names)
 
     def documents(self, path: Path, groups: range | None = None) -> Iterator[Chunk]:
-        """Yield the documents of a file, or of some row groups of Parquet."""
+        """Yield the documents of a file, or of some Parquet row groups."""
 
         def rows() -> Iterator[Row]:
             with self._open(path, (self.field,), groups) as table:
@@ -142,7 +142,7 @@ class ColumnFiles(RowDocuments, RecordSource):
     def _open(
         self, path: Path, columns: tuple[str, ...], groups: range | None = None
     ) -> Iterator[Table]:
-        """Open a file; what is wrong with it becomes a UserError."""
+        """Open a file, and convert its errors to UserError."""
         import pyarrow as pa
 
         if compression_of(path):
@@ -161,12 +161,12 @@ class ColumnFiles(RowDocuments, RecordSource):
     def _table(
         self, path: Path, file: Any, columns: tuple[str, ...], groups: range | None
     ) -> Table:
-        """Return the table in an open file.
+        """Return the table of an open file.
 
         Args:
-            path: name for messages.
-            file: the file.
-            columns: names of columns, or of nested fields, to read; () for all.
+            path: path for messages.
+            file: open file.
+            columns: columns or nested fields to read; () for all.
             groups: row groups to read; None for all.
         """
 
@@ -187,7 +187,7 @@ class ParquetFiles(ColumnFiles):
         return parts
 
     def _group_parts(self, part: FilePart, piece: int) -> Iterator[Part]:
-        """Yield the row groups of a large file, several small ones together."""
+        """Yield parts of a large file: row groups, with small ones merged."""
         with self._open(part.path, (), range(0)) as table:
             sizes = [group.total_byte_size for group in table.groups]
         first, size = 0, 0
@@ -203,7 +203,7 @@ class ParquetFiles(ColumnFiles):
     ) -> Table:
         import pyarrow.parquet as pq
 
-        # Without pre-buffering and with a small buffer a column is read page by page.
+        # Without pre-buffering and with a small buffer, columns are read page by page.
         options: Any = {"pre_buffer": False, "buffer_size": 2**20}
         table = pq.ParquetFile(file, page_checksum_verification=True, **options)
         schema = table.schema_arrow
@@ -227,10 +227,10 @@ class RowGroups:
     """Row groups of a large Parquet file, as a part of a source.
 
     Attributes:
-        source: the source without its files.
+        source: source without its files.
         path: the file.
-        groups: numbers of the row groups.
-        size: bytes before compression.
+        groups: row group indices.
+        size: uncompressed size in bytes.
     """
 
     source: ColumnFiles
@@ -247,16 +247,16 @@ class RowGroups:
 
 
 class ArrowFiles(ColumnFiles):
-    """Files of Arrow, or the folder of a data set that `datasets.save_to_disk` wrote.
+    """Arrow files, or a folder written by `datasets.save_to_disk`.
 
-    Of a folder with several splits `data.split` and `data.validation_split` are read.
+    For a folder with several splits, `data.split` and `data.validation_split` are read.
     """
 
     kind = "arrow"
 
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:
-        """Return whether the folder has the split `data.validation_split`."""
+        """Return whether the folder has split `data.validation_split`."""
         folder = resolve_file(argument, data)
         is_dict = (folder / "dataset_dict.json").is_file()
         return is_dict and data.validation_split in _splits(folder)
@@ -303,7 +303,7 @@ def _splits(folder: Path) -> list[str]:
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a data set that `save_to_disk` wrote, in its order."""
+    """Return the files of a data set written by `save_to_disk`, in order."""
     try:
         state = read_json(folder / "state.json")
     except FileNotFoundError:
@@ -331,12 +331,12 @@ def _require_pyarrow(purpose: str) -> None:
 
 
 def _has_field(schema: pa.Schema, field: str) -> bool:
-    """Return whether a schema has a field, or a nested one (`field_value`)."""
+    """Return whether a schema has a field, possibly nested (`field_value`)."""
     return field_value({one.name: _shape(one.type) for one in schema}, field) is not MISSING
 
 
 def _shape(kind: pa.DataType) -> Any:
-    """Return the names in a nested type, as nested dictionaries; () of another type."""
+    """Return the field names of a nested type as nested dictionaries; () for other types."""
     import pyarrow as pa
 
     if not pa.types.is_struct(kind):
@@ -345,7 +345,7 @@ def _shape(kind: pa.DataType) -> Any:
 
 
 def _rows(path: Path, table: Table) -> Iterator[Row]:
-    """Yield rows with their values as Python's, numbered from 1 in the file."""
+    """Yield rows as Python values, numbered from 1 in the file."""
     number = table.n_before
     for batch in table.batches:
         for column in batch.columns:
@@ -361,18 +361,18 @@ def _rows(path: Path, table: Table) -> Iterator[Row]:
 
 
 def _require_sound(column: pa.Array) -> None:
-    """Raise ArrowInvalid if reading the values could leave the memory of the column."""
+    """Raise ArrowInvalid if reading values could access memory outside the column."""
     import pyarrow as pa
 
     try:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):  # which the row is named for, or skipped
+        if "UTF8" not in str(error):  # reported or skipped per row instead
             raise
 
 
 def _row_or_problem(one: pa.RecordBatch) -> dict[str, Any] | str:
-    """Return the values of the only row of a batch, or what is wrong with them."""
+    """Return the values of a single-row batch, or a description of what is invalid."""
     try:
         return one.to_pylist()[0]
     except UnicodeDecodeError as error:
@@ -380,18 +380,18 @@ def _row_or_problem(one: pa.RecordBatch) -> dict[str, Any] | str:
 
 
 def is_qa(names: Iterable[str]) -> bool:
-    """Return whether columns are those of SQuAD as `datasets` has it."""
+    """Return whether the columns are those of SQuAD in `datasets`."""
     return set(_QA_COLUMNS) <= set(names)
 
 
 def as_named(row: Row, labels: dict[str, list[str]]) -> Row:
-    """Return a row with the names of classes in place of their numbers, by column."""
+    """Replace class indices of a row by class names."""
     values = {name: _named(value, labels.get(name)) for name, value in row.values.items()}
     return row._replace(values=values)
 
 
 def as_question(row: Row) -> Row:
-    """Return a row of SQuAD as `records.SquadFiles` has it."""
+    """Convert a SQuAD row of `datasets` to the form of `records.SquadFiles`."""
     values = row.values
     try:
         answers = [
@@ -406,7 +406,7 @@ def as_question(row: Row) -> Row:
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Return the names of the classes of columns of numbers, as `datasets` notes them in files."""
+    """Return class names by column, from the metadata that `datasets` writes into files."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -415,7 +415,7 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def feature_names(features: Any) -> dict[str, list[str]]:
-    """Return the names of classes by column, of a description of the columns by `datasets`."""
+    """Return class names by column, from a `datasets` feature description."""
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else None
@@ -426,7 +426,7 @@ def feature_names(features: Any) -> dict[str, list[str]]:
 
 
 def _named(value: Any, names: list[str] | None) -> Any:
-    """Return the names of numbers of classes; other values as they are."""
+    """Replace class indices by names; leave other values unchanged."""
     if names is None:
         return value
     if isinstance(value, list):

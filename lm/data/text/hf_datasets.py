@@ -1,6 +1,6 @@
-"""Source `datasets`: data sets of Hugging Face's library, from its hub or from a folder.
+"""Source `datasets`: data sets of the Hugging Face library, from the hub or a folder.
 
-They are streamed. No code of a data set is run.
+They are streamed. Code in a data set is never executed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lm.errors import UserError, missing_package
 class HuggingFaceDatasets(RowDocuments, RecordSource):
     """Split of NAME, NAME:CONFIG or a folder: documents in `data.field`, or records.
 
-    A folder is what `save_to_disk` wrote (read as `arrow:FOLDER`), or holds files that
-    `datasets.load_dataset` knows.
+    A folder was written by `save_to_disk` (read as `arrow:FOLDER`), or holds files that
+    `datasets.load_dataset` supports.
     """
 
     row_word = "rows"
@@ -47,7 +47,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:
-        """Return whether the data set has the split `data.validation_split`."""
+        """Return whether the data set has split `data.validation_split`."""
         if _is_saved(argument, data):
             return ArrowFiles.has_validation_split(argument, data)
         name = f"datasets:{argument}"
@@ -60,7 +60,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the contents, as the hub states them for its files."""
+        """sha256 of the contents, from the digests that the hub reports."""
         if self.saved:
             return self.saved.digest
         with storage_errors(self.name, "hf"):
@@ -89,7 +89,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     @property
     def has_answers(self) -> bool:  # type: ignore[override]
-        """Kind of the rows: questions and answers of SQuAD."""
+        """True if rows are questions with answers, in SQuAD's format."""
         if self.saved:
             return self.saved.has_answers
         return not self.columns and is_qa(self._features or ())
@@ -104,7 +104,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
         return self._builder.as_streaming_dataset(self.split)
 
     def _read(self, fields: tuple[str, ...]) -> Iterator[Row]:
-        """Yield the rows; only the columns of these fields where the columns are known."""
+        """Yield rows, restricted to the columns of these fields if columns are known."""
         with storage_errors(self.name, "hf"):
             stream, features = self._stream, self._features
             wanted = [
@@ -117,20 +117,20 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
 
 def _is_saved(argument: str, data: Any) -> bool:
-    """Return whether an argument is a folder that `save_to_disk` wrote."""
+    """Return whether an argument is a folder written by `save_to_disk`."""
     folder = resolve_file(argument, data)
     marks = ("state.json", "dataset_dict.json")
     return isinstance(folder, Path) and any((folder / mark).is_file() for mark in marks)
 
 
 def _place(argument: str, data: Any) -> tuple[str, str | None]:
-    """Return folder or name, and the configuration of NAME:CONFIG."""
+    """Return the folder or name, and the configuration of NAME:CONFIG."""
     folder = resolve_file(argument, data)
     if is_folder(folder):
         return str(folder), None
     name, _, config = argument.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"datasets:{argument}: neither a folder nor a name of the hub")
+        raise UserError(f"datasets:{argument}: neither a folder nor a data set name of the hub")
     return name, config or None
 
 
@@ -148,7 +148,7 @@ def _splits(builder: Any) -> list[str]:
 
 
 def _stated_content(url: str) -> list[str]:
-    """Return the name of a file of the hub, and the digest of its content that the hub states."""
+    """Return a hub file's name and the content digest that the hub reports."""
     from huggingface_hub import HfFileSystem
 
     info = HfFileSystem().info(url)

@@ -1,4 +1,4 @@
-"""Source `stdlib`: the source code of the running Python's standard library, on every machine."""
+"""Source `stdlib`: source code of Python's standard library, available on every machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 class StandardLibrary(DocumentSource):
-    """Modules of the standard library but its tests, a document each.
+    """Modules of the standard library except its tests, one document each.
 
-    Split "validation" holds the 5 % of the files that the hash of their path selects.
+    Split "validation" holds the 5 % of files selected by a hash of their path.
     """
 
     name = "stdlib"

@@ -1,4 +1,4 @@
-"""Sources `text` and `jsonl`: the user's own files of text and of JSON lines."""
+"""Sources `text` and `jsonl`: text files and JSON lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm.data.sources import Chunk, DocumentSource, Part, Row, cut_document
 class TextFiles(DocumentSource):
     """Text files, plain or compressed.
 
-    A document is a whole file (`data.documents` "file") or each line that is not blank ("line").
+    A document is a whole file (`data.documents` "file") or each non-blank line ("line").
     """
 
     def __init__(self, argument: str, data: Any, split: str):
@@ -44,7 +44,7 @@ class TextFiles(DocumentSource):
         return file_parts(empty, self.files, read_range)
 
     def of_file(self, path: Path) -> TextFiles:
-        """Return the source of one file alone."""
+        """Return a source of one file."""
         return self._with_files(path)
 
     def _with_files(self, *files: Path) -> TextFiles:
@@ -61,12 +61,12 @@ class TextFiles(DocumentSource):
                 yield from _line_documents(read_lines(path))
 
     def read_range(self, lines: LineRange) -> Iterator[Chunk]:
-        """Yield the documents of a range of lines."""
+        """Yield the documents in a range of lines."""
         yield from _line_documents(_decode(lines.path, line) for line in lines.lines())
 
 
 class JsonLines(RowDocuments, RowFiles):
-    """Files with one JSON object a line: a document in `data.field`, or a record."""
+    """Files with one JSON object per line: a document in `data.field`, or a record."""
 
     same_columns = False
     kind = "jsonl"
@@ -92,7 +92,7 @@ class JsonLines(RowDocuments, RowFiles):
         return file_parts(empty, (path for (path,) in self.files), empty.read_range)
 
     def row_parts(self) -> list[Callable[[], Iterator[Row]]]:
-        """Return functions that yield the rows of the parts."""
+        """Return functions that yield the rows of each part."""
         return [
             partial(_range_rows, part)
             if isinstance(part, LineRange)
@@ -101,7 +101,7 @@ class JsonLines(RowDocuments, RowFiles):
         ]
 
     def of_file(self, path: Path) -> JsonLines:
-        """Return the source of one file alone."""
+        """Return a source of one file."""
         return self._with_files(path)
 
     def _with_files(self, *files: Path) -> JsonLines:
@@ -111,7 +111,7 @@ class JsonLines(RowDocuments, RowFiles):
         return other
 
     def read_range(self, lines: LineRange) -> Iterator[Chunk]:
-        """Yield the documents of a range of lines."""
+        """Yield the documents in a range of lines."""
         yield from self.row_documents(lines.path, _range_rows(lines))
 
 

@@ -1,4 +1,4 @@
-"""Source `tfds`: TensorFlow Datasets, read by random access and without TensorFlow."""
+"""Source `tfds`: TensorFlow Datasets with random access, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lm.errors import UserError
 
 
 class TfdsCorpus(DocumentSource):
-    """Split of a data set that was prepared with file_format="array_record".
+    """Split of a data set prepared with file_format="array_record".
 
-    The string in `data.field` is the document. `data.directory` is the TFDS data_dir; empty leaves
-    it to TFDS (TFDS_DATA_DIR).
+    Documents are the strings in `data.field`. `data.directory` is the TFDS data_dir; if empty, TFDS
+    uses its default (TFDS_DATA_DIR).
     """
 
     def __init__(self, argument: str, data: Any, split: str):
@@ -49,7 +49,7 @@ class TfdsCorpus(DocumentSource):
 
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:
-        """Return whether the prepared data set has the split `data.validation_split`."""
+        """Return whether the prepared data set has split `data.validation_split`."""
         return data.validation_split in _builder(argument, _directory(data)).info.splits
 
     @cached_property

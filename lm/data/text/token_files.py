@@ -1,9 +1,9 @@
-"""Sources `nanogpt` and `megatron`: token ids that another program wrote, used as they are.
+"""Sources `nanogpt` and `megatron`: pretokenized files written by other programs.
 
-`nanogpt` reads what nanoGPT's prepare.py writes, ids alone, and files with the header of llm.c and
-modded-nanogpt; several files are one stream. `megatron` reads an indexed data set of Megatron-LM:
-PREFIX.bin, and PREFIX.idx with its documents. The tokenizer is that of `data.tokenizer`; the ids
-are copied into a store in the cache, each checked against the vocabulary.
+`nanogpt` reads files from nanoGPT's prepare.py (ids only), and files with the header of llm.c and
+modded-nanogpt; several files form one stream. `megatron` reads indexed data sets of Megatron-LM:
+PREFIX.bin, and PREFIX.idx with the document boundaries. `data.tokenizer` names the tokenizer; ids
+are copied into a store in the cache and checked against the vocabulary.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from lm.storage import cache_directory, open_or_build, write_durably
 
 _BLOCK = 2**22  # tokens
 _HEADER_BYTES = 1024
-_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # magic and version of llm.c
+_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # (magic, version) of llm.c
 _INDEX_MAGIC = b"MMIDIDX\0\0"
 _OLD_MAGIC = b"TNTIDX\0\0"
 _INDEX_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 
 class TokenRun(NamedTuple):
-    """Consecutive tokens of a file.
+    """Contiguous tokens of a file.
 
     Attributes:
-        path: the file.
+        path: file.
         dtype: dtype of the tokens, little-endian.
-        start: first byte.
-        n: tokens.
+        start: byte offset of the first token.
+        n: number of tokens.
     """
 
     path: Path
@@ -66,14 +66,14 @@ class TokenRun(NamedTuple):
 
 
 class FlaggedTokens(NamedTuple):
-    """Tokens, and which of them begin a document."""
+    """Tokens, and flags of those that start a document."""
 
     tokens: np.ndarray  # [n] int64
     begins: np.ndarray  # [n] bool
 
 
 class TokenFiles(DocumentSource):
-    """Files of token ids, which are not tokenized again."""
+    """Files of token ids, which are used without tokenizing again."""
 
     kind: ClassVar[str]
     files: tuple[Path, ...]
@@ -89,11 +89,11 @@ class TokenFiles(DocumentSource):
 
     @abstractmethod
     def _find(self, argument: str) -> tuple[Path, ...]:
-        """Return the files."""
+        """Find the files of an argument."""
 
     @abstractmethod
     def flagged(self, tokenizer: Tokenizer) -> Iterator[FlaggedTokens]:
-        """Yield all tokens, checked, and where documents begin."""
+        """Yield all tokens, checked, with document starts."""
 
     @cached_property
     def digest(self) -> str:
@@ -104,7 +104,7 @@ class TokenFiles(DocumentSource):
         return sum(file_state(path)[2] for path in self.files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the documents, decoded without the special tokens at their ends."""
+        """Yield the documents, decoded without special tokens at their ends."""
         tokenizer = make_tokenizer(self.data, ())
         special = {tokenizer.bos_id, tokenizer.eos_id}
         document: list[int] = []
@@ -121,16 +121,16 @@ class TokenFiles(DocumentSource):
         yield from decoded()
 
     def build_store(self, side: Any, tokenizer: Tokenizer, data: Any, progress: bool) -> TokenStore:
-        """Open the store of the tokens, copying them first if the cache does not hold them.
+        """Open the store of the tokens; copy them first if they are not in the cache.
 
         Args:
-            side: this source, or the side of it that is trained or validated on.
-            tokenizer: tokenizer that made the tokens.
+            side: this source, or its training or validation side.
+            tokenizer: tokenizer that produced the tokens.
             data: section `data` of the configuration.
             progress: show a progress bar on stderr.
 
         Raises:
-            UserError: the files are damaged, or an id is beyond the vocabulary.
+            UserError: a file is damaged, or an id is beyond the vocabulary.
         """
 
         def write(folder: Path) -> None:
@@ -147,7 +147,7 @@ class TokenFiles(DocumentSource):
         return open_or_build(cache_directory(data) / "stores" / key, read, write)
 
     def _side(self, side: Any, tokenizer: Tokenizer) -> Iterator[FlaggedTokens]:
-        """Yield the tokens of one side: of some of the documents, or a stretch of the only one."""
+        """Yield the tokens of one side: some of the documents, or a range of the only one."""
         if not isinstance(side, HeldOut):
             yield from self.flagged(tokenizer)
             return
@@ -169,7 +169,7 @@ class TokenFiles(DocumentSource):
 
 
 class NanogptFiles(TokenFiles):
-    """Files of ids as nanoGPT, llm.c and modded-nanogpt write them; PATH may be a glob."""
+    """Files of ids from nanoGPT, llm.c or modded-nanogpt; PATH may be a glob."""
 
     kind = "nanogpt"
 
@@ -191,7 +191,7 @@ class NanogptFiles(TokenFiles):
                 yield FlaggedTokens(tokens, begins)
 
     def _tokens_in(self, path: Path) -> TokenRun:
-        """Return the tokens of a file, by its header or as `data.token_dtype` says."""
+        """Return the tokens of a file, by its header or `data.token_dtype`."""
         with _reading(path) as file:
             header = file.read(_HEADER_BYTES)
         size, stated = file_state(path)[2], self.data.token_dtype
@@ -219,7 +219,7 @@ class NanogptFiles(TokenFiles):
 
 
 class MegatronFiles(TokenFiles):
-    """Indexed data set of Megatron-LM: PREFIX.bin and PREFIX.idx; PREFIX may be a glob."""
+    """Indexed data set of Megatron-LM, PREFIX.bin and PREFIX.idx; PREFIX may be a glob."""
 
     kind = "megatron"
 
@@ -248,7 +248,7 @@ class MegatronFiles(TokenFiles):
 
 
 def _begin_with(mark: int | None, blocks: Iterator[FlaggedTokens]) -> Iterator[FlaggedTokens]:
-    """Move documents that follow a delimiter to begin with it, as those of our own stores do."""
+    """Shift document starts so that delimiters come first, as in our own stores."""
     held = FlaggedTokens(np.zeros(0, np.int64), np.zeros(0, bool))
     for block in blocks:
         tokens, begins = (np.concatenate(pair) for pair in zip(held, block, strict=True))
@@ -262,14 +262,14 @@ def _begin_with(mark: int | None, blocks: Iterator[FlaggedTokens]) -> Iterator[F
 
 
 def _end_id(text: str, tokenizer: Tokenizer) -> int | None:
-    """Return the id of `data.end_token`; None if documents are not told apart."""
+    """Return the id of `data.end_token`; None if documents are not separated."""
     if text == "none":
         return None
     if not text:
         if tokenizer.eos_id is None:
             raise UserError(
-                "--config.data.end_token is empty and the tokenizer has no token that ends a "
-                "document: set it to an id, or to none if the files are one document"
+                "--config.data.end_token is empty and the tokenizer has no end-of-document token: "
+                "set it to an id, or to none if the files are one document"
             )
         return tokenizer.eos_id
     found = int(text) if text.isascii() and text.isdigit() else tokenizer.token_id(text)
@@ -280,7 +280,7 @@ def _end_id(text: str, tokenizer: Tokenizer) -> int | None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file; what goes wrong becomes a UserError."""
+    """Open a file, and convert read errors to UserError."""
     try:
         with raw_file(path) as file:
             yield file
@@ -290,7 +290,7 @@ def _reading(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _read(run: TokenRun, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the tokens of a file, int64, each within the vocabulary."""
+    """Yield the tokens of a file as int64, checked against the vocabulary."""
     dtype = np.dtype(run.dtype).newbyteorder("<")
     place = 0
     with _reading(run.path) as file:
@@ -314,34 +314,34 @@ def _read(run: TokenRun, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
-    """Read an index.
+    """Read a Megatron-LM index.
 
     Args:
         path: PREFIX.idx.
         tokens: PREFIX.bin.
 
     Returns:
-        The tokens, and the first token of each document, int64.
+        The tokens, and the index of each document's first token, int64.
 
     Raises:
-        UserError: the index is damaged, of another kind, or not that of the tokens.
+        UserError: the index is damaged, of an unsupported kind, or does not match the tokens.
     """
     with _reading(path) as file:
         content = file.read()
     if content.startswith(_OLD_MAGIC):
-        raise UserError(f"{path}: an index of the old kind (TNTIDX): make it again with mmap")
+        raise UserError(f"{path}: an index of the old kind (TNTIDX): create it again with mmap")
     head = struct.calcsize("<QBQ") + len(_INDEX_MAGIC)
     if not content.startswith(_INDEX_MAGIC) or len(content) < head:
-        raise UserError(f"{path}: no index of Megatron-LM (MMIDIDX), or cut")
+        raise UserError(f"{path}: not an index of Megatron-LM (MMIDIDX), or truncated")
     version, code, n = struct.unpack_from("<QBQ", content, len(_INDEX_MAGIC))
     if version != 1 or code not in _INDEX_DTYPES:
         raise UserError(f"{path}: version {version} with type {code} of tokens is not known")
-    has_documents = len(content) != head + 12 * n  # that of fairseq has none
+    has_documents = len(content) != head + 12 * n  # fairseq's index has none
     if has_documents and len(content) >= head + 8:
         (n_bounds,) = struct.unpack_from("<Q", content, head)
         head += 8
         size = head + 12 * n + 8 * n_bounds
-        has_documents = len(content) in (size, size + n)  # with a mode a sequence, if multimodal
+        has_documents = len(content) in (size, size + n)  # with a mode per sequence if multimodal
         if not has_documents:
             raise UserError(f"{path}: cut or damaged: {len(content)} bytes instead of {size}")
         bounds = np.frombuffer(content, "<i8", n_bounds, head + 12 * n)
@@ -375,7 +375,7 @@ def _write(
     tokenizer: Tokenizer,
     report: Callable[[int], object],
 ) -> np.ndarray:
-    """Write the arrays of a store; return its sizes, those of the text being unknown, 0."""
+    """Write the arrays of a store; return its sizes, with 0 for the unknown text sizes."""
     mark, dtype = delimiter(tokenizer), token_dtype(tokenizer)
     n, last, last_start = 0, -1, -1
     paths = folder / "tokens.bin", folder / "offsets.bin"

@@ -1,4 +1,4 @@
-"""Source `warc`: web archives (WARC) and their extracted texts (WET), as Common Crawl has them."""
+"""Source `warc`: web archives (WARC) and extracted text (WET), as in Common Crawl."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HTML = {"text/html", "application/xhtml+xml"}
 
 
 class WarcFiles(DocumentSource):
-    """Files of WARC and WET, plain or compressed; PATH may be a glob.
+    """WARC and WET files, plain or compressed; PATH may be a glob.
 
-    A document is the text of a conversion record (WET), or of the body of a response with status
-    200: plain text as it is, of HTML the main content. Records without text are left out.
+    A document is the text of a conversion record (WET), or the body of a response with status 200:
+    plain text, or the main content of HTML. Records without text are skipped.
     """
 
     def __init__(self, argument: str, data: Any, split: str):
@@ -41,7 +41,7 @@ class WarcFiles(DocumentSource):
         return [FilePart(self.of_file(), path, file_state(path)[2]) for path in self.files]
 
     def of_file(self, *files: Path) -> WarcFiles:
-        """Return the source of some files alone."""
+        """Return a source of only these files."""
         other = copy(self)
         other.__dict__.pop("digest", None)
         other.files = files
@@ -69,7 +69,7 @@ def _texts(path: Path) -> Iterator[str]:
                 expected = record.headers.get("Content-Length")
                 if str(record.content_length) != expected:
                     raise UserError(
-                        f"{path}: cut: the record at byte {place} has {record.content_length} of "
+                        f"{path}: truncated: record at byte {place} has {record.content_length} of "
                         f"{expected or 'unknown'} bytes"
                     )
                 if record.record_type == WarcRecordType.conversion:
@@ -82,7 +82,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _body(record: Any) -> str:
-    """Return the text of a response, "" if it has none."""
+    """Return the text of a response, or ""."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 

@@ -1,1 +1,1 @@
-"""Tokenizers: `tokenizer` has the interface and opens one by name; a file for each kind."""
+"""Tokenizers, one file per kind; `lm/data/tokenizer.py` has the interface."""

@@ -1,4 +1,4 @@
-"""Tokenizers `byte`, `char` and `words`, which need no package; where words start under any."""
+"""Tokenizers `byte`, `char` and `words`, which need no package; word starts of any tokenizer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ByteTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """Tokenizer of the characters of an alphabet, in sorted order; no special ids."""
+    """Tokenizer of single characters; the alphabet is sorted and has no special ids."""
 
     alphabet: str
     kind: ClassVar[str] = "char"
@@ -54,7 +54,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, texts: Iterable[str]) -> Self:  # type: ignore[override]
-        """Return the tokenizer of all characters that occur in `texts`."""
+        """Fit to all characters that occur in `texts`."""
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)
@@ -99,15 +99,15 @@ def _code_points(text: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WordTokenizer(Tokenizer):
-    """Tokenizer of words between whitespace; `<eos>` ends a line, `<unk>` is any other word.
+    """Tokenizer of whitespace-separated words; `<eos>` ends a line, `<unk>` is any unknown word.
 
-    There is no bos: the last newline of a document is its eos, so that a text file gives the
-    published number of tokens (WikiText-2: 2,088,628). A sequence that needs a start takes eos.
+    There is no bos, and the last newline of a document is its eos, so that a text file has its
+    published number of tokens (WikiText-2: 2,088,628). Sequences that need a start token use eos.
 
     Attributes:
-        words: entries by id, `<eos>` and `<unk>` among them.
-        counts: occurrences of each id in the text that the words were fitted to; 0 if unknown.
-        lowercase: lower-case the text.
+        words: vocabulary by id, including `<eos>` and `<unk>`.
+        counts: occurrences of each id in the fitted text; 0 if unknown.
+        lowercase: lowercase the text.
     """
 
     words: tuple[str, ...] = field(repr=False)
@@ -137,15 +137,15 @@ class WordTokenizer(Tokenizer):
         min_count: int = 1,
         lowercase: bool = False,
     ) -> Self:
-        """Return the tokenizer of the most frequent words of `texts`.
+        """Fit to the most frequent words of `texts`.
 
         Ids are `<eos>`, `<unk>`, then words by descending frequency, ties alphabetically.
 
         Args:
             texts: training text.
-            vocab_size: maximum number of ids, both special ones included; None for no limit.
-            min_count: occurrences below which a word is unknown.
-            lowercase: lower-case the text.
+            vocab_size: maximum number of ids, including both special ones; None for no limit.
+            min_count: minimum number of occurrences of a known word.
+            lowercase: lowercase the text.
         """
         found: Counter[str] = Counter()
         n_lines = 0
@@ -154,7 +154,7 @@ class WordTokenizer(Tokenizer):
             found.update(text.split())
             n_lines += text.count("\n")
         n_words = found.total()
-        del found[EOS], found[UNKNOWN]  # special tokens, even where the text has them
+        del found[EOS], found[UNKNOWN]  # special tokens, even if the text contains them
         frequent = sorted((-count, word) for word, count in found.items() if count >= min_count)
         kept = frequent if vocab_size is None else frequent[: max(vocab_size - 2, 0)]
         n_unknown = n_words + sum(count for count, _ in kept)
@@ -166,12 +166,12 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_list(cls, content: bytes, lowercase: bool = False) -> Self:
-        """Return the tokenizer of a list of words.
+        """Build the tokenizer from a word list.
 
         Args:
-            content: UTF-8 text with one "word" or "word count" a line, in order of ids. `<eos>` and
-                `<unk>` come first where the list does not have them.
-            lowercase: lower-case the text.
+            content: UTF-8 text with one "word" or "word count" per line, in order of ids. `<eos>`
+                and `<unk>` are prepended if the list lacks them.
+            lowercase: lowercase the text.
 
         Raises:
             UserError: a line is neither "word" nor "word count", or a word occurs twice.
@@ -187,7 +187,7 @@ class WordTokenizer(Tokenizer):
                 raise UserError(f"line {number} is neither a word nor a word and its count")
             word, count = entry.groups("0")
             if word in counts:
-                raise UserError(f"line {number}: the word {word!r} is there twice")
+                raise UserError(f"line {number}: the word {word!r} occurs twice")
             counts[word] = int(count)
         counts = {word: 0 for word in (EOS, UNKNOWN) if word not in counts} | counts
         return cls(tuple(counts), tuple(counts.values()), lowercase)
@@ -202,7 +202,7 @@ class WordTokenizer(Tokenizer):
 
     @cached_property
     def unknown_id(self) -> int:
-        """Id of words that are not in the vocabulary."""
+        """Id of unknown words."""
         return self.words.index(UNKNOWN)
 
     @cached_property
@@ -210,7 +210,7 @@ class WordTokenizer(Tokenizer):
         return {word: i for i, word in enumerate(self.words) if word != EOS}
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, int32 [n]; unlike in other kinds, a newline is the eos."""
+        """Tokenize a text to int32 ids [n]; unlike in other tokenizers, newlines become eos."""
         ids, unknown = self._ids, self.unknown_id
         found: list[int] = []
         for line in (text.lower() if self.lowercase else text).split("\n"):
@@ -238,15 +238,15 @@ class WordTokenizer(Tokenizer):
         return cls.from_list(files["words.txt"], **parse_json(files["words.json"], "words.json"))
 
 
-_SPACES = (" ", "▁", "Ġ")  # as they are, in SentencePiece, in GPT-2
+_SPACES = (" ", "▁", "Ġ")  # plain, SentencePiece, GPT-2
 _OTHER_WHITESPACE = ("\n", "\t", "\r", "Ċ", "ĉ", "č")
 
 
 def word_starts(tokenizer: Tokenizer) -> np.ndarray:
     """Return which ids start a word, bool [vocab_size].
 
-    Those that WordPiece does not mark with "##"; those that begin with a space if any does, as in
-    SentencePiece, byte-level BPE, bytes and characters; otherwise all.
+    For WordPiece: entries without "##". Otherwise entries that begin with a space, if there are any
+    (SentencePiece, byte-level BPE, bytes, characters); else all.
     """
     pieces = tokenizer.pieces()
     goes_on = np.array([piece.startswith("##") for piece in pieces])

@@ -1,19 +1,19 @@
-"""Byte-level BPE by tiktoken, several times faster than `tokenizers` and equal to it id for id.
+"""Byte-level BPE with tiktoken: several times faster than `tokenizers`, with identical ids.
 
-`tokenizers` merges the adjacent pair that comes first in the list of merges, tiktoken the pair
-whose concatenation has the lowest rank. They are equal if
+`tokenizers` merges the adjacent pair that comes first in the merge list, tiktoken the pair whose
+concatenation has the lowest rank. They agree if
 
-- the merges that make a token follow one another, so that ranks can be their order, and
-- every token with a rank is what its own bytes are merged to.
+- merges that produce the same token are consecutive, so that ranks can follow their order, and
+- every token with a rank is the result of merging its own bytes.
 
-For no merge crosses the ends of a token while it is made: its bytes are merged as they would be
-alone. Hence tiktoken meets two parts of a token only where `tokenizers` does, as the last two of
-its bytes alone, and there they are in the list. Both conditions are checked. Texts are cut into
-words by the same regular expressions, but for two things. Classes of characters are written out as
-`tokenizers` has them, because both packages may know other versions of Unicode. And there is no
-look-ahead, without which Rust's engine is twice as fast and needs no stack for a long stretch of
-white space: where the last white space before a word is not part of the stretch, a mark is put into
-the text, whose tokens are dropped. A second mark joins the texts of a batch.
+Then no merge crosses the boundary of a token under construction: its bytes merge as they would in
+isolation. Hence tiktoken meets two parts of a token only where `tokenizers` does, as the last two
+parts of its bytes, and that pair is in the list. Both conditions are checked. Texts are split into
+words by the same regular expressions, with two changes. Character classes are spelled out as in
+`tokenizers`, because the packages may use different Unicode versions. And there is no look-ahead,
+without which Rust's regex engine is twice as fast and needs no stack for long runs of white space:
+where the last white space of a run belongs to the next word, a marker character is inserted, whose
+tokens are dropped. A second marker joins the texts of a batch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import Any
 
 import numpy as np
 
-# How texts are cut into words. GPT-2 (Radford 2019), as in the pre-tokenizer ByteLevel:
+# Word patterns. GPT-2 (Radford 2019), as in the pre-tokenizer ByteLevel:
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Llama 3 (Llama Team 2024), as OpenAI's cl100k:
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen 2 (Qwen team 2024): digits one by one.
+# Qwen 2 (Qwen team 2024): single digits.
 QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
-# OpenAI's o200k, of gpt-oss: words end where upper case begins.
+# OpenAI's o200k, used by gpt-oss: words also end before upper case.
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_WORDS = (
@@ -48,10 +48,10 @@ O200K_WORDS = (
 _KNOWN = (LLAMA3_WORDS, QWEN_WORDS, O200K_WORDS)
 
 _MARK, _BORDER = _MARKS = "\x10\x11"  # before the last white space; between two texts
-_AHEAD = r"|\s+(?!\S)|\s+"  # the end of all: white space but the last of it before a word
+_AHEAD = r"|\s+(?!\S)|\s+"  # pattern suffix: white space except the last before a word
 _BRACKETS_OR_CLASS = re.compile(r"\[[^\]]+\]|\\p\{[A-Z][a-z]?\}|\\s")
 _CLASS = re.compile(r"\\p\{[A-Z][a-z]?\}|\\s")
-# The planes of Unicode with other than private characters, without surrogates.
+# Unicode planes without private-use characters and surrogates.
 _PLANES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000))
 _PROBE = (
     "It's I'LL we'Ve 'ſ  a   b\n\n \t\r\n x\u00a0y\u2028z\u0085 12345 ½²٣ ǅ漢字かな कि e\u0301 "
@@ -61,16 +61,16 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class TiktokenEncoder:
-    """Encoder that gives the ids of a tokenizer.
+    """Encoder with the same ids as a tokenizer.
 
     Attributes:
         tokenizer: a `tokenizers.Tokenizer`.
-        encoding: tiktoken's encoding of marked texts into ranks.
+        encoding: tiktoken encoding of marked texts to ranks.
         ids: id of each rank.
-        normalize: function that normalizes a text.
-        names: texts with one of them are left to the tokenizer.
-        is_space: whether a character is white space, by code point.
-        is_last: whether white space at the end of several may belong to the next word.
+        normalize: text normalization.
+        names: texts that contain one of these are left to the tokenizer.
+        is_space: whether a code point is white space.
+        is_last: whether this white space, at the end of a run, may belong to the next word.
     """
 
     tokenizer: Any
@@ -110,14 +110,14 @@ class TiktokenEncoder:
 
 
 def tiktoken_encoder(tokenizer: Any, byte_characters: list[str]) -> TiktokenEncoder | None:
-    """Return an encoder that gives the ids of a tokenizer, as it is now.
+    """Build a tiktoken encoder equivalent to a tokenizer.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
-        byte_characters: character that stands for each byte in its vocabulary.
+        byte_characters: character that represents each byte in its vocabulary.
 
     Returns:
-        The encoder; None if the tokenizer is of another kind, or tiktoken is not installed.
+        The encoder; None if the tokenizer is not supported, or tiktoken is not installed.
     """
     try:
         import tiktoken
@@ -140,7 +140,7 @@ def tiktoken_encoder(tokenizer: Any, byte_characters: list[str]) -> TiktokenEnco
     for start, stop in _spans(r"\s"):
         is_space[start:stop] = True
     is_last = is_space.copy()
-    if r"\s*[\r\n]+" in words:  # white space up to a newline is a word of its own
+    if r"\s*[\r\n]+" in words:  # white space up to a newline is a separate word
         is_last[[ord("\r"), ord("\n")]] = False
     encoder = TiktokenEncoder(
         tokenizer,
@@ -161,7 +161,7 @@ def tiktoken_encoder(tokenizer: Any, byte_characters: list[str]) -> TiktokenEnco
 
 
 def word_pattern(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """Return the regular expression of a pre-tokenizer's words, None if it is of another kind."""
+    """Return the regular expression of a pre-tokenizer's words; None if not supported."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return GPT2_WORDS
@@ -177,7 +177,7 @@ def word_pattern(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
 
 
 def _with_marks(words: str) -> str:
-    """Return the expression of marked texts, its classes written out in brackets."""
+    """Return the pattern for marked texts, with classes spelled out in brackets."""
 
     def write(found: re.Match[str]) -> str:
         ranges = _CLASS.sub(lambda kind: _ranges(kind[0]), found[0])
@@ -188,13 +188,13 @@ def _with_marks(words: str) -> str:
 
 
 def _ranges(kind: str) -> str:
-    """Return a class of characters, written as ranges."""
+    """Return a character class spelled out as ranges."""
     return "".join(rf"\x{{{start:X}}}-\x{{{stop - 1:X}}}" for start, stop in _spans(kind))
 
 
 @cache
 def _spans(kind: str) -> list[tuple[int, int]]:
-    r"""Return the stretches of characters of a class such as \p{L} in `tokenizers`."""
+    r"""Return the character ranges of a class such as \p{L} in `tokenizers`."""
     import tokenizers
 
     kept = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f"{kind}+"), "removed", invert=True)
@@ -208,7 +208,7 @@ def _spans(kind: str) -> list[tuple[int, int]]:
 def _ranks(
     model: Mapping[str, Any], byte_characters: list[str]
 ) -> tuple[dict[bytes, int], np.ndarray]:
-    """Return the rank of each token and the id of each rank; no ranks if they would not do."""
+    """Return the rank of each token and the id of each rank; empty if not equivalent."""
     import tokenizers
 
     nothing: dict[bytes, int] = {}
@@ -220,7 +220,7 @@ def _ranks(
     if not vocabulary.keys() >= set(byte_characters) or len(made) != len(set(made)):
         return nothing, np.zeros(0, np.int32)
     letters = set(byte_characters)
-    whole = vocabulary if model["ignore_merges"] else ()  # words that are taken as they are
+    whole = vocabulary if model["ignore_merges"] else ()  # words that are taken unsplit
     tokens = dict.fromkeys(chain(byte_characters, made, filter(letters.issuperset, whole)))
     tokens.pop("", None)
     merging = tokenizers.models.BPE(vocabulary, merges)

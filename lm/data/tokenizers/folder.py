@@ -1,10 +1,10 @@
-"""Tokenizer `folder`: the one of a Hugging Face model folder, with the special tokens it states.
+"""Tokenizer `folder`: tokenizer of a Hugging Face model folder, with its special tokens.
 
-The files are kept as they are: they are read again when a run is loaded, and written back on
-export, with a tokenizer.json if the vocabulary is a tiktoken file. What they mean is decided in
-`FolderTokenizer.special`, as `transformers` does: for the tokens tokenizer_config.json before
-special_tokens_map.json before the defaults of the tokenizer's class, for the end of a generated
-text generation_config.json before config.json.
+The files are kept unchanged: they are parsed again when a run is loaded, and written back on
+export, with a tokenizer.json if the vocabulary is a tiktoken file. `FolderTokenizer.special`
+resolves the special tokens like `transformers`: tokenizer_config.json takes precedence over
+special_tokens_map.json and over the defaults of the tokenizer's class; for stop tokens,
+generation_config.json over config.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _BERT = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask":
 _LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 _ROBERTA = _LLAMA | {"sep": "</s>", "cls": "<s>", "pad": "<pad>", "mask": "<mask>"}
 _DELIMITER = "<|endoftext|>"
-# Tokens of a class of tokenizers where the files state none; a role that is not there is none.
+# Special tokens by tokenizer class if the files name none; a missing role means no such token.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "Bert": _BERT,
     "GPT2": dict.fromkeys(("bos", "eos", "unk"), _DELIMITER),
@@ -66,7 +66,7 @@ _CLASS_OF_MODEL = {
     **{"mistral": "Llama", "mixtral": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen2"},
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "Gemma"),
 }
-# What classes with a SentencePiece model put around a text: before and after.
+# Template of classes with a SentencePiece model: before and after the text.
 _AROUND: Mapping[str, tuple[str, ...]] = {
     "Llama": ("bos", "text"),
     "CodeLlama": ("bos", "text"),
@@ -75,17 +75,17 @@ _AROUND: Mapping[str, tuple[str, ...]] = {
     "XLMRoberta": ("cls", "text", "sep"),
 }
 
-_OWN_TEMPLATE = ("Bert", "Roberta", "XLMRoberta", "T5")  # whatever add_bos_token says
+_OWN_TEMPLATE = ("Bert", "Roberta", "XLMRoberta", "T5")  # they ignore add_bos_token
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Special ids that a model folder states.
+    """Special ids of a model folder.
 
     Attributes:
         of_role: id by role: bos, eos, unk, pad, cls, sep, mask, decoder_start.
         stop: ids that end a generated text.
-        template: ids that the tokenizer puts around a text.
+        template: ids that the tokenizer adds around a text.
     """
 
     of_role: Mapping[str, int]
@@ -95,7 +95,7 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class FolderTokenizer(Tokenizer):
-    """Tokenizer of a model folder; `content` are its files, (name, content)."""
+    """Tokenizer of a model folder; `content` holds its files as (name, content)."""
 
     content: tuple[tuple[str, bytes], ...] = field(repr=False)
     kind: ClassVar[str] = "folder"
@@ -111,10 +111,10 @@ class FolderTokenizer(Tokenizer):
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Return the tokenizer of a folder; None if it has no file of a vocabulary.
+        """Read the tokenizer of a folder; None if it has no vocabulary file.
 
         Raises:
-            UserError: a file is damaged, or names an id that the vocabulary has not.
+            UserError: a file is damaged, or names an id that is not in the vocabulary.
         """
         paths = [path for name in _FILES for path in sorted(folder.glob(name)) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -126,7 +126,7 @@ class FolderTokenizer(Tokenizer):
         try:
             if _DEFINITION not in files and (name := _tiktoken_name(files)):
                 found = cls.from_files(found._of_tiktoken(name) | files)
-            found.special  # noqa: B018  reads all that is in the files
+            found.special  # noqa: B018  parses all files
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
         return found
@@ -141,10 +141,10 @@ class FolderTokenizer(Tokenizer):
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
         return cls(tuple(sorted(files.items())))
 
-    # --- what the files say
+    # --- contents of the files
 
     def stated(self, name: str) -> dict[str, Any] | None:
-        """Return the object in a JSON file of the folder; None if there is no such file."""
+        """Parse a JSON file of the folder; None if it does not exist."""
         content = self.files().get(name)
         return None if content is None else parse_json(content, name, whole_characters=True)
 
@@ -154,7 +154,7 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _class(self) -> str:
-        """Name of the tokenizer's class without Tokenizer or TokenizerFast; "" if unknown."""
+        """Tokenizer class name without Tokenizer or TokenizerFast; "" if unknown."""
         name = self._settings.get("tokenizer_class")
         if isinstance(name, str):
             return re.sub(r"Tokenizer(Fast)?$|Backend$", "", name)
@@ -163,7 +163,7 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def base(self) -> Tokenizer:
-        """Tokenizer of the vocabulary, with the added tokens unless it is SentencePiece's."""
+        """Tokenizer of the vocabulary; includes added tokens unless it is SentencePiece."""
         files = self.files()
         added = self._added
         if _DEFINITION in files:
@@ -181,7 +181,7 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _added(self) -> dict[int, dict[str, Any]]:
-        """Added tokens by id: `content`, and whether it is `special`."""
+        """Added tokens by id, each with `content` and `special`."""
         stated = self._settings.get("added_tokens_decoder")
         if stated is None:
             ids = self.stated(_ADDED) or {}
@@ -214,13 +214,13 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _names(self) -> dict[str, str | None]:
-        """Special tokens by role; a role of which nothing is known is not there."""
+        """Special tokens by role; unknown roles are missing."""
         special_map = self.stated(_SPECIAL_MAP) or {}
         found: dict[str, str | None] = {}
         is_sentencepiece = not {_DEFINITION, _MERGES, _WORD_PIECES} & self.files().keys()
         defaults = _DEFAULTS.get(self._class)
         if defaults == {} and is_sentencepiece:
-            defaults = None  # the model has its own
+            defaults = None  # the model file has its own
         for role in _ROLES:
             key = f"{role}_token"
             for name, values in ((_SETTINGS, self._settings), (_SPECIAL_MAP, special_map)):
@@ -234,17 +234,17 @@ class FolderTokenizer(Tokenizer):
 
     @property
     def special_names(self) -> Mapping[str, str | None]:
-        """Special tokens by role, such as bos; None for one that the files say is not there."""
+        """Special tokens by role, such as bos; None if the files say that there is none."""
         return self._names
 
     @property
     def added_tokens(self) -> dict[str, bool]:
-        """Added tokens that the settings state; True if special."""
+        """Added tokens from the settings; True if special."""
         return {token["content"]: bool(token["special"]) for token in self._added.values()}
 
     @property
     def chat_templates(self) -> dict[str, str]:
-        """Jinja sources of the chat templates by name; "default" is for what has no other."""
+        """Jinja chat templates by name; "default" is the fallback."""
         of_text, of_json, _ = _TEMPLATES
         found = {
             "default" if name == of_text else Path(name).stem: content.decode(errors="replace")
@@ -259,7 +259,7 @@ class FolderTokenizer(Tokenizer):
         return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
     def _of_tiktoken(self, name: str) -> dict[str, bytes]:
-        """Return the files that a folder with a tiktoken file lacks, as Llama 3 means them."""
+        """Return the files that a folder with a tiktoken file lacks, following Llama 3."""
         try:
             names = [token["content"] for token in self._added.values()] or LLAMA3_TOKENS
             definition = tiktoken_definition(self.files()[name], names)
@@ -274,7 +274,7 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def special(self) -> SpecialIds:
-        """Special ids, read from all files."""
+        """Special ids resolved from all files."""
         config = self.stated(CONFIG) or {}
         generation = self.stated(GENERATION)
         of_model = {
@@ -297,8 +297,8 @@ class FolderTokenizer(Tokenizer):
         for role in ("bos", "eos", "pad"):
             ids = of_model.get(f"{role}_token_id", ())
             if role == "eos" and ids and not self._states("eos_token"):
-                of_role[role] = ids[0]  # what is stated comes before a default of the class
-            # A tokenizer that states that it has no bos starts no document with the model's.
+                of_role[role] = ids[0]  # explicit ids take precedence over class defaults
+            # A tokenizer that explicitly has no bos does not use the model's.
             if ids and role not in of_role and not (role == "bos" and "bos" in self._names):
                 of_role[role] = ids[0]
         for role, instead in (("bos", "cls"), ("eos", "sep")):
@@ -320,7 +320,7 @@ class FolderTokenizer(Tokenizer):
                 for part in (around[:at], around[at + 1 :])
             )
             found = Template(before, after, (*after, *before))
-        # transformers reads these keys where there is no tokenizer.json.
+        # transformers reads these keys only if there is no tokenizer.json.
         adds = {
             role: _setting(self._settings, f"add_{role}_token", None) for role in ("bos", "eos")
         }
@@ -369,7 +369,7 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _outside(self) -> dict[str, int]:
-        """Added tokens that the base does not know, by content."""
+        """Added tokens that are not in the base tokenizer, by content."""
         if isinstance(self.base, HuggingFaceTokenizer):
             return {}
         known = self.base.token_id
@@ -398,14 +398,14 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _bytes(self) -> dict[int, int]:
-        """Byte of each id that stands for one, under a SentencePiece model."""
+        """Byte value of each SentencePiece byte id."""
         if not isinstance(self.base, SentencePieceTokenizer):
             return {}
         ids = [self.base.token_id(f"<0x{byte:02X}>") for byte in range(256)]
         return {i: byte for byte, i in enumerate(ids) if i is not None}
 
     def _with_whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
-        """Yield ids in which each byte of a run that is no UTF-8 is U+FFFD, as in transformers."""
+        """Replace each byte of an invalid UTF-8 run with U+FFFD, as transformers does."""
         id_of = {byte: i for i, byte in self._bytes.items()}
         for is_byte, part in groupby(map(int, ids), self._bytes.__contains__):
             run = list(part)
@@ -446,23 +446,23 @@ def _tiktoken_name(files: Mapping[str, bytes]) -> str | None:
 
 
 def _token_text(file: str, key: str, value: Any) -> str | None:
-    """Return the text of a special token: a string, or an object with `content`; None for none."""
+    """Return the text of a special token, given as a string or an object with `content`."""
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{file}: {key} is no text")
+        raise UserError(f"{file}: {key} is not text")
     return value or None
 
 
 def _ids(file: str, key: str, value: Any) -> tuple[int, ...]:
-    """Return one id or a list of them as a tuple; negative ones mean none."""
+    """Return an id or list of ids as a tuple; negative ids mean none."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i < 2**31 for i in values):
         raise UserError(f"{file}: {key} is neither an id nor a list of ids")
     return tuple(dict.fromkeys(i for i in values if i >= 0))
 
 
-_MOST_IDS = 2**24  # a vocabulary is a list with a place for each id
+_MOST_IDS = 2**24  # a vocabulary is a list with one entry per id
 
 
 def _as_id(place: str, value: Any) -> int:
@@ -483,9 +483,9 @@ def _load(tokenizer: Tokenizer, file: str) -> None:
 def _from_definition(
     file: str, definition: bytes, added: Mapping[int, Mapping[str, Any]]
 ) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a tokenizer.json with the added tokens that it lacks.
+    """Build the tokenizer of a tokenizer.json, with the added tokens that it lacks.
 
-    A text is cut at an added token, also at one that the vocabulary has as an ordinary piece.
+    Texts are split at added tokens, including those that are ordinary vocabulary pieces.
     """
     found = HuggingFaceTokenizer(definition)
     _load(found, file)
@@ -523,19 +523,19 @@ def _setting(settings: Mapping[str, Any], name: str, default: bool | None) -> bo
 def _word_pieces(
     vocabulary: bytes, settings: Mapping[str, Any], names: Mapping[str, str | None]
 ) -> bytes:
-    """Return the tokenizer.json of BERT's tokenizer (Devlin et al. 2018)."""
+    """Build the tokenizer.json of a BERT tokenizer (Devlin et al. 2018)."""
     package = _package()
     try:
         text = vocabulary.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{_WORD_PIECES}: not UTF-8 at byte {error.start}") from error
-    # Lines end at \n only: U+2028, U+0085 and others are entries of real vocabularies.
+    # Split at \n only: U+2028, U+0085 and others are entries of real vocabularies.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     ids = {piece: i for i, piece in enumerate(lines)}
     known = {role: names.get(role) or _BERT[role] for role in _BERT}
     unknown = known["unk"]
     if unknown not in ids:
-        raise UserError(f"{_WORD_PIECES}: there is no {unknown} in it")
+        raise UserError(f"{_WORD_PIECES}: {unknown} is missing")
     made = package.Tokenizer(package.models.WordPiece(ids, unk_token=unknown))
     made.normalizer = package.normalizers.BertNormalizer(
         lowercase=_setting(settings, "do_lower_case", True),
@@ -556,7 +556,7 @@ def _word_pieces(
 
 
 def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[str, Any]) -> bytes:
-    """Return the tokenizer.json of a byte-level BPE, as GPT-2, RoBERTa and Qwen 2 read theirs."""
+    """Build the tokenizer.json of a byte-level BPE, as used by GPT-2, RoBERTa and Qwen 2."""
     package = _package()
     ids = parse_json(vocabulary, _VOCABULARY, whole_characters=True)
     for name, i in ids.items():

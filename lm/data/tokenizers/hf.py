@@ -1,4 +1,4 @@
-"""Tokenizers `tokenizers` and `gpt2`: JSON files of the `tokenizers` package, GPT-2's two files."""
+"""Tokenizers `tokenizers` (tokenizer.json files) and `gpt2` (GPT-2's two files)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
 
 
 def _package() -> Any:
-    # Processes share the cores already. Read by the package at each call.
+    # The cores are already shared by processes. The package reads this at each call.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import tokenizers
@@ -34,7 +34,7 @@ def _package() -> Any:
 
 @contextmanager
 def package_errors(what: str) -> Iterator[None]:
-    """Convert what the package raises, panics of its Rust code included, to UserError.
+    """Convert exceptions of the package, including Rust panics, to UserError.
 
     Args:
         what: start of the message.
@@ -42,19 +42,19 @@ def package_errors(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic derives from BaseException, so that nothing catches it by accident.
+        # A panic derives from BaseException, so that it is not caught by accident.
         is_of_package = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if isinstance(error, UserError) or not is_of_package:
             raise
         raise UserError(f"{what} ({error})") from error
 
 
-_MANY = 2**19  # characters for which preparing the fast encoder takes less time than it saves
+_MANY = 2**19  # characters from which preparing the fast encoder pays off
 _UNUSABLE = "the tokenizer cannot be used"
 
 
 class _HuggingFace(Tokenizer):
-    """Base of both kinds, which differ in how `_tokenizer` is made from their files."""
+    """Base class of both kinds, which build `_tokenizer` from different files."""
 
     @property
     @abstractmethod
@@ -62,7 +62,7 @@ class _HuggingFace(Tokenizer):
 
     @cached_property
     def vocab_size(self) -> int:  # type: ignore[override]
-        # Not the number of entries: ids may have gaps.
+        # The largest id, not the number of entries: ids may have gaps.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
@@ -102,7 +102,7 @@ class _HuggingFace(Tokenizer):
         return [np.asarray(encoding.ids, np.int32) for encoding in found]
 
     def reading(self, names: Iterable[str]) -> Any:
-        """Return the tokenizer of the package that reads tokens of these names in a text."""
+        """Return the package's tokenizer, extended to parse tokens of these names in text."""
         package = _package()
         with package_errors(_UNUSABLE):
             found = package.Tokenizer.from_str(self._tokenizer.to_str())
@@ -148,8 +148,8 @@ class HuggingFaceTokenizer(_HuggingFace):
 
     @cached_property
     def post_processor_template(self) -> Template:
-        """Ids that the post-processor of the file puts around a text."""
-        for text in ("a", "0", ".", "\u4e00"):  # a vocabulary may lack some
+        """Ids that the file's post-processor adds around a text."""
+        for text in ("a", "0", ".", "\u4e00"):  # a vocabulary may lack some of them
             with package_errors(_UNUSABLE):
                 found = self._tokenizer.encode(text)
                 pair = self._tokenizer.encode(text, text)

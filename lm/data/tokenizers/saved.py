@@ -1,4 +1,4 @@
-"""Tokenizer `run:WORKDIR`: the one that is saved in a run."""
+"""Tokenizer `run:WORKDIR`: the tokenizer saved in a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SavedTokenizer:
 
     @staticmethod
     def from_files(files: Mapping[str, bytes]) -> Tokenizer:
-        """Return a tokenizer that only runs have: another one with added tokens."""
+        """Restore a tokenizer that only runs have: one extended with added tokens."""
         from lm.data.chat.extended_tokenizer import ExtendedTokenizer
 
         return ExtendedTokenizer.from_files(files)

@@ -1,4 +1,4 @@
-"""Tokenizer `sentencepiece`: its models, and training one that is lossless."""
+"""Tokenizer `sentencepiece`: existing models, and training of a lossless one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lm.data.files import find_file
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
-# SentencePiece writes a space as this character, so its own occurrences need spelling in bytes.
+# SentencePiece uses this character for spaces, so a literal one must be encoded as bytes.
 SPACE_MARK = "\u2581"
-_STRETCH = 2_000  # characters encoded or trained on at once: several lines, to learn newlines too
+_STRETCH = 2_000  # characters per chunk: several lines, so that newlines are learned too
 _BEFORE_SPACE = re.compile(r"[^ ](?= )")
-_MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # to train in seconds
+_MOST_CHARACTERS = {"bpe": 20_000_000, "unigram": 4_000_000}  # so that training takes seconds
 
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer(Tokenizer):
-    """SentencePiece model (Kudo and Richardson 2018); `model` is its serialized proto."""
+    """SentencePiece model (Kudo and Richardson 2018); `model` is the serialized proto."""
 
     model: bytes = field(repr=False)
     kind: ClassVar[str] = "sentencepiece"
@@ -59,7 +59,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _space_mark_ids(self) -> np.ndarray | None:
-        """Byte ids of a literal space mark; None if the model does not keep texts as they are."""
+        """Byte ids of a literal space mark; None if the model is not lossless."""
         processor = self._processor
         ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         probe = " a  b "
@@ -68,7 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _ends_before_space(self) -> bool:
-        """True if no piece has a space inside, so that texts can be cut before spaces."""
+        """True if no piece has a space inside, so that texts can be split before spaces."""
         return not any(SPACE_MARK in piece.lstrip(SPACE_MARK) for piece in self.pieces())
 
     @property
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
         return found
 
     def _cut(self, text: str) -> list[str]:
-        """Cut a text where it encodes alike, because it takes less than half of the time."""
+        """Split a text where that does not change its encoding; this halves the encoding time."""
         if self._space_mark_ids is None or not self._ends_before_space:
             return [text]
         stretches, start = [], 0
@@ -135,9 +135,9 @@ def train_sentencepiece(
 ) -> bytes:
     """Train a SentencePiece model.
 
-    But for `lowercase` the model is lossless: identity normalization, no dummy prefix, all
-    whitespace, and bytes for rare characters. The same texts give the same model. Of much text a
-    seeded sample is used: 20 million characters, for unigram 4 million.
+    Except for `lowercase` the model is lossless: identity normalization, no dummy prefix, all
+    whitespace kept, and byte fallback. Training is deterministic. A large text is subsampled with a
+    seed: to 20 million characters, or 4 million for unigram.
 
     Args:
         texts: training text.
@@ -146,10 +146,10 @@ def train_sentencepiece(
         lowercase: fold case, and characters by NFKC.
 
     Returns:
-        The serialized proto of the model.
+        Serialized proto of the model.
 
     Raises:
-        UserError: `vocab_size` does not fit the text.
+        UserError: `vocab_size` is not possible for the text.
     """
     model = io.BytesIO()
     try:
@@ -178,10 +178,10 @@ def train_sentencepiece(
 
 
 def _sample(texts: Iterable[str], most: int, seed: int = 0) -> list[str]:
-    """Draw a uniform sample of the stretches of all texts, in their order.
+    """Draw a uniform sample of chunks of all texts, in order.
 
-    Every stretch draws a random number, and those with the largest are dropped until at most `most`
-    characters are left.
+    Each chunk gets a random number; chunks with the largest ones are dropped until at most `most`
+    characters remain.
     """
     rng = random.Random(seed)
     kept: list[tuple[float, int, str]] = []

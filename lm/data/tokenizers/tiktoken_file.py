@@ -1,4 +1,4 @@
-"""Vocabulary files of tiktoken, as Llama 3 was released with: base64 bytes and a rank a line."""
+"""Vocabulary files of tiktoken, as used by Llama 3: base64 bytes and a rank per line."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LLAMA3_TOKENS = (*_NAMED, *(f"<|reserved_special_token_{i}|>" for i in range(3, 
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Return whether a file is one of tiktoken's."""
+    """Return whether a file is in tiktoken's format."""
     return _FIRST_LINE.match(content) is not None
 
 
 def tiktoken_definition(content: bytes, special: Sequence[str]) -> bytes:
-    """Return the tokenizer.json of a tiktoken file, which puts the first special token first.
+    """Convert a tiktoken file to a tokenizer.json that prepends the first special token.
 
-    Special tokens have the ids after the ranks. The merges of a token are its cuts into two
-    tokens, by the tokens' ranks, as in transformers.
+    Special tokens get the ids after the ranks. The merges of a token are its splits into two
+    tokens, ordered by the tokens' ranks, as in transformers.
 
     Raises:
         UserError: a line is damaged, or ranks are missing.
@@ -69,7 +69,7 @@ def tiktoken_definition(content: bytes, special: Sequence[str]) -> bytes:
 
 
 def _ranks(content: bytes) -> dict[bytes, int]:
-    """Return the tokens and their ranks, which count from 0."""
+    """Parse tokens and their ranks, which count from 0."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
