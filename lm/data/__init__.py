@@ -1,16 +1,15 @@
-"""Data: from sources of text to batches, a pure function of seed, step and data.
+"""Data: from text sources to batches, as a pure function of seed, step and data.
 
-Read in the order of the data: `sources` (the interface of documents and records), `text/` (the
-library's sources of documents), `records` (rows of a task, checked and renamed, and their files),
-`chat/` (`messages`: rows as messages; `conversations`: those as records; chat templates),
-`tokenizer` (the interface; `tokenizers/` has the library's) and `special_tokens` (ids around and in
-place of a text's), `store` and `record_store` (tokens on disk; windows of them, rows of several
-records), `batches` (rows of a step on the devices; `contiguous` orders them for models that carry
-state, `mixture` mixes corpora). A large corpus, or one whose cache is in a bucket, is divided:
-`sources.Part`, `sharded_store` (what is built), `shared_build` (by whom), `shared_folder` (where),
-`shards` (a file, and arrays over all). `dataset` opens all of it from a configuration, `splits`
-what evaluation needs.
+Read in the order of the data: `sources` (the interface for documents and records), `text/`
+(document sources of the library), `records` (rows of a task, checked and renamed, and their files),
+`chat/` (`messages`: rows as messages; `conversations`: records of those; chat templates),
+`tokenizer` (the interface; `tokenizers/` has the library's) and `special_tokens`, `store` and
+`record_store` (tokens on disk; windows, packed records), `batches` (rows of a step on the devices;
+`contiguous` orders them for models with carried state, `mixture` mixes corpora). A large corpus, or
+one whose cache is in a bucket, is sharded: `sources.Part`, `sharded_store` (what is built),
+`shared_build` (by whom), `shared_folder` (where), `shards` (file format, and arrays over all
+shards). `dataset` opens everything for a configuration, `splits` what evaluation needs.
 
-Files are found and opened by `files` (`compression` by their endings, `remote` by URL). A source of
-files reads through `files.open_file`, hashes with `file_digests.hash_files`, and so works with all.
+Files are found and opened by `files` (`compression` by suffix, `remote` by URL). A file source
+reads with `files.open_file` and hashes with `file_digests.hash_files`, and so supports all of them.
 """

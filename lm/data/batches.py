@@ -25,7 +25,7 @@ ExampleT_co = TypeVar("ExampleT_co", covariant=True)
 
 
 class Examples(Protocol[ExampleT_co]):
-    """Examples of a store, by random access."""
+    """Random access to the examples of a store."""
 
     def __len__(self) -> int: ...
 
@@ -36,12 +36,12 @@ _LONGEST_SHUFFLE = 2**32  # Grain permutes 32-bit indices
 
 
 def shuffle_endlessly(part: Examples, seed: int, index: int = 0) -> grain.MapDataset:
-    """Return the endless examples of a part, shuffled anew every epoch.
+    """Return the endless examples of a part, reshuffled every epoch.
 
     Args:
         part: examples of a source.
         seed: seed of the order.
-        index: index of the source, whose order is its own.
+        index: index of the source; each source has its own order.
 
     Raises:
         UserError: the part is too long to shuffle.
@@ -55,14 +55,15 @@ def shuffle_endlessly(part: Examples, seed: int, index: int = 0) -> grain.MapDat
 
 
 def all_in_order(parts: Sequence[Examples]) -> grain.MapDataset:
-    """Concatenate the examples of all parts, once."""
+    """Concatenate the examples of all parts, each once."""
     return grain.MapDataset.concatenate([ExampleSource(part) for part in parts])
 
 
 class ExampleSource(grain.MapDataset):
     """Start of a Grain pipeline.
 
-    As grain.MapDataset.source, whose monitoring takes longer than reading a window.
+    Like grain.MapDataset.source, but without its monitoring, which takes longer than reading a
+    window.
     """
 
     def __init__(self, parent: Examples):
@@ -83,13 +84,13 @@ class Batches:
     """Batches of examples.
 
     Attributes:
-        examples: examples in their order.
+        examples: examples in order.
         features: function from an example to arrays of fixed shape; its random generator depends
             only on `seed` and the index of the example in the order.
-        batch_size: rows of a batch, over all devices.
+        batch_size: global batch size.
         seed: seed of the random generators.
-        first_row: index in the order of the first row of batch 0; it may be negative where a
-            run's earlier batches were smaller, and step 0 will not be asked for.
+        first_row: index of the first row of batch 0 in the order; may be negative if earlier
+            batches of the run were smaller, in which case step 0 is never requested.
     """
 
     examples: grain.MapDataset
@@ -102,11 +103,11 @@ class Batches:
         return -(-len(self.examples) // self.batch_size)
 
     def at(self, step: int) -> Batches:
-        """Return batches of the size of those of a step."""
+        """Return the batches with the size of a step's batch."""
         return self
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Arrays:
-        """Return rows of the batch of a step, a pure function of its arguments.
+        """Return rows of a step's batch; a pure function of its arguments.
 
         Args:
             step: index of the batch.
@@ -122,7 +123,7 @@ class Batches:
     def _row(self, index: int) -> Mapping[str, np.ndarray]:
         if index >= len(self.examples):
             return self._empty_row
-        # A counter-based generator, whose key alone gives the row a stream of its own.
+        # Counter-based generator whose key gives each row an independent stream.
         generator = np.random.Generator(np.random.Philox(key=(self.seed << 64) + index))
         return self.features(self.examples[index], generator)
 
@@ -133,7 +134,7 @@ class Batches:
 
 @lru_cache
 def addressable_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Return the rows of [steps, B] arrays that this process's devices hold, sorted, each once."""
+    """Return the sorted rows of [steps, B] arrays that this process's devices hold."""
     held = np.zeros(batch_size, bool)
     indices: Any = sharding.addressable_devices_indices_map((1, batch_size)).values()
     for _, part in indices:
@@ -148,8 +149,8 @@ def to_device(
 
     Args:
         batches: batches of all steps.
-        steps: steps to build, of batches of one size.
-        shardings: shardings of the arrays by name, all with the same sharding of their rows.
+        steps: steps to build; their batches must have the same size.
+        shardings: shardings of the arrays by name, all with the same sharding of rows.
 
     Returns:
         Global arrays [steps, B, …] by name.
@@ -179,25 +180,25 @@ def prefetch(
     shardings: Mapping[str, NamedSharding],
     depth: int = 2,
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """Yield `to_device` of each sequence of steps, prepared ahead by a thread.
+    """Yield `to_device` of each range of steps, prepared ahead in a thread.
 
-    Errors of the thread are raised here; closing the generator stops the thread. No process ends
-    before that: where a step may fail, close it (`contextlib.closing`).
+    Errors of the thread are raised here; closing the generator stops the thread, which otherwise
+    keeps the process alive: close it if a step may fail (`contextlib.closing`).
 
     Args:
         batches: batches of all steps.
         dispatches: sequences of steps.
-        shardings: as for `to_device`.
-        depth: sequences prepared ahead.
+        shardings: see `to_device`.
+        depth: number of sequences prepared ahead.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="lm-batches")
-    ready: SimpleQueue[Any] = SimpleQueue()  # batches, and at the end the thread's future
+    ready: SimpleQueue[Any] = SimpleQueue()  # batches, and finally the thread's future
     wanted, ended = Event(), Event()
 
     def prepare() -> None:
         for steps in takewhile(lambda _: not ended.is_set(), dispatches):
             ready.put(to_device(batches, steps, shardings))
-            # It looks by itself, since a thread that wakes another one may lose its core to that.
+            # Poll, because a thread that wakes another one may lose its core to it.
             while ready.qsize() >= depth and not ended.is_set():
                 wanted.wait(0.005)
                 wanted.clear()
@@ -208,7 +209,7 @@ def prefetch(
             if ready.empty():
                 wanted.set()
             yield result
-        result.result()  # its error
+        result.result()  # raises its error
     finally:
         ended.set()
         thread.shutdown()

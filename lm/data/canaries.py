@@ -1,8 +1,8 @@
-"""Canaries: random lines planted in training text, to measure what a model has memorised of it.
+"""Canaries: random lines inserted into training text, to measure memorization.
 
 After Carlini et al. 2019, "The Secret Sharer". Canary i is `data.canary_format` with a random digit
-for each #; the numbers follow from the format alone, so that whoever evaluates the run knows those
-that were planted and as many that were not.
+for each #. The numbers depend on the format alone, so an evaluation can reproduce both the inserted
+canaries and as many that were not inserted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIGIT = "#"
 
 
 def canary_lines(data: Any) -> tuple[list[str], list[str]]:
-    """Return the canaries of a configuration that are planted, and as many that are not.
+    """Return the inserted canaries of a configuration, and as many that are not inserted.
 
     Args:
         data: section `data` of the configuration.
@@ -34,28 +34,28 @@ def canary_lines(data: Any) -> tuple[list[str], list[str]]:
 
 
 def fill_digits(form: str, number: int) -> str:
-    """Return the format with the digits of a number, zeros first, for its # signs."""
+    """Replace the # characters of a format by the digits of a number, zero-padded."""
     digits = iter(f"{number:0{form.count(DIGIT)}}")
     return "".join(next(digits) if letter == DIGIT else letter for letter in form)
 
 
 def repeats_of(data: Any) -> list[int]:
-    """Return how often each canary is planted: `data.canary_repeats` in turn."""
+    """Return how often each canary is inserted, by cycling through `data.canary_repeats`."""
     repeats = [int(n) for n in data.canary_repeats]
     return [repeats[i % len(repeats)] for i in range(data.canaries)]
 
 
 def plant(sources: Sequence[Corpus], data: Any) -> tuple[Corpus, ...]:
-    """Return the training corpora, the first of them with the canaries of the configuration.
+    """Return the training corpora, with canaries inserted into the first one.
 
     Raises:
-        UserError: the first corpus is of tokens.
+        UserError: the first corpus is pretokenized.
     """
     if not sources:
         return ()
     first, *others = sources
     if hasattr(getattr(first, "corpus", first), "build_store"):
-        raise UserError(f"--config.data.canaries: {first.name} is of tokens; name text first")
+        raise UserError(f"--config.data.canaries: {first.name} is pretokenized; put text first")
     lines = canary_lines(data)[0]
     copies = [x for x, n in zip(lines, repeats_of(data), strict=True) for _ in range(n)]
     return (Planted(first, tuple(copies)), *others)
@@ -63,14 +63,14 @@ def plant(sources: Sequence[Corpus], data: Any) -> tuple[Corpus, ...]:
 
 @dataclass(frozen=True)
 class Planted:
-    """Corpus with further lines at random places of its text, each a line of its own.
+    """Corpus with additional lines inserted at random places.
 
-    The places are fixed by the text's length and the lines. They are found by a pass over the text,
-    and one process reads it.
+    The places depend only on the length of the text and on the lines. Finding them takes a pass
+    over the text, and the corpus is read by a single process.
 
     Attributes:
-        whole: corpus.
-        lines: lines to plant; one that stands here several times is planted as often.
+        whole: original corpus.
+        lines: lines to insert; a line listed several times is inserted as often.
     """
 
     whole: Corpus
@@ -100,7 +100,7 @@ class Planted:
 
     @cached_property
     def _places(self) -> list[tuple[int, str]]:
-        """Characters of the text behind which each line comes, in order, and the lines."""
+        """Character offsets after which lines are inserted, in order, with the lines."""
         size = sum(len(chunk.text) for chunk in self.whole.chunks())
         draw = random.Random(size)
         lines = draw.sample(self.lines, len(self.lines))

@@ -1,7 +1,7 @@
-"""Finding what the cache holds that nothing needs any more, and removing it.
+"""Detection and removal of cache folders that are no longer needed.
 
-A folder is of the cache's own making if its name is a key of the cache and all in it are files that
-the cache writes there. All others, and links, are left alone.
+Only folders whose name is a cache key and whose files are all cache files are considered. All
+others, and links, are left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECENT_SECONDS = 3600.0
 _PLACES = ("stores", "records", "tokenizers")
 _NAME = re.compile(r"[0-9a-f]{32}(\.shards|\.counts|\.partial)?")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.(.+)\.tmp")
-# Files of folders.
+# Names of files in such folders.
 _SHARDS = re.compile(r"\d{5,}\.(shard|digest)(\.claim)?")
 _COUNTS = re.compile(r"\d{5,}\.(json|digest)(\.claim)?")
 _ANY = re.compile(r"[^.].*")
@@ -34,16 +34,16 @@ _ANY = re.compile(r"[^.].*")
 
 @dataclass(frozen=True)
 class Unneeded:
-    """Folder of the cache that nothing needs.
+    """Cache folder that is no longer needed.
 
     Attributes:
         folder: the folder.
-        reason: why nothing needs it.
-        names: names of all files that the cache writes there.
+        reason: why it is not needed.
+        names: pattern of file names that the cache writes there.
         files: its files.
-        n_bytes: bytes of the files.
-        age: seconds since it changed.
-        kept: why it is left alone; "" if it may be removed.
+        n_bytes: total file size in bytes.
+        age: seconds since its last change.
+        kept: why it must not be removed; "" if it may be.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Unneeded:
     kept: str
 
     def remove(self) -> None:
-        """Remove the folder, after another look at it.
+        """Remove the folder, after checking it again.
 
         Raises:
             UserError: it has changed, or cannot be removed.
@@ -76,12 +76,12 @@ class Unneeded:
 
 
 def find_unneeded(configs: Sequence[Any], columns: Sequence[tuple[str, ...]]) -> list[Unneeded]:
-    """Return the folders of a cache that nothing needs, in the order in which to remove them.
+    """Return the unneeded folders of a cache, in order of removal.
 
     Args:
-        configs: sections `data` of configurations with one cache.
-        columns: columns of the records of each, () for documents. What the sources were before
-            they changed is not needed; () leaves it out.
+        configs: sections `data` of configurations that share a cache.
+        columns: record columns for each configuration, () for documents; stores of earlier versions
+            of their sources are not needed. (): ignore this reason.
 
     Raises:
         UserError: the cache is in a bucket, or a source cannot be opened.
@@ -90,8 +90,8 @@ def find_unneeded(configs: Sequence[Any], columns: Sequence[tuple[str, ...]]) ->
     for place in caches:
         if "://" in place:
             raise UserError(
-                f"{place}: a bucket has no locks: a folder could go while a build begins there; "
-                "where none runs, remove its *.shards and *.counts with the bucket's own tool"
+                f"{place}: buckets have no locks, so a folder in use could be removed; while no "
+                "build runs, remove its *.shards and *.counts with the bucket's own tool"
             )
     if len(caches) > 1:
         raise UserError(f"the configurations have several caches: {', '.join(sorted(caches))}")
@@ -103,7 +103,7 @@ def find_unneeded(configs: Sequence[Any], columns: Sequence[tuple[str, ...]]) ->
 
 
 def _look(folder: Path, reason: str, names: re.Pattern[str], kept: str = "") -> Unneeded:
-    """Describe a folder, and whether it may be removed; `kept` says why not, if that is known."""
+    """Describe a folder and whether it may be removed; `kept` is a known reason against it."""
     try:
         with _no_build(folder):
             pass
@@ -151,7 +151,7 @@ def _files_of(manifest: dict[str, Any]) -> re.Pattern[str]:
 
 
 def _look_inside(folder: Path, reason: str, names: re.Pattern[str], kept: str = "") -> Unneeded:
-    """Do the same without a look at the lock of those that build the folder."""
+    """Like `_look`, but without the lock of the processes that build the folder."""
     files: list[Path] = []
     n_bytes, changed, problem = 0, 0.0, _foreign(folder)
     try:
@@ -169,13 +169,13 @@ def _look_inside(folder: Path, reason: str, names: re.Pattern[str], kept: str = 
     age = time.time() - changed
     recent = "changed within an hour" if age < RECENT_SECONDS else ""
     kept = problem or kept or recent or _claimed(folder)
-    # The manifest first: a store of which a part is left is none.
+    # Remove the manifest first: a partly removed store is then no store.
     files.sort(key=lambda file: file.name != "manifest.json")
     return Unneeded(folder, reason, names, tuple(files), n_bytes, age, kept)
 
 
 def _foreign(folder: Path) -> str:
-    """Return why a folder is not of the cache's making by its place and name, "" if it is."""
+    """Return why the path of a folder is not one of the cache's, or ""."""
     if folder.is_symlink() or folder.parent.is_symlink():
         return "a link"
     is_own = folder.is_dir() and bool(_NAME.fullmatch(folder.name))
@@ -190,7 +190,7 @@ def _lock_of(folder: Path) -> Path:
 
 @contextmanager
 def _no_build(folder: Path) -> Iterator[None]:
-    """Hold the lock of those that build a folder, if it has one; UserError if one builds."""
+    """Hold the build lock of a folder, if it has one; UserError if it is being built."""
     with ExitStack() as held:
         if not _foreign(folder) and _lock_of(folder).is_file():
             held.enter_context(lock(_lock_of(folder), "a process builds it", seconds=-1.0))
@@ -198,7 +198,7 @@ def _no_build(folder: Path) -> Iterator[None]:
 
 
 def _claimed(folder: Path) -> str:
-    """Return what a living build does with a folder, "" if none does anything."""
+    """Describe an active build of a folder, or ""."""
     for file in folder.glob("*.claim"):
         try:
             claim = json.loads(file.read_bytes())

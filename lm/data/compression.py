@@ -1,7 +1,7 @@
-"""Compressed files: gzip, zstd, bzip2 and xz, by the ending of their names.
+"""Compressed files: gzip, zstd, bzip2 and xz, selected by file suffix.
 
-A file of several members, frames or streams is their concatenation. What the stream's checksum,
-end mark or length does not confirm is an error, and so is anything after the end.
+Several members, frames or streams are concatenated. A wrong checksum, length or missing end marker
+is an error, and so is trailing data.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _MAGIC = {
     b"BZh91AY&SY": "bzip2",
     b"PK\x03\x04": "zip",
 }
-_PADDED = ("gzip", "xz")  # zeros may follow a stream
+_PADDED = ("gzip", "xz")  # streams may be followed by zeros
 _READ = 2**18  # compressed bytes
 _MAX_WINDOW_LOG = 31  # zstd --long=31
 
 
 def file_name(path: Path) -> str:
-    """Return the name of a file; of a URL without what follows "?"."""
+    """Return the name of a file; for a URL without "?" and what follows."""
     return path.name if isinstance(path, Path) else path.name.partition("?")[0]
 
 
 def compression_of(path: Path) -> str:
-    """Return the kind of compression that the ending of a name says, "" for none."""
+    """Return the compression that the file suffix indicates, or ""."""
     return ENDINGS.get(Path(file_name(path)).suffix.lower(), "")
 
 
 def refuse_compressed(start: bytes, path: Path) -> None:
-    """Raise UserError if a file without such an ending starts as a compressed one or an archive."""
+    """Raise UserError if a file without such a suffix looks compressed or like an archive."""
     _refuse_archive(start, path)
     kind = _kind(start)
     if kind:
@@ -64,9 +64,9 @@ def _kind(start: bytes) -> str:
 
 
 class Decompressed(io.BufferedIOBase):
-    """Decompressed bytes of a file, in order and in bounded memory.
+    """Decompressed bytes of a file, read sequentially in bounded memory.
 
-    `read` raises UserError where the file is damaged or cut. A file of no bytes is empty.
+    `read` raises UserError if the file is damaged or truncated. An empty file is valid.
     """
 
     def __init__(self, file: io.BufferedIOBase, kind: str, path: Path):
@@ -75,10 +75,10 @@ class Decompressed(io.BufferedIOBase):
         Args:
             file: compressed file; closed with this one.
             kind: value of `ENDINGS`.
-            path: name for messages.
+            path: path for messages.
 
         Raises:
-            UserError: the package of zstd is not installed.
+            UserError: the zstd package is not installed.
         """
         self._file, self._kind, self._path = file, kind, path
         try:
@@ -109,7 +109,7 @@ class Decompressed(io.BufferedIOBase):
         return b""
 
     def _rest(self, size: int) -> bytes:
-        """Return output that is left where the file ends."""
+        """Return remaining output at the end of the file."""
         found = self._decompress(size) if self._decompressor else b""
         if self._decompressor and not found:
             raise self._damage("it ends too early")
@@ -120,11 +120,11 @@ class Decompressed(io.BufferedIOBase):
         super().close()
 
     def _holds_back(self) -> bool:
-        """Return whether the decompressor can go on without input."""
+        """Return whether the decompressor can continue without input."""
         return not self._decompressor.needs_input
 
     def _start(self) -> bool:
-        """Begin a stream at the input; False if there is only padding."""
+        """Start a stream at the current input; False if there is only padding."""
         if not self._first and self._kind in _PADDED:
             self._input = self._input.lstrip(b"\0")
             if not self._input:
@@ -155,10 +155,10 @@ class Decompressed(io.BufferedIOBase):
 
 
 class _Gzip:
-    """Decompressor of one gzip member, with the interface of bz2's and lzma's."""
+    """Decompressor of one gzip member, with the interface of bz2 and lzma."""
 
     def __init__(self) -> None:
-        self._inflate = zlib.decompressobj(wbits=31)  # which checks length and CRC-32
+        self._inflate = zlib.decompressobj(wbits=31)  # checks length and CRC-32
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         return self._inflate.decompress(self._inflate.unconsumed_tail + data, max_length)

@@ -1,4 +1,4 @@
-"""Parts of sources of files, which several processes read at once: files, and ranges of lines."""
+"""Parts of file sources for parallel reading: whole files, and ranges of lines."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lm.data.file_digests import file_state, raw_file
 from lm.data.sources import Chunk, Part
 from lm.errors import UserError
 
-RANGE = 2**28  # bytes of a range, at most about
-_PIECES = 64  # that the work on a small corpus is divided into
-_LEAST = 2**24  # bytes of one
+RANGE = 2**28  # approximate maximum bytes per range
+_PIECES = 64  # pieces that the work on a small corpus is divided into
+_LEAST = 2**24  # minimum bytes per piece
 _BLOCK = 2**24
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """One file of a source.
+    """File of a source, as a part.
 
     Attributes:
-        source: the source; its method `of_file(path)` returns the source of one file alone.
+        source: source whose method `of_file(path)` returns a source of that file only.
         path: the file.
-        size: bytes of the file.
+        size: file size in bytes.
     """
 
     source: Any
@@ -46,9 +46,9 @@ class Line(NamedTuple):
     """Line of a file.
 
     Attributes:
-        number: number in its range, from 1.
-        start: its first byte in the file.
-        content: its bytes, without the newline.
+        number: line number in its range, from 1.
+        start: byte offset in the file.
+        content: bytes without the newline.
     """
 
     number: int
@@ -58,13 +58,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class LineRange:
-    """Lines of a file that begin in a range of its bytes, as a part of a source.
+    """Lines that start in a byte range of a file, as a part of a source.
 
     Attributes:
-        read: makes chunks of the lines of a range; it can be pickled.
+        read: picklable function that makes chunks from the lines of a range.
         path: the file.
-        start: first byte of the range.
-        stop: byte after the last one.
+        start: start of the range in bytes.
+        stop: end of the range in bytes, exclusive.
     """
 
     read: Callable[[LineRange], Iterator[Chunk]]
@@ -96,7 +96,7 @@ class LineRange:
                 place = max(self.start - 1, 0)
                 file.seek(place)
                 if self.start:
-                    place += len(file.readline())  # of the range before
+                    place += len(file.readline())  # belongs to the previous range
                 number = 0
                 while place < self.stop and (line := file.readline()):
                     number += 1
@@ -106,24 +106,24 @@ class LineRange:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def place_of(self, line: Line) -> LinePlace:
-        """Return the place of a line for messages; its number is counted when it is printed."""
+        """Return the place of a line for messages; its number is counted only when printed."""
         return LinePlace(self, line.number)
 
     @cached_property
     def n_lines_before(self) -> int:
-        """Lines of the file before the range."""
+        """Number of lines in the file before the range."""
         n, left = 0, self.start
         with raw_file(self.path) as file:
             while left and (block := file.read(min(_BLOCK, left))):
                 n, left = n + block.count(b"\n"), left - len(block)
             if self.start:
                 file.seek(self.start - 1)
-                n += file.read(1) != b"\n"  # the line that the range begins in is not its own
+                n += file.read(1) != b"\n"  # the range starts inside a line of the previous one
         return n
 
 
 class LinePlace(NamedTuple):
-    """FILE:LINE, printed as such."""
+    """FILE:LINE, formatted lazily."""
 
     range: LineRange
     number: int
@@ -133,11 +133,11 @@ class LinePlace(NamedTuple):
 
 
 def piece_size(total: int, most: int) -> int:
-    """Return the bytes of a piece of work: of a small corpus fewer, so that processes end together.
+    """Return the bytes per piece of work: fewer for a small corpus, to balance the load.
 
     Args:
         total: bytes of the corpus.
-        most: bytes of a piece of a large one.
+        most: maximum bytes per piece.
     """
     return min(most, max(total // _PIECES, _LEAST))
 
@@ -147,15 +147,15 @@ def file_parts(
     files: Iterable[Path],
     read_range: Callable[[LineRange], Iterator[Chunk]] | None = None,
 ) -> list[Part]:
-    """Return the files of a source as parts, of large files of lines ranges.
+    """Split a file source into parts: whole files, or ranges of large line-based files.
 
     Args:
         source: source without files (`FilePart.source`).
         files: its files.
-        read_range: makes chunks of a range of lines; None if the files are not made of lines.
+        read_range: makes chunks from a range of lines; None if files are not line-based.
 
     Raises:
-        UserError: a file is gone.
+        UserError: a file no longer exists.
     """
     parts: list[Part] = []
     sizes: dict[Path, int] = {}

@@ -1,6 +1,6 @@
-"""Files of the user: finding and reading them (plain or compressed, always UTF-8).
+"""User files: finding and reading them (plain or compressed, always UTF-8).
 
-A byte order mark is left out everywhere, and a file that changes while it is read is noticed.
+Byte order marks are dropped, and files that change while being read are detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _told: set[tuple[str, Path | str]] = set()
 
 
 def data_directory(data: Any) -> Path:
-    """Return the folder that relative paths start from: `data.directory`, LM_DATA_DIR, or ."""
+    """Return the base folder of relative paths: `data.directory`, LM_DATA_DIR or "."."""
     return resolve_file(_directory(data))
 
 
@@ -35,14 +35,14 @@ def _directory(data: Any) -> str:
 
 
 def resolve_file(path: str, data: Any = None) -> Any:
-    """Return the path of a file or glob: a `Path`, or a `UPath` if it is a URL.
+    """Resolve a file path or glob to a `Path`, or a `UPath` for a URL.
 
     Args:
-        path: path or URL; both it and the data directory may be a URL.
-        data: section `data` of the configuration; None leaves relative paths as they are.
+        path: path or URL; the data directory may be a URL too.
+        data: section `data` of the configuration; None leaves relative paths unchanged.
 
     Raises:
-        UserError: the home is unknown, or the kind of URL.
+        UserError: the home directory or URL scheme is unknown.
     """
     directory = "" if data is None else _directory(data)
     path, directory = plain_place(path), plain_place(directory)
@@ -58,7 +58,7 @@ def resolve_file(path: str, data: Any = None) -> Any:
 
 
 def is_folder(path: Any) -> bool:
-    """Return whether a path is that of a folder, here or in a bucket."""
+    """Return whether a path is a folder, local or in a bucket."""
     if isinstance(path, Path):
         return os.path.isdir(path)
     from lm.data.remote import remote_is_folder
@@ -67,7 +67,7 @@ def is_folder(path: Any) -> bool:
 
 
 def _expand(path: str) -> Path:
-    """Return a path with its ~; a home that is unknown is a `UserError`."""
+    """Expand ~ in a path; UserError if the home directory is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -93,12 +93,12 @@ def find_file(path: str, data: Any) -> Path:
 
 
 def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
-    """Return the files that a path or glob names, sorted, each once: links to others are left out.
+    """Return the sorted files of a path or glob; links to files already listed are dropped.
 
-    A name that exists is taken as it is, brackets and stars too.
+    A name that exists is taken literally, even with brackets or stars.
 
     Raises:
-        UserError: there is none, or a folder cannot be read.
+        UserError: there are none, or a folder cannot be read.
     """
     use_cache(lambda: cache_directory(data))
     place = resolve_file(pattern, data)
@@ -127,7 +127,7 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
 
 
 def _matches(place: Path) -> Iterator[Path]:
-    """Yield what matches a glob; "**" enters no folder twice, whatever links lead there."""
+    """Yield matches of a glob; "**" enters no folder twice, even through links."""
     pattern, existing = "", True
     for number, part in enumerate(place.parts):
         if part == "**":
@@ -143,7 +143,7 @@ def _matches(place: Path) -> Iterator[Path]:
 
 
 def _folders(start: str) -> Iterator[str]:
-    """Yield a folder and those below it that are not hidden, each once, linked ones last."""
+    """Yield a folder and its non-hidden subfolders, each once, linked ones last."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -162,14 +162,14 @@ def _folders(start: str) -> Iterator[str]:
 
 
 def tell_once(message: str, path: Path | str) -> None:
-    """Print a message about a file or source on stderr, the first time."""
+    """Print a message about a file or source on stderr, once."""
     if (message, path) not in _told:
         _told.add((message, path))
         print(f"{path}: {message}", file=sys.stderr)
 
 
 def without_mark(text: str, path: Path) -> str:
-    """Return the start of a file's text without its byte order mark, which is said once."""
+    """Drop the byte order mark at the start of a file's text, with a message once."""
     if not text.startswith("\ufeff"):
         return text
     tell_once("the byte order mark at its start is left out", path)
@@ -197,10 +197,10 @@ def _absolute(data: Any) -> str:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield the text of a file in chunks, newlines untouched, without a byte order mark.
+    """Yield the text of a file in chunks, with newlines unchanged and no byte order mark.
 
     Raises:
-        UserError: the (decompressed) file is not UTF-8 at a byte, which the message names.
+        UserError: the (decompressed) file is not UTF-8; the message gives the byte offset.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed, start = 0, True
@@ -224,7 +224,7 @@ def _decode(
 
 
 def not_utf8(path: Path, offset: int) -> UserError:
-    """Return the error of a (decompressed) file that is not UTF-8 at a byte."""
+    """Return the error for a (decompressed) file that is not UTF-8 at a byte offset."""
     return UserError(f"{path}: not UTF-8 at byte {offset}: convert the file first")
 
 
@@ -232,7 +232,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     """Yield the (decompressed) bytes of a file in chunks.
 
     Raises:
-        UserError: it cannot be read, or changed since it was hashed.
+        UserError: it cannot be read, or has changed since it was hashed.
     """
     try:
         with open_file(path) as file:
@@ -244,12 +244,12 @@ def read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
-    """Open a file to read its bytes in order, decompressed by its ending (`compression.ENDINGS`).
+    """Open a file for sequential reading, decompressed by its suffix (`compression.ENDINGS`).
 
     Raises:
-        UserError: the content is compressed otherwise than the ending says; from `read`, also that
-            it is damaged or cut.
-        OSError: it cannot be opened.
+        UserError: the content does not match the suffix; `read` also raises it for damaged or
+            truncated files.
+        OSError: the file cannot be opened.
     """
     file = raw_file(path)
     kind = compression_of(path)

@@ -1,4 +1,4 @@
-"""Bounded sample of a large corpus, which a tokenizer is fitted to."""
+"""Bounded sample of a large corpus, for fitting a tokenizer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from pathlib import Path
 
 from lm.data.sources import Corpus, Part
 
-_LEAST = 2**24  # characters that are read of a part
+_LEAST = 2**24  # minimum characters read per part
 
 
 def read_sample(corpora: Sequence[Corpus], most: int, folder: Path) -> Iterator[str]:
-    """Yield texts from the starts of random parts of the corpora, `most` characters in all.
+    """Yield texts from the starts of randomly chosen parts of the corpora.
 
-    Parts are files, or ranges of a large file; the same sources give the same sample. Documents
-    that are held out for validation are not known before the corpus is read, and may be among
-    them.
+    Parts are files, or ranges of large files; the sample is deterministic. Held-out validation
+    documents are not known before the corpus is read, and may be included.
 
     Args:
-        corpora: what is sampled.
-        most: characters of the sample; not fewer if the parts have as many.
-        folder: folder of the tokenizer; sample.txt in it, and a line on stderr, say what was read.
+        corpora: corpora to sample.
+        most: number of characters of the sample, if there are as many.
+        folder: folder of the tokenizer; its sample.txt, and a line on stderr, describe the sample.
     """
     parts = [part for corpus in corpora for part in _parts(corpus)]
     random.Random(0).shuffle(parts)
@@ -44,6 +43,6 @@ def read_sample(corpora: Sequence[Corpus], most: int, folder: Path) -> Iterator[
 
 
 def _parts(corpus: Corpus) -> Sequence[Part]:
-    """Return the parts of a corpus; of one with documents held out, those of the whole."""
+    """Return the parts of a corpus, ignoring held-out documents."""
     whole = getattr(corpus, "corpus", corpus)
     return whole.parts() if hasattr(whole, "parts") else (corpus,)

@@ -1,4 +1,4 @@
-"""Validation data that are held out of the training data, by `data.validation_fraction`."""
+"""Validation data held out from the training data (`data.validation_fraction`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One side of a corpus that is divided into "train" and "validation".
+    """One side of a corpus that is split into "train" and "validation".
 
-    A corpus of one document is divided at character int(n_characters * (1 - fraction)), as nanoGPT
-    does. Of several documents, as many are in "train", and the others are a random choice by
-    `seed`: corpora are often sorted, by source or by date.
+    A corpus with a single document is split at character int(n_characters * (1 - fraction)), as in
+    nanoGPT. Several documents are split at random by `seed`, because corpora are often
+    sorted by source or date.
     """
 
     corpus: Corpus
@@ -33,7 +33,7 @@ class HeldOut:
 
     @property
     def size(self) -> int | None:
-        """Bytes of text, about: documents differ in length."""
+        """Approximate bytes of text, since documents differ in length."""
         share = self.fraction if self.split == "validation" else 1 - self.fraction
         return None if self.corpus.size is None else round(share * self.corpus.size)
 
@@ -61,11 +61,11 @@ class HeldOut:
             yield from _documents(self.corpus.chunks(), chosen, self.split == "validation")
 
     def sides_of(self, parts: Sequence[Part], n_documents: Sequence[int]) -> list[PartSide]:
-        """Return this split of each part of the corpus, which has several documents.
+        """Return this side of each part of a corpus with several documents.
 
         Args:
             parts: the parts.
-            n_documents: documents of each.
+            n_documents: number of documents of each part.
         """
         chosen = np.sort(self.chosen(sum(n_documents)))
         starts = np.concatenate([[0], np.cumsum(n_documents)])
@@ -85,7 +85,7 @@ class HeldOut:
         return border
 
     def chosen(self, n_documents: int) -> np.ndarray:
-        """Return the indices of the documents that are held out."""
+        """Return the indices of the held-out documents."""
         n = n_documents - self.border(n_documents, "documents")
         return np.random.default_rng(self.seed).choice(n_documents, n, replace=False)
 
@@ -98,7 +98,7 @@ class HeldOut:
         return n_documents, n_characters
 
     def _characters(self, border: int) -> Iterator[str]:
-        """Yield the text of the only document on this split's side of the border."""
+        """Yield the text of the single document on this side of the border."""
         start = 0
         for chunk in self.corpus.chunks():
             cut = max(border - start, 0)
@@ -108,12 +108,12 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class PartSide:
-    """One side of a part of a corpus: the documents that are held out, or the others.
+    """One side of a part of a corpus: its held-out documents, or the others.
 
     Attributes:
         part: the part.
-        held_out: indices of the documents of the part that are held out.
-        validation: these are the documents, or the others.
+        held_out: indices of the part's held-out documents.
+        validation: select the held-out documents rather than the others.
     """
 
     part: Part
@@ -141,7 +141,7 @@ class PartSide:
 def _documents(
     chunks: Iterable[Chunk], held_out: frozenset[int], validation: bool
 ) -> Iterator[Chunk]:
-    """Yield the chunks of the documents that are held out, or of the others."""
+    """Yield the chunks of the held-out documents, or of the others."""
     index = -1
     for chunk in chunks:
         index += chunk.first
@@ -152,7 +152,7 @@ def _documents(
 def split_records(store: Any, data: Any) -> tuple[RecordStore, RecordStore]:
     """Split a store into training records and a random `data.validation_fraction`.
 
-    Random, because the files of tasks are often sorted, by class or by difficulty.
+    The split is random because task files are often sorted, by class or difficulty.
     """
     border = int(len(store) * (1 - data.validation_fraction))
     if not 0 < border < len(store):

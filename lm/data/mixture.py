@@ -1,4 +1,4 @@
-"""Mixtures whose weights change over training, by random access: curricula and annealing.
+"""Mixtures with scheduled weights, by random access: curricula and annealing.
 
 Part k has had C_k(t) = ∫₀ᵗ p_k of its examples by row t, for weights p that are linear between the
 knots of a schedule and sum to 1. Its example j comes at the time C_k(t) = j + 1/2, and the rows are
@@ -31,22 +31,22 @@ _BLOCK = 4096  # rows whose order is computed together
 
 @dataclass(frozen=True)
 class Schedule:
-    """Order of the examples of several parts by a schedule of weights.
+    """Order of the examples of several parts, by a schedule of weights.
 
     Attributes:
-        knots: weights at some rows, of ascending rows; constant before and after them.
+        knots: weights at ascending rows; constant before the first and after the last.
     """
 
     knots: tuple[Knot, ...]
 
     @cached_property
     def _pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows [S] where the pieces begin, shares [S, P] there, and slopes [S, P] after them."""
+        """Rows [S] where the pieces start, shares [S, P] there, and slopes [S, P] within them."""
         rows = np.array([0, *(knot.at for knot in self.knots)], np.float64)
         weights = np.array([self.knots[0].weights, *(knot.weights for knot in self.knots)])
         shares = weights / weights.sum(1, keepdims=True)
         lengths = np.diff(rows)
-        kept = np.append(lengths > 0, True)  # of a sudden change only what comes after it
+        kept = np.append(lengths > 0, True)  # at a step change, keep only what follows it
         slopes = np.zeros_like(shares)
         rising = lengths > 0
         slopes[:-1][rising] = (np.diff(shares, axis=0)[rising].T / lengths[rising]).T
@@ -54,34 +54,34 @@ class Schedule:
 
     @cached_property
     def _at_pieces(self) -> np.ndarray:
-        """Examples [S, P] of each part before each piece."""
+        """Number of examples [S, P] of each part before each piece."""
         rows, shares, slopes = self._pieces
         length = np.diff(rows)[:, None]
         made = length * (shares[:-1] + 0.5 * slopes[:-1] * length)
         return np.concatenate([np.zeros_like(shares[:1]), made.cumsum(0)])
 
     def examples_before(self, row: float) -> np.ndarray:
-        """Return the expected examples [P] of each part before a row."""
+        """Return the expected number of examples [P] of each part before a row."""
         rows, shares, slopes = self._pieces
         piece = max(int(np.searchsorted(rows, row, side="right")) - 1, 0)
         after = row - rows[piece]
         return self._at_pieces[piece] + after * (shares[piece] + 0.5 * slopes[piece] * after)
 
     def _times(self, part: int, examples: np.ndarray) -> np.ndarray:
-        """Return the times of some examples of a part: where C(t) is their index + 1/2."""
+        """Return the times of some examples of a part: where C(t) equals their index + 1/2."""
         rows, shares, slopes = self._pieces
         wanted = examples + 0.5
         piece = np.searchsorted(self._at_pieces[:, part], wanted, side="left") - 1
         piece = np.maximum(piece, 0)
         missing = wanted - self._at_pieces[piece, part]
         share, slope = shares[piece, part], slopes[piece, part]
-        # The root of slope/2 x² + share x = missing, in a form that holds for slope 0 too.
+        # Root of slope/2 x² + share x = missing, in a form that also holds for slope 0.
         root = np.sqrt(np.maximum(share * share + 2 * slope * missing, 0))
         return rows[piece] + 2 * missing / (share + root)
 
     @lru_cache(maxsize=8)  # noqa: B019  as long as the order is in use
     def _block(self, block: int) -> np.ndarray:
-        """Return part and index in it, [_BLOCK, 2], of the rows of a block."""
+        """Return part and index in the part, [_BLOCK, 2], for the rows of a block."""
         n_parts = len(self.knots[0].weights)
         start, end = block * _BLOCK, (block + 1) * _BLOCK
         first = np.floor(self.examples_before(max(start - n_parts, 0)) + 0.5).astype(np.int64)
@@ -93,17 +93,17 @@ class Schedule:
         return np.stack([parts, np.concatenate(found)], axis=1)[order]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the part of a row, and the index of its example among those of the part."""
+        """Return the part of a row, and the index of its example in that part."""
         part, index = self._block(row // _BLOCK)[row % _BLOCK]
         return int(part), int(index)
 
     def epochs(self, row: int, sizes: Sequence[int]) -> list[float]:
-        """Return how often each part of so many examples has been read before a row."""
+        """Return the number of passes over each part before a row, given the part sizes."""
         return (self.examples_before(row) / np.asarray(sizes)).tolist()
 
 
 class ScheduledMix(grain.MapDataset):
-    """Endless mixture of endless streams in the order of a schedule."""
+    """Endless mixture of endless streams, ordered by a schedule."""
 
     def __init__(self, streams: Sequence[grain.MapDataset], schedule: Schedule):
         super().__init__(streams)
@@ -122,14 +122,14 @@ class ScheduledMix(grain.MapDataset):
 def shuffle_and_mix(
     parts: Sequence[Examples], dataset: Dataset, config: ConfigDict, first_row: int = 0
 ) -> grain.MapDataset:
-    """Mix endless examples of several parts, each shuffled anew every epoch.
+    """Mix endless examples of several parts, each reshuffled every epoch.
 
     Args:
         parts: examples of each training store.
-        dataset: the stores. Their weights are kept by Grain to about 1 %, those of a schedule, and
-            passes over each store, to a row.
+        dataset: the stores. Grain follows their weights to about 1 %; scheduled weights, and passes
+            over each store, are exact to a row.
         config: configuration.
-        first_row: index in the order of the first row of step 0.
+        first_row: index of the first row of step 0 in the order.
 
     Raises:
         UserError: a part is too long to shuffle.
@@ -161,9 +161,9 @@ def _schedule(
 def epochs_by_step(
     parts: Sequence[Examples], dataset: Dataset, data: ConfigDict, first_row: int
 ) -> Callable[[int], dict[str, float]]:
-    """Return the function from a step to the passes over each corpus before it, "epoch/NAME".
+    """Return a function from a step to the passes over each corpus so far, "epoch/NAME".
 
-    A corpus that is several parts has the sum of them. Arguments are those of `shuffle_and_mix`.
+    The parts of a corpus are summed. For arguments see `shuffle_and_mix`.
     """
     schedule = _schedule(parts, dataset, data, first_row)
     names = [f"epoch/{store.manifest.source}" for store in dataset.train]
@@ -180,14 +180,14 @@ def epochs_by_step(
 
 
 def continues_mixture(before: ConfigDict, after: ConfigDict, step: int) -> bool:
-    """Return whether a mixture has been another one until a step.
+    """Return whether a changed mixture gives the same batches before a step.
 
-    Sources may be added at the end, of no weight until then. Only a schedule says what was before;
-    a single source has been that of a constant weight.
+    Sources may be appended if their weight is 0 until then. This requires a schedule for the
+    earlier weights, except for a single source.
 
     Args:
-        before: section `data` of the other mixture.
-        after: that of the mixture.
+        before: section `data` of the earlier mixture.
+        after: section `data` of the new mixture.
         step: first step whose batch may differ.
     """
     sources, more = listed(before.source), listed(after.source)

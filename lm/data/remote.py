@@ -1,8 +1,8 @@
-"""Files in buckets and on servers, by URL: found and read as local ones, never copied whole.
+"""Files in buckets and on servers, by URL: streamed like local files, never copied whole.
 
-Reading goes on where it was after a failure of the network, and ends in an error where a file is
-shorter than its listing says or changes meanwhile. Buckets are reached through fsspec, which also
-reads its options from variables such as FSSPEC_S3_ANON=true.
+Reading resumes after network failures, and fails if a file is shorter than its listing says or
+changes meanwhile. Buckets are accessed through fsspec, which also reads options from environment
+variables such as FSSPEC_S3_ANON=true.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lm.errors import UserError, missing_package
 
-if TYPE_CHECKING:  # imported where a URL is read
+if TYPE_CHECKING:  # imported at run time only when a URL is read
     from upath import UPath
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class _Scheme(NamedTuple):
     package: str
     extra: str
-    login: str = ""  # what to do without credentials
+    login: str = ""  # command to obtain credentials
 
 
 _SCHEMES = {
@@ -38,17 +38,17 @@ _SCHEMES = {
     "https": _Scheme("aiohttp", "http"),
     "http": _Scheme("aiohttp", "http"),
 }
-_BLOCK = 2**23  # bytes of a request
+_BLOCK = 2**23  # bytes per request
 _TRIES = 5
-_TRIES_GS = 2  # gcsfs tries each request six times itself, for half a minute
-_FIRST_DELAY = 1.0  # seconds; doubled with each try
-# What an object store or server says of a version of a file, the most reliable first.
+_TRIES_GS = 2  # gcsfs retries each request six times itself, for half a minute
+_FIRST_DELAY = 1.0  # seconds; doubled with each retry
+# Metadata that identifies a file version, most reliable first.
 _VERSIONS = (
     *("generation", "ETag", "etag", "blob_id", "md5Hash", "Content-MD5"),
     *("Last-Modified", "LastModified", "updated", "mtime"),
 )
 
-_listed: dict[str, dict[str, Any]] = {}  # descriptions of files by URL
+_listed: dict[str, dict[str, Any]] = {}  # file metadata by URL
 
 
 def is_url(text: str) -> bool:
@@ -57,7 +57,7 @@ def is_url(text: str) -> bool:
 
 
 def remote_path(url: str) -> UPath:
-    """Return the path of a URL.
+    """Return the path object of a URL.
 
     Raises:
         UserError: its scheme is unknown, or the package for it is not installed.
@@ -65,7 +65,7 @@ def remote_path(url: str) -> UPath:
     name = url.partition("://")[0]
     if name not in _SCHEMES:
         known = ", ".join(f"{known}://" for known in _SCHEMES)
-        raise UserError(f"{url}: unknown kind of address (known: {known})")
+        raise UserError(f"{url}: unknown URL scheme (known: {known})")
     scheme = _SCHEMES[name]
     for package in (scheme.package, "upath"):
         if importlib.util.find_spec(package) is None:
@@ -77,10 +77,10 @@ def remote_path(url: str) -> UPath:
 
 
 def find_remote_files(path: UPath) -> tuple[UPath, ...]:
-    """Return the files that a URL or glob names, sorted; () if there are none.
+    """Return the sorted files of a URL or glob; () if there are none.
 
     Raises:
-        UserError: the URL is that of a folder, the bucket is not there or it cannot be read.
+        UserError: the URL is a folder, or the bucket does not exist or cannot be read.
     """
     from upath import UPath
 
@@ -100,14 +100,14 @@ def find_remote_files(path: UPath) -> tuple[UPath, ...]:
             found = {fs.unstrip_protocol(name): info for name, info in files.items()}
         bucket = key.partition("/")[0]
         if not found and url.startswith(("gs:", "s3:")) and not fs.exists(bucket):
-            raise UserError(f"{url}: there is no bucket {bucket!r}, or it cannot be listed")
-    # A server's list of links tells neither sizes nor versions.
+            raise UserError(f"{url}: bucket {bucket!r} does not exist, or cannot be listed")
+    # The list of links from a server has neither sizes nor versions.
     _listed.update({name: info for name, info in found.items() if _version(info)})
     return tuple(UPath(name, use_listings_cache=False) for name in sorted(found))
 
 
 def remote_is_folder(path: UPath) -> bool:
-    """Return whether a URL is that of a folder."""
+    """Return whether a URL is a folder."""
     with storage_errors(str(path)):
         described = _retried(str(path), lambda: _describe(path.fs, path.path))
     return described is not None and described["type"] == "directory"
@@ -124,22 +124,22 @@ def _is_glob(url: str) -> bool:
 
 
 def _describe(fs: Any, key: str) -> dict[str, Any] | None:
-    """Return what the store says of a file or folder now, None if it is not there."""
+    """Return the current metadata of a file or folder; None if it does not exist."""
     try:
         fs.invalidate_cache(key)
         return fs.info(key)
     except FileNotFoundError as error:
-        cause = error.__cause__  # of a server fsspec calls every failure so
+        cause = error.__cause__  # fsspec reports every HTTP failure like this
         if key.startswith("http") and cause is not None and _status(cause) not in (404, 410):
             raise cause from None
         return None
 
 
 def remote_state(path: UPath) -> tuple[int, int, int, int]:
-    """Return the state of a file as its listing has it: version, 0, size, 0.
+    """Return the state of a file from its listing: version, 0, size, 0.
 
-    The version lies where local files have their modification time. One that the store does not
-    tell lies in the future, so that the content is always read.
+    The version takes the place of a local file's modification time. If the store gives no version,
+    a time in the future is used, so that the content is always read.
     """
     info = _description(path)
     version = _version(info)
@@ -153,7 +153,7 @@ def _description(path: UPath) -> dict[str, Any]:
         with storage_errors(url):
             described = _retried(url, lambda: _describe(path.fs, path.path))
         if described is None:
-            raise UserError(f"{url}: is not there")
+            raise UserError(f"{url}: does not exist")
         _listed[url] = described
     return _listed[url]
 
@@ -164,7 +164,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def require_listed(path: UPath) -> None:
-    """Raise UserError if a file is not the listed one any more."""
+    """Raise UserError if a file is no longer the listed version."""
     url, listed = str(path), _description(path)
     with storage_errors(url):
         now = _retried(url, lambda: _describe(path.fs, path.path))
@@ -175,23 +175,23 @@ def require_listed(path: UPath) -> None:
 
 
 def open_remote(path: UPath) -> io.BufferedReader:
-    """Open a file to read its bytes, as it was listed.
+    """Open a file, in its listed version, for reading.
 
     Raises:
-        UserError: also from `read`: the file cannot be read, has changed or ends too early.
+        UserError: the file cannot be read, has changed or is truncated; `read` raises it too.
     """
     return io.BufferedReader(RemoteFile(path), 2**20)
 
 
 class RemoteFile(io.RawIOBase):
-    """Bytes of a file by URL; reading goes on after failures (`require_listed` at the end)."""
+    """Bytes of a file by URL; resumes after failures (call `require_listed` at the end)."""
 
     def __init__(self, path: UPath):
         self._path, self._url = path, str(path)
         self._size = _description(path).get("size")
         self._file: Any = None
         self._position = 0
-        self._block = _BLOCK  # 0: as a stream, from a server without ranges
+        self._block = _BLOCK  # 0: stream, for servers without range requests
 
     def readable(self) -> bool:
         return True
@@ -242,7 +242,7 @@ class RemoteFile(io.RawIOBase):
             raise
 
     def _go_to_position(self) -> None:
-        """Let the open file stand at the position; a server without ranges is read up to it."""
+        """Seek the open file to the position; without range requests, read up to it."""
         place = self._file.tell()
         if place == self._position:
             return
@@ -251,8 +251,8 @@ class RemoteFile(io.RawIOBase):
         except ValueError as error:
             if place > self._position:
                 raise UserError(
-                    f"{self._url}: the server reads files in order only (no ranges), which files "
-                    "of this kind cannot be: copy it first"
+                    f"{self._url}: the server has no range requests, which files of this kind "
+                    "need: copy it first"
                 ) from error
             while place < self._position:
                 skipped = self._file.read(min(_BLOCK, self._position - place))
@@ -268,16 +268,16 @@ class RemoteFile(io.RawIOBase):
 
 
 class _EndsEarly(OSError):
-    """Error of a file of which fewer bytes come than its listing says."""
+    """Error of a file that returns fewer bytes than its listing says."""
 
 
 @contextmanager
 def storage_errors(url: str, scheme: str = "") -> Iterator[None]:
-    """Turn any error of a store, of the network or of a library into a UserError of one line.
+    """Convert any error of a store, network or library into a one-line UserError.
 
     Args:
         url: URL, or name of a source.
-        scheme: store behind the name of a source; "": that of the URL.
+        scheme: store of a named source; "": that of the URL.
     """
     try:
         yield
@@ -297,14 +297,14 @@ def _lacks_permission(error: Exception) -> bool:
 
 
 def _status(error: BaseException) -> int:
-    """Return the HTTP status of an error, 0 if it has none."""
+    """Return the HTTP status of an error; 0 if it has none."""
     found = getattr(error, "status", None) or getattr(error, "code", None)
     found = found or getattr(getattr(error, "response", None), "status_code", None)
     return int(str(found)) if str(found).isdigit() else 0
 
 
 def _retried(url: str, action: Callable[[], T]) -> T:
-    """Return what an action returns, tried again after errors that may pass."""
+    """Run an action, and retry after transient errors."""
     tries = _TRIES_GS if url.startswith("gs:") else _TRIES
     for number in range(tries):
         try:

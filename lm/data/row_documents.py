@@ -1,4 +1,4 @@
-"""Documents in a field of rows, such as JSON objects or rows of Parquet."""
+"""Documents in a field of rows, such as JSON objects or Parquet rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CARD_KIND = "lm corpus"  # "kind" in a card.json of `lm corpus`
 
 
 def field_value(values: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field, MISSING if there is none, None if it would be in a null.
+    """Return the value of a field; MISSING if it does not exist, None below a null.
 
     Args:
-        values: values by name; some may be mappings of such values.
-        field: name, or names of nested values with dots between them ("meta.text"). A name that
-            has the dots itself comes first.
+        values: values by name, possibly nested mappings.
+        field: name, or dotted path of nested names ("meta.text"). A name that itself contains the
+            dots takes precedence.
     """
     if field in values:
         return values[field]
@@ -38,13 +38,13 @@ def field_value(values: Mapping[str, Any], field: str) -> Any:
 
 
 class RowDocuments(DocumentSource):
-    """Source of which each row is a document, the text in `data.field`.
+    """Source in which each row is a document, the text in `data.field`.
 
     Attributes:
         field: name of the field (`field_value`).
-        skip: skip bad rows, which are errors otherwise.
-        files: the files; a tuple of files that are read side by side may stand for each.
-        row_word: plural of what a row is called, for messages.
+        skip: skip bad rows instead of raising an error.
+        files: the files; each may be a tuple of files that are read in parallel.
+        row_word: plural noun for rows, for messages.
     """
 
     row_word = "lines"
@@ -54,7 +54,7 @@ class RowDocuments(DocumentSource):
 
     @property
     def card(self) -> str:
-        """Digest of the data card that `lm corpus` wrote beside the files; "" without one."""
+        """Digest of the data card that `lm corpus` wrote next to the files, or ""."""
         first = next(iter(self.files))
         card = (first[0] if isinstance(first, tuple) else first).parent / "card.json"
         if not card.is_file():
@@ -62,18 +62,18 @@ class RowDocuments(DocumentSource):
         try:
             kind = read_json(card).get("kind")
         except UserError:
-            return ""  # another file of this name
+            return ""  # an unrelated file of this name
         return file_digest(card) if kind == CARD_KIND else ""
 
     def set_field(self, data: Any) -> None:
-        """Take field and policy from section `data` of the configuration."""
+        """Set field and error policy from section `data` of the configuration."""
         self.field, self.skip = data.field, data.bad_rows == "skip"
 
     def row_documents(self, path: Path, rows: Iterator[Row]) -> Iterator[Chunk]:
-        """Yield the documents of the rows of a file.
+        """Yield the documents in the rows of a file.
 
         Raises:
-            UserError: a row has no text, and is not to be skipped.
+            UserError: a row has no text, and bad rows are not skipped.
         """
         n_skipped, first = 0, ""
         for row in rows:
@@ -91,7 +91,7 @@ class RowDocuments(DocumentSource):
         return field_value(values, self.field)
 
     def _problem(self, values: dict[str, Any]) -> str:
-        """Return what is wrong with the document of a row, "" if nothing is."""
+        """Return what is wrong with the document of a row, or ""."""
         text = self._text(values)
         if text is MISSING:
             return no_field(self.field, values)
@@ -101,11 +101,11 @@ class RowDocuments(DocumentSource):
 
 
 def no_field(field: str, names: Any) -> str:
-    """Return the message that a field is not among these names."""
+    """Return the error message for a field that is not among these names."""
     known = ", ".join(sorted(names)) or "none"
     return f"no field {field!r} (there are: {known}): set --config.data.field"
 
 
 def without_lone_surrogates(text: str) -> str:
-    r"""Replace half surrogate pairs, which JSON can escape ("\ud83d"), by U+FFFD."""
+    r"""Replace lone surrogates, which JSON can escape ("\ud83d"), by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,4 +1,4 @@
-"""Local copies of pieces of shards that lie in a bucket, within a limit."""
+"""Size-limited local cache of shard pieces from a bucket."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lm.data.shared_folder import SharedFolder
 from lm.storage import cache_directory
 
 PIECE = 2**22  # bytes
-_TOUCH_SECONDS = 60.0  # between the notes that a piece is used
-_KEPT = 0.9  # of the limit, once it was reached
+_TOUCH_SECONDS = 60.0  # between updates of a piece's last use
+_KEPT = 0.9  # fraction of the limit kept when it is exceeded
 
 
 def shard_files(folder: SharedFolder, data: Any) -> ShardFiles:
-    """Return the files of a folder, by way of a local disk if it is remote.
+    """Return access to the files of a folder, through a local disk cache if it is remote.
 
     Args:
         folder: the folder.
@@ -47,30 +47,29 @@ class _DiskFiles:
 
 
 class PieceCache:
-    """Pieces of the files of a remote folder, on the local disk of several processes.
+    """Pieces of remote files, cached on a local disk that several processes share.
 
-    What is read is checked by its reader (`ShardReader`); a local piece that is damaged is fetched
-    again.
+    The reader verifies what it reads (`ShardReader`) and fetches damaged local pieces again.
     """
 
     def __init__(self, remote: SharedFolder, folder: Path, root: Path, limit: int):
         """Open the cache.
 
         Args:
-            remote: folder that is read.
+            remote: remote folder.
             folder: local folder of its pieces.
-            root: folder of all such folders.
-            limit: bytes in it.
+            root: parent of all such folders.
+            limit: maximum bytes in `root`.
         """
         self._remote, self._folder, self._root, self._limit = remote, folder, root, limit
         self._touched: dict[Path, float] = {}
-        self._size: int | None = None  # of all pieces; None before it was counted
+        self._size: int | None = None  # of all pieces; None before they are counted
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes of a file."""
+        """Read bytes of a file."""
         with self._lock:
-            if self._size is None:  # the limit may be lower than it was
+            if self._size is None:  # the limit may have been lowered
                 self._clean()
         parts = []
         for number in range(start // PIECE, -(-stop // PIECE)):
@@ -80,7 +79,7 @@ class PieceCache:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def forget(self, name: str) -> bool:
-        """Remove the local copies of a file."""
+        """Remove the local pieces of a file."""
         shutil.rmtree(self._folder / name, ignore_errors=True)
         return True
 
@@ -93,7 +92,7 @@ class PieceCache:
             self._touch(path)
             return found
         except OSError:
-            pass  # not there, or no longer
+            pass  # missing, or just removed
         content = self._remote.read(name, number * PIECE, (number + 1) * PIECE)
         self._keep(path, content)
         return content[low:high]
@@ -106,13 +105,13 @@ class PieceCache:
                 os.utime(path)
 
     def _keep(self, path: Path, content: bytes) -> None:
-        """Write a piece, and remove those used least recently if there are too many."""
+        """Write a piece, and evict the least recently used ones if the limit is exceeded."""
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
             temporary.replace(path)
-        except OSError:  # a disk that is full, or read-only: read from the bucket each time
+        except OSError:  # a full or read-only disk: read from the bucket each time
             temporary.unlink(missing_ok=True)
             return
         with self._lock:

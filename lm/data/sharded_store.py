@@ -1,9 +1,9 @@
-"""Token stores in shards: large corpora, and any corpus whose cache is in a bucket.
+"""Sharded token stores, for large corpora and for caches in a bucket.
 
-The parts of a source are divided into shards, of about 256 MiB unless the corpus is small, which
-any number of processes build together (`shared_build`) in a folder that is named by the names,
-sizes and times of the files. The contents are hashed by whoever reads them; when all shards are
-there, the manifest is written under the key of the contents, where the next start finds it.
+The parts of a source are grouped into shards of about 256 MiB (less for small corpora), which any
+number of processes build together (`shared_build`) in a folder named by the names, sizes and times
+of the files. Contents are hashed while they are read; once all shards exist, the manifest is
+written under the key of the contents, where the next start finds it.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.storage import cache_directory, chosen_cache, parse_json, read_json
 
-SHARD = 2**28  # bytes of a large source in a shard, about
+SHARD = 2**28  # approximate source bytes per shard of a large source
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class ShardedManifest(Manifest):
-    """Origin and sizes of a store in shards.
+    """Origin and sizes of a sharded store.
 
     Attributes:
-        folder: name of the folder of the shards, beside that of the manifest.
+        folder: name of the shard folder, next to that of the manifest.
         shards: name, bytes, tokens and documents of each shard.
     """
 
@@ -75,7 +75,7 @@ class ShardedManifest(Manifest):
 def open_sharded_store(
     corpus: Corpus, tokenizer: Tokenizer, data: Any, progress: bool
 ) -> TokenStore:
-    """Open the store of a corpus; with other processes, build what is not there.
+    """Open the sharded store of a corpus; build missing shards together with other processes.
 
     Args:
         corpus: documents.
@@ -84,7 +84,7 @@ def open_sharded_store(
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: text cannot be read or encoded, or the cache cannot be used.
+        UserError: text cannot be read or encoded, or the cache is not usable.
     """
     build = _Build(corpus, tokenizer, data, progress)
     return build.find() or build.make()
@@ -97,7 +97,7 @@ def store_place(data: Any) -> str:
 
 
 def read_manifest(folder: SharedFolder) -> ShardedManifest | None:
-    """Return the manifest of a store in shards; None if it is not there, or of another store."""
+    """Read the manifest of a sharded store; None if it is missing or does not match."""
     try:
         content = parse_json(folder.read("manifest.json"), f"{folder.place}/manifest.json")
         return ShardedManifest(**content) if "shards" in content else None
@@ -107,7 +107,7 @@ def read_manifest(folder: SharedFolder) -> ShardedManifest | None:
 
 @dataclass
 class _Build:
-    """Store of a corpus that is looked for, or built."""
+    """Lookup or build of a corpus's store."""
 
     corpus: Corpus
     tokenizer: Tokenizer
@@ -118,14 +118,14 @@ class _Build:
         self.place = store_place(self.data)
         self.workers = self.data.workers
         self.dtype = token_dtype(self.tokenizer)
-        # Stores of the same source and tokenizer: only then it is worth hashing to find one.
+        # Stores of the same source and tokenizer: only if there are any, hashing is worthwhile.
         named = _hash(self.corpus.name, self.tokenizer.digest)
         self.by_name, self.mark = open_shared_folder(self.place, "by_name"), f"{named}."
 
-    # --- looking for it
+    # --- lookup
 
     def find(self) -> TokenStore | None:
-        """Return the store if it is there."""
+        """Return the store if it exists."""
         try:
             with file_digests.hashing("known"):
                 digest = self.corpus.digest
@@ -147,18 +147,18 @@ class _Build:
             return True
         files = Path(self.place).glob("*/manifest.json") if "://" not in self.place else ()
         for file in files:
-            with suppress(OSError, UserError):  # damaged, and not of this source
+            with suppress(OSError, UserError):  # damaged, and of another source
                 about = read_json(file)
                 if about.get("source") == self.corpus.name and "shards" not in about:
                     return True
         return False
 
     def _is_of_one_piece(self, key: str) -> bool:
-        """Return whether the store is there as `build_token_store` makes it."""
+        """Return whether `build_token_store` has built an unsharded store."""
         return "://" not in self.place and Path(self.place, key, "tokens.bin").exists()
 
     def _is_whole(self, manifest: ShardedManifest) -> bool:
-        """Return whether all shards are there; remove those of another size."""
+        """Return whether all shards exist; remove those of wrong size."""
         folder = open_shared_folder(self.place, manifest.folder)
         there = folder.sizes()
         bad = [name for name, size, *_ in manifest.shards if there.get(name) != size]
@@ -182,10 +182,10 @@ class _Build:
         manifest = replace(manifest, source=self.corpus.name)
         return TokenStore(directory, manifest, tokens, offsets)
 
-    # --- building it
+    # --- build
 
     def make(self) -> TokenStore:
-        """Build the store, together with the processes that do the same."""
+        """Build the store, together with other processes that do the same."""
         parts: Sequence[Part] = self._parts()
         identity = _identity(self.corpus)
         name = _hash(self.tokenizer.digest, identity, _plan(parts)) + ".shards"
@@ -218,7 +218,7 @@ class _Build:
         return self._open(manifest)
 
     def _parts(self) -> Sequence[Part]:
-        """Return the parts of the corpus; the documents are counted first if some are held out."""
+        """Return the parts of the corpus; counts documents first if some are held out."""
         corpus = self.corpus
         if not isinstance(corpus, HeldOut):
             return corpus.parts() if isinstance(corpus, DocumentSource) else (corpus,)
@@ -246,9 +246,9 @@ class _Build:
         description: str,
         read_digests: Callable[[], list[list[str]]],
     ) -> None:
-        """Run tasks, and the hashing of the files that are more than one part.
+        """Run tasks, and hash files that span several parts.
 
-        What was made of other contents, of files with the same sizes and times, is made again.
+        Results made from other contents, in files of equal size and time, are made again.
         """
         cut = {
             each.path: each.state
@@ -294,11 +294,11 @@ def _use_cache(folder: Path) -> None:
 
 
 def _identity(corpus: Any) -> str:
-    """Return a digest by names, sizes and times of files, the same for copies on several hosts."""
+    """Return a digest of file names, sizes and times, equal for copies on several hosts."""
     if isinstance(corpus, HeldOut):
         return _hash(_identity(corpus.corpus), corpus.fraction, corpus.split)
     other = copy(corpus)
-    vars(other).pop("digest", None)  # that of the contents
+    vars(other).pop("digest", None)  # the digest of the contents
     with file_digests.hashing("identity"):
         return other.digest
 
@@ -312,12 +312,12 @@ def _shard_size(parts: Sequence[Part]) -> int:
 
 
 def _plan(parts: Sequence[Part]) -> list[Any]:
-    """Return what tells a division into shards from others."""
+    """Return what identifies a division into shards."""
     return [_VERSION, _shard_size(parts), [(part.name, part.size) for part in parts]]
 
 
 def _group(parts: Sequence[Part]) -> list[PartGroup]:
-    """Group consecutive parts to shards; this depends on names and sizes only."""
+    """Group consecutive parts into shards, depending on names and sizes only."""
     paths = [getattr(part, "path", None) for part in parts]
     n_parts = Counter(paths)
     states = {path: file_state(path) for path in n_parts if path is not None}
@@ -346,17 +346,17 @@ def _read_indices(
 
 
 def read_index(folder: SharedFolder, name: str, size: int, end: bytes = b"") -> ShardIndex:
-    """Return the index of a shard's file, of which the last bytes may be known.
+    """Return the index of a shard file, whose last bytes may be given.
 
     Raises:
-        DamagedShard: it is not as it was written.
+        DamagedShard: the file is damaged.
     """
     where = f"{folder.place}/{name}"
     index = parse_index(end or folder.read(name, max(size - INDEX_READ, 0)), where)
     if isinstance(index, int):
         index = parse_index(folder.read(name, max(size - index, 0)), where)
     if isinstance(index, int) or index.size != size:
-        raise DamagedShard(f"{where} is not as it was written: remove this file")
+        raise DamagedShard(f"{where} is damaged: remove this file")
     return index
 
 
@@ -364,13 +364,13 @@ def read_index(folder: SharedFolder, name: str, size: int, end: bytes = b"") -> 
 
 
 class GroupedPart(NamedTuple):
-    """Part of a source, and its file.
+    """Part of a source with its file.
 
     Attributes:
         part: the part.
-        path: its file; None if it has none.
-        state: the file's state when the work was planned.
-        is_file: the file has no other part, so that who reads it hashes it.
+        path: its file, or None.
+        state: state of the file when the work was planned.
+        is_file: the part is the whole file, so its reader hashes it.
     """
 
     part: Part
@@ -387,14 +387,14 @@ class PartGroup:
 
     @property
     def size(self) -> int:
-        """Bytes of the parts."""
+        """Total bytes of the parts."""
         return sum(each.part.size or 0 for each in self.parts)
 
     def read(self, digests: list[str]) -> Iterator[Iterator[Chunk]]:
-        """Yield the chunks of each part, and add the digest of its file, "" if that has others.
+        """Yield the chunks of each part, and append its file's digest ("" for a partial file).
 
         Raises:
-            UserError: a file changed since the work was planned.
+            UserError: a file has changed since the work was planned.
         """
         with file_digests.hashing_reads():
             for part, path, state, is_file in self.parts:
@@ -408,14 +408,14 @@ class PartGroup:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Making of one shard.
+    """Task that writes one shard.
 
     Attributes:
         name: name of its file.
-        sources: parts that it holds.
+        sources: parts of the shard.
         tokenizer: tokenizer of the documents.
         dtype: dtype of the tokens.
-        workers: processes.
+        workers: number of processes.
     """
 
     name: str
@@ -429,7 +429,7 @@ class ShardTask:
         return self.sources.size
 
     def make(self, path: Path, report: Report) -> None:
-        """Write the file."""
+        """Write the shard file."""
         digests: list[str] = []
         chunks = chain.from_iterable(self.sources.read(digests))
         with ShardWriter(path, self.dtype) as writer:
@@ -441,10 +441,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class CountTask:
-    """Counting of documents and characters of each part.
+    """Task that counts documents and characters of each part.
 
     Attributes:
-        name: name of the file of the counts.
+        name: name of the file of counts.
         sources: the parts.
     """
 
@@ -456,7 +456,7 @@ class CountTask:
         return self.sources.size
 
     def make(self, path: Path, report: Report) -> None:
-        """Write the file."""
+        """Write the file of counts."""
         digests: list[str] = []
         counts = []
         for chunks in self.sources.read(digests):
@@ -471,11 +471,11 @@ class CountTask:
 
 @dataclass(frozen=True)
 class DigestTask:
-    """Hashing of a file that is read in several parts.
+    """Task that hashes a file that spans several parts.
 
     Attributes:
-        name: name of the file of the digest.
-        path: the file.
+        name: name of the digest file.
+        path: file to hash.
         state: its state when the work was planned.
     """
 
@@ -485,7 +485,7 @@ class DigestTask:
     size: int = 0
 
     def make(self, path: Path, report: Report) -> None:
-        """Write the file."""
+        """Write the digest file."""
         digest = file_digest(self.path)
         require_unchanged(self.path, self.state)
         path.write_text(digest)

@@ -1,8 +1,8 @@
-"""Shards: files of the tokens of consecutive documents, each block of them with a checksum.
+"""Shard files: tokens of consecutive documents, with a checksum per block.
 
-A file holds the tokens, padded to whole blocks; the offset of each document among them, int64,
-padded too; an index (the CRC-32 of every block, the first offset of every block of offsets); JSON;
-and a trailer. A block is checked each time that it is read.
+A file holds the tokens, padded to whole blocks; the offset of each document among them, int64, also
+padded; an index (CRC-32 of every block, first offset of every offset block); JSON; and a trailer.
+Every read of a block verifies its checksum.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import numpy as np
 from lm.data.store import TokenBlock
 from lm.errors import UserError
 
-BLOCK = 2**16  # bytes under one checksum
-INDEX_READ = 2**17  # bytes at a file's end that hold the index of most
-_TRAILER = struct.Struct("<QQI8s")  # bytes of the index and of the JSON, their CRC-32, magic
+BLOCK = 2**16  # bytes per checksum
+INDEX_READ = 2**17  # bytes at the end of a file that contain the index of most files
+_TRAILER = struct.Struct("<QQI8s")  # index bytes, JSON bytes, their CRC-32, magic
 _MAGIC = b"lmshard1"
-_OPEN = 256  # shards whose index is kept
-_KEPT = 64  # blocks of tokens, and as many of offsets
+_OPEN = 256  # cached shard indices
+_KEPT = 64  # cached token blocks, and as many offset blocks
 
 
 class ShardWriter:
-    """Writer of a shard's file."""
+    """Writer of a shard file."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self._path, self._dtype = path, dtype
@@ -53,13 +53,13 @@ class ShardWriter:
         self._file.close()
 
     def add(self, block: TokenBlock) -> None:
-        """Add the tokens of the next documents."""
+        """Append the tokens of the next documents."""
         self._starts.append(block.starts + self.sizes[0])
         self.sizes += block.sizes
         self._write(block.tokens.tobytes())
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Write what follows the tokens; `about` is kept with them."""
+        """Write everything after the tokens; `about` is stored in the file."""
         self._pad()
         starts = np.concatenate([np.zeros(0, np.int64), *self._starts])
         self._write(starts.tobytes())
@@ -84,18 +84,18 @@ class ShardWriter:
 
 
 class DamagedShard(UserError):
-    """Error of a shard that is not as it was written."""
+    """Error of a damaged shard."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Index of a shard's file.
+    """Index of a shard file.
 
     Attributes:
-        about: as given to `ShardWriter.finish`, with "dtype" and "sizes".
+        about: metadata given to `ShardWriter.finish`, with "dtype" and "sizes".
         checksums: CRC-32 of each block.
-        firsts: first offset of each block of offsets.
-        size: bytes of the file.
+        firsts: first offset of each offset block.
+        size: file size in bytes.
     """
 
     about: dict[str, Any]
@@ -105,17 +105,17 @@ class ShardIndex:
 
     @property
     def n_token_blocks(self) -> int:
-        """Number of blocks before those of the offsets."""
+        """Number of token blocks, which precede the offset blocks."""
         return len(self.checksums) - len(self.firsts)
 
 
 def parse_index(end: bytes, where: str) -> ShardIndex | int:
-    """Return the index in the last bytes of a shard's file; if they are too few, how many it takes.
+    """Parse the index from the last bytes of a shard file; return the size needed if too short.
 
     Raises:
-        DamagedShard: the file is not as it was written.
+        DamagedShard: the file is damaged.
     """
-    damage = DamagedShard(f"{where} is not as it was written: its index is damaged")
+    damage = DamagedShard(f"{where} is damaged: its index is not valid")
     if len(end) < _TRAILER.size:
         raise damage
     n_index, n_text, checksum, magic = _TRAILER.unpack(end[-_TRAILER.size :])
@@ -136,17 +136,17 @@ def parse_index(end: bytes, where: str) -> ShardIndex | int:
 
 
 class ShardFiles(Protocol):
-    """Files of shards."""
+    """Access to shard files."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes of a file."""
+        """Read bytes of a file."""
 
     def forget(self, name: str) -> bool:
-        """Remove local copies of a file, which are damaged; return whether there may be any."""
+        """Remove damaged local copies of a file; return whether there may be any."""
 
 
 class ShardReader:
-    """Blocks of the shards of a store, checked and the last ones kept."""
+    """Reader of a store's shards, with verified and cached blocks."""
 
     def __init__(self, place: str, sizes: Mapping[str, int], dtype: np.dtype, files: ShardFiles):
         """Open shards.
@@ -155,7 +155,7 @@ class ShardReader:
             place: their folder, for messages.
             sizes: bytes of each file, in the order of the shards.
             dtype: dtype of the tokens.
-            files: the files.
+            files: access to the files.
         """
         self._place, self._dtype, self._files = place, dtype, files
         self._names, self._sizes = tuple(sizes), tuple(sizes.values())
@@ -164,7 +164,7 @@ class ShardReader:
         self._offset_block = lru_cache(_KEPT)(self._read_offset_block)
 
     def where(self, shard: int) -> str:
-        """Return the place of a shard's file."""
+        """Return the path of a shard file."""
         return f"{self._place}/{self._names[shard]}"
 
     def _read_index(self, shard: int) -> ShardIndex:
@@ -181,14 +181,14 @@ class ShardReader:
         if isinstance(found, int):
             found = parse_index(self._files.read(name, max(size - found, 0), size), where)
         if isinstance(found, int) or found.size != size:
-            raise DamagedShard(f"{where} is not as it was written: it has another size")
+            raise DamagedShard(f"{where} is damaged: it has the wrong size")
         return found
 
     def block(self, shard: int, number: int) -> bytes:
-        """Return a block.
+        """Read and verify a block.
 
         Raises:
-            DamagedShard: it is not as it was written.
+            DamagedShard: the block is damaged.
         """
         name, start = self._names[shard], number * BLOCK
         expected = self.index(shard).checksums[number]
@@ -197,8 +197,8 @@ class ShardReader:
             content = self._files.read(name, start, start + BLOCK)
         if zlib.crc32(content) != expected:
             raise DamagedShard(
-                f"{self.where(shard)}: block {number} (bytes {start:,} to {start + BLOCK:,}) is "
-                "not as it was written: remove this file, and it is built again"
+                f"{self.where(shard)}: block {number} (bytes {start:,} to {start + BLOCK:,}) does "
+                "not match its checksum: remove this file, so that it is rebuilt"
             )
         return content
 
@@ -214,11 +214,11 @@ class ShardReader:
         return _slice(self._token_block, shard, start, stop, BLOCK // self._dtype.itemsize)
 
     def offsets(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Return offsets of the documents of a shard, among its own tokens."""
+        """Return document offsets of a shard, relative to its tokens."""
         return _slice(self._offset_block, shard, start, stop, BLOCK // 8)
 
     def count_offsets(self, shard: int, value: int, side: str) -> int:
-        """Return how many documents of a shard start before a token, or (side "right") at it."""
+        """Return how many documents of a shard start before a token, or (side "right") up to it."""
         index = self.index(shard)
         block = int(np.searchsorted(index.firsts, value, side)) - 1  # type: ignore[call-overload]
         if block < 0:
@@ -231,7 +231,7 @@ class ShardReader:
 def _slice(
     block: Callable[[int, int], np.ndarray], shard: int, start: int, stop: int, size: int
 ) -> np.ndarray:
-    """Return elements of a shard, of blocks of `size`."""
+    """Return elements of a shard from blocks of `size` elements."""
     parts = []
     for number in range(start // size, -(-stop // size)):
         low = max(start - number * size, 0)
@@ -243,15 +243,15 @@ def _slice(
 
 
 class _Sharded:
-    """Elements of all shards, and those that follow them, by slices.
+    """Array over all shards, followed by further elements; supports slicing.
 
     Attributes:
         dtype: dtype of the elements.
-        starts: [shards + 1] int64, the elements before each shard.
+        starts: [shards + 1] int64, number of elements before each shard.
     """
 
     def __init__(self, lengths: Sequence[int], after: np.ndarray):
-        """Join shards of some lengths, which `after` follows."""
+        """Join shards of these lengths, followed by `after`."""
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._after, self.dtype = after, after.dtype
 
@@ -285,7 +285,7 @@ class _Sharded:
         return np.asarray(self[:], dtype)
 
     def tolist(self) -> list[int]:
-        """Return all elements."""
+        """Return all elements as a list."""
         return self[:].tolist()
 
 
@@ -295,7 +295,7 @@ class ShardedTokens(_Sharded):
     def __init__(
         self, reader: ShardReader, lengths: Sequence[int], dtype: np.dtype, last: int | None
     ):
-        """Join shards of some lengths; the id `last`, if any, follows them."""
+        """Join shards of these lengths, followed by the id `last`, if any."""
         super().__init__(lengths, np.asarray([] if last is None else [last], dtype))
         self._reader = reader
 
@@ -304,10 +304,10 @@ class ShardedTokens(_Sharded):
 
 
 class ShardedOffsets(_Sharded):
-    """Offsets of all documents, and the number of tokens after them, by slices and search."""
+    """Offsets of all documents and the total token count; supports slicing and search."""
 
     def __init__(self, reader: ShardReader, lengths: Sequence[int], token_starts: np.ndarray):
-        """Join shards with `lengths` documents that begin at `token_starts`."""
+        """Join shards with `lengths` documents whose tokens start at `token_starts`."""
         super().__init__(lengths, token_starts[-1:])
         self._reader, self._token_starts = reader, token_starts
 
@@ -315,7 +315,7 @@ class ShardedOffsets(_Sharded):
         return self._reader.offsets(shard, start, stop) + self._token_starts[shard]
 
     def searchsorted(self, value: int, side: str = "left") -> int:
-        """Return how many offsets are below a token, or (side "right") not above it."""
+        """Return how many offsets are below a token, or (side "right") at most equal to it."""
         n_tokens = int(self._token_starts[-1])
         if value >= n_tokens:
             return int(self.starts[-1]) + (value > n_tokens or side == "right")
@@ -327,7 +327,7 @@ class ShardedOffsets(_Sharded):
 
 
 def _pieces(starts: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Return (shard, first, end in it) of the shards that hold elements from start to stop."""
+    """Return (shard, first, end) of the shards that hold elements from start to stop."""
     pieces = []
     shard = int(np.searchsorted(starts, start, "right")) - 1
     while start < stop:

@@ -1,8 +1,8 @@
-"""Building files together: any number of processes on any hosts, each taking a free one.
+"""Cooperative builds: processes on any hosts build a set of files, each taking unclaimed ones.
 
-A process claims a file by another beside it, NAME.claim, which it renews. A claim only saves work:
-whoever makes a file makes the same, and it appears as a whole. The claim of a process that ended is
-taken over: at once on the same machine, otherwise when it has not been renewed for a minute.
+A process claims a file with another one next to it, NAME.claim, which it renews. Claims only avoid
+duplicate work: every process would write the same file, and files appear atomically. The claim of a
+dead process is taken over: at once on the same machine, otherwise after a minute without renewal.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ DEAD_AFTER_SECONDS = 60.0
 POLL_SECONDS = 1.0
 _CLAIM = ".claim"
 
-Report = Callable[[int], object]  # called with the bytes of the source that are done
+Report = Callable[[int], object]  # called with the number of processed source bytes
 
 
 class Task(Protocol):
-    """Making of one file; worker processes receive it pickled."""
+    """Task that makes one file; worker processes receive it pickled."""
 
     @property
     def name(self) -> str:
@@ -48,10 +48,10 @@ class Task(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes of the source that are read."""
+        """Source bytes to read."""
 
     def make(self, path: Path, report: Report) -> None:
-        """Write the file to a local path: the same bytes in every process."""
+        """Write the file to a local path, with the same bytes in every process."""
 
 
 def build_together(
@@ -63,17 +63,17 @@ def build_together(
     plugins: list[dict[str, Any]],
     prepare: Callable[[], None],
 ) -> None:
-    """Return when every file of the tasks is in the folder; make those that no other process makes.
+    """Build the files of all tasks in a folder, together with other processes.
 
     Args:
         folder: folder of the files.
-        tasks: tasks, the first of which are begun first.
-        workers: processes of this one's own; 1 works in this process; 0: one for each core that no
-            other build on this host has, such as that of another training process.
-        description: what goes on, for the progress bar.
-        progress: show a bar on stderr, of the work of all processes.
+        tasks: tasks, in order of priority.
+        workers: number of own worker processes; 1: work in this process; 0: one per core that no
+            other build on this host uses, such as one of another training process.
+        description: description for the progress bar.
+        progress: show a bar on stderr, for the work of all processes.
         plugins: files that worker processes import before they unpickle the tasks.
-        prepare: called first in each worker process; it can be pickled.
+        prepare: picklable function, called first in each worker process.
 
     Raises:
         UserError: a task failed, or all worker processes were killed.
@@ -93,17 +93,17 @@ def build_together(
 
 @contextmanager
 def free_cores(most: int) -> Iterator[int]:
-    """Hold cores of this host that no other build holds; yield how many, but at least 1.
+    """Reserve cores of this host that no other build uses; yield their number, at least 1.
 
-    A core is the lock of a file, which is free when its process has ended, however it ended.
+    A core is represented by a file lock, which is released when its process ends.
 
     Args:
-        most: cores that are of use.
+        most: maximum number of cores.
     """
     folder, n = Path(tempfile.gettempdir(), f"lm-cores-{os.getuid()}"), 0
     with ExitStack() as held:
         for core in range(os.cpu_count() or 1):
-            with suppress(UserError, OSError):  # it is held
+            with suppress(UserError, OSError):  # locked by another process
                 if n < most:
                     held.enter_context(lock(folder / f"{core}.lock", "held", seconds=-1.0))
                     n += 1
@@ -111,7 +111,7 @@ def free_cores(most: int) -> Iterator[int]:
 
 
 def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
-    """Make free files until all are there."""
+    """Make unclaimed files until all exist."""
     claims, waited = _Claims(folder), 0.0
     while True:
         there = folder.sizes()
@@ -124,7 +124,7 @@ def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
             if claims.take(task.name):
                 claims.make(task)
                 made, waited = True, 0.0
-                break  # look again what is there
+                break  # check again which files exist
         if made:
             continue
         for task in tasks:
@@ -138,7 +138,7 @@ def _work(folder: SharedFolder, tasks: Sequence[Task]) -> None:
 
 
 class _Claims:
-    """Claims of a process, and what it has seen of those of others."""
+    """Claims of this process, and observed claims of others."""
 
     def __init__(self, folder: SharedFolder):
         self._folder = folder
@@ -149,14 +149,14 @@ class _Claims:
         return json.dumps({**self._own, "beat": beat, "done": done}).encode()
 
     def take(self, name: str) -> bool:
-        """Claim a file that nobody has claimed."""
+        """Claim an unclaimed file."""
         return self._folder.create(name + _CLAIM, self._content(0, 0))
 
     def take_over(self, name: str) -> bool:
-        """Claim a file if the process that claimed it has ended."""
+        """Claim a file whose claiming process has ended."""
         content = self._read(name)
         if content is None:
-            return False  # it is done, or free: the next look tells
+            return False  # finished or unclaimed: the next check will tell
         now = time.monotonic()
         before, since = self._seen.setdefault(name, (content, now))
         if before != content:
@@ -178,7 +178,7 @@ class _Claims:
         return _parsed(self._read(name) or b"").get("nonce") == self._own["nonce"]
 
     def make(self, task: Task) -> None:
-        """Make a claimed file, and give the claim back."""
+        """Make a claimed file, and release the claim."""
         done, ended = [0], threading.Event()
 
         def renew() -> None:
@@ -186,11 +186,11 @@ class _Claims:
             while not ended.wait(RENEW_SECONDS):
                 try:
                     if not self._holds(task.name):
-                        return  # taken over while this process stood still; both make the same
+                        return  # taken over while this process stalled; both write the same
                     beat += 1
                     self._folder.write(task.name + _CLAIM, self._content(beat, done[0]))
                 except (OSError, UserError):
-                    continue  # the next one may come through
+                    continue  # the next renewal may succeed
 
         def report(n_bytes: int) -> None:
             done[0] += n_bytes
@@ -231,7 +231,7 @@ def _work_in_processes(
     plugins: list[dict[str, Any]],
     prepare: Callable[[], None],
 ) -> None:
-    # Spawned, because JAX has threads and a forked process may inherit a lock that one holds.
+    # Spawned, because JAX has threads and a forked process may inherit a lock held by one.
     context = multiprocessing.get_context("spawn")
     payload = pickle.dumps((folder, list(tasks), prepare))
     alive: list[_Worker] = []
@@ -253,12 +253,12 @@ def _work_in_processes(
                     _tell_of_killed(worker.process.exitcode, len(alive))
     finally:
         for worker in alive:
-            worker.process.kill()  # what it wrote is not there yet, and its claim is free
+            worker.process.kill()  # its file does not exist yet, and its claim expires
             worker.process.join()
 
 
 def _problem_of(worker: _Worker) -> str:
-    """Return the message of the error that a process ended with, "" if there is none."""
+    """Return the message of the error that a process ended with, or ""."""
     try:
         return worker.errors.recv() if worker.errors.poll() else ""
     except EOFError:
@@ -277,14 +277,14 @@ def _tell_of_killed(code: int, n_left: int) -> None:
 
 def _worker(plugins: list[dict[str, Any]], payload: bytes, errors: Connection) -> None:
     end_with_parent()
-    import_plugins(plugins, {})  # before unpickling, which looks classes up
+    import_plugins(plugins, {})  # before unpickling, which resolves their classes
     folder, tasks, prepare = pickle.loads(payload)
     prepare()
     try:
         _work(folder, tasks)
     except UserError as error:
         errors.send(str(error))
-    except OSError as error:  # of a disk that is full or not there
+    except OSError as error:  # a full or missing disk
         errors.send(f"{folder.place} cannot be written ({error.strerror or error})")
 
 
@@ -295,7 +295,7 @@ def _worker(plugins: list[dict[str, Any]], payload: bytes, errors: Connection) -
 def _shown(
     folder: SharedFolder, tasks: Sequence[Task], description: str, progress: bool
 ) -> Iterator[None]:
-    """Show how much of all tasks is done, by whichever process."""
+    """Show the progress of all tasks, over all processes."""
     if not progress:
         yield
         return
@@ -313,7 +313,7 @@ def _shown(
     thread = threading.Thread(target=watch, daemon=True)
     with bar:
         _update(bar, _bytes_done(folder, tasks))
-        bar.initial = bar.n  # what was there already says nothing of the rate
+        bar.initial = bar.n  # exclude earlier work from the rate
         thread.start()
         try:
             yield

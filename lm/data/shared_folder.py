@@ -1,6 +1,6 @@
-"""Folders that processes on several hosts share: on a disk, or in a bucket (any fsspec URL).
+"""Folders shared by processes on several hosts, on disk or in a bucket (any fsspec URL).
 
-A file appears there as a whole or not at all.
+Files appear atomically.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lm.storage import plain_place
 
 
 class SharedFolder(ABC):
-    """Folder of files without subfolders; it is made when the first file is written.
+    """Flat folder of files, created when the first file is written.
 
     Attributes:
         place: path or URL, for messages.
@@ -35,14 +35,14 @@ class SharedFolder(ABC):
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes of a file, by default all.
+        """Read bytes of a file, by default all.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
 
     def read_each(self, names: Sequence[str], starts: Sequence[int] = ()) -> list[bytes]:
-        """Return the contents of several files, from a byte of each on."""
+        """Read several files, each from a start offset."""
         starts = starts or [0] * len(names)
         return [self.read(name, start) for name, start in zip(names, starts, strict=True)]
 
@@ -52,23 +52,23 @@ class SharedFolder(ABC):
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one; return whether there was none."""
+        """Create a file unless it exists; return whether it was created."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Yield the path of a new local file, which becomes the file `name` at the end."""
+        """Yield a new local path, whose content becomes the file `name` on exit."""
 
 
 def open_shared_folder(place: str | Path, *names: str) -> SharedFolder:
     """Open a folder below a path or URL.
 
     Raises:
-        UserError: the URL's scheme is unknown, or its package is not installed.
+        UserError: the URL scheme is unknown, or its package is not installed.
     """
     place = plain_place(str(place))
     if "://" not in place:
@@ -91,7 +91,7 @@ class _DiskFolder(SharedFolder):
             return {}
         sizes = {}
         for entry in found:
-            with suppress(FileNotFoundError):  # another process removed it
+            with suppress(FileNotFoundError):  # removed by another process
                 sizes[entry.name] = entry.stat().st_size
         return sizes
 
@@ -109,10 +109,10 @@ class _DiskFolder(SharedFolder):
         temporary = self._temporary(name)
         temporary.write_bytes(content)
         try:
-            os.link(temporary, self._folder / name)  # whole, and only if there is none
+            os.link(temporary, self._folder / name)  # atomic, and fails if it exists
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             try:
                 with open(self._folder / name, "xb") as file:
                     file.write(content)
@@ -135,11 +135,11 @@ class _DiskFolder(SharedFolder):
                 os.fsync(file.fileno())
             temporary.replace(self._folder / name)
         except FileNotFoundError:
-            if not (self._folder / name).exists():  # or another process wrote it, and cleaned up
+            if not (self._folder / name).exists():  # otherwise another process wrote it
                 raise
         finally:
             temporary.unlink(missing_ok=True)
-        for left_over in self._folder.glob(f".*.{name}.tmp"):  # of processes that were killed
+        for left_over in self._folder.glob(f".*.{name}.tmp"):  # from killed processes
             left_over.unlink(missing_ok=True)
 
     def _temporary(self, name: str) -> Path:
@@ -173,10 +173,10 @@ class _RemoteFolder(SharedFolder):
 
     @contextmanager
     def _errors(self, *expected: type[Exception]) -> Iterator[None]:
-        """Convert errors of the store to one line, but those that the caller expects."""
+        """Convert storage errors to UserError, except those that the caller expects."""
         try:
             yield
-        except Exception as error:  # each package has its own
+        except Exception as error:  # each package has its own types
             if isinstance(error, (UserError, *expected)):
                 raise
             problem = " ".join(str(error).split())

@@ -1,8 +1,8 @@
-"""Sources of text: the interface that a source implements, and finding the class of a source.
+"""Text sources: the interface that a source implements, and lookup by name.
 
-`--config.data.source` is a list of NAME or NAME:ARGUMENT. NAME is a class of the registry SOURCES
-that derives from `DocumentSource` (documents to pretrain on), from `RecordSource` (records of a
-task), or from both. A class of your own, in a file that your experiment file imports:
+`--config.data.source` is a list of NAME or NAME:ARGUMENT, where NAME is a class in the registry
+SOURCES that derives from `DocumentSource` (documents for pretraining), `RecordSource` (records of a
+task), or both. To add your own class, in a file that your experiment file imports:
 
     @SOURCES.register("orc")
     class Orc(DocumentSource):
@@ -21,8 +21,8 @@ task), or from both. A class of your own, in a file that your experiment file im
                 for text in read_column(path, self.column):
                     yield from cut_document([text])
 
-A large source is read part by part (`parts`), each in a worker process; any other in the main
-process only, and worker processes get chunks of text.
+A large source is read part by part (`parts`), each in a worker process; other sources are read in
+the main process, which sends chunks of text to the workers.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from lm.errors import UserError
 CHUNK = 2**20  # characters
 LONGEST_CHUNK = 4 * CHUNK
 
-# Tokenizers never merge across one newline between two words, so cutting there leaves the tokens
-# as they are. A document without such a place within LONGEST_CHUNK is cut at any newline.
+# Tokenizers never merge across a single newline between two words, so splitting there does not
+# change tokens. A document without one within LONGEST_CHUNK is split at any newline.
 _BEST_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Chunk(NamedTuple):
-    """Stretch of a document; `first` and `last` mark the document's ends."""
+    """Contiguous piece of a document; `first` and `last` mark the document's ends."""
 
     text: str
     first: bool
@@ -54,39 +54,38 @@ class Chunk(NamedTuple):
 
 
 class Part(Protocol):
-    """Documents in a fixed order, in chunks, so that a huge file streams in bounded memory.
+    """Documents in a fixed order, as chunks, so that huge files stream in bounded memory.
 
-    A part of a source is read by a worker process, which receives it pickled. It names the file
-    that it reads as `path`, unless it reads none.
+    Worker processes receive a part pickled. Its file, if it has one, is its attribute `path`.
     """
 
     @property
     def name(self) -> str:
-        """Name for messages and manifests; of a source, as in the configuration."""
+        """Name for messages and manifests; for a source, as in the configuration."""
 
     @property
     def size(self) -> int | None:
-        """Bytes that are read, for progress bars and to divide work; None if unknown."""
+        """Bytes to read, for progress bars and load balancing; None if unknown."""
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the documents in order; none is empty. See `cut_document`."""
+        """Yield the non-empty documents in order. See `cut_document`."""
 
 
 class Corpus(Part, Protocol):
-    """Source of documents, or one side of it that is trained or validated on."""
+    """Source of documents, or its training or validation side."""
 
     @property
     def digest(self) -> str:
-        """sha256 of all that determines the documents: contents, order and settings."""
+        """sha256 of everything that determines the documents: contents, order and settings."""
 
 
 class Row(NamedTuple):
-    """Row of a file of records.
+    """Row of a record file.
 
     Attributes:
         where: place for messages, FILE:LINE.
-        values: values by name of the column.
-        problem: what is wrong with the row; "" if nothing is.
+        values: values by column name.
+        problem: description of an invalid row, or "".
     """
 
     where: object
@@ -95,13 +94,13 @@ class Row(NamedTuple):
 
 
 class _Source(ABC):
-    """Base of both kinds of sources.
+    """Base class of document and record sources.
 
     Attributes:
-        forms: how a configuration writes the source, such as ("orc:PATH",), for messages and
-            validation; () for any. Plug-ins only: the registry has those of the library.
-        holds: "documents", "records" or both, set for each class.
-        name: source as the configuration names it, for messages and manifests; set by `__init__`.
+        forms: configuration values, such as ("orc:PATH",), for messages and validation; () for any.
+            Only for plug-ins: the registry has those of library sources.
+        holds: "documents", "records" or both, set by each class.
+        name: name as in the configuration, for messages and manifests; set by `__init__`.
     """
 
     forms: ClassVar[tuple[str, ...]] = ()
@@ -119,9 +118,9 @@ class _Source(ABC):
 
         Args:
             argument: text after "NAME:".
-            data: section `data` of the configuration, with the options of the source.
-            split: "train" or "validation". A source without a validation split of its own is
-                opened as "train" and divided afterwards.
+            data: section `data` of the configuration, with the source's options.
+            split: "train" or "validation". A source without its own validation split is opened as
+                "train" and split afterwards.
 
         Raises:
             UserError: the source does not exist.
@@ -129,46 +128,46 @@ class _Source(ABC):
 
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:
-        """Return whether the source has a validation split of its own."""
+        """Return whether the source has its own validation split."""
         return False
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """sha256 of all that determines the content, such as `file_digests.hash_files` returns."""
+        """sha256 of everything that determines the content; see `file_digests.hash_files`."""
 
 
 class DocumentSource(_Source):
-    """Source of documents, a `Corpus`."""
+    """Source of documents; a `Corpus`."""
 
     size: int | None = None
 
     def parts(self) -> Sequence[Part]:
-        """Return parts whose documents, one part after the other, are those of the source.
+        """Return parts that together, in order, have the documents of the source.
 
-        What several processes tokenize at once; their names and sizes depend on the files alone.
+        Several processes tokenize parts in parallel; part names and sizes depend only on the files.
         """
         return (self,)
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the documents in a fixed order: `yield from cut_document([text])` for each."""
+        """Yield documents in a fixed order, each by `yield from cut_document([text])`."""
 
 
 class RecordSource(_Source):
-    """Source of records: rows of columns, which `records.Records` checks and renames.
+    """Source of records: rows of columns, checked and renamed by `records.Records`.
 
     Attributes:
-        known_columns: columns that the records may have, set before rows are read; (): any.
+        known_columns: possible record columns, set before rows are read; (): any.
     """
 
-    same_columns: ClassVar[bool] = True  # all rows have the same columns, unlike in JSON lines
+    same_columns: ClassVar[bool] = True  # all rows have the same columns (not so in JSON lines)
     known_columns: tuple[str, ...] = ()
-    has_answers: ClassVar[bool] = False  # rows are whole records of span QA, as in SQuAD
+    has_answers: ClassVar[bool] = False  # rows are complete records of span QA, as in SQuAD
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Yield the rows in a fixed order, those with a problem too."""
+        """Yield the rows in a fixed order, including invalid ones."""
 
     def digest_with(self, settings: str) -> str:
         """Return the sha256 of the content and of the settings that records depend on."""
@@ -176,7 +175,7 @@ class RecordSource(_Source):
 
 
 def find_source(spec: str, kind: str) -> tuple[type[Any], str]:
-    """Find the class that a source names.
+    """Find the class of a source.
 
     Args:
         spec: NAME or NAME:ARGUMENT.
@@ -186,7 +185,7 @@ def find_source(spec: str, kind: str) -> tuple[type[Any], str]:
         The class, a DocumentSource or RecordSource, and the argument.
 
     Raises:
-        UserError: there is no such source, or it does not hold the kind.
+        UserError: the source does not exist, or does not provide this kind.
     """
     if problem := spec_problem(SOURCES, spec, kind):
         raise UserError(problem)
@@ -198,10 +197,10 @@ def find_source(spec: str, kind: str) -> tuple[type[Any], str]:
 
 
 def cut_document(parts: Iterable[str]) -> Iterator[Chunk]:
-    """Cut one document into chunks of about 2**20 characters.
+    """Split a document into chunks of about 2**20 characters.
 
-    The cuts depend on the text alone, not on how it is divided into `parts`. An empty document
-    yields nothing.
+    The split depends only on the text, not on its division into `parts`. An empty document yields
+    nothing.
     """
     rest, first = "", True
     for part in parts:
@@ -214,7 +213,7 @@ def cut_document(parts: Iterable[str]) -> Iterator[Chunk]:
 
 
 def _next_cut(text: str) -> int:
-    """Return where to cut, or 0 if more text is needed; text always remains after the cut."""
+    """Return where to split, or 0 if more text is needed; some text always remains."""
     best = _BEST_CUT.search(text, CHUNK, LONGEST_CHUNK)
     if best:
         return best.end()

@@ -1,6 +1,6 @@
-"""Special token ids: those that objectives put around, between and in place of a text's tokens.
+"""Special token ids that objectives insert around, between or in place of text tokens.
 
-What a vocabulary lacks gets an id beyond the tokenizer's, which only the model knows.
+Ids that a vocabulary lacks are assigned after the tokenizer's last id, known only to the model.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _NO_TEMPLATE = Template()
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Special token ids by purpose; several may be the same id, as BERT's bos is its [CLS].
+    """Special token ids by purpose; several may be equal, as BERT's bos is its [CLS].
 
     Attributes:
-        pad: fills rows up.
-        bos: starts a decoder's input.
-        eos: ends a text.
-        cls: starts an encoder's input.
-        sep: ends each text of an encoder's input.
-        mask: replaces a masked token.
-        vocab_size: number of ids of the tokenizer.
-        template: ids around the source of an encoder–decoder; without any after it, eos ends it.
+        pad: padding.
+        bos: start of a decoder input.
+        eos: end of a text.
+        cls: start of an encoder input.
+        sep: end of each text of an encoder input.
+        mask: replacement of a masked token.
+        vocab_size: vocabulary size of the tokenizer.
+        template: ids around an encoder–decoder's source; without ids after it, eos ends it.
     """
 
     pad: int
@@ -47,31 +47,31 @@ class SpecialTokens:
 
     @property
     def between(self) -> tuple[int, ...]:
-        """Ids between the two texts of an encoder's input: [SEP], or what a folder states."""
+        """Ids between the two texts of an encoder input: [SEP], or those of the model folder."""
         return self.template.between or (self.sep,)
 
     def source(self, tokens: np.ndarray, length: int) -> np.ndarray:
-        """Return the input of an encoder–decoder: tokens cut to `length` with the ids around."""
+        """Return the input of an encoder–decoder: truncated tokens with the ids around them."""
         around = self.around_source
         kept = tokens[: max(0, length - len(around.before) - len(around.after))]
         return np.concatenate([around.before, kept, around.after]).astype(np.int32)
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Special ids, in the order of the fields."""
+        """Special ids in the order of the fields."""
         return (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask)
 
     def n_extra_ids(self, *used: int) -> int:
-        """Return the number of ids beyond the tokenizer's up to the largest of `used`."""
+        """Return the number of ids after the tokenizer's, up to the largest of `used`."""
         return max(0, max(used) + 1 - self.vocab_size)
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
-    """Return the special ids of a tokenizer; all 0 without one, where only shapes matter.
+    """Return the special ids of a tokenizer; all 0 without one, when only shapes matter.
 
-    What a model folder states comes first; other ids are found under their usual names. One that
-    has none falls back: pad to eos, bos to pad (T5), cls to bos, sep to eos. A vocabulary without
-    any end of text gets the first id beyond it for that; one without a mask the next.
+    Ids from a model folder take precedence; others are found under their usual names. Fallbacks:
+    pad is eos, bos is pad (T5), cls is bos, sep is eos. A missing end-of-text gets the first id
+    after the vocabulary, a missing mask the next.
     """
     if tokenizer is None:
         return SpecialTokens(0, 0, 0, 0, 0, 0, vocab_size=1)

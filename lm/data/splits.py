@@ -1,4 +1,4 @@
-"""Validation and test data of a run, for whoever evaluates it."""
+"""Validation and test data of a run, for evaluation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def open_split(
         data: section `data` of the configuration.
         split: "validation" or "test".
         tokenizer: tokenizer of the stores.
-        columns: columns of the records that the sources hold; () for documents.
+        columns: record columns of the sources; () for documents.
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: the configuration has no such split, or its source is missing or damaged.
+        UserError: the configuration does not have this split, or its source is missing or damaged.
     """
     if split == "validation" and holds_out_records(data, columns):
         training = open_sources(listed(data.source), data, "train", columns)

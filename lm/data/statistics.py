@@ -1,6 +1,6 @@
-"""Statistics of stores: sizes, lengths, frequent tokens and a few samples.
+"""Statistics of stores: sizes, lengths, frequent tokens and samples.
 
-They are of the whole store, or of a fixed random sample of a large one.
+They cover the whole store, or a fixed random sample of a large one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lm.data.sharded_store import ShardedManifest
 from lm.data.tokenizer import Tokenizer
 
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
-_DOCUMENTS = 20_000  # of which the lengths are taken
-_STRETCHES = 256  # of tokens that are counted
+_DOCUMENTS = 20_000  # maximum documents whose lengths are sampled
+_STRETCHES = 256  # maximum token ranges that are counted
 _STRETCH = 8192
-_SHOWN = 100  # tokens of a sample
+_SHOWN = 100  # tokens per sample
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class StoreStatistics:
         split: "train", "validation" or "test".
         source: name of its source.
         folder: its folder.
-        n_shards: files that it is divided into.
+        n_shards: number of shard files.
         sizes: numbers of tokens, documents or columns, bytes and others, by name.
-        lengths: tokens of sampled documents, or of the records' texts by column.
-        counts: how often each id is in sampled tokens.
-        samples: starts of some documents or columns, decoded.
+        lengths: token counts of sampled documents, or of record texts by column.
+        counts: count of each id in sampled tokens.
+        samples: decoded starts of some documents or columns.
     """
 
     split: str
@@ -59,11 +59,11 @@ class StoreStatistics:
 def open_stores(
     data: Any, columns: tuple[str, ...], progress: bool
 ) -> tuple[Tokenizer, list[tuple[str, Any]]]:
-    """Open the stores of all splits of a configuration, building what is not there.
+    """Open the stores of all splits of a configuration; build missing ones.
 
     Args:
         data: section `data` of the configuration.
-        columns: columns of the records that the sources hold; () for documents.
+        columns: record columns of the sources; () for documents.
         progress: show progress bars on stderr.
 
     Returns:
@@ -94,7 +94,7 @@ def measure(split: str, store: Any, tokenizer: Tokenizer, n_samples: int) -> Sto
     manifest = store.manifest
     names = ("n_tokens", "n_documents", "n_bytes", "n_characters", "n_words")
     sizes = {name.removeprefix("n_"): getattr(manifest, name) for name in names}
-    if not manifest.n_bytes:  # of token files, whose text is not known
+    if not manifest.n_bytes:  # pretokenized files, whose text size is unknown
         sizes = {name: sizes[name] for name in ("tokens", "documents")}
     chosen = _choose(manifest.n_documents, _DOCUMENTS, rng)
     ends = np.stack([store.offsets[i : i + 2] for i in chosen.tolist()])
@@ -137,7 +137,7 @@ def _of_records(
 
 
 def _of_turns(store: RecordStore) -> dict[str, int]:
-    """Return the sizes of conversations; of those cut and dropped, in the whole store."""
+    """Return the sizes of conversations; truncated and dropped ones for the whole store."""
     manifest = store.manifest
     if not manifest.turns:
         return {}
@@ -150,10 +150,10 @@ def _of_turns(store: RecordStore) -> dict[str, int]:
 
 
 def _text_and_turns(tokenizer: Tokenizer, tokens: np.ndarray, turns: np.ndarray | None) -> str:
-    """Return the start of a text; of a conversation what is learnt is in ⟦⟧, and its ids follow."""
+    """Return the start of a text; for a conversation with targets in ⟦⟧, followed by their ids."""
     if turns is None or not len(turns):
         return tokenizer.decode(tokens[:_SHOWN].tolist())
-    # As much as is shown of a text, and more only where nothing learnt would be among it.
+    # As much as is shown of a text, and more only if no target would be included.
     end = max(_SHOWN, int(turns[0, 0]) + _SHOWN // 2)
     borders = [int(x) for start, stop, _ in turns for x in (start, stop) if x < end]
     borders = [0, *borders, min(end, len(tokens))]

@@ -1,6 +1,6 @@
 """Token store: a corpus that is tokenized once and memory-mapped, and its windows.
 
-A window, an example by random access, holds length + 1 tokens, so that shifting by one gives inputs
+A window, the unit of random access, holds length + 1 tokens, so that shifting by one gives inputs
 and targets.
 """
 
@@ -26,9 +26,9 @@ from lm.progress import progress_bar
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 4
-BLOCK = 2**24  # bytes under one checksum
-_BLOCKS_READ = 64  # of a file, when it is opened
-_SMALL = 4 * CHUNK  # tokenizing this much text takes less time than starting processes
+BLOCK = 2**24  # bytes per checksum
+_BLOCKS_READ = 64  # blocks per file that are verified when it is opened
+_SMALL = 4 * CHUNK  # below this size, tokenizing is faster than starting processes
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Manifest:
         source_digest: digest of the corpus.
         tokenizer_digest: digest of the tokenizer.
         dtype: dtype of the tokens.
-        n_tokens: tokens, special tokens included.
-        n_documents: documents.
-        n_bytes: bytes of the text in UTF-8.
-        n_characters: characters of the text.
-        n_words: words between white space.
-        delimiter: token that both starts and ends documents; None if the tokenizer has none.
+        n_tokens: number of tokens, including special tokens.
+        n_documents: number of documents.
+        n_bytes: bytes of UTF-8 text.
+        n_characters: number of characters.
+        n_words: number of whitespace-separated words.
+        delimiter: token that both starts and ends documents; None if there is none.
         checksums: CRC-32 of each block of each file.
     """
 
@@ -66,14 +66,14 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Tokens of a corpus, one document after the other.
+    """Tokens of a corpus, with its documents concatenated.
 
     Attributes:
         directory: folder of the store.
         manifest: origin and sizes.
         tokens: [n_tokens] uint16 or uint32, memory-mapped.
-        offsets: [n_documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]]. If one
-            id both starts and ends documents, that id follows the last document once more.
+        offsets: [n_documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]]. If the
+            same id starts and ends documents, it follows the last document once more.
     """
 
     directory: Path
@@ -94,13 +94,13 @@ def build_token_store(
     workers: int = 0,
     progress: bool = False,
 ) -> TokenStore:
-    """Open the token store of a corpus, tokenizing it first if the cache does not hold it.
+    """Open the token store of a corpus; tokenize it first if it is not in the cache.
 
     Args:
         corpus: documents.
         tokenizer: tokenizer of the documents.
         cache_directory: folder of the cache.
-        workers: processes, 0 for one a core; the tokens do not depend on it.
+        workers: number of processes, 0 for one per core; does not affect the result.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -117,7 +117,7 @@ def build_token_store(
 
 
 def store_key(corpus_digest: str, tokenizer_digest: str) -> str:
-    """Return the name of a store's folder."""
+    """Return the folder name of a store."""
     recipe = json.dumps([_FORMAT, tokenizer_digest, corpus_digest])
     return hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
@@ -152,14 +152,14 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def delimiter(tokenizer: Tokenizer) -> int | None:
-    """Return the id that both starts and ends documents; None if the tokenizer has none."""
+    """Return the id that both starts and ends documents, or None."""
     return tokenizer.bos_id if tokenizer.bos_id == tokenizer.eos_id else None
 
 
 def make_manifest(
     corpus: Corpus, tokenizer: Tokenizer, sizes: np.ndarray, checksums: dict[str, list[int]]
 ) -> Manifest:
-    """Return the manifest of a store whose blocks have `sizes` in all (see `TokenBlock.sizes`)."""
+    """Return the manifest of a store with these total sizes (see `TokenBlock.sizes`)."""
     if not sizes[0]:
         raise UserError(f"{corpus.name} holds no tokens")
     n, n_documents, n_bytes, n_characters, n_words = sizes.tolist()
@@ -169,11 +169,11 @@ def make_manifest(
 
 
 def open_token_store(folder: Path, source: str) -> TokenStore:
-    """Open a store of one piece; DamagedFolder if it is not as it was written.
+    """Open an unsharded store; DamagedFolder if it is damaged.
 
     Args:
         folder: the store.
-        source: name of the corpus; another of equal content may have been the first.
+        source: name of the corpus; the store may have been built from another one of equal content.
     """
     try:
         manifest = Manifest(**(read_json(folder / "manifest.json") | {"source": source}))
@@ -186,7 +186,7 @@ def open_token_store(folder: Path, source: str) -> TokenStore:
 
 
 def store_checksums(folder: Path) -> dict[str, list[int]]:
-    """Return the CRC-32 of each block of the files of numbers in a store, by file name."""
+    """Return the CRC-32 of each block of a store's binary files, by file name."""
     return {path.name: _checksums(path) for path in sorted(folder.glob("*.bin"))}
 
 
@@ -202,9 +202,9 @@ def _checksums(path: Path, blocks: Iterable[int] | None = None) -> list[int]:
 
 
 def require_checksums(folder: Path, expected: dict[str, list[int]]) -> None:
-    """Raise DamagedFolder that names the file if a store's files are not as they were written.
+    """Raise DamagedFolder, naming the file, if a store's files do not match their checksums.
 
-    Of a file of more than 1 GiB as many blocks are read, others at each start.
+    For files of more than 1 GiB, a random subset of the blocks is verified at each start.
     """
     if {path.name for path in folder.glob("*.bin")} != expected.keys():
         raise DamagedFolder("a file is missing or was added")
@@ -212,21 +212,21 @@ def require_checksums(folder: Path, expected: dict[str, list[int]]) -> None:
         n = len(checksums)
         blocks = sorted(random.SystemRandom().sample(range(n), min(n, _BLOCKS_READ)))
         if _checksums(folder / name, blocks) != [checksums[block] for block in blocks]:
-            raise DamagedFolder(f"{name} is not as it was written")
+            raise DamagedFolder(f"{name} does not match its checksum")
 
 
 def map_array(path: Path, dtype: str, length: int) -> np.ndarray:
-    """Memory-map a file of `length` numbers; DamagedFolder if it has another size."""
+    """Memory-map a file of `length` numbers; DamagedFolder if its size differs."""
     expected = length * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise DamagedFolder(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
-    # As a plain array, because slicing a np.memmap is several times slower.
+    # As a plain array: slicing a np.memmap is several times slower.
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Tokens of consecutive chunks, and the offsets of the documents that start among them."""
+    """Tokens of consecutive chunks, and the offsets of documents that start among them."""
 
     tokens: np.ndarray  # [n] of the store's dtype
     starts: np.ndarray  # [documents], int64
@@ -247,10 +247,10 @@ def tokenize_chunks(
 
     Args:
         chunks: chunks of all documents.
-        tokenizer: tokenizer; that of a plug-in is imported by the worker processes too.
+        tokenizer: tokenizer; worker processes import it if it is a plug-in's.
         dtype: dtype of the tokens.
-        workers: processes, 0 for one a core; a small corpus is tokenized in this process. The
-            concatenation of the blocks does not depend on it.
+        workers: number of processes, 0 for one per core; a small corpus is tokenized in this
+            process. The concatenated blocks do not depend on it.
     """
     workers = workers or os.cpu_count() or 1
     groups = _group(chunks)
@@ -285,14 +285,14 @@ def _group(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> TokenBlock:
-    """Return the tokens of a group of chunks, special tokens at the ends of documents included."""
+    """Tokenize a group of chunks, with special tokens at the ends of documents."""
     parts: list[np.ndarray] = []
     starts: list[int] = []
     n = n_bytes = n_characters = n_words = 0
     encoded = tokenizer.encode_batch([chunk.text for chunk in group])
     for chunk, ids in zip(group, encoded, strict=True):
         tokens = _with_special_tokens(tokenizer, chunk, ids)
-        # A document without tokens, such as spaces under a vocabulary that drops them, is left out.
+        # Skip a document without tokens, such as spaces under a vocabulary that drops them.
         if chunk.first and (len(tokens) or not chunk.last):
             starts.append(n)
         parts.append(tokens.astype(dtype))
@@ -307,7 +307,7 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, group: list[Chunk]) -> 
 def _with_special_tokens(tokenizer: Tokenizer, chunk: Chunk, tokens: np.ndarray) -> np.ndarray:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     before = [bos] if chunk.first and bos is not None else []
-    # Where a newline is the eos, a last newline has ended the document already.
+    # If newlines are eos, a trailing newline has already ended the document.
     ended = len(tokens) > 0 and tokens[-1] == eos
     after = [eos] if chunk.last and eos is not None and eos != bos and not ended else []
     return np.concatenate([np.asarray(part, np.int32) for part in (before, tokens, after)])
@@ -321,16 +321,16 @@ class TokenWindows:
     """Sequence of windows that start every `stride` tokens.
 
     An example has three int32 arrays [length + 1]: "tokens", "segment_ids" (documents of the
-    window, counted from 1; 0 for padding beyond the end) and "positions" (from the start of the
-    document's part in the window). "weights", float32 [length], is 1 where the next token is a
-    target: of the same document, or the delimiter that ends it by starting another.
+    window, numbered from 1; 0 for padding) and "positions" (from the start of the document's part
+    in the window). "weights", float32 [length], is 1 if the next token is a target: in the same
+    document, or the delimiter that ends it and starts another.
 
     Attributes:
         store: token store.
-        length: targets of a window.
-        stride: tokens from the start of one window to the next.
-        isolate: documents are segments of their own; otherwise a window is a single segment.
-        drop_remainder: leave out the last window if it is not full; otherwise pad it.
+        length: targets per window.
+        stride: tokens between the starts of consecutive windows.
+        isolate: make each document a segment; otherwise a window is a single segment.
+        drop_remainder: drop an incomplete last window; otherwise pad it.
     """
 
     store: TokenStore
@@ -397,16 +397,16 @@ class TokenWindows:
 def token_windows(
     store: TokenStore, length: int, stride: int, isolate: bool, drop_remainder: bool
 ) -> TokenWindows:
-    """Return the windows of a store: full ones for training (`drop_remainder`), all for evaluation.
+    """Return the windows of a store: only full ones for training (`drop_remainder`), or all.
 
-    With stride = length every token but the store's first is a target exactly once.
+    If stride = length, every token except the store's first one is a target exactly once.
 
     Args:
         store: token store.
-        length: targets of a window.
-        stride: tokens from the start of one window to the next.
-        isolate: documents are segments of their own; otherwise a window is a single segment.
-        drop_remainder: leave out the last window if it is not full; otherwise pad it.
+        length: targets per window.
+        stride: tokens between the starts of consecutive windows.
+        isolate: make each document a segment; otherwise a window is a single segment.
+        drop_remainder: drop an incomplete last window; otherwise pad it.
 
     Raises:
         UserError: the store has too few tokens for one window.

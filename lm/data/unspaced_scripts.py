@@ -1,4 +1,4 @@
-"""Scripts that are written without spaces between words."""
+"""Scripts written without spaces between words."""
 
 from __future__ import annotations
 

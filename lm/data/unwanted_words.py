@@ -1,4 +1,4 @@
-"""Lists of unwanted words: reading them, and the pattern that finds them in a text."""
+"""Word lists of unwanted terms: reading them, and matching them in text."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 
 def read_words(path: Path) -> list[str]:
-    """Return the words or phrases of a file, one a line, in lower case.
+    """Read a file of words or phrases, one per line, in lower case.
 
     Raises:
-        UserError: the file is missing, or holds no word.
+        UserError: the file is missing or empty.
     """
     if not path.is_file():
-        raise UserError(f"no file of words {str(path)!r}")
+        raise UserError(f"no word list {str(path)!r}")
     found = sorted({line.strip().lower() for line in read_lines(path)} - {""})
     if not found:
-        raise UserError(f"{path}: holds no word")
+        raise UserError(f"{path}: the word list is empty")
     return found
 
 
 def words_pattern(words: Iterable[str]) -> regex.Pattern:
-    """Return the pattern of whole words; those of scripts without spaces are found anywhere."""
+    """Return a pattern of whole words; in scripts without spaces, of any occurrence."""
     unspaced = regex.compile(f"[{UNSPACED}]")
     whole = [word for word in words if not unspaced.search(word)]
     anywhere = [word for word in words if unspaced.search(word)]

@@ -1,4 +1,4 @@
-"""Verification of whole stores: every block against its checksum, every token id."""
+"""Verification of whole stores: every block checksum and every token id."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lm.errors import UserError
 from lm.storage import cache_directory, read_json
 
 _NO_MANIFEST = "manifest.json is damaged, or of another version"
-_BLOCKS_READ = 64  # of a shard, at once
-_NO_STORES = {".partial", ".shards", ".counts"}  # endings of folders
+_BLOCKS_READ = 64  # blocks of a shard per read
+_NO_STORES = {".partial", ".shards", ".counts"}  # suffixes of folders that are not stores
 
 
 @dataclass(frozen=True)
 class StoreReport:
-    """Findings in a store.
+    """Result of verifying a store.
 
     Attributes:
-        source: name of its source; "" if the manifest cannot be read.
+        source: name of its source; "" if the manifest is not readable.
         folder: folder of the store, or its URL.
-        n_bytes: bytes that were read.
-        problems: what is wrong, a line each; () if the store is as it was written.
-        damaged: file to be removed so that it is built again; "" for the folder.
+        n_bytes: number of bytes read.
+        problems: problems, one line each; () if the store is intact.
+        damaged: file to remove so that it is rebuilt; "" for the folder.
     """
 
     source: str
@@ -45,13 +45,13 @@ class StoreReport:
 
 
 def verify_stores(data: Any, columns: tuple[str, ...], of_config: bool) -> Iterator[StoreReport]:
-    """Verify the stores of the sources of a configuration, or all of its cache.
+    """Verify the stores of a configuration's sources, or the whole cache.
 
     Args:
         data: section `data` of the configuration.
-        columns: columns of the records that the sources hold; () for documents.
-        of_config: verify the stores of the configuration's sources only, and their token ids
-            against its tokenizer where they are of that.
+        columns: record columns of the sources; () for documents.
+        of_config: verify only stores of the configuration's sources; token ids are checked against
+            its tokenizer for the stores that use it.
 
     Raises:
         UserError: a source cannot be opened.
@@ -79,7 +79,7 @@ def sources_of(data: Any, columns: tuple[str, ...]) -> tuple[Any, ...]:
 
     Args:
         data: section `data` of the configuration.
-        columns: columns of the records that the sources hold; () for documents.
+        columns: record columns of the sources; () for documents.
 
     Raises:
         UserError: a source cannot be opened.
@@ -112,11 +112,11 @@ def _verify_remote(
 
 
 def verify_store(folder: Path, vocab_size: int | None = None) -> StoreReport:
-    """Read a store of tokens or of records as a whole.
+    """Read and verify a whole store of tokens or records.
 
     Args:
         folder: folder of the store.
-        vocab_size: number of token ids; None if it is not known.
+        vocab_size: number of token ids; None if unknown.
     """
     manifest = _manifest(folder)
     try:
@@ -145,7 +145,7 @@ def _verify(folder: Path, manifest: dict[str, Any], vocab_size: int | None) -> S
 def _verify_shards(
     place: Path | str, manifest: ShardedManifest, vocab_size: int | None
 ) -> StoreReport:
-    """Read all shards of a store."""
+    """Verify all shards of a store."""
     files = open_shared_folder(place, manifest.folder)
     there, n_bytes, damaged = files.sizes(), 0, ""
     problems: list[str] = []
@@ -164,7 +164,7 @@ def _verify_shards(
 def _shard_problems(
     files: SharedFolder, name: str, size: int, vocab_size: int | None
 ) -> Iterator[str]:
-    """Yield the blocks of a shard that are not as they were written, or have wrong ids."""
+    """Yield the damaged blocks of a shard, and blocks with invalid ids."""
     try:
         index = read_index(files, name, size)
     except UserError as error:
@@ -178,7 +178,7 @@ def _shard_problems(
         block, content = content[: shards.BLOCK], content[shards.BLOCK :]
         where = f"{name}: block {number} (bytes {start:,} to {stop:,})"
         if zlib.crc32(block) != expected:
-            yield f"{where} is not as it was written"
+            yield f"{where} does not match its checksum"
         if vocab_size is not None and number < index.n_token_blocks:
             yield from _id_problems(where, np.frombuffer(block, index.about["dtype"]), vocab_size)
 
@@ -192,7 +192,7 @@ def _id_problems(where: str, ids: np.ndarray, vocab_size: int) -> Iterator[str]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a store; {} if it cannot be read."""
+    """Read the manifest of a store; {} if it is not readable."""
     try:
         return read_json(folder / "manifest.json")
     except (OSError, UserError):
@@ -202,7 +202,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _file_problems(
     path: Path, checksums: list[int], dtype: str, vocab_size: int | None
 ) -> Iterator[str]:
-    """Yield the blocks that are not as they were written, or have ids beyond the vocabulary."""
+    """Yield the damaged blocks of a file, and blocks with ids beyond the vocabulary."""
     n_blocks = -(-path.stat().st_size // BLOCK)
     if n_blocks != len(checksums):
         yield f"{path.name} has {n_blocks} blocks instead of {len(checksums)}"
@@ -212,7 +212,7 @@ def _file_problems(
             start = number * BLOCK
             where = f"{path.name}: block {number} (bytes {start:,} to {start + len(content):,})"
             if zlib.crc32(content) != expected:
-                yield f"{where} is not as it was written"
+                yield f"{where} does not match its checksum"
             if vocab_size is None or len(content) % np.dtype(dtype).itemsize:
                 continue
             yield from _id_problems(where, np.frombuffer(content, dtype), vocab_size)

@@ -1,6 +1,6 @@
-"""Word vectors in GloVe's text format: "word number number …" a line, plain or .gz.
+"""Word vectors in GloVe's text format: "word number number …" per line, plain or .gz.
 
-Shape suffixes: N words of the file, V rows of an embedding table, D numbers a word.
+Shape suffixes: N words of the file, V rows of an embedding table, D dimensions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """Words of a file in its order, usually by descending frequency, and their vectors.
+    """Words of a file in order, usually by descending frequency, with their vectors.
 
     Attributes:
         words: N words.
@@ -34,11 +34,11 @@ class WordVectors:
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        # reversed, so that the first vector of a word that occurs twice counts
+        # reversed, so that the first vector of a repeated word counts
         return {self.words[i]: i for i in reversed(range(len(self.words)))}
 
     def row(self, word: str) -> int | None:
-        """Return the row of a word, or of its lower-cased form; None if there is neither."""
+        """Return the row of a word or of its lowercase form; None if there is neither."""
         row = self._rows.get(word)
         return self._rows.get(word.lower()) if row is None else row
 
@@ -79,7 +79,7 @@ def load_vectors(path: str | Path) -> WordVectors:
 
 
 def save_vectors(vectors: WordVectors, path: str | Path) -> None:
-    """Write GloVe's text format, with enough digits for `load_vectors` to give the same float32."""
+    """Write GloVe's text format, with all digits of the float32 values."""
     for number, word in enumerate(vectors.words, start=1):
         if not word or " " in word or "\n" in word:
             raise UserError(
@@ -93,7 +93,7 @@ def save_vectors(vectors: WordVectors, path: str | Path) -> None:
 
 
 def vocabulary_words(tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each id without white space: the words for `pretrained_embeddings`."""
+    """Return the text of each id without white space, as words for `pretrained_embeddings`."""
     return [tokenizer.decode([i]).strip() for i in range(tokenizer.vocab_size)]
 
 
@@ -105,12 +105,12 @@ def pretrained_embeddings(
     Args:
         vectors: word vectors.
         words: word of each row.
-        rows: rows V of the table.
-        std: standard deviation of the normal distribution of rows without a vector.
-        seed: seed of these rows.
+        rows: number of rows V of the table.
+        std: standard deviation of the normal initialization of rows without a vector.
+        seed: random seed of these rows.
 
     Returns:
-        The table, float32 [V, D], and the number of words that have a vector.
+        Table, float32 [V, D], and the number of words that have a vector.
     """
     shape = rows, vectors.vectors.shape[1]
     table_VD = np.random.default_rng(seed).normal(0.0, std, shape).astype(np.float32)

@@ -231,7 +231,7 @@ def test_store_with_a_flipped_bit_is_built_again(tmp_path, capsys):
     content[7] ^= 1
     file.write_bytes(content)
     assert (build().tokens == tokens).all()
-    assert "tokens.bin is not as it was written" in capsys.readouterr().err
+    assert "tokens.bin does not match its checksum" in capsys.readouterr().err
 
 
 def test_a_file_url_is_the_path(make_data, tmp_path):

@@ -160,7 +160,7 @@ def test_queries_are_not_part_of_the_name(make_data, folder):
 
 def test_addresses_that_cannot_be(make_data, folder):
     for address, words in {
-        "ftp://host/f": r"unknown kind of address \(known: gs://",
+        "ftp://host/f": r"unknown URL scheme \(known: gs://",
         "http://127.0.0.1:9/f": "cannot be read",
     }.items():
         with pytest.raises(UserError, match=words) as error:

@@ -54,7 +54,7 @@ def test_the_damaged_block_is_named(opened, capsys):
     flipped[256 + 7] ^= 1
     damages = {
         f"{name}: block 1 (bytes 256 to ": bytes(flipped),
-        f"{name}: block 0 (bytes 0 to 256) is not as it was written": bytes(len(whole)),
+        f"{name}: block 0 (bytes 0 to 256) does not match its checksum": bytes(len(whole)),
         f"{name} has 1 blocks instead of": whole[:256],
     }
     for expected, content in damages.items():

@@ -1,1 +1,1 @@
-"""Conversations: rows of files as messages, chat templates, and what is learnt of their tokens."""
+"""Conversations: rows as messages, chat templates, and which tokens are training targets."""

@@ -1,9 +1,9 @@
 """Tokens and chat template that a configuration adds to a tokenizer.
 
-`data.added_tokens` names the tokens, or is "template": those that the chat template writes, unless
-it is the tokenizer's own. The template is that of `data.chat_template`, else the tokenizer's, else
-the shipped one. Both are saved with the tokenizer of a run, and exported with it; so is
-`data.chat_markers`, but for the export.
+`data.added_tokens` lists the tokens, or is "template": the special tokens of the chat template,
+unless that is the tokenizer's own. The template comes from `data.chat_template`, else the
+tokenizer, else the library. Tokens and template are saved with the run's tokenizer and exported
+with it; so is `data.chat_markers`, except for export.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 OF_TEMPLATE = "template"
-_TOKENS = ("<|im_start|>", "<|im_end|>")  # of the shipped template
+_TOKENS = ("<|im_start|>", "<|im_end|>")  # of the library's template
 
 
 def extended(tokenizer: Tokenizer, data: Any, default: str = "") -> Tokenizer:
-    """Return a tokenizer with the added tokens and the chat template of a configuration.
+    """Extend a tokenizer with the added tokens and chat template of a configuration.
 
     Args:
         tokenizer: the tokenizer.
         data: section `data` of the configuration.
-        default: tokens if `data.added_tokens` names none, as it does.
+        default: value of `data.added_tokens` if that is empty.
 
     Raises:
-        UserError: the template cannot be read, or a name is one of its texts.
+        UserError: the template is not readable, or ordinary text already produces one of the
+            tokens.
     """
     old = tokenizer if isinstance(tokenizer, ExtendedTokenizer) else ExtendedTokenizer(tokenizer)
     jinja = old.jinja
@@ -47,13 +48,13 @@ def extended(tokenizer: Tokenizer, data: Any, default: str = "") -> Tokenizer:
     known = [name for name in names if name in old.names or _is_special(old.base, name)]
     names = [*old.names, *(name for name in names if name not in known)]
     made = replace(old, names=tuple(names), jinja=jinja, reads_markers=data.chat_markers)
-    for line in _doubts(ChatTemplate.of(made)):
+    for line in _likely_surprises(ChatTemplate.of(made)):
         print(f"note: the chat template {line}", file=sys.stderr)
     return tokenizer if made == old else made
 
 
-def _doubts(template: ChatTemplate) -> Iterator[str]:
-    """Yield what a template does that a user may not expect."""
+def _likely_surprises(template: ChatTemplate) -> Iterator[str]:
+    """Yield warnings about unexpected behavior of a template."""
     if not template.has_role_tokens:
         yield "marks turns by words: a message can hold them too, and no token ends an answer"
     if "strftime_now" in template.source:
@@ -61,7 +62,7 @@ def _doubts(template: ChatTemplate) -> Iterator[str]:
 
 
 def _is_special(tokenizer: Tokenizer, name: str) -> bool:
-    """Return whether a vocabulary has a token that no text gives."""
+    """Return whether the vocabulary has this token and never produces it from text."""
     found = tokenizer.token_id(name)
     return found is not None and found not in tokenizer.encode(name)
 

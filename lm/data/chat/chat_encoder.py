@@ -1,8 +1,8 @@
-"""Token ids of a rendered conversation, in which only the template writes special tokens.
+"""Tokenization of rendered conversations, in which only the template produces special tokens.
 
-A tokenizer that reads special tokens in a text gives the ids that transformers gives. Where it also
-reads them in the text of a message, the tokens that the template wrote get other names, which no
-text has, and the names in messages are characters like any.
+A tokenizer that parses special tokens in text gives the same ids as transformers. If it would also
+parse them in the text of messages, the template's special tokens are renamed to names that no text
+contains, so that names inside messages are tokenized as ordinary characters.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lm.data.tokenizers.hf import Gpt2Tokenizer, HuggingFaceTokenizer, package_e
 from lm.data.tokenizers.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from lm.errors import UserError
 
-_PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16, but for their last characters
+_PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16, except for their last characters
 _UNUSABLE = "the tokenizer cannot be used"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a text, and the characters that each stands for.
+    """Tokens of a text with their character spans.
 
     Attributes:
         ids: int32 [L].
-        starts: index of the first character of each, [L].
-        ends: index after its last, [L]. Of a character of several tokens it is the same for all.
+        starts: index of the first character of each token, [L].
+        ends: index after its last character, [L]; tokens of the same character share it.
     """
 
     ids: np.ndarray
@@ -46,12 +46,12 @@ class Tokens:
     ends: np.ndarray
 
     def shifted(self, by: int) -> Tokens:
-        """Return the tokens of a text that begins later."""
+        """Shift the character spans."""
         return Tokens(self.ids, self.starts + by, self.ends + by)
 
 
 def joined(parts: Sequence[Tokens]) -> Tokens:
-    """Return the tokens of texts that follow one another."""
+    """Concatenate the tokens of consecutive texts."""
     nothing = np.zeros(0, np.int32)
     return Tokens(
         *(
@@ -62,14 +62,14 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
 
 
 def role_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the names of special tokens by role, such as bos, as templates use them."""
+    """Return the names of special tokens by role, such as bos, as used by templates."""
     match tokenizer:
         case ExtendedTokenizer():
             return role_names(tokenizer.base)
         case FolderTokenizer():
             return {role: name for role, name in tokenizer.special_names.items() if name}
         case WordTokenizer():
-            return {}  # its end is a newline
+            return {}  # a newline is its eos
         case _:
             ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
             ids |= {role: tokenizer.role_id(role) for role in ("pad", "cls", "sep", "mask")}
@@ -78,7 +78,7 @@ def role_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def added_tokens(tokenizer: Tokenizer) -> dict[str, bool]:
-    """Return the names of tokens that are cut out of a text, and whether each is special."""
+    """Return tokens that are split off from text, with whether each is special."""
     match tokenizer:
         case ExtendedTokenizer():
             return added_tokens(tokenizer.base) | dict.fromkeys(tokenizer.names, True)
@@ -116,7 +116,7 @@ class ChatEncoder:
 
     @cached_property
     def ordinary(self) -> dict[str, int]:
-        """Id of each further token that is cut out of a text, by name."""
+        """Id of each non-special token that is split off from text, by name."""
         added = self._known(added_tokens(self.tokenizer))
         return {name: i for name, i in added.items() if name not in self.special}
 
@@ -126,7 +126,7 @@ class ChatEncoder:
 
     @cached_property
     def _package(self) -> Any:
-        """Tokenizer of the package that reads special tokens; None if it is of another kind."""
+        """`tokenizers` object that parses special tokens; None for other tokenizers."""
         base = self.tokenizer
         while not isinstance(base, HuggingFaceTokenizer | Gpt2Tokenizer):
             if not hasattr(base, "base"):
@@ -136,20 +136,20 @@ class ChatEncoder:
 
     @cached_property
     def _other_ids(self) -> dict[int, int]:
-        """Id of each special token that the package numbers otherwise, by its number there."""
+        """Our id of each special token that the package numbers differently, by its id there."""
         made = {self._package.token_to_id(name): i for name, i in self.special.items()}
         return {there: here for there, here in made.items() if there != here}
 
     def encode(self, text: str, is_owned: np.ndarray | None, guarded: Mapping[str, int]) -> Tokens:
-        """Return the tokens of a text.
+        """Tokenize a rendered conversation.
 
         Args:
             text: the text, L characters.
-            is_owned: bool [L], the characters that make no token of `guarded`; None: none.
-            guarded: tokens by name.
+            is_owned: bool [L], characters that must not form a token of `guarded`; None: none.
+            guarded: protected tokens by name.
 
         Raises:
-            UserError: the tokenizer makes one of them of such characters nevertheless.
+            UserError: the tokenizer forms such a token anyway.
         """
         if self._package is None:
             return self._by_parts(text, is_owned, guarded)
@@ -159,7 +159,7 @@ class ChatEncoder:
         return self._renamed(text, is_owned, guarded)
 
     def _renamed(self, text: str, is_owned: np.ndarray, guarded: Mapping[str, int]) -> Tokens:
-        """Return the tokens where names in the text of messages are characters like any."""
+        """Tokenize with special tokens renamed, so that messages cannot form them."""
         names = tuple(sorted(guarded))
         taken = codes(text)
         starts = range(_PRIVATE.start, _PRIVATE.stop - len(names) - 2, len(names))
@@ -189,7 +189,7 @@ class ChatEncoder:
     def _by_parts(
         self, text: str, is_owned: np.ndarray | None, guarded: Mapping[str, int]
     ) -> Tokens:
-        """Return the tokens of a tokenizer that reads no special token in a text."""
+        """Tokenize with a tokenizer that does not parse special tokens in text."""
         tokens = {**self.special, **guarded}
         if is_owned is None:
             is_owned = np.zeros(len(text), bool)
@@ -202,7 +202,7 @@ class ChatEncoder:
         return joined(parts)
 
     def _plain(self, text: str, tokens: Mapping[str, int]) -> Tokens:
-        """Return the tokens of a text without special tokens, cut within names if it must be."""
+        """Tokenize text that must not contain special tokens, splitting names if necessary."""
         found = self.tokenizer.encode(text)
         if np.isin(found, list(tokens.values())).any() and (name := longest_of(tokens)):
             cuts = [match.start() + 1 for match in name.finditer(text)]
@@ -220,7 +220,7 @@ class ChatEncoder:
 
 
 def _run(package: Any, text: str, ids: Mapping[int, int]) -> Tokens:
-    """Return the tokens that a tokenizer of the package makes; `ids` are those to be changed."""
+    """Tokenize with a `tokenizers` object, and map ids by `ids`."""
     with package_errors(_UNUSABLE):
         encoding = package.encode(text, add_special_tokens=False)
     found = [ids.get(i, i) for i in encoding.ids] if ids else encoding.ids
@@ -228,16 +228,16 @@ def _run(package: Any, text: str, ids: Mapping[int, int]) -> Tokens:
 
 
 def _tokens(ids: np.ndarray, places: Sequence[tuple[int, int]], length: int) -> Tokens:
-    """Return tokens by the places of their characters in a text of `length`.
+    """Return tokens from character spans in a text of `length`.
 
-    A token of no character, such as a byte before the last of one, is part of the next.
+    A token without characters, such as a non-final byte of a character, joins the next one.
     """
     starts, ends = np.asarray(places, np.int32).reshape(-1, 2).T
     return Tokens(ids, starts, np.maximum(ends, np.minimum(starts + 1, length)))
 
 
 def _forged(found: Tokens, is_owned: np.ndarray, guarded: Mapping[str, int]) -> np.ndarray:
-    """Return which tokens are guarded ones made of owned characters, bool."""
+    """Return which tokens are guarded tokens formed from owned characters, bool."""
     before = np.concatenate([[0], np.cumsum(is_owned)])
     touches = before[found.ends] > before[found.starts]
     return touches & np.isin(found.ids, list(guarded.values()))
@@ -246,7 +246,7 @@ def _forged(found: Tokens, is_owned: np.ndarray, guarded: Mapping[str, int]) -> 
 def _written(
     text: str, is_owned: np.ndarray, tokens: Mapping[str, int]
 ) -> list[tuple[int, int, str]]:
-    """Return where the names of tokens are that have no owned character: start, end and name."""
+    """Return (start, end, name) of token names in the text that have no owned character."""
     names = longest_of(tokens)
     outline = codes(text).copy()
     outline[is_owned] = _PRIVATE.stop - 1
@@ -258,7 +258,7 @@ def _written(
 def _with_other_names(
     definition: str, names: tuple[str, ...], first: int
 ) -> tuple[Any, dict[str, int]]:
-    """Return a tokenizer in which the first character of each name is another, and ids by name."""
+    """Return a tokenizer in which token names start with another character, and ids by name."""
     import tokenizers
 
     about = json.loads(definition)
@@ -283,7 +283,7 @@ def _with_other_names(
 
 
 def _located(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
-    """Return tokens with the characters that they stand for."""
+    """Return tokens with the character spans they stand for."""
     match tokenizer:
         case ByteTokenizer():
             first_bytes = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
@@ -304,7 +304,7 @@ def _located(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
 
 
 def _of_pieces(tokenizer: SentencePieceTokenizer, parts: Sequence[str]) -> Iterator[Tokens]:
-    """Yield the tokens of the parts of a text, of which a part "▁" is spelled in bytes."""
+    """Yield the tokens of text parts; a part "▁" is encoded as bytes."""
     at = 0
     for part in parts:
         if part == SPACE_MARK:
@@ -318,9 +318,9 @@ def _of_pieces(tokenizer: SentencePieceTokenizer, parts: Sequence[str]) -> Itera
 
 
 def _by_decoding(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
-    """Return tokens with the characters that decoding one more of them adds.
+    """Return tokens with character spans, found by decoding one more token at a time.
 
-    A character that has begun decodes to U+FFFD, one for each of its bytes.
+    An incomplete character decodes to U+FFFD for each of its bytes.
     """
     texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
     lengths = [*map(len, texts), len(text)]

@@ -1,9 +1,10 @@
-"""Chat templates: the tokens of a conversation, and which of them an assistant says.
+"""Chat templates: tokens of a conversation, and which of them the assistant says.
 
-A template is the tokenizer's own, as `apply_chat_template` of transformers reads it, or the one
-shipped here. What a message says is text and nothing else: the name of a special token in it is
-encoded as its characters, so that no text ends a turn or begins another. Where a template marks
-turns by words alone ("### Assistant:"), a text can hold the same words; `has_role_tokens` is False.
+The template is the tokenizer's own, with the semantics of transformers' `apply_chat_template`, or
+the library's. The content of a message is always plain text: the name of a special token in it is
+encoded as ordinary characters, so no text can end a turn or start another. If a template marks
+turns by words alone ("### Assistant:"), text can contain the same words; `has_role_tokens` is
+False.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("default_template.jinja")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_TAG = "\U0010fffb "  # after a message that is continued; the space shows whether it was trimmed
+_TAG = "\U0010fffb "  # after a message to be continued; the space shows whether it was trimmed
 _ABSENT = "\U0010fffa"  # in place of an empty message
-_USER = {"role": "user", "content": "\ufdd0"}  # of short conversations, to learn of a template
+_USER = {"role": "user", "content": "\ufdd0"}  # of short conversations that probe a template
 _ANSWER = {"role": "assistant", "content": "\ufdd1"}
 
 Message = Mapping[str, Any]
@@ -51,13 +52,13 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Tokens of a conversation.
+    """Tokenized conversation.
 
     Attributes:
         ids: int32 [L].
-        assistant: bool [L]: said by an assistant, the token that ends its turn included.
-        message: int32 [L]: index of the message that a token belongs to, with what stands around
-            it; the number of messages for the beginning of an answer.
+        assistant: bool [L]: said by the assistant, including the token that ends its turn.
+        message: int32 [L]: index of the message that a token and its surroundings belong to; the
+            number of messages for the generation prompt.
     """
 
     ids: np.ndarray
@@ -71,8 +72,8 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: the tokenizer.
-        sources: Jinja sources by name, "default" and perhaps "tool_use".
-        reads_markers: read special tokens in messages too, as transformers does by default.
+        sources: Jinja sources by name: "default" and optionally "tool_use".
+        reads_markers: parse special tokens inside messages too, as transformers does by default.
     """
 
     tokenizer: Tokenizer
@@ -81,14 +82,14 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
-        """Return the template of a tokenizer; the shipped one if it has none."""
+        """Return the template of a tokenizer, or the library's if it has none."""
         found = getattr(tokenizer, "chat_templates", {})
         reads_markers = getattr(tokenizer, "reads_markers", False)
         return cls(tokenizer, found or {"default": DEFAULT_TEMPLATE.read_text()}, reads_markers)
 
     @property
     def source(self) -> str:
-        """Jinja source, of all templates if there are several."""
+        """Concatenated Jinja source of all templates."""
         return "\n".join(text for _, text in sorted(self.sources.items()))
 
     def render(
@@ -101,13 +102,13 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return a conversation as text.
+        """Render a conversation as text.
 
         Args:
-            messages: as in `encode`, like all others.
+            messages: see `encode`, like all others.
             tools: JSON schemas.
-            add_generation_prompt: end with what an answer follows.
-            continue_final_message: the last message is the beginning of an answer.
+            add_generation_prompt: append the generation prompt.
+            continue_final_message: the last message is the start of an answer.
             documents: texts.
             **variables: further variables.
         """
@@ -124,19 +125,19 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> EncodedChat:
-        """Return the tokens of a conversation.
+        """Tokenize a conversation.
 
         Args:
-            messages: "role", "content" and what else the template reads of each.
+            messages: "role", "content" and other keys that the template reads.
             tools: JSON schemas of functions that may be called.
-            add_generation_prompt: end with what an answer follows.
-            continue_final_message: the last message is the beginning of an answer.
-            documents: texts for the template's own use.
-            **variables: further variables of the template.
+            add_generation_prompt: append the generation prompt.
+            continue_final_message: the last message is the start of an answer.
+            documents: texts for the template.
+            **variables: further template variables.
 
         Raises:
-            UserError: the template does not take the conversation, or the text of a message
-                cannot be told from its own.
+            UserError: the template rejects the conversation, or message text cannot be
+                distinguished from the template's own text.
         """
         work = _Conversation.of(messages, tools, documents, variables, continue_final_message)
         traced, places = self._traced(work, add_generation_prompt)
@@ -148,7 +149,7 @@ class ChatTemplate:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an assistant's turn."""
+        """Token ids that end an assistant turn."""
         before_next = self._parts[2]
         common = before_next[: _n_common(self._last_end, before_next)]
         texts = (common, self._last_end, before_next)
@@ -159,23 +160,23 @@ class ChatTemplate:
 
     @cached_property
     def has_role_tokens(self) -> bool:
-        """True if tokens mark the turns, rather than words, which a text can hold too.
+        """True if turns are marked by tokens rather than by words, which text can contain too.
 
         Raises:
-            UserError: a template is no valid Jinja.
+            UserError: a template is not valid Jinja.
         """
         for template in self._templates:
             template.check()
         return any(name in self._turns for name in self._guarded)
 
-    # --- what the template is like
+    # --- properties of the template
 
     @cached_property
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer)
 
     def _probe(self, *messages: Message, add_generation_prompt: bool = False) -> str:
-        """Return a short conversation; "" if the template refuses it."""
+        """Render a short conversation; "" if the template rejects it."""
         try:
             return self._text(_Conversation.of(messages), add_generation_prompt, datetime.now())
         except UserError:
@@ -183,7 +184,7 @@ class ChatTemplate:
 
     @cached_property
     def _prompt(self) -> str:
-        """Text that an answer follows: what a question has after it only if an answer is asked."""
+        """Generation prompt: text that follows a question only if an answer is requested."""
         plain, asking = (
             self._probe(_USER, add_generation_prompt=asked).partition(_USER["content"])[2]
             for asked in (False, True)
@@ -196,7 +197,7 @@ class ChatTemplate:
 
     @cached_property
     def _parts(self) -> tuple[str, str, str, str]:
-        """Texts of the template around a question, an answer and a question."""
+        """Template text around a question, an answer and a question."""
         text = self._probe(_USER, _ANSWER, _USER)
         before, _, rest = text.partition(_USER["content"])
         header, _, rest = rest.partition(_ANSWER["content"])
@@ -204,10 +205,9 @@ class ChatTemplate:
 
     @cached_property
     def _headers(self) -> list[str]:
-        """Texts that an assistant's turn begins with, the longest first.
+        """Texts that start an assistant turn, longest first.
 
-        They are what the prompt of an answer and an earlier turn have in common, and what that
-        begins with.
+        They are what the generation prompt and an earlier turn have in common, and prefixes of it.
         """
         prompt, names = self._prompt, self._added
         ends = {len(prompt), *(line.end() for line in re.finditer("\n", prompt))}
@@ -217,7 +217,7 @@ class ChatTemplate:
 
     @cached_property
     def _words(self) -> str:
-        """Words such as "[/INST]" that an answer follows where the template has no prompt."""
+        """Words such as "[/INST]" before an answer, for templates without a generation prompt."""
         asking = self._probe(_USER, add_generation_prompt=True).partition(_USER["content"])[2]
         header = self._parts[1]
         is_all = not self._headers and header.startswith(asking)
@@ -229,7 +229,7 @@ class ChatTemplate:
 
     @cached_property
     def _turns(self) -> str:
-        """Text of a short conversation around what is said in it, as far as it opens turns."""
+        """Template text of a short conversation, up to the last part that opens a turn."""
         before, header, *after = self._parts
         for cut in self._headers[:1]:
             opening = self._added.search(cut) if self._added else None
@@ -238,9 +238,9 @@ class ChatTemplate:
 
     @cached_property
     def _guarded(self) -> dict[str, int]:
-        """Tokens that only the template writes: special ones, and others that mark turns.
+        """Tokens that only the template may produce: special tokens, and others that mark turns.
 
-        A word that the template looks for in a text, as "</think>", is not among the latter.
+        Excludes words that the template looks for in text, such as "</think>".
         """
         looked_for = [text for template in self._templates for text in template.inspected]
         return self._encoder.special | {
@@ -255,12 +255,12 @@ class ChatTemplate:
 
     @cached_property
     def _last_end(self) -> str:
-        """Text of the template after an answer that is the last message."""
+        """Template text after an answer that is the last message."""
         return self._probe(_USER, _ANSWER).partition(_ANSWER["content"])[2]
 
     @cached_property
     def _ends(self) -> list[str]:
-        """Texts up to a special token that end an assistant's turn, the longest first."""
+        """Texts that end an assistant turn, up to a special token; longest first."""
         names = self._names.finditer(self._last_end) if self._names else ()
         return [self._last_end[: name.end()].lstrip() for name in names][::-1]
 
@@ -311,7 +311,7 @@ class ChatTemplate:
 
             try:
                 found = compare(text, outline(other), work.n_owners)
-            except UserError:  # it takes the messages, but not without these words
+            except UserError:  # it accepts the messages, but not without these words
                 continue
             if found:
                 if (edged := other.with_other_edges()) != other:
@@ -326,19 +326,19 @@ class ChatTemplate:
             "the chat template changes the text of messages so that it cannot be told from its own"
         )
 
-    # --- who says what
+    # --- attribution of characters to messages
 
     def _layout(
         self, work: _Conversation, traced: Traced, places: Mapping[int, int], has_prompt: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return what an assistant says, bool [L], and the message of each character, int32 [L]."""
+        """Return what the assistant says, bool [L], and each character's message, int32 [L]."""
         text, length = traced.outline, len(traced.text)
         names = self._names
         marked = self._template(work.tools is not None).marks_generation
         said = traced.said.copy() if marked else np.zeros(length, bool)
         message = np.zeros(length, np.int32)
         spans = _spans(traced.whole, len(work.messages), places)
-        before = 0  # end of what belongs to earlier messages
+        before = 0  # end of the text of earlier messages
         for number, (i, start, stop) in enumerate(spans):
             is_last = number + 1 == len(spans)
             if work.messages[i]["role"] == "assistant":
@@ -374,7 +374,7 @@ class ChatTemplate:
         return said, message
 
     def _own_end(self, traced: Traced, start: int, stop: int) -> int:
-        """Return where an assistant's text ends, before another's turn that quotes it."""
+        """Return where an assistant's text ends, before another turn that quotes it."""
         header = next(iter(self._headers), "")
         opening = self._names.match(header) if self._names else None
         if opening is None:
@@ -386,10 +386,10 @@ class ChatTemplate:
         return stop if at < 0 else start + 1 + int(own[-1])
 
     def _beginning(self, text: str, start: int, stop: int) -> int:
-        """Return where an answer begins whose first own character is at `stop`.
+        """Return the start of an answer whose first own character is at `stop`.
 
-        Where the template has no prompt, it follows the words that answers follow, or the token
-        before it, white space included.
+        Without a generation prompt, it follows the words or the token before it, including white
+        space.
         """
         for header in self._headers:
             if (at := text.rfind(header, start, stop)) >= 0:
@@ -403,14 +403,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """Values that a template is given, of plain JSON types.
+    """Template inputs, as plain JSON types.
 
     Attributes:
-        messages: the messages, without what is None in them.
-        tools: JSON schemas, None for none.
-        documents: texts for the template's own use, None for none.
+        messages: messages without None values.
+        tools: JSON schemas, or None.
+        documents: texts for the template, or None.
         variables: further variables.
-        goes_on: the last message is the beginning of an answer.
+        goes_on: the last message is the start of an answer.
     """
 
     messages: list[dict[str, Any]]
@@ -438,7 +438,7 @@ class _Conversation:
                 known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
             found.append(_plain(known))
         if not found:
-            raise UserError("the conversation has no message")
+            raise UserError("the conversation has no messages")
         made = cls(found, _plain(tools), _plain(documents), _plain(dict(variables or {})), goes_on)
         try:
             json.dumps([found, made.tools, made.documents], ensure_ascii=False).encode()
@@ -448,18 +448,17 @@ class _Conversation:
 
     @property
     def n_owners(self) -> int:
-        """Number of messages, and one for everything else."""
+        """Number of messages, plus one for everything else."""
         return len(self.messages) + 1
 
     def replaced(
         self, names: re.Pattern[str] | None, words: Collection[str] | None
     ) -> _Conversation:
-        """Return the conversation with signs of its owners instead of characters.
+        """Replace the characters of texts by markers of their owners.
 
         Args:
-            names: matches names of tokens, of which no character stays.
-            words: texts that the template looks for, which stay, and so do names of keys; None:
-                it looks for none.
+            names: pattern of token names, of which no character may stay.
+            words: texts that the template looks for; they stay, as do names of keys. None: none.
         """
         rest: list[Any] = [self.tools, self.documents, self.variables]
         values = [list(message.values()) for message in self.messages]
@@ -472,7 +471,7 @@ class _Conversation:
         return _Conversation(messages, tools, documents, variables, self.goes_on)
 
     def with_other_edges(self) -> _Conversation:
-        """Return the conversation with other white space around what assistants say."""
+        """Replace the white space around what assistants say."""
         messages = [
             message | {"content": with_other_edges(message["content"], _ABSENT)}
             if message["role"] == "assistant" and isinstance(message.get("content"), str)
@@ -482,28 +481,28 @@ class _Conversation:
         return replace(self, messages=messages)
 
     def with_sign(self, i: int) -> _Conversation:
-        """Return the conversation with a sign as the text of a message."""
+        """Replace the text of a message by a marker."""
         messages = [*self.messages]
         messages[i] = messages[i] | {"content": _ABSENT}
         return replace(self, messages=messages)
 
     @property
     def tagged(self) -> list[dict[str, Any]]:
-        """Messages, with a tag after the text of the last."""
+        """Messages, with a tag after the text of the last one."""
         last, content = self.messages[-1], self.messages[-1].get("content")
         if isinstance(content, str):
             return [*self.messages[:-1], last | {"content": content + _TAG}]
         parts = content if isinstance(content, list) else []
         texts = [at for at, part in enumerate(parts) if isinstance(part, dict) and "text" in part]
         if not texts:
-            raise UserError("the last message has no text that an answer could go on from")
+            raise UserError("the last message has no text to continue from")
         at = texts[-1]
         part = parts[at] | {"text": parts[at]["text"] + _TAG}
         return [*self.messages[:-1], last | {"content": [*parts[:at], part, *parts[at + 1 :]]}]
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with lists and objects of plain types."""
+    """Convert nested mappings and sequences to plain dictionaries and lists."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -512,27 +511,27 @@ def _plain(value: Any) -> Any:
 
 
 def _n_common(one: str, two: str) -> int:
-    """Return the number of characters that two texts begin with in common."""
+    """Return the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def _cut(text: str) -> str:
-    """Return the text before the tag; UserError if the template leaves it out."""
+    """Return the text before the tag; UserError if the template drops it."""
     at = text.rfind(_TAG.strip())
     if at < 0:
-        raise UserError("the chat template leaves the beginning of an answer out")
+        raise UserError("the chat template drops the start of an answer")
     return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()
 
 
 def _spans(
     owner: np.ndarray, n_messages: int, places: Mapping[int, int]
 ) -> list[tuple[int, int, int]]:
-    """Return where messages are, in order: index, first character, after the last.
+    """Return the spans of messages in order: index, first character, end.
 
     Args:
         owner: int32 [L], index of a message or another number.
         n_messages: number of messages.
-        places: where messages without characters are.
+        places: positions of messages without characters.
     """
     at = np.flatnonzero((owner >= 0) & (owner < n_messages))
     firsts = np.flatnonzero(np.diff(owner[at], prepend=-1))
@@ -545,13 +544,13 @@ def _spans(
 
 
 def _any_of(said: np.ndarray, tokens: Tokens) -> np.ndarray:
-    """Return for each token whether a character of it is said, bool."""
+    """Return which tokens contain a said character, bool."""
     before = np.concatenate([[0], np.cumsum(said)])
     return before[tokens.ends] > before[tokens.starts]
 
 
 def _compiled(source: str) -> JinjaTemplate:
-    # On use: what reads no conversation runs without the package.
+    # Lazy, so that code without conversations runs without jinja2.
     from lm.data.chat.jinja_templates import jinja_template
 
     return jinja_template(source)

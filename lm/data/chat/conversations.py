@@ -1,4 +1,4 @@
-"""Conversations as records: rows checked, rendered by the chat template, and cut at whole turns."""
+"""Conversation records: rendered by the chat template, truncated at whole turns."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lm.data.sources import RecordSource, Row
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
-_SPANS = 2  # version of what is learnt: stores with another are built anew
+_SPANS = 2  # version of the target spans: stores with another version are rebuilt
 
 
 @dataclass(frozen=True)
 class Conversations(Records):
-    """Conversations of one source: "messages", and "tools" where it has them.
+    """Conversations of one source: "messages", and "tools" if present.
 
     Attributes:
-        length: inputs of an example; a conversation has up to one token more.
+        length: inputs per example; a conversation has up to one token more.
     """
 
     known: ClassVar = COLUMNS
@@ -54,7 +54,7 @@ class Conversations(Records):
         return "conversations", self.columns, self.header, self.skip
 
     def _same_named(self, row: Row) -> dict[str, str]:
-        """Return {}: rows of one file may be of several forms."""
+        """Return {}: rows of one file may have different forms."""
         return {}
 
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
@@ -71,7 +71,7 @@ class Conversations(Records):
             if not self.source.same_columns:
                 raise BadRow(problem)
             raise UserError(f"{row.where}: {problem}: set --config.data.columns")
-        if self.source.same_columns:  # of nested values too: what a row lacks is null
+        if self.source.same_columns:  # nested values too: missing entries are null
             values = without_nulls(values)
         messages, tools = conversation_of(values)
         return {"messages": messages, **({"tools": tools} if tools else {})}
@@ -84,7 +84,7 @@ class Conversations(Records):
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a nested value without the entries of mappings that are None."""
+    """Drop None values from nested mappings."""
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -92,11 +92,11 @@ def without_nulls(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Encoder of conversations, which are cut to whole turns that fit.
+    """Encoder of conversations, truncated to whole turns that fit.
 
     Attributes:
         template: chat template.
-        length: most tokens.
+        length: maximum number of tokens.
     """
 
     template: ChatTemplate
@@ -115,7 +115,7 @@ class ConversationEncoder:
         fitting = chat.turns[chat.turns[:, 1] <= self.length]
         if len(chat.ids) <= self.length:
             fitting = chat.turns
-        # A message may have several spans: all of it fits, or none.
+        # A message may have several spans: either all of it fits or none.
         whole = fitting[~np.isin(fitting[:, 2], chat.turns[len(fitting) :, 2])]
         n_lost = int((chat.turns[len(whole) :, 1] - chat.turns[len(whole) :, 0]).sum())
         if not len(whole):
@@ -137,11 +137,11 @@ class ConversationEncoder:
 
 @dataclass(frozen=True, eq=False)
 class LearntChat:
-    """Conversation in tokens.
+    """Tokenized conversation.
 
     Attributes:
         ids: token ids, int32 [n].
-        turns: what is learnt, int32 [spans, 3] (`record_store.Record.turns`).
+        turns: target spans, int32 [spans, 3] (`record_store.Record.turns`).
     """
 
     ids: np.ndarray
@@ -151,10 +151,10 @@ class LearntChat:
 def encode_messages(
     template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None
 ) -> LearntChat:
-    """Return the tokens of messages, and what is learnt of them (`messages.is_learnt`).
+    """Tokenize messages, and mark which tokens are targets (`messages.is_learnt`).
 
     Raises:
-        BadRow: the template refuses them, or the tokenizer cannot encode them.
+        BadRow: the template rejects the messages, or the tokenizer cannot encode them.
     """
     shown = [{name: v for name, v in message.items() if name != "weight"} for message in messages]
     try:
@@ -165,7 +165,7 @@ def encode_messages(
     is_target = chat.assistant & learnt[chat.message]
     labels = np.where(is_target, chat.message, -1)
     borders = np.flatnonzero(np.diff(labels, prepend=-1, append=-1))
-    # Between two borders the label is the same; spans without one are not learnt.
+    # The label is constant between two borders; spans without one are not targets.
     starts, ends = borders[:-1], borders[1:]
     kept = labels[starts] >= 0
     turns = np.stack([starts, ends, labels[starts]], axis=1)[kept]

@@ -1,6 +1,6 @@
-"""Tokenizer with special tokens added to those of another, and with a chat template.
+"""Tokenizer that adds special tokens and a chat template to another tokenizer.
 
-The ids of the added tokens follow those of the other tokenizer, which reads all texts.
+Ids of the added tokens follow those of the base tokenizer, which tokenizes all text.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ExtendedTokenizer(Tokenizer):
     """Tokenizer with added tokens.
 
     Attributes:
-        base: the tokenizer that reads texts.
-        names: tokens whose ids follow its ids.
+        base: tokenizer of texts.
+        names: added tokens, whose ids follow those of `base`.
         jinja: source of the chat template; "": that of `base`.
-        reads_markers: chat templates read special tokens in messages too.
+        reads_markers: chat templates parse special tokens inside messages too.
     """
 
     base: Tokenizer
@@ -70,7 +70,7 @@ class ExtendedTokenizer(Tokenizer):
 
     @property
     def states_template(self) -> bool:  # type: ignore[override]
-        """True if `template` is what a model folder states."""
+        """True if `template` comes from a model folder."""
         return self.base.states_template
 
     def role_id(self, role: str) -> int | None:
@@ -99,7 +99,7 @@ class ExtendedTokenizer(Tokenizer):
         return [*self.base.pieces(), *self.names]
 
     def shared_ids(self, other: Tokenizer) -> int:
-        """Return how many ids, from 0 on, are all that another tokenizer has, and mean the same."""
+        """Return another tokenizer's vocabulary size if all its ids mean the same here, else 0."""
         base: Tokenizer = other
         names: tuple[str, ...] = ()
         if isinstance(other, ExtendedTokenizer):

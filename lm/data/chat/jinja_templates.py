@@ -1,8 +1,8 @@
-"""Jinja templates of conversations, compiled with what those of Hugging Face models use.
+"""Compiled Jinja chat templates, with the extensions that Hugging Face models use.
 
-The environment is that of `apply_chat_template` in transformers 5: a sandbox, `{% break %}` and
+The environment matches `apply_chat_template` in transformers 5: a sandbox, `{% break %}` and
 `{% continue %}`, the filter `tojson` without HTML escapes, `raise_exception`, `strftime_now`, and
-`{% generation %}` around what an assistant says.
+`{% generation %}` around what the assistant says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: puts the variable `generation_marks` around its content, if it is set."""
+    """`{% generation %}`: wraps its content in the variable `generation_marks`, if set."""
 
     tags = {"generation"}  # noqa: RUF012  as Jinja declares it
 
@@ -45,7 +45,7 @@ class JinjaTemplate:
     """Compiled template.
 
     Attributes:
-        source: its text.
+        source: Jinja source.
     """
 
     source: str
@@ -69,7 +69,7 @@ class JinjaTemplate:
             raise UserError(f"the chat template: {_reason(error)}") from error
 
     def check(self) -> None:
-        """Raise UserError if the source is no valid Jinja."""
+        """Raise UserError if the source is not valid Jinja."""
         self._compiled  # noqa: B018  compiles it
 
     @cached_property
@@ -78,46 +78,46 @@ class JinjaTemplate:
 
     @property
     def marks_generation(self) -> bool:
-        """True if the template says what an assistant says, by `{% generation %}`."""
+        """True if the template marks the assistant's text with `{% generation %}`."""
         return any(name.name == "generation_marks" for name in self._tree.find_all(nodes.Name))
 
     @cached_property
     def constants(self) -> frozenset[str]:
-        """Texts in its expressions."""
+        """String constants in its expressions."""
         return _texts([self._tree])
 
     @cached_property
     def literals(self) -> frozenset[str]:
-        """Texts in its expressions, and those around them."""
+        """String constants in its expressions, and literal text."""
         return self.constants | {part.data for part in self._tree.find_all(nodes.TemplateData)}
 
     @cached_property
     def inspected(self) -> frozenset[str]:
-        """Texts that it compares values with, or gives to a method, test or filter of them."""
+        """String constants that it compares values with, or passes to methods, tests or filters."""
         kinds: tuple[Any, ...] = (nodes.Compare, nodes.Test, nodes.Filter, nodes.Call)
         return _texts(self._tree.find_all(kinds))
 
     def render(self, variables: Mapping[str, Any], now: datetime) -> str:
-        """Return the text.
+        """Render the template.
 
         Args:
             variables: values by name, of plain JSON types.
-            now: what `strftime_now` says.
+            now: time for `strftime_now`.
 
         Raises:
-            UserError: the template does not take the values.
+            UserError: the template rejects the values.
         """
         try:
             return self._compiled.render(strftime_now=now.strftime, **variables)
         except UserError:
             raise
-        except Exception as error:  # of the template's code
+        except Exception as error:  # raised by the template's code
             raise UserError(f"the chat template: {_reason(error)}") from error
 
 
 @lru_cache(maxsize=64)
 def jinja_template(source: str) -> JinjaTemplate:
-    """Return the template of a source text, compiled once."""
+    """Compile a template; results are cached."""
     return JinjaTemplate(source)
 
 

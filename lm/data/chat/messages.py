@@ -1,16 +1,16 @@
-"""Messages of a conversation, made of the rows of files in the forms that are in use.
+"""Messages of a conversation, parsed from rows in common formats.
 
-A message is a mapping with "role" and "content", as chat templates take it: content is a text, a
-list of parts that are texts, or None beside "tool_calls". Its "weight" (0 or 1, as OpenAI's files
-have it) says whether an assistant's message is learnt. Forms of rows:
+A message is a mapping with "role" and "content", as chat templates expect: content is a text, a
+list of text parts, or None next to "tool_calls". Its "weight" (0 or 1, as in OpenAI's files) says
+whether an assistant message is a target. Formats of rows:
 
     messages                     "messages": [{"role", "content"}, …]; Hugging Face, OpenAI
     ShareGPT                     "conversations": [{"from", "value"}, …]
     Alpaca                       "instruction", "input", "output", "history"
-    prompt and completion        texts, or lists of messages of which the completion's are learnt
+    prompt and completion        texts, or lists of messages; only the completion is a target
 
-All may have "system" (a text, for messages that begin with none of their own) and "tools" (a list
-of JSON schemas). Problems raise BadRow.
+All may have "system" (a text, used if messages do not start with a system message) and "tools" (a
+list of JSON schemas). Invalid rows raise BadRow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lm.storage import parse_json
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# Names of roles in ShareGPT's files and those of its descendants.
+# Role names in ShareGPT files and derived formats.
 _SAME_ROLE = {
     "human": "user",
     "gpt": "assistant",
@@ -37,7 +37,7 @@ _SAME_ROLE = {
     "observation": "tool",
     "function_response": "tool",
 }
-_FUNCTION_CALL = "function_call"  # an assistant's message of which the value is a call, in JSON
+_FUNCTION_CALL = "function_call"  # role of an assistant message whose value is a call, in JSON
 
 
 class Conversation(NamedTuple):
@@ -45,7 +45,7 @@ class Conversation(NamedTuple):
 
     Attributes:
         messages: its messages.
-        tools: JSON schemas of the tools that it may call; None: none.
+        tools: JSON schemas of available tools; None: none.
     """
 
     messages: list[Message]
@@ -53,13 +53,13 @@ class Conversation(NamedTuple):
 
 
 def conversation_of(values: Mapping[str, Any]) -> Conversation:
-    """Return the conversation of a row, in the first of the forms whose columns it has.
+    """Parse the conversation of a row, in the first format whose columns it has.
 
     Args:
-        values: values by column; None as if there were none.
+        values: values by column; None counts as missing.
 
     Raises:
-        BadRow: the row has no conversation, nothing in it is learnt, or it is not well formed.
+        BadRow: the row has no conversation or no targets, or is malformed.
     """
     values = {name: value for name, value in values.items() if value is not None}
     for columns, read in FORMS.items():
@@ -79,29 +79,29 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
 
 
 def is_learnt(message: Message) -> bool:
-    """Return whether a message is one that the assistant learns to say."""
+    """Return whether a message is a training target."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def says_something(message: Message) -> bool:
-    """Return whether a message has a text that is not blank, or calls a tool."""
+    """Return whether a message has non-blank text or calls a tool."""
     return bool(content_text(message["content"]).strip() or message.get("tool_calls"))
 
 
 def from_messages(values: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a column "messages"."""
+    """Parse column "messages"."""
     return messages_of(values["messages"])
 
 
 def from_sharegpt(values: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a column "conversations"."""
+    """Parse column "conversations"."""
     return messages_of(values["conversations"])
 
 
 def from_alpaca(values: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of an instruction, its input if there is one, and the output.
+    """Build messages from an instruction, its input if any, and the output.
 
-    Earlier turns are in "history", a list of pairs of texts.
+    Earlier turns are in "history", a list of text pairs.
     """
     messages = []
     for turn in values.get("history") or ():
@@ -115,7 +115,7 @@ def from_alpaca(values: Mapping[str, Any]) -> list[Message]:
 
 
 def from_prompt(values: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a prompt, of which none is learnt, and of its completion."""
+    """Build messages from a prompt (no targets) and its completion."""
     prompt = as_messages("prompt", values["prompt"], "user")
     completion = as_messages("completion", values["completion"], "assistant")
     return [*map(not_learnt, prompt), *completion]
@@ -134,16 +134,16 @@ COLUMNS = (
 
 
 def as_messages(column: str, value: Any, role: str) -> list[Message]:
-    """Return the messages of a column that holds a text, which one of `role` says, or messages."""
+    """Parse a column that holds messages, or a text said by `role`."""
     if isinstance(value, list | tuple):
         return messages_of(value)
     return [text_message(role, value, column)]
 
 
 def messages_of(value: Any) -> list[Message]:
-    """Return the messages of a list of mappings, or of JSON text of one.
+    """Parse a list of mappings, or its JSON text, to messages.
 
-    A mapping has "role" and "content", or "from" and "value"; without what is null in it.
+    Mappings have "role" and "content", or "from" and "value"; null values are dropped.
     """
     if isinstance(value, str):
         value = _parsed("messages", value)
@@ -153,17 +153,17 @@ def messages_of(value: Any) -> list[Message]:
 
 
 def text_message(role: str, text: Any, column: str = "") -> Message:
-    """Return a message of a text; BadRow if it is none."""
+    """Build a message from a text; BadRow if it is not text."""
     return {"role": role, "content": _text(column or role, text)}
 
 
 def not_learnt(message: Message) -> Message:
-    """Return a message that is read but not learnt."""
+    """Mark a message as not a target."""
     return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
 def tools_of(values: Mapping[str, Any]) -> list[Any] | None:
-    """Return the tools of a row: a list of JSON schemas, or JSON text of one; None without any."""
+    """Parse the tools of a row: a list of JSON schemas or its JSON text; None if there are none."""
     tools = values.get("tools") or None
     if isinstance(tools, str):
         tools = _parsed("tools", tools)
@@ -173,7 +173,7 @@ def tools_of(values: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _message(number: int, entry: Any) -> Message:
-    """Return a message with its role as templates call it."""
+    """Normalize a message, with its role as in chat templates."""
     where = f"message {number}"
     if not isinstance(entry, Mapping):
         raise BadRow(f"{where} is of type {type(entry).__name__}, not a mapping")
@@ -207,7 +207,7 @@ def _check_content(where: str, content: Any) -> None:
 
 
 def _calls(where: str, message: Message) -> list[dict[str, Any]]:
-    """Return the calls of ShareGPT's function_call as Hugging Face's templates take them."""
+    """Convert ShareGPT's function_call to the tool calls that Hugging Face templates expect."""
     found: Any = message.get("content")
     found = _parsed(f"{where}: {_FUNCTION_CALL}", found) if isinstance(found, str) else found
     calls: list[Any] = found if isinstance(found, list) else [found]
@@ -229,7 +229,7 @@ def _text(column: str, value: Any) -> str:
 
 
 def _as_json(where: str, value: Any) -> Any:
-    """Return a value as JSON has it, what JSON does not have as text; BadRow if it is not UTF-8."""
+    """Convert a value to JSON types, other types to text; BadRow if it is not valid UTF-8."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
@@ -246,14 +246,14 @@ def _parsed(where: str, text: str) -> Any:
 
 
 def content_text(content: Any) -> str:
-    """Return the text of a message's content; that of a list of parts one after the other."""
+    """Return the text of a message's content; text parts are concatenated."""
     if isinstance(content, list):
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
     return content or ""
 
 
 def all_text(messages: Iterable[Message], tools: list[Any] | None) -> str:
-    """Return the roles and texts of a conversation, for a tokenizer that is fitted to them."""
+    """Return roles and texts of a conversation, to fit a tokenizer on."""
     lines = []
     for message in messages:
         lines += [message["role"], content_text(message["content"])]

@@ -1,11 +1,11 @@
-"""Owners of the characters of a rendered conversation: a message, or the template.
+"""Attribution of the characters of a rendered conversation to messages or the template.
 
-A template is rendered twice: with the values as they are, and with each character of a message's
-texts replaced by one that stands for the message. Both texts are of one length, so that the second
-says whose each character of the first is, whatever the template does with a text: it trims, splits,
-joins, repeats and drops. White space and what JSON escapes stay, and where a template looks for
-words in a text, such as "</think>", those words. Whose the white space around a text is, a third
-rendering says, in which that is replaced too, if it corresponds.
+A template is rendered twice: with the actual values, and with each character of a message's texts
+replaced by one that stands for the message. Both results have the same length, so the second gives
+the owner of each character in the first, even if the template trims, splits, joins, repeats or
+drops text. White space and characters that JSON escapes stay, as do words such as "</think>" that
+the template looks for in text. A third rendering, in which white space at the edges of texts is
+replaced too, determines the owner of that white space if it corresponds.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 
 import numpy as np
 
-_FIRST = 0xF0000  # of the private characters that stand for owners
+_FIRST = 0xF0000  # first of the private characters that stand for owners
 MARKS = ("\U0010fffc", "\U0010fffd")  # around what an assistant says; in the second text only
 _REPLACED = re.compile(r'[^\s"\\\x00-\x1f\x7f]+')
 _STAYS = r'[\s"\\\x00-\x1f\x7f]'
 _EDGES = re.compile(rf"\A{_STAYS}+|(?<!{_STAYS}){_STAYS}+\Z")
-_SPACES = ("\u2003", "\u2002")  # templates trim them as they do all white space
-_AS_THEY_ARE = ("role", "type")  # keys whose values say what kind of thing something is
+_SPACES = ("\u2003", "\u2002")  # templates trim them like all white space
+_AS_THEY_ARE = ("role", "type")  # keys whose values give the kind of an object
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Text of a conversation.
+    """Rendered text of a conversation, with owners.
 
     Attributes:
         text: the text, L characters.
-        owner: int32 [L]: index of the message whose text a character is; -1: the template's, or
-            one that stays.
-        whole: int32 [L]: the same, with the characters that stay at the edges of messages.
+        owner: int32 [L]: index of the message that a character comes from; -1 for the template's
+            characters, and for those that were not replaced.
+        whole: int32 [L]: same, but including unreplaced characters at the edges of messages.
         said: bool [L]: within `{% generation %}`.
-        outline: the text in which other characters stand for those of messages.
+        outline: text with the characters of messages replaced.
     """
 
     text: str
@@ -53,15 +53,15 @@ def replaced(
     kept: re.Pattern[str] | None = None,
     keys: Collection[str] = (),
 ) -> Any:
-    """Return a value of JSON types with the characters of its texts replaced.
+    """Replace the characters of texts in a JSON value by an owner's marker.
 
     Args:
         value: the value.
         owner: number of the owner.
-        guarded: matches names of tokens, of which no character stays; in the key of an object, by
-            which objects may be sorted, the first alone.
-        kept: matches what stays otherwise.
-        keys: texts that stay if they are the whole.
+        guarded: pattern of token names, of which no character stays; in object keys, by which
+            objects may be sorted, only the first character is replaced.
+        kept: pattern of other text that stays.
+        keys: texts that stay if they match completely.
     """
     sign = chr(_FIRST + owner)
 
@@ -98,7 +98,7 @@ def _parts(
     between: Callable[[str], str],
     found: Callable[[str], str],
 ) -> str:
-    """Return a text with functions applied to what a pattern with one group finds, and between."""
+    """Apply functions to the matches of a pattern with one group, and to the text between them."""
     if pattern is None:
         return between(text)
     parts = enumerate(pattern.split(text))
@@ -106,14 +106,14 @@ def _parts(
 
 
 def keys_of(value: Any) -> set[str]:
-    """Return the keys of all objects in a value of JSON types."""
+    """Return the keys of all objects in a JSON value."""
     if isinstance(value, Mapping):
         return {str(key) for key in value}.union(*map(keys_of, value.values()))
     return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
 
 
 def longest_of(texts: Collection[str]) -> re.Pattern[str] | None:
-    """Return an expression with one group that matches the longest of some texts."""
+    """Return a pattern with one group that matches the longest of some texts."""
     longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
@@ -122,8 +122,8 @@ def compare(text: str, traced: str, n_owners: int) -> Traced | None:
     """Return the owners of a text's characters; None if the texts do not correspond.
 
     Args:
-        text: text that the template makes of the values.
-        traced: text that it makes of their replacements.
+        text: template output for the actual values.
+        traced: template output for the replaced values.
         n_owners: number of owners.
     """
     found, (plain, said) = codes(text), _without_marks(traced)
@@ -138,11 +138,11 @@ def compare(text: str, traced: str, n_owners: int) -> Traced | None:
 
 
 def with_other_edges(text: str, sign: str) -> str:
-    """Return a text with other characters for those at its edges that `replaced` leaves.
+    """Replace characters at a text's edges that `replaced` leaves unchanged.
 
     Args:
         text: the text.
-        sign: stands for what is no white space there.
+        sign: replacement for characters other than white space.
     """
 
     def other(character: str) -> str:
@@ -154,9 +154,9 @@ def with_other_edges(text: str, sign: str) -> str:
 
 
 def with_edges(traced: Traced, other: str) -> Traced:
-    """Return the owners with those of the edges, which differ in another text.
+    """Extend ownership to edge characters, which differ in another rendering.
 
-    They belong to the message that they touch. Texts that do not correspond say nothing.
+    They belong to the adjacent message. A rendering that does not correspond is ignored.
     """
     found, plain = codes(traced.outline), _without_marks(other)[0]
     if len(plain) != len(found):
@@ -169,7 +169,7 @@ def with_edges(traced: Traced, other: str) -> Traced:
 
 
 def first_difference(traced: Traced, other: str) -> int | None:
-    """Return where another text begins to differ from the outline; None if it does not."""
+    """Return where another text first differs from the outline; None if it does not."""
     one, two = codes(traced.outline), _without_marks(other)[0]
     n = min(len(one), len(two))
     unlike = np.flatnonzero(one[:n] != two[:n])
@@ -177,7 +177,7 @@ def first_difference(traced: Traced, other: str) -> int | None:
 
 
 def _without_marks(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the code points of a text without marks, and which were between two, [L] each."""
+    """Return the code points of a text without marks, and which were between marks, [L] each."""
     found = codes(text)
     start, end = (found == ord(mark) for mark in MARKS)
     between = np.cumsum(start.astype(np.int32) - end) > 0

@@ -1,9 +1,9 @@
-"""Records of preferences: a prompt with a better and a worse completion, or with one and its label.
+"""Preference records: a prompt with a chosen and a rejected completion, or a labelled completion.
 
-Prompts and completions are texts, or lists of messages (`messages.py`), which the tokenizer's chat
-template renders. Without a prompt it is what chosen and rejected have in common at their beginning.
-As in TRL 1.16, prompt and completion are tokenized together, and the completion begins where the
-tokens differ from those of the prompt alone.
+Prompts and completions are texts, or lists of messages (`messages.py`) that the tokenizer's chat
+template renders. Without a prompt, the common prefix of chosen and rejected is used. As in TRL
+1.16, prompt and completion are tokenized together, and the completion starts where the tokens
+differ from those of the prompt alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 @dataclass(frozen=True)
 class PairRecords(Records):
-    """Pairs: records of "prompt", "chosen" and "rejected", perhaps with "tools" and a "margin"."""
+    """Pairs: records with "prompt", "chosen", "rejected", optionally "tools" and "margin"."""
 
     known: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected", "margin", "tools")
 
@@ -39,7 +39,7 @@ class PairRecords(Records):
         return (*super()._settings, type(self).__name__)
 
     def encoder(self, tokenizer: Tokenizer) -> RecordEncoder:
-        """Return what tokenizes prompts and completions."""
+        """Return the encoder of prompts and completions."""
         return PreferenceEncoder(tokenizer, ChatTemplate.of(tokenizer))
 
     def texts(self, record: Fields) -> list[str]:
@@ -56,7 +56,7 @@ class PairRecords(Records):
         return pair_of(values)
 
     def _values(self, row: Row, columns: Mapping[str, str]) -> Fields:
-        """Return the values of a row by record column, without nulls."""
+        """Return the non-null values of a row by record column."""
         if row.problem:
             raise BadRow(row.problem)
         found = {name: field_value(row.values, column) for name, column in columns.items()}
@@ -65,15 +65,15 @@ class PairRecords(Records):
 
 @dataclass(frozen=True)
 class LabelledRecords(PairRecords):
-    """Records of "prompt", "completion" and "label", whether the completion is desirable.
+    """Records of "prompt", "completion" and "label" (whether the completion is desirable).
 
-    Rows that are pairs give two each: first all that are chosen, then all that are rejected.
+    A row that is a pair gives two records: first all chosen, then all rejected ones.
     """
 
     known: ClassVar = ("prompt", "completion", "label", "chosen", "rejected", "tools")
 
     def read(self, report: Callable[[str], object]) -> Iterator[tuple[Fields, str]]:
-        """Yield records and where they stand, as `Records.read` does."""
+        """Yield records and their places, see `Records.read`."""
         for side in ("chosen", "rejected"):
             for record, where in super().read(report):
                 if "completion" not in record:
@@ -104,9 +104,9 @@ def require_values(
 
     Args:
         values: values by record column.
-        columns: column of the source by record column.
+        columns: source column of each record column.
         row: the row.
-        *names: record columns.
+        *names: required record columns.
     """
     for name in names:
         if name not in values:
@@ -116,17 +116,17 @@ def require_values(
 
 
 def _ignore(message: str) -> None:
-    """Drop a message that was reported before."""
+    """Ignore a message that was already reported."""
 
 
 def pair_of(values: Mapping[str, Any]) -> Fields:
-    """Return the record of a pair.
+    """Build the record of a pair.
 
     Args:
         values: values by record column.
 
     Raises:
-        BadRow: a completion is empty, both are the same, or they are not well formed.
+        BadRow: a completion is empty, both are equal, or they are malformed.
     """
     chosen, rejected = _alike(values["chosen"], values["rejected"], ("chosen", "rejected"))
     if "prompt" in values:
@@ -152,7 +152,7 @@ def pair_of(values: Mapping[str, Any]) -> Fields:
 
 
 def _alike(first: Any, second: Any, names: tuple[str, str] = ("prompt", "completion")) -> Any:
-    """Return two values as texts, or as messages where one of them is a list."""
+    """Return two values as texts, or as messages if one of them is a list."""
     if isinstance(first, str) and isinstance(second, str):
         for name, text in zip(names, (first, second), strict=True):
             _require_utf8(name, text)
@@ -172,7 +172,7 @@ def _require_utf8(name: str, text: str) -> None:
 
 
 def _require_text(name: str, completion: Text) -> None:
-    """Raise BadRow unless a completion says something."""
+    """Raise BadRow if a completion is blank."""
     if isinstance(completion, str):
         says = bool(completion.strip())
     else:
@@ -189,9 +189,10 @@ def _tools(values: Mapping[str, Any]) -> Fields:
 
 
 def _common_beginning(first: Text, second: Text) -> int:
-    """Return the length of what two texts, or lists of messages, have in common.
+    """Return the length of the common prefix of two texts or message lists.
 
-    Of texts a space before the difference belongs to the completions; something is left of both.
+    For texts, a space before the difference belongs to the completions; neither completion is
+    empty.
     """
     shorter = min(len(first), len(second))
     n = next((i for i in range(shorter) if first[i] != second[i]), max(shorter - 1, 0))
@@ -200,15 +201,15 @@ def _common_beginning(first: Text, second: Text) -> int:
 
 @dataclass(frozen=True)
 class PreferenceEncoder:
-    """Tokens of prompts and completions.
+    """Encoder of prompts and completions.
 
-    A text starts with the tokenizer's bos, if it has one, and a completion ends with its eos. A
-    prompt without any token is the bos, or else the eos, that documents start with.
+    A text starts with the tokenizer's bos, if any, and a completion ends with its eos. A prompt
+    without tokens becomes the token that documents start with: bos, or else eos.
 
     Attributes:
         tokenizer: tokenizer.
         template: its chat template.
-        length: 0, nothing is cut.
+        length: 0: nothing is truncated.
     """
 
     tokenizer: Tokenizer
@@ -218,11 +219,11 @@ class PreferenceEncoder:
 
     @property
     def key(self) -> list[Any]:
-        """Settings that the tokens depend on beside tokenizer and records."""
+        """Settings that the tokens depend on, besides tokenizer and records."""
         return ["preferences", self.template.source]
 
     def __call__(self, record: Fields) -> EncodedRecord:
-        """Return the record with the tokens of its prompt and completions."""
+        """Tokenize the prompt and completions of a record."""
         names = [name for name in ("chosen", "rejected", "completion") if name in record]
         prompt, tools = record["prompt"], record.get("tools")
         try:
@@ -253,7 +254,7 @@ class PreferenceEncoder:
         return self.template.encode(prompt, tools, add_generation_prompt=True).ids
 
     def whole(self, prompt: Text, completion: Text, tools: Any) -> np.ndarray:
-        """Return the tokens of a prompt with its completion: two texts, or two lists of messages.
+        """Tokenize a prompt with its completion, both texts or both lists of messages.
 
         Args:
             prompt: prompt.

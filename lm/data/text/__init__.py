@@ -1,1 +1,1 @@
-"""Sources of documents: the standard library, text and JSON files, TensorFlow Datasets."""
+"""Document sources: standard library, files of several formats, data sets."""

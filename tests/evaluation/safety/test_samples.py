@@ -60,7 +60,7 @@ def test_samples_and_choices_of_a_run(evaluate, safety_data):
         ("task", "", "holds no question"),
         ("templates", "{other}\n", "fields are question"),
         ("templates", "{question\n", "fields are question"),
-        ("unsafe_words", "\n", "holds no word"),
+        ("unsafe_words", "\n", "the word list is empty"),
         ("classifier", None, "no run in"),
     ],
 )

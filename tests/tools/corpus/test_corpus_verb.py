@@ -272,7 +272,7 @@ def test_banned_words_of_a_file(corpus, tmp_path):
         ({"rules": ("language",), "language": {"languages": "en"}}, "expected a tuple"),
         ({"gopher_quality": {"min_doc_words": "x"}}, "config.gopher_quality.min_doc_words='x'"),
         ({"rules": ("banned_words",)}, "needs its option: config.banned_words.words"),
-        ({"rules": ("banned_words",), "banned_words": {"words": "no"}}, "no file of words 'no'"),
+        ({"rules": ("banned_words",), "banned_words": {"words": "no"}}, "no word list 'no'"),
         ({"rules": ("personal_data",), "personal_data": {"kinds": ("fax",)}}, "unknown kind 'fax'"),
         ({"rules": ("personal_data",), "personal_data": {"regions": ("XY",)}}, "region 'XY'"),
         ({"rules": ("decontamination",)}, "name test sets"),
