@@ -17,7 +17,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
+import soundfile
 from absl import logging
 from kinds import KINDS
 
@@ -95,6 +97,21 @@ def parallel_files(tmp_path_factory):
         lines = (" ".join(words[i * k % 5] for k in range(1, 3 + i % 4)) for i in range(48))
         path.write_text("".join(f"{line}\n" for line in lines))
     return paths
+
+
+@pytest.fixture(scope="session")
+def spoken_file(tmp_path_factory):
+    """Forty-eight recordings of one to three tones, and a word for each tone: their manifest."""
+    words, folder = ["one", "two", "three", "four"], tmp_path_factory.mktemp("spoken")
+    rows = []
+    for i in range(48):
+        tones = [(i * k) % 4 for k in range(1, 2 + i % 3)]
+        time = np.arange(1600) / 16_000
+        wave = [0.3 * np.sin(2 * np.pi * 300 * (1 + tone) * time) for tone in tones]
+        soundfile.write(folder / f"{i}.wav", np.concatenate(wave), 16_000)
+        rows.append({"audio": f"{i}.wav", "target": " ".join(words[tone] for tone in tones)})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "manifest.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +218,14 @@ def get_config():
 
 @pytest.fixture
 def make_kind(
-    text_file, labelled_file, parallel_files, squad_file, tagged_file, chat_file, pairs_file
+    text_file,
+    labelled_file,
+    parallel_files,
+    spoken_file,
+    squad_file,
+    tagged_file,
+    chat_file,
+    pairs_file,
 ):
     """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
 
@@ -209,6 +233,7 @@ def make_kind(
     """
     records = {
         "seq2seq": "parallel:{}|{}".format(*parallel_files),
+        "transcription": f"audio:{spoken_file}",
         "classification": f"tsv:{labelled_file}",
         "span_qa": f"squad:{squad_file}",
         "token_classification": f"conll:{tagged_file}",

@@ -36,10 +36,13 @@ def add_arguments(parser: Parser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="prompt, repeatable; default: standard input",
+        help="prompt (or path of a recording), repeatable; default: standard input",
     )
     parser.add_argument(
-        "--input", metavar="FILE", help="file of prompts or sources, one per line, or .jsonl"
+        "--input",
+        metavar="FILE",
+        help="file of prompts or sources, one per line, or .jsonl; for a model that hears a "
+        "recording, a folder or glob of them, or a manifest",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="one line per input, or .jsonl; resumed if it exists"

@@ -228,6 +228,29 @@ class DenoisingOptions:
 
 
 @dataclass(frozen=True)
+class TranscriptionOptions:
+    """Options of transcription: SpecAugment (Park et al. 2019)."""
+
+    masks: int = option(
+        0,
+        "Transcription: masks of time and of frequency in training (SpecAugment); 0: none.",
+        low=0,
+    )
+    mask_frames: int = option(
+        100,
+        "Transcription: longest mask of time, in frames of 10 ms.",
+        low=0,
+        needs=("objective.masks",),
+    )
+    mask_bins: int = option(
+        27,
+        "Transcription: widest mask of frequency, in mel bins.",
+        low=0,
+        needs=("objective.masks",),
+    )
+
+
+@dataclass(frozen=True)
 class SkipGramOptions:
     """Options of skip-gram with negative sampling (Mikolov et al. 2013)."""
 
@@ -370,6 +393,12 @@ OBJECTIVES = Registry(
             "lm.objectives.seq2seq:Seq2Seq",
             families=("encoder_decoder", "lstm_encoder_decoder"),
             columns=("source", "target"),
+        ),
+        "transcription": Entry(
+            "lm.objectives.transcription:Transcription",
+            TranscriptionOptions,
+            families=("encoder_decoder",),
+            columns=("audio", "target"),
         ),
         "classification": Entry(
             "lm.objectives.classification:Classification",
@@ -578,7 +607,7 @@ SCHEDULES = Registry(
 
 # --- evaluation
 
-_SCORES = "lm.evaluation.scores"
+_SCORES, _WORD_ERRORS = "lm.evaluation.scores", "lm.evaluation.word_errors"
 
 
 @dataclass(frozen=True)
@@ -590,6 +619,17 @@ class BleuOptions:
         "BLEU: sacrebleu's tokenizer; auto: zh, ja-mecab, ko-mecab or char where the references "
         "are Chinese, Japanese, Korean or of a script without spaces (Thai), else 13a.",
         choices=("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none"),
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class WordErrorOptions:
+    """Options of word and character error rate."""
+
+    normalize_words: bool = option(
+        True,
+        "WER, CER: compare in lower case and without punctuation (lm/evaluation/word_errors.py).",
         free=True,
     )
 
@@ -612,6 +652,8 @@ METRICS = Registry(
         "spearman": Entry(f"{_SCORES}:spearman"),
         "exact_match": Entry(f"{_SCORES}:exact_match"),
         "squad": Entry(f"{_SCORES}:squad"),
+        "wer": Entry(f"{_WORD_ERRORS}:wer", WordErrorOptions, shared_with=("cer",)),
+        "cer": Entry(f"{_WORD_ERRORS}:cer"),
         "seqeval": Entry(f"{_SCORES}:seqeval"),
     },
     is_choice=False,

@@ -63,7 +63,8 @@ def generate_file(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        input: text file, or .jsonl with a field "source" or "prompt"; both may be .gz.
+        input: text file, or .jsonl with a field "source" or "prompt"; both may be .gz. For a model
+            that hears, PATH of the source `audio`.
         output: file to write, of JSON objects if it is .jsonl, else of text.
         sampling: options of one sample an input; None: beam search.
         seed: seed of the samples.
@@ -76,7 +77,12 @@ def generate_file(
         system: system prompt of conversations that have none.
     """
     inputs: Sequence[Any]
-    if template is None:
+    if experiment.config.model.n_mels:
+        from lm.data.audio.audio_inputs import find_recordings
+
+        role, inputs = "audio", find_recordings(str(input), experiment.config.data)
+        lines = [*inputs]
+    elif template is None:
         role = "source" if is_encoder_decoder(experiment.model) else "prompt"
         inputs = lines = read_inputs(input, role, experiment.config.data.columns)
     else:

@@ -76,7 +76,8 @@ def generate_texts(
         experiment: experiment on a mesh.
         params: its parameters.
         tokenizer: tokenizer of the data.
-        texts: sources, prompts, which are not repeated in the output, or conversations.
+        texts: sources, prompts, which are not repeated in the output, or conversations; for a model
+            that hears, paths of recordings.
         sampling: options of one sample an input; None: beam search.
         seed: seed of the samples.
         start: index of the first input whose texts are yielded.
@@ -99,7 +100,12 @@ def generate_texts(
         config = experiment.config
         has_source = is_encoder_decoder(experiment.model)
         controls, stops = _ends(config, tokenizer, stop, template)
-        if has_source:
+        ids: Sequence[Any]
+        if config.model.n_mels:
+            from lm.data.audio.audio_inputs import recording_sources
+
+            ids = recording_sources([str(path) for path in texts], config.data)
+        elif has_source:
             length = config.data.sequence_length
             ids = [source_ids(tokenizer, str(text), length) for text in texts]
         else:

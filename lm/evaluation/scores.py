@@ -70,10 +70,14 @@ def score_predictions(
         raise UserError("nothing to score: no predictions and no references")
     scores: dict[str, float | str] = {}
     for name in names:
-        metric, options = METRICS[name], METRICS.entries[name].options
-        declared = {field.name for field in fields(options)} if options else set()
+        declared = {
+            field.name
+            for other, entry in METRICS.entries.items()
+            if entry.options and name in (other, *entry.shared_with)
+            for field in fields(entry.options)
+        }
         chosen = {key: value for key, value in (settings or {}).items() if key in declared}
-        scores |= metric(predictions, references, **chosen)
+        scores |= METRICS[name](predictions, references, **chosen)
     return scores
 
 

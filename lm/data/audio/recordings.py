@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from lm.data.audio.log_mel import FRAMES_PER_POSITION, HOP, SAMPLE_RATE, log_mel
-from lm.data.audio.waveform import read_waveform
+from lm.data.audio.audio_inputs import read_features
 from lm.data.file_digests import hash_files
 from lm.data.files import resolve_file
 from lm.data.record_store import EncodedRecord, RecordEncoder
@@ -115,7 +114,7 @@ class RecordingEncoder:
         Raises:
             BadRow: the recording cannot be read, or is longer than `length`.
         """
-        features = self.features(self.place(record["audio"]))
+        features = read_features(self.place(record["audio"]), self.n_mels, self.length)
         text = record["target"]
         try:
             tokens = {"target": self.tokenizer.encode(text)}
@@ -131,9 +130,3 @@ class RecordingEncoder:
             cut=False,
             features={"audio": features.astype(np.float16)},
         )
-
-    def features(self, path: Any) -> np.ndarray:
-        """Return the features of a recording, float32 [F, n_mels]."""
-        n_frames = FRAMES_PER_POSITION * self.length
-        samples = read_waveform(path, n_frames * HOP / SAMPLE_RATE)
-        return log_mel(samples, self.n_mels, n_frames)
