@@ -18,14 +18,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
 import runpy
+import struct
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Iterator
 from importlib.metadata import version
 from multiprocessing.connection import wait
@@ -126,6 +129,9 @@ VARIANTS = {
     "model.scale_embeddings=true objective.label_smoothing=0.1",
     "seq2seq lstm_encoder_decoder": f"{SEQ2SEQ} model.family=lstm_encoder_decoder "
     "model.bidirectional=true data.pack=false",
+    "transcription encoder_decoder": "objective.name=transcription model.family=encoder_decoder "
+    "data.source=audio:{data}/tones.jsonl data.n_mels=16 model.n_mels=16 model.max_length=16 "
+    "model.attention_bias=no_key model.activation=gelu_erf objective.masks=1",
     "classification decoder": f"{LABELS} model.pooling=mean",
     "classification encoder": f"{LABELS} model.family=encoder model.token_types=2",
     "classification encoder, regression": "objective.name=classification model.family=encoder "
@@ -211,6 +217,14 @@ def write_data(folder: Path) -> None:
         paragraphs.append({"context": context, "qas": [question]})
     files["squad.json"] = [json.dumps({"data": [{"paragraphs": paragraphs}]})]
     folder.mkdir()
+    for i in range(48):
+        tone = [round(9000 * math.sin(t * (1 + i % 5) / 8)) for t in range(4000)]
+        with wave.open(str(folder / f"{i}.wav"), "wb") as recording:
+            recording.setparams((1, 2, 16_000, 0, "NONE", ""))
+            recording.writeframes(struct.pack("<4000h", *tone))
+    files["tones.jsonl"] = [
+        json.dumps({"audio": f"{i}.wav", "target": english[i % 5]}) for i in range(48)
+    ]
     for file, lines in files.items():
         (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

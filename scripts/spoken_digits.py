@@ -26,7 +26,15 @@ import soundfile
 from scipy.signal import resample_poly
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc")
+ACCENTS = (
+    "en-us",
+    "en-gb",
+    "en-gb-scotland",
+    "en-gb-x-rp",
+    "en-gb-x-gbclan",
+    "en-029",
+    "en-us-nyc",
+)
 SPEAKERS = {
     "test": "steph steph2 steph3 edward edward2 iven iven2 iven3 iven4 Andrea linda victor f5 m8 "
     "pablo miguel boris",

@@ -74,6 +74,10 @@ OTHERS = {
 KINDS = {
     "causal decoder": ["eval", "generate --prompt the"],
     "seq2seq encoder_decoder": ["eval --task", "generate --prompt one"],
+    "transcription encoder_decoder": [
+        "eval --task",
+        "generate --input {file} --output {workdir}/o",
+    ],
 }
 
 
@@ -85,7 +89,8 @@ def test_a_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
         config = make_kind(kind, train__steps=1)
         train(config, workdir)
         for command in commands:
-            verb, *words = command.format(source=config.data.source).split()
+            file = config.data.source.partition(":")[2]
+            verb, *words = command.format(file=file, workdir=workdir).split()
             words = [verb, *words, "--workdir", str(workdir)]
             args, _ = parse(words, VERBS)
             name = f"{verb} --task" * ("--task" in words) or verb

@@ -62,7 +62,7 @@ def add_arguments(parser: Parser) -> None:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the verb uses."""
-    return ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
+    return ("parallel.*", *MODEL, "decode.*", "data.sequence_length", "data.columns", "data.header")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.guard import open_guard
-    from lm.decoding.prompts import is_encoder_decoder
+    from lm.decoding.prompts import input_role, is_encoder_decoder
     from lm.decoding.sampling import Sampling
 
     _check_generate(args)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         sampled = None if searches else sampling
         options: Any = {"stop": args.stop, "best_of": best_of, "template": template}
         found = generate_texts(experiment, params, tokenizer, inputs, sampled, args.seed, **options)
-        role = "source" if is_encoder_decoder(model) else "prompt"
+        role = input_role(model)
         records = [
             generation_record(role, prompt, generations, args.n_best)
             for prompt, generations in zip(prompts, found, strict=True)

@@ -25,7 +25,7 @@ from lm.decoding.chats import Chat, chat_of
 from lm.decoding.controls import Controls
 from lm.decoding.generation import generate_texts, generation_record
 from lm.decoding.guard import open_guard
-from lm.decoding.prompts import is_encoder_decoder
+from lm.decoding.prompts import input_role
 from lm.decoding.sampling import Sampling
 from lm.decoding.text_limits import KEYS
 from lm.errors import UserError
@@ -77,16 +77,15 @@ def generate_file(
         system: system prompt of conversations that have none.
     """
     inputs: Sequence[Any]
+    role = "messages" if template else input_role(experiment.model)
     if experiment.config.model.n_mels:
         from lm.data.audio.audio_inputs import find_recordings
 
-        role, inputs = "audio", find_recordings(str(input), experiment.config.data)
-        lines = [*inputs]
+        inputs = lines = find_recordings(str(input), experiment.config.data)
     elif template is None:
-        role = "source" if is_encoder_decoder(experiment.model) else "prompt"
         inputs = lines = read_inputs(input, role, experiment.config.data.columns)
     else:
-        role, inputs = "messages", read_chats(input, system)
+        inputs = read_chats(input, system)
         lines = [json.dumps(vars(chat)) for chat in inputs]
     as_json = output.suffix == ".jsonl"
 

@@ -40,6 +40,27 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return hasattr(model, "start")
 
 
+def input_role(model: nn.Module) -> str:
+    """Return the name of what the model reads: "prompt", "source", or "audio" if it hears."""
+    if getattr(model.config, "n_mels", 0):  # type: ignore[attr-defined]
+        return "audio"
+    return "source" if is_encoder_decoder(model) else "prompt"
+
+
+def require_text_input(model: nn.Module, who: str) -> None:
+    """Raise UserError if the model hears.
+
+    Args:
+        model: the model.
+        who: what reads texts, the start of the message.
+    """
+    if input_role(model) == "audio":
+        raise UserError(
+            f"{who} reads texts, and this model hears (--config.model.n_mels): lm generate and lm "
+            "eval --task transcribe recordings"
+        )
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return the number of tokens that the model has positions for; None: any number."""
     config = model.config  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import decode_best, sample_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import is_encoder_decoder, prompt_ids
+from lm.decoding.prompts import is_encoder_decoder, prompt_ids, require_text_input
 from lm.decoding.sampling import Sampling
 from lm.decoding.text_stream import text_after, text_before
 from lm.errors import UserError, missing_package
@@ -262,6 +262,7 @@ class HarnessModel(LM):
         """Return continuations with the options of a task, lm-eval's `generation_kwargs`."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
+        require_text_input(self._experiment.model, "lm eval --harness")
         chosen = normalize_gen_kwargs(dict(options), _NEW_TOKENS)
         n_new, tokenizer = chosen["max_gen_toks"], self._tokenizer
         config = self._experiment.config.copy_and_resolve_references()

@@ -30,6 +30,7 @@ from lm.decoding.prompts import (
     pad_ids,
     padded_length,
     prompt_ids,
+    require_text_input,
     source_ids,
 )
 from lm.errors import UserError
@@ -155,6 +156,7 @@ def _rows_of(
 ) -> Callable[[int, Request], Iterator[_Row]]:
     """Return the function from a request and its number to its rows."""
     model, special = experiment.model, special_tokens(tokenizer)
+    require_text_input(model, "scoring of texts")
     start = target_start(tokenizer, experiment.config.data.target_prefix)
     context = experiment.config.model.max_length
 

@@ -27,7 +27,13 @@ from lm.data.records import Records, split_words
 from lm.data.row_documents import MISSING, field_value
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
-from lm.decoding.prompts import check_ids, context_length, is_encoder_decoder, pad_ids
+from lm.decoding.prompts import (
+    check_ids,
+    context_length,
+    is_encoder_decoder,
+    pad_ids,
+    require_text_input,
+)
 from lm.errors import UserError, missing_package
 from lm.experiment import Experiment
 from lm.insight.capture import require_transformer, run_and_capture
@@ -223,6 +229,7 @@ def _find_labels(records: Records) -> tuple[str, ...]:
 
 def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> LabelledRow:
     """Return a record as the model reads it, cut to its context."""
+    require_text_input(experiment.model, "lm probe")
     raw, special = record.raw, special_tokens(tokenizer)
     column = next((name for name in ("words", "text") if name in record.tokens), "")
     if not column or ("tags" if column == "words" else "label") not in raw:

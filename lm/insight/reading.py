@@ -30,6 +30,7 @@ from lm.decoding.prompts import (
     context_length,
     is_encoder_decoder,
     prompt_ids,
+    require_text_input,
     source_ids,
 )
 from lm.errors import UserError
@@ -144,6 +145,7 @@ def make_passage(
     """
     model, special = experiment.model, special_tokens(tokenizer)
     require_transformer(model)
+    require_text_input(model, "lm inspect")
     try:
         (text + (target or "")).encode()
     except UnicodeEncodeError:

@@ -28,7 +28,12 @@ from safetensors.numpy import save_file
 from lm.data.special_tokens import special_tokens, target_start
 from lm.data.tokenizer import Template
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import context_length, first_inputs, is_encoder_decoder
+from lm.decoding.prompts import (
+    context_length,
+    first_inputs,
+    is_encoder_decoder,
+    require_text_input,
+)
 from lm.decoding.sampling import decode_last
 from lm.decoding.weights import prepare
 from lm.errors import UserError, missing_package, nearest
@@ -185,6 +190,7 @@ def _generator(experiment: Experiment, model: nn.Module, sizes: Sizes) -> dict[s
     The cache passes between them as a list of arrays, the first of which counts the tokens of
     each row.
     """
+    require_text_input(model, "export of programs")
     context = _context(experiment, sizes)
     start = target_start(experiment.tokenizer, experiment.config.data.target_prefix)
     treedef: Any = None

@@ -41,7 +41,6 @@ class Transcription(Seq2Seq):
     columns: ClassVar = ("audio", "target")
 
     _: KW_ONLY
-    prefix: tuple[int, ...] = ()  # TEMPORARY
     n_mels: int = 80
     masks: int = 0
     mask_frames: int = 100

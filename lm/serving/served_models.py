@@ -25,7 +25,7 @@ from lm.decoding.engine.sizes import (
     warm_up_requests,
 )
 from lm.decoding.guard import Guard, open_guard
-from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
+from lm.decoding.prompts import is_encoder_decoder, prompt_ids, require_text_input, source_ids
 from lm.decoding.text_limits import spelling
 from lm.decoding.weights import prepare
 from lm.errors import UserError
@@ -274,6 +274,7 @@ def _open_model(
     options: Any = {"average": weights.average, "best": weights.best, "any_batch": True}
     options |= {"heads_optional": True}
     experiment, params, step = restore_run(folder, overrides, log, **options)
+    require_text_input(experiment.model, "lm serve")
     tokenizer = experiment.tokenizer or load_tokenizer(folder)
     is_classifier = experiment.config.objective.name == "classification"
     prepared = (experiment, params) if is_classifier else prepare(experiment, params)

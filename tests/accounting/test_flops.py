@@ -24,6 +24,7 @@ KINDS = {
     ("encoder", "masked"): 0,
     ("encoder", "classification"): 0,
     ("encoder_decoder", "seq2seq"): CAUSAL_TARGET,
+    ("encoder_decoder", "transcription"): CAUSAL_TARGET,
     ("lstm", "causal"): 0,
     ("lstm", "classification"): 0,
     ("lstm_encoder_decoder", "seq2seq"): PICKS,
@@ -39,6 +40,7 @@ def experiment_of(family, objective, tied=True, **changes):
     config.model.vocab_size, config.model.tie_embeddings = 50, tied
     config.model.attention = "xla"
     config.objective.next_sentence = objective == "masked"
+    config.model.n_mels = config.data.n_mels if objective == "transcription" else 0
     for path, value in changes.items():
         set_value(config, path, value)
     config.data.labels = "good,bad,neither"
@@ -114,7 +116,8 @@ def test_pairs_outside_a_chunk_are_no_work():
 
 
 def test_a_row_is_a_source_and_its_target():
-    assert tokens_per_row(experiment_of("encoder_decoder", "seq2seq")) == L + T
+    for objective in ("seq2seq", "transcription"):
+        assert tokens_per_row(experiment_of("encoder_decoder", objective)) == L + T
     assert tokens_per_row(experiment_of("encoder", "masked")) == L
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lm.data.audio.log_mel import FRAMES_PER_POSITION, HOP, SAMPLE_RATE, log_mel, pad_frames
 from lm.data.audio.transcripts import AudioFiles
@@ -80,7 +80,7 @@ def find_recordings(place: str, data: Any) -> list[str]:
     Raises:
         UserError: there is none, or a row names none.
     """
-    files = AudioFiles(place, ConfigDict({**data, "directory": "."}), "test")
+    files = AudioFiles(place if "://" in place else os.path.abspath(place), data, "test")
     column = dict(parse_columns(data.columns)).get("audio", "audio")
     found = []
     for row in files.rows():
