@@ -100,7 +100,7 @@ def generate_texts(
         config = experiment.config
         has_source = is_encoder_decoder(experiment.model)
         controls, stops = _ends(config, tokenizer, stop, template)
-        ids: Sequence[Any]
+        ids: Any
         if config.model.n_mels:
             from lm.data.audio.audio_inputs import recording_sources
 

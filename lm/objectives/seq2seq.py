@@ -38,7 +38,7 @@ class Seq2Seq(Objective[RecordStore, Example]):
         seed: seed of the packing order.
     """
 
-    families: ClassVar = ("encoder_decoder", "lstm_encoder_decoder")
+    families: ClassVar[tuple[str, ...]] = ("encoder_decoder", "lstm_encoder_decoder")
     columns: ClassVar = ("source", "target")
     task: ClassVar = "generate"
     length_keys: ClassVar = ("sequence_length", "target_length")
