@@ -1,6 +1,6 @@
-"""Decoding of many inputs: in batches of similar length, with the outputs in the inputs' order.
+"""Decoding of many inputs in batches of similar length, with outputs in input order.
 
-Shape letters: B inputs, L source or prompt length, R rows, K beam, T most new tokens,
+Shape letters: B inputs, L source or prompt length, R rows, K beam, T maximum new tokens,
 V vocabulary.
 """
 
@@ -45,7 +45,7 @@ _BATCHES_SORTED = 16  # sorted by length together: more save padding, fewer are 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Output of one input: token ids without the end token, and a score unless it was sampled."""
+    """Output for one input: token ids without the end token, and a score unless sampled."""
 
     tokens: list[int]
     score: float | None
@@ -63,12 +63,12 @@ def decode_best(
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
-        inputs: token ids of sources (eos included) or, without an encoder, of prompts; for a model
-            that hears, log-mel features [F, M].
+        inputs: token ids of sources (including eos) or, without an encoder, of prompts; log-mel
+            features [F, M] for a speech model.
         options: beam size, lengths and controls.
-        progress: called with the number of inputs of each finished batch.
+        progress: called with the number of inputs in each finished batch.
     """
     found = search_batches(experiment, params, tokenizer, inputs, options, progress=progress)
     return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
@@ -83,17 +83,17 @@ def search_batches(
     start: int = 0,
     progress: Progress = lambda n: None,
 ) -> Iterator[list[Hypothesis]]:
-    """Yield the hypotheses of each input by beam search, best first, in the inputs' order.
+    """Yield the beam-search hypotheses of each input, best first, in input order.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
-        inputs: token ids of sources (eos included) or, without an encoder, of prompts; for a model
-            that hears, log-mel features [F, M].
+        inputs: token ids of sources (including eos) or, without an encoder, of prompts; log-mel
+            features [F, M] for a speech model.
         options: beam size, lengths and controls.
-        start: index of the first input whose hypotheses are yielded.
-        progress: called with the number of inputs of each finished batch.
+        start: index of the first input to process.
+        progress: called with the number of inputs in each finished batch.
     """
     experiment, params = prepare(experiment, params)
     model, batch_size = experiment.model, experiment.config.decode.batch_size
@@ -133,13 +133,13 @@ def sample_batches(
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         prompts: token ids of each prompt.
         sampling: options.
         seed: seed of all samples.
-        controls: constraints on the new tokens.
-        start: index of the first prompt whose continuation is yielded.
-        progress: called with the number of prompts of each finished batch.
+        controls: constraints on new tokens.
+        start: index of the first prompt to process.
+        progress: called with the number of prompts in each finished batch.
     """
     experiment, params = prepare(experiment, params)
     config = experiment.config
@@ -170,9 +170,9 @@ def _in_order(
     start: int,
     progress: Progress,
 ) -> Iterator[list[Hypothesis]]:
-    """Yield the outputs of `decode`, called with the indices of a batch of inputs at a time."""
+    """Yield the outputs of `decode` in order; it is called with the indices of a batch."""
     window = batch_size * _BATCHES_SORTED
-    # Windows do not depend on `start`, so that a second start decodes the same batches.
+    # Windows do not depend on `start`, so that a restart decodes the same batches.
     for first in range(start - start % window, len(inputs), window):
         end = min(first + window, len(inputs))
         longest_first = sorted(range(first, end), key=lambda i: len(inputs[i]), reverse=True)

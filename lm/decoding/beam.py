@@ -1,10 +1,10 @@
 """Beam search with length penalty and n-best, as one compiled loop.
 
-A step extends every running hypothesis by every token and keeps the K best. Those of them that
-end are finished, the others run on (Sutskever et al. 2014, section 3.2, except that a finished
-hypothesis frees its place in the beam). So a beam of 1 is greedy decoding.
+A step extends every running hypothesis by every token and keeps the K best. Those that end are
+finished, the others continue (Sutskever et al. 2014, section 3.2, except that a finished hypothesis
+frees its place in the beam). So a beam of 1 is greedy decoding.
 
-Shape letters: B inputs, K beam, R = B·K rows, T most new tokens, V vocabulary.
+Shape letters: B inputs, K beam, R = B·K rows, T maximum new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lm.decoding.controls import UNSET, Controls
 
 
 class DecodingCache(Protocol):
-    """Cache of any model that decodes token by token."""
+    """Cache of any model with token-by-token decoding."""
 
     def take(self, rows: jax.Array) -> Self:
-        """Return the cache of these rows."""
+        """Select rows of the cache."""
         ...
 
 
@@ -39,11 +39,11 @@ class BeamOptions:
     """Options of beam search.
 
     Attributes:
-        beam_size: hypotheses an input, K.
-        max_length: most tokens of a hypothesis, the end token included, T.
-        length_penalty: hypotheses are compared by log-probability / ((5 + length) / 6)^this (Wu
-            et al. 2016, eq. 14).
-        controls: constraints on the new tokens.
+        beam_size: hypotheses per input, K.
+        max_length: maximum tokens of a hypothesis, including the end token, T.
+        length_penalty: exponent of the length penalty: hypotheses are ranked by
+            log-probability / ((5 + length) / 6)^length_penalty (Wu et al. 2016, eq. 14).
+        controls: constraints on new tokens.
     """
 
     beam_size: int
@@ -55,19 +55,19 @@ class BeamOptions:
     def from_config(
         cls, config: ConfigDict, tokenizer: Tokenizer, further_ends: Sequence[int] = ()
     ) -> BeamOptions:
-        """Return the options of a resolved configuration; arguments as of `Controls`."""
+        """Return the options of a resolved configuration; for arguments see `Controls`."""
         decode = config.decode
         controls = Controls.from_config(config, tokenizer, further_ends)
         return cls(decode.beam_size, decode.max_length, decode.length_penalty, controls)
 
     def norm(self, length: jax.Array | int) -> jax.Array:
-        """Return the divisor of the log-probabilities of hypotheses of a length."""
+        """Return the divisor of log-probabilities for a length."""
         return ((5.0 + jnp.asarray(length)) / 6.0) ** self.length_penalty
 
 
 @flax.struct.dataclass
 class _Hypotheses:
-    """Top-K hypotheses per input, best first; scores are -inf where there is none."""
+    """Top-K hypotheses per input, best first; scores are -inf for missing ones."""
 
     tokens_BKT: jax.Array
     scores_BK: jax.Array
@@ -80,8 +80,8 @@ class _State:
 
     Attributes:
         step: number of tokens so far, int32 scalar.
-        running: hypotheses that go on; scores are log-probabilities.
-        finished: hypotheses that ended; scores are divided by `BeamOptions.norm`.
+        running: unfinished hypotheses; scores are log-probabilities.
+        finished: finished hypotheses; scores are divided by `BeamOptions.norm`.
         rows: cache row of each running hypothesis's parent, int32 [R].
     """
 
@@ -101,16 +101,15 @@ def beam_search(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the K best hypotheses of each input: tokens [B, K, T], scores and lengths [B, K].
 
-    A hypothesis ends with the end token, which it keeps, or without one after `limits_B` or
-    `max_length` tokens, whichever is less. Where there are fewer than K, scores are -inf and
-    lengths 0.
+    A hypothesis ends with an end token (which is included), or without one after `limits_B` or
+    `max_length` tokens. If there are fewer than K, scores are -inf and lengths 0.
 
     Args:
         decode: one step of the model.
-        cache: cache that holds the inputs, one row each.
+        cache: cache of the inputs, one row each.
         logits_BV: logits of the first new token.
         positions_B: position of the first new token.
-        limits_B: most new tokens of each input.
+        limits_B: maximum new tokens of each input.
         options: beam size, lengths and controls.
     """
     B, K = len(logits_BV), options.beam_size
@@ -134,7 +133,7 @@ def beam_search(
     def body(carry: tuple[_State, DecodingCache]) -> tuple[_State, DecodingCache]:
         state, cache = carry
         last_R1 = jnp.take(state.running.tokens_BKT, state.step - 1, axis=2).reshape(-1, 1)
-        # Where all hypotheses have ended, the next position may be beyond the model's context.
+        # If all hypotheses have ended, the next position may be beyond the model's context.
         position_B = positions_B + jnp.minimum(state.step, limits_B) - 1
         position_R1 = jnp.repeat(position_B, K)[:, None]
         if K > 1:
@@ -174,7 +173,7 @@ def _advance(
 
 
 def _best(old: _Hypotheses, new: _Hypotheses) -> _Hypotheses:
-    """Return the K best of both, sorted; of equal ones the old."""
+    """Return the K best of both, sorted; ties keep the old ones."""
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), old, new)
     scores_BK, best_BK = jax.lax.top_k(both.scores_BK, old.scores_BK.shape[1])
     lengths_BK = jnp.take_along_axis(both.lengths_BK, best_BK, axis=1)
@@ -186,7 +185,7 @@ def _best(old: _Hypotheses, new: _Hypotheses) -> _Hypotheses:
 
 
 def _reorder(cache: DecodingCache, rows: jax.Array) -> DecodingCache:
-    """Return the cache of each row's parent.
+    """Reorder the cache by each row's parent.
 
     The encoded source is the same for all hypotheses of an input, so it stays in place.
     """

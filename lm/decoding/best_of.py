@@ -1,4 +1,4 @@
-"""Best of n: several samples of each prompt, ordered by a reward model."""
+"""Best of n: rank several samples of each prompt by a reward model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def open_best_of(n: int, workdir: str) -> BestOf:
-    """Return the choice among n samples by the reward model of a run; UserError if it is none."""
+    """Open best-of-n selection with the reward model of a run; UserError if it is not one."""
     return BestOf(n, RewardModel(workdir))
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """Choice among samples.
+    """Selection among samples.
 
     Attributes:
-        n: samples of each prompt.
+        n: samples per prompt.
         reward: reward model.
     """
 
@@ -39,14 +39,14 @@ class BestOf:
         sample: Callable[[Sequence[Any], int], Iterator[list[Generation]]],
         progress: Callable[[int], Any],
     ) -> Iterator[list[Generation]]:
-        """Yield the samples of each prompt, the best first, with their rewards as scores.
+        """Yield the samples of each prompt, best first, with rewards as scores.
 
-        What a guard withholds comes last.
+        Withheld samples come last.
 
         Args:
             texts: prompts, or conversations.
-            start: index of the first prompt whose samples are yielded.
-            sample: returns one sample of each prompt of a list, from an index on.
+            start: index of the first prompt to process.
+            sample: returns one sample for each of some prompts, starting at an index.
             progress: called with 1 for each finished prompt.
         """
         samples = sample([text for text in texts for _ in range(self.n)], start * self.n)
@@ -59,7 +59,7 @@ class BestOf:
 
 
 def _pair(text: str | Chat, answer: str) -> tuple[Any, Any]:
-    """Return what a reward model takes of an input and an answer: two texts, or messages."""
+    """Return the reward model's input for an answer: two texts, or two lists of messages."""
     if not isinstance(text, Chat):
         return text, answer
     given, last = list(text.messages), text.messages[-1]

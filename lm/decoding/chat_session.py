@@ -1,4 +1,4 @@
-"""Conversation with a model: its messages, and the answers as they grow."""
+"""Interactive conversation with a model: its messages, and streamed answers."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lm.storage import write_atomically
 
 @dataclass
 class ChatSession:
-    """Conversation with a model; it changes as it goes on.
+    """Mutable conversation with a model.
 
     Attributes:
         experiment: experiment on a mesh, prepared for decoding.
-        params: its parameters.
+        params: parameters.
         template: chat template.
-        sampling: options of sampling.
-        seed: seed of the first answer; each takes the next one.
-        stop: texts before the first of which an answer ends.
+        sampling: sampling options.
+        seed: seed of the first answer, incremented for each answer.
+        stop: texts at which an answer is cut off.
         system: system prompt; "": none.
-        messages: what was said, without the system prompt.
-        tools: JSON schemas of the tools that may be called; None: none.
-        n_forgotten: oldest turns that no longer fit the context.
+        messages: messages so far, without the system prompt.
+        tools: JSON schemas of available tools, or None.
+        n_forgotten: number of oldest turns that no longer fit the context.
     """
 
     experiment: Experiment
@@ -51,7 +51,7 @@ class ChatSession:
     n_forgotten: int = 0
 
     def say(self, text: str) -> Generator[str]:
-        """Say something, and yield the parts of the answer; an error leaves nothing said."""
+        """Send a user message, and yield the parts of the answer; undone on errors."""
         self.messages.append({"role": "user", "content": text})
         try:
             self.n_forgotten = self._first_turn()
@@ -61,10 +61,10 @@ class ChatSession:
         return self._answer()
 
     def answer_again(self) -> Generator[str]:
-        """Drop the last answer, and yield the parts of another one.
+        """Drop the last answer, and yield the parts of a new one.
 
         Raises:
-            UserError: nothing was asked.
+            UserError: no question was asked.
         """
         starts = self._starts()
         if not starts:
@@ -74,7 +74,7 @@ class ChatSession:
         return self._answer()
 
     def take_back(self) -> None:
-        """Drop the last turn: what was said and the answer.
+        """Drop the last turn: the user message and its answer.
 
         Raises:
             UserError: there is none.
@@ -86,12 +86,12 @@ class ChatSession:
         self.n_forgotten = 0
 
     def restart(self) -> None:
-        """Forget all that was said; the system prompt and the tools stay."""
+        """Forget all messages; system prompt and tools stay."""
         self.messages.clear()
         self.n_forgotten = 0
 
     def save(self, file: Path) -> None:
-        """Write the conversation as a row of chat data, which `load` and objectives read.
+        """Write the conversation as a row of chat data, readable by `load` and for training.
 
         Raises:
             UserError: the file cannot be written.
@@ -106,7 +106,7 @@ class ChatSession:
             raise UserError(f"{file}: {error.strerror}") from error
 
     def load(self, file: Path) -> int:
-        """Take the first conversation of a .jsonl file, and return how many it has.
+        """Load the first conversation of a .jsonl file; return the number of conversations in it.
 
         Raises:
             UserError: there is none.
@@ -121,19 +121,19 @@ class ChatSession:
         return len(chats)
 
     def _starts(self) -> list[int]:
-        """Return the indices of the messages that start turns: those of the user."""
+        """Return the indices of user messages, which start turns."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
 
     def _shown(self, first: int) -> Chat:
-        """Return what the model reads if it forgets the turns before one."""
+        """Return the conversation from a turn on, as the model reads it."""
         start = self._starts()[first] if first else 0
         return Chat([*system_message(self.system), *self.messages[start:]], self.tools)
 
     def _first_turn(self) -> int:
-        """Return the number of oldest turns to forget, so that an answer fits the context.
+        """Return how many of the oldest turns to drop so that an answer fits the context.
 
         Raises:
-            UserError: what was said last does not fit alone.
+            UserError: the last message does not fit on its own.
         """
         config = self.experiment.config
         context = config.model.max_length or config.data.sequence_length
@@ -148,7 +148,7 @@ class ChatSession:
         raise UserError(f"the message has {length} tokens; the context holds {context}")
 
     def _answer(self) -> Generator[str]:
-        """Yield the parts of an answer, which is kept as far as it was written."""
+        """Yield the parts of an answer, which is kept as far as it was generated."""
         seed, answer, is_kept = self.seed, "", True
         self.seed += 1
         try:

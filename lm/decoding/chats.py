@@ -1,4 +1,4 @@
-"""Conversations as inputs of decoding: their token ids, and what ends an answer."""
+"""Conversations as decoding inputs: their token ids, and what ends an answer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PROBE = "\ufdd0"
 
 @dataclass(frozen=True)
 class Chat:
-    """Conversation that is to be answered.
+    """Conversation to be answered.
 
     Attributes:
-        messages: its messages; if an assistant said the last one, the answer continues it.
-        tools: JSON schemas of the tools that may be called; None: none.
+        messages: its messages; a final assistant message is continued.
+        tools: JSON schemas of available tools, or None.
     """
 
     messages: Sequence[Message]
@@ -38,14 +38,14 @@ class Chat:
 
 
 def chat_of(values: Mapping[str, Any], system: str | None = None) -> Chat:
-    """Return the conversation of a row: "messages", ShareGPT's "conversations", or a "prompt".
+    """Parse the conversation of a row: "messages", ShareGPT's "conversations", or a "prompt".
 
     Args:
         values: values by column.
-        system: system prompt of a conversation that has none.
+        system: system prompt for conversations without one.
 
     Raises:
-        BadRow: there is none, or it is not well formed.
+        BadRow: there is no conversation, or it is malformed.
     """
     values = {name: value for name, value in values.items() if value is not None}
     column = next((x for x in ("messages", "conversations", "prompt") if x in values), None)
@@ -61,10 +61,10 @@ def chat_of(values: Mapping[str, Any], system: str | None = None) -> Chat:
 
 
 def chat_ids(template: ChatTemplate, chat: Chat) -> list[int]:
-    """Return the token ids of a conversation, up to where its answer goes on.
+    """Tokenize a conversation up to the start of its answer.
 
     Raises:
-        UserError: the template does not take it.
+        UserError: the template rejects it.
     """
     continues = chat.messages[-1]["role"] == "assistant"
     encoded = template.encode(
@@ -77,14 +77,14 @@ def chat_ids(template: ChatTemplate, chat: Chat) -> list[int]:
 
 
 def chat_controls(config: ConfigDict, tokenizer: Tokenizer, template: ChatTemplate) -> Controls:
-    """Return the controls of a resolved configuration, with the ends of an assistant's turn."""
+    """Return the controls of a resolved configuration, with end-of-turn tokens added."""
     return Controls.from_config(config, tokenizer, template.stop_ids)
 
 
 def chat_template(tokenizer: Tokenizer, model: nn.Module) -> ChatTemplate:
-    """Return the template of a run's tokenizer, or the shipped one.
+    """Return the chat template of a run's tokenizer, or the default one.
 
-    A line on stderr says so where words alone mark turns.
+    A line on stderr warns if turns are marked only by words.
 
     Raises:
         UserError: the model does not continue texts, or jinja2 is not installed.
@@ -100,7 +100,7 @@ def chat_template(tokenizer: Tokenizer, model: nn.Module) -> ChatTemplate:
 
 
 def stop_texts(template: ChatTemplate) -> tuple[str, ...]:
-    """Return what follows an assistant's turn, if it is words alone that mark turns."""
+    """Return texts that follow an assistant turn, if only words mark turns."""
     if template.has_role_tokens:
         return ()
     said = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
@@ -109,5 +109,5 @@ def stop_texts(template: ChatTemplate) -> tuple[str, ...]:
 
 
 def system_message(system: str | None) -> list[Message]:
-    """Return the message of a system prompt; [] if there is none."""
+    """Return the message of a system prompt, or []."""
     return [{"role": "system", "content": system}] if system else []

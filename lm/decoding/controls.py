@@ -1,6 +1,6 @@
-"""Controls of decoding: what a continuation must not contain, by beam search and by sampling alike.
+"""Constraints on generated tokens, shared by beam search and sampling.
 
-Shape letters: B rows, T most new tokens, V vocabulary, W banned sequences, P longest of their
+Shape letters: B rows, T maximum new tokens, V vocabulary, W banned sequences, P longest of their
 prefixes.
 """
 
@@ -18,7 +18,7 @@ from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.text_limits import TextLimits, text_limits
 
-UNSET = -1  # in a buffer of new tokens: not written yet
+UNSET = -1  # unwritten entry in a buffer of new tokens
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,11 @@ class Controls:
     """Constraints on new tokens; the defaults change nothing.
 
     Attributes:
-        end_ids: tokens each of which ends a row.
-        repetition_penalty: divisor of the logits of tokens that were written; above 1 repeats get
-            less likely.
-        banned: sequences of token ids that are never written.
-        min_length: tokens before an end token is allowed.
-        limits: limits of the text: allowed words, a banned pattern, a grammar.
+        end_ids: end tokens.
+        repetition_penalty: divisor of the logits of written tokens; above 1 discourages repeats.
+        banned: sequences of token ids that are never generated.
+        min_length: minimum tokens before an end token is allowed.
+        limits: constraints on the text: allowed words, a banned pattern, a grammar.
     """
 
     end_ids: tuple[int, ...] = ()
@@ -49,10 +48,10 @@ class Controls:
         Args:
             config: configuration.
             tokenizer: tokenizer of the data.
-            further_ends: tokens that end a row as those of the tokenizer do.
+            further_ends: additional end tokens.
         """
         decode = config.decode
-        # A target always ends, if need be with an id beyond the tokenizer's; a document may not.
+        # Targets always end, if necessary with an id after the tokenizer's; documents may not.
         has_targets = "encoder_decoder" in config.model.family
         end_ids = tuple(dict.fromkeys((*further_ends, *tokenizer.stop_ids)))
         if has_targets and not end_ids:
@@ -63,13 +62,13 @@ class Controls:
         return cls(end_ids, decode.repetition_penalty, banned, decode.min_length, limits)
 
     def penalized(self, logits_BV: jax.Array, written_BT: jax.Array) -> jax.Array:
-        """Return the logits after the repetition penalty."""
+        """Apply the repetition penalty to the logits."""
         if self.repetition_penalty == 1:
             return logits_BV
         return penalize_repeats(logits_BV, written_BT, self.repetition_penalty)
 
     def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
-        """Return the scores with -inf at tokens that must not follow the `n` written ones."""
+        """Mask the scores of tokens that must not follow the `n` written ones with -inf."""
         if self.banned:
             forbidden_BV = ends_of_banned(written_BT, n, self.banned, scores_BV.shape[-1])
             scores_BV = jnp.where(forbidden_BV, -jnp.inf, scores_BV)
@@ -79,7 +78,7 @@ class Controls:
         return self.limits.masked(scores_BV, written_BT, n) if self.limits else scores_BV
 
     def ends(self, tokens: jax.Array) -> jax.Array:
-        """Return which tokens end a row, bool of the same shape."""
+        """Return which tokens are end tokens, bool of the same shape."""
         ends = jnp.zeros(tokens.shape, bool)
         for end_id in self.end_ids:
             ends |= tokens == end_id
@@ -89,8 +88,8 @@ class Controls:
 def banned_sequences(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of words, at the start of a text and after a space.
 
-    A vocabulary of subwords may spell a word in other ways too, which are not banned. A word that
-    is not in a vocabulary of words cannot be written anyway.
+    A subword vocabulary may spell a word in other ways, which are not banned. A word missing from a
+    word vocabulary cannot be generated anyway.
     """
     unknown = tokenizer.token_id("<unk>")
     encoded = (
@@ -100,12 +99,12 @@ def banned_sequences(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int,
 
 
 def penalize_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float) -> jax.Array:
-    """Divide the logits of written tokens by the penalty where positive, else multiply by it.
+    """Divide the logits of written tokens by the penalty if positive, else multiply by it.
 
-    Keskar et al. 2019, section 4.1, which always divides: a negative logit would become likelier.
+    Keskar et al. 2019, section 4.1, always divides, which would make negative logits more likely.
     """
     rows_B1 = jnp.arange(len(logits_BV))[:, None]
-    # Out of bounds, hence dropped; a negative index would count from the end.
+    # Out-of-bounds indices are dropped; a negative index would count from the end.
     tokens_BT = jnp.where(written_BT == UNSET, logits_BV.shape[-1], written_BT)
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BT].set(True, mode="drop")
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -115,7 +114,7 @@ def penalize_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float
 def ends_of_banned(
     written_BT: jax.Array, n: jax.Array, banned: tuple[tuple[int, ...], ...], vocab_size: int
 ) -> jax.Array:
-    """Return the tokens [B, V] that would complete a banned sequence.
+    """Return which tokens [B, V] would complete a banned sequence.
 
     Args:
         written_BT: new tokens so far, then `UNSET`.

@@ -1,8 +1,7 @@
 """Generation for every line of a file (`lm generate --input FILE --output FILE`).
 
-A second start of the same command continues the output. Beside OUTPUT lies OUTPUT.json: the
-command and inputs that it was made from. Lines are written in order and whole, so that the lines
-in the file say how far it is.
+Repeating the command resumes the output. OUTPUT.json next to OUTPUT records the command and inputs
+it was made from. Lines are written in order and whole, so the number of lines is the progress.
 """
 
 from __future__ import annotations
@@ -57,24 +56,23 @@ def generate_file(
     template: ChatTemplate | None = None,
     system: str | None = None,
 ) -> None:
-    """Write one line for each input, or those that are missing; a progress bar goes to stderr.
+    """Write one line per input, or the missing ones, with a progress bar on stderr.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
-        input: text file, or .jsonl with a field "source" or "prompt"; both may be .gz. For a model
-            that hears, PATH of the source `audio`.
-        output: file to write, of JSON objects if it is .jsonl, else of text.
-        sampling: options of one sample an input; None: beam search.
+        input: text file, or .jsonl with a field "source" or "prompt"; both may be .gz. For a speech
+            model, PATH as in the source `audio`.
+        output: file to write: JSON objects if it is .jsonl, else text.
+        sampling: options for one sample per input; None: beam search.
         seed: seed of the samples.
-        n_best: hypotheses in a JSON object.
-        weights: identity of the parameters; an output is continued only with the same.
-        stop: texts before the first of which an output ends.
-        best_of: take several samples of each input, and order them.
-        template: chat template; the inputs are conversations, each line of a text file one of one
-            message.
-        system: system prompt of conversations that have none.
+        n_best: hypotheses per JSON object.
+        weights: identity of the parameters; an output is resumed only with the same.
+        stop: texts at which an output is cut off.
+        best_of: take several samples per input, and rank them.
+        template: chat template; the inputs are conversations, in a text file one message per line.
+        system: system prompt for conversations without one.
     """
     inputs: Sequence[Any]
     role = "messages" if template else input_role(experiment.model)
@@ -100,7 +98,7 @@ def generate_file(
                 made = generation_record(role, given, generations, n_best)
                 yield json.dumps(made, ensure_ascii=False) if as_json else join_lines(made["text"])
 
-    # The batch size does not change the output.
+    # The batch size does not affect the output.
     options = dict(experiment.config.decode)
     del options["batch_size"]
     limits = _limits(experiment.config, tokenizer)
@@ -123,7 +121,7 @@ def _digest(text: str) -> str:
 
 
 def _limits(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the limits and the guard that an output depends on; {} if there are none."""
+    """Return the constraints and the guard that an output depends on, or {}."""
     found: dict[str, Any] = {}
     if limits := Controls.from_config(config, tokenizer).limits:
         found["limits"] = _digest(json.dumps(limits.grammars))
@@ -134,16 +132,16 @@ def _limits(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def read_inputs(file: Path, role: str, columns: str) -> list[str]:
-    """Return the lines of a text file, or a field of each object of a .jsonl file.
+    """Read the lines of a text file, or a field of each object in a .jsonl file.
 
     Args:
-        file: file, which may be packed (.gz).
+        file: file, may be .gz.
         role: "source" or "prompt".
-        columns: value of `data.columns`, which may name the field of the role; otherwise the
-            field is called like the role.
+        columns: value of `data.columns`, which may name the field of the role; by default the field
+            has the name of the role.
 
     Raises:
-        UserError: the file cannot be read, or an object has no such text.
+        UserError: the file cannot be read, or an object lacks the text.
     """
     if not file.is_file():
         raise UserError(f"no file {file}")
@@ -155,11 +153,11 @@ def read_inputs(file: Path, role: str, columns: str) -> list[str]:
 
 
 def read_chats(file: Path, system: str | None = None) -> list[Chat]:
-    """Return the conversations of the objects of a .jsonl file, or of one message a line of a text.
+    """Read conversations: objects of a .jsonl file, or one message per line of a text file.
 
     Args:
-        file: file, which may be packed (.gz).
-        system: system prompt of a conversation that has none.
+        file: file, may be .gz.
+        system: system prompt for conversations without one.
 
     Raises:
         UserError: the file cannot be read, or an object has no conversation.
@@ -191,13 +189,13 @@ def _text(row: Row, field: str) -> str:
 
 
 def weights_identity(params: Params, step: int) -> dict[str, Any]:
-    """Return step and digest of parameters, to tell whether an output was made with them."""
+    """Return step and digest of parameters, which identify the weights of an output."""
     sums = json.dumps(checksums(params), sort_keys=True)
     return {"step": step, "weights": hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def join_lines(text: str) -> str:
-    """Return the text with a space for each newline."""
+    """Replace newlines by spaces."""
     return text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ")
 
 
@@ -207,11 +205,11 @@ def continue_file(
     made_by: Mapping[str, Any],
     lines_from: Callable[[int], Iterable[str]],
 ) -> None:
-    """Append the missing lines to a file; a last line that is not whole is dropped first.
+    """Append the missing lines to a file, after dropping an incomplete last line.
 
     Args:
         output: file to write.
-        inputs: all inputs, one a line.
+        inputs: all inputs, one per line.
         made_by: settings that the lines depend on, JSON values.
         lines_from: returns the lines from an index on.
 
@@ -232,7 +230,7 @@ def continue_file(
 
 
 def _prepare(output: Path, inputs: Sequence[str], made_by: Mapping[str, Any]) -> int:
-    """Cut the output after its last whole line and return the number of lines."""
+    """Truncate the output after its last whole line, and return the number of lines."""
     about_file = output.with_name(f"{output.name}.json")
     try:
         written = output.read_bytes() if output.exists() else b""
@@ -256,18 +254,18 @@ def _check_same(
 ) -> None:
     elsewhere = f"delete {output} and {about_file.name}, or choose another --output"
     if not about_file.exists():
-        raise UserError(f"{output} is there, but {about_file.name} is not: {elsewhere}")
+        raise UserError(f"{output} exists, but {about_file.name} does not: {elsewhere}")
     try:
         before = read_json(about_file)
         changed = "; ".join(_differences(before["made_by"], made_by))
-        # What came to the end of the inputs since then changes nothing before.
+        # Inputs appended since then do not change earlier lines.
         same_inputs = before["inputs"] == _about(inputs[: before["inputs"]["lines"]])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{about_file} is damaged: {elsewhere}") from error
     if changed:
         raise UserError(f"{output} was made by another command ({changed}): {elsewhere}")
     if not same_inputs:
-        raise UserError(f"{output} was made of other inputs: {elsewhere}")
+        raise UserError(f"{output} was made from other inputs: {elsewhere}")
 
 
 def _about(inputs: Sequence[str]) -> dict[str, Any]:

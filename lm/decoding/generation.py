@@ -1,4 +1,4 @@
-"""Generation from text to text: continuations of prompts, targets of sources, or answers."""
+"""Text generation: continuations of prompts, targets of sources, and answers in chats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lm.data.chat.chat_template import ChatTemplate
     from lm.decoding.best_of import BestOf
 
-_STREAMED = 4  # tokens that appear together
+_STREAMED = 4  # tokens that are streamed together
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Generation:
     """Generated text.
 
     Attributes:
-        text: the text; "" if a guard withholds it.
+        text: the text; "" if withheld by a guard.
         score: its score; None if it was sampled.
-        withheld: a guard withholds it.
+        withheld: whether a guard withholds it.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Generation:
     withheld: bool = False
 
     def without_text(self) -> Generation:
-        """Return what is left of it where a guard withholds it."""
+        """Return a copy without the text, marked as withheld."""
         return replace(self, text="", withheld=True)
 
     def record(self) -> dict[str, Any]:
@@ -70,21 +70,21 @@ def generate_texts(
     best_of: BestOf | None = None,
     template: ChatTemplate | None = None,
 ) -> Iterator[list[Generation]]:
-    """Return the texts generated for each input, best first, in the inputs' order, one by one.
+    """Yield the generated texts of each input, best first, in the order of the inputs.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
-        texts: sources, prompts, which are not repeated in the output, or conversations; for a model
-            that hears, paths of recordings.
-        sampling: options of one sample an input; None: beam search.
+        texts: sources, prompts (not repeated in the output), or conversations; paths of recordings
+            for a speech model.
+        sampling: options for one sample per input; None: beam search.
         seed: seed of the samples.
-        start: index of the first input whose texts are yielded.
-        progress: called with the number of inputs of each finished batch.
-        stop: texts before the first of which the output ends.
-        best_of: take several samples of each input, and order them.
-        template: chat template of conversations; None: the inputs are texts.
+        start: index of the first input to process.
+        progress: called with the number of inputs in each finished batch.
+        stop: texts at which the output is cut off.
+        best_of: take several samples per input, and rank them.
+        template: chat template for conversations; None: the inputs are texts.
     """
     if best_of:
 
@@ -114,7 +114,7 @@ def generate_texts(
             options = replace(BeamOptions.from_config(config, tokenizer), controls=controls)
             found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
         else:
-            # Several processes would have to agree on the order of an engine's requests.
+            # Several processes would have to agree on the order of requests in an engine.
             by_engine = is_pageable(experiment) and jax.process_count() == 1
             sample_all = sample_by_engine if by_engine else sample_batches
             found = sample_all(experiment, params, ids, sampling, seed, controls, start, progress)
@@ -139,7 +139,7 @@ def _input_ids(tokenizer: Tokenizer, text: str | Chat, template: ChatTemplate | 
 def _ends(
     config: ConfigDict, tokenizer: Tokenizer, stop: Sequence[str], template: ChatTemplate | None
 ) -> tuple[Controls, Sequence[str]]:
-    """Return the controls of an output, and the texts before which it ends."""
+    """Return the controls of an output, and its stop texts."""
     if template is None:
         return Controls.from_config(config, tokenizer), stop
     return chat_controls(config, tokenizer, template), (*stop, *stop_texts(template))
@@ -148,7 +148,7 @@ def _ends(
 def generation_record(
     role: str, text: Any, generations: Sequence[Generation], n_best: int
 ) -> dict[str, Any]:
-    """Return the generations of a text as a JSON object.
+    """Format the generations of an input as a JSON object.
 
     Args:
         role: name of the input: "source", "prompt" or "messages".
@@ -177,21 +177,21 @@ def stream_continuations(
     stop: Sequence[str] = (),
     template: ChatTemplate | None = None,
 ) -> Iterator[list[str]]:
-    """Yield the new text of every prompt after each step; joined they are its continuation.
+    """Yield the new text of every prompt after each step; concatenated, it is the continuation.
 
-    What is not settled yet is held back (`TextStream`).
+    Text that may still change is held back (`TextStream`).
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
         prompts: texts to continue, or conversations to answer.
         sampling: options.
         seed: seed of the samples.
-        stop: texts before the first of which a continuation ends.
-        template: chat template of conversations; None: the prompts are texts.
+        stop: texts at which a continuation is cut off.
+        template: chat template for conversations; None: the prompts are texts.
     """
-    if open_guard(experiment.config.decode):  # which judges whole texts
+    if open_guard(experiment.config.decode):  # it judges complete texts only
         options: Any = {"stop": stop, "template": template}
         found = generate_texts(experiment, params, tokenizer, prompts, sampling, seed, **options)
         yield [generations[0].text for generations in found]

@@ -1,6 +1,6 @@
-"""Guard: a classifier of our own that withholds outputs before they are shown, and counts them.
+"""Guard: a classifier that withholds generated texts before they are shown, and counts them.
 
-It reads whole outputs, so that nothing is shown before it has ended, and no withheld text is kept.
+It judges complete outputs, so nothing is shown before the end, and withheld text is never kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lm.runs.text_classifier import class_columns, load_classifier, weights_dige
 if TYPE_CHECKING:
     from lm.decoding.generation import Generation
 
-_GROUP = 32  # outputs that are judged together
+_GROUP = 32  # outputs judged together
 
 
 class Guard:
@@ -25,8 +25,8 @@ class Guard:
 
     Attributes:
         digest: digest of its weights.
-        n_judged: outputs so far.
-        n_withheld: those of them that were not shown.
+        n_judged: number of outputs so far.
+        n_withheld: number of withheld outputs so far.
     """
 
     def __init__(self, workdir: str, labels: str, threshold: float):
@@ -34,11 +34,11 @@ class Guard:
 
         Args:
             workdir: folder of the run.
-            labels: classes that are withheld, comma-separated.
-            threshold: largest probability of these classes together that is shown.
+            labels: classes to withhold, comma-separated.
+            threshold: maximum total probability of these classes that is shown.
 
         Raises:
-            UserError: there is no such run, it is no classifier, or a class is unknown.
+            UserError: the run does not exist or is not a classifier, or a class is unknown.
         """
         try:
             self._columns = class_columns(workdir, listed(labels), "to withhold")
@@ -50,7 +50,7 @@ class Guard:
         self.n_judged = self.n_withheld = 0
 
     def withholds(self, texts: list[str]) -> list[bool]:
-        """Return which texts must not be shown, and count them."""
+        """Return which texts to withhold, and count them."""
         if not texts:
             return []
         together, _ = self._classifier.largest(texts, self._columns, windows=64)
@@ -60,7 +60,7 @@ class Guard:
         return found
 
     def screened(self, outputs: Iterable[list[Generation]]) -> Iterator[list[Generation]]:
-        """Yield the generations of each input; those that are withheld have no text."""
+        """Yield the generations of each input, with withheld texts removed."""
         outputs = iter(outputs)
         while group := list(islice(outputs, _GROUP)):
             texts = [one.text for generations in group for one in generations]
@@ -69,12 +69,12 @@ class Guard:
                 yield [one.without_text() if next(withheld) else one for one in generations]
 
     def summary(self) -> str:
-        """Return the line that says how many outputs were withheld."""
+        """Return a line with the number of withheld outputs."""
         return f"guard: {self.n_withheld} of {self.n_judged} outputs withheld"
 
 
 def open_guard(decode: Any) -> Guard | None:
-    """Return the guard of the section `decode` of a configuration; the same one each time.
+    """Return the cached guard for section `decode` of a configuration.
 
     Raises:
         UserError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""Inputs of decoding: texts to token ids, the room in a model's context, and padding.
+"""Decoding inputs: tokenization, context length and padding.
 
 Shape letters: B batch, L length, P tokens before a target, S source length, F frames, M mel bins.
 """
@@ -22,21 +22,21 @@ _SHORTEST = 16
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the text after what the tokenizer puts before one: the beginning of a document.
+    """Tokenize a prompt with the tokenizer's prefix, as at the start of a document.
 
-    Without a token at all a document begins with bos.
+    An empty result is replaced by bos.
     """
     ids = [*tokenizer.template.before, *map(int, tokenizer.encode(text))]
     return ids if ids or tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def source_ids(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
-    """Return the text, cut, and the ids around it, `length` at most: the input of an encoder."""
+    """Tokenize a source to at most `length` ids, with the ids around it: an encoder input."""
     return special_tokens(tokenizer).source(tokenizer.encode(text), length).tolist()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Return whether the model encodes a source, rather than continuing a prompt."""
+    """Return whether the model encodes a source instead of continuing a prompt."""
     return hasattr(model, "start")
 
 
@@ -62,13 +62,13 @@ def require_text_input(model: nn.Module, who: str) -> None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the number of tokens that the model has positions for; None: any number."""
+    """Return the number of positions of the model; None: no limit."""
     config = model.config  # type: ignore[attr-defined]
     return config.max_length if getattr(config, "positions", "none") == "learned" else None
 
 
 def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
-    """Raise UserError for an id that the token table of a model has not."""
+    """Raise UserError for an id beyond the model's token table."""
     rows = model.config.vocab_size  # type: ignore[attr-defined]
     wrong = next((int(i) for ids in inputs for i in ids if not 0 <= i < rows), None)
     if wrong is not None:
@@ -79,7 +79,7 @@ def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
 
 
 def check_prompts(prompts: Sequence[TokenIds], context: int | None) -> None:
-    """Raise UserError for a prompt that cannot be continued in a context of so many tokens."""
+    """Raise UserError for a prompt that cannot be continued within this context."""
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(
@@ -93,17 +93,17 @@ def check_prompts(prompts: Sequence[TokenIds], context: int | None) -> None:
 
 
 def padded_length(longest: int) -> int:
-    """Return the next power of two, at least 16, so that few programs serve many lengths."""
+    """Return the next power of two, at least 16, to limit the number of compiled programs."""
     return max(_SHORTEST, 1 << (longest - 1).bit_length())
 
 
 def pad_ids(rows: Sequence[TokenIds], width: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and segment ids, int32 [B, width].
+    """Pad token ids; return token ids and segment ids, int32 [B, width].
 
     Args:
         rows: token ids of each row.
-        width: length to pad to.
-        left: pad on the left rather than on the right, with 0.
+        width: padded length.
+        left: pad on the left instead of the right; the padding id is 0.
     """
     tokens_BL = np.zeros((len(rows), width), np.int32)
     segments_BL = np.zeros_like(tokens_BL)

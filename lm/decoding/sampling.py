@@ -1,6 +1,6 @@
-"""Sampling: choose the next token from the logits, several steps of a cache in one dispatch.
+"""Sampling: choose next tokens from logits, with several cached steps per dispatch.
 
-Shape letters: B batch, L prompt length, T most new tokens, C columns of a dispatch, V vocabulary.
+Shape letters: B batch, L prompt length, T maximum new tokens, C columns per dispatch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Sampling:
     """Sampling options.
 
     Attributes:
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: sample from the k most likely tokens (Fan et al. 2018); 0: from all.
-        top_p: sample from the smallest set of tokens whose probability reaches p (Holtzman et al.
-            2020); 1: from all.
+        temperature: divisor of the logits; 0 is greedy.
+        top_k: sample from the k most likely tokens (Fan et al. 2018); 0: all.
+        top_p: sample from the smallest set of tokens with total probability at least p (Holtzman et
+            al. 2020); 1: all.
     """
 
     temperature: float = 1.0
@@ -54,7 +54,7 @@ class Sampling:
 
 
 def sample_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
-    """Return one token id a row, int32 [B]; temperature, top-k and top-p apply in this order.
+    """Sample one token id per row, int32 [B]; applies temperature, top-k and top-p in this order.
 
     Args:
         logits_BV: float32 logits.
@@ -73,23 +73,23 @@ def sample_tokens(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -
 
 
 def in_nucleus(logits_BV: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Return the smallest sets of most likely tokens whose probability reaches p, bool [B, V].
+    """Return the smallest sets of tokens with total probability at least p, bool [B, V].
 
-    p may be one number or [B, 1].
+    p may be a scalar or [B, 1].
 
-    A token belongs to it if those that are likelier have a probability below p together. The least
-    likely one is found by bisection, without sorting: probabilities are ordered as their bits are.
+    A token is in the set if the tokens more likely than it have total probability below p. The
+    threshold is found by bisection instead of sorting: probabilities are ordered like their bits.
     """
     probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
     bits_BV = jax.lax.bitcast_convert_type(probabilities_BV, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds  # the least likely token is above `low` and at most `high`
+        low_B1, high_B1 = bounds  # the threshold is above `low` and at most `high`
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
         likelier_BV = jnp.where(bits_BV > middle_B1, probabilities_BV, 0)
         is_in = likelier_BV.sum(-1, keepdims=True) < jnp.maximum(
             p, 1e-9
-        )  # always true of the likeliest
+        )  # always true for the most likely token
         return jnp.where(is_in, low_B1, middle_B1), jnp.where(is_in, middle_B1, high_B1)
 
     high_B1 = bits_BV.max(-1, keepdims=True)
@@ -98,7 +98,7 @@ def in_nucleus(logits_BV: jax.Array, p: float | jax.Array) -> jax.Array:
 
 
 def first_largest(x: jax.Array) -> jax.Array:
-    """Return the index of the largest value along the last axis, the first of equal ones, int32.
+    """Return the index of the largest value along the last axis (first of ties), int32.
 
     XLA's CPU backend vectorizes these two reductions, but not `argmax`.
     """
@@ -108,13 +108,13 @@ def first_largest(x: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Rows:
-    """Numbers, key and lengths of the rows of a batch, which no step changes.
+    """Constant per-row data of a batch.
 
     Attributes:
         key: random key of the batch.
-        numbers_B: numbers of the rows, part of their random keys.
-        lengths_B: lengths of the prompts.
-        limits_B: most new tokens of each row.
+        numbers_B: row numbers, which are part of the random keys.
+        lengths_B: prompt lengths.
+        limits_B: maximum new tokens of each row.
     """
 
     key: jax.Array
@@ -128,10 +128,10 @@ class State:
     """State after `n` new tokens of every row; donated to the next step.
 
     Attributes:
-        written_BT: the new tokens, then `UNSET`.
-        n: their number.
+        written_BT: new tokens, then `UNSET`.
+        n: number of new tokens.
         alive_B: rows that have not ended.
-        cache: cache of the prompts and of all new tokens but the last.
+        cache: cache of the prompts and of all new tokens except the last.
     """
 
     written_BT: jax.Array
@@ -154,21 +154,21 @@ def sample_steps(
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of each step, int32 [B]; -1 for rows that have ended.
 
-    A row ends at the end token (which is not yielded), after `max_new_tokens`, or when its context
-    is full. Prompts are padded on the left, so that all rows write the same cache slot. A row's
-    tokens depend on its prompt, its number and the seed, not on the other rows.
+    A row ends at an end token (not yielded), after `max_new_tokens`, or when its context is full.
+    Prompts are left-padded, so that all rows write the same cache slot. A row's tokens depend on
+    its prompt, number and the seed, not on other rows.
 
     Args:
-        model: model with the methods `empty_cache` and `decode`.
-        params: its parameters.
+        model: model with methods `empty_cache` and `decode`.
+        params: parameters.
         prompts: token ids of each prompt.
-        max_new_tokens: most steps, T.
+        max_new_tokens: maximum number of steps, T.
         sampling: options.
         seed: seed of all rows.
-        controls: constraints on the new tokens.
-        has_prefix: tokens of a prompt attend to each other in both directions.
-        numbers: numbers of the rows, part of their random keys; None: 0 … B-1.
-        per_dispatch: steps of one call of the compiled program.
+        controls: constraints on new tokens.
+        has_prefix: prompt tokens attend to each other bidirectionally.
+        numbers: row numbers, part of the random keys; None: 0 … B-1.
+        per_dispatch: steps per call of the compiled program.
     """
     model, params = unroll(model, params)
     context = context_length(model)
@@ -187,14 +187,14 @@ def sample_steps(
     rows = Rows(jax.random.key(seed), *of_rows)
     inputs: Any = (tokens_BL, positions_BL, segments_BL, segments_BL if has_prefix else None)
     room = cache_length(L, L + T)
-    # A dispatch returns as many columns, of which the last may be beyond T.
+    # Every dispatch returns the same number of columns; the last ones may be beyond T.
     written_BT = jnp.full((B, T + per_dispatch), UNSET, jnp.int32)
     state = _start(model, sampling, controls, room, params, rows, inputs, written_BT)
     new_BC, n_new, n, i = state.written_BT[:, :1], 1, 1, 0
     alive_B = np.ones(B, bool)
     while n_new:
         read_BC, n_read, n_new = new_BC, n_new, min(per_dispatch, n_steps - n)
-        if n_new:  # the next steps are dispatched before the tokens of these are read
+        if n_new:  # the next steps are dispatched before these tokens are read
             if L + n > room:
                 room = cache_length(L + n, L + T)
                 longer: Any = lengthen(model, B, room, state.cache)
@@ -213,13 +213,13 @@ def sample_steps(
 
 
 def cache_length(needed: int, most: int) -> int:
-    """Return the next power of two, so that attention reads few slots that are not yet written."""
+    """Return the next power of two, so that attention reads few unwritten slots."""
     return min(most, max(_SHORTEST_CACHE, padded_length(needed)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def lengthen(model: nn.Module, batch: int, length: int, cache: DecodingCache) -> DecodingCache:
-    """Return the cache with room for more tokens."""
+    """Extend the cache to hold more tokens."""
 
     def copy(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
@@ -239,7 +239,7 @@ def _start(
     inputs: tuple[jax.Array, ...],
     written_BT: jax.Array,
 ) -> State:
-    """Read the prompts and choose the first token."""
+    """Prefill the prompts and choose the first token."""
     tokens_BL, positions_BL, segments_BL, prefix_BL = inputs
     cache: Any = model.apply({}, len(tokens_BL), cache_length, method="empty_cache")
     prefix = () if prefix_BL is None else (prefix_BL,)
@@ -264,7 +264,7 @@ def _continue(
     """Choose tokens until there are `stop`, or all rows have ended.
 
     Returns:
-        The state, and the next `n_columns` columns of the tokens; those after `stop` are not set.
+        The state, and the next `n_columns` columns of tokens; those after `stop` are unset.
     """
 
     def goes_on(state: State) -> jax.Array:
@@ -285,12 +285,12 @@ def next_token(
     rows: Rows,
     state: State,
 ) -> State:
-    """Return the state with one more token of every row.
+    """Append one more token to every row.
 
     Args:
         model: unrolled model.
         sampling: options.
-        controls: constraints on the new tokens.
+        controls: constraints on new tokens.
         params: parameters of the model.
         rows: the rows.
         state: state after at least one token.
@@ -309,14 +309,14 @@ def decode_last(
     at_BN: jax.Array | None = None,
     adapt: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Run `decode` of a model, with logits of N tokens of each row: [B, N, V], and the cache.
+    """Run the `decode` method; return logits of N tokens per row, [B, N, V], and the cache.
 
     Args:
         model: unrolled model.
-        params: its parameters.
+        params: parameters.
         *inputs: arguments of `decode`.
         at_BN: indices of the tokens; None: the last one of each row.
-        adapt: another interceptor of the model's methods (`nn.intercept_methods`), or None.
+        adapt: additional interceptor of the model's methods (`nn.intercept_methods`), or None.
     """
     mesh = current_mesh()
     on_one_device = mesh is None or mesh.size == 1
@@ -349,7 +349,7 @@ def decode_last(
 def _append(
     sampling: Sampling, controls: Controls, rows: Rows, state: State, logits_B1V: jax.Array
 ) -> State:
-    """Return the state with one more token of each row."""
+    """Append one token to each row of the state."""
     n, written_BT = state.n, state.written_BT
     logits_BV = controls.penalized(logits_B1V[:, -1].astype(jnp.float32), written_BT)
     logits_BV = controls.masked(logits_BV, written_BT, n)

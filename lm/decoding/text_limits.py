@@ -1,9 +1,9 @@
-r"""Limits of the text that is written: allowed words, a banned pattern, a grammar or JSON schema.
+r"""Constraints on generated text: allowed words, a banned pattern, a grammar or JSON schema.
 
-Each limit is a grammar of llguidance, which tells the tokens that may follow those of a row. The
-compiled loops of sampling and of beam search call it on the host before each token.
+Each one is an llguidance grammar, which gives the tokens that may follow those of a row. The
+compiled loops of sampling and beam search call it on the host before each token.
 
-Shape letters: B rows, T most new tokens, V vocabulary.
+Shape letters: B rows, T maximum new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from lm.data.unspaced_scripts import UNSPACED
 from lm.errors import UserError, missing_package
 from lm.storage import parse_json
 
-KEYS = ("allowed", "banned_pattern", "grammar")  # of the section `decode`
-_MOST_STATES = 2048  # of matchers that are kept, by what was written
-_LEAST = np.float32(-1e30)  # score of the end of a row that nothing else may follow
+KEYS = ("allowed", "banned_pattern", "grammar")  # in section `decode`
+_MOST_STATES = 2048  # maximum cached matchers, keyed by generated ids
+_LEAST = np.float32(-1e30)  # score of the end token in a row that nothing else may follow
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # a model that may write more writes it for ever
+_JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # unlimited white space could go on forever
 _ANYTHING = "(?s:.*)"
 
 
 @dataclass(frozen=True)
 class TextLimits:
-    """Limits on the text of a row; equal ones share their compiled programs.
+    """Constraints on the text of a row; equal ones share their compiled programs.
 
     Attributes:
-        grammars: grammars of llguidance, all of which the text obeys.
-        end_ids: tokens each of which ends a row.
+        grammars: llguidance grammars, all of which the text must match.
+        end_ids: end tokens.
         digest: digest of the tokenizer.
         tokenizer: the tokenizer.
     """
@@ -59,16 +59,16 @@ class TextLimits:
     _lock: Any = field(default_factory=Lock, compare=False, repr=False)
 
     def without_grammars(self) -> TextLimits:
-        """Return what all limits of a tokenizer share: the key of caches, without states."""
+        """Return the tokenizer-specific part, used as a cache key."""
         return TextLimits((), self.end_ids, self.digest, self.tokenizer)
 
     def compiled(self) -> TextLimits:
-        """Return itself with the matchers of an empty text, which take long to make."""
+        """Return itself after compiling the matchers for an empty text, which is slow."""
         self._matchers(())
         return self
 
     def masked(self, scores_BV: jax.Array, written_BT: jax.Array, n: jax.Array) -> jax.Array:
-        """Return the scores with -inf at tokens that may not follow the `n` written ones.
+        """Mask the scores of tokens that may not follow the `n` written ones with -inf.
 
         A row that nothing may follow ends.
         """
@@ -97,7 +97,7 @@ class TextLimits:
             own[: len(known)] = known
             end = _vocabulary(self.without_grammars()).eos_token
             own[list(self.end_ids)] = end < len(known) and known[end]
-            # What has gone wrong, such as a grammar that is too complex, lets nothing pass.
+            # After an error, such as a grammar that is too complex, nothing is allowed.
             allowed &= own & (not matcher.is_error())
         return allowed
 
@@ -124,15 +124,15 @@ class TextLimits:
 
 
 def text_limits(decode: Any, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> TextLimits | None:
-    """Return the limits of the section `decode` of a configuration; None if it has none.
+    """Return the constraints in section `decode` of a configuration, or None.
 
     Raises:
-        UserError: a limit cannot be read, or llguidance is not installed.
+        UserError: a constraint is invalid, or llguidance is not installed.
     """
     if not any(decode[key] for key in KEYS):
         return None
     if decode.grammar and not end_ids:
-        raise UserError("--config.decode.grammar: the run's tokenizer has no token for the end")
+        raise UserError("--config.decode.grammar: the run's tokenizer has no end token")
     _require_llguidance()
     shown = {key: f"--config.decode.{key}={decode[key]}" for key in KEYS}
     grammars = {shown[key]: grammar for key, grammar in _grammars(decode)}
@@ -146,20 +146,20 @@ def with_grammar(
     tokenizer: Tokenizer,
     end_ids: tuple[int, ...],
 ) -> TextLimits:
-    """Return limits with a grammar beside those that there are.
+    """Add a grammar to constraints.
 
     Args:
-        limits: limits; None: none.
+        limits: existing constraints, or None.
         kind: "json" (a JSON schema), "lark" or "regex".
         source: text of the grammar.
         tokenizer: tokenizer of the texts.
-        end_ids: tokens each of which ends a row.
+        end_ids: end tokens.
 
     Raises:
-        UserError: it cannot be read, or llguidance is not installed.
+        UserError: the grammar is invalid, or llguidance is not installed.
     """
     if not end_ids:
-        raise UserError("a grammar: the run's tokenizer has no token for the end")
+        raise UserError("a grammar: the run's tokenizer has no end token")
     _require_llguidance()
     found = _checked({"the grammar": _grammar_of(kind, source)}, tokenizer, end_ids)
     both = (*(limits.grammars if limits else ()), *found.grammars)
@@ -176,7 +176,7 @@ def _require_llguidance() -> None:
 def _checked(
     grammars: Mapping[str, str], tokenizer: Tokenizer, end_ids: tuple[int, ...]
 ) -> TextLimits:
-    """Return the limits of grammars by their names; UserError for one that is none."""
+    """Build constraints from named grammars; UserError if one is invalid."""
     from llguidance import LLMatcher
 
     limits = TextLimits(tuple(grammars.values()), end_ids, tokenizer.digest, tokenizer)
@@ -190,7 +190,7 @@ def _checked(
 
 
 def _grammars(decode: Any) -> Iterator[tuple[str, str]]:
-    """Yield the grammar of each limit by its key."""
+    """Yield (key, grammar) for each constraint."""
     from llguidance import LLMatcher
 
     if decode.allowed:
@@ -221,7 +221,7 @@ def _stated_grammar(spec: str) -> str:
 
 
 def _grammar_of(kind: str, source: str) -> str:
-    """Return the grammar of llguidance of a JSON schema, a Lark grammar or a pattern."""
+    """Convert a JSON schema, Lark grammar or pattern to an llguidance grammar."""
     from llguidance import LLMatcher
 
     if kind == "regex":
@@ -232,15 +232,15 @@ def _grammar_of(kind: str, source: str) -> str:
 
 
 def _words_alone(words: Sequence[str]) -> str:
-    r"""Return the pattern of texts of some words, with anything between them that is no word.
+    r"""Return a pattern for texts of allowed words, with anything but words between them.
 
-    Nothing needs to be between words of scripts that have no spaces.
+    In scripts without spaces, nothing is needed between words.
     """
     kinds: dict[bool, list[str]] = {False: [], True: []}
     for word in words:
         kinds[bool(UNSPACED.search(word))].append(_escaped(word))
     if not words:
-        raise UserError("--config.decode.allowed: no word")
+        raise UserError("--config.decode.allowed: no words given")
     between = "|".join([r"\W", *kinds[True]])
     spaced = f"(?i:{'|'.join(kinds[False])})"
     if not kinds[False]:
@@ -256,14 +256,14 @@ def _escaped(word: str) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """Return the bytes that each token adds to a text; None for one that adds none."""
+    """Return the bytes that each token adds to a text; None if it adds none."""
     return list(map(spelling(tokenizer), range(tokenizer.vocab_size)))
 
 
 def spelling(tokenizer: Tokenizer) -> Callable[[int], bytes | None]:
-    """Return the function from a token id to the bytes that it adds to a text; None if none.
+    """Return a function from a token id to the bytes it adds to a text (None: none).
 
-    A token is decoded behind another one, because its space may depend on that.
+    Tokens are decoded after another one, because a leading space may depend on that.
     """
     if isinstance(tokenizer, ByteTokenizer):
         return lambda i: bytes([i]) if i < 256 else None
@@ -287,7 +287,7 @@ def spelling(tokenizer: Tokenizer) -> Callable[[int], bytes | None]:
 
 
 class _Vocabulary:
-    """Vocabulary as llguidance takes it; one without an end gets one behind all tokens."""
+    """Vocabulary in llguidance's form; if there is no end token, one is added after the last id."""
 
     bos_token_id = None
 
@@ -303,9 +303,9 @@ class _Vocabulary:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Return tokens that spell a text exactly: the tokenizer's own, or else the longest ones.
+        """Return tokens that spell a text exactly: the tokenizer's own if possible, else greedily.
 
-        Llama's tokenizer, for one, adds a space to a text that nothing precedes.
+        Llama's tokenizer, for one, adds a space at the start of a text.
         """
         spelt = text if isinstance(text, bytes) else text.encode()
         for before in ("", "\x02"):
@@ -319,7 +319,7 @@ class _Vocabulary:
             ends = range(min(len(spelt), at + self._longest), at, -1)
             end = next((end for end in ends if spelt[at:end] in self._ids), None)
             if end is None:
-                break  # no token begins so
+                break  # no token starts like this
             ids.append(self._ids[spelt[at:end]])
             at = end
         return ids

@@ -1,8 +1,8 @@
-"""Model and parameters of decoding, made once from those of training.
+"""Model and parameters for decoding, converted once from those of training.
 
-A step of decoding reads every weight for a few tokens: nothing may be copied or converted in it.
-So layers are unstacked, and kernels and tables are cast to the compute dtype or kept in 8 or 4
-bits.
+A decoding step reads every weight for only a few tokens, so nothing may be copied or converted in
+it: layers are unstacked, and kernels and tables are cast to the compute dtype or quantized to 8 or
+4 bits.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lm.runs.checkpoints import Log
 
 
 def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]:
-    """Return an experiment and parameters for decoding by `--config.decode.weights` and `cache`.
+    """Convert an experiment and parameters for decoding (`--config.decode.weights` and `cache`).
 
-    What was prepared already is returned as it is.
+    Already converted ones are returned unchanged.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters, or their shapes with shardings.
+        params: parameters, or their shapes with shardings.
     """
     model, weights = experiment.model, experiment.config.decode.weights
     config: Any = model.config  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
     def store(path: str, x: jax.Array) -> Any:
         info = experiment.param_infos.get(path)
         if info is None or info.role.kind not in QUANTIZED or isinstance(x, QuantizedKernel):
-            return x  # what the model does not round itself
+            return x  # the model does not round it either
         if weights in BITS:
             kernel = QuantizedKernel.quantize(x, info, dtype, BITS[weights])
             return _sharded_alike(kernel, info, experiment.mesh)
@@ -67,14 +67,14 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
 
 
 def round_weights(experiment: Experiment, params: Params, log: Log) -> Params:
-    """Return parameters of training as rounded by `--config.decode.weights`, in float32.
+    """Return training parameters rounded by `--config.decode.weights`, in float32.
 
-    So the loss of an evaluation is that of the weights that decoding reads.
+    So an evaluation measures the loss of the weights used in decoding.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters; those of frozen models beside it are not rounded.
-        log: receives the size of weights in 8 or 4 bits.
+        params: parameters; those of frozen models are not rounded.
+        log: called with the size of quantized weights.
     """
     weights, infos = experiment.config.decode.weights, experiment.param_infos
     if weights == "auto":
@@ -91,11 +91,11 @@ def round_weights(experiment: Experiment, params: Params, log: Log) -> Params:
 
 
 def weight_bytes(experiment: Experiment, params: Params) -> tuple[int, int]:
-    """Return the bytes of the weights that decoding reads, and those of bfloat16 ones.
+    """Return the bytes of the weights as decoding reads them, and in bfloat16.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters, or their shapes with shardings.
+        params: parameters, or their shapes with shardings.
     """
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
@@ -106,7 +106,7 @@ def weight_bytes(experiment: Experiment, params: Params) -> tuple[int, int]:
 
 
 def _sharded_alike(kernel: QuantizedKernel, info: ParamInfo, mesh: Mesh) -> QuantizedKernel:
-    """Shard values and scales as the kernel that they replace, where its axes still divide."""
+    """Shard values and scales like the kernel that they replace, if its axes still divide."""
     names = info.axes[-len(kernel.shape) :]
     first, end = summed_axes(len(names), info)
 
@@ -115,7 +115,7 @@ def _sharded_alike(kernel: QuantizedKernel, info: ParamInfo, mesh: Mesh) -> Quan
         spec = [_axes_that_divide(mesh, name, size) for name, size in axes]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    if kernel.summed:  # one axis of groups, each whole on a device
+    if kernel.summed:  # one axis of groups; each group stays on one device
         alike = [names[first], "one"]
         return replace(
             kernel, values=sharded(kernel.values, alike), scale=sharded(kernel.scale, alike)
@@ -134,10 +134,10 @@ def _axes_that_divide(mesh: Mesh, name: str, size: int) -> tuple[str, ...] | Non
 
 
 def _cache_dtype(experiment: Experiment, dtype: jnp.dtype) -> str:
-    """Return the dtype of the key/value cache, the compute dtype by default.
+    """Return the dtype of the key/value cache; by default the compute dtype.
 
-    XLA's CPU backend converts a whole bfloat16 cache where a token is written, and has no fast
-    product of one bfloat16 vector: there it is float32.
+    XLA's CPU backend converts a whole bfloat16 cache for each written token, and has no fast
+    product with a single bfloat16 vector: there it is float32.
     """
     asked = experiment.config.decode.cache
     if asked != "auto":
@@ -153,14 +153,14 @@ def _is_unrolled(config: Any) -> bool:
 def unroll(
     model: nn.Module, params: Params, store: Callable[[str, jax.Array], Any] = lambda path, x: x
 ) -> tuple[nn.Module, Params]:
-    """Return a model whose layers are not stacked, and its parameters.
+    """Return a model with unstacked layers, and its parameters.
 
-    Layers that are on different devices (pipeline stages) stay stacked, as do those of an LSTM.
+    Layers on different devices (pipeline stages), and LSTM layers, stay stacked.
 
     Args:
-        model: model; one that is unrolled already is returned as it is.
-        params: its parameters, or their shapes with shardings.
-        store: returns a parameter as it is kept, given its path and, of a stack, one layer of it.
+        model: model; an unrolled one is returned unchanged.
+        params: parameters, or their shapes with shardings.
+        store: converts a parameter, given its path and (for a stack) one layer.
     """
     config: Any = model.config  # type: ignore[attr-defined]
     if _is_unrolled(config):

@@ -1,4 +1,4 @@
-"""Keys of clients, a line each in a file that is read again when it changes."""
+"""Client keys, one per line in a file that is reloaded when it changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lm.errors import UserError
 
 
 class ApiKeys:
-    """Keys of a file; empty lines and what follows # are no keys."""
+    """Keys from a file; empty lines and comments (#) are ignored."""
 
     def __init__(self, file: Path, log: Callable[[str], Any]):
         """Read the file.
 
         Args:
             file: the file.
-            log: receives a line when it has become unreadable: the keys stay as they were.
+            log: called with a line if it becomes unreadable; the old keys stay valid.
 
         Raises:
             UserError: it cannot be read, or has no key.
@@ -30,13 +30,13 @@ class ApiKeys:
         self._read()
 
     def allows(self, authorization: bytes) -> bool:
-        """Return whether a header "Bearer KEY" has one of the keys."""
+        """Return whether a header "Bearer KEY" has a valid key."""
         try:
             self._read()
         except UserError as error:
             self._log(f"the keys stay as they were: {error}")
         scheme, _, key = authorization.partition(b" ")
-        # Digests are compared, so that the time says nothing of a key.
+        # Compare digests, so that timing reveals nothing about a key.
         return scheme.lower() == b"bearer" and _digest(key.strip()) in self._digests
 
     def _read(self) -> None:

@@ -1,7 +1,7 @@
-"""Application of a server: its routes, and what happens around every request.
+"""ASGI application: routes, and middleware around every request.
 
-Around: keys, draining, JSON errors, metrics, a line of log; the request ends when its client goes
-or its time is up.
+The middleware handles keys, draining, JSON errors, metrics and logging; a request ends when its
+client disconnects or its time is up.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ POSTS: dict[str, Handler] = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
-_OPEN = ("/", "/healthz", "/readyz", "/metrics")  # without a key
-_CLOSED = 499  # nginx's status of a client that has gone
+_OPEN = ("/", "/healthz", "/readyz", "/metrics")  # paths without authentication
+_CLOSED = 499  # nginx's status for a client that disconnected
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """RequestLimits of a server, and what it logs.
+    """Limits and logging options of a server.
 
     Attributes:
         limits: limits of requests.
-        queue: most replies, and groups of texts to read, that wait for a model beside those that it
-            works on; more are refused with 429.
-        request_seconds: time of a request, waiting included.
-        body_bytes: most bytes of a body.
+        queue: maximum replies, and groups of texts, waiting per model in addition to running ones;
+            further requests get 429.
+        request_seconds: time limit of a request, including waiting.
+        body_bytes: maximum body size.
         log_texts: log prompts and replies.
     """
 
@@ -69,17 +69,17 @@ class ServerOptions:
 
 
 class Server:
-    """Served models and the state of the server.
+    """Served models and state of the server.
 
     Attributes:
-        models: models by name; the first one answers requests that name none.
+        models: models by name; the first one is the default.
         options: limits.
-        keys: keys of clients; None: all may ask.
-        queues: bounded work of each model.
+        keys: client keys; None: no authentication.
+        queues: work queue of each model.
         metrics: metrics.
         is_warm: the engines have compiled their programs.
-        draining: it ends; new requests are refused.
-        n_active: requests that are answered now.
+        draining: shutting down; new requests are refused.
+        n_active: requests in progress.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Server:
         self.n_active = 0
 
     def model_of(self, body: Body) -> tuple[str, ServedModel]:
-        """Return the name and the model that a body chooses.
+        """Return name and model that a body selects.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the model does not exist.
         """
         name = body.text("model", next(iter(self.models)))
         model = self.models.get(name)
@@ -109,26 +109,26 @@ class Server:
 
     @property
     def has_lost_engine(self) -> bool:
-        """True if a model cannot be served any more."""
+        """True if a model can no longer be served."""
         return any(model.engine and model.engine.is_lost for model in self.queues)
 
 
 def log_line(**values: Any) -> None:
-    """Write a JSON object to stderr."""
+    """Write a JSON log line to stderr."""
     print(json.dumps({"time": round(time.time(), 3), **values}), file=sys.stderr, flush=True)
 
 
 def log_note(text: str) -> None:
-    """Write a line for the operator."""
+    """Log a note for the operator."""
     log_line(note=text)
 
 
 def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
-    """Return the application.
+    """Build the application.
 
     Args:
         server: the server.
-        further: routes of pages.
+        further: additional routes.
     """
 
     def healthz(request: Request) -> Response:
@@ -179,7 +179,7 @@ def _about(named: tuple[str, ServedModel]) -> dict[str, Any]:
 
 def _http_error(request: Request, error: HTTPException) -> Response:
     response = ApiError(error.status_code, error.detail).response()
-    response.headers.update(error.headers or {})  # Allow, of a wrong method
+    response.headers.update(error.headers or {})  # such as Allow, for a wrong method
     return response
 
 
@@ -188,7 +188,7 @@ def _api_error(request: Request, error: ApiError) -> Response:
 
 
 class _Endpoint:
-    """ASGI application of a path that takes a JSON body."""
+    """ASGI application for a path with a JSON body."""
 
     def __init__(self, server: Server, handle: Handler):
         self._server, self._handle = server, handle
@@ -216,7 +216,7 @@ class _Endpoint:
             await JSONResponse(answer)(scope, receive, send)
             return
         async with aclosing(answer) as events:
-            try:  # an error of the first event has a status of its own
+            try:  # an error before the first event gets its own status
                 first = await anext(events)
             except UserError as error:
                 raise ApiError(400, str(error)) from None
@@ -240,10 +240,10 @@ async def _send_event(send: Send, event: Any) -> None:
 
 
 async def _until_gone(receive: Receive, work: Coroutine[Any, Any, None], seconds: float) -> None:
-    """Run until it is done; end it when the client goes, or after a time.
+    """Run to completion; cancel if the client disconnects or time is up.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
         ApiError: the time is up.
     """
 
@@ -267,7 +267,7 @@ async def _until_gone(receive: Receive, work: Coroutine[Any, Any, None], seconds
 
 
 class _Around:
-    """ASGI application around all others: keys, draining, errors, metrics, log."""
+    """Middleware for keys, draining, errors, metrics and logging."""
 
     def __init__(self, app: ASGIApp, server: Server):
         self._app, self._server = app, server
@@ -293,7 +293,7 @@ class _Around:
         problem = ""
         try:
             self._admit(scope)
-            # Not by Starlette, which would answer their errors in its own way.
+            # Not left to Starlette, which would format these errors differently.
             await self._posts.get(path, self._app)(scope, receive, sending)
         except ClientDisconnect:
             status, problem = _CLOSED, "the client has gone"
@@ -307,7 +307,7 @@ class _Around:
                 self._log(path, status, seconds, exchange, problem)
 
     def _admit(self, scope: Scope) -> None:
-        """Raise ApiError for a request without a key, or while the server ends."""
+        """Raise ApiError for a request without a valid key, or while draining."""
         server, path = self._server, scope["path"]
         if server.keys is not None and path not in _OPEN:
             headers = dict(scope["headers"])
@@ -321,7 +321,7 @@ class _Around:
     async def _tell(
         self, error: Exception, status: int, scope: Scope, receive: Receive, send: Send
     ) -> str:
-        """Send an error to the client, and return what the log says."""
+        """Send an error to the client, and return the text for the log."""
         if isinstance(error, EngineLostError):
             error = ApiError(503, str(error), code="engine_lost")
         if not isinstance(error, ApiError):
@@ -331,7 +331,7 @@ class _Around:
             async with asyncio.timeout(1):
                 if not status:
                     await error.response()(scope, receive, send)
-                else:  # within a stream
+                else:  # in the middle of a stream
                     await _send_event(send, error.body())
                     await send({"type": "http.response.body", "body": b""})
         return str(error)
@@ -348,13 +348,13 @@ class _Around:
 
 
 async def warm_up(server: Server) -> None:
-    """Compile what requests need; the server is ready then."""
+    """Compile what requests need; afterwards the server is ready."""
     for model in dict.fromkeys(server.models.values()):
         await model.warm_up(log_note)
     server.is_warm = True
 
 
 async def reload_models(server: Server) -> None:
-    """Serve newer checkpoints of all models, where there are any."""
+    """Switch all models to newer checkpoints, if any."""
     for model in dict.fromkeys(server.models.values()):
         await model.reload(log_note)

@@ -1,4 +1,4 @@
-"""Completions and chats: OpenAI's JSON objects, whole or as a stream of events."""
+"""Completions and chats: OpenAI's JSON responses, complete or streamed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from lm.serving.served_models import ServedModel
 Json = dict[str, Any]
 Answer = Json | AsyncGenerator[Json]
 _GRAMMAR_SECONDS = 10.0
-_COMPLETION_TOKENS = 16  # as OpenAI's API has it
+_COMPLETION_TOKENS = 16  # default of OpenAI's API
 
 
 @dataclass
 class Usage:
-    """Counts of tokens of a request; they grow with its replies."""
+    """Token counts of a request, updated as replies grow."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -55,17 +55,17 @@ class Usage:
 
 
 class Exchange:
-    """Request of a client: the model that it asks, and what the log says of it.
+    """Client request: its model, and information for the log.
 
     Attributes:
         model: the model; None before it is known.
-        name: name that the client calls it by.
-        usage: counts of tokens.
-        started: time when it began, of `time.monotonic`.
+        name: model name used by the client.
+        usage: token counts.
+        started: start time (`time.monotonic`).
         texts: prompts and replies, for the log.
-        queue: bounded work of the model.
-        n_reserved: what of it is this request's.
-        timer: called with the number of a reply and of its new tokens, as they come.
+        queue: work queue of the model.
+        n_reserved: this request's share of it.
+        timer: called with the index of a reply and the number of its new tokens, as they arrive.
     """
 
     def __init__(self) -> None:
@@ -80,28 +80,28 @@ class Exchange:
 
     @property
     def context(self) -> int | None:
-        """Most tokens of a prompt and its reply; None: any number."""
+        """Maximum tokens of a prompt and its reply; None: no limit."""
         return self.model.engine.context if self.model and self.model.engine else None
 
     def reserve(self, n: int) -> None:
-        """Enter the queue of the model, before anything is awaited.
+        """Enter the queue of the model, before the first await.
 
         Args:
-            n: replies, or groups of texts that are read together.
+            n: number of replies, or groups of texts.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: the queue is full.
         """
         self.queue.take(n)
         self.n_reserved += n
 
 
 async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
-    """Answer `/v1/completions`.
+    """Handle `/v1/completions`.
 
     Raises:
-        ApiError: a parameter is wrong.
-        UserError: the engine refuses a request.
+        ApiError: a parameter is invalid.
+        UserError: the engine rejects a request.
     """
     model = _generator(exchange)
     top_logprobs = read_top_logprobs(body, is_chat=False)
@@ -126,11 +126,11 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
 
 
 async def chat(exchange: Exchange, body: Body, limits: RequestLimits) -> Answer:
-    """Answer `/v1/chat/completions`.
+    """Handle `/v1/chat/completions`.
 
     Raises:
-        ApiError: a parameter is wrong.
-        UserError: the engine refuses a request, or the template the messages.
+        ApiError: a parameter is invalid.
+        UserError: the engine rejects a request, or the template the messages.
     """
     model = _generator(exchange)
     if model.template is None:
@@ -194,9 +194,9 @@ async def _starts(
     requests: Sequence[GenerationRequest],
     prompts: Sequence[str | list[int]],
 ) -> dict[int, tuple[str, list[NewToken]]]:
-    """Return the text and the tokens of the prompt of each request, which replies repeat.
+    """Return text and tokens of each request's prompt, to be echoed in replies.
 
-    What the tokenizer puts before a text is no part of a prompt that was given as a text.
+    The tokenizer's prefix is not part of a prompt given as text.
     """
     found = {}
     scored: dict[tuple[int, ...], list[NewToken]] = {}
@@ -221,7 +221,7 @@ async def _starts(
 
 
 class _Completions:
-    """Answer to a completion as JSON objects."""
+    """JSON response of a completion."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -232,13 +232,13 @@ class _Completions:
         requests: Sequence[GenerationRequest],
         echoed: Sequence[str | list[int]] = (),
     ):
-        """Begin an answer.
+        """Start a response.
 
         Args:
             exchange: request of the client.
             asked: its parameters.
-            requests: requests of the engine, those of the first prompt first.
-            echoed: prompts, where the replies repeat them.
+            requests: engine requests, grouped by prompt.
+            echoed: prompts, if replies echo them.
         """
         model = exchange.model
         assert model is not None
@@ -253,7 +253,7 @@ class _Completions:
         }
 
     def choice(self, reply: Reply, is_part: bool, is_first: bool) -> Json:
-        """Return the JSON object of a reply, or of a part of one."""
+        """Return the JSON object of a reply or a part of it."""
         logprobs = None
         if self._has_logprobs:
             logprobs = self._logprobs[reply.index].as_json(reply)
@@ -263,7 +263,7 @@ class _Completions:
         }
 
     async def whole(self) -> Json:
-        """Return the answer as one object."""
+        """Return the response as one object."""
         replies = await whole_replies(self._parts(), len(self._requests))
         self._exchange.texts["replies"] = [reply.text for reply in replies]
         choices = [self.choice(reply, is_part=False, is_first=True) for reply in replies]
@@ -289,9 +289,9 @@ class _Completions:
             yield {**self._head, "choices": [], "usage": self._exchange.usage.as_json()}
 
     async def _parts(self) -> AsyncGenerator[Reply]:
-        """Yield the parts of the replies: what they repeat of the prompts, then what is new."""
+        """Yield the parts of the replies: echoed prompts, then new text."""
         model, starts, params = self._model, {}, None
-        while params is not model.params:  # a newer checkpoint may come meanwhile
+        while params is not model.params:  # repeat if a newer checkpoint was loaded meanwhile
             params = model.params
             if self._echoed:
                 starts = await _starts(model, params, self._requests, self._echoed)
@@ -314,12 +314,12 @@ class _Completions:
 
 
 class _Chat(_Completions):
-    """Answer of a chat as JSON objects."""
+    """JSON response of a chat."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, reply: Reply, is_part: bool, is_first: bool) -> Json:
-        """Return the JSON object of a reply, or of a part of one."""
+        """Return the JSON object of a reply or a part of it."""
         message: Json = {"role": "assistant"} if is_first else {}
         message |= {"content": reply.text} if reply.text or not is_part or is_first else {}
         message |= {} if is_part else {"refusal": None}

@@ -1,4 +1,4 @@
-"""Thread of an engine: takes requests from the event loop, and gives their progress back."""
+"""Engine thread: receives requests from the event loop, and returns their progress."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Failure = UserError | RuntimeError
 
 
 class EngineLostError(RuntimeError):
-    """Failure of an engine whose place no other could take."""
+    """Failure of an engine that could not be replaced."""
 
 
 class _LostEngine:
-    """Engine in the place of one that cannot be made again: it refuses all requests."""
+    """Placeholder for an engine that cannot be recreated; rejects all requests."""
 
     def __init__(self, context: int | None, statistics: EngineStatistics):
         self.context, self._statistics = context, statistics
 
     def add(self, request: GenerationRequest) -> int:
-        raise EngineLostError("the engine has failed, and cannot start again")
+        raise EngineLostError("the engine has failed, and cannot be restarted")
 
     def cancel(self, number: int) -> None:
         pass
@@ -42,14 +42,14 @@ class _LostEngine:
         return []
 
     def update(self, params: Params) -> None:
-        raise EngineLostError("the engine has failed, and cannot start again")
+        raise EngineLostError("the engine has failed, and cannot be restarted")
 
     def statistics(self) -> EngineStatistics:
         return self._statistics
 
 
 class Ticket:
-    """Requests that were submitted together, and their progress as it comes."""
+    """Requests submitted together, and their progress."""
 
     def __init__(self, thread: EngineThread, n: int):
         self._thread = thread
@@ -57,10 +57,10 @@ class Ticket:
         self._events: asyncio.Queue[tuple[int, Progress] | Failure] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Progress]]:
-        """Yield the index of a request and its progress, until all have ended.
+        """Yield (request index, progress) until all requests have ended.
 
         Raises:
-            UserError: a request was refused.
+            UserError: a request was rejected.
             RuntimeError: the engine has failed.
         """
         while self._open:
@@ -74,30 +74,30 @@ class Ticket:
                 yield event
 
     def cancel(self, index: int) -> None:
-        """End a request; nothing more of it is given."""
+        """Cancel a request; no more progress is returned for it."""
         if index in self._open:
             self._open.remove(index)
             self._thread.cancel(self, index)
 
     def close(self) -> None:
-        """End all requests that have not ended."""
+        """Cancel all unfinished requests."""
         for index in list(self._open):
             self.cancel(index)
 
     def deliver(self, event: tuple[int, Progress] | Failure) -> None:
-        """Take an event, in the event loop."""
+        """Deliver an event, in the event loop."""
         self._events.put_nowait(event)
 
 
 class EngineThread:
-    """Engine in a thread of its own; its methods are called in the event loop.
+    """Engine in its own thread; the methods are called from the event loop.
 
-    An exception of the engine ends the requests that it had, and a new engine takes its place; if
-    none can be made, requests raise `EngineLostError`.
+    If the engine raises an exception, its requests fail and a new engine replaces it; if that fails
+    too, requests raise `EngineLostError`.
 
     Attributes:
-        is_lost: the engine has failed, and no other could be made.
-        statistics: the newest of the engine.
+        is_lost: the engine has failed and could not be replaced.
+        statistics: latest statistics of the engine.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class EngineThread:
         name: str,
         log: Callable[[str], Any],
     ):
-        """Make the engine, and start the thread.
+        """Create the engine, and start the thread.
 
         Args:
-            make: makes an engine.
+            make: creates an engine.
             experiment: experiment on a mesh.
-            params: its parameters.
+            params: parameters.
             name: name of the model, for the log.
-            log: receives lines for the operator.
+            log: called with lines for the operator.
         """
         self._make, self._name, self._log = partial(make, experiment), name, log
         self._params = params
@@ -123,7 +123,7 @@ class EngineThread:
         self.is_lost = False
         self.context = self._engine.context
         self.statistics: EngineStatistics = self._engine.statistics()
-        self._earlier = [0, 0, 0]  # counters of engines that have failed
+        self._earlier = [0, 0, 0]  # counters of failed engines
         self._loop = asyncio.get_running_loop()
         self._routes: dict[int, tuple[Ticket, int]] = {}
         self._numbers: dict[tuple[Ticket, int], int] = {}
@@ -134,21 +134,21 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Ticket:
-        """Queue requests, and return what gives their progress."""
+        """Queue requests, and return their ticket."""
         ticket = Ticket(self, len(requests))
         self._command(partial(self._add, ticket, tuple(requests)))
         return ticket
 
     def cancel(self, ticket: Ticket, index: int) -> None:
-        """End a request of a ticket."""
+        """Cancel a request of a ticket."""
         self._command(partial(self._cancel, ticket, index))
 
     def update(self, params: Params) -> None:
-        """Replace the parameters of all requests that are submitted later."""
+        """Replace the parameters for requests submitted later."""
         self._command(partial(self._update, params))
 
     def stop(self) -> None:
-        """End the thread; requests that run are lost."""
+        """Stop the thread; running requests are lost."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -159,7 +159,7 @@ class EngineThread:
             self._commands.append(command)
             self._wake.notify()
 
-    # --- in the thread
+    # --- engine thread
 
     def _run(self) -> None:
         while True:
@@ -219,19 +219,19 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_deliver, events)
 
     def _fail(self, error: Exception, *tickets: Ticket) -> None:
-        """Make another engine, and tell all requests; those of `tickets` are in none yet."""
-        self._log(f"{self._name}: the engine has failed and starts again: {error!r}")
+        """Replace the failed engine, and notify all requests, including `tickets`."""
+        self._log(f"{self._name}: the engine has failed and is restarted: {error!r}")
         self._log("".join(traceback.format_exception(error)))
-        traceback.clear_frames(error.__traceback__)  # which hold the engine
+        traceback.clear_frames(error.__traceback__)  # they hold references to the engine
         tickets = (*tickets, *(ticket for ticket, _ in self._routes.values()))
         self._routes.clear()
         self._numbers.clear()
         s = self.statistics
         self._earlier = [s.n_prompt_tokens, s.n_reused_tokens, s.n_new_tokens]
-        del self._engine  # its cache, before there is another
+        del self._engine  # free its cache before creating another
         try:
             self._engine = self._make(self._params)
-            self.is_lost = False  # a newer checkpoint may bring it back
+            self.is_lost = False  # a newer checkpoint may fix it
         except Exception as problem:
             self._log(f"{self._name}: the engine cannot start again: {problem!r}")
             self._engine = _LostEngine(self.context, EngineStatistics(*(0, 0, s.n_rows), *[0] * 5))

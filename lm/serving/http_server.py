@@ -1,4 +1,4 @@
-"""Process of a server: its socket, signals, reloads, and the end without a lost request."""
+"""Server process: socket, signals, reloads, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from lm.serving.app import Server, ServerOptions, log_note, make_app, reload_mod
 from lm.serving.playground import playground_routes
 from lm.serving.served_models import ServedModel
 
-_KEEP_ALIVE = 30  # seconds of a connection without a request
+_KEEP_ALIVE = 30  # seconds of an idle connection
 
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """Address of a server, its files, and times of its end and of reloads.
+    """Address and files of a server, and its timeouts.
 
     Attributes:
         host: address or name.
         port: TCP port; 0: a free one.
-        certificate: file of the TLS certificates; "": no TLS.
-        key: file of its private key; "": it is in the file of the certificates.
-        api_keys: file of the keys of clients; "": all may ask.
-        drain_seconds: time for requests that run when the server is to end.
-        reload_seconds: time between two looks for newer checkpoints; 0: on SIGHUP alone.
+        certificate: file with TLS certificates; "": no TLS.
+        key: file with the private key; "": it is in the certificate file.
+        api_keys: file with client keys; "": no authentication.
+        drain_seconds: time for running requests at shutdown.
+        reload_seconds: interval between checks for newer checkpoints; 0: only on SIGHUP.
     """
 
     host: str
@@ -51,7 +51,7 @@ class ListenOptions:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, whose signals are ours."""
+    """uvicorn without its signal handlers, which are ours."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,15 +61,15 @@ class _Uvicorn(uvicorn.Server):
 def serve(
     load: Callable[[], list[ServedModel]], options: ServerOptions, listen: ListenOptions
 ) -> None:
-    """Serve models until SIGTERM or Ctrl-C; then answer what has begun, and return.
+    """Serve models until SIGTERM or Ctrl-C, then finish running requests and return.
 
     Args:
         load: loads the models, in the event loop.
         options: limits.
-        listen: where to listen.
+        listen: address, files and timeouts.
 
     Raises:
-        UserError: a model cannot be loaded, or the address, a key or a certificate is wrong.
+        UserError: a model cannot be loaded, or the address, a key or a certificate is invalid.
     """
     keys = ApiKeys(Path(listen.api_keys), log_note) if listen.api_keys else None
     _check_certificate(listen)
@@ -86,7 +86,7 @@ async def _serve(
 ) -> None:
     loop = asyncio.get_running_loop()
     reload_wanted = asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)  # also while the models are loaded
+    loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)  # also while models are loading
     models = {model.name: model for model in load()}
     server = Server(models, options, keys)
     config = uvicorn.Config(
@@ -135,7 +135,7 @@ async def _serve(
 
 
 async def _drain(server: Server, process: _Uvicorn, seconds: float) -> None:
-    """Refuse new requests, wait for those that run, and let the process end."""
+    """Refuse new requests, wait for running ones, and let the process exit."""
     server.draining = True
     log_note(f"the server ends; requests that run: {server.n_active}")
     until = time.monotonic() + seconds
@@ -149,7 +149,7 @@ def _check_certificate(listen: ListenOptions) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(listen.certificate, listen.key or None, password="")
-        except OSError as error:  # of which ssl.SSLError is one
+        except OSError as error:  # includes ssl.SSLError
             where = f"{listen.certificate} {listen.key}".strip()
             raise UserError(f"{where}: no usable certificate and key: {error}") from None
 
@@ -163,7 +163,7 @@ def _announce(server: Server, listen: ListenOptions, listener: socket.socket) ->
 
 
 class _LastingStream(io.TextIOBase):
-    """Text stream whose lines are lost, and end nothing, where they cannot be written."""
+    """Text stream that ignores write errors, losing the lines."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -180,19 +180,19 @@ class _LastingStream(io.TextIOBase):
 
 @contextmanager
 def _lasting_stderr() -> Iterator[None]:
-    """Let a full disk, or a pipe that nobody reads, end nothing: the log of the server is lost."""
+    """Ignore write errors on stderr (full disk, closed pipe): only log lines are lost."""
     before = sys.stderr
     with redirect_stderr(_LastingStream(before)):
         yield
     try:
         before.flush()
     except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail too
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail either
 
 
 @contextmanager
 def _socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Open a socket that listens; UserError if the address cannot be had."""
+    """Open a listening socket; UserError if the address is not available."""
     if port > 65535:
         raise UserError(f"--port {port}: the largest is 65535")
     try:

@@ -17,7 +17,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 30
 
 
 class Metrics:
-    """Counters and histograms of requests, and what the engines say of themselves."""
+    """Counters and histograms of requests, and statistics of the engines."""
 
     def __init__(self, queues: Mapping[ServedModel, WorkQueue]):
         self.registry = CollectorRegistry()
@@ -33,17 +33,17 @@ class Metrics:
         self.registry.register(_Engines(queues))
 
     def begin(self) -> None:
-        """Count a request that begins."""
+        """Count the start of a request."""
         self._active.inc()
 
     def end(self, path: str, status: int, model: str, seconds: float) -> None:
-        """Count a request that ends.
+        """Count the end of a request.
 
         Args:
-            path: its path, of those that the server has.
+            path: its path, one of the server's.
             status: HTTP status.
-            model: name of the model that was asked; "": none.
-            seconds: time that it took.
+            model: requested model; "": none.
+            seconds: duration.
         """
         self._active.dec()
         self._requests.labels(path, status).inc()
@@ -51,7 +51,7 @@ class Metrics:
             self._seconds.labels(model).observe(seconds)
 
     def timer(self, model: str, started: float) -> TokenTimer:
-        """Return the timer of a reply that was asked for at `started`."""
+        """Return the timer of a reply requested at `started`."""
         return TokenTimer(self._first.labels(model), self._between.labels(model), started)
 
     def text(self) -> bytes:
@@ -60,14 +60,14 @@ class Metrics:
 
 
 class TokenTimer:
-    """Times between the tokens of a reply; tokens that come together share the time before them."""
+    """Time between the tokens of a reply; tokens that arrive together share it."""
 
     def __init__(self, first: Histogram, between: Histogram, started: float):
         self._first, self._between, self._started = first, between, started
         self._last: dict[int, float] = {}
 
     def tick(self, index: int, n: int) -> None:
-        """Observe `n` new tokens of the reply `index`."""
+        """Record `n` new tokens of reply `index`."""
         if not n:
             return
         now = time.monotonic()
@@ -80,7 +80,7 @@ class TokenTimer:
 
 
 class _Engines(Collector):
-    """Statistics of the engines, read when they are asked for."""
+    """Statistics of the engines, read when the metrics are collected."""
 
     def __init__(self, queues: Mapping[ServedModel, WorkQueue]):
         self._queues = queues

@@ -1,4 +1,4 @@
-"""Page at `/` that tries the served models in a browser."""
+"""Web page at `/` for trying out the served models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 
 def playground_routes() -> list[Route]:
-    """Return the route of the page, which may run its own script and ask this server alone."""
+    """Return the route of the page, with a policy that allows only its own script."""
     page = files("lm.serving").joinpath("playground.html").read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",
@@ -39,6 +39,6 @@ def playground_routes() -> list[Route]:
 
 
 def _digest(page: str, element: str) -> str:
-    """Return the source expression of the page's one `<script>` or `<style>`."""
+    """Return the CSP hash of the page's only `<script>` or `<style>`."""
     (text,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""Replies of an engine as texts: what is settled, with the tokens behind it."""
+"""Replies of an engine as text: stable parts, with their tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm.decoding.text_stream import TextStream
 from lm.serving.engine_thread import Ticket
 from lm.serving.served_models import ServedModel
 
-WITHHELD = "content_filter"  # why a reply ended that a guard withholds
+WITHHELD = "content_filter"  # finish reason of a withheld reply
 
 
 @dataclass
@@ -19,10 +19,10 @@ class Reply:
     """Reply, or a part of it.
 
     Attributes:
-        index: number of its request.
+        index: index of its request.
         text: its text.
         tokens: its tokens.
-        finish: "stop", "length" or "content_filter"; "" of one that goes on.
+        finish: "stop", "length" or "content_filter"; "" while it continues.
     """
 
     index: int
@@ -31,7 +31,7 @@ class Reply:
     finish: str = ""
 
     def add(self, part: Reply) -> None:
-        """Add the next part."""
+        """Append the next part."""
         self.text += part.text
         self.tokens += part.tokens
         self.finish = part.finish
@@ -43,16 +43,16 @@ async def reply_parts(
     stop: Sequence[str],
     ticket: Ticket,
 ) -> AsyncGenerator[Reply]:
-    """Yield the parts of the replies to requests, as they come; whole ones where a guard judges.
+    """Yield the parts of replies as they arrive; complete replies if there is a guard.
 
     Args:
         model: model with an engine.
         requests: the requests.
-        stop: texts before which a reply ends.
-        ticket: what gives their progress.
+        stop: texts at which a reply is cut off.
+        ticket: ticket with their progress.
 
     Raises:
-        UserError: a request was refused.
+        UserError: a request was rejected.
         RuntimeError: the engine has failed.
     """
     if model.guard is None:
@@ -67,7 +67,7 @@ async def reply_parts(
 
 
 async def whole_replies(parts: AsyncGenerator[Reply], n: int) -> list[Reply]:
-    """Return the whole replies to `n` requests."""
+    """Collect the complete replies to `n` requests."""
     replies = [Reply(index) for index in range(n)]
     async with aclosing(parts) as closing:
         async for part in closing:

@@ -1,4 +1,4 @@
-"""Reading of JSON bodies: typed fields, and errors in OpenAI's form."""
+"""JSON request bodies: typed fields, and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse
 from lm.errors import UserError, nearest
 from lm.storage import parse_json
 
-_BODY_SECONDS = 60.0  # a client that is slower sends no request
-# Of OpenAI's clients; what they ask for does not change a reply.
+_BODY_SECONDS = 60.0  # timeout for receiving a body
+# Fields that OpenAI's clients send but that do not affect a reply.
 _WITHOUT_EFFECT = (
     *("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"),
     *("parallel_tool_calls", "verbosity", "prompt_cache_retention"),
@@ -22,12 +22,12 @@ _WITHOUT_EFFECT = (
 
 
 class ApiError(Exception):
-    """Error that a client is told, in OpenAI's form.
+    """Error reported to the client in OpenAI's format.
 
     Attributes:
         status: HTTP status.
-        param: parameter that is wrong; None: none in particular.
-        code: word for programs.
+        param: invalid parameter, or None.
+        code: machine-readable code.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str = ""):
@@ -42,23 +42,23 @@ class ApiError(Exception):
         return {"error": error | {"param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return the response; one that asks for patience says for how long."""
+        """Return the response; with Retry-After if the client should try again."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
         headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return JSONResponse(self.body(), self.status, headers)
 
 
 def wrong(name: str, problem: str) -> ApiError:
-    """Return the error of a parameter."""
+    """Return the error for an invalid parameter."""
     return ApiError(400, f"{name}: {problem}", name)
 
 
 async def read_body(request: Request, most_bytes: int) -> Body:
-    """Return the JSON object of a request.
+    """Read the JSON object of a request.
 
     Raises:
-        ApiError: it is too large, too slow, or no JSON object.
-        ClientDisconnect: the client has gone.
+        ApiError: it is too large, too slow, or not a JSON object.
+        ClientDisconnect: the client has disconnected.
     """
     found = bytearray()
     try:
@@ -79,23 +79,23 @@ async def read_body(request: Request, most_bytes: int) -> Body:
 
 
 class Body:
-    """Fields of a JSON object; null is as if a field were not there."""
+    """Fields of a JSON object; null counts as missing."""
 
     def __init__(self, values: dict[str, Any]):
         self._values = {name: value for name, value in values.items() if value is not None}
         self._known = set(_WITHOUT_EFFECT)
 
     def raw(self, name: str) -> Any:
-        """Return a field as it is; None if it is not there."""
+        """Return a field unconverted; None if missing."""
         self._known.add(name)
         return self._values.get(name)
 
     def has(self, name: str) -> bool:
-        """Return whether a field is there."""
+        """Return whether a field is present."""
         return self.raw(name) is not None
 
     def text(self, name: str, default: str | None = None) -> str:
-        """Return a text; without a default it must be there."""
+        """Return a text field; required unless there is a default."""
         value = self.raw(name)
         if value is None and default is not None:
             return default
@@ -104,14 +104,14 @@ class Body:
         return value
 
     def flag(self, name: str) -> bool:
-        """Return true or false, false by default."""
+        """Return a boolean field, false by default."""
         value = self.raw(name)
         if not isinstance(value, bool | None):
             raise wrong(name, "it must be true or false")
         return bool(value)
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """Return an integer between two bounds."""
+        """Return an integer field within bounds."""
         value = self.raw(name)
         if value is None:
             return default
@@ -120,7 +120,7 @@ class Body:
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
-        """Return a number between two bounds."""
+        """Return a number field within bounds."""
         value = self.raw(name)
         if value is None:
             return default
@@ -134,7 +134,7 @@ class Body:
         return float(value)
 
     def texts(self, name: str, most: int) -> list[str]:
-        """Return a list of texts, of which one may stand alone; [] by default."""
+        """Return a field with a text or a list of texts; [] by default."""
         value = self.raw(name)
         found = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(found, list) or not all(isinstance(x, str) and x for x in found):
@@ -151,7 +151,7 @@ class Body:
         return tuple(value)
 
     def object(self, name: str) -> dict[str, Any]:
-        """Return a JSON object, {} by default."""
+        """Return a JSON object field; {} by default."""
         value = self.raw(name)
         if value is None:
             return {}
@@ -160,10 +160,10 @@ class Body:
         return value
 
     def finish(self, unsupported: Sequence[str] = ()) -> None:
-        """Raise ApiError for a field that nothing reads.
+        """Raise ApiError for a field that was not read.
 
         Args:
-            unsupported: fields of OpenAI's API that a server of this project does not have.
+            unsupported: fields of OpenAI's API that this server does not support.
         """
         for name in self._values.keys() - self._known:
             if name in unsupported:
@@ -179,10 +179,10 @@ def is_ids(value: Any) -> bool:
 
 
 def with_plain_texts(messages: Any) -> Any:
-    """Return messages, contents in parts joined to one text each; what is no list as it is.
+    """Join content parts of messages to one text each; return anything but a list unchanged.
 
     Raises:
-        ApiError: a part is something else than a text.
+        ApiError: a part is not text.
     """
 
     def text_of(part: Any) -> str:

@@ -1,4 +1,4 @@
-"""Parameters of completions and chats, as requests of an engine."""
+"""Parameters of completions and chats, converted to engine requests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _HUGE = 2**63 - 1
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """RequestLimits of requests.
+    """Limits of requests.
 
     Attributes:
-        prompt_tokens: most tokens of a prompt.
-        new_tokens: most new tokens of a reply.
-        choices: most replies of one request.
+        prompt_tokens: maximum tokens of a prompt.
+        new_tokens: maximum new tokens of a reply.
+        choices: maximum replies per request.
     """
 
     prompt_tokens: int
@@ -39,7 +39,7 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Grammar:
-    """Grammar that a request asks for: "json", "lark" or "regex", and its text."""
+    """Requested grammar: "json", "lark" or "regex", and its source."""
 
     kind: str
     source: str
@@ -47,15 +47,15 @@ class Grammar:
 
 @dataclass(frozen=True)
 class Asked:
-    """Parameters of a completion or a chat, beside its prompts.
+    """Parameters of a completion or chat, without its prompts.
 
     Attributes:
         request: request without a prompt.
-        grammar: grammar of the reply; it is not in the request yet.
-        n: replies of each prompt.
-        stop: texts before which a reply ends.
-        stream: send the reply as it grows.
-        with_usage: send counts of tokens at the end of a stream.
+        grammar: grammar of the reply, not yet part of the request.
+        n: replies per prompt.
+        stop: texts at which a reply is cut off.
+        stream: stream the reply.
+        with_usage: send token counts at the end of a stream.
     """
 
     request: GenerationRequest
@@ -66,7 +66,7 @@ class Asked:
     with_usage: bool
 
     def n_replies(self, n_prompts: int, limits: RequestLimits) -> int:
-        """Return the number of replies to some prompts; ApiError if they are too many."""
+        """Return the total number of replies; ApiError if there are too many."""
         n = n_prompts * self.n
         if n > limits.choices:
             raise ApiError(400, f"{n} replies: at most {limits.choices}")
@@ -75,15 +75,15 @@ class Asked:
     def requests(
         self, prompts: Sequence[Sequence[int]], limits: RequestLimits, context: int | None
     ) -> list[GenerationRequest]:
-        """Return the requests of prompts, those of the first prompt first.
+        """Return the requests of prompts, grouped by prompt.
 
         Args:
-            prompts: token ids of each.
+            prompts: token ids of each prompt.
             limits: limits of requests.
-            context: most tokens of a prompt and its reply; None: any number.
+            context: maximum tokens of a prompt and its reply; None: no limit.
 
         Raises:
-            ApiError: one is empty or too long.
+            ApiError: a prompt is empty or too long.
         """
         room = limits.prompt_tokens if context is None else context
         most = min(limits.prompt_tokens, room - bool(self.request.max_new_tokens))
@@ -111,17 +111,17 @@ def read_sampling(
     default_tokens: int,
     top_logprobs: int | None,
 ) -> Asked:
-    """Return what a body asks for.
+    """Parse the sampling parameters of a body.
 
     Args:
         body: body of the request.
         controls: constraints of the model's configuration.
         limits: limits of requests.
-        default_tokens: most new tokens, unless the body says.
-        top_logprobs: likeliest tokens to list; None: no log-probabilities.
+        default_tokens: default maximum of new tokens.
+        top_logprobs: number of top tokens to list; None: no log-probabilities.
 
     Raises:
-        ApiError: a parameter is wrong.
+        ApiError: a parameter is invalid.
     """
     most_tokens = limits.new_tokens
     n_tokens = body.integer("max_tokens", min(default_tokens, most_tokens), 0, most_tokens)
@@ -173,7 +173,7 @@ def _read_bias(body: Body) -> dict[int, float]:
 
 
 def _read_grammar(body: Body) -> Grammar | None:
-    """Return the grammar of `response_format`; beside OpenAI's types "regex" and "lark"."""
+    """Parse the grammar in `response_format`: OpenAI's types, "regex" or "lark"."""
     form = Body(body.object("response_format"))
     kind = form.text("type", "text")
     if kind == "text":
@@ -194,7 +194,7 @@ def _read_grammar(body: Body) -> Grammar | None:
 
 
 def grammar_limits(model: ServedModel, asked: Asked) -> TextLimits:
-    """Return the limits of a request with its grammar; UserError for one that is none."""
+    """Return the constraints of a request including its grammar; UserError if invalid."""
     request, grammar = asked.request, asked.grammar
     assert grammar is not None
     of_grammar = grammar.kind, grammar.source, model.tokenizer
@@ -202,7 +202,7 @@ def grammar_limits(model: ServedModel, asked: Asked) -> TextLimits:
 
 
 def read_top_logprobs(body: Body, is_chat: bool) -> int | None:
-    """Return the number of likeliest tokens that a body asks for at each place; None: none."""
+    """Parse the number of top tokens to list per position; None: no log-probabilities."""
     if not is_chat:
         n = body.integer("logprobs", -1, 0, MOST_LOGPROBS)
         return None if n < 0 else n
@@ -215,7 +215,7 @@ def read_top_logprobs(body: Body, is_chat: bool) -> int | None:
 
 
 def read_prompts(value: Any) -> list[str | list[int]]:
-    """Return the prompts of a body: a text, token ids, or a list of either.
+    """Parse the prompts of a body: a text, token ids, or a list of either.
 
     Raises:
         ApiError: it is something else.
@@ -230,7 +230,7 @@ def read_prompts(value: Any) -> list[str | list[int]]:
 
 
 def prompts_ids(model: ServedModel, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Return the token ids of prompts; UserError for an unknown one, or too long a source."""
+    """Tokenize prompts; UserError for an unknown id or a source that is too long."""
     found = [model.prompt_ids(one) if isinstance(one, str) else one for one in prompts]
     check_ids(found, model.experiment.model)
     model.check_sources(found)

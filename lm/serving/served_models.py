@@ -1,4 +1,4 @@
-"""Runs that a server has loaded: what they can do, and newer checkpoints of them."""
+"""Runs loaded by a server: their capabilities, and reload of newer checkpoints."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ Log = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class WeightsChoice:
-    """Choice of the weights of a run.
+    """Choice of a run's weights.
 
     Attributes:
-        average: number of newest checkpoints whose parameters are averaged.
-        best: the checkpoint that `--config.eval.best` kept.
+        average: number of newest checkpoints to average.
+        best: use the checkpoint kept by `--config.eval.best`.
     """
 
     average: int = 1
@@ -55,25 +55,25 @@ class WeightsChoice:
 
 @dataclass(eq=False)
 class ServedModel:
-    """Run that is served.
+    """Served run.
 
     Attributes:
-        name: name that requests choose it by.
+        name: model name in requests.
         folder: folder of the run.
-        weights: which weights.
-        experiment: experiment on a mesh, as it is restored.
-        prepared: experiment as it decodes (`lm/decoding/weights.py`).
-        params: its parameters.
-        step: updates before the weights were saved.
+        weights: choice of weights.
+        experiment: experiment on a mesh, as restored.
+        prepared: experiment converted for decoding (`lm/decoding/weights.py`).
+        params: parameters.
+        step: training step of the weights.
         tokenizer: tokenizer of the run.
-        engine: thread of the engine; None of a model that writes no text.
-        template: chat template; None if there is none.
+        engine: engine thread; None for a model that generates no text.
+        template: chat template, or None.
         guard: guard of `--config.decode.guard`.
-        adapter_names: names of its low-rank adapters, which requests choose as models.
+        adapter_names: names of its low-rank adapters, which requests use as model names.
         adapters: the adapters.
         sizes: sizes of the engine.
-        created: time when it was loaded.
-        worker: thread that tokenizes and judges, in turn.
+        created: load time.
+        worker: single thread for tokenization and guard.
         grammar_worker: threads that compile grammars, which may take seconds.
     """
 
@@ -97,7 +97,7 @@ class ServedModel:
 
     @property
     def has_source(self) -> bool:
-        """True if it writes targets of sources, rather than continuing prompts."""
+        """True for an encoder–decoder, which generates targets from sources."""
         return is_encoder_decoder(self.experiment.model)
 
     @property
@@ -110,12 +110,12 @@ class ServedModel:
 
     @property
     def n_rows(self) -> int:
-        """Replies, or groups of texts, that it works on at once."""
+        """Maximum concurrent replies, or groups of texts."""
         return self.engine.statistics.n_rows if self.engine else 1
 
     @cached_property
     def spelling(self) -> Callable[[int], bytes | None]:
-        """Function from a token id to the bytes that it adds to a text."""
+        """Function from a token id to the bytes it adds to a text."""
         return spelling(self.tokenizer)
 
     @cached_property
@@ -124,47 +124,47 @@ class ServedModel:
         return self.tokenizer.pieces()
 
     def token_text(self, token: int) -> str:
-        """Return the text of a token; that of a special one is its name."""
+        """Return the text of a token; for a special token, its name."""
         known = token < self.tokenizer.vocab_size
         found = self.spelling(token) if known else b""
         return self.pieces[token] if found is None else found.decode(errors="replace")
 
     @cached_property
     def controls(self) -> Controls:
-        """Constraints of `--config.decode` on texts."""
+        """Constraints of `--config.decode` on completions."""
         return Controls.from_config(self.experiment.config, self.tokenizer)
 
     @cached_property
     def chat_controls(self) -> Controls:
-        """Constraints of `--config.decode` on answers."""
+        """Constraints of `--config.decode` on chat answers."""
         ends = self.template.stop_ids if self.template else ()
         return Controls.from_config(self.experiment.config, self.tokenizer, ends)
 
     @cached_property
     def chat_stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
+        """Texts that end a chat answer."""
         return stop_texts(self.template) if self.template else ()
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, or of a source."""
+        """Tokenize a prompt or a source."""
         if self.has_source:
             length = self.experiment.config.data.sequence_length
             return source_ids(self.tokenizer, text, len(text.encode()) + length)
         return prompt_ids(self.tokenizer, text)
 
     def check_sources(self, inputs: Sequence[Sequence[int]]) -> None:
-        """Raise UserError for a source that is longer than those that the model reads."""
+        """Raise UserError for a source longer than the model's sequence length."""
         length = self.experiment.config.data.sequence_length
         longest = max(map(len, inputs))
         if self.has_source and longest > length:
             raise UserError(f"the source has {longest} tokens; the model reads {length}")
 
     def adapter_number(self, name: str) -> int:
-        """Return the number of the adapter that a model's name chooses; 0: the base."""
+        """Return the adapter index for a model name; 0: base model."""
         return ("", *self.adapter_names).index(name if name in self.adapter_names else "")
 
     def chat_ids(self, chat: Chat) -> list[int]:
-        """Return the token ids of a conversation."""
+        """Tokenize a conversation."""
         assert self.template is not None
         return chat_ids(self.template, chat)
 
@@ -174,7 +174,7 @@ class ServedModel:
         return await loop.run_in_executor(self.worker, partial(function, *arguments))
 
     async def warm_up(self, log: Log) -> None:
-        """Compile the programs of the engine, so that no client waits for them."""
+        """Compile the programs of the engine, so that no client has to wait for them."""
         if self.engine is None:
             return
         requests = warm_up_requests(self.sizes, self.engine.context or 0)
@@ -186,11 +186,11 @@ class ServedModel:
         try:
             async for _ in self.engine.submit(requests):
                 pass
-        except (UserError, RuntimeError) as error:  # as a client would be told
+        except (UserError, RuntimeError) as error:  # errors that a client would get
             log(f"{self.name}: {error}")
 
     def close(self) -> None:
-        """End its threads."""
+        """Stop its threads."""
         if self.engine is not None:
             self.engine.stop()
         for worker in (self.worker, self.grammar_worker):
@@ -200,7 +200,7 @@ class ServedModel:
         return params if self.kind == "classify" else prepare(self.experiment, params)[1]
 
     async def reload(self, log: Log) -> None:
-        """Serve the newest checkpoint if it is newer; a problem is logged, and nothing changes."""
+        """Switch to the newest checkpoint if there is one; on errors, log and keep the old one."""
         if self.adapters is not None:
             log(f"{self.name}: no reload under adapters, which belong to step {self.step}")
             return
@@ -219,16 +219,16 @@ class ServedModel:
             )
             params, step = await loaded
             if step <= self.step:
-                log(f"{self.name}: step {newest} cannot be read; step {self.step} is served on")
+                log(f"{self.name}: step {newest} cannot be read; still serving step {self.step}")
                 return
             params = await asyncio.to_thread(self._prepared, params)
-            # In one go: what is submitted before has the old weights, what comes after the new.
+            # Atomic: requests submitted before get the old weights, later ones the new.
             if self.engine is not None:
                 self.engine.update(params)
             self.params, self.step = params, step
-            log(f"{self.name}: step {step} is served")
-        except Exception as error:  # whatever a checkpoint, or a full disk, can raise
-            log(f"{self.name}: the reload failed, step {self.step} is served on: {error}")
+            log(f"{self.name}: serving step {step}")
+        except Exception as error:  # a damaged checkpoint or a full disk can raise anything
+            log(f"{self.name}: reload failed, still serving step {self.step}: {error}")
 
 
 def open_models(
@@ -243,13 +243,13 @@ def open_models(
     """Load runs, and start their engines.
 
     Args:
-        places: workdir by name of the model.
-        weights: which weights of each.
-        overrides: configuration keys of the command line.
+        places: workdir by model name.
+        weights: choice of weights for each run.
+        overrides: configuration keys from the command line.
         sizes: sizes of each engine.
-        log: receives lines for the operator.
-        adapters: workdir by name of each LoRA run whose base is the first run.
-        draft: workdir of a smaller run that proposes tokens of the first run; "": none.
+        log: called with lines for the operator.
+        adapters: workdir by adapter name, of LoRA runs whose base is the first run.
+        draft: workdir of a draft model for the first run; "": none.
 
     Raises:
         UserError: a run cannot be loaded or served.
@@ -282,17 +282,17 @@ def _open_model(
     if is_classifier or not hasattr(experiment.model, "decode"):
         return model
     model.guard = open_guard(experiment.config.decode)
-    _ = model.controls  # raises UserError for a grammar that cannot be read
+    _ = model.controls  # raises UserError for an invalid grammar
     try:
         model.template = chat_template(tokenizer, experiment.model)
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")
-    _ = model.chat_controls  # now, as what they compile may take long
+    _ = model.chat_controls  # now, because compiling them may take long
     if not is_pageable(prepared[0]):
-        log(f"{name}: served in whole batches, as not all its layers are attention on one stage")
+        log(f"{name}: served in whole batches: not all layers are attention on a single stage")
     elif problem := next(engine_kernel_problems(prepared[0]), ""):
-        log(f"{name}: plain JAX reads its pages: the TPU kernel cannot be used with {problem}")
+        log(f"{name}: reading pages without the TPU kernel, which cannot be used with {problem}")
     if adapters:
         folders = {name: open_run_folder(place) for name, place in adapters.items()}
         model.adapter_names = tuple(folders)
@@ -302,7 +302,7 @@ def _open_model(
     if draft:
         proposer = restore_run(open_run_folder(draft), {}, log, any_batch=True)[:2]
         if proposer[0].tokenizer is None or proposer[0].tokenizer.digest != tokenizer.digest:
-            raise UserError(f"--draft {draft}: its tokenizer is not that of {workdir}")
+            raise UserError(f"--draft {draft}: its tokenizer differs from that of {workdir}")
         own["draft"] = proposer
     make = partial(open_engine, options=sizes, **own)
     model.engine = EngineThread(make, *prepared, name, log)

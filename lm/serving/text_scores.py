@@ -1,4 +1,4 @@
-"""Vectors and classes of texts, and their tokens: embeddings, classify, tokenize, detokenize.
+"""Text endpoints other than generation: embeddings, classify, tokenize, detokenize.
 
 Shape letters: B texts, L length, D model.
 """
@@ -32,16 +32,16 @@ from lm.serving.sampling_parameters import RequestLimits
 from lm.serving.served_models import ServedModel
 
 Json = dict[str, Any]
-_MOST_TEXTS = 2048  # of a request, as OpenAI's API has it
-_GROUP = 32  # texts that are read together
-_WINDOWS = 4  # of a text that is classified
+_MOST_TEXTS = 2048  # per request, as in OpenAI's API
+_GROUP = 32  # texts per batch
+_WINDOWS = 4  # windows per classified text
 
 
 async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
-    """Answer `/v1/embeddings`: the mean of the last hidden states of each text, of length 1.
+    """Handle `/v1/embeddings`: the normalized mean of the last hidden states of each text.
 
     Raises:
-        ApiError: a parameter is wrong.
+        ApiError: a parameter is invalid.
     """
     model = _model(exchange)
     given, form = body.raw("input"), body.text("encoding_format", "float")
@@ -65,10 +65,10 @@ async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
 
 
 async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
-    """Answer `/classify`: the probabilities of the classes of each text.
+    """Handle `/classify`: the class probabilities of each text.
 
     Raises:
-        ApiError: a parameter is wrong.
+        ApiError: a parameter is invalid.
     """
     model = _model(exchange)
     texts = body.texts("input", _MOST_TEXTS)
@@ -99,11 +99,11 @@ async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
 
 
 async def tokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
-    """Answer `/tokenize`: the ids of a prompt or of messages, as completions and chats read them.
+    """Handle `/tokenize`: the ids of a prompt or of messages, as used by completions and chats.
 
     Raises:
-        ApiError: a parameter is wrong.
-        UserError: the chat template refuses the messages.
+        ApiError: a parameter is invalid.
+        UserError: the chat template rejects the messages.
     """
     model = _model(exchange)
     messages = body.raw("messages")
@@ -131,10 +131,10 @@ async def tokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
 
 
 async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
-    """Answer `/detokenize`: the text of token ids.
+    """Handle `/detokenize`: the text of token ids.
 
     Raises:
-        ApiError: a parameter is wrong.
+        ApiError: a parameter is invalid.
     """
     model = _model(exchange)
     if not body.has("tokens"):
@@ -148,9 +148,9 @@ async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> J
 
 
 def about_tokenizer(model: ServedModel) -> Json:
-    """Return the answer of `/tokenizer_info`, which lm-eval asks before `/tokenize`.
+    """Return the answer of `/tokenizer_info`, which lm-eval requests before `/tokenize`.
 
-    The tokens that it names are those that `/tokenize` reads in a text.
+    Its tokens are those that `/tokenize` parses in text.
     """
     tokenizer = model.tokenizer
 
@@ -178,7 +178,7 @@ def _context(model: ServedModel) -> int | None:
 
 
 def _texts(given: Any) -> list[str | list[int]]:
-    """Return the texts of a body: one, token ids, or a list of either."""
+    """Parse the texts of a body: a text, token ids, or a list of either."""
     texts = [given] if isinstance(given, str) or is_ids(given) else given
     if not isinstance(texts, list) or len(texts) > _MOST_TEXTS:
         raise wrong("input", f"a text, token ids, or a list of at most {_MOST_TEXTS} of them")
@@ -190,7 +190,7 @@ def _texts(given: Any) -> list[str | list[int]]:
 def _inputs(
     model: ServedModel, texts: Sequence[str | list[int]], limits: RequestLimits
 ) -> list[list[int]]:
-    """Return the ids of texts as an encoder reads them."""
+    """Return the ids of texts as encoder inputs."""
     special = special_tokens(model.tokenizer)
     most = min(limits.prompt_tokens, _context(model) or 2**31)
     is_encoder = model.experiment.config.model.family == "encoder"
@@ -209,7 +209,7 @@ def _inputs(
 
 
 def _lengths(model: ServedModel, texts: Sequence[str], most: int) -> list[int]:
-    """Return the numbers of tokens of texts; ApiError for one of none or of more than `most`."""
+    """Return token counts of texts; ApiError for an empty one or one with more than `most`."""
     found = [len(model.tokenizer.encode(text)) for text in texts]
     _check_lengths(found, most)
     return found
@@ -227,7 +227,7 @@ def _check_lengths(lengths: Sequence[int], most: int) -> None:
 def _vectors(
     model: ServedModel, params: Params, ids: Sequence[Sequence[int]], adapter: int
 ) -> np.ndarray:
-    """Return a vector of length 1 for each text, float32 [B, D]."""
+    """Return a unit vector for each text, float32 [B, D]."""
     context = context_length(model.experiment.model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, np.ndarray] = {}
@@ -255,7 +255,7 @@ def _mean_states(
     adapters: Adapters | None,
     adapters_B: jax.Array,
 ) -> jax.Array:
-    """Return the mean of the last hidden states over each text, divided by its length."""
+    """Return the normalized mean of the last hidden states of each text."""
     variables = as_variables(params)
     with nn.intercept_methods(adapters.interceptor(adapters_B)) if adapters else nullcontext():
         x_BLD: Any = without_carry(model).apply(

@@ -1,4 +1,4 @@
-"""Bound on the work that a model has taken."""
+"""Limit on the work that a model has accepted."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from lm.serving.request_body import ApiError
 
 
 class WorkQueue:
-    """Replies, and groups of texts that are read together, that wait or are worked on.
+    """Counter of accepted work: replies, and groups of texts that are processed together.
 
     Attributes:
-        size: most of them.
-        n: their number.
+        size: maximum amount.
+        n: current amount.
     """
 
     def __init__(self, size: int):
         self.size, self.n = size, 0
 
     def take(self, n: int) -> None:
-        """Count the work of a request.
+        """Add the work of a request.
 
         Raises:
-            ApiError: there is too much of it, now or at any time.
+            ApiError: there is too much work, now or for any time.
         """
         if n > self.size:
             raise ApiError(400, f"{n} replies or groups of texts: the queue holds {self.size}")
@@ -29,5 +29,5 @@ class WorkQueue:
         self.n += n
 
     def give_back(self, n: int) -> None:
-        """Discount work that has ended."""
+        """Subtract finished work."""
         self.n -= n

@@ -153,7 +153,7 @@ def test_damaged_files_of_grammars_are_one_line(tmp_path):
         file.write_text(content)
         with pytest.raises(UserError):
             limits_of(grammar=f"{kind}:{file}")
-    with pytest.raises(UserError, match="no token for the end"):
+    with pytest.raises(UserError, match="no end token"):
         limits_of(CharTokenizer("ab"), (), grammar="regex:a")
 
 

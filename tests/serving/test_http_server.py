@@ -150,13 +150,13 @@ def test_a_newer_checkpoint_is_served_and_a_damaged_one_is_not(changing, one_dev
     for file, content in whole.items():
         file.write_bytes(content[: len(content) // 2])
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("step 2 is served on")
+    server.wait_for("still serving step 2")
     assert post(server, greedy).json()["choices"] == before["choices"]
     for file, content in whole.items():
         file.write_bytes(content)
     _, threads = post_all(server, [LONG])
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("step 3 is served")
+    server.wait_for("serving step 3")
     after = post(server, greedy).json()
     assert after["system_fingerprint"] == "step-3"
     assert after["choices"] != before["choices"]

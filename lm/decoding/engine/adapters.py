@@ -1,4 +1,4 @@
-"""Low-rank adapters of many runs over one base: each row of a batch has its own (Hu et al. 2021).
+"""Low-rank adapters of several runs over one base model, selected per row (Hu et al. 2021).
 
 Shape letters: A adapters, B rows, L tokens, I inputs, O outputs, R rank.
 """
@@ -30,19 +30,20 @@ Factors = tuple[jax.Array, jax.Array]
 
 @flax.struct.dataclass
 class Adapters:
-    """Low-rank factors of all adapters by the path of the linear map that they change.
+    """Stacked low-rank factors of all adapters, by the path of the linear layer.
 
     Attributes:
-        factors: A [A, I, R] and B [A, R, O], alpha / rank in B; adapter 0 is none and all zeros.
+        factors: A [A, I, R] and B [A, R, O], with alpha / rank folded into B; adapter 0 is all
+            zeros.
     """
 
     factors: dict[str, Factors]
 
     def interceptor(self, adapters_B: jax.Array) -> Callable[..., Any]:
-        """Return the Flax interceptor that adds each row's update to the linear maps.
+        """Return a Flax interceptor that adds each row's update to the linear layers.
 
         Args:
-            adapters_B: number of the adapter of each row; 0: none.
+            adapters_B: adapter index of each row; 0: none.
         """
 
         def adapt(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -72,15 +73,15 @@ class Adapters:
 def load_adapters(
     base: AnyPath, folders: Mapping[str, AnyPath], infos: Mapping[str, ParamInfo]
 ) -> Adapters | None:
-    """Read the newest adapters of LoRA runs; None if there are none.
+    """Load the newest adapters of LoRA runs; None if there are none.
 
     Args:
-        base: folder of the run that is served.
-        folders: folder of each LoRA run by the name of its adapter, whose order numbers them.
+        base: folder of the served base run.
+        folders: folder of each LoRA run by adapter name; the order determines the indices.
         infos: role and axes of the base's parameters.
 
     Raises:
-        UserError: a run has no adapter, or another base, or trained more than the factors.
+        UserError: a run has no adapter, has another base, or trained more than the factors.
     """
     newest = saved_checkpoints(base, ignore_line)[0]
     found = [_layer_factors(name, folder, newest, infos) for name, folder in folders.items()]
@@ -101,7 +102,7 @@ def load_adapters(
 def _layer_factors(
     name: str, folder: AnyPath, base: SavedCheckpoint, infos: Mapping[str, ParamInfo]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return factors [I, R] and [R, O] of each linear map that one run adapts."""
+    """Return factors [I, R] and [R, O] of each linear layer that a run adapts."""
     where = f"--adapter {name}={storage_path(folder)}"
     saved = saved_checkpoints(folder, ignore_line)[0]
     of_base, own = base.metadata["checksums"], saved.metadata["checksums"]
@@ -111,8 +112,8 @@ def _layer_factors(
         raise UserError(f"{where}: the run has no low-rank adapter; serve it by --workdir")
     if other is not None:
         raise UserError(
-            f"{where}: {other} is not that of the base; write the run by lm merge, and serve that "
-            "by --workdir"
+            f"{where}: {other} differs from the base; merge the run by lm merge, and serve that by "
+            "--workdir"
         )
     factors, alpha = read_adapters(saved), saved.metadata["config"]["lora"]["alpha"]
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}

@@ -1,8 +1,8 @@
-"""Steps of a batch over the model's own cache, each row with options of its own.
+"""Decoding steps of a batch over the model's own cache, with options per row.
 
-Rows begin together and end on their own; the tokens are those of `sample_steps`.
+Rows start together and end separately; tokens are those of `sample_steps`.
 
-Shape letters: B rows, L prompt or source length, T most new tokens, V vocabulary.
+Shape letters: B rows, L prompt or source length, T maximum new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ def batch_steps(
     start_ids: tuple[int, ...],
     has_prefix: bool = False,
 ) -> Iterator[Chosen]:
-    """Yield the next tokens of all rows, on the host; -1 for rows that have ended.
+    """Yield the next token of every row, on the host; -1 for rows that have ended.
 
     Args:
         model: model prepared for decoding, with `empty_cache` or `start`, and `decode`.
-        params: its parameters.
-        requests: the requests, whose prompts and replies fit the context.
-        seeds: their seeds.
-        allowed: returns the tokens that may come next, bool [B, V], once the tokens before were
-            yielded; None: all.
-        start_ids: tokens that a target follows.
-        has_prefix: tokens of a prompt attend to each other in both directions.
+        params: parameters.
+        requests: requests whose prompts and replies fit the context.
+        seeds: seeds of the requests.
+        allowed: returns a mask [B, V] of allowed next tokens, after the previous ones were yielded;
+            None: all.
+        start_ids: tokens that precede a target.
+        has_prefix: prompt tokens attend to each other bidirectionally.
     """
     B = 1 << (len(requests) - 1).bit_length()
     table = OptionTable(B, model.config.vocab_size)  # type: ignore[attr-defined]
     for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-        table.set(i, replace(request, prompt=()), seed, 0)  # the text of a row is its reply
+        table.set(i, replace(request, prompt=()), seed, 0)  # the text of a row is only its reply
     options = table.on_device
     prompts = [*(request.prompt for request in requests), *[requests[0].prompt] * B][:B]
     n_steps = max(request.max_new_tokens for request in requests)
@@ -70,7 +70,7 @@ def batch_steps(
     lengths_B = np.array([P if has_source else len(prompt) for prompt in prompts])
     state, chosen = _start(model, room, T, has_prefix, start_ids, params, options, mask, *arrays)
     for n in range(1, n_steps):
-        before, is_behind = chosen, allowed is None  # then the host reads one step behind
+        before, is_behind = chosen, allowed is None  # if so, the host reads one step behind
         if not is_behind:
             yield jax.device_get(chosen)
         if not has_source and L + n > room:
@@ -96,7 +96,7 @@ def _start(
     tokens_BL: jax.Array,
     segments_BL: jax.Array,
 ) -> tuple[State, Chosen]:
-    """Read the prompts or sources, and choose the first token."""
+    """Prefill prompts or sources, and choose the first token."""
     B = len(tokens_BL)
     inputs: tuple[Any, ...]
     if is_encoder_decoder(model):
@@ -123,7 +123,7 @@ def _next(
     lengths_B: jax.Array,
     state: State,
 ) -> tuple[State, Chosen]:
-    """Choose one more token of every row."""
+    """Choose one more token for every row."""
     tokens_B1 = jax.lax.dynamic_slice_in_dim(state.written_BT, state.n - 1, 1, axis=1)
     position_B1 = (lengths_B + jnp.minimum(state.n, options.limits_B) - 1)[:, None]
     inputs = jnp.maximum(tokens_B1, 0), position_B1, jnp.ones_like(tokens_B1), state.cache

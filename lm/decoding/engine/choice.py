@@ -1,4 +1,4 @@
-"""Choice of the engine that serves a model."""
+"""Selection of the engine for a model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def open_engine(
     adapters: Adapters | None = None,
     draft: tuple[Experiment, Params] | None = None,
 ) -> Engine:
-    """Return an engine of a model that generates: a paged one where all its layers are attention.
+    """Open the engine of a generative model: paged if all its layers are attention.
 
     Args:
         experiment: experiment on a mesh, with its tokenizer.
-        params: its parameters.
+        params: parameters.
         options: sizes.
         names: names of low-rank adapters.
-        adapters: the adapters; None: there are none.
-        draft: smaller model that proposes tokens; None: there is none.
+        adapters: the adapters, or None.
+        draft: smaller model for speculative decoding, or None.
 
     Raises:
-        UserError: there are adapters or proposals, which the engine of this model has not.
+        UserError: adapters or a draft model are given, but the model's engine supports neither.
     """
     mixer = getattr(experiment.model.config, "mixer", "")  # type: ignore[attr-defined]
     if is_pageable(experiment) and not (names and mixer != "attention"):

@@ -14,20 +14,20 @@ from lm.models.variables import Params
 def prepare_draft(
     experiment: Experiment, params: Params, vocab_size: int
 ) -> tuple[Experiment, Params]:
-    """Prepare a draft model for decoding, as `prepare` does.
+    """Prepare a draft model for decoding.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
-        vocab_size: tokens of the model that checks the proposals.
+        params: parameters.
+        vocab_size: vocabulary size of the model that verifies the proposals.
 
     Raises:
-        UserError: the model does not continue texts of the same tokens.
+        UserError: the model does not continue texts with the same vocabulary.
     """
     experiment, params = prepare(experiment, params)
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     if not is_pageable(experiment) or config.vocab_size != vocab_size:
         raise UserError(
-            f"a draft model is a decoder with attention and a vocabulary of {vocab_size}"
+            f"a draft model must be a decoder with attention and a vocabulary of {vocab_size}"
         )
     return experiment, params

@@ -1,12 +1,12 @@
-"""Paged engine: requests enter and leave the rows of a running batch at every step.
+"""Paged engine: requests join and leave a running batch at every step.
 
-Each step reads one chunk of a prompt, if some wait, and dispatches the next tokens of all rows;
-its results are read while the device runs the step after it. Pages for a whole reply are reserved
-when a request gets its row, so that no row is ever evicted.
+Each step prefills one chunk of a waiting prompt, if any, and dispatches the next tokens of all
+rows; results are read while the device runs the following step. Pages for a whole reply are
+reserved when a request gets its row, so that rows are never evicted.
 
-A row whose request has a seed is computed by programs whose shapes never depend on the other rows:
-all rows at once, its prompt in chunks that begin at multiples of the chunk size, shared pages only
-where these programs wrote them. Rows without a seed run in the smallest batch that holds them.
+A row whose request has a seed is computed by programs whose shapes never depend on other rows: the
+full batch, prompt chunks that start at multiples of the chunk size, shared pages only if written by
+these programs. Rows without a seed run in the smallest batch that holds them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from lm.models.variables import Params
 
 
 class PagedEngine:
-    """Engine of decoders whose token mixers are attention; implements `Engine`."""
+    """Engine for decoders whose token mixers are all attention; implements `Engine`."""
 
     def __init__(
         self,
@@ -80,12 +80,12 @@ class PagedEngine:
 
         Args:
             experiment: experiment on a mesh.
-            params: its parameters.
+            params: parameters.
             options: sizes.
-            names: names of the adapters, which requests choose them by.
-            adapters: low-rank adapters of `params`, from number 1 on.
-            draft: smaller model with the same tokenizer that proposes `n_proposed` tokens a step;
-                None: what followed the last tokens before is proposed.
+            names: adapter names, by which requests select them.
+            adapters: low-rank adapters of `params`, from index 1 on.
+            draft: smaller model with the same tokenizer that proposes `n_proposed` tokens per step;
+                None: propose what followed the last tokens earlier in the text.
         """
         self._adapters = adapters
         self._numbers = {name: i for i, name in enumerate(["", *names])}
@@ -113,21 +113,21 @@ class PagedEngine:
             state = replace(state, draft_pages=draft_pages)
         self._state = self._sharding.place(state, jax.device_put)
         self._all_allowed = jnp.ones((options.n_rows, config.vocab_size), bool)
-        self._rows: dict[int, ServedRow] = {}  # by number of the row, in the order of admission
+        self._rows: dict[int, ServedRow] = {}  # by row index, in order of admission
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._in_flight: deque[tuple[dict[int, tuple[int, int]], NewTokens]] = deque()
-        self._updates: deque[tuple[int, Params]] = deque()  # from a request on, its parameters
+        self._updates: deque[tuple[int, Params]] = deque()  # parameters from a request id on
         self._n_requests = self._n_prompt = self._n_reused = self._n_new = 0
 
-    # --- the interface `Engine`
+    # --- interface `Engine`
 
     def add(self, request: GenerationRequest) -> int:
-        """Queue a request, and return its number."""
+        """Queue a request, and return its id."""
         check_prompts([request.prompt], self.context)
         check_ids([request.prompt], self._model)
         self._table.check(request)
         if request.adapter not in self._numbers:
-            raise UserError(f"no adapter {request.adapter!r}; there are {', '.join(self._numbers)}")
+            raise UserError(f"no adapter {request.adapter!r} (known: {', '.join(self._numbers)})")
         limit = min(request.max_new_tokens, self.context - len(request.prompt))
         request = replace(request, max_new_tokens=limit)
         if self._pages_of(request) > self._pool.n_pages:
@@ -140,18 +140,18 @@ class PagedEngine:
         return self._n_requests - 1
 
     def cancel(self, number: int) -> None:
-        """End a request; one that has ended is ignored."""
+        """Cancel a request, if it has not ended."""
         self._waiting = deque(x for x in self._waiting if x[0] != number)
         for slot in [slot for slot, row in self._rows.items() if row.number == number]:
             self._end(slot)
 
     def step(self) -> list[Progress]:
-        """Run until some request has progress, and return it; [] if there is none to run."""
+        """Run until some request makes progress, and return it; [] if no requests are left."""
         while self._rows or self._waiting or self._in_flight:
             self._admit()
             is_reading = self._read_prompt()
             self._dispatch(1 if is_reading else self._options.steps_per_dispatch)
-            # A dispatch stays on the device while the host reads the one before.
+            # One dispatch stays on the device while the host reads the previous one.
             runs_ahead = bool(self._live()) and not self._needs_masks()
             while len(self._in_flight) > runs_ahead:
                 if found := self._read():
@@ -165,7 +165,7 @@ class PagedEngine:
         return prompt_logprobs(*text, n_top, self._adapters, adapter)
 
     def update(self, params: Params) -> None:
-        """Replace the parameters of later requests, which wait until all earlier ones end."""
+        """Replace the parameters for later requests, which wait for all earlier ones."""
         if self._updates and self._updates[-1][0] == self._n_requests:
             self._updates.pop()
         self._updates.append((self._n_requests, prepare(self._unprepared, params)[1]))
@@ -186,11 +186,11 @@ class PagedEngine:
     # --- rows and pages
 
     def _pages_of(self, request: GenerationRequest) -> int:
-        """Return the number of pages of a prompt and its reply, whose last token needs none."""
+        """Return the number of pages for a prompt and its reply, whose last token needs none."""
         return ceil((len(request.prompt) + request.max_new_tokens - 1) / self._pool.page_size)
 
     def _find(self, request: GenerationRequest) -> list[int]:
-        """Return pages that hold the beginning of a prompt."""
+        """Return the cached pages that contain the start of a prompt."""
         if self._reads_whole:
             return []
         is_exact = request.seed is not None
@@ -198,7 +198,7 @@ class PagedEngine:
         return self._pool.find(request.prompt, request.adapter, is_exact, multiple)
 
     def _admit(self) -> None:
-        """Give rows and pages to the requests that wait, in their order."""
+        """Assign rows and pages to waiting requests, in order."""
         first = self._waiting[0][0] if self._waiting else self._n_requests
         while self._updates and not self._rows and self._updates[0][0] <= first:
             _, self._params = self._updates.popleft()
@@ -223,7 +223,7 @@ class PagedEngine:
             self._table.set(slot, request, seed, self._numbers[request.adapter])
 
     def _start_after(self, slot: int, n_found: int) -> None:
-        """Let the prompt of a row be read from the end of pages that are written already."""
+        """Continue the prefill of a row after pages that are already written."""
         row = self._rows[slot]
         self._n_reused += n_found * self._pool.page_size - row.n_read
         row.n_read = n_found * self._pool.page_size
@@ -232,7 +232,7 @@ class PagedEngine:
         self._tables[slot, : len(row.pages)] = row.pages
 
     def _end(self, slot: int) -> None:
-        """Free a row; its pages keep what they hold."""
+        """Free a row; its pages keep their content."""
         row = self._rows.pop(slot)
         written = [*row.request.prompt[: row.n_read], *row.new[:-1]]
         if row.is_prefilled or not row.new:
@@ -257,7 +257,7 @@ class PagedEngine:
         return any(row.needs_mask for row in self._rows.values())
 
     def _read_prompt(self) -> bool:
-        """Dispatch a chunk of the prompt of one row; return whether there was one."""
+        """Dispatch a prompt chunk of one row; return whether there was one."""
         slot = next((slot for slot, row in self._rows.items() if not row.is_prefilled), None)
         if slot is None:
             return False
@@ -305,10 +305,10 @@ class PagedEngine:
         return True
 
     def _dispatch(self, n_steps: int) -> None:
-        """Dispatch the next tokens of all rows whose prompt is read.
+        """Dispatch the next tokens of all prefilled rows.
 
-        Rows that need masks get one token, which the host must know before the next. They have a
-        dispatch of their own beside proposals, so that no row changes the program of another.
+        Rows that need masks get one token, which the host must read before the next. They are
+        dispatched separately from speculative rows, so that no row changes the program of another.
         """
         slots = self._live()
         has_masks = self._needs_masks()
@@ -324,7 +324,7 @@ class PagedEngine:
                 self._dispatch_rows(some, n_steps, proposes=not needs_mask)
 
     def _dispatch_rows(self, slots: list[int], n_steps: int, proposes: bool) -> None:
-        """Dispatch the next tokens of some rows, with proposals or without."""
+        """Dispatch the next tokens of some rows, with or without speculation."""
         rows = [self._rows[slot] for slot in slots]
         n_rows = self._options.n_rows
         rows_R = np.arange(n_rows, dtype=np.int32)
@@ -355,14 +355,14 @@ class PagedEngine:
             row.n_dispatched += n_steps
 
     def _read(self) -> list[Progress]:
-        """Wait for the oldest dispatch, and return what it added to the replies."""
+        """Wait for the oldest dispatch, and return the tokens it added."""
         columns, dispatched = self._in_flight.popleft()
         new = jax.device_get(dispatched)
         found = []
         for column, (slot, number) in columns.items():
             row = self._rows.get(slot)
             if row is None or row.number != number:
-                continue  # it has ended meanwhile
+                continue  # the row has ended meanwhile
             tokens, finish = self._added(row, new, column)
             if tokens or finish:
                 found.append(Progress(number, tuple(tokens), finish))
@@ -372,7 +372,7 @@ class PagedEngine:
         return found
 
     def _added(self, row: ServedRow, new: Any, column: int) -> tuple[list[NewToken], str]:
-        """Return the tokens that a dispatch added to a row, and why it ended."""
+        """Return the tokens that a dispatch added to a row, and the finish reason."""
         request = row.request
         tokens: list[NewToken] = []
         for j in range(int(new.n)):

@@ -1,4 +1,4 @@
-"""Generation for many prompts by an engine."""
+"""Offline generation for many prompts with an engine."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def sample_by_engine(
     start: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> Iterator[list[Hypothesis]]:
-    """Yield the continuations of `sample_batches`: the next prompt gets the row that ended first.
+    """Yield the continuations of `sample_batches`, with continuous batching.
 
     Args:
         experiment: experiment on a mesh, of a model that `is_pageable`.
-        params: its parameters.
+        params: parameters.
         prompts: token ids of each prompt.
         sampling: options.
         seed: seed of all samples.
-        controls: constraints on the new tokens.
-        start: index of the first prompt whose continuation is yielded.
-        progress: called with 1 for each prompt that has its continuation.
+        controls: constraints on new tokens.
+        start: index of the first prompt to process.
+        progress: called with 1 for each finished prompt.
     """
     experiment, params = prepare(experiment, params)
     check_prompts(prompts, context_length(experiment.model))
@@ -49,7 +49,7 @@ def sample_by_engine(
     options |= {"top_p": sampling.top_p, "min_new_tokens": controls.min_length}
     options |= {"repetition_penalty": controls.repetition_penalty, "banned": controls.banned}
     options |= {"end_ids": controls.end_ids, "limits": controls.limits}
-    places: dict[int, int] = {}  # of the prompts by number of their request
+    places: dict[int, int] = {}  # index of the prompt by request id
     tokens: dict[int, list[int]] = {}
     done: dict[int, list[Hypothesis]] = {}
     given = shown = start

@@ -1,4 +1,4 @@
-"""Options of the rows on the host, sent to the device when they change."""
+"""Per-row options on the host, sent to the device when they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.decoding.engine.requests import MOST_LOGPROBS, GenerationRequest
 from lm.decoding.engine.row_sampling import RowOptions
 from lm.errors import UserError
 
-MOST_ENDS, MOST_BIASED = 16, 512  # of a request
+MOST_ENDS, MOST_BIASED = 16, 512  # per request
 _WORD = 0xFFFFFFFF
 
 
@@ -20,7 +20,7 @@ class OptionTable:
     """Options of all rows as arrays."""
 
     def __init__(self, n_rows: int, vocab_size: int):
-        """Make a table of requests that ask for nothing."""
+        """Create a table with default options."""
         self._vocab_size = vocab_size
         self._device: RowOptions | None = None
 
@@ -50,14 +50,14 @@ class OptionTable:
 
     @property
     def on_device(self) -> RowOptions:
-        """Options as the programs take them."""
+        """Options as device arrays."""
         if self._device is None:
-            self._device = jax.tree.map(np.copy, self._host)  # never the arrays that `set` changes
+            self._device = jax.tree.map(np.copy, self._host)  # not the arrays that `set` modifies
             self._device = jax.device_put(self._device)
         return self._device
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise UserError for an option that no row can have."""
+        """Raise UserError for an option outside its limits."""
         r = request
         numbers = {
             "temperature": (r.temperature, 0, math.inf),
@@ -83,13 +83,13 @@ class OptionTable:
             raise UserError(f"no token has the id {unknown}; the model has {self._vocab_size}")
 
     def set(self, row: int, request: GenerationRequest, seed: int, adapter: int) -> None:
-        """Write the options of a request.
+        """Set the options of a row.
 
         Args:
-            row: number of its row.
+            row: row index.
             request: the request.
-            seed: its seed, or the one that was drawn.
-            adapter: number of its adapter.
+            seed: its seed, or the drawn one.
+            adapter: adapter index.
         """
         r, self._device = request, None
         values: dict[str, Any] = {

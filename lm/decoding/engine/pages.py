@@ -1,7 +1,6 @@
-"""Pages of the key/value cache: which rows hold them, and prompts whose pages can be used again.
+"""Pages of the key/value cache: allocation to rows, and reuse for prompts with a common prefix.
 
-A page that no row holds any more keeps its content until it is needed: the least recently used one
-goes first.
+A page that no row holds keeps its content until it is needed; the least recently used goes first.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ _Content = tuple[bytes, bool]  # digest of the tokens to its end; whether it is 
 
 @dataclass
 class PagePool:
-    """Pages by number, counts of the rows that hold them, and an index of their content.
+    """Pages by index, with reference counts and an index of their content.
 
-    The content of a page is its tokens and all tokens before them. Pages are "exact" where the
-    program that computed them is the one that computes any row with these tokens; a request with a
-    seed uses no other ones.
+    A page's content is its tokens and all tokens before them. A page is "exact" if the program that
+    computed it is the one used for any row with these tokens; a request with a seed only uses exact
+    pages.
 
     Attributes:
         n_pages: number of pages.
-        page_size: tokens of a page.
+        page_size: tokens per page.
     """
 
     n_pages: int
     page_size: int
     _free: list[int] = field(default_factory=list)
-    _unused: OrderedDict[int, None] = field(default_factory=OrderedDict)  # kept for their content
+    _unused: OrderedDict[int, None] = field(default_factory=OrderedDict)  # kept for reuse
     _holders: dict[int, int] = field(default_factory=dict)
     _page_of: dict[_Content, int] = field(default_factory=dict)
     _content: dict[int, _Content] = field(default_factory=dict)
@@ -42,22 +41,22 @@ class PagePool:
 
     @property
     def n_held(self) -> int:
-        """Number of pages that rows hold."""
+        """Number of pages held by rows."""
         return len(self._holders)
 
     @property
     def n_available(self) -> int:
-        """Number of pages that no row holds."""
+        """Number of pages not held by any row."""
         return self.n_pages - len(self._holders)
 
     def find(self, tokens: Sequence[int], root: str, exact: bool, multiple: int = 1) -> list[int]:
-        """Return the pages that hold the beginning of a prompt, without holding them.
+        """Return the pages that contain the start of a prompt, without holding them.
 
         Args:
-            tokens: the prompt, of which at least one token is left out.
-            root: name of what the keys and values depend on beside the tokens, an adapter.
+            tokens: the prompt; at least one token is not covered.
+            root: identifies what keys and values depend on besides the tokens (an adapter).
             exact: return exact pages only.
-            multiple: their number is a multiple of this.
+            multiple: round their number down to a multiple of this.
         """
         found: list[int] = []
         for block in self._chain(tokens[: len(tokens) - 1], root):
@@ -70,13 +69,13 @@ class PagePool:
         return found[: len(found) // multiple * multiple]
 
     def hold(self, pages: Sequence[int]) -> None:
-        """Count a row more for pages that `find` returned."""
+        """Increment the reference counts of pages returned by `find`."""
         for page in pages:
             self._unused.pop(page, None)
             self._holders[page] = self._holders.get(page, 0) + 1
 
     def take(self, n: int) -> list[int]:
-        """Return pages for a row, whose content is dropped; there are `n_available`."""
+        """Allocate pages for a row and drop their content; there must be `n` available ones."""
         taken = []
         for _ in range(n):
             if self._free:
@@ -89,7 +88,7 @@ class PagePool:
         return taken
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count a row less; the first pages of a text are dropped after its later ones."""
+        """Decrement reference counts; a text's first pages are evicted last."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if not self._holders[page]:
@@ -102,14 +101,14 @@ class PagePool:
     def store(
         self, tokens: Sequence[int], root: str, pages: Sequence[int], n_exact: int, first: int = 0
     ) -> None:
-        """Say what whole pages of a row hold, so that others find them.
+        """Register the content of a row's full pages, so that others find them.
 
         Args:
             tokens: tokens of the row whose keys and values are written.
-            root: as of `find`.
+            root: see `find`.
             pages: pages of the row.
-            n_exact: number of those at its beginning that are exact.
-            first: number of pages at the beginning that were stored before.
+            n_exact: number of exact pages at the start.
+            first: number of pages at the start that were already registered.
         """
         for i, block in enumerate(self._chain(tokens, root)):
             key = block, i < n_exact
@@ -118,7 +117,7 @@ class PagePool:
                 self._content[pages[i]] = key
 
     def clear(self) -> None:
-        """Forget the content of all pages, as where parameters have changed."""
+        """Forget the content of all pages, after parameters have changed."""
         for page in list(self._unused):
             self._free.append(page)
         self._unused.clear()
@@ -129,7 +128,7 @@ class PagePool:
         del self._page_of[self._content.pop(page)]
 
     def _chain(self, tokens: Sequence[int], root: str) -> Iterator[bytes]:
-        """Yield a digest for each whole page of a text: of its tokens and all before them."""
+        """Yield a digest for each full page of a text: of its tokens and all before them."""
         before = hashlib.blake2b(root.encode(), digest_size=16).digest()
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
             block = np.asarray(tokens[start : start + self.page_size], np.int32)

@@ -1,9 +1,9 @@
-"""Compiled programs of the engine: a chunk of a prompt, and steps of many rows.
+"""Compiled programs of the engine: prefill of a prompt chunk, and decoding steps of many rows.
 
-Each takes the pages and the texts of all rows, donated, and returns them. What depends on the
-requests (options, tables of pages, lengths) are arrays: no request compiles anything.
+They take and return the donated pages and texts of all rows. Everything that depends on requests
+(options, page tables, lengths) is an array, so no request triggers compilation.
 
-Shape letters: B rows, R rows of a step, L tokens of a chunk, T tokens of a row, M pages of a row,
+Shape letters: B rows, R rows of a step, L tokens per chunk, T tokens per row, M pages per row,
 V vocabulary.
 """
 
@@ -38,9 +38,9 @@ class EngineState:
     Attributes:
         pages: pages of all layers.
         tokens_BT: prompts and replies.
-        lengths_B: tokens of each row; the keys and values of the last one are not written yet.
-        alive_B: rows whose reply goes on.
-        draft_pages: pages of the layers of a draft model, with the same tables.
+        lengths_B: length of each row; keys and values of the last token are not written yet.
+        alive_B: rows whose reply continues.
+        draft_pages: pages of a draft model's layers, with the same page tables.
     """
 
     pages: Pages
@@ -52,7 +52,7 @@ class EngineState:
 
 @flax.struct.dataclass
 class DraftModel:
-    """Smaller model that proposes tokens, unrolled, and its parameters."""
+    """Unrolled draft model that proposes tokens, with its parameters."""
 
     model: nn.Module = flax.struct.field(pytree_node=False)
     params: Params
@@ -60,11 +60,11 @@ class DraftModel:
 
 @flax.struct.dataclass
 class NewTokens:
-    """Tokens of some steps, end tokens included.
+    """Tokens of some steps, including end tokens.
 
     Attributes:
-        chosen: the tokens with a first axis for the steps; -1 for rows that have ended.
-        n: number of steps that were run.
+        chosen: tokens with a leading step axis; -1 for rows that have ended.
+        n: number of steps run.
     """
 
     chosen: Chosen
@@ -76,11 +76,11 @@ class StepRows:
     """Rows that a dispatch continues.
 
     Attributes:
-        numbers_R: their numbers; beyond the last row for none.
-        tables_RM: their pages.
+        numbers_R: row indices; out of range for unused entries.
+        tables_RM: page tables.
         goes_on_R: false for rows that get no token now.
-        n_steps: most steps.
-        allowed_RV: tokens that may be chosen.
+        n_steps: maximum number of steps.
+        allowed_RV: mask of allowed tokens.
     """
 
     numbers_R: jax.Array
@@ -96,9 +96,9 @@ class Replies:
 
     Attributes:
         text_RT: prompts and replies.
-        lengths_R: their tokens.
-        alive_R: rows whose reply goes on.
-        new: tokens that were added.
+        lengths_R: their lengths.
+        alive_R: rows whose reply continues.
+        new: added tokens.
     """
 
     text_RT: jax.Array
@@ -125,7 +125,7 @@ class Replies:
         return jnp.take_along_axis(self.text_RT, self.lengths_R[:, None] - 1, axis=1)
 
     def append(self, chosen: Chosen, writes_R: jax.Array, options: RowOptions) -> Replies:
-        """Add a column of tokens to the rows that get one."""
+        """Append a column of tokens to the rows that get one."""
         tokens_R = jnp.where(writes_R, chosen.tokens_B, -1)
         at_R = jnp.where(writes_R, self.lengths_R, self.text_RT.shape[1])
         column = replace(chosen, tokens_B=tokens_R)
@@ -140,7 +140,7 @@ class Replies:
     def stored(
         self, state: EngineState, rows: StepRows, pages: Pages, draft_pages: Pages
     ) -> EngineState:
-        """Return the state with these texts and pages."""
+        """Write these texts and pages back to the state."""
         at_R = rows.numbers_R
         still_R = jnp.where(rows.goes_on_R, self.alive_R, _alive(state, rows))
         return EngineState(
@@ -157,12 +157,12 @@ def _alive(state: EngineState, rows: StepRows) -> jax.Array:
 
 
 class StateSharding(NamedTuple):
-    """Sharding of the pages, by key/value heads where the mesh divides these; the rest is whole."""
+    """Sharding of the pages by key/value heads if the mesh divides them; the rest is replicated."""
 
     mesh: Mesh
 
     def place(self, state: EngineState, put: Callable[..., Any]) -> EngineState:
-        """Return the state with these shardings, which `put` gives to an array."""
+        """Apply these shardings to the state with `put`."""
 
         def by_heads(layer: LayerPages) -> LayerPages:
             sharding = layer.sharding(self.mesh)
@@ -179,7 +179,7 @@ class StateSharding(NamedTuple):
 
 
 def placed(state: EngineState, sharding: StateSharding) -> EngineState:
-    """Return the state, constrained to its shardings."""
+    """Constrain the state to its shardings."""
     return sharding.place(state, lax.with_sharding_constraint)
 
 
@@ -201,24 +201,23 @@ def read_chunk(
     is_prefix: bool,
     sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
-    """Read a chunk of a prompt, and choose the first token of the reply after the last one.
+    """Prefill a prompt chunk; at the end of the prompt, choose the first token of the reply.
 
     Args:
         model: unrolled model.
-        params: its parameters.
+        params: parameters.
         state: texts and pages.
-        adapters: low-rank adapters; None: there are none.
-        draft: model that proposes tokens, which reads the prompt too; None: there is none.
+        adapters: low-rank adapters, or None.
+        draft: draft model, which reads the prompt too; or None.
         options: options of all rows.
-        row: number of the row.
-        table_M: pages of the row.
+        row: row index.
+        table_M: page table of the row.
         tokens_L: tokens of the chunk, then padding.
         start: position of the first one, a multiple of the page size.
-        n_tokens: number of the tokens without padding.
-        is_last: whether the prompt ends with the chunk.
-        allowed_V: tokens that may be chosen.
-        is_prefix: tokens of the prompt, which is one chunk, attend to each other in both
-            directions.
+        n_tokens: number of tokens without padding.
+        is_last: whether the prompt ends with this chunk.
+        allowed_V: mask of allowed tokens.
+        is_prefix: the prompt, a single chunk, uses bidirectional attention.
         sharding: sharding of the state.
     """
     L, of_row = len(tokens_L), row[None]
@@ -268,16 +267,16 @@ def decode_rows(
     n_columns: int,
     sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
-    """Choose the next tokens of some rows, step by step.
+    """Decode the next tokens of some rows, step by step.
 
     Args:
         model: unrolled model.
-        params: its parameters.
+        params: parameters.
         state: texts and pages.
-        adapters: low-rank adapters; None: there are none.
+        adapters: low-rank adapters, or None.
         options: options of all rows.
         rows: the rows.
-        n_columns: number of steps that the result has room for.
+        n_columns: maximum number of steps in the result.
         sharding: sharding of the state.
     """
     own = options.of(rows.numbers_R)
@@ -301,13 +300,13 @@ def decode_rows(
 
 
 def goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
-    """Return whether replies go on after these tokens, given the lengths with them."""
+    """Return whether replies continue after these tokens, given the lengths including them."""
     is_end_R = (tokens_R[:, None] == options.end_ids_BE).any(1)
     return ~is_end_R & (lengths_R - options.n_prompt_B < options.limits_B)
 
 
 def no_tokens(model: nn.Module, shape: tuple[int, ...]) -> Chosen:
-    """Return room for tokens of some shape."""
+    """Return an empty buffer for tokens of some shape."""
     listed = *shape, min(MOST_LOGPROBS, model.config.vocab_size)  # type: ignore[attr-defined]
     return Chosen(
         jnp.full(shape, -1, jnp.int32),

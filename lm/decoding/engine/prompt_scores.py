@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a prompt, by one pass over it.
+"""Log-probabilities of prompt tokens, in one forward pass.
 
 Shape letters: L length, C listed tokens, V vocabulary.
 """
@@ -44,18 +44,18 @@ def prompt_logprobs(
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
-        params: its parameters.
+        params: parameters.
         prompt: token ids.
-        n_top: likeliest tokens to list at each place.
-        adapters: low-rank adapters of the parameters; None: there are none.
-        adapter: number of the one to apply.
+        n_top: number of top tokens to list per position.
+        adapters: low-rank adapters, or None.
+        adapter: index of the adapter to apply.
 
     Raises:
-        UserError: the prompt is empty or too long, or the model continues no prompts.
+        UserError: the prompt is empty or too long, or the model does not continue prompts.
     """
     model, context = experiment.model, context_length(experiment.model)
     if is_encoder_decoder(model) or experiment.objective.has_prefix:
-        raise UserError("this model reads a prompt as a whole: its tokens have no probabilities")
+        raise UserError("this model reads prompts bidirectionally: tokens have no probabilities")
     check_ids([prompt], model)
     check_prompts([prompt], context and context + 1)
     width = padded_length(len(prompt))
@@ -72,7 +72,7 @@ def prompt_logprobs(
 
 
 def without_carry(model: nn.Module) -> nn.Module:
-    """Return a model whose rows begin anew, rather than where the batch before has ended."""
+    """Return a model whose rows start from a fresh state."""
     config: Any = model.config  # type: ignore[attr-defined]
     if not getattr(config, "carry", False):
         return model
@@ -88,7 +88,7 @@ def _token_logprobs(
     adapters: Adapters | None,
     adapter_1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the log-probability of each token after the first, and the likeliest at its place."""
+    """Return the log-probability of each token after the first, and the top tokens there."""
     adapted = nn.intercept_methods(adapters.interceptor(adapter_1)) if adapters else nullcontext()
     with adapted:
         logits_1LV: Any = without_carry(model).apply(as_variables(params), tokens_1L)

@@ -1,4 +1,4 @@
-"""Requests of an engine, the tokens that it returns, and the interface of all engines."""
+"""Engine interface: requests, returned tokens, and methods of all engines."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Protocol
 from lm.decoding.text_limits import TextLimits
 from lm.models.variables import Params
 
-MOST_LOGPROBS = 20  # likeliest tokens that can be listed at a place
-STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"  # reasons that a row ended
+MOST_LOGPROBS = 20  # maximum number of top tokens listed per position
+STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"  # finish reasons
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Token ids to continue, and how.
+    """Token ids to continue, with sampling parameters.
 
-    A reply to a request with a seed depends on nothing else that is served. Sampling applies the
-    penalties, the bias, the limits, the temperature, top-k, top-p and min-p in this order.
+    The reply to a request with a seed does not depend on other requests. Sampling applies
+    penalties, bias, limits, temperature, top-k, top-p and min-p in this order.
 
     Attributes:
-        prompt: token ids of the prompt; of the source of an encoder–decoder.
-        max_new_tokens: most new tokens.
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: sample from the k most likely tokens; 0: from all.
-        top_p: sample from the smallest set of tokens whose probability reaches p.
-        min_p: least probability of a token, as a part of that of the most likely one.
-        seed: seed of the sample; None: the engine draws one.
-        number: number of the sample among those of its seed, part of the random key.
-        repetition_penalty: divisor of the logits of tokens that are in the reply
+        prompt: token ids of the prompt, or of an encoder–decoder's source.
+        max_new_tokens: maximum new tokens.
+        temperature: divisor of the logits; 0 is greedy.
+        top_k: sample from the k most likely tokens; 0: all.
+        top_p: sample from the smallest set of tokens with total probability at least p.
+        min_p: minimum probability of a token, relative to the most likely one.
+        seed: seed of the sample; None: drawn by the engine.
+        number: index of the sample among those with this seed; part of the random key.
+        repetition_penalty: divisor of the logits of tokens in the reply
             (`Controls.repetition_penalty`).
-        presence_penalty: subtracted from the logits of tokens that are in the reply.
-        frequency_penalty: subtracted for each time that a token is in the reply.
+        presence_penalty: subtracted from the logits of tokens in the reply.
+        frequency_penalty: subtracted from logits for each occurrence in the reply.
         logit_bias: added to the logits, by token id.
-        min_new_tokens: tokens before an end token is allowed.
-        end_ids: tokens each of which ends the reply.
-        banned: sequences of token ids that are never written.
-        limits: limits of the text of the reply, such as a grammar.
-        top_logprobs: number of likeliest tokens to list at each place; None: no log-probabilities.
-        adapter: name of the low-rank adapter; "" for the base.
+        min_new_tokens: minimum new tokens before an end token is allowed.
+        end_ids: end tokens.
+        banned: sequences of token ids that are never generated.
+        limits: constraints on the text of the reply, such as a grammar.
+        top_logprobs: number of top tokens to list per position; None: no log-probabilities.
+        adapter: name of the low-rank adapter; "": base model.
     """
 
     prompt: tuple[int, ...]
@@ -67,9 +67,9 @@ class NewToken:
     """Token of a reply.
 
     Attributes:
-        id: its id.
-        logprob: its log-probability before temperature and filters; None if not asked for.
-        top: the likeliest tokens at its place and their log-probabilities, likeliest first.
+        id: token id.
+        logprob: log-probability before temperature and filters; None if not requested.
+        top: most likely tokens at this position with log-probabilities, in descending order.
     """
 
     id: int
@@ -79,12 +79,12 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Progress:
-    """New tokens of a reply from one step, and whether it ended.
+    """New tokens of a reply from one step, and whether it has ended.
 
     Attributes:
-        request: number of the request, as `Engine.add` returned it.
-        tokens: new tokens, in order; an end token is not among them.
-        finish: "stop" after an end token, "length", "cancelled"; "" while the reply goes on.
+        request: request id returned by `Engine.add`.
+        tokens: new tokens in order, without an end token.
+        finish: "stop" (end token), "length" or "cancelled"; "" while the reply continues.
     """
 
     request: int
@@ -98,13 +98,13 @@ class EngineStatistics:
 
     Attributes:
         n_running: requests in rows.
-        n_waiting: requests that wait for a row or for pages.
-        n_rows: most requests that run at once.
-        n_pages: pages of the key/value cache; 0 of an engine without pages.
-        n_pages_used: pages that running requests hold.
-        n_prompt_tokens: tokens of prompts so far.
-        n_reused_tokens: those of them that were in the cache.
-        n_new_tokens: tokens of replies so far.
+        n_waiting: requests waiting for a row or pages.
+        n_rows: maximum number of concurrent requests.
+        n_pages: pages of the key/value cache; 0 for an engine without pages.
+        n_pages_used: pages held by running requests.
+        n_prompt_tokens: prompt tokens so far.
+        n_reused_tokens: prompt tokens found in the cache so far.
+        n_new_tokens: generated tokens so far.
     """
 
     n_running: int
@@ -118,31 +118,31 @@ class EngineStatistics:
 
 
 class Engine(Protocol):
-    """Interface of the engines; none of the methods may be called from two threads at once."""
+    """Interface of the engines. Not thread-safe."""
 
     @property
     def context(self) -> int | None:
-        """Most tokens of a prompt and its reply together; None: any number."""
+        """Maximum tokens of a prompt and its reply together; None: no limit."""
         ...
 
     def add(self, request: GenerationRequest) -> int:
-        """Queue a request, and return its number.
+        """Queue a request, and return its id.
 
         Raises:
-            UserError: the prompt is empty or too long, or an id or an adapter is unknown.
+            UserError: the prompt is empty or too long, or a token id or adapter is unknown.
         """
         ...
 
     def cancel(self, number: int) -> None:
-        """End a request; one that has ended is ignored. No more progress of it is returned."""
+        """Cancel a request, if it has not ended; no more progress is returned for it."""
         ...
 
     def step(self) -> list[Progress]:
-        """Run until some request has progress, and return it; [] if there is none to run."""
+        """Run until some request makes progress, and return it; [] if no requests are left."""
         ...
 
     def update(self, params: Params) -> None:
-        """Replace the parameters of later requests, which wait until all earlier ones end."""
+        """Replace the parameters for later requests, which wait for all earlier ones."""
         ...
 
     def statistics(self) -> EngineStatistics:

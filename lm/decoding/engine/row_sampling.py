@@ -1,9 +1,9 @@
-"""Sampling with options of each row: penalties, bias, limits, temperature and filters.
+"""Sampling with per-row options: penalties, bias, limits, temperature and filters.
 
-Options are arrays, so that one program serves all requests. What no row asks for is skipped; a row
-that does not ask for it keeps its bits.
+Options are arrays, so that one program serves all requests. Steps that no row uses are skipped;
+rows that do not use a step keep their values bitwise.
 
-Shape letters: B rows, T tokens of a row, V vocabulary, E end tokens, N biased tokens, C listed
+Shape letters: B rows, T tokens per row, V vocabulary, E end tokens, N biased tokens, C listed
 tokens.
 """
 
@@ -23,26 +23,26 @@ from lm.decoding.sampling import first_largest, in_nucleus
 
 @flax.struct.dataclass
 class RowOptions:
-    """Options of the rows, which no step changes; `GenerationRequest` says what they mean.
+    """Per-row options, constant over steps; see `GenerationRequest` for their meaning.
 
     Attributes:
         keys_B2: words of the random key of each row's seed, uint32.
-        numbers_B: numbers of the samples.
-        n_prompt_B: tokens of the prompt.
-        limits_B: most new tokens.
-        min_new_B: new tokens before an end token is allowed.
-        top_k_B: tokens to sample from; 0: all.
+        numbers_B: sample indices.
+        n_prompt_B: prompt lengths.
+        limits_B: maximum new tokens.
+        min_new_B: minimum new tokens before an end token is allowed.
+        top_k_B: number of tokens to sample from; 0: all.
         end_ids_BE: end tokens, then -1.
-        n_listed_B: likeliest tokens to list; -1: no log-probabilities.
-        adapters_B: number of the low-rank adapter; 0: none.
-        temperature_B: divisor of the logits; 0: the most likely token.
-        top_p_B: probability of the nucleus.
-        min_p_B: least probability, as a part of the largest one.
+        n_listed_B: number of top tokens to list; -1: no log-probabilities.
+        adapters_B: index of the low-rank adapter; 0: none.
+        temperature_B: divisor of the logits; 0: greedy.
+        top_p_B: nucleus probability.
+        min_p_B: minimum probability relative to the largest one.
         repetition_B: divisor of the logits of written tokens.
         presence_B: subtracted from the logits of written tokens.
-        frequency_B: subtracted for each time that a token is written.
-        bias_ids_BN: tokens whose logits are biased, then -1.
-        bias_BN: what is added to them.
+        frequency_B: subtracted for each occurrence of a token.
+        bias_ids_BN: tokens with biased logits, then -1.
+        bias_BN: biases added to them.
     """
 
     keys_B2: jax.Array
@@ -70,12 +70,12 @@ class RowOptions:
 
 @flax.struct.dataclass
 class Chosen:
-    """Tokens that were chosen, and their log-probabilities where a row asks for these.
+    """Chosen tokens, with log-probabilities for rows that request them.
 
     Attributes:
-        tokens_B: the tokens, int32.
+        tokens_B: chosen tokens, int32.
         logprobs_B: their log-probabilities, before temperature and filters.
-        listed_BC: the likeliest tokens, likeliest first.
+        listed_BC: most likely tokens, in descending order.
         listed_logprobs_BC: their log-probabilities.
     """
 
@@ -99,7 +99,7 @@ def choose_tokens(
         tokens_BT: prompt and reply so far.
         lengths_B: their lengths.
         options: options of the rows.
-        allowed_BV: tokens that may be chosen; None: all.
+        allowed_BV: mask of allowed tokens; None: all.
     """
     o, n_new_B = options, lengths_B - options.n_prompt_B
     is_greedy_B = o.temperature_B == 0
@@ -120,7 +120,7 @@ def choose_tokens(
         drawn_B = lax.cond(is_greedy_B.all(), lambda: best_B, lambda: _drawn(scores_BV, n_new_B, o))
         return jnp.where(is_greedy_B, best_B, drawn_B)
 
-    # A `cond` copies what a branch returns: scores of a large vocabulary cost more than the search.
+    # A `cond` copies the result of a branch, which costs more than the search for a large V.
     is_plain = is_greedy_B.all() & ~changes
     tokens_B = lax.cond(is_plain, lambda: first_largest(logits_BV), choose)
 
@@ -141,7 +141,7 @@ def choose_tokens(
 
 
 def largest_logprobs(logprobs_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the largest values that can be listed, and their indices."""
+    """Return the largest values that can be listed, with their indices."""
     best_BC, ids_BC = lax.top_k(logprobs_BV, min(MOST_LOGPROBS, logprobs_BV.shape[1]))
     return best_BC, ids_BC
 
@@ -149,7 +149,7 @@ def largest_logprobs(logprobs_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _where_any(
     wants_B: jax.Array, change: Callable[[jax.Array], jax.Array], x_BV: jax.Array
 ) -> jax.Array:
-    """Return changed values of the rows that want it; nothing is computed if none does."""
+    """Apply changes to the rows that want them; skip the computation if none does."""
 
     def changed(x_BV: jax.Array) -> jax.Array:
         return jnp.where(wants_B[:, None], change(x_BV), x_BV)
@@ -158,14 +158,14 @@ def _where_any(
 
 
 def _penalizes(o: RowOptions) -> jax.Array:
-    """Return which rows have penalties, [B] bool."""
+    """Return which rows have penalties, bool [B]."""
     return (o.repetition_B != 1) | (o.presence_B != 0) | (o.frequency_B != 0)
 
 
 def _penalized(
     logits_BV: jax.Array, tokens_BT: jax.Array, lengths_B: jax.Array, o: RowOptions
 ) -> jax.Array:
-    """Return the logits after the penalties (Keskar et al. 2019, §4.1; OpenAI's) and the bias."""
+    """Apply penalties (Keskar et al. 2019, §4.1; OpenAI's) and bias to the logits."""
     rows_B1, V = jnp.arange(len(logits_BV))[:, None], logits_BV.shape[1]
 
     def penalize(x_BV: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ def _without_ends(end_ids_BE: jax.Array, x_BV: jax.Array) -> jax.Array:
 
 
 def _drawn(scores_BV: jax.Array, n_new_B: jax.Array, o: RowOptions) -> jax.Array:
-    """Return a sample of each row, with the keys of `sample_steps`."""
+    """Sample each row, with the keys of `sample_steps`."""
     x_BV = filtered(scores_BV, o)
 
     def key(words_2: jax.Array, n_new: jax.Array, number: jax.Array) -> jax.Array:
@@ -205,7 +205,7 @@ def _drawn(scores_BV: jax.Array, n_new_B: jax.Array, o: RowOptions) -> jax.Array
 
 
 def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
-    """Return logits after temperature, top-k, top-p and min-p: -inf for tokens that are out."""
+    """Apply temperature, top-k, top-p and min-p; filtered tokens get -inf."""
     divisor_B1 = jnp.where(o.temperature_B == 0, 1, o.temperature_B)[:, None]
     x_BV, V = scores_BV / divisor_B1, scores_BV.shape[1]
     is_drawn_B = o.temperature_B != 0
@@ -226,9 +226,9 @@ def filtered(scores_BV: jax.Array, o: RowOptions) -> jax.Array:
 
 
 def kth_largest(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
-    """Return the k-th largest value of each row, [B] float32, by bisection of its bits.
+    """Return the k-th largest value of each row, float32 [B], by bisection of its bits.
 
-    Floats are ordered as the integers of their bits once those of negative ones are flipped.
+    Floats are ordered like the integers of their bits, once those of negative ones are flipped.
     """
     bits_BV = lax.bitcast_convert_type(x_BV, jnp.int32)
     flipped = jnp.int32(0x7FFFFFFF)

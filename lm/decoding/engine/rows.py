@@ -1,4 +1,4 @@
-"""Request in a row of an engine."""
+"""State of a request in a row of an engine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class ServedRow:
     """Request in a row.
 
     Attributes:
-        number: number of the request.
+        number: request id.
         request: the request.
         pages: its pages, in order.
-        n_read: tokens of the prompt whose keys and values are written.
-        new: tokens of the reply that were read from the device.
-        n_dispatched: tokens of the reply that were dispatched, at most.
-        n_exact: pages at its beginning that any row with these tokens gets alike.
-        is_stuck: its limits allow no token, and the reply is not complete: it ends.
+        n_read: prompt tokens whose keys and values are written.
+        new: reply tokens read from the device.
+        n_dispatched: maximum number of reply tokens dispatched.
+        n_exact: number of exact pages at the start (see `PagePool`).
+        is_stuck: its limits allow no token although the reply is not complete; it ends.
     """
 
     number: int
@@ -41,11 +41,11 @@ class ServedRow:
 
     @property
     def needs_mask(self) -> bool:
-        """True if the host says which tokens may come next."""
+        """True if the host determines the allowed next tokens."""
         return bool(self.request.limits or self.request.banned)
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """Return the tokens that may come next, bool [V]; the end tokens if nothing may."""
+        """Return the mask [V] of allowed next tokens; the end tokens if no other is allowed."""
         r, allowed = self.request, np.ones(vocab_size, bool)
         if r.limits:
             allowed = r.limits.allowed(vocab_size, np.array([self.new], int), len(self.new))[0]
@@ -59,12 +59,12 @@ class ServedRow:
 
 
 def new_token(request: GenerationRequest, chosen: Any, at: tuple[int, int] | int) -> NewToken:
-    """Return a token of a reply, with the log-probabilities that the request asks for.
+    """Build a reply token with the log-probabilities that the request asks for.
 
     Args:
         request: the request.
         chosen: tokens on the host (`row_sampling.Chosen`).
-        at: the token's index among them.
+        at: index of the token among them.
     """
     token, n = int(chosen.tokens_B[at]), request.top_logprobs
     if n is None:

@@ -1,6 +1,6 @@
-"""Arrays and programs of a paged engine by their shapes, for devices that may be described only.
+"""Array shapes and programs of a paged engine, also for devices that are only described.
 
-What an engine allocates and what `lm plan --serve` compiles come from here.
+Used by the engine for allocation, and by `lm plan --serve` for compilation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lm.models.variables import Params
 
 
 def allocate_state(experiment: Experiment, options: EngineOptions, n_pages: int) -> EngineState:
-    """Return the state before the first request, each device's part made on that device.
+    """Allocate the initial state, each shard on its device.
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
@@ -59,7 +59,7 @@ def state_shapes(experiment: Experiment, options: EngineOptions, n_pages: int) -
 def lower_programs(
     experiment: Experiment, params: Params, options: EngineOptions, n_pages: int
 ) -> dict[str, Lowered]:
-    """Lower the largest programs of an engine: "chunk" reads a prompt, "decode" continues all rows.
+    """Lower the largest programs of an engine: "chunk" (prefill) and "decode" (all rows).
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.

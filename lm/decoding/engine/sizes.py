@@ -1,4 +1,4 @@
-"""Sizes of a paged engine: rows, context, and pages that fit into memory."""
+"""Sizes of a paged engine: rows, context, and number of pages that fit into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm.models.layer_pages import Pages, empty_pages, page_kernel_problems
 from lm.models.paged_cache import PAGED_MIXERS
 from lm.models.transformer_config import TransformerConfig
 
-_OF_MEMORY = 0.85  # of a device's free memory, for pages
+_OF_MEMORY = 0.85  # fraction of a device's free memory used for pages
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class EngineOptions:
     """Sizes of an engine.
 
     Attributes:
-        n_rows: most requests that run at once.
-        context: most tokens of a prompt and its reply; 0: those that the model was made for.
-        page_size: tokens of a page.
-        n_pages: pages of the cache; 0: those that all rows can use, as far as memory allows.
-        chunk: most tokens of a prompt that a step reads, a multiple of the page size.
-        steps_per_dispatch: steps in one dispatch, each of at least one new token a row.
-        n_proposed: tokens that speculative decoding proposes a step; 0: none.
+        n_rows: maximum number of concurrent requests.
+        context: maximum tokens of a prompt and its reply; 0: the model's context length.
+        page_size: tokens per page.
+        n_pages: pages of the cache; 0: enough for all rows, as far as memory allows.
+        chunk: maximum prompt tokens per step, a multiple of the page size.
+        steps_per_dispatch: steps per dispatch, each with at least one new token per row.
+        n_proposed: proposed tokens per step for speculative decoding; 0: none.
     """
 
     n_rows: int = 32
@@ -46,7 +46,7 @@ class EngineOptions:
 
 
 def is_pageable(experiment: Experiment) -> bool:
-    """Return whether all layers cache keys and values alone, which pages can hold."""
+    """Return whether all layers cache only keys and values, so that pages can hold them."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     if not isinstance(config, TransformerConfig) or not hasattr(experiment.model, "empty_cache"):
         return False
@@ -56,7 +56,7 @@ def is_pageable(experiment: Experiment) -> bool:
 
 
 def engine_kernel_problems(experiment: Experiment) -> Iterator[str]:
-    """Yield what keeps the TPU's kernel from reading an engine's pages, as after "used with".
+    """Yield reasons why the TPU kernel cannot read the engine's pages, as after "used with".
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
@@ -66,16 +66,16 @@ def engine_kernel_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def reads_whole(experiment: Experiment) -> bool:
-    """Return whether a prompt is one chunk, which has to know how long its text is going to be."""
+    """Return whether prompts must be a single chunk, because it depends on the whole text."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     return experiment.objective.has_prefix or config.rope_scaling in ("dynamic", "longrope")
 
 
 def choose_context(experiment: Experiment, options: EngineOptions) -> int:
-    """Return the most tokens of a prompt and its reply.
+    """Return the maximum tokens of a prompt and its reply.
 
     Raises:
-        UserError: the model has no positions for so many, or they are fewer than two.
+        UserError: the model has fewer positions, or the context is below two tokens.
     """
     config, most = experiment.config, context_length(experiment.model)
     if most is not None and options.context > most:
@@ -87,7 +87,7 @@ def choose_context(experiment: Experiment, options: EngineOptions) -> int:
 
 
 def chunk_lengths(options: EngineOptions) -> list[int]:
-    """Return the lengths that chunks of prompts are padded to: few, for few programs."""
+    """Return the padded lengths of prompt chunks: few, to limit compiled programs."""
     lengths = [options.page_size]
     while lengths[-1] * 2 < options.chunk:
         lengths.append(lengths[-1] * 2)
@@ -95,14 +95,14 @@ def chunk_lengths(options: EngineOptions) -> list[int]:
 
 
 def batch_sizes(n_rows: int) -> list[int]:
-    """Return the numbers of rows that batches are padded to: 1, 2, 4, 8, 12, 16, 24, 32, …."""
+    """Return the padded batch sizes: 1, 2, 4, 8, 12, 16, 24, 32, …."""
     powers = [1 << i for i in range(n_rows.bit_length())]
     sizes = sorted([*powers, *[n * 3 // 2 for n in powers if n >= 8]])
     return [*[n for n in sizes if n < n_rows], n_rows]
 
 
 def padded_chunk(options: EngineOptions, n: int) -> int:
-    """Return the length that a chunk of n tokens is padded to; whole prompts may be longer."""
+    """Return the padded length of a chunk of n tokens; whole prompts may be longer."""
     length = next((x for x in chunk_lengths(options) if x >= n), options.chunk)
     while length < n:
         length *= 2
@@ -110,7 +110,7 @@ def padded_chunk(options: EngineOptions, n: int) -> int:
 
 
 def longest_chunk(experiment: Experiment, options: EngineOptions) -> int:
-    """Return the padded length of the longest chunk that prompts come in."""
+    """Return the padded length of the longest prompt chunk."""
     longest = choose_context(experiment, options) - 1
     return padded_chunk(
         options, longest if reads_whole(experiment) else min(longest, options.chunk)
@@ -118,24 +118,24 @@ def longest_chunk(experiment: Experiment, options: EngineOptions) -> int:
 
 
 def warm_up_requests(options: EngineOptions, context: int) -> list[GenerationRequest]:
-    """Return requests that need each compiled program of an engine once.
+    """Return requests that use each compiled program of an engine once.
 
-    Prompts of each length of a chunk; and as many replies as there are rows, which begin one after
-    the other, so that every size of a batch comes.
+    Prompts of each chunk length; and as many replies as there are rows, starting one after the
+    other, so that every batch size occurs.
 
     Args:
         options: sizes of the engine.
-        context: most tokens of a prompt and its reply.
+        context: maximum tokens of a prompt and its reply.
     """
     lengths = [min(length, context - 1) for length in chunk_lengths(options)]
     most = min(options.n_rows + 1, context - 1)
-    # They begin with different tokens, so that none uses the pages of another.
+    # They start with different tokens, so that none reuses the pages of another.
     prompts = [GenerationRequest((i,) * n, 1) for i, n in enumerate(lengths)]
     return [*prompts, *[GenerationRequest((len(lengths),), most)] * options.n_rows]
 
 
 def pages_per_row(experiment: Experiment, options: EngineOptions) -> int:
-    """Return the number of pages that hold a whole context."""
+    """Return the number of pages for a full context."""
     return ceil(choose_context(experiment, options) / options.page_size)
 
 
@@ -145,7 +145,7 @@ def make_pages(experiment: Experiment, n_pages: int, page_size: int) -> Pages:
     Args:
         experiment: experiment on a mesh, prepared for decoding.
         n_pages: number of pages.
-        page_size: tokens of a page.
+        page_size: tokens per page.
     """
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     has_prefix = experiment.objective.has_prefix
@@ -153,7 +153,7 @@ def make_pages(experiment: Experiment, n_pages: int, page_size: int) -> Pages:
 
 
 def page_bytes(experiment: Experiment, options: EngineOptions) -> int:
-    """Return the bytes of a page of all layers on a device.
+    """Return the bytes per page over all layers on a device.
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
@@ -169,13 +169,13 @@ def count_pages(
     free: int | None,
     draft: Experiment | None = None,
 ) -> int:
-    """Return the number of pages: at least those of one row, at most those that all rows can use.
+    """Return the number of pages: enough for one row at least, for all rows at most.
 
     Args:
         experiment: experiment on a mesh, prepared for decoding.
         options: sizes.
-        free: bytes of a device beside the parameters; None if that is unknown.
-        draft: draft model, prepared for decoding, which has as many pages of its own; None: none.
+        free: free bytes of a device besides the parameters; None if unknown.
+        draft: draft model, prepared for decoding, which needs as many pages of its own; or None.
     """
     if options.n_pages:
         return options.n_pages
@@ -188,7 +188,7 @@ def count_pages(
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Return the free bytes of a device, of a CPU half the machine's memory; None if unknown."""
+    """Return the free bytes of a device (CPU: half of the machine's memory); None if unknown."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     stats = device.memory_stats() or {}

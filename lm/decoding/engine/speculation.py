@@ -1,12 +1,10 @@
-"""Speculative decoding: several proposed tokens are checked in one pass (Leviathan et al. 2023).
+"""Speculative decoding: verify several proposed tokens in one forward pass (Leviathan et al. 2023).
 
-A proposal is accepted where it is the token that the model chooses with its own random numbers, and
-a draft model chooses with the same ones (Daliri, Musco and Suresh 2024: drafter-invariant
-coupling). So the replies, and their distribution, are those of decoding token by token, whatever
-proposes.
+A proposal is accepted if it equals the token that the model samples with its own random numbers; a
+draft model samples with the same ones (Daliri, Musco and Suresh 2024: drafter-invariant coupling).
+So replies and their distribution are those of token-by-token decoding, whatever the proposals.
 
-Shape letters: R rows, T tokens of a row, L tokens of a pass: the last one and the proposals, V
-vocabulary.
+Shape letters: R rows, T tokens per row, L tokens per pass (last token and proposals), V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from lm.models.layer_pages import Pages
 from lm.models.paged_cache import PagedCache
 from lm.models.variables import Params
 
-_LONGEST = 3  # tokens by which a place before is found again
+_LONGEST = 3  # maximum length of the n-gram used for prompt look-up
 
 
 @partial(
@@ -57,26 +55,26 @@ def speculate_rows(
     n_proposed: int,
     sharding: StateSharding,
 ) -> tuple[EngineState, NewTokens]:
-    """Choose the next tokens of some rows, 1 to `n_proposed` + 1 of each row a step.
+    """Decode the next tokens of some rows, 1 to `n_proposed` + 1 per row and step.
 
     Args:
         model: unrolled model.
-        params: its parameters.
+        params: parameters.
         state: texts and pages.
-        adapters: low-rank adapters of the model; None: there are none.
-        draft: model that proposes; None: what followed the last tokens before.
+        adapters: low-rank adapters of the model, or None.
+        draft: draft model; None: propose what followed the last tokens earlier in the text.
         options: options of all rows.
         rows: the rows.
-        n_columns: number of steps that the result has room for.
-        n_proposed: proposed tokens a step.
+        n_columns: maximum number of steps in the result.
+        n_proposed: proposed tokens per step.
         sharding: sharding of the state.
 
     Returns:
-        The state, and the tokens: `n_proposed` + 1 places a step, -1 after a rejected proposal.
+        The state, and the tokens: `n_proposed` + 1 columns per step, -1 after a rejected proposal.
     """
     L, own = n_proposed + 1, options.of(rows.numbers_R)
     adapt = adapters and adapters.interceptor(own.adapters_B)
-    most_R = own.n_prompt_B + own.limits_B - 1  # the keys of the last token are never needed
+    most_R = own.n_prompt_B + own.limits_B - 1  # keys of the last token are never needed
 
     def step(carry: tuple[Pages, Pages, Replies]) -> tuple[Pages, Pages, Replies]:
         pages, draft_pages, now = carry
@@ -116,9 +114,9 @@ def speculate_rows(
 
 
 def look_up(text_RT: jax.Array, lengths_R: jax.Array, n: int) -> jax.Array:
-    """Return what followed where the last tokens of each text were written before, [R, n].
+    """Return what followed an earlier occurrence of each text's last tokens, [R, n].
 
-    The place whose last three tokens are the same wins, or two, or one; the last of equal places
+    A match of the last three tokens wins over two, and two over one; of equal matches, the latest
     (prompt look-up: Saxena 2023).
 
     Args:
@@ -149,7 +147,7 @@ def _propose(
     pages: Pages,
     now: Replies,
 ) -> tuple[jax.Array, Pages]:
-    """Return the tokens that a draft model chooses, [R, n], and its pages with all of them."""
+    """Return the tokens that a draft model proposes, [R, n], and its updated pages."""
     R = len(now.text_RT)
 
     def choose(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,7 +165,7 @@ def _propose(
         proposed_RP = proposed_RP.at[:, i].set(chosen.tokens_B, mode="drop")
         return cache.pages, text_RT, proposed_RP
 
-    # The keys of the last proposal are needed if all are accepted: one pass more.
+    # The keys of the last proposal are needed if all are accepted: one more pass.
     start = pages, now.text_RT, jnp.zeros((R, n), jnp.int32)
     pages, _, proposed_RP = lax.fori_loop(0, n + 1, choose, start)
     return proposed_RP, pages

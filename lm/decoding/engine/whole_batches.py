@@ -1,8 +1,8 @@
-"""Engine of models that cannot be paged: LSTMs, encoder–decoders, mixers of one's own.
+"""Engine for models that cannot be paged: LSTMs, encoder–decoders, custom mixers.
 
-Requests run in groups: those without a seed together, one with a seed alone, so that nothing else
-changes its reply. The next group starts when all rows have ended. Sources whose requests ask for
-nothing that beam search does not have are searched, in groups with equal options.
+Requests run in groups: those without a seed together, each one with a seed alone, so that its reply
+depends on nothing else. The next group starts when all rows have ended. Requests with a source that
+need only what beam search supports are searched, in groups with equal options.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class WholeBatchEngine:
 
         Args:
             experiment: experiment on a mesh, with its tokenizer.
-            params: its parameters.
-            n_rows: most requests that run at once.
+            params: parameters.
+            n_rows: maximum number of concurrent requests.
         """
         self._unprepared = experiment
         self._experiment, self._params = prepare(experiment, params)
-        self._updates: deque[tuple[int, Params]] = deque()  # from a request on, its parameters
+        self._updates: deque[tuple[int, Params]] = deque()  # parameters from a request id on
         self._model, self._n_rows = self._experiment.model, n_rows
         self._vocab_size: int = self._model.config.vocab_size  # type: ignore[attr-defined]
         self._table = OptionTable(1, self._vocab_size)
@@ -65,16 +65,16 @@ class WholeBatchEngine:
         self._n_requests = self._n_prompt = self._n_new = 0
 
     def add(self, request: GenerationRequest) -> int:
-        """Queue a request, and return its number."""
+        """Queue a request, and return its id."""
         check_ids([request.prompt], self._model)
         check_prompts([request.prompt], self.context)
         self._table.check(request)
         if request.adapter:
-            raise UserError(f"no adapter {request.adapter!r}; this model is served without")
+            raise UserError(f"no adapter {request.adapter!r}; this model has no adapters")
         beam_size = self._experiment.config.decode.beam_size
         if self._searches(request) and request.number >= beam_size:
             raise UserError(f"n is above the beam size of the server, {beam_size}")
-        # The longest target that an encoder–decoder with learned positions writes fills them.
+        # The longest target of an encoder–decoder with learned positions fills them all.
         context = context_length(self._model)
         if context is not None:
             n_before = len(self._start_ids) - 1 if self._has_source else len(request.prompt)
@@ -85,12 +85,12 @@ class WholeBatchEngine:
         return self._n_requests - 1
 
     def cancel(self, number: int) -> None:
-        """End a request; one that has ended is ignored."""
+        """Cancel a request, if it has not ended."""
         self._waiting = deque(row for row in self._waiting if row.number != number)
         self._running.pop(number, None)
 
     def step(self) -> list[Progress]:
-        """Run until some request has progress, and return it; [] if there is none to run."""
+        """Run until some request makes progress, and return it; [] if no requests are left."""
         while self._running or self._waiting:
             if not self._running:
                 self._start_group()
@@ -105,7 +105,7 @@ class WholeBatchEngine:
         return []
 
     def update(self, params: Params) -> None:
-        """Replace the parameters of later requests, which wait until all earlier ones end."""
+        """Replace the parameters for later requests, which wait for all earlier ones."""
         if self._updates and self._updates[-1][0] == self._n_requests:
             self._updates.pop()
         self._updates.append((self._n_requests, prepare(self._unprepared, params)[1]))
@@ -118,7 +118,7 @@ class WholeBatchEngine:
         )
 
     def _searches(self, request: GenerationRequest) -> bool:
-        """Return whether beam search answers a request: it has all that is asked for."""
+        """Return whether beam search supports everything that a request asks for."""
         r = request
         further = r.temperature, r.presence_penalty, r.frequency_penalty, r.logit_bias
         return self._has_source and not any(further) and r.top_logprobs is None
@@ -138,7 +138,7 @@ class WholeBatchEngine:
         self._steps = self._search(group) if searches else self._sample(group)
 
     def _group_key(self, row: ServedRow) -> Any:
-        """Return what the requests of a group have in common."""
+        """Return the key that requests of a group share."""
         request, is_alone = row.request, row.request.seed is not None
         if self._searches(request):
             return replace(request, prompt=request.prompt if is_alone else (), number=0)
@@ -185,7 +185,7 @@ class WholeBatchEngine:
             yield found
 
     def _search(self, group: list[ServedRow]) -> Iterator[list[Progress]]:
-        """Yield the hypotheses of beam search, whole; `number` is the place among the best."""
+        """Yield complete hypotheses of beam search; `number` is the rank."""
         config, first = self._experiment.config, group[0].request
         options = BeamOptions(
             config.decode.beam_size,
@@ -209,7 +209,7 @@ class WholeBatchEngine:
         yield progress
 
     def _may_end(self, row: ServedRow) -> bool:
-        """Return whether the limits of a reply let it end here."""
+        """Return whether the limits of a reply allow it to end here."""
         ends = list(row.request.end_ids)
         return not ends or bool(row.allowed(self._vocab_size)[ends].any() and not row.is_stuck)
 

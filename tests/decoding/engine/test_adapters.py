@@ -104,7 +104,7 @@ def test_vectors_are_those_of_the_adapter(runs):
 @pytest.mark.parametrize(
     ("base", "name", "words"),
     [
-        ("base", "norms", "is not that of the base"),
+        ("base", "norms", "differs from the base"),
         ("base", "base", "no low-rank adapter"),
         ("base", "missing", "no checkpoint"),
     ],
