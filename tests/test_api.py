@@ -85,7 +85,7 @@ def test_activations_are_captured_on_the_way_to_the_logits(run):
     assert not weights[..., np.triu_indices(L, 1)[0], np.triu_indices(L, 1)[1]].any()
     assert np.abs(weights[0] - weights[1]).max() > 1e-4
     assert found["residual"].shape == (4, 1, L, 16)
-    with pytest.raises(lm.UserError, match="nothing called 'atention' can be captured: attention,"):
+    with pytest.raises(lm.UserError, match=r"cannot capture 'atention' \(known: attention,"):
         run.activations(tokens_BL, capture=("atention",))
     with pytest.raises(lm.UserError, match="token id 99999"):
         run.activations([[99999]])

@@ -333,7 +333,7 @@ def test_two_runs_are_compared_on_a_page(trained, tmp_path, capsys):
     assert "no run in" in error_of(capsys, *words, *runs[:2], tmp_path / "none")
     assert "none.txt" in error_of(capsys, *words, *runs, "--prompts", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("\n")
-    assert "holds no prompt" in error_of(capsys, *words, *runs)
+    assert "has no prompts" in error_of(capsys, *words, *runs)
 
 
 def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):

@@ -1,4 +1,4 @@
 """Accounting: parameter counts, bytes and FLOPs of a model, from shapes and roles alone.
 
-Read `flops.py` (the convention), then `parameter_counts.py` (counts of papers, `lm params`).
+Read `flops.py` (the convention), then `parameter_counts.py` (counts as in papers, `lm params`).
 """

@@ -1,18 +1,18 @@
-"""Model FLOPs of a training step, by one convention.
+"""Model FLOPs of a training step.
 
-Counted are the forward and the backward pass over one example, padding included, nothing
-recomputed. The sum has two terms:
+Counts the forward and backward pass over one example, including padding, without recomputation. The
+sum has two terms:
 
     6 × size × tokens, for every kernel and the tokens that pass through it. A tied token table
-    counts once, as output matrix; embedding look-ups count nothing; of experts those count that a
-    token uses, dropped or not.
+    counts once, as output matrix; embedding look-ups count nothing; only the experts that a token
+    uses count, whether it is dropped or not.
 
-    12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention; where
-    queries and values have different widths, head_dim is their mean. Causal
-    attention counts the unmasked half of the pairs (the dense convention counts all), a window or
-    a chunk the pairs inside it, encoders and cross-attention all pairs.
+    12 × layers × heads × head_dim × (query, key) pairs, for the two products of attention; if
+    queries and values have different widths, head_dim is their mean. Causal attention counts the
+    unmasked half of the pairs (the dense convention counts all), a window or chunk the pairs inside
+    it, encoders and cross-attention all pairs.
 
-Skip-gram: 6 × d_model × (window + 1 pairs a word) × (1 + negatives).
+Skip-gram: 6 × d_model × (window + 1 pairs per word) × (1 + negatives).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def model_flops_per_token(experiment: Experiment) -> float:
 
 
 def tokens_per_row(experiment: Experiment) -> int:
-    """Return the tokens of an example: of source and target, or of the one sequence."""
+    """Return the tokens per example: of source and target, or of the single sequence."""
     tokens = stream_tokens(experiment)
     has_target = "source" in experiment.objective.shapes
     return tokens["source"] + (tokens["target"] if has_target else 0)
 
 
 def stream_tokens(experiment: Experiment) -> dict[str, int]:
-    """Return the numbers of tokens of an example by `Role.stream`; frames are those of audio."""
+    """Return the tokens per example by `Role.stream`; for audio, frames."""
     sizes = {name: shape[0] for name, (shape, _) in experiment.objective.shapes.items() if shape}
     length = experiment.config.data.sequence_length
     return {
@@ -62,10 +62,10 @@ def stream_tokens(experiment: Experiment) -> dict[str, int]:
 
 
 def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
-    """Return the multiplications of one of the two attention products, forward."""
+    """Return the multiplications in one of the two forward attention products."""
     m, source, target = experiment.config.model, tokens["source"], tokens["target"]
     # Token mixers without such products are counted by their kernels alone.
-    share = len(m.attention_layers) / m.n_layers or 1  # of the layers
+    share = len(m.attention_layers) / m.n_layers or 1  # fraction of layers
     width = share * m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
     causal, both_ways, cross = target**2 / 2, source**2, source * target
     n_global = global_layers(m.n_layers, m.window, m.global_every, m.global_first).sum()
@@ -83,13 +83,13 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
 
 
 def used_share(experiment: Experiment, path: str) -> float:
-    """Return the part of a parameter that one token uses."""
+    """Return the fraction of a parameter that a token uses."""
     model = experiment.config.model
     is_expert = experiment.param_infos[path].role.expert
     return model.experts_per_token / model.n_experts if is_expert else 1.0
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Return the published bfloat16 FLOP/s of a device; None where there is none (CPUs)."""
+    """Return the published bfloat16 FLOP/s of a device; None if unknown (CPUs)."""
     matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -1,4 +1,4 @@
-"""Parameter counts by the definitions that papers use, and where parameters lie on a mesh."""
+"""Parameter counts as defined in papers, and the sharding of parameters on a mesh."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from lm.models.variables import Kind, Role, flat
 
 
 def count_parameters(experiment: Experiment) -> dict[str, Any]:
-    """Count the parameters of a model, by the definitions that papers use.
+    """Count the parameters of a model, as defined in papers.
 
     Returns:
-        "total": all but "heads". BERT is, as published, its encoder and pooler, ELECTRA its
+        "total": all except "heads". As published, BERT counts its encoder and pooler, ELECTRA its
             discriminator's encoder.
-        "active": those that a token uses, so not all experts.
-        "non_embedding": without the tables of tokens, positions and token types and without an
-            untied output layer. Norms, biases and relative positions stay, and so does the output
+        "active": parameters that a token uses, so not all experts.
+        "non_embedding": without tables of tokens, positions and token types, and without an untied
+            output layer. Norms, biases and relative positions are included, and so is the output
             layer of an NPLM, which is most of it.
-        "heads": heads of BERT's and ELECTRA's pretraining objectives, ELECTRA's generator among
-            them.
+        "heads": pretraining heads of BERT and ELECTRA, including ELECTRA's generator.
         "tensors": shape and logical axes of each parameter, by path.
     """
     shapes, infos = flat(experiment.param_shapes), experiment.param_infos
@@ -43,11 +42,12 @@ def count_parameters(experiment: Experiment) -> dict[str, Any]:
 
 
 def parameter_table(experiment: Experiment) -> list[dict[str, Any]]:
-    """Return every parameter, with where it lies on the experiment's mesh.
+    """List every parameter with its sharding on the experiment's mesh.
 
     Returns:
-        For each parameter: "name", "shape", "axes" (logical names), "role", "spec" (of its
-        PartitionSpec, for each axis the mesh axes that shard it or None) and "bytes" on one device.
+        For each parameter: "name", "shape", "axes" (logical names), "role", "spec" (per axis the
+            mesh
+        axes that shard it, or None) and "bytes" per device.
     """
     shapes, infos = flat(experiment.param_shapes), experiment.param_infos
     shardings = flat(experiment.state_sharding.params)
@@ -71,13 +71,13 @@ def _role_text(role: Role) -> str:
 
 
 def is_embedding(experiment: Experiment, path: str) -> bool:
-    """Return whether a parameter belongs to an embedding or to an untied output layer."""
+    """Return whether a parameter belongs to an embedding or an untied output layer."""
     role = experiment.param_infos[path].role
     return role.kind == Kind.EMBEDDING or role.part == "output"
 
 
 def is_head(experiment: Experiment, path: str) -> bool:
-    """Return whether a parameter serves the pretraining of BERT or ELECTRA alone."""
+    """Return whether a parameter is only used in the pretraining of BERT or ELECTRA."""
     has_generator = "generator" in experiment.param_shapes
     if not (has_generator or experiment.config.objective.next_sentence):
         return False
@@ -86,11 +86,11 @@ def is_head(experiment: Experiment, path: str) -> bool:
 
 
 def training_cost(experiment: Experiment) -> tuple[int, float]:
-    """Return the tokens D of a whole training run, and its FLOPs estimated as 6 N D.
+    """Return the tokens D of a training run, and its FLOPs estimated as 6 N D.
 
-    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), of experts those that a token
+    N are the non-embedding parameters (Kaplan et al. 2020, §2.1), for experts those that a token
     uses, each times the tokens that pass through it: source tokens do not pass through a decoder.
-    The products of attention and the output matrix are left out.
+    Attention products and the output matrix are excluded.
     """
     config, tokens = experiment.config, stream_tokens(experiment)
     per_row = sum(
@@ -110,9 +110,9 @@ def variant_size(spec: str, overrides: Mapping[str, str] | None = None) -> dict[
         overrides: text of configuration keys, by dotted path.
 
     Returns:
-        "config", "paper", the figures of `count_parameters`, "batch_tokens", "tokens" and "flops"
-        (`training_cost`), and "note". Where the vocabulary is that of a tokenizer fitted to the
-        corpus, the figures are None and the note says why.
+        "config", "paper", the counts of `count_parameters`, "batch_tokens", "tokens" and "flops"
+        (`training_cost`), and "note". If the vocabulary size depends on a tokenizer fitted to the
+        corpus, the counts are None and the note says why.
     """
     config = configs.load_config(spec, overrides)
     counts = dict.fromkeys(("total", "active", "non_embedding", "heads"))

@@ -1,8 +1,7 @@
-"""Command line `lm VERB …`, one module a verb.
+"""Command line `lm COMMAND …`, one module per command.
 
-Each has `add_arguments(parser)`, `used_keys(args)` and `run(args, overrides)`.
-
-Errors of the user are one line and exit code 2. Read `main`, then `arguments.py`.
+Each has `add_arguments(parser)`, `used_keys(args)` and `run(args, overrides)`. User errors are one
+line, with exit code 2. Read `main`, then `arguments.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from lm.cli.arguments import parse
 from lm.errors import LostPeerError, UserError
 
-# What `lm --help` says of each verb; lm/cli/VERB_command.py is imported when it is used.
+# Help text of each command; lm/cli/VERB_command.py is imported when it is used.
 VERBS = {
     "train": "Train a model, or continue the run in --workdir.",
     "launch": "Run a command as several processes on this host; restart them when one dies.",
@@ -50,7 +49,7 @@ VERBS = {
     "scaling": "Fit a scaling law to runs: its optimum and forecast for a budget, with intervals.",
 }
 WITHOUT_JAX = ("config", "corpus", "tokenizer")
-# A file or folder that cannot be opened or made as it was named.
+# Errors of a file or folder that cannot be opened or created under the given name.
 _FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR),
     *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -60,7 +59,7 @@ _FILE_ERRORS = (
 def _set_up_jax(args: argparse.Namespace) -> None:
     from absl import logging
 
-    # Orbax logs the traceback of what it raises; the error itself comes to us.
+    # Orbax logs the traceback of errors that it also raises.
     logging.set_verbosity(logging.FATAL)
     if chip := getattr(args, "xla_flags", None):
         from lm.hardware import set_xla_flags
@@ -93,9 +92,9 @@ def _set_up_jax(args: argparse.Namespace) -> None:
 def _run(arguments: Sequence[str]) -> int:
     try:
         args, overrides = parse(arguments, VERBS)
-        for number in getattr(args.module, "IGNORED_SIGNALS", ()):  # until the verb handles them
+        for number in getattr(args.module, "IGNORED_SIGNALS", ()):  # until the command handles them
             signal.signal(number, signal.SIG_IGN)
-        from lm.cli.used_keys import require_used  # not before `lm --help` has ended
+        from lm.cli.used_keys import require_used  # not needed by `lm --help`
 
         require_used(args.verb, args.module.used_keys(args), overrides)
         _set_up_jax(args)
@@ -106,7 +105,7 @@ def _run(arguments: Sequence[str]) -> int:
     except UserError as error:
         message = str(error)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the exit does not fail either
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -122,15 +121,15 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _shortened(line: str, longest: int = 1000) -> str:
-    """Return a line without its middle where that is long, as a value in a damaged file may be."""
+    """Shorten a long line in the middle, as it may contain a value from a damaged file."""
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
 def _use_utf8() -> None:
-    """Start again in Python's UTF-8 mode under another locale; escape what cannot be printed.
+    """Restart in Python's UTF-8 mode under other locales; escape unprintable output.
 
-    So names of files, and files that are opened without naming an encoding, do not depend on it.
+    So file names, and files opened without an explicit encoding, do not depend on the locale.
     """
     others = {sys.getfilesystemencoding(), locale.getencoding().lower()} - {"utf-8"}
     if (
@@ -141,12 +140,12 @@ def _use_utf8() -> None:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # not if it is closed
             stream.reconfigure(errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 2 an error of the user's, 75 stopped and resumable."""
+    """Run a command; return its exit code: 0 done, 2 user error, 75 stopped and resumable."""
     if arguments is None:
         _use_utf8()
     try:

@@ -1,4 +1,4 @@
-"""Command line: parsing, options that several verbs share, and what they print."""
+"""Command-line parsing, options shared by several commands, and printing of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AVERAGE = "mean parameters of the last N checkpoints"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line."""
+    """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         key = re.search(r"unrecognized.* (--)?(\w+(\.\w+)+)(?(1)|=)", message)
@@ -29,18 +29,19 @@ class Parser(argparse.ArgumentParser):
 def parse(
     arguments: Sequence[str], verbs: Mapping[str, str]
 ) -> tuple[argparse.Namespace, Overrides]:
-    """Parse a command line; only the module of its verb is imported.
+    """Parse a command line; only the module of its command is imported.
 
-    An override is `--config.PATH=VALUE` or `--config.PATH VALUE`. What follows `--` is another
-    command, left as it is.
+    An override is `--config.PATH=VALUE` or `--config.PATH VALUE`. Words after `--` form another
+    command and are not parsed.
 
     Args:
         arguments: words after `lm`.
-        verbs: one line of help for each verb.
+        verbs: help line of each command.
 
     Returns:
-        The options, with `module` (of the verb) and `command` (the words after `--`, or None), and
-        the overrides.
+        The options, with `module` (of the command) and `command` (words after `--`, or None), and
+            the
+        overrides.
     """
     arguments, command = _split_at_dashes(arguments)
     rest: list[str] = []
@@ -75,12 +76,12 @@ def _split_at_dashes(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]
 
 
 def verb_module(verb: str) -> ModuleType:
-    """Import the module of a verb."""
+    """Import the module of a command."""
     return importlib.import_module(f"lm.cli.{verb.replace(' ', '_')}_command")
 
 
 def _parser(arguments: Sequence[str], verbs: Mapping[str, str]) -> Parser:
-    """Return the parser, with the options of the verb that the arguments begin with."""
+    """Return the parser, with the options of the command that the arguments start with."""
     parser = Parser(prog="lm", description="Pretrain language models on many devices.")
     top = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
     groups = {"": top}
@@ -98,7 +99,7 @@ def _parser(arguments: Sequence[str], verbs: Mapping[str, str]) -> Parser:
     return parser
 
 
-# --- options of several verbs
+# --- options shared by several commands
 
 
 def config_argument(parser: Parser, required: bool = True) -> None:
@@ -112,7 +113,7 @@ def device_arguments(parser: Parser) -> None:
 
 
 def process_arguments(parser: Parser) -> None:
-    """Add the options of a verb that may run as several processes."""
+    """Add the options of a command that may run as several processes."""
     device_arguments(parser)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     parser.add_argument("--num_processes", type=int, metavar="N")
@@ -122,7 +123,7 @@ def process_arguments(parser: Parser) -> None:
         type=at_least(1),
         default=100,
         metavar="S",
-        help="a process that is silent for so long ends the run (several processes)",
+        help="end the run if a process is silent for so long (several processes)",
     )
 
 
@@ -131,9 +132,7 @@ def compiler_arguments(parser: Parser) -> None:
     from lm.hardware import GPUS, TPUS
 
     parser.add_argument("--xla_flags", choices=TPUS + GPUS, help="compiler flags for this chip")
-    parser.add_argument(
-        "--dump_hlo", metavar="DIR", help="write the programs that are compiled, as HLO texts"
-    )
+    parser.add_argument("--dump_hlo", metavar="DIR", help="write compiled programs as HLO text")
 
 
 def topology_arguments(parser: Parser, required: bool = True) -> None:
@@ -148,13 +147,13 @@ def topology_arguments(parser: Parser, required: bool = True) -> None:
 
 
 def weights_arguments(parser: Parser) -> None:
-    """Add the options that choose the weights of a run."""
+    """Add the options that select the weights of a run."""
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
     parser.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
 
 
 def sampling_arguments(parser: Parser) -> None:
-    """Add the options of sampling."""
+    """Add the sampling options."""
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; or several"
     )
@@ -172,7 +171,7 @@ def sampling_arguments(parser: Parser) -> None:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise UserError for a text of the command line that is not UTF-8."""
+    """Raise UserError for a command-line text that is not UTF-8."""
     for text in texts:
         if text.encode(errors="ignore").decode() != text:
             raise UserError(f"{text!a}: command-line text must be UTF-8")
@@ -184,7 +183,7 @@ def json_argument(parser: Parser) -> None:
 
 
 def at_least(low: int | float) -> Callable[[str], int | float]:
-    """Return the type of an argument: a number not below `low`."""
+    """Return an argument type for numbers of at least `low`."""
 
     def parse(text: str) -> int | float:
         value = type(low)(text)
@@ -197,7 +196,7 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
 
 
 def positive(text: str) -> float:
-    """Return a number above 0."""
+    """Parse a number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
@@ -205,7 +204,7 @@ def positive(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """Return a number above 0 and at most 1."""
+    """Parse a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
@@ -223,15 +222,15 @@ def open_run(
     heads_optional: bool = False,
     frozen: bool = False,
 ) -> tuple[Any, Any, int]:
-    """Load the run that `--workdir`, `--average` and `--best` name.
+    """Load the run selected by `--workdir`, `--average` and `--best`.
 
     Args:
-        args: options of the command line.
-        overrides: configuration keys of the command line.
-        any_batch: as in `restore_run`.
-        step: as in `restore_run`.
-        heads_optional: as in `restore_params`.
-        frozen: as in `restore_run`.
+        args: command-line options.
+        overrides: configuration keys from the command line.
+        any_batch: see `restore_run`.
+        step: see `restore_run`.
+        heads_optional: see `restore_params`.
+        frozen: see `restore_run`.
     """
     from lm.cli.used_keys import print_without_effect
     from lm.parallel.mesh import print_on_primary_host
@@ -249,14 +248,14 @@ def open_run(
 
 
 def only_cpu() -> None:
-    """Use the CPU: the runs that a verb reads may be using the accelerator."""
+    """Use the CPU, because the runs that a command reads may be using the accelerator."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
 def print_result(values: Mapping[str, Any], as_json: bool) -> None:
-    """Print figures, a line each, or as one JSON object."""
+    """Print metrics, one per line or as one JSON object."""
     if as_json:
         print(json.dumps(values))
         return

@@ -18,7 +18,7 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     sampling_arguments(parser)
@@ -26,13 +26,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     unused = "-decode.beam_size", "-decode.length_penalty"
     return ("parallel.*", *MODEL, "decode.*", *unused, "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.cli.chat_terminal import Terminal
     from lm.decoding.chat_session import ChatSession
     from lm.decoding.chats import chat_template
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     check_texts([*args.stop, args.system])
     if "" in args.stop:
-        raise UserError("--stop is empty: every answer would end before it begins")
+        raise UserError("--stop is empty: every answer would be empty")
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     experiment, params, _ = open_run(args, overrides, any_batch=True)

@@ -1,4 +1,4 @@
-"""Terminal of `lm chat`: reads messages and commands, prints answers as they grow."""
+"""Terminal of `lm chat`: reads messages and commands, and streams answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lm.decoding.chat_session import ChatSession
 
 _QUOTES, _NOTHING = '"""', '""'
-# A model may write what a terminal obeys.
+# A model's output could contain terminal control characters.
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*map(ord, "\t\n")}, "\ufffd")
 
 
@@ -27,8 +27,8 @@ class Terminal:
 
     Args:
         session: the conversation.
-        interactive: a person types: prompts are shown, and an error does not end the loop.
-        output: what answers are printed to.
+        interactive: input comes from a person: show prompts, and continue after errors.
+        output: stream for answers.
     """
 
     def __init__(self, session: ChatSession, interactive: bool, output: TextIO):
@@ -39,7 +39,7 @@ class Terminal:
         """Read until the end of the input or /exit.
 
         Raises:
-            UserError: of a message or command that is not typed by a person.
+            UserError: a message or command failed, if not interactive.
         """
         if self._interactive:
             with suppress(ImportError):
@@ -68,7 +68,7 @@ class Terminal:
                 self._tell(f"error: {error}")
 
     def _read(self) -> str:
-        """Return a line, or the lines from three quotes to the next three."""
+        """Read a line, or all lines between triple quotes."""
         prompt, more = (">>> ", "... ") if self._interactive else ("", "")
         text = input(prompt)
         while text.startswith(_QUOTES) and not text.removeprefix(_QUOTES).endswith(_QUOTES):
@@ -92,7 +92,7 @@ class Terminal:
         run(self, argument.strip())
 
     def _print(self, parts: Generator[str]) -> None:
-        """Print an answer as it grows; Ctrl-C ends it, and what is written stays."""
+        """Stream an answer; Ctrl-C stops it, keeping the text so far."""
         if self._session.n_forgotten > self._n_forgotten:
             number = self._session.n_forgotten
             oldest = "oldest turn" if number == 1 else f"{number} oldest turns"
@@ -155,7 +155,7 @@ def _path(text: str) -> Path:
         raise UserError(f"{text}: {error}") from error
 
 
-# Name, what runs it, and "what it takes: what it does".
+# Name, handler, and "argument: description".
 COMMANDS: dict[str, tuple[Callable[[Terminal, str], None], str]] = {
     "/help": (Terminal._help, ":this list"),
     "/exit": (Terminal._exit, ":leave"),

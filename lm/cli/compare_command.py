@@ -23,7 +23,7 @@ from lm.storage import storage_path
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", nargs="+", metavar="DIR", help="the two runs")
     parser.add_argument(
         "--prompts", metavar="FILE", help="file of prompts or sources, one per line, or .jsonl"
@@ -43,17 +43,17 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return () if args.answers else ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.tools.reports.compare_page import win_rate
 
     if args.answers:
         if args.workdir or args.prompts:
-            raise UserError("--answers are to a page that is there: without --workdir, --prompts")
+            raise UserError("--answers are for an existing page: omit --workdir and --prompts")
         only_cpu()
         files = [Path(file) for file in args.answers]
         if len({file.resolve() for file in files}) < len(files):
@@ -67,20 +67,20 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _write_page(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Have both runs write a text after each prompt, and write the page."""
+    """Generate a text for each prompt with both runs, and write the page."""
     from lm.decoding.generate_file import read_inputs
     from lm.evaluation.task import require_writable
     from lm.tools.html_pages import page_template
     from lm.tools.reports.compare_page import TEMPLATE, write_compare_page
 
-    page_template(TEMPLATE)  # raises UserError without its package, before the texts are written
+    page_template(TEMPLATE)  # raises UserError without its package, before generating texts
     folder, prompts = Path(args.output), read_inputs(Path(args.prompts), "prompt", "")
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise UserError(f"{args.prompts} holds no prompt")
+        raise UserError(f"{args.prompts} has no prompts")
     require_writable(folder)
     if (folder / "key.json").exists():
-        raise UserError(f"{folder} has a page that answers may be to: give another --output")
+        raise UserError(f"{folder} has a page that answers may refer to: give another --output")
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     runs, texts = [], []
@@ -95,7 +95,7 @@ def _write_page(args: argparse.Namespace, overrides: Overrides) -> None:
 def _texts(
     args: argparse.Namespace, workdir: str, prompts: Any, overrides: Overrides
 ) -> tuple[list[str], int]:
-    """Return what a run writes after each prompt, and its step."""
+    """Return the text that a run generates for each prompt, and its step."""
     from lm.decoding.generation import generate_texts
     from lm.decoding.prompts import is_encoder_decoder
     from lm.decoding.sampling import Sampling
@@ -105,7 +105,7 @@ def _texts(
     experiment, params, step = open_run(one, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
     if not hasattr(model, "decode"):
-        raise UserError(f"{workdir}: a model of the family {config.model.family} writes no text")
+        raise UserError(f"{workdir}: model family {config.model.family} does not generate text")
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     sampling = None if searches else Sampling(args.temperature, top_p=args.top_p)
     with progress_bar(workdir, len(prompts)) as bar:

@@ -18,21 +18,21 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser, required=False)
     parser.add_argument("--keys", action="store_true", help="list every key with its meaning")
     json_argument(parser)
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL if args.config else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     config = configs.load_config(args.config, overrides) if args.config else None
-    if args.keys:  # those of plug-ins too, if the configuration imports any
+    if args.keys:  # including those of plug-ins that the configuration imports
         for path, key in SCHEMA.items():
             choices = f" [{', '.join(key.choices)}]" if key.choices else ""
             print(f"{path} = {key.default!r}\n    {key.help}{choices}")

@@ -16,7 +16,7 @@ from lm.errors import UserError, missing_package
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]")
     parser.add_argument("--output", metavar="PLACE", help="folder for shards and data card")
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
@@ -26,12 +26,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses: its own configuration's."""
+    """Return patterns of the configuration keys that the command uses: its own configuration's."""
     return ("*",)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     try:
         from lm.tools.corpus.corpus_config import load_corpus_config
         from lm.tools.corpus.corpus_rules import RULES

@@ -11,7 +11,7 @@ from lm.cli.used_keys import ALL, Patterns
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument(
         "--config",
         nargs="+",
@@ -29,12 +29,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL if args.config else ("data.cache_directory",)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.data.cleaning import find_unneeded
     from lm.experiment import record_columns
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         print(json.dumps(rows))
         return 0
     if not found:
-        print("the cache holds nothing that is not needed")
+        print("the cache has no unneeded folders")
         return 0
     free = [each for each in found if not each.kept]
     done = "removed" if args.delete else "not needed; --delete removes them"

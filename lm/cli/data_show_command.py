@@ -13,7 +13,7 @@ from lm.cli.used_keys import ALL, Patterns
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser)
     parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="texts shown")
     parser.add_argument("--picture", metavar="FILE", help="draw lengths and tokens (.png or .svg)")
@@ -21,12 +21,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.data.statistics import measure, open_stores
     from lm.experiment import record_columns
 

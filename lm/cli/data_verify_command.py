@@ -13,18 +13,18 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser, required=False)
     json_argument(parser)
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL if args.config else ("data.cache_directory",)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.data.verification import verify_stores
     from lm.experiment import record_columns
 
@@ -41,19 +41,17 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         for problem in report.problems:
             print(f"{report.folder}: {problem}", file=sys.stderr)
         if not args.json and not report.problems:
-            print(
-                f"{report.folder}: {report.source}: {report.n_bytes:,} bytes as they were written"
-            )
+            print(f"{report.folder}: {report.source}: {report.n_bytes:,} bytes verified")
     if args.json:
         rows = [{**vars(r), "folder": str(r.folder), "problems": list(r.problems)} for r in reports]
         print(json.dumps(rows))
     if not reports and not args.json:
-        print("there is no store yet: data are tokenized when a run starts")
+        print("there are no stores yet: data are tokenized when a run starts")
     if damaged := [report for report in reports if report.problems]:
         first = damaged[0]
         remove = f"{first.folder}/{first.damaged}" if first.damaged else first.folder
         raise UserError(
             f"{len(damaged)} of {len(reports)} stores are damaged, the first at "
-            f"{first.problems[0]}: remove {remove}, and it is built again"
+            f"{first.problems[0]}: remove {remove}, so that it is rebuilt"
         )
     return 0

@@ -29,7 +29,7 @@ from lm.storage.folder_names import short_name
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", metavar="DIR")
     parser.add_argument("--split", choices=("validation", "test"))
     parser.add_argument(
@@ -71,7 +71,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 _OF_HARNESS = ("shots", "limit", "include_path", "apply_chat_template")
-# What a run says of the evaluations during its training.
+# Overrides that undo a run's settings for evaluations during training.
 _WHOLE_SPLIT = {"eval.max_batches": "0", "eval.final_batches": "0", "eval.best": ""}
 _VALIDATION = (
     "data.source",
@@ -104,7 +104,7 @@ def _steps(text: str) -> list[int]:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     if args.safety is not None:
         return (*MESH, *MODEL, *_OF_SAFETY)
     if args.code and args.samples:
@@ -117,7 +117,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     if not args.workdir and not (args.code and args.samples):
         missing = "the following arguments are required: --workdir"
         raise UserError(f"lm eval: {missing}; see lm eval --help")
@@ -125,14 +125,14 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         return _evaluate_code(args, overrides)
     for option in CODE_OPTIONS:
         if getattr(args, option) is not None:
-            raise UserError(f"--{option} is of --code: name a file of problems too")
+            raise UserError(f"--{option} needs --code FILE")
     if args.safety is not None:
         return _evaluate_safety(args, overrides)
     if args.harness:
         return _evaluate_harness(args, overrides)
     for option in _OF_HARNESS:
         if getattr(args, option) not in (None, False):
-            raise UserError(f"--{option} is of --harness: name its tasks too")
+            raise UserError(f"--{option} needs --harness TASK")
     from lm.data.splits import open_split
     from lm.decoding.weights import round_weights
     from lm.evaluation.task import check_task
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _open_run(args: argparse.Namespace, overrides: Overrides, **options: Any) -> Any:
-    """Return experiment, parameters as `--config.decode.weights` rounds them, and step."""
+    """Return experiment, parameters rounded by `--config.decode.weights`, and step."""
     from lm.decoding.weights import round_weights
     from lm.parallel.mesh import print_on_primary_host
 
@@ -180,20 +180,20 @@ def _open_run(args: argparse.Namespace, overrides: Overrides, **options: Any) ->
 
 
 def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Overrides]:
-    """Return the split to open, and the overrides that make --source its source."""
+    """Return the split to open, and overrides for --source."""
     if "data.tokenizer" in overrides:
         raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
     if args.output and not args.task:
-        raise UserError("--output is where --task writes its report: give both")
+        raise UserError("--output needs --task, whose report it is for")
     if args.step and args.best:
-        raise UserError("--step and --best choose different checkpoints: give one of them")
+        raise UserError("--step and --best select different checkpoints: give one of them")
     if args.output and len(args.step or ()) > 1:
-        raise UserError("--output is the folder of one report: give one --step")
+        raise UserError("--output holds a single report: give one --step")
     if args.source is None:
         return args.split or "validation", _WHOLE_SPLIT | overrides
     if args.split or "data.test_source" in overrides:
         other = "--split" if args.split else "--config.data.test_source"
-        raise UserError(f"--source and {other} choose different data: give one of them")
+        raise UserError(f"--source and {other} select different data: give one of them")
     if not args.source.strip():
         raise UserError("--source is empty; give NAME:ARGUMENT, such as text:FILE")
     return "test", _WHOLE_SPLIT | overrides | {"data.test_source": args.source}
@@ -211,7 +211,7 @@ def _evaluate_loss(
     limit = experiment.config.eval.max_batches
     result = evaluate_loss(experiment, params, batches, stores, limit, shown)
     if not result["targets"]:
-        raise UserError(f"{name}: no token of the data is to be predicted, so there is no loss")
+        raise UserError(f"{name}: the data have no targets, so there is no loss")
     result |= losses_by_source(experiment, params, stores, limit, shown)
     source = {"source": name} if args.source else {}
     return {"step": step, **source, **{f"eval/{name}/{k}": v for k, v in result.items()}}

@@ -19,7 +19,7 @@ _OF_STABLEHLO = ("platforms", "batch", "length", "context")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--to", required=True, metavar="DIR")
     parser.add_argument(
@@ -56,12 +56,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ("decode.weights", "decode.cache") if args.format == "stablehlo" else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.parallel.mesh import print_on_primary_host as log
 
     if args.format != "stablehlo":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
         "--prompt",
@@ -61,12 +61,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ("parallel.*", *MODEL, "decode.*", "data.sequence_length", "data.columns", "data.header")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.decoding.best_of import open_best_of
     from lm.decoding.chats import chat_of, chat_template
     from lm.decoding.generate_file import generate_file, weights_identity
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     experiment, params, step = open_run(args, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
     if not hasattr(model, "decode"):
-        raise UserError(f"a model of the family {config.model.family} writes no text")
+        raise UserError(f"a model of family {config.model.family} does not generate text")
     if args.n_best > max(config.decode.beam_size, args.best_of or 1):
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = experiment.tokenizer
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.best_of and searches:
-        raise UserError("--best_of chooses among samples, which beam search does not draw")
+        raise UserError("--best_of selects among samples, but beam search does not sample")
     best_of = open_best_of(args.best_of, args.reward_model) if args.best_of else None
     if args.input:
         sampled = None if searches or args.greedy else sampling
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     inputs: Sequence[Any] = prompts
     if template:
         inputs = [chat_of({"prompt": prompt}, args.system) for prompt in prompts]
-    if searches or guard or best_of:  # which judge whole outputs
+    if searches or guard or best_of:  # these judge complete outputs
         sampled = None if searches else sampling
         options: Any = {"stop": args.stop, "best_of": best_of, "template": template}
         found = generate_texts(experiment, params, tokenizer, inputs, sampled, args.seed, **options)
@@ -134,9 +134,9 @@ def _print_guard(guard: Guard | None) -> None:
 
 
 def _piped_text() -> str:
-    """Return the text of a pipe or file on stdin, without its last newline; "" if there is none.
+    """Return the text piped into stdin, without its last newline; "" if there is none.
 
-    Several processes do not read: each would have another text.
+    Not read with several processes, because each would get different text.
     """
     import jax
 
@@ -159,20 +159,20 @@ def _check_generate(args: argparse.Namespace) -> None:
     if args.input and (args.prompt or args.json):
         raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
     if args.system is not None and not args.chat:
-        raise UserError("--system is of --chat: give both")
+        raise UserError("--system needs --chat")
     check_texts([*(args.prompt or ()), *args.stop, args.system or ""])
     if bool(args.best_of) != bool(args.reward_model):
         raise UserError("--best_of and --reward_model go together")
     if args.best_of and args.greedy:
-        raise UserError("--best_of chooses among samples: leave out --greedy")
+        raise UserError("--best_of selects among samples: omit --greedy")
     if "" in args.stop:
-        raise UserError("--stop is empty: every continuation would end before it begins")
+        raise UserError("--stop is empty: every continuation would be empty")
     if args.n_best > 1 and not (args.json or str(args.output).endswith(".jsonl")):
         raise UserError("--n_best needs --json, or --output FILE.jsonl")
 
 
 def _print_records(records: list[dict], as_json: bool, repeats: bool) -> None:
-    """Print records; texts behind their prompts, if `repeats`."""
+    """Print records, preceded by their prompts if `repeats`."""
     if as_json:
         print(json.dumps(records))
         return
@@ -183,13 +183,13 @@ def _print_records(records: list[dict], as_json: bool, repeats: bool) -> None:
 def _print_continuations(
     prompts: Sequence[str], steps: Iterable[list[str]], as_json: bool, repeats: bool
 ) -> None:
-    """One prompt streams as it grows; several are printed whole, one after the other.
+    """Stream the continuation of a single prompt; print several ones complete, in order.
 
     Args:
         prompts: the prompts.
-        steps: new texts of each.
+        steps: new texts of each prompt.
         as_json: print records.
-        repeats: print the prompts before what continues them.
+        repeats: print prompts before their continuations.
     """
     shown = prompts if repeats else [""] * len(prompts)
     streams = len(prompts) == 1 and not as_json

@@ -13,12 +13,12 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import ALL, Patterns
 from lm.storage import open_run_folder
 
-# Keys of the model that are not those of its weights.
+# Keys of the model that do not depend on its weights.
 _ARCHITECTURE_FREE = ("model.dtype", "model.attention", "model.*dropout", "model.router_jitter")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument(
         "--from", dest="source", required=True, metavar="DIR", help="or a .bin file"
     )
@@ -27,12 +27,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return (*ALL, "-model.*", *_ARCHITECTURE_FREE)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.interop.import_export import import_run
     from lm.parallel.mesh import print_on_primary_host
 

@@ -12,7 +12,7 @@ from lm.storage import open_run_folder, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text or source; repeatable"
@@ -30,13 +30,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     reading = (*READING, "eval.max_batches") if args.corpus else ("data.sequence_length",)
     return (*MESH, *MODEL, "decode.*", *reading)
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.data.splits import open_split
     from lm.evaluation.task import require_writable
     from lm.experiment import record_columns
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if bool(args.prompt) == bool(args.input):
         raise UserError("lm inspect: give either --prompt TEXT or --input FILE.jsonl")
     if args.target is not None and len(args.prompt) != 1:
-        raise UserError("--target is that of one --prompt; give several as an --input FILE.jsonl")
+        raise UserError("--target belongs to a single --prompt; for several use --input FILE.jsonl")
     if args.corpus is not None and not args.corpus.strip():
         raise UserError("--corpus is empty; give NAME:ARGUMENT, such as text:FILE")
     texts = [Text(text, args.target) for text in args.prompt]

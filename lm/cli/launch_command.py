@@ -14,7 +14,7 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.usage = "lm launch --processes N [OPTIONS] -- train …"
     parser.add_argument("--processes", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpus", type=at_least(0), default=0, metavar="G", help="split among them")
@@ -27,12 +27,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL  # refused by `run`: they belong after --
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.tools.launching.supervise import RestartPolicy, launch
 
     if overrides:

@@ -16,7 +16,7 @@ from lm.storage import open_run_folder
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--to", required=True, metavar="DIR")
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
@@ -24,12 +24,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return MESH
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.parallel.mesh import print_on_primary_host
     from lm.runs.saved_params import merge_run
 

@@ -24,7 +24,7 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser, required=False)
     parser.add_argument(
         "--all",
@@ -38,12 +38,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     if bool(args.config) == bool(args.all):
         raise UserError("lm params: give --config FILE.py[:VARIANT], or --all [DIR]")
     if args.all and args.topology:
@@ -86,7 +86,7 @@ def _params_of_one(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _devices(args: argparse.Namespace, config: ConfigDict) -> Sequence[Any]:
-    """Return the devices of --topology, or as many as the configuration's mesh has."""
+    """Return the devices of --topology, or as many as the configuration's mesh needs."""
     import jax
 
     from lm.tools.planning.topologies import topology

@@ -23,15 +23,15 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
 
-ROWS = "--serve: replies written at once; as many as fit with full contexts"
-CONTEXT = "--serve: tokens of prompt and reply; those that the model was made for"
-LIMIT = "--search: most candidates that are compiled; 24"
-WORKERS = "--search: compiling processes; 0: one a core"
+ROWS = "--serve: concurrent replies; default: as many as fit with full contexts"
+CONTEXT = "--serve: tokens of prompt and reply; default: the model's context length"
+LIMIT = "--search: maximum number of compiled candidates; default: 24"
+WORKERS = "--search: compiling processes; 0: one per core"
 OPTIONS = {"search": ("limit", "workers", "output"), "serve": ("rows", "context")}
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser)
     topology_arguments(parser)
     parser.add_argument(
@@ -49,12 +49,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     modes = [name for name in ("decode", "serve", "search") if getattr(args, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} are different plans; leave out one")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     from lm.tools.planning.topologies import topology
 
-    # What is planned for is described; the compilers need no device of this machine.
+    # The target devices are only described; the compilers need no device of this machine.
     jax.config.update("jax_platforms", "cpu")
     config = configs.load_config(args.config, overrides)
     print_without_effect(config, overrides)

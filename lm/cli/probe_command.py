@@ -11,7 +11,7 @@ from lm.cli.used_keys import MESH, MODEL, Patterns
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     labels = "records with text and label, or words and tags: tsv:FILE, csv:, jsonl:, conll:"
     parser.add_argument("--labels", required=True, metavar="SOURCE", help=labels)
@@ -25,13 +25,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     records = ("columns", "header", "bad_rows", "directory", "cache_directory")
     return (*MESH, *MODEL, *(f"data.{key}" for key in records))
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.insight.probes import probe
     from lm.tools.formatting import plain_text, text_table
 

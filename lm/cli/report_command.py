@@ -18,7 +18,7 @@ from lm.storage import open_run_folder, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument(
         "--workdir", required=True, nargs="+", metavar="DIR", help="runs, or folders of runs"
     )
@@ -27,12 +27,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.tools.reports.report_page import write_page
 
     only_cpu()
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _output(args: argparse.Namespace, workdirs: Sequence[Path]) -> Path:
-    """Return --output, or the folder `report` of the workdir or of what holds all workdirs."""
+    """Return --output, or folder `report` in the workdir or in the parent of all workdirs."""
     if args.output:
         return Path(args.output)
     if len(workdirs) == 1:

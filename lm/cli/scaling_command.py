@@ -21,7 +21,7 @@ from lm.storage import open_run_folder, storage_path
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", metavar="DIR", help="a folder of finished runs")
     parser.add_argument("--runs", metavar="FILE.csv", help="Model Size, Training FLOP, loss")
     parser.add_argument(
@@ -46,12 +46,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.tools.reports.scaling_law import runs_of_folder, runs_of_table
     from lm.tools.reports.scaling_study import enough_tokens, study, study_text
 

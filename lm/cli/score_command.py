@@ -18,7 +18,7 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
         "--input",
@@ -38,14 +38,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     if args.top_logits:
         return (*MESH, *MODEL, *READING, "data.source", "data.validation_*", "-objective.*")
     return (*MESH, *MODEL, "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.decoding.generate_file import weights_identity
     from lm.evaluation.score_file import score_file
 

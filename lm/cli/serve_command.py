@@ -18,11 +18,11 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError, missing_package
 
-IGNORED_SIGNALS = (signal.SIGHUP,)  # what is loaded later is the newest checkpoint
+IGNORED_SIGNALS = (signal.SIGHUP,)  # the newest checkpoint is loaded afterwards anyway
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument(
         "--workdir",
         required=True,
@@ -116,12 +116,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ("parallel.*", *MODEL, "decode.*", "data.sequence_length")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.decoding.engine.sizes import EngineOptions
 
     try:
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError("--ssl_keyfile needs --ssl_certfile")
     weights = WeightsChoice(args.average, args.best)
     if args.draft and not args.speculate:
-        raise UserError("--draft needs --speculate N, the number of tokens that it proposes")
+        raise UserError("--draft needs --speculate N, the number of proposed tokens")
     sizes = EngineOptions(args.rows, args.context, n_pages=args.pages, n_proposed=args.speculate)
     places = _places([*args.workdir, *args.adapter])
     adapters = {name: places.pop(name) for name in list(_places(args.adapter))}
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _places(workdirs: list[str]) -> dict[str, str]:
-    """Return the workdir of each model by its name."""
+    """Return workdirs by model name."""
     places: dict[str, str] = {}
     for given in workdirs:
         name, equals, workdir = given.partition("=")

@@ -18,7 +18,7 @@ from lm.storage import resolve_path
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
     parser.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
     parser.add_argument("--workdir", required=True, metavar="DIR")
@@ -35,12 +35,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.sweeps.sweep import Search, load_sweep
     from lm.tools.launching.launchers import make_launcher
     from lm.tools.launching.run_sweep import Trials, dry_run, locked, run_search, run_sweep

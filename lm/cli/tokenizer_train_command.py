@@ -15,7 +15,7 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import Patterns
 from lm.errors import UserError
 
-# Those by which a corpus is read.
+# Keys for reading a corpus.
 _READING = (
     "data.directory",
     "data.field",
@@ -28,7 +28,7 @@ _READING = (
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--source", required=True, help="as --config.data.source")
     parser.add_argument("--vocab_size", type=at_least(2), required=True, metavar="N")
     parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
@@ -36,12 +36,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return _READING
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.config.registry import listed
     from lm.data.dataset import open_corpus
     from lm.data.tokenizers.sentencepiece import train_sentencepiece
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=output.parent):
-        pass  # a folder that cannot be written is an error before the work
+        pass  # fail before the work if the folder is not writable
     texts = (
         chunk.text
         for spec in listed(config.data.source)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     )
     try:
         model = train_sentencepiece(texts, args.vocab_size, args.model_type)
-    except UserError as error:  # of a size that does not fit
+    except UserError as error:  # the vocabulary size is not possible
         message = str(error).replace("--config.data.tokenizer_vocab_size", "--vocab_size")
         raise UserError(message) from error
     output.write_bytes(model)

@@ -17,7 +17,7 @@ from lm.config.registries import SCHEMA
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
@@ -40,12 +40,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return ALL
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.training.monitor import RESUMABLE
     from lm.training.stop_signals import stop_requests
 

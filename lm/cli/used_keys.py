@@ -1,8 +1,8 @@
-"""Configuration keys that each verb uses; any other `--config.a.b` on its command line is an error.
+"""Configuration keys that each command uses; other `--config.a.b` overrides are errors.
 
-A verb's module declares them by `used_keys(args)`: patterns of dotted paths, where "-" before a
-pattern takes keys out again. A key that a verb uses may still be without effect, as an option of an
-optimizer that is not chosen: the verb says so and goes on.
+A command's module declares them by `used_keys(args)`: patterns of dotted paths, where a leading "-"
+excludes keys again. A key that a command uses may still have no effect, such as an option of an
+optimizer that is not selected: the command says so and continues.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lm.errors import UserError
 Patterns = tuple[str, ...]
 
 ALL: Patterns = ("*",)
-# Mesh of this process, and what has to be divisible by it.
+# Mesh of this process, and everything that must be divisible by it.
 MESH: Patterns = ("parallel.*", "data.batch_size", "eval.batch_size", "train.microbatches")
-# What a trained model computes: not how it starts, and nothing that only training does.
+# What a trained model computes, without initialization and training options.
 MODEL: Patterns = (
     "model.*",
     "-model.init*",
@@ -38,8 +38,8 @@ MODEL: Patterns = (
     "train.loss_chunk",
     "train.scan_unroll",
 )
-# What reads data that are not trained on: training alone mixes corpora and overlaps windows. The
-# sources are those of a verb; data.tokenizer has an error of its own.
+# Reading data that are not trained on, without mixtures and overlapping windows. Each command has
+# its own source options; data.tokenizer has an error of its own.
 READING: Patterns = (
     "data.*",
     "-data.tokenizer_*",
@@ -63,7 +63,7 @@ READING: Patterns = (
 
 
 def is_used(path: str, used: Patterns) -> bool:
-    """Return whether patterns cover a key; the last one that matches it decides."""
+    """Return whether patterns match a key; the last matching pattern decides."""
     found = False
     for pattern in used:
         if fnmatchcase(path, pattern.removeprefix("-")):
@@ -72,12 +72,12 @@ def is_used(path: str, used: Patterns) -> bool:
 
 
 def require_used(verb: str, used: Patterns, overrides: Iterable[str]) -> None:
-    """Raise UserError for a key that a verb does not use, or that does not exist.
+    """Raise UserError for a key that a command does not use, or that does not exist.
 
     Args:
-        verb: name of the verb, for the message.
+        verb: name of the command, for the message.
         used: patterns of the keys that it uses.
-        overrides: dotted paths of the command line.
+        overrides: dotted paths from the command line.
     """
     for path in overrides:
         if is_used(path, used):
@@ -87,7 +87,7 @@ def require_used(verb: str, used: Patterns, overrides: Iterable[str]) -> None:
 
 
 def _shown(path: str, used: Patterns) -> str:
-    """Return what is used instead of a key: the keys of its section, the names of others."""
+    """Describe the keys used instead: keys of the same section, and names of other sections."""
     keys = [known for known in SCHEMA if is_used(known, used)]
     if not keys:
         return "it reads what it is given as it is"
@@ -99,18 +99,18 @@ def _shown(path: str, used: Patterns) -> str:
 
 # --- keys without effect
 
-# Keys of the model that have an effect beside the model's own configuration.
+# Keys of the model that have an effect outside of the model's own configuration.
 _OF_EVERY_FAMILY = ("family", "vocab_size", "max_length", "n_classes", "carry", "mixer")
 
 
 def print_without_effect(
     config: ConfigDict, overrides: Mapping[str, Any], show: Callable[[str], Any] | None = None
 ) -> None:
-    """Print a line for each override that has no effect, such as an option of what is not chosen.
+    """Print a line for each override without effect, such as an option of an unselected component.
 
     Args:
-        config: configuration that the overrides are part of.
-        overrides: overrides of the command line.
+        config: configuration including the overrides.
+        overrides: overrides from the command line.
         show: prints a line; on stderr by default.
     """
     for line in without_effect(config, overrides):
@@ -118,10 +118,10 @@ def print_without_effect(
 
 
 def without_effect(config: ConfigDict, given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each key that was given a value and has no effect.
+    """Yield a line for each given key that has no effect.
 
     Args:
-        config: valid configuration, the given values included.
+        config: valid configuration, including the given values.
         given: texts or values by dotted path, as on the command line.
     """
     for path, value in given.items():
@@ -131,7 +131,7 @@ def without_effect(config: ConfigDict, given: Mapping[str, Any]) -> Iterator[str
 
 
 def _why_unused(config: ConfigDict, path: str) -> str:
-    """Return what a key needs to have an effect, "" if it has one."""
+    """Return what a key requires to have an effect, or ""."""
     needed, *values = SCHEMA[path].needs or ("",)
     if not needed:
         return _why_unused_by_model(config, path)
@@ -144,9 +144,9 @@ def _why_unused(config: ConfigDict, path: str) -> str:
 
 
 def _chosen(config: ConfigDict, key: str) -> list[str | None]:
-    """Return the names that a configuration chooses from the registry of a key, if it has one.
+    """Return the names selected from the registry of a key, if it has one.
 
-    Instead of plug-ins, which may use any key, and of what follows from other keys, None is there.
+    Contains None for plug-ins, which may use any key, and for values derived from other keys.
     """
     registries = [registry for registry in REGISTRIES if key in registry.keys_of_names]
     names = [n for r in registries for n in r.names_in(config)]
@@ -156,7 +156,7 @@ def _chosen(config: ConfigDict, key: str) -> list[str | None]:
 
 
 def _why_unused_by_model(config: ConfigDict, path: str) -> str:
-    """Return that the model family has no such key, "" if it has, or if JAX is not loaded."""
+    """Return why a model family ignores a key, or ""; always "" if JAX is not loaded."""
     section, _, name = path.rpartition(".")
     is_own = any(path in entry.keys_added() for entry in MIXERS.entries.values())
     if section != "model" or name in _OF_EVERY_FAMILY or is_own or "jax" not in sys.modules:

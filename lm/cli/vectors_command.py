@@ -18,7 +18,7 @@ from lm.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the verb's options."""
+    """Add the command's options."""
     parser.add_argument("--workdir", metavar="DIR", help="a run with the words tokenizer")
     parser.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
     parser.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
@@ -35,12 +35,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:
-    """Return patterns of the configuration keys that the verb uses."""
+    """Return patterns of the configuration keys that the command uses."""
     return MESH if args.workdir else ()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Run the verb; return the exit code."""
+    """Run the command; return the exit code."""
     from lm.data.word_vectors import load_vectors, save_vectors
     from lm.evaluation.word_scores import score_word_vectors, trained_word_vectors
 

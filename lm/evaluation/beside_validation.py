@@ -1,4 +1,4 @@
-"""Evaluations of a run beside its validation, while it trains: safety sets and tasks of lm-eval."""
+"""Additional evaluations during training: safety sets and lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OPTION = "--config.eval.harness="
 
 
 def require_tasks(experiment: Experiment, dataset: Dataset) -> None:
-    """Read the tasks of `--config.eval.harness`, and data of `eval.safety`, before the first step.
+    """Load the tasks of `eval.harness` and data of `eval.safety` before the first step.
 
     Raises:
-        UserError: there is no such task, data cannot be read, something does not fit the model, or
+        UserError: a task does not exist, data cannot be read, something does not fit the model, or
             there are no validation data for them or for `eval.best`.
     """
     config = experiment.config
@@ -50,18 +50,18 @@ def further_figures(
     note: Callable[[str], Any],
     progress: Callable[[int], Any],
 ) -> dict[str, float]:
-    """Return the figures that are due after a step, {} if there are none.
+    """Run the evaluations due after a step; {} if there are none.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters for inference, in which updates of LoRA may be separate.
+        params: inference parameters; LoRA updates may be separate.
         step: number of updates so far.
-        folder: gets a folder `harness-STEP` with the results of lm-eval.
-        note: receives lines for the user.
-        progress: called with a number of rows whenever so many more are done; it may raise.
+        folder: lm-eval results are written to its subfolder `harness-STEP`.
+        note: called with lines for the user.
+        progress: called with the number of further processed rows; may raise.
 
     Returns:
-        Figures as "eval/safety/SET/FIGURE" and "eval/harness/TASK/METRIC".
+        Metrics as "eval/safety/SET/FIGURE" and "eval/harness/TASK/METRIC".
     """
     config, tokenizer = experiment.config, experiment.tokenizer
     assert tokenizer is not None

@@ -1,7 +1,7 @@
-"""EleutherAI's lm-eval on a run: its tasks, metrics and files of results, with our model.
+"""EleutherAI's lm-eval on a run: its tasks, metrics and result files, with our model.
 
 `HarnessModel` answers lm-eval's requests by token log-likelihoods and by decoding, on any mesh.
-Answers are kept in a file of JSON lines beside the results, so that a second start continues.
+Answers are stored in a JSON-lines file next to the results, so that a restart continues.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ try:
 except ImportError as error:
     raise missing_package("lm eval --harness", "lm-eval", "harness") from error
 
-_WINDOW = 1024  # requests that are sorted by length together; fewer are lost in a crash
+_WINDOW = 1024  # requests sorted by length together; more would be lost in a crash
 _TASK_FILES = (".yaml", ".yml")
-_NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
+_NEW_TOKENS = 256  # default for tasks without a limit, as in lm-eval's own models
 
 
 @dataclass
 class Answers:
-    """Answers to requests by the digest of the request, kept in a file.
+    """Cached answers by request digest, stored in a file.
 
-    The first line of the file identifies the parameters; with others it begins anew. Only the first
-    process reads and writes it; all processes compute the same requests.
+    The first line of the file identifies the parameters; for other parameters it is restarted. Only
+    the primary host reads and writes it; all processes compute the same requests.
     """
 
     file: Path
@@ -86,8 +86,8 @@ class Answers:
         """Return the answer to each request.
 
         Args:
-            requests: values of JSON that the answers depend on.
-            compute: returns the answers, values of JSON, of the requests at some indices.
+            requests: JSON values that the answers depend on.
+            compute: returns JSON answers to the requests at some indices.
         """
         keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in requests]
         is_known = np.array([key in self._known for key in keys], bool)
@@ -110,7 +110,7 @@ class Answers:
 
 
 class ChatTokenizer(ExtendedTokenizer):
-    """Tokenizer for the prompts of a chat template: special tokens in a text are read as such."""
+    """Tokenizer for rendered chat prompts, in which special tokens are parsed."""
 
     def encode(self, text: str) -> np.ndarray:
         return self._encoder.encode(text, None, {}).ids
@@ -124,7 +124,7 @@ class ChatTokenizer(ExtendedTokenizer):
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> ChatTokenizer:
-    """Return a tokenizer for chats; UserError if it has no chat template."""
+    """Return a tokenizer for chat prompts; UserError without a chat template."""
     plain = tokenizer if isinstance(tokenizer, ExtendedTokenizer) else ExtendedTokenizer(tokenizer)
     if not plain.chat_templates:
         raise UserError("--apply_chat_template: the tokenizer of the run has no chat template")
@@ -132,14 +132,14 @@ def chat_tokenizer(tokenizer: Tokenizer) -> ChatTokenizer:
 
 
 class HarnessModel(LM):
-    """Model of lm-eval that is a run of ours.
+    """lm-eval model backed by one of our runs.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: its tokenizer.
         answers: answers of earlier starts.
-        progress: called with the number of rows of each finished batch; it may raise.
+        progress: called with the number of rows in each finished batch; may raise.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class HarnessModel(LM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of the context."""
+        """Context length in tokens."""
         return self._experiment.config.model.max_length
 
     @property
@@ -172,14 +172,14 @@ class HarnessModel(LM):
     def _chat(self) -> ChatTemplate:
         return ChatTemplate.of(self._tokenizer)
 
-    @cache  # noqa: B019  once a model
+    @cache  # noqa: B019  once per model
     def _drops_system(self) -> None:
         logging.warning("the chat template takes no system message: prompts are without it")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return messages as a prompt, without the bos that every prompt starts with anyway."""
+        """Render messages as a prompt, without the bos that every prompt starts with anyway."""
         ends: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
@@ -212,7 +212,7 @@ class HarnessModel(LM):
         return [tuple(answer) if answer else (0.0, False) for answer in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Return the log-likelihood of each text; one longer than the context in windows."""
+        """Return the log-likelihood of each text, in windows if longer than the context."""
         texts = [request.args[0] for request in requests]
 
         def compute(numbers: Sequence[int]) -> list[Any]:
@@ -238,12 +238,12 @@ class HarnessModel(LM):
         else:
             ids, start = prompt_ids(self._tokenizer, text), first_ids(self._tokenizer)
         if not start:
-            raise UserError("the tokenizer has no token that a text could start with")
+            raise UserError("the tokenizer has no token to start a text with")
         windows = get_rolling_token_windows(list(map(int, ids)), start[-1], self.max_length, 1)
         return [Request(*make_disjoint_window(window)) for window in windows]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return a continuation of each prompt, up to the first of the task's stop texts."""
+        """Return a continuation of each prompt, up to the first stop text of the task."""
         arguments = [request.args for request in requests]
 
         def compute(numbers: Sequence[int]) -> list[Any]:
@@ -304,19 +304,19 @@ def load_tasks(
     include_path: str | None = None,
     option: str = "--harness ",
 ) -> Any:
-    """Read tasks of lm-eval and their data.
+    """Load lm-eval tasks and their data.
 
     Args:
-        experiment: experiment on a mesh, which has to fit them.
-        tasks: names of tasks or groups, or paths of their YAML files.
-        include_path: folder of further task files, which may hold code that is run.
-        option: what named the tasks, for messages.
+        experiment: experiment on a mesh, which must fit the tasks.
+        tasks: names of tasks or groups, or paths of YAML task files.
+        include_path: folder with additional task files, which may contain code to execute.
+        option: option that named the tasks, for messages.
 
     Returns:
-        lm-eval's manager of tasks.
+        lm-eval's task manager.
 
     Raises:
-        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+        UserError: a task does not exist, its data cannot be read, or it does not fit the model.
     """
     if include_path is not None and not os.path.isdir(include_path):
         raise UserError(f"--include_path {include_path}: no such folder")
@@ -324,11 +324,11 @@ def load_tasks(
 
     for package in ("lm_eval", "huggingface_hub"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a fork beside JAX's threads may hang
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # forking next to JAX's threads may hang
     with _errors_of_tasks(option, tasks):
         manager = TaskManager(include_path=include_path, include_defaults=False)
         names = {task for task in tasks if Path(task).suffix not in _TASK_FILES}
-        if not names <= set(manager.all_tasks):  # reading its thousands takes seconds
+        if not names <= set(manager.all_tasks):  # indexing its thousands of tasks takes seconds
             manager = TaskManager(include_path=include_path)
         _require_known(tasks, manager.all_tasks)
         _require_fitting(experiment, manager.load(list(tasks))["tasks"])
@@ -337,7 +337,7 @@ def load_tasks(
 
 @contextmanager
 def _errors_of_tasks(option: str, tasks: Sequence[str]) -> Iterator[None]:
-    """Convert what tasks, which are code, and the libraries that read data raise to UserError."""
+    """Convert exceptions of tasks (which are code) and data libraries to UserError."""
     try:
         yield
     except UserError:
@@ -365,28 +365,28 @@ def evaluate_tasks(
     progress: Callable[[int], Any] = lambda n: None,
     option: str = "--harness ",
 ) -> dict[str, Any]:
-    """Evaluate a run on tasks of lm-eval, and write its files of results.
+    """Evaluate a run on lm-eval tasks, and write lm-eval's result files.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: its tokenizer.
-        tasks: names of tasks or groups, or paths of their YAML files.
-        folder: gets results.json, samples_TASK.jsonl and answers.jsonl.
-        weights: identity of the parameters; earlier answers are used only with the same.
-        shots: examples in a prompt; None: as the task says.
-        limit: evaluate only the first documents of each task; None: all.
-        include_path: folder of further task files, which may hold code that is run.
-        resamples: bootstrap samples of a standard error; 0: no standard errors.
-        chat: make the prompts by the chat template of the tokenizer.
-        progress: called with the number of rows of each finished batch; it may raise.
-        option: what named the tasks, for messages.
+        tasks: names of tasks or groups, or paths of YAML task files.
+        folder: output folder of results.json, samples_TASK.jsonl and answers.jsonl.
+        weights: identity of the parameters; cached answers are used only if it matches.
+        shots: few-shot examples per prompt; None: as the task says.
+        limit: number of documents per task; None: all.
+        include_path: folder with additional task files, which may contain code to execute.
+        resamples: bootstrap samples for standard errors; 0: none.
+        chat: build prompts with the tokenizer's chat template.
+        progress: called with the number of rows in each finished batch; may raise.
+        option: option that named the tasks, for messages.
 
     Returns:
         lm-eval's results.
 
     Raises:
-        UserError: there is no such task, its data cannot be read, or it does not fit the model.
+        UserError: a task does not exist, its data cannot be read, or it does not fit the model.
     """
     from lm_eval import simple_evaluate
 
@@ -416,7 +416,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
             continue
         near = difflib.get_close_matches(task, known, 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(f"lm-eval knows no task {task!r}{hint}; --include_path adds a folder")
+        raise UserError(f"lm-eval has no task {task!r}{hint}; --include_path adds a folder")
 
 
 def _require_fitting(experiment: Experiment, tasks: Mapping[str, Any]) -> None:
@@ -425,17 +425,17 @@ def _require_fitting(experiment: Experiment, tasks: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         kind = task.get_config("output_type")
         if kind == "generate_until" and not hasattr(experiment.model, "decode"):
-            raise UserError(f"{name}: a model of the family {family} writes no text")
+            raise UserError(f"{name}: a model of family {family} does not generate text")
         scoring = (task.get_config("metadata") or {}).get("scoring")
         if family == "encoder" and scoring != "pll":
             raise UserError(
-                f"{name}: an encoder has pseudo-log-likelihoods only, for tasks with "
+                f"{name}: an encoder only has pseudo-log-likelihoods, for tasks with "
                 "`scoring: pll` in their metadata"
             )
 
 
 def _write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write what lm-eval's own command line writes."""
+    """Write the files that lm-eval's own command line writes."""
     from lm_eval.utils import handle_non_serializable
 
     def text(value: Any, indent: int | None = None) -> str:

@@ -1,8 +1,7 @@
 """Log-likelihoods of continuations: of every token, given a prompt and the tokens before it.
 
-An encoder–decoder reads the prompt as its source. An encoder has no order: each token of the
-continuation is masked in turn and scored given all others, the pseudo-log-likelihood of Salazar et
-al. 2020.
+An encoder–decoder reads the prompt as its source. For an encoder, each token of the continuation is
+masked in turn and scored given all others: the pseudo-log-likelihood of Salazar et al. 2020.
 
 Shape letters: B rows, L length, S source length.
 """
@@ -41,14 +40,14 @@ from lm.objectives.objective import Batch, BoundModel
 from lm.parallel.mesh import BATCH_AXES, use_mesh
 from lm.parallel.pipeline import PipelineSchedule
 
-_KERNEL_TILE = 128  # columns that the fused kernels of accelerators take at a time
+_KERNEL_TILE = 128  # column multiple of the accelerators' fused kernels
 
 
 class Request(NamedTuple):
-    """Token ids to score, and those before them, which start a decoder's row and are not scored.
+    """Token ids to score, and unscored ids before them that start a decoder's row.
 
-    Of an encoder–decoder `prompt` is the whole source; of an encoder `continuation` is scored
-    between what its tokenizer puts around a text.
+    For an encoder–decoder, `prompt` is the complete source; for an encoder, `continuation` is
+    scored inside the tokenizer's template.
     """
 
     prompt: TokenIds
@@ -60,7 +59,7 @@ class TokenScores(NamedTuple):
 
     Attributes:
         log_likelihoods: float32 [n], in nats.
-        greedy: bool [n]: no token of the vocabulary is likelier.
+        greedy: bool [n]: no token of the vocabulary is more likely.
     """
 
     log_likelihoods: np.ndarray
@@ -70,13 +69,13 @@ class TokenScores(NamedTuple):
 def split_request(experiment: Experiment, tokenizer: Tokenizer, text: str, more: str) -> Request:
     """Tokenize a prompt and a continuation, as lm-eval does.
 
-    A decoder's text is tokenized as a whole and cut where the prompt's tokens end. Spaces at the
-    end of the prompt belong to the continuation: most vocabularies join them to the next word.
+    A decoder's text is tokenized as a whole and split after the prompt's tokens. Trailing spaces of
+    the prompt move to the continuation, because most vocabularies join them to the next word.
 
     Args:
         experiment: experiment on a mesh.
         tokenizer: its tokenizer.
-        text: the prompt; "" for the beginning of a document.
+        text: the prompt; "" for the start of a document.
         more: the continuation.
     """
     if experiment.config.model.family == "encoder":
@@ -93,7 +92,7 @@ def split_request(experiment: Experiment, tokenizer: Tokenizer, text: str, more:
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return what a document begins with, or follows: bos, or else the end of the one before."""
+    """Return the ids that start a document: bos, or the eos of the previous one."""
     ids = prompt_ids(tokenizer, "")
     return ids if ids or tokenizer.eos_id is None else [tokenizer.eos_id]
 
@@ -107,17 +106,17 @@ def score(
 ) -> list[TokenScores]:
     """Score continuations, in batches of similar length.
 
-    A row longer than the context loses tokens at the start of its prompt.
+    Rows longer than the context lose tokens at the start of their prompts.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: its tokenizer.
         requests: prompts and continuations.
-        progress: called with the number of rows of each finished batch.
+        progress: called with the number of rows in each finished batch.
 
     Raises:
-        UserError: a continuation does not fit into the context, or there is nothing before it.
+        UserError: a continuation does not fit into the context, or has nothing before it.
     """
     make_rows = _rows_of(experiment, tokenizer)
     rows = [(n, row) for n, request in enumerate(requests) for row in make_rows(n, request)]
@@ -138,13 +137,13 @@ def score(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """Input and targets of the model, of which `scored` are asked for."""
+    """Input and targets of a model row; `scored` selects the targets of interest."""
 
     inputs: np.ndarray
     targets: np.ndarray
     scored: slice
     source: np.ndarray | None = None
-    n_prefix: int = 0  # inputs that see each other
+    n_prefix: int = 0  # inputs with bidirectional attention
 
 
 def _size(row: _Row) -> tuple[int, int]:
@@ -154,7 +153,7 @@ def _size(row: _Row) -> tuple[int, int]:
 def _rows_of(
     experiment: Experiment, tokenizer: Tokenizer
 ) -> Callable[[int, Request], Iterator[_Row]]:
-    """Return the function from a request and its number to its rows."""
+    """Return a function from a request and its index to its rows."""
     model, special = experiment.model, special_tokens(tokenizer)
     require_text_input(model, "scoring of texts")
     start = target_start(tokenizer, experiment.config.data.target_prefix)
@@ -208,7 +207,7 @@ def _rows_of(
 def _score_rows(
     experiment: Experiment, params: Params, rows: Sequence[_Row], batch_size: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return log-likelihoods and greediness of what is asked of each row."""
+    """Return log-likelihoods and greediness of the scored targets of each row."""
     mesh, model = experiment.mesh, experiment.model
     filled = [*rows, *[rows[-1]] * (batch_size - len(rows))]
     tile = 0 if mesh.devices.flat[0].platform == "cpu" else _KERNEL_TILE
@@ -253,7 +252,7 @@ def _token_losses(
     params: Params,
     batch: Batch,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return negative log-likelihoods and whether each target is the likeliest, [B, L] each."""
+    """Return negative log-likelihoods, and whether each target is the most likely, [B, L] each."""
 
     def losses(model: BoundModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs, segments = batch["inputs"], batch["segment_ids"]

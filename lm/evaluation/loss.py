@@ -19,7 +19,7 @@ from lm.data.unspaced_scripts import UNSPACED
 from lm.experiment import Experiment
 from lm.models.variables import Params
 
-_PLACES, _TOKENS = 8, 2000  # of a sample from each store
+_PLACES, _TOKENS = 8, 2000  # sampled positions, and tokens at each, per store
 _OF_CODE = re.compile(r"[_(){}\[\]<>=;\\*#@$%^&|~+/]")
 
 
@@ -35,17 +35,17 @@ def evaluate_loss(
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
-        batches: batches to evaluate, made of `stores`.
+        params: parameters.
+        batches: batches to evaluate, from `stores`.
         stores: stores of the split.
-        max_batches: evaluate only the first batches; 0: all.
-        track: called with the batches and `total`; returns them, and may show progress.
+        max_batches: number of batches to evaluate; 0: all.
+        track: wraps the batches, given `total`, to show progress.
 
     Returns:
-        "targets", and if there are any "loss" in nats a target, the metrics of the objective, and
-        "perplexity" where the objective has one. For every token of whole documents also
-        "word_perplexity" (where spaces separate words: not in Chinese, not in code) and
-        "bits_per_byte", nats / (ln 2 · bytes), document ends included.
+        "targets", and if there are any "loss" in nats per target, the metrics of the objective, and
+        "perplexity" if the objective has one. If every token of whole documents is a target, also
+        "word_perplexity" (if spaces separate words: not for Chinese or code) and "bits_per_byte",
+        nats / (ln 2 · bytes), including document ends.
     """
     n = min(len(batches), max_batches or len(batches))
     size = experiment.config.train.steps_per_dispatch
@@ -69,7 +69,7 @@ def evaluate_loss(
         result["perplexity"] = perplexity(nats, targets)
     texts = [store for store in stores if isinstance(store, TokenStore)]
     manifests = [store.manifest for store in texts]
-    has_text = texts and all(m.n_bytes for m in manifests)  # that of token files is not known
+    has_text = texts and all(m.n_bytes for m in manifests)  # unknown for pretokenized files
     if n == len(batches) and has_text and experiment.objective.predicts_every_token:
         if experiment.tokenizer is not None and stores_have_words(texts, experiment.tokenizer):
             result["word_perplexity"] = perplexity(nats, sum(m.n_words for m in manifests))
@@ -86,14 +86,14 @@ def losses_by_source(
 ) -> dict[str, float]:
     """Return the loss of each store as "SOURCE/loss", with `--config.eval.by_source`.
 
-    The only store of a split is evaluated with it already.
+    Empty for a split with a single store, which is already evaluated.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         stores: stores of the split.
-        max_batches: evaluate only the first batches of each; 0: all.
-        track: as for `evaluate_loss`.
+        max_batches: number of batches per store; 0: all.
+        track: see `evaluate_loss`.
     """
     found: dict[str, float] = {}
     for store in stores if experiment.config.eval.by_source and len(stores) > 1 else ():
@@ -104,17 +104,17 @@ def losses_by_source(
 
 
 def perplexity(nats: float, n: float) -> float:
-    """Return exp(nats / n), limited to a finite number."""
+    """Return exp(nats / n), clipped to a finite value."""
     return math.exp(min(nats / max(n, 1.0), 700.0))
 
 
 def figure_text(name: str, value: float) -> str:
-    """Return a figure for people: perplexities with five significant digits."""
+    """Format a metric for display: perplexities with five significant digits."""
     return f"{value:.5g}" if name.endswith("perplexity") else f"{value:.6g}"
 
 
 def has_spaced_words(text: str) -> bool:
-    """Return whether a text is of words between spaces: no script without spaces, no code."""
+    """Return whether a text consists of space-separated words: not unspaced scripts, not code."""
     n_letters = sum(character.isalpha() for character in text)
     n_visible = sum(not character.isspace() for character in text)
     return (
@@ -124,7 +124,7 @@ def has_spaced_words(text: str) -> bool:
 
 
 def stores_have_words(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> bool:
-    """Return `has_spaced_words` of a sample of the stores' text."""
+    """Apply `has_spaced_words` to a sample of the stores' text."""
     texts = []
     for store in stores:
         last = max(store.n_tokens - _TOKENS, 0)

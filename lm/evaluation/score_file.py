@@ -1,6 +1,6 @@
-"""Scores of continuations for every line of a file (`lm score --input FILE`).
+"""Continuation scores for every line of a file (`lm score --input FILE`).
 
-A second start of the same command continues the output, as `lm/decoding/generate_file.py` does.
+Repeating the command resumes the output, as in `lm/decoding/generate_file.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
 
-_WINDOW = 256  # lines that are sorted by length together; fewer are lost in a crash
+_WINDOW = 256  # lines sorted by length together; more would be lost in a crash
 
 
 @dataclass(frozen=True)
 class Question:
-    """Prompt and the continuations to score after it; without a prompt they are whole texts."""
+    """Prompt and continuations to score; without a prompt, they are whole texts."""
 
     prompt: str
     continuations: tuple[str, ...]
@@ -42,15 +42,15 @@ def score_file(
     output: Path | None,
     weights: Mapping[str, Any],
 ) -> None:
-    """Write the scores of each line of a file, or those that are missing.
+    """Write the scores of each line of a file, or the missing ones.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: its tokenizer.
-        input: file of `Question`s, a JSON object a line.
-        output: file to write, a JSON object a line; None: stdout.
-        weights: identity of the parameters; an output is continued only with the same.
+        input: file of `Question`s, one JSON object per line.
+        output: file to write, one JSON object per line; None: stdout.
+        weights: identity of the parameters; an output is resumed only with the same.
     """
     questions = read_questions(input)
 
@@ -72,10 +72,10 @@ def score_file(
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Return the lines of a file of JSON objects, which may be packed.
+    """Read a file with one JSON object per line, possibly compressed.
 
     Raises:
-        UserError: the file cannot be read, or a line is no question.
+        UserError: the file cannot be read, or a line is invalid.
     """
     if not file.is_file():
         raise UserError(f"no file {file}")
@@ -95,7 +95,7 @@ def _question(row: Row) -> Question:
     try:
         "".join((prompt, *texts)).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{row.where}: half of a surrogate pair is no text") from None
+        raise UserError(f"{row.where}: a lone surrogate is not valid text") from None
     return Question(prompt, tuple(texts))
 
 
@@ -104,9 +104,9 @@ def score_questions(
 ) -> Iterator[dict[str, Any]]:
     """Yield the scores of each question's continuations, as JSON values.
 
-    "log_likelihood" of a continuation is the sum over its "tokens", of which "log_likelihoods" has
-    each; "greedy" says whether greedy decoding would write it. "best" is the index of the likeliest
-    continuation, "best_by_byte" of that with the largest log-likelihood a byte of UTF-8.
+    "log_likelihood" of a continuation is the sum of "log_likelihoods" over its "tokens"; "greedy"
+    says whether greedy decoding would generate it. "best" is the index of the most likely
+    continuation, "best_by_byte" of the one with the largest log-likelihood per UTF-8 byte.
     """
     requests = [
         split_request(experiment, tokenizer, question.prompt, text)

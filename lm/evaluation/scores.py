@@ -1,9 +1,9 @@
-"""Scores by metric name: of labels and numbers (scikit-learn, SciPy) and of texts.
+"""Metrics by name: of labels and numbers (scikit-learn, SciPy) and of texts.
 
-A metric is a function of predictions and references of a whole split, one each an example in the
-same order, to named scores. Scores are in percent, as papers print them; correlations (matthews,
-pearson, spearman) are in [-1, 1]. A reference may be a list of several: the best counts. Texts:
-BLEU, chrF (sacrebleu), ROUGE (rouge-score), exact match, SQuAD.
+A metric is a function from predictions and references of a whole split, one per example in the same
+order, to named scores. Scores are in percent, as in papers; correlations (matthews, pearson,
+spearman) are in [-1, 1]. A reference may be a list of alternatives: the best one counts. Text
+metrics: BLEU, chrF (sacrebleu), ROUGE (rouge-score), exact match, SQuAD.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-# Characters by script; of those after HANGUL words are not divided by spaces.
+# Characters by script; the scripts after HANGUL have no spaces between words.
 _KANA = r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]"
 _HAN = r"[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 _HANGUL = r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]"
@@ -49,17 +49,17 @@ def score_predictions(
     references: Sequence,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float | str]:
-    """Return the scores of all named metrics in one dict.
+    """Compute the scores of all named metrics.
 
     Args:
         names: metrics.
-        predictions: one an example.
-        references: one an example, in the same order.
-        settings: values of the options that metrics declare, by name: section `eval` of the
-            configuration. Options that are not there keep their defaults.
+        predictions: one per example.
+        references: one per example, in the same order.
+        settings: metric options by name, from section `eval` of the configuration; missing ones
+            have their defaults.
 
     Raises:
-        UserError: unknown metric, no examples, or not as many predictions as references.
+        UserError: unknown metric, no examples, or different numbers of predictions and references.
     """
     if len(predictions) != len(references):
         raise UserError(
@@ -82,12 +82,12 @@ def score_predictions(
 
 
 def alternatives(reference: Any) -> Sequence[Any]:
-    """Return the right answers of an example: those of a list or tuple, else the one."""
+    """Return the accepted answers of an example: a list or tuple, or the single one."""
     return reference if isinstance(reference, list | tuple) else (reference,)
 
 
 def single(references: Sequence) -> Sequence:
-    """Return the references of a metric that takes one each; UserError if one is a list."""
+    """Return the references of a metric without alternatives; UserError if one is a list."""
     for number, reference in enumerate(references, start=1):
         if isinstance(reference, list | tuple):
             raise UserError(f"example {number} has several references, this metric takes one")
@@ -95,7 +95,7 @@ def single(references: Sequence) -> Sequence:
 
 
 def import_optional(module: str) -> Any:
-    """Import a module of the optional libraries; UserError with the command that installs it."""
+    """Import a module of an optional library; UserError with its install command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -107,14 +107,14 @@ def import_optional(module: str) -> Any:
 
 
 def accuracy(predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Return the share of right labels."""
+    """Return the percentage of correct labels."""
     pairs = zip(predictions, references, strict=True)
     right = sum(prediction in alternatives(reference) for prediction, reference in pairs)
     return {"accuracy": 100 * right / len(predictions)}
 
 
 def f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Return F1 of the positive class: the second of the two labels in sorted order."""
+    """Return F1 of the positive class: the second of two labels in sorted order."""
     labels = sorted(set(single(references)))
     if len(labels) != 2:
         advice = "" if len(labels) == 1 else ": use macro_f1"
@@ -123,7 +123,7 @@ def f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
 
 
 def macro_f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Return the mean F1 over the labels that occur in predictions or references."""
+    """Return F1 averaged over the labels that occur in predictions or references."""
     return {"macro_f1": _f1_of_labels(predictions, references, None)}
 
 
@@ -141,12 +141,12 @@ def matthews(predictions: Sequence, references: Sequence) -> dict[str, float]:
 
 
 def pearson(predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Return Pearson's correlation of numbers; nan where one side is constant."""
+    """Return Pearson's correlation of numbers; nan if one side is constant."""
     return {"pearson": _correlation(stats.pearsonr, predictions, references)}
 
 
 def spearman(predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Return Spearman's rank correlation, ties at their mean rank; nan where undefined."""
+    """Return Spearman's rank correlation, with ties at their mean rank; nan if undefined."""
     return {"spearman": _correlation(stats.spearmanr, predictions, references)}
 
 
@@ -168,10 +168,10 @@ def _correlation(
 def bleu(
     predictions: Sequence[str], references: Sequence, bleu_tokenizer: str = "auto"
 ) -> dict[str, float | str]:
-    """Return BLEU of detokenized text, and sacrebleu's signature, which names the tokenizer.
+    """Return BLEU of detokenized text, and sacrebleu's signature, which includes the tokenizer.
 
-    Where the script of the references chose another tokenizer than "13a", WMT's for languages with
-    spaces, "bleu_tokenizer" says which and why.
+    If the script of the references requires another tokenizer than "13a" (WMT's for languages with
+    spaces), "bleu_tokenizer" says which one and why.
     """
     why = ""
     if bleu_tokenizer == "auto":
@@ -179,7 +179,7 @@ def bleu(
     metrics = import_optional("sacrebleu.metrics")
     try:
         metric = metrics.BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none")
-    except RuntimeError:  # MeCab or its dictionary is not there
+    except RuntimeError:  # MeCab or its dictionary is missing
         package = _MECAB[bleu_tokenizer]
         raise missing_package("this tokenizer of BLEU", package, "mecab") from None
     scores = _sacrebleu("bleu", metric, predictions, references)
@@ -187,11 +187,11 @@ def bleu(
 
 
 def tokenizer_of_script(references: Sequence) -> tuple[str, str]:
-    """Return sacrebleu's tokenizer for the script of references, and a line that says why.
+    """Return sacrebleu's tokenizer for the script of references, and the reason as a line.
 
-    A quarter of the letters decides: a Chinese character is a word or half of one, so that text of
-    so many is mostly Chinese. The line is empty for "13a". Where MeCab is not installed Japanese
-    and Korean are divided into characters, so that hours of decoding are not lost.
+    A quarter of the letters suffices: a Chinese character is a word or half of one, so such a text
+    is mostly Chinese. The line is empty for "13a". Without MeCab, Japanese and Korean are split
+    into characters, so that hours of decoding are not lost.
     """
     text = "".join(chain.from_iterable(_texts(references)))
     n_letters = sum(character.isalpha() for character in text)
@@ -199,7 +199,7 @@ def tokenizer_of_script(references: Sequence) -> tuple[str, str]:
         len(re.findall(script, text)) for script in (_KANA, _HAN, _HANGUL, _UNSPACED)
     )
     counts = {"Chinese": han, "Japanese": 0, "Korean": hangul, "without spaces": unspaced}
-    if 10 * kana > han:  # in Japanese text every other character is kana, in Chinese hardly any
+    if 10 * kana > han:  # Japanese text has about as many kana as kanji, Chinese hardly any kana
         counts |= {"Japanese": kana + han, "Chinese": 0}
     language = max(counts, key=counts.__getitem__)
     if 4 * counts[language] <= n_letters or not n_letters:
@@ -221,9 +221,9 @@ def _has_mecab(tokenizer: str) -> bool:
 
 
 def bleu_tok(predictions: Sequence[str], references: Sequence) -> dict[str, float | str]:
-    """Return BLEU of tokenized text, which is split at spaces only, as by multi-bleu.perl.
+    """Return BLEU of tokenized text, split at spaces only, as by multi-bleu.perl.
 
-    It compares only with figures of the same tokenization and case.
+    Comparable only to values with the same tokenization and case.
     """
     metric = import_optional("sacrebleu.metrics").BLEU(tokenize="none", force=True)
     return _sacrebleu("bleu_tok", metric, predictions, references)
@@ -245,15 +245,15 @@ def _sacrebleu(
 def rouge(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
     """Return the mean F-measure of ROUGE-1, -2, -L and -Lsum, without stemming.
 
-    rougeL is of the longest common subsequence of the whole texts; rougeLsum goes line by line, as
-    "ROUGE-L" of CNN/DailyMail does. Papers print the median of bootstrapped means, which this mean
-    equals up to sampling noise.
+    rougeL uses the longest common subsequence of the whole texts; rougeLsum works line by line,
+    like "ROUGE-L" of CNN/DailyMail. Papers report the median of bootstrapped means, which equals
+    this mean up to sampling noise.
     """
     return _rouge(predictions, references, stem=False)
 
 
 def rouge_stemmed(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
-    """Return `rouge` of Porter-stemmed words, as PEGASUS's script and its AESLC figures."""
+    """Return `rouge` with Porter stemming, as in PEGASUS's script and its AESLC results."""
     scores = _rouge(predictions, references, stem=True)
     return {f"{name}_stemmed": score for name, score in scores.items()}
 
@@ -274,7 +274,7 @@ def _texts(references: Sequence) -> list[Sequence[str]]:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
-    """Return the share of predictions that equal a reference, up to white space."""
+    """Return the percentage of predictions that equal a reference, up to white space."""
     pairs = zip(predictions, references, strict=True)
     right = sum(
         prediction.split() in [text.split() for text in alternatives(reference)]
@@ -284,7 +284,7 @@ def exact_match(predictions: Sequence[str], references: Sequence) -> dict[str, f
 
 
 def seqeval(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
-    """Return precision, recall and F1 of whole entities, and the accuracy of their tags.
+    """Return precision, recall and F1 of whole entities, and tag accuracy.
 
     Tags are BIO, separated by spaces; entities are those of conlleval (Tjong Kim Sang 2003).
     """
@@ -303,7 +303,7 @@ def squad(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
     """Return SQuAD's exact match and F1, each the best over the example's answers.
 
     As in the official script of version 2, a question without answers (an empty list) has the
-    answer "". Words are split at spaces, so F1 of Chinese is close to exact match.
+    answer "". Words are split at spaces, so for Chinese F1 is close to exact match.
     """
     exact = f1 = 0.0
     for prediction, reference in zip(predictions, references, strict=True):
@@ -318,7 +318,7 @@ def squad(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
 
 
 def _words(answer: str) -> list[str]:
-    """Return the words in lower case, without ASCII punctuation and without articles."""
+    """Return the lowercase words, without ASCII punctuation and articles."""
     text = answer.lower().translate(_WITHOUT_PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 

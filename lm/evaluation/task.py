@@ -1,4 +1,4 @@
-"""Tasks (`lm eval --task`): answer every record of a split and score the answers by metrics."""
+"""Tasks (`lm eval --task`): answer every record of a split, and score the answers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def evaluate_task(
         experiment: experiment, built with its tokenizer.
         params: trained parameters.
         stores: stores of records.
-        progress: show on stderr how many records are answered.
+        progress: show progress on stderr.
 
     Returns:
-        The scores by `eval.metrics`, or else by the objective's metrics, and "n"; a score that is
-        not defined (a correlation with a constant) is None. And every record with its
-        "prediction".
+        Scores by `eval.metrics` or the objective's default metrics, and "n"; an undefined score
+            (such
+        as a correlation with a constant) is None. And every record with its "prediction".
     """
     objective = experiment.objective
     for store in stores:
@@ -71,7 +71,7 @@ def check_task(experiment: Experiment) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise UserError, on all processes, unless the first one can write files in a folder."""
+    """Raise UserError on all processes unless the primary host can write to a folder."""
     problem = ""
     if is_primary_host():
         try:
@@ -93,14 +93,14 @@ def write_task_report(folder: Path, report: dict[str, Any], rows: Sequence[dict[
         ("report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
         ("predictions.jsonl", "".join(lines)),
     ):
-        # Half of a surrogate pair, which UTF-8 does not have, becomes its escape in JSON.
+        # A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape.
         (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _generate(
     experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool
 ) -> list[Answer]:
-    """Decode the answers from the sources of the records."""
+    """Decode answers from the sources of the records."""
     tokenizer = experiment.tokenizer
     assert tokenizer is not None
     sources = [experiment.objective.source(record) for record in chain.from_iterable(stores)]
@@ -114,14 +114,14 @@ def _generate(
 def _predict(
     experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool
 ) -> list[Answer]:
-    """Read the answers from the outputs of the objective's `predict`."""
+    """Compute answers from the outputs of the objective's `predict`."""
     return experiment.objective.answers(stores, predict(experiment, params, stores, progress))
 
 
 def predict(
     experiment: Experiment, params: Params, stores: Sequence[RecordStore], progress: bool = False
 ) -> np.ndarray:
-    """Return the outputs of the objective's `predict` for every example, [examples, …]."""
+    """Return the outputs of the objective's `predict` for all examples, [examples, …]."""
     batches = experiment.evaluation_batches(stores)
     dispatches = [range(i, i + 1) for i in range(len(batches))]
     arrays = prefetch(batches, dispatches, experiment.batch_sharding)

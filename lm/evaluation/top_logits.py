@@ -1,9 +1,9 @@
-"""Likeliest next tokens of a run at every token of its data, for distillation without the run.
+"""Top-K next tokens of a run at every position of its data, for distillation without the run.
 
-A folder holds them for each store of the training and validation data, by windows as a run with the
-same `data.sequence_length` and `data.isolate_documents` reads them.
+A folder holds them for each store of the training and validation data, in the windows of a run with
+the same `data.sequence_length` and `data.isolate_documents`.
 
-Shape letters: B batch, L length, K likeliest tokens.
+Shape letters: B batch, L length, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from lm.storage import write_atomically
 
 @dataclass(frozen=True)
 class TopTokens(Causal):
-    """Prediction of the K likeliest next tokens of every token.
+    """Prediction of the K most likely next tokens at every position.
 
     Attributes:
-        k: how many.
+        k: number of tokens.
     """
 
     k: int = 1
 
     def predict(self, model: Any, batch: Batch) -> Any:
-        """Return the log-probabilities of the K likeliest tokens and the tokens, [B, L, K] each."""
+        """Return log-probabilities and ids of the K most likely tokens, [B, L, K] each."""
         x_BLD = model.hidden(batch["inputs"], batch.get("positions"), batch.get("segment_ids"))
         log_probs_BLV = jax.nn.log_softmax(model.logits(x_BLD))
         return jax.lax.top_k(log_probs_BLV, self.k)
@@ -50,25 +50,25 @@ class TopTokens(Causal):
 def write_top_logits(
     experiment: Experiment, params: Params, k: int, folder: Path, made_by: dict[str, Any]
 ) -> list[str]:
-    """Write the likeliest tokens of all windows of a configuration's data.
+    """Write the most likely tokens for all windows of a configuration's data.
 
     Args:
         experiment: experiment of a decoder, built with its tokenizer.
-        params: its parameters.
-        k: tokens that are kept of each distribution.
+        params: parameters.
+        k: number of tokens per position.
         folder: new or empty folder.
-        made_by: what the manifest says of the parameters.
+        made_by: description of the parameters for the manifest.
 
     Returns:
         A line for each store.
 
     Raises:
-        UserError: the run is no decoder, or the folder is not empty.
+        UserError: the run is not a decoder, or the folder is not empty.
     """
     config, tokenizer = experiment.config, experiment.tokenizer
     assert tokenizer is not None
     if config.model.family != "decoder":
-        raise UserError(f"--top_logits needs a decoder, not the family {config.model.family}")
+        raise UserError(f"--top_logits needs a decoder, not family {config.model.family}")
     if k > config.model.vocab_size:
         raise UserError(f"--top_logits {k}: the vocabulary has {config.model.vocab_size} tokens")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -97,7 +97,7 @@ def write_top_logits(
 
 
 def _write_store(experiment: Experiment, params: Params, store: Store, folder: Path, k: int) -> int:
-    """Write the files of a store; return the number of its windows."""
+    """Write the files of a store; return its number of windows."""
     batches = experiment.evaluation_batches([store])
     n, length = len(batches.examples), experiment.config.data.sequence_length
     dispatches = [range(i, i + 1) for i in range(len(batches))]

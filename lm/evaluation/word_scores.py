@@ -1,7 +1,7 @@
-"""Word vectors of a run, and their scores: word similarity and analogies (`lm vectors`).
+"""Word vectors of a run and their scores: word similarity and analogies (`lm vectors`).
 
-Words are looked up as written, or else in lower case; pairs and questions with an unknown word are
-left out and counted.
+Words are looked up as written, else in lower case; pairs and questions with an unknown word are
+skipped and counted.
 
 Shape letters: V words, D dimensions, Q questions.
 """
@@ -29,7 +29,7 @@ Analogy = tuple[str, str, str, str]
 def trained_word_vectors(
     infos: Mapping[str, ParamInfo], params: Params, tokenizer: Tokenizer
 ) -> WordVectors:
-    """Return the rows of a run's token embedding by word; UserError if tokens are not words."""
+    """Return the token embeddings of a run by word; UserError if tokens are not words."""
     if not isinstance(tokenizer, WordTokenizer):
         raise UserError(
             f"the run's tokenizer is {tokenizer.kind}: only a model of whole words "
@@ -40,7 +40,7 @@ def trained_word_vectors(
 
 
 def token_table(infos: Mapping[str, ParamInfo]) -> str:
-    """Return the path of the embedding of the input tokens; UserError unless there is one."""
+    """Return the path of the input token embedding; UserError unless there is exactly one."""
     paths = [
         path
         for path, info in infos.items()
@@ -58,7 +58,7 @@ def token_table(infos: Mapping[str, ParamInfo]) -> str:
 def score_word_vectors(
     vectors: WordVectors, similarities: Sequence[str], questions: str | None = None
 ) -> dict[str, float]:
-    """Return the scores of `word_similarity` for each file and of `analogies` for each section.
+    """Compute `word_similarity` for each file and `analogies` for each section.
 
     Args:
         vectors: word vectors.
@@ -67,10 +67,11 @@ def score_word_vectors(
 
     Returns:
         Scores under "FILE/spearman", "analogies/SECTION/accuracy" and so on; sections without a
-        known question are left out.
+            known
+        question are omitted.
 
     Raises:
-        UserError: too few words of a file are known for a score.
+        UserError: too few words of a file are known.
     """
     n_words, d = vectors.vectors.shape
     report: dict[str, float] = {"words": n_words, "dimensions": d}
@@ -96,7 +97,7 @@ def score_word_vectors(
 
 
 def read_similarities(path: str | Path) -> list[WordPair]:
-    """Read two words and a human score a line, as in the files of Faruqui and Dyer (2014)."""
+    """Read two words and a human score per line, as in the files of Faruqui and Dyer (2014)."""
     pairs = []
     for number, line in enumerate(read_lines(Path(path)), start=1):
         try:
@@ -110,7 +111,7 @@ def read_similarities(path: str | Path) -> list[WordPair]:
 def word_similarity(vectors: WordVectors, pairs: Sequence[WordPair]) -> dict[str, float]:
     """Return Spearman's correlation of cosine and human score, and the numbers of pairs.
 
-    It is over the pairs whose words are known ("found"), and nan if fewer than two are.
+    Computed over pairs whose words are known ("found"); nan for fewer than two.
     """
     unit_VD = _unit(vectors.vectors)
     rows = [(vectors.row(first), vectors.row(second), score) for first, second, score in pairs]
@@ -122,7 +123,7 @@ def word_similarity(vectors: WordVectors, pairs: Sequence[WordPair]) -> dict[str
 
 
 def read_analogies(path: str | Path) -> dict[str, list[Analogy]]:
-    """Read the sections of word2vec's questions-words.txt: ": NAME", then four words a line."""
+    """Read the sections of word2vec's questions-words.txt: ": NAME", then four words per line."""
     sections: dict[str, list[Analogy]] = {}
     name = None
     for number, line in enumerate(read_lines(Path(path)), start=1):
@@ -144,15 +145,15 @@ def analogies(
 ) -> dict[str, dict[str, float]]:
     """Return the accuracy in percent of "a is to b as c is to d" by 3CosAdd.
 
-    The answer is the word nearest to b − a + c (unit vectors) that is none of the three; all
-    words of `vectors` are candidates (word2vec's own script takes the 30,000 most frequent).
+    The answer is the word nearest to b − a + c (unit vectors), excluding these three; all words of
+    `vectors` are candidates (word2vec's own script uses the 30,000 most frequent).
 
     Returns:
-        Accuracy over the questions whose words are known ("found") and the numbers of questions,
-        by section, and for all "syntactic" (sections named gram…), "semantic" and "total" ones.
+        Accuracy over the questions whose words are known ("found") and the numbers of questions, by
+        section, and for all "syntactic" (sections named gram…), "semantic" and "total" ones.
     """
     unit_VD = _unit(vectors.vectors)
-    counts: dict[str, np.ndarray] = {}  # right, found, questions
+    counts: dict[str, np.ndarray] = {}  # correct, found, questions
     totals = {name: np.zeros(3, int) for name in ("semantic", "syntactic", "total")}
     for name, questions in sections.items():
         rows = [[vectors.row(word) for word in question] for question in questions]

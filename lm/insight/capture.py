@@ -1,8 +1,8 @@
-"""Intermediate values of a Transformer, captured as it runs.
+"""Capture of intermediate activations of a Transformer.
 
-The model is not changed: its methods are intercepted (`nn.intercept_methods`) and sow what passes.
-Off a mesh, as here, layers are a scan whose "intermediates" are stacked, so every layer is there
-whether it is scanned, unrolled or rematerialized.
+The model is not modified: its methods are intercepted (`nn.intercept_methods`) and sow activations.
+Without a mesh, as here, layers are a scan whose "intermediates" are stacked, so every layer is
+captured whether scanned, unrolled or rematerialized.
 
 Shape letters: B batch, L query length, S key length, H heads, G key/value heads, K head dim,
 D model, W width of the residual stream (D unless `residual="concat"`), F feed-forward, N layers,
@@ -31,9 +31,9 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Params, flat
 
 Captured = dict[str, Any]
-_INTERMEDIATES = "intermediates"  # the collection that `Stack` stacks over layers
+_INTERMEDIATES = "intermediates"  # collection that `Stack` stacks over layers
 
-# What can be captured, and the shape of each.
+# Capturable activations and their shapes.
 CAPTURES = {
     "attention": "weights of self-attention [N, B, H, L, L]",
     "cross_attention": "weights of attention to the encoder's output [N, B, H, L, S]",
@@ -48,13 +48,13 @@ def require_transformer(model: nn.Module) -> None:
     config: Any = model.config  # type: ignore[attr-defined]
     if not isinstance(config, TransformerConfig):
         raise UserError(
-            f"a model of the class {type(model).__name__} has no Transformer layers to look into: "
-            "decoders, encoders and encoder–decoders have"
+            f"{type(model).__name__} has no Transformer layers to inspect: use a decoder, an "
+            "encoder or an encoder–decoder"
         )
 
 
 def has_all_params(experiment: Experiment, params: Params) -> bool:
-    """Return whether there are parameters of all heads; an import may be without."""
+    """Return whether the parameters include all heads, which an import may lack."""
     return flat(params).keys() >= experiment.param_infos.keys()
 
 
@@ -64,28 +64,29 @@ def run_and_capture(
     capture: Collection[str],
     run: Callable[[Any], Any],
 ) -> tuple[Any, Captured]:
-    """Run a model and capture intermediate values; may be traced.
+    """Run a model and capture intermediate activations; can be traced.
 
     Args:
-        model: a Transformer, off a mesh.
+        model: a Transformer, without a mesh.
         variables: its variables.
-        capture: names of `CAPTURES`.
-        run: called with the bound model; calls it.
+        capture: names from `CAPTURES`.
+        run: called with the bound model, which it calls.
 
     Returns:
-        What `run` returns, and the captured arrays, float32, by name. Those of an encoder–decoder
-        are "encoder/NAME" and "decoder/NAME". Values whose shape differs between layers are a
-        tuple, and what a model does not have is left out.
+        Result of `run`, and captured float32 arrays by name; for an encoder–decoder "encoder/NAME"
+        and "decoder/NAME". Arrays whose shapes differ between layers form a tuple; what a model
+            does
+        not have is omitted.
 
     Raises:
-        UserError: a name is unknown, or the model is no Transformer.
+        UserError: a name is unknown, or the model is not a Transformer.
     """
     require_transformer(model)
     config: Any = model.config  # type: ignore[attr-defined]
     model = model.clone(config=replace(config, remat="none"))
     for name in capture:
         if name not in CAPTURES:
-            raise UserError(f"nothing called {name!r} can be captured: {', '.join(CAPTURES)} can")
+            raise UserError(f"cannot capture {name!r} (known: {', '.join(CAPTURES)})")
     with nn.intercept_methods(_sow_for(frozenset(capture))):
         bound: Any = nn.apply(run, model, mutable=[_INTERMEDIATES])
         result, state = bound(variables)
@@ -93,7 +94,7 @@ def run_and_capture(
 
 
 def _sow_for(capture: Collection[str]) -> Callable[..., Any]:
-    """Return the interceptor that sows what is captured where it passes."""
+    """Return an interceptor that sows the requested activations."""
 
     def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
@@ -110,14 +111,14 @@ def _sow_for(capture: Collection[str]) -> Callable[..., Any]:
             return method(*args, **kwargs)
         if "residual" in capture and kind is Stack:
             sow("embedded", args[0])
-        # The dropout of a block is that of its sublayers' outputs, one after the other.
+        # A block's dropout modules are those of its sublayers' outputs, in order.
         if "updates" in capture and kind is nn.Dropout and isinstance(owner, Block):
             sow("updates", args[0])
         is_last = kind is Linear and module.name == "out" and isinstance(owner, FeedForward)
         if "neurons" in capture and is_last:
             sow("neurons", args[0])
         result = method(*args, **kwargs)
-        if "residual" in capture and kind is Block:  # not the scan of one, which is a subclass
+        if "residual" in capture and kind is Block:  # not a scanned one, which is a subclass
             (x_BLW, _), _ = result
             sow("residual", x_BLW)
         return result
@@ -126,7 +127,7 @@ def _sow_for(capture: Collection[str]) -> Callable[..., Any]:
 
 
 def _by_layer(sown: Mapping[str, tuple[jax.Array, ...]]) -> Captured:
-    """Return what was sown, by the stack that it is of and its name, in the order of the layers."""
+    """Return sown values by stack and name, in layer order."""
     embedded: dict[str, jax.Array] = {}
     found: dict[str, dict[str, dict[tuple[int, int], jax.Array]]] = {}
     for path, (value,) in sown.items():
@@ -158,7 +159,7 @@ def _by_layer(sown: Mapping[str, tuple[jax.Array, ...]]) -> Captured:
 
 
 def _stacked(values: list[jax.Array]) -> Any:
-    """Return arrays of one shape as one, others as a tuple."""
+    """Stack arrays of equal shape; return others as a tuple."""
     same = all(value.shape == values[0].shape for value in values)
     return jnp.stack(values) if same else tuple(values)
 
@@ -171,21 +172,21 @@ def attention_weights(
     bias_HLS: jax.Array | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the attention weights [B, H, L, S]: attention to values that are one-hot keys.
+    """Return attention weights [B, H, L, S], by attending to one-hot values.
 
-    Fused kernels never hold them; here they are computed plainly, in float32.
+    Fused kernels never materialize them; here they are computed by the plain kernel in float32.
 
     Args:
         config: configuration of the stack.
-        q_BLHK: queries, turned by RoPE if the model does.
+        q_BLHK: queries, after RoPE if used.
         keys_values: keys and values [B, S, G, K].
-        mask: visible keys.
+        mask: attention mask.
         bias_HLS: position bias of the scores.
-        sinks_H: logits of the attention sinks.
+        sinks_H: attention-sink logits.
     """
     k_BSGK, _ = keys_values
     B, S, G, K = k_BSGK.shape
-    identity_SS = jnp.eye(S, -(-S // K) * K)  # values are K wide: so many keys at a time
+    identity_SS = jnp.eye(S, -(-S // K) * K)  # values have width K, so K keys at a time
     parts_BLHK = [
         attention(
             q_BLHK.astype(jnp.float32),

@@ -1,7 +1,7 @@
-"""Neurons of the feed-forward layers that fire most over a corpus, and the texts where they do.
+"""Feed-forward neurons with the largest activations over a corpus, and their top texts.
 
-A neuron is a number inside a dense feed-forward layer: after the activation, and after the product
-with its gate where there is one. It fires where it is above 0.
+A neuron is a hidden unit of a dense feed-forward layer, after the activation and (if gated) the
+product with its gate. It fires if it is above 0.
 
 Shape letters: B batch, L length, F feed-forward, N layers, K contexts, P picked neurons.
 """
@@ -25,12 +25,12 @@ from lm.models.variables import Params, as_variables
 from lm.progress import track
 
 N_NEURONS, N_CONTEXTS = 12, 3
-_BEFORE, _AFTER = 24, 8  # tokens of a context around the one where the neuron fires most
+_BEFORE, _AFTER = 24, 8  # tokens shown before and after the peak
 
 
 @dataclass(frozen=True)
 class Context:
-    """Tokens around a peak of a neuron: their ids, and its activations."""
+    """Tokens around a neuron's peak: their ids and activations."""
 
     ids: np.ndarray
     activations: np.ndarray
@@ -38,15 +38,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Neuron:
-    """Neuron that fires strongly.
+    """Strongly firing neuron.
 
     Attributes:
         stack: "encoder" or "decoder" of an encoder–decoder, else "".
-        layer: number of its layer, from 0.
-        index: its number in the layer.
-        peak: its largest activation.
-        share: share of the tokens at which it fires.
-        contexts: where it fires most, in different rows, the strongest first.
+        layer: layer index, from 0.
+        index: index in the layer.
+        peak: largest activation.
+        share: fraction of tokens at which it fires.
+        contexts: contexts of the largest activations, in different rows, strongest first.
     """
 
     stack: str
@@ -59,10 +59,10 @@ class Neuron:
 
 @dataclass
 class _Tally:
-    """Sums over the batches so far, of one stack.
+    """Accumulated statistics of one stack.
 
     Attributes:
-        fires: tokens at which each neuron fires [N, F].
+        fires: number of tokens at which each neuron fires [N, F].
         peaks: largest activations of each neuron in different rows [N, F, K].
         places: batch, row and column of each [N, F, K, 3].
     """
@@ -77,7 +77,7 @@ class _Tally:
         return cls(np.zeros(shape[:2], int), np.full(shape, -np.inf), np.zeros((*shape, 3), int))
 
     def add(self, batch: int, fires: np.ndarray, peaks: np.ndarray, columns: np.ndarray) -> None:
-        """Add a batch: `fires` [N, F], and of each row `peaks` and their `columns` [N, F, B]."""
+        """Add a batch: `fires` [N, F], and per-row `peaks` with their `columns` [N, F, B]."""
         self.fires += fires
         rows = np.broadcast_to(np.arange(peaks.shape[-1]), peaks.shape)
         places = np.stack([np.full(peaks.shape, batch), rows, columns], axis=-1)
@@ -91,16 +91,16 @@ class _Tally:
 def top_neurons(
     experiment: Experiment, params: Params, batches: Batches, max_batches: int = 0
 ) -> list[Neuron]:
-    """Return the neurons with the largest activations, as many of each layer.
+    """Return the neurons with the largest activations, equally many per layer.
 
     Args:
         experiment: experiment on a mesh; the model reads its objective's features.
-        params: its parameters.
+        params: parameters.
         batches: batches of the corpus.
-        max_batches: how many are read; 0: all.
+        max_batches: number of batches to read; 0: all.
 
     Raises:
-        UserError: the model is no Transformer, or has no dense feed-forward layer.
+        UserError: the model is not a Transformer, or has no dense feed-forward layer.
     """
     require_transformer(experiment.model)
     variables, n = as_variables(params), len(batches)
@@ -116,7 +116,7 @@ def top_neurons(
             tally.add(number, fires, peaks, columns)
             tokens[stack] = tokens.get(stack, 0) + int(count)
     if not tallies:
-        raise UserError("the model has no dense feed-forward layers and therefore no neurons")
+        raise UserError("the model has no dense feed-forward layers, and therefore no neurons")
     return [
         neuron
         for stack, tally in tallies.items()
@@ -125,9 +125,9 @@ def top_neurons(
 
 
 def _capture(experiment: Experiment, variables: Any, batch: Any) -> dict[str, jax.Array]:
-    """Return the activations [N, B, L, F] of each stack while the objective's loss is computed.
+    """Return the activations [N, B, L, F] of each stack during the objective's loss.
 
-    A model that was imported without output layers, which has no loss, only reads the inputs.
+    A model imported without output layers has no loss; it only reads the inputs.
     """
 
     def run(model: Any) -> Any:
@@ -140,7 +140,7 @@ def _capture(experiment: Experiment, variables: Any, batch: Any) -> dict[str, ja
 
 
 def _read_by(stack: str, batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the tokens and segment ids [B, L] of a batch that a stack reads."""
+    """Return the tokens and segment ids [B, L] of a batch for a stack."""
     if stack == "encoder" and "source" in batch:
         return batch["source"], batch["source_segments"]
     names = ("segment_ids", "target_segments")
@@ -170,7 +170,7 @@ def _pick(
     tally: _Tally,
     n_tokens: int,
 ) -> Iterable[Neuron]:
-    """Yield the neurons of a stack that peak highest, with their contexts."""
+    """Yield the neurons of a stack with the highest peaks, with their contexts."""
     n_layers = len(tally.fires)
     each = max(1, N_NEURONS // n_layers)
     layers_P = np.repeat(np.arange(n_layers), each)
@@ -191,7 +191,7 @@ def _pick(
         contexts = []
         peaks = tally.peaks[layer, index]
         for place, peak in zip(tally.places[layer, index].tolist(), peaks, strict=True):
-            if peak <= 0:  # fewer rows than contexts, or it never fires
+            if peak <= 0:  # fewer rows than contexts, or the neuron never fires
                 continue
             (number, row, column), (tokens, segments, x_PBL) = place, kept[place[0]]
             same = np.flatnonzero(segments[row] == segments[row, column])
@@ -203,7 +203,7 @@ def _pick(
 
 
 def _dense_layers(experiment: Experiment, stack: str) -> list[int]:
-    """Return the numbers of the layers of a stack that have no experts."""
+    """Return the indices of a stack's layers without experts."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     own = config.n_decoder_layers if stack == "decoder" else 0
     types = config.layer_types(own or config.n_layers)

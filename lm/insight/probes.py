@@ -1,10 +1,10 @@
-"""Linear probes of every layer's states (Alain and Bengio 2016), beside a control task.
+"""Linear probes of every layer's states (Alain and Bengio 2016), with a control task.
 
-A probe that does well may have learnt the labels by itself. Its control task (Hewitt and Liang
-2019) gives every word type a random label of the same frequencies: what the probe gains over that,
-its selectivity, is in the states.
+A probe with high accuracy may have learned the labels by itself. The control task (Hewitt and Liang
+2019) assigns a random label with the same frequencies to every word type; the accuracy above it,
+the selectivity, comes from the states.
 
-Shape letters: B batch, L length, M spans of a row, D model, N layers.
+Shape letters: B batch, L length, M spans per row, D model, N layers.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from lm.models.variables import Params, as_variables
 from lm.progress import track
 from lm.storage import cache_directory
 
-MOST_TOKENS = 512  # of a text, which is cut
-MOST_SPANS = 20_000  # that a probe is fitted to or scored on, evenly spaced
+MOST_TOKENS = 512  # longer texts are truncated
+MOST_SPANS = 20_000  # maximum spans for fitting or scoring a probe, evenly spaced
 MOST_CLASSES = 200
-_HELD_OUT = 5  # without validation records, every fifth is held out
+_HELD_OUT = 5  # without validation records, every fifth one is held out
 _BATCH, _MULTIPLE = 16, 32
 
 
 @dataclass(frozen=True)
 class LabelledSpan:
-    """Tokens of a row whose mean state is classified: of a text or of a word.
+    """Text or word whose mean state is classified.
 
     Attributes:
         first: index of its first token.
-        end: index after its last.
+        end: index after its last token.
         label: its class.
-        word: its type for the control task: the word, or the last word of a text.
+        word: word type for the control task: the word, or the last word of a text.
     """
 
     first: int
@@ -67,7 +67,7 @@ class LabelledSpan:
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """Token ids that the model reads, and the spans in them."""
+    """Input token ids of a row, with its labelled spans."""
 
     ids: list[int]
     spans: list[LabelledSpan]
@@ -75,12 +75,12 @@ class LabelledRow:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """Held-out accuracies of the probe of a layer, in percent.
+    """Held-out accuracies of a layer's probe, in percent.
 
     Attributes:
         layer: 0 for the embedding, then 1, 2, ….
-        accuracy: of the labels.
-        control: of the control task.
+        accuracy: accuracy for the labels.
+        control: accuracy for the control task.
     """
 
     layer: int
@@ -89,7 +89,7 @@ class LayerScore:
 
     @property
     def selectivity(self) -> float:
-        """Accuracy over that of the control task."""
+        """Accuracy minus that of the control task."""
         return self.accuracy - self.control
 
 
@@ -98,11 +98,11 @@ class ProbeReport:
     """Scores of all layers.
 
     Attributes:
-        layers: of each layer, the embedding first.
+        layers: scores of each layer, embedding first.
         majority: accuracy of the most frequent label, in percent.
-        classes: names of the classes.
-        n_train: spans that the probes were fitted to.
-        n_held_out: spans that they were scored on.
+        classes: class names.
+        n_train: number of spans used for fitting.
+        n_held_out: number of spans used for scoring.
     """
 
     layers: list[LayerScore]
@@ -119,13 +119,13 @@ def probe(
 
     Args:
         experiment: experiment on a mesh, with its tokenizer.
-        params: its parameters.
-        labels: source of records with text and label, or words and tags, written as data.source.
-        held_out: source of the records to score on; None: every fifth record of `labels`.
+        params: parameters.
+        labels: source of records with text and label, or words and tags, as in data.source.
+        held_out: source of records for scoring; None: every fifth record of `labels`.
         seed: seed of the control task.
 
     Raises:
-        UserError: the model is no Transformer, the source has no labels, or scikit-learn is not
+        UserError: the model is not a Transformer, the source has no labels, or scikit-learn is not
             installed.
     """
     linear_model = _scikit_learn("sklearn.linear_model")
@@ -145,10 +145,10 @@ def probe(
         raise UserError(f"{labels}: a probe needs two classes, and records to score it on")
     if len(classes) > MOST_CLASSES:
         raise UserError(
-            f"{labels}: {len(classes)} different labels; classes are {MOST_CLASSES} at most"
+            f"{labels}: {len(classes)} different labels; at most {MOST_CLASSES} are supported"
         )
     if not any(span.label in classes for row in test for span in row.spans):
-        raise UserError(f"{held_out}: none of its labels is one of {labels}")
+        raise UserError(f"{held_out}: none of its labels occurs in {labels}")
     states = [
         _states(experiment, params, part, name)
         for part, name in ((train, "states"), (test, "held-out states"))
@@ -184,7 +184,7 @@ def _scikit_learn(module: str) -> Any:
 def _control_labels(
     spans: Sequence[Sequence[LabelledSpan]], labels: np.ndarray, seed: int
 ) -> list[np.ndarray]:
-    """Return labels of the control task: random for each word type, as frequent as `labels`."""
+    """Return control labels: random per word type, with the frequencies of `labels`."""
     words = sorted({span.word for part in spans for span in part})
     drawn = np.random.default_rng(seed).choice(labels, len(words))
     of_word = dict(zip(words, drawn, strict=True))
@@ -192,7 +192,7 @@ def _control_labels(
 
 
 def _at_most(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
-    """Return rows, evenly spaced, that have `MOST_SPANS` spans at most."""
+    """Return evenly spaced rows with at most `MOST_SPANS` spans."""
     n = sum(len(row.spans) for row in rows)
     every = -(-n // MOST_SPANS)
     return list(rows[:: every or 1])
@@ -213,7 +213,7 @@ def _read_rows(experiment: Experiment, source: str) -> list[LabelledRow]:
 
 
 def _find_labels(records: Records) -> tuple[str, ...]:
-    """Return the labels of all rows; UserError if there is no column of them."""
+    """Return the labels of all rows; UserError if there is no label column."""
     columns, found = dict(records.columns), set()
     for row in records.source.rows():
         label = field_value(row.values, columns.get("label", "label"))
@@ -223,12 +223,12 @@ def _find_labels(records: Records) -> tuple[str, ...]:
         elif tags is not MISSING and tags is not None:
             found.update(tags if isinstance(tags, list) else split_words(str(tags)))
     if not found:
-        raise UserError(f"{records.name}: no labels; name their column: --config.data.columns")
+        raise UserError(f"{records.name}: no labels; name their column in --config.data.columns")
     return tuple(sorted(found))
 
 
 def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> LabelledRow:
-    """Return a record as the model reads it, cut to its context."""
+    """Convert a record to the model's input, truncated to its context."""
     require_text_input(experiment.model, "lm probe")
     raw, special = record.raw, special_tokens(tokenizer)
     column = next((name for name in ("words", "text") if name in record.tokens), "")
@@ -268,7 +268,7 @@ def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> Labell
 def _states(
     experiment: Experiment, params: Params, rows: Sequence[LabelledRow], name: str
 ) -> list[np.ndarray]:
-    """Return the mean states of all spans, of each layer [spans, D]."""
+    """Return the mean states of all spans: for each layer [spans, D]."""
     variables, found = as_variables(params), []
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     parts = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
@@ -287,7 +287,7 @@ def _states(
 def _batch_states(
     model: nn.Module, variables: Any, rows: Sequence[LabelledRow]
 ) -> Iterator[list[np.ndarray]]:
-    """Yield for each row the states of its spans, of each layer [M, D]."""
+    """Yield the span states of each row: for each layer [M, D]."""
     filled = [*rows, *[rows[-1]] * (_BATCH - len(rows))]
     most = context_length(model)
     longest = max(len(row.ids) for row in rows)
@@ -309,7 +309,7 @@ def _batch_states(
 def _mean_states(
     model: nn.Module, variables: Any, tokens_BL: Any, segments_BL: Any, weights_BML: Any
 ) -> list[jax.Array]:
-    """Return weighted means [B, M, D] of the residual stream: of the embedding, and each layer."""
+    """Return weighted means [B, M, D] of the residual stream, after embedding and each layer."""
 
     def run(model: Any) -> Any:
         if hasattr(model, "encode"):

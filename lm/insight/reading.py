@@ -1,10 +1,10 @@
-"""Reading of one text by a model: predictions, where they come from, and what is inside.
+"""Analysis of one text: predictions, their attribution, and internal states.
 
-An encoder has no order: each of its tokens is masked in turn and predicted from all others, as in
-`lm/evaluation/likelihood.py`; its attention and norms are those of the text without masks.
+An encoder's tokens are masked in turn and predicted from all others, as in
+`lm/evaluation/likelihood.py`; attention and norms are those of the unmasked text.
 
 Shape letters: R rows, Q predictions, L length, S source length, D model, W width of the residual
-stream, V vocabulary, N layers, K alternatives, X tokens that the end of the model reads.
+stream, V vocabulary, N layers, K alternatives, X tokens read by the end of the model.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from lm.models.transformer import Stack
 from lm.models.variables import Params, as_variables
 from lm.objectives.classification import Classification
 
-MOST_TOKENS = 512  # that are shown of a text: maps grow with its square
+MOST_TOKENS = 512  # maximum tokens shown: maps grow quadratically
 N_ALTERNATIVES, N_LENS = 10, 3
 _CAPTURED = ("attention", "cross_attention", "residual", "updates")
-_MULTIPLE = 16  # lengths are rounded up to it, so that few programs serve many texts
+_MULTIPLE = 16  # padding multiple of lengths, to limit the number of compiled programs
 _MASKS = ("[MASK]", "<mask>")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids of a text as the model reads them, and what it is to predict.
+    """Token ids of a text as model input, and what to predict.
 
     Attributes:
-        tokens: input of a decoder or an encoder [L]; of an encoder–decoder the target, after the
-            id that starts it.
-        positions: columns of `tokens` at which something is predicted [Q].
-        targets: ids that are predicted there [Q]; -1: not known, the likeliest is taken.
-        source: input of the encoder [S] of an encoder–decoder.
-        mask: id that hides a predicted token of an encoder; -1 in others.
-        n_prefix: tokens that see each other (prefix LM).
-        classes: names of the classes of which one is predicted for the text, instead of tokens.
+        tokens: input of a decoder or encoder [L]; for an encoder–decoder the target, after its
+            start id.
+        positions: columns of `tokens` with a prediction [Q].
+        targets: target ids of the predictions [Q]; -1: unknown, use the most likely one.
+        source: encoder input [S] of an encoder–decoder.
+        mask: id that replaces a predicted token in an encoder; -1 for others.
+        n_prefix: number of tokens with bidirectional attention (prefix LM).
+        classes: class names, if a class of the text is predicted instead of tokens.
     """
 
     tokens: np.ndarray
@@ -73,13 +73,13 @@ class Passage:
 
 @flax.struct.dataclass
 class PredictionScores:
-    """Scores of predictions, by their logits.
+    """Scores of predictions, from their logits.
 
     Attributes:
-        loss: negative log-likelihood of the target, in nats; of the likeliest where none is known.
-        rank: 1 for a target that is the likeliest of the vocabulary.
-        entropy: of the distribution, in nats.
-        ids: likeliest ids, the best first [..., K].
+        loss: negative log-likelihood of the target in nats; of the most likely id if unknown.
+        rank: rank of the target in the vocabulary, from 1.
+        entropy: entropy of the distribution in nats.
+        ids: most likely ids in descending order [..., K].
         probabilities: their probabilities.
     """
 
@@ -95,12 +95,12 @@ class Predictions:
     """Predictions of a passage.
 
     Attributes:
-        scores: of each, [Q].
+        scores: scores of each prediction, [Q].
         lens: logit lens (nostalgebraist 2020): scores of the same targets if the model ended after
             the embedding, and after each layer, [Q, N+1].
-        attribution: gradient × input (Shrikumar et al. 2016) of the target's log-likelihood: by
-            tokens [Q, L].
-        source_attribution: by tokens of the source [Q, S], or None.
+        attribution: gradient × input (Shrikumar et al. 2016) of the target's log-likelihood, by
+            token [Q, L].
+        source_attribution: same by source token [Q, S], or None.
     """
 
     scores: PredictionScores
@@ -111,13 +111,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Reading:
-    """Result of running a model on a passage.
+    """Results of a model for a passage.
 
     Attributes:
         passage: the passage.
-        predictions: its predictions; None for a model without a vocabulary to predict.
-        arrays: maps of attention [N, H, L, S] by name, "attention" and "cross_attention", and norms
-            of vectors: "residual" [N+1, L] and "updates" [N, U, L]; as in `CAPTURES`.
+        predictions: its predictions; None for a model without output vocabulary.
+        arrays: attention maps [N, H, L, S] by name, "attention" and "cross_attention", and vector
+            norms: "residual" [N+1, L] and "updates" [N, U, L]; see `CAPTURES`.
     """
 
     passage: Passage
@@ -131,17 +131,17 @@ class Reading:
 def make_passage(
     experiment: Experiment, params: Params, tokenizer: Tokenizer, text: str, target: str | None
 ) -> Passage:
-    """Return the passage of a text.
+    """Build the passage of a text.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters, by which an encoder–decoder finds a target that is not given.
+        params: parameters, by which an encoder–decoder generates a missing target.
         tokenizer: its tokenizer.
-        text: the text; of an encoder–decoder the source; of an encoder "[MASK]" is its mask.
-        target: of an encoder–decoder the target; of a decoder the continuation.
+        text: the text; the source of an encoder–decoder; "[MASK]" is an encoder's mask.
+        target: target of an encoder–decoder, or continuation of a decoder.
 
     Raises:
-        UserError: a text is empty, too long or not UTF-8, or the model reads no target.
+        UserError: a text is empty, too long or not UTF-8, or the model takes no target.
     """
     model, special = experiment.model, special_tokens(tokenizer)
     require_transformer(model)
@@ -156,7 +156,7 @@ def make_passage(
     mask, n_prefix = -1, 0
     if isinstance(objective, Classification) and not is_encoder_decoder(model):
         if target is not None:
-            raise UserError("a classifier reads one text: --target is of other models")
+            raise UserError("a classifier reads one text: it takes no --target")
         record = Record({}, {"text": tokenizer.encode(text)}, None, None)
         tokens = _checked("prompt", objective.row(record)[0].tolist(), model)
         one = np.zeros(1 if has_heads and objective.labels else 0, np.int32)
@@ -195,18 +195,18 @@ def make_passage(
 
 
 def _checked(what: str, ids: Sequence[int], model: nn.Module) -> np.ndarray:
-    """Return token ids; UserError if there are none, too many, or ids that the model lacks."""
+    """Validate token ids; UserError if empty, too many, or beyond the vocabulary."""
     most = min(MOST_TOKENS, context_length(model) or MOST_TOKENS)
     if not ids:
         raise UserError(f"the {what} is empty, and the tokenizer has no token to start with")
     if len(ids) > most:
-        raise UserError(f"the {what} has {len(ids)} tokens; {most} at most can be shown")
+        raise UserError(f"the {what} has {len(ids)} tokens; at most {most} can be shown")
     check_ids([ids], model)
     return np.asarray(ids, np.int32)
 
 
 def _with_masks(tokenizer: Tokenizer, text: str, mask: int) -> list[int]:
-    """Return the ids of a text in which "[MASK]" or "<mask>" stands for the mask."""
+    """Tokenize a text in which "[MASK]" or "<mask>" stands for the mask."""
     name = next((name for name in _MASKS if name in text), _MASKS[0])
     first, *others = text.split(name)
     ids = list(map(int, tokenizer.encode(first.rstrip() if others else first)))
@@ -216,12 +216,12 @@ def _with_masks(tokenizer: Tokenizer, text: str, mask: int) -> list[int]:
 
 
 def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], str]:
-    """Return the function from an id to its text, with the space before it.
+    """Return a function from an id to its text, including its leading space.
 
     Args:
         tokenizer: the tokenizer.
-        anchor: ids of any text; a token's text is what it adds to one of them, since a space may
-            depend on what is before.
+        anchor: ids of any text; a token's text is what it adds to one of them, because a space may
+            depend on the previous token.
     """
     special = special_tokens(tokenizer)
     names = {getattr(special, n): f"[{n}]" for n in ("pad", "mask", "sep", "cls", "eos", "bos")}
@@ -249,9 +249,9 @@ def token_texts(tokenizer: Tokenizer, anchor: Sequence[int]) -> Callable[[int], 
 
 
 class _Rows(flax.struct.PyTreeNode):
-    """Arrays of a passage: rows that the model reads, and what is predicted in each.
+    """Arrays of a passage: input rows, and what to predict in each.
 
-    `prefix` and `source` may be None; the source is that of every row.
+    `prefix` and `source` may be None; the source is shared by all rows.
     """
 
     tokens_RL: Any
@@ -303,7 +303,7 @@ def read(experiment: Experiment, params: Params, passage: Passage) -> Reading:
 
 
 def _rows(passage: Passage, model: nn.Module) -> _Rows:
-    """Return the arrays of a passage, padded: one row, or of an encoder one a prediction."""
+    """Return the padded arrays of a passage: one row, or for an encoder one per prediction."""
     context = context_length(model)
 
     def padded(ids: np.ndarray, fill: int = 0) -> np.ndarray:
@@ -330,9 +330,9 @@ def _rows(passage: Passage, model: nn.Module) -> _Rows:
 
 
 def _call(model: Any, rows: _Rows, tokens_BL: Any, segments_BL: Any, predicts: bool = True) -> Any:
-    """Run a bound model on rows of tokens; return logits [B, L, V], or hidden states.
+    """Run a bound model on token rows; return logits [B, L, V], or hidden states.
 
-    Logits of classes are [B, 1, C].
+    Class logits are [B, 1, C].
     """
     if rows.is_class:
         x_BLD = model.hidden(tokens_BL, None, segments_BL)
@@ -408,7 +408,7 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
 
         one_hot_QQ = jnp.eye(len(positions_Q), dtype=log_likelihood_Q.dtype)
         *of_source, attribution = jax.lax.map(attribute, one_hot_QQ)
-        widest = residual_N[-1].shape[-1]  # what later layers append is not there yet
+        widest = residual_N[-1].shape[-1]  # earlier layers lack what later ones append
         residual_NXW = jnp.stack(
             [jnp.pad(x, ((0, 0), (0, widest - x.shape[-1]))) for x in residual_N]
         )
@@ -434,27 +434,27 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
 
 
 def _replace_layers(x_XW: jax.Array) -> Callable[..., Any]:
-    """Return the interceptor of a model whose layers, not run, end in `x_XW`.
+    """Return an interceptor that replaces a model's layers by the state `x_XW`.
 
-    What follows may read any number X of tokens: those at which something is predicted.
+    Subsequent modules may read any number X of tokens: those with a prediction.
     """
 
     def replace_layers(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if type(context.module) is not Stack or context.method_name != "_run":
             return method(*args, **kwargs)
         (x_BLW, caches), *_ = args
-        is_encoder = context.module.name == "encoder"  # of an encoder–decoder: nobody reads it
+        is_encoder = context.module.name == "encoder"  # unused output, in an encoder–decoder
         return (x_BLW if is_encoder else x_XW[None].astype(x_BLW.dtype), caches), None
 
     return replace_layers
 
 
 def _score(logits_QV: jax.Array, chosen_Q: jax.Array, n: int) -> PredictionScores:
-    """Return the scores of predictions.
+    """Compute the scores of predictions.
 
     Args:
         logits_QV: logits.
-        chosen_Q: ids that are scored.
+        chosen_Q: target ids.
         n: number of alternatives.
     """
     scores_QV = jax.nn.log_softmax(logits_QV)

@@ -82,7 +82,7 @@ def test_a_damaged_shard_is_named_and_built_again_alone(kind, capsys, tmp_path):
         assert code == 2
         assert "00001.shard" in err
         assert "not match its checksum" in err
-        assert "shards/00001.shard, and it is built again" in err
+        assert "shards/00001.shard, so that it is rebuilt" in err
     paths[0].unlink()
     code, _, err = run(capsys, "data", "build", "--config", file)
     assert "1 shards are missing or damaged: building them again" in err

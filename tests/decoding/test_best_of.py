@@ -46,7 +46,7 @@ def test_samples_are_ordered_by_reward_and_withheld_ones_come_last():
     [
         (["--best_of", "2"], "--best_of and --reward_model go together"),
         (["--reward_model", "runs/reward"], "--best_of and --reward_model go together"),
-        (["--best_of", "2", "--reward_model", "runs/reward", "--greedy"], "leave out --greedy"),
+        (["--best_of", "2", "--reward_model", "runs/reward", "--greedy"], "omit --greedy"),
     ],
 )
 def test_what_cannot_choose_is_one_line(capsys, options, problem):

@@ -167,4 +167,4 @@ def test_generate_answers_messages(lm, tmp_path):
     assert (tmp_path / "out.txt").read_text() == made["text"].replace("\n", " ") + "\n"
     source.write_text('{"messages": [{"role": "user"}]}\n')
     assert "in.jsonl:1: message 1: no content" in lm("generate", *options, *files)
-    assert "--system is of --chat" in lm("generate", "--system", "S", "--prompt", "x")
+    assert "--system needs --chat" in lm("generate", "--system", "S", "--prompt", "x")

@@ -278,7 +278,7 @@ def test_lm_eval_harness_writes_what_lm_eval_writes(make, task, tmp_path, capsys
     lines = (tmp_path / "out" / "samples_words_choice.jsonl").read_text().splitlines()
     assert np.mean([json.loads(line)["acc"] for line in lines]) == accuracy
     assert main([*words, *output, "--harness", "words_chioce"]) == 2
-    assert "knows no task 'words_chioce'; near it: words_choice" in capsys.readouterr().err
+    assert "has no task 'words_chioce'; near it: words_choice" in capsys.readouterr().err
     other = ["--include_path", str(tmp_path / "none")]
     assert main([*words, *other, *output, "--harness", "words_choice"]) == 2
     assert "none: no such folder" in capsys.readouterr().err
@@ -364,7 +364,7 @@ def test_tasks_while_training_are_those_of_the_verb(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"eval__harness": "nowhere.yaml"}, "lm-eval knows no task 'nowhere.yaml'"),
+        ({"eval__harness": "nowhere.yaml"}, "lm-eval has no task 'nowhere.yaml'"),
         ({"eval__harness": "{folder}/lost.yaml"}, "--config.eval.harness=.*lost.yaml: "),
         ({"data__validation_fraction": 0.0, "eval__harness": "a"}, "needs validation data"),
     ],

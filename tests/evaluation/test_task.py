@@ -129,7 +129,7 @@ def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path, shown_pro
     )
     assert len(predictions(tmp_path / "here")) == 32
 
-    error = "--output is where --task writes its report: give both"
+    error = "--output needs --task, whose report it is for"
     assert lm("eval", *words[:2]) == error
     error = "--config.eval.metrics=acuracy: unknown metric 'acuracy'; did you mean accuracy?"
     assert lm("eval", "--task", "--config.eval.metrics=acuracy").startswith(error)

@@ -105,7 +105,7 @@ def test_examples_hold_every_token_once():
     "tokenizer", [ByteTokenizer(), WordTokenizer.from_list(b"a\nb\n")], ids=["bytes", "no counts"]
 )
 def test_unknown_frequencies_are_an_error(tokenizer):
-    with pytest.raises(UserError, match=r"the counts of words: use --config\.data\.tokenizer"):
+    with pytest.raises(UserError, match=r"word counts: use --config\.data\.tokenizer"):
         objective(tokenizer=tokenizer)
 
 

@@ -50,7 +50,7 @@ def test_dispatches_with_these_steps_are_traced(tracer, tmp_path, steps, traced)
         assert f"steps {traced[0][0]} to {traced[-1][1] - 1}" in lines[0]
     else:
         assert tracer == []
-        assert "were not trained" in lines[0]
+        assert "were not run" in lines[0]
 
 
 def test_a_run_that_stops_early_ends_its_trace(tracer, tmp_path):

@@ -1,4 +1,4 @@
-"""Code: programs that a model writes, run in a sandbox against the tests of a problem (pass@k).
+"""Code generation: run generated programs in a sandbox against the tests of a problem (pass@k).
 
-Read `problems` (files), `completions` (what a model writes), `pass_rates` (scores), `sandbox`.
+Read `problems` (files), `completions` (generation), `pass_rates` (scores), `sandbox`.
 """

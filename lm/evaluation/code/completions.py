@@ -1,4 +1,4 @@
-"""Completions that a model writes for problems of programming."""
+"""Generation of completions for programming problems."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def write_completions(
     template: ChatTemplate | None = None,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> list[Completion]:
-    """Sample completions: what continues the prompts, or the code in replies to requests.
+    """Sample completions: continuations of the prompts, or code blocks of chat replies.
 
     Args:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: tokenizer of the data.
         problems: the problems.
-        n_samples: completions of each.
-        sampling: options of sampling.
+        n_samples: completions per problem.
+        sampling: sampling options.
         seed: seed of all samples.
-        template: chat template of a model that replies; None: the model continues prompts.
-        progress: called with the number of samples of each finished batch.
+        template: chat template of a chat model; None: the model continues prompts.
+        progress: called with the number of samples in each finished batch.
     """
     if template is None:
         ids = [prompt_ids(tokenizer, problem.prompt) for problem in problems]
@@ -83,6 +83,6 @@ def _sample(problem: Problem, text: str | None, replies: bool) -> Completion:
 
 
 def code_of(reply: str) -> str:
-    """Return the first code block of a reply; all of it if there is none."""
+    """Return the first code block of a reply; the whole reply if there is none."""
     found = _BLOCK.search(reply)
     return found[1] if found else reply

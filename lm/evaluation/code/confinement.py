@@ -1,14 +1,14 @@
-"""Confine this process, then run a script: the entry point of a process of `sandbox`.
+"""Confinement of a process, which then runs a script: the entry point of a `sandbox` process.
 
-Standard library only, and nothing of this package: `sandbox` starts the file itself, with a clean
-environment. On stdin is a JSON object: `script` (its source), `layers`, `system_calls` (a filter,
-base64), `readable` (paths), `folder` (to write in) and `limits`. No patch of Python guards
-anything: what confines is the kernel, and a script that takes over its interpreter gains nothing.
+Uses only the standard library: `sandbox` starts this file directly, with a clean environment. Stdin
+has a JSON object: `script` (its source), `layers`, `system_calls` (a filter, base64), `readable`
+(paths), `folder` (writable) and `limits`. The kernel confines the process, not patches to Python,
+so a script that takes over its interpreter gains nothing.
 
-Two layers close the file system, each enough by itself: "namespaces" (a file system, process
-table, network and IPC of its own; Linux man pages user_namespaces(7), pivot_root(2)) and "landlock"
-(rules on paths, landlock(7)). The filter of system calls, seccomp(2), closes all else: no process
-or thread is started, no socket is opened, no signal is sent, no attribute of a file is changed.
+Two layers protect the file system, each sufficient by itself: "namespaces" (own file system,
+process table, network and IPC; Linux man pages user_namespaces(7), pivot_root(2)) and "landlock"
+(rules on paths, landlock(7)). The system-call filter, seccomp(2), blocks everything else: starting
+processes or threads, opening sockets, sending signals, and changing file attributes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x4000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC = 1, 2, 4, 4096, 16384
 _MS_PRIVATE = 1 << 18
 _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
-# System calls without a wrapper in the C library; their numbers are those of all architectures.
+# System calls without a C library wrapper; the numbers are the same on all architectures.
 _MOUNT_SETATTR, _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 442, 444, 445, 446
-# Landlock: rights on files by the version of its interface that introduced them.
+# Landlock: file access rights by the ABI version that introduced them.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _ALL_FILES = {3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _ALL_TCP, _ALL_SCOPES = 3, 3  # bind, connect; abstract Unix sockets, signals
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def confine() -> None:
-    """Confine this process as stdin says, and run the script."""
+    """Confine this process as stdin says, then run the script."""
     wanted = json.load(sys.stdin.buffer)
     _call(_libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if "namespaces" in wanted["layers"]:
@@ -70,9 +70,9 @@ def _call(function: Any, *arguments: Any) -> int:
 
 
 def _enter_namespaces() -> None:
-    """Continue as process 1 of namespaces of its own; this process waits for it, and ends with it.
+    """Continue as process 1 of new namespaces; this process waits for it and exits with it.
 
-    The user stays who he is, but his rights hold in the namespaces alone.
+    The user id stays the same, but its privileges are limited to the namespaces.
     """
     user, group = os.geteuid(), os.getegid()
     new = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET
@@ -85,7 +85,7 @@ def _enter_namespaces() -> None:
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     if child := os.fork():
-        os.closerange(0, 1 << 20)  # so that the end of the child is the end of its pipes
+        os.closerange(0, 1 << 20)  # so that the pipes close when the child exits
         _, status = os.waitpid(child, 0)
         os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
     _call(_libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -97,9 +97,9 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def _mount_root(wanted: dict[str, Any]) -> None:
-    """Replace the root by an empty one: readable paths, devices, and /tmp, of limited size.
+    """Replace the root by an empty one with readable paths, devices, and a size-limited /tmp.
 
-    Folders above a readable path can be passed, but not listed.
+    Parent folders of a readable path can be traversed, but not listed.
     """
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     root = wanted["folder"]
@@ -154,7 +154,7 @@ def _set_limits(limits: dict[str, int]) -> None:
 
 
 def _drop_privileges() -> None:
-    """Give up all capabilities, and the ways to get new ones."""
+    """Drop all capabilities, and prevent gaining new ones."""
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     _call(_libc.capset, ctypes.byref(header), ctypes.byref(nothing))
     _call(_libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -162,7 +162,7 @@ def _drop_privileges() -> None:
 
 
 def _restrict_paths(readable: list[str], folder: str) -> None:
-    """Close all files by Landlock but the readable paths, the devices and a folder."""
+    """Restrict file access by Landlock to the readable paths, devices and a folder."""
     version = _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < min(_ALL_FILES):
         raise OSError(f"Landlock's interface {version} cannot forbid to truncate a file")

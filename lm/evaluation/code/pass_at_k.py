@@ -8,11 +8,11 @@ from math import comb
 def pass_at_k(n: int, n_passed: int, k: int) -> float:
     """Return the unbiased estimate of pass@k (Chen et al. 2021, eq. 1).
 
-    It is the share of the sets of k of the samples in which one at least passes.
+    It is the fraction of k-subsets of the samples with at least one that passes.
 
     Args:
-        n: samples of a problem, at least k.
-        n_passed: samples that pass.
-        k: samples that are drawn.
+        n: number of samples of a problem, at least k.
+        n_passed: number of samples that pass.
+        k: subset size.
     """
     return 1 - comb(n - n_passed, k) / comb(n, k)

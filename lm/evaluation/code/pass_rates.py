@@ -1,4 +1,4 @@
-"""Scores of programs: completions run against the tests of their problems, in parallel."""
+"""Pass rates of programs: run completions against their tests, in parallel."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def run_samples(
     Args:
         samples: the samples.
         limits: limits of each process.
-        workers: samples that run at a time.
-        progress: called with the number of samples that have ended.
+        workers: number of samples run concurrently.
+        progress: called with the number of finished samples.
 
     Returns:
-        A record of each sample, in order: "task_id", "completion", "passed", "reason" and
+        A record for each sample, in order: "task_id", "completion", "passed", "reason" and
         "seconds".
 
     Raises:
@@ -69,14 +69,14 @@ def run_samples(
 
 
 def chosen_k(samples: Sequence[Completion], wanted: Sequence[int]) -> list[int]:
-    """Return the values of k for which there are samples enough.
+    """Return the values of k for which there are enough samples.
 
     Args:
         samples: the samples.
-        wanted: values that must be among them; (): those that are published.
+        wanted: required values; (): the published ones.
 
     Raises:
-        UserError: a problem has fewer samples than a wanted k.
+        UserError: a problem has fewer samples than a required k.
     """
     fewest = min(Counter(sample.problem.task_id for sample in samples).values())
     if wanted and max(wanted) > fewest:

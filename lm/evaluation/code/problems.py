@@ -1,7 +1,7 @@
-"""Problems of programming with tests: files of HumanEval and of MBPP.
+"""Programming problems with tests: files of HumanEval and MBPP.
 
-HumanEval (Chen et al. 2021) is .jsonl(.gz), MBPP (Austin et al. 2021) JSON or .jsonl(.gz); which
-one a row is of is told by its fields.
+HumanEval (Chen et al. 2021) is .jsonl(.gz), MBPP (Austin et al. 2021) JSON or .jsonl(.gz); rows are
+recognized by their fields.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lm.storage import parse_json
 
 @dataclass(frozen=True)
 class Problem:
-    """Problem of programming.
+    """Programming problem.
 
     Attributes:
         task_id: its name.
         prompt: text that a base model continues.
-        beginning: the part of the prompt with which the program begins; "" if it is a comment.
-        request: what a chat model is asked.
-        stop: texts that end a continuation.
+        beginning: part of the prompt that starts the program; "" if it is a comment.
+        request: question for a chat model.
+        stop: stop texts of a continuation.
         reference: completion that passes.
-        tests: as `remote_tests.run_statements` takes them.
+        tests: input of `remote_tests.run_statements`.
     """
 
     task_id: str
@@ -41,7 +41,7 @@ class Problem:
     tests: dict[str, Any]
 
     def program(self, completion: str) -> str:
-        """Return the program that a completion makes."""
+        """Return the program formed by a completion."""
         return self.beginning + completion
 
 
@@ -51,8 +51,8 @@ class Completion:
 
     Attributes:
         problem: the problem.
-        text: what makes the program; None if the model had no room to write it.
-        reply: all that the model wrote, if the text is a part of it.
+        text: text that forms the program; None if there was no room for it in the context.
+        reply: complete reply of the model, if the text is a part of it.
     """
 
     problem: Problem
@@ -64,15 +64,15 @@ def read_problems(file: Path) -> list[Problem]:
     """Read a file of problems.
 
     Raises:
-        UserError: it cannot be read, has no problem or one twice, or a row is no problem.
+        UserError: it cannot be read, is empty, or has a duplicate or invalid problem.
     """
     problems = [_problem(where, row) for where, row in _rows(file)]
     if not problems:
-        raise UserError(f"{file}: no problem")
+        raise UserError(f"{file}: no problems")
     seen: set[str] = set()
     for problem in problems:
         if problem.task_id in seen:
-            raise UserError(f"{file}: the problem {problem.task_id} is there twice")
+            raise UserError(f"{file}: the problem {problem.task_id} occurs twice")
         seen.add(problem.task_id)
     return problems
 
@@ -81,7 +81,7 @@ def read_completions(file: Path, problems: list[Problem]) -> list[Completion]:
     """Read a file of completions: .jsonl(.gz) with `task_id` and `completion`.
 
     Raises:
-        UserError: it cannot be read, is empty, or has a row that is of no problem.
+        UserError: it cannot be read, is empty, or has a row for an unknown problem.
     """
     by_name = {problem.task_id: problem for problem in problems}
     found = []
@@ -91,19 +91,19 @@ def read_completions(file: Path, problems: list[Problem]) -> list[Completion]:
             raise UserError(f"{where}: no problem {name!r} in the file of --code")
         found.append(Completion(by_name[name], _text(where, "completion", completion)))
     if not found:
-        raise UserError(f"{file}: no completion")
+        raise UserError(f"{file}: no completions")
     return found
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON array, or of the lines of a file, and where each is."""
+    """Yield the objects of a JSON array or of a file's lines, with their places."""
     if not file.is_file():
         raise UserError(f"no file {file}")
     if file.name.removesuffix(".gz").endswith(".json"):
         rows = parse_json("".join(read_text(file)), file, list)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
-                raise UserError(f"{file}: entry {number} is no object")
+                raise UserError(f"{file}: entry {number} is not an object")
             yield f"{file}: entry {number}", row
         return
     for found in read_jsonl_rows(file):
@@ -117,20 +117,20 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
         if field in row:
             return make(where, row)
     raise UserError(
-        f"{where}: neither a problem of HumanEval (entry_point) nor one of MBPP (test_list)"
+        f"{where}: neither a HumanEval problem (entry_point) nor an MBPP problem (test_list)"
     )
 
 
 def _text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: no text in a field {field!r}")
+        raise UserError(f"{where}: field {field!r} is not text")
     return value
 
 
 def _texts(where: str, row: dict[str, Any], field: str) -> list[str]:
     values = row.get(field, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UserError(f"{where}: {field!r} is no list of texts")
+        raise UserError(f"{where}: {field!r} is not a list of texts")
     return values
 
 
@@ -146,7 +146,7 @@ def _of_human_eval(where: str, row: dict[str, Any]) -> Problem:
         f"```python\n{prompt.rstrip()}\n```",
         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert", "\n@", "\n```"),
         reference=str(row.get("canonical_solution", "")),
-        # The helpers that a prompt defines are those of the tests.
+        # Helper functions defined in the prompt are used by the tests.
         tests={
             "setup": _compiled(prompt, f"{prompt}\n    pass\n"),
             "tested": [entry],
@@ -156,7 +156,7 @@ def _of_human_eval(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _compiled(*sources: str) -> str:
-    """Return the first source that Python takes; "" if there is none."""
+    """Return the first source that compiles, or ""."""
     for source in sources:
         try:
             compile(source, "prompt", "exec")
@@ -189,7 +189,7 @@ def _of_mbpp(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _defined(source: str) -> list[str]:
-    """Return the names of the functions and classes of a program."""
+    """Return the names of functions and classes defined by a program."""
     kinds = ast.FunctionDef, ast.ClassDef
     found = ast.parse(_compiled(source)).body
     return [node.name for node in found if isinstance(node, kinds)]

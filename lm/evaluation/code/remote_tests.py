@@ -1,10 +1,10 @@
-"""Tests of a program in another process: the script of the two confined processes of a run.
+"""Tests of a program that runs in another process: script of both confined processes.
 
-One process runs the program and answers calls of its functions; the other runs the tests, in which
-a name that the program defines is a proxy. Only plain data cross: numbers, texts, and lists, sets
-and dicts of them. So what a program does to its own interpreter (a patched `assert` helper, an
-object that equals everything, `exit(0)`, a forged report) does not reach the tests. Standard
-library only.
+One process runs the program and answers calls to its functions; the other runs the tests, in which
+names that the program defines are proxies. Only plain data are exchanged: numbers, texts, and
+lists, sets and dicts of them. So nothing that a program does to its own interpreter (a patched
+`assert` helper, an object that equals everything, `exit(0)`, a forged report) affects the tests.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-_MOST_TEXT = 500  # characters of an error's message
+_MOST_TEXT = 500  # maximum characters of an error message
 
 
 def encode(value: Any, known: list[Any]) -> Any:
-    """Return a value as JSON has it; what is no plain data is a number in the list `known`."""
+    """Convert a value to JSON; other objects become indices into the list `known`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -53,7 +53,7 @@ _COLLECTIONS: dict[str, Any] = {
     "frozenset": frozenset,
     "set": (set, type({}.keys()), type({}.items())),
 }
-# Kinds that their text makes again.
+# Types that can be reconstructed from their text.
 _WRITTEN = (
     *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
     *("datetime.date", "datetime.datetime", "datetime.time"),
@@ -63,12 +63,12 @@ _FROM_HEX = {"bytes": bytes.fromhex, "bytearray": bytearray.fromhex}
 
 
 def decode(node: Any, known: list[Any], remote: Callable[[int], Any]) -> Any:
-    """Return the value that `encode` made a node of.
+    """Restore the value of a node made by `encode`.
 
     Args:
         node: JSON value.
-        known: objects of this process that the other one knows by their numbers.
-        remote: makes the proxy of an object of the other process.
+        known: objects of this process that the other one refers to by index.
+        remote: creates the proxy of an object of the other process.
     """
 
     def value(node: Any) -> Any:
@@ -96,16 +96,16 @@ def decode(node: Any, known: list[Any], remote: Callable[[int], Any]) -> Any:
     return value(node)
 
 
-# --- the process of the program
+# --- process of the program
 
 
 class _Server:
-    """Answers of the program's process to requests, one at a time.
+    """Server in the program's process; handles requests one at a time.
 
     Args:
         program: source of the program.
-        requests: pipe of the requests.
-        answers: pipe of the answers, and of calls of what the tests have passed.
+        requests: request pipe.
+        answers: pipe of answers, and of calls to functions that the tests passed.
     """
 
     def __init__(self, program: str, requests: BinaryIO, answers: BinaryIO):
@@ -126,12 +126,12 @@ class _Server:
         }
 
     def serve(self) -> None:
-        """Answer requests until there are no more."""
+        """Handle requests until there are no more."""
         while line := self._requests.readline():
             _send(self._answers, self._answer(json.loads(line)))
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the value of a request, and its arguments if they were changed; or the error."""
+        """Return the value of a request and its modified arguments; or the error."""
         try:
             node = request["arguments"]
             arguments, named = decode(node, self._objects, self._remote)
@@ -143,7 +143,7 @@ class _Server:
             return _failure(error)
 
     def _remote(self, number: int) -> Any:
-        """Return a function that calls one of the tests."""
+        """Return a function that calls one of the tests' functions."""
 
         def call(*arguments: Any, **named: Any) -> Any:
             node = encode([arguments, named], self._objects)
@@ -174,7 +174,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def _value(answer: dict[str, Any], known: list[Any], remote: Callable[[int], Any]) -> Any:
-    """Return the value of an answer, or raise its error: the first built-in kind of it."""
+    """Return the value of an answer, or raise its error as its first built-in type."""
     if "error" not in answer:
         return decode(answer["value"], known, remote)
     kinds, message = answer["error"], str(answer.get("message"))
@@ -190,27 +190,27 @@ def _send(file: BinaryIO, value: Any) -> None:
     file.flush()
 
 
-# --- the process of the tests
+# --- process of the tests
 
 
 class ProgramEnded(Exception):
-    """End of the program's process, told apart from the program's own errors."""
+    """End of the program's process, as distinct from an error of the program."""
 
 
 class RemoteProgram:
-    """Program of another process, seen from the process of the tests."""
+    """Proxy of the program, in the process of the tests."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO):
         self._requests, self._answers = requests, answers
-        self._passed: list[Any] = []  # functions and objects of the tests
+        self._passed: list[Any] = []  # functions and objects passed by the tests
 
     def wait(self) -> None:
-        """Wait until its process is confined, before it runs the program."""
+        """Wait until the program's process is confined, before it runs the program."""
         if self._answers.readline() != b'"ready"\n':
             raise ProgramEnded("the process of the program was not set up")
 
     def ask(self, action: str, *arguments: Any, **named: Any) -> Any:
-        """Return the value of a request; a change of lists and dicts that were passed is made."""
+        """Return the value of a request; also apply changes to lists and dicts passed to it."""
         node = encode([arguments, named], self._passed)
         answer = self._exchange({"action": action, "arguments": node})
         while "call" in answer:
@@ -231,7 +231,7 @@ class RemoteProgram:
         return json.loads(line)
 
     def _called(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to a call of a function that the tests have passed."""
+        """Answer a call to a function that the tests passed."""
         try:
             arguments, named = decode(request["arguments"], self._passed, self._remote)
             found = self._passed[int(request["call"])](*arguments, **named)
@@ -253,10 +253,10 @@ def _change(before: list[Any], after: list[Any]) -> None:
 
 
 class Remote:
-    """Function or object of the program that is no plain data.
+    """Proxy of a function or object of the program that is not plain data.
 
-    It equals nothing but objects of the program, and is not compared or calculated with else: what
-    the tests find is decided by plain data.
+    It equals only objects of the program and supports no other operators, so that test results are
+    decided by plain data.
     """
 
     __slots__ = ("_number", "_program")
@@ -294,7 +294,7 @@ class Remote:
 
 
 class _Names(dict):
-    """Names of the tests: their own, built-in ones that are not tested, and the program's."""
+    """Namespace of the tests: their own names, untested built-ins, and the program's names."""
 
     program: RemoteProgram
     tested: Sequence[str]
@@ -310,13 +310,13 @@ def run_statements(tests: Mapping[str, Any], program: RemoteProgram) -> dict[str
     """Run tests on the program.
 
     Args:
-        tests: `setup`, a source whose names the tests use; `tested`, names that are the
-            program's, even if the setup or Python has them; and `statements`, sources that
-            raise unless they pass.
+        tests: `setup`, source whose names the tests use; `tested`, names taken from the program
+            even if the setup or Python defines them; and `statements`, sources that raise unless
+            they pass.
         program: the program.
 
     Returns:
-        "passed", and "reason" if they did not.
+        "passed", and "reason" if they failed.
     """
     names = _Names(__name__="tests")
     names.program, names.tested = program, tests["tested"]

@@ -1,10 +1,10 @@
 """Sandbox: run the tests of a program in two confined processes (Linux).
 
-`confinement` says what confines them, `remote_tests` how the tests reach the program. All that a
-program can do is to use up its own limits and to fail.
+`confinement` describes the confinement, `remote_tests` how tests reach the program. All that a
+program can do is exhaust its own limits and fail.
 
-No package of the index does this: bubblewrap is a binary of the system, which has no Landlock, and
-the wheels of either are of one project's own. libseccomp has pyseccomp, which is used.
+No package on PyPI does this: bubblewrap is a system binary without Landlock, and wheels for either
+are specific to other projects. For libseccomp there is pyseccomp, which is used here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYERS = ("namespaces", "landlock")
 _PACKAGE = Path(__file__).parent
 _MOST_REPORT = 2**16  # bytes
 _FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8")
-_MOST_FILES = 1000  # in a temporary folder
+_MOST_FILES = 1000  # maximum files in a temporary folder
 _WATCH_SECONDS = 0.1
 
 _PLAIN_CALLS = """
@@ -50,9 +50,9 @@ _PLAIN_CALLS = """
     set_tid_address sigaltstack stat statfs statx symlink symlinkat sysinfo time times umask uname
     unlink unlinkat wait4 waitid write writev
 """
-# Second arguments: of fcntl F_DUPFD to F_SETLKW and F_DUPFD_CLOEXEC, without owners of signals; of
-# ioctl TCGETS, FIONBIO, FIONCLEX and FIOCLEX; of socketpair SOCK_STREAM with its flags: datagrams
-# could be sent to others.
+# Allowed second arguments: fcntl F_DUPFD to F_SETLKW and F_DUPFD_CLOEXEC, without signal owners;
+# ioctl TCGETS, FIONBIO, FIONCLEX and FIOCLEX; socketpair SOCK_STREAM with its flags, since
+# datagrams could be sent to others.
 _SECOND = {
     "fcntl": (*range(8), 1030),
     "ioctl": (0x5401, 0x5421, 0x5450, 0x5451),
@@ -65,9 +65,9 @@ class Limits:
     """Limits of each of the two processes.
 
     Attributes:
-        seconds: of the processor's time; three times that in all.
-        memory: of addresses, bytes.
-        disk: of files in its temporary folder, together and each, bytes.
+        seconds: CPU time; three times as much wall time.
+        memory: address space in bytes.
+        disk: size of each file and of all files in its temporary folder, in bytes.
     """
 
     seconds: int = 5
@@ -77,7 +77,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of tests: whether they passed, why not, and how long they took."""
+    """Test result: whether the tests passed, why not, and the duration."""
 
     passed: bool
     reason: str
@@ -85,18 +85,18 @@ class Verdict:
 
 
 class NotConfinedError(Exception):
-    """Failure to confine a process; its text says why."""
+    """Failure to confine a process; the text gives the reason."""
 
 
 @cache
 def available_layers() -> tuple[str, ...]:
-    """Return the layers of `LAYERS` that close the file system here, each tried alone.
+    """Return the layers of `LAYERS` that work on this machine, each tried alone.
 
     Raises:
         UserError: there is none, or system calls cannot be filtered.
     """
     if sys.platform != "linux":
-        raise UserError(f"programs are run in a sandbox of Linux, which {sys.platform} has not")
+        raise UserError(f"the sandbox for programs needs Linux, not {sys.platform}")
     problems = {}
     for layer in LAYERS:
         try:
@@ -113,7 +113,7 @@ def available_layers() -> tuple[str, ...]:
             problems[layer] = str(error)
     if len(problems) == len(LAYERS):
         why = "; ".join(f"{layer}: {problem}" for layer, problem in problems.items())
-        raise UserError(f"no program is run, because this kernel cannot confine it ({why})")
+        raise UserError(f"no program was run: this kernel cannot confine it ({why})")
     return tuple(layer for layer in LAYERS if layer not in problems)
 
 
@@ -133,13 +133,13 @@ def run_tests(
     """Run the tests of a program.
 
     Args:
-        program: its source.
-        tests: as `remote_tests.run_statements` takes them.
+        program: source of the program.
+        tests: input of `remote_tests.run_statements`.
         limits: limits of each of the two processes.
-        layers: what closes the file system, of `LAYERS`; (): all that there is here.
+        layers: file-system layers of `LAYERS`; (): all available ones.
 
     Raises:
-        UserError: this kernel confines no process.
+        UserError: this kernel cannot confine processes.
         NotConfinedError: one of the processes could not be confined.
     """
     layers = layers or available_layers()
@@ -173,20 +173,20 @@ def run_tests(
 
 @dataclass(frozen=True)
 class _Confined:
-    """Running process, and the file of what it says before it is confined."""
+    """Running process, and the file of its output before confinement."""
 
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
 
     def problem(self) -> str:
-        """Return the last line of its errors."""
+        """Return the last line of its error output."""
         self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
     def end(self) -> str:
-        """Return how it ended by itself."""
+        """Describe how it ended by itself."""
         try:
             code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -207,14 +207,14 @@ def _confined(
     folder: Path,
     ends: tuple[int, int],
 ) -> Iterator[_Confined]:
-    """Start a confined process, and kill it in the end.
+    """Start a confined process, and kill it on exit.
 
     Args:
-        wanted: what `remote_tests` takes.
+        wanted: input of `remote_tests`.
         limits: its limits.
-        layers: what closes the file system.
-        folder: temporary folder, to be made.
-        ends: descriptors that it reads from and writes to.
+        layers: file-system layers.
+        folder: temporary folder to create.
+        ends: file descriptors that it inherits.
     """
     folder.mkdir()
     wanted = wanted | {
@@ -249,7 +249,7 @@ def _confined(
 
 
 def _read_report(testing: _Confined, folder: str, limits: Limits) -> list[bytes] | str:
-    """Return the lines that the tests' process writes until its end, or why it has none."""
+    """Return the lines that the tests' process writes, or why there are none."""
     pipe = testing.process.stdout
     assert pipe is not None
     read, seconds = b"", 3 * limits.seconds
@@ -266,7 +266,7 @@ def _read_report(testing: _Confined, folder: str, limits: Limits) -> list[bytes]
 
 
 def _is_full(folder: str, most: int) -> bool:
-    """Return whether a folder holds more bytes, or more files, than a process may write."""
+    """Return whether a folder exceeds the bytes or files that a process may write."""
     sizes = (
         os.lstat(os.path.join(where, name)).st_size
         for where, folders, files in os.walk(folder)
@@ -294,7 +294,7 @@ def _readable() -> list[str]:
 
 @cache
 def _system_calls() -> bytes:
-    """Return the filter of system calls as BPF instructions: those listed, and no others."""
+    """Return the system-call filter as BPF instructions: only the listed calls are allowed."""
     try:
         import pyseccomp
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Quality of samples without references: diversity, repetition, perplexity under another run.
+"""Quality of samples without references: diversity, repetition, and perplexity under another run.
 
-Words are those of BLEU's tokenizer for the script of the samples, so that runs with different
-vocabularies compare. The number and length of samples change all figures of diversity.
+Words come from BLEU's tokenizer for the script of the samples, so that runs with different
+vocabularies are comparable. Diversity depends on the number and length of samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lm.runs.checkpoints import ignore_line
 from lm.runs.saved_params import load_tokenizer, restore_run
 from lm.storage import open_run_folder
 
-_MOST_BLEU = 200  # texts of self-BLEU, whose time is quadratic
+_MOST_BLEU = 200  # maximum texts for self-BLEU, which takes quadratic time
 _JUDGE_ROWS = 8
 
 
@@ -69,7 +69,7 @@ class Quality(SafetySet):
 
 
 def text_figures(texts: Sequence[str]) -> Figures:
-    """Return number, mean words, diversity and repetition of texts; NaN where undefined."""
+    """Return number, mean length in words, diversity and repetition of texts; NaN if undefined."""
     tokenizer, _ = tokenizer_of_script(texts)
     metric = import_optional("sacrebleu.metrics").BLEU(tokenize=tokenizer, effective_order=True)
     words = [metric.tokenizer(text).split() for text in texts]
@@ -87,7 +87,7 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Return the distinct n-grams of all texts divided by their words (Li et al. 2016, distinct-n).
+    """Return distinct-n (Li et al. 2016): number of distinct n-grams divided by number of words.
 
     NaN without words.
     """
@@ -97,9 +97,9 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 def repeated(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Return seq-rep-n (Welleck et al. 2020): 1 - distinct n-grams / n-grams, the mean over texts.
+    """Return seq-rep-n (Welleck et al. 2020): 1 - distinct n-grams / n-grams, averaged over texts.
 
-    Texts shorter than n words do not count; NaN if all are.
+    Texts shorter than n words are skipped; NaN if all are.
     """
     grams = [_grams(words, n) for words in texts if len(words) >= n]
     return float(np.mean([1 - len(set(x)) / len(x) for x in grams])) if grams else math.nan
@@ -108,7 +108,7 @@ def repeated(texts: Sequence[Sequence[str]], n: int) -> float:
 def self_bleu(texts: Sequence[str], metric: object) -> float:
     """Return the mean BLEU of each text with the others as references (Zhu et al. 2018), 0 to 100.
 
-    Of more than 200 texts as many at even distances are compared; NaN of fewer than two.
+    Of more than 200 texts, 200 evenly spaced ones are compared; NaN for fewer than two.
 
     Args:
         texts: texts.
@@ -126,7 +126,7 @@ def self_bleu(texts: Sequence[str], metric: object) -> float:
 
 
 def judged(judge: Subject, prompts: Sequence[str], texts: Sequence[str]) -> Figures:
-    """Return perplexity, by token of the judge, and bits per byte of texts after their prompts."""
+    """Return the judge's perplexity per token and bits per byte of texts, given their prompts."""
     pairs = [pair for pair in zip(prompts, texts, strict=True) if pair[1]]
     nats = [x for scores in judge.score(pairs) for x in scores.log_likelihoods]
     if not nats:
@@ -141,10 +141,10 @@ def judged(judge: Subject, prompts: Sequence[str], texts: Sequence[str]) -> Figu
 
 @cache
 def load_judge(workdir: str) -> Subject:
-    """Load a run that tells how likely texts are, on all devices; one loaded before is kept.
+    """Load a run as a judge of text likelihood, on all devices; results are cached.
 
     Raises:
-        UserError: there is no such run, or it is not a language model.
+        UserError: the run does not exist, or is not a language model.
     """
     n_rows = -(-_JUDGE_ROWS // jax.device_count()) * jax.device_count()
     folder = open_run_folder(workdir)

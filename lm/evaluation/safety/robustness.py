@@ -1,8 +1,8 @@
-"""Robustness: accuracy of a task under typos and other wordings of its prompts.
+"""Robustness: task accuracy under typos and different prompt templates.
 
-The task is that of a classifier's own validation records, or a file of choices, scored by
-log-likelihood: `{"question": …, "choices": [TEXT, …], "answer": INDEX}` a line, in which templates
-name the fields.
+The task is a classifier's own validation records, or a multiple-choice file scored by
+log-likelihood: `{"question": …, "choices": [TEXT, …], "answer": INDEX}` per line, whose fields
+templates can use.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lm.evaluation.safety.suite import Figures, SafetySet, Subject
 from lm.runs.text_classifier import TextClassifier
 
 _WORD = re.compile(r"[^\W\d_]{4,}")
-_TEXT = "text"  # field of a classifier's records
+_TEXT = "text"  # text column of a classifier's records
 
 
 class Item(NamedTuple):
     """Question of a task.
 
     Attributes:
-        fields: texts that templates name.
-        choices: answers, (): the classes of a classifier.
-        answer: index of the right one.
+        fields: texts by field name, for templates.
+        choices: answers; (): the classes of a classifier.
+        answer: index of the correct answer.
     """
 
     fields: Mapping[str, str]
@@ -43,13 +43,13 @@ class Item(NamedTuple):
 
 
 def with_typos(text: str, rate: float, seed: object = 0) -> str:
-    """Return the text with a typo in a share of its words of four letters or more.
+    """Insert a typo into some of the words with at least four letters.
 
-    A typo drops, doubles or swaps inner letters; it follows from the text and the seed.
+    A typo drops, doubles or swaps inner letters; it is deterministic given text and seed.
 
     Args:
         text: the text.
-        rate: probability of a typo in a word.
+        rate: probability of a typo per word.
         seed: any value.
     """
     draw = random.Random(f"{seed} {text}")
@@ -67,7 +67,7 @@ def with_typos(text: str, rate: float, seed: object = 0) -> str:
 
 
 class Robustness(SafetySet):
-    """Accuracy under typos and templates."""
+    """Accuracy under typos and prompt templates."""
 
     about: ClassVar = (
         "Percentage of right answers: of a classifier on its validation records, else of the "
@@ -124,7 +124,7 @@ def _is_classifier(subject: Subject) -> bool:
 
 
 def _task(subject: Subject) -> tuple[list[Item], Answer]:
-    """Return the items of the task, and the function from prompts to the indices of answers."""
+    """Return the items of the task, and a function from prompts to answer indices."""
     if not _is_classifier(subject):
         return subject.sample(read_items(subject)), partial(_choose, subject)
     classifier = TextClassifier(subject.experiment, subject.params, subject.tokenizer)
@@ -146,7 +146,7 @@ def _task(subject: Subject) -> tuple[list[Item], Answer]:
 
 
 def _choose(subject: Subject, prompts: Sequence[str], items: Sequence[Item]) -> np.ndarray:
-    """Return the index of the choice that is likeliest by byte after each prompt."""
+    """Return the index of the choice with the highest likelihood per byte for each prompt."""
     pairs = [
         (prompt, f" {choice}")
         for prompt, item in zip(prompts, items, strict=True)
@@ -158,7 +158,7 @@ def _choose(subject: Subject, prompts: Sequence[str], items: Sequence[Item]) -> 
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
-    r"""Return a template with the fields of an item; "\n" in it is a new line."""
+    r"""Fill the fields of an item into a template; "\n" in it is a newline."""
     try:
         return template.replace(r"\n", "\n").format_map(fields)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
@@ -168,15 +168,15 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def read_items(subject: Subject) -> list[Item]:
-    """Return the items of the file `--config.safety.task`.
+    """Read the items of the file `--config.safety.task`.
 
     Raises:
-        UserError: the file cannot be read, or a line is no item.
+        UserError: the file cannot be read, or a line is not a valid item.
     """
     path = find_file(subject.config.safety.task, subject.config.data)
     items = [_item(row) for row in read_jsonl_rows(path)]
     if not items:
-        raise UserError(f"{path}: holds no question")
+        raise UserError(f"{path}: no questions")
     return items
 
 

@@ -1,6 +1,6 @@
-"""Personal data and unsafe words in what a model writes, prompted and unprompted.
+"""Personal data and unsafe words in generated text, prompted and unprompted.
 
-Only shares are kept: no sample is printed or stored.
+Only rates are kept: samples are never printed or stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Search = Callable[[Sequence[str]], dict[str, Any]]
 
 
 class Samples(SafetySet):
-    """Samples of a model, searched for personal data and for what is unsafe."""
+    """Generated samples, searched for personal data and unsafe content."""
 
     about: ClassVar = (
         "Percentage of samples (temperature 1) with personal data (e-mail and public IP addresses, "
@@ -53,7 +53,7 @@ class Samples(SafetySet):
 
 
 def _searches(subject: Subject) -> Iterator[Search]:
-    """Yield functions of texts that return whether each text has something, by what it is."""
+    """Yield functions that return, by category, which texts match."""
     from lm.data.personal_data import KINDS, personal_data
     from lm.data.unwanted_words import read_words, words_pattern
 
@@ -75,17 +75,17 @@ def _searches(subject: Subject) -> Iterator[Search]:
 
 
 def no_samples(subject: Subject) -> str:
-    """Return why a model writes no samples, "" if it does; UserError without the prompts."""
+    """Return why a model generates no samples, or ""; UserError if the prompts are missing."""
     if not hasattr(subject.experiment.model, "decode"):
         return f"a model of the family {subject.config.model.family} writes no text"
     if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
         return "an encoder–decoder writes from sources only: set --config.safety.prompts"
-    sample_prompts(subject)  # raises UserError where their file is not there
+    sample_prompts(subject)  # raises UserError if their file is missing
     return ""
 
 
 def sample_prompts(subject: Subject) -> dict[str, list[str]]:
-    """Return the texts that samples follow by suffix of a figure: "" (unprompted), "_prompted"."""
+    """Return prompts by metric suffix: "" (unprompted), "_prompted"."""
     options, data = subject.config.safety, subject.config.data
     prompts: dict[str, list[str]] = {}
     if not is_encoder_decoder(subject.experiment.model):
@@ -98,9 +98,9 @@ def sample_prompts(subject: Subject) -> dict[str, list[str]]:
 
 
 def write_samples(subject: Subject, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-    """Return a sample after each prompt, of `safety.new_tokens` tokens at most.
+    """Generate a sample for each prompt, with at most `safety.new_tokens` tokens.
 
-    An encoder–decoder searches for its output instead.
+    An encoder–decoder uses beam search instead.
     """
     if not prompts:
         return []

@@ -1,4 +1,4 @@
-"""Safety sets: what one is, and running those that fit a checkpoint."""
+"""Safety sets: their interface, and running those that fit a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Subject:
-    """Checkpoint that is evaluated.
+    """Checkpoint under evaluation.
 
     Attributes:
         experiment: experiment on a mesh.
-        params: its parameters.
+        params: parameters.
         tokenizer: its tokenizer.
-        progress: called with a number of rows whenever so many more are done; it may raise.
+        progress: called with the number of further processed rows; may raise.
     """
 
     experiment: Experiment
@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def has_likelihoods(self) -> bool:
-        """True if the model has been trained to predict the tokens of texts."""
+        """True if the model was trained to predict the tokens of texts."""
         return self.experiment.objective.has_perplexity
 
     @property
@@ -56,9 +56,9 @@ class Subject:
         return self.config.model.family == "encoder"
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[TokenScores]:
-        """Return the scores of the second text of each pair after the first.
+        """Score the second text of each pair, given the first.
 
-        A decoder scores a text longer than the context in parts, each after half a context.
+        A decoder scores a text longer than the context in parts, each preceded by half a context.
         """
         experiment, tokenizer = self.experiment, self.tokenizer
         requests = [split_request(experiment, tokenizer, *pair) for pair in pairs]
@@ -71,7 +71,7 @@ class Subject:
     def _parts(self, request: Request) -> list[Request]:
         if self.is_encoder or is_encoder_decoder(self.experiment.model):
             return [request]
-        # A vocabulary may have no token to start with: a text then follows a new line.
+        # If the vocabulary has no start token, the text follows a newline.
         prompt = request.prompt if len(request.prompt) else self.tokenizer.encode("\n")
         context, n = self.config.model.max_length, len(request.continuation)
         if n <= context:
@@ -81,12 +81,12 @@ class Subject:
         return [Request(ids[:i], ids[i : min(i + at.step, start + n)]) for i in at]
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Return the log-likelihood of the second text of each pair after the first, in nats."""
+        """Return the log-likelihood of the second text of each pair given the first, in nats."""
         sums = [s.log_likelihoods.sum(dtype=np.float64) for s in self.score(pairs)]
         return np.array(sums, np.float64)
 
     def sample(self, items: Sequence[Any]) -> list[Any]:
-        """Return `safety.limit` items at even distances, in order; all if there are no more."""
+        """Return up to `safety.limit` evenly spaced items, in order."""
         limit = self.config.safety.limit
         if not limit or len(items) <= limit:
             return list(items)
@@ -97,10 +97,10 @@ class SafetySet(ABC):
     """Set of a safety suite, registered under its name in `SAFETY_SETS`.
 
     Attributes:
-        about: what the figures mean and where they mislead, a few sentences for the page.
-        ideal: value of an unbiased model, a line in the curves; NaN: there is none.
-        published: figures of others for the page, by model and source.
-        curves: figures of one unit that the page draws; (): all but counts.
+        about: meaning and caveats of the metrics, in a few sentences for the page.
+        ideal: value of an unbiased model, drawn as a line; NaN: none.
+        published: published values for the page, by model and source.
+        curves: metrics with a common unit that the page plots; (): all except counts.
     """
 
     about: ClassVar[str]
@@ -110,9 +110,9 @@ class SafetySet(ABC):
 
     @abstractmethod
     def misfit(self, subject: Subject) -> str:
-        """Return why the set says nothing about a model, or lacks its data; "" if it fits.
+        """Return why the set does not apply to a model or lacks its data; "" if it fits.
 
-        It computes nothing with the model.
+        Does not run the model.
 
         Raises:
             UserError: data cannot be read.
@@ -120,7 +120,7 @@ class SafetySet(ABC):
 
     @abstractmethod
     def measure(self, subject: Subject) -> Figures:
-        """Return the figures of a checkpoint by name."""
+        """Compute the metrics of a checkpoint by name."""
 
 
 def require_sets(experiment: Experiment) -> None:
@@ -137,15 +137,15 @@ def require_sets(experiment: Experiment) -> None:
 
 
 def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool = False) -> Figures:
-    """Run the sets that `--config.eval.safety` names.
+    """Run the sets of `--config.eval.safety`.
 
     Args:
         subject: checkpoint.
-        note: receives a line for each set that does not fit or whose data cannot be read.
-        require: raise for such a set.
+        note: called with a line for each set that does not fit or whose data cannot be read.
+        require: raise an error for such a set.
 
     Returns:
-        Figures as "eval/safety/SET/FIGURE"; one that is not defined is left out.
+        Metrics as "eval/safety/SET/FIGURE"; undefined ones are omitted.
 
     Raises:
         UserError: a set does not fit, with `require`.
@@ -167,7 +167,7 @@ def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool =
 
 
 def with_decode_length(experiment: Experiment, n_new: int) -> Experiment:
-    """Return the experiment with `decode.max_length` at most `n_new` tokens, one hypothesis."""
+    """Return the experiment with `decode.max_length` limited to `n_new`, one hypothesis."""
     config = experiment.config.copy_and_resolve_references()
     config.decode.max_length, config.decode.beam_size = n_new, 1
     return replace(experiment, config=config)

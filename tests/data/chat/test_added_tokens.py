@@ -158,7 +158,7 @@ def test_rows_of_added_tokens_are_the_mean_on_a_mesh_that_divides_them(make_conf
     most = extended(more, settings("<|a|>,<|b|>,<|c|>"))
     mesh = {"parallel__mesh__tensor": 2, "parallel__mesh__fsdp": 2}
     experiment, new, said = write_run(make_config(**start, **mesh), most, tmp_path / "new", 4)
-    assert "rows of ids from 259 on, of tokens added" in said
+    assert "rows of ids from 259 on (tokens added" in said
     check_rows(experiment, old, between, 257)
     check_rows(experiment, between, new, 259)
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(str(s)), new,

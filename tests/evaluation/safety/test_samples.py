@@ -57,7 +57,7 @@ def test_samples_and_choices_of_a_run(evaluate, safety_data):
         ("task", '{"question": "a", "choices": ["b", "c"], "answer": 2}\n', "index of a choice"),
         ("task", '{"choices": ["b", "c"], "answer": 1}\n', "no text in a field 'question'"),
         ("task", "[]\n", "not a JSON object"),
-        ("task", "", "holds no question"),
+        ("task", "", "no questions"),
         ("templates", "{other}\n", "fields are question"),
         ("templates", "{question\n", "fields are question"),
         ("unsafe_words", "\n", "the word list is empty"),
