@@ -8,6 +8,8 @@ keeps beside its parameters, is zero in the released files; others are refused.
 
 from __future__ import annotations
 
+import numpy as np
+
 from lm.interop.bert import ACTIVATIONS
 from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
 from lm.interop.tensor_mapping import (
@@ -31,12 +33,10 @@ def _attention(name: str, path: str) -> list[TensorMapping]:
     ]
 
 
-def _stack(stack: str, positions: str, norm: str) -> list[TensorMapping]:
-    """Map the tensors of "encoder" or "decoder"; two modules of ours lie outside of the stack."""
+def layer_mappings(stack: str) -> list[TensorMapping]:
+    """Map the tensors of the layers of "encoder" or "decoder"."""
     path, layer = f"{stack}/layers", f"model.{stack}.layers.{{}}"
     return [
-        same_layout(f"model.{stack}.embed_positions.weight", f"{positions}/embedding"),
-        *norm_mappings(f"model.{stack}.layernorm_embedding", norm),
         *_attention(f"{layer}.self_attn", f"{path}/attention"),
         *norm_mappings(f"{layer}.self_attn_layer_norm", f"{path}/attention_norm"),
         *_attention(f"{layer}.encoder_attn", f"{path}/cross_attention"),
@@ -44,6 +44,15 @@ def _stack(stack: str, positions: str, norm: str) -> list[TensorMapping]:
         *linear_mappings(f"{layer}.fc1", f"{path}/feed_forward/in"),
         *linear_mappings(f"{layer}.fc2", f"{path}/feed_forward/out"),
         *norm_mappings(f"{layer}.final_layer_norm", f"{path}/feed_forward_norm"),
+    ]
+
+
+def _stack(stack: str, positions: str, norm: str) -> list[TensorMapping]:
+    """Map the tensors of "encoder" or "decoder"; two modules of ours lie outside of the stack."""
+    return [
+        same_layout(f"model.{stack}.embed_positions.weight", f"{positions}/embedding"),
+        *norm_mappings(f"model.{stack}.layernorm_embedding", norm),
+        *layer_mappings(stack),
     ]
 
 
@@ -56,7 +65,8 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
     ]
 
 
-def _read(hf: Values) -> Values:
+def read_stacks(hf: Values) -> Values:
+    """Return the fields of config.json that BART and Whisper share."""
     require_equal(
         hf,
         decoder_attention_heads=hf["encoder_attention_heads"],
@@ -65,22 +75,19 @@ def _read(hf: Values) -> Values:
     return {
         "n_decoder_layers": hf.get("decoder_layers") or hf["encoder_layers"],
         "activation": lm_word(hf, "activation_function", ACTIVATIONS, "gelu"),
-        "scale_embeddings": hf.get("scale_embedding", False),
-        "tie_embeddings": True,
         "dropout": hf.get("dropout", 0.1),
         "attention_dropout": hf.get("attention_dropout", 0.0),
         "activation_dropout": hf.get("activation_dropout", 0.0),
     }
 
 
-def _write(config: TransformerConfig) -> Values:
+def write_stacks(config: TransformerConfig) -> Values:
+    """Return the values of config.json that BART and Whisper share."""
     return {
         "decoder_layers": config.n_decoder_layers or config.n_layers,
         "decoder_attention_heads": config.n_heads,
         "decoder_ffn_dim": config.d_ff,
         "activation_function": hf_word(config.activation, ACTIVATIONS, "activation"),
-        "scale_embedding": config.scale_embeddings,
-        "tie_word_embeddings": True,
         "dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
         "activation_dropout": config.activation_dropout,
@@ -88,20 +95,30 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
+def _read(hf: Values) -> Values:
+    scaled = hf.get("scale_embedding", False)
+    return read_stacks(hf) | {"scale_embeddings": scaled, "tie_embeddings": True}
+
+
+def _write(config: TransformerConfig) -> Values:
+    values = {"scale_embedding": config.scale_embeddings, "tie_word_embeddings": True}
+    return write_stacks(config) | values
+
+
+STACK_KEYS = {
+    "encoder_layers": "n_layers",
+    "d_model": "d_model",
+    "encoder_attention_heads": "n_heads",
+    "encoder_ffn_dim": "d_ff",
+    "vocab_size": "vocab_size",
+}
 BART = Family(
     model_type="bart",
     model="encoder_decoder",
     classes={frozenset(): "BartForConditionalGeneration"},
     prefix="model.",
     base=_base,
-    keys={
-        "encoder_layers": "n_layers",
-        "d_model": "d_model",
-        "encoder_attention_heads": "n_heads",
-        "encoder_ffn_dim": "d_ff",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_length",
-    },
+    keys=STACK_KEYS | {"max_position_embeddings": "max_length"},
     fixed={
         "norm": "layernorm",
         "norm_placement": "post",
@@ -120,6 +137,6 @@ BART = Family(
         "model.decoder.embed_tokens.weight": "model.shared.weight",
     },
     in_file=["tie_embeddings"],
-    zeros=["final_logits_bias"],
+    constants={"final_logits_bias": lambda c: np.zeros((1, c.vocab_size), np.float32)},
     objective="denoising",
 )

@@ -84,7 +84,8 @@ class Family:
         in_file: fields that the tensors of a file determine, not config.json.
         defaults: values of `keys` that old files lack.
         fused: tensors of a file that hold several of the table (`fused_tensors.py`).
-        zeros: tensors that are left out, and must be zero.
+        constants: tensors with the same values in all models of a configuration.
+        further_files: further JSON files of a folder, by name: what they must say, if they do.
         left_out: modules that a class lacks, and that are left out.
         objective: objective of its pretraining, "" where that of `model` is usual.
     """
@@ -107,7 +108,8 @@ class Family:
     in_file: Sequence[str] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fused: Fused = field(default_factory=dict)
-    zeros: Sequence[str] = ()
+    constants: Mapping[str, Callable[[TransformerConfig], np.ndarray]] = field(default_factory=dict)
+    further_files: Mapping[str, Callable[[TransformerConfig], Values]] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     objective: str = ""
 

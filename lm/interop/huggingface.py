@@ -99,6 +99,10 @@ def convert(model: nn.Module, params: Params, model_type: str | None = None) -> 
         for mapping in mappings
         for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
     ]
+    tensors += [
+        PendingTensor(name, values(config).shape, partial(values, config))
+        for name, values in family.constants.items()
+    ]
     tensors = [
         replace(tensor, name=tensor.name.removeprefix(bare))
         for tensor in fuse(family.fused, config.n_layers, tensors)
@@ -171,7 +175,11 @@ def save(
     }
     if quantize:
         values["quantization_config"] = quantization_config(quantized_inputs, quantize)
-    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    files = {"config.json": values} | {
+        name: further(config) for name, further in family.further_files.items()
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return found.class_name
 
 

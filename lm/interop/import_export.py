@@ -125,6 +125,10 @@ def run_config(found: ModelFolder) -> ConfigDict:
         if found.config.n_classes > 1 or of_tokens:
             config.data.labels = listing(_class_names(found))
     config.data.sequence_length = min(found.config.max_length, _LONGEST)
+    if found.config.n_mels:
+        config.data.target_length = config.data.sequence_length
+        config.data.sequence_length = found.config.max_source_length
+        config.data.n_mels = found.config.n_mels
     return config
 
 

@@ -32,6 +32,7 @@ from lm.interop import (
     qwen_moe,
     small_models,
     t5,
+    whisper,
 )
 from lm.interop.family import Family, Values
 from lm.interop.fused_tensors import split
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         modernbert.MODERNBERT,
         deberta.DEBERTA,
         bart.BART,
+        whisper.WHISPER,
         t5.T5,
         t5.MT5,
         llama.LLAMA,
@@ -209,7 +211,8 @@ def open_model_folder(path: Path) -> ModelFolder:
         method = str(quantization.get("quant_method"))
         tensors = readers.get(method, compressed_tensors.unpacked)(path, quantization, tensors)
     stored = _without_further(about, config, _by_table_name(family, tensors))
-    stored = _without_zeros(path, family, stored)
+    stored = _without_constants(path, family, config, stored)
+    _check_further_files(path, family, config)
     _check_layers(path, config, len(stored))
     heads = frozenset(
         name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
@@ -267,14 +270,42 @@ def _without_further(
     return {name: x for name, x in stored.items() if not names or not is_further.fullmatch(name)}
 
 
-def _without_zeros(
-    path: Path, family: Family, stored: dict[str, StoredTensor]
+def _without_constants(
+    path: Path, family: Family, config: TransformerConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    for name in family.zeros:
-        tensor = stored.pop(name, None)
-        if tensor is not None and np.any(tensor.rows(0, tensor.shape[0])):
-            raise UserError(f"{path}: {name} is not zero, which is not supported")
+    """Drop the constant tensors, which may be rounded to bfloat16.
+
+    Raises:
+        UserError: one has other values.
+    """
+    for name, values in family.constants.items():
+        if (tensor := stored.pop(name, None)) is None:
+            continue
+        expected, tensor_shape = values(config), tensor.shape
+        if tensor_shape != expected.shape:
+            raise UserError(
+                f"{path}: {name} has the shape {tensor_shape}, not {expected.shape} as config.json "
+                "says"
+            )
+        tensor.check_weights()
+        limits = 2**-8 * np.abs(expected) + 2e-4 * np.abs(expected).max(initial=0)
+        if not np.all(np.abs(tensor.rows(0, tensor_shape[0]) - expected) <= limits):
+            what = "has values of its own" if expected.any() else "is not zero"
+            raise UserError(f"{path}: {name} {what}, which is not supported")
     return stored
+
+
+def _check_further_files(path: Path, family: Family, config: TransformerConfig) -> None:
+    for name, values in family.further_files.items():
+        try:
+            found = read_json(path / name, whole_characters=True)
+        except FileNotFoundError:
+            continue
+        for key, value in values(config).items():
+            if found.get(key, value) != value:
+                raise UserError(
+                    f"{path / name}: {key}={found[key]!r:.40} is not supported, only {value!r}"
+                )
 
 
 def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bool:

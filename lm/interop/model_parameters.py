@@ -66,7 +66,8 @@ def initialize(model: nn.Module) -> Any:
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     key = jax.random.key(0)
     if isinstance(model, EncoderDecoder):
-        return model.init(key, tokens_BL, tokens_BL)
+        n_mels = model.config.n_mels
+        return model.init(key, jnp.zeros((1, 2, n_mels)) if n_mels else tokens_BL, tokens_BL)
     if isinstance(model, Encoder):
         return model.init(key, tokens_BL, method=_call_all_heads)
     return model.init(key, tokens_BL, method=_call_decoder_heads)
