@@ -1,6 +1,6 @@
-"""Sets of overrides, `{key: value}`, one a run of a sweep.
+"""Sets of overrides, `{key: value}`, one per run of a sweep.
 
-Lists of sets are joined with `+` and multiplied with `product`; `named` makes their names.
+Lists of sets are joined with `+` and multiplied with `product`; `named` names them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def zipped(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
 
 
 def product(*lists: Sequence[Overrides]) -> list[Overrides]:
-    """Return every union of a set of each list; a later list wins where keys are the same."""
+    """Return every union of one set from each list; later lists win for equal keys."""
     return [
         {key: value for part in parts for key, value in part.items()}
         for parts in itertools.product(*lists)
@@ -48,7 +48,7 @@ def product(*lists: Sequence[Overrides]) -> list[Overrides]:
 def sampled(distributions: Mapping[str, Distribution], n: int, seed: int) -> list[Overrides]:
     """Return `n` random sets.
 
-    Each key has a generator of its own, so that a new key does not change the other values.
+    Each key has its own generator, so that adding a key does not change the other values.
     """
     generators = {key: random.Random(f"{seed}/{key}") for key in distributions}
     return [{key: draw(generators[key]) for key, draw in distributions.items()} for _ in range(n)]

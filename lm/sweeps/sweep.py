@@ -22,11 +22,11 @@ from lm.errors import UserError
 from lm.storage import read_json, write_atomically
 from lm.storage.folder_names import short_name
 
-LONGEST_NAME = 200  # bytes; a file beside the run's folder has up to ten more, and 255 in all
+LONGEST_NAME = 200  # bytes; related file names add up to ten, and the limit is 255
 
 
 def _require_types(owner: Any, **kinds: Any) -> None:
-    """Raise UserError unless the attributes of a declaration have the types that they need."""
+    """Raise UserError unless the attributes of a declaration have the right types."""
     for name, kind in kinds.items():
         value = getattr(owner, name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -39,15 +39,15 @@ def _require_types(owner: Any, **kinds: Any) -> None:
 class Halving:
     """Successive halving (Jamieson & Talwalkar 2016): only the better runs continue.
 
-    All runs go to step `first`, the best 1/`factor` of them to `factor` times as many steps, and
-    so on to the end.
+    All runs go to step `first`, the best 1/`factor` of them to `factor` times as many steps, and so
+    on to the end.
 
     Attributes:
         first: Step of the first comparison.
         factor: Ratio of runs, and of steps, from one comparison to the next.
-        metric: Metric of metrics.jsonl; of "loss" the mean over the last tenth of the steps
-            counts, of others the last value.
-        highest: Whether the highest value is best instead of the lowest.
+        metric: Metric in metrics.jsonl: for "loss" the mean over the last tenth of the steps, for
+            others the last value.
+        highest: Whether higher is better.
     """
 
     first: int
@@ -76,8 +76,8 @@ class Sweep:
 
     Attributes:
         config: Experiment, FILE.py[:VARIANT].
-        runs: Overrides of each run by its name, which is that of its folder (`run_name`).
-        halving: Successive halving; None brings every run to its end.
+        runs: Overrides by run name, which is also the folder name (`run_name`).
+        halving: Successive halving; None runs everything to the end.
     """
 
     config: str
@@ -90,15 +90,15 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Search:
-    """Adaptive search by Optuna: overrides are chosen from the results of earlier runs.
+    """Adaptive search with Optuna: overrides are chosen from the results of earlier runs.
 
     Attributes:
         config: Experiment, FILE.py[:VARIANT].
-        suggest: Overrides from an `optuna.Trial`, whose methods, such as
+        suggest: Returns overrides from an `optuna.Trial`, whose methods, such as
             `trial.suggest_float("lr", 1e-4, 1, log=True)`, propose values.
         trials: Number of runs.
-        metric: Metric of metrics.jsonl, taken at the end as in `Halving`.
-        highest: Whether the metric is maximized instead of minimized.
+        metric: Metric in metrics.jsonl, taken at the end as in `Halving`.
+        highest: Whether to maximize the metric instead of minimizing it.
         seed: Seed of the proposals.
     """
 
@@ -142,11 +142,11 @@ class SweepRun:
 
     @property
     def log(self) -> Path:
-        """Output of its processes, of all starts."""
+        """Output of its processes, over all starts."""
         return self.folder / "logs" / f"{self.name}.log"
 
     def words(self, stop_at: int = 0) -> list[str]:
-        """Return the words of its `lm` command; `stop_at` is a step to stop at, resumable."""
+        """Return the words of its `lm` command; at step `stop_at` it stops and can be resumed."""
         stop = {"train.stop_at": str(stop_at)} if stop_at else {}
         return [
             "train",
@@ -178,7 +178,7 @@ def load_sweep(
     sweep = configs.call_file(Path(file), "get_sweep", variant)
     if isinstance(sweep, Search) and sweep.trials > 0:
         experiment, _, of_experiment = sweep.config.partition(":")
-        if not experiment.endswith(".json"):  # what is wrong in every trial ends the search
+        if not experiment.endswith(".json"):  # errors common to all trials end the search
             configs.call_file(Path(experiment), "get_config", of_experiment)
         return sweep, []
     if isinstance(sweep, Search):
@@ -211,10 +211,10 @@ def make_runs(
 
 
 def run_name(given: Any) -> str:
-    """Return the name of a run, which is that of its folder and part of its commands.
+    """Return the name of a run, used for its folder and in its commands.
 
-    Names that are good for both stay. Others, such as numbers, paths, options or those that are
-    longer than a file system allows, get safe characters and the start of their digest.
+    Names that are safe for both are kept. Others, such as numbers, paths, options or overlong
+    names, get safe characters and the start of their digest.
     """
     name = given if isinstance(given, str) else str(given)
     safe = name.isprintable() and not any(c in name for c in "/\\\ufffd")
@@ -228,7 +228,7 @@ def _text(value: Any) -> str:
 
 
 def record_runs(runs: Sequence[SweepRun], folder: Path) -> None:
-    """Add experiment and overrides of every run to sweep.json of the sweep's folder.
+    """Record experiment and overrides of every run in sweep.json of the sweep's folder.
 
     Raises:
         UserError: A run of the same name was started with other overrides.

@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 def short(value: float) -> str:
-    """Format with three digits and a unit, as 12.3M or 4.56e20; below a thousand without one."""
+    """Format with three digits and a unit, as 12.3M or 4.56e20; no unit below a thousand."""
     if not math.isfinite(value) or not value:
         return f"{value:g}"
     if 1e3 <= abs(value) < 1e15:
@@ -23,7 +23,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time in its two largest units: 3 h 25 min, 4 min 10 s, 8.3 s."""
+    """Format a duration in its two largest units: 3 h 25 min, 4 min 10 s, 8.3 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """Format a value of a configuration or a table cell; None is a dash."""
+    """Format a configuration value or table cell; None is a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -49,19 +49,19 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with \ufffd for characters that no page shows, such as parts of bytes."""
+    r"""Replace unprintable characters, such as partial bytes, by \ufffd."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def text_table(
     rows: Iterable[Sequence[str]], columns: Sequence[str] = (), right: Collection[int] = ()
 ) -> Table:
-    """Build a table without lines, two spaces between its columns.
+    """Build a table without lines, with two spaces between columns.
 
     Args:
-        rows: Cells of each row; rows are equally long.
-        columns: Titles of the columns; without them there is no header.
-        right: Indices of the columns that are aligned to the right.
+        rows: Cells of each row; all rows have equal length.
+        columns: Column titles; no header if empty.
+        right: Indices of right-aligned columns.
     """
     cells = [[Text(cell) for cell in row] for row in rows]  # in a Text, "[…]" is no markup
     table = Table(box=None, show_header=bool(columns), pad_edge=False, padding=(0, 2, 0, 0))
@@ -74,7 +74,7 @@ def text_table(
 
 
 def plain_text(renderable: RenderableType, indent: int = 0) -> str:
-    """Render without color and without wrapping; every line is indented by `indent` spaces."""
+    """Render without color or wrapping, with every line indented by `indent` spaces."""
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as captured:
         console.print(renderable)

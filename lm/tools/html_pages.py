@@ -1,4 +1,4 @@
-"""Templates of the pages that lm writes: what they share is in frame.html."""
+"""Jinja templates of the HTML pages, which extend frame.html."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from lm.errors import missing_package
 from lm.tools.formatting import printable
 
-if TYPE_CHECKING:  # imported where a page is written
+if TYPE_CHECKING:  # imported at run time only when a page is written
     import jinja2
 
 
 def page_template(file: Path) -> jinja2.Template:
-    """Return a template, which extends frame.html.
+    """Load a template, which extends frame.html.
 
     Raises:
         UserError: the extra "report" is not installed.
@@ -36,5 +36,5 @@ def page_template(file: Path) -> jinja2.Template:
 
 
 def _digest(script: str) -> str:
-    """Return the source of a script in a Content-Security-Policy: no other script may run."""
+    """Return the CSP source of a script, so that no other script may run."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"

@@ -99,4 +99,4 @@ def test_a_cache_that_cannot_be_reached_is_a_line():
 def test_a_picture_of_another_kind_is_a_line(kind, capsys, tmp_path):
     code, _, err = run(capsys, "data", "show", "--config", kind[1], "--picture", "data.tiff")
     assert code == 2
-    assert "ends in .png or .svg" in err
+    assert "end in .png or .svg" in err

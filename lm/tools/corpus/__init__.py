@@ -1,7 +1,7 @@
-"""`lm corpus`: clean documents, drop duplicates and test data, write shards and a data card.
+"""`lm corpus`: clean and deduplicate documents, remove test data, write shards and a data card.
 
-The blocks and executors are those of `datatrove`; here are a configuration that names them
-(`corpus_config.py`, `corpus_rules.py`), blocks that need no download (`text_blocks.py`,
-`decontamination.py`, `classifier_rule.py`), what every rule did (`rule_tally.py`), the stages and
-how they are run (`corpus_stages.py`, `corpus_run.py`), and the card (`data_card.py`).
+Blocks and executors come from `datatrove`. This package has the configuration (`corpus_config.py`,
+`corpus_rules.py`), blocks that need no download (`text_blocks.py`, `decontamination.py`,
+`classifier_rule.py`), statistics of every rule (`rule_tally.py`), the stages and their execution
+(`corpus_stages.py`, `corpus_run.py`), and the card (`data_card.py`).
 """

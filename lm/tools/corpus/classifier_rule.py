@@ -1,4 +1,4 @@
-"""Rule that removes what a classifier finds, a run of this project."""
+"""Rule that removes documents by a classifier, which is a run of this project."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from lm.errors import UserError
 
 
 class Classifier(BaseFilter):
-    """Remove documents of some classes, by a classifier on the CPU.
+    """Remove documents of some classes, by a classifier on CPU.
 
-    A long document is read in windows of as many tokens as the classifier takes; the largest
-    probability counts.
+    A long document is classified in windows of the model's length; the largest probability counts.
     """
 
     name = "🧮 classifier"
@@ -32,16 +31,16 @@ class Classifier(BaseFilter):
 
         Args:
             workdir: folder of the run.
-            remove: classes, of --config.data.labels, of the documents that are removed.
-            threshold: largest probability of these classes together that is kept.
-            batch_size: windows at a time.
-            windows: most windows of a document that are read, from its start.
+            remove: classes, of --config.data.labels, to remove.
+            threshold: maximum total probability of these classes that is kept.
+            batch_size: windows per batch.
+            windows: maximum number of windows per document, from its start.
 
         Raises:
-            UserError: there is no such run, it is no classifier, or a class is unknown.
+            UserError: the run does not exist or is not a classifier, or a class is unknown.
         """
         if batch_size < 2 or windows < 1:
-            raise UserError("batch_size is at least 2, and windows at least 1")
+            raise UserError("batch_size must be at least 2, and windows at least 1")
         super().__init__(batch_size=batch_size)
         from lm.runs.text_classifier import class_columns
 
@@ -52,7 +51,7 @@ class Classifier(BaseFilter):
 
     @staticmethod
     def digest_of(workdir: str, **options: object) -> str:
-        """Return the digest of the weights, of the run's newest checkpoint."""
+        """Return the weights digest of the run's newest checkpoint."""
         from lm.runs.text_classifier import weights_digest
 
         return weights_digest(workdir)

@@ -1,4 +1,4 @@
-"""Configuration of `lm corpus`: sections, their defaults, and what is wrong with one.
+"""Configuration of `lm corpus`: sections, defaults and validation.
 
     def get_config():
         config = ConfigDict()
@@ -7,7 +7,7 @@
         config.language = {"languages": ("en", "de")}
         return config
 
-Rules run in their order; the section with a rule's name has its options.
+Rules run in the given order; the section named like a rule has its options.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lm.tools.corpus.corpus_rules import BY_LANGUAGE, RULES
 from lm.tools.corpus.corpus_sources import SOURCE_KEYS, NamedSource
 
 FORMATS = ("jsonl.gz", "jsonl.zst", "jsonl", "parquet")
-WORDS = "unicode"  # the value of `words` that needs no package; others are datatrove's languages
+WORDS = "unicode"  # value of `words` that needs no package; others are datatrove's languages
 
-# Sections and keys that every configuration has, with their defaults.
+# Sections and keys of every configuration, with their defaults.
 DEFAULTS: dict[str, Any] = {
     "rules": (),
     "tasks": 0,
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
         "env_command": "",
     },
 }
-# How it is run: no other output follows from it.
+# Execution options, which do not affect the output.
 FREE = ("cluster", "card")
 _SOURCE = {"source": "", "license": ""}
 
@@ -60,10 +60,10 @@ def load_corpus_config(spec: str, overrides: Mapping[str, str]) -> Config:
 
     Args:
         spec: FILE.py[:VARIANT].
-        overrides: values by dotted path, as text.
+        overrides: text values by dotted path.
 
     Raises:
-        UserError: the file, a key or a value is wrong.
+        UserError: the file, a key or a value is invalid.
     """
     file, _, variant = spec.partition(":")
     given = configs.call_file(Path(file), "get_config", variant)
@@ -105,7 +105,7 @@ def _override(given: dict[str, Any], path: str, text: str) -> None:
 
 
 class _Text(str):
-    """Value of the command line, to be converted to the type of its key."""
+    """Command-line value, still to be converted to its key's type."""
 
 
 def _checked(given: Mapping[str, Any]) -> Config:
@@ -129,7 +129,7 @@ def _checked(given: Mapping[str, Any]) -> Config:
             name: _section(f"{section}.{name}", entries[name], source_defaults)
             for name in sorted(entries)
         }
-    for name in RULES:  # options of rules that are left out are checked too
+    for name in RULES:  # options of unused rules are validated too
         options = _options(name, given.get(name, {}), name in config["rules"])
         if name in config["rules"]:
             config[name] = options
@@ -137,7 +137,7 @@ def _checked(given: Mapping[str, Any]) -> Config:
 
 
 def _require_rules(config: Config) -> None:
-    """Raise UserError for rules that do not exist or are there twice, and for no source."""
+    """Raise UserError for unknown or repeated rules, or if there is no source."""
     if not config["sources"]:
         raise UserError("config.sources is empty: {NAME: {'source': 'jsonl:crawl/*.jsonl.gz'}}")
     for name, values in config["sources"].items():
@@ -148,7 +148,7 @@ def _require_rules(config: Config) -> None:
             known = ", ".join(RULES)
             raise UserError(f"unknown rule {name!r}{nearest(name, RULES)} (known: {known})")
         if config["rules"].count(name) > 1:
-            raise UserError(f"config.rules: {name} is there twice")
+            raise UserError(f"config.rules: {name} is listed twice")
     if config["write"]["format"] not in FORMATS:
         wrong = config["write"]["format"]
         raise UserError(f"config.write.format={wrong}: expected one of {', '.join(FORMATS)}")
@@ -170,7 +170,7 @@ def _section(path: str, values: Any, defaults: Mapping[str, Any]) -> dict[str, A
 
 
 def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
-    """Return the options of a rule, those that are not given at their defaults."""
+    """Return the options of a rule, with defaults filled in."""
     options = RULES[rule].options
     if not isinstance(values, Mapping):
         raise UserError(f"config.{rule} is a section, not a value")
@@ -192,16 +192,16 @@ def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
         if "None" not in str(parameter.annotation):
             found[name] = _value(f"{rule}.{name}", value, default)
         elif isinstance(default, int) and isinstance(value, float):
-            found[name] = value  # of means: datatrove's annotations say int
+            found[name] = value  # averages: datatrove's annotations say int
         elif value is None or value == "none":
-            found[name] = None  # the part of the rule is left out
+            found[name] = None  # disables this part of the rule
         else:
             found[name] = _value(f"{rule}.{name}", value, () if default is None else default)
     return found
 
 
 def _options_by_language(rule: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return all options of a rule for each language for which some differ."""
+    """Return all options of a rule for each language with different ones."""
     by_language = values.get(BY_LANGUAGE, {})
     if not isinstance(by_language, Mapping):
         raise UserError(f"config.{rule}.{BY_LANGUAGE}: expected {{LANGUAGE: {{OPTION: …}}}}")
@@ -223,7 +223,7 @@ def _options_by_language(rule: str, values: Mapping[str, Any]) -> dict[str, dict
 
 
 def _value(path: str, value: Any, default: Any) -> Any:
-    """Return a value, converted if it is text of the command line; UserError for a wrong type."""
+    """Return a value, converted from command-line text if necessary; UserError for a wrong type."""
     if isinstance(value, _Text):
         value = _parsed(path, value, default)
     kind = type(default)

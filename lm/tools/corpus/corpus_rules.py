@@ -1,4 +1,4 @@
-"""Rules that a configuration names: the blocks of each and its options.
+"""Rules of a configuration: their blocks and options.
 
 The options of most rules are the arguments of datatrove's block.
 """
@@ -43,15 +43,15 @@ from lm.tools.corpus.document_sample import Sample, SampleKeys, SampleLimit
 from lm.tools.corpus.rule_tally import CLUSTER, NO_CLUSTER
 from lm.tools.corpus.text_blocks import BannedWords, ByLanguage, Language, PersonalData
 
-BY_LANGUAGE = "by_language"  # option: what differs for a language
-ENGLISH = ("en",)  # of rules with English stop words, punctuation or thresholds
-# Arguments that are not options of a configuration.
+BY_LANGUAGE = "by_language"  # option with language-specific overrides
+ENGLISH = ("en",)  # languages of rules with English stop words, punctuation or thresholds
+# Arguments that are not configuration options.
 _OWN = ("self", "exclusion_writer")
-_SHA1 = HashConfig(64, "sha1")  # xxhash from 4 on takes no text, as datatrove gives it
+_SHA1 = HashConfig(64, "sha1")  # xxhash 4 and later does not accept the text that datatrove passes
 
 
 class Step(NamedTuple):
-    """Blocks that run after all tasks before have finished.
+    """Block that runs after all earlier tasks have finished.
 
     Attributes:
         name: name for progress and logs.
@@ -70,9 +70,9 @@ class PlannedRule:
 
     Attributes:
         block: filter or formatter of documents.
-        before: steps that come before any document is read.
-        collect: block that collects, at the end of a stage, what it needs to know of all documents.
-        between: steps between that stage and the next, which begins with `block`.
+        before: steps to run before any document is read.
+        collect: block at the end of a stage that collects information about all documents.
+        between: steps between that stage and the next one, which starts with `block`.
     """
 
     block: PipelineStep
@@ -82,12 +82,12 @@ class PlannedRule:
 
 
 class RuleContext(NamedTuple):
-    """Surroundings of a rule, beside its options.
+    """Context of a rule, besides its options.
 
     Attributes:
-        folder: folder of the rule's own files.
+        folder: folder for the rule's own files.
         words: tokenizer of words and sentences.
-        tests: test sets, by name.
+        tests: test sets by name.
     """
 
     folder: str
@@ -101,9 +101,9 @@ class RuleKind(NamedTuple):
     Attributes:
         build: function of a context and of options by name.
         about: one sentence for `lm corpus --rules`.
-        options: the parameters that are options.
-        digest: function of options that returns the digest of what the rule reads beside the
-            sources, such as a list of words; None if it reads nothing.
+        options: parameters that are options.
+        digest: returns the digest of what the rule reads besides the sources, such as a word list,
+            given the options; None if it reads nothing.
     """
 
     build: Callable[..., PlannedRule]
@@ -113,7 +113,7 @@ class RuleKind(NamedTuple):
 
 
 def _of_block(cls: type[PipelineStep], about: str) -> RuleKind:
-    """Return the kind of a rule that is one block of datatrove, or of ours."""
+    """Return the rule kind for a single block, datatrove's or ours."""
     parameters = dict(inspect.signature(cls.__init__).parameters)
     options = {name: parameters[name] for name in parameters if name not in (*_OWN, "language")}
 
@@ -125,10 +125,10 @@ def _of_block(cls: type[PipelineStep], about: str) -> RuleKind:
 
 
 def _by_language(block: type[BaseFilter], about: str, languages: tuple[str, ...]) -> RuleKind:
-    """Return the kind of a rule that judges some languages, each with options of its own.
+    """Return the rule kind for a filter with language-specific options.
 
     Args:
-        block: filter of datatrove.
+        block: datatrove's filter.
         about: one sentence for `lm corpus --rules`.
         languages: languages that its defaults fit; () for all.
     """
@@ -161,7 +161,7 @@ def _by_language(block: type[BaseFilter], about: str, languages: tuple[str, ...]
 
 
 def _of_function(build: Callable[..., PlannedRule], about: str) -> RuleKind:
-    """Return the kind of a rule that a function plans: its keyword arguments are the options."""
+    """Return the rule kind for a planning function, whose keyword arguments are the options."""
     parameters = inspect.signature(build).parameters.values()
     return RuleKind(build, about, {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY})
 
@@ -181,14 +181,14 @@ def _exact_duplicates(context: RuleContext) -> PlannedRule:
 
 
 class NearDuplicates(MinhashDedupFilter):
-    """Filter that notes the cluster, or that there is none, of tasks without removals too."""
+    """Filter that records the cluster, or its absence, also in tasks without removals."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         removals = f"{rank:06d}.remove"
         if self.data_folder.isfile(f"{rank:06d}.clusters") and not self.data_folder.isfile(
             removals
         ):
-            self.data_folder.open(removals, "wb").close()  # else datatrove reads no clusters
+            self.data_folder.open(removals, "wb").close()  # otherwise datatrove reads no clusters
         for document in super().run(data, rank, world_size):
             document.metadata.setdefault(CLUSTER, NO_CLUSTER)
             yield document
@@ -202,13 +202,13 @@ def _near_duplicates(
     hashes_per_bucket: int = 5,
     seed: int = 1,
 ) -> PlannedRule:
-    """Plan MinHash: a pair of Jaccard similarity s is found with probability 1 - (1 - s^h)^b.
+    """Plan MinHash: a pair with Jaccard similarity s is found with probability 1 - (1 - s^h)^b.
 
-    The default finds half of the pairs that share 0.51 of their n-grams; experiments/RESULTS.md
-    has what it and others find and take out wrongly (FineWeb's 14 × 8: half at 0.68).
+    The default finds half of the pairs that share 0.51 of their n-grams; experiments/RESULTS.md has
+    the recall and precision of this and other settings (FineWeb's 14 × 8: half at 0.68).
     """
     if min(n_grams, num_buckets, hashes_per_bucket) < 1:
-        raise UserError("n_grams, num_buckets and hashes_per_bucket are at least 1")
+        raise UserError("n_grams, num_buckets and hashes_per_bucket must be at least 1")
     config = MinhashConfig(n_grams, num_buckets, hashes_per_bucket, seed, hash_config=_SHA1)
     signatures, pairs, clusters = (
         f"{context.folder}/{name}" for name in ("signatures", "pairs", "clusters")
@@ -224,7 +224,7 @@ def _near_duplicates(
 
 def _decontamination(context: RuleContext, *, n_grams: int = 13, shortest: int = 6) -> PlannedRule:
     if not context.tests:
-        raise UserError('name test sets: config.tests = {NAME: {"source": …}}')
+        raise UserError('no test sets: set config.tests = {NAME: {"source": …}}')
     if not 1 <= shortest <= n_grams:
         raise UserError(f"shortest={shortest} is not from 1 to n_grams={n_grams}")
     config = NGramsDecontConfig(

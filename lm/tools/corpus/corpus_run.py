@@ -1,7 +1,7 @@
-"""Running the stages of a corpus by datatrove's executors; a start goes on where one ended.
+"""Execution of the stages of a corpus with datatrove; a restart continues where it stopped.
 
-A task that is complete has a file completions/TASK in the folder of its stage, and is never done
-again. Tasks are those of the configuration, so that the shards do not depend on workers.
+A finished task has a file completions/TASK in the folder of its stage, and is never repeated. Tasks
+follow from the configuration, so that the shards do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lm.tools.corpus.corpus_stages import (
 from lm.tools.corpus.data_card import CARD, PAGE, CardMaker, require_documents
 from lm.tools.corpus.rule_tally import merge_figures
 
-STATE = "corpus.json"  # configuration and digests of the sources of the corpus in a folder
+STATE = "corpus.json"  # configuration and source digests of the corpus in a folder
 EXECUTORS = ("local", "slurm", "ray")
 
 Log = Callable[[str], None]
@@ -49,23 +49,23 @@ Log = Callable[[str], None]
 def make_corpus(
     config: Config, output: str, executor: str = "local", workers: int = 0, log: Log = print
 ) -> str:
-    """Make the corpus of a configuration, or what is missing of it.
+    """Build the corpus of a configuration, or what is missing of it.
 
     Args:
         config: configuration.
-        output: folder for the shards and the card; local, or an address of fsspec.
+        output: folder for shards and card; local, or an fsspec URL.
         executor: one of EXECUTORS.
-        workers: tasks at a time; 0: as many as there are cores, or as the cluster gives.
+        workers: concurrent tasks; 0: one per core, or as the cluster decides.
         log: called with a line for each stage.
 
     Returns:
-        Where the card is; "" if SLURM will make it.
+        Path of the card; "" if a SLURM job will write it.
 
     Raises:
-        UserError: the configuration or a document is wrong, nothing is left, or the folder holds
-            something else.
+        UserError: the configuration or a document is invalid, no documents are left, or the folder
+            holds something else.
     """
-    logger.remove()  # datatrove logs in files
+    logger.remove()  # datatrove logs to files
     try:
         folder = get_datafolder(output)
     except (ImportError, ValueError, OSError) as error:
@@ -104,12 +104,12 @@ def _locked(folder: DataFolder) -> Iterator[None]:
     try:
         Path(folder.path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder.path} cannot be made: {error.strerror}") from error
+        raise UserError(f"--output {folder.path} cannot be created: {error.strerror}") from error
     with lock(Path(folder.path) / ".lock", f"another `lm corpus` works in {folder.path}"):
         yield
 
 
-# --- what a folder holds
+# --- state of a folder
 
 
 def _digests(config: Config) -> dict[str, str]:
@@ -176,7 +176,7 @@ def _stage_folder(output: str, number: int, stage: CorpusStage) -> str:
 
 
 class LocalTasks(LocalPipelineExecutor):
-    """Tasks on this machine; what they log is in files alone."""
+    """Tasks on this machine, which log only to files."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
@@ -191,7 +191,7 @@ def _run_locally(
 ) -> None:
     """Run stages on this machine.
 
-    The pool is Python's: datatrove's waits for ever for a process that was killed.
+    Uses Python's process pool: datatrove's waits forever for a process that was killed.
     """
     workers = workers or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
@@ -205,7 +205,7 @@ def _run_locally(
                 continue
             log(f"stage {number + 1} of {len(stages)}: {stage.name}, {_counted(len(left))}")
             with progress_bar(stage.name, len(left), leave=False) as bar:
-                pickled = pickle.dumps(tasks)  # here: a pool may hang on what cannot be pickled
+                pickled = pickle.dumps(tasks)  # here: a pool may hang on unpicklable objects
                 if pool is None:
                     for rank in left:
                         _run_task(pickled, rank)
@@ -218,8 +218,8 @@ def _run_locally(
             _require_documents(stage, config, output)
     except BrokenProcessPool as error:
         raise UserError(
-            "a process was killed, perhaps for lack of memory: start the same command again, "
-            "it goes on from here; fewer --workers need less"
+            "a process was killed, perhaps for lack of memory: start the same command again to "
+            "continue; fewer --workers need less"
         ) from error
     finally:
         if pool is not None:
@@ -227,7 +227,7 @@ def _run_locally(
 
 
 def _require_documents(stage: CorpusStage, config: Config, output: str) -> None:
-    """Raise UserError if a stage has read the sources and one of them gave no document."""
+    """Raise UserError if a stage has read the sources and one of them gave no documents."""
     if stage.name.startswith(READ):
         require_documents(merge_figures(tally_folder(output, READ), READ, 0), config["sources"])
 
@@ -240,7 +240,7 @@ def _run_task(tasks: bytes, rank: int) -> None:
 
 
 class RayTasks(RayPipelineExecutor):
-    """Tasks of a Ray cluster; datatrove's only logs that some failed, so each notes its error."""
+    """Tasks on a Ray cluster; each records its error, which datatrove does not report."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
@@ -254,7 +254,7 @@ class RayTasks(RayPipelineExecutor):
 def _run_on_ray(
     stages: Sequence[CorpusStage], config: Config, output: str, workers: int, log: Log
 ) -> None:
-    """Run stages on the Ray cluster of RAY_ADDRESS, or on one of this machine."""
+    """Run stages on the Ray cluster of RAY_ADDRESS, or a local one."""
     try:
         import ray
     except ImportError as error:
@@ -292,7 +292,7 @@ def _error_of(folder: DataFolder, rank: int) -> str:
 def _submit(
     stages: Sequence[CorpusStage], config: Config, output: str, workers: int, log: Log
 ) -> None:
-    """Submit the stages to SLURM, each a job that waits for the one before."""
+    """Submit the stages to SLURM, as jobs that each wait for the previous one."""
     cluster, last = config["cluster"], None
     path = f'export PATH="{Path(sys.executable).parent}:$PATH"'
     for number, stage in enumerate(stages):
@@ -314,7 +314,7 @@ def _submit(
     try:
         last.run()
     except FileNotFoundError as error:
-        raise UserError(f"--executor slurm: there is no {error.filename} here") from error
+        raise UserError(f"--executor slurm: {error.filename} is not available here") from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch failed with {error.returncode}; its output is above") from error
     log(f"submitted {len(stages)} jobs, the last is {last.job_id}; the card will be in {output}")

@@ -1,4 +1,4 @@
-"""Documents of the sources of a configuration, as datatrove's readers give them."""
+"""Documents of a configuration's sources, in datatrove's form."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from lm.data.row_documents import field_value, without_lone_surrogates
 from lm.data.sources import Chunk, RecordSource, Row
 from lm.errors import UserError
 
-# Readers of datatrove, for what our sources do not read. They leave a damaged line out.
+# datatrove's readers for formats that our sources do not support. They skip damaged lines.
 DATATROVE = {
     "datatrove-jsonl": JsonlReader,
     "datatrove-parquet": ParquetReader,
     "datatrove-csv": CSVReader,
     "datatrove-warc": WarcReader,
 }
-# Keys of section `data` that say how a source is read.
+# Keys of section `data` that affect how a source is read.
 SOURCE_KEYS = ("directory", "field", "documents", "bad_rows", "header", "split")
 
 
-SOURCE_NAME = "source_name"  # metadata; "source" is a column of the source's own, if it has one
+SOURCE_NAME = "source_name"  # metadata key; "source" may be a column of the source itself
 
 
 class NamedSource(NamedTuple):
-    """Source of documents with what its documents have in common.
+    """Named source, with properties shared by its documents.
 
     Attributes:
         name: its name in the configuration.
         spec: NAME:ARGUMENT as in `data.source`, or datatrove-…:FOLDER/GLOB.
-        license: its licence, for documents that state none; "" unknown.
+        license: default licence of its documents; "": unknown.
         data: values of SOURCE_KEYS.
     """
 
@@ -50,7 +50,7 @@ class NamedSource(NamedTuple):
     data: Mapping[str, Any] = {}
 
     def open(self) -> Any:
-        """Open the source, or the reader of datatrove.
+        """Open the source, or datatrove's reader.
 
         Raises:
             UserError: it is unknown or missing.
@@ -69,13 +69,13 @@ class NamedSource(NamedTuple):
 
     @property
     def settings(self) -> Any:
-        """Section `data` of a configuration that reads this source."""
+        """Section `data` of a configuration for this source."""
         data = configs.default().data
         data.update(self.data)
         return data
 
     def n_parts(self) -> int:
-        """Return into how many parts tasks can divide the source."""
+        """Return the number of parts that tasks can divide the source into."""
         source = self.open()
         if isinstance(source, PipelineStep):
             return len(source.data_folder.list_files(glob_pattern=source.glob_pattern))
@@ -84,7 +84,7 @@ class NamedSource(NamedTuple):
         return len(source.parts())
 
     def digest(self) -> str:
-        """Return the digest of the contents; of a reader of datatrove, of names and sizes."""
+        """Return the digest of the contents; for datatrove's readers, of names and sizes."""
         source = self.open()
         if not isinstance(source, PipelineStep):
             return source.digest
@@ -99,9 +99,9 @@ class NamedSource(NamedTuple):
         """Yield the documents of a task.
 
         Args:
-            rank: number of the task.
+            rank: index of the task.
             world_size: number of tasks.
-            report: called with what a row is, "empty" or "bad", that gives no document.
+            report: called with "empty" or "bad" for a row without a document.
 
         Raises:
             UserError: a file is damaged, or a row has no text.
@@ -145,7 +145,7 @@ def _from_chunks(
 
 
 def _row_parts(source: Any) -> list[Callable[[], Iterator[Row]]]:
-    """Return functions that yield the rows of parts: ranges of large files, files, or all."""
+    """Return functions that yield the rows of each part: ranges of large files, files, or all."""
     if hasattr(source, "row_parts"):
         return source.row_parts()
     parts = []
@@ -178,7 +178,7 @@ def _from_rows(
 
 
 class SourceReader(PipelineStep):
-    """Reader of all sources; a task reads its share of the parts of each."""
+    """Reader of all sources; each task reads its share of the parts."""
 
     type = "📖 - READER"
     name = "sources"
@@ -197,10 +197,10 @@ class SourceReader(PipelineStep):
 
 
 class StageReader(JsonlReader):
-    """Reader of the file that the same task of an earlier stage wrote.
+    """Reader of the file that the same task wrote in an earlier stage.
 
-    datatrove's own divides the files that exist among the tasks: were there none of a task, the
-    next would get that of another, and signatures would name the wrong documents.
+    datatrove's reader divides existing files among tasks: if one task wrote none, the next task
+    would get another's, and signatures would refer to the wrong documents.
     """
 
     def run(

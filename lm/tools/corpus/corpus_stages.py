@@ -1,4 +1,4 @@
-"""Stages of a configuration: pipelines of blocks, each for a number of tasks, run in order."""
+"""Stages of a configuration: pipelines of blocks, each with a number of tasks, run in order."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lm.tools.corpus.rule_tally import Observed
 from lm.tools.corpus.text_blocks import UnicodeWords
 
 READ, WRITTEN = "read", "written"  # labels of the first and the last tally
-MOST_TASKS = 1000  # where the configuration leaves their number to the number of files
+MOST_TASKS = 1000  # default maximum, if the number of tasks follows from the number of files
 
 
 class CorpusStage(NamedTuple):
-    """Pipeline that starts when all tasks of the one before have finished.
+    """Pipeline that starts when all tasks of the previous one have finished.
 
     Attributes:
         name: name for progress and errors.
         blocks: pipeline.
-        tasks: number of tasks, whatever the number of workers.
+        tasks: number of tasks, independent of the number of workers.
     """
 
     name: str
@@ -39,7 +39,7 @@ class CorpusStage(NamedTuple):
 
 
 class ReproducibleGzip(gzip.GzipFile):
-    """Gzip without name and time, so that equal documents make equal files."""
+    """Gzip without name and time, so that equal documents give equal files."""
 
     def __init__(self, file: IO[bytes], mode: str = "wb", **options: Any):
         super().__init__("", mode, 6, file, mtime=0)
@@ -50,24 +50,24 @@ register_compression(GZIP, ReproducibleGzip, [], force=True)
 
 
 def work_folder(output: str) -> str:
-    """Return the folder of what is needed until the corpus is complete."""
+    """Return the folder of intermediate files."""
     return f"{output}/work"
 
 
 def tally_folder(output: str, label: str) -> str:
-    """Return the folder with the tallies of a rule."""
+    """Return the folder with a rule's tallies."""
     return f"{work_folder(output)}/tallies/{label}"
 
 
 def plan_stages(config: Config, output: str) -> list[CorpusStage]:
-    """Return the stages of a configuration.
+    """Plan the stages of a configuration.
 
     Args:
         config: configuration.
         output: folder of the corpus.
 
     Raises:
-        UserError: a source is missing, an option is wrong, or a package is not installed.
+        UserError: a source is missing, an option is invalid, or a package is not installed.
     """
     sources = tuple(named_sources(config, "sources").values())
     n_tasks = config["tasks"] or min(MOST_TASKS, max(source.n_parts() for source in sources))
@@ -115,7 +115,7 @@ def _words(name: str) -> WordTokenizer:
 
 
 def _shard_writer(options: Mapping[str, Any], output: str) -> PipelineStep:
-    """Return the writer of the shards: one or, if they are limited, some of each task."""
+    """Return the shard writer: one shard per task, or several if their size is limited."""
     columns, kind = options["columns"], options["format"]
     largest = options["megabytes"] * 10**6 or -1
     if kind == "parquet":
@@ -146,9 +146,9 @@ def _shard_writer(options: Mapping[str, Any], output: str) -> PipelineStep:
 
 
 class StageWriter(JsonlWriter):
-    """Writer of the documents between two stages: a file for each task, also of none.
+    """Writer of documents between two stages: one file per task, even if it is empty.
 
-    A task that loads it has this module's GZIP.
+    A task that unpickles it registers this module's GZIP.
     """
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -159,7 +159,7 @@ class StageWriter(JsonlWriter):
 
 
 class _Shards(DiskWriter):
-    """Writer of id, text and some of the metadata."""
+    """Writer of id, text and selected metadata."""
 
     def __init__(self, columns: tuple[str, ...], output: str, **options: Any):
         self.columns = columns

@@ -1,7 +1,7 @@
-"""Data card of a corpus: card.json, and one self-contained page of it.
+"""Data card of a corpus: card.json, and a self-contained page.
 
-The card follows from the configuration and the documents alone, so that its digest names a corpus:
-`lm train` stores it in run.json with the runs that read these shards.
+The card depends only on the configuration and the documents, so that its digest identifies a
+corpus: `lm train` records it in run.json for runs that read these shards.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lm.tools.html_pages import page_template
 
 CARD, PAGE = "card.json", "index.html"
 TEMPLATE = Path(__file__).with_name("data_card.html")
-PACKAGES = ("datatrove", "phonenumbers", "py3langid")  # whose versions decide what rules do
+PACKAGES = ("datatrove", "phonenumbers", "py3langid")  # their versions affect what rules do
 
 
 class CardMaker(PipelineStep):
-    """Last step of a corpus: writes the card, or raises UserError if no document is left."""
+    """Last step of a corpus: write the card, or raise UserError if no documents are left."""
 
     type, name = "📇", "data card"
 
@@ -40,7 +40,7 @@ class CardMaker(PipelineStep):
 
         Args:
             config: configuration of the corpus.
-            digests: digests of the sources, test sets and files of rules by name.
+            digests: digests of sources, test sets and rule files, by name.
             output: folder of the corpus.
         """
         super().__init__()
@@ -52,7 +52,7 @@ class CardMaker(PipelineStep):
         card = self.card()
         folder = get_datafolder(self.output)
         texts = {PAGE: render_page(card), CARD: json.dumps(card, indent=1, ensure_ascii=False)}
-        for name, text in texts.items():  # the card last: it says that all is complete
+        for name, text in texts.items():  # card last: it marks the corpus as complete
             with folder.open(f"{name}.part", "wb") as file:
                 file.write(text.encode(errors="replace"))
             folder.mv(f"{name}.part", name)
@@ -103,8 +103,8 @@ class CardMaker(PipelineStep):
 
 
 def require_documents(read: Figures, sources: Any) -> None:
-    """Raise UserError if a source gave no document."""
-    found = read["values"].get(SOURCE_NAME, {})  # nothing at all was read
+    """Raise UserError if a source gave no documents."""
+    found = read["values"].get(SOURCE_NAME, {})  # {} if nothing was read
     for name in sources:
         if not found.get(name):
             raise UserError(f"config.sources.{name} holds no text")
@@ -119,7 +119,7 @@ def _sha256(folder: Any, name: str) -> str:
 
 
 def render_page(card: Figures) -> str:
-    """Return the card as a page that loads nothing else and runs no script."""
+    """Render the card as a page without scripts or external resources."""
     return page_template(TEMPLATE).render(
         card=card,
         title=card["title"] or "Data card",
@@ -150,7 +150,7 @@ def _about_rule(rule: Figures) -> Figures:
 
 
 def _histogram(read: dict[int, int], written: dict[int, int]) -> list[dict[str, Any]]:
-    """Return the bars of documents by powers of two of characters, heights from 0 to 1."""
+    """Return a histogram of document lengths by powers of two, with heights from 0 to 1."""
     bits = range(min(read), max(read) + 1) if read else range(0)
     highest = max([*read.values(), 1])
     return [
@@ -166,7 +166,7 @@ def _histogram(read: dict[int, int], written: dict[int, int]) -> list[dict[str, 
 
 
 def _short(n: int) -> str:
-    """Return a power of two, as 512, 64K or 2M."""
+    """Format a power of two, as 512, 64K or 2M."""
     for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
         if n >= size:
             return f"{n // size}{unit}"
@@ -174,7 +174,7 @@ def _short(n: int) -> str:
 
 
 def _columns(card: Figures) -> dict[str, list[tuple[str, int, int]]]:
-    """Return (value, documents read, documents written) of each column that documents have."""
+    """Return (value, documents read, documents written) for each metadata column."""
     found = {}
     for name in card["config"]["card"]["columns"]:
         tallies = [card["read"], *card["rules"]]

@@ -1,4 +1,4 @@
-"""Decontamination: documents that hold n-grams, or short texts, of test sets are removed."""
+"""Decontamination: remove documents that contain n-grams, or short texts, of test sets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from lm.tools.corpus.corpus_sources import NamedSource
 
-_SHORT = "short.json"  # texts with fewer words than an n-gram, by test set
+_SHORT = "short.json"  # texts shorter than an n-gram, by test set
 
 
 class DecontaminationIndex(NGramsDecontIndexer):
-    """Index of the n-grams of test sets, and of their texts that are shorter."""
+    """Index of test-set n-grams, and of shorter texts."""
 
     def __new__(cls, *args: object, **options: object) -> DecontaminationIndex:
-        return object.__new__(cls)  # datatrove's own asks for lighteval, which is not used
+        return object.__new__(cls)  # datatrove's own requires lighteval, which is not used
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class DecontaminationIndex(NGramsDecontIndexer):
 
 
 class Decontamination(NGramsDecontFilter):
-    """Filter by such an index."""
+    """Filter by the index."""
 
     def __init__(
         self, index_folder: str, config: NGramsDecontConfig, shortest: int, words: WordTokenizer

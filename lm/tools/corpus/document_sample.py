@@ -1,4 +1,4 @@
-"""Random samples that depend on documents and seed alone, not on the tasks that read them."""
+"""Random samples that depend only on documents and seed, not on how tasks read them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import SamplerFilter
 from datatrove.utils.hashes.sha1 import sha1_hash64
 
-_LIMIT = "limit"  # file with the largest key of the sample
+_LIMIT = "limit"  # file with the largest sampled key
 
 
 def sample_key(document: Document, seed: int) -> int:
-    """Return a number below 2**64 by which documents are ordered at random."""
+    """Return a number below 2**64 that orders documents randomly."""
     return sha1_hash64(f"{seed}\0{document.id}\0{document.text}")
 
 
 class SampleKeys(PipelineStep):
-    """Keys of the documents, for a sample of a number of them."""
+    """Compute the document keys, for a sample of a given size."""
 
     type, name = "🎲", "keys"
 
@@ -36,7 +36,7 @@ class SampleKeys(PipelineStep):
 
 
 class SampleLimit(PipelineStep):
-    """Key that so many documents do not exceed."""
+    """Compute the largest key of a sample of a given size."""
 
     type, name = "🎲", "limit"
 
@@ -58,7 +58,7 @@ class SampleLimit(PipelineStep):
 
 
 class Sample(SamplerFilter):
-    """Filter that keeps a fraction of the documents, or those up to a limit."""
+    """Keep a fraction of the documents, or those up to a limit."""
 
     def __init__(self, fraction: float, seed: int, folder: str = ""):
         super().__init__(fraction)

@@ -1,4 +1,4 @@
-"""Counts and examples of what every rule let through, changed and took out."""
+"""Counts and examples of what every rule kept, changed and removed."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from datatrove.utils.hashes.sha1 import sha1_hash64
 
 from lm.tools.corpus.text_blocks import PersonalData
 
-EXCERPT, MARGIN = 300, 100  # characters of an example, and around it
-MOST_VALUES = 1000  # of a column that are counted one by one
+EXCERPT, MARGIN = 300, 100  # characters of an example, and of context around it
+MOST_VALUES = 1000  # values of a column that are counted separately
 OTHERS = "(others)"
-MOST_REASONS = 10  # of a rule that have examples in the card
+MOST_REASONS = 10  # reasons per rule with examples in the card
 NOTED = ("language", "language_score", "contaminated_ngram", "score")  # shown with an example
-CLUSTER, NO_CLUSTER = "minhash_cluster_id", -1  # metadata of datatrove's filter of near duplicates
-# Figures that datatrove's blocks count of all documents; the others say what a rule did.
+CLUSTER, NO_CLUSTER = "minhash_cluster_id", -1  # metadata of datatrove's near-duplicate filter
+# Statistics that datatrove's blocks count for all documents; the others are rule-specific.
 _COMMON = ("total", "forwarded", "dropped", "doc_len", "documents", "input_files", "batches")
 
 Figures = dict[str, Any]
 
 
 class Tally:
-    """Counts of the documents of a task at one rule; the writer of the excluded ones to datatrove.
+    """Document counts of a task at one rule; acts as datatrove's exclusion writer.
 
-    Of each reason the examples are those with the smallest hash of their names, so that they do not
-    depend on the tasks. A near duplicate and the document that is kept for it have the same.
+    Examples for each reason are those with the smallest hash of their names, so that they do not
+    depend on the tasks. A near duplicate and the document kept for it share a hash.
     """
 
     def __init__(self, label: str, columns: Iterable[str], n_examples: int):
         """Create the counts.
 
         Args:
-            label: name of the rule, the reason where its block names none.
-            columns: names of the metadata whose values are counted.
-            n_examples: examples of each reason, and of what is kept and changed.
+            label: name of the rule; default reason if its block gives none.
+            columns: metadata columns whose values are counted.
+            n_examples: examples per reason, and of kept and changed documents.
         """
         self.label, self.columns, self.n_examples = label, tuple(columns), n_examples
         self.counts: Counter[str] = Counter()
@@ -51,7 +51,7 @@ class Tally:
         self._before: dict[int, str] = {}
 
     def incoming(self, documents: DocumentsPipeline) -> Iterator[Document]:
-        """Yield documents to the block, each text remembered."""
+        """Yield documents to the block, remembering their texts."""
         for document in documents or ():
             self._before[id(document)] = document.text
             yield document
@@ -63,18 +63,18 @@ class Tally:
         pass
 
     def write(self, document: Document, rank: int = 0) -> None:
-        """Count a document that the block takes out."""
+        """Count a document that the block removes."""
         self.remove(document, document.metadata.pop("filter_reason", self.label))
 
     def remove(self, document: Document, reason: str) -> None:
-        """Count a document that is taken out."""
+        """Count a removed document."""
         text = self._before.pop(id(document), document.text)
         self._count("removed", document, text)
         self.reasons[reason].update(documents=1, characters=len(text))
         self._add_example(reason, document, text)
 
     def keep(self, document: Document) -> None:
-        """Count a document that stays."""
+        """Count a kept document."""
         before = self._before.pop(id(document), document.text)
         text = document.text
         self._count("kept", document, text)
@@ -111,7 +111,7 @@ class Tally:
         del found[self.n_examples :]
 
     def figures(self, block: PipelineStep) -> Figures:
-        """Return all counts; examples are without personal data."""
+        """Return all counts, and examples without personal data."""
         details = {
             name: value.total
             for name, value in block.stats.stats.items()
@@ -133,7 +133,7 @@ class Tally:
 
 
 def _without_personal_data(example: Figures) -> Figures:
-    """Return an example with its excerpt masked; the margins keep what a cut would divide whole."""
+    """Mask personal data in an example's excerpt; the margins keep matches at its edges whole."""
     text = PersonalData().format(example["text"])
     before = min(MARGIN, example["start"])
     return example | {"text": text[before : before + EXCERPT]}
@@ -142,8 +142,8 @@ def _without_personal_data(example: Figures) -> Figures:
 class Observed(PipelineStep):
     """Block with a tally of what it does, written to FOLDER/TASK.json.
 
-    A document that a block leaves without text is taken out: a reader would skip it, and documents
-    would no longer have the numbers that their signatures have.
+    A document whose text a block empties is removed: a reader would skip it, and the numbering of
+    documents would no longer match their signatures.
     """
 
     type = "🔎"
@@ -159,11 +159,11 @@ class Observed(PipelineStep):
         """Wrap a block.
 
         Args:
-            block: reader, filter, formatter or writer of datatrove.
+            block: datatrove reader, filter, formatter or writer.
             label: name of the rule.
-            folder: where the tally is written.
-            columns: names of the metadata whose values are counted.
-            n_examples: examples of each reason.
+            folder: output folder of the tally.
+            columns: metadata columns whose values are counted.
+            n_examples: examples per reason.
         """
         self.block, self.label, self.folder = block, label, get_datafolder(folder)
         self.columns, self.n_examples = tuple(columns), n_examples
@@ -190,7 +190,7 @@ class Observed(PipelineStep):
 
 
 def merge_figures(folder: str, label: str, n_examples: int) -> Figures:
-    """Return the sums of the tallies that all tasks wrote, and the examples of them all."""
+    """Merge the tallies of all tasks, including their examples."""
     files = get_datafolder(folder)
     counts: Counter[str] = Counter()
     lengths: Counter[int] = Counter()

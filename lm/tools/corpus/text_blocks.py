@@ -1,4 +1,4 @@
-"""Blocks of datatrove that would download a model or a list, with local ones in their place."""
+"""Local replacements for datatrove blocks that would download a model or a list."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _WORD = regex.compile(
 
 
 class UnicodeWords(WhitespaceTokenizer):
-    """Words by Unicode's classes, without a model; sentences as datatrove's fallback has them.
+    """Word tokenizer by Unicode classes, without a model; sentences as in datatrove's fallback.
 
-    All instances are equal, so that blocks share datatrove's cache of the words of a text.
+    All instances are equal, so that blocks share datatrove's cache of a text's words.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -55,16 +55,16 @@ class UnicodeWords(WhitespaceTokenizer):
 
 # --- language
 
-_LONGEST = 10_000  # characters of a document by which its language is told
-LIKELY = 0.65  # least probability of a language
-NO_LANGUAGE = "zxx"  # of numbers, markup and the like, by ISO 639-2
+_LONGEST = 10_000  # characters per document used for language identification
+LIKELY = 0.65  # minimum probability of a language
+NO_LANGUAGE = "zxx"  # ISO 639-2 code for numbers, markup and the like
 
 
 class Language(BaseFilter):
-    """Documents in one of some languages, by py3langid, whose package carries its model.
+    """Keep documents in some languages, by py3langid, whose package includes its model.
 
-    The language is noted in every document. datatrove's own filter downloads fastText's model. The
-    probabilities of several languages are added, because close ones, as zh and yue, share theirs.
+    The language is recorded in every document. datatrove's own filter downloads fastText's model.
+    Probabilities of the languages are added, because similar ones such as zh and yue share theirs.
     """
 
     name = "🌍 language"
@@ -73,8 +73,8 @@ class Language(BaseFilter):
         """Create the filter.
 
         Args:
-            languages: codes of ISO 639-1, or 639-3 where there is none.
-            language_threshold: least probability that a document is in one of them.
+            languages: ISO 639-1 codes, or 639-3 if there is none.
+            language_threshold: minimum probability that a document is in one of them.
 
         Raises:
             UserError: the model does not know a language.
@@ -91,10 +91,10 @@ class Language(BaseFilter):
 
 
 class ByLanguage(BaseFilter):
-    """Filter with options of its own for some languages, which leaves further ones alone.
+    """Filter with separate options for some languages, which ignores all other languages.
 
-    How many documents of which languages are left alone is counted. Text whose language cannot be
-    told, or that is in none, is judged as that of the rule's languages.
+    Ignored documents are counted by language. Text without an identifiable language is judged like
+    the rule's own languages.
     """
 
     name = "🌍 by language"
@@ -107,7 +107,7 @@ class ByLanguage(BaseFilter):
         Args:
             common: filter of `languages`.
             languages: languages; () for all.
-            by_language: filter of each language that has another one.
+            by_language: filters of languages with separate options.
 
         Raises:
             UserError: a language is unknown.
@@ -117,7 +117,7 @@ class ByLanguage(BaseFilter):
             require_language(name)
         self.common, self.languages, self.by_language = common, languages, dict(by_language)
         for one in (common, *by_language.values()):
-            one.stats = self.stats  # counts of theirs are shown with the rule
+            one.stats = self.stats  # show their counts with the rule
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         likely = likely_languages(doc)
@@ -145,13 +145,13 @@ def known_languages() -> tuple[str, ...]:
 
 
 def likely_languages(document: Document) -> list[str]:
-    """Return the fewest languages, at most three, that are likely together; [] if none are.
+    """Return the fewest languages, at most three, that are likely together, or [].
 
-    Close languages share their probability, as zh, yue and lzh do.
+    Similar languages such as zh, yue and lzh share their probability.
     """
     language, score = (document.metadata.get(name) for name in ("language", "language_score"))
     if isinstance(score, float) and 1 >= score >= LIKELY and language in known_languages():
-        return [language]  # as noted before, here or where the document comes from
+        return [language]  # recorded earlier, here or by the document's source
     scores = note_language(document)
     best = heapq.nlargest(3, scores, key=lambda name: scores[name])
     sums = itertools.accumulate(scores[name] for name in best)
@@ -159,7 +159,7 @@ def likely_languages(document: Document) -> list[str]:
 
 
 def note_language(document: Document) -> dict[str, float]:
-    """Note the language of a document in it; return the probabilities of all."""
+    """Record the language of a document in it; return the probabilities of all languages."""
     ranked = _identifier().rank(document.text[:_LONGEST])
     scores = {str(language): float(score) for language, score in ranked}
     best = max(scores, key=lambda name: scores[name])
@@ -178,8 +178,8 @@ def _identifier() -> LanguageIdentifier:
 class PersonalData(PIIFormatter):
     """Mask e-mail and public IP addresses, phone and card numbers and IBANs.
 
-    Phone numbers are found by libphonenumber, those without a separator or + left as they are;
-    card numbers and IBANs need a correct check digit.
+    Phone numbers are found by libphonenumber; those without a separator or + are not masked. Card
+    numbers and IBANs need a valid check digit.
     """
 
     def __init__(
@@ -191,9 +191,9 @@ class PersonalData(PIIFormatter):
         """Create the block.
 
         Args:
-            kinds: what is masked.
-            regions: countries whose phone numbers are found without their country code.
-            mask: text in its place, {kind} being one of `kinds`.
+            kinds: kinds to mask.
+            regions: countries whose phone numbers are found without country code.
+            mask: replacement, in which {kind} is one of `kinds`.
 
         Raises:
             UserError: a kind or region is unknown.
@@ -209,7 +209,7 @@ class PersonalData(PIIFormatter):
                 raise UserError(f"unknown kind {kind!r}{nearest(kind, known)}")
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
-                raise UserError(f"unknown region {region!r}: two letters, such as US")
+                raise UserError(f"unknown region {region!r}: expected two letters, such as US")
         self._mask = mask
         self._finders = {kind: find for kind, find in finders.items() if kind in kinds}
         for kind, replacer in (("email", self.emails_replacer), ("ip", self.ip_replacer)):
@@ -241,11 +241,11 @@ class PersonalData(PIIFormatter):
         return text
 
 
-# --- words that are not wanted
+# --- unwanted words
 
 
 class BannedWords(C4BadWordsFilter):
-    """Remove documents with a word or phrase of a file, one a line, in upper or lower case."""
+    """Remove documents with a word or phrase from a file (one per line), ignoring case."""
 
     def __init__(self, words: str):
         """Read the file.
@@ -254,7 +254,7 @@ class BannedWords(C4BadWordsFilter):
             words: path of the file.
 
         Raises:
-            UserError: the file is missing, or holds no word.
+            UserError: the file is missing or empty.
         """
         super().__init__()
         self._pattern = words_pattern(read_words(Path(words)))
@@ -265,7 +265,7 @@ class BannedWords(C4BadWordsFilter):
         try:
             return hashlib.sha256(Path(words).read_bytes()).hexdigest()
         except OSError as error:
-            raise UserError(f"no file of words {words!r}") from error
+            raise UserError(f"no word list {words!r}") from error
 
     def _get_badwords(self, lang: str) -> regex.Pattern:
         return self._pattern

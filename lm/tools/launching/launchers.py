@@ -1,4 +1,4 @@
-"""Launchers of a sweep's runs: this machine, SLURM, or one TPU slice a run."""
+"""Launchers of a sweep's runs: local, SLURM, or one TPU slice per run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lm.tools.launching.processes import die_with_parent
 from lm.tools.launching.supervise import gpu_share
 
 REPOSITORY = Path(__file__).parents[3]
-SAVE_SECONDS = 60.0  # a run that is asked to stop saves its state first
+SAVE_SECONDS = 60.0  # time for a stopping run to save its state
 
 
 class Job(Protocol):
-    """Run that has been started."""
+    """Started run."""
 
     @property
     def note(self) -> str:
@@ -38,7 +38,7 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts runs. Each of those that run at a time has a `slot`, 0 … parallel - 1, of its own."""
+    """Starts runs. Concurrent runs each have a distinct `slot`, 0 … parallel - 1."""
 
     def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
         """Return the exact command that `start` runs."""
@@ -66,11 +66,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Local:
-    """Launcher on this machine; each run has an equal share of the cores and GPUs.
+    """Launcher on this machine; each run gets an equal share of cores and GPUs.
 
     Attributes:
-        parallel: Most runs at a time.
-        n_gpus: GPUs that are split among them; 0 leaves their choice to JAX.
+        parallel: Maximum number of concurrent runs.
+        n_gpus: GPUs split among them; 0 leaves the choice to JAX.
         lm: Command of `lm`.
         keep_open: File descriptors that the runs inherit.
     """
@@ -101,7 +101,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Tpu:
-    """Launcher of one TPU slice a run: tpu/train.sh creates it, trains and deletes it.
+    """Launcher with one TPU slice per run: tpu/train.sh creates it, trains and deletes it.
 
     Attributes:
         options: Options of tpu/train.sh.
@@ -123,9 +123,9 @@ class Tpu:
 
 
 def slice_name(run: str) -> str:
-    """Return the name of a run's TPU slice: a-z, 0-9 and "-", at most 63 of them.
+    """Return the name of a run's TPU slice: a-z, 0-9 and "-", at most 63 characters.
 
-    A name from which more than punctuation is lost gets the start of its digest.
+    A name that loses more than punctuation gets the start of its digest as a suffix.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     if len(plain) <= 50 and re.fullmatch(r"[a-z0-9._,=+ -]+", run) and plain:
@@ -136,7 +136,7 @@ def slice_name(run: str) -> str:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Launcher of one batch job a run; jobs outlive the sweep and are found again.
+    """Launcher with one batch job per run; jobs outlive the sweep and are found again.
 
     Attributes:
         options: Options of sbatch, which submits scripts/train.sbatch.
@@ -145,7 +145,7 @@ class Slurm:
     options: tuple[str, ...] = ()
 
     def command(self, run: SweepRun, words: Sequence[str], slot: int) -> list[str]:
-        log = str(run.log).replace("%", "%%")  # sbatch would fill in numbers of the job
+        log = str(run.log).replace("%", "%%")  # sbatch would substitute job numbers
         name, log = f"--job-name={run.name}", f"--output={log}"
         script = str(_script("scripts/train.sbatch"))
         return ["sbatch", "--parsable", name, log, *self.options, script, *words]
@@ -165,7 +165,7 @@ class SlurmJob:
     """Batch job.
 
     Attributes:
-        note: Number of the job.
+        note: Job id.
     """
 
     note: str
@@ -174,7 +174,7 @@ class SlurmJob:
         words = ["scontrol", "show", "job", "--oneliner", self.note]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode and "Invalid job id" not in done.stderr:
-            return None  # the controller is busy or down: ask again
+            return None  # the controller is busy or down: poll again
         shown = dict(re.findall(r"(JobState|ExitCode)=(\S+)", done.stdout))
         match shown.get("JobState"):
             case "COMPLETED":
@@ -193,13 +193,13 @@ class SlurmJob:
 def make_launcher(
     kind: str, *, parallel: int, n_gpus: int, options: str, keep_open: tuple[int, ...] = ()
 ) -> Launcher:
-    """Build a launcher by its name.
+    """Build a launcher by name.
 
     Args:
         kind: "local", "slurm" or "tpu".
-        parallel: Most runs at a time.
+        parallel: Maximum number of concurrent runs.
         n_gpus: GPUs of this machine, split among the runs.
-        options: Options of sbatch or of tpu/train.sh.
+        options: Options of sbatch or tpu/train.sh.
         keep_open: File descriptors that child processes inherit.
     """
     try:
@@ -215,7 +215,7 @@ def make_launcher(
 
 
 def core_share(cores: Sequence[int], slot: int, parallel: int) -> list[int]:
-    """Return the cores of a slot: an equal part, or one core shared if there are too few."""
+    """Return the cores of a slot: an equal share, or one shared core if there are too few."""
     each = len(cores) // parallel
     return list(cores[slot * each : (slot + 1) * each]) or [cores[slot % len(cores)]]
 
@@ -240,5 +240,5 @@ def _child(
 
 def _script(path: str) -> Path:
     if not (file := REPOSITORY / path).is_file():
-        raise UserError(f"{file} is not there: --launcher slurm and tpu need a checkout")
+        raise UserError(f"{file} does not exist: --launcher slurm and tpu need a checkout")
     return file

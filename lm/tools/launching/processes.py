@@ -1,10 +1,10 @@
 """Groups of child processes that end together, with tagged output; children die with their parent.
 
 `python -m lm.tools.launching.processes PARENT COMMAND …` replaces itself by a command that Linux
-kills as soon as the process PARENT dies. A launcher that is killed by SIGKILL cannot stop its
-children, and an orphan would go on writing into a folder that the next start takes for its own.
-Other systems only run the command. The parent has to start it from its main thread: the death of
-the starting thread counts.
+kills as soon as the process PARENT dies. A launcher killed by SIGKILL cannot stop its children, and
+an orphan would keep writing to a folder that the next start uses. Other systems just run the
+command. The parent must start it from its main thread, because the death of the starting thread
+counts.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2  # exit code of a UserError, which a restart would only repeat
 POLL_SECONDS = 0.02
-KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL once another process of the group has failed
+KILL_SECONDS = 5.0  # from SIGTERM to SIGKILL after another process of the group failed
 LEAVE_SECONDS = 300.0  # from the first exit to the last: a process may still be saving
 PR_SET_PDEATHSIG = 1  # prctl(2)
 ERROR_LINE = re.compile(r"error:|([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception)\b")
-_write_lock = threading.Lock()  # keeps the lines of several processes whole
+_write_lock = threading.Lock()  # keeps lines of different processes from mixing
 
 
 def die_with_parent(command: Sequence[str]) -> list[str]:
-    """Return the command that runs `command` as a child that dies with the calling process."""
+    """Return a command that runs `command` as a child that dies with the calling process."""
     return [sys.executable, "-m", __name__, str(os.getpid()), *command]
 
 
 def exec_bound_to_parent(parent: int, command: Sequence[str]) -> None:
-    """Replace this process by `command`; exit with 1 if the process `parent` has died already."""
+    """Replace this process by `command`; exit with 1 if `parent` has already died."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -50,9 +50,9 @@ def exec_bound_to_parent(parent: int, command: Sequence[str]) -> None:
 
 
 class TaggedOutput:
-    """Thread that copies a pipe to a stream, a tag before every line.
+    """Thread that copies a pipe to a stream, prefixing every line with a tag.
 
-    A carriage return ends a line too, so that progress bars show.
+    Carriage returns also end lines, so that progress bars are shown.
     """
 
     def __init__(self, pipe: IO[bytes], stream: BinaryIO, tag: str):
@@ -86,7 +86,7 @@ class TaggedOutput:
 
 
 class ExitStatus(NamedTuple):
-    """Exit code of a group (0, 75, or that of the first failure) and the cause in one line."""
+    """Exit code of a group (0, 75, or the first failure's) and the cause in one line."""
 
     code: int
     cause: str
@@ -100,7 +100,7 @@ class Child(NamedTuple):
     stderr: TaggedOutput
 
     def cause(self, name: str) -> str:
-        """Describe in one line how the process ended."""
+        """Describe how the process ended, in one line."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         message = self.stderr.last_error() or self.stdout.last_error()
@@ -112,14 +112,14 @@ def run_group(
     environments: Sequence[Mapping[str, str]],
     stop: StopRequest,
 ) -> ExitStatus:
-    """Run one process a command until all have exited; end the others when one fails.
+    """Run one process per command until all have exited; terminate the others when one fails.
 
-    Output is passed on with `[index]` before every line.
+    Output is forwarded with `[index]` before every line.
 
     Args:
         commands: Command of each process.
-        environments: Variables of each process, added to those of this one.
-        stop: Request to stop, passed on as SIGTERM.
+        environments: Additional environment variables of each process.
+        stop: Stop request, forwarded as SIGTERM.
     """
     children: list[Child] = []
     try:
@@ -151,7 +151,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], tag: str) -> 
 
 
 def _wait(children: Sequence[Child], stop: StopRequest) -> ExitStatus:
-    from lm.training.monitor import RESUMABLE  # imports JAX, which `exec_bound_to_parent` spares
+    from lm.training.monitor import RESUMABLE  # imports JAX, not needed by exec_bound_to_parent
 
     passed_on = False
     first_exit: float | None = None
@@ -179,13 +179,13 @@ def _wait(children: Sequence[Child], stop: StopRequest) -> ExitStatus:
 
 def _end(children: Sequence[Child], seconds: float) -> None:
     for child in children:
-        child.process.terminate()  # does nothing to a process that has exited
+        child.process.terminate()  # no effect on a process that has exited
     deadline = time.monotonic() + seconds
     for child in children:
         try:
             child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.process.kill()  # ends a process stopped by SIGSTOP too
+            child.process.kill()  # also kills a process stopped by SIGSTOP
             child.process.wait()
 
 

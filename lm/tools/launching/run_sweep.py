@@ -1,10 +1,9 @@
-"""`lm sweep`: bring the runs of a sweep file to their end, show their table, write their results.
+"""`lm sweep`: run the runs of a sweep file, show a table, and write results.
 
-The table is live on a terminal, one line a change elsewhere, and results.csv at its end. In an
-adaptive search Optuna proposes each batch of runs from the results of earlier ones. Its trials are
-stored in study.db of the sweep's folder, which Optuna's dashboard reads too. Proposals depend only
-on the seed and the results, so a search that was interrupted proposes the same runs when it is
-started again.
+The table is live on a terminal; elsewhere each change is a line, and results.csv is written at the
+end. In an adaptive search Optuna proposes each batch of runs from the results of earlier ones. Its
+trials are stored in study.db of the sweep's folder, which Optuna's dashboard can also read.
+Proposals depend only on the seed and the results, so a restarted search proposes the same runs.
 """
 
 from __future__ import annotations
@@ -46,20 +45,20 @@ from lm.training.monitor import RESUMABLE
 from lm.training.stop_signals import stop_requests
 
 VALIDATION = "eval/validation/"
-LIVE_ORDER = (RUNNING, FAILED, WAITING, DONE, DROPPED)  # a short terminal shows the first rows
+LIVE_ORDER = (RUNNING, FAILED, WAITING, DONE, DROPPED)  # row order; short terminals cut the end
 
 
 class SweepTable:
-    """Runs of a sweep: redrawn on a terminal; elsewhere each change of a run's state is printed.
+    """Table of a sweep's runs: live on a terminal; elsewhere state changes are printed as lines.
 
-    Used as a context manager: the live table vanishes at the end.
+    Used as a context manager: the live table disappears at the end.
     """
 
     def __init__(self, statuses: Sequence[RunStatus], file: TextIO | None = None):
         self._statuses, self._file = statuses, file or sys.stderr
         self._start, self._start_fraction = time.monotonic(), self._done_fraction()
         self._printed = {status.run.name: status.state for status in statuses}
-        # Not by rich's guess: in a pipe, FORCE_COLOR does not turn lines into a live table.
+        # Not left to rich: in a pipe, FORCE_COLOR must not give a live table.
         console = Console(file=self._file, force_terminal=self._file.isatty())
         self._is_terminal = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(
@@ -75,7 +74,7 @@ class SweepTable:
         self._live.stop()
 
     def show_changes(self) -> None:
-        """Print the runs whose state has changed since the last call, if not on a terminal."""
+        """Print runs whose state has changed since the last call, if not on a terminal."""
         for status in self._statuses if not self._is_terminal else ():
             if status.state != self._printed[status.run.name]:
                 self._printed[status.run.name] = status.state
@@ -83,7 +82,7 @@ class SweepTable:
                 print(line, file=self._file, flush=True)
 
     def __str__(self) -> str:
-        """Return the whole table, one run a line, and a line of totals."""
+        """Return the whole table, one run per line, with a line of totals."""
         return f"{plain_text(text_table(map(_cells, self._statuses)))}\n{self._totals()}"
 
     def _live_view(self) -> Text:
@@ -96,7 +95,7 @@ class SweepTable:
         return ", ".join(f"{n} {state}" for state, n in counts.items()) + self._time_left()
 
     def _time_left(self) -> str:
-        """Estimate from the steps done since the start of the sweep; dropped runs are done."""
+        """Estimate the remaining time from the steps done; dropped runs count as done."""
         fraction, seconds = self._done_fraction(), time.monotonic() - self._start
         if fraction >= 1 or fraction <= self._start_fraction:
             return ""
@@ -135,9 +134,9 @@ def _labelled(name: str, value: float | None) -> str:
 
 
 def write_results(statuses: Sequence[RunStatus], file: Path) -> None:
-    """Write a CSV row a run: name, state, overrides, step, loss and validation metrics.
+    """Write one CSV row per run: name, state, overrides, step, loss and validation metrics.
 
-    There are no times in it: two sweeps of the same runs give the same file.
+    It contains no times, so two sweeps of the same runs give the same file.
     """
     rows: list[dict[str, Any]] = []
     for status in statuses:
@@ -153,7 +152,7 @@ def write_results(statuses: Sequence[RunStatus], file: Path) -> None:
     write_atomically(file, text.getvalue())
 
 
-LOCK_SECONDS = 10.0  # the runs of a sweep that was killed have died by then
+LOCK_SECONDS = 10.0  # by then the runs of a killed sweep have exited
 
 
 def run_sweep(
@@ -172,12 +171,12 @@ def run_sweep(
         runs: Its runs.
         folder: Folder of the sweep.
         launcher: Starts the runs.
-        parallel: Most runs at a time.
-        retries: Restarts of a run that fails.
+        parallel: Maximum number of concurrent runs.
+        retries: Restarts of a failed run.
         poll_seconds: Pause between polls of the runs.
 
     Returns:
-        The exit code: 0, 75 if asked to stop, 1 if a run failed for good.
+        The exit code: 0, 75 if asked to stop, 1 if a run failed permanently.
     """
     record_runs(runs, folder)
     statuses = [RunStatus(run) for run in runs]
@@ -210,12 +209,12 @@ def dry_run(runs: Sequence[SweepRun], launcher: Launcher, parallel: int) -> None
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the lock of a sweep's folder and yield its file descriptor.
+    """Hold the lock of a sweep's folder, and yield its file descriptor.
 
-    The runs inherit the descriptor, so no other sweep can start a run while one of a sweep that
-    was killed is still dying.
+    The runs inherit the descriptor, so no other sweep can start a run while a run of a killed sweep
+    is still exiting.
     """
-    problem = f"another `lm sweep` works in {folder}: wait, or stop it"
+    problem = f"another `lm sweep` is running in {folder}: wait, or stop it"
     with lock(folder / "lock", problem, LOCK_SECONDS) as descriptor:
         yield descriptor
 
@@ -227,8 +226,8 @@ class Trials:
         search: The search.
         folder: Folder of the sweep.
         overrides: Overrides of every run.
-        options: Further words of every `lm train` command.
-        stored: Keep the trials in `folder`/study.db, or else in memory.
+        options: Additional words of every `lm train` command.
+        stored: Keep the trials in `folder`/study.db, otherwise in memory.
     """
 
     def __init__(
@@ -240,7 +239,7 @@ class Trials:
         stored: bool = True,
     ):
         self.search, self.folder = search, folder
-        self.rejected: list[RunStatus] = []  # those whose configuration is wrong
+        self.rejected: list[RunStatus] = []  # runs with an invalid configuration
         self._overrides, self._options, self._stored = overrides, options, stored
         self._optuna = _import_optuna()
         self._study = self._open_study()
@@ -254,17 +253,17 @@ class Trials:
                 direction="maximize" if self.search.highest else "minimize",
                 load_if_exists=True,
             )
-        except Exception as error:  # of SQLAlchemy, or of Optuna where it is of another search
+        except Exception as error:  # SQLAlchemy's, or Optuna's if it belongs to another search
             problem = str(error).partition("\n")[0]
             raise UserError(
-                f"{file}: no study of this search ({problem}): remove the file, and the search "
+                f"{file}: not a study of this search ({problem}): remove the file, and the search "
                 "proposes the same runs again"
             ) from error
 
     def ask(self, count: int) -> list[SweepRun]:
-        """Return at most `count` runs without a result: those proposed before, then new ones.
+        """Return at most `count` runs without a result: those proposed earlier, then new ones.
 
-        Proposals that are no run are `rejected`; where all are, others are asked for.
+        Proposals that are not valid runs are `rejected`; if all are, others are requested.
         """
         while open_trials := self._open_trials(count):
             runs = []
@@ -280,10 +279,10 @@ class Trials:
         return []
 
     def _open_trials(self, count: int) -> list[Any]:
-        """Return the trials of the first batch that is not done, after asking for those it lacks.
+        """Return the trials of the first unfinished batch, after requesting missing ones.
 
-        A batch is `count` trials from a multiple of `count`. So none is proposed from some of the
-        results of the batch before, wherever the search was killed.
+        A batch is `count` trials from a multiple of `count`. So no trial is proposed from only part
+        of the previous batch's results, wherever the search was killed.
         """
         states = self._optuna.trial.TrialState
         found = self._study.get_trials(deepcopy=False)
@@ -300,14 +299,14 @@ class Trials:
         return open_trials
 
     def tell(self, run: SweepRun, value: float | None) -> None:
-        """Store the metric of a run that has ended; None or a non-finite value is a failure."""
+        """Store the metric of a finished run; None or a non-finite value counts as failure."""
         state = self._optuna.trial.TrialState
         failed = value is None or not math.isfinite(value)
         number = trial_number(run)
         self._study.tell(number, None if failed else value, state.FAIL if failed else None)
 
     def ended(self) -> list[SweepRun]:
-        """Return the runs of the trials that have a result."""
+        """Return the runs of trials with a result."""
         fixed = self._optuna.trial.FixedTrial
         return [
             self._try_run(trial.number, fixed(trial.params, trial.number))[0]
@@ -319,7 +318,7 @@ class Trials:
         return self._optuna.samplers.TPESampler(seed=self.search.seed + number)
 
     def _try_run(self, number: int, trial: Any) -> tuple[SweepRun, str]:
-        """Return the run of a trial, and why it cannot be one; "" if it can."""
+        """Return the run of a trial, and why it is invalid, or ""."""
         name, overrides = f"trial-{number:03}", {}
         try:
             overrides = dict(self.search.suggest(trial))
@@ -329,7 +328,7 @@ class Trials:
             problem = str(error).removeprefix(f"run {name}: ")
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # of the user's function, which may exit too
+        except BaseException as error:  # raised by the user's function, possibly an exit
             problem = f"{type(error).__name__}: {error}"
         else:
             return run, ""
@@ -339,7 +338,7 @@ class Trials:
         return failed, problem
 
     def _reject(self, run: SweepRun, problem: str) -> None:
-        """Record that a trial has failed, because its run cannot be started."""
+        """Record a trial as failed, because its run cannot be started."""
         status = RunStatus(run)
         if self._stored:
             record_runs([run], self.folder)
@@ -351,7 +350,7 @@ class Trials:
 
 
 def trial_number(run: SweepRun) -> int:
-    """Return the number of a trial, the end of its run's name."""
+    """Return the trial number, the suffix of the run's name."""
     return int(run.name.rpartition("-")[2])
 
 
@@ -363,12 +362,12 @@ def run_search(
     Args:
         trials: The trials of the search.
         launcher: Starts the runs.
-        parallel: Most runs at a time.
-        retries: Restarts of a run that fails.
+        parallel: Maximum number of concurrent runs.
+        retries: Restarts of a failed run.
         poll_seconds: Pause between polls of the runs.
 
     Returns:
-        The exit code: 0, 75 if asked to stop, 1 if a run failed for good.
+        The exit code: 0, 75 if asked to stop, 1 if a run failed permanently.
     """
     search, finished = trials.search, True
     ended = [RunStatus.read(run) for run in trials.ended()]

@@ -1,4 +1,4 @@
-"""Scheduler of a sweep: starts runs, a number of them at a time, and retries those that fail.
+"""Scheduler of a sweep: starts runs, a limited number at a time, and retries failed ones.
 
 The status of a run (state, newest metrics, last error) is read from its files.
 """
@@ -31,15 +31,15 @@ TAIL_BYTES = 65536
 
 @dataclass
 class RunStatus:
-    """Run of a sweep and its state; what has to survive the sweep is in `status/NAME.json`.
+    """State of a sweep's run; persistent parts are in `status/NAME.json`.
 
     Attributes:
         run: The run.
         state: WAITING, RUNNING, DONE, FAILED or DROPPED.
         reason: Cause of a failure, or of being dropped.
-        failures: Failures of this sweep's starts.
+        failures: Failures during this sweep.
         job: The job that runs it.
-        slot: The launcher's slot that the job occupies; -1 for a job found again.
+        slot: Launcher slot of the job; -1 for a recovered job.
         started_step: Step of the newest checkpoint when the job was started.
     """
 
@@ -64,7 +64,7 @@ class RunStatus:
 
     @classmethod
     def read(cls, run: SweepRun) -> RunStatus:
-        """Build the status of a run with the state that an earlier start left."""
+        """Build the status of a run from the state that an earlier start left."""
         status = cls(run)
         saved = status.saved()
         status.state, status.reason = saved.get("state", WAITING), saved.get("reason", "")
@@ -73,7 +73,7 @@ class RunStatus:
     def saved(self) -> dict[str, str]:
         """Read `state`, `reason` and `job` of an earlier start; empty if there was none.
 
-        A damaged file is none: a run that is started again continues, also one that was done.
+        A damaged file counts as missing: restarting a run just continues it, even if it was done.
         """
         with suppress(UserError, FileNotFoundError):
             saved = read_json(self.file)
@@ -96,7 +96,7 @@ def last_values(workdir: Path) -> dict[str, Any]:
 
 
 def value_at(workdir: Path, metric: str, step: int) -> float | None:
-    """Return the last value of a metric up to a step; of "loss" the mean of the last tenth."""
+    """Return the last value of a metric up to a step; for "loss" the mean of the last tenth."""
     found: list[float] = []
     file = workdir / "metrics.jsonl"
     lines = file.read_bytes().split(b"\n") if file.exists() else []
@@ -117,7 +117,7 @@ def last_error(log: Path) -> str:
 
 
 def _rows(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
-    """Yield the metrics in lines, without those that are cut or damaged."""
+    """Parse lines of metrics, skipping truncated or damaged ones."""
     for line in lines:
         with suppress(UserError):
             row = parse_json(line, "metrics")
@@ -138,13 +138,13 @@ def _tail(file: Path) -> list[str]:
 
 @dataclass
 class Scheduler:
-    """Starts and watches runs.
+    """Starts and monitors runs.
 
     Attributes:
         launcher: Starts a run on this machine or elsewhere.
-        parallel: Most runs at a time.
-        retries: Restarts of a run that fails.
-        stop: Request to stop.
+        parallel: Maximum number of concurrent runs.
+        retries: Restarts of a failed run.
+        stop: Stop request.
         show: Called after every poll of the runs.
         poll_seconds: Pause between polls.
     """
@@ -167,7 +167,7 @@ class Scheduler:
                     status.state = RUNNING
 
     def run_all(self, statuses: Sequence[RunStatus], until: int = 0) -> bool:
-        """Bring runs to their end, or to a checkpoint at step `until`; False if asked to stop."""
+        """Run to completion, or to a checkpoint at step `until`; False if asked to stop."""
         running = [status for status in statuses if status.state == RUNNING]
         waiting = deque(s for s in statuses if s.state == WAITING and not (0 < until <= s.step))
         slots = list(range(self.parallel))[::-1]
@@ -201,7 +201,7 @@ class Scheduler:
             status.set(DONE)
             return
         if code == RESUMABLE and status.step > status.started_step:
-            status.set(WAITING)  # preempted, or stopped at the step that it was given
+            status.set(WAITING)  # preempted, or stopped at the requested step
             return
         status.failures += 1
         final = code == USER_ERROR or status.failures > self.retries
@@ -225,7 +225,7 @@ class Scheduler:
 def run_halving(scheduler: Scheduler, statuses: Sequence[RunStatus], halving: Halving) -> bool:
     """Run successive halving; False if asked to stop.
 
-    Values are compared at equal steps, so a sweep that was interrupted drops the same runs.
+    Values are compared at equal steps, so a restarted sweep drops the same runs.
     """
     alive = list(statuses)
     for rung in halving.rungs(min(status.run.steps for status in statuses)):
@@ -240,7 +240,7 @@ def run_halving(scheduler: Scheduler, statuses: Sequence[RunStatus], halving: Ha
 def keep_best(
     statuses: Sequence[RunStatus], halving: Halving, rung: int
 ) -> tuple[list[RunStatus], list[tuple[RunStatus, str]]]:
-    """Split runs at a rung into those that continue and those that are dropped, with the reason.
+    """Split runs at a rung into those that continue and those dropped, with the reason.
 
     Failed runs are in neither list.
     """

@@ -1,4 +1,4 @@
-"""`lm launch --processes N -- train …`: one run as several processes of this host, restarted."""
+"""`lm launch --processes N -- train …`: one run as several supervised processes on this host."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SET_BY_LAUNCH = ("--coordinator", "--num_processes", "--process_id")
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Restarts in a row without progress, with exponential backoff.
+    """Limit on consecutive restarts without progress, with exponential backoff.
 
     Attributes:
-        restarts: Largest number of restarts in a row.
-        backoff: First pause in seconds; each further one is twice as long, up to a minute.
+        restarts: Maximum number of consecutive restarts.
+        backoff: First pause in seconds; doubles each time, up to a minute.
     """
 
     restarts: int = 10
     backoff: float = 1.0
 
     def pause(self, failures: int) -> float:
-        """Return the seconds to wait after so many failures in a row (from 1)."""
+        """Return the pause in seconds after this many consecutive failures (from 1)."""
         return min(self.backoff * 2.0 ** (failures - 1), LONGEST_PAUSE)
 
 
@@ -51,10 +51,10 @@ def supervise(
     Args:
         attempt: Runs the processes once.
         policy: Number of restarts and pauses between them.
-        progress: State of the run, such as its newest checkpoint; failures are counted from 0
-            again once it has changed.
+        progress: State of the run, such as its newest checkpoint; a change resets the failure
+            count.
         report: Called with one line for each incident.
-        stop: Request to stop.
+        stop: Stop request.
 
     Returns:
         The exit code. 0, 2 and 75 of an attempt are passed through; 1 after too many failures.
@@ -89,7 +89,7 @@ def launch(words: Sequence[str], n_processes: int, n_gpus: int, policy: RestartP
     Incidents are also appended to WORKDIR/incidents.jsonl.
 
     Args:
-        words: Verb and options.
+        words: Command and options.
         n_processes: Number of processes.
         n_gpus: GPUs of this host, split evenly among the processes; 0 leaves their choice to JAX.
         policy: Number of restarts and pauses between them.
@@ -112,12 +112,12 @@ def launch(words: Sequence[str], n_processes: int, n_gpus: int, policy: RestartP
 
 
 def record_incident(workdir: AnyPath | None, message: str) -> None:
-    """Print an incident and append it to WORKDIR/incidents.jsonl, if that can be written."""
+    """Print an incident, and append it to WORKDIR/incidents.jsonl if possible."""
     print(f"launch: {message}", file=sys.stderr, flush=True)
     try:
         if workdir and workdir.is_dir():
             append_incident(workdir, message)
-    except Exception as error:  # of a full disk or a bucket: the run goes on
+    except Exception as error:  # a full disk or a bucket error: the run continues
         reason = " ".join(str(error).split())
         print(f"launch: incidents.jsonl: {reason}", file=sys.stderr, flush=True)
 
@@ -127,12 +127,12 @@ def check_command(words: Sequence[str], n_processes: int, n_gpus: int) -> None:
     if not words or words[0] not in MULTI_PROCESS_VERBS:
         *verbs, last = MULTI_PROCESS_VERBS
         raise UserError(
-            f"lm launch: after -- comes {', '.join(verbs)} or {last} with its options, "
+            f"lm launch: -- must be followed by {', '.join(verbs)} or {last} with its options, "
             "as in: lm launch --processes 2 -- train --config FILE.py --workdir DIR"
         )
     for word in words:
         if word.partition("=")[0] in SET_BY_LAUNCH:
-            raise UserError(f"lm launch sets {word.partition('=')[0]} itself: leave it out")
+            raise UserError(f"lm launch sets {word.partition('=')[0]} itself: omit it")
     if n_gpus % n_processes:
         raise UserError(f"--gpus {n_gpus} is not divisible by --processes {n_processes}")
 
@@ -147,7 +147,7 @@ def process_commands(words: Sequence[str], n_processes: int, port: int) -> list[
 
 
 def gpu_share(process: int, n_processes: int, n_gpus: int) -> dict[str, str]:
-    """Return the environment that shows a process its own GPUs; empty if `n_gpus` is 0."""
+    """Return the environment that assigns a process its GPUs; empty if `n_gpus` is 0."""
     if not n_gpus:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -159,7 +159,7 @@ def gpu_share(process: int, n_processes: int, n_gpus: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port on which nothing listens."""
+    """Return an unused TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,8 +1,8 @@
-"""Collectives of a compiled program: their bytes, mesh axes and devices.
+"""Collectives of a compiled program: bytes, mesh axes and devices.
 
-`bytes` of a collective counts the whole array that takes part on one device: the result of an
-all-gather, the operand of a reduce-scatter or all-reduce. `sent` are the bytes that a device sends
-with the best algorithm on a ring: (n-1)/n of the array, twice that for an all-reduce.
+`bytes` of a collective counts the full array on one device: the result of an all-gather, the
+operand of a reduce-scatter or all-reduce. `sent` counts the bytes that a device sends with the best
+ring algorithm: (n-1)/n of the array, twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind and route; `bytes` and `sent` are sums over all `count`, a device."""
+    """Collectives of one kind and route; `bytes` and `sent` are per device, summed over `count`."""
 
     kind: str
     route: Route
@@ -52,7 +52,7 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
-    """List the collectives of a program, largest first; in a loop they count by its trip count."""
+    """List the collectives of a program, largest first; those in loops count by trip count."""
     found: dict[tuple[str, Route, bool], list[float]] = defaultdict(lambda: [0, 0, 0])
     for around, instruction, times in module.executions():
         for inside, part in module.inside(around, instruction):
@@ -80,10 +80,10 @@ def _kind(inside: Computation, instruction: Instruction) -> str:
     if kind not in KINDS:
         return ""
     parts = inside.instructions.values()
-    # Matrix products of a TPU contain steps of a collective that starts elsewhere.
+    # TPU matrix products may contain steps of a collective that starts elsewhere.
     if "chain_id=" in instruction.attributes and not _starts_here(inside):
         return ""
-    # A reduce-scatter of a TPU is a fusion of an all-reduce and a slice.
+    # On TPU a reduce-scatter is a fusion of an all-reduce and a slice.
     if kind == "all-reduce" and any("slice" in part.opcode for part in parts):
         named = "scatter" in inside.name or "reduce_scatter" in inside.name
         return "reduce-scatter" if named else kind
@@ -105,7 +105,7 @@ def _is_asynchronous(
 
 
 def _is_covered(around: Computation, start: Instruction) -> bool:
-    """Return whether the schedule has work between the start of a collective and its end."""
+    """Return whether the schedule has work between the start and end of a collective."""
     names = list(around.instructions)
     first = names.index(start.name) + 1
     ends = {user.name for user in around.users(start.name) if user.opcode.endswith("-done")}
@@ -118,7 +118,7 @@ def _is_covered(around: Computation, start: Instruction) -> bool:
 
 
 def _size(inside: Computation, instruction: Instruction) -> int:
-    """Return the bytes of the whole array, in any memory space."""
+    """Return the bytes of the full array, in any memory space."""
     operands = [s for o in inside.operands(instruction) for s in o.shapes]
     if instruction.opcode in ("all-gather", "all-gather-start", "collective-broadcast"):
         n = len(operands) if instruction.opcode.endswith("-start") else 0
@@ -164,11 +164,11 @@ def _devices(group: Sequence[int], mesh: Mesh) -> tuple[Any, ...]:
 
 
 def replica_groups(attributes: str, n_devices: int) -> np.ndarray:
-    """Parse the groups of an instruction, [groups, devices of a group], in any XLA notation.
+    """Parse the groups of an instruction, [groups, devices per group], in any XLA notation.
 
     {{0,1},{2,3}} lists the groups. [2,2]<=[2,2]T(1,0) reshapes and transposes 0 … n-1.
-    mesh['a'=2,'b'=2] {'b'} names axes of a mesh of XLA's own; 'a':(2)4 is the part of axis 'a' of
-    size 4 that follows a part of size 2.
+    mesh['a'=2,'b'=2] {'b'} names axes of an XLA mesh; 'a':(2)4 is the part of axis 'a' of size 4
+    that follows a part of size 2.
     """
     text = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)", attributes, re.S)
     given = text.group(1) if text else "{}"
@@ -204,7 +204,7 @@ def _groups_of_mesh(text: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Return 0 … n-1 reshaped and transposed, as [4,2]T(1,0) says."""
+    """Return 0 … n-1 reshaped and transposed, as given by [4,2]T(1,0)."""
     shape, _, transposed = text.partition("T")
     grid = np.arange(int(np.prod(_ints(shape)))).reshape(_ints(shape))
     return grid.transpose(_ints(transposed)).flatten() if transposed else grid.flatten()

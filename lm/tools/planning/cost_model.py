@@ -1,11 +1,11 @@
-"""Analytical cost model of a mesh, which decides what candidates of a search are compiled.
+"""Analytical cost model of a mesh, which selects the candidates that a search compiles.
 
-`least` memory is a lower bound: state, gradients and the activations that the backward pass needs.
-`likely` memory and the three times only rank: those of matrix products, of main-memory traffic and
-of communication, the longest of which bounds a step as in `plan`. Communication volumes follow
-Korthikanti et al. 2022 (§4) and Rajbhandari et al. 2020 (§7); how often what passes, and the
-traffic, are fitted to plans of GPT-2 and Llama on v5e and v5p. A search corrects all of them by
-what it compiles.
+`least` memory is a lower bound: state, gradients and activations needed in the backward pass.
+`likely` memory and the three times are used only for ranking: matrix products, main-memory traffic
+and communication, the maximum of which bounds a step as in `plan`. Communication volumes follow
+Korthikanti et al. 2022 (§4) and Rajbhandari et al. 2020 (§7); repetition factors and traffic are
+fitted to plans of GPT-2 and Llama on v5e and v5p. A search corrects all of them by compiled
+candidates.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lm.models.variables import flat
 from lm.parallel.mesh_rules import count_parameter_shards
 from lm.parallel.pipeline import PipelineSchedule
 
-# FLOPs that remat repeats, as parts of the forward pass of the layers; the transfers of offloading
-# are ranked as if they were so many more FLOPs.
+# FLOPs repeated by remat, as fractions of the layers' forward pass; offloading transfers are ranked
+# as if they were this many additional FLOPs.
 REPEATED = {"none": 0.0, "dots": 0.06, "offload_dots": 0.3, "full": 1.0, "offload": 1.2}
-# How often a layer's activations pass through main memory, where a microbatch's feed-forward
-# activations take TRAFFIC_UNIT bytes; with more of them less stays on the chip between operations.
+# Number of passes of a layer's activations through main memory, for microbatches whose feed-forward
+# activations take TRAFFIC_UNIT bytes; with more, less stays on chip between operations.
 TRAFFIC = {"none": 34.0, "dots": 21.0, "offload_dots": 21.0, "full": 13.0, "offload": 13.0}
 TRAFFIC_UNIT, TRAFFIC_GROWTH = 50e6, 0.35
-TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # more passes, of layers and of their inputs
-MEMORY_OF_ALL_EXPERTS = 2.0  # where XLA multiplies by all experts, as of Mixtral 8x7b's plan
-TRAFFIC_OF_TICK = 10.0  # passes of a stage's parameters and gradients in a tick of the pipeline
-# Ratio of FLOP/s to bytes/s of a typical chip, for chips without published rates.
+TRAFFIC_OF_FSDP, TRAFFIC_OF_TENSOR = 9.0, 40.0  # additional passes, of layers and their inputs
+MEMORY_OF_ALL_EXPERTS = 2.0  # if XLA multiplies by all experts, from Mixtral 8x7b's plan
+TRAFFIC_OF_TICK = 10.0  # passes of a stage's parameters and gradients per pipeline tick
+# FLOP/s per byte/s of a typical chip, for chips without published rates.
 FLOPS_PER_BYTE = 4000.0
 
 Sizes = Mapping[str, int]
@@ -50,7 +50,7 @@ def _one_byte_a_second(*axes: str) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a candidate beside the mesh: `sequence` is sequence parallelism."""
+    """Settings of a candidate besides the mesh; `sequence` is sequence parallelism."""
 
     remat: str
     microbatches: int
@@ -62,11 +62,11 @@ class Estimate:
     """Estimate of a candidate.
 
     Attributes:
-        least: Least bytes of a device.
+        least: Lower bound on bytes per device.
         likely: Likely bytes.
-        compute: Seconds a step of matrix products.
-        memory: Seconds of main-memory traffic.
-        network: Seconds of communication.
+        compute: Seconds per step for matrix products.
+        memory: Seconds for main-memory traffic.
+        network: Seconds for communication.
     """
 
     least: int
@@ -83,7 +83,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost model of one experiment, built for a single device, on any mesh of a chip."""
+    """Cost model of an experiment, built for a single device, on any mesh of a chip."""
 
     experiment: Experiment
     chip: Chip
@@ -101,7 +101,7 @@ class CostModel:
             sizes: Sizes of the mesh axes.
             schedule: Pipeline schedule.
             settings: Settings beside the mesh.
-            bandwidth: Returns the bytes/s of a device along some mesh axes; None: one link's.
+            bandwidth: Returns bytes/s of a device along some mesh axes; None: those of one link.
 
         Raises:
             UserError: A parameter is not divisible among the devices.
@@ -152,9 +152,9 @@ class CostModel:
         return parameters
 
     def _activations(self, sizes: Sizes, settings: Settings) -> tuple[int, int]:
-        """Return least and likely bytes of activations kept for the backward pass.
+        """Return lower bound and likely bytes of activations kept for the backward pass.
 
-        Of models other than Transformers only the logits are known.
+        For models other than Transformers, only the logits are known.
         """
         model = self.experiment.config.model
         if model.family not in TRANSFORMERS:
@@ -163,7 +163,7 @@ class CostModel:
         tokens = self._tokens(sizes) / settings.microbatches * layers * self._item
         width, tensor = kept_width(model, settings.remat, sizes["tensor"]), sizes["tensor"]
         least = width / (tensor if settings.sequence and width == model.d_model else 1)
-        # The least counts one expert a token.
+        # The lower bound assumes one expert per token.
         more_experts = (self._experts_multiplied - 1) * expert_width(model)
         likely = least + (more_experts / tensor if settings.remat == "dots" else 0)
         if settings.remat == "full" and sizes["context"] > 1:  # the output of a ring
@@ -193,7 +193,7 @@ class CostModel:
 
     @cached_property
     def _idle_experts(self) -> float:
-        """FLOPs of multiplied experts that a token does not use, as a part of the model's."""
+        """FLOPs of multiplied but unused experts, relative to the model's."""
         model = self.experiment.config.model
         if not self._multiplies_all_experts:
             return 0.0
@@ -205,7 +205,7 @@ class CostModel:
 
     @cached_property
     def _share_of_layers(self) -> float:
-        """Part of the FLOPs that is not that of the logits, which are never recomputed."""
+        """Fraction of FLOPs outside of the logits, which are never recomputed."""
         if not self.experiment.objective.predicts_every_token:
             return 1.0
         model = self.experiment.config.model
@@ -214,14 +214,14 @@ class CostModel:
 
     @property
     def _experts_multiplied(self) -> int:
-        """Experts that a token is multiplied with; 1 without experts."""
+        """Number of experts that a token is multiplied with; 1 without experts."""
         model = self.experiment.config.model
         used = model.n_experts if self._multiplies_all_experts else model.experts_per_token
         return used if model.n_experts else 1
 
     @property
     def _multiplies_all_experts(self) -> bool:
-        """True if every token is multiplied with every expert: no capacity, no kernel of TPUs."""
+        """True if every token is multiplied with every expert: no capacity, no TPU kernel."""
         model, on_tpu = self.experiment.config.model, self.chip.dimensions > 0
         return bool(model.n_experts and not model.expert_capacity and not on_tpu)
 
@@ -263,7 +263,7 @@ class CostModel:
         model, item = self.experiment.config.model, self._item
         tokens = self._tokens(sizes) * item
         layers = model.n_layers / sizes["stage"]
-        part = {axis: (size - 1) / size for axis, size in sizes.items()}  # that is sent on a ring
+        part = {axis: (size - 1) / size for axis, size in sizes.items()}  # fraction sent on a ring
         seconds = 0.0
         # All-gathers of parameters, reduce-scatters of gradients.
         if shards := [axis for axis in ("fsdp", "context") if sizes[axis] > 1]:
@@ -287,7 +287,7 @@ class CostModel:
             sent = 3 * tokens * pairs * (sizes["context"] - 1) * layers
             seconds += sent / bandwidth("context")
         if sizes["expert"] > 1:
-            # With a capacity two all-to-alls forward and two backward, else all tokens on each.
+            # With a capacity: two all-to-alls forward, two backward; else all tokens on each.
             to_all = 6 * (sizes["expert"] - 1)
             sums = 4 * model.experts_per_token if model.expert_capacity else to_all
             seconds += sums * tokens * model.d_model * layers / bandwidth("expert")
@@ -323,9 +323,9 @@ class CostModel:
 
 
 def kept_width(model: Any, remat: str, tensor: int) -> float:
-    """Return the least number of activations a token that a device keeps of a layer.
+    """Return the minimum number of activations per token that a device keeps of a layer.
 
-    The input of the layer and, unless they are recomputed, the results of its matrix products.
+    The input of the layer and, unless recomputed, the results of its matrix products.
 
     Args:
         model: Model section of the configuration.
@@ -341,7 +341,7 @@ def kept_width(model: Any, remat: str, tensor: int) -> float:
 
 
 def inner_width(model: Any, n_experts: int) -> int:
-    """Return the hidden units of a feed-forward layer that a token passes, gates not counted.
+    """Return the hidden units of a feed-forward layer that a token uses, excluding gates.
 
     Args:
         model: Model section of the configuration.

@@ -1,7 +1,7 @@
 """Plan of decoding: memory and traffic of one step, which continues every row by a token.
 
-A step must read every weight, and the keys and values of every token so far; the bound is these
-bytes at the bandwidth of the memory. What the compiled program moves stands beside it.
+A step must read every weight, and the keys and values of all tokens so far; the bound is these
+bytes at memory bandwidth, reported next to the traffic of the compiled program.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from lm.tools.planning.work import memory_traffic
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Bytes and time of one step on one device.
+    """Bytes and time of a step on one device.
 
     Attributes:
         topology: name of the devices.
         n_devices: number of devices.
-        rows: rows that are decoded together.
-        cached: tokens that the cache of a row has room for.
+        rows: batch size.
+        cached: cache slots per row.
         weights: bytes of the weights.
         cache: bytes of the cache.
-        needed: bytes that live at once: arguments and temporaries.
+        needed: maximum live bytes: arguments and temporaries.
         capacity: memory of the device.
         traffic: bytes that the compiled step reads and writes.
-        bandwidth: bytes/s of the memory; None where it is unknown.
+        bandwidth: bytes/s of the memory; None if unknown.
     """
 
     topology: str
@@ -57,12 +57,12 @@ class DecodePlan:
 
     @property
     def seconds(self) -> float | None:
-        """Least time of a step: its traffic, or what it must read, at full bandwidth."""
+        """Minimum time of a step: its traffic, or what it must read, at full bandwidth."""
         moved = max(self.traffic, self.weights + self.cache)
         return moved / self.bandwidth if self.bandwidth else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return all figures."""
+        """Return all values."""
         bound = self.weights + self.cache
         rate = self.rows / self.seconds if self.seconds else None
         derived = {"bound": bound, "traffic_over_bound": self.traffic / bound}
@@ -70,16 +70,16 @@ class DecodePlan:
 
 
 def plan_decoding(config: ConfigDict, topology: Topology) -> DecodePlan:
-    """Compile one greedy step of `decode.batch_size` rows and analyze the program.
+    """Compile a greedy step of `decode.batch_size` rows and analyze the program.
 
-    The cache has room for `data.sequence_length` tokens.
+    The cache has `data.sequence_length` slots per row.
 
     Args:
         config: configuration.
         topology: devices to compile for.
 
     Raises:
-        UserError: the model continues no prompts.
+        UserError: the model does not continue prompts.
     """
     experiment = build(config, topology.devices)
     if is_encoder_decoder(experiment.model) or not hasattr(experiment.model, "decode"):

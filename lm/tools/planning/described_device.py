@@ -1,7 +1,7 @@
-"""Kernels for devices that are described and not there.
+"""Kernel selection for devices that are described but not present.
 
-Libraries of kernels, and our layers where a step is traced without a mesh, ask this process what
-its devices are and can do.
+Kernel libraries, and our layers when traced without a mesh, query this process for its devices and
+their capabilities.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lm.models.attention import CALLED
 
 @contextlib.contextmanager
 def kernels_for(devices: np.ndarray) -> Iterator[None]:
-    """Answer the questions of our layers, of JAX's cuDNN calls and of tokamax for devices.
+    """Answer capability queries of our layers, JAX's cuDNN calls and tokamax for devices.
 
     Args:
-        devices: those of a mesh that is traced for; nothing happens for a kind that is there.
+        devices: mesh devices to trace for; no effect for a kind that is present.
 
     Raises:
-        UserError: this JAX has no such questions.
+        UserError: this JAX version has no such queries.
     """
     device = devices.flat[0]
     platform = CALLED.get(device.platform, device.platform)

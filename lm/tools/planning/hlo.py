@@ -1,6 +1,6 @@
 """Parser of XLA's HLO text: computations, instructions, and how often each instruction runs.
 
-XLA's cost analysis counts the body of a loop once; `Module.executions` by the loop's trip count.
+XLA's cost analysis counts the body of a loop once; `Module.executions` uses the loop's trip count.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FREE = (
 
 
 class UnknownTripCount(ValueError):
-    """Trip count of a loop that the text does not tell."""
+    """Error for a loop whose trip count the text does not give."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Array of a result; `space` is its memory space, 0 for the device's main memory."""
+    """Array type of a result; `space` is its memory space, 0 for main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -60,18 +60,18 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """Name of the operation in the model that the instruction comes from."""
+        """Name of the model operation that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     def called(self, key: str) -> list[str]:
-        """Return the computations named by an attribute such as calls, body or condition."""
+        """Return the computations in an attribute such as calls, body or condition."""
         found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found.group(1)) if found else []
 
     @cached_property
     def branches(self) -> list[str]:
-        """Computations of a conditional; that of a false predicate comes first."""
+        """Branches of a conditional; the one for a false predicate comes first."""
         of_predicate = self.called("false_computation") + self.called("true_computation")
         return self.called("branch_computations") or of_predicate
 
@@ -84,14 +84,14 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions by name, in the order of the schedule."""
+    """Instructions by name, in schedule order."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @cached_property
     def root(self) -> Instruction:
-        """Instruction whose result is that of the computation."""
+        """Instruction that gives the result of the computation."""
         return next(i for i in self.instructions.values() if i.is_root)
 
     @cached_property
@@ -101,7 +101,7 @@ class Computation:
         return sorted(found, key=lambda i: int(i.arguments))
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Return the instructions whose results an instruction reads."""
+        """Return the instructions whose results are operands of an instruction."""
         return [self.instructions[name] for name in instruction.operands]
 
     def users(self, name: str) -> list[Instruction]:
@@ -123,10 +123,9 @@ class Module:
 
     Attributes:
         computations: Computations by name.
-        entry: Name of the computation that is run.
-        taken: Fraction of the runs of a conditional that take its second branch, that of a true
-            predicate.
-        unknown_trips: Iterations of a loop whose number the program does not tell; None: an error.
+        entry: Name of the entry computation.
+        taken: Fraction of runs in which a conditional takes its second branch (true predicate).
+        unknown_trips: Trip count assumed for loops without a known one; None: raise an error.
     """
 
     computations: dict[str, Computation]
@@ -135,7 +134,7 @@ class Module:
     unknown_trips: int | None = None
 
     def executions(self) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Yield every instruction outside of fusions with its computation and number of runs."""
+        """Yield every instruction outside of fusions, with its computation and number of runs."""
         yield from self._executions(self.entry, 1.0)
 
     def _executions(
@@ -177,10 +176,10 @@ class Module:
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
         """Return the trip count of a `while`: XLA's, or from the comparison of its counter.
 
-        Counters start at 0 and grow by 1, or by more where XLA has unrolled the body.
+        Counters start at 0 and grow by 1, or by more if XLA has unrolled the body.
 
         Raises:
-            UnknownTripCount: The condition compares with no constant, or with several, and
+            UnknownTripCount: The condition does not compare with exactly one constant, and
                 `unknown_trips` is None.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -199,7 +198,7 @@ class Module:
         return -(-limits[0] // self._step(condition, self.computations[loop.called("body")[0]]))
 
     def _step(self, condition: Computation, body: Computation) -> int:
-        """Return the increment of the counter, the state's element that the condition reads."""
+        """Return the increment of the counter, the state element that the condition reads."""
         read = [
             re.search(r"index=(\d+)", operand.attributes)
             for operand in condition.operands(condition.root)
@@ -214,7 +213,7 @@ class Module:
         return added[0] if len(added) == 1 else 1
 
     def _numbers(self, computation: Computation, instruction: Instruction) -> Iterator[int]:
-        """Yield the integer constants that an instruction is, or that are inside a fusion."""
+        """Yield the integer constants of an instruction, or inside a fusion."""
         for _, part in self.inside(computation, instruction):
             if part.opcode == "constant" and re.fullmatch(r"\d+", part.arguments):
                 yield int(part.arguments)
@@ -231,7 +230,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def parse_hlo(text: str, taken: float = 0.5, unknown_trips: int | None = None) -> Module:
-    """Parse the text of `compiled.as_text()`; `taken` and `unknown_trips` as in `Module`."""
+    """Parse the text of `compiled.as_text()`; for `taken` and `unknown_trips` see `Module`."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(""), ""
     for line in text.splitlines():
@@ -262,7 +261,7 @@ def _instruction(line: str, found: re.Match) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Return the index of the bracket that closes the one at `start`."""
+    """Return the index of the bracket matching the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1

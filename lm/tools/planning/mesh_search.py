@@ -1,9 +1,9 @@
 """`lm plan --search`: best mesh, rematerialization and number of microbatches for a topology.
 
-Candidates whose least memory by the cost model exceeds that of a device are never compiled. The
-others are ranked by the model; the first of them are compiled, each in a process of its own, and
-ranked again by the bound on the time of a step. What is compiled corrects the estimates of similar
-candidates; one that turns out too large demotes those that likely need as much memory.
+Candidates whose lower bound on memory (cost model) exceeds the device's are never compiled. The
+others are ranked by the model; the best are compiled, each in its own process, and ranked again by
+the bound on step time. Compiled candidates correct the estimates of similar ones; one that turns
+out too large demotes those that likely need as much memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lm.tools.planning.plan import Plan, make_plan
 from lm.tools.planning.topologies import Topology, interconnect, topology
 
 REMAT = ("none", "dots", "offload_dots", "full", "offload")
-# More microbatches than these only while a device has so many tokens in each.
+# More microbatches than this only while a device has this many tokens in each.
 MICROBATCHES, TOKENS_OF_MICROBATCH = 32, 1024
-# Microbatches a pipeline stage: more of them shrink the bubble, and the matrix products.
+# Microbatches per pipeline stage: more shrink the bubble, and the matrix products.
 MICROBATCHES_PER_STAGE = (1, 4)
 
 Overrides = dict[str, Any]
@@ -45,7 +45,7 @@ Overrides = dict[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Overrides of a configuration and their estimate."""
+    """Configuration overrides and their estimate."""
 
     overrides: Overrides
     estimate: Estimate
@@ -57,7 +57,7 @@ class Candidate:
 
     @cached_property
     def axes(self) -> frozenset[str]:
-        """Mesh axes above 1."""
+        """Mesh axes larger than 1."""
         return frozenset(axis for axis in AXES if self.overrides[f"parallel.mesh.{axis}"] > 1)
 
 
@@ -105,20 +105,20 @@ def search_meshes(
     Args:
         config: Configuration, whose mesh, remat and microbatches are replaced.
         name: Name of the topology.
-        n_slices: Slices of the topology.
-        limit: Most candidates that are compiled.
+        n_slices: Number of slices.
+        limit: Maximum number of compiled candidates.
         n_workers: Compiling processes.
-        track: Wraps the iterable of candidates to show progress, as `tqdm` does.
+        track: Wraps the iterable of candidates to show progress, like `tqdm`.
 
     Raises:
-        UserError: No mesh suits the configuration.
+        UserError: No mesh is possible for the configuration.
     """
     target = topology(name, n_slices)
     considered = list(candidates(config, target, n_slices))
     if not considered:
         n, data = len(target.devices), config.data
         raise UserError(
-            f"no mesh of {n} devices suits this configuration: batch size {data.batch_size}, "
+            f"no mesh of {n} devices fits this configuration: batch size {data.batch_size}, "
             f"length {data.sequence_length}, layers, width, heads and experts cannot be divided "
             "among them"
         )
@@ -143,20 +143,19 @@ def search_meshes(
 
 
 class CandidateQueue:
-    """Queue of the candidates, the most promising first by what was compiled so far.
+    """Queue of candidates, most promising first given what was compiled so far.
 
-    Times and memory of the cost model are multiplied by what they were wrong by for the compiled
-    candidates, weighed by similarity. Candidates that likely do not fit come last, those that need
-    least memory first: by that estimate, or because one of the same rematerialization did not fit
-    that likely needs no more.
+    Estimated times and memory are corrected by the errors of compiled candidates, weighted by
+    similarity. Candidates that likely do not fit come last, least memory first: by their estimate,
+    or because one with the same rematerialization that likely needs no more did not fit.
     """
 
     def __init__(self, candidates: Iterable[Candidate], capacity: float = inf):
-        """Queue candidates for a device of so many bytes."""
+        """Queue candidates for a device with this memory in bytes."""
         self.waiting = list(candidates)
         self._capacity = capacity
         self._too_large: dict[str, float] = {}
-        # Logarithms of actual / estimated; NaN where a program that does not fit tells no time.
+        # Logarithms of actual / estimated; NaN for times of programs that do not fit.
         self._errors: list[tuple[Candidate, np.ndarray]] = []
 
     def take(self) -> Candidate:
@@ -166,7 +165,7 @@ class CandidateQueue:
         return chosen
 
     def learn(self, candidate: Candidate, plan: Plan) -> None:
-        """Correct the estimates by a plan; demote what likely needs as much as one too large."""
+        """Correct the estimates by a plan; demote candidates that likely need too much memory."""
         estimate, time = candidate.estimate, plan.time
         if not plan.fits:
             known = self._too_large.get(candidate.remat, inf)
@@ -183,7 +182,7 @@ class CandidateQueue:
         return doubtful, likely if doubtful else 0.0, max(seconds), sum(seconds)
 
     def _correction(self, candidate: Candidate) -> np.ndarray:
-        """Return the factors of memory and times by the compiled candidates."""
+        """Return correction factors of memory and times from the compiled candidates."""
         if not self._errors:
             return np.ones(4)
         errors = np.stack([error for _, error in self._errors])
@@ -193,13 +192,13 @@ class CandidateQueue:
         return np.exp(total / (PRIOR_WEIGHT + known.sum(0)))
 
 
-# Weight of the cost model beside that of compiled candidates, and of what these have in common.
+# Weights of the cost model, and of shared properties of compiled candidates.
 PRIOR_WEIGHT = 4.0
 SAME_REMAT, SAME_AXES, SAME_MICROBATCHES, SAME_SEQUENCE = 8.0, 4.0, 2.0, 2.0
 
 
 def _similarity(a: Candidate, b: Candidate) -> float:
-    """Return the weight of a compiled candidate in the correction of another."""
+    """Return the weight of a compiled candidate for correcting another."""
     weight = SAME_REMAT if a.remat == b.remat else 1.0
     weight *= SAME_AXES if a.axes == b.axes else 1.0
     for key, factor in (
@@ -215,7 +214,7 @@ def _figures(estimate: Estimate) -> np.ndarray:
 
 
 def order(plan: Plan) -> tuple[float, float, float]:
-    """Order by the bound on the time; equal ones by what is hidden only by overlap, then memory."""
+    """Order by the bound on the time; then by time hidden only by overlap, then by memory."""
     bound, together = 0.0, 0.0
     if time := plan.time:
         bound, together = float(f"{time.bound:.3g}"), time.compute + time.memory + time.network
@@ -223,9 +222,9 @@ def order(plan: Plan) -> tuple[float, float, float]:
 
 
 def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[Candidate]:
-    """Yield every mesh that suits the model, with every remat and number of microbatches.
+    """Yield every possible mesh for the model, with every remat and number of microbatches.
 
-    With tensor parallelism, sequence parallelism is tried both ways.
+    With tensor parallelism, both settings of sequence parallelism are tried.
     """
     single = {f"parallel.mesh.{axis}": 1 for axis in AXES}
     simplest = {"parallel.preset": "custom", "train.microbatches": 1, "parallel.sequence": False}
@@ -263,7 +262,7 @@ def candidates(config: ConfigDict, target: Topology, n_slices: int) -> Iterator[
 
 
 def microbatches_of(config: ConfigDict, n_devices: int) -> list[int]:
-    """Return the numbers of microbatches worth trying: divisors of the batch, and the given one."""
+    """Return numbers of microbatches to try: divisors of the batch size, and the given one."""
     data = config.data
     most = data.batch_size * data.sequence_length / n_devices / TOKENS_OF_MICROBATCH
     found = [d for d in _divisors(data.batch_size) if d <= max(most, MICROBATCHES)]
@@ -271,7 +270,7 @@ def microbatches_of(config: ConfigDict, n_devices: int) -> list[int]:
 
 
 def axis_bandwidth(sizes: Mapping[str, int], target: Topology) -> Callable[..., float]:
-    """Return a function of mesh axes: bytes/s of a device to the others along them."""
+    """Return a function of mesh axes: bytes/s from a device to the others along them."""
     devices = cache(lambda: make_mesh(sizes, target.devices).devices)
 
     @cache
@@ -286,7 +285,7 @@ def axis_bandwidth(sizes: Mapping[str, int], target: Topology) -> Callable[..., 
 def meshes(experiment: Experiment, n_devices: int) -> Iterator[dict[str, int]]:
     """Yield the factorizations of a slice's devices into mesh axes that divide the model.
 
-    Stages divide the layers, contexts the sequence, experts the experts.
+    Stages divide the layers, context the sequence, expert the experts.
     """
     model, data = experiment.config.model, experiment.config.data
     attends = model.family in TRANSFORMERS
@@ -310,7 +309,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of a configuration with some values replaced, by their keys."""
+    """Return a copy of a configuration with overrides applied."""
     config = config.copy_and_resolve_references()
     for path, value in overrides.items():
         set_value(config, path, value)
@@ -324,7 +323,7 @@ def command_line(overrides: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Processes that compile candidates of a configuration for a topology."""
+    """Process pool that compiles candidates of a configuration for a topology."""
 
     config: ConfigDict
     topology: str
@@ -334,12 +333,12 @@ class _Pool:
     def compile(
         self, queue: CandidateQueue, limit: int, track: Callable[..., Any]
     ) -> Iterator[tuple[Candidate, Plan | str]]:
-        """Compile at most `limit` candidates; yield each with its plan, or an error in one line."""
+        """Compile at most `limit` candidates; yield each with its plan, or a one-line error."""
         limit = min(limit, len(queue.waiting))
         if not limit:
             return
         if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's default
-            # The processes inherit it: a candidate that does not fit is no warning here.
+            # Inherited by the processes: a candidate that does not fit is no warning here.
             os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
         given = dict(flatten(self.config))
         plugins = SCHEMA.plugins(), self.config.to_dict()
@@ -365,7 +364,7 @@ class _Pool:
 
 
 def _plan(values: Mapping[str, Any], name: str, n_slices: int) -> Plan:
-    """Plan a candidate in a process of its own."""
+    """Plan a candidate in a worker process."""
     jax.config.update("jax_platforms", "cpu")
     return make_plan(overridden(default(), values), topology(name, n_slices), n_slices)
 

@@ -1,9 +1,9 @@
 """Plan of a training step: memory, FLOPs and traffic of one device, and a lower bound on the time.
 
-The bound is the longest of three terms, each at its full rate: matrix products at the chip's peak,
-main-memory traffic at the memory's bandwidth, communication at the bandwidth of the links that it
-crosses; the network between slices or hosts is used at the same time as that inside them. `mfu` at
-the bound counts the FLOPs of `lm/accounting/flops.py`.
+The bound is the maximum of three terms, each at its full rate: matrix products at the chip's peak,
+main-memory traffic at its bandwidth, communication at the bandwidth of the links it crosses;
+networks between and inside slices or hosts are used concurrently. `mfu` at the bound uses the FLOPs
+of `lm/accounting/flops.py`.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ MEMORY_PARTS = ("arguments", "temporaries", "outputs", "code")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device; None where the compiler does not tell.
+    """Bytes on a device; None if the compiler does not report them.
 
     Attributes:
         parameters: Parameters.
         optimizer: Optimizer state.
-        gradients: Gradients, if they are kept whole; they are among the temporaries.
+        gradients: Gradients, if fully materialized; part of the temporaries.
         arguments: Arguments of the step: parameters, optimizer state and batch.
-        temporaries: Temporaries, activations among them.
-        outputs: Outputs that do not reuse the memory of donated arguments.
-        code: Program.
-        host: Bytes offloaded to the host, which are not part of the total.
+        temporaries: Temporaries, including activations.
+        outputs: Outputs that do not reuse donated arguments.
+        code: Program code.
+        host: Bytes offloaded to the host, not part of the total.
         total: Sum of arguments, temporaries, outputs and code.
-        needed: What of it lives at once, by the compiler's peak; the total where there is none.
+        needed: Maximum live bytes by the compiler's peak; the total if unknown.
         capacity: Memory of the device.
     """
 
@@ -72,13 +72,13 @@ class Traffic:
     """Collectives of one kind and route.
 
     Attributes:
-        kind: Kind, as "all-gather".
-        axis: Mesh axes, as "data,fsdp".
+        kind: Kind, such as "all-gather".
+        axis: Mesh axes, such as "data,fsdp".
         network: "ici" inside a slice or host, "dcn" between them.
-        count: Number of collectives a step.
-        bytes: Bytes a step of all of them, a device.
+        count: Number of collectives per step.
+        bytes: Total bytes per step and device.
         asynchronous: Whether they overlap with computation.
-        seconds: Time of all of them; None if the bandwidth is unknown.
+        seconds: Total time; None if the bandwidth is unknown.
     """
 
     kind: str
@@ -92,7 +92,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Time:
-    """Terms of the bound and the bound itself, seconds a step."""
+    """Terms of the bound and the bound itself, in seconds per step."""
 
     compute: float
     memory: float
@@ -102,24 +102,24 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a step on a topology; if it does not compile for lack of memory, only its memory.
+    """Plan of a step on a topology; only its memory if it does not compile for lack of memory.
 
     Attributes:
         config: Keys of SHOWN with their resolved values.
         topology: Name of the topology.
         n_slices: Number of slices.
         n_devices: Number of devices.
-        mesh: Sizes of the mesh axes above 1.
+        mesh: Sizes of the mesh axes larger than 1.
         parameters: Number of parameters.
         fits: Whether the step fits into the device's memory.
         memory: Memory of a device.
-        model_flops: Model FLOPs of a device and step.
-        compiled_flops: FLOPs of the compiled program, likewise.
-        memory_traffic: Bytes read from and written to main memory, likewise.
+        model_flops: Model FLOPs per device and step.
+        compiled_flops: FLOPs of the compiled program per device and step.
+        memory_traffic: Main-memory bytes read and written per device and step.
         collectives: Communication, largest first.
-        time: Bound on the time; None where the chip's rates are unknown (CPUs), or where there is
-            no program because it would not fit.
-        tokens: Tokens of a step on all devices, of sources and targets.
+        time: Bound on the time; None if the chip's rates are unknown (CPUs), or if the program does
+            not fit.
+        tokens: Tokens per step on all devices, of sources and targets.
         peak_flops: FLOP/s of the chip.
         attention_kernel: Kernel that the program calls.
         largest: Bytes and description of the largest arrays.
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens a second of all devices, at the bound."""
+        """Tokens per second of all devices, at the bound."""
         return self.tokens / self.time.bound if self.time else None
 
     @property
@@ -165,7 +165,7 @@ class Plan:
         return self.model_flops / self.time.bound / self.peak_flops
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `lm plan --json` prints: bytes, FLOPs and seconds of a device and a step."""
+        """Return what `lm plan --json` prints: bytes, FLOPs and seconds per device and step."""
         return {
             "topology": self.topology,
             "slices": self.n_slices,
@@ -206,10 +206,10 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
     Args:
         config: Configuration.
         topology: Devices to compile for.
-        n_slices: Slices of the topology.
+        n_slices: Number of slices.
 
     Raises:
-        UserError: The configuration does not suit the devices.
+        UserError: The configuration does not fit the devices.
     """
     experiment = build(config, topology.devices)
     return plan_of(experiment, compile_step(experiment), topology, n_slices)
@@ -218,9 +218,9 @@ def make_plan(config: ConfigDict, topology: Topology, n_slices: int = 1) -> Plan
 def plan_of(
     experiment: Experiment, compiled: Program | OutOfMemory, topology: Topology, n_slices: int = 1
 ) -> Plan:
-    """Analyze the compiled training step of an experiment, as `make_plan` does."""
+    """Analyze the compiled training step of an experiment; see `make_plan`."""
     config, chip = experiment.config, topology.chip
-    # The only conditional of a step chooses between attention with and without a window.
+    # The only conditional of a step selects attention with or without a window.
     m = config.model
     taken = global_layers(m.n_layers, m.window, m.global_every, m.global_first).mean()
     module = parse_hlo(compiled.text, taken) if isinstance(compiled, Program) else None
@@ -254,7 +254,7 @@ def plan_of(
 
 
 def on_device(shapes: Tree, shardings: Tree) -> Tree:
-    """Return the shapes of one device's shards of arrays."""
+    """Return the shapes of one device's shards."""
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(s.shape), s.dtype),
         shapes,
@@ -268,7 +268,7 @@ def bytes_of(shapes: Tree) -> int:
 
 
 def state_memory(experiment: Experiment) -> tuple[int, int, int, int]:
-    """Return bytes on a device: parameters, optimizer state, gradients, arguments of a step."""
+    """Return bytes per device: parameters, optimizer state, gradients, arguments of a step."""
     state = on_device(experiment.state_shapes, experiment.state_sharding)
     gradients = experiment.steps.split(state.params)[0]
     batch = batch_shapes(experiment)
@@ -310,7 +310,7 @@ def _memory(experiment: Experiment, chip: Chip, compiled: Program | OutOfMemory)
 def list_traffic(
     module: Module, mesh: Mesh, topology: Topology, n_steps: int = 1
 ) -> tuple[Traffic, ...]:
-    """List the collectives of a program of `n_steps` steps, with their time a step."""
+    """List the collectives of a program of `n_steps` steps, with their time per step."""
 
     def seconds(collective: Collective) -> tuple[str, float | None]:
         crossed = interconnect(topology.chip, collective.route.devices, topology.sides)
@@ -346,7 +346,7 @@ def _time(
 
 
 def network_seconds(moved: Sequence[Traffic]) -> float:
-    """Return the time of collectives; those of different networks run at the same time."""
+    """Return the time of collectives; different networks run concurrently."""
     networks: dict[str, float] = {}
     for traffic in moved:
         networks[traffic.network] = networks.get(traffic.network, 0.0) + (traffic.seconds or 0.0)
@@ -354,7 +354,7 @@ def network_seconds(moved: Sequence[Traffic]) -> float:
 
 
 def _peak(chip: Chip, dtype: str) -> float:
-    """Return the FLOP/s of products of a dtype, by its name in HLO."""
+    """Return the FLOP/s for products of an HLO dtype."""
     assert chip.peak_flops
     faster = (rate for name, rate in chip.peak_8bit.items() if dtype.startswith(name))
     return next(faster, chip.peak_flops)

@@ -1,4 +1,4 @@
-"""Text of `lm plan`: a plan, or the ranking of a search. 1 GB is 10⁹ bytes."""
+"""Text output of `lm plan`: a plan, or a search ranking. 1 GB is 10⁹ bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _memory(plan: Plan) -> str:
 
 
 def shorten(name: str, width: int = 110) -> str:
-    """Return a name without its middle where it is longer than `width`: ends tell most."""
+    """Shorten a name in the middle if it is longer than `width`."""
     kept = (width - 1) // 2
     return name if len(name) <= width else f"{name[:kept]}…{name[-kept:]}"
 
@@ -115,7 +115,7 @@ def size_text(size: float) -> str:
 
 
 def search_text(found: SearchResult) -> str:
-    """Format the ranking of a search, the best first, and the overrides of the best."""
+    """Format a search ranking, best first, and the overrides of the best."""
     lines = [
         f"{found.considered} candidates: {found.too_large} too large, {found.not_compiled} not "
         f"compiled (--limit), {len(found.failed)} not compilable, {len(found.ranked)} fit"

@@ -1,6 +1,6 @@
 """Programs compiled for described devices: the training step of `lm train`, and others.
 
-Nothing is allocated: state and batch are shapes.
+Nothing is allocated: state and batch are only shapes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
 @dataclass(frozen=True)
 class Program:
-    """Compiled program: its text, and bytes on each device.
+    """Compiled program: its text, and bytes per device.
 
     Attributes:
         text: HLO text.
         arguments: Arguments.
-        outputs: Outputs outside of the memory of the donated state.
+        outputs: Outputs that do not reuse donated memory.
         temporaries: Temporaries.
-        code: Machine code.
-        peak: Most of all these but the code that live at once; None where that is not known.
-        host: Temporaries and arguments in the host's memory.
+        code: Program code.
+        peak: Maximum live bytes, excluding code; None if unknown.
+        host: Temporaries and arguments in host memory.
         seconds: Time to lower and compile.
     """
 
@@ -54,17 +54,17 @@ class Program:
 
     @property
     def needed(self) -> int:
-        """Bytes that live at once, by the compiler's peak; the total where there is none."""
+        """Maximum live bytes by the compiler's peak; the total if unknown."""
         return self.total if self.peak is None else self.peak + self.code
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """Sizes of a program that does not fit, from the compiler's message; 0 where it tells none.
+    """Sizes of a program that does not fit, from the compiler's message; 0 if not given.
 
     Attributes:
-        total: Bytes that the program needs, its arguments among them.
-        capacity: Bytes that the device has.
+        total: Bytes that the program needs, including its arguments.
+        capacity: Memory of the device.
         largest: Bytes and description of the largest arrays.
         seconds: Time until the compiler failed.
     """
@@ -104,16 +104,16 @@ def compile_step(experiment: Experiment) -> Program | OutOfMemory:
 def compile_lowered(
     lowered: Lowered, experiment: Experiment, start: float
 ) -> Program | OutOfMemory:
-    """Compile a lowered program of an experiment, as `compile_step` does.
+    """Compile a lowered program of an experiment; see `compile_step`.
 
     Args:
         lowered: program.
         experiment: experiment on described devices.
-        start: time by `time.monotonic` when it began to be lowered.
+        start: `time.monotonic` at the start of lowering.
     """
     try:
         with warnings.catch_warnings():
-            # A cached program cannot be loaded for devices that do not exist here.
+            # A cached program cannot be loaded for devices that are not present.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -125,7 +125,7 @@ def compile_lowered(
 
 
 def program_of(compiled: Compiled, experiment: Experiment, seconds: float) -> Program:
-    """Describe a compiled step of an experiment, which took so many seconds to compile."""
+    """Describe a compiled step of an experiment, with its compile time in seconds."""
     memory = compiled.memory_analysis()
     assert memory is not None
     on_tpu = experiment.mesh.devices.flat[0].platform == "tpu"
@@ -135,7 +135,7 @@ def program_of(compiled: Compiled, experiment: Experiment, seconds: float) -> Pr
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        # libtpu refuses a program by its peak, less than the sum; that of CPUs is too small.
+        # libtpu rejects programs by their peak, less than the sum; on CPU it is too small.
         peak=memory.peak_memory_in_bytes or None if on_tpu else None,
         host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         seconds=seconds,
@@ -143,10 +143,10 @@ def program_of(compiled: Compiled, experiment: Experiment, seconds: float) -> Pr
 
 
 def _dumped_arrays(lowered: Lowered) -> tuple[tuple[int, str], ...]:
-    """Return the largest arrays of a program that does not fit, from the compiler's own dump.
+    """Return the largest arrays of a program that does not fit, from the compiler's dump.
 
-    libtpu states only the sum of the temporaries. A dump is written before memory is assigned, and
-    a compiler that gives up there is quick.
+    libtpu only reports the sum of the temporaries. The dump is written before memory assignment,
+    and a compilation that fails there is quick.
     """
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -159,8 +159,8 @@ def _dumped_arrays(lowered: Lowered) -> tuple[tuple[int, str], ...]:
 
 
 def read_out_of_memory(message: str, seconds: float) -> OutOfMemory:
-    """Parse the compiler's message, which has two forms."""
-    # libtpu counts the arguments among the "temporaries" that it compares with the memory.
+    """Parse the compiler's out-of-memory message, which has two forms."""
+    # libtpu includes the arguments in the "temporaries" that it compares with the memory.
     used = re.search(rf"Used {SIZE} of {SIZE} hbm", message) or re.search(
         rf"HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)", message
     )
@@ -179,7 +179,7 @@ def _bytes(number: str, unit: str) -> int:
 def largest_arrays(module: Module, n: int = 10) -> tuple[tuple[int, str], ...]:
     """Return bytes and description of the `n` largest arrays of a device.
 
-    Arguments and results of instructions that allocate count; each pair of shape and operation is
+    Includes arguments and results of allocating instructions; each pair of shape and operation is
     listed once.
     """
     found: dict[str, int] = {}
@@ -200,7 +200,7 @@ def _shape_text(shape: Shape) -> str:
 
 
 def _operation(instruction: Instruction) -> str:
-    """Return the name of the operation in the model, or of an argument, without JAX's scopes."""
+    """Return the model operation or argument name, without JAX's scopes."""
     name = re.sub(r"\[\\?'([^'\\]*)\\?'\]", r"/\1", instruction.op_name)
     name = re.sub(r"tokamax:\{.*\}(?=/|$)", "tokamax", name)
     name = re.sub(r"^args\[(\d)\]", lambda found: ("state", "batch")[int(found[1])], name)

@@ -1,11 +1,11 @@
-"""Plan of serving: memory, rows and a bound on the tokens/s of the paged engine on a chip.
+"""Plan of serving: memory, rows, and a bound on the tokens/s of the paged engine on a chip.
 
-The engine's own two programs are compiled with its own shapes (`lm/decoding/engine/shapes.py`):
-the longest chunk of a prompt, and a step of all rows. The compiler says what they need. The bound
-is arithmetic, since loops of a length that no program tells hide bytes and FLOPs: a step reads the
-weights and the keys and values of all rows once, at the bandwidth of the memory; or it multiplies
-at the chip's peak; or it sends what the compiled step sends (without latencies). Rows are at their
-full context, every layer reads all of it, and no row asks for more than the likeliest token.
+The engine's two programs are compiled with its own shapes (`lm/decoding/engine/shapes.py`): the
+longest prompt chunk, and a step of all rows. The compiler reports their memory. The bound is
+computed analytically, because loops of unknown length hide bytes and FLOPs: a step reads the
+weights and the keys and values of all rows once, at memory bandwidth; or it multiplies at the
+chip's peak; or it sends what the compiled step sends (without latencies). Rows are at full context,
+every layer reads all of it, and all rows decode greedily.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lm.tools.planning.program import OutOfMemory, Program, compile_lowered
 from lm.tools.planning.serve_work import Work, shard_bytes, work_of_prompt, work_of_step
 from lm.tools.planning.topologies import Topology
 
-MOST_ROWS = 1024  # that are tried
+MOST_ROWS = 1024  # maximum number of rows tried
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class ServeMemory:
     """Bytes on a device.
 
     Attributes:
-        weights: parameters as decoding keeps them.
+        weights: parameters in decoding form.
         pages: pages of the cache.
         texts: other state of the rows.
-        temporaries: what the larger program needs beside these, its code among it.
+        temporaries: additional needs of the larger program, including its code.
         needed: sum of these.
-        capacity: memory of the device that JAX allocates from.
+        capacity: device memory that JAX allocates from.
     """
 
     weights: int
@@ -73,17 +73,17 @@ class ServePlan:
     Attributes:
         topology: name of the devices.
         n_devices: number of devices.
-        mesh: sizes of the mesh axes above 1.
-        rows: requests that run at once.
-        context: most tokens of a prompt and its reply.
-        page_size: tokens of a page.
+        mesh: sizes of the mesh axes larger than 1.
+        rows: concurrent requests.
+        context: maximum tokens of a prompt and its reply.
+        page_size: tokens per page.
         pages: pages of the cache.
-        chunk: tokens of the longest chunk of a prompt.
+        chunk: tokens of the longest prompt chunk.
         fits: whether both programs fit into the device's memory.
         memory: memory of a device.
-        step: terms of the bound on a step of all rows; None where the chip's rates are unknown.
-        first_chunk: those of a prompt of one chunk.
-        whole_prompt: those of a prompt that fills the context, chunk after chunk.
+        step: terms of the bound on a step of all rows; None if the chip's rates are unknown.
+        first_chunk: same for a prompt of one chunk.
+        whole_prompt: same for a prompt that fills the context, in chunks.
         collectives: communication of a step of all rows.
         compile_seconds: time to lower and compile.
     """
@@ -106,16 +106,16 @@ class ServePlan:
 
     @property
     def tokens_per_row(self) -> float:
-        """Tokens that the pages hold for each row, on average."""
+        """Average number of tokens per row that the pages can hold."""
         return min(self.pages * self.page_size / self.rows, self.context)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens a second of all rows, at the bound."""
+        """Tokens per second of all rows, at the bound."""
         return self.rows / self.step.bound if self.step else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return all figures."""
+        """Return all values."""
         derived = {
             "cached_tokens": self.pages * self.page_size,
             "tokens_per_row": self.tokens_per_row,
@@ -132,12 +132,12 @@ def plan_serving(
     Args:
         config: configuration.
         topology: devices to compile for.
-        rows: requests that run at once; None: the largest power of two of rows, `MOST_ROWS` at
-            most, whose whole contexts fit.
-        context: most tokens of a prompt and its reply; 0: those that the model was made for.
+        rows: concurrent requests; None: the largest power of two, at most `MOST_ROWS`, whose full
+            contexts fit.
+        context: maximum tokens of a prompt and its reply; 0: the model's context length.
 
     Raises:
-        UserError: the engine does not serve this model, or not in this context.
+        UserError: the engine does not support this model or context.
     """
     served = _prepare(build(config, topology.devices), topology)
     options = EngineOptions(rows or MOST_ROWS, context)
@@ -153,8 +153,8 @@ def plan_serving(
 def _prepare(experiment: Experiment, topology: Topology) -> _Served:
     if not is_pageable(experiment):
         raise UserError(
-            "--serve plans decoders whose layers are all attention, in one pipeline stage; others "
-            "are served in whole batches, of which --decode plans a step"
+            "--serve plans decoders with only attention layers, in one pipeline stage; others are "
+            "served in whole batches: plan a step of those with --decode"
         )
     shapes = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -175,7 +175,7 @@ class _Served:
 
     @property
     def capacity(self) -> int:
-        """Bytes of a device that JAX allocates from: of a GPU three quarters, if not told more."""
+        """Bytes of a device that JAX allocates from; by default three quarters on GPU."""
         platform = self.topology.devices[0].platform
         is_gpu = CALLED.get(platform, platform) == "gpu"
         part = float(os.environ.get("XLA_CLIENT_MEM_FRACTION", 0.75)) if is_gpu else 1.0
@@ -229,11 +229,11 @@ class _Served:
         return ServeMemory(weights, pages, state - pages, needed - held, needed, self.capacity)
 
     def _traffic(self, program: Program | OutOfMemory) -> tuple[Traffic, ...] | None:
-        """List what a step, or a chunk, sends; None if it does not fit."""
+        """List the communication of a step or chunk; None if it does not fit."""
         if isinstance(program, OutOfMemory):
             return None
-        # One iteration of the loop of steps; what rows may ask for beside the likeliest token is
-        # in the second branch of a conditional each.
+        # One iteration of the loop over steps; options other than greedy decoding are in the
+        # second branch of a conditional each.
         module = parse_hlo(program.text, taken=0.0, unknown_trips=1)
         return list_traffic(module, self.experiment.mesh, self.topology)
 

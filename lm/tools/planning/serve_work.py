@@ -1,8 +1,8 @@
-"""FLOPs and bytes of one device in the paged engine, by arithmetic.
+"""FLOPs and bytes of one device in the paged engine, computed analytically.
 
-A pass multiplies by every kernel that is on the device, and reads it once; of a table that is only
-looked up it reads next to nothing. Tokens choose experts evenly. Attention takes every key that is
-written before a query; also in layers with a window, of which the engine reads all pages.
+A pass multiplies by every kernel on the device and reads it once; it reads next to nothing of
+tables used only for look-ups. Tokens are spread evenly over experts. Attention reads every key
+before a query, even in layers with a window, because the engine reads all pages.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def work_of_prompt(
     """Yield the work of each chunk of a prompt that leaves one token of the context.
 
     Args:
-        experiment: as of `work_of_step`.
-        params: likewise.
+        experiment: see `work_of_step`.
+        params: see `work_of_step`.
         options: sizes.
     """
     n_prompt = choose_context(experiment, options) - 1
@@ -83,7 +83,7 @@ def work_of_prompt(
 
 
 def _pass(experiment: Experiment, params: Params, n_tokens: int, n_logits: int) -> Work:
-    """Return the work of all but attention of tokens, some of which get logits."""
+    """Return the work of tokens, some of which need logits, excluding attention."""
     flops = n_bytes = 0.0
     infos: dict[str, tuple[str, Any]] = {}
     for path, leaf in flat(experiment.inference_shapes).items():
@@ -106,13 +106,13 @@ def _pass(experiment: Experiment, params: Params, n_tokens: int, n_logits: int) 
 
 
 def _attention(experiment: Experiment, n_pairs: float) -> float:
-    """Return the FLOPs of the two products of attention with so many pairs of query and key."""
+    """Return the FLOPs of both attention products for a number of query–key pairs."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     pages = jax.eval_shape(partial(make_pages, experiment, 1, 1))[0]
     of_all = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
     n_heads = config.n_heads * pages.bytes_of_device(experiment.mesh) / of_all
     cache = jax.eval_shape(partial(MIXERS[config.mixer].init_cache, config, 1, 1, 1))
-    width = jax.tree.leaves(cache)[0].shape[-1]  # of a head as it is cached
+    width = jax.tree.leaves(cache)[0].shape[-1]  # head width in the cache
     return 4 * config.n_layers * n_heads * width * n_pairs
 
 

@@ -29,7 +29,7 @@ from lm.hardware import (
     Chip,
 )
 
-# Without these libtpu queries the metadata server, and a second process is locked out.
+# Without these, libtpu queries the metadata server, and a second process is locked out.
 TPU_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -47,7 +47,7 @@ _COUNTED, _SIZES = (*GPUS, "cpu"), r"\d{1,6}(?:x\d{1,6})*"
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `sides` are those of a TPU slice, in chips."""
+    """Devices to compile for; `sides` are the dimensions of a TPU slice in chips."""
 
     name: str
     chip: Chip
@@ -56,12 +56,12 @@ class Topology:
 
 
 def topology(name: str, n_slices: int = 1) -> Topology:
-    """Describe the devices of a name, in `n_slices` TPU slices or groups of GPU hosts.
+    """Describe the devices of a topology name, in `n_slices` TPU slices or groups of GPU hosts.
 
-    Names are `KIND:SHAPE` and those that `kind_and_shape` knows.
+    Names are `KIND:SHAPE` or anything `kind_and_shape` accepts.
 
     Raises:
-        UserError: The name is wrong, or the compiler for the chip is not installed.
+        UserError: The name is invalid, or the compiler for the chip is not installed.
     """
     given, name = name, kind_and_shape(name)
     kind, _, shape = name.partition(":")
@@ -75,8 +75,8 @@ def topology(name: str, n_slices: int = 1) -> Topology:
     if kind not in CHIPS:
         known = (*CHIPS, "cpu")
         raise UserError(
-            f"--topology {given}: unknown chip {kind!r}{nearest(kind, known)}; there are "
-            f"{', '.join(known)}; topologies are written such as {EXAMPLES}"
+            f"--topology {given}: unknown chip {kind!r}{nearest(kind, known)} (known: "
+            f"{', '.join(known)}); topologies are written like {EXAMPLES}"
         )
     chip = CHIPS[kind]
     make = _tpu if chip.dimensions else _gpu
@@ -84,10 +84,10 @@ def topology(name: str, n_slices: int = 1) -> Topology:
 
 
 def kind_and_shape(name: str) -> str:
-    """Return KIND:SHAPE of a topology in any of its usual spellings; other names in lower case.
+    """Normalize the usual spellings of a topology to KIND:SHAPE; others to lower case.
 
-    Those are Google Cloud's accelerator types (v5litepod-16, v5p-128) and numbers of GPUs or CPU
-    devices (8xh100, h100:8, h100-8, 2x8xh100), of which a host has at most eight.
+    Supported: Google Cloud's accelerator types (v5litepod-16, v5p-128) and numbers of GPUs or CPU
+    devices (8xh100, h100:8, h100-8, 2x8xh100), at most eight per host.
 
     Raises:
         UserError: There is no slice, and no number of hosts of eight, of that size.
@@ -109,19 +109,19 @@ def kind_and_shape(name: str) -> str:
 
 
 def _hosts(name: str, kind: str, n: int) -> str:
-    """Return the shape of so many GPUs: one host, or hosts of eight."""
+    """Return the shape for a number of GPUs: one host, or hosts of eight."""
     if n > GPUS_A_HOST and n % GPUS_A_HOST:
         raise UserError(
-            f"--topology {name}: {n} GPUs are no hosts of {GPUS_A_HOST}; write {kind}:HOSTSxGPUS"
+            f"--topology {name}: {n} GPUs do not fill hosts of {GPUS_A_HOST}: {kind}:HOSTSxGPUS"
         )
     return f"{-(-n // GPUS_A_HOST)}x{min(n, GPUS_A_HOST)}"
 
 
 def _slice_shape(name: str, kind: str, number: int) -> str:
-    """Return the shape that Google Cloud gives to a slice, by the number in its accelerator type.
+    """Return the shape of a Google Cloud slice, from the number in its accelerator type.
 
-    The number counts TensorCores of v4 and v5p, two a chip, and chips of v5e and v6e. The shape is
-    as near to a cube as its sides, multiples of four from 64 chips on, allow.
+    The number counts TensorCores for v4 and v5p (two per chip), and chips for v5e and v6e. The
+    shape is as close to a cube as possible; sides are multiples of four from 64 chips on.
     """
     chip = CHIPS[kind]
     n, odd = divmod(number, 2) if chip.dimensions == 3 else (number, 0)
@@ -145,7 +145,7 @@ def _cpu(name: str, sides: tuple[int, ...], n_slices: int) -> Topology:
         raise UserError(f"--topology {name}: CPU devices are simulated as cpu:8, without --slices")
     if sides[0] > MOST_CPU_DEVICES:
         raise UserError(f"--topology {name}: at most {MOST_CPU_DEVICES} CPU devices are simulated")
-    with contextlib.suppress(RuntimeError):  # a backend that is initialized keeps its number
+    with contextlib.suppress(RuntimeError):  # an initialized backend keeps its number
         jax.config.update("jax_num_cpu_devices", sides[0])
     devices = jax.devices("cpu")
     if len(devices) < sides[0]:
@@ -187,7 +187,7 @@ def _gpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
 
 
 def target_config(kind: str) -> str:
-    """Return a GPU as a GpuTargetConfigProto in text form."""
+    """Format a GPU as a GpuTargetConfigProto in text form."""
     own = asdict(GPU_TARGETS[kind])
     description, major = own.pop("description"), own.pop("major")
     fields = COMMON_TARGET | own | {"device_memory_size": CHIPS[kind].memory}
@@ -216,8 +216,8 @@ class Interconnect:
 
     Attributes:
         network: "ici" inside a slice or host, "dcn" between them.
-        bandwidth: Bytes/s of a device.
-        spread: Devices of a slice that share what crosses the network.
+        bandwidth: Bytes/s per device.
+        spread: Devices of a slice that share the cross-network traffic.
     """
 
     network: str
@@ -226,14 +226,14 @@ class Interconnect:
 
 
 def interconnect(chip: Chip, group: Sequence[Any], sides: Sequence[int]) -> Interconnect:
-    """Return the network that joins a group of devices.
+    """Return the network that connects a group of devices.
 
-    In a torus a group sends along every dimension that it spans, in both directions of a ring.
+    In a torus, a group sends along every dimension that it spans, in both directions of a ring.
 
     Args:
         chip: Kind of the devices.
-        group: Devices that take part in the collective.
-        sides: Lengths of the slice's torus, in chips.
+        group: Devices of the collective.
+        sides: Torus dimensions of the slice, in chips.
     """
     granules = {granule(device) for device in group}
     if len(granules) > 1:

@@ -1,9 +1,8 @@
 """FLOPs and main-memory traffic of a compiled program on one device.
 
-FLOPs are those of matrix products and kernels, 2 for a multiplication and its addition;
-element-wise operations are left out, so that the number compares with the model's FLOPs. Traffic
-counts an array once for each instruction that reads or writes it; for slices and in-place updates
-only the part that is touched.
+FLOPs count matrix products and kernels, 2 per multiply–add; element-wise operations are excluded,
+so that the number is comparable to model FLOPs. Traffic counts an array once for each instruction
+that reads or writes it; slices and in-place updates count only the part that is touched.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def flops(module: Module) -> float:
 
 
 def flops_by_dtype(module: Module) -> dict[str, float]:
-    """Return the FLOPs of the whole program by the dtype that is multiplied; "" in kernels."""
+    """Return the FLOPs of the whole program by multiplied dtype; "" for kernels."""
     found: dict[str, float] = {}
     for around, instruction, times in module.executions():
         for computation, part in module.inside(around, instruction):
@@ -36,7 +35,7 @@ def flops_by_dtype(module: Module) -> dict[str, float]:
 
 
 def memory_traffic(module: Module) -> float:
-    """Return the bytes that the whole program reads from and writes to main memory."""
+    """Return the bytes that the program reads from and writes to main memory."""
     return sum(
         times * _traffic(module, computation, instruction)
         for computation, instruction, times in module.executions()
@@ -60,10 +59,10 @@ def _dot(computation: Computation, dot: Instruction) -> int:
 
 
 def _convolution(computation: Computation, convolution: Instruction) -> int:
-    """Return the FLOPs of a convolution; on TPUs matrix products are convolutions too.
+    """Return the FLOPs of a convolution; on TPUs, matrix products are convolutions too.
 
-    A batched product is a convolution over a batch dimension in which the window meets one element
-    only. So the pairs of input and kernel elements that meet are counted, not the window.
+    A batched product is a convolution over a batch dimension whose window covers a single element.
+    So pairs of overlapping input and kernel elements are counted, not the window.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels
@@ -107,7 +106,7 @@ def _window(attributes: str) -> list[tuple[int, int, int, int]]:
 def _meeting(
     n_input: int, n_kernel: int, n_out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """Count the pairs of output and kernel position that fall on an element of the input."""
+    """Count pairs of output and kernel positions that hit an element of the input."""
     span = (n_input - 1) * dilate + 1
     positions = (
         o * stride + k * kernel_dilate - pad for o in range(n_out) for k in range(n_kernel)
@@ -116,7 +115,7 @@ def _meeting(
 
 
 def _cost(call: Instruction) -> tuple[int, int] | None:
-    """Return FLOPs and bytes of a kernel whose operation has them in its name (`megablox.py`)."""
+    """Return FLOPs and bytes that a kernel encodes in its operation name (`megablox.py`)."""
     found = re.search(r"cost_flops_(\d+)_bytes_(\d+)/.*pallas_call$", call.op_name)
     return (int(found.group(1)), int(found.group(2))) if found else None
 
@@ -135,7 +134,7 @@ def _kernel(computation: Computation, call: Instruction) -> int:
 
 
 def _stated(call: Instruction, what: str) -> int:
-    """Return a number of a kernel's own cost estimate, 0 without one."""
+    """Return a value of a kernel's own cost estimate, or 0."""
     found = re.search(rf'"?cost_estimate"?:\s*\{{[^}}]*"?{what}"?:\s*"?(\d+)', call.attributes)
     return int(found.group(1)) if found else 0
 
@@ -154,7 +153,7 @@ def is_attention(call: Instruction) -> bool:
 
 
 def _stated_pairs(call: Instruction) -> int | None:
-    """Return the pairs of query and key of a row and head, if the model's scope states them."""
+    """Return the number of query–key pairs per row and head, if the model's scope states it."""
     found = re.search(r"attention_pairs_(\d+)", call.op_name)
     is_kernel = re.search("fmha|mosaic_gpu|triton", call.target)
     return int(found.group(1)) if found and is_kernel else None
@@ -164,16 +163,16 @@ def _attention(computation: Computation, call: Instruction) -> int:
     """Return the FLOPs of a fused attention kernel.
 
     Queries and keys are [B, H, L, K] or [B, L, H, K]; without B for a single row. The forward pass
-    has two products, the backward pass five: the scores again and four gradients. Splash and the
-    kernels of Pallas for GPUs compute the scores and the gradient of the weights in each of two
-    backward kernels (dq: 3 products, dkv: 4), unless one of splash computes all gradients (dkv;
-    that of the queries has a part for each block of keys).
+    has two products, the backward pass five: the scores again and four gradients. Splash and Pallas
+    GPU kernels compute the scores and the weight gradient in each of two backward kernels (dq: 3
+    products, dkv: 4), unless a single splash kernel computes all gradients (dkv; its query gradient
+    has a part per key block).
     """
     name = call.target + call.name
     operands = [operand.shapes[0] for operand in computation.operands(call)]
     first = next(i for i, shape in enumerate(operands) if "f" in shape.dtype)
     queries, keys = operands[first].dims, operands[first + 1].dims
-    # The longer one of these dimensions is the sequence, in every model worth planning.
+    # The longer of these dimensions is the sequence, in every model worth planning.
     sequence = -2 if queries[-2] >= queries[-3] else -3
     length, n_keys = queries[sequence], keys[sequence]
     products, n_pairs = 2, length * n_keys // 2
@@ -198,17 +197,17 @@ def _attention(computation: Computation, call: Instruction) -> int:
 
 
 def _products_of_pallas(call: Instruction, operands: list[Shape]) -> int:
-    """Return the products of a kernel of Pallas for GPUs, which gets q, k, v, and backward more."""
+    """Return the number of products of a Pallas GPU kernel; it takes q, k, v, and backward more."""
     if sum("f" in shape.dtype for shape in operands) == 3:
         return 2
     return {1: 3, 2: 4}.get(len(call.shapes), 5)
 
 
 def _pairs_of_pallas(call: Instruction, stated: int, products: int, n_pairs: int) -> int:
-    """Return the pairs that a kernel computes, of those that the mask has.
+    """Return the number of pairs that a kernel computes, given those in the mask.
 
-    Tokamax 0.0.12 skips no tiles in the backward pass but those that are masked on Hopper because
-    the mask is causal; on Blackwell, where one kernel has all five products, none.
+    In the backward pass, Tokamax 0.0.12 skips only tiles masked by causality on Hopper; on
+    Blackwell, where one kernel has all five products, none.
     """
     if "mosaic" not in call.target or products == 2 or stated == n_pairs:
         return stated
@@ -216,12 +215,12 @@ def _pairs_of_pallas(call: Instruction, stated: int, products: int, n_pairs: int
 
 
 def _splash_pairs(name: str, operands: list[Shape], length: int, n_keys: int) -> int:
-    """Return the number of query-key pairs that a splash kernel computes.
+    """Return the number of query–key pairs that a splash kernel computes.
 
-    All pairs count if the kernel gets no positions of queries beside the segments of queries and
-    keys. Otherwise the first operand lists tiles, [heads, blocks of queries, blocks of keys]; the
-    dkv kernel shrinks the dimension of queries, the others that of keys, to the largest number of
-    tiles of a block. Of a causal mask half of the pairs count, of a narrower mask the tiles.
+    All pairs count if the kernel gets no query positions besides the segment ids. Otherwise the
+    first operand lists tiles, [heads, query blocks, key blocks]; the dkv kernel shrinks the query
+    dimension, the others the key dimension, to the maximum number of tiles per block. A causal mask
+    counts half of the pairs, a narrower mask its tiles.
     """
     wholes = sum(shape.dtype == "s32" for shape in operands)
     if wholes == (2 if "segmented" in name else 0):
@@ -268,7 +267,7 @@ def _fusion_traffic(module: Module, computation: Computation, fusion: Instructio
 
 
 def _passed_through(fusion: Instruction) -> dict[int, int]:
-    """Return the results, with their operands, that a step of a collective only passes through."""
+    """Return results, with operands, that a collective step only passes through."""
     if "async" not in fusion.name and "async_collective" not in fusion.attributes:
         return {}
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}\s*,?\s*calls", fusion.attributes)
@@ -277,9 +276,9 @@ def _passed_through(fusion: Instruction) -> dict[int, int]:
 
 
 def _read(module: Module, inside: Computation, number: int) -> int:
-    """Return the bytes that a fusion reads of a parameter: all, or the slices that it takes.
+    """Return the bytes that a fusion reads of a parameter: all, or only the slices it takes.
 
-    Slices may be in a fusion inside this one.
+    Slices may be in a nested fusion.
     """
     read, total = [inside.parameters[number]], 0
     for array in read:
@@ -306,7 +305,7 @@ def _written(
 ) -> int:
     """Return the bytes that a fusion writes: its results, or the update of an in-place update.
 
-    The results `passed` are those that it only passes through.
+    Results in `passed` are only passed through.
     """
     while root.opcode == "bitcast":
         root = inside.operands(root)[0]
@@ -331,7 +330,7 @@ def _numbers(text: str, pattern: str) -> tuple[int, ...]:
 
 
 def attention_kernel(module: Module) -> str:
-    """Return the attention kernel of a program: "splash", "cudnn" …, else "xla"."""
+    """Return the attention kernel of a program: "splash", "cudnn" …, or "xla"."""
     for _, call, _ in module.executions():
         if call.opcode == "custom-call" and is_attention(call):
             name = call.target + call.name

@@ -1,7 +1,7 @@
 """Human evaluation: samples of two runs side by side on a blind page, and the win rate of answers.
 
-The page does not tell which run wrote what: that is in key.json beside it, which the person who
-chooses does not need.
+The page does not reveal which run wrote what: that is in key.json next to it, which the annotator
+does not need.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def write_compare_page(
     texts: tuple[Sequence[str], Sequence[str]],
     seed: int,
 ) -> Path:
-    """Write index.html and key.json into a folder; return the path of the page.
+    """Write index.html and key.json to a folder; return the path of the page.
 
     Args:
         folder: existing folder.
         runs: names of the two runs, for key.json.
         prompts: prompts, or sources.
-        texts: what each run wrote after each prompt.
-        seed: seed of the coin that decides which of two texts comes first.
+        texts: text of each run for each prompt.
+        seed: seed of the random order of the two texts.
 
     Raises:
         UserError: the extra "report" is not installed.
@@ -64,16 +64,18 @@ def win_rate(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
 
     Args:
         folder: folder of the page.
-        files: answers, a file a person.
+        files: answers, one file per person.
 
     Returns:
-        The counts "answers", "wins" and "losses" of the first run, and "ties"; of those that are no
-        ties the percentage of wins ("win_rate") with its 95 % interval of Wilson (1927) ("low",
-        "high"), and of choices of the text on the left ("left"), which is near 50 where the order
-        decided nothing. All answers count as independent, also several to one pair.
+        Counts "answers", "wins" and "losses" of the first run, and "ties"; excluding ties, the
+        percentage of wins ("win_rate") with its 95 % interval of Wilson (1927) ("low", "high"), and
+            of
+        choices of the left text ("left"), which is near 50 if the order had no influence. All
+            answers
+        count as independent, even several for one pair.
 
     Raises:
-        UserError: a file cannot be read, or holds no answers to this page.
+        UserError: a file cannot be read, or has no answers to this page.
     """
     key = _read_key(folder / KEY)
     choices = [pair for file in files for pair in _choices(file, key)]
@@ -97,17 +99,17 @@ def win_rate(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _read_key(file: Path) -> dict[str, Any]:
-    """Return what `write_compare_page` has written beside the page."""
+    """Read the key that `write_compare_page` wrote next to the page."""
     key = _read(file, "no page of lm compare")
     runs, first = key.get("runs"), key.get("first")
     has_lists = isinstance(runs, list) and len(runs) == 2 and isinstance(first, list)
     if not has_lists or {*map(repr, key["first"])} - {"0", "1"}:
-        raise UserError(f"{file} is damaged: it does not tell two runs apart")
+        raise UserError(f"{file} is damaged: it does not distinguish two runs")
     return key
 
 
 def _choices(file: Path, key: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the choices of a person that were made, each with the run whose text was first."""
+    """Return the choices that a person made, each with the run whose text came first."""
     answers = _read(file, "no answers")
     if answers.get("page") != key.get("page"):
         raise UserError(f"{file}: no answers to the page of this {KEY}")
@@ -125,4 +127,4 @@ def _read(file: Path, what: str) -> dict[str, Any]:
     try:
         return read_json(file)
     except FileNotFoundError:
-        raise UserError(f"{what}: there is no file {file}") from None
+        raise UserError(f"{what}: file {file} does not exist") from None

@@ -1,7 +1,7 @@
-"""Coordinate check of muP: size of activations in the first steps, over the width of a model.
+"""Coordinate check of muP: activation sizes in the first steps as a function of width.
 
-In muP they neither grow nor vanish with the width; in the standard parametrisation they grow
-(Yang et al. 2022, arXiv 2203.03466, §8.1 and appendix D.1).
+In muP they neither grow nor vanish with width; in the standard parametrization they grow (Yang et
+al. 2022, arXiv 2203.03466, §8.1 and appendix D.1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lm.experiment import build
 from lm.models.variables import Params, as_variables, flat
 
-# Outputs that are measured: end of a module path, and the method that returns them.
+# Measured outputs: end of a module path, and the method that returns them.
 WATCHED = {
     "attention": "attention/out/__call__",
     "feed-forward": "feed_forward/__call__",
@@ -30,7 +30,7 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
 
     Args:
         config: Configuration of the decoder.
-        batch: Arrays of one batch, on which all updates are made.
+        batch: Arrays of a single batch, used for all updates.
         steps: Number of updates.
     """
     experiment = build(config, jax.devices()[:1])
@@ -61,5 +61,5 @@ def activation_scales(config: ConfigDict, batch: Mapping[str, jax.Array], steps:
 
 
 def _name(path: str) -> str:
-    """Return the key of `WATCHED` that a path belongs to, or ""."""
+    """Return the key of `WATCHED` for a path, or ""."""
     return next((name for name, end in WATCHED.items() if f"/{path}".endswith(f"/{end}")), "")

@@ -1,4 +1,4 @@
-"""Picture of a data set: lengths of documents, and frequencies of tokens by rank."""
+"""Plot of a data set: document lengths, and token frequencies by rank."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _BINS = 40
 
 
 def draw_data(found: Sequence[StoreStatistics], file: Path) -> None:
-    """Draw statistics of stores.
+    """Plot statistics of stores.
 
     Args:
         found: statistics of each store.
-        file: .png or .svg file that is written.
+        file: .png or .svg file to write.
 
     Raises:
-        UserError: matplotlib is not installed, or the ending is another.
+        UserError: matplotlib is not installed, or the file suffix is not supported.
     """
     if file.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"{file}: a picture ends in .png or .svg")
+        raise UserError(f"{file}: the picture must end in .png or .svg")
     figure, (left, right) = subplots(1, 2, figsize=(11.2, 3.8))
     rows = [(each, column) for each in found for column in each.lengths]
     for (each, column), color in zip(rows, colors(len(rows)), strict=True):

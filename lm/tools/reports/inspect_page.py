@@ -1,4 +1,4 @@
-"""`lm inspect`: one self-contained page of what a model makes of texts, and its data beside it.
+"""`lm inspect`: a self-contained page that analyzes texts with a model, and its data files.
 
 Shape letters: N layers, H heads, U sublayers, L query length, S key length, Q predictions.
 """
@@ -33,7 +33,7 @@ TEMPLATE = Path(__file__).with_name("inspect_page.html")
 TextOf = Callable[[int], str]
 MOST_TEXTS = 32
 
-# What the maps of `Reading.arrays` are called, and the sequences of their queries and keys.
+# Titles of the maps of `Reading.arrays`, and the sequences of their queries and keys.
 _MAPS = {
     "attention": ("Self-attention", "tokens", "tokens"),
     "encoder/attention": ("Encoder self-attention", "source", "source"),
@@ -44,14 +44,14 @@ _MAPS = {
 
 @dataclass(frozen=True)
 class Text:
-    """Text to inspect: a prompt, or a source and its target if it is given."""
+    """Text to inspect: a prompt, or a source with an optional target."""
 
     text: str
     target: str | None = None
 
 
 def read_texts(file: Path) -> list[Text]:
-    """Return the texts of a file of JSON objects: "prompt", "source" or "text", and "target".
+    """Read texts from JSON objects with "prompt", "source" or "text", and "target".
 
     Raises:
         UserError: the file cannot be read, or a line has no text.
@@ -73,7 +73,7 @@ def read_texts(file: Path) -> list[Text]:
         assert isinstance(text, str)
         found.append(Text(text, target))
     if not found:
-        raise UserError(f"{file} holds no text")
+        raise UserError(f"{file} has no texts")
     return found
 
 
@@ -86,16 +86,16 @@ def write_inspect_page(
     title: str,
     corpus: Batches | None = None,
 ) -> Path:
-    """Write index.html, text-1.npz, text-2.npz, … and neurons.json; return the path of the page.
+    """Write index.html, text-1.npz, text-2.npz, … and neurons.json; return the page's path.
 
     Args:
         experiment: experiment on a mesh, with its tokenizer.
-        params: its parameters.
-        step: number of updates behind them.
-        texts: what the model reads.
-        output: the folder.
+        params: parameters.
+        step: number of updates.
+        texts: texts to analyze.
+        output: output folder.
         title: title of the page.
-        corpus: batches in which the neurons that fire most are looked for.
+        corpus: batches to search for the most active neurons.
 
     Raises:
         UserError: the model cannot read a text, or the extra "report" is not installed.
@@ -104,7 +104,7 @@ def write_inspect_page(
     assert tokenizer is not None
     require_transformer(experiment.model)
     if len(texts) > MOST_TEXTS:
-        raise UserError(f"{len(texts)} texts: a page shows {MOST_TEXTS} at most")
+        raise UserError(f"{len(texts)} texts: a page shows at most {MOST_TEXTS}")
     passages = []
     for number, text in enumerate(texts, 1):
         try:
@@ -151,7 +151,7 @@ def _lead(experiment: Experiment, step: int) -> str:
 
 
 def _tiles(experiment: Experiment, readings: Sequence[Reading]) -> dict[str, str]:
-    """Return the figures that a reader looks for first, by their captions."""
+    """Return the headline figures by caption."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     n_layers = str(config.n_layers)
     if is_encoder_decoder(experiment.model):
@@ -173,7 +173,7 @@ def _tiles(experiment: Experiment, readings: Sequence[Reading]) -> dict[str, str
 
 
 def _arrays(reading: Reading, text_of: TextOf) -> dict[str, np.ndarray]:
-    """Return the data of a reading, as numpy.load reads it without pickles."""
+    """Return the data of a reading, as arrays that numpy.load reads without pickles."""
     passage, found = reading.passage, reading.predictions
     arrays = dict(reading.arrays)
     arrays["token_ids"] = passage.tokens
@@ -212,7 +212,7 @@ def _shown(reading: Reading, text_of: TextOf) -> dict[str, Any]:
 
 
 def _picture(weights_NHLS: np.ndarray) -> dict[str, Any]:
-    """Return maps as one picture, a row of tiles a layer, of the square roots of the weights."""
+    """Return maps as one picture, a row of tiles per layer, of square roots of the weights."""
     N, H, L, S = weights_NHLS.shape
     tiles = weights_NHLS.transpose(0, 2, 1, 3).reshape(N * L, H * S)
     picture = np.round(255 * np.sqrt(tiles.clip(0, 1))).astype(np.uint8)
@@ -220,7 +220,7 @@ def _picture(weights_NHLS: np.ndarray) -> dict[str, Any]:
 
 
 def _predictions(passage: Passage, found: Predictions, text_of: TextOf) -> list[dict[str, Any]]:
-    """Return the predictions as JSON values; "token" is its index in the text, -1 of a class."""
+    """Return the predictions as JSON values; "token" is an index into the text, -1 for a class."""
     ahead = 0 if passage.mask >= 0 else 1
     if passage.classes:
         text_of = passage.classes.__getitem__
@@ -268,7 +268,7 @@ def _rounded_all(values: np.ndarray) -> list[float]:
 
 
 def _shown_neuron(neuron: Neuron, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what the page shows of a neuron: each token with the opacity of its shade."""
+    """Return a neuron for the page, with an opacity for each token."""
     stack = f"{neuron.stack} " if neuron.stack else ""
     contexts = []
     for context in neuron.contexts:
@@ -284,9 +284,9 @@ def _shown_neuron(neuron: Neuron, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _norms(reading: Reading) -> list[Any]:
-    """Plot the norms of each stack's residual stream and of what its sublayers add, by layer."""
+    """Plot the norms of each stack's residual stream and sublayer updates by layer."""
     figures = []
-    for path in sorted(reading.arrays, reverse=True):  # an encoder before its decoder
+    for path in sorted(reading.arrays, reverse=True):  # encoder before decoder
         if not path.endswith("residual"):
             continue
         stack = path.removesuffix("residual")
@@ -310,7 +310,7 @@ def _norms(reading: Reading) -> list[Any]:
 
 
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    """Plot the median over tokens [layers, tokens], and the range of their middle four fifths."""
+    """Plot the median over tokens [layers, tokens], and the range of the middle 80 %."""
     low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
     axes.plot(x, middle, "o-", markersize=4, color=color, label=label)
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

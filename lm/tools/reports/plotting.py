@@ -1,6 +1,6 @@
 """Style of all figures, and their output as SVG and PNG.
 
-Figures are small and their letters large, so that they stay readable on a phone.
+Figures are small with large letters, so that they are readable on a phone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLORS = (
     *("#2f6fdb", "#e4572e", "#2a9d6f", "#9b5de5", "#d99a00", "#00a3b4"),
     *("#c2417c", "#6b7280", "#7a9e1f", "#8d5a3b"),
 )
-GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, lie far from each other
+GOLDEN_RATIO = 0.618034  # its multiples modulo 1 are far from each other
 WIDTH = 5.6  # inches
 LONGEST_LABEL = 48
 STYLE = {
@@ -52,7 +52,7 @@ STYLE = {
 
 
 def colors(count: int) -> list[str]:
-    """Return `count` distinct colors; the first ones do not depend on the number."""
+    """Return `count` distinct colors; the first ones do not depend on `count`."""
     more = range(max(count - len(COLORS), 0))
     hsv = [(0.08 + i * GOLDEN_RATIO % 1, (0.85, 0.5)[i % 2], (0.75, 0.5)[i // 2 % 2]) for i in more]
     return [*COLORS[:count], *(_rgb(*color) for color in hsv)]
@@ -63,7 +63,7 @@ def _rgb(*hsv: float) -> str:
 
 
 def shades(count: int) -> list[str]:
-    """Return `count` steps of one scale, for ordered values."""
+    """Return `count` shades of one color scale, for ordered values."""
     matplotlib = _matplotlib()
     scale = matplotlib.colormaps["viridis"]
     return [matplotlib.colors.to_hex(scale(0.92 * i / max(1, count - 1))) for i in range(count)]
@@ -76,13 +76,13 @@ def subplots(
     sharey: bool | str = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Create a figure in this style and its axes, as `matplotlib.pyplot.subplots` does.
+    """Create a figure in this style and its axes, like `matplotlib.pyplot.subplots`.
 
     Args:
         rows: Rows of axes.
         columns: Columns of axes.
-        sharex: Whether all x axes are one.
-        sharey: Whether all y axes are one; "row" or "col" for those of a row or column.
+        sharex: Whether all x axes are shared.
+        sharey: Whether all y axes are shared; "row" or "col": within a row or column.
         options: Options of the figure.
 
     Raises:
@@ -95,7 +95,7 @@ def subplots(
 
 
 def plain(text: str) -> str:
-    """Return a text that a figure shows as it is: "$" is no formula, a first "_" hides nothing."""
+    """Escape a text for literal display: "$" starts no formula, a leading "_" hides nothing."""
     text = printable(text if len(text) <= LONGEST_LABEL else f"…{text[1 - LONGEST_LABEL :]}")
     return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
@@ -109,7 +109,7 @@ def legend(axes: Any, entries: int, outside: bool = False) -> None:
 
 
 def value_axis(axis: Any, values: Sequence[float]) -> None:
-    """Make an axis logarithmic if its positive values span a factor of 5; few values get ticks."""
+    """Use a logarithmic axis if positive values span a factor of 5; few values get ticks."""
     matplotlib = _matplotlib()
     low, high = min(values), max(values)
     if low > 0 and high / low >= 5:
@@ -123,7 +123,7 @@ def value_axis(axis: Any, values: Sequence[float]) -> None:
 
 
 def count_axis(axis: Any) -> None:
-    """Make an axis of large numbers logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
+    """Use a logarithmic axis for large numbers, with ticks at 1, 2 and 5 times powers of ten."""
     ticker = _matplotlib().ticker
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
@@ -132,7 +132,7 @@ def count_axis(axis: Any) -> None:
 
 
 def time_axis(axis: Any) -> None:
-    """Set the ticks of an axis of seconds, in seconds, minutes or hours by its length."""
+    """Set the ticks of an axis of seconds, in seconds, minutes or hours depending on its range."""
     ticker = _matplotlib().ticker
     longest = axis.get_view_interval()[1]
     unit, name = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
@@ -150,7 +150,7 @@ class SvgText(str):
 
 
 def svg(figure: Any) -> SvgText:
-    """Return the figure as an <svg> element that takes its width from the page."""
+    """Render the figure as an <svg> element that takes its width from the page."""
     stream = io.StringIO()
     _save(figure, stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
@@ -160,8 +160,8 @@ def svg(figure: Any) -> SvgText:
 
 
 def gray_png(values: np.ndarray) -> str:
-    """Return a data URL of the picture of values [height, width], uint8, from black to white."""
-    _matplotlib()  # which brings Pillow
+    """Return a data URL of a grayscale picture [height, width], uint8."""
+    _matplotlib()  # depends on Pillow
     from PIL import Image
 
     stream = io.BytesIO()
@@ -176,7 +176,7 @@ def save_png(figure: Any, file: Path) -> None:
 
 def _save(figure: Any, target: Any, **options: Any) -> None:
     with _matplotlib().rc_context(STYLE), warnings.catch_warnings():
-        # Names may be in any script; a page shows them, a picture a box.
+        # Names may be in any script; a page shows them, a PNG may show boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(target, **options)
 

@@ -1,4 +1,4 @@
-"""`lm report`: one self-contained page, and PNGs of its figures, of a run or a folder of runs."""
+"""`lm report`: a self-contained page, and PNGs of its figures, for a run or a folder of runs."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from lm.tools.reports.run_records import (
 )
 from lm.training.monitor import CLOCK_PARTS
 
-N_SAMPLES = 6  # predictions shown of each split
+N_SAMPLES = 6  # predictions shown per split
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 class Cell(NamedTuple):
-    """Table cell: text, value that it is sorted by (None: the text; "": last), color of a dot."""
+    """Table cell: text, sort value (None: the text; "": last), color of a dot."""
 
     text: str
     value: float | str | None = None
@@ -55,10 +55,10 @@ class Cell(NamedTuple):
 
 
 def write_page(workdirs: Sequence[Path], output: Path) -> Path:
-    """Write index.html and the PNGs into `output`; return the path of the page.
+    """Write index.html and the PNGs to `output`; return the path of the page.
 
     Raises:
-        UserError: There is no run in one of `workdirs`, or the extra "report" is not installed.
+        UserError: One of `workdirs` has no run, or the extra "report" is not installed.
     """
     template, runs = page_template(TEMPLATE), find_runs(*workdirs, n_samples=N_SAMPLES)
     groups = swept_keys(runs)
@@ -108,7 +108,7 @@ def _lead(runs: Sequence[RunRecord]) -> str:
 
 
 def _summary(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Return the figures that a reader looks for first, by their captions."""
+    """Return the headline figures by caption."""
     metric, best = final_metric(runs), best_run(runs)
     name = metric.removeprefix("eval/").replace("/", " ") if "/" in metric else "training loss"
     seconds = sum(run.total_seconds for run in runs)
@@ -136,7 +136,7 @@ def _summary(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _runs_table(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) -> dict[str, Any]:
-    """Return a row a run: the keys in which runs differ, metrics, sizes and time."""
+    """Return one row per run: the keys in which runs differ, metrics, sizes and time."""
     metric = final_metric(runs)
     others = dict.fromkeys(name for run in runs for name in run.evaluations)
     metrics = [name for name in others if name != metric and not name.endswith("/targets")]
@@ -175,7 +175,7 @@ def _value(value: Any) -> Cell:
 
 
 def _figure(metric: str, value: float | None) -> str:
-    """Return the value of a metric: perplexities with five significant digits."""
+    """Format a metric: perplexities with five significant digits."""
     return f"{value:.5g}" if metric.endswith("perplexity") else f"{value:.4f}"
 
 
@@ -212,7 +212,7 @@ def _columns(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _history(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """Return the changes of each run in its course, and where forks come from."""
+    """Return the configuration changes of each run, and the origins of forks."""
     rows = []
     for run in runs:
         for entry in run.history:
@@ -227,13 +227,13 @@ def _history(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
 
 
 def _differences(runs: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] | None:
-    """Return the keys in which runs differ, one column a run."""
+    """Return the keys in which runs differ, one column per run."""
     rows = [[Cell(key), *(_value(run.config.get(key)) for run in runs)] for key in keys]
     return {"columns": ["key", *(run.name for run in runs)], "rows": rows} if keys else None
 
 
 def _changed(run: RunRecord, leave: Sequence[str]) -> dict[str, Any] | None:
-    """Return the keys of a run that differ from their default, without those of `leave`."""
+    """Return the keys of a run that differ from their defaults, except those in `leave`."""
     defaults = dict(configs.flatten(configs.default()))
     rows = [
         [Cell(key), _value(value), _value(defaults.get(key))]
@@ -245,7 +245,7 @@ def _changed(run: RunRecord, leave: Sequence[str]) -> dict[str, Any] | None:
 
 Figures = dict[str, Any]  # by file name
 X_AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "time in steps"}
-# Metrics of a training step beside its loss, with the labels of their axes.
+# Metrics of a training step besides its loss, with their axis labels.
 HEALTH = {
     "accuracy": "accuracy in training",
     "nll": "loss without regularisers",
@@ -257,7 +257,7 @@ HEALTH = {
 
 
 def positions(run: RunRecord, axis: str, steps: np.ndarray) -> np.ndarray | None:
-    """Return the coordinates of steps on one of X_AXES; None if the run does not record them."""
+    """Return the coordinates of steps on one of X_AXES; None if not recorded."""
     if axis == "step":
         return steps
     if axis == "time":
@@ -309,7 +309,7 @@ def _loss_curve(runs: Sequence[RunRecord], axis: str) -> Any:
 
 
 def _focus(axes: Any, levels: Sequence[float]) -> None:
-    """Limit the y axis to `levels`, which are without the first steep steps and spikes."""
+    """Limit the y axis to `levels`, which exclude the first steep steps and spikes."""
     finite = np.array([level for level in levels if np.isfinite(level)])
     if len(finite) and np.ptp(finite) > 0:
         margin = 0.06 * np.ptp(finite)
@@ -353,7 +353,7 @@ def _metric_curve(runs: Sequence[RunRecord], name: str, title: str) -> Any:
 
 
 def final_by_key(runs: Sequence[RunRecord], groups: Sequence[tuple[str, ...]]) -> Figures:
-    """Plot the final metric over each swept key; lines join runs that differ in nothing else."""
+    """Plot the final metric over each swept key; lines connect runs that differ in nothing else."""
     metric = final_metric(runs)
     scored = [run for run in runs if run.final(metric) is not None]
     values = {group[0]: {shown(run.config.get(group[0])) for run in scored} for group in groups}
@@ -397,7 +397,7 @@ def _final_by(
 
 
 def time_split(runs: Sequence[RunRecord]) -> Any:
-    """Plot the parts of the loop in each run's time, in percent; None without any clock."""
+    """Plot each run's time by category in percent; None without any clock."""
     timed = [run for run in runs if run.total_seconds]
     if not timed:
         return None

@@ -1,7 +1,7 @@
-"""Records of runs, read from their folders, and what their noisy curves show.
+"""Records of runs, read from their folders, and analysis of their noisy curves.
 
-A record has configuration, curves, clock, size and samples; the analysis smooths and thins curves,
-and finds spikes and the incidents of a run.
+A record has configuration, curves, clock, size and samples; the analysis smooths and downsamples
+curves, and finds spikes and incidents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VALIDATION_LOSS = "eval/validation/loss"
 TRAIN_LOSS = "loss"
 
 
-# Sizes do not depend on the mesh or the kernel, which this machine may not have.
+# Sizes do not depend on mesh or kernel, which this machine may not support.
 SINGLE_DEVICE = {
     "parallel.preset": "custom",
     "model.attention": "xla",
@@ -52,8 +52,8 @@ class RunSize(NamedTuple):
     Attributes:
         parameters: All parameters.
         non_embedding: Parameters without embeddings.
-        tokens_per_step: Tokens of a training step.
-        flops_per_step: Model FLOPs of a training step.
+        tokens_per_step: Tokens per training step.
+        flops_per_step: Model FLOPs per training step.
     """
 
     parameters: int
@@ -74,7 +74,7 @@ def size_of(workdir: Path) -> RunSize:
 
 @dataclass(frozen=True)
 class Curve:
-    """Metric over the steps at which it was written, both [points]; a non-finite value is NaN."""
+    """Metric values and the steps at which they were written, [points] each; non-finite is NaN."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -82,19 +82,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Run, as its folder records it.
+    """Run as recorded in its folder.
 
     Attributes:
-        name: Name of the folder, below the folder of all runs.
-        config: Configuration by flat keys.
+        name: Folder name, relative to the folder of all runs.
+        config: Configuration by dotted path.
         curves: Metrics by name.
-        clock: Seconds by part of the loop, number of starts, goodput; empty without a clock.
-        size: Size of the run; None if its configuration cannot be built any more.
-        problem: Reason why it cannot be built, or is not whole.
-        damage: Files that are damaged, a line each.
+        clock: Seconds by category, number of starts, goodput; empty without a clock.
+        size: Size of the run; None if its configuration can no longer be built.
+        problem: Why it cannot be built, or is incomplete.
+        damage: Damaged files, one line each.
         samples: First predictions by evaluated split.
         scores: Results of `lm eval --task` by evaluated split.
-        history: Changes of the run in its course (`lm.runs.workdir.history_of`).
+        history: Configuration changes of the run (`lm.runs.workdir.history_of`).
     """
 
     name: str
@@ -110,7 +110,7 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """Last training step that was written; 0 if there is none."""
+        """Last training step with metrics; 0 if there is none."""
         return int(self.curves[TRAIN_LOSS].steps[-1]) if TRAIN_LOSS in self.curves else 0
 
     @property
@@ -131,7 +131,7 @@ class RunRecord:
         return float(batches) * self.size.flops_per_step if self.size else None
 
     def batches(self, steps: ArrayLike) -> np.ndarray:
-        """Return how many batches of the run's present size were trained up to each step."""
+        """Return the number of batches, of the current batch size, trained up to each step."""
         sizes = [
             (entry["step"], entry["changed"][BATCH_SIZE])
             for entry in self.history
@@ -152,12 +152,12 @@ class RunRecord:
 
     @property
     def evaluations(self) -> list[str]:
-        """Names of the metrics of evaluations but errors; safety sets have a page of their own."""
+        """Names of evaluation metrics except errors; safety sets have their own page."""
         names = (name for name in self.curves if name.startswith("eval/"))
         return [x for x in names if not x.startswith(PREFIX) and not x.endswith("_stderr")]
 
     def final(self, metric: str) -> float | None:
-        """Return the last value of a metric; of the noisy training loss the mean of its last 5 %.
+        """Return the last value of a metric; for the noisy training loss, the mean of its last 5 %.
 
         None if there is no value or it is not finite.
         """
@@ -169,20 +169,20 @@ class RunRecord:
         return value if np.isfinite(value) else None
 
     def seconds(self) -> np.ndarray:
-        """Return the seconds spent in steps up to each step of `seconds_per_step`, [points]."""
+        """Return the seconds spent in steps up to each point of `seconds_per_step`, [points]."""
         curve = self.curves["seconds_per_step"]
         return np.cumsum(np.nan_to_num(curve.values) * np.diff(curve.steps, prepend=0))
 
 
 def find_runs(*workdirs: Path, n_samples: int = 0) -> list[RunRecord]:
-    """Read the run in each folder, or those in its subfolders, in the order of their names.
+    """Read the run in each folder, or those in its subfolders, ordered by name.
 
     Args:
         workdirs: Folders of a run, or of runs.
-        n_samples: Predictions that are read of each evaluated split.
+        n_samples: Predictions to read per evaluated split.
 
     Raises:
-        UserError: There is no run in a folder.
+        UserError: A folder has no runs.
     """
     folders: dict[Path, str] = {}  # names by folder
     for workdir in workdirs:
@@ -204,7 +204,7 @@ def find_runs(*workdirs: Path, n_samples: int = 0) -> list[RunRecord]:
 
 
 def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
-    """Read the folder of a run; what it does not have, or is damaged, is left out."""
+    """Read the folder of a run; missing and damaged parts are left out."""
     damage: list[str] = []
 
     def part(read: Callable[[], Any], empty: Any) -> Any:
@@ -220,7 +220,7 @@ def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
     size, problem = None, ""
     try:
         size = size_of(folder)
-    except Exception as error:  # of a damaged or another version's configuration
+    except Exception as error:  # the configuration is damaged or of another version
         problem = " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)
     history = part(lambda: history_of(read_json(folder / RUN_FILE)), [])
     curves = part(lambda: _read_curves(folder / "metrics.jsonl", damage), {})
@@ -246,7 +246,7 @@ def read_run(folder: Path, name: str, n_samples: int = 0) -> RunRecord:
 
 
 def _read_config(file: Path, damage: list[str]) -> dict[str, Any]:
-    """Read the configuration by flat keys; those of another type are left out."""
+    """Read the configuration by dotted path, without values of a wrong type."""
     values = read_json(file).get("config")
     if not isinstance(values, dict):
         raise UserError(f"{file}: damaged (it holds no configuration)")
@@ -268,7 +268,7 @@ def _has_type(path: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a number that a figure can show."""
+    """Return whether a value is a number that can be plotted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
@@ -283,7 +283,7 @@ def _read_clock(file: Path) -> dict[str, Any]:
 
 
 def _read_curves(file: Path, damage: list[str]) -> dict[str, Curve]:
-    """Read every metric; a last line without an end is ignored, a damaged one named."""
+    """Read every metric; an unfinished last line is ignored, a damaged one reported."""
     points: dict[str, dict[int, float]] = {}
     try:
         lines = file.read_bytes().split(b"\n")[:-1]
@@ -331,7 +331,7 @@ def _head(file: Path, count: int) -> list[dict]:
 
 
 def swept_keys(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    """Return the keys in which runs differ; those that always change together are one group."""
+    """Return the keys in which runs differ; keys that always change together form one group."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.config):
         values = [repr(run.config.get(key)) for run in runs]
@@ -342,7 +342,7 @@ def swept_keys(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
 
 
 def final_metric(runs: Sequence[RunRecord]) -> str:
-    """Return the metric to compare runs by: validation loss if any has one, else training loss."""
+    """Return the metric to compare runs by: validation loss if available, else training loss."""
     evaluated = any(VALIDATION_LOSS in run.curves for run in runs)
     return VALIDATION_LOSS if evaluated else TRAIN_LOSS
 
@@ -357,7 +357,7 @@ def best_run(runs: Sequence[RunRecord]) -> RunRecord | None:
 def group_runs(
     runs: Sequence[RunRecord], key: str, others: Sequence[str]
 ) -> dict[tuple[Any, ...], list[RunRecord]]:
-    """Group runs by their values of `others`; each group is in the order of `key`."""
+    """Group runs by their values of `others`; each group is ordered by `key`."""
     found: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in sorted(runs, key=lambda run: _order(run.config.get(key))):
         found.setdefault(tuple(_hashable(run.config.get(o)) for o in others), []).append(run)
@@ -373,17 +373,17 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-POINTS = 400  # as many as a figure can show
+POINTS = 400  # maximum points per figure
 SPIKE = 12.0  # height of a spike above the preceding losses, in median deviations
 STALL = 10.0  # duration of a stall, in median steps
 
 
 def smooth(values: np.ndarray, part: float = 0.01) -> np.ndarray:
-    """Average over both sides, so that it does not lag behind a falling loss; NaN is ignored.
+    """Smooth on both sides, without lagging behind a falling loss; NaN is ignored.
 
     Args:
         values: Curve, [points].
-        part: Half-life of the weights, as a part of the curve.
+        part: Half-life of the weights, as a fraction of the curve.
     """
     keep = 0.5 ** (1 / max(1.0, part * len(values)))
     valid = np.isfinite(values)
@@ -397,7 +397,7 @@ def smooth(values: np.ndarray, part: float = 0.01) -> np.ndarray:
 
 
 def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep about 400 points of a curve: both ends, and minimum and maximum of each interval."""
+    """Downsample a curve to about 400 points: both ends, and the extrema of each interval."""
     if len(x) <= POINTS:
         return x, y
     chosen = {0, len(x) - 1}
@@ -410,7 +410,7 @@ def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spikes(values: np.ndarray) -> np.ndarray:
-    """Return the indices at which a loss is far, and at least a tenth, above the preceding ones."""
+    """Return the indices where a loss is far, and at least a tenth, above the preceding ones."""
     if not np.isfinite(values).any():
         return np.array([], int)
     values = np.nan_to_num(values, nan=np.nanmedian(values))
@@ -422,7 +422,7 @@ def spikes(values: np.ndarray) -> np.ndarray:
 
 
 def incidents(run: RunRecord) -> list[str]:
-    """Describe restarts, lost steps, loss spikes and stalls, one line each, the gravest first."""
+    """Describe restarts, lost steps, loss spikes and stalls, one line each, most severe first."""
     found = list(dict.fromkeys([*run.damage, *([run.problem] if run.problem else [])]))
     if TRAIN_LOSS not in run.curves:
         return [*found, "no training step was written"]
@@ -463,7 +463,7 @@ def _stalls(run: RunRecord) -> list[str]:
 
 
 def _steps(steps: np.ndarray) -> str:
-    """Format the first few steps and the number of all."""
+    """Format the first few steps and the total number."""
     few = ", ".join(f"{step:,}" for step in steps[:5])
     more = f" … ({len(steps)} in all)" if len(steps) > 5 else ""
     return f"step{'s' if len(steps) > 1 else ''} {few}{more}"

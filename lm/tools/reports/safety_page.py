@@ -1,4 +1,4 @@
-"""Trend of safety figures over the checkpoints of a run: one self-contained page."""
+"""Trend of safety metrics over a run's checkpoints, as a self-contained page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lm.tools.html_pages import page_template
 from lm.tools.reports.plotting import FAINT, INK, colors, legend, plain, subplots, svg
 
 TEMPLATE = Path(__file__).with_name("safety_page.html")
-_MOST_CURVES = 8  # of a figure; the table has all
+_MOST_CURVES = 8  # per figure; the table has all
 
-Trend = dict[str, dict[int, float]]  # values by step, by name of the figure without PREFIX
+Trend = dict[str, dict[int, float]]  # values by step, by metric name without PREFIX
 
 
 def write_safety_page(workdir: Path, folder: Path) -> Path:
-    """Write index.html of a run's safety figures into a folder; return its path.
+    """Write index.html with a run's safety metrics to a folder; return its path.
 
     Raises:
         UserError: the extra "report" is not installed.
@@ -42,7 +42,7 @@ def write_safety_page(workdir: Path, folder: Path) -> Path:
 
 
 def read_trend(workdir: Path, folder: Path) -> Trend:
-    """Return the figures in metrics.jsonl and in the files STEP.json, which are newer."""
+    """Read the metrics in metrics.jsonl and in the files STEP.json, which take precedence."""
     rows = []
     metrics = workdir / "metrics.jsonl"
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
@@ -60,7 +60,7 @@ def read_trend(workdir: Path, folder: Path) -> Trend:
 
 
 def _row(read: Any) -> dict[str, Any]:
-    """Return a line of figures; {} if it is damaged."""
+    """Parse a line of metrics; {} if it is damaged."""
     try:
         row = read()
     except UserError:
@@ -81,13 +81,13 @@ def _tiles(trend: Trend, steps: list[int]) -> dict[str, str]:
 
 
 def _is_count(name: str) -> bool:
-    """Return whether a figure is a number of items, or the share of equal ones."""
+    """Return whether a metric is a count, or the fraction of ties."""
     words = name.partition("/")[2].replace("/", "_").split("_")
     return not {"pairs", "samples", "equal", "candidates"}.isdisjoint(words)
 
 
 def _section(name: str, trend: Trend, steps: list[int]) -> dict[str, Any]:
-    """Return what the page shows of a set: the curves of its main figures, and a table of all."""
+    """Return the page's section on a set: curves of its main metrics, and a table of all."""
     own = {k.partition("/")[2]: v for k, v in trend.items() if k.partition("/")[0] == name}
     cls = SAFETY_SETS.get(name)
     chosen = cls.curves if cls else ()

@@ -1,10 +1,10 @@
 """Scaling laws of runs: the runs, the parametric law L(N, D) = E + A/N^α + B/D^β, IsoFLOP profiles.
 
-N counts all parameters, embeddings included, and training costs C = 6·N·D FLOPs, as in
-Hoffmann et al. 2022 (arXiv 2203.15556). The law is their approach 3: Huber loss of the log-losses
-by L-BFGS from many starts; optimum by their eq. 4; bootstrap over runs as in Besiroglu et al. 2024
-(arXiv 2404.10102). Profiles are their approach 2: for each compute budget the minimum of a parabola
-of loss over log N.
+N counts all parameters, including embeddings, and training costs C = 6·N·D FLOPs, as in Hoffmann et
+al. 2022 (arXiv 2203.15556). The law is their approach 3: Huber loss of log-losses by L-BFGS from
+many starts; optimum by their eq. 4; bootstrap over runs as in Besiroglu et al. 2024 (arXiv
+2404.10102). Profiles are their approach 2: for each compute budget, the minimum of a parabola of
+loss over log N.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Runs:
     Attributes:
         n: Parameters.
         d: Training tokens.
-        loss: Final loss, nats a token.
+        loss: Final loss, nats per token.
     """
 
     n: np.ndarray
@@ -91,7 +91,7 @@ def runs_of_folder(workdir: Path) -> tuple[Runs, list[str]]:
     The loss is that of the last evaluation or, if no run was evaluated, of the end of training.
 
     Returns:
-        The runs, and one line on each run that is left out.
+        The runs, and one line for each excluded run.
     """
     found = find_runs(workdir)
     evaluated = any(VALIDATION_LOSS in run.curves for run in found)
@@ -115,7 +115,7 @@ HUBER_DELTA = 1e-3
 
 
 class Law(NamedTuple):
-    """Coefficients of the law of the loss in nats a token."""
+    """Coefficients of the law, for loss in nats per token."""
 
     E: float
     A: float
@@ -124,7 +124,7 @@ class Law(NamedTuple):
     beta: float
 
     def loss(self, n: ArrayLike, d: ArrayLike) -> np.ndarray:
-        """Return the loss of `n` parameters and `d` tokens."""
+        """Return the loss for `n` parameters and `d` tokens."""
         n, d = np.asarray(n, float), np.asarray(d, float)
         return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
 
@@ -143,8 +143,8 @@ class Law(NamedTuple):
 class _Problem:
     """Objective over (a, b, e, α, β); the terms of the loss are e^(a-αu), e^(b-βv) and e^e.
 
-    u and v are log N and log D, centered: a and b then hardly depend on α and β, and L-BFGS needs
-    few iterations. The minimum is that of the uncentered problem.
+    u and v are centered log N and log D, so that a and b hardly depend on α and β, and L-BFGS needs
+    few iterations. The minimum equals that of the uncentered problem.
     """
 
     def __init__(self, runs: Runs):
@@ -200,8 +200,8 @@ def fit_law(runs: Runs) -> Law:
     """Fit a law to runs.
 
     Raises:
-        UserError: There are fewer than 6 runs, 3 sizes or 3 numbers of tokens for the five
-            unknowns, or the fit is not finite and positive.
+        UserError: There are fewer than 6 runs, 3 sizes or 3 token counts for the five unknowns, or
+            the fit is not finite and positive.
     """
     if len(runs) < 6 or len(np.unique(runs.n)) < 3 or len(np.unique(runs.d)) < 3:
         raise UserError(
@@ -217,7 +217,7 @@ def fit_law(runs: Runs) -> Law:
 
 
 def bootstrap(runs: Runs, law: Law, resamples: int, seed: int) -> list[Law]:
-    """Fit laws to resampled runs, each by descent from `law`."""
+    """Fit laws to resampled runs, each starting from `law`."""
     random = np.random.default_rng(seed)
     laws = []
     for _ in range(resamples):
@@ -238,7 +238,7 @@ FEWEST_SIZES = 4
 
 @dataclass(frozen=True)
 class Profile:
-    """Runs of one budget and their parabola in log N (coefficients as of `np.polyfit`)."""
+    """Runs of one budget and their parabola in log N (coefficients as in `np.polyfit`)."""
 
     runs: Runs
     parabola: np.ndarray
@@ -260,7 +260,7 @@ class Profile:
 
     @property
     def has_minimum(self) -> bool:
-        """True if the parabola is convex and its minimum is within the sizes of the runs."""
+        """True if the parabola is convex with its minimum within the sizes of the runs."""
         return bool(self.parabola[0] > 0 and self.runs.n.min() <= self.n <= self.runs.n.max())
 
 
@@ -276,9 +276,9 @@ class PowerLaw(NamedTuple):
 
 
 def isoflop_profiles(runs: Runs) -> list[Profile]:
-    """Return a profile of each budget with at least four sizes, in the order of budgets.
+    """Return a profile of each budget with at least four sizes, in order of budget.
 
-    Budgets are found by density: the FLOPs with the most runs nearby come first.
+    Budgets are found by density: FLOPs with the most runs nearby come first.
     """
     left, found = runs, []
     while len(left):
@@ -306,7 +306,7 @@ def power_law(found: list[Profile]) -> PowerLaw | None:
 
 
 def bootstrap_exponents(found: list[Profile], resamples: int, seed: int) -> list[float]:
-    """Return exponents of the power law, with the runs of each budget resampled."""
+    """Return bootstrap exponents of the power law, resampling the runs of each budget."""
     random = np.random.default_rng(seed)
     exponents = []
     for _ in range(resamples):

@@ -1,4 +1,4 @@
-"""`lm scaling`: scaling laws of a set of runs, optima and forecasts of budgets, and plots."""
+"""`lm scaling`: scaling laws of a set of runs, optima and forecasts for budgets, and plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm.tools.reports.scaling_law import (
 
 
 def enough_tokens(runs: Runs, least: float) -> Runs:
-    """Select the runs of at least `least` tokens a parameter; others hardly left their start."""
+    """Select runs with at least `least` tokens per parameter."""
     return runs[runs.d / runs.n >= least]
 
 
@@ -42,7 +42,7 @@ def study(
 
     Returns:
         What `lm scaling --json` prints: E, A, B, alpha, beta with 95 % `intervals`, minima of
-        `isoflop` profiles, and optima of `budgets`.
+        `isoflop` profiles, and optima for `budgets`.
     """
     law = fit_law(runs)
     laws = bootstrap(runs, law, resamples, seed)
@@ -87,16 +87,16 @@ def forecast(
     flop: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the compute-optimal `n` and `d` of a budget and the `loss` of such a run.
+    """Return the compute-optimal `n` and `d` for a budget, and the `loss` of such a run.
 
     Args:
         runs: Runs that the law was fitted to.
         law: The fitted law.
         laws: Bootstrap resamples of the law, for the intervals.
-        power: Power law of the IsoFLOP minima, if there is one.
+        power: Power law of the IsoFLOP minima, or None.
         flop: The budget.
         seed: Seed of the scatter. The interval of the loss covers the uncertainty of the law and
-            the scatter of single runs about it.
+            the scatter of single runs around it.
     """
     n, d = law.optimum(flop)
     optima = np.array([one.optimum(flop) for one in laws])

@@ -96,7 +96,7 @@ def test_other_weights_make_another_corpus(classifier, tmp_path, capsys):
         ({"remove": ("worse",)}, "has no class 'worse'"),
         ({"remove": ()}, "name the classes to remove: good, bad"),
         ({"workdir": "none", "remove": ("bad",)}, "no run in none"),
-        ({"remove": ("bad",), "batch_size": 1}, "batch_size is at least 2"),
+        ({"remove": ("bad",), "batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
 def test_wrong_classifiers_are_one_line(classifier, tmp_path, capsys, options, message):

@@ -265,7 +265,7 @@ def test_banned_words_of_a_file(corpus, tmp_path):
     ("values", "message"),
     [
         ({"rules": ("langauge",)}, "unknown rule 'langauge'; did you mean language?"),
-        ({"rules": ("language", "language")}, "language is there twice"),
+        ({"rules": ("language", "language")}, "language is listed twice"),
         ({"ruels": ()}, "unknown section or key config.ruels; did you mean rules?"),
         ({"language": {"langs": ("en",)}}, "rule language has no option 'langs'"),
         ({"rules": ("language",), "language": {"languages": ("xx",)}}, "unknown language 'xx'"),
@@ -275,7 +275,7 @@ def test_banned_words_of_a_file(corpus, tmp_path):
         ({"rules": ("banned_words",), "banned_words": {"words": "no"}}, "no word list 'no'"),
         ({"rules": ("personal_data",), "personal_data": {"kinds": ("fax",)}}, "unknown kind 'fax'"),
         ({"rules": ("personal_data",), "personal_data": {"regions": ("XY",)}}, "region 'XY'"),
-        ({"rules": ("decontamination",)}, "name test sets"),
+        ({"rules": ("decontamination",)}, "no test sets"),
         ({"rules": ("sample",), "sample": {"fraction": 0.0}}, "fraction=0.0 is not above 0"),
         ({"rules": ("near_duplicates",), "near_duplicates": {"num_buckets": 0}}, "at least 1"),
         ({"gopher_quality": {"by_language": 5}}, "expected {LANGUAGE: {OPTION: …}}"),
@@ -411,7 +411,7 @@ def test_a_place_that_cannot_be_written_is_one_line(corpus, mixed, tmp_path, cap
     for place in ("/proc/corpus", "file", "file/inner"):
         assert corpus(place, rules=())[0] == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "cannot be made: " in line
+        assert "cannot be created: " in line
 
 
 def test_another_list_of_words_is_another_corpus(corpus, mixed, tmp_path, capsys):

@@ -148,7 +148,9 @@ def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
 def test_a_damaged_study_is_one_line_that_says_what_to_do(search_file, tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "study.db").write_bytes(b"no database" * 99)
-    with pytest.raises(UserError, match=r"study\.db: no study of this search .*: remove the file"):
+    with pytest.raises(
+        UserError, match=r"study\.db: not a study of this search .*: remove the file"
+    ):
         run(search_file, tmp_path / "s")
 
 

@@ -102,7 +102,7 @@ def test_every_usual_name_of_devices_is_understood():
     for name in ("v5p-7", "v5p-100", "v5e-3", "v5e-512", "v4-0", "v6e-2"):
         with pytest.raises(UserError, match="there is no such slice"):
             kind_and_shape(name)
-    with pytest.raises(UserError, match="12 GPUs are no hosts of 8"):
+    with pytest.raises(UserError, match="12 GPUs do not fill hosts of 8"):
         kind_and_shape("12xh100")
 
 

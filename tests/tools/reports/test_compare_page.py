@@ -79,7 +79,7 @@ def test_the_win_rate_and_its_interval(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no file"),
+        (None, "does not exist"),
         ("{", "damaged JSON"),
         ("[]", "answers.json"),
         ({"page": "other"}, "no answers to the page"),

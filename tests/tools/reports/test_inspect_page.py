@@ -116,7 +116,7 @@ def test_other_models_and_targets_of_encoders_are_refused():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "holds no text"),
+        ("", "has no texts"),
         ("[1]", "1: not a JSON object"),
         ('{"prompt": 1}', "1: no text in a field 'prompt', 'source' or 'text'"),
         ('{"prompt": "a", "target": 2}', "1: 'target' must be a text"),
