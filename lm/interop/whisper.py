@@ -11,9 +11,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError
 from lm.interop.bart import STACK_KEYS, layer_mappings, read_stacks, write_stacks
-from lm.interop.family import Family, Values
+from lm.interop.family import Family, UnsupportedConfig, Values
 from lm.interop.tensor_mapping import (
     TensorMapping,
     norm_mappings,
@@ -51,9 +50,9 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 def _read(hf: Values) -> Values:
     for name in ("num_mel_bins", "max_source_positions"):
         if not hf[name]:
-            raise UserError(f"config.json: {name} is less than 1")
+            raise UnsupportedConfig(f"config.json: {name} is less than 1")
     if hf["d_model"] % 2 or hf["d_model"] < 4:
-        raise UserError(f"config.json: d_model={hf['d_model']} is odd or below 4")
+        raise UnsupportedConfig(f"config.json: d_model={hf['d_model']} is odd or below 4")
     return read_stacks(hf) | {"tie_embeddings": hf.get("tie_word_embeddings", True)}
 
 
