@@ -96,6 +96,11 @@ def test_some_of_several_documents_are_held_out(make_data, tmp_path):
         assert part == [line for line in lines if line in part]
     assert sorted(train + validation, key=lines.index) == lines
     assert all(set(validation) & set(lines[i : i + 50]) for i in (0, 50))
+    digest = open_corpus("text:a.txt", data, "validation").digest
+    data.validation_seed = 1
+    other = open_corpus("text:a.txt", data, "validation")
+    assert set(documents(other)) != set(validation)
+    assert other.digest != digest
 
 
 def test_nothing_is_held_out_beside_a_validation_source(make_data, tmp_path):

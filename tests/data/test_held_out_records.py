@@ -42,6 +42,10 @@ def test_random_records_are_held_out_and_all_keep_their_order(data, rows, tmp_pa
     assert thirds == pytest.approx(np.full(3, 30), abs=13)  # 3.5 standard deviations
     again = open_dataset(data, columns=("text", "label"))
     assert texts(again.validation[0]) == texts(validation)
+    data.validation_seed = 1
+    other = texts(open_dataset(data, columns=("text", "label")).validation[0])
+    assert len(other) == 90
+    assert 10 < len(set(other) & set(texts(validation))) < 45  # 27 by chance
 
 
 def test_a_part_is_a_store_of_its_records(data, rows):
