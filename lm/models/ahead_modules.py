@@ -1,8 +1,8 @@
 """Modules that predict tokens beyond the next one (DeepSeek-AI 2024b, arXiv 2412.19437, §2.2).
 
-Module k reads the hidden state at which module k - 1 predicted token i + k, and that token itself;
-it shares embeddings and output layer with the model. Training alone has these modules: they are
-made by the loss that uses them, and decoding leaves them out.
+Module k reads the hidden state at which module k - 1 predicted token i + k, and that token;
+it shares embeddings and output layer with the model. Only training uses these modules: the loss
+that needs them creates them, and decoding leaves them out.
 
 Shape letters: B batch, L length, D model.
 """
@@ -24,11 +24,11 @@ from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import MODEL_STATE, Params
 
-AHEAD = "ahead"  # their parameters are under this name
+AHEAD = "ahead"  # name of their parameters
 
 
 class AheadModules(nn.Module):
-    """One module for each further token: a projection, and a block like the model's last ones."""
+    """One module per further token: a projection, and a block like the model's last one."""
 
     config: TransformerConfig
     deterministic: bool
@@ -41,9 +41,9 @@ class AheadModules(nn.Module):
 
         Args:
             x_BLD: hidden states of the model, normalized.
-            next_BLD: of module k, from 1 on, the embedding of the token k places on.
+            next_BLD: for module k, from 1 on, the embeddings of the tokens k places ahead.
             positions_BL: positions of the hidden states.
-            mask: mask of self-attention, as of the model's stack.
+            mask: mask of self-attention, as in the model's stack.
         """
         c, found = replace(self.config, dense_layers=0), []
         for i, token_BLD in enumerate(next_BLD):
@@ -59,12 +59,12 @@ class AheadModules(nn.Module):
 def hidden_ahead(
     model: Any, x_BLD: jax.Array, tokens_BL: Sequence[jax.Array], *text: Any
 ) -> list[jax.Array]:
-    """Return hidden states at which a decoder's modules predict the tokens after the next ones.
+    """Return the hidden states at which a decoder's modules predict further tokens.
 
     Args:
-        model: the decoder, bound; where it is initialized, so are the modules.
+        model: the decoder, bound; the modules are initialized together with it.
         x_BLD: its hidden states.
-        tokens_BL: of module k, from 1 on, the token k places after each.
+        tokens_BL: for module k, from 1 on, the tokens k places ahead.
         *text: positions and segment ids [B, L] of the text, or None.
     """
     positions_BL, segment_ids_BL = text
@@ -77,7 +77,7 @@ def hidden_ahead(
 
 
 def without_ahead(params: Params) -> Params:
-    """Return nested parameters and model state without those of these modules."""
+    """Return nested parameters and model state without these modules."""
     return {
         name: without_ahead(leaf) if name == MODEL_STATE else leaf
         for name, leaf in params.items()

@@ -33,16 +33,16 @@ KeyValue = tuple[jax.Array, jax.Array]  # [B, S, G, K] each; of several layers [
 
 @flax.struct.dataclass
 class Rotation:
-    """RoPE of one layer; of all layers, where they are alike; `rotary.py` has further kinds.
+    """RoPE of one layer, or of all layers if they are alike; `rotary.py` has further kinds.
 
     Attributes:
-        angles_BLR: angles [B, L, R/2], R being the rotated part of a head.
+        angles_BLR: angles [B, L, R/2], where R is the width of the rotated part of a head.
     """
 
     angles_BLR: jax.Array
 
     def of_layer(self, is_global: jax.Array | None, is_nope: jax.Array | None) -> Rotation:
-        """Return the RoPE of a layer; the arguments are those of `LayerInputs`."""
+        """Return the RoPE of a layer; for arguments see `LayerInputs`."""
         return self
 
     def queries(self, q_BLHK: jax.Array) -> jax.Array:
@@ -56,12 +56,12 @@ class Rotation:
 
 @flax.struct.dataclass
 class MixerInputs:
-    """Inputs of a token mixer beside the tokens.
+    """Inputs of a token mixer besides the tokens.
 
     Attributes:
         mask: visible keys. `segments_BL` are the segment ids of the tokens, 0 for padding; `offset`
-            is the cache slot of the first; the mask knows the window of the layer.
-        rotation: RoPE of the layer; None: it has none.
+            is the cache slot of the first; the mask includes the layer's window.
+        rotation: RoPE of the layer, or None.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance (`position_bias`).
         sinks_H: logits of the attention sinks of each head.
     """
@@ -73,11 +73,11 @@ class MixerInputs:
 
 
 class TokenMixer(nn.Module):
-    """Interface of the sublayer that moves information between tokens; it brings its own cache.
+    """Interface of the sublayer that moves information between tokens; it defines its own cache.
 
-    The registry `MIXERS` (`lm/config/registries.py`) has them by name; `LayerType.mixer` picks one
-    for each layer. Cached decoding, of any number of tokens at a time, must give what the full
-    sequence gives.
+    The registry `MIXERS` (`lm/config/registries.py`) lists them by name; `LayerType.mixer` selects
+    one for each layer. Cached decoding, of any number of tokens at a time, must give the same
+    results as the full sequence.
 
     Attributes:
         config: configuration of the stack; `config.mixer_options` are the options registered with
@@ -92,7 +92,7 @@ class TokenMixer(nn.Module):
 
     @classmethod
     def head_widths(cls, model: Any) -> tuple[int, int]:
-        """Return the widths of a head's queries and values in a product of all pairs of tokens.
+        """Return the widths of a head's queries and values in a product over all token pairs.
 
         Args:
             model: resolved section "model" of the configuration.
@@ -103,7 +103,7 @@ class TokenMixer(nn.Module):
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
         """Return an empty cache: any pytree of arrays [n_layers, batch, …].
 
-        A cache for more tokens holds what a shorter one holds at the same places.
+        A cache for more tokens holds the same values as a shorter one at the same places.
         """
         raise NotImplementedError
 
@@ -117,8 +117,8 @@ class TokenMixer(nn.Module):
             inputs: mask, RoPE and position bias.
             cache: cache of all layers with this mixer, when decoding; `lm.models.cache.write_layer`
                 writes the entries of one layer without a copy of the others.
-            layer: index of this layer in the cache; (), which takes an array whole, if the cache is
-                of this layer alone.
+            layer: index of this layer in the cache; (), which selects the whole array, if the cache
+                holds only this layer.
 
         Returns:
             Output [B, L, D], and the cache with these tokens.
@@ -127,14 +127,14 @@ class TokenMixer(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """Projections of multi-head attention (Vaswani et al. 2017, §3.2), and their use.
+    """Projections of multi-head attention (Vaswani et al. 2017, §3.2), and attention with them.
 
     Attributes:
         config: configuration of the stack.
         deterministic: True turns dropout off.
         width: width of the input of queries.
         source_width: width of the input of keys and values; 0: `width`.
-        source_stream: token stream of that input; None: that of the queries.
+        source_stream: token stream of keys and values; None: that of the queries.
     """
 
     config: TransformerConfig
@@ -146,7 +146,7 @@ class DotProductAttention(nn.Module):
     def setup(self) -> None:
         c = self.config
         source_width = self.source_width or self.width
-        # Without 1/sqrt(K) in the scores, the fan-in rule has it in the query's deviation (T5).
+        # If scores lack 1/sqrt(K), the fan-in rule puts it into the query's deviation (T5).
         unscaled = c.init == "fan_in" and c.attention_scale == 1
         query_std = c.std(self.width, c.n_heads * c.head_dim) * (
             c.base_head_dim**-0.5 if unscaled else 1.0
@@ -180,7 +180,7 @@ class DotProductAttention(nn.Module):
             self.query_norm, self.key_norm = make_head_norm(c), make_head_norm(c)
 
     def queries(self, x_BLW: jax.Array) -> jax.Array:
-        """Return queries [B, L, H, K], normalized with `qk_norm` (Henry et al. 2020)."""
+        """Return queries [B, L, H, K], normalized if `qk_norm` is set (Henry et al. 2020)."""
         q_BLHK = self.query(x_BLW)
         if self.config.qk_norm:
             q_BLHK = self.query_norm(q_BLHK)
@@ -226,7 +226,7 @@ class DotProductAttention(nn.Module):
 class Attention(DotProductAttention, TokenMixer):
     """Self-attention; its cache holds keys and values of all tokens so far.
 
-    With `attention_sinks` each head has a learned logit, which takes part in the softmax and has no
+    With `attention_sinks` each head has a learned logit that is part of the softmax but has no
     value (gpt-oss, OpenAI 2025, §2.2).
     """
 
@@ -286,15 +286,15 @@ def attend(
         v_BSGK: values.
         mask: visible keys.
         kernel: name of the kernel.
-        context_attention: "ring" or "gather" where the length is sharded; keys of another
-            sequence are gathered in any case.
+        context_attention: "ring" or "gather" if the length is sharded; keys of another
+            sequence are always gathered.
         **options: `scale`, `softcap`, `bias_HLS`, `sinks_H` and `dropout`, as for the kernel "xla".
 
     Returns:
         [B, L, H, K].
 
     Raises:
-        ValueError: the kernel does not support what is asked.
+        ValueError: the kernel does not support the options.
     """
     by_compiler = kernel in ("xla", "tiled") and count_shards("length") == 1
     if by_compiler or current_mesh() is None:
@@ -308,20 +308,20 @@ def attend(
 
 # --- choice of the kernel
 
-# The best first.
+# In order of preference.
 FUSED_ON = {"cpu": ("tiled",), "tpu": ("splash", "flash"), "gpu": ("cudnn", "tokamax", "triton")}
-CALLED = {"cuda": "gpu", "rocm": "gpu"}  # by devices that are described and not there
+CALLED = {"cuda": "gpu", "rocm": "gpu"}  # names for devices that are described but not present
 PLATFORM_OF = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu", "tokamax": "gpu", "triton": "gpu"}
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Attention kernel, and how it reaches the keys of other parts of the sequence.
+    """Attention kernel, and how it gets the keys of other parts of the sequence.
 
     Attributes:
         kernel: name of the kernel.
         across: "ring" or "gather"; "" where sequences are whole.
-        why: reason, for the user.
+        why: reason, shown to the user.
     """
 
     kernel: str
@@ -334,7 +334,7 @@ def choose_attention(
 ) -> AttentionChoice:
     """Choose the attention kernel.
 
-    "auto" takes the first of the platform's own kernels that can run, else "xla"; and ring
+    "auto" takes the first of the platform's kernels that can run, else "xla"; and ring
     attention if the kernel supports it.
 
     Args:
@@ -367,7 +367,7 @@ def choose_attention(
 def _problems(
     kernel: str, across: str, config: ConfigDict, platform: str, context: int, capability: str
 ) -> Iterator[str]:
-    """Yield the settings that keep a kernel from running, as the end of "cannot be used with"."""
+    """Yield the settings that prevent a kernel from running, to follow "cannot be used with"."""
     model = config.model
     if model.family not in TRANSFORMERS:
         if kernel != "xla":
@@ -393,7 +393,7 @@ def rotate(x_BLHK: jax.Array, angles_BLR: jax.Array) -> jax.Array:
 
     Args:
         x_BLHK: queries or keys.
-        angles_BLR: angles [B, L, R/2]; numbers of a head beyond R stay.
+        angles_BLR: angles [B, L, R/2]; dimensions beyond R are not rotated.
     """
     cos_BL1R, sin_BL1R = jnp.cos(angles_BLR)[:, :, None], jnp.sin(angles_BLR)[:, :, None]
     R = angles_BLR.shape[-1]
@@ -414,7 +414,7 @@ def rotary_angles(
         positions_BL: positions.
         width: R.
         theta: base of the wavelengths.
-        scale: maps the frequencies [R/2] to those of a longer context, [R/2] or [B, L, R/2].
+        scale: maps the frequencies [R/2] to those for a longer context, [R/2] or [B, L, R/2].
     """
     frequencies = theta ** (-jnp.arange(0, width, 2) / width)
     return positions_BL[..., None] * (scale(frequencies) if scale else frequencies)
@@ -428,7 +428,7 @@ def rotations(
     Args:
         config: configuration of the stack.
         positions_BL: positions of the tokens.
-        segments_BL: segment ids of the tokens; None: one text a row.
+        segments_BL: segment ids of the tokens; None: one text per row.
     """
     c = config
     differs = c.rope_scaling != "none" or c.rope_fraction != 1

@@ -1,11 +1,11 @@
-"""Values of a stack's attention and of its positions."""
+"""Configuration of a stack's attention and positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Projections that have a bias, by values of --config.model.attention_bias.
+# Projections with a bias, by values of --config.model.attention_bias.
 ATTENTION_BIASES = {
     "all": ("query", "key", "value", "out"),
     "no_key": ("query", "value", "out"),
@@ -16,7 +16,7 @@ ATTENTION_BIASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Attention and positions of a stack; the meaning of each field is in `lm/config/keys.py`."""
+    """Attention and positions of a stack; fields are documented in `lm/config/keys.py`."""
 
     mixer: str = "attention"
     mixer_options: Any = None

@@ -1,4 +1,4 @@
-"""Decoding cache of a Transformer, an explicit value that the model takes and returns.
+"""Decoding cache of a Transformer, a value that the model takes and returns.
 
 Shape letters: N layers, B batch, S cache length, T source length, G key/value heads, K head dim.
 """
@@ -16,16 +16,16 @@ from lm.config.registries import MIXERS
 from lm.models.transformer_config import LayerType, TransformerConfig
 
 Tree = TypeVar("Tree")
-Layer = jax.Array | int | tuple[()]  # index of a layer in a cache; () in that of one layer
+Layer = jax.Array | int | tuple[()]  # index of a layer in a cache; () if it has one layer
 CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
 
 
 @flax.struct.dataclass
 class CrossCache:
-    """Keys and values of an encoded source, heads first, of all layers, and its segment ids.
+    """Keys and values of an encoded source for all layers, heads first, and its segment ids.
 
-    They are [N, B, G, T, K] each, or in an unrolled stack for each layer [B, G, T, K]. `copied` is
-    the source as `lm/models/copying.py` reads it, in a model that copies.
+    They are [N, B, G, T, K] each, or, in an unrolled stack, [B, G, T, K] for each layer. `copied`
+    is the source as read by `lm/models/copying.py`, in a model that copies.
     """
 
     keys_values: Any
@@ -38,12 +38,12 @@ class Cache:
     """Caches of all token mixers of a stack.
 
     Attributes:
-        mixers: by name of the mixer a pytree of its own making, whose leaves are [N, B, …], N being
-            the number of layers with this mixer (`TokenMixer.init_cache`); in an unrolled stack
-            one for each of these layers, [B, …]: XLA copies what it updates and also slices.
+        mixers: for each mixer name, a pytree defined by the mixer, whose leaves are [N, B, …], N
+            being the number of layers with this mixer (`TokenMixer.init_cache`); in an unrolled
+            stack one per layer, [B, …]: XLA copies what it both updates and slices.
         segment_ids_BS: segment ids of the cached tokens; 0 where a slot is padding or not yet
-            written, which no query sees.
-        index: number of slots that are written, in every row.
+            written, which no query attends to.
+        index: number of slots written in each row.
         source: keys and values of cross-attention.
         row_axis: axis of the rows in `mixers` and `source`; 0 in an unrolled stack.
     """
@@ -67,8 +67,8 @@ class Cache:
         Args:
             config: configuration of the stack.
             mixers: caches of the token mixers.
-            length: number of the tokens.
-            source: keys and values of the source, [..., B, T, G, K], that was just encoded.
+            length: number of tokens.
+            source: keys and values of the source, [..., B, T, G, K], if it was just encoded.
             source_segments_BS: its segment ids.
         """
         from lm.models.cached_attention import heads_first
@@ -81,7 +81,7 @@ class Cache:
         return self.replace(mixers=mixers, index=index, source=cross)  # type: ignore[attr-defined,no-any-return]
 
     def take(self, rows: jax.Array) -> Cache:
-        """Return the cache whose row i is row `rows[i]` of this one, as beam search needs."""
+        """Return a cache whose row i is row `rows[i]` of this one, as beam search needs."""
 
         def take(axis: int, tree: Tree) -> Tree:
             return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), tree)
@@ -94,7 +94,7 @@ class Cache:
         return Cache(mixers, segments_BS, self.index, source, self.row_axis)
 
     def with_segments(self, segment_ids_BL: jax.Array) -> Cache:
-        """Return the cache with the segment ids of the tokens that are about to be written."""
+        """Return the cache with the segment ids of the tokens about to be written."""
         written = lax.dynamic_update_slice(
             self.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, self.index)
         )
@@ -108,19 +108,19 @@ def write_layer(
     start: jax.Array | int | None = None,
     axis: int = 1,
 ) -> tuple[Tree, Tree]:
-    """Write the new cache entries of one layer, in place where the compiler can.
+    """Write one layer's new cache entries, in place where the compiler can.
 
-    All layers pass the whole cache on: a slice for each layer would be copied.
+    All layers pass on the whole cache: slices for each layer would be copied.
 
     Args:
         cache: pytree of arrays [N, B, …], or [B, …].
         layer: number of the layer, or ().
-        new: the same pytree of arrays [B, L, …]; without `start` [B, …].
-        start: slot that the L new entries begin at; None: all of a layer is written.
+        new: the same pytree with arrays [B, L, …]; without `start` [B, …].
+        start: first slot of the L new entries; None: the whole layer is written.
         axis: axis of the L new entries.
 
     Returns:
-        The cache, and the entries of the layer alone, [B, …].
+        The cache, and the entries of only this layer, [B, …].
     """
 
     def write_leaf(cache_NB: jax.Array, new_B: jax.Array) -> jax.Array:

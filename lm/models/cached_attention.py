@@ -1,4 +1,4 @@
-"""Attention of decoding: keys and values in a cache, heads first, so that no step transposes them.
+"""Attention in decoding: cached keys and values are heads first, so no step transposes them.
 
 Shape letters: N layers, B batch, L queries, S cache length, H heads, G key/value heads, R = H/G,
 K head dim.
@@ -19,7 +19,7 @@ from lm.models.transformer_config import TransformerConfig
 if TYPE_CHECKING:
     from lm.models.attention import MixerInputs
 
-# Keys and values, [B, G, S, K] each, or one array for both; int8 ones with a scale, [B, G, S, 1].
+# Keys and values, [B, G, S, K] each, or one shared array; int8 ones with scales, [B, G, S, 1].
 KeyValueCache = Any
 INT8_MAX = 127
 
@@ -27,16 +27,16 @@ INT8_MAX = 127
 def empty_keys_values(
     config: TransformerConfig, n_layers: int, batch: int, length: int
 ) -> KeyValueCache:
-    """Return zeros as the keys and values of `n_layers` layers, with a first axis for these."""
+    """Return zeros as the keys and values of `n_layers` layers, which are the first axis."""
     c = config
     shape = (n_layers, batch, length, c.n_kv_heads, c.head_dim)
     return heads_first(c, (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)))
 
 
 def heads_first(config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> KeyValueCache:
-    """Return keys and values [..., S, G, K] as a cache holds them: [..., G, S, K], in its dtype.
+    """Return keys and values [..., S, G, K] in cache layout: [..., G, S, K], in the cache's dtype.
 
-    An int8 vector of a head has a scale of its own.
+    Each int8 vector of a head has its own scale.
     """
 
     def stored(x: jax.Array) -> Any:
@@ -57,20 +57,20 @@ def attend_and_cache(
     cache: KeyValueCache,
     layer: Layer | None,
 ) -> tuple[jax.Array, KeyValueCache]:
-    """Write keys and values to the cache of a layer, and attend to what is in it then.
+    """Write keys and values to a layer's cache, then attend to the cache.
 
     Args:
         config: configuration of the stack.
         q_BLHK: queries.
-        keys_values: keys and values of the same tokens, [B, L, G, K] each; one array for both.
+        keys_values: keys and values of the same tokens, [B, L, G, K] each, or one shared array.
         inputs: mask, whose offset is the slot of the first token, and bias of the scores.
         cache: cache of all layers.
-        layer: index of the layer in it.
+        layer: index of the layer in the cache.
 
     Returns:
         The output [B, L, H, K], and the cache.
     """
-    if hasattr(cache, "attend"):  # of pages (`paged_cache.py`)
+    if hasattr(cache, "attend"):  # pages (`paged_cache.py`)
         return cache.attend(config, q_BLHK, keys_values, inputs)  # type: ignore[no-any-return]
     assert layer is not None
     new = heads_first(config, keys_values)
@@ -90,8 +90,8 @@ def attend_to_cache(
     """Compute attention to the cached keys and values of one layer, as `attention` does.
 
     The R query heads of a group are rows of one product with its keys, which are never repeated.
-    Scores, softmax and sums are in float32; operands have the dtype of the queries, or that of a
-    wider cache.
+    Scores, softmax and sums are in float32; operands have the dtype of the queries, or of the
+    cache if that is wider.
 
     Args:
         config: configuration of the stack.

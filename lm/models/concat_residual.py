@@ -1,4 +1,4 @@
-"""Projection of the residual stream that blocks of `residual="concat"` widen.
+"""Projection of the residual stream widened by blocks with `residual="concat"`.
 
 Shape letters: B batch, L query length, W width of the input.
 """

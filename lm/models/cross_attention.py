@@ -1,4 +1,4 @@
-"""Attention of a decoder to what an encoder made of the source.
+"""Attention of a decoder to the encoder's output.
 
 Shape letters: B batch, L query length, S source length, D model, W width of the input.
 """
@@ -20,11 +20,11 @@ class CrossAttention(DotProductAttention):
     def __call__(
         self, x_BLW: jax.Array, keys_values: Any, mask: AttentionMask, is_cached: bool
     ) -> jax.Array:
-        """Attend to what `keys_values` computed from the source, [B, L, D].
+        """Return attention to the source, [B, L, D].
 
         Args:
             x_BLW: normalized tokens.
-            keys_values: the keys and values; of a cache, what `heads_first` made of them.
+            keys_values: keys and values; if cached, in the layout of `heads_first`.
             mask: mask of the source.
             is_cached: whether they come from a cache.
         """

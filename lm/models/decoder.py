@@ -76,7 +76,7 @@ class Model(TaskHeads):
     ) -> tuple[jax.Array, jax.Array]:
         """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given.
 
-        `names` are those of position table, norm and projection, where the model has them.
+        `names` are those of the position table, norm and projection, if the model has them.
         """
         c, table, norm, project = self.config, *(getattr(self, name, None) for name in names)
         x_BLD = self.tokens(tokens_BL)
@@ -121,7 +121,7 @@ class Model(TaskHeads):
 
 
 def position_table(config: TransformerConfig) -> Embedding:
-    """Build the table of learned positions, of the config's stream."""
+    """Build the table of learned positions for the config's stream."""
     c, role = config, Role(Kind.EMBEDDING, config.stream, "input")
     rows = c.max_length + c.position_offset
     width = c.embedding_size or c.d_model
@@ -160,9 +160,9 @@ class Decoder(Model):
         Args:
             tokens_BL: token ids.
             positions_BL: positions; default 0 … L-1.
-            segment_ids_BL: segments, which do not see each other; default one a row.
+            segment_ids_BL: segments, which do not attend to each other; default: one per row.
             types_BL: token types.
-            prefix_BL: true for tokens that earlier ones of their segment see too.
+            prefix_BL: true for tokens that earlier ones of their segment attend to as well.
         """
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
         mask = AttentionMask(True, segment_ids_BL, prefix_BS=prefix_BL)
@@ -183,7 +183,7 @@ class Decoder(Model):
             positions_BL: their positions.
             segment_ids_BL: their segments; 0 is padding.
             cache: cache of the tokens before them.
-            prefix_BL: true for tokens that earlier ones see too; in the first call only.
+            prefix_BL: true for tokens that earlier ones attend to as well; in the first call only.
         """
         cache = cache.with_segments(segment_ids_BL)
         if prefix_BL is not None:

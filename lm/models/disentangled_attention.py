@@ -1,6 +1,6 @@
-"""Disentangled attention: contents attend to contents and to relative positions, and those to them.
+"""Disentangled attention: contents attend to contents and relative positions, and vice versa.
 
-DeBERTa (He et al. 2021, §3.1) with the buckets and shared projections of its versions 2 and 3.
+DeBERTa (He et al. 2021, §3.1) with the buckets and shared projections of versions 2 and 3.
 
 Shape letters: B batch, L length, R rows of the table of relative positions, D model, W width of the
 input, H heads, K head dim.
@@ -26,13 +26,13 @@ from lm.models.variables import Kind, Role, param
 def log_buckets(distances: np.ndarray, n_rows: int, max_distance: int) -> np.ndarray:
     """Return the row of each distance, query position − key position, in the table.
 
-    Half of the rows are single distances, from 1 − R/4 to R/4 − 1; beyond, they grow
-    logarithmically up to `max_distance`, with the sign (DeBERTa's released code).
+    Half of the rows represent single distances, from 1 − R/4 to R/4 − 1; beyond these, buckets grow
+    logarithmically up to `max_distance`, keeping the sign (DeBERTa's released code).
 
     Args:
         distances: integers of any shape.
         n_rows: R; distance 0 has row R/2.
-        max_distance: distance from which all share the first or the last row.
+        max_distance: distance from which all use the first or the last row.
     """
     middle = n_rows // 4
     sizes = np.maximum(np.abs(distances), 1).astype(np.float32)
@@ -43,13 +43,13 @@ def log_buckets(distances: np.ndarray, n_rows: int, max_distance: int) -> np.nda
 
 
 class RelativeTable(nn.Module):
-    """Table of relative positions of a stack, normalized."""
+    """Normalized table of a stack's relative positions."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        """Return it, [R, D]."""
+        """Return the table [R, D]."""
         c = self.config
         role, shape = Role(Kind.POSITION_BIAS, c.stream, inputs=1), (c.relative_buckets, c.d_model)
         table_RD = param(self, "embedding", c.table_init, shape, ("positions", "embed"), role)
@@ -57,10 +57,10 @@ class RelativeTable(nn.Module):
 
 
 class DisentangledAttention(Attention):
-    """Self-attention whose scores are the sum of three products, over sqrt(3 K).
+    """Self-attention whose scores are the sum of three products, divided by sqrt(3 K).
 
-    They are query · key, query · position and key · position, where the table of the stack is
-    projected by the layer's own queries and keys.
+    They are query · key, query · position and key · position, where the layer's own queries and
+    keys project the stack's table.
     """
 
     def setup(self) -> None:
@@ -69,7 +69,7 @@ class DisentangledAttention(Attention):
 
     @classmethod
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
-        raise NotImplementedError("disentangled attention is of encoders")
+        raise NotImplementedError("disentangled attention is for encoders only")
 
     def __call__(
         self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
@@ -88,7 +88,7 @@ class DisentangledAttention(Attention):
 
 
 def _pick(x_BLHK: jax.Array, table_RHK: jax.Array, rows_LL: np.ndarray) -> jax.Array:
-    """Return the products [B, H, L, L] of tokens and, for each other token, a row of a table."""
+    """Return the products [B, H, L, L] of each token with the table rows for all others."""
     products_BHLR = jnp.einsum(
         "BLHK,RHK->BHLR", x_BLHK, table_RHK, preferred_element_type=jnp.float32
     )

@@ -1,4 +1,4 @@
-"""Values of embeddings and output layers, classifiers among them, and of encoders' further ones."""
+"""Configuration of embeddings, output layers and classifiers, and of encoders' extra parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
-    """Around a stack, and its first layer; the meaning of each field is in `lm/config/keys.py`."""
+    """Embeddings and outputs around a stack; fields are documented in `lm/config/keys.py`."""
 
     n_mels: int = 0
     max_source_length: int = 0

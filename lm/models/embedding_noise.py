@@ -1,4 +1,4 @@
-"""Noise of token embeddings in training: NEFTune (Jain et al. 2023, arXiv 2310.05914).
+"""Noise on token embeddings during training: NEFTune (Jain et al. 2023, arXiv 2310.05914).
 
 Shape letters: B batch, L length, D model.
 """
@@ -18,10 +18,10 @@ from lm.models.layers import Embedding
 
 @contextmanager
 def embedding_noise(alpha: float, lengths_BL: jax.Array | None) -> Iterator[None]:
-    """Add noise to the embeddings of tokens that a model looks up meanwhile (algorithm 1).
+    """Add noise to the token embeddings that a model looks up in this context (algorithm 1).
 
-    It is uniform in ± alpha / sqrt(length · D), from the random stream of dropout: another one each
-    step and row, whatever the mesh.
+    It is uniform in ± alpha / sqrt(length · D), from the random stream of dropout: different in
+    each step and row, but independent of the mesh.
 
     Args:
         alpha: scale; 0: no noise.

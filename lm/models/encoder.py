@@ -1,4 +1,4 @@
-"""Encoder: every token sees every other one of its segment; masked tokens are predicted.
+"""Encoder: every token attends to its whole segment; masked tokens are predicted.
 
 Shape letters: B batch, L length, P predictions, D model, E embedding, W width of the generator,
 V vocabulary.
@@ -62,7 +62,7 @@ class Encoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the encoded tokens, [B, L, D]; tokens see their own segment."""
+        """Return the encoded tokens, [B, L, D]; tokens attend within their segment."""
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
         return self.stack(x_BLD, positions_BL, AttentionMask(False, segment_ids_BL))[0]
 
@@ -74,7 +74,7 @@ class Encoder(Model):
         return self.logit_bias(super().logits(x_BPD))
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the pooled first token, an activation of a dense layer, [B, D]."""
+        """Return the first token's pooled vector [B, D], after a dense layer and an activation."""
         return POOLERS[self.config.pooler_activation](self.pooler(x_BLD[:, 0]))
 
     # --- replaced tokens (ELECTRA)
@@ -85,7 +85,7 @@ class Encoder(Model):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the generator's hidden states [B, L, W]; it has the embeddings of this model."""
+        """Return the generator's hidden states [B, L, W], from this model's embeddings."""
         names = ("positions", "embedding_norm", "")
         x_BLE, positions_BL = self.embed(tokens_BL, positions_BL, names=names)
         return self.generator(x_BLE, positions_BL, segment_ids_BL)

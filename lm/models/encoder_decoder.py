@@ -25,9 +25,9 @@ class EncoderDecoder(Model):
     """Encoder-decoder Transformer: Vaswani et al. 2017, T5 (Raffel et al. 2020) and others.
 
     Source and target share the token embeddings; with `separate_embeddings` (BART, Lewis et al.
-    2020) the source has a position table and an embedding norm of its own. With `n_mels` the source
+    2020) the source has its own position table and embedding norm. With `n_mels` the source
     is audio, which `AudioFrontEnd` embeds (Whisper, Radford et al. 2022). With `copy` the output
-    distribution is one of generated and copied tokens, and the hidden states that logits are
+    distribution covers generated and copied tokens, and the hidden states that logits are
     computed from are a `CopyState`.
     """
 
@@ -56,7 +56,7 @@ class EncoderDecoder(Model):
         return self.config.n_decoder_layers or self.config.n_layers
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """Return the logits [B, L, V] of the next targets, float32, as `decoder_hidden` reads."""
+        """Return the next-target logits [B, L, V], float32; inputs as for `decoder_hidden`."""
         return self.logits(self.decoder_hidden(*inputs))
 
     def decoder_hidden(
@@ -70,13 +70,13 @@ class EncoderDecoder(Model):
     ) -> Any:
         """Return the hidden states that the logits are computed from, [B, L, D].
 
-        A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
+        A target attends to the sources and earlier targets of its segment; segment 0 is padding.
 
         Args:
             source: source token ids [B, S], or log-mel features [B, 2 S, n_mels].
             targets_BL: target token ids.
-            source_segments_BS: segments of the source; default one a row.
-            target_segments_BL: segments of the target; default one a row.
+            source_segments_BS: segments of the source; default: one per row.
+            target_segments_BL: segments of the target; default: one per row.
             source_positions_BS: positions; default 0 … S-1.
             target_positions_BL: positions; default 0 … L-1.
         """
@@ -119,7 +119,7 @@ class EncoderDecoder(Model):
         source_segments_BS: jax.Array,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the encoded source, [B, S, D]; it is as for `decoder_hidden`."""
+        """Return the encoded source, [B, S, D]; for arguments see `decoder_hidden`."""
         if self.config.n_mels:
             x_BSD, positions_BS = self.front_end(source, positions_BS)
             x_BSD = constrain(self.dropout(x_BSD), "rows", "residual_length", "embed")
@@ -136,7 +136,7 @@ class EncoderDecoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Return hidden states for classification; encoder and decoder read the text (BART)."""
+        """Return hidden states for classification, with the text in encoder and decoder (BART)."""
         segments_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
         encoded_BLD = self.encode(tokens_BL, segments_BL, positions_BL)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
@@ -144,9 +144,9 @@ class EncoderDecoder(Model):
         return self.decoder(x_BLD, positions_BL, mask, None, encoded_BLD, segments_BL)[0]
 
     def start(self, source: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
-        """Return a cache for targets of up to `length` tokens that holds the encoded source."""
+        """Return a cache for up to `length` target tokens that holds the encoded source."""
         empty = init_cache(self.config, self.n_decoder_layers, source.shape[0], length)
-        # The layers read the source while a token passes through them, which is then dropped.
+        # The layers read the source while processing a dummy token, which is then dropped.
         ones = jnp.ones((source.shape[0], 1), jnp.int32)
         x_BLD, positions_BL = self.embed(ones, ones)
         mask = AttentionMask(True, ones, empty.segment_ids_BS)

@@ -1,4 +1,4 @@
-"""Choice of each token's experts: scores, groups of experts, and the weights of outputs.
+"""Expert choice for each token: scores, groups of experts, and output weights.
 
 Shape letters: B batch, L length, E experts, K choices of a token, G groups of experts.
 """
@@ -20,7 +20,7 @@ def has_normalized_weights(config: ExpertsConfig) -> bool:
 
 
 def has_groups(config: ExpertsConfig) -> bool:
-    """Return whether experts are chosen from some groups alone."""
+    """Return whether experts are chosen from only some of the groups."""
     return config.expert_groups_per_token < config.expert_groups
 
 
@@ -31,7 +31,7 @@ def router_scores(config: ExpertsConfig, logits_BLE: jax.Array) -> jax.Array:
 
 
 def router_probabilities(config: ExpertsConfig, logits_BLE: jax.Array) -> jax.Array:
-    """Return the scores of all experts over their sum (DeepSeek-V3, 2024, eq. 19)."""
+    """Return the scores of all experts divided by their sum (DeepSeek-V3, 2024, eq. 19)."""
     scores_BLE = router_scores(config, logits_BLE)
     if config.router_scores == "softmax":
         return scores_BLE
@@ -41,10 +41,10 @@ def router_probabilities(config: ExpertsConfig, logits_BLE: jax.Array) -> jax.Ar
 def choose_experts(
     config: ExpertsConfig, logits_BLE: jax.Array, bias_E: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the experts of each token with the largest scores, and their weights, [B, L, K] each.
+    """Return the experts with the largest scores of each token, and weights, [B, L, K] each.
 
-    The weight of an expert is its score (Switch, Fedus et al. 2021, eq. 2), or that over the sum of
-    the token's (Mixtral, Jiang et al. 2024, §2.1), times a constant.
+    The weight of an expert is its score (Switch, Fedus et al. 2021, eq. 2), or its score divided by
+    the sum over the token's experts (Mixtral, Jiang et al. 2024, §2.1), times a constant.
 
     Args:
         config: configuration of the experts.
@@ -79,8 +79,9 @@ def choose_experts(
 def in_best_groups(config: ExpertsConfig, scores_BLE: jax.Array) -> jax.Array:
     """Return whether each expert belongs to one of a token's groups, [B, L, E] bool.
 
-    Groups are of neighbouring experts. That with the largest sum of its `expert_group_best` largest
-    scores comes first (DeepSeek-V2 2024, §2.2.2: 1; DeepSeek-V3 2024, released code: 2).
+    Groups consist of neighbouring experts. The group with the largest sum of its
+    `expert_group_best` largest scores comes first (DeepSeek-V2 2024, §2.2.2: 1; DeepSeek-V3 2024,
+    released code: 2).
     """
     c = config
     scores_BLGX = scores_BLE.reshape(*scores_BLE.shape[:-1], c.expert_groups, -1)
@@ -91,14 +92,14 @@ def in_best_groups(config: ExpertsConfig, scores_BLE: jax.Array) -> jax.Array:
 
 
 def in_top_k(x: jax.Array, k: int) -> jax.Array:
-    """Return whether each number is one of the k largest of the last axis."""
+    """Return whether each number is among the k largest along the last axis."""
     return jnp.stack([is_best for _, is_best in one_hot_top_k(x, k)]).any(0)
 
 
 def one_hot_top_k(x: jax.Array, k: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yield the index of each of the k largest numbers of the last axis, and its one-hot mask.
+    """Yield the index and one-hot mask of each of the k largest numbers along the last axis.
 
-    `top_k` would gather the numbers of all devices.
+    `top_k` would gather the numbers from all devices.
     """
     for _ in range(k):
         index = x.argmax(-1)

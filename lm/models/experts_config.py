@@ -1,4 +1,4 @@
-"""Values of a stack's mixtures of experts."""
+"""Configuration of a stack's mixtures of experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """Experts of a stack and their router; the meaning of each field is in `lm/config/keys.py`."""
+    """Experts of a stack and their router; fields are documented in `lm/config/keys.py`."""
 
     n_experts: int = 0
     experts_per_token: int = 2

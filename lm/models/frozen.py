@@ -1,7 +1,7 @@
-"""Frozen models beside the one that trains: the reference of preferences, the teacher of a student.
+"""Frozen models next to the trained one: the reference of preferences, a student's teacher.
 
-Their parameters are in the tree of the model's own, under "frozen/NAME": sharded by the same rules
-and saved with them, without a gradient and without optimizer state. Flax sees them as the
+Their parameters are in the model's own tree, under "frozen/NAME": sharded by the same rules
+and saved with them, without gradients or optimizer state. Flax sees them as the
 collection "frozen". Under LoRA the reference is the base itself and takes no memory.
 """
 
@@ -22,10 +22,11 @@ REFERENCE, TEACHER = "reference", "teacher"
 def reference_of(model: Any) -> Any:
     """Return a bound model with the parameters that it started from, without dropout.
 
-    Where the model is initialized, they become a copy of its own; call what its loss calls before.
+    During initialization these become a copy of its own parameters; first call what the loss
+    calls.
 
     Args:
-        model: the model that trains, bound.
+        model: the trained model, bound.
     """
     if model.is_initializing():
         model.put_variable(FROZEN, REFERENCE, model.variables["params"])
@@ -36,12 +37,12 @@ def reference_of(model: Any) -> Any:
 
 
 def teacher_variables(model: Any, teacher: nn.Module, *inputs: Any) -> dict[str, Any]:
-    """Return the variables of a teacher, which are kept beside those of a student.
+    """Return the variables of a teacher, which are stored with those of its student.
 
     Args:
         model: the student, bound.
         teacher: module of the teacher.
-        *inputs: arguments of its `__call__`; where the student is initialized, so is the teacher.
+        *inputs: arguments of its `__call__`; it is initialized together with the student.
     """
     if model.is_initializing():
         variables: Any = teacher.init(model.make_rng("params"), *inputs)
@@ -50,7 +51,7 @@ def teacher_variables(model: Any, teacher: nn.Module, *inputs: Any) -> dict[str,
 
 
 def is_frozen(path: str) -> bool:
-    """Return whether a path is that of a frozen model's parameter."""
+    """Return whether a path belongs to a frozen model's parameter."""
     return path.startswith(f"{FROZEN}/")
 
 
@@ -60,7 +61,7 @@ def reference_path(path: str) -> str:
 
 
 def with_reference(params: Tree, reference: Tree) -> Tree:
-    """Return nested parameters with others, without frozen models, as the reference beside them."""
+    """Return nested parameters with others added as the reference, without frozen models."""
     own = {name: leaf for name, leaf in reference.items() if name not in (FROZEN, MODEL_STATE)}
     return {**params, FROZEN: {**params.get(FROZEN, {}), REFERENCE: own}}
 
@@ -71,7 +72,7 @@ def without_frozen(params: Tree) -> Tree:
 
 
 def without_reference(params: Tree) -> Tree:
-    """Return nested parameters without the copy that is the reference."""
+    """Return nested parameters without the reference's copy."""
     beside = {name: x for name, x in params.get(FROZEN, {}).items() if name != REFERENCE}
     own = without_frozen(params)
     return {**own, FROZEN: beside} if beside else own

@@ -24,8 +24,8 @@ from lm.models.variables import Kind, Role
 def generator_config(config: TransformerConfig) -> TransformerConfig:
     """Return the configuration of the generator's stack.
 
-    Its heads are as wide as the discriminator's; there are fewer of them, and the feed-forward
-    layers are narrower, in proportion to the width.
+    Its heads have the discriminator's width; their number and the width of feed-forward layers
+    shrink in proportion to the generator's width.
     """
     c, width = config, config.generator_width or config.d_model
     return replace(
@@ -40,10 +40,10 @@ def generator_config(config: TransformerConfig) -> TransformerConfig:
 
 
 class Generator(nn.Module):
-    """Stack and output layer of a masked language model without tables of its own.
+    """Stack and output layer of a masked language model without its own tables.
 
     Attributes:
-        config: configuration of `generator_config`.
+        config: configuration from `generator_config`.
         deterministic: True turns dropout off.
     """
 
@@ -70,10 +70,10 @@ class Generator(nn.Module):
         return self.stack(x_BLW, positions_BL, AttentionMask(False, segment_ids_BL))[0]
 
     def transformed(self, x_BPW: jax.Array) -> jax.Array:
-        """Return what the token table is multiplied by, [B, P, E]."""
+        """Return the input of the multiplication with the token table, [B, P, E]."""
         act = ACTIVATIONS[UNGATED.get(self.config.activation, self.config.activation)]
         return self.transform_norm(act(self.transform(x_BPW)))
 
     def biased(self, logits_BPV: jax.Array) -> jax.Array:
-        """Return the logits with their bias."""
+        """Return the logits with their bias added."""
         return self.logit_bias(logits_BPV)

@@ -14,7 +14,7 @@ from lm.models.variables import Kind, Role
 
 
 class JointNorm(Norm):
-    """Norm over all heads of a token together, with a scale [H K] (OLMo 2, 2024, §3.2)."""
+    """Joint norm over all heads of a token, with a scale [H K] (OLMo 2, 2024, §3.2)."""
 
     @nn.compact
     def __call__(self, x_BLHK: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ class JointNorm(Norm):
 
 
 def make_head_norm(config: TransformerConfig) -> Norm:
-    """Build the norm of queries or keys: over each head (Henry et al. 2020), or over all."""
+    """Build the norm of queries or keys: per head (Henry et al. 2020), or over all heads."""
     if config.qk_norm_over == "head":
         return make_norm(config)
     c, role = config, Role(Kind.NORM, config.stream)

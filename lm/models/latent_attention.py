@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, arXiv 2405.04434, §2.1).
 
-Keys and values of all heads are made from one latent vector of each token; a part of the key that
-RoPE rotates is shared by the heads. A cache holds the latent and this part alone.
+Keys and values of all heads are computed from one latent vector per token; all heads share the
+part of the key that RoPE rotates. The cache holds only the latent and this part.
 
 Shape letters: B batch, L query length, S key length, D model, W width of the input, H heads, R rank
 of the latent, K rotated part of a head (`head_dim`), N its other part, V values of a head, M the
@@ -33,7 +33,7 @@ UNEQUAL = ("xla", "splash")  # kernels whose queries and values may have differe
 
 
 class LatentAttention(TokenMixer):
-    """Attention of H heads to keys and values that are made from latents.
+    """Attention of H heads whose keys and values are computed from latents.
 
     Training expands the latents to keys [N + K] and values [V] of every head. Decoding does not: it
     multiplies queries by the heads' maps from latents to keys, and sums of latents by those to
@@ -119,7 +119,7 @@ class LatentAttention(TokenMixer):
         return self.norm(c_BLR), k_BL1K
 
     def _halves(self, x_BLHK: jax.Array) -> jax.Array:
-        """Return halves of a head in place of the pairs (2k, 2k + 1), where weights have these."""
+        """Reorder pairs (2k, 2k + 1) to halves of a head, if the weights are interleaved."""
         if not self.config.mixer_options.rope_interleaved:
             return x_BLHK
         pairs = x_BLHK.reshape(*x_BLHK.shape[:-1], -1, 2)
@@ -146,7 +146,7 @@ class LatentAttention(TokenMixer):
             q, k, v_BSHV = (
                 jnp.pad(x, [(0, 0)] * 3 + [(0, M - x.shape[-1])]) for x in (q, k, v_BSHV)
             )
-        # Kernels that know no scale but 1/sqrt(width) are given scaled queries.
+        # Kernels with the fixed scale 1/sqrt(width) are given scaled queries.
         scale = q.shape[-1] ** -0.5
         q *= jnp.asarray(self._scale / scale, q.dtype)
         dropout = None
@@ -173,11 +173,11 @@ class LatentAttention(TokenMixer):
         """Return the output [B, L, H, V] of attention to cached latents, and the cache.
 
         Args:
-            queries: queries, as of `_queries`.
+            queries: queries from `_queries`.
             latents: latents and rotated keys of the same tokens.
             inputs: mask and bias of the scores.
             cache: cache of all layers.
-            layer: index of the layer in it.
+            layer: index of the layer in the cache.
         """
         (q_BLHN, q_BLHK), (c_BLR, k_BL1K) = queries, latents
         c, o = self.config, self.config.mixer_options

@@ -1,4 +1,4 @@
-"""Pages of keys and values of one layer: how they hold them, and what reads them.
+"""Pages with keys and values of one layer: their layouts, and attention to them.
 
 Shape letters: B rows, L queries, H heads, G key/value heads, K head dim, N pages, P slots of a
 page.
@@ -31,11 +31,11 @@ from lm.parallel.mesh import parameter_axes
 
 @flax.struct.dataclass
 class LayerPages:
-    """Pages of one layer: how they hold keys and values, and what reads them.
+    """Pages of one layer: layout of keys and values, and attention to them.
 
     Attributes:
         held: keys and values, a tree of arrays: pages, then heads and slots, then elements.
-        slot_axis: axis of the slots, 1 or 2; the other one is that of the heads.
+        slot_axis: axis of the slots, 1 or 2; the other of these is the head axis.
     """
 
     held: Any
@@ -52,7 +52,7 @@ class LayerPages:
         return int(jax.tree.leaves(self.held)[0].shape[self.slot_axis])
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """Return the sharding by key/value heads, where the mesh divides these."""
+        """Return the sharding by key/value heads, if the mesh divides them."""
         n_heads = jax.tree.leaves(self.held)[0].shape[self.head_axis]
         axes = parameter_axes(mesh.shape, "kv_heads", n_heads)
         return NamedSharding(mesh, PartitionSpec(*[None] * self.head_axis, axes))
@@ -63,18 +63,18 @@ class LayerPages:
         return replace(self, held=self.entries(config, (zeros, zeros)))
 
     def bytes_of_device(self, mesh: Mesh) -> int:
-        """Return the bytes of a device's part."""
+        """Return the bytes per device."""
         of_device = self.sharding(mesh).shard_shape
         return sum(prod(of_device(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def write(
         self, config: TransformerConfig, keys_values: tuple[jax.Array, ...], rows: PagedRows
     ) -> Self:
-        """Write the tokens of rows at their offsets; those beyond its length are dropped.
+        """Write the tokens of rows at their offsets; tokens beyond a row's length are dropped.
 
         Args:
             config: configuration of the stack.
-            keys_values: keys and values, [B, L, G, K] each; one array for both.
+            keys_values: keys and values, [B, L, G, K] each, or one shared array.
             rows: rows.
         """
         write = partial(_write, rows=rows, slot_axis=self.slot_axis)
@@ -82,7 +82,7 @@ class LayerPages:
         return replace(self, held=held)
 
     def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
-        """Return keys and values [B, L, G, K] as pages hold them, B in the place of the pages."""
+        """Return keys and values [B, L, G, K] in the pages' layout, with B in place of pages."""
         raise NotImplementedError
 
     def attend(
@@ -106,24 +106,24 @@ class LayerPages:
 class PlainPages(LayerPages):
     """Pages for plain JAX: keys and values, [N, G, P, K] or [N, P, G, K] each; int8 with scales.
 
-    A token mixer may keep one array for both.
+    A token mixer may use one array for both.
     """
 
     def allocate(self, config: TransformerConfig, n_pages: int, page_size: int) -> Self:
-        """Return pages of zeros: a cache of the mixer whose rows are pages."""
+        """Return pages of zeros: a cache of the mixer with pages as rows."""
         cache = MIXERS[config.mixer].init_cache(config, 1, n_pages, page_size)
         held = jax.tree.map(lambda x: jnp.moveaxis(x[0], 2, self.slot_axis), cache)
         return replace(self, held=held)
 
     def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
-        """Return keys and values as `LayerPages.entries` says."""
+        """See `LayerPages.entries`."""
         entries = heads_first(config, keys_values)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 2, self.slot_axis), entries)
 
     def attend(
         self, config: TransformerConfig, q_BLHK: jax.Array, rows: PagedRows, inputs: MixerInputs
     ) -> jax.Array:
-        """Attend as `LayerPages.attend` says."""
+        """See `LayerPages.attend`."""
         mask = inputs.mask
         return paged_attention(
             q_BLHK,
@@ -141,9 +141,9 @@ class PlainPages(LayerPages):
 
 @flax.struct.dataclass
 class KernelPages(LayerPages):
-    """Pages for the kernel `ragged_attention`: [N, P, 2G, LANES], key and value in turn.
+    """Pages for the kernel `ragged_attention`: [N, P, 2G, LANES], keys and values alternating.
 
-    Key/value heads are repeated until the mesh divides them as it divides the query heads.
+    Key/value heads are repeated until the mesh can shard them like the query heads.
 
     Attributes:
         mesh: mesh that the kernel runs on.
@@ -152,7 +152,7 @@ class KernelPages(LayerPages):
     mesh: Mesh = flax.struct.field(pytree_node=False)
 
     def entries(self, config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> Any:
-        """Return keys and values as `LayerPages.entries` says."""
+        """See `LayerPages.entries`."""
         n_copies = count_kernel_heads(config, self.mesh) // config.n_kv_heads
         pairs = jnp.repeat(jnp.stack(keys_values, axis=-2), n_copies, axis=-3)
         pairs = jnp.pad(pairs, ((0, 0),) * 4 + ((0, LANES - config.head_dim),))
@@ -162,7 +162,7 @@ class KernelPages(LayerPages):
     def attend(
         self, config: TransformerConfig, q_BLHK: jax.Array, rows: PagedRows, inputs: MixerInputs
     ) -> jax.Array:
-        """Attend as `LayerPages.attend` says."""
+        """See `LayerPages.attend`."""
         mask = inputs.mask
 
         def local(q_BLHK: jax.Array, pages: jax.Array, rows: PagedRows, is_global: Any) -> Any:
@@ -187,7 +187,7 @@ class KernelPages(LayerPages):
 
 
 def _write(pages: jax.Array, new: jax.Array, rows: PagedRows, slot_axis: int) -> jax.Array:
-    """Write new entries [B, …, L, …] at the offsets of their rows, if not beyond their lengths."""
+    """Write new entries [B, …, L, …] at the offsets of their rows, up to the rows' lengths."""
     N, P, L = pages.shape[0], pages.shape[slot_axis], new.shape[slot_axis]
     new = new.astype(pages.dtype)
     is_row_B1 = rows.lengths_B[:, None] > 0
@@ -205,7 +205,7 @@ def _write(pages: jax.Array, new: jax.Array, rows: PagedRows, slot_axis: int) ->
 
 
 def _ids(rows: PagedRows, index: jax.Array, is_used: jax.Array, n_pages: int) -> jax.Array:
-    """Return numbers of pages; `n_pages`, which is none, where nothing is written."""
+    """Return page numbers; `n_pages`, which is out of range, where nothing is written."""
     last = rows.tables_BM.shape[1] - 1
     ids = jnp.take_along_axis(rows.tables_BM, jnp.clip(index, 0, last), axis=1)
     return jnp.where(is_used, ids, n_pages)
@@ -217,16 +217,16 @@ Pages = tuple[LayerPages, ...]  # of all layers
 def empty_pages(
     config: TransformerConfig, n_pages: int, page_size: int, mesh: Mesh, has_prefix: bool = False
 ) -> Pages:
-    """Return zeros as the pages of all layers, as what reads them on a mesh wants them.
+    """Return zeroed pages of all layers, in the layout that is best for a mesh.
 
     Args:
         config: configuration of the stack, prepared for decoding.
         n_pages: number of pages.
         page_size: slots of a page.
         mesh: mesh.
-        has_prefix: tokens of a prompt attend to each other in both directions.
+        has_prefix: prompt tokens attend to each other in both directions.
     """
-    # TPUs write whole slots in place; their compiler copies all pages to others and back.
+    # TPUs write whole slots in place; other layouts make the compiler copy all pages twice.
     none: LayerPages = PlainPages(None, 1 if _platform(mesh) == "tpu" else 2)
     if not any(page_kernel_problems(config, mesh, has_prefix)):
         none = KernelPages(None, 1, mesh)
@@ -238,7 +238,7 @@ def _platform(mesh: Mesh) -> str:
 
 
 def count_kernel_heads(config: TransformerConfig, mesh: Mesh) -> int:
-    """Return the key/value heads of `KernelPages`, repeated until the mesh divides them."""
+    """Return the number of key/value heads in `KernelPages`, after repetition."""
     return lcm(config.n_kv_heads, _head_shards(config, mesh))
 
 
@@ -248,12 +248,12 @@ def _head_shards(config: TransformerConfig, mesh: Mesh) -> int:
 
 
 def page_kernel_problems(config: TransformerConfig, mesh: Mesh, has_prefix: bool) -> Iterator[str]:
-    """Yield what keeps the TPU's kernel from reading pages, as the end of "cannot be used with".
+    """Yield what prevents the TPU kernel from reading pages, to follow "cannot be used with".
 
     Args:
         config: configuration of the stack, prepared for decoding.
         mesh: mesh.
-        has_prefix: tokens of a prompt attend to each other in both directions.
+        has_prefix: prompt tokens attend to each other in both directions.
     """
     if config.mixer != "attention":
         yield f"--config.model.mixer={config.mixer}"

@@ -47,8 +47,8 @@ class Linear(nn.Module):
     """Linear map of the last `len(in_shape)` dimensions to `out_shape`.
 
     The kernel is [*in_shape, *out_shape], with the logical axes `names`. It is applied as one
-    matrix product, accumulated in float32. `role` is the kernel's; its numbers of axes follow from
-    the shapes.
+    matrix product, accumulated in float32. `role` is the kernel's role; its numbers of axes are
+    derived from the shapes.
     """
 
     in_shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class Linear(nn.Module):
         return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
 
     def product(self, x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-        """Return the product, flattened or not; `low_precision.py` has another."""
+        """Return the product, flattened or not; `low_precision.py` replaces this method."""
         names = self.names[0], self.names[len(self.in_shape)]
         return multiply(x, kernel_DF, names, (self.dtype, self.out_dtype or self.dtype), False)
 
@@ -113,7 +113,7 @@ class Norm(nn.Module):
 
 
 def make_norm(config: TransformerConfig, name: str | None = None, part: Part = "layers") -> Norm:
-    """Build the normalization that a model uses everywhere."""
+    """Build the model's standard normalization layer."""
     c = config
     role = Role(Kind.NORM, c.stream, part)
     return Norm(c.norm, role, c.norm_eps, c.norm_bias, c.norm_unit_offset, c.dtype, name=name)
@@ -143,7 +143,7 @@ class Embedding(nn.Module):
         return embedding_lookup(table_VD, (self.row_name, "embed"), ids_BL)
 
     def first(self, length: int) -> jax.Array:
-        """Return rows 0 … length - 1 as a slice, whose gradient is no scatter."""
+        """Return rows 0 … length - 1 as a slice, so that the gradient needs no scatter."""
         return self.embedding[:length].astype(self.dtype)
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:

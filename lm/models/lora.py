@@ -1,11 +1,12 @@
 """Low-rank adaptation (Hu et al. 2021): a kernel W becomes W + alpha/rank · A B; A and B train.
 
 The parameters of a model and its adaptation are one tree: {**base, "lora": {…}} with "a" and "b"
-in place of each adapted kernel. They are merged before the model is applied, so any model will do.
+instead of each adapted kernel. They are merged before the model is applied, so it works for any
+model.
 
-With `lora.base=int8` the matrices of layers that do not train are int8 values, and "int8_scales"
-has their scales. Each layer makes float32 kernels of its own where it reads them, adaptation added
-(Dettmers et al. 2023 do so with 4 bits).
+With `lora.base=int8` frozen layer matrices are int8 values, and "int8_scales"
+holds their scales. Each layer makes its float32 kernels where it reads them, including the
+adaptation (Dettmers et al. 2023 do so with 4 bits).
 
 Shape letters: N layers and experts, R rank; a kernel is [N, *inputs, *outputs], or without N
 outside a stack.
@@ -50,7 +51,7 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
     """Add the low-rank factors of every targeted kernel to boxed parameters.
 
     A [N, *inputs, R] is uniform in ± inputs^-0.5, as in the authors' code, and B [N, R, *outputs]
-    zero: the adapted model starts as the model.
+    zero: initially the adapted model equals the base model.
 
     Args:
         params: boxed parameters.
@@ -61,7 +62,7 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
         {**params, "lora": …}, and "int8_scales" with `lora.base=int8`.
 
     Raises:
-        UserError: a pattern of `lora.targets` matches no kernel, or there is none.
+        UserError: a pattern of `lora.targets` matches no kernel, or there are no patterns.
     """
     params = without_reference(params)
     infos = param_infos(params)
@@ -88,10 +89,10 @@ def add_lora(params: Tree, options: ConfigDict, rng: jax.Array) -> Tree:
 
 
 def adapted_params(params: Tree, alpha: float, frozen: Collection[str] = ()) -> Tree:
-    """Return the parameters that the model is applied to; int8 kernels wait for their layer.
+    """Return the parameters to apply the model with; int8 kernels are adapted in their layers.
 
     Args:
-        params: parameters of the base, its adaptation, and frozen models beside.
+        params: parameters of the base, its adaptation, and frozen models.
         alpha: `lora.alpha`.
         frozen: names of the frozen models that the loss needs; the reference is the base.
     """
@@ -109,7 +110,7 @@ def adapted_params(params: Tree, alpha: float, frozen: Collection[str] = ()) -> 
 
 
 def merge_lora(params: Tree, alpha: float) -> Tree:
-    """Return the parameters of the model alone, adapted kernels merged in float32."""
+    """Return only the model's parameters, with adapted kernels merged in float32."""
     base, adapters, scales = _parts(params)
     for path, scale in scales.items():
         base[path] = QuantizedKernel(base[path], scale, jnp.float32).unbox()
@@ -119,7 +120,7 @@ def merge_lora(params: Tree, alpha: float) -> Tree:
 
 
 def kernel_of(path: str) -> str:
-    """Return the path of the kernel that a low-rank factor or a scale belongs to; "" of others."""
+    """Return the path of the kernel that a low-rank factor or scale belongs to, or ""."""
     room, _, rest = path.partition("/")
     return {LORA: rest.rpartition("/")[0], SCALES: rest}.get(room, "")
 
@@ -129,7 +130,7 @@ def quantize_loaded(
     shardings: Mapping[str, NamedSharding],
     infos: Mapping[str, ParamInfo],
 ) -> dict[str, jax.Array]:
-    """Return loaded parameters as this run keeps them, with the scales of those in 8 bits.
+    """Return loaded parameters in this run's format, with scales for those in 8 bits.
 
     Args:
         loaded: float32 parameters by path.
@@ -152,11 +153,11 @@ def quantize_loaded(
 
 @flax.struct.dataclass
 class AdaptedKernel(nn.meta.AxisMetadata[jax.Array]):
-    """Kernel in 8 bits and its low-rank factors, added up where it is read.
+    """8-bit kernel and its low-rank factors, added where it is read.
 
     Attributes:
-        kernel: the kernel; first, because its values have the shape that the model knows.
-        a: factor A, as of `add_lora`.
+        kernel: the kernel; the first field, because its values have the shape the model expects.
+        a: factor A, see `add_lora`.
         b: factor B.
         alpha: the update is scaled by alpha / rank.
     """
@@ -171,15 +172,15 @@ class AdaptedKernel(nn.meta.AxisMetadata[jax.Array]):
         return _add(self.kernel.unbox(), self.a, self.b, self.alpha)
 
     def replace_boxed(self, val: Any) -> Any:
-        """Return a value in place of the kernel."""
+        """Return the value itself, which replaces the kernel."""
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> AdaptedKernel:
-        """Return the kernel of a layer as that of a stack: axes have no names."""
+        """Return the same kernel for a stack: axes have no names."""
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> AdaptedKernel:
-        """Return the kernel of a stack as that of a layer."""
+        """Return the same kernel for a layer."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, §7): a token mixer whose cache does not grow.
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, §7): a token mixer with a cache of constant size.
 
 Each head is a recurrence of `lm/kernels/state_space.py`, whose inputs pass through a short causal
 convolution. A cache holds the last inputs of the convolution and the states.
@@ -26,7 +26,7 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, param
 from lm.parallel.mesh import constrain
 
-SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # of fresh models, as in the code of the paper
+SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # at initialization, as in the paper's code
 FASTEST_DECAY = 16.0
 INPUTS = ("x", "B", "C")  # that are convolved
 
@@ -38,7 +38,7 @@ class MambaCache:
     Attributes:
         taps: the last K - 1 inputs of the convolution, [B, K - 1, H or G, P or N], by name.
         state: states of the heads, [B, H, P, N], float32.
-        segment: segment of the last token, [B]; 0: there was none.
+        segment: segment of the last token, [B]; 0: no token yet.
     """
 
     taps: dict[str, jax.Array]
@@ -47,18 +47,18 @@ class MambaCache:
 
 
 class Mamba2(TokenMixer):
-    """Projections, convolution and recurrence of Mamba-2, with a gated RMSNorm of their outputs."""
+    """Mamba-2: projections, convolution, recurrence, and a gated RMSNorm of the outputs."""
 
     @classmethod
     def head_widths(cls, model: Any) -> tuple[int, int]:
-        """Return those of the layers that attend, if there are any."""
+        """Return the widths for the attention layers, if there are any."""
         return (model.head_dim, model.head_dim) if model.attention_layers else (0, 0)
 
     @classmethod
     def init_cache(
         cls, config: TransformerConfig, n_layers: int, batch: int, length: int
     ) -> MambaCache:
-        """Return the state before any token; `length` does not matter."""
+        """Return the state before any token; `length` has no effect."""
         o, leading = config.mixer_options, (n_layers, batch)
         sizes = _sizes(o)
         taps = {
@@ -100,7 +100,7 @@ class Mamba2(TokenMixer):
     def __call__(
         self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
     ) -> tuple[jax.Array, Any]:
-        """Continue the states by these tokens; padding leaves them as they are."""
+        """Update the states with these tokens; padding leaves them unchanged."""
         c, o = self.config, self.config.mixer_options
         if cache is None:
             own = jax.tree.map(lambda x: x[0], self.init_cache(c, 1, x_BLW.shape[0], 0))
@@ -135,7 +135,7 @@ class Mamba2(TokenMixer):
         return self.output(y_BLHP.astype(c.dtype)), cache
 
     def _normalize(self, y_BLHP: jax.Array) -> jax.Array:
-        """Divide by the root mean square of the heads of each group."""
+        """Divide by the root mean square over the heads of each group."""
         shape = y_BLHP.shape
         y = y_BLHP.reshape(*shape[:2], self.config.mixer_options.ssm_groups, -1, shape[-1])
         y *= jax.lax.rsqrt(jnp.square(y).mean((-2, -1), keepdims=True) + self.config.norm_eps)
@@ -146,7 +146,7 @@ _NAMES = {"x": ("heads", "head_dim"), "B": ("kv_heads", "head_dim"), "C": ("kv_h
 
 
 def _sizes(options: MambaOptions) -> dict[str, tuple[int, int]]:
-    """Return the heads and their width of each input."""
+    """Return the number of heads and their width for each input."""
     group = options.ssm_groups, options.ssm_state
     return {"x": (options.ssm_heads, options.ssm_head_dim), "B": group, "C": group}
 
@@ -154,7 +154,7 @@ def _sizes(options: MambaOptions) -> dict[str, tuple[int, int]]:
 def _number_texts(
     segments_BL: jax.Array, segment_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Number the texts of rows: 0 for what goes on from before, then 1, ….
+    """Number the texts of each row: 0 continues the previous one, then 1, ….
 
     Args:
         segments_BL: segment ids, 0 for padding, which belongs to the text before it.
@@ -175,10 +175,10 @@ def _number_texts(
 
 
 class Convolution(nn.Module):
-    """Convolution of each channel with the tokens of its text before it, then SiLU.
+    """Convolution of each channel over the preceding tokens of its text, then SiLU.
 
     Attributes:
-        channels: heads and their width.
+        channels: number of heads and their width.
         n_taps: tokens that an output depends on, K.
         names: logical axes of the channels.
         role: role of the parameters.
@@ -198,7 +198,7 @@ class Convolution(nn.Module):
         Args:
             x_BLHP: inputs.
             taps_BKHP: the K - 1 inputs before the first.
-            ids_BL: numbers of texts, as of `_number_texts`.
+            ids_BL: numbers of texts, from `_number_texts`.
             is_token_BL: false for padding.
 
         Returns:
@@ -229,7 +229,7 @@ def _log_decays(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 
 def _step_biases(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Draw step sizes uniformly on a logarithmic scale; return what softplus makes them of."""
+    """Draw step sizes uniformly on a logarithmic scale; return their inverse softplus."""
     low, high = np.log(SHORTEST_STEP), np.log(LONGEST_STEP)
     step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
     return step + jnp.log(-jnp.expm1(-step))

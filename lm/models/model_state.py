@@ -1,6 +1,6 @@
-"""Model state: variables that are neither trained nor carried from row to row.
+"""Model state: variables that are neither trained nor carried from batch to batch.
 
-Such as the router bias of DeepSeek-V3, or running statistics.
+Examples are DeepSeek-V3's router bias and running statistics.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class StateVariable:
     def update(self, value: jax.Array) -> None:
         """Set the value that the next training step starts from.
 
-        It has no effect where the model is initialized, evaluated or decoded with. In training,
-        microbatches follow one another: each starts from the value that the one before it left. So
+        It has no effect during initialization, evaluation or decoding. In training, microbatches
+        are processed in order: each starts from the value that the previous one left. So
         the result does not depend on the mesh, as long as `value` is computed from whole arrays of
-        the (micro)batch, as everything outside `shard_map` is.
+        the (micro)batch, as is everything outside `shard_map`.
         """
         module = self._module
         if module.is_mutable_collection(MODEL_STATE) and not module.is_initializing():
@@ -58,7 +58,7 @@ def model_state(
         name: name of the variable in the module.
         init: function of shape and dtype, such as `jnp.zeros`.
         shape: shape without stacked layers.
-        axes: logical name of each axis, as of a parameter.
+        axes: logical name of each axis, as for a parameter.
         dtype: dtype of the values.
     """
     if len(axes) != len(shape):

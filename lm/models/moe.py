@@ -2,8 +2,8 @@
 
 Switch (Fedus et al. 2021), Mixtral (Jiang et al. 2024), the shared expert of Qwen2-MoE (Yang et al.
 2024) and ST-MoE's z-loss (Zoph et al. 2022).
-Tokens that share capacity and balance statistics are those of a row, as in Mesh TensorFlow, so that
-neither the mesh nor the number of microbatches changes a result.
+Tokens of the same row share capacity and balance statistics, as in Mesh TensorFlow, so that
+results depend neither on the mesh nor on the number of microbatches.
 
 Shape letters: B batch, L length, D model, F feed-forward, E experts, K choices of a token.
 """
@@ -34,9 +34,9 @@ class MixtureOfExperts(nn.Module):
     (Qwen2, Yang et al. 2024, §2.2.2).
 
     In training an expert with a capacity takes the first tokens of a row, and later ones get 0;
-    otherwise nothing is dropped, so that decoding equals the full forward pass. It reports, for
-    each row, the balance and z-losses, the share of dropped choices, and the load of the busiest
-    expert over the even share.
+    otherwise nothing is dropped, so that decoding equals the full forward pass. For each row it
+    reports the balance and z-losses, the fraction of dropped choices, and the load of the busiest
+    expert relative to an even load.
     """
 
     config: TransformerConfig
@@ -44,7 +44,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, is_token_BL: jax.Array | None = None) -> jax.Array:
-        """Return [B, L, D]; padding, where `is_token_BL` is false, is sent to no expert."""
+        """Return [B, L, D]; padding, where `is_token_BL` is false, goes to no expert."""
         c = self.config
         if is_token_BL is None:
             is_token_BL = jnp.ones(x_BLD.shape[:2], bool)
@@ -89,7 +89,7 @@ class MixtureOfExperts(nn.Module):
         return y_BLD + self._shared_expert(x_BLD) if c.shared_expert_d_ff else y_BLD
 
     def _shared_expert(self, x_BLD: jax.Array) -> jax.Array:
-        """Return the output of the expert that every token uses, times its gate if it has one."""
+        """Return the output of the shared expert, times its gate if it has one."""
         c = replace(self.config, d_ff=self.config.shared_expert_d_ff)
         y_BLD = FeedForward(c, self.deterministic, name="shared_expert")(x_BLD)
         if not c.shared_expert_gate:
@@ -103,13 +103,13 @@ def weighted_inputs(
 ) -> jax.Array:
     """Return the sum over experts of FeedForward_expert(weight · x) (Llama 4's released code).
 
-    Each choice of a token becomes a token of its own.
+    Each choice of a token is treated as a separate token.
 
     Args:
         experts: feed-forward layers, applied to tokens, routes and a capacity.
         x_BLD: tokens.
         routes: experts of each token.
-        capacity: as of `mixture_of_experts`.
+        capacity: see `mixture_of_experts`.
     """
     B, L, K = routes.weights_BLK.shape
     x_BLKD = x_BLD[:, :, None] * routes.weights_BLK[..., None].astype(x_BLD.dtype)
@@ -131,7 +131,7 @@ class Router(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
         init = c.kernel_init(c.output_std(self.n_outputs, x_BLD.shape[-1]))
-        # Small enough to be whole on every device: gathering it would cost more than it saves.
+        # Small enough to be kept whole on every device: gathering it would cost more than it saves.
         shape, names = (x_BLD.shape[-1], self.n_outputs), ("router_inputs", "router")
         role = Role(Kind.ROUTER, c.stream, inputs=1)
         kernel_DE = param(self, "kernel", init, shape, names, role)
@@ -226,7 +226,7 @@ def queue_positions(experts_BLK: jax.Array, n_experts: int) -> jax.Array:
     """Return the position of each choice in the queue of its expert, per row, [B, L, K] int32.
 
     First choices come before second ones (GShard, Lepikhin et al. 2020, algorithm 1), tokens in
-    their order. An expert id of `n_experts` stands for none.
+    order. The expert id `n_experts` means no expert.
     """
     B, L, K = experts_BLK.shape
     one_hot = jax.nn.one_hot(experts_BLK.swapaxes(1, 2), n_experts, dtype=jnp.int32)
@@ -247,7 +247,7 @@ def load_balancing_step(
 
 
 def expert_load(experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int) -> jax.Array:
-    """Return the share of a row's choices that goes to each expert, before drops, [B, E]."""
+    """Return the fraction of a row's choices that each expert gets, before drops, [B, E]."""
     one_hot = jax.nn.one_hot(experts_BLK, n_experts).sum(2) / experts_BLK.shape[-1]
     return masked_mean(one_hot, is_token_BL)
 
@@ -255,7 +255,7 @@ def expert_load(experts_BLK: jax.Array, is_token_BL: jax.Array, n_experts: int) 
 def balance_loss(shares_BLE: jax.Array, load_BE: jax.Array, is_token_BL: jax.Array) -> jax.Array:
     """Return the load-balancing loss E Σ f_i P_i of each row, [B] (Switch, eq. 4 to 6).
 
-    f_i is the load and P_i the mean probability, which alone has a gradient; an even load gives 1.
+    f_i is the load and P_i, which alone has a gradient, the mean probability; an even load gives 1.
     """
     share_BE = masked_mean(shares_BLE, is_token_BL)
     return shares_BLE.shape[-1] * (load_BE * share_BE).sum(-1)

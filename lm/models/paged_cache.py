@@ -1,6 +1,6 @@
-"""Paged decoding cache of a decoder: keys and values of all rows in pages of a few tokens.
+"""Paged decoding cache of a decoder: keys and values of all rows in small pages.
 
-A row has a table of its pages, which other rows may share; every row has a length of its own.
+A row has a table of its pages, which other rows may share; rows differ in length.
 
 Shape letters: B rows, L queries, G key/value heads, K head dim, S slots of a row.
 """
@@ -25,7 +25,7 @@ PAGED_MIXERS = ("attention", "mla")
 
 @flax.struct.dataclass
 class PagedLayer:
-    """Pages of one layer, and the rows of the step."""
+    """Pages of one layer, and the current step's rows."""
 
     pages: LayerPages
     rows: PagedRows
@@ -37,12 +37,12 @@ class PagedLayer:
         keys_values: tuple[jax.Array, ...],
         inputs: MixerInputs,
     ) -> tuple[jax.Array, PagedLayer]:
-        """Write keys and values, and attend to what is in the pages then.
+        """Write keys and values, then attend to the pages.
 
         Args:
             config: configuration of the stack.
             q_BLHK: queries.
-            keys_values: keys and values of the same tokens, [B, L, G, K] each; one array for both.
+            keys_values: keys and values of the same tokens, [B, L, G, K] each, or one shared array.
             inputs: mask of the layer, and bias of the scores by distance.
 
         Returns:
@@ -55,12 +55,12 @@ class PagedLayer:
 
 @flax.struct.dataclass
 class PagedCache:
-    """Cache of a stack for one step, in the place of `Cache`.
+    """Cache of a stack for one step, used instead of `Cache`.
 
     Attributes:
-        mixers: the layers' pages by their one token mixer, such as {"attention": (PagedLayer, …)}.
+        mixers: pages of the layers by their only token mixer, as {"attention": (PagedLayer, …)}.
         index: position of the first token of each row, [B].
-        segment_ids_BS: one row of zeros, which says how many slots a row has.
+        segment_ids_BS: one row of zeros, whose length is the number of slots per row.
     """
 
     mixers: dict[str, Any]
@@ -70,18 +70,18 @@ class PagedCache:
 
     @classmethod
     def of(cls, model: nn.Module, pages: Pages, rows: PagedRows) -> Self:
-        """Return the cache of a step of a decoder from the pages of all layers and its rows."""
+        """Return a decoder's cache for one step, from the pages of all layers and the rows."""
         config: TransformerConfig = model.config  # type: ignore[attr-defined]
         slots = rows.tables_BM.shape[1] * pages[0].page_size
         layers = tuple(PagedLayer(of_layer, rows) for of_layer in pages)
         return cls({config.mixer: layers}, rows.offsets_B, jnp.zeros((1, slots), jnp.int32))
 
     def with_segments(self, segment_ids_BL: jax.Array) -> Self:
-        """Return the cache itself: lengths say which slots are written."""
+        """Return the cache unchanged: lengths determine which slots are written."""
         return self
 
     def advance(self, config: Any, mixers: dict[str, Any], *_: Any) -> Self:
-        """Return the cache after more tokens; arguments as of `Cache.advance`."""
+        """Return the cache after more tokens; for arguments see `Cache.advance`."""
         return self.replace(mixers=mixers)  # type: ignore[attr-defined,no-any-return]
 
     @property

@@ -1,9 +1,9 @@
 """Parameter groups: patterns of paths, layer numbers, and which parameters train.
 
-A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array;
-for patterns each of them is also there by itself: "stack/layers/0/attention/query/kernel". Where
-not all layers are alike, "stack/layers/1_of_2/…" has every second one: 1, 3, …; the layers of
-"stack/layers_3/…" begin with number 3; and "stack/layers/0/…" may be a layer that is not stacked.
+A parameter's path is "stack/layers/attention/query/kernel". The layers of a stack are one array,
+but patterns can also match a single layer: "stack/layers/0/attention/query/kernel". Where layers
+differ, "stack/layers/1_of_2/…" holds every second one: 1, 3, …; the layers of
+"stack/layers_3/…" start with number 3; and "stack/layers/0/…" may be a layer that is not stacked.
 Shape letters: N layers; groups are numpy arrays, [N] for stacked layers and [] for others.
 """
 
@@ -32,8 +32,8 @@ class TrainableMask:
 
     Attributes:
         freeze: patterns of parameters that do not train.
-        with_lora: patterns of parameters that train beside low-rank factors, where there are any;
-            otherwise all that are not frozen train.
+        with_lora: patterns of parameters that train in addition to low-rank factors, if there are
+            any; otherwise all that are not frozen train.
     """
 
     freeze: str = ""
@@ -47,7 +47,7 @@ class TrainableMask:
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """Split parameters into those that train and those that are frozen, as nested dicts.
 
-        A stack of which some layers are frozen is among those that train.
+        A stack with only some layers frozen is among those that train.
 
         Raises:
             UserError: a pattern matches nothing, or nothing trains.
@@ -62,7 +62,7 @@ class TrainableMask:
         return nested(trained), nested(frozen)
 
     def join(self, trained: Tree, frozen: Tree) -> Tree:
-        """Join what `split` returned; no gradient flows into frozen layers."""
+        """Join the two results of `split`; no gradient flows into frozen layers."""
         params = flat(trained) | flat(frozen)
         for path, group in self.groups(nested(params)).items():
             if group.any() and not group.all():
@@ -71,7 +71,7 @@ class TrainableMask:
         return nested(params)
 
     def groups(self, params: Tree, strict: bool = True) -> dict[str, np.ndarray]:
-        """Return for each parameter, or each layer of it, whether it trains.
+        """Return whether each parameter, or each layer of it, trains.
 
         Args:
             params: nested parameters.
@@ -92,13 +92,13 @@ class TrainableMask:
 def matching(
     key: str, text: str, leaves: Mapping[str, Any], strict: bool = True
 ) -> dict[str, np.ndarray]:
-    """Return for each parameter, or each layer of it, whether a pattern is found in its path.
+    """Return whether any pattern is found in the path of each parameter, or each layer of it.
 
     Args:
         key: configuration key of the patterns, for messages.
         text: regular expressions, separated by commas.
         leaves: parameters by path.
-        strict: a pattern that is found in no path is an error.
+        strict: raise an error for a pattern that matches no path.
 
     Raises:
         UserError: see `strict`.
@@ -141,7 +141,7 @@ def _shape(layers: np.ndarray | None) -> tuple[int, ...]:
 
 
 def stack_of(path: str) -> str:
-    """Return the beginning of a path up to its layers, the same for all parameters of a stack."""
+    """Return the part of a path before its layers, the same for all parameters of a stack."""
     return _LAYERS.split(path, maxsplit=1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Positions beside RoPE (`rotary.py`): sinusoids, relative biases, ALiBi.
+"""Position information besides RoPE (`rotary.py`): sinusoids, relative biases, ALiBi.
 
 Shape letters: B batch, L queries, S keys, D model, H heads.
 """
@@ -31,14 +31,14 @@ def relative_buckets(
 ) -> jax.Array:
     """Return the bucket of each distance, key position − query position (Raffel et al. 2020, §2.1).
 
-    Half of the buckets are single distances, the other half grow logarithmically up to
+    Half of the buckets represent single distances, the other half grow logarithmically up to
     `max_distance`.
 
     Args:
         distances: integers of any shape.
-        bidirectional: keys after the query have half of the buckets; otherwise they share bucket 0.
+        bidirectional: keys after the query use half of the buckets; otherwise all use bucket 0.
         n_buckets: number of buckets.
-        max_distance: distance from which all share the last bucket.
+        max_distance: distance from which all use the last bucket.
     """
     first: jax.Array | int = 0
     if bidirectional:
@@ -54,9 +54,9 @@ def relative_buckets(
 
 
 class RelativeBias(nn.Module):
-    """Bias of the attention scores by the distance between query and key, for each head (T5).
+    """Bias of attention scores by the distance between query and key, per head (T5).
 
-    Distances are between slots of the row: within a packed document they equal those between
+    Distances count slots of the row: within a packed document they equal differences of
     positions, and other documents are masked.
     """
 
@@ -73,7 +73,7 @@ class RelativeBias(nn.Module):
         buckets = relative_buckets(
             distances, self.bidirectional, c.relative_buckets, c.relative_max_distance
         )
-        # A product with the buckets' indicators: the gradient of a look-up would be a scatter.
+        # A product with one-hot buckets: the gradient of a look-up would be a scatter.
         indicators = jax.nn.one_hot(buckets, c.relative_buckets, dtype=jnp.float32)
         return jnp.einsum("...R,RH->H...", indicators, table)
 
@@ -94,7 +94,7 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
 def alibi_bias(n_heads: int, distances: jax.Array) -> jax.Array:
     """Return the position bias of ALiBi, slope times -|i - j| (Press et al. 2022, §3).
 
-    Keys after the query, which a prefix or an encoder shows, are as far as those before it.
+    Keys after the query, visible in a prefix or an encoder, count by absolute distance too.
 
     Args:
         n_heads: number of query heads H.
@@ -119,15 +119,15 @@ def position_bias(
 
     Args:
         config: configuration of the stack, whose positions are "relative" or "alibi".
-        bidirectional: keys after the query are shown.
+        bidirectional: keys after the query are visible.
         n_queries: number of queries L.
         n_keys: number of keys S.
-        offset: index of the first query among the keys, which each row may have of its own.
+        offset: index of the first query among the keys, which may differ between rows.
         by_distance: one number for each distance, for the kernel "flash".
 
     Returns:
-        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; of rows with offsets
-        of their own by distance from 1 - S to L - 1. Of "disentangled" positions the table [R, D].
+        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; if offsets differ
+        between rows, by distance from 1 - S to L - 1. For "disentangled", the table [R, D].
     """
     if config.positions == "disentangled":
         from lm.models.disentangled_attention import RelativeTable

@@ -1,8 +1,8 @@
-"""Kernels and tables in 8 or 4 bits, which a model sees as it reads them, layer by layer.
+"""Kernels and tables in 8 or 4 bits, dequantized layer by layer where the model reads them.
 
-In 8 bits the vector that a product sums over has one scale, and in 4 bits each group of about 32
-numbers of it has one, chosen for the least squared error. Qwix has the same formats, but its
-calibration knows its own tensors and not our roles, stacked layers and shardings.
+In 8 bits each vector that a product sums over has one scale, and in 4 bits each group of about 32
+numbers in it, chosen for the least squared error. Qwix has the same formats, but its
+calibration supports only its own tensors, not our roles, stacked layers and shardings.
 
 Shape letters: G groups of a sum, P bytes of a group, each two numbers of 4 bits.
 """
@@ -26,14 +26,14 @@ from lm.models.variables import Kind, ParamInfo
 QUANTIZED = frozenset({Kind.MATRIX, Kind.HEAD, Kind.EMBEDDING})
 BITS = {"int8": 8, "int4": 4}  # of `--config.decode.weights`
 SMALLEST_GROUP = 32
-# The scale of a group is its number of the largest magnitude over one of these: -8 and 7 keep it,
-# and larger ones cut it off for the sake of the others. A negative scale gives it the longer side.
+# The scale of a group is its number of largest magnitude divided by one of these: -8 and 7 keep
+# that number, larger ones clip it to represent the others better. A negative scale swaps the sides.
 DIVISORS = np.concatenate([-np.arange(8, 12.5, 0.5), np.arange(7, 11.5, 0.5)])
 
 
 @flax.struct.dataclass
 class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
-    """Kernel or table of integers with scales, unboxed where it is read.
+    """Integer kernel or table with scales, dequantized when it is unboxed.
 
     Attributes:
         values: int8, of the kernel's shape; or uint8, the axes of a sum replaced by [G, P]. The low
@@ -41,7 +41,7 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
         scale: float32, of the kernel's shape with 1 for every axis of a sum; or bfloat16, with
             [G, 1] for them.
         dtype: dtype of the kernel that the model sees.
-        summed: in 4 bits, sizes of the axes of a sum.
+        summed: in 4 bits, sizes of the summed axes.
         n_last: number of axes after them.
     """
 
@@ -66,7 +66,7 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
         """Round a kernel to integers; in 8 bits if an odd sum cannot be packed in 4.
 
         Args:
-            kernel: kernel, or table of embeddings, whose rows are summed over by an output layer.
+            kernel: kernel, or embedding table, whose rows an output layer sums over.
             info: its role.
             dtype: dtype that the model will see.
             bits: 8 or 4.
@@ -86,7 +86,7 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
         return cls(low | (high << 4), scale, dtype, summed, kernel.ndim - end)
 
     def unbox(self) -> jax.Array:
-        """Return the kernel."""
+        """Return the dequantized kernel."""
         scale = self.scale.astype(self.dtype)
         if self.values.dtype != jnp.uint8:
             return self.values.astype(self.dtype) * scale
@@ -99,24 +99,24 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
         return low.astype(jnp.int8) - 8, high.astype(jnp.int8) - 8
 
     def replace_boxed(self, val: Any) -> Any:
-        """Return a value in place of the kernel."""
+        """Return the value itself, which replaces the kernel."""
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> QuantizedKernel:
-        """Return the kernel of a layer as that of a stack: axes have no names."""
+        """Return the same kernel for a stack: axes have no names."""
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> QuantizedKernel:
-        """Return the kernel of a stack as that of a layer."""
+        """Return the same kernel for a layer."""
         return self
 
 
 def summed_axes(ndim: int, info: ParamInfo) -> tuple[int, int]:
-    """Return the first axis that a product with a kernel sums over, and the one after the last.
+    """Return the first axis that a product with a kernel sums over, and the end of the range.
 
     Args:
         ndim: number of axes of the kernel, of one layer or stacked.
-        info: its role. Tables of embeddings are summed over by tied output layers.
+        info: its role. Tied output layers sum over embedding tables.
     """
     last = ndim - info.role.outputs
     if info.role.kind == Kind.EMBEDDING:
@@ -125,9 +125,9 @@ def summed_axes(ndim: int, info: ParamInfo) -> tuple[int, int]:
 
 
 def group_size(n: int) -> int:
-    """Return the size of the groups of a sum of n numbers in 4 bits; 0 if n is odd.
+    """Return the group size for a sum of n numbers in 4 bits; 0 if n is odd.
 
-    It is even and divides n: the least such number from 32 on, or n.
+    It is even and divides n: the smallest such number from 32 on, or n.
     """
     if n % 2:
         return 0
@@ -141,7 +141,7 @@ def round_params(
     """Round kernels and tables as `--config.decode.weights` stores them, in float32.
 
     Args:
-        params: parameters by path; those without a role, as of frozen models, stay as they are.
+        params: parameters by path; those without a role, as in frozen models, are unchanged.
         infos: role and axes of parameters by path.
         weights: int8, int4 or a dtype of floating point.
     """
@@ -157,9 +157,9 @@ def round_params(
 
 
 def round_groups(groups: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Round groups of numbers to -8 … 7 times a scale of the least squared error.
+    """Round groups of numbers to -8 … 7 times the scale with the least squared error.
 
-    What was rounded so before comes back as it is.
+    Values that were rounded this way before are unchanged.
 
     Args:
         groups: float32.

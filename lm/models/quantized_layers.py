@@ -1,8 +1,8 @@
-"""Linear maps and look-ups of models whose kernels are quantized.
+"""Linear maps and look-ups of models with quantized kernels.
 
-XLA's CPU backend would write a whole kernel of floating point in each step, ten times slower than
-the product itself. Here it is made a tile at a time, which stays in the cache of the processor.
-Other backends convert where they multiply.
+XLA's CPU backend would write out a whole floating-point kernel in each step, ten times slower than
+the product itself. Here it is converted tile by tile, which stays in the processor's cache.
+Other backends convert as they multiply.
 
 Shape letters: T tokens, I inputs, O outputs, G groups of inputs, P half of a group.
 """
@@ -22,11 +22,11 @@ from lm.models.layers import Embedding, Linear
 from lm.models.quantized_kernel import QuantizedKernel
 from lm.parallel.mesh import current_mesh
 
-TILE = 2**18  # numbers of a kernel that are converted at a time
+TILE = 2**18  # numbers of a kernel converted at a time
 
 
 def with_quantized(method: Callable, args: Any, options: Any, context: Any) -> Any:
-    """Run a method of a layer, reading a quantized kernel as it is (for `nn.intercept_methods`)."""
+    """Run a layer's method directly on a quantized kernel (for `nn.intercept_methods`)."""
     module, name = context.module, context.method_name
     box = quantized_kernel(module)
     of_linear = type(module) is Linear
@@ -45,7 +45,7 @@ def with_quantized(method: Callable, args: Any, options: Any, context: Any) -> A
 
 
 def quantized_kernel(module: nn.Module) -> QuantizedKernel | None:
-    """Return the kernel or table of a layer, if it has one and it is quantized."""
+    """Return the quantized kernel or table of a layer, or None."""
     name = {Linear: "kernel", Embedding: "embedding"}.get(type(module))
     if name is None or not module.has_variable("params", name):
         return None
@@ -64,10 +64,10 @@ def tiled_product(x: jax.Array, kernel: QuantizedKernel, dtype: Any, n_out: int)
 
     Args:
         x: [..., I].
-        kernel: kernel of inputs and outputs, or table [O, I].
-        dtype: compute dtype of a kernel in 8 bits. One in 4 bits is multiplied in float32, to which
+        kernel: kernel with input and output axes, or table [O, I].
+        dtype: compute dtype of an 8-bit kernel. A 4-bit kernel is multiplied in float32, to which
             a CPU converts faster.
-        n_out: number of its axes of outputs; 0 for a table.
+        n_out: number of the kernel's output axes; 0 for a table.
 
     Returns:
         The product [T, O] float32, leading dimensions flattened.

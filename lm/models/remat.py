@@ -1,6 +1,6 @@
 """Policies of rematerialization: what a layer keeps for its backward pass, by `train.remat`.
 
-Attention over a sharded sequence is most of a long sequence's work: its output is kept.
+Attention over a sharded sequence is most of the work of long sequences: its output is kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values of a stack's residual stream: how sublayers join it, norms, multipliers, dropout."""
+"""Configuration of a stack's residual stream: residual type, norms, multipliers, dropout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualConfig:
-    """Residual stream of a stack; the meaning of each field is in `lm/config/keys.py`."""
+    """Residual stream of a stack; fields are documented in `lm/config/keys.py`."""
 
     residual: str = "sum"
     residual_multiplier: float = 1.0

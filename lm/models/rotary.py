@@ -1,10 +1,11 @@
-"""RoPE beyond the plain one of `attention.py`: scaled to longer contexts, or not in all layers.
+"""RoPE variants beyond `attention.py`: scaled to longer contexts, or not in all layers.
 
-Two kinds of scaling, "dynamic" and "longrope", depend on the length of the text, that of each text
-of a packed row. While decoding it is the length so far, as in `transformers`: tokens in the cache
-keep the rotation of the length at which they came. Past the original context, cached decoding is
-therefore not what the full sequence gives, in which later tokens turn earlier ones too: for
-"longrope" from a text that grows beyond that context while it is decoded, for "dynamic" from any.
+Two kinds of scaling, "dynamic" and "longrope", depend on the length of the text, for packed rows
+that of each text. In decoding it is the length so far, as in `transformers`: cached tokens
+keep the rotation for the length at which they were added. Past the original context, cached
+decoding therefore differs from the full sequence, where later tokens also change the rotation of
+earlier ones: for "longrope" if a text grows beyond that context during decoding, for "dynamic"
+always.
 
 Shape letters: B batch, L length, H heads, K head dim, R rotated part of it.
 """
@@ -24,7 +25,7 @@ from lm.config.model_rules import rotary_width
 from lm.models.attention import Rotation, rotary_angles, rotate
 from lm.models.transformer_config import TransformerConfig
 
-Scale = Callable[[jax.Array], jax.Array]  # of frequencies [R/2]
+Scale = Callable[[jax.Array], jax.Array]  # maps frequencies [R/2]
 
 # Fields of TransformerConfig that each value of `rope_scaling` uses.
 SCALING_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -52,10 +53,10 @@ class LayerRotation(Rotation):
 
     Attributes:
         config: configuration of the stack.
-        local_angles_BLR: angles of local layers, where they differ from global ones.
+        local_angles_BLR: angles of local layers, if they differ from global ones.
         temperature: factor of queries in layers without positions; None: 1.
         is_global: true if the layer ignores the window; None: all layers are alike.
-        is_nope: true if the layer has no positions; None: it has.
+        is_nope: true if the layer has no positions; None: it has positions.
     """
 
     config: TransformerConfig = flax.struct.field(pytree_node=False, kw_only=True)
@@ -65,7 +66,7 @@ class LayerRotation(Rotation):
     is_nope: jax.Array | None = None
 
     def of_layer(self, is_global: jax.Array | None, is_nope: jax.Array | None) -> Rotation:
-        """Return the RoPE of a layer; the arguments are those of `LayerInputs`."""
+        """Return the RoPE of a layer; for arguments see `LayerInputs`."""
         angles_BLR = self.angles_BLR
         if self.local_angles_BLR is not None:
             assert is_global is not None
@@ -76,7 +77,7 @@ class LayerRotation(Rotation):
         """Return rotated queries.
 
         They are multiplied by the square of `attention_factor`, which equals the factor on both
-        sides, where they are rotated. Local layers with a theta of their own keep theirs.
+        queries and keys, where they are rotated. Local layers with their own theta are not scaled.
         """
         c, R = self.config, 2 * self.angles_BLR.shape[-1]
         plain_BLHK = q_BLHK
@@ -97,7 +98,7 @@ class LayerRotation(Rotation):
         return self._where_rotated(rotate(k_BSGK, self.angles_BLR), k_BSGK)
 
     def _where_rotated(self, x_BLHK: jax.Array, plain_BLHK: jax.Array) -> jax.Array:
-        """Return rotated heads, normalized; in a layer without positions the others."""
+        """Return rotated heads, normalized, or the plain ones in a layer without positions."""
         if self.config.rope_norm:
             squares = jnp.square(x_BLHK.astype(jnp.float32)).mean(-1, keepdims=True)
             x_BLHK = (x_BLHK * jax.lax.rsqrt(squares + self.config.norm_eps)).astype(x_BLHK.dtype)
@@ -107,10 +108,10 @@ class LayerRotation(Rotation):
 def further_rotations(
     config: TransformerConfig, positions_BL: jax.Array, segments_BL: jax.Array | None
 ) -> LayerRotation:
-    """Return the RoPE of all layers; arguments are those of `rotations`.
+    """Return the RoPE of all layers; for arguments see `rotations`.
 
-    Local layers with a theta of their own are never scaled to a longer context: their distances
-    stay inside the window. The temperature of queries falls with the length of the context
+    Local layers with their own theta are never scaled to a longer context: their distances
+    stay inside the window. The temperature of queries depends on the length of the context
     (Nakanishi 2025, arXiv 2501.19399; Llama 4's released code).
     """
     c, R = config, rotary_width(config)
@@ -135,9 +136,9 @@ def text_lengths(positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.
 
 
 def attention_factor(config: TransformerConfig) -> float:
-    """Return what rotated queries and keys are multiplied by.
+    """Return the factor of rotated queries and keys.
 
-    Unless the configuration says it: 0.1 ln s + 1 (YaRN, Peng et al. 2023, eq. 15), or
+    Unless it is configured: 0.1 ln s + 1 (YaRN, Peng et al. 2023, eq. 15), or
     sqrt(1 + ln s / ln L) (LongRoPE, Ding et al. 2024, §3.3 of Phi-3's released code) for the factor
     s and the original length L.
     """
@@ -152,7 +153,7 @@ def attention_factor(config: TransformerConfig) -> float:
 
 
 def score_factor(config: TransformerConfig, mscale_all_dim: float) -> float:
-    """Return what scores are multiplied by in a longer context, whatever part RoPE rotates.
+    """Return the factor of scores in a longer context, whatever part RoPE rotates.
 
     It is (0.1 m ln s + 1)² for the factor s and m = `mscale_all_dim` (DeepSeek-V2's released code).
     """
@@ -169,16 +170,16 @@ def rope_scaling(
     "linear" divides all by the factor (Chen et al. 2023). "llama3" divides those with fewer than
     `rope_low_frequency` periods in the original context, keeps those with more than
     `rope_high_frequency`, and interpolates linearly in between (Llama 3.1's released code). "yarn"
-    does so too, but interpolates linearly in the index of the frequency, between whole ones with
+    does the same, but interpolates linearly in the frequency's index, between integers with
     `rope_truncate` (Peng et al. 2023, §3.2 and the released code). "dynamic" raises theta so that
     the longest wavelength grows with the text (NTK-aware scaling, ibid., §3.3), "longrope" divides
-    by `rope_short_factor`, of texts beyond the original context by `rope_long_factor` (Ding et al.
+    by `rope_short_factor`, or `rope_long_factor` for texts beyond the original context (Ding et al.
     2024).
 
     Args:
         config: configuration of the stack.
         positions_BL: positions of the tokens.
-        segments_BL: segment ids of the tokens; None: one text a row.
+        segments_BL: segment ids of the tokens; None: one text per row.
     """
     c, R = config, rotary_width(config)
 

@@ -1,8 +1,8 @@
 """Attention on a mesh.
 
-The compiler partitions the "xla" kernel; others run on the rows and heads of a device
+The compiler partitions the "xla" kernel; others run on each device's rows and heads
 (`shard_map`). Where the length is sharded over `context`, keys and values are gathered, or passed
-on in a ring. `attend` in `attention.py` has the cases that need nothing of this.
+on in a ring. `attend` in `attention.py` handles the cases that need none of this.
 
 Shape letters: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
 """
@@ -52,7 +52,7 @@ def attend_on_mesh(
     sinks_H: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Compute attention, each device on its part of queries and keys.
+    """Compute attention, each device on its shard of queries and keys.
 
     Args:
         q_BLHK: queries.
@@ -62,7 +62,7 @@ def attend_on_mesh(
         kernel: name of the kernel.
         context_attention: "ring" or "gather".
         scale: factor of the scores.
-        softcap: soft-cap of the scores; 0: none.
+        softcap: cap of the scores (softcap · tanh); 0: none.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance, [H, L + S - 1].
         sinks_H: logits of the attention sinks.
         dropout: dropout of the attention weights.
@@ -71,7 +71,7 @@ def attend_on_mesh(
         [B, L, H, K].
 
     Raises:
-        ValueError: the kernel does not support what is asked.
+        ValueError: the kernel does not support the options.
     """
     is_self = mask.key_segments_BS is None and q_BLHK.shape[1] == k_BSGK.shape[1]
     is_cut = count_shards("length") > 1
@@ -104,10 +104,10 @@ def _by_window(
     v_BSGK: jax.Array,
     mask: AttentionMask,
 ) -> jax.Array:
-    """Run the kernel of a local or a global layer.
+    """Run the kernel for a local or a global layer.
 
-    Its tiles are chosen at compile time, so a layer with a window needs another kernel, and
-    `mask.is_global` selects one of the two.
+    A kernel's tiles are chosen at compile time, so layers with and without a window need different
+    kernels, and `mask.is_global` selects between the two.
     """
 
     def with_window(window: int) -> Callable[..., jax.Array]:
@@ -121,7 +121,7 @@ def _by_window(
 
 
 def _for_every_shard(x_BSGK: jax.Array) -> jax.Array:
-    """Key/value heads repeated until the mesh divides them as it divides the query heads."""
+    """Repeat key/value heads until the mesh can shard them like the query heads."""
     G, shards = x_BSGK.shape[2], count_shards("heads")
     return jnp.repeat(x_BSGK, lcm(G, shards) // G, axis=2)
 
@@ -153,7 +153,7 @@ def _by_rows_and_heads(
             return cudnn_attention(*inputs)
         return tokamax_attention(*inputs, softcap)
 
-    # Where the length is sharded, the keys are those of another sequence.
+    # If the length is sharded, these are the keys of another sequence.
     rows, keys = (activation_sharding("batch", name).spec for name in ("length", "keys"))
     arrays = [mask.segments_BL, mask.key_segments_BS, mask.prefix_BS]
     arguments = (q_BLHK, k_BSGK, v_BSGK, arrays)
@@ -209,7 +209,7 @@ def _across(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Run self-attention of a sharded sequence, by a ring or from the parts in the window."""
+    """Run self-attention of a sharded sequence, as a ring or from the shards in the window."""
     by_splash = kernel == "splash"
     if mask.prefix_BS is not None and mask.window:
         raise ValueError("across parts of the sequence, attention has prefixes or windows")
@@ -241,7 +241,7 @@ def _across(
 
 
 def _ring_tiles(kernel: str, softcap: float) -> Any:
-    """Return what computes the steps of a ring."""
+    """Return the tile computation for the steps of a ring."""
     if kernel == "cudnn":
         from lm.kernels.cudnn_tiles import CudnnTiles
 
@@ -294,7 +294,7 @@ def _shard_mapped(
 ) -> jax.Array:
     """Apply a function under `jax.shard_map`, inside `use_mesh`.
 
-    For kernels that the compiler cannot partition, and for those with collectives of their own.
+    Used for kernels that the compiler cannot partition, and for those with their own collectives.
 
     Args:
         function: called by every device on its own shards of the arguments.
@@ -323,14 +323,14 @@ GPU_KERNELS = ("cudnn", "tokamax", "triton")
 def kernel_problems(
     kernel: str, ring: bool, config: ConfigDict, context: int, capability: str = ""
 ) -> Iterator[str]:
-    """Yield the settings that keep a kernel, or the ring, from running.
+    """Yield the settings that prevent a kernel, or the ring, from running.
 
     Args:
         kernel: "blockwise", "cudnn", "flash", "splash", "tokamax", "triton", or any with the
             ring.
         ring: keys and values are passed on in a ring.
         config: valid configuration with its defaults filled in.
-        context: parts of the sequence.
+        context: number of shards of the sequence.
         capability: compute capability of a GPU; "": unknown.
     """
     model, objective = config.model, OBJECTIVES[config.objective.name]
@@ -368,7 +368,7 @@ def kernel_problems(
     for name, length in lengths.items():
         if ring and length % (2 * context):
             yield f"--config.parallel.context_attention=ring and {name} ({length} tokens)"
-        # Splash cuts queries in zig-zag order, the flash kernel in parts of whole tiles.
+        # Splash shards queries in zig-zag order, the flash kernel in multiples of whole tiles.
         parts = LANES * context if context > 1 else 1
         parts *= {"splash": 2 if context > 1 else LANES}.get(kernel, 1)
         if kernel in ("flash", "splash") and length % parts:
@@ -380,7 +380,7 @@ def kernel_problems(
 def _gpu_problems(
     kernel: str, ring: bool, config: ConfigDict, lengths: Mapping[str, int], capability: str
 ) -> Iterator[str]:
-    """Yield what keeps a kernel from running on a GPU, or cuDNN from being the best there."""
+    """Yield what prevents a kernel from running on a GPU, or makes cuDNN a bad choice there."""
     from lm.kernels.gpu_attention import TILE, capability_problem, gpu_library_problems
     from lm.kernels.triton_attention import SHORTEST_TILE, WIDEST_HEAD
 
@@ -396,7 +396,7 @@ def _gpu_problems(
     else:
         yield from gpu_library_problems(kernel, head_dim, capability)
     if kernel == "cudnn":
-        # Named, it gets them as an array of all pairs; in a ring as lengths.
+        # If named, it gets them as an array over all pairs; in a ring as lengths.
         if model.attention == "auto" and not ring and _has_segments(config):
             yield "several texts or padding in a row"
         return
@@ -409,7 +409,7 @@ def _gpu_problems(
 
 
 def _has_segments(config: ConfigDict) -> bool:
-    """Return whether rows have several segments or padding: all but plain language models' do."""
+    """Return whether rows have several segments or padding: all but plain language models do."""
     return config.objective.name != "causal" or config.data.isolate_documents
 
 

@@ -2,10 +2,10 @@
 
 With a capacity, every expert has that many slots for each row, and slots are exchanged between the
 devices that share the experts (all-to-all; GShard, Lepikhin et al. 2021). Without one (dropless)
-the number of tokens of an expert is not known in advance: these devices all-gather their tokens,
+the number of tokens per expert is not known in advance: these devices all-gather their tokens,
 each selects those of its own experts, and the sums are reduce-scattered.
 
-Everything here runs per device (`shard_map`). Mesh axes of one device have no communication, so
+All of this runs per device (`shard_map`). Mesh axes of size one have no communication, so
 without a mesh there is none.
 
 Shape letters: B batch, L length, D model, F feed-forward, K choices of a token, T tokens,
@@ -44,7 +44,7 @@ class Routing(NamedTuple):
     """Experts of each token.
 
     Attributes:
-        experts_BLK: expert indices; a token is dropped where the index is not below E.
+        experts_BLK: expert indices; a token is dropped where its index is E.
         positions_BLK: position in the expert's queue of the row, below its capacity.
         weights_BLK: weights of the experts' outputs.
     """
@@ -62,9 +62,9 @@ class LocalParam(NamedTuple):
 
 
 class ExpertMatmul(Protocol):
-    """Linear map of rows sorted by expert, each by its expert's kernel and bias.
+    """Linear map of rows sorted by expert, each with its expert's kernel and bias.
 
-    That of the network's output may weight the rows, so that the backward pass needs no outputs.
+    The output map may weight the rows, so that the backward pass does not need the outputs.
     """
 
     def __call__(
@@ -118,7 +118,7 @@ def mixture_of_experts(
         name: _spec({**PARAMETERS, "embed": widths[name]}, names[name]) for name in parameters
     }
     shard_map = _shard_map_in_pipeline if current_pipeline() else _shard_map
-    # What the parts of "mlp" give is summed outside, so that its gradient needs no communication.
+    # Shards of "mlp" are summed outside, so that the gradient needs no communication.
     out_specs = PartitionSpec(parts, *tokens) if parts else tokens
     in_specs = (of_parameters, tokens, tokens)
     on_devices = shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
@@ -127,7 +127,7 @@ def mixture_of_experts(
 
 
 # The check of varying axes (check_vma) does not support Pallas. Without it every output names all
-# axes that it varies over, and the gradient of an input is summed over those that it does not name.
+# axes that it varies over, and an input's gradient is summed over the axes that it does not name.
 _shard_map = partial(jax.shard_map, check_vma=False)
 
 
@@ -136,8 +136,8 @@ def _shard_map_in_pipeline(
 ) -> Callable:
     """Apply `jax.shard_map` inside the pipeline, which maps it over its stages.
 
-    JAX's own batching rule would map the trace of one stage, and reject the constants of custom
-    gradients in it as not varying over the stages.
+    JAX's own batching rule would map the trace of one stage, and reject custom gradients'
+    constants in it as not varying over the stages.
     """
 
     def by_stage(spec: PartitionSpec) -> PartitionSpec:
@@ -168,7 +168,7 @@ def _spec(rules: Rules, names: Sequence[str]) -> PartitionSpec:
 
 
 def _width_axes(shape: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the current mesh's axes of more than one device that shard a parameter's width."""
+    """Return the current mesh's axes of size above one that shard a parameter's width."""
     mesh = current_mesh()
     if mesh is None or "embed" not in names:
         return ()
@@ -181,8 +181,8 @@ def _local_params(
 ) -> LocalParam:
     """Gather the FSDP shards of the local experts.
 
-    What is gathered may become the second dimension. Gathered into the last one, a whole kernel
-    would have to be copied for a product that is a call, and so its gradient.
+    Gathered shards may become the second dimension. If gathered into the last one, a whole kernel
+    would have to be copied for a product that is a call, and likewise its gradient.
     """
     transposed = False
     if axes:
@@ -192,7 +192,7 @@ def _local_params(
         parameter = lax.all_gather(parameter, axes, axis=dimension, tiled=True)
     parts = _sharded_axes(PARAMETERS, "mlp")
     if parts and "mlp" not in names:
-        # Only one of the devices whose outputs are summed adds the output bias.
+        # The output bias is added on only one of the devices whose outputs are summed.
         parameter = jnp.where(lax.axis_index(parts) == 0, parameter, 0)
     return LocalParam(parameter, transposed)
 
@@ -200,7 +200,7 @@ def _local_params(
 def _with_capacity(
     capacity: int, feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
 ) -> jax.Array:
-    """Fill slots on the devices of the tokens, and multiply them on the devices of the experts."""
+    """Fill slots on the tokens' devices, and multiply them on the experts' devices."""
     shared, length_parts = (
         _sharded_axes(PARAMETERS, "experts"),
         _sharded_axes(ACTIVATIONS, "length"),
@@ -214,12 +214,12 @@ def _with_capacity(
     choice_S = _inverse(slot_TK, E * B * C)
     x_SD = permute_rows(x_BLD.reshape(B * L, D), choice_S // K, slot_TK)
     x_EBCD = x_SD.reshape(E, B, C, D)
-    if length_parts:  # each device has filled some of a row's slots: it keeps a part of all
+    if length_parts:  # each device has filled some of a row's slots: it keeps its part of all
         x_EBCD = lax.psum_scatter(x_EBCD, length_parts, scatter_dimension=2, tiled=True)
     if shared:
         x_EBCD = lax.all_to_all(x_EBCD, shared, split_axis=0, concat_axis=1, tiled=True)
     y_ETD = feed_forward(x_EBCD.reshape(n_local, -1, D), _batched_linear)
-    y_EBCD = y_ETD.reshape(*x_EBCD.shape[:3], -1)  # the output may have another width
+    y_EBCD = y_ETD.reshape(*x_EBCD.shape[:3], -1)  # the output may have a different width
     if shared:
         y_EBCD = lax.all_to_all(y_EBCD, shared, split_axis=1, concat_axis=0, tiled=True)
     if length_parts:
@@ -231,7 +231,7 @@ def _with_capacity(
 def _dropless(
     kernel: GroupedKernel, feed_forward: Callable, n_local: int, x_BLD: jax.Array, routing: Routing
 ) -> jax.Array:
-    """Gather the tokens of all devices that share the experts, and sort those of this device's."""
+    """Gather the tokens of all devices that share the experts; select those for this device."""
     shared, first = _sharded_axes(PARAMETERS, "experts"), jnp.zeros((), jnp.int32)
     if shared:
         gather = partial(lax.all_gather, axis_name=shared, tiled=True)
@@ -243,11 +243,11 @@ def _dropless(
     expert_TK = jnp.where((expert_TK >= 0) & (expert_TK < E), expert_TK, E)
     sizes_E = (expert_TK.reshape(-1, 1) == jnp.arange(E)).sum(0)
     order = jnp.argsort(expert_TK.reshape(-1), stable=True)
-    S = T * min(K, E)  # a token's experts are different ones
+    S = T * min(K, E)  # a token's experts are distinct
     choice_S = jnp.where(jnp.arange(S) < sizes_E.sum(), order[:S], T * K)
     slot_TK = jnp.where(expert_TK < E, _inverse(order, T * K).reshape(T, K), S)
     x_SD = permute_rows(x_BLD.reshape(T, D), choice_S // K, slot_TK)
-    n_rows = -(-T * K // _size(shared))  # of an even load
+    n_rows = -(-T * K // _size(shared))  # for an even load
     weights_BLK, weights_S1 = routing.weights_BLK, None
     multiply = replace(kernel, n_rows=n_rows)
     if kernel.is_call:
@@ -266,7 +266,7 @@ def _size(axes: Sequence[str]) -> int:
 
 
 def _inverse(slots: jax.Array, n: int) -> jax.Array:
-    """Invert a map into n slots: the flat index in `slots` of each, `slots.size` for empty ones."""
+    """Invert a map into n slots: each slot's flat index in `slots`, `slots.size` if empty."""
     flat = slots.reshape(-1)
     empty = jnp.full_like(flat, flat.size, shape=(n,))
     return empty.at[flat].set(jnp.arange(flat.size, dtype=flat.dtype), mode="drop")
@@ -275,7 +275,7 @@ def _inverse(slots: jax.Array, n: int) -> jax.Array:
 def _combine_choices(
     y_SD: jax.Array, slot_TK: jax.Array, choice_S: jax.Array, weights_BLK: jax.Array | None
 ) -> jax.Array:
-    """Sum the outputs of each token's choices, weighted unless they already are, [T, D] float32."""
+    """Sum the outputs of each token's choices, weighted if they are not yet, [T, D] float32."""
     T, K = slot_TK.shape
     y_TKD = permute_rows(y_SD, slot_TK.reshape(-1), choice_S[:, None]).reshape(T, K, -1)
     if weights_BLK is None:
@@ -313,16 +313,16 @@ def _grouped_linear(
         x_SD, kernel.value, sizes_E, dtype, out_dtype, multiply, kernel.transposed
     )
     if bias is not None:
-        # The bias is a product too, whose gradient sums over groups.
+        # The bias is also a product, whose gradient sums over groups.
         kernel_E1F = bias.value[:, None]
         y_SF += grouped_matmul(ones_S1, kernel_E1F, sizes_E, float32, float32, GroupedKernel())
     return y_SF.astype(dtype)
 
 
 def _grouped_kernel() -> GroupedKernel:
-    """Return the kernel of grouped products for the devices of the mesh, or of this process.
+    """Return the grouped-product kernel for the devices of the mesh, or of this process.
 
-    Without a mesh XLA may shard a product, and can shard none of Pallas.
+    Without a mesh XLA may shard a product, which it cannot do for Pallas kernels.
     """
     mesh = current_mesh()
     if mesh is None and jax.device_count() > 1:
@@ -344,6 +344,6 @@ _say_once = cache(print_on_primary_host)
 
 
 def _sharded_axes(rules: Rules, name: str) -> tuple[str, ...]:
-    """Return the current mesh's axes of more than one device that shard a logical axis."""
+    """Return the current mesh's axes of size above one that shard a logical axis."""
     axes, mesh = rules[name], current_mesh()
     return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)

@@ -4,14 +4,14 @@ A TPU or GPU accumulates a product in float32 and rounds its sums to the dtype i
 used, before they are stored or sent: partial sums of several devices are added in that dtype. A CPU
 multiplies fastest into float32.
 
-With sequence parallelism the residual stream is sharded along the length over the devices of tensor
-parallelism too (Korthikanti et al. 2022, §4.2.2). A map out of it gathers the length of its input,
-a map into it scatters that of its output while it sums, and their gradients do the reverse. Nothing
-that is gathered is kept for the backward pass, which gathers it again.
+With sequence parallelism the residual stream is also sharded along the length over the tensor
+parallel devices (Korthikanti et al. 2022, §4.2.2). A map that reads it gathers its input along the
+length, a map that writes to it scatters its summed output, and their gradients do the reverse.
+Gathered arrays are not kept for the backward pass, which gathers them again.
 
-On the torus of a TPU sums over devices do not overlap with computation, and the scheduler would
-leave those of the kernels' gradients to the end of a layer, all of them whole until then. There the
-gradient of a kernel that is cut is summed before the one of x is used, and a large one in parts.
+On a TPU torus sums over devices do not overlap with computation, and the scheduler would delay
+those of kernel gradients to the end of a layer, holding all of them unsharded until then. There the
+gradient of a sharded kernel is summed before that of x is used, and a large one in parts.
 Gradients of x that are scattered are left to the compiler, which first adds those of several maps.
 
 Shape letters: B batch, L length, D inputs, F outputs; instead of B and L, T tokens.
@@ -30,7 +30,7 @@ from lm.kernels.dense import matmul_backward, matmul_forward
 from lm.parallel.mesh import PARAMETERS, constrain, count_shards, current_mesh
 
 STREAM = "embed"  # width of the residual stream
-PART = 2**27  # bytes of a gradient that are summed over devices at a time
+PART = 2**27  # bytes of a gradient summed over devices at a time
 MOST_PARTS = 8
 LANES = 128  # of a TPU
 
@@ -44,11 +44,11 @@ class Map(NamedTuple):
         grad_dtype: dtype of the sums of the gradient of x.
         transposed: whether the kernel is stored as [F, D].
         rows: logical axis of the rows.
-        gathers: x is part of the residual stream, and gathered along the length.
-        scatters: the product is, and scattered along the length.
-        parts: parts of the kernel's gradient, each complete before the next, and all before the
-            gradient of x is used; 0: in any order.
-        cuts_x: the parts are of the columns of x; else of its gradient's.
+        gathers: x is part of the residual stream, and is gathered along the length.
+        scatters: the product is part of it, and is scattered along the length.
+        parts: number of parts of the kernel's gradient, each completed before the next and all
+            before the gradient of x is used; 0: in any order.
+        cuts_x: the parts divide the columns of x; otherwise those of the output's gradient.
     """
 
     dtype: jnp.dtype
@@ -89,7 +89,7 @@ def product_on_mesh(
     sums = (jnp.float32, jnp.float32) if on_cpu else (out_dtype, dtype)
     keeps_length = x.ndim == 3 and count_shards("residual_length") > 1
     is_cut = keeps_length and count_shards("residual_length") > count_shards("length")
-    # Maps from stream to stream have no part that is sharded over the tensor axis.
+    # Maps from stream to stream have no dimension sharded over the tensor axis.
     is_cut = is_cut and any("tensor" in PARAMETERS[name] for name in names)
     rows = "rows" if "vocab" in names else "batch"
     gathers, scatters = (is_cut and name == STREAM for name in names)
@@ -137,7 +137,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _n_parts(width: int, n_bytes: int) -> int:
-    """Return the number of parts of a gradient, each of whole lanes of its width."""
+    """Return the number of parts of a gradient, each a multiple of whole lanes."""
     most = min(MOST_PARTS, -(-n_bytes // PART))
     return next((n for n in range(most, 1, -1) if width % (n * LANES) == 0), 1)
 

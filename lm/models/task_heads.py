@@ -1,4 +1,4 @@
-"""Heads of tasks: classes of a text, next sentences, spans of answers.
+"""Task heads: classes of a text, next sentences, answer spans.
 
 Shape letters: B batch, L length, D model, C classes.
 """
@@ -13,7 +13,7 @@ from lm.models.transformer_config import TransformerConfig
 
 
 class TaskHeads(nn.Module):
-    """Heads over whole texts, and over tokens, of the models of `decoder.py`.
+    """Heads over whole texts and over tokens, for the models of `decoder.py`.
 
     Attributes:
         config: configuration.
@@ -37,7 +37,7 @@ class TaskHeads(nn.Module):
         return last_of_row(x_BLD, segment_ids_BL)
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
-        """Return class logits [B, C], float32, of the result of `pooled`."""
+        """Return class logits [B, C], float32, from the result of `pooled`."""
         return self.classifier(self._scale_output(self.dropout(x_BD)))
 
     def next_sentence(self, x_BD: jax.Array) -> jax.Array:

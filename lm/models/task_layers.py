@@ -27,13 +27,13 @@ class Bias(nn.Module):
 
 
 def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Return the mean [B, D] of the vectors that are not padding, float32."""
+    """Return the mean vector [B, D] of the tokens without padding, float32."""
     is_token_BL = (segment_ids_BL != 0).astype(jnp.float32)
     sum_BD = jnp.einsum("bld,bl->bd", x_BLD.astype(jnp.float32), is_token_BL)
     return sum_BD / jnp.maximum(is_token_BL.sum(-1, keepdims=True), 1)
 
 
 def last_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Return the vector [B, D] of the last token that is not padding."""
+    """Return the vector [B, D] of the last token before padding."""
     last_B = jnp.maximum((segment_ids_BL != 0).sum(-1) - 1, 0)
     return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

@@ -38,7 +38,7 @@ class StackInputs:
         mask: mask of self-attention, without windows.
         rotations: RoPE of all layers.
         bias_HLS: position bias of the scores, as in `MixerInputs`.
-        encoded_BSD: encoder output; None in later steps of decoding, which read cached keys.
+        encoded_BSD: encoder output; None in later decoding steps, which read cached keys.
         source_mask: mask of cross-attention; None in a stack without it.
     """
 
@@ -54,9 +54,9 @@ class LayerInputs:
     """Per-layer inputs; for several layers, arrays stacked on a first axis.
 
     Attributes:
-        cache_index: index of the layer in the cache of its token mixer; () in one of its own.
-        is_global: true if the layer ignores the window, where some layers do.
-        is_nope: true if the layer has no positions, where some layers have none.
+        cache_index: index of the layer in the cache of its token mixer; () if the cache is its own.
+        is_global: true if the layer ignores the window, in stacks where only some do.
+        is_nope: true if the layer has no positions, in stacks where only some have them.
         source: cached cross-attention keys and values, heads first.
     """
 
@@ -73,7 +73,7 @@ BlockOutput = tuple[ScanCarry, Any]
 
 
 class Block(nn.Module):
-    """Transformer block: token mixer, cross-attention if there is a source, feed-forward if any.
+    """Transformer block: token mixer, cross-attention with a source, feed-forward if any.
 
     Each sublayer computes, by `norm_placement`, "pre": x + sublayer(norm(x)); "post":
     norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))); "output":
@@ -168,10 +168,10 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """Blocks of different types, one after the other.
 
-    A period that a scan repeats names them "{i}_of_{n}", by which the layers that the first axis
-    of a parameter holds are known (`lm/models/parameter_groups.py`); a model whose layers are all
-    alike has no such names in its parameter paths. Outside of a scan their parameters may have any
-    shapes, and names are their numbers in the stack.
+    In a period that a scan repeats they are named "{i}_of_{n}", which identifies the layers on the
+    first axis of a parameter (`lm/models/parameter_groups.py`); a model whose layers are all alike
+    has no such names in its parameter paths. Outside of a scan blocks may have any parameter
+    shapes, and are named by their numbers in the stack.
     """
 
     config: TransformerConfig
@@ -193,18 +193,18 @@ class Blocks(nn.Module):
 
 
 def with_remat(block: type[nn.Module], remat: str, prevent_cse: bool = False) -> Any:
-    """Return `block` rematerialized in the backward pass by the policy named `remat`."""
+    """Return `block` with rematerialization in the backward pass by the policy `remat`."""
     if remat == "none":
         return block
     return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
 
 
 class Stack(nn.Module):
-    """Stack of `n_layers` blocks, run as the segments of its layer types.
+    """Stack of `n_layers` blocks, run in the segments of its layer types.
 
-    The parameters of a scanned segment are stacked on a first axis "layers". A stack of
-    `residual="concat"` ends with a projection "output" of H^N [B, L, D + N g], normalized, to
-    [B, L, D], so that output layers are those of other stacks, tied embeddings included.
+    The parameters of a scanned segment are stacked on a first axis "layers". A stack with
+    `residual="concat"` ends with a projection "output" of the normalized H^N [B, L, D + N g] to
+    [B, L, D], so that output layers and tied embeddings are as in other stacks.
     """
 
     config: TransformerConfig
@@ -229,8 +229,8 @@ class Stack(nn.Module):
             positions_BL: their positions.
             mask: mask of self-attention, without windows.
             cache: cache of the tokens before these, when decoding.
-            encoded_BSD: encoder output, which the blocks attend to; a cache that holds its keys
-                and values stands for it.
+            encoded_BSD: encoder output, which the blocks attend to; None if the cache holds its
+                keys and values.
             source_segments_BS: segment ids of `encoded_BSD`.
 
         Returns:
@@ -288,7 +288,7 @@ class Stack(nn.Module):
         """Build the attention mask, RoPE and position bias."""
         c, L = self.config, x_BLD.shape[1]
         n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
-        if cache is None and current_pipeline():  # one row of positions for each row
+        if cache is None and current_pipeline():  # positions are needed for each row
             positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
         if c.window_chunks and n_keys > c.window:
             mask = replace(mask, window_BL=positions_BL % c.window + 1)
@@ -319,7 +319,7 @@ class Stack(nn.Module):
     def _run_segment(
         self, segment: Segment, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs
     ) -> BlockOutput:
-        """Run one segment, as a scan over its stacked parameters if it is scannable."""
+        """Run one segment, as a scan over stacked parameters if it is scannable."""
         c = self.config
         if not segment.is_scanned:
             names = tuple(str(segment.first + i) for i in range(segment.n_layers))
@@ -339,7 +339,7 @@ class Stack(nn.Module):
             length=segment.n_repeats,
             unroll=max(1, (c.scan_unroll or segment.n_layers) // n),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces a layer twice, and would give it the dropout of a second call.
+            # The check traces a layer twice, and would apply the dropout of a second call.
             check_constancy_invariants=self.is_initializing(),
         )(*fields, name=segment.name)
         carry, source = run(carry, inputs, _by_scan_step(segment, layers))
@@ -348,7 +348,7 @@ class Stack(nn.Module):
         return carry, source
 
     def _scanned(self, segment: Segment) -> tuple[type[nn.Module], tuple[Any, ...]]:
-        """Return the module that a scan repeats, a block or a period of several, and its fields."""
+        """Return the module that a scan repeats, one block or a period of them, and its fields."""
         c, n = self.config, len(segment.period)
         if n == 1:
             return with_remat(Block, c.remat), (c, self.deterministic, segment.period[0])

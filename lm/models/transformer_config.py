@@ -1,6 +1,7 @@
-"""Models of a configuration: initialization, values of a Transformer stack, types of its layers.
+"""Model configurations: initialization, fields of a Transformer stack, types of its layers.
 
-A Transformer is a value, not a class: GPT-2, Llama, BERT and T5 are values of `TransformerConfig`.
+A Transformer is configured by values, not classes: GPT-2, Llama, BERT and T5 are instances of
+`TransformerConfig`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lm.models.variables import Initializer, Stream
 
 
 def global_layers(n_layers: int, window: int, global_every: int, first: bool) -> np.ndarray:
-    """Return the layers that see beyond a window, [N] bool: every `global_every`-th, or all.
+    """Return which layers attend beyond a window, [N] bool: every `global_every`-th, or all.
 
     With `first` they are layers 1, n + 1, … of 1, 2, …, else n, 2n, ….
     """
@@ -41,11 +42,11 @@ class LayerType:
     Attributes:
         feed_forward: "dense", "experts" or "none".
         mixer: name of the token mixer (`lm/models/attention.py`).
-        is_local: attends within the window. Layers that differ in this alone share one scan, which
+        is_local: attends within the window. Layers that differ only in this share one scan, which
             receives it as an array.
-        scannable: has the parameter shapes of its neighbours; other layers are unrolled.
+        scannable: has the same parameter shapes as its neighbours; other layers are unrolled.
         group: layers of different groups never share a scan.
-        raw_input: reads the residual stream as it is in the attention, without a norm.
+        raw_input: attention reads the residual stream without a norm.
     """
 
     feed_forward: str = "dense"
@@ -63,7 +64,7 @@ class Segment:
     Attributes:
         name: module name, "layers" if the segment is the whole stack, else "layers_{first}".
         first: number of its first layer.
-        period: types of the layers that repeat; unrolled, of all layers.
+        period: types of the repeating layers; if unrolled, of all layers.
         n_repeats: how many times the period repeats.
     """
 
@@ -102,7 +103,7 @@ def segments(types: tuple[LayerType, ...]) -> tuple[Segment, ...]:
 class InitConfig:
     """Initialization, dtype and token stream of a model; `lm/config/` describes the fields.
 
-    `stream` is the one that the parameters serve; an encoder of an encoder–decoder serves "source".
+    `stream` is the parameters' token stream; "source" for the encoder of an encoder–decoder.
     """
 
     init: str = "normal"
@@ -113,7 +114,7 @@ class InitConfig:
     stream: Stream = "target"
 
     def stddev(self, n_in: float, n_out: float) -> float:
-        """Return the standard deviation of a fresh kernel; with init "uniform", its bound."""
+        """Return the standard deviation of a new kernel, or its bound with init "uniform"."""
         by_kind = {
             "normal": self.init_std,
             "uniform": self.init_std,
@@ -125,8 +126,8 @@ class InitConfig:
     def kernel_init(self, stddev: float) -> Initializer:
         """Return the initializer of a kernel or table.
 
-        A truncated one cuts at two standard deviations, which leaves 0.88 of the deviation (as in
-        the code of Devlin et al. 2018 and Fedus et al. 2021, §2.4).
+        Truncated normals are cut at two standard deviations, which leaves 0.88 of the deviation (as
+        in the code of Devlin et al. 2018 and Fedus et al. 2021, §2.4).
         """
         if self.init == "uniform":
             return symmetric_uniform(stddev)
@@ -152,7 +153,7 @@ def symmetric_uniform(bound: float) -> Initializer:
 class TransformerConfig(
     InitConfig, AttentionConfig, EmbeddingConfig, ExpertsConfig, ResidualConfig
 ):
-    """Transformer stack; the meaning of each field is in `lm/config/keys.py`.
+    """Transformer stack; fields are documented in `lm/config/keys.py`.
 
     `unrolled` (no layers are stacked) and `cache_dtype` are set by `lm/decoding/weights.py`.
     """

@@ -1,4 +1,4 @@
-"""Layers of a stack one after the other in decoding, each with parameters and a cache of its own.
+"""Unrolled stack for decoding: each layer has its own parameters and cache.
 
 Slices of stacked parameters or caches would be copied in every step.
 """
@@ -16,10 +16,10 @@ from lm.models.transformer_config import LayerType, TransformerConfig
 
 
 class CachedBlocks(nn.Module):
-    """Blocks of an unrolled stack with its cache; parameters are those of `Blocks`.
+    """Blocks of an unrolled stack with its cache; parameters as in `Blocks`.
 
-    The cache of a mixer is a tuple of those of its layers, and so are the keys and values of
-    cross-attention; none has an axis of layers (`lm/models/cache.py`).
+    The cache of a mixer is a tuple over its layers, and so are the keys and values of
+    cross-attention; neither has a layer axis (`lm/models/cache.py`).
     """
 
     config: TransformerConfig

@@ -1,4 +1,4 @@
-"""Variables of a model: parameters with roles, model state, and values that layers report.
+"""Variables of a model: parameters with roles, model state, and reported values.
 
 A module creates a parameter by `param`, which takes the logical names of its axes (sharded by
 `lm/parallel/mesh.py`) and its role. Whoever treats parameters differently (weight decay, muP,
@@ -65,19 +65,19 @@ KERNELS = frozenset({Kind.MATRIX, Kind.HEAD, Kind.ROUTER})
 
 @dataclass(frozen=True)
 class Role:
-    """Role of a parameter: everything that is known of it beside its shape and its axes.
+    """Role of a parameter: all of its properties besides shape and axes.
 
     Attributes:
         kind: what it computes.
         stream: tokens of an example that pass through it: those of the "source" or the "target",
             the "predicted" ones, one vector for the whole "text", or the "frames" of audio.
-        part: part of the model that it belongs to: "input" (embeddings and what normalizes them),
+        part: part of the model that it belongs to: "input" (embeddings and their norms),
             "layers" (blocks of a stack, and its norm), "body" (matrices outside of blocks: AdamW
             under Muon),
             "output" (an output layer that is counted with the embeddings; Kaplan et al. 2020,
             §2.1), "pretraining" (heads that published counts of BERT leave out), or "task"
             (classifiers and their pooler).
-        expert: it belongs to one of several experts, of which a token uses a few.
+        expert: belongs to one of several experts, of which a token uses a few.
         tied: an embedding that is also the output matrix.
         inputs: number of axes that are summed over when it is applied.
         outputs: number of axes of the result. Leading axes beyond these two are stacked: layers,
@@ -138,7 +138,7 @@ def param(
         Its value.
 
     Raises:
-        ValueError: `role` is no Role, or shape, axes and role do not go together.
+        ValueError: `role` is not a Role, or shape, axes and role do not match.
     """
     path = "/".join((*module.path, name))
     if not isinstance(role, Role):
@@ -172,19 +172,19 @@ def param_infos(boxed: Any) -> dict[str, ParamInfo]:
 # --- model state
 
 MODEL_STATE = "model_state"  # collection of variables that `lm/models/model_state.py` creates
-FROZEN = "frozen"  # parameters of models beside the one that trains (`lm/models/frozen.py`)
+FROZEN = "frozen"  # parameters of models next to the trained one (`lm/models/frozen.py`)
 
 
 def with_state(params: Any, state: Any, name: str = MODEL_STATE) -> Any:
-    """Return parameters and another collection as one tree, the latter under its name."""
+    """Return parameters with another collection added under its name, if it is not empty."""
     return {**params, name: state} if state else params
 
 
 def as_variables(params: Any) -> dict[str, Any]:
-    """Return the variables for `Module.apply`, of parameters that may have model state with them.
+    """Return the variables for `Module.apply`, from parameters that may include model state.
 
     Args:
-        params: tree of `with_state`, which evaluation and decoding are given.
+        params: tree from `with_state`, as passed to evaluation and decoding.
     """
     beside = {name: params[name] for name in (MODEL_STATE, FROZEN) if name in params}
     return {"params": {name: x for name, x in params.items() if name not in beside}, **beside}
@@ -193,13 +193,13 @@ def as_variables(params: Any) -> dict[str, Any]:
 # --- values that layers report
 
 LOSSES, METRICS = "losses", "metrics"
-# Collections of one number a row, added up by the training step (`lm/objectives/layer_losses.py`);
-# where nobody collects them, as in decoding, they are not computed.
+# Collections with one number per row, added up by the training step
+# (`lm/objectives/layer_losses.py`); not computed unless they are collected, as in decoding.
 COLLECTIONS = (LOSSES, METRICS)
 
 
 def add_loss(module: nn.Module, name: str, loss_B: jax.Array) -> None:
-    """Add to the loss of each row; the values of several layers add up."""
+    """Add to the loss of each row; losses of several layers are summed."""
     module.sow(LOSSES, name, loss_B)
 
 

@@ -1,4 +1,4 @@
-"""Models of windows of words: the neural probabilistic language model, and skip-gram vectors.
+"""Models of word windows: the neural probabilistic language model, and skip-gram vectors.
 
 Shape letters: B batch, L length or centres, S contexts, W words of context, D embedding, H hidden
 units, V vocabulary.
@@ -22,7 +22,7 @@ from lm.parallel.mesh import constrain
 
 @dataclass(frozen=True)
 class NplmConfig(InitConfig):
-    """Neural probabilistic language model; the fields are in `lm/config/keys.py`."""
+    """Neural probabilistic language model; fields are documented in `lm/config/keys.py`."""
 
     d_model: int
     d_hidden: int
@@ -35,13 +35,13 @@ class NplmConfig(InitConfig):
 
 @flax.struct.dataclass
 class Window:
-    """Last W - 1 tokens of every row and their segments, 0 where there was none."""
+    """Last W - 1 tokens of every row and their segments, 0 before the first token."""
 
     tokens_BW: jax.Array
     segments_BW: jax.Array
 
     def take(self, rows: jax.Array) -> Window:
-        """Return the window whose row i is row `rows[i]` of this one, as beam search needs."""
+        """Return a window whose row i is row `rows[i]` of this one, as beam search needs."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
 
@@ -60,7 +60,7 @@ class Nplm(nn.Module):
         n_inputs = c.context * c.d_model
         tokens = Role(Kind.EMBEDDING, c.stream, "input")
         hidden = Role(Kind.MATRIX, c.stream, "body")
-        # Most of the model, so it is counted with the layers.
+        # It is most of the model, so its parameters are counted with the layers.
         scores = Role(Kind.HEAD, "predicted", "body")
         V, n_hidden = (c.vocab_size,), (c.d_hidden,)
         self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)
@@ -75,7 +75,7 @@ class Nplm(nn.Module):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Return logits [B, L, V], float32, from a token and W - 1 before it in its segment."""
+        """Return logits [B, L, V], float32, from each token and W - 1 before it in its segment."""
         return self.logits(self.hidden(tokens_BL, positions_BL, segment_ids_BL))
 
     def hidden(
@@ -121,24 +121,23 @@ class Nplm(nn.Module):
         return x_BLE, Window(tokens[:, L:], segments[:, L:])
 
     def empty_cache(self, batch: int, length: int) -> Window:
-        """Return the window before the first token; it has room for any `length`."""
+        """Return the window before the first token; any `length` fits."""
         shape = (batch, self.config.context - 1)
         return Window(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
 
 
 @dataclass(frozen=True)
 class SkipGramConfig(InitConfig):
-    """Skip-gram model; the meaning of each field is in `lm/config/keys.py`."""
+    """Skip-gram model; fields are documented in `lm/config/keys.py`."""
 
     vocab_size: int
     d_model: int
 
 
 class SkipGramModel(nn.Module):
-    """Skip-gram model (Mikolov et al. 2013a, 2013b): two vectors a word, as centre and as context.
+    """Skip-gram model (Mikolov et al. 2013a, 2013b): each word has a centre and a context vector.
 
-    After training the word vectors are the table of the centres. Nothing depends on
-    `deterministic`.
+    After training the word vectors are the centre table. `deterministic` has no effect.
     """
 
     config: SkipGramConfig
@@ -148,7 +147,7 @@ class SkipGramModel(nn.Module):
         c = self.config
         role = Role(Kind.EMBEDDING, c.stream, "input")
         self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", role, c.table_init, c.dtype)
-        # From 0, as in word2vec's code: at first every pair is as likely as not.
+        # Zero, as in word2vec's code: at first every pair has probability 0.5.
         zeros, role = nn.initializers.zeros, replace(role, part="output")
         self.contexts = Embedding(c.vocab_size, c.d_model, "vocab", role, zeros, c.dtype)
 

@@ -20,7 +20,7 @@ def init_linear(
     bias_init: Initializer = nn.initializers.zeros,
     name: str | None = None,
 ) -> Linear:
-    """Build a linear map of vectors to float32, initialized as the model's configuration says.
+    """Build a linear map with float32 output, initialized by the model's configuration.
 
     Args:
         config: initialization and compute dtype.

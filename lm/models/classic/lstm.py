@@ -23,7 +23,7 @@ from lm.parallel.mesh import constrain
 
 @dataclass(frozen=True)
 class RecurrentConfig(InitConfig):
-    """Recurrent model; the meaning of each field is in `lm/config/keys.py`."""
+    """Configuration of recurrent models; fields are documented in `lm/config/keys.py`."""
 
     n_layers: int
     d_model: int
@@ -43,7 +43,7 @@ class RecurrentConfig(InitConfig):
 
 @flax.struct.dataclass
 class LstmCache:
-    """State of all layers after the tokens so far, and the segment that it belongs to.
+    """State of all layers after the tokens so far, and its segment.
 
     The batch is the first axis of every array.
     """
@@ -57,14 +57,14 @@ class LstmCache:
         return LstmState(self.state_BN2H[:, index, 0], self.state_BN2H[:, index, 1])
 
     def take(self, rows: jax.Array) -> LstmCache:
-        """Return the cache whose row i is row `rows[i]` of this one, as beam search needs."""
+        """Return a cache whose row i is row `rows[i]` of this one, as beam search needs."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
 
 class LstmLayer(nn.Module):
     """LSTM layer in one direction, with the two biases of Zaremba's code.
 
-    Unless all initialization is uniform, the forget bias is 1 at first (Jozefowicz et al. 2015).
+    Unless all initialization is uniform, the forget bias starts at 1 (Jozefowicz et al. 2015).
     """
 
     config: RecurrentConfig
@@ -77,7 +77,7 @@ class LstmLayer(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, before: LstmState | None, starts: SegmentStarts | None
     ) -> LstmState:
-        """Return the states [B, L, H] after every token; the first follows `before`, or 0."""
+        """Return the states [B, L, H] after every token, starting from `before`, or 0."""
         c, H = self.config, self.n_hidden
         if before is None:
             before = LstmState(*jnp.zeros((2, x_BLD.shape[0], H)))
@@ -129,7 +129,7 @@ class LstmStack(nn.Module):
 
         Args:
             x_BLD: inputs.
-            segments_BL: segments; the state is reset where another one starts.
+            segments_BL: segments; the state is reset at the start of each segment.
             before: state before the first token; default 0.
             entering: for each layer the state [B, L, H] that a segment starts from; default 0.
         """
@@ -166,7 +166,7 @@ class LstmStack(nn.Module):
 def segment_starts(
     segments_BL: jax.Array, previous_B: jax.Array | None = None, reverse: bool = False
 ) -> jax.Array:
-    """Return true for the first token of each segment, in the direction of reading, [B, L].
+    """Return [B, L], true for the first token of each segment in reading direction.
 
     `previous_B` are the segments before the first token.
     """

@@ -33,7 +33,7 @@ from lm.parallel.mesh import constrain
 class Recurrent(nn.Module):
     """Base class of the recurrent models: token embeddings and an output layer.
 
-    With tied embeddings, hidden states of another width than d_model are projected first.
+    With tied embeddings, hidden states whose width is not d_model are projected to it.
     """
 
     config: RecurrentConfig
@@ -95,13 +95,13 @@ class Lstm(Recurrent):
     ) -> jax.Array:
         """Return the outputs of the last layer, [B, L, H].
 
-        With `config.carry` the first tokens continue from the end of the previous batch, which is
+        With `config.carry` the first tokens continue from the end of the previous batch, stored
         in the collection "carry".
 
         Args:
             tokens_BL: token ids.
             positions_BL: ignored.
-            segment_ids_BL: segments; default one a row.
+            segment_ids_BL: segments; default: one per row.
             types_BL: ignored.
             fresh_B: 1 for rows that start from state 0 instead.
         """
@@ -117,12 +117,12 @@ class Lstm(Recurrent):
         return x_BLH
 
     def pooled(self, x_BLH: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the embedding [B, H] of a text, maxima over its tokens (Conneau 2017, §3.2.2)."""
+        """Return the max-pooled embedding [B, H] of a text (Conneau 2017, §3.2.2)."""
         # No unit is below -1, so padding never counts.
         return jnp.where(segment_ids_BL[..., None] != 0, x_BLH, -1).max(axis=1)
 
     def classify(self, x_BH: jax.Array) -> jax.Array:
-        """Return class logits [B, C], float32, of the result of `pooled`."""
+        """Return class logits [B, C], float32, from the result of `pooled`."""
         return self.classifier(self.dropout(x_BH))
 
     def decode(
@@ -137,7 +137,7 @@ class Lstm(Recurrent):
         return self.logits(x_BLH), LstmCache(last_states(states), segment_ids_BL[:, -1])
 
     def empty_cache(self, batch: int, length: int) -> LstmCache:
-        """Return the state before the first token; it has room for any `length`."""
+        """Return the state before the first token; any `length` fits."""
         c = self.config
         shape = (batch, c.n_layers, 2, c.d_hidden)
         return LstmCache(jnp.zeros(shape, jnp.float32), jnp.zeros(batch, jnp.int32))
@@ -181,7 +181,7 @@ class LstmEncoderDecoder(Recurrent):
         return mixed_logits(super().logits, x_BLH)
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """Return the logits [B, L, V] of the next targets, float32, as `decoder_hidden` reads."""
+        """Return the next-target logits [B, L, V], float32; inputs as for `decoder_hidden`."""
         return self.logits(self.decoder_hidden(*inputs))
 
     def decoder_hidden(
@@ -195,7 +195,7 @@ class LstmEncoderDecoder(Recurrent):
     ) -> jax.Array | CopyState:
         """Return the hidden states that the logits are computed from, [B, L, H].
 
-        A target sees the sources and the earlier targets of its own segment; segment 0 is padding.
+        A target attends to the sources and earlier targets of its segment; segment 0 is padding.
 
         Args:
             source_BS: source token ids.
@@ -218,7 +218,7 @@ class LstmEncoderDecoder(Recurrent):
         return EncodedSource(encoded_BSH, segments_BS, source_BS), states
 
     def start(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int) -> LstmCache:
-        """Return a cache for targets of any `length` that holds the source, which is segment 1."""
+        """Return a cache that holds the source as segment 1; targets may have any `length`."""
         source, states = self.encode(source_BS, source_segments_BS)
         ones_B1 = jnp.ones((source_BS.shape[0], 1), jnp.int32)
         state_BN2H = last_states(self._final(states, source_segments_BS, ones_B1))
@@ -240,15 +240,15 @@ class LstmEncoderDecoder(Recurrent):
     def _final(
         self, states: list[LstmState], source_segments_BS: jax.Array, target_segments_BL: jax.Array
     ) -> list[LstmState]:
-        """Return the final state [B, L, H] of the encoder in the segment of each target."""
-        # Units that read forwards have read a segment at its last token, the others at its first.
+        """Return the final encoder state [B, L, H] in the segment of each target."""
+        # Forward units end at a segment's last token, backward ones at its first.
         firsts_BS = segment_starts(source_segments_BS)
         lasts_BS = segment_starts(source_segments_BS, reverse=True)
         same_BLS = target_segments_BL[:, :, None] == source_segments_BS[:, None]
         where_BLS = [same_BLS & lasts_BS[:, None], same_BLS & firsts_BS[:, None]]
 
         def pick(x_BSH: jax.Array) -> jax.Array:
-            # Products with indicators: the gradient of a look-up would be a scatter.
+            # Products with one-hot masks: the gradient of a look-up would be a scatter.
             parts = jnp.split(x_BSH, 1 + self.config.bidirectional, axis=-1)
             exact = partial(jnp.einsum, "bls,bsh->blh", precision="highest")
             return jnp.concatenate([*map(exact, where_BLS, parts)], axis=-1)
